@@ -1,0 +1,47 @@
+# make quickstart   two rounds of self-play of a small model on this machine's CPU
+# make test         everything that CI checks: format, lint, types, tests
+# make lint         the same without the tests
+# make model        the quickstart's model alone, in .cache/quickstart
+# make clean        remove what the others made, except runs/
+
+PYTHON ?= python3
+# On a machine without an NVIDIA GPU, spare yourself 3 GB of CUDA libraries:
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
+# Two threads do most of what many do for models this small. make quickstart THREADS=8 uses more.
+THREADS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := .cache/quickstart/SmolLM2-135M-Instruct
+
+export OMP_NUM_THREADS = $(THREADS)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: quickstart test lint model clean
+.DELETE_ON_ERROR:
+
+quickstart: model
+	$(BIN)/tune run spin_recipe --config quickstart/smollm2_135M_cpu output_dir=runs/quickstart
+
+test: lint
+	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" $(BIN)/python -m pytest
+
+lint: $(VENV)/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pydoclint --quiet spin
+
+model: $(VENV)/.stamp
+	$(BIN)/python examples/quickstart/get_model.py --out $(MODEL)
+
+# torch goes first and alone: with it in place nothing else asks for another build of it.
+$(VENV)/.stamp: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev,quickstart]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis recipes/*.egg-info

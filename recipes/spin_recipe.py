@@ -1,0 +1,632 @@
+"""Full fine-tuning by self-play (SPIN, arXiv 2401.01335) on one device or many.
+
+In every iteration the policy, frozen for a moment as its own opponent, answers the prompts of a supervised data set and scores
+the real answers and its own; then it learns to tell them apart. There is no reference model: at the start of an iteration the
+policy is the opponent, so answers and reference log-probs are made first, with the only weights there are, and land on disk.
+
+One GPU (or CPU):   tune run spin_recipe --config llama3_2/1B_full
+Eight GPUs:         tune run --nproc_per_node 8 spin_recipe --config llama3_1/8B_full
+Change anything:    tune run spin_recipe --config llama3_2/1B_full loss.beta=0.05 max_iterations=2
+
+To make it yours, copy this file and its config and run it with `python spin_recipe.py --config my.yaml` or torchrun. Lines marked
+SPIN are the algorithm; lines marked PLUMBING can be left alone. Not here: LoRA, and generation without training, which is
+spin_generate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import training
+from torchtune.utils import get_logger
+from tqdm import tqdm
+
+from spin import config, selfplay
+from spin.checks import check_first_loss, check_run
+from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
+from spin.data.packing import loss_weight, pack_batch
+from spin.data.store import differences
+from spin.defaults import RECIPE_DEFAULTS
+from spin.distributed import (
+    all_reduce_sums,
+    any_rank,
+    barrier,
+    broadcast_object,
+    full_tensor,
+    init_world,
+    named_full_tensors,
+    shutdown,
+)
+from spin.errors import CheckpointError, NonFiniteError
+from spin.fingerprint import weights_fingerprint
+from spin.generators import GeneratorContext, sampling_params
+from spin.logprobs import response_logps
+from spin.metrics import MetricsFile, MovedShare, PairSums, pair_metrics
+from spin.models import build_model, prepare_model
+from spin.progress import RunTimer, SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
+from spin.schedules import lr_factor, per_iteration
+from spin.tables import iteration_summary, sample_rows, sample_table
+
+log = get_logger("INFO")
+
+# Every key that a config may have; add your own here: RECIPE_DEFAULTS | {"my_key": 1}
+DEFAULTS = RECIPE_DEFAULTS
+
+
+class SPINRecipe:
+    """The whole of a SPIN run: play, score, fit, promote.
+
+    Features: FSDP2 sharding (one process is the one-rank case), fp32 master weights with bf16 compute, packed rows that compute
+    each prompt once, beta and learning rate per iteration, history mixing, exact resume, Hugging Face export per iteration.
+
+    Args:
+        cfg (DictConfig): complete, see ``DEFAULTS``.
+
+    Raises:
+        ConfigError: If the config cannot work.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        check_run(cfg)
+        self._cfg = cfg
+        self._output_dir = Path(cfg.output_dir)
+        self._betas = [per_iteration(_plain(cfg.loss.beta), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+        self._lrs = [per_iteration(_plain(cfg.optimizer.lr), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+        self._packing = {
+            "row_tokens": cfg.pairs.row_tokens,
+            "row_multiple": cfg.pairs.row_multiple,
+            "truncated": cfg.pairs.truncated,
+        }
+        self._terminated = False
+        self._timer = RunTimer(cfg.max_time)
+        self._val_loss: float | None = None
+        self._opponent = ""
+        self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
+        self._last_batch: list[Pair] = []
+        self._history: list[dict[str, float]] = []  # metrics of this iteration's steps
+
+    # PLUMBING: everything is checked and made here, cheap things first, weights last.
+    def setup(self) -> None:
+        """Reads the data and checks the arithmetic, then loads weights and restores the newest state."""
+        cfg = self._cfg
+        self._world = init_world(cfg.device, replicas=cfg.replicas)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._checkpointer = config.instantiate(cfg.checkpointer)
+        self._checkpointer.validate()
+        dtype, compute_dtype = (training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
+
+        # ---- data
+        self._model = build_model(cfg.model, dtype)  # no memory yet
+        context = self._model.max_seq_len
+        self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
+        datasets = [
+            config.instantiate(section, tokenizer=self._tokenizer, max_seq_len=context) if section is not None else None
+            for section in (cfg.dataset, cfg.validation_dataset)
+        ]
+        self._prompts, self._val_prompts = datasets
+        self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
+
+        # ---- arithmetic
+        size = cfg.global_batch_size
+        self._steps = compute_num_steps_per_epoch(len(self._prompts), size, cfg.limit_train_batches)
+        steps_per_epoch = [len(self._items(iteration)) // size for iteration in range(cfg.max_iterations)]
+        self._progress = SPINProgress(steps_per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
+        self._val_every = compute_interval("val_check_interval", cfg.val_check_interval, self._steps)
+        self._save_every = compute_interval("save_interval", cfg.save_interval, self._steps)
+        if self._val_prompts is not None:
+            val_batches = compute_limit_batches(math.ceil(len(self._val_prompts) / size), cfg.limit_val_batches)
+            self._num_val_samples = min(len(self._val_prompts), val_batches * size)
+
+        # ---- resume
+        self._run_fingerprint = self._fingerprint_run()
+        resume_path = self._checkpointer.latest(cfg.resume)
+        if resume_path is not None:
+            self.load_state_dict(self._checkpointer.read_state(resume_path))
+            log.info(f"Resuming at step {self._progress.step} from {resume_path}")
+
+        # ---- model
+        # a packed row may be longer than the context: torchtune checks the row's length, but no position in it is that large
+        longest = max(int(prompts.lengths.max()) for prompts in (self._prompts, self._val_prompts) if prompts is not None)
+        longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
+        self._model.max_seq_len = max(context, cfg.pairs.row_tokens, longest) + cfg.pairs.row_multiple
+        prepare_model(
+            self._model,
+            self._world,
+            compute_dtype=compute_dtype,
+            activation_checkpointing=cfg.enable_activation_checkpointing,
+            compile_layers=cfg.compile,
+        )
+        self._optimizer = self._new_optimizer()
+        if resume_path is None:
+            self._checkpointer.load_model(self._model, self._world)
+        else:
+            starts_anew = cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
+            optimizer = None if starts_anew else self._optimizer
+            self._checkpointer.load_state(resume_path, model=self._model, optimizer=optimizer, world=self._world)
+        self._generator = config.instantiate(
+            cfg.generator,
+            context=GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode),
+        )
+
+        # ---- logs
+        self._metric_logger = None
+        if self._world.is_main:
+            self._metric_logger = config.instantiate(cfg.metric_logger)
+            self._metrics_file = MetricsFile(self._output_dir / "metrics.jsonl", from_step=self._progress.step if resume_path else -1)
+            OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
+
+    # SPIN: the algorithm.
+    def train(self) -> None:
+        """Iterations, epochs and steps, from wherever the state stands."""
+        progress = self._progress
+        if progress.step == 0 and self._cfg.validation.at_start:
+            self._log(self.run_validation())
+        while not progress.is_done:
+            iteration = progress.iteration
+            # --- 1. Play and 2. score: the policy is the opponent ---
+            pairs = self.augment_dataloader(iteration)
+            if pairs is None:
+                return self._say_how_to_continue()
+            self._start_fitting(iteration)
+            # --- 3. Fit: tell the real answers from the opponent's ---
+            while progress.iteration == iteration and not progress.is_done:
+                epoch = progress.epoch
+                bar = self._bar(f"iteration {iteration}, epoch {epoch}", "step", progress.steps_in_epoch(iteration))
+                bar.update(progress.step_in_epoch)
+                for batch in self._batches(pairs, iteration, epoch, start=progress.step_in_epoch):
+                    metrics = self.train_single_step(batch)
+                    stop = metrics.pop("stop") > 0
+                    bar.update()
+                    bar.set_postfix({k: f"{metrics[k]:.4f}" for k in ("loss", "acc", "margin") if k in metrics})
+                    is_last = progress.is_done or progress.iteration > iteration
+                    if is_last or (self._val_every and progress.step % self._val_every == 0):
+                        metrics.update(self.run_validation())
+                    self._log(metrics)
+                    if is_last:
+                        break  # saved when the iteration is finished
+                    if stop or (self._save_every and progress.step % self._save_every == 0):
+                        self.save_checkpoint()
+                    if stop:
+                        return self._say_how_to_continue()
+                bar.close()
+            # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
+            self._finish_iteration(iteration)
+        log.info(f"Finished after {progress.step} steps; everything is in {self._output_dir}")
+
+    def augment_dataloader(self, iteration: int) -> dict[tuple[int, str], Pair] | None:
+        """The pairs of an iteration, made now or found on disk: the opponent's answers and its log-probs of all responses.
+
+        Args:
+            iteration (int): counted from 0.
+
+        Returns:
+            dict[tuple[int, str], Pair] | None: pairs by (iteration of the answers, sample); None if the run was asked to stop.
+        """
+        folder, val_folder = self._folder(iteration), self._folder(iteration) / "validation"
+        with_val = self._cfg.validation.spin
+        if self._progress.is_iteration_start:
+            self._opponent = weights_fingerprint(self._model)
+            samples = [sample for played, sample in self._items(iteration) if played == iteration]
+            if not self._play(iteration, folder, self._prompts, samples):
+                return None
+            if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._num_val_samples)):
+                return None
+            answers = {pair.key: pair for pair in self._answers(iteration, folder)}
+            if not self._score(folder, list(self._batches(answers, iteration, epoch=0))):
+                return None
+            if with_val and not self._score(val_folder, self._cut(self._answers(iteration, val_folder, history=0))):
+                return None
+        if with_val:
+            self._val_pairs = list(self._sealed_pairs(val_folder).pairs())
+        return {pair.key: pair for pair in self._sealed_pairs(folder).pairs()}
+
+    def train_single_step(self, batch: list[Pair]) -> dict[str, float]:
+        """One optimizer step over a global batch of pairs; every rank takes its rows of it.
+
+        Args:
+            batch (list[Pair]): the global batch, the same on every rank.
+
+        Returns:
+            dict[str, float]: metrics over all ranks, and ``stop``, above 0 if any rank was asked to stop.
+
+        Raises:
+            NonFiniteError: If the loss or the gradient's norm is not finite; no weight has changed.
+            SelfTestError: If an iteration's first loss is not that of two equal models.
+        """
+        started = time.perf_counter()
+        cfg, progress, world = self._cfg, self._progress, self._world
+        iteration, epoch = progress.iteration, progress.epoch
+        # the mean over the pairs of the global batch; FSDP2 averages gradients over ranks, world_size undoes that
+        scale = world.world_size / (loss_weight(batch, cfg.pairs.truncated) or 1.0)
+        sums = PairSums()
+        for row in pack_batch(batch, rank=world.rank, num_ranks=world.world_size, **self._packing):
+            row = row.to(world.device)
+            logps = response_logps(self._model, row, cfg.logprob_chunk_tokens)
+            reference = row.reference_logps.to(logps.dtype)
+            losses, real_rewards, generated_rewards = self._loss(
+                logps[row.real], logps[row.generated], reference[row.real], reference[row.generated]
+            )
+            objective = losses
+            if cfg.nll_weight > 0:
+                objective = losses - cfg.nll_weight * (logps / row.response_lengths)[row.real]
+            ((objective * row.weights).sum() * scale).backward()
+            sums.add(row, logps.detach(), losses.detach(), real_rewards, generated_rewards)
+        totals = all_reduce_sums({**sums.totals(), "stop": float(self._is_asked_to_stop())}, world)
+        max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
+        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm)).item()
+        metrics = pair_metrics(totals)
+        self._refuse_nonfinite(totals["loss"], grad_norm, batch)
+        if cfg.self_test and metrics and progress.is_iteration_start:
+            check_first_loss(metrics, self._loss.initial_loss(), cfg.compute_dtype, iteration)
+        lr = self._lrs[iteration] * self._lr_factor()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        moved = MovedShare(self._model)
+        if metrics:  # a batch whose pairs were all dropped or masked moves nothing, momentum included
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        moves = all_reduce_sums(moved.totals(), world)
+        progress.advance(cfg.global_batch_size)
+        seconds = time.perf_counter() - started
+        return metrics | {
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "beta": self._betas[iteration],
+            "iteration": iteration,
+            "epoch": epoch,
+            "consumed_samples": progress.consumed_samples,
+            "weights_moved_share": moves["moved_weights"] / moves["sampled_weights"],
+            "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
+            "step_time": seconds,
+            "pairs_per_second": len(batch) / seconds,
+            "tokens_per_second": totals["tokens"] / seconds,
+            "stop": totals["stop"],
+        }
+
+    @torch.no_grad()
+    def run_validation(self) -> dict[str, float]:
+        """Validation loss, and with ``validation.spin`` also the SPIN metrics of the validation prompts' pairs.
+
+        ``val_loss`` is the mean negative log-prob in nats of the real responses' tokens, as in supervised fine-tuning.
+
+        Returns:
+            dict[str, float]: metrics over all ranks by name; empty without a validation set.
+        """
+        if self._val_prompts is None:
+            return {}
+        started = time.perf_counter()
+        world = self._world
+        prompts = [self._val_prompts[i] for i in range(self._num_val_samples)]
+        pairs = [Pair(prompt.sample_id, 0, prompt.prompt_ids, prompt.real_ids) for prompt in prompts]
+        nats, tokens = 0.0, 0
+        for batch in self._bar("validation", "batch", iterable=self._cut(pairs)):
+            for row in pack_batch(batch, rank=world.rank, num_ranks=world.world_size, **self._packing):
+                nats -= response_logps(self._model, row.to(world.device), self._cfg.logprob_chunk_tokens).sum().item()
+                tokens += row.targets.numel()
+        sums = all_reduce_sums({"nats": nats, "tokens": float(tokens)}, world)
+        self._val_loss = sums["nats"] / sums["tokens"]
+        metrics = {"val_loss": self._val_loss}
+        if self._cfg.validation.spin and self._val_pairs:
+            metrics.update(self._validate_spin())
+        self._show_samples((self._val_pairs or self._last_batch)[: self._cfg.validation.table_rows])
+        return metrics | {"validation_step_time": time.perf_counter() - started}
+
+    # PLUMBING: state.
+    def save_checkpoint(self) -> Path:
+        """Saves the resumable state: sharded weights and optimizer, and where the run stands.
+
+        Returns:
+            Path: the folder.
+        """
+        starts_anew = self._cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
+        return self._checkpointer.save_state(
+            step=self._progress.step,
+            model=self._model,
+            optimizer=None if starts_anew else self._optimizer,
+            state=self.state_dict(),
+            world=self._world,
+            metric=self._val_loss,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs besides tensors to go on; JSON values."""
+        return {
+            "progress": self._progress.state_dict(),
+            "opponent": self._opponent,
+            "val_loss": self._val_loss,
+            "run": self._run_fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a saved state.
+
+        Args:
+            state (dict[str, Any]): from :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: If something that the results depend on has changed and is not named in ``resume_with_changes``.
+        """
+        allowed = set(self._cfg.resume_with_changes)
+        old = {name: value for name, value in state["run"].items() if name not in allowed}
+        new = {name: value for name, value in self._run_fingerprint.items() if name not in allowed}
+        changed = differences(old, new)
+        if changed:
+            raise CheckpointError(
+                f"The run in {self._output_dir} was started with another config: {'; '.join(changed)}. Restore it, start a new "
+                "output_dir, or name what may change in resume_with_changes."
+            )
+        self._progress.load_state_dict(state["progress"])
+        self._opponent, self._val_loss = state["opponent"], state["val_loss"]
+
+    def cleanup(self) -> None:
+        """Closes the generator, the logs and the process group."""
+        self._generator.close()
+        if self._metric_logger is not None:
+            self._metric_logger.close()
+        shutdown()
+
+    # SPIN: parts of the stages.
+    def _play(self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
+        """The opponent answers prompts; False if the run was asked to stop before all were answered."""
+        cfg, world = self._cfg, self._world
+        fingerprint = selfplay.play_fingerprint(
+            opponent=self._opponent,
+            prompts=prompts,
+            samples=samples,
+            tokenizer=self._tokenizer,
+            sampling=self._sampling,
+            seed=cfg.seed,
+            iteration=iteration,
+            responses_per_prompt=cfg.pairs.responses_per_prompt,
+            generator=cfg.generator._component_,
+            compute_dtype=cfg.compute_dtype,
+        )
+        num_shards = math.ceil(len(samples) / cfg.pairs.prompts_per_shard)
+        store = selfplay.open_store(folder / "responses", fingerprint, num_shards, world, log.warning)
+        missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
+        if store.is_sealed and not missing:
+            return True
+        self._generator.wake()
+        if not self._generator.shares_policy_weights:
+            self._generator.update_weights(named_full_tensors(self._model))
+        bar = self._bar(f"iteration {iteration}, {folder.name} answers", "prompt", len(samples))
+        selfplay.play(
+            store,
+            missing[world.rank :: world.world_size],
+            prompts,
+            samples,
+            self._generator,
+            self._sampling,
+            seed=cfg.seed,
+            iteration=iteration,
+            responses_per_prompt=cfg.pairs.responses_per_prompt,
+            should_stop=self._is_asked_to_stop,
+            on_shard=bar.update,
+        )
+        bar.close()
+        self._generator.sleep()
+        return self._seal(store)
+
+    def _answers(self, iteration: int, folder: Path, history: int | None = None) -> list[Pair]:
+        """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
+        policy = self._cfg.pairs
+        earlier = history_window(iteration, policy.history if history is None else history)[:-1]
+        stores = [PairStore.open(place / "responses") for place in (*map(self._folder, earlier), folder)]
+        pairs, self._counts = selfplay.filter_pairs(
+            itertools.chain.from_iterable(store.pairs() for store in stores),
+            truncated=policy.truncated,
+            equal_to_real=policy.equal_to_real,
+            empty=policy.empty,
+        )
+        return pairs
+
+    def _score(self, folder: Path, batches: list[list[Pair]]) -> bool:
+        """The opponent scores all responses; False if the run was asked to stop before all were scored."""
+        cfg, world = self._cfg, self._world
+        fingerprint = selfplay.score_fingerprint(
+            opponent=self._opponent, batches=batches, packing=self._packing, compute_dtype=cfg.compute_dtype
+        )
+        num_shards = math.ceil(len(batches) * cfg.global_batch_size / cfg.pairs.prompts_per_shard)
+        store = selfplay.open_store(folder / "pairs", fingerprint, num_shards, world, log.warning)
+        bar = self._bar(f"{folder.name} reference log-probs", "pair", sum(map(len, batches)))
+        selfplay.score(
+            store,
+            batches,
+            self._model,
+            world,
+            packing=self._packing,
+            chunk_size=cfg.logprob_chunk_tokens,
+            should_stop=lambda: any_rank(self._is_asked_to_stop(), world),
+            on_shard=bar.update,
+        )
+        bar.close()
+        return self._seal(store, self._counts)
+
+    def _seal(self, store: PairStore, report: dict[str, int] | None = None) -> bool:
+        barrier(self._world)
+        if any_rank(self._is_asked_to_stop(), self._world):
+            return False
+        if self._world.is_main:
+            store.seal(report)
+        barrier(self._world)
+        return True
+
+    def _sealed_pairs(self, folder: Path) -> PairStore:
+        store = PairStore.open(folder / "pairs")
+        if not store.is_sealed or store.opponent != self._opponent:
+            raise CheckpointError(
+                f"{store.path}: not the pairs that this run was trained on (the store is "
+                f"{'of another opponent' if store.is_sealed else 'not complete'}), and the opponent that could make them anew "
+                "is gone. Resume from a checkpoint at the iteration's start: resume=<path>."
+            )
+        return store
+
+    def _items(self, iteration: int) -> list[tuple[int, int]]:
+        """What an iteration trains on, as (iteration whose opponent answered, sample of the data set)."""
+        return iteration_items(
+            len(self._prompts),
+            self._steps * self._cfg.global_batch_size,
+            self._cfg.seed,
+            iteration,
+            self._cfg.pairs.history,
+            self._cfg.pairs.history_fraction,
+        )
+
+    def _batches(
+        self, pairs: dict[tuple[int, str], Pair], iteration: int, epoch: int, start: int = 0
+    ) -> Iterator[list[Pair]]:
+        """Global batches of an epoch from a step on; a pair that was dropped is missing from its batch."""
+        items, size = self._items(iteration), self._cfg.global_batch_size
+        order = epoch_order(len(items), self._cfg.seed, iteration, epoch)
+        for step in range(start, self._progress.steps_in_epoch(iteration)):
+            chosen = (items[i] for i in order[step * size : (step + 1) * size])
+            keys = [(played, self._prompts.sample_ids[sample]) for played, sample in chosen]
+            self._last_batch = [pairs[key] for key in keys if key in pairs]
+            yield self._last_batch
+
+    def _start_fitting(self, iteration: int) -> None:
+        """Beta, learning rate and, unless it continues, the optimizer of an iteration."""
+        self._loss = config.instantiate(self._cfg.loss, beta=self._betas[iteration])
+        if self._progress.is_iteration_start and self._cfg.optimizer.reset_each_iteration:
+            self._optimizer = self._new_optimizer()
+        self._history = []
+        self._val_loss_before = self._val_loss
+
+    def _lr_factor(self) -> float:
+        """The schedule spans an iteration where the optimizer starts anew in each, else the run."""
+        progress, first, last = self._progress, 0, self._progress.total_steps
+        if self._cfg.optimizer.reset_each_iteration:
+            first = progress.iteration_start(progress.iteration)
+            last = min(last, progress.iteration_start(progress.iteration + 1))
+        return lr_factor(step=progress.step - first, total_steps=last - first, **self._cfg.lr_scheduler)
+
+    @torch.no_grad()
+    def _validate_spin(self) -> dict[str, float]:
+        """The SPIN loss on pairs that the policy never trains on, from this iteration's opponent."""
+        scored = selfplay.score_batches(
+            self._model,
+            self._cut(self._val_pairs),
+            self._world,
+            packing=self._packing,
+            chunk_size=self._cfg.logprob_chunk_tokens,
+        )
+        losses, real_rewards, generated_rewards = self._loss(*_logps(scored, self._val_pairs))
+        return {
+            "val_spin_loss": losses.mean().item(),
+            "val_acc": (real_rewards > generated_rewards).double().mean().item(),
+            "val_margin": (real_rewards - generated_rewards).mean().item(),
+        }
+
+    # PLUMBING: small things.
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return config.instantiate(self._cfg.optimizer, self._model.parameters(), lr=self._lrs[0])
+
+    def _folder(self, iteration: int) -> Path:
+        return self._output_dir / f"iteration_{iteration:03d}"
+
+    def _cut(self, pairs: list[Pair]) -> list[list[Pair]]:
+        size = self._cfg.global_batch_size
+        return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+    def _refuse_nonfinite(self, loss: float, grad_norm: float, batch: list[Pair]) -> None:
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"step {self._progress.step}: loss sum {loss}, gradient norm {grad_norm}. No weight was changed. Samples of the "
+                f"batch: {', '.join(pair.sample_id for pair in batch)}."
+            )
+
+    def _on_sigterm(self, signum: int, frame: object) -> None:
+        self._terminated = True
+
+    def _is_asked_to_stop(self) -> bool:
+        return self._terminated or self._timer.is_over
+
+    def _say_how_to_continue(self) -> None:
+        if self._world.is_main:
+            log.info(f"Stopped at step {self._progress.step} as asked. The same command with resume=auto goes on from here.")
+
+    def _finish_iteration(self, iteration: int) -> None:
+        model_dir = self._checkpointer.export(self._model, iteration, self._world)
+        checkpoint = self.save_checkpoint()
+        if self._world.is_main:
+            summary = iteration_summary(
+                iteration, self._history, self._val_loss_before, self._folder(iteration), model_dir, checkpoint
+            )
+            print(summary, flush=True)
+
+    def _bar(self, description: str, unit: str, total: int | None = None, iterable: Any = None) -> tqdm:
+        return tqdm(iterable, desc=description, unit=unit, total=total, disable=not self._world.is_main)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        self._history.append(metrics)
+        step = self._progress.step
+        if self._world.is_main:
+            self._metrics_file.write(step, metrics)
+            if step % self._cfg.log_every_n_steps == 0 or "val_loss" in metrics:
+                self._metric_logger.log_dict(metrics, step=step)
+
+    def _show_samples(self, pairs: list[Pair]) -> None:
+        """Prompt, real and generated response and margin of a few pairs, to the screen and to samples.jsonl."""
+        if not pairs:
+            return
+        scored = selfplay.score_batches(
+            self._model, [pairs], self._world, packing=self._packing, chunk_size=self._cfg.logprob_chunk_tokens
+        )
+        _, real_rewards, generated_rewards = self._loss(*_logps(scored, pairs))
+        if self._world.is_main:
+            margins = (real_rewards - generated_rewards).tolist()
+            rows = sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step)
+            with (self._output_dir / "samples.jsonl").open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            tqdm.write(sample_table(rows))
+
+    def _fingerprint_run(self) -> dict[str, Any]:
+        """What the results depend on, by config key; compared when a run is resumed."""
+        cfg = self._cfg
+        keys = (
+            "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
+            "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
+        )  # fmt: skip
+        return {
+            **{key: _plain(cfg[key]) for key in keys},
+            "dataset": self._prompts.fingerprint(),
+            "tokenizer": self._tokenizer.fingerprint,
+        }
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _logps(policy: list[Pair], reference: list[Pair]) -> tuple[torch.Tensor, ...]:
+    """Arguments of the loss from pairs that the policy scored and the same pairs scored by the opponent."""
+    columns = [
+        (now.reference_real_logp, answer.reference_logp, then.reference_real_logp, before.reference_logp)
+        for now, then in zip(policy, reference, strict=True)
+        for answer, before in zip(now.generated, then.generated, strict=True)
+    ]
+    return tuple(torch.tensor(columns, dtype=torch.float64).unbind(1))
+
+
+@config.parse(DEFAULTS)
+def recipe_main(cfg: DictConfig) -> None:
+    """Runs the recipe; see the head of this file."""
+    recipe = SPINRecipe(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

@@ -1,0 +1,124 @@
+"""Checks of a run's arithmetic that need neither data nor weights; all faults are reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from spin.config import Faults
+from spin.data.packing import MASK_TRUNCATED
+from spin.errors import ConfigError, SelfTestError
+from spin.generators.base import SamplingParams
+from spin.progress import SPINProgress, compute_interval, compute_limit_batches, parse_max_time
+from spin.schedules import lr_factor, per_iteration
+
+DTYPES = ("fp32", "bf16")
+
+
+def check_run(cfg: DictConfig) -> None:
+    """Checks the values of a recipe's config against each other.
+
+    Args:
+        cfg (DictConfig): complete, as :func:`spin.config.complete` returns it.
+
+    Raises:
+        ConfigError: If anything cannot work, with every fault in a line of its own.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    faults = Faults()
+
+    def attempt(name: str, check: Callable[[], object]) -> None:
+        try:
+            check()
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                faults.add(line if name in line else f"{name}: {line}")
+
+    iterations = plain["max_iterations"]
+    attempt("max_iterations", lambda: SPINProgress(1, plain["max_epochs"], iterations, plain["max_steps"]))
+    for section, key in (("loss", "beta"), ("optimizer", "lr")):
+        value = plain[section].get(key)
+        if value is not None and isinstance(iterations, int) and iterations > 0:
+            attempt(f"{section}.{key}", lambda value=value: per_iteration(value, 0, iterations))
+            for entry in value if isinstance(value, list) else [value]:
+                if isinstance(entry, (int, float)) and entry <= 0:
+                    faults.add(f"{section}.{key}={entry}: expected more than 0.")
+    attempt("sampling", lambda: SamplingParams(**plain["sampling"]))
+    attempt("max_time", lambda: parse_max_time(plain["max_time"]))
+    schedule = plain["lr_scheduler"]
+    attempt("lr_scheduler", lambda: lr_factor(schedule["name"], 0, 10, schedule["warmup"], schedule["min_ratio"]))
+    for name in ("limit_train_batches", "limit_val_batches"):
+        value = plain[name]
+        attempt(name, lambda value=value: compute_limit_batches(1, value))
+        if isinstance(value, float) and not 0 <= value <= 1:
+            faults.add(f"{name}={value}: a float is a share in [0.0, 1.0]; write an int to count batches.")
+    for name in ("val_check_interval", "save_interval"):
+        attempt(name, lambda name=name: compute_interval(name, plain[name], 1_000_000_000))
+    for name, least in (
+        ("global_batch_size", 1),
+        ("logprob_chunk_tokens", 1),
+        ("log_every_n_steps", 1),
+        ("replicas", 1),
+        ("nll_weight", 0),
+    ):
+        _at_least(plain, name, least, faults)
+    for name, least in (
+        ("responses_per_prompt", 1),
+        ("history", 0),
+        ("prompts_per_shard", 1),
+        ("row_tokens", 1),
+        ("row_multiple", 1),
+    ):
+        _at_least(plain["pairs"], name, least, faults, "pairs.")
+    _at_least(plain["validation"], "table_rows", 0, faults, "validation.")
+    if not 0 <= plain["pairs"]["history_fraction"] <= 1:
+        faults.add(f"pairs.history_fraction={plain['pairs']['history_fraction']}: expected a share in [0, 1].")
+    for name, known in (
+        ("truncated", ("keep", MASK_TRUNCATED, "drop")),
+        ("equal_to_real", ("keep", "drop")),
+        ("empty", ("keep", "drop")),
+    ):
+        if plain["pairs"][name] not in known:
+            faults.add(f"pairs.{name}={plain['pairs'][name]!r}: expected {', '.join(known)}.")
+    for name in ("dtype", "compute_dtype"):
+        if plain[name] not in DTYPES:
+            faults.add(f"{name}={plain[name]!r}: expected {' or '.join(DTYPES)}.")
+    if plain["dtype"] == "bf16" and plain["compute_dtype"] == "fp32":
+        faults.add("dtype=bf16 with compute_dtype=fp32: weights are not computed in more precision than they have.")
+    if plain["clip_grad_norm"] is not None and plain["clip_grad_norm"] <= 0:
+        faults.add(f"clip_grad_norm={plain['clip_grad_norm']}: expected more than 0, or null for no clipping.")
+    if plain["validation"]["spin"] and plain["validation_dataset"] is None:
+        faults.add("validation.spin=true needs a validation_dataset.")
+    faults.raise_if_any()
+
+
+def check_first_loss(metrics: Mapping[str, float], expected: float, compute_dtype: str, iteration: int) -> None:
+    """The self-test of an iteration's first step: policy and opponent are the same weights, so no pair has a margin.
+
+    Args:
+        metrics (Mapping[str, float]): of the step, see :func:`spin.metrics.pair_metrics`.
+        expected (float): the loss of two equal models, ln 2 for the logistic loss.
+        compute_dtype (str): ``fp32`` allows 1e-6, ``bf16`` 1e-4.
+        iteration (int): counted from 0.
+
+    Raises:
+        SelfTestError: If the loss or the margin is off.
+    """
+    tolerance = 1e-6 if compute_dtype == "fp32" else 1e-4
+    if abs(metrics["loss"] - expected) <= tolerance and abs(metrics["margin"]) <= tolerance:
+        return
+    raise SelfTestError(
+        f"The first loss of iteration {iteration} is {metrics['loss']:.8f}, expected {expected:.8f} +- {tolerance:g}, because "
+        "policy and opponent are the same weights. The policy's log-probs are off the reference by "
+        f"{metrics['real_logp_drift']:.3g} nats for real and {metrics['generated_logp_drift']:.3g} for generated responses: "
+        "something differs between the reference pass and training (dropout, precision, another number of ranks, a changed "
+        "pair store). No weight was changed. self_test=false skips this test."
+    )
+
+
+def _at_least(section: dict[str, Any], name: str, least: int, faults: Faults, prefix: str = "") -> None:
+    value = section[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
+        faults.add(f"{prefix}{name}={value!r}: expected {least} or more.")

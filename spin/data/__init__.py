@@ -1,0 +1,33 @@
+"""From a data set to pairs in packed rows."""
+
+from spin.data.chat import ChatTokenizer, PromptTokenizer, TorchtuneTokenizer, adapt_tokenizer
+from spin.data.collate import spin_custom_collate
+from spin.data.mixing import history_window, mix_datasets
+from spin.data.order import epoch_order, iteration_items, iteration_samples
+from spin.data.packing import PackedRow, pack_batch, pack_row, plan_rows
+from spin.data.prompts import PromptDataset, prompt_dataset
+from spin.data.store import PairStore
+from spin.data.types import Pair, Prompt, Response
+
+__all__ = [
+    "ChatTokenizer",
+    "PackedRow",
+    "Pair",
+    "PairStore",
+    "Prompt",
+    "PromptDataset",
+    "PromptTokenizer",
+    "Response",
+    "TorchtuneTokenizer",
+    "adapt_tokenizer",
+    "epoch_order",
+    "history_window",
+    "iteration_items",
+    "iteration_samples",
+    "mix_datasets",
+    "pack_batch",
+    "pack_row",
+    "plan_rows",
+    "prompt_dataset",
+    "spin_custom_collate",
+]

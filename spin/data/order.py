@@ -1,0 +1,77 @@
+"""Which samples an iteration plays, and in which order an epoch visits its pairs: functions of the seed alone."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from spin.data.mixing import history_window
+
+
+def permutation(n: int, *key: object) -> np.ndarray:
+    """A permutation of ``range(n)`` that depends on the key only.
+
+    Args:
+        n (int): how many.
+        *key (object): anything with a stable ``repr``, such as seed, purpose, iteration and epoch.
+
+    Returns:
+        np.ndarray: int64, shape (n,).
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).permutation(n)
+
+
+def iteration_samples(num_samples: int, num_needed: int, seed: int, iteration: int) -> list[int]:
+    """The samples that an iteration plays: other ones in every iteration if fewer are needed than there are.
+
+    Args:
+        num_samples (int): samples of the data set.
+        num_needed (int): steps of an epoch times the global batch size.
+        seed (int): the run's seed.
+        iteration (int): counted from 0.
+
+    Returns:
+        list[int]: ``num_needed`` indices into the data set.
+    """
+    return permutation(num_samples, seed, "samples", iteration)[:num_needed].tolist()
+
+
+def iteration_items(
+    num_samples: int, num_needed: int, seed: int, iteration: int, history: int = 0, history_fraction: float = 1.0
+) -> list[tuple[int, int]]:
+    """What an iteration trains on: its own samples, and with history those of the iterations before it.
+
+    Args:
+        num_samples (int): samples of the data set.
+        num_needed (int): samples that each iteration plays.
+        seed (int): the run's seed.
+        iteration (int): counted from 0.
+        history (int): how many earlier iterations take part; the authors of SPIN use 1.
+        history_fraction (float): share of each earlier iteration's samples, the first ones.
+
+    Returns:
+        list[tuple[int, int]]: (iteration whose opponent answered, index into the data set), oldest iteration first.
+    """
+    items = []
+    for played in history_window(iteration, history):
+        samples = iteration_samples(num_samples, num_needed, seed, played)
+        share = 1.0 if played == iteration else history_fraction
+        items += [(played, sample) for sample in samples[: int(share * len(samples))]]
+    return items
+
+
+def epoch_order(num_pairs: int, seed: int, iteration: int, epoch: int) -> list[int]:
+    """The order in which an epoch visits an iteration's pairs; each epoch has its own.
+
+    Args:
+        num_pairs (int): pairs of the iteration.
+        seed (int): the run's seed.
+        iteration (int): counted from 0.
+        epoch (int): counted from 0 within the iteration.
+
+    Returns:
+        list[int]: a permutation of ``range(num_pairs)``.
+    """
+    return permutation(num_pairs, seed, "order", iteration, epoch).tolist()

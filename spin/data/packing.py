@@ -1,0 +1,250 @@
+"""Packed rows: whole pairs side by side, every prompt computed once for all of its responses.
+
+A row is ``[prompt | real | generated ...] [prompt | real | generated ...] ... padding``. The positions of every response start
+at the length of its prompt. A token attends causally to its own segment and, in a response, to the whole prompt; so two
+responses never see each other, nor do two pairs. The first token of a response is predicted by the last prompt token, whose
+hidden state is therefore used once per response.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from spin.data.types import Pair
+
+MASK_TRUNCATED = "mask"
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Whole pairs in one sequence of s tokens with m responses, n response tokens and c comparisons of two responses.
+
+    Args:
+        tokens (torch.Tensor): token ids, int64, shape (s,); 0 in padding.
+        positions (torch.Tensor): position ids, int64, shape (s,).
+        own_start (torch.Tensor): where the segment of each token starts, int32, shape (s,); padding tokens stand alone.
+        prompt_start (torch.Tensor): where the prompt of each response token starts, int32, shape (s,).
+        prompt_end (torch.Tensor): where it ends (exclusive), int32, shape (s,); equals ``prompt_start`` where there is none.
+        predictors (torch.Tensor): index of the token whose hidden state predicts each response token, int64, shape (n,).
+        targets (torch.Tensor): the response tokens, int64, shape (n,).
+        segments (torch.Tensor): response that each of them belongs to, int64, shape (n,).
+        response_lengths (torch.Tensor): tokens of each response, int64, shape (m,).
+        reference_logps (torch.Tensor): the opponent's summed log-probs, float64, shape (m,); NaN until scored.
+        real (torch.Tensor): response that is real in each comparison, int64, shape (c,).
+        generated (torch.Tensor): response that is generated in each comparison, int64, shape (c,).
+        truncated (torch.Tensor): the generated response was cut by the length limit, bool, shape (c,).
+        weights (torch.Tensor): share of each comparison in the loss of its pair, float32, shape (c,); a pair's sum to 1, or
+            less where truncated responses are masked.
+        used_tokens (int): tokens of the row that are not padding.
+        pair_responses (list[tuple[tuple[int, str], int, int]]): key, first response and number of responses of each pair.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    own_start: torch.Tensor
+    prompt_start: torch.Tensor
+    prompt_end: torch.Tensor
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    segments: torch.Tensor
+    response_lengths: torch.Tensor
+    reference_logps: torch.Tensor
+    real: torch.Tensor
+    generated: torch.Tensor
+    truncated: torch.Tensor
+    weights: torch.Tensor
+    used_tokens: int
+    pair_responses: list[tuple[tuple[int, str], int, int]]
+
+    @property
+    def num_responses(self) -> int:
+        """Responses in the row, real and generated."""
+        return self.response_lengths.numel()
+
+    def to(self, device: torch.device) -> PackedRow:
+        """The row with its tensors on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(
+            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, torch.Tensor)}
+        )
+
+    def dense_mask(self) -> torch.Tensor:
+        """Which token attends to which: bool, shape (s, s), True where row attends to column."""
+        index = torch.arange(self.tokens.numel(), device=self.tokens.device, dtype=torch.int32)
+        query, key = index[:, None], index[None, :]
+        own = (key >= self.own_start[:, None]) & (key <= query)
+        prompt = (key >= self.prompt_start[:, None]) & (key < self.prompt_end[:, None])
+        return own | prompt
+
+
+def pack_row(pairs: Sequence[Pair], length: int | None = None, truncated: str = "keep") -> PackedRow:
+    """Lays pairs out in a row.
+
+    Args:
+        pairs (Sequence[Pair]): what goes into the row, in order; may be empty, then the row is padding.
+        length (int | None): tokens of the row; None is as many as the pairs need (at least 1).
+        truncated (str): ``mask`` gives comparisons with a truncated response the weight 0; anything else leaves them.
+
+    Returns:
+        PackedRow: on the CPU.
+
+    Raises:
+        ValueError: If the pairs do not fit, or a prompt or response is empty.
+    """
+    used = sum(pair.num_tokens for pair in pairs)
+    length = max(1, used) if length is None else length
+    if used > length:
+        raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit into a row of {length} tokens.")
+    tokens = np.zeros(length, np.int64)
+    positions = np.zeros(length, np.int64)
+    own_start = np.arange(length, dtype=np.int32)
+    prompt_start = np.zeros(length, np.int32)
+    prompt_end = np.zeros(length, np.int32)
+    predictors: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    lengths: list[int] = []
+    references: list[float] = []
+    real: list[int] = []
+    generated: list[int] = []
+    was_cut: list[bool] = []
+    weights: list[float] = []
+    pair_responses = []
+    at = 0
+    for pair in pairs:
+        prompt = slice(at, at + len(pair.prompt_ids))
+        if prompt.stop == prompt.start:
+            raise ValueError(f"sample {pair.sample_id}: the prompt has no tokens.")
+        tokens[prompt] = pair.prompt_ids
+        positions[prompt] = np.arange(len(pair.prompt_ids))
+        own_start[prompt] = prompt.start
+        at = prompt.stop
+        first = len(lengths)
+        responses = [
+            (pair.real_ids, pair.reference_real_logp),
+            *((response.token_ids, response.reference_logp) for response in pair.generated),
+        ]
+        for ids, reference in responses:
+            if len(ids) == 0:
+                raise ValueError(f"sample {pair.sample_id}: a response has no tokens.")
+            own = slice(at, at + len(ids))
+            tokens[own] = ids
+            positions[own] = np.arange(len(ids)) + len(pair.prompt_ids)
+            own_start[own] = own.start
+            prompt_start[own], prompt_end[own] = prompt.start, prompt.stop
+            predictors.append(np.concatenate(([prompt.stop - 1], np.arange(own.start, own.stop - 1))))
+            targets.append(np.asarray(ids, np.int64))
+            lengths.append(len(ids))
+            references.append(math.nan if reference is None else reference)
+            at = own.stop
+        pair_responses.append((pair.key, first, len(responses)))
+        for k, response in enumerate(pair.generated, start=1):
+            cut = response.finish_reason == "length"
+            real.append(first)
+            generated.append(first + k)
+            was_cut.append(cut)
+            weights.append(0.0 if cut and truncated == MASK_TRUNCATED else 1.0 / len(pair.generated))
+    return PackedRow(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        own_start=torch.from_numpy(own_start),
+        prompt_start=torch.from_numpy(prompt_start),
+        prompt_end=torch.from_numpy(prompt_end),
+        predictors=torch.from_numpy(np.concatenate(predictors).astype(np.int64) if predictors else np.zeros(0, np.int64)),
+        targets=torch.from_numpy(np.concatenate(targets) if targets else np.zeros(0, np.int64)),
+        segments=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)),
+        response_lengths=torch.tensor(lengths, dtype=torch.int64),
+        reference_logps=torch.tensor(references, dtype=torch.float64),
+        real=torch.tensor(real, dtype=torch.int64),
+        generated=torch.tensor(generated, dtype=torch.int64),
+        truncated=torch.tensor(was_cut, dtype=torch.bool),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        used_tokens=used,
+        pair_responses=pair_responses,
+    )
+
+
+def plan_rows(lengths: Sequence[int], row_tokens: int, num_ranks: int = 1) -> list[list[list[int]]]:
+    """Which pair goes into which row of which rank.
+
+    Takes the fewest rows per rank that hold the pairs, fills them evenly (longest pair first, into the emptiest row), and
+    deals them so that the n-th rows of all ranks are about equally long. Every rank gets the same number of rows, as sharded
+    forwards need; rows may be empty when there are fewer pairs than rows. A pair longer than ``row_tokens`` gets a row of its
+    own. The plan depends on the arguments only.
+
+    Args:
+        lengths (Sequence[int]): tokens of each pair.
+        row_tokens (int): tokens of a row at most.
+        num_ranks (int): ranks that share the rows.
+
+    Returns:
+        list[list[list[int]]]: ``plan[rank][row]`` holds indices into ``lengths``, ascending.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    per_rank = max(1, math.ceil(sum(lengths) / (row_tokens * num_ranks)))
+    while True:
+        rows: list[list[int]] = [[] for _ in range(per_rank * num_ranks)]
+        loads = [0] * len(rows)
+        for i in order:
+            emptiest = loads.index(min(loads))
+            rows[emptiest].append(i)
+            loads[emptiest] += lengths[i]
+        if all(load <= row_tokens or len(row) == 1 for row, load in zip(rows, loads, strict=True)):
+            break
+        per_rank += 1
+    by_load = sorted(range(len(rows)), key=lambda row: (-loads[row], row))
+    return [[sorted(rows[row]) for row in by_load[rank::num_ranks]] for rank in range(num_ranks)]
+
+
+def pack_batch(
+    pairs: Sequence[Pair],
+    *,
+    row_tokens: int,
+    row_multiple: int = 1,
+    rank: int = 0,
+    num_ranks: int = 1,
+    truncated: str = "keep",
+) -> list[PackedRow]:
+    """The rows of one rank for a global batch of pairs.
+
+    Args:
+        pairs (Sequence[Pair]): the global batch, the same on every rank.
+        row_tokens (int): tokens of a row at most.
+        row_multiple (int): row lengths are rounded up to a multiple of this.
+        rank (int): whose rows.
+        num_ranks (int): ranks that share the batch.
+        truncated (str): see :func:`pack_row`.
+
+    Returns:
+        list[PackedRow]: equally many on every rank.
+    """
+    plan = plan_rows([pair.num_tokens for pair in pairs], row_tokens, num_ranks)[rank]
+    rows = []
+    for indices in plan:
+        chosen = [pairs[i] for i in indices]
+        used = max(1, sum(pair.num_tokens for pair in chosen))
+        rows.append(pack_row(chosen, math.ceil(used / row_multiple) * row_multiple, truncated))
+    return rows
+
+
+def loss_weight(pairs: Sequence[Pair], truncated: str = "keep") -> float:
+    """How many pairs a global batch's loss is divided by: their number, less what masking takes away.
+
+    Args:
+        pairs (Sequence[Pair]): the global batch.
+        truncated (str): see :func:`pack_row`.
+
+    Returns:
+        float: the sum of the weights of all comparisons.
+    """
+    if truncated != MASK_TRUNCATED:
+        return float(sum(bool(pair.generated) for pair in pairs))
+    return sum(
+        sum(response.finish_reason != "length" for response in pair.generated) / len(pair.generated)
+        for pair in pairs
+        if pair.generated
+    )

@@ -1,0 +1,466 @@
+"""The data set of an iteration: prompts and real responses as token ids, made once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Literal, TypeGuard
+
+import numpy as np
+
+from spin.data.chat import PromptTokenizer, adapt_tokenizer
+from spin.data.messages import ChatMessage, MessageTransform, Turns, check_row_format, row_to_messages, split_turns
+from spin.data.sources import Row, Source, read_rows
+from spin.data.types import Prompt
+from spin.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+LongAction = Literal["error", "drop", "cut"]
+_SHOWN = 20
+_CHUNK_ROWS = 512
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What became of the rows of a data set.
+
+    Args:
+        rows (int): rows read.
+        samples (int): samples kept; with ``turns=all`` a row can make several.
+        counts (dict[str, int]): samples left out or shortened, by reason: ``bad_row``, ``duplicate_id``,
+            ``long_prompt_drop``, ``long_prompt_cut``, ``long_response_drop``, ``long_response_cut``.
+        examples (list[str]): place and reason of the first 20.
+    """
+
+    rows: int
+    samples: int
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+
+
+class PromptDataset:
+    """Prompts and real responses as token ids, in flat arrays: 4 bytes a token and no Python object per token.
+
+    Args:
+        prompts (Iterable[Prompt]): the samples, with unique ids.
+        report (DatasetReport | None): how they came about; None writes one that names nothing.
+
+    Raises:
+        DataError: If two samples have one id.
+    """
+
+    def __init__(self, prompts: Iterable[Prompt] = (), report: DatasetReport | None = None) -> None:
+        self.sample_ids: list[str] = []
+        prompt_tokens, real_tokens = array("i"), array("i")
+        prompt_offsets, real_offsets = array("q", [0]), array("q", [0])
+        for prompt in prompts:
+            self.sample_ids.append(prompt.sample_id)
+            prompt_tokens.extend(prompt.prompt_ids)
+            prompt_offsets.append(len(prompt_tokens))
+            real_tokens.extend(prompt.real_ids)
+            real_offsets.append(len(real_tokens))
+        self._prompt_tokens = np.frombuffer(prompt_tokens, dtype=np.int32)  # (sum of prompt lengths,)
+        self._prompt_offsets = np.frombuffer(prompt_offsets, dtype=np.int64)  # (n + 1,)
+        self._real_tokens = np.frombuffer(real_tokens, dtype=np.int32)  # (sum of response lengths,)
+        self._real_offsets = np.frombuffer(real_offsets, dtype=np.int64)  # (n + 1,)
+        self._index = {sample_id: index for index, sample_id in enumerate(self.sample_ids)}
+        if len(self._index) != len(self.sample_ids):
+            double = next(each for each, count in Counter(self.sample_ids).items() if count > 1)
+            raise DataError(f"two samples have the id {double!r}, expected unique ids.")
+        self.report = report or DatasetReport(rows=len(self), samples=len(self))
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def __getitem__(self, index: int) -> Prompt:
+        index = range(len(self))[index]  # IndexError beyond the end; negative from the end
+        begin, end = self._prompt_offsets[index : index + 2]
+        real_begin, real_end = self._real_offsets[index : index + 2]
+        return Prompt(
+            self.sample_ids[index],
+            self._prompt_tokens[begin:end].tolist(),
+            self._real_tokens[real_begin:real_end].tolist(),
+        )
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each prompt, shape (n,) int64."""
+        return np.diff(self._prompt_offsets)
+
+    @property
+    def real_lengths(self) -> np.ndarray:
+        """Tokens of each real response, its stop token included, shape (n,) int64."""
+        return np.diff(self._real_offsets)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each prompt and real response together, shape (n,) int64."""
+        return self.prompt_lengths + self.real_lengths
+
+    def index_of(self, sample_id: str) -> int:
+        """Position of a sample.
+
+        Args:
+            sample_id (str): its id.
+
+        Returns:
+            int: the index for ``dataset[index]``.
+
+        Raises:
+            DataError: If there is no such sample.
+        """
+        if sample_id not in self._index:
+            raise DataError(f"no sample has the id {sample_id!r} among the {len(self)} of this data set.")
+        return self._index[sample_id]
+
+    def fingerprint(self) -> str:
+        """Hash of what training sees of this data set.
+
+        Returns:
+            str: sha256 over the ids and tokens of all samples in their order.
+        """
+        digest = hashlib.sha256(json.dumps(self.sample_ids).encode())
+        for values in (self._prompt_offsets, self._prompt_tokens, self._real_offsets, self._real_tokens):
+            digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
+        return digest.hexdigest()
+
+
+def prompt_dataset(
+    tokenizer: Any,
+    *,
+    source: Source,
+    format: str = "auto",  # noqa: A002 - the name of the config's key
+    split: str | None = None,
+    name: str | None = None,
+    data_dir: str | None = None,
+    revision: str | None = None,
+    column_map: Mapping[str, str] | None = None,
+    message_transform: MessageTransform | None = None,
+    system_prompt: str | None = None,
+    turns: Turns = "last",
+    id_column: str = "id",
+    max_prompt_tokens: int | None = None,
+    max_response_tokens: int | None = None,
+    on_long_prompt: LongAction = "error",
+    on_long_response: LongAction = "error",
+    on_bad_row: Literal["error", "skip"] = "error",
+    limit: int | None = None,
+    max_seq_len: int | None = None,
+) -> PromptDataset:
+    """Read a supervised data set and tokenize it: what a config's ``dataset`` section names.
+
+    A sample's id is the row's own where it has one, else file stem and row number; it decides the sample's random
+    numbers in generation, so give rows an id if their order may change. A row that cannot be used is an error unless
+    the options say otherwise; all of them are found in one pass and reported together.
+
+    Args:
+        tokenizer (Any): a ``PromptTokenizer`` or a torchtune model tokenizer; the recipe supplies it.
+        source (Source): file, glob, folder, Hugging Face data set, or a list of these (see ``read_rows``).
+        format (str): ``messages``, ``sharegpt``, ``prompt_response``, ``alpaca`` or ``auto`` (see ``row_to_messages``).
+        split (str | None): split of a Hugging Face data set.
+        name (str | None): configuration of a Hugging Face data set.
+        data_dir (str | None): sub-folder of a Hugging Face data set.
+        revision (str | None): branch, tag or commit of a Hugging Face data set.
+        column_map (Mapping[str, str] | None): the format's column name to the data set's.
+        message_transform (MessageTransform | None): a torchtune message transform, in place of ``format``.
+        system_prompt (str | None): put before conversations that have no system message.
+        turns (Turns): ``last`` or ``all`` assistant turns are real responses; ``all`` adds ``#turn0``, ... to the id.
+        id_column (str): column of the sample id. A missing ``id`` is fine; another name must be there in each row.
+        max_prompt_tokens (int | None): None is ``max_seq_len - 1``, room for one token of response.
+        max_response_tokens (int | None): None is what the prompt leaves of ``max_seq_len``, which limits in any case.
+        on_long_prompt (LongAction): ``error``; ``drop`` the sample; ``cut`` keeps the prompt's last tokens, so that the
+            template's beginning and the system prompt go first.
+        on_long_response (LongAction): ``error``; ``drop`` the sample; ``cut`` keeps the response's first tokens and
+            adds no stop token, since the response did not end there.
+        on_bad_row (Literal["error", "skip"]): for rows that cannot be read, are no conversation, do not fit the
+            template or repeat an id (the first one stays).
+        limit (int | None): stop reading after this many samples; what lies behind is not checked.
+        max_seq_len (int | None): greatest length of prompt and real response together, in tokens; None takes the
+            tokenizer's, or no limit.
+
+    Returns:
+        PromptDataset: the samples in the order of the source; ``report`` says what was left out.
+
+    Raises:
+        ConfigError: If an option has a value that cannot work.
+        DataError: If the source or the tokenizer cannot be used, if a row cannot be used and no option allows for it
+            (the first 20 are listed), or if no sample is left.
+    """
+    tokenizer = adapt_tokenizer(tokenizer)
+    max_seq_len = tokenizer.max_seq_len if max_seq_len is None else max_seq_len
+    _check_options(
+        {
+            "on_long_prompt": on_long_prompt,
+            "on_long_response": on_long_response,
+            "on_bad_row": on_bad_row,
+            "turns": turns,
+        },
+        {
+            "max_seq_len": max_seq_len,
+            "max_prompt_tokens": max_prompt_tokens,
+            "max_response_tokens": max_response_tokens,
+            "limit": limit,
+        },
+    )
+    check_row_format(format, column_map)
+    if message_transform is not None and (column_map or format != "auto" or not callable(message_transform)):
+        raise ConfigError(
+            "dataset.message_transform takes the place of dataset.format and dataset.column_map and must be callable. "
+            "Remove those, and give the transform its own column_map."
+        )
+    intake = _Intake(
+        _Limits(max_seq_len, max_prompt_tokens, max_response_tokens),
+        {
+            "bad_row": on_bad_row,
+            "duplicate_id": on_bad_row,
+            "long_prompt": on_long_prompt,
+            "long_response": on_long_response,
+        },
+    )
+
+    def games(row: Row) -> list[_Game]:
+        """The conversations in a row, or the one fault that stands for it."""
+        try:
+            if row.error is not None:
+                raise DataError(f"{row.error} or set dataset.on_bad_row=skip.")
+            sample_id = _sample_id(row, id_column)
+            messages = row_to_messages(
+                row.data,
+                row_format=format,
+                column_map=column_map,
+                message_transform=message_transform,
+                system_prompt=system_prompt,
+            )
+        except DataError as error:
+            return [_Game(row.where, row.default_id, fault=error)]
+        return [_Game(row.where + mark, sample_id + mark, part) for mark, part in split_turns(messages, turns)]
+
+    def samples() -> Iterator[Prompt]:
+        rows = read_rows(source, split=split, name=name, data_dir=data_dir, revision=revision)
+        # In chunks, because a tokenizer that takes many texts at once uses all cores.
+        while chunk := list(islice(rows, min(_CHUNK_ROWS, limit or _CHUNK_ROWS))):
+            of_rows = [games(row) for row in chunk]
+            encoded = iter(_encode(tokenizer, [game for of_row in of_rows for game in of_row]))
+            for of_row in of_rows:
+                intake.rows += 1
+                for game in of_row:
+                    prompt = intake.admit(game, next(encoded))
+                    if prompt is not None:
+                        yield prompt
+
+    dataset = PromptDataset(islice(samples(), limit))
+    dataset.report = intake.conclude(source, len(dataset))
+    return dataset
+
+
+# --- Mechanics ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Game:
+    """One conversation to play, or the fault in its place."""
+
+    where: str
+    sample_id: str
+    messages: list[ChatMessage] = field(default_factory=list)
+    fault: DataError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    max_seq_len: int | None
+    max_prompt_tokens: int | None
+    max_response_tokens: int | None
+
+    def prompt(self) -> tuple[int | None, str]:
+        """The most tokens a prompt may have, and where that comes from."""
+        if self.max_prompt_tokens is not None:
+            return self.max_prompt_tokens, f"dataset.max_prompt_tokens={self.max_prompt_tokens}"
+        if self.max_seq_len is not None:
+            return self.max_seq_len - 1, f"max_seq_len={self.max_seq_len}, less one for the response"
+        return None, ""
+
+    def response(self, prompt_tokens: int) -> tuple[int | None, str]:
+        """The most tokens a real response may have behind a prompt, and where that comes from."""
+        room = None if self.max_seq_len is None else self.max_seq_len - prompt_tokens
+        if self.max_response_tokens is not None and (room is None or self.max_response_tokens <= room):
+            return self.max_response_tokens, f"dataset.max_response_tokens={self.max_response_tokens}"
+        return room, f"max_seq_len={self.max_seq_len}, less {prompt_tokens} of the prompt"
+
+
+class _Intake:
+    """Decides on each sample and keeps the books."""
+
+    def __init__(self, limits: _Limits, actions: Mapping[str, str]) -> None:
+        self.rows = 0
+        self._limits = limits
+        self._actions = actions
+        self._where_of: dict[str, str] = {}
+        self._counts: Counter[str] = Counter()
+        self._examples: list[str] = []
+        self._errors: list[str] = []
+        self._error_count = 0
+
+    def admit(self, game: _Game, encoded: tuple[list[int], list[int]] | DataError) -> Prompt | None:
+        """The sample as it enters the data set, or None if it does not."""
+        if isinstance(encoded, DataError):
+            self._refuse("bad_row", game, str(encoded))
+            return None
+        prompt_ids, real_ids = encoded
+        if not prompt_ids:
+            self._refuse("bad_row", game, "the prompt has no tokens. Use a chat template that marks turns.")
+            return None
+        if game.sample_id in self._where_of:
+            self._refuse(
+                "duplicate_id",
+                game,
+                f"id {game.sample_id!r} is taken by {self._where_of[game.sample_id]}. Give each row an id of its own, "
+                "or name another dataset.id_column.",
+            )
+            return None
+        most, origin = self._limits.prompt()
+        if most is not None and len(prompt_ids) > most:
+            if not self._shorten("long_prompt", "prompt", game, len(prompt_ids), most, origin):
+                return None
+            prompt_ids = prompt_ids[-most:]
+        most, origin = self._limits.response(len(prompt_ids))
+        if most is not None and len(real_ids) > most:
+            if not self._shorten("long_response", "real response", game, len(real_ids), most, origin):
+                return None
+            real_ids = real_ids[:most]
+        self._where_of[game.sample_id] = game.where
+        return Prompt(game.sample_id, prompt_ids, real_ids)
+
+    def _refuse(self, reason: str, game: _Game, fault: str) -> None:
+        if self._actions[reason] == "error":
+            self._error_count += 1
+            if len(self._errors) < _SHOWN:
+                self._errors.append(f"{game.where}: {fault}")
+        else:
+            self._note(reason, game, fault)
+
+    def _shorten(self, reason: str, what: str, game: _Game, found: int, most: int, origin: str) -> bool:
+        """Whether a sample that is too long is kept, cut."""
+        action = self._actions[reason]
+        fault = f"the {what} has {found} tokens, at most {most} fit ({origin})."
+        if action == "error":
+            self._refuse(reason, game, f"{fault} Raise the limit or set dataset.on_{reason}=drop or cut.")
+        else:
+            self._note(f"{reason}_{action}", game, fault)
+        return action == "cut"
+
+    def _note(self, reason: str, game: _Game, fault: str) -> None:
+        self._counts[reason] += 1
+        if len(self._examples) < _SHOWN:
+            self._examples.append(f"{game.where}: {fault}")
+
+    def conclude(self, source: Source, samples: int) -> DatasetReport:
+        """Raise what must be raised, warn of what was done, and report."""
+        label = (
+            source if isinstance(source, str) else f"{len(source)} sources" if isinstance(source, list) else str(source)
+        )
+        if self._error_count:
+            raise DataError(
+                f"{self._error_count} samples in {self.rows} rows of {label} cannot be used:\n"
+                f"{_listed(self._errors, self._error_count)}"
+            )
+        done = ", ".join(f"{reason} {count}" for reason, count in self._counts.items())
+        total = sum(self._counts.values())
+        if not samples:
+            raise DataError(
+                f"No sample is left of {self.rows} rows of {label} ({done}):\n{_listed(self._examples, total)}"
+            )
+        if total:
+            log.warning(
+                "%s: %d samples from %d rows; left out or cut: %s\n%s",
+                label,
+                samples,
+                self.rows,
+                done,
+                _listed(self._examples, total),
+            )
+        return DatasetReport(self.rows, samples, dict(self._counts), self._examples)
+
+
+def _listed(lines: list[str], total: int) -> str:
+    more = [f"  ... and {total - len(lines)} more"] if total > len(lines) else []
+    return "\n".join([*(f"  {line}" for line in lines), *more])
+
+
+def _encode(tokenizer: PromptTokenizer, games: list[_Game]) -> list[tuple[list[int], list[int]] | DataError]:
+    """Prompt and response ids of each game, or what is wrong with it."""
+    playable = [game.messages for game in games if game.fault is None]
+    batched = getattr(tokenizer, "encode_pairs", None)
+    pairs = iter(batched(playable) if batched else (_encode_one(tokenizer, messages) for messages in playable))
+    return [next(pairs) if game.fault is None else game.fault for game in games]
+
+
+def _encode_one(tokenizer: PromptTokenizer, messages: list[ChatMessage]) -> tuple[list[int], list[int]] | DataError:
+    try:
+        return tokenizer.encode_pair(messages)
+    except DataError as error:
+        return error
+
+
+def _sample_id(row: Row, id_column: str) -> str:
+    value = row.data.get(id_column)
+    if isinstance(value, str) and value.strip():
+        _check_id(value)
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if value is not None and value != "":
+        raise DataError(f"column {id_column!r} holds {value!r:.60}, expected a text or a whole number. Fix the row.")
+    if id_column != "id":
+        raise DataError(
+            f"column {id_column!r} is empty or missing; found columns {', '.join(map(str, row.data)) or 'none'}. Fix "
+            "the row or dataset.id_column."
+        )
+    return row.default_id
+
+
+def _check_id(value: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"the id {value!r} is no valid text (lone surrogate). Fix the row.") from error
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_options(choices: Mapping[str, str], counts: Mapping[str, int | None]) -> None:
+    allowed = {
+        "on_long_prompt": ("error", "drop", "cut"),
+        "on_long_response": ("error", "drop", "cut"),
+        "on_bad_row": ("error", "skip"),
+        "turns": ("last", "all"),
+    }
+    faults = [
+        f"dataset.{key}={value}: expected {' or '.join(allowed[key])}."
+        for key, value in choices.items()
+        if value not in allowed[key]
+    ]
+    for key, value in counts.items():
+        label, least = (key, 2) if key == "max_seq_len" else (f"dataset.{key}", 1)
+        if value is not None and not (_is_count(value) and value >= least):
+            faults.append(f"{label}={value}: expected a whole number of {least} or more, or null.")
+    longest, prompt = counts["max_seq_len"], counts["max_prompt_tokens"]
+    if _is_count(longest) and _is_count(prompt) and prompt >= longest:
+        faults.append(
+            f"dataset.max_prompt_tokens={prompt} leaves no room for a response in max_seq_len={longest}; expected at "
+            f"most {longest - 1}."
+        )
+    if faults:
+        raise ConfigError("\n".join(faults))

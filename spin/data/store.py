@@ -1,0 +1,310 @@
+"""The pair store: what the opponent answered and how it scored the answers, on disk, restartable at any shard.
+
+A store is a folder of parquet shards with a ``manifest.json``. The manifest names what the store was made from (its
+fingerprint); it is written when the store is opened, and again, with every shard's checksum, when the store is sealed. A shard
+appears whole or not at all, so a store that a dead process left behind goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from spin.data.types import Pair, Response
+from spin.errors import StoreError
+from spin.fingerprint import file_sha256
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+_SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("iteration", pa.int32()),
+        ("k", pa.int32()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("real_ids", pa.list_(pa.int32())),
+        ("generated_ids", pa.list_(pa.int32())),
+        ("finish_reason", pa.string()),
+        ("reference_real_logp", pa.float64()),
+        ("reference_generated_logp", pa.float64()),
+        ("opponent", pa.string()),
+    ]
+)
+
+
+class PairStore:
+    """A folder of pairs: one parquet row per generated response, the responses of a prompt numbered by ``k``.
+
+    Args:
+        path (str | Path): the folder.
+        manifest (Mapping[str, Any]): the content of its manifest.
+    """
+
+    def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
+        self.path = Path(path)
+        self.manifest = dict(manifest)
+
+    @classmethod
+    def open(cls, path: str | Path) -> PairStore:
+        """Opens a store that exists, sealed or not.
+
+        Raises:
+            StoreError: If there is no manifest, or it is damaged or of another version.
+        """
+        file = Path(path) / MANIFEST
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise StoreError(f"{path}: no pair store here ({MANIFEST} is missing).") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise StoreError(f"{file}: damaged manifest ({error}). Remove the folder; it will be made again.") from error
+        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            raise StoreError(f"{file}: expected a pair store of format {FORMAT_VERSION}. Made by another version of spin?")
+        if not isinstance(manifest.get("fingerprint"), dict) or not isinstance(manifest.get("num_shards"), int):
+            raise StoreError(f"{file}: damaged manifest (no fingerprint or number of shards).")
+        return cls(path, manifest)
+
+    @classmethod
+    def open_or_create(
+        cls,
+        path: str | Path,
+        fingerprint: Mapping[str, Any],
+        num_shards: int,
+        on_stale: Callable[[str], None] | None = None,
+    ) -> PairStore:
+        """Opens the store if it was made from the same things, else begins a new one beside which the old one is kept.
+
+        Call it on one rank.
+
+        Args:
+            path (str | Path): the folder.
+            fingerprint (Mapping[str, Any]): everything that the content depends on, JSON values by name.
+            num_shards (int): shards that the sealed store will have.
+            on_stale (Callable[[str], None] | None): told in a sentence when a store made from other things was moved aside.
+
+        Returns:
+            PairStore: sealed, or to be filled with its missing shards.
+        """
+        path = Path(path)
+        fingerprint = json.loads(json.dumps(fingerprint))
+        if path.exists():
+            try:
+                store = cls.open(path)
+                changed = differences(store.manifest["fingerprint"], fingerprint)
+                if store.manifest["num_shards"] != num_shards:
+                    changed.append("number of shards")
+            except StoreError as error:
+                changed = [str(error)]
+            if not changed:
+                return store
+            aside = _unused_name(path)
+            path.rename(aside)
+            if on_stale is not None:
+                on_stale(f"{path} was made from something else ({'; '.join(changed)}): kept as {aside.name}, making it anew.")
+        path.mkdir(parents=True)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "fingerprint": fingerprint,
+            "num_shards": num_shards,
+            "sealed": False,
+        }
+        _write_json(path / MANIFEST, manifest)
+        return cls(path, manifest)
+
+    @property
+    def is_sealed(self) -> bool:
+        """Every shard is there and its checksum is on record."""
+        return bool(self.manifest.get("sealed"))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards of the sealed store."""
+        return self.manifest["num_shards"]
+
+    @property
+    def opponent(self) -> str:
+        """Fingerprint of the weights that answered or scored."""
+        return self.manifest["fingerprint"]["opponent"]
+
+    def missing_shards(self) -> list[int]:
+        """Shards that are not there or do not read back whole; damaged ones are removed."""
+        recorded = {shard["name"]: shard["sha256"] for shard in self.manifest.get("shards", [])}
+        missing = []
+        for index in range(self.num_shards):
+            file = self._shard(index)
+            if not file.exists():
+                missing.append(index)
+            elif not self._is_whole(file, recorded.get(file.name)):
+                file.unlink()
+                missing.append(index)
+        return missing
+
+    def write_shard(self, index: int, pairs: Sequence[Pair]) -> None:
+        """Writes a shard: temporary name, fsync, rename.
+
+        Raises:
+            StoreError: If a reference log-prob is not finite, naming the samples.
+        """
+        broken = [
+            pair.sample_id
+            for pair in pairs
+            for logp in (pair.reference_real_logp, *(response.reference_logp for response in pair.generated))
+            if logp is not None and not math.isfinite(logp)
+        ]
+        if broken:
+            names = ", ".join(dict.fromkeys(broken))
+            raise StoreError(
+                f"{self._shard(index)}: the opponent's log-probs are not finite for {names}. The weights, or the precision "
+                "they are computed in, are broken; nothing was written."
+            )
+        rows = [(pair, k, response) for pair in pairs for k, response in enumerate(pair.generated)]
+        columns: dict[str, list[Any]] = {
+            "sample_id": [pair.sample_id for pair, _, _ in rows],
+            "iteration": [pair.iteration for pair, _, _ in rows],
+            "k": [k for _, k, _ in rows],
+            "prompt_ids": [pair.prompt_ids for pair, _, _ in rows],
+            "real_ids": [pair.real_ids for pair, _, _ in rows],
+            "generated_ids": [response.token_ids for _, _, response in rows],
+            "finish_reason": [response.finish_reason for _, _, response in rows],
+            "reference_real_logp": [pair.reference_real_logp for pair, _, _ in rows],
+            "reference_generated_logp": [response.reference_logp for _, _, response in rows],
+            "opponent": [self.opponent] * len(rows),
+        }
+        file = self._shard(index)
+        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as stream:
+                pq.write_table(
+                    pa.table(columns, schema=_SCHEMA), stream, compression="zstd", write_page_checksum=True
+                )
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.rename(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def seal(self, report: Mapping[str, Any] | None = None) -> None:
+        """Records the checksum of every shard. Call it on one rank when no shard is missing.
+
+        Args:
+            report (Mapping[str, Any] | None): counts to keep with the store.
+
+        Raises:
+            StoreError: If a shard is missing.
+        """
+        missing = self.missing_shards()
+        if missing:
+            raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
+        files = [self._shard(index) for index in range(self.num_shards)]
+        self.manifest["shards"] = [
+            {
+                "name": file.name,
+                "rows": pq.read_metadata(file).num_rows,
+                "bytes": file.stat().st_size,
+                "sha256": file_sha256(file),
+            }
+            for file in files
+        ]
+        self.manifest["report"] = dict(report or {})
+        self.manifest["sealed"] = True
+        _write_json(self.path / MANIFEST, self.manifest)
+
+    def read_shard(self, index: int) -> list[Pair]:
+        """The pairs of a shard, token ids as views on one array.
+
+        Raises:
+            StoreError: If the shard is missing, or does not read back as it was written.
+        """
+        file = self._shard(index)
+        try:
+            table = pq.read_table(file, page_checksum_verification=True)
+            if not table.schema.equals(_SCHEMA):
+                raise StoreError(f"{file}: has the columns {table.schema.names}, expected {_SCHEMA.names}.")
+        except FileNotFoundError:
+            raise StoreError(f"{file}: missing. Start the run again; the shard will be made again.") from None
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(
+                f"{file}: damaged ({error}). Remove it and start the run again; only this shard will be made again."
+            ) from error
+        return _pairs_of(table)
+
+    def pairs(self) -> Iterator[Pair]:
+        """All pairs, shard by shard."""
+        for index in range(self.num_shards):
+            yield from self.read_shard(index)
+
+    def _shard(self, index: int) -> Path:
+        return self.path / f"shard-{index:05d}.parquet"
+
+    @staticmethod
+    def _is_whole(file: Path, sha256: str | None) -> bool:
+        if sha256 is not None:
+            return file_sha256(file) == sha256
+        try:
+            return pq.read_table(file, page_checksum_verification=True).schema.equals(_SCHEMA)
+        except (OSError, pa.ArrowException):
+            return False
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """The fields in which two fingerprints differ, in words."""
+    missing = object()
+    return [
+        f"{name} is {new.get(name, 'absent')!r}, was {old.get(name, 'absent')!r}"
+        for name in sorted({*old, *new})
+        if old.get(name, missing) != new.get(name, missing)
+    ]
+
+
+def _pairs_of(table: pa.Table) -> list[Pair]:
+    lists = {}
+    for name in ("prompt_ids", "real_ids", "generated_ids"):
+        column = table[name].combine_chunks()
+        values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
+        lists[name] = [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+    rest = {
+        name: table[name].to_pylist()
+        for name in ("sample_id", "iteration", "k", "finish_reason", "reference_real_logp", "reference_generated_logp")
+    }
+    pairs: list[Pair] = []
+    for i in range(table.num_rows):
+        response = Response(lists["generated_ids"][i], rest["finish_reason"][i], rest["reference_generated_logp"][i])
+        if rest["k"][i] > 0 and pairs and pairs[-1].key == (rest["iteration"][i], rest["sample_id"][i]):
+            pairs[-1].generated.append(response)
+            continue
+        pairs.append(
+            Pair(
+                sample_id=rest["sample_id"][i],
+                iteration=rest["iteration"][i],
+                prompt_ids=lists["prompt_ids"][i],
+                real_ids=lists["real_ids"][i],
+                generated=[response],
+                reference_real_logp=rest["reference_real_logp"][i],
+            )
+        )
+    return pairs
+
+
+def _unused_name(path: Path) -> Path:
+    n = 0
+    while (aside := path.with_name(f"{path.name}.stale-{n}")).exists():
+        n += 1
+    return aside
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2, sort_keys=True)
+        stream.write("\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(file)

@@ -1,0 +1,75 @@
+"""What flows between the stages of an iteration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+FinishReason = Literal["stop", "length"]
+# a list where people write them, an int32 array where they come from a store
+TokenIds: TypeAlias = "Sequence[int] | np.ndarray"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One sample of the data set, tokenized once.
+
+    Args:
+        sample_id (str): unique name of the sample in its data set.
+        prompt_ids (TokenIds): what the opponent is asked, and what stands before both responses in training.
+        real_ids (TokenIds): the data set's answer, closed by the end-of-turn token.
+    """
+
+    sample_id: str
+    prompt_ids: TokenIds
+    real_ids: TokenIds
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer of the opponent.
+
+    Args:
+        token_ids (TokenIds): as written by the model, stop token included if it wrote one.
+        finish_reason (FinishReason): ``stop`` if the model ended the answer, ``length`` if the limit did.
+        reference_logp (float | None): the opponent's summed log-prob in nats; None until scored.
+    """
+
+    token_ids: TokenIds
+    finish_reason: FinishReason
+    reference_logp: float | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with its real response and the opponent's responses to it.
+
+    Args:
+        sample_id (str): the sample of the data set.
+        iteration (int): the iteration whose opponent wrote the generated responses.
+        prompt_ids (TokenIds): token ids of the prompt.
+        real_ids (TokenIds): token ids of the real response.
+        generated (list[Response]): the opponent's responses; none where only the real response is scored.
+        reference_real_logp (float | None): the current opponent's summed log-prob of the real response in nats; None until
+            scored.
+    """
+
+    sample_id: str
+    iteration: int
+    prompt_ids: TokenIds
+    real_ids: TokenIds
+    generated: list[Response] = field(default_factory=list)
+    reference_real_logp: float | None = None
+
+    @property
+    def key(self) -> tuple[int, str]:
+        """``(iteration, sample_id)``, unique among the pairs of an iteration."""
+        return (self.iteration, self.sample_id)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the pair takes in a row: the prompt once, and every response."""
+        return len(self.prompt_ids) + len(self.real_ids) + sum(len(response.token_ids) for response in self.generated)

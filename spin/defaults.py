@@ -1,0 +1,67 @@
+"""The keys that a recipe's config may have, with their defaults.
+
+Sections with a ``_component_`` also take the component's own arguments; the keys under ``_extra_`` are the recipe's. A recipe
+of your own adds its keys in its own file: ``DEFAULTS = RECIPE_DEFAULTS | {"my_key": 1}``.
+"""
+
+from typing import Any
+
+RECIPE_DEFAULTS: dict[str, Any] = {
+    "output_dir": None,
+    "resume": "auto",
+    "resume_with_changes": [],
+    "model": {"_component_": None},
+    "tokenizer": {"_component_": None},
+    "checkpointer": {"_component_": "spin.checkpoint.SPINCheckpointer"},
+    "dataset": {"_component_": "spin.data.prompt_dataset"},
+    "validation_dataset": None,
+    "validation": {"spin": False, "at_start": True, "table_rows": 4},
+    "generator": {"_component_": "spin.generators.TorchtuneGenerator"},
+    "sampling": {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+        "min_new_tokens": 1,
+        "max_new_tokens": 256,
+        "stop_token_ids": [],
+        "stop_strings": [],
+    },
+    "pairs": {
+        "responses_per_prompt": 1,
+        "history": 0,
+        "history_fraction": 1.0,
+        "truncated": "keep",
+        "equal_to_real": "keep",
+        "empty": "drop",
+        "prompts_per_shard": 256,
+        "row_tokens": 8192,
+        "row_multiple": 128,
+    },
+    "loss": {"_component_": "spin.loss.SPINLoss", "beta": 0.1},
+    "nll_weight": 0.0,
+    "optimizer": {"_component_": "torch.optim.AdamW", "lr": 5e-7, "_extra_": {"reset_each_iteration": True}},
+    "lr_scheduler": {"name": "linear", "warmup": 0.1, "min_ratio": 0.0},
+    "max_iterations": 3,
+    "max_epochs": 2,
+    "max_steps": -1,
+    "max_time": None,
+    "global_batch_size": 64,
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "val_check_interval": 0.5,
+    "save_interval": 1.0,
+    "clip_grad_norm": 1.0,
+    "logprob_chunk_tokens": 2048,
+    "dtype": "fp32",
+    "compute_dtype": "bf16",
+    "enable_activation_checkpointing": False,
+    "compile": False,
+    "self_test": True,
+    "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "${output_dir}/logs"},
+    "log_every_n_steps": 1,
+    "device": None,
+    "replicas": 1,
+    "seed": 42,
+    "allow_components": [],
+}

@@ -1,0 +1,363 @@
+"""Process group, sharding, and the few collectives that recipes need.
+
+One process is the one-rank case of the same code: it gets a process group of size one and a sharded model like everybody
+else, so nothing in this project asks whether it runs distributed.
+"""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from torch.distributed.tensor import DTensor
+
+from spin.errors import ConfigError
+
+_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_KEPT = "_spin_unsharded"  # set on the root while `unsharded` holds the parameters
+_RESHARD = "_spin_reshard_after_forward"  # set on each sharded module: what `unsharded` restores
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among all of them.
+
+    Args:
+        rank (int): number of this process, 0 to ``world_size - 1``.
+        world_size (int): number of processes.
+        local_rank (int): number of this process on its host.
+        device (torch.device): where this process computes.
+        mesh (DeviceMesh): ``("shard",)``, or ``("replicate", "shard")`` with replicas.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes what exists once."""
+        return self.rank == 0
+
+
+def init_world(device: str | None = None, *, timeout_seconds: float = 8 * 3600, replicas: int = 1) -> World:
+    """Join the process group that torchrun announces, or make one of size one.
+
+    Without torchrun the group lives in memory and opens no port. A second call in a process describes the group that is
+    there already.
+
+    Args:
+        device (str | None): ``cpu``, ``cuda`` or None for CUDA where there is a GPU.
+        timeout_seconds (float): how long a rank waits for another in a collective. It is long by default because ranks
+            generate without talking to each other.
+        replicas (int): number of replicas of the sharded model (HSDP); 1 shards over all ranks.
+
+    Returns:
+        World: rank, device and mesh of this process.
+
+    Raises:
+        ConfigError: if ``device`` is unknown or not there, if ``replicas`` does not divide the number of processes, or
+            if the process already has a group for another kind of device.
+    """
+    device_type = _device_type(device)
+    under_torchrun = all(name in os.environ for name in _TORCHRUN_VARIABLES)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0")) if under_torchrun else 0
+    if device_type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"process {local_rank} of this host has no GPU: torch sees {torch.cuda.device_count()}. "
+                "Lower --nproc_per_node, or check CUDA_VISIBLE_DEVICES."
+            )
+        torch.cuda.set_device(local_rank)
+        here = torch.device("cuda", local_rank)
+    else:
+        here = torch.device("cpu")
+        _keep_freed_memory()
+
+    if not dist.is_initialized():
+        # CPU tensors have their own backend on GPUs too: objects and checkpoints travel without touching the GPU.
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_seconds)
+        if under_torchrun:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif device_type == "cuda" and "nccl" not in dist.get_backend_config():
+        raise ConfigError(
+            f"device is cuda, but this process already has a process group with backend {dist.get_backend()}. "
+            "Call spin.distributed.shutdown() first, or set device=cpu."
+        )
+
+    world_size = dist.get_world_size()
+    if replicas < 1 or world_size % replicas:
+        raise ConfigError(
+            f"replicas is {replicas}, but there are {world_size} processes. replicas must divide the number of "
+            "processes: 1 shards the model over all of them."
+        )
+    if replicas == 1:
+        mesh = init_device_mesh(device_type, (world_size,), mesh_dim_names=("shard",))
+    else:
+        shape = (replicas, world_size // replicas)
+        mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
+    return World(dist.get_rank(), world_size, local_rank, here, mesh)
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc keep large blocks instead of returning them to the system.
+
+    FSDP frees and allocates each layer's parameters in every forward and backward, and on CPU the page faults of fresh
+    blocks cost more than the copies: 25 % of a step of a 135M model in bfloat16, 7 % with this.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # glibc
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def _device_type(device: str | None) -> str:
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"device is {device!r}, expected 'cpu', 'cuda' or null. The GPU's number comes from torchrun, or from "
+            "CUDA_VISIBLE_DEVICES."
+        )
+    if device == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+        raise ConfigError(
+            f"device is cuda, but torch {torch.__version__} ({built}) sees no GPU. Set device=cpu, or install a CUDA "
+            "build of torch and check the driver with nvidia-smi."
+        )
+    return device
+
+
+def shard_model(
+    model: nn.Module,
+    world: World,
+    *,
+    compute_dtype: torch.dtype,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
+    """Shard a torchtune decoder in place, one group per transformer layer and one for the rest.
+
+    Parameters keep their dtype in the shards, compute in ``compute_dtype``, and their gradients are averaged over the
+    ranks in float32. Wrap layers (activation checkpointing, ``layer.compile()``) before, and load weights after.
+
+    The root (embeddings, last norm, output) stays gathered from forward to backward, which needs it first; after a
+    forward without gradients it is sharded again at once, so that nobody meets a stale copy after the next step.
+
+    Args:
+        model (nn.Module): has ``layers``; may be on the meta device.
+        world (World): gives the mesh.
+        compute_dtype (torch.dtype): dtype of parameters and activations in forward and backward.
+        reshard_after_forward (bool): free a layer's gathered parameters after its forward; False saves the second
+            all-gather and costs memory for the whole model in ``compute_dtype``. On one rank that all-gather is a copy.
+        cpu_offload (bool): keep shards, gradients and optimizer state in CPU memory; needs a GPU to compute on.
+
+    Raises:
+        ConfigError: if the model has no ``layers``, or if ``cpu_offload`` is asked for without a GPU.
+    """
+    layers = getattr(model, "layers", None)
+    if not isinstance(layers, nn.ModuleList | nn.ModuleDict):
+        raise ConfigError(
+            f"cannot shard {type(model).__name__}: it has no `layers` module list. "
+            "SPIN trains torchtune decoders (torchtune.modules.TransformerDecoder)."
+        )
+    if cpu_offload and world.device.type == "cpu":
+        raise ConfigError("cpu_offload moves parameters off the GPU, but device is cpu. Set cpu_offload=false.")
+    stored_dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    mp_policy = MixedPrecisionPolicy(
+        param_dtype=None if stored_dtypes == {compute_dtype} else compute_dtype, reduce_dtype=torch.float32
+    )
+    offload_policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for layer in layers.values() if isinstance(layers, nn.ModuleDict) else layers:
+        _shard(layer, world, mp_policy, offload_policy, reshard_after_forward)
+    _shard(model, world, mp_policy, offload_policy, reshard_after_forward=False)
+    model.register_forward_hook(_reshard_root_without_grad)
+
+
+def _shard(
+    module: nn.Module,
+    world: World,
+    mp_policy: MixedPrecisionPolicy,
+    offload_policy: OffloadPolicy,
+    reshard_after_forward: bool,
+) -> None:
+    fully_shard(
+        module,
+        mesh=world.mesh,
+        reshard_after_forward=reshard_after_forward,
+        mp_policy=mp_policy,
+        offload_policy=offload_policy,
+    )
+    setattr(module, _RESHARD, reshard_after_forward)
+
+
+def _reshard_root_without_grad(model: nn.Module, args: Any, output: Any) -> None:
+    if not torch.is_grad_enabled() and not getattr(model, _KEPT, False):
+        reshard(model)
+
+
+def materialize(model: nn.Module, world: World, *, cpu_offload: bool = False) -> None:
+    """Give a sharded meta-device model its memory: uninitialised parameters, computed rotary tables.
+
+    Args:
+        model (nn.Module): built under ``torch.device("meta")`` and sharded.
+        world (World): gives the device.
+        cpu_offload (bool): as given to :func:`shard_model`.
+
+    Raises:
+        ConfigError: if a buffer that no checkpoint holds cannot be computed.
+    """
+    model.to_empty(device="cpu" if cpu_offload else world.device)
+    computed: set[str] = set()
+    for name, module in model.named_modules():
+        if hasattr(module, "rope_init"):
+            with torch.device(world.device):
+                module.rope_init()
+            computed.update(f"{name}.{buffer}" for buffer, _ in module.named_buffers(recurse=False))
+    # Buffers outside the state dict have no other source than their module's own code.
+    left = sorted(
+        clean_name(f"{name}.{buffer}")
+        for name, module in model.named_modules()
+        for buffer in module._non_persistent_buffers_set
+        if getattr(module, buffer) is not None and f"{name}.{buffer}" not in computed
+    )
+    if left:
+        raise ConfigError(
+            f"buffers {', '.join(left)} are not in checkpoints and their module has no rope_init() to compute them. "
+            "Build the model on its device, not on meta."
+        )
+
+
+def clean_name(name: str) -> str:
+    """The name of a parameter or module without the prefixes of activation checkpointing and torch.compile."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Every module of ``model`` that FSDP2 shards, root first; empty for a plain model."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(model: nn.Module) -> None:
+    """Free all gathered parameters, so that ``model.parameters()`` are the shards that the optimizer updates."""
+    for module in sharded_modules(model):
+        module.reshard()
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Gather every parameter once, in the compute dtype, and keep them all until the end of the block.
+
+    Forwards inside run no collective, so ranks may run different numbers of them: this is for generation. Costs the
+    memory of the whole model in the compute dtype. Collective at entry; forwards inside are for ``torch.no_grad()``. At
+    exit the model is sharded as before. Does nothing for a plain model; may be nested.
+
+    Args:
+        model (nn.Module): sharded by :func:`shard_model`, or plain.
+
+    Yields:
+        None: the parameters are gathered.
+    """
+    modules = sharded_modules(model)
+    if not modules or getattr(model, _KEPT, False):
+        yield
+        return
+    setattr(model, _KEPT, True)
+    try:
+        # Tensors made in inference mode could never be trained on again.
+        with torch.inference_mode(False), torch.no_grad():
+            for module in modules:
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
+        yield
+    finally:
+        for module in modules:
+            module.reshard()
+            module.set_reshard_after_forward(getattr(module, _RESHARD, True), recurse=False)
+        setattr(model, _KEPT, False)
+
+
+def all_reduce_sums(values: dict[str, float], world: World) -> dict[str, float]:
+    """Sum each value over all ranks, in one all-reduce.
+
+    Args:
+        values (dict[str, float]): the same keys on every rank, in any order.
+        world (World): the ranks.
+
+    Returns:
+        dict[str, float]: float64 sums, in the order of ``values``.
+    """
+    names = sorted(values)
+    packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=world.device)
+    dist.all_reduce(packed)
+    sums = dict(zip(names, packed.tolist(), strict=True))  # host/device sync
+    return {name: sums[name] for name in values}
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """True on every rank if ``flag`` is true on one."""
+    return all_reduce_sums({"flag": float(flag)}, world)["flag"] > 0
+
+
+def gather_objects(obj: Any, world: World) -> list[Any]:
+    """The objects of all ranks, in rank order, on every rank. Between processes of one run only: it uses pickle."""
+    objects: list[Any] = [None] * world.world_size
+    dist.all_gather_object(objects, obj)
+    return objects
+
+
+def broadcast_object(obj: Any, world: World) -> Any:
+    """Rank 0's object on every rank."""
+    objects = [obj if world.is_main else None]
+    dist.broadcast_object_list(objects, src=0)
+    return objects[0]
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.device.type == "cuda":
+        dist.barrier(device_ids=[world.local_rank])
+    else:
+        dist.barrier()
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor; a plain tensor as it is. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The model's parameters by torchtune name, gathered one at a time. Collective: every rank must take them all.
+
+    Args:
+        model (nn.Module): sharded or plain.
+
+    Yields:
+        tuple[str, torch.Tensor]: name and whole tensor, detached.
+    """
+    for name, parameter in model.named_parameters():
+        yield clean_name(name), full_tensor(parameter.detach())

@@ -1,0 +1,34 @@
+"""Errors whose message is written for the person at the command line: what was found, where, what was expected, and the
+remedy. The command line prints them without a traceback; anything else that escapes is a defect of this project."""
+
+
+class SpinError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(SpinError, ValueError):
+    """A config that cannot work: unknown key, impossible arithmetic, component that is not allowed."""
+
+
+class DataError(SpinError, ValueError):
+    """A data set, row or tokenizer that SPIN cannot learn from."""
+
+
+class StoreError(SpinError, RuntimeError):
+    """A pair store that is missing, damaged or made for something else."""
+
+
+class GeneratorError(SpinError, RuntimeError):
+    """A generator that failed, or whose answers do not fit the prompts."""
+
+
+class CheckpointError(SpinError, RuntimeError):
+    """A checkpoint that is missing, damaged, or does not fit the model or the config."""
+
+
+class SelfTestError(SpinError, RuntimeError):
+    """The first step of an iteration did not start at the loss of two equal models."""
+
+
+class NonFiniteError(SpinError, RuntimeError):
+    """Loss or gradient norm is NaN or infinite; no weight was changed."""

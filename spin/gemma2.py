@@ -1,0 +1,101 @@
+"""Gemma 2 as it was trained. torchtune 0.6.1 differs from the released model in three places, all mended from outside:
+
+1. ``Gemma2FinalNorm`` soft-caps the hidden state; Gemma 2 soft-caps the logits.
+2. The builders ``gemma2_2b``, ``gemma2_9b`` and ``gemma2_27b`` pass 30 to attention and 50 to the output; it is the
+other
+   way round.
+3. The weight converters give the norm before the MLP to the norm after it, and vice versa.
+
+Source: Gemma 2 (arXiv 2408.00118), section 2, "Logit soft-capping", and table 1. Tests compare with transformers.
+"""
+
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torchtune.models.gemma2._attention import Gemma2Attention
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
+from torchtune.modules import TransformerDecoder
+
+Value = TypeVar("Value")
+
+
+def fix_gemma2_softcap(model: nn.Module, *, attention_cap: float = 50.0, final_cap: float = 30.0) -> bool:
+    """Move the final soft cap from the hidden state to the logits, and set both caps. Other models are left alone.
+
+    A head that computes logits itself instead of calling ``model.unembed`` must apply ``final_softcap(model)``.
+
+    Args:
+        model (nn.Module): any torchtune decoder; calling this twice is harmless.
+        attention_cap (float): ``attn_logit_softcapping`` of config.json; the default is that of every released Gemma 2.
+        final_cap (float): ``final_logit_softcapping`` of config.json; the default is that of every released Gemma 2.
+
+    Returns:
+        bool: True if ``model`` is a Gemma 2.
+    """
+    norm = getattr(model, "norm", None)
+    if not isinstance(norm, Gemma2FinalNorm):
+        return False
+    norm.capping_value = norm.logit_capping.capping_value = final_cap
+    norm.forward = MethodType(_norm_without_cap, norm)
+    model.unembed = MethodType(_capped_unembed, model)  # type: ignore[assignment]
+    for module in model.modules():
+        if isinstance(module, Gemma2Attention):
+            module.softcapping = attention_cap
+    return True
+
+
+def final_softcap(model: nn.Module) -> float | None:
+    """The cap that logits still need after ``model.output(model.norm(hidden))``.
+
+    Args:
+        model (nn.Module): any torchtune decoder.
+
+    Returns:
+        float | None: c of ``c * tanh(logits / c)``, or None where logits are not capped.
+    """
+    norm = getattr(model, "norm", None)
+    fixed = getattr(getattr(norm, "forward", None), "__func__", None) is _norm_without_cap
+    return float(norm.capping_value) if fixed else None  # type: ignore[union-attr, arg-type]
+
+
+def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """``cap * tanh(logits / cap)``, or ``logits`` if there is no cap.
+
+    Args:
+        logits (torch.Tensor): any shape.
+        cap (float | None): bound of the absolute value.
+
+    Returns:
+        torch.Tensor: same shape and dtype.
+    """
+    return logits if cap is None else torch.tanh(logits / cap) * cap
+
+
+def swap_mlp_norms(state_dict: dict[str, Value]) -> dict[str, Value]:
+    """Exchange ``mlp_norm`` and ``mlp_scale`` in the names of a torchtune Gemma 2 state dict.
+
+    Needed after ``gemma2_hf_to_tune`` and before ``gemma2_tune_to_hf``, which confuse pre_feedforward_layernorm and
+    post_feedforward_layernorm. It is its own inverse.
+
+    Args:
+        state_dict (dict[str, Value]): torchtune names to anything.
+
+    Returns:
+        dict[str, Value]: the same values under the right names, in the same order.
+    """
+    other = {"mlp_norm": "mlp_scale", "mlp_scale": "mlp_norm"}
+    return {".".join(other.get(part, part) for part in name.split(".")): value for name, value in state_dict.items()}
+
+
+def _norm_without_cap(self: Gemma2FinalNorm, x: torch.Tensor) -> torch.Tensor:
+    return self.rms_norm(x)
+
+
+def _capped_unembed(self: Any, h: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    cap = final_softcap(self)
+    output = TransformerDecoder.unembed(self, h)
+    if isinstance(output, list):  # chunked output
+        return [softcap(chunk.float(), cap) for chunk in output]
+    return softcap(output, cap)

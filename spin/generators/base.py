@@ -1,0 +1,141 @@
+"""The generator interface: whoever answers prompts with token ids can play the opponent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from spin.data.types import FinishReason
+from spin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the opponent answers. The defaults are the model's own distribution, unaltered.
+
+    Args:
+        temperature (float): 0 is greedy.
+        top_k (int): keep the k most probable tokens; 0 keeps all.
+        top_p (float): keep the smallest set of tokens with at least this probability, in (0, 1].
+        repetition_penalty (float): divides positive and multiplies negative logits of tokens that stand in the prompt or
+            the response so far (CTRL, arXiv 1909.05858); 1 is off.
+        min_new_tokens (int): no stop token before this many tokens.
+        max_new_tokens (int): the response is cut here, finish reason ``length``.
+        stop_token_ids (tuple[int, ...]): end the response; the stop token is part of it.
+        stop_strings (tuple[str, ...]): end the response where the text first contains one; its tokens are part of it.
+        logprobs (bool): also return the log-prob of each token under the unaltered distribution.
+
+    Raises:
+        ConfigError: If a value is outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    max_new_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        faults = [
+            f"sampling.{name}={getattr(self, name)}: expected {expected}."
+            for name, ok, expected in (
+                ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+                ("top_k", self.top_k >= 0, "0 (off) or more"),
+                ("top_p", 0 < self.top_p <= 1, "a share in (0, 1]"),
+                ("repetition_penalty", self.repetition_penalty > 0, "more than 0; 1 is off"),
+                ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+                ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
+            )
+            if not ok
+        ]
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+
+def sampling_params(section: Mapping[str, Any], eos_ids: Sequence[int]) -> SamplingParams:
+    """The config's ``sampling`` with the model's own stop tokens added.
+
+    Args:
+        section (Mapping[str, Any]): arguments of :class:`SamplingParams`.
+        eos_ids (Sequence[int]): the tokenizer's end-of-turn tokens.
+
+    Returns:
+        SamplingParams: how the opponent answers.
+    """
+    return SamplingParams(**{**section, "stop_token_ids": (*eos_ids, *section.get("stop_token_ids", ()))})
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer to one prompt.
+
+    Args:
+        token_ids (list[int]): as written, stop token included if there is one.
+        finish_reason (FinishReason): ``stop`` or ``length``.
+        logprobs (list[float] | None): per token, in nats, under the unaltered distribution; None unless asked for.
+    """
+
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class GeneratorContext:
+    """What a recipe hands to the generator that the config names.
+
+    Args:
+        model (nn.Module | None): the policy, for generators that run it in place.
+        device (torch.device): where the policy lives.
+        max_seq_len (int): longest prompt plus response that the model takes, in tokens.
+        decode (Callable[[Sequence[int]], str]): token ids to text, for stop strings.
+    """
+
+    model: nn.Module | None
+    device: torch.device
+    max_seq_len: int
+    decode: Callable[[Sequence[int]], str]
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """Answers prompts. A recipe calls ``generate`` once per shard of prompts, and ``update_weights`` before an iteration
+    unless ``shares_policy_weights`` says that the generator runs the policy itself."""
+
+    shares_policy_weights: bool
+
+    def generate(
+        self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]
+    ) -> list[Completion]:
+        """One completion per prompt, in order. A completion depends on its prompt, ``sampling`` and its seed only.
+
+        Raises:
+            GeneratorError: If the engine fails, or a prompt leaves no room for a response.
+        """
+        ...
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Takes the policy's weights, by torchtune parameter name, one tensor at a time."""
+        ...
+
+    def sleep(self) -> None:
+        """Gives device memory back while the policy trains."""
+        ...
+
+    def wake(self) -> None:
+        """Makes ready for ``generate`` again."""
+        ...
+
+    def close(self) -> None:
+        """Ends the engine."""
+        ...

@@ -1,0 +1,220 @@
+"""Answers from a file: responses that were made elsewhere, by another engine or on another cluster."""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from spin.data.types import FinishReason
+from spin.errors import ConfigError, GeneratorError
+from spin.generators.base import Completion, GeneratorContext, SamplingParams
+
+log = logging.getLogger(__name__)
+
+_COLUMNS = ("prompt_ids", "generated_ids")
+_REASONS = get_args(FinishReason)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    k: int
+    token_ids: np.ndarray
+    finish_reason: FinishReason | None
+
+
+class ReplayGenerator:
+    """Looks responses up by the exact token ids of the prompt.
+
+    ``path`` is one of
+
+    - a JSON Lines file, one response a line: ``{"prompt_ids": [...], "generated_ids": [...]}`` and, if known,
+      ``"finish_reason": "stop" | "length"`` and ``"k": 0``;
+    - a parquet file with these columns, or a folder of such files: a pair store.
+
+    Token ids only: text, encoded again, need not give back the ids that the model wrote. The stop token belongs to
+    ``generated_ids``. Without a finish reason, a response that ends with a stop token stopped, any other was cut.
+
+    Several responses to a prompt are ordered by k, then by their place in the file. In one call of ``generate`` the
+    i-th request for a prompt gets its i-th response; the next call starts with the first again. So the answers depend
+    neither on earlier calls nor on a restart, and seeds are not looked at.
+
+    The answers are fixed: ``update_weights`` changes nothing. From the second iteration on they are not the opponent's
+    own; reference log-probs still are today's opponent's.
+
+    Args:
+        context (GeneratorContext): gives ``max_seq_len`` and, for messages, ``decode``.
+        path (str | Path): the file or folder.
+        on_missing (str): ``error``, or ``empty``: a prompt without a response left gets an empty one, which the recipe
+            treats like any empty answer.
+
+    Raises:
+        ConfigError: If ``on_missing`` is unknown.
+        GeneratorError: If the file is missing, unreadable, or a row is not as above; the message names the row.
+    """
+
+    shares_policy_weights = False
+
+    def __init__(self, context: GeneratorContext, path: str | Path, on_missing: str = "error") -> None:
+        if on_missing not in ("error", "empty"):
+            raise ConfigError(f"generator.on_missing={on_missing!r}: expected 'error' or 'empty'.")
+        self.path = Path(path)
+        self._context = context
+        self._on_missing = on_missing
+        self._answers: dict[bytes, list[_Answer]] = {}
+        for prompt, answer in _read(self.path):
+            self._answers.setdefault(_key(prompt), []).append(answer)
+        if not self._answers:
+            raise GeneratorError(f"{self.path}: no responses in it.")
+        for answers in self._answers.values():
+            answers.sort(key=lambda answer: answer.k)  # stable: the file's order within the same k
+
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
+        """One response per prompt, in order, cut at ``max_new_tokens`` and at ``max_seq_len`` (finish reason
+        ``length``).
+
+        Args:
+            prompts (list[list[int]]): token ids.
+            sampling (SamplingParams): only ``max_new_tokens`` and ``stop_token_ids`` matter.
+            seeds (list[int]): not looked at.
+
+        Returns:
+            list[Completion]: as many as prompts.
+
+        Raises:
+            GeneratorError: If a prompt is not in the file, or is asked for more often than the file has responses to
+                it, and ``on_missing`` is ``error``; if log-probs are asked for.
+        """
+        if sampling.logprobs:
+            raise GeneratorError(f"{self.path}: a replayed response has no log-probs. Set sampling.logprobs=false.")
+        asked: Counter[bytes] = Counter()
+        completions, missing = [], []
+        unstopped = 0
+        for index, prompt in enumerate(prompts):
+            key = _key(prompt)
+            answers = self._answers.get(key, [])
+            if asked[key] < len(answers):
+                completion = self._completion(answers[asked[key]], prompt, sampling)
+                stop_is_known = bool(sampling.stop_token_ids) and not sampling.stop_strings
+                if stop_is_known and completion.finish_reason == "stop" and completion.token_ids:
+                    unstopped += completion.token_ids[-1] not in sampling.stop_token_ids
+            else:
+                missing.append((index, len(answers)))
+                completion = Completion([], "length")
+            asked[key] += 1
+            completions.append(completion)
+        if missing and self._on_missing == "error":
+            raise GeneratorError(self._missing_message(prompts, missing))
+        if missing:
+            log.warning(
+                "%s: %d of %d prompts got an empty response (on_missing=empty).", self.path, len(missing), len(prompts)
+            )
+        if unstopped:
+            log.warning(
+                "%s: %d responses have finish_reason stop but do not end with a stop token of %s. If the engine left it "
+                "out, append it to generated_ids: SPIN scores it.",
+                self.path,
+                unstopped,
+                list(sampling.stop_token_ids),
+            )
+        return completions
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Ignored, and not iterated: the answers are fixed."""
+
+    def sleep(self) -> None:
+        """Nothing to do."""
+
+    def wake(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+    def _completion(self, answer: _Answer, prompt: Sequence[int], sampling: SamplingParams) -> Completion:
+        room = max(0, min(sampling.max_new_tokens, self._context.max_seq_len - len(prompt)))
+        token_ids = answer.token_ids[:room].tolist()
+        if len(answer.token_ids) > room:
+            return Completion(token_ids, "length")
+        stopped = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
+        return Completion(token_ids, answer.finish_reason or ("stop" if stopped else "length"))
+
+    def _missing_message(self, prompts: list[list[int]], missing: list[tuple[int, int]]) -> str:
+        shown = "; ".join(
+            f"prompt {index} ({len(prompts[index])} tokens, {self._context.decode(prompts[index])[:60]!r}) has {found}"
+            for index, found in missing[:3]
+        )
+        return (
+            f"{self.path}: {len(missing)} of {len(prompts)} requests have no response left, e.g. {shown}. Prompts are "
+            "matched by their exact token ids: make the file with the same tokenizer, chat template and number of responses per "
+            "prompt, or set generator.on_missing=empty."
+        )
+
+
+def _key(prompt: Sequence[int] | np.ndarray) -> bytes:
+    return np.asarray(prompt, dtype=np.int32).tobytes()
+
+
+def _read(path: Path) -> Iterator[tuple[np.ndarray, _Answer]]:
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if not files:
+        raise GeneratorError(
+            f"{path}: no *.parquet file in this folder. Expected a pair store, a parquet file or a .jsonl."
+        )
+    for file in files:
+        if not file.is_file():
+            raise GeneratorError(f"{file}: no such file. Set generator.path to a .jsonl, a .parquet or a pair store.")
+        for where, row in _parquet_rows(file) if file.suffix == ".parquet" else _json_rows(file):
+            yield _checked(where, row)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                raise GeneratorError(f"{file}:{number}: not a JSON object in UTF-8 ({error}).") from error
+            yield f"{file}:{number}", row
+
+
+def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        wanted = [name for name in (*_COLUMNS, "finish_reason", "k") if name in parquet.schema_arrow.names]
+        number = 0
+        for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
+            for row in batch.to_pylist():
+                yield f"{file}: row {number}", row
+                number += 1
+    except (OSError, pa.ArrowException) as error:
+        raise GeneratorError(f"{file}: not a readable parquet file ({error}).") from error
+
+
+def _checked(where: str, row: Any) -> tuple[np.ndarray, _Answer]:
+    if not isinstance(row, dict) or any(row.get(name) is None for name in _COLUMNS):
+        found = f"the fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
+        raise GeneratorError(
+            f"{where}: has {found}, expected prompt_ids and generated_ids, lists of token ids. Text is not taken: encoding "
+            "it again need not give the ids that the model wrote."
+        )
+    for name in _COLUMNS:
+        ids = row[name]
+        if not isinstance(ids, list) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+            raise GeneratorError(f"{where}: {name} is {str(ids)[:60]}, expected a list of token ids.")
+    reason, k = row.get("finish_reason"), row.get("k")
+    if reason is not None and reason not in _REASONS:
+        raise GeneratorError(f"{where}: finish_reason is {reason!r}, expected one of {', '.join(_REASONS)}.")
+    if k is not None and type(k) is not int:
+        raise GeneratorError(f"{where}: k is {k!r}, expected the number of the response.")
+    token_ids = np.asarray(row["generated_ids"], dtype=np.int32)
+    return np.asarray(row["prompt_ids"], dtype=np.int32), _Answer(k or 0, token_ids, reason)

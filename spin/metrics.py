@@ -1,0 +1,180 @@
+"""Metrics of a step: sums over the rows of a rank, added up over ranks in one all-reduce, then means."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from spin.data.packing import PackedRow
+
+_SUMS = (
+    "weight",
+    "loss",
+    "acc",
+    "real_rewards",
+    "generated_rewards",
+    "squared_rewards",
+    "real_drift",
+    "generated_drift",
+    "real_nll",
+    "generated_tokens",
+    "truncated",
+)
+
+
+class PairSums:
+    """Adds up what the metrics of a batch of pairs are made of; one host/device sync, in :meth:`totals`."""
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | None = None
+        self._counts = {"comparisons": 0, "tokens": 0, "positions": 0}
+
+    @torch.no_grad()
+    def add(
+        self,
+        row: PackedRow,
+        logps: torch.Tensor,
+        losses: torch.Tensor,
+        real_rewards: torch.Tensor,
+        generated_rewards: torch.Tensor,
+    ) -> None:
+        """Adds a row.
+
+        Args:
+            row (PackedRow): the row.
+            logps (torch.Tensor): the policy's summed log-probs, shape (m,).
+            losses (torch.Tensor): of each comparison, shape (c,).
+            real_rewards (torch.Tensor): shape (c,).
+            generated_rewards (torch.Tensor): shape (c,).
+        """
+        weights = row.weights.double()
+        drift = logps.double() - row.reference_logps  # (m,)
+        lengths = row.response_lengths.double()
+        values = {
+            "weight": weights,
+            "loss": weights * losses,
+            "acc": weights * (real_rewards > generated_rewards),
+            "real_rewards": weights * real_rewards,
+            "generated_rewards": weights * generated_rewards,
+            "squared_rewards": weights * (real_rewards.double() ** 2 + generated_rewards.double() ** 2),
+            "real_drift": weights * drift[row.real],
+            "generated_drift": weights * drift[row.generated],
+            "real_nll": weights * -(logps.double() / lengths)[row.real],
+            "generated_tokens": lengths[row.generated],
+            "truncated": row.truncated,
+        }
+        sums = torch.stack([values[name].double().sum() for name in _SUMS])
+        self._total = sums if self._total is None else self._total + sums
+        self._counts["comparisons"] += row.weights.numel()
+        self._counts["tokens"] += row.used_tokens
+        self._counts["positions"] += row.tokens.numel()
+
+    def totals(self) -> dict[str, float]:
+        """The sums of this rank, by name; waits for the device."""
+        sums = [0.0] * len(_SUMS) if self._total is None else self._total.tolist()
+        return {**dict(zip(_SUMS, sums, strict=True)), **{name: float(n) for name, n in self._counts.items()}}
+
+
+def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
+    """Means over the pairs of a global batch.
+
+    ``loss``, ``acc`` and the ``rewards_*`` carry NeMo-Aligner's names and count pairs whose weight is not 0; rewards are scaled
+    by beta. A tie counts as wrong in ``acc``.
+
+    Args:
+        totals (Mapping[str, float]): sums over all ranks.
+
+    Returns:
+        dict[str, float]: by name; empty if no pair has weight.
+
+    Source:
+        ``megatron_gpt_spin_model.py`` of https://github.com/NVIDIA/NeMo-Aligner for the names.
+    """
+    n = totals["weight"]
+    if n == 0:
+        return {}
+    real, generated = totals["real_rewards"] / n, totals["generated_rewards"] / n
+    both = (real + generated) / 2
+    spread = max(0.0, totals["squared_rewards"] - 2 * n * both**2)
+    return {
+        "loss": totals["loss"] / n,
+        "acc": totals["acc"] / n,
+        "rewards_actual_mean": real,
+        "rewards_generated_mean": generated,
+        "rewards_all_mean": both,
+        "rewards_all_std": math.sqrt(spread / max(1.0, 2 * n - 1)),
+        "margin": real - generated,
+        "avg_generated_lengths": totals["generated_tokens"] / totals["comparisons"],
+        "truncated_share": totals["truncated"] / totals["comparisons"],
+        "real_logp_drift": totals["real_drift"] / n,
+        "generated_logp_drift": totals["generated_drift"] / n,
+        "real_nll": totals["real_nll"] / n,
+    }
+
+
+class MovedShare:
+    """The share of weights that an optimizer step really changes, from a sample of every parameter.
+
+    At SPIN's learning rates a step on pure bf16 weights rounds back to where it started almost everywhere.
+
+    Args:
+        model (nn.Module): the policy; every rank samples its own shards.
+        per_parameter (int): weights sampled of each parameter.
+    """
+
+    def __init__(self, model: nn.Module, per_parameter: int = 1024) -> None:
+        self._model = model
+        self._per_parameter = per_parameter
+        self._before = self._sample()
+
+    def totals(self) -> dict[str, float]:
+        """Weights sampled on this rank and how many of them have moved since; waits for the device."""
+        after = self._sample()
+        return {"sampled_weights": float(after.numel()), "moved_weights": float((after != self._before).sum().item())}
+
+    @torch.no_grad()
+    def _sample(self) -> torch.Tensor:
+        parts = []
+        for parameter in self._model.parameters():
+            if not parameter.requires_grad:
+                continue
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            flat = local.detach().reshape(-1)
+            stride = max(1, flat.numel() // self._per_parameter)
+            parts.append(flat[::stride][: self._per_parameter].float())
+        return torch.cat(parts).clone()
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object per step, whole after a restart as if there had been none.
+
+    Args:
+        path (Path): the file; lines of steps after ``from_step`` are removed, for they will be made again.
+        from_step (int): steps that the resumed state has behind it.
+    """
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        self._path = path
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    if json.loads(line)["step"] <= from_step:
+                        kept.append(line + "\n")
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue  # a line that a kill cut short belongs to a step that will be made again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.rename(path)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Appends a step."""
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **metrics}) + "\n")

@@ -1,0 +1,60 @@
+"""Reference log-probs: the opponent scores both responses of its pairs.
+
+At the start of an iteration the policy is the opponent, so there is no second model: the policy's own forward, without
+gradient, over the very rows that the first epoch will train on. That is why the first loss of an iteration is exactly that of
+two equal models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from spin.data.packing import pack_batch
+from spin.data.types import Pair
+from spin.distributed import World, gather_objects
+from spin.logprobs import response_logps
+
+
+@torch.no_grad()
+def score_batches(
+    model: nn.Module,
+    batches: Sequence[Sequence[Pair]],
+    world: World,
+    *,
+    packing: dict[str, Any],
+    chunk_size: int = 2048,
+) -> list[Pair]:
+    """Fills in the reference log-probs of pairs. Collective: every rank scores its rows and gets all pairs.
+
+    Args:
+        model (nn.Module): the policy, while it is the opponent.
+        batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
+        world (World): the ranks.
+        packing (dict[str, Any]): arguments of :func:`spin.data.packing.pack_batch`, the same as in training.
+        chunk_size (int): see :func:`spin.logprobs.response_logps`.
+
+    Returns:
+        list[Pair]: the pairs of all batches in order, scored.
+    """
+    mine: dict[tuple[int, str], list[float]] = {}
+    for batch in batches:
+        for row in pack_batch(batch, rank=world.rank, num_ranks=world.world_size, **packing):
+            logps = response_logps(model, row.to(world.device), chunk_size).double().tolist()
+            for key, first, count in row.pair_responses:
+                mine[key] = logps[first : first + count]
+    scores: dict[tuple[int, str], list[float]] = {}
+    for part in gather_objects(mine, world):
+        scores.update(part)
+    return [_with_scores(pair, scores[pair.key]) for batch in batches for pair in batch]
+
+
+def _with_scores(pair: Pair, logps: Sequence[float]) -> Pair:
+    generated = [
+        replace(response, reference_logp=logp) for response, logp in zip(pair.generated, logps[1:], strict=True)
+    ]
+    return replace(pair, reference_real_logp=logps[0], generated=generated)

@@ -1,0 +1,291 @@
+"""The first two stages of an iteration: the opponent plays (answers every prompt), then its answers are scored.
+
+Both fill a pair store shard by shard. A shard's content depends on the seed, the iteration and its samples, not on the rank
+that makes it or on what was there before, so a run that was killed makes the missing shards and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from spin.data.chat import PromptTokenizer
+from spin.data.packing import MASK_TRUNCATED
+from spin.data.prompts import PromptDataset
+from spin.data.store import PairStore
+from spin.data.types import Pair, Prompt, Response
+from spin.distributed import World, broadcast_object
+from spin.errors import ConfigError, GeneratorError, StoreError
+from spin.fingerprint import json_fingerprint
+from spin.generators.base import Completion, Generator, SamplingParams
+from spin.generators.sampling import sample_seed
+from spin.reference import score_batches
+
+TRUNCATED_POLICIES = ("keep", MASK_TRUNCATED, "drop")
+KEEP_OR_DROP = ("keep", "drop")
+
+
+def open_store(
+    path: Any,
+    fingerprint: Mapping[str, Any],
+    num_shards: int,
+    world: World,
+    on_stale: Callable[[str], None] | None = None,
+) -> PairStore:
+    """Opens or begins a store on rank 0 and hands it to all ranks. Collective."""
+    store = PairStore.open_or_create(path, fingerprint, num_shards, on_stale) if world.is_main else None
+    return broadcast_object(store, world)
+
+
+def play_fingerprint(
+    *,
+    opponent: str,
+    prompts: PromptDataset,
+    samples: Sequence[int],
+    tokenizer: PromptTokenizer,
+    sampling: SamplingParams,
+    seed: int,
+    iteration: int,
+    responses_per_prompt: int,
+    generator: str,
+    compute_dtype: str,
+) -> dict[str, Any]:
+    """Everything that the opponent's answers depend on, by name.
+
+    Args:
+        opponent (str): fingerprint of the weights.
+        prompts (PromptDataset): the data set.
+        samples (Sequence[int]): which of its samples are played.
+        tokenizer (PromptTokenizer): with its chat template.
+        sampling (SamplingParams): how the opponent answers.
+        seed (int): the run's seed.
+        iteration (int): counted from 0.
+        responses_per_prompt (int): responses to each prompt.
+        generator (str): the component that generates.
+        compute_dtype (str): precision of its arithmetic.
+
+    Returns:
+        dict[str, Any]: JSON values.
+    """
+    return {
+        "opponent": opponent,
+        "dataset": prompts.fingerprint(),
+        "samples": json_fingerprint(list(samples)),
+        "tokenizer": tokenizer.fingerprint,
+        "sampling": asdict(sampling),
+        "seed": seed,
+        "iteration": iteration,
+        "responses_per_prompt": responses_per_prompt,
+        "generator": generator,
+        "compute_dtype": compute_dtype,
+    }
+
+
+def score_fingerprint(
+    *, opponent: str, batches: Sequence[Sequence[Pair]], packing: Mapping[str, Any], compute_dtype: str
+) -> dict[str, Any]:
+    """Everything that reference log-probs depend on, by name.
+
+    Args:
+        opponent (str): fingerprint of the weights.
+        batches (Sequence[Sequence[Pair]]): the pairs in the order of the first epoch.
+        packing (Mapping[str, Any]): how they are packed into rows.
+        compute_dtype (str): precision of the arithmetic.
+
+    Returns:
+        dict[str, Any]: JSON values.
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        for pair in batch:
+            digest.update(repr(pair.key).encode())
+            for ids in (pair.prompt_ids, pair.real_ids, *(response.token_ids for response in pair.generated)):
+                digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())
+        digest.update(b"batch")
+    return {
+        "opponent": opponent,
+        "pairs": digest.hexdigest(),
+        "packing": dict(packing),
+        "compute_dtype": compute_dtype,
+    }
+
+
+def play(
+    store: PairStore,
+    shards: Sequence[int],
+    prompts: PromptDataset,
+    samples: Sequence[int],
+    generator: Generator,
+    sampling: SamplingParams,
+    *,
+    seed: int,
+    iteration: int,
+    responses_per_prompt: int = 1,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_shard: Callable[[int], None] = lambda prompts_done: None,
+) -> None:
+    """Answers prompts into shards of a store. Not collective: each rank or machine makes shards of its own.
+
+    Args:
+        store (PairStore): where the responses go; its number of shards divides the samples evenly.
+        shards (Sequence[int]): the shards to make.
+        prompts (PromptDataset): the data set.
+        samples (Sequence[int]): which of its samples are played, in order.
+        generator (Generator): the opponent.
+        sampling (SamplingParams): how it answers.
+        seed (int): the run's seed.
+        iteration (int): counted from 0.
+        responses_per_prompt (int): responses to each prompt.
+        should_stop (Callable[[], bool]): asked before every shard.
+        on_shard (Callable[[int], None]): told the number of prompts after every shard.
+
+    Raises:
+        GeneratorError: If the generator's answers do not fit the prompts.
+    """
+    parts = split_evenly(len(samples), store.num_shards)
+    for shard in shards:
+        if should_stop():
+            return
+        chosen = [prompts[samples[i]] for i in parts[shard]]
+        seeds = [
+            sample_seed(seed, iteration, prompt.sample_id, k) for prompt in chosen for k in range(responses_per_prompt)
+        ]
+        asked = [list(map(int, prompt.prompt_ids)) for prompt in chosen for _ in range(responses_per_prompt)]
+        completions = generator.generate(asked, sampling, seeds)
+        if len(completions) != len(asked):
+            raise GeneratorError(
+                f"The generator gave {len(completions)} answers to {len(asked)} prompts; expected one each, in order."
+            )
+        store.write_shard(shard, _join(chosen, completions, iteration, responses_per_prompt, sampling))
+        on_shard(len(chosen))
+
+
+def score(
+    store: PairStore,
+    batches: Sequence[Sequence[Pair]],
+    model: nn.Module,
+    world: World,
+    *,
+    packing: dict[str, Any],
+    chunk_size: int,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_shard: Callable[[int], None] = lambda pairs_done: None,
+) -> None:
+    """Scores pairs into the missing shards of a store. Collective.
+
+    Args:
+        store (PairStore): where the scored pairs go.
+        batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
+        model (nn.Module): the policy, while it is the opponent.
+        world (World): the ranks.
+        packing (dict[str, Any]): as in training, see :func:`spin.reference.score_batches`.
+        chunk_size (int): see :func:`spin.logprobs.response_logps`.
+        should_stop (Callable[[], bool]): asked before every shard; must answer the same on every rank.
+        on_shard (Callable[[int], None]): told the number of pairs after every shard.
+    """
+    shards = split_evenly(len(batches), store.num_shards)
+    for shard in broadcast_object(store.missing_shards() if world.is_main else None, world):
+        if should_stop():
+            return
+        chosen = [batches[i] for i in shards[shard]]
+        pairs = score_batches(model, chosen, world, packing=packing, chunk_size=chunk_size)
+        if world.is_main:
+            store.write_shard(shard, pairs)
+        on_shard(len(pairs))
+
+
+def filter_pairs(
+    pairs: Iterable[Pair], *, truncated: str = "keep", equal_to_real: str = "keep", empty: str = "drop"
+) -> tuple[list[Pair], dict[str, int]]:
+    """Applies the policies for responses that may not be worth learning from, and counts them.
+
+    Args:
+        pairs (Iterable[Pair]): what the opponent answered.
+        truncated (str): responses cut by the length limit: ``keep`` them as they are (no end token is added), ``mask`` them
+            (in the store and the metrics, not in the loss), or ``drop`` them.
+        equal_to_real (str): responses equal to the real one, which have no gradient: ``keep`` or ``drop``.
+        empty (str): responses that consist of a stop token alone: ``keep`` or ``drop``. Responses without any token cannot
+            be scored and are always dropped.
+
+    Returns:
+        tuple[list[Pair], dict[str, int]]: the pairs that still have a response, and counts of responses by name.
+
+    Raises:
+        ConfigError: If a policy is unknown.
+        StoreError: If no pair is left.
+    """
+    for name, policy, known in (
+        ("truncated", truncated, TRUNCATED_POLICIES),
+        ("equal_to_real", equal_to_real, KEEP_OR_DROP),
+        ("empty", empty, KEEP_OR_DROP),
+    ):
+        if policy not in known:
+            raise ConfigError(f"pairs.{name}={policy!r}: expected {', '.join(known)}.")
+    counts = Counter(responses=0, truncated=0, equal_to_real=0, empty=0, dropped=0, dropped_pairs=0)
+    kept = []
+    for pair in pairs:
+        responses = []
+        for response in pair.generated:
+            is_truncated = response.finish_reason == "length"
+            is_equal = np.array_equal(response.token_ids, pair.real_ids)
+            is_empty = len(response.token_ids) == 0 or (len(response.token_ids) == 1 and not is_truncated)
+            counts.update(responses=1, truncated=is_truncated, equal_to_real=is_equal, empty=is_empty)
+            if (
+                (is_truncated and truncated == "drop")
+                or (is_equal and equal_to_real == "drop")
+                or (is_empty and empty == "drop")
+                or len(response.token_ids) == 0
+            ):
+                counts["dropped"] += 1
+            else:
+                responses.append(response)
+        if responses:
+            kept.append(replace(pair, generated=responses))
+        else:
+            counts["dropped_pairs"] += 1
+    if not kept:
+        raise StoreError(
+            f"No pair is left of {counts['dropped_pairs']}: {dict(counts)}. Every response was dropped by pairs.truncated, "
+            "pairs.equal_to_real or pairs.empty; relax them, or raise sampling.max_new_tokens."
+        )
+    return kept, dict(counts)
+
+
+def split_evenly(n: int, parts: int) -> list[range]:
+    """``range(n)`` in consecutive parts whose lengths differ by one at most."""
+    return [range(n * part // parts, n * (part + 1) // parts) for part in range(parts)]
+
+
+def _join(
+    prompts: Sequence[Prompt],
+    completions: Sequence[Completion],
+    iteration: int,
+    responses_per_prompt: int,
+    sampling: SamplingParams,
+) -> list[Pair]:
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        answers = completions[i * responses_per_prompt : (i + 1) * responses_per_prompt]
+        for answer in answers:
+            ends = len(answer.token_ids) > 0 and answer.token_ids[-1] in sampling.stop_token_ids
+            if answer.finish_reason == "length" and ends:
+                raise GeneratorError(
+                    f"sample {prompt.sample_id}: the answer has finish reason 'length' but ends with stop token "
+                    f"{answer.token_ids[-1]}. A truncated answer must not be given an end that the model did not write."
+                )
+        pairs.append(
+            Pair(
+                sample_id=prompt.sample_id,
+                iteration=iteration,
+                prompt_ids=prompt.prompt_ids,
+                real_ids=prompt.real_ids,
+                generated=[Response(answer.token_ids, answer.finish_reason) for answer in answers],
+            )
+        )
+    return pairs

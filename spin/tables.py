@@ -1,0 +1,120 @@
+"""What a person reads in the terminal: a few answers side by side, and the sum of an iteration."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spin.data.types import Pair
+
+_WIDTHS = {"prompt": 32, "real": 38, "generated": 38, "margin": 8}
+_MAX_LINES = 6
+
+
+def sample_rows(
+    pairs: Sequence[Pair], margins: Sequence[float], decode: Callable[[Sequence[int]], str], step: int
+) -> list[dict[str, Any]]:
+    """One row per generated response.
+
+    Args:
+        pairs (Sequence[Pair]): the pairs to show.
+        margins (Sequence[float]): reward of the real less that of the generated response, for every generated response.
+        decode (Callable[[Sequence[int]], str]): token ids to text.
+        step (int): optimizer steps so far.
+
+    Returns:
+        list[dict[str, Any]]: step, sample_id, iteration, prompt, real, generated, finish_reason and margin.
+    """
+    answers = [(pair, response) for pair in pairs for response in pair.generated]
+    return [
+        {
+            "step": step,
+            "sample_id": pair.sample_id,
+            "iteration": pair.iteration,
+            "prompt": decode(list(map(int, pair.prompt_ids))),
+            "real": decode(list(map(int, pair.real_ids))),
+            "generated": decode(list(map(int, response.token_ids))),
+            "finish_reason": response.finish_reason,
+            "margin": margin,
+        }
+        for (pair, response), margin in zip(answers, margins, strict=True)
+    ]
+
+
+def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of :func:`sample_rows` as a table of text; long cells are cut."""
+    lines = [_line({name: name for name in _WIDTHS}), "-+-".join("-" * width for width in _WIDTHS.values())]
+    for row in rows:
+        cells = {name: _wrap(row[name], width) for name, width in _WIDTHS.items() if name != "margin"}
+        cells["margin"] = [f"{row['margin']:+.3f}"]
+        for i in range(max(map(len, cells.values()))):
+            lines.append(_line({name: cell[i] if i < len(cell) else "" for name, cell in cells.items()}))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def iteration_summary(
+    iteration: int,
+    history: Sequence[Mapping[str, float]],
+    val_loss_before: float | None,
+    folder: Path,
+    model_dir: Path,
+    checkpoint: Path,
+) -> str:
+    """What an iteration did, and where its results are.
+
+    Args:
+        iteration (int): counted from 0.
+        history (Sequence[Mapping[str, float]]): metrics of its steps since the run was started.
+        val_loss_before (float | None): validation loss when the iteration began.
+        folder (Path): the iteration's folder.
+        model_dir (Path): the exported model.
+        checkpoint (Path): the resumable state.
+
+    Returns:
+        str: a few lines.
+    """
+    steps = [metrics for metrics in history if "loss" in metrics]
+    lines = [f"\n=== Iteration {iteration}: {len(history)} steps ==="]
+    for name, label in (
+        ("loss", "loss"),
+        ("acc", "acc"),
+        ("rewards_actual_mean", "reward of real"),
+        ("rewards_generated_mean", "reward of generated"),
+        ("avg_generated_lengths", "generated tokens"),
+        ("truncated_share", "truncated share"),
+    ):
+        if steps:
+            mean = sum(metrics[name] for metrics in steps) / len(steps)
+            lines.append(f"{label:>22}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step")
+    for name, label, before in (
+        ("val_loss", "validation loss", val_loss_before),
+        ("val_spin_loss", "validation SPIN loss", None),
+        ("val_acc", "validation acc", None),
+    ):
+        values = [metrics[name] for metrics in history if name in metrics]
+        if values:
+            start = "" if before is None else f"{before:9.4f} before      "
+            lines.append(f"{label:>22}: {start}{values[-1]:9.4f} after")
+    output = folder.parent
+    for label, path in (
+        ("model", model_dir),
+        ("checkpoint", checkpoint),
+        ("pairs", folder / "pairs"),
+        ("log", output / "metrics.jsonl"),
+    ):
+        lines.append(f"{label:>22}: {path}")
+    return "\n".join(lines)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines = textwrap.wrap(" ".join(text.split()), width) or [""]
+    if len(lines) > _MAX_LINES:
+        lines = [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1][: width - 3] + "..."]
+    return lines
+
+
+def _line(cells: Mapping[str, str]) -> str:
+    return " | ".join(f"{cells[name]:<{width}}" for name, width in _WIDTHS.items())

@@ -1,0 +1,211 @@
+"""Every row format, every fault of a conversation, and torchtune's own transforms."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin.data.messages import check_messages, check_row_format, detect_format, row_to_messages, split_turns
+from spin.errors import ConfigError, DataError
+
+USER = {"role": "user", "content": "Q"}
+ASSISTANT = {"role": "assistant", "content": "A"}
+SYSTEM = {"role": "system", "content": "S"}
+
+
+@pytest.mark.parametrize(
+    ("row", "row_format"),
+    [
+        ({"messages": [USER, ASSISTANT]}, "messages"),
+        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "sharegpt"),
+        ({"prompt": "Q", "response": "A"}, "prompt_response"),
+        ({"prompt": "Q", "completion": "A"}, "prompt_response"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, "prompt_response"),
+        ({"instruction": "Q", "output": "A"}, "alpaca"),
+        ({"instruction": "Q", "input": "", "output": "A"}, "alpaca"),
+        ({"instruction": "Q", "input": None, "output": "A"}, "alpaca"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ASSISTANT]}, "messages"),
+        ({"prompt": "Q", "messages": [USER, ASSISTANT], "response": None}, "messages"),
+    ],
+)
+def test_one_conversation_in_every_format(row, row_format):
+    assert detect_format(row) == row_format
+    assert row_to_messages(row) == [USER, ASSISTANT]
+    assert row_to_messages(row, row_format=row_format) == [USER, ASSISTANT]
+
+
+def test_all_roles_and_turns():
+    turns = [
+        {"from": "system", "value": "S"},
+        {"from": "human", "value": "Q"},
+        {"from": "gpt", "value": "call"},
+        {"from": "observation", "value": "result"},
+        {"from": "gpt", "value": "A"},
+    ]
+    roles = [message["role"] for message in row_to_messages({"conversations": turns})]
+    assert roles == ["system", "user", "assistant", "tool", "assistant"]
+
+
+def test_alpaca_joins_instruction_and_input():
+    messages = row_to_messages({"instruction": "Translate.", "input": "Hallo", "output": "Hello"})
+    assert messages[0]["content"] == "Translate.\n\nHallo"
+
+
+def test_column_map_renames_columns_in_every_format():
+    mapped = {"prompt": "question", "response": "answer"}
+    assert row_to_messages({"question": "Q", "answer": "A"}, column_map=mapped) == [USER, ASSISTANT]
+    assert row_to_messages({"real": [USER, ASSISTANT]}, column_map={"messages": "real"}) == [USER, ASSISTANT]
+    with pytest.raises(DataError, match="column 'question' is null; found columns question, answer"):
+        row_to_messages({"question": None, "answer": "A"}, row_format="prompt_response", column_map=mapped)
+
+
+def test_system_prompt_is_put_first_unless_there_is_one():
+    assert row_to_messages({"messages": [USER, ASSISTANT]}, system_prompt="S") == [SYSTEM, USER, ASSISTANT]
+    assert row_to_messages({"messages": [SYSTEM, USER, ASSISTANT]}, system_prompt="T")[0] == SYSTEM
+    assert row_to_messages({"prompt": "Q", "response": "A", "system": "S"}) == [SYSTEM, USER, ASSISTANT]
+
+
+def test_texts_are_not_touched():
+    row = {"prompt": "  Q \n", "response": "\n\nA  "}
+    assert [message["content"] for message in row_to_messages(row)] == ["  Q \n", "\n\nA  "]
+
+
+def test_unknown_columns_are_named_with_the_formats():
+    with pytest.raises(DataError, match=r"columns question, answer; expected messages \(messages\); conversations"):
+        row_to_messages({"question": "Q", "answer": "A"})
+
+
+def test_options_that_name_columns_are_checked_before_rows():
+    check_row_format("auto", {"messages": "chat"})
+    with pytest.raises(ConfigError, match=r"dataset\.format=alpacca: expected one of auto, messages"):
+        check_row_format("alpacca", None)
+    with pytest.raises(ConfigError, match="has the key 'question'; format prompt_response knows prompt, response"):
+        check_row_format("prompt_response", {"question": "prompt"})
+
+
+def test_trailing_user_turn_has_the_agreed_message():
+    with pytest.raises(DataError) as caught:
+        row_to_messages({"messages": [USER, ASSISTANT, USER]})
+    assert str(caught.value) == (
+        "last message has role 'user', expected 'assistant'. SPIN needs a real response to learn from. "
+        "Fix the row or set dataset.on_bad_row=skip."
+    )
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([], "the conversation is empty"),
+        ([ASSISTANT], "message 0 has role 'assistant' and stands first, expected after 'user' or after 'tool'"),
+        ([USER, SYSTEM, ASSISTANT], "message 1 has role 'system' and stands after 'user', expected first"),
+        ([USER, USER, ASSISTANT], "message 1 has role 'user' and stands after 'user'"),
+        ([USER, ASSISTANT, ASSISTANT], "message 2 has role 'assistant' and stands after 'assistant'"),
+        ([SYSTEM, ASSISTANT], "message 1 has role 'assistant' and stands after 'system'"),
+        ([{"role": "tool", "content": "x"}, ASSISTANT], "message 0 has role 'tool' and stands first"),
+        ([USER, {"role": "assistant", "content": " \n"}], "message 1 (role 'assistant') has empty content"),
+        ([{"role": "user", "content": ""}, ASSISTANT], "message 0 (role 'user') has empty content"),
+        ([{"role": "user", "content": None}, ASSISTANT], "message 0 (role 'user'): content is null, expected a text"),
+        ([USER, {"role": "assistant", "content": 5}], "message 1 (role 'assistant'): content is of type int"),
+        ([{"role": "user", "content": "\ud800"}, ASSISTANT], "message 0 holds the lone surrogate"),
+        ([{"role": "owner", "content": "x"}, ASSISTANT], "message 0 has role 'owner'; expected one of system"),
+        ([{"role": ["user"], "content": "x"}, ASSISTANT], "message 0 has role ['user']"),
+        ([{"text": "x"}, ASSISTANT], "message 0 has the keys text; expected role and content, or from and value"),
+        (["hello", ASSISTANT], "message 0 is of type str, expected an object"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}], "message 1 calls tools"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT], "parts of type image_url; only text"),
+    ],
+)
+def test_faults_of_a_conversation(messages, reason):
+    with pytest.raises(DataError) as caught:
+        row_to_messages({"messages": messages}, row_format="messages")
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"messages": "hi"}, "messages is of type str, expected a list of messages"),
+        ({"prompt": 5, "response": "A"}, "prompt is of type int, expected a list"),
+        ({"prompt": "Q", "response": [USER]}, "expected exactly one, of role 'assistant'"),
+        ({"prompt": "Q", "response": {"a": 1}}, "the response is of type dict, expected a text"),
+        ({"instruction": "Q", "output": 3}, "output is of type int"),
+    ],
+)
+def test_faults_of_columns(row, reason):
+    with pytest.raises(DataError) as caught:
+        row_to_messages(row)
+    assert reason in str(caught.value)
+
+
+def test_empty_system_message_is_allowed():
+    check_messages([{"role": "system", "content": ""}, USER, ASSISTANT])
+
+
+def test_turns():
+    second = [{"role": "user", "content": "Q2"}, {"role": "assistant", "content": "A2"}]
+    conversation = [SYSTEM, USER, ASSISTANT, *second]
+    assert split_turns(conversation, "last") == [("", conversation)]
+    assert split_turns(conversation, "all") == [("#turn0", conversation[:3]), ("#turn1", conversation)]
+
+
+def test_torchtune_transforms():
+    from torchtune.data import InputOutputToMessages, OpenAIToMessages, ShareGPTToMessages
+
+    sharegpt = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+    assert row_to_messages(sharegpt, message_transform=ShareGPTToMessages()) == [USER, ASSISTANT]
+    openai = {"chat": [USER, ASSISTANT]}
+    transform = OpenAIToMessages(column_map={"messages": "chat"}, new_system_prompt="S")
+    assert row_to_messages(openai, message_transform=transform) == [SYSTEM, USER, ASSISTANT]
+    assert row_to_messages({"input": "Q", "output": "A"}, message_transform=InputOutputToMessages()) == [
+        USER,
+        ASSISTANT,
+    ]
+    with pytest.raises(
+        DataError, match="ShareGPTToMessages failed with KeyError: 'conversations'; the row has the columns"
+    ):
+        row_to_messages(openai, message_transform=ShareGPTToMessages())
+
+
+def test_transform_that_returns_something_else():
+    for returned in (None, {"tokens": [1]}, {"messages": [5]}):
+        with pytest.raises(DataError, match="transform"):
+            row_to_messages({"a": 1}, message_transform=lambda row, returned=returned: returned)
+
+
+# Keys and values near those of real rows, so that the fuzz reaches the parsers and not only the detection.
+_scalars = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4) | st.just("user")
+_turns = st.dictionaries(
+    st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls"]),
+    _scalars | st.sampled_from(["user", "assistant", "gpt", "human", "system"]),
+    max_size=3,
+)
+_values = _scalars | st.lists(_turns | _scalars, max_size=3) | _turns
+_rows = st.dictionaries(
+    st.sampled_from(
+        [
+            "messages",
+            "conversations",
+            "prompt",
+            "response",
+            "completion",
+            "instruction",
+            "input",
+            "output",
+            "system",
+            "id",
+        ]
+    ),
+    _values,
+    max_size=5,
+)
+
+
+@settings(max_examples=400, deadline=None, database=None)
+@given(row=_rows, row_format=st.sampled_from(["auto", "messages", "sharegpt", "prompt_response", "alpaca"]))
+def test_any_row_parses_or_is_a_data_error(row, row_format):
+    try:
+        messages = row_to_messages(row, row_format=row_format, system_prompt="S")
+    except DataError as error:
+        assert str(error)
+        return
+    assert messages[-1]["role"] == "assistant"
+    assert all(isinstance(message["content"], str) for message in messages)

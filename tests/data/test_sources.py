@@ -1,0 +1,185 @@
+"""Rows of every kind of source, and what is said of those that cannot be read."""
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from spin.data.sources import read_rows
+from spin.errors import DataError
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_json_lines_are_numbered_from_one_and_blank_lines_count(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"a": 1}\n\n{"a": 2}\n', encoding="utf-8")
+    rows = list(read_rows(str(path)))
+    assert [(row.where, row.data, row.default_id) for row in rows] == [
+        ("data.jsonl:1", {"a": 1}, "data-1"),
+        ("data.jsonl:3", {"a": 2}, "data-3"),
+    ]
+
+
+def test_byte_order_mark_and_missing_last_newline(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}')
+    assert [row.data["a"] for row in read_rows(path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"a": 1', "not valid JSON"),
+        (b'{"a": "\xff"}', "byte 0xff at position 7 is not UTF-8"),
+        (b"[1, 2]", "found a list, expected an object"),
+        (b"7", "found a int, expected an object"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "not usable JSON"),
+        (b"[" * 100_000, "not "),
+    ],
+)
+def test_bad_line_costs_one_row_and_names_it(tmp_path, line, reason):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 3}\n')
+    first, bad, last = read_rows(path)
+    assert (first.data, last.data) == ({"a": 1}, {"a": 3})
+    assert first.error is None and last.error is None
+    assert bad.where == "data.jsonl:2" and bad.data == {}
+    assert reason in bad.error
+
+
+def test_json_list(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text('[{"a": 1}, 5, {"a": 2}]')
+    rows = list(read_rows(path))
+    assert [row.where for row in rows] == ["data.json:item 0", "data.json:item 1", "data.json:item 2"]
+    assert "found a int" in rows[1].error and rows[2].data == {"a": 2}
+
+
+def test_json_suffix_with_one_object_per_line(tmp_path):
+    path = write_lines(tmp_path / "data.json", {"a": 1}, {"a": 2})
+    assert [(row.where, row.data["a"]) for row in read_rows(path)] == [("data.json:1", 1), ("data.json:2", 2)]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"a": 1},\n{"a": }]', "data.json:2: not valid JSON"),
+        (b'[{"a": 1},\n\n{"a": "\xfe"}]', "data.json:3: byte 0xfe is not UTF-8"),
+        (b'{\n  "rows": []\n}', "starts with '{', expected a JSON list"),
+    ],
+)
+def test_broken_json_list_is_an_error_with_its_line(tmp_path, content, message):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="data.json") as caught:
+        list(read_rows(path))
+    assert message in str(caught.value)
+
+
+def test_parquet_rows_are_numbered_over_batches(tmp_path):
+    path = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"a": list(range(2500)), "b": [[{"role": "user"}]] * 2500}), path)
+    rows = list(read_rows(path))
+    assert len(rows) == 2500
+    assert (rows[2400].where, rows[2400].data) == ("data.parquet:row 2400", {"a": 2400, "b": [{"role": "user"}]})
+
+
+def test_file_that_is_no_parquet(tmp_path):
+    path = tmp_path / "data.parquet"
+    path.write_bytes(b"not parquet at all")
+    with pytest.raises(DataError, match="cannot be read as parquet after 0 rows"):
+        list(read_rows(path))
+
+
+def test_folder_glob_and_list_keep_sorted_order(tmp_path):
+    write_lines(tmp_path / "b.jsonl", {"a": "b"})
+    write_lines(tmp_path / "a.jsonl", {"a": "a"})
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "README.md").write_text("no rows")
+    assert [row.data["a"] for row in read_rows(tmp_path)] == ["a", "b"]
+    assert [row.data["a"] for row in read_rows(str(tmp_path / "*.jsonl"))] == ["a", "b"]
+    assert [row.data["a"] for row in read_rows([tmp_path / "b.jsonl", tmp_path / "a.jsonl"])] == ["b", "a"]
+
+
+def test_rows_in_memory():
+    rows = list(read_rows([{"a": 1}, "no row"]))
+    assert rows[0].where == "dataset.source[0]" and rows[0].data == {"a": 1}
+    assert "found a str" in rows[1].error
+
+
+def test_missing_file_names_the_nearest_one(tmp_path):
+    write_lines(tmp_path / "train.jsonl", {"a": 1})
+    with pytest.raises(DataError, match=r"does not exist. Did you mean .*train\.jsonl\?"):
+        read_rows(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match=r"holds: train\.jsonl\."):
+        read_rows(tmp_path / "elsewhere.parquet")
+    with pytest.raises(DataError, match=r"No file matches .*holds: train\.jsonl\."):
+        read_rows(str(tmp_path / "*.parquet"))
+    with pytest.raises(DataError, match=r"holds: train\.jsonl\."):
+        read_rows(tmp_path / "no" / "such" / "folder" / "data.jsonl")
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.json", "blank.jsonl"])
+def test_source_without_rows(tmp_path, name):
+    (tmp_path / name).write_text("\n \n" if name.startswith("blank") else "")
+    with pytest.raises(DataError, match=f"{name} has no rows"):
+        list(read_rows(tmp_path / name))
+
+
+def test_empty_folder_unknown_suffix_and_wrong_types(tmp_path):
+    with pytest.raises(DataError, match="is empty"):
+        read_rows(tmp_path)
+    (tmp_path / "data.csv").write_text("a,b\n")
+    with pytest.raises(DataError, match=r"holds no .jsonl.*holds: data\.csv"):
+        read_rows(tmp_path)
+    with pytest.raises(DataError, match=r"has the suffix '.csv'"):
+        read_rows(tmp_path / "data.csv")
+    with pytest.raises(DataError, match="is a int"):
+        read_rows(5)
+    with pytest.raises(DataError, match="empty list"):
+        read_rows([])
+    with pytest.raises(DataError, match="entry of type int"):
+        read_rows([5])
+
+
+def test_split_of_a_file_is_refused(tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", {"a": 1})
+    with pytest.raises(DataError, match=r"dataset\.split=train has no meaning for"):
+        read_rows(path, split="train")
+
+
+def test_saved_data_set_and_its_splits(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"a": [1, 2]}).save_to_disk(str(tmp_path / "one"))
+    rows = list(read_rows(tmp_path / "one"))
+    assert [(row.where, row.data) for row in rows] == [("hf:one[all]:0", {"a": 1}), ("hf:one[all]:1", {"a": 2})]
+
+    parts = {"train": datasets.Dataset.from_dict({"a": [3]}), "test": datasets.Dataset.from_dict({"a": [4]})}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "two"))
+    assert [(row.where, row.default_id) for row in read_rows(tmp_path / "two")] == [("hf:two[train]:0", "two-train-0")]
+    assert [row.data["a"] for row in read_rows(tmp_path / "two", split="test")] == [4]
+    with pytest.raises(DataError, match=r"has the splits train, test; found dataset\.split=dev"):
+        list(read_rows(tmp_path / "two", split="dev"))
+
+
+def test_hub_data_set_goes_to_the_datasets_library(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        if name == "org/missing":
+            raise datasets.exceptions.DatasetNotFoundError("Dataset 'org/missing' doesn't exist on the Hub")
+        return datasets.Dataset.from_dict({"a": [1]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = list(read_rows("hf:org/name", split="train", data_dir="part"))
+    assert asked == [("org/name", {"split": "train", "data_dir": "part"})]
+    assert rows[0].where == "hf:org/name[train]:0"
+    with pytest.raises(DataError, match="org/missing is no file here.*doesn't exist on the Hub"):
+        list(read_rows("org/missing"))

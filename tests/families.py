@@ -1,0 +1,177 @@
+"""Tiny torchtune decoders, one per family, and their transformers twins with the same weights.
+
+``FAMILIES[name]()`` builds a 2-layer float32 model through torchtune's component builder. Every parameter is random,
+norm scales and biases included: with their constant initial values a wrong name mapping would not show.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
+from torchtune.models.gemma import gemma
+from torchtune.models.gemma2 import gemma2
+from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
+from torchtune.models.llama2 import llama2
+from torchtune.models.llama3_1 import llama3_1
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.models.mistral import mistral
+from torchtune.models.phi3 import phi3
+from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
+from torchtune.models.qwen2 import qwen2
+from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
+from torchtune.modules import TransformerDecoder
+
+from spin.gemma2 import swap_mlp_norms
+
+VOCAB_SIZE = 160
+MAX_SEQ_LEN = 128
+
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 64,
+    "intermediate_dim": 96,
+    "max_seq_len": MAX_SEQ_LEN,
+}
+_GEMMA2: dict[str, Any] = {
+    "head_dim": 32,
+    "sliding_window_size": 8,
+    "query_pre_attn_scalar": 24,
+    "hidden_capping_value": 5.0,  # low, so that the caps bend the values of a tiny model
+    "final_capping_value": 10.0,
+}
+
+
+def _build(builder: Callable[..., TransformerDecoder], **arguments: Any) -> TransformerDecoder:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = builder(**arguments)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                nn.init.normal_(parameter, mean=float(parameter.detach().mean()), std=0.2)
+    return model.eval()
+
+
+FAMILIES: dict[str, Callable[[], TransformerDecoder]] = {
+    "llama2": partial(_build, llama2, **_SHAPE),
+    "llama3_1": partial(_build, llama3_1, **_SHAPE),
+    "llama3_2": partial(_build, llama3_2, **_SHAPE, tie_word_embeddings=True),
+    "mistral": partial(_build, mistral, **_SHAPE),
+    "qwen2": partial(_build, qwen2, **_SHAPE, tie_word_embeddings=True),
+    "qwen2_5": partial(_build, qwen2, **_SHAPE, tie_word_embeddings=False),
+    "gemma": partial(_build, gemma, **_SHAPE, head_dim=32),
+    "gemma2": partial(_build, gemma2, **_SHAPE, **_GEMMA2),
+    "phi3": partial(_build, phi3, **{**_SHAPE, "num_kv_heads": 4}),
+    "phi4": partial(_build, phi3, **_SHAPE, rope_base=250_000),
+}
+
+
+def tiny_lm_model() -> TransformerDecoder:
+    """The decoder of tests/assets/tiny_lm, with random weights."""
+    return llama3_2(
+        vocab_size=1024,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=128,
+        intermediate_dim=384,
+        max_seq_len=512,
+        rope_base=10_000,
+        norm_eps=1e-5,
+        scale_factor=1,
+        tie_word_embeddings=True,
+    )
+
+
+def load_llama_weights(model: TransformerDecoder, folder: Path) -> None:
+    """Fill a torchtune Llama from a Hugging Face folder with one safetensors file, in float32."""
+    weights = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    weights.pop("lm_head.weight", None)  # tied
+    attention = model.layers[0].attn
+    heads = {"num_heads": attention.num_heads, "num_kv_heads": attention.num_kv_heads, "dim": attention.embed_dim}
+    model.load_state_dict(hf_to_tune(weights, **heads))
+
+
+def hf_twin(name: str, model: TransformerDecoder) -> nn.Module:
+    """The transformers model of family ``name`` with the weights of ``model``, through torchtune's converters.
+
+    Args:
+        name (str): key of ``FAMILIES``.
+        model (TransformerDecoder): a model of this family.
+
+    Returns:
+        nn.Module: a ``PreTrainedModel`` in float32 with eager attention.
+    """
+    import transformers
+
+    shape: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if name == "phi3" else 2,
+        "max_position_embeddings": MAX_SEQ_LEN,
+        "rms_norm_eps": 1e-6 if name.startswith("gemma") else 1e-5,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "attn_implementation": "eager",
+        "tie_word_embeddings": name in ("llama3_2", "qwen2", "gemma", "gemma2"),
+    }
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
+    if name in ("llama3_1", "llama3_2"):
+        rope = {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0 if name == "llama3_1" else 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    elif name in ("qwen2", "qwen2_5"):
+        rope["rope_theta"] = 1_000_000.0
+    elif name == "phi4":
+        rope["rope_theta"] = 250_000.0
+    shape["rope_parameters"] = rope
+
+    heads = {"num_heads": 4, "num_kv_heads": shape["num_key_value_heads"], "dim": 64}
+    weights = model.state_dict()
+    if name.startswith("llama"):
+        config = transformers.LlamaConfig(**shape)
+        weights = tune_to_hf(weights, **heads)
+    elif name == "mistral":
+        config = transformers.MistralConfig(**shape, sliding_window=None)
+        weights = tune_to_hf(weights, **heads)
+    elif name.startswith("qwen2"):
+        config = transformers.Qwen2Config(**shape)
+        weights = qwen2_tune_to_hf(weights, **heads, tie_word_embeddings=shape["tie_word_embeddings"])
+    elif name == "gemma":
+        config = transformers.GemmaConfig(**shape, head_dim=32, hidden_activation="gelu_pytorch_tanh")
+        weights = tune_to_hf(weights, **heads, head_dim=32)
+    elif name == "gemma2":
+        config = transformers.Gemma2Config(
+            **shape,
+            head_dim=32,
+            sliding_window=8,
+            query_pre_attn_scalar=24,
+            attn_logit_softcapping=5.0,
+            final_logit_softcapping=10.0,
+        )
+        weights = gemma2_tune_to_hf(swap_mlp_norms(weights), **heads, head_dim=32)
+    else:
+        config = transformers.Phi3Config(**shape)
+        weights = phi3_tune_to_hf(weights)
+    twin = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    missing, unexpected = twin.load_state_dict(weights, strict=False)
+    left_out = set(missing) - ({"lm_head.weight"} if shape["tie_word_embeddings"] else set())
+    assert not left_out and not unexpected, (left_out, unexpected)
+    twin.tie_weights()
+    return twin

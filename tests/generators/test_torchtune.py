@@ -1,0 +1,417 @@
+"""The embedded generator: transformers' tokens, whatever the batch; faults; and a model that is left as it was
+found."""
+
+import copy
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.modules import TransformerDecoder
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spin.errors import ConfigError, GeneratorError
+from spin.gemma2 import fix_gemma2_softcap
+from spin.generators.base import Generator, GeneratorContext, SamplingParams
+from spin.generators.torchtune import TorchtuneGenerator
+from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE, load_llama_weights, tiny_lm_model
+
+TEXTS = [
+    "What is a hacker?",
+    "kludge: /kluhj/",
+    "Unix",
+    "A bug in the",
+    "This is the story of how a programmer found that the machine on the second floor",
+    "1. [common]",
+    "The word foo means",
+    "In the beginning",
+    "/flaym/ vi. To post an email message intended to insult and provoke; to speak incessantly and rabidly on some",
+]
+EOS = 2
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_lm):
+    return AutoTokenizer.from_pretrained(tiny_lm)
+
+
+@pytest.fixture(scope="session")
+def hf_model(tiny_lm):
+    return AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_lm):
+    model = tiny_lm_model()
+    load_llama_weights(model, tiny_lm)
+    return model
+
+
+@pytest.fixture
+def model(trained):
+    return copy.deepcopy(trained)
+
+
+@pytest.fixture(scope="session")
+def prompts(tokenizer):
+    return [tokenizer(text).input_ids for text in TEXTS]
+
+
+@pytest.fixture
+def make(model, tokenizer):
+    def build(model=model, max_seq_len=512, **arguments):
+        return TorchtuneGenerator(
+            GeneratorContext(model, torch.device("cpu"), max_seq_len, tokenizer.decode), **arguments
+        )
+
+    return build
+
+
+def _ids(completions):
+    return [completion.token_ids for completion in completions]
+
+
+def _hf_greedy(hf_model, prompt, new_tokens, **arguments):
+    ids = torch.tensor([prompt])
+    out = hf_model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, eos_token_id=EOS,
+        pad_token_id=0, **arguments,
+    )  # fmt: skip
+    return out[0, len(prompt) :].tolist()
+
+
+# --- the right tokens ---
+
+
+def test_greedy_equals_transformers(make, hf_model, prompts):
+    generator = make(batch_size=4)
+    assert isinstance(generator, Generator) and generator.shares_policy_weights
+    completions = generator.generate(
+        prompts, SamplingParams(temperature=0, max_new_tokens=60, stop_token_ids=(EOS,)), [0] * len(prompts)
+    )
+    assert _ids(completions) == [_hf_greedy(hf_model, prompt, 60) for prompt in prompts]
+    for completion in completions:
+        assert completion.finish_reason == ("stop" if completion.token_ids[-1] == EOS else "length")
+    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+
+
+def test_penalty_and_minimum_equal_transformers(make, hf_model, prompts):
+    sampling = SamplingParams(
+        temperature=0, max_new_tokens=40, min_new_tokens=30, repetition_penalty=1.3, stop_token_ids=(EOS,)
+    )
+    completions = make(batch_size=3).generate(prompts, sampling, [0] * len(prompts))
+    expected = [_hf_greedy(hf_model, p, 40, repetition_penalty=1.3, min_new_tokens=30) for p in prompts]
+    assert _ids(completions) == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cached_greedy_equals_full_forwards(name):
+    """Rows of different length that come and go; the expected tokens come from whole sequences without a cache."""
+    model = FAMILIES[name]()
+    fix_gemma2_softcap(model, attention_cap=5.0, final_cap=10.0)
+    generator = TorchtuneGenerator(GeneratorContext(model, torch.device("cpu"), MAX_SEQ_LEN, str), batch_size=3)
+    draw = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, VOCAB_SIZE, (n,), generator=draw).tolist() for n in (3, 30, 12, 1, 18)]
+    got = generator.generate(prompts, SamplingParams(temperature=0, max_new_tokens=20), [0] * 5)
+    for prompt, completion in zip(prompts, got, strict=True):
+        whole = torch.tensor([prompt + completion.token_ids])
+        with torch.no_grad():
+            expected = model(whole)[0, len(prompt) - 1 : -1].argmax(-1)
+        assert completion.token_ids == expected.tolist()
+        assert len(completion.token_ids) == 20
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0, max_new_tokens=40, stop_token_ids=(EOS,)),
+        SamplingParams(max_new_tokens=40, stop_token_ids=(EOS,)),
+        SamplingParams(
+            temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.1, min_new_tokens=5, max_new_tokens=40,
+            stop_token_ids=(EOS,),
+        ),
+    ],
+    ids=["greedy", "plain", "filtered"],
+)  # fmt: skip
+def test_batch_and_order_do_not_matter(make, prompts, sampling):
+    """Batches of 1, 3 and 16, shuffled prompts, other groups of prompts: the same tokens for the same seed."""
+    prompts = prompts + prompts[::-1]  # each prompt twice, with two seeds
+    seeds = list(range(100, 100 + len(prompts)))
+    expected = _ids(make(batch_size=1).generate(prompts, sampling, seeds))
+    for arguments in ({"batch_size": 3}, {"batch_size": 16}, {"batch_size": 8, "prefill_batch": 8}):
+        assert _ids(make(**arguments).generate(prompts, sampling, seeds)) == expected
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = make(batch_size=5).generate([prompts[i] for i in order], sampling, [seeds[i] for i in order])
+    assert _ids(shuffled) == [expected[i] for i in order]
+    if sampling.temperature:
+        assert len({tuple(ids) for ids in expected}) > len(prompts) - 2  # the seeds do matter
+
+
+def test_log_probs_are_those_of_the_unaltered_distribution(make, model, prompts):
+    sampling = SamplingParams(temperature=0.5, top_k=5, max_new_tokens=12, repetition_penalty=1.2, logprobs=True)
+    completions = make(batch_size=4).generate(prompts, sampling, list(range(len(prompts))))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        with torch.no_grad():
+            logps = model(torch.tensor([prompt + completion.token_ids]))[0].log_softmax(-1)
+        rows = logps[len(prompt) - 1 : -1]
+        expected = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4)
+    plain = make().generate(prompts[:1], SamplingParams(max_new_tokens=2), [0])
+    assert plain[0].logprobs is None
+
+
+def test_cache_grows_and_long_rows_are_right(make, hf_model, tokenizer):
+    """A prompt of 150 tokens and one of 5, 90 new tokens each: the cache grows while rows are in it."""
+    ids = tokenizer(" ".join(TEXTS * 5)).input_ids
+    prompts = [ids[:5], ids[:150], ids[3:20]]
+    sampling = SamplingParams(temperature=0, max_new_tokens=90, stop_token_ids=(EOS,))
+    got = _ids(make(batch_size=2).generate(prompts, sampling, [0] * 3))
+    assert got == [_hf_greedy(hf_model, prompt, 90) for prompt in prompts]
+
+
+def test_cache_dtype(make, prompts):
+    completions = make(cache_dtype="bf16").generate(prompts, SamplingParams(temperature=0, max_new_tokens=5), [0] * 9)
+    assert all(len(completion.token_ids) == 5 for completion in completions)
+
+
+# --- where a response ends ---
+
+
+def test_stop_string_across_tokens(make, tokenizer, prompts):
+    """The string is the end of one token and the beginning of the next; the response ends with the token that completes
+    it."""
+    free = make().generate(prompts[:1], SamplingParams(temperature=0, max_new_tokens=24), [0])[0].token_ids
+    texts = [tokenizer.decode(free[:n]) for n in range(len(free) + 1)]
+    for n in range(3, 20):
+        stop = texts[n][-2:] + texts[n + 1][len(texts[n]) :][:1]
+        if len(texts[n + 1]) > len(texts[n]) and stop not in texts[n]:
+            break
+    sampling = SamplingParams(temperature=0, max_new_tokens=24, stop_strings=("never there", stop))
+    got = make().generate(prompts[:1], sampling, [0])[0]
+    assert got.token_ids == free[: n + 1]
+    assert got.finish_reason == "stop"
+
+
+def test_minimum_lets_early_stop_strings_pass(tokenizer):
+    """Each token is a letter. "ab" is complete at tokens 2, 4 and 6; with a minimum of 3 the second one ends it."""
+
+    class Letters(TransformerDecoder):
+        def forward(self, tokens, *, mask=None, input_pos=None):
+            a_or_b = (torch.zeros(len(tokens)) if input_pos is None else input_pos[:, 0]).long() % 2
+            return torch.nn.functional.one_hot(a_or_b, VOCAB_SIZE).float()
+
+    model = FAMILIES["llama3_2"]()
+    model.__class__ = Letters
+    context = GeneratorContext(model, torch.device("cpu"), 64, lambda ids: "".join(chr(97 + i) for i in ids))
+    for minimum, expected in ((0, [0, 1]), (1, [0, 1]), (2, [0, 1, 0, 1]), (3, [0, 1, 0, 1])):
+        sampling = SamplingParams(temperature=0, min_new_tokens=minimum, max_new_tokens=20, stop_strings=("ab",))
+        assert TorchtuneGenerator(context).generate([[5]], sampling, [0])[0].token_ids == expected
+
+
+def test_context_cuts_the_response(make, prompts):
+    prompt = (prompts[4] * 10)[:37]
+    got = make(max_seq_len=40).generate([prompt, prompts[2]], SamplingParams(max_new_tokens=9), [0, 1])
+    assert [(len(c.token_ids), c.finish_reason) for c in got] == [(3, "length"), (9, "length")]
+    # the model's own limit holds too
+    got = make(max_seq_len=10_000).generate([(prompt * 20)[:511]], SamplingParams(max_new_tokens=9), [0])
+    assert len(got[0].token_ids) == 1
+
+
+def test_a_stop_token_at_the_limit_is_a_stop(make, hf_model, prompts):
+    n = next(len(ids) for p in prompts if (ids := _hf_greedy(hf_model, p, 60))[-1] == EOS)
+    prompt = next(p for p in prompts if len(_hf_greedy(hf_model, p, 60)) == n)
+    sampling = SamplingParams(temperature=0, max_new_tokens=n, stop_token_ids=(EOS,))
+    assert make().generate([prompt], sampling, [0])[0].finish_reason == "stop"
+
+
+# --- faults ---
+
+
+def test_prompts_without_room_are_named(make, prompts):
+    generator = make(max_seq_len=10)
+    with pytest.raises(
+        GeneratorError, match=r"2 prompts leave no room.*prompt 1 has 10, prompt 2 has 12 tokens.*at most 9"
+    ):
+        generator.generate([[1] * 9, [1] * 10, [1] * 12], SamplingParams(), [0] * 3)
+    with pytest.raises(GeneratorError, match="1 prompts are empty: 1"):
+        generator.generate([[1], []], SamplingParams(), [0, 0])
+    with pytest.raises(GeneratorError, match="2 prompts and 1 seeds"):
+        generator.generate([[1], [1]], SamplingParams(), [0])
+    assert generator.generate([], SamplingParams(), []) == []
+
+
+def _short_of_memory(model, rows):
+    """Forwards of more than ``rows`` sequences run out of memory."""
+    forward, sizes = model.forward, []
+
+    def limited(tokens, **arguments):
+        sizes.append(len(tokens))
+        if len(tokens) > rows:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
+        return forward(tokens, **arguments)
+
+    model.forward = limited
+    return sizes
+
+
+def test_out_of_memory_halves_the_batch(make, model, prompts, caplog):
+    sampling = SamplingParams(max_new_tokens=30, stop_token_ids=(EOS,))
+    seeds = list(range(9))
+    expected = _ids(make().generate(prompts, sampling, seeds))
+    sizes = _short_of_memory(model, rows=3)
+    generator = make(batch_size=8)
+    with caplog.at_level(logging.WARNING):
+        assert _ids(generator.generate(prompts, sampling, seeds)) == expected
+    assert generator.batch_size == 2
+    assert "batch_size=4" in caplog.text and "batch_size=2" in caplog.text
+    assert sorted(set(sizes)) == [1, 2, 4, 8]  # prompts are read one at a time
+    assert all(layer.attn.spin_kv is None for layer in model.layers)
+
+
+def test_finished_responses_survive_running_out_of_memory(make, model, prompts):
+    """Two rows fit for 16 forwards; from then on one: what is done by then is not done again."""
+    sampling = SamplingParams(temperature=0, max_new_tokens=6)
+    forward, answered = model.forward, []
+
+    def late(tokens, **arguments):
+        answered.append(tokens)
+        if len(answered) > 16 and len(tokens) > 1:
+            raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
+        return forward(tokens, **arguments)
+
+    expected = _ids(make().generate(prompts, sampling, [0] * 9))
+    model.forward = late
+    assert _ids(make(batch_size=2).generate(prompts, sampling, [0] * 9)) == expected
+    prefills = sum(tokens.shape[1] > 1 for tokens in answered)
+    assert len(prompts) < prefills <= len(prompts) + 2  # one for each prompt, and again for the rows that were cut off
+
+
+def test_out_of_memory_with_one_row_gives_advice(make, model, prompts):
+    _short_of_memory(model, rows=0)
+    with pytest.raises(GeneratorError, match=r"one sequence at a time, prompt 8 of .*9 GiB.*Lower max_new_tokens"):
+        make(batch_size=2).generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9)
+    assert all(layer.attn.spin_kv is None for layer in model.layers)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"prefill_batch": 0}, "prefill_batch=0"),
+        ({"cache_dtype": "int8"}, "cache_dtype='int8': expected one of fp32, bf16, fp16"),
+    ],
+)
+def test_impossible_arguments(make, arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**arguments)
+    with pytest.raises(ConfigError, match="no model"):
+        TorchtuneGenerator(GeneratorContext(None, torch.device("cpu"), 8, str))
+
+
+# --- the model is left as it was found ---
+
+
+def test_model_is_as_before(make, model, prompts):
+    generator = make(batch_size=2)
+    model.train()
+    model.layers[0].eval()  # part of a model may be frozen on purpose
+
+    def unembed(h):
+        return h
+
+    model.unembed = unembed
+    names, modes = list(model.state_dict()), [module.training for module in model.modules()]
+    hidden = model(torch.tensor([prompts[0]]))
+    generator.generate(prompts[:3], SamplingParams(max_new_tokens=4), [0] * 3)
+
+    assert model.unembed is unembed
+    assert list(model.state_dict()) == names
+    assert [module.training for module in model.modules()] == modes
+    assert all(layer.attn.spin_kv is None for layer in model.layers)
+    again = model(torch.tensor([prompts[0]]))
+    assert torch.equal(again, hidden)
+    again.sum().backward()
+    assert all(layer.attn.q_proj.weight.grad is not None for layer in model.layers)
+
+
+def test_compiled_layers_are_not_run(make, model, prompts):
+    def compiled(*args, **kwargs):
+        raise AssertionError("a compiled layer ran")
+
+    expected = _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9))
+    for layer in model.layers:
+        layer._compiled_call_impl = compiled
+    assert _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9)) == expected
+    assert all(layer._compiled_call_impl is compiled for layer in model.layers)
+
+
+# --- weights ---
+
+
+def test_update_weights_by_name(make, model):
+    generator = make()
+    other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    generator.update_weights(other.items())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
+    generator.sleep()
+    generator.wake()
+    generator.close()
+
+
+def test_update_weights_checks_names_and_shapes(make, model):
+    generator, weights = make(), model.state_dict()
+    with pytest.raises(GeneratorError, match="no parameter 'lm_head.weight'"):
+        generator.update_weights([("lm_head.weight", torch.zeros(1))])
+    with pytest.raises(GeneratorError, match=r"norm.scale has shape \(3,\), the model's \(128,\)"):
+        generator.update_weights([("norm.scale", torch.zeros(3))])
+    del weights["norm.scale"]
+    with pytest.raises(GeneratorError, match="norm.scale did not come"):
+        generator.update_weights(weights.items())
+
+
+# --- sharded ---
+
+
+def test_two_ranks_with_different_work(tmp_path, subprocess_env, prompts, trained, make):
+    """FSDP2 on 2 ranks in float32, 6 prompts against none, then all on one: the tokens of the plain model."""
+    sampling = {"temperature": 0.9, "max_new_tokens": 12, "stop_token_ids": [EOS]}
+    expected = _ids(make().generate(prompts[:6], SamplingParams(**sampling), list(range(6))))
+    torch.save(trained.state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "work.json").write_text(json.dumps({"prompts": prompts[:6], "sampling": sampling}))
+    script = Path(__file__).with_name("two_ranks_generate.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path]
+    result = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rank_0, rank_1 = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
+    assert rank_0 == {"alone": expected, "split": expected[:1], "updated": True}
+    assert rank_1 == {"alone": [], "split": expected[1:], "updated": True}
+
+
+# --- a real model ---
+
+
+@pytest.mark.real_model
+def test_real_model_greedy_equals_transformers(real_model):
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    hf = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32).eval()
+    model = llama3_2(
+        vocab_size=49152, num_layers=30, num_heads=9, num_kv_heads=3, embed_dim=576, intermediate_dim=1536,
+        max_seq_len=8192, rope_base=100_000, norm_eps=1e-5, scale_factor=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    load_llama_weights(model, real_model)
+    questions = [
+        "What is a hacker?", "Name three colours.", "How do I boil an egg?", "Write a line about rain.", "2 + 2 =",
+        "Who was Ada Lovelace?", "Explain recursion to a child in two sentences.", "List the planets.",
+    ]  # fmt: skip
+    prompts = [
+        tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").input_ids
+        for question in questions
+    ]
+    generator = TorchtuneGenerator(GeneratorContext(model, torch.device("cpu"), 8192, tokenizer.decode), batch_size=5)
+    sampling = SamplingParams(temperature=0, max_new_tokens=64, stop_token_ids=(EOS,))
+    got = _ids(generator.generate(prompts, sampling, [0] * len(prompts)))
+    assert got == [_hf_greedy(hf, prompt, 64) for prompt in prompts]
