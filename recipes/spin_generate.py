@@ -1,15 +1,16 @@
 """The opponent's answers alone: fills the first store of an iteration, so that other machines can do it.
 
-Takes the same config as spin_recipe and writes `<output_dir>/iteration_NNN/responses`, where spin_recipe, started with the same
-config, finds the answers and goes on with scoring and training. The iteration is the one that the newest checkpoint in output_dir
-stands before (the first, if there is none).
+Takes the same config as spin_recipe and writes `<output_dir>/iteration_NNN/responses`, where spin_recipe, started with
+the same config, finds the answers and goes on with scoring and training. The iteration is the one that the newest
+checkpoint in output_dir stands before (the first, if there is none).
 
 One machine:         tune run spin_generate --config llama3_2/1B_full
 One of four:         tune run spin_generate --config llama3_2/1B_full worker=0 num_workers=4
 Eight GPUs each:     tune run --nproc_per_node 8 spin_generate --config llama3_2/1B_full worker=0 num_workers=4
 
-Workers share output_dir, or their shards are copied into one folder afterwards; whoever finds all shards there seals the store.
-A worker that was killed is started again with the same command and makes what is missing. Not here: scoring and training.
+Workers share output_dir, or their shards are copied into one folder afterwards; whoever finds all shards there seals
+the store. A worker that was killed is started again with the same command and makes what is missing. Not here: scoring
+and training.
 """
 
 from __future__ import annotations
@@ -65,9 +66,7 @@ class SPINGenerate:
         model = build_model(cfg.model, dtype)
         context = model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
-        self._prompts: PromptDataset = config.instantiate(
-            cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context
-        )
+        self._prompts: PromptDataset = config.instantiate(cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context)
         self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
 
         resume_path = checkpointer.latest(cfg.resume)
@@ -76,8 +75,8 @@ class SPINGenerate:
             progress = checkpointer.read_state(resume_path)["progress"]
             if not progress["is_iteration_start"]:
                 raise CheckpointError(
-                    f"{resume_path} is inside iteration {progress['iteration']}, whose answers exist. Answers are made at an "
-                    "iteration's start: give such a checkpoint with resume=<path>."
+                    f"{resume_path} is inside iteration {progress['iteration']}, whose answers exist. Answers are "
+                    "made at an iteration's start: give such a checkpoint with resume=<path>."
                 )
             self._iteration = progress["iteration"]
         prepare_model(model, self._world, compute_dtype=compute_dtype)
@@ -100,7 +99,7 @@ class SPINGenerate:
         samples = iteration_samples(len(self._prompts), steps * cfg.global_batch_size, cfg.seed, self._iteration)
         if not samples:
             raise ConfigError(
-                f"The data set of {len(self._prompts)} samples has no batch of global_batch_size={cfg.global_batch_size}."
+                f"{len(self._prompts)} samples have no whole batch of global_batch_size={cfg.global_batch_size}."
             )
         fingerprint = selfplay.play_fingerprint(
             opponent=self._opponent,
@@ -136,7 +135,9 @@ class SPINGenerate:
         if world.is_main:
             left = store.missing_shards()
             if left:
-                log.info(f"Worker {cfg.worker} is done; {len(left)} of {num_shards} shards are still missing in {folder}")
+                log.info(
+                    f"Worker {cfg.worker} is done; {len(left)} of {num_shards} shards are still missing in {folder}"
+                )
             else:
                 store.seal()
                 log.info(f"All {num_shards} shards are there: {folder}")

@@ -1,16 +1,17 @@
 """Full fine-tuning by self-play (SPIN, arXiv 2401.01335) on one device or many.
 
-In every iteration the policy, frozen for a moment as its own opponent, answers the prompts of a supervised data set and scores
-the real answers and its own; then it learns to tell them apart. There is no reference model: at the start of an iteration the
-policy is the opponent, so answers and reference log-probs are made first, with the only weights there are, and land on disk.
+In every iteration the policy, frozen for a moment as its own opponent, answers the prompts of a supervised data set and
+scores the real answers and its own; then it learns to tell them apart. There is no reference model: at the start of an
+iteration the policy is the opponent, so answers and reference log-probs are made first, with the only weights there
+are, and land on disk.
 
 One GPU (or CPU):   tune run spin_recipe --config llama3_2/1B_full
 Eight GPUs:         tune run --nproc_per_node 8 spin_recipe --config llama3_1/8B_full
 Change anything:    tune run spin_recipe --config llama3_2/1B_full loss.beta=0.05 max_iterations=2
 
-To make it yours, copy this file and its config and run it with `python spin_recipe.py --config my.yaml` or torchrun. Lines marked
-SPIN are the algorithm; lines marked PLUMBING can be left alone. Not here: LoRA, and generation without training, which is
-spin_generate.
+To make it yours, copy this file and its config and run it with `python spin_recipe.py --config my.yaml` or torchrun.
+Lines marked SPIN are the algorithm; lines marked PLUMBING can be left alone. Not here: LoRA, and generation without
+training, which is spin_generate.
 """
 
 from __future__ import annotations
@@ -66,8 +67,9 @@ DEFAULTS = RECIPE_DEFAULTS
 class SPINRecipe:
     """The whole of a SPIN run: play, score, fit, promote.
 
-    Features: FSDP2 sharding (one process is the one-rank case), fp32 master weights with bf16 compute, packed rows that compute
-    each prompt once, beta and learning rate per iteration, history mixing, exact resume, Hugging Face export per iteration.
+    Features: FSDP2 sharding (one process is the one-rank case), fp32 master weights with bf16 compute, packed rows that
+    compute each prompt once, beta and learning rate per iteration, history mixing, exact resume, Hugging Face export
+    per iteration.
 
     Args:
         cfg (DictConfig): complete, see ``DEFAULTS``.
@@ -135,8 +137,11 @@ class SPINRecipe:
             log.info(f"Resuming at step {self._progress.step} from {resume_path}")
 
         # ---- model
-        # a packed row may be longer than the context: torchtune checks the row's length, but no position in it is that large
-        longest = max(int(prompts.lengths.max()) for prompts in (self._prompts, self._val_prompts) if prompts is not None)
+        # a packed row may be longer than the context: torchtune checks the row's length, but no position in it is that
+        # large
+        longest = max(
+            int(prompts.lengths.max()) for prompts in (self._prompts, self._val_prompts) if prompts is not None
+        )
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
         self._model.max_seq_len = max(context, cfg.pairs.row_tokens, longest) + cfg.pairs.row_multiple
         prepare_model(
@@ -162,14 +167,16 @@ class SPINRecipe:
         self._metric_logger = None
         if self._world.is_main:
             self._metric_logger = config.instantiate(cfg.metric_logger)
-            self._metrics_file = MetricsFile(self._output_dir / "metrics.jsonl", from_step=self._progress.step if resume_path else -1)
+            self._metrics_file = MetricsFile(
+                self._output_dir / "metrics.jsonl", from_step=self._progress.step if resume_path else -1
+            )
             OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
 
     # SPIN: the algorithm.
     def train(self) -> None:
         """Iterations, epochs and steps, from wherever the state stands."""
         progress = self._progress
-        if progress.step == 0 and self._cfg.validation.at_start:
+        if progress.step == 0 and self._val_prompts is not None and self._cfg.validation.at_start:
             self._log(self.run_validation())
         while not progress.is_done:
             iteration = progress.iteration
@@ -204,13 +211,15 @@ class SPINRecipe:
         log.info(f"Finished after {progress.step} steps; everything is in {self._output_dir}")
 
     def augment_dataloader(self, iteration: int) -> dict[tuple[int, str], Pair] | None:
-        """The pairs of an iteration, made now or found on disk: the opponent's answers and its log-probs of all responses.
+        """The pairs of an iteration, made now or found on disk: the opponent's answers and its log-probs of all
+        responses.
 
         Args:
             iteration (int): counted from 0.
 
         Returns:
-            dict[tuple[int, str], Pair] | None: pairs by (iteration of the answers, sample); None if the run was asked to stop.
+            dict[tuple[int, str], Pair] | None: pairs by (iteration of the answers, sample); None if the run was asked
+            to stop.
         """
         folder, val_folder = self._folder(iteration), self._folder(iteration) / "validation"
         with_val = self._cfg.validation.spin
@@ -354,7 +363,8 @@ class SPINRecipe:
             state (dict[str, Any]): from :meth:`state_dict`.
 
         Raises:
-            CheckpointError: If something that the results depend on has changed and is not named in ``resume_with_changes``.
+            CheckpointError: If something that the results depend on has changed and is not named in
+            ``resume_with_changes``.
         """
         allowed = set(self._cfg.resume_with_changes)
         old = {name: value for name, value in state["run"].items() if name not in allowed}
@@ -362,8 +372,8 @@ class SPINRecipe:
         changed = differences(old, new)
         if changed:
             raise CheckpointError(
-                f"The run in {self._output_dir} was started with another config: {'; '.join(changed)}. Restore it, start a new "
-                "output_dir, or name what may change in resume_with_changes."
+                f"The run in {self._output_dir} was started with another config: {'; '.join(changed)}. Restore it, "
+                "start a new output_dir, or name what may change in resume_with_changes."
             )
         self._progress.load_state_dict(state["progress"])
         self._opponent, self._val_loss = state["opponent"], state["val_loss"]
@@ -466,8 +476,8 @@ class SPINRecipe:
         if not store.is_sealed or store.opponent != self._opponent:
             raise CheckpointError(
                 f"{store.path}: not the pairs that this run was trained on (the store is "
-                f"{'of another opponent' if store.is_sealed else 'not complete'}), and the opponent that could make them anew "
-                "is gone. Resume from a checkpoint at the iteration's start: resume=<path>."
+                f"{'of another opponent' if store.is_sealed else 'not complete'}), and the opponent that could make "
+                "them anew is gone. Resume from a checkpoint at the iteration's start: resume=<path>."
             )
         return store
 
@@ -542,8 +552,8 @@ class SPINRecipe:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(
-                f"step {self._progress.step}: loss sum {loss}, gradient norm {grad_norm}. No weight was changed. Samples of the "
-                f"batch: {', '.join(pair.sample_id for pair in batch)}."
+                f"step {self._progress.step}: loss sum {loss}, gradient norm {grad_norm}. No weight was changed. "
+                f"Samples of the batch: {', '.join(pair.sample_id for pair in batch)}."
             )
 
     def _on_sigterm(self, signum: int, frame: object) -> None:
@@ -554,7 +564,9 @@ class SPINRecipe:
 
     def _say_how_to_continue(self) -> None:
         if self._world.is_main:
-            log.info(f"Stopped at step {self._progress.step} as asked. The same command with resume=auto goes on from here.")
+            log.info(
+                f"Stopped at step {self._progress.step} as asked. The same command with resume=auto goes on from here."
+            )
 
     def _finish_iteration(self, iteration: int) -> None:
         model_dir = self._checkpointer.export(self._model, iteration, self._world)
@@ -595,8 +607,8 @@ class SPINRecipe:
         """What the results depend on, by config key; compared when a run is resumed."""
         cfg = self._cfg
         keys = (
-            "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
-            "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
+            "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs",
+            "global_batch_size", "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
         )  # fmt: skip
         return {
             **{key: _plain(cfg[key]) for key in keys},

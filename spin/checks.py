@@ -110,11 +110,11 @@ def check_first_loss(metrics: Mapping[str, float], expected: float, compute_dtyp
     if abs(metrics["loss"] - expected) <= tolerance and abs(metrics["margin"]) <= tolerance:
         return
     raise SelfTestError(
-        f"The first loss of iteration {iteration} is {metrics['loss']:.8f}, expected {expected:.8f} +- {tolerance:g}, because "
-        "policy and opponent are the same weights. The policy's log-probs are off the reference by "
-        f"{metrics['real_logp_drift']:.3g} nats for real and {metrics['generated_logp_drift']:.3g} for generated responses: "
-        "something differs between the reference pass and training (dropout, precision, another number of ranks, a changed "
-        "pair store). No weight was changed. self_test=false skips this test."
+        f"The first loss of iteration {iteration} is {metrics['loss']:.8f}, expected {expected:.8f} +- {tolerance:g}, "
+        "because policy and opponent are the same weights. The policy's log-probs are off the reference by "
+        f"{metrics['real_logp_drift']:.3g} nats for real and {metrics['generated_logp_drift']:.3g} for generated "
+        "responses: something differs between the reference pass and training (dropout, precision, another number of "
+        "ranks, a changed pair store). No weight was changed. self_test=false skips this test."
     )
 
 

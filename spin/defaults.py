@@ -1,7 +1,7 @@
 """The keys that a recipe's config may have, with their defaults.
 
-Sections with a ``_component_`` also take the component's own arguments; the keys under ``_extra_`` are the recipe's. A recipe
-of your own adds its keys in its own file: ``DEFAULTS = RECIPE_DEFAULTS | {"my_key": 1}``.
+Sections with a ``_component_`` also take the component's own arguments; the keys under ``_extra_`` are the recipe's. A
+recipe of your own adds its keys in its own file: ``DEFAULTS = RECIPE_DEFAULTS | {"my_key": 1}``.
 """
 
 from typing import Any

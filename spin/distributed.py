@@ -1,7 +1,7 @@
 """Process group, sharding, and the few collectives that recipes need.
 
-One process is the one-rank case of the same code: it gets a process group of size one and a sharded model like everybody
-else, so nothing in this project asks whether it runs distributed.
+One process is the one-rank case of the same code: it gets a process group of size one and a sharded model like
+everybody else, so nothing in this project asks whether it runs distributed.
 """
 
 import ctypes
@@ -18,10 +18,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-
 from torch.distributed.tensor import DTensor
 
-from spin.errors import ConfigError
+from spin.errors import ConfigError, SpinError
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _KEPT = "_spin_unsharded"  # set on the root while `unsharded` holds the parameters
@@ -53,7 +52,7 @@ class World:
 
 
 def init_world(device: str | None = None, *, timeout_seconds: float = 8 * 3600, replicas: int = 1) -> World:
-    """Join the process group that torchrun announces, or make one of size one.
+    """Joins the process group that torchrun announces, or make one of size one.
 
     Without torchrun the group lives in memory and opens no port. A second call in a process describes the group that is
     there already.
@@ -68,7 +67,7 @@ def init_world(device: str | None = None, *, timeout_seconds: float = 8 * 3600, 
         World: rank, device and mesh of this process.
 
     Raises:
-        ConfigError: if ``device`` is unknown or not there, if ``replicas`` does not divide the number of processes, or
+        ConfigError: If ``device`` is unknown or not there, if ``replicas`` does not divide the number of processes, or
             if the process already has a group for another kind of device.
     """
     device_type = _device_type(device)
@@ -115,7 +114,7 @@ def init_world(device: str | None = None, *, timeout_seconds: float = 8 * 3600, 
 
 
 def _keep_freed_memory() -> None:
-    """Let malloc keep large blocks instead of returning them to the system.
+    """Lets malloc keep large blocks instead of returning them to the system.
 
     FSDP frees and allocates each layer's parameters in every forward and backward, and on CPU the page faults of fresh
     blocks cost more than the copies: 25 % of a step of a 135M model in bfloat16, 7 % with this.
@@ -154,7 +153,7 @@ def shard_model(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
 ) -> None:
-    """Shard a torchtune decoder in place, one group per transformer layer and one for the rest.
+    """Shards a torchtune decoder in place, one group per transformer layer and one for the rest.
 
     Parameters keep their dtype in the shards, compute in ``compute_dtype``, and their gradients are averaged over the
     ranks in float32. Wrap layers (activation checkpointing, ``layer.compile()``) before, and load weights after.
@@ -171,7 +170,7 @@ def shard_model(
         cpu_offload (bool): keep shards, gradients and optimizer state in CPU memory; needs a GPU to compute on.
 
     Raises:
-        ConfigError: if the model has no ``layers``, or if ``cpu_offload`` is asked for without a GPU.
+        ConfigError: If the model has no ``layers``, or if ``cpu_offload`` is asked for without a GPU.
     """
     layers = getattr(model, "layers", None)
     if not isinstance(layers, nn.ModuleList | nn.ModuleDict):
@@ -215,7 +214,7 @@ def _reshard_root_without_grad(model: nn.Module, args: Any, output: Any) -> None
 
 
 def materialize(model: nn.Module, world: World, *, cpu_offload: bool = False) -> None:
-    """Give a sharded meta-device model its memory: uninitialised parameters, computed rotary tables.
+    """Gives a sharded meta-device model its memory: uninitialised parameters, computed rotary tables.
 
     Args:
         model (nn.Module): built under ``torch.device("meta")`` and sharded.
@@ -223,7 +222,7 @@ def materialize(model: nn.Module, world: World, *, cpu_offload: bool = False) ->
         cpu_offload (bool): as given to :func:`shard_model`.
 
     Raises:
-        ConfigError: if a buffer that no checkpoint holds cannot be computed.
+        ConfigError: If a buffer that no checkpoint holds cannot be computed.
     """
     model.to_empty(device="cpu" if cpu_offload else world.device)
     computed: set[str] = set()
@@ -257,14 +256,14 @@ def sharded_modules(model: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Free all gathered parameters, so that ``model.parameters()`` are the shards that the optimizer updates."""
+    """Frees all gathered parameters, so that ``model.parameters()`` are the shards that the optimizer updates."""
     for module in sharded_modules(model):
         module.reshard()
 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Gather every parameter once, in the compute dtype, and keep them all until the end of the block.
+    """Gathers every parameter once, in the compute dtype, and keeps them all until the end of the block.
 
     Forwards inside run no collective, so ranks may run different numbers of them: this is for generation. Costs the
     memory of the whole model in the compute dtype. Collective at entry; forwards inside are for ``torch.no_grad()``. At
@@ -295,8 +294,56 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         setattr(model, _KEPT, False)
 
 
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a sharded tensor; a plain tensor as it is. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gives the model's parameters by torchtune name, gathered one at a time. Collective: every rank takes them all.
+
+    Args:
+        model (nn.Module): sharded or plain.
+
+    Yields:
+        tuple[str, torch.Tensor]: name and whole tensor, detached.
+    """
+    reshard(model)
+    for name, parameter in model.named_parameters():
+        yield clean_name(name), full_tensor(parameter.detach())
+
+
+@contextmanager
+def fail_together(world: World, kind: type[SpinError]) -> Iterator[None]:
+    """Runs a block that can fail on one rank alone, such as a write: if it fails on any, it fails on all.
+
+    Without it the other ranks would wait in the next collective until its time-out. Collective at the end of the block;
+    the block itself must run no collective.
+
+    Args:
+        world (World): the ranks.
+        kind (type[SpinError]): what to raise.
+
+    Yields:
+        None: the block runs.
+
+    Raises:
+        SpinError: Of ``kind``, with the message of the first rank that failed on ``OSError`` or ``SpinError``.
+    """
+    cause: Exception | None = None
+    try:
+        yield
+    except (OSError, SpinError) as error:
+        cause = error
+    messages = gather_objects(None if cause is None else str(cause) or type(cause).__name__, world)
+    for rank, message in enumerate(messages):
+        if message is not None:
+            where = f"rank {rank}: " if world.world_size > 1 else ""
+            raise kind(f"{where}{message}") from cause
+
+
 def all_reduce_sums(values: dict[str, float], world: World) -> dict[str, float]:
-    """Sum each value over all ranks, in one all-reduce.
+    """Sums each value over all ranks, in one all-reduce.
 
     Args:
         values (dict[str, float]): the same keys on every rank, in any order.
@@ -332,7 +379,7 @@ def broadcast_object(obj: Any, world: World) -> Any:
 
 
 def barrier(world: World) -> None:
-    """Wait until every rank is here."""
+    """Waits until every rank is here."""
     if world.device.type == "cuda":
         dist.barrier(device_ids=[world.local_rank])
     else:
@@ -340,24 +387,6 @@ def barrier(world: World) -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group, if there is one."""
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a sharded tensor; a plain tensor as it is. Collective."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's parameters by torchtune name, gathered one at a time. Collective: every rank must take them all.
-
-    Args:
-        model (nn.Module): sharded or plain.
-
-    Yields:
-        tuple[str, torch.Tensor]: name and whole tensor, detached.
-    """
-    for name, parameter in model.named_parameters():
-        yield clean_name(name), full_tensor(parameter.detach())

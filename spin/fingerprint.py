@@ -4,20 +4,24 @@ A fingerprint of weights is of their values, never of a path, so a cached respon
 weights that made it.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from spin.data.types import Prompt
 from spin.distributed import clean_name, reshard
+
+if TYPE_CHECKING:  # spin.data imports this module
+    from spin.data.types import Prompt
 
 _CHUNK_ELEMENTS = 1 << 18  # 2 MiB of int64: stays in the CPU's cache
 _FILE_CHUNK_BYTES = 16 << 20
@@ -25,7 +29,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Hash all parameters and persistent buffers, whatever way they are sharded.
+    """Hashes all parameters and persistent buffers, whatever way they are sharded.
 
     Per tensor, each element's raw bits times an odd pseudo-random weight of its global position are summed modulo 2^64,
     which no sharding changes; the digest covers names, dtypes, shapes and sums. So any change of one element shows, and
@@ -38,15 +42,16 @@ def weights_fingerprint(model: nn.Module) -> str:
         str: 64 hexadecimal digits, the same on one rank, on many and for a plain model.
     """
     reshard(model)
-    tensors = sorted(((clean_name(name), tensor) for name, tensor in model.state_dict().items()), key=lambda item: item[0])
-    regions = [_local_region(tensor) for _, tensor in tensors]
-    sums = [_position_weighted_sum(local, start) for local, start in regions]
-    if any(isinstance(tensor, DTensor) for _, tensor in tensors):
-        packed = torch.tensor(sums, dtype=torch.int64, device=regions[0][0].device)
+    named = {clean_name(name): tensor for name, tensor in sorted(model.state_dict().items())}
+    regions = {name: _local_region(tensor) for name, tensor in sorted(named.items())}
+    sums = [_position_weighted_sum(local, start) for local, start in regions.values()]
+    if any(isinstance(tensor, DTensor) for tensor in named.values()):
+        packed = torch.tensor(sums, dtype=torch.int64, device=next(iter(regions.values()))[0].device)
         dist.all_reduce(packed)  # wraps around, like the sums
         sums = packed.tolist()
     described = [
-        [name, str(tensor.dtype), list(tensor.shape), total] for (name, tensor), total in zip(tensors, sums, strict=True)
+        [name, str(named[name].dtype), list(named[name].shape), total]
+        for name, total in zip(regions, sums, strict=True)
     ]
     return json_fingerprint(described)
 
@@ -115,8 +120,8 @@ def json_fingerprint(obj: Any) -> str:
         str: 64 hexadecimal digits.
 
     Raises:
-        TypeError: if JSON cannot hold ``obj``.
-        ValueError: if it holds NaN or infinity, which are not JSON.
+        TypeError: If JSON cannot hold ``obj``.
+        ValueError: If it holds NaN or infinity, which are not JSON.
     """
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

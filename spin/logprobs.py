@@ -15,13 +15,15 @@ from spin.gemma2 import final_softcap
 
 
 def response_logps(model: nn.Module, row: PackedRow, chunk_size: int = 2048) -> torch.Tensor:
-    """Summed log-probs of every response of a packed row: one forward, one formula, for policy, reference and validation.
+    """Summed log-probs of every response of a packed row: one forward, one formula, for policy, reference and
+    validation.
 
-    Only hidden states of tokens that predict a response token reach the output projection, which runs inside the model's
-    forward, where FSDP2 has gathered its weight.
+    Only hidden states of tokens that predict a response token reach the output projection, which runs inside the
+    model's forward, where FSDP2 has gathered its weight.
 
     Args:
-        model (nn.Module): a torchtune ``TransformerDecoder`` after :func:`spin.attention.patch_attention`, sharded or not.
+        model (nn.Module): a torchtune ``TransformerDecoder`` after :func:`spin.attention.patch_attention`, sharded or
+            not.
         row (PackedRow): on the model's device.
         chunk_size (int): response tokens whose logits exist at a time.
 
@@ -44,8 +46,8 @@ def replaced_unembed(model: nn.Module, unembed: Callable[[torch.Tensor], torch.T
 
     Args:
         model (nn.Module): a torchtune ``TransformerDecoder``.
-        unembed (Callable[[torch.Tensor], torch.Tensor]): takes the last layer's output, shape (b, s, d), before the final
-            norm.
+        unembed (Callable[[torch.Tensor], torch.Tensor]): takes the last layer's output, shape (b, s, d), before the
+            final norm.
 
     Yields:
         None: while it holds.

@@ -13,8 +13,8 @@ _ALIASES = {"sigmoid": "logistic"}
 class SPINLoss(nn.Module):
     """Self-Play fIne-tuNing loss: tells the real response from the opponent's.
 
-    With ``z = beta * [(log p(real) - log p_ref(real)) - (log p(gen) - log p_ref(gen))]`` the loss of a pair is ``l(z)``, where
-    ``l`` is one of the decreasing convex functions of the paper's section 4:
+    With ``z = beta * [(log p(real) - log p_ref(real)) - (log p(gen) - log p_ref(gen))]`` the loss of a pair is
+    ``l(z)``, where ``l`` is one of the decreasing convex functions of the paper's section 4:
 
     - ``logistic`` (alias ``sigmoid``): ``log(1 + exp(-z))``, the paper's choice
     - ``hinge``: ``max(0, 1 - z)``

@@ -84,8 +84,8 @@ class PairSums:
 def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     """Means over the pairs of a global batch.
 
-    ``loss``, ``acc`` and the ``rewards_*`` carry NeMo-Aligner's names and count pairs whose weight is not 0; rewards are scaled
-    by beta. A tie counts as wrong in ``acc``.
+    ``loss``, ``acc`` and the ``rewards_*`` carry NeMo-Aligner's names and count pairs whose weight is not 0; rewards
+    are scaled by beta. A tie counts as wrong in ``acc``.
 
     Args:
         totals (Mapping[str, float]): sums over all ranks.

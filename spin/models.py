@@ -41,7 +41,8 @@ def prepare_model(
         model (nn.Module): from :func:`build_model`; weights are to be loaded afterwards.
         world (World): the ranks.
         compute_dtype (torch.dtype): of forward and backward.
-        activation_checkpointing (bool): compute a layer's activations again in backward; less memory, a third more time.
+        activation_checkpointing (bool): compute a layer's activations again in backward; less memory, a third more
+            time.
         compile_layers (bool): ``torch.compile`` each layer.
     """
     patch_attention(model)

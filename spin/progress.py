@@ -18,8 +18,8 @@ def compute_num_steps_per_epoch(
     Args:
         total_samples (int): samples of the data set.
         global_batch_size (int): samples per optimizer step over all ranks.
-        limit_train_batches (int | float | None): an int counts batches (-1 is no limit), a float is a share of the epoch,
-            None is no limit.
+        limit_train_batches (int | float | None): an int counts batches (-1 is no limit), a float is a share of the
+            epoch, None is no limit.
 
     Returns:
         int: steps, 0 if the limit or the data leaves none.
@@ -43,8 +43,8 @@ def compute_limit_batches(number_of_batches: int, limit_batches: int | float | N
 
     Args:
         number_of_batches (int): batches there are.
-        limit_batches (int | float | None): an int counts batches, a float is a share, None is no limit. So 1 is one batch and
-            1.0 is all of them.
+        limit_batches (int | float | None): an int counts batches, a float is a share, None is no limit. So 1 is one
+            batch and 1.0 is all of them.
 
     Returns:
         int: batches to use.
@@ -59,7 +59,7 @@ def compute_limit_batches(number_of_batches: int, limit_batches: int | float | N
         return number_of_batches
     if isinstance(limit_batches, bool) or not isinstance(limit_batches, (int, float)):
         raise ConfigError(
-            f"{limit_batches!r} of type {type(limit_batches).__name__}: expected an int (batches) or a float (share of them)."
+            f"{limit_batches!r} of type {type(limit_batches).__name__}: expected an int (batches) or a float (a share)."
         )
     if isinstance(limit_batches, int):
         return min(number_of_batches, limit_batches)
@@ -87,7 +87,7 @@ def compute_interval(name: str, interval: int | float, steps_per_epoch: int) -> 
     steps = compute_limit_batches(steps_per_epoch, interval) if isinstance(interval, float) else interval
     if interval > 0 and steps == 0:
         raise ConfigError(
-            f"{name}={interval} of an epoch of {steps_per_epoch} steps is less than one step. Use an int or a larger share."
+            f"{name}={interval} of an epoch of {steps_per_epoch} steps is less than one step. Use an int or more."
         )
     return steps
 
@@ -97,8 +97,8 @@ class SPINProgress:
     """The position in iterations, epochs and steps. ``step`` and ``consumed_samples`` are the state; the rest follows.
 
     Args:
-        steps_per_epoch (int | Sequence[int]): optimizer steps of an epoch; one number per iteration where history mixing makes
-            later iterations longer.
+        steps_per_epoch (int | Sequence[int]): optimizer steps of an epoch; one number per iteration where history
+            mixing makes later iterations longer.
         max_epochs (int): passes over the pairs inside an iteration.
         max_iterations (int): SPIN rounds.
         max_steps (int | None): optimizer steps of the whole run at most; -1 or None is no limit.
@@ -128,8 +128,8 @@ class SPINProgress:
             raise ConfigError(f"{len(self._per_epoch)} values of steps_per_epoch for {self.max_iterations} iterations.")
         if min(self._per_epoch) < 1:
             raise ConfigError(
-                f"steps_per_epoch={self.steps_per_epoch}: an epoch has no step, so nothing would be trained. The data set is "
-                "smaller than global_batch_size, or limit_train_batches leaves less than one batch."
+                f"steps_per_epoch={self.steps_per_epoch}: an epoch has no step, so nothing would be trained. The data "
+                "set is smaller than global_batch_size, or limit_train_batches leaves less than one batch."
             )
         # first step of every iteration, and of the one after the last
         self._starts = [0, *accumulate(steps * self.max_epochs for steps in self._per_epoch)]
@@ -200,16 +200,17 @@ class SPINProgress:
         """Takes the position from a saved state.
 
         Raises:
-            CheckpointError: If the state's epoch or iteration does not follow from its step here: the number of steps per
+            CheckpointError: If the state's epoch or iteration does not follow from its step here: the number of steps
+            per
                 epoch has changed.
         """
         self.step, self.consumed_samples = int(state["step"]), int(state["consumed_samples"])
         for name in ("epoch", "iteration"):
             if name in state and state[name] != getattr(self, name):
                 raise CheckpointError(
-                    f"The saved run is at step {self.step} in {name} {state[name]}, but by this config step {self.step} is in "
-                    f"{name} {getattr(self, name)}. The data set, global_batch_size, max_epochs or limit_train_batches has "
-                    "changed; restore it, or start a new output_dir."
+                    f"The saved run is at step {self.step} in {name} {state[name]}, but by this config step "
+                    f"{self.step} is in {name} {getattr(self, name)}. The data set, global_batch_size, max_epochs or "
+                    "limit_train_batches has changed; restore it, or start a new output_dir."
                 )
 
 
@@ -223,7 +224,9 @@ def parse_max_time(text: str | None) -> float | None:
         return None
     parts = str(text).split(":")
     if len(parts) != 4 or not all(part.isdigit() for part in parts):
-        raise ConfigError(f"max_time={text!r}: expected DD:HH:MM:SS, for example 00:03:30:00 for three and a half hours.")
+        raise ConfigError(
+            f"max_time={text!r}: expected DD:HH:MM:SS, for example 00:03:30:00 for three and a half hours."
+        )
     days, hours, minutes, seconds = map(int, parts)
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 

@@ -1,8 +1,8 @@
 """Reference log-probs: the opponent scores both responses of its pairs.
 
 At the start of an iteration the policy is the opponent, so there is no second model: the policy's own forward, without
-gradient, over the very rows that the first epoch will train on. That is why the first loss of an iteration is exactly that of
-two equal models.
+gradient, over the very rows that the first epoch will train on. That is why the first loss of an iteration is exactly
+that of two equal models.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ def per_iteration(value: Number | Sequence[Number], iteration: int, max_iteratio
         Number: ``value`` itself or its entry for the iteration.
 
     Raises:
-        ConfigError: If a list does not have exactly ``max_iterations`` entries, an entry is not a number, or the iteration is
+        ConfigError: If a list does not have exactly ``max_iterations`` entries, an entry is not a number, or the
+        iteration is
             not one of the run's. NeMo-Aligner finds a short list out only when its iteration starts; call this once for
             iteration 0 before weights are loaded.
     """
@@ -31,12 +32,14 @@ def per_iteration(value: Number | Sequence[Number], iteration: int, max_iteratio
         entries = value
     if len(entries) != max_iterations:
         raise ConfigError(
-            f"{list(entries)} has {len(entries)} values for {max_iterations} iterations. Give one number, or one for each "
-            "iteration."
+            f"{list(entries)} has {len(entries)} values for {max_iterations} iterations. Give one number, or one for "
+            "each iteration."
         )
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, (int, float)) or not math.isfinite(entry):
-            raise ConfigError(f"{entry!r} of type {type(entry).__name__}: expected a finite number, or one for each iteration.")
+            raise ConfigError(
+                f"{entry!r} of type {type(entry).__name__}: expected a finite number, or one per iteration."
+            )
     if not 0 <= iteration < max_iterations:
         raise ConfigError(f"iteration {iteration} is outside this run's iterations 0 to {max_iterations - 1}.")
     return entries[iteration]
@@ -80,7 +83,8 @@ def lr_factor(name: str, step: int, total_steps: int, warmup: int | float = 0, m
         return (step + 1) / warm
     if name == "constant":
         return 1.0
-    # (step - warm) of the remaining steps are done; the last step still moves, so it divides by one more than it can reach
+    # (step - warm) of the remaining steps are done; the last step still moves, so it divides by one more than it can
+    # reach
     done = min(1.0, (step - warm) / max(1, total_steps - warm))
     shape = 1 - done if name == "linear" else 0.5 * (1 + math.cos(math.pi * done))
     return min_ratio + (1 - min_ratio) * shape

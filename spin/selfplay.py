@@ -1,7 +1,7 @@
 """The first two stages of an iteration: the opponent plays (answers every prompt), then its answers are scored.
 
-Both fill a pair store shard by shard. A shard's content depends on the seed, the iteration and its samples, not on the rank
-that makes it or on what was there before, so a run that was killed makes the missing shards and goes on.
+Both fill a pair store shard by shard. A shard's content depends on the seed, the iteration and its samples, not on the
+rank that makes it or on what was there before, so a run that was killed makes the missing shards and goes on.
 """
 
 from __future__ import annotations
@@ -207,11 +207,11 @@ def filter_pairs(
 
     Args:
         pairs (Iterable[Pair]): what the opponent answered.
-        truncated (str): responses cut by the length limit: ``keep`` them as they are (no end token is added), ``mask`` them
-            (in the store and the metrics, not in the loss), or ``drop`` them.
+        truncated (str): responses cut by the length limit: ``keep`` them as they are (no end token is added), ``mask``
+            them (in the store and the metrics, not in the loss), or ``drop`` them.
         equal_to_real (str): responses equal to the real one, which have no gradient: ``keep`` or ``drop``.
-        empty (str): responses that consist of a stop token alone: ``keep`` or ``drop``. Responses without any token cannot
-            be scored and are always dropped.
+        empty (str): responses that consist of a stop token alone: ``keep`` or ``drop``. Responses without any token
+            cannot be scored and are always dropped.
 
     Returns:
         tuple[list[Pair], dict[str, int]]: the pairs that still have a response, and counts of responses by name.
@@ -251,8 +251,8 @@ def filter_pairs(
             counts["dropped_pairs"] += 1
     if not kept:
         raise StoreError(
-            f"No pair is left of {counts['dropped_pairs']}: {dict(counts)}. Every response was dropped by pairs.truncated, "
-            "pairs.equal_to_real or pairs.empty; relax them, or raise sampling.max_new_tokens."
+            f"No pair is left of {counts['dropped_pairs']}: {dict(counts)}. Every response was dropped by "
+            "pairs.truncated, pairs.equal_to_real or pairs.empty; relax them, or raise sampling.max_new_tokens."
         )
     return kept, dict(counts)
 

@@ -88,7 +88,9 @@ def iteration_summary(
     ):
         if steps:
             mean = sum(metrics[name] for metrics in steps) / len(steps)
-            lines.append(f"{label:>22}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step")
+            lines.append(
+                f"{label:>22}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step"
+            )
     for name, label, before in (
         ("val_loss", "validation loss", val_loss_before),
         ("val_spin_loss", "validation SPIN loss", None),

@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
-# Before torch is imported: small tensors gain nothing from more threads, and CI has two cores.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch is imported. Small tensors gain nothing from a second thread, and wait for it where cores are shared:
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

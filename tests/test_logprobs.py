@@ -24,7 +24,10 @@ def problem(n=23, d=7, v=31, dtype=torch.float64):
 @pytest.mark.parametrize("chunk_size", [1, 5, 23, 1000])
 def test_equals_log_softmax(chunk_size, softcap):
     hidden, weight, targets = problem()
-    ours, expected = linear_logprob(hidden, weight, targets, chunk_size, softcap), plain(hidden, weight, targets, softcap)
+    ours, expected = (
+        linear_logprob(hidden, weight, targets, chunk_size, softcap),
+        plain(hidden, weight, targets, softcap),
+    )
     torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
     upstream = torch.linspace(-2, 1, targets.numel(), dtype=torch.float64)
     for got, wanted in zip(
@@ -65,7 +68,7 @@ def test_sums_match_the_reference_implementations(oracles):
 
 
 def test_scores_every_response_token_and_no_prompt_token(oracles):
-    """NeMo-Aligner scored the last prompt token and never the final response token; the right sums are in the oracle."""
+    """NeMo-Aligner scored the last prompt token and never the final response token; the oracle has the right sums."""
     oracle = oracles["nemo_mask_double_shift_bug"]
     logits = torch.tensor(oracle["logits"], dtype=torch.float64)
     sums = []

@@ -32,9 +32,7 @@ def run(rows, policy, truncated="keep", beta=0.5):
         total.add(
             row,
             logps,
-            *SPINLoss(beta=beta)(
-                logps[row.real], logps[row.generated], reference[row.real], reference[row.generated]
-            ),
+            *SPINLoss(beta=beta)(logps[row.real], logps[row.generated], reference[row.real], reference[row.generated]),
         )
     parts = [total.totals() for total in sums]
     return pair_metrics({name: sum(part[name] for part in parts) for name in parts[0]})

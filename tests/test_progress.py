@@ -1,4 +1,5 @@
-"""Steps, limits and intervals against NeMo-Aligner's (tests/oracles/spin_oracles.json), and progress against its trace."""
+"""Steps, limits and intervals against NeMo-Aligner's (tests/oracles/spin_oracles.json), and progress against its
+trace."""
 
 import pytest
 
@@ -67,7 +68,7 @@ def test_position_is_a_function_of_the_step():
 
 
 def test_longer_epochs_in_later_iterations():
-    """Iteration 0 has epochs of 2 steps, iterations 1 and 2 of 4 (its own pairs and those before): 2*2 + 4*2 + 4*2 = 20."""
+    """Iteration 0 has epochs of 2 steps, iterations 1 and 2 of 4 (with the pairs before): 2*2 + 4*2 + 4*2 = 20."""
     progress = SPINProgress([2, 4, 4], 2, 3)
     assert progress.total_steps == 20
     seen = []

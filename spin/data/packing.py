@@ -1,9 +1,9 @@
 """Packed rows: whole pairs side by side, every prompt computed once for all of its responses.
 
-A row is ``[prompt | real | generated ...] [prompt | real | generated ...] ... padding``. The positions of every response start
-at the length of its prompt. A token attends causally to its own segment and, in a response, to the whole prompt; so two
-responses never see each other, nor do two pairs. The first token of a response is predicted by the last prompt token, whose
-hidden state is therefore used once per response.
+A row is ``[prompt | real | generated ...] [prompt | real | generated ...] ... padding``. The positions of every
+response start at the length of its prompt. A token attends causally to its own segment and, in a response, to the whole
+prompt; so two responses never see each other, nor do two pairs. The first token of a response is predicted by the last
+prompt token, whose hidden state is therefore used once per response.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ class PackedRow:
         positions (torch.Tensor): position ids, int64, shape (s,).
         own_start (torch.Tensor): where the segment of each token starts, int32, shape (s,); padding tokens stand alone.
         prompt_start (torch.Tensor): where the prompt of each response token starts, int32, shape (s,).
-        prompt_end (torch.Tensor): where it ends (exclusive), int32, shape (s,); equals ``prompt_start`` where there is none.
-        predictors (torch.Tensor): index of the token whose hidden state predicts each response token, int64, shape (n,).
+        prompt_end (torch.Tensor): where it ends (exclusive), int32, shape (s,); equals ``prompt_start`` where there is
+            none.
+        predictors (torch.Tensor): index of the token whose hidden state predicts each response token, int64, shape
+            (n,).
         targets (torch.Tensor): the response tokens, int64, shape (n,).
         segments (torch.Tensor): response that each of them belongs to, int64, shape (n,).
         response_lengths (torch.Tensor): tokens of each response, int64, shape (m,).
@@ -38,10 +40,11 @@ class PackedRow:
         real (torch.Tensor): response that is real in each comparison, int64, shape (c,).
         generated (torch.Tensor): response that is generated in each comparison, int64, shape (c,).
         truncated (torch.Tensor): the generated response was cut by the length limit, bool, shape (c,).
-        weights (torch.Tensor): share of each comparison in the loss of its pair, float32, shape (c,); a pair's sum to 1, or
-            less where truncated responses are masked.
+        weights (torch.Tensor): share of each comparison in the loss of its pair, float32, shape (c,); a pair's sum to
+            1, or less where truncated responses are masked.
         used_tokens (int): tokens of the row that are not padding.
-        pair_responses (list[tuple[tuple[int, str], int, int]]): key, first response and number of responses of each pair.
+        pair_responses (list[tuple[tuple[int, str], int, int]]): key, first response and number of responses of each
+            pair.
     """
 
     tokens: torch.Tensor
@@ -154,7 +157,9 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, truncated: str = 
         own_start=torch.from_numpy(own_start),
         prompt_start=torch.from_numpy(prompt_start),
         prompt_end=torch.from_numpy(prompt_end),
-        predictors=torch.from_numpy(np.concatenate(predictors).astype(np.int64) if predictors else np.zeros(0, np.int64)),
+        predictors=torch.from_numpy(
+            np.concatenate(predictors).astype(np.int64) if predictors else np.zeros(0, np.int64)
+        ),
         targets=torch.from_numpy(np.concatenate(targets) if targets else np.zeros(0, np.int64)),
         segments=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)),
         response_lengths=torch.tensor(lengths, dtype=torch.int64),
@@ -171,10 +176,10 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, truncated: str = 
 def plan_rows(lengths: Sequence[int], row_tokens: int, num_ranks: int = 1) -> list[list[list[int]]]:
     """Which pair goes into which row of which rank.
 
-    Takes the fewest rows per rank that hold the pairs, fills them evenly (longest pair first, into the emptiest row), and
-    deals them so that the n-th rows of all ranks are about equally long. Every rank gets the same number of rows, as sharded
-    forwards need; rows may be empty when there are fewer pairs than rows. A pair longer than ``row_tokens`` gets a row of its
-    own. The plan depends on the arguments only.
+    Takes the fewest rows per rank that hold the pairs, fills them evenly (longest pair first, into the emptiest row),
+    and deals them so that the n-th rows of all ranks are about equally long. Every rank gets the same number of rows,
+    as sharded forwards need; rows may be empty when there are fewer pairs than rows. A pair longer than ``row_tokens``
+    gets a row of its own. The plan depends on the arguments only.
 
     Args:
         lengths (Sequence[int]): tokens of each pair.

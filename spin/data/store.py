@@ -1,8 +1,8 @@
 """The pair store: what the opponent answered and how it scored the answers, on disk, restartable at any shard.
 
 A store is a folder of parquet shards with a ``manifest.json``. The manifest names what the store was made from (its
-fingerprint); it is written when the store is opened, and again, with every shard's checksum, when the store is sealed. A shard
-appears whole or not at all, so a store that a dead process left behind goes on where it stopped.
+fingerprint); it is written when the store is opened, and again, with every shard's checksum, when the store is sealed.
+A shard appears whole or not at all, so a store that a dead process left behind goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -65,9 +65,13 @@ class PairStore:
         except FileNotFoundError:
             raise StoreError(f"{path}: no pair store here ({MANIFEST} is missing).") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StoreError(f"{file}: damaged manifest ({error}). Remove the folder; it will be made again.") from error
+            raise StoreError(
+                f"{file}: damaged manifest ({error}). Remove the folder; it will be made again."
+            ) from error
         if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
-            raise StoreError(f"{file}: expected a pair store of format {FORMAT_VERSION}. Made by another version of spin?")
+            raise StoreError(
+                f"{file}: expected a pair store of format {FORMAT_VERSION}. Made by another version of spin?"
+            )
         if not isinstance(manifest.get("fingerprint"), dict) or not isinstance(manifest.get("num_shards"), int):
             raise StoreError(f"{file}: damaged manifest (no fingerprint or number of shards).")
         return cls(path, manifest)
@@ -88,7 +92,8 @@ class PairStore:
             path (str | Path): the folder.
             fingerprint (Mapping[str, Any]): everything that the content depends on, JSON values by name.
             num_shards (int): shards that the sealed store will have.
-            on_stale (Callable[[str], None] | None): told in a sentence when a store made from other things was moved aside.
+            on_stale (Callable[[str], None] | None): told in a sentence when a store made from other things was moved
+                aside.
 
         Returns:
             PairStore: sealed, or to be filled with its missing shards.
@@ -108,7 +113,9 @@ class PairStore:
             aside = _unused_name(path)
             path.rename(aside)
             if on_stale is not None:
-                on_stale(f"{path} was made from something else ({'; '.join(changed)}): kept as {aside.name}, making it anew.")
+                on_stale(
+                    f"{path} was made from something else ({'; '.join(changed)}): kept as {aside.name}, making it anew."
+                )
         path.mkdir(parents=True)
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -162,8 +169,8 @@ class PairStore:
         if broken:
             names = ", ".join(dict.fromkeys(broken))
             raise StoreError(
-                f"{self._shard(index)}: the opponent's log-probs are not finite for {names}. The weights, or the precision "
-                "they are computed in, are broken; nothing was written."
+                f"{self._shard(index)}: the opponent's log-probs are not finite for {names}. The weights, or the "
+                "precision they are computed in, are broken; nothing was written."
             )
         rows = [(pair, k, response) for pair in pairs for k, response in enumerate(pair.generated)]
         columns: dict[str, list[Any]] = {
@@ -182,9 +189,7 @@ class PairStore:
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         try:
             with temporary.open("wb") as stream:
-                pq.write_table(
-                    pa.table(columns, schema=_SCHEMA), stream, compression="zstd", write_page_checksum=True
-                )
+                pq.write_table(pa.table(columns, schema=_SCHEMA), stream, compression="zstd", write_page_checksum=True)
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.rename(file)

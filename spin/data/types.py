@@ -53,8 +53,8 @@ class Pair:
         prompt_ids (TokenIds): token ids of the prompt.
         real_ids (TokenIds): token ids of the real response.
         generated (list[Response]): the opponent's responses; none where only the real response is scored.
-        reference_real_logp (float | None): the current opponent's summed log-prob of the real response in nats; None until
-            scored.
+        reference_real_logp (float | None): the current opponent's summed log-prob of the real response in nats; None
+            until scored.
     """
 
     sample_id: str

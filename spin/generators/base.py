@@ -21,8 +21,8 @@ class SamplingParams:
         temperature (float): 0 is greedy.
         top_k (int): keep the k most probable tokens; 0 keeps all.
         top_p (float): keep the smallest set of tokens with at least this probability, in (0, 1].
-        repetition_penalty (float): divides positive and multiplies negative logits of tokens that stand in the prompt or
-            the response so far (CTRL, arXiv 1909.05858); 1 is off.
+        repetition_penalty (float): divides positive and multiplies negative logits of tokens that stand in the prompt
+            or the response so far (CTRL, arXiv 1909.05858); 1 is off.
         min_new_tokens (int): no stop token before this many tokens.
         max_new_tokens (int): the response is cut here, finish reason ``length``.
         stop_token_ids (tuple[int, ...]): end the response; the stop token is part of it.
@@ -109,14 +109,12 @@ class GeneratorContext:
 
 @runtime_checkable
 class Generator(Protocol):
-    """Answers prompts. A recipe calls ``generate`` once per shard of prompts, and ``update_weights`` before an iteration
-    unless ``shares_policy_weights`` says that the generator runs the policy itself."""
+    """Answers prompts. A recipe calls ``generate`` once per shard of prompts, and ``update_weights`` before an
+    iteration unless ``shares_policy_weights`` says that the generator runs the policy itself."""
 
     shares_policy_weights: bool
 
-    def generate(
-        self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]
-    ) -> list[Completion]:
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """One completion per prompt, in order. A completion depends on its prompt, ``sampling`` and its seed only.
 
         Raises:

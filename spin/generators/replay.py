@@ -118,8 +118,8 @@ class ReplayGenerator:
             )
         if unstopped:
             log.warning(
-                "%s: %d responses have finish_reason stop but do not end with a stop token of %s. If the engine left it "
-                "out, append it to generated_ids: SPIN scores it.",
+                "%s: %d responses have finish_reason stop but do not end with a stop token of %s. If the engine left "
+                "it out, append it to generated_ids: SPIN scores it.",
                 self.path,
                 unstopped,
                 list(sampling.stop_token_ids),
@@ -153,8 +153,8 @@ class ReplayGenerator:
         )
         return (
             f"{self.path}: {len(missing)} of {len(prompts)} requests have no response left, e.g. {shown}. Prompts are "
-            "matched by their exact token ids: make the file with the same tokenizer, chat template and number of responses per "
-            "prompt, or set generator.on_missing=empty."
+            "matched by their exact token ids: make the file with the same tokenizer, chat template and number of "
+            "responses per prompt, or set generator.on_missing=empty."
         )
 
 
@@ -204,8 +204,8 @@ def _checked(where: str, row: Any) -> tuple[np.ndarray, _Answer]:
     if not isinstance(row, dict) or any(row.get(name) is None for name in _COLUMNS):
         found = f"the fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
         raise GeneratorError(
-            f"{where}: has {found}, expected prompt_ids and generated_ids, lists of token ids. Text is not taken: encoding "
-            "it again need not give the ids that the model wrote."
+            f"{where}: has {found}, expected prompt_ids and generated_ids, lists of token ids. Text is not taken: "
+            "encoding it again need not give the ids that the model wrote."
         )
     for name in _COLUMNS:
         ids = row[name]

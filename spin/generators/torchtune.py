@@ -161,8 +161,8 @@ class TorchtuneGenerator:
             torch.cuda.empty_cache()
         if self.batch_size == 1:
             raise GeneratorError(
-                f"out of memory with one sequence at a time, prompt {longest.index} of {len(longest.prompt)} tokens and "
-                f"up to {longest.limit} new ones: {shortage} Lower max_new_tokens or max_seq_len, set "
+                f"out of memory with one sequence at a time, prompt {longest.index} of {len(longest.prompt)} tokens "
+                f"and up to {longest.limit} new ones: {shortage} Lower max_new_tokens or max_seq_len, set "
                 "generator.cache_dtype=bf16, or shard over more GPUs."
             )
         self.batch_size //= 2

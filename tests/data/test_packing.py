@@ -13,7 +13,7 @@ from spin.attention import patch_attention
 from spin.data import Pair, Response, pack_batch, pack_row, plan_rows
 from spin.data.packing import loss_weight
 from spin.gemma2 import final_softcap, fix_gemma2_softcap, softcap
-from spin.logprobs import response_logps
+from spin.logprobs import replaced_unembed, response_logps
 from tests.families import FAMILIES
 
 
@@ -42,15 +42,9 @@ def separate_logps(model, pairs):
     for pair in pairs:
         for ids in (pair.real_ids, *(response.token_ids for response in pair.generated)):
             tokens = torch.tensor([[*pair.prompt_ids, *ids]])
-            hidden = {}
-            with_head = lambda h: hidden.setdefault("out", model.output(model.norm(h)))  # noqa: E731
-            before = vars(model).get("unembed")
-            model.unembed = with_head
-            model(tokens)
-            del model.unembed
-            if before is not None:
-                model.unembed = before
-            logits = softcap(hidden["out"], final_softcap(model))[0, len(pair.prompt_ids) - 1 : -1]
+            with replaced_unembed(model, lambda hidden: model.output(model.norm(hidden))):
+                logits = model(tokens)
+            logits = softcap(logits, final_softcap(model))[0, len(pair.prompt_ids) - 1 : -1]
             logps.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum())
     return torch.stack(logps)
 
@@ -62,9 +56,12 @@ def gradients(model, logps):
 
 @pytest.fixture
 def float64_throughout(monkeypatch):
-    """torchtune's norms and rotary embeddings call ``.float()``; without that rounding float64 shows the algebra alone."""
+    """torchtune's norms and rotary embeddings call ``.float()``; without that rounding the algebra alone is left."""
     to_float = torch.Tensor.float
-    keep_double = lambda x, *args, **kwargs: x if x.dtype == torch.float64 else to_float(x, *args, **kwargs)  # noqa: E731
+
+    def keep_double(x, *args, **kwargs):
+        return x if x.dtype == torch.float64 else to_float(x, *args, **kwargs)
+
     monkeypatch.setattr(torch.Tensor, "float", keep_double)
 
 

@@ -1,0 +1,630 @@
+"""Checkpoints: the model a run starts from, the states it resumes from, the models it exports.
+
+A state is a folder ``checkpoints/step_00000123``: tensors in torch.distributed.checkpoint's sharded format, everything
+else in ``state.json``, and ``manifest.json`` with size and SHA-256 of every file. It is written under a hidden name,
+the manifest last, and then renamed; so a folder with a step's name is whole, or has been damaged since, which the
+manifest shows.
+
+Nothing in a state can run code: tensors are read with ``weights_only=True``, and the one pickle that the format has
+(``.metadata``) is read by an unpickler that knows a dozen harmless classes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import zeros as distributed_zeros
+
+from spin.distributed import World, clean_name, fail_together, gather_objects, reshard
+from spin.errors import CheckpointError, ConfigError
+from spin.files import finish_folder, part_of, start_folder, write_json
+from spin.fingerprint import file_sha256, json_fingerprint
+from spin.hf import check_model_type, export_hf, load_hf_weights, read_hf_config, stored_elements
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_STEP_FOLDER = re.compile(r"step_(\d+)(\.old)?")
+# How an optimizer computes, not what: a resumed run follows its own config.
+_IMPLEMENTATION_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}
+
+
+class SPINCheckpointer:
+    """Loads, saves, resumes and exports.
+
+    Args:
+        checkpoint_dir (str): Hugging Face folder that training starts from.
+        model_type (str): layout of its weights, a name of torchtune's ``ModelType`` such as ``LLAMA3_2``.
+        output_dir (str): states go to ``checkpoints/`` in it, exports to ``iteration_NNN/hf_model``.
+        keep_last (int): number of newest states to keep, at least 1.
+        keep_best (int): number of states of lowest validation loss to keep beside them.
+        export_dtype (str): ``bf16``, ``fp32`` or ``fp16``.
+
+    Raises:
+        ConfigError: If an argument cannot be.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: str,
+        model_type: str,
+        output_dir: str,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        export_dtype: str = "bf16",
+    ) -> None:
+        if keep_last < 1:
+            raise ConfigError(
+                f"checkpointer.keep_last is {keep_last}, expected at least 1: a run resumes from its newest state."
+            )
+        if keep_best < 0:
+            raise ConfigError(f"checkpointer.keep_best is {keep_best}, expected 0 or more.")
+        if export_dtype not in _DTYPES:
+            raise ConfigError(f"checkpointer.export_dtype is {export_dtype!r}, expected {', '.join(_DTYPES)}.")
+        self.checkpoint_dir = Path(checkpoint_dir)
+        self.model_type = check_model_type(model_type)
+        self.output_dir = Path(output_dir)
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        self.export_dtype = _DTYPES[export_dtype]
+
+    @property
+    def states_dir(self) -> Path:
+        """The folder of all states."""
+        return self.output_dir / "checkpoints"
+
+    def validate(self) -> None:
+        """Checks, before any weight is loaded, that loading and saving can work.
+
+        Raises:
+            CheckpointError: If the model folder is not whole, or the output folder cannot be written or is too small.
+        """
+        read_hf_config(self.checkpoint_dir)
+        parameters = stored_elements(self.checkpoint_dir)
+        try:
+            self.states_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.states_dir) as probe:
+                probe.write(b"spin")
+                probe.flush()
+                os.fsync(probe.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.states_dir}: cannot write ({error.strerror or error}). Change output_dir."
+            ) from error
+        free = shutil.disk_usage(self.states_dir).free
+        export = parameters * self.export_dtype.itemsize
+        # AdamW keeps two moments per weight: three numbers, of 2 bytes at least and 4 by default.
+        least, usual = parameters * 3 * 2 + export, parameters * 3 * 4 + export
+        if free < least:
+            raise CheckpointError(
+                f"{self.output_dir}: {_gib(free)} free, but one state and one export of {parameters / 1e9:.2f}B "
+                f"parameters take {_gib(least)} to {_gib(usual)}. Free some space or change output_dir."
+            )
+        # A new state is complete before an old one goes.
+        wanted = usual * (self.keep_last + self.keep_best + 1)
+        if free < wanted and self._complete() == []:
+            log.warning(
+                f"{self.output_dir}: {_gib(free)} free; keep_last={self.keep_last} and keep_best={self.keep_best} with "
+                f"fp32 AdamW can need {_gib(wanted)}."
+            )
+
+    def load_model(self, model: nn.Module, world: World) -> None:
+        """Fills the model from ``checkpoint_dir``; see :func:`spin.hf.load_hf_weights`."""
+        load_hf_weights(model, self.checkpoint_dir, self.model_type, world=world)
+
+    def export(self, model: nn.Module, iteration: int, world: World) -> Path:
+        """Writes the model for transformers and vLLM; see :func:`spin.hf.export_hf`.
+
+        Args:
+            model (nn.Module): sharded or plain.
+            iteration (int): counted from 0, in the folder's name.
+            world (World): the ranks.
+
+        Returns:
+            Path: ``output_dir/iteration_NNN/hf_model``.
+        """
+        out_dir = self.output_dir / f"iteration_{iteration:03d}" / "hf_model"
+        return export_hf(model, self.checkpoint_dir, out_dir, self.model_type, dtype=self.export_dtype, world=world)
+
+    # ---- save
+
+    def save_state(
+        self,
+        *,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: dict[str, Any],
+        world: World,
+        metric: float | None = None,
+    ) -> Path:
+        """Writes a state that a run can resume from, then removes the states that need not be kept.
+
+        Every rank writes its own shards, to a file system that all ranks share. A state of the same step is replaced.
+        Collective.
+
+        Args:
+            step (int): optimizer steps so far; names the folder.
+            model (nn.Module): sharded or plain.
+            optimizer (torch.optim.Optimizer | None): its state is saved too, unless None.
+            state (dict[str, Any]): everything else, JSON values.
+            world (World): the ranks.
+            metric (float | None): validation loss, for ``keep_best``.
+
+        Returns:
+            Path: the folder.
+
+        Raises:
+            CheckpointError: If a rank could not write; what was there before is still there.
+        """
+        folder = self.states_dir / f"step_{step:08d}"
+        part = part_of(folder)
+        tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
+        document: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "state": state, "optimizer": None}
+        try:
+            with fail_together(world, CheckpointError):
+                if optimizer is not None:
+                    optimizer_tensors, document["optimizer"] = _describe_optimizer(model, optimizer)
+                    tensors |= optimizer_tensors
+                if world.is_main:
+                    self._clean()
+                    start_folder(folder)
+                    _write_document(part / STATE, document)
+            _save_tensors(tensors, part)
+            with fail_together(world, CheckpointError):
+                # Who wrote a file checks it in: its bytes are still in this host's cache.
+                own = sorted(part.glob(f"__{world.rank}_*")) + (
+                    [part / METADATA, part / STATE] if world.is_main else []
+                )
+                sums = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in own}
+            files = {name: entry for entries in gather_objects(sums, world) for name, entry in entries.items()}
+            with fail_together(world, CheckpointError):
+                if world.is_main:
+                    _write_manifest(part, files, step=step, sequence=self._next_sequence(), metric=metric, world=world)
+                    finish_folder(folder)
+        except CheckpointError:
+            if world.is_main:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+        if world.is_main:
+            self._retire()
+        return folder
+
+    def _next_sequence(self) -> int:
+        # Steps go back when a run resumes from an older state; the order of saving does not.
+        return max((manifest["sequence"] for _, manifest in self._complete()), default=0) + 1
+
+    def _clean(self) -> None:
+        """Removes what a dead process left behind; a state that it was replacing gets its name back."""
+        if not self.states_dir.is_dir():
+            return
+        for part in self.states_dir.glob(".step_*.part"):
+            shutil.rmtree(part)
+        for folder in self.states_dir.iterdir():
+            match = _STEP_FOLDER.fullmatch(folder.name)
+            if match is None:
+                continue
+            if not (folder / MANIFEST).exists():  # half deleted
+                shutil.rmtree(folder)
+            elif match[2]:
+                current = folder.with_name(folder.name.removesuffix(match[2]))
+                if (current / MANIFEST).exists():
+                    shutil.rmtree(folder)
+                else:
+                    os.rename(folder, current)
+
+    def _retire(self) -> None:
+        """Removes the states that are neither among the newest nor among the best."""
+        states = self._complete()
+        keep = {folder for folder, _ in states[-self.keep_last :]}
+        scored = [(manifest["metric"], -manifest["sequence"], folder) for folder, manifest in states]
+        best = sorted(entry for entry in scored if entry[0] is not None)[: self.keep_best]
+        keep |= {folder for _, _, folder in best}
+        for folder, _ in states:
+            if folder in keep:
+                continue
+            try:
+                (folder / MANIFEST).unlink()  # from here on it is no state
+                shutil.rmtree(folder)
+            except OSError as error:
+                log.warning(f"{folder}: cannot remove this old state ({error}).")
+
+    # ---- resume
+
+    def _complete(self) -> list[tuple[Path, dict[str, Any]]]:
+        """The whole states with their manifests, oldest first."""
+        found: dict[str, tuple[Path, dict[str, Any]]] = {}
+        # A folder's `.old` sorts after it and counts only if it is not whole.
+        for folder in sorted(self.states_dir.glob("step_*")):
+            match = _STEP_FOLDER.fullmatch(folder.name)
+            if match is None or match[1] in found or not (folder / MANIFEST).exists():
+                continue
+            try:
+                found[match[1]] = folder, _read_manifest(folder)
+            except CheckpointError as error:
+                log.warning(f"{error} This state is passed over.")
+        return sorted(found.values(), key=lambda state: state[1]["sequence"])
+
+    def latest(self, resume: str = "auto") -> Path | None:
+        """The state to resume from.
+
+        Args:
+            resume (str): ``auto`` for the newest whole state if there is one, ``never``, or a state's folder.
+
+        Returns:
+            Path | None: the folder, or None to start anew.
+
+        Raises:
+            CheckpointError: If a folder is given that is not a whole state.
+        """
+        if resume == "never":
+            return None
+        if resume == "auto":
+            states = self._complete()
+            return states[-1][0] if states else None
+        _read_manifest(Path(resume))
+        return Path(resume)
+
+    def read_state(self, path: str | Path) -> dict[str, Any]:
+        """Reads what was given as ``state`` to :meth:`save_state`; no tensor is touched.
+
+        Args:
+            path (str | Path): a state's folder.
+
+        Returns:
+            dict[str, Any]: JSON values.
+
+        Raises:
+            CheckpointError: If the folder is not a whole state, or its state.json is damaged.
+        """
+        state: dict[str, Any] = _read_document(Path(path))["state"]
+        return state
+
+    def load_state(
+        self, path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+    ) -> None:
+        """Restores tensors bit for bit, on any number of ranks. Every file's checksum is verified first. Collective.
+
+        Args:
+            path (str | Path): a state's folder.
+            model (nn.Module): sharded or plain, with memory.
+            optimizer (torch.optim.Optimizer | None): made for ``model``'s parameters; left as it is if the state was
+                saved without one. None leaves the saved one aside.
+            world (World): the ranks.
+
+        Raises:
+            CheckpointError: If a file is damaged, or if the state does not fit the model or the optimizer.
+        """
+        folder = Path(path)
+        with fail_together(world, CheckpointError):
+            entries = sorted(_read_manifest(folder)["files"].items())
+            for name, entry in entries[world.rank :: world.world_size]:
+                _verify(folder / name, entry)
+        with fail_together(world, CheckpointError):
+            metadata = _read_metadata(folder)
+            targets = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
+            saved = _read_document(folder)["optimizer"]
+            optimizer_state: dict[torch.Tensor, dict[str, Any]] = {}
+            if optimizer is not None and saved is not None:
+                _check_optimizer(model, optimizer, saved, folder)
+                optimizer_state, tensors = _allocate_optimizer_state(model, saved, metadata)
+                targets |= tensors
+            _check_targets(targets, metadata, folder)
+        try:
+            dcp.load(targets, storage_reader=_Reader(folder, metadata))
+        except dcp.CheckpointException as error:
+            raise CheckpointError(f"{folder}: cannot read ({_reasons(error)}).") from error
+        if optimizer is not None and saved is not None:
+            optimizer.state.clear()
+            optimizer.state.update(optimizer_state)
+            for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
+                _restore_options(group, options["options"])
+
+
+def _gib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
+
+
+def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    reshard(model)
+    return {clean_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
+# ---- files of a state
+
+
+def _write_document(file: Path, document: dict[str, Any]) -> None:
+    try:
+        write_json(file, document)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file.name} of step {document['step']}: {error}. Its values must be JSON.") from error
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    _verify(folder / STATE, _read_manifest(folder)["files"][STATE])
+    document: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return document
+
+
+def _write_manifest(
+    folder: Path, files: dict[str, Any], *, step: int, sequence: int, metric: float | None, world: World
+) -> None:
+    content = {
+        "format": FORMAT_VERSION,
+        "step": step,
+        "sequence": sequence,
+        "metric": metric if metric is not None and math.isfinite(metric) else None,
+        "world_size": world.world_size,
+        "files": dict(sorted(files.items())),
+    }
+    write_json(folder / MANIFEST, content | {"checksum": json_fingerprint(content)})
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole state: every file is there and has its size. Bytes are verified when they are loaded."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give a folder like checkpoints/step_00000100, auto or never.")
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: no {MANIFEST}, so this is no state, or one whose saving was interrupted.")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        checksum = content.pop("checksum")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{file}: damaged ({error}). Resume from another state.") from error
+    if checksum != json_fingerprint(content):
+        raise CheckpointError(f"{file}: damaged, its checksum does not match. Resume from another state.")
+    if content["format"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: format {content['format']}, this version of SPIN reads {FORMAT_VERSION}. "
+            "Resume with the version that wrote it."
+        )
+    faults = []
+    for name, entry in content["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size is None:
+            faults.append(f"{name} is missing")
+        elif size != entry["bytes"]:
+            faults.append(f"{name} has {size} bytes instead of {entry['bytes']}")
+    if faults:
+        raise CheckpointError(f"{folder}: not whole: {', '.join(faults)}. Resume from another state.")
+    return dict(content)
+
+
+def _verify(file: Path, entry: dict[str, Any]) -> None:
+    if file_sha256(file) != entry["sha256"]:
+        raise CheckpointError(f"{file}: damaged, its SHA-256 is not the manifest's. Resume from another state.")
+
+
+# ---- tensors of a state
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+    try:
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True))
+    except dcp.CheckpointException as error:
+        raise CheckpointError(f"{folder}: cannot write ({_reasons(error)}). Is the disk full?") from error
+
+
+def _reasons(error: dcp.CheckpointException) -> str:
+    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows the classes that torch.distributed.checkpoint writes into ``.metadata``; none of them runs code."""
+
+    _DCP = "torch.distributed.checkpoint."
+    _KNOWN = {
+        _DCP + "metadata": {
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        },
+        _DCP + "filesystem": {"_StorageInfo"},
+        "torch": {"Size"}
+        | {str(dtype).removeprefix("torch.") for dtype in (*_DTYPES.values(), torch.float64)}
+        | {"bool", "int8", "int16", "int32", "int64", "uint8"},
+        "torch.serialization": {"_get_layout"},
+        "pathlib": {"PosixPath"},
+        "pathlib._local": {"PosixPath"},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Looks a class up, if it is a known one."""
+        if name not in self._KNOWN.get(module, ()):
+            raise CheckpointError(
+                f"asks for {module}.{name}, which no state holds. It may be an attack: loading it is refused."
+            )
+        return super().find_class(module, name)
+
+
+def _read_metadata(folder: Path) -> Metadata:
+    file = folder / METADATA
+    try:
+        with open(file, "rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{file}: damaged ({error}). Resume from another state.") from error
+    if not isinstance(metadata, Metadata):
+        raise CheckpointError(f"{file}: not the metadata of a state. Resume from another state.")
+    # Anything but a tensor would be unpickled without restriction when it is loaded.
+    others = [
+        name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
+    ]
+    if others:
+        raise CheckpointError(
+            f"{file}: {', '.join(others[:5])} are not tensors. It may be an attack: loading is refused."
+        )
+    return metadata
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads tensors with the metadata that the restricted unpickler has read."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata, without opening the file again."""
+        self._metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._metadata
+
+
+def _check_targets(targets: dict[str, torch.Tensor], metadata: Metadata, folder: Path) -> None:
+    saved: dict[str, Any] = metadata.state_dict_metadata
+    faults = [f"the state has no {name}" for name in targets.keys() - saved.keys()]
+    faults += [f"the model has no {name}" for name in saved.keys() - targets.keys() if name.startswith("model.")]
+    faults += [
+        f"{name} is {list(saved[name].size)}, the model needs {list(tensor.shape)}"
+        for name, tensor in targets.items()
+        if name in saved and saved[name].size != tensor.shape
+    ]
+    if faults:
+        shown = sorted(faults)[:20]
+        more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
+        raise CheckpointError(f"{folder} does not fit the config's model:\n  " + "\n  ".join(shown + more))
+
+
+# ---- the optimizer: tensors beside the model's, all else in state.json
+
+
+def _class_name(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+
+
+def _group_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    names = {parameter: clean_name(name) for name, parameter in model.named_parameters()}
+    foreign = sum(parameter not in names for group in optimizer.param_groups for parameter in group["params"])
+    if foreign:
+        raise CheckpointError(
+            f"{_class_name(optimizer)} holds {foreign} parameters that are not the model's. "
+            "Make the optimizer after the model is sharded."
+        )
+    return [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _describe_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """An optimizer's tensors by name, and how to put them together again.
+
+    It is read as it is: helpers that make missing state by a step of learning rate 0 do not suit every optimizer.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    state: dict[str, dict[str, Any]] = {}
+    groups = []
+    for group, names in zip(optimizer.param_groups, _group_names(model, optimizer), strict=True):
+        groups.append({"parameters": names, "options": _describe_options(group)})
+        for parameter, name in zip(group["params"], names, strict=True):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                entry: dict[str, Any] = {"value": value}
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{name}.{key}"] = value
+                    entry = _describe_tensor(value, f"{_class_name(optimizer)}: {key} of {name}")
+                state.setdefault(name, {})[key] = entry
+    return tensors, {"class": _class_name(optimizer), "groups": groups, "state": state}
+
+
+def _describe_tensor(value: torch.Tensor, what: str) -> dict[str, Any]:
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if hasattr(local, "__tensor_flatten__"):
+        raise CheckpointError(
+            f"{what} is a {type(local).__name__}, which torch.distributed.checkpoint cannot save. "
+            "Use an optimizer with plain tensors, such as torch.optim.AdamW."
+        )
+    shard_dims = (
+        [placement.dim for placement in value.placements if isinstance(placement, Shard)] if local is not value else []
+    )
+    return {
+        "distributed": isinstance(value, DTensor),
+        "shard_dim": shard_dims[0] if shard_dims else None,
+        "on_cpu": local.device.type == "cpu",
+    }
+
+
+def _describe_options(group: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.item() if isinstance(value, torch.Tensor) else value
+        for key, value in group.items()
+        if key != "params" and key not in _IMPLEMENTATION_OPTIONS
+    }
+
+
+def _restore_options(group: dict[str, Any], options: dict[str, Any]) -> None:
+    for key, value in options.items():
+        current = group.get(key)
+        if isinstance(current, torch.Tensor):
+            current.fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(current, tuple) else value
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any], folder: Path) -> None:
+    if saved["class"] != _class_name(optimizer):
+        raise CheckpointError(
+            f"{folder}: saved with {saved['class']}, the config's optimizer is {_class_name(optimizer)}. "
+            "Restore the config, or start a new run from the exported model."
+        )
+    if [group["parameters"] for group in saved["groups"]] != _group_names(model, optimizer):
+        raise CheckpointError(f"{folder}: the optimizer's parameter groups are not the saved ones. Restore the config.")
+
+
+def _allocate_optimizer_state(
+    model: nn.Module, saved: dict[str, Any], metadata: Metadata
+) -> tuple[dict[torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]:
+    """Memory for an optimizer's state, and the same tensors by the names under which they were saved."""
+    parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    state: dict[torch.Tensor, dict[str, Any]] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, entries in saved["state"].items():
+        state[parameters[name]] = values = {}
+        for key, entry in entries.items():
+            if "value" in entry:
+                values[key] = entry["value"]
+                continue
+            full_name = f"optimizer.{name}.{key}"
+            stored: Any = metadata.state_dict_metadata[full_name]
+            values[key] = tensors[full_name] = _empty_like_saved(
+                parameters[name].detach(), entry, stored.size, stored.properties.dtype
+            )
+    return state, tensors
+
+
+def _empty_like_saved(
+    parameter: torch.Tensor, entry: dict[str, Any], size: torch.Size, dtype: torch.dtype
+) -> torch.Tensor:
+    if not entry["distributed"]:
+        return torch.zeros(size, dtype=dtype, device="cpu" if entry["on_cpu"] else parameter.device)
+    if size == parameter.shape:
+        return torch.zeros_like(parameter, dtype=dtype)
+    if not isinstance(parameter, DTensor):
+        return torch.zeros(size, dtype=dtype, device=parameter.device)
+    shard_dim = entry["shard_dim"]
+    placements = [
+        Shard(shard_dim) if shard_dim is not None and isinstance(placement, Shard) else Replicate()
+        for placement in parameter.placements
+    ]
+    return distributed_zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)

@@ -1,0 +1,540 @@
+"""Hugging Face folders in and out, one layer at a time.
+
+No rank ever holds more than its shards, one layer, and (writing) one output file. Names and layouts are torchtune's own
+converters' business; this module calls them per layer, and asks them with meta tensors what a folder must contain, so
+that every fault of a folder is known from its headers, before a byte of weights is read.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
+from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
+from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to_hf
+from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
+
+from spin.distributed import World, clean_name, fail_together, full_tensor, reshard
+from spin.errors import CheckpointError, ConfigError
+from spin.files import finish_folder, part_of, start_folder, sync, write_json
+from spin.gemma2 import swap_mlp_norms
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+MAX_FILE_BYTES = 5 * 10**9
+# What an exported model needs beside weights and config, and what its licence asks to pass on.
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_DTYPES = {"F64", "F32", "F16", "BF16"}
+_LM_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+_INV_FREQ = "rotary_emb.inv_freq"  # a table that old folders hold; torchtune computes its own
+
+
+@dataclass(frozen=True)
+class _Converters:
+    to_tune: Callable[..., Tensors]
+    to_hf: Callable[..., Tensors]
+    takes: tuple[str, ...] = ("num_heads", "num_kv_heads", "dim", "head_dim")
+
+
+def _gemma2_to_tune(tensors: Tensors, **shape: Any) -> Tensors:
+    return swap_mlp_norms(gemma2_hf_to_tune(tensors, **shape))
+
+
+def _gemma2_to_hf(tensors: Tensors, **shape: Any) -> Tensors:
+    return gemma2_tune_to_hf(swap_mlp_norms(tensors), **shape)
+
+
+def _phi3_to_hf(tensors: Tensors, **shape: Any) -> Tensors:
+    return phi3_tune_to_hf(tensors)
+
+
+_LLAMA = _Converters(hf_to_tune, tune_to_hf)
+_PHI = _Converters(phi3_hf_to_tune, _phi3_to_hf, takes=("num_heads", "num_kv_heads", "dim"))
+# By the names of torchtune.training.checkpointing.ModelType.
+_CONVERTERS = {
+    "LLAMA2": _LLAMA,
+    "LLAMA3": _LLAMA,
+    "LLAMA3_2": _LLAMA,
+    "MISTRAL": _LLAMA,
+    "GEMMA": _LLAMA,
+    "GEMMA2": _Converters(_gemma2_to_tune, _gemma2_to_hf),
+    "QWEN2": _Converters(qwen2_hf_to_tune, qwen2_tune_to_hf),
+    "PHI3_MINI": _PHI,
+    "PHI4": _PHI,
+}
+# The model_type of config.json that each may meet; a folder of another family would convert into nonsense or fail late.
+_FAMILY = {
+    "LLAMA2": {"llama"},
+    "LLAMA3": {"llama"},
+    "LLAMA3_2": {"llama"},
+    "MISTRAL": {"mistral", "llama"},
+    "GEMMA": {"gemma"},
+    "GEMMA2": {"gemma2"},
+    "QWEN2": {"qwen2"},
+    "PHI3_MINI": {"phi3"},
+    "PHI4": {"phi3"},
+}
+
+
+def check_model_type(model_type: str) -> str:
+    """The canonical spelling of a model type.
+
+    Args:
+        model_type (str): name in torchtune's ``ModelType``, in any case.
+
+    Returns:
+        str: upper case.
+
+    Raises:
+        ConfigError: If SPIN cannot convert weights of this type.
+    """
+    name = str(model_type).upper()
+    if name not in _CONVERTERS:
+        raise ConfigError(f"model_type is {model_type!r}, expected one of {', '.join(_CONVERTERS)}.")
+    return name
+
+
+def read_hf_config(checkpoint_dir: str | Path) -> dict[str, Any]:
+    """Reads a folder's config.json and checks that the weights it names are there, without opening them.
+
+    Args:
+        checkpoint_dir (str | Path): a Hugging Face folder.
+
+    Returns:
+        dict[str, Any]: the config.
+
+    Raises:
+        CheckpointError: If the folder, its config.json or its safetensors files are missing, broken or quantized.
+    """
+    folder = Path(checkpoint_dir)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no such folder. checkpoint_dir is a Hugging Face model folder on this disk; "
+            "`tune download <repository> --output-dir <folder>` makes one."
+        )
+    config = _read_json(folder / CONFIG, "Every Hugging Face model has one: download the model again.")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise CheckpointError(
+            f"{folder / CONFIG}: the weights are quantized ({method}). Full fine-tuning needs the unquantized model."
+        )
+    missing = [key for key in ("hidden_size", "num_attention_heads", "num_hidden_layers") if key not in config]
+    if missing:
+        raise CheckpointError(f"{folder / CONFIG}: no {', '.join(missing)}; this is not the config of a text decoder.")
+    weight_files(folder)
+    return config
+
+
+def _read_json(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file. {remedy}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: not JSON ({error}). {remedy}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds a JSON {type(content).__name__}, expected an object. {remedy}")
+    return content
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model of a folder.
+
+    The index names them; without one, ``model.safetensors`` alone, else all of ``model-*-of-*``, else all. So files in
+    other layouts that lie beside them (Mistral's ``consolidated.safetensors``) are left alone.
+
+    Args:
+        folder (Path): a Hugging Face folder.
+
+    Returns:
+        list[Path]: sorted by name.
+
+    Raises:
+        CheckpointError: If there is none, or one that the index names is missing.
+    """
+    index = folder / INDEX
+    if index.exists():
+        weight_map = _read_json(index, "Download the model again.").get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index}: no weight_map. Download the model again.")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        outside = [file.name for file in files if file.parent != folder]
+        if outside:
+            raise CheckpointError(f"{index}: names files outside the folder: {', '.join(outside)}.")
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: {INDEX} names {len(files)} files, but {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing. Download the model again."
+            )
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    files = sorted(folder.glob("model-*-of-*.safetensors"))
+    if files:
+        announced = int(files[0].stem.rsplit("-of-", 1)[1])
+        if len(files) != announced:
+            raise CheckpointError(f"{folder}: {len(files)} of {announced} safetensors files. Download the model again.")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        found = f" It holds {', '.join(pickles)}, which can run code when loaded and are not read." if pickles else ""
+        raise CheckpointError(f"{folder}: no *.safetensors file.{found} Download or save the model as safetensors.")
+    return files
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a folder, from a file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _read_headers(files: Iterable[Path]) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    view = tensors.get_slice(name)
+                    entries[name] = _Entry(file, tuple(view.get_shape()), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(
+                f"{file}: not a whole safetensors file ({error}). Download the model again."
+            ) from error
+    return {name: entry for name, entry in entries.items() if _INV_FREQ not in name}
+
+
+def stored_elements(checkpoint_dir: str | Path) -> int:
+    """Counts the elements of all tensors of a folder, from the headers.
+
+    Args:
+        checkpoint_dir (str | Path): a Hugging Face folder.
+
+    Returns:
+        int: the number of parameters, tied ones as often as they are stored.
+    """
+    entries = _read_headers(weight_files(Path(checkpoint_dir))).values()
+    return sum(torch.Size(entry.shape).numel() for entry in entries)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tensors that convert together: a layer, or one tensor outside the layers."""
+
+    tune: tuple[str, ...]
+    hf: dict[str, tuple[int, ...]]  # name to shape
+
+
+def _converter_arguments(config: dict[str, Any], model_type: str) -> dict[str, Any]:
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    arguments = {
+        "num_heads": heads,
+        "num_kv_heads": config.get("num_key_value_heads") or heads,
+        "dim": width,
+        "head_dim": config.get("head_dim") or width // heads,
+    }
+    return {name: arguments[name] for name in _CONVERTERS[model_type].takes}
+
+
+def _groups(tensors: Tensors, config: dict[str, Any], model_type: str) -> list[_Group]:
+    """What a folder of this model must hold, by asking the converter with meta tensors."""
+    named: dict[str, list[str]] = {}
+    for name in tensors:
+        layer = re.match(r"layers\.\d+\.", name)
+        named.setdefault(layer.group() if layer else name, []).append(name)
+    arguments = _converter_arguments(config, model_type)
+    groups = []
+    for names in named.values():
+        meta = {name: torch.empty(tensors[name].shape, device="meta") for name in names}
+        try:
+            converted = _CONVERTERS[model_type].to_hf(meta, **arguments)
+        except Exception as error:  # noqa: BLE001 - torchtune raises Exception itself for a name that it does not know
+            raise CheckpointError(
+                f"torchtune's {model_type} converter does not accept the model's {', '.join(names)}: {error} "
+                f"Do the model's builder, model_type and {CONFIG} belong together?"
+            ) from error
+        groups.append(_Group(tuple(names), {name: tuple(tensor.shape) for name, tensor in converted.items()}))
+    return groups
+
+
+def _named_tensors(model: nn.Module) -> Tensors:
+    reshard(model)
+    return {clean_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _check_architecture(model: nn.Module, config: dict[str, Any], model_type: str, file: Path, warn: bool) -> None:
+    """Compares what shapes cannot tell: with other heads or rotary base, weights load and the model is wrong."""
+    found = config.get("model_type")
+    if found is not None and found not in _FAMILY[model_type]:
+        raise CheckpointError(
+            f"{file}: model_type is {found!r}, but the config's model_type {model_type} reads "
+            f"{' or '.join(sorted(_FAMILY[model_type]))}. Change checkpointer.model_type or checkpoint_dir."
+        )
+    layers = getattr(model, "layers", [])
+    attention = getattr(layers[0], "attn", None) if len(layers) else None
+    if attention is None:
+        return
+    heads = config["num_attention_heads"]
+    expected = {
+        "layers": (len(layers), config["num_hidden_layers"]),
+        "attention heads": (attention.num_heads, heads),
+        "key/value heads": (attention.num_kv_heads, config.get("num_key_value_heads") or heads),
+        "head dimension": (attention.head_dim, config.get("head_dim") or config["hidden_size"] // heads),
+    }
+    wrong = [f"{ours} {what}, {CONFIG} has {theirs}" for what, (ours, theirs) in expected.items() if ours != theirs]
+    if wrong:
+        raise CheckpointError(f"{file}: the config's model has {'; '.join(wrong)}. Use the builder of this model.")
+    rope = config.get("rope_parameters") or {}
+    silent = {
+        "rotary base": (
+            getattr(attention.pos_embeddings, "base", None),
+            config.get("rope_theta", rope.get("rope_theta")),
+        ),
+        "norm epsilon": (getattr(getattr(layers[0], "sa_norm", None), "eps", None), config.get("rms_norm_eps")),
+    }
+    for what, (ours, theirs) in silent.items():
+        if warn and ours is not None and theirs is not None and float(ours) != float(theirs):
+            log.warning(
+                f"{file}: {what} is {theirs}, but the config's model uses {ours}. Its outputs will differ from the "
+                "original's; give the model's builder the right value."
+            )
+
+
+def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: str, *, world: World) -> None:
+    """Fills a torchtune model from a Hugging Face folder, layer by layer.
+
+    Every rank reads every layer and keeps its own shard, so nothing is sent; values are cast to the model's dtype.
+
+    Args:
+        model (nn.Module): sharded or plain, with memory (see :func:`spin.distributed.materialize`).
+        checkpoint_dir (str | Path): a Hugging Face folder.
+        model_type (str): name in torchtune's ``ModelType``.
+        world (World): the ranks.
+
+    Raises:
+        CheckpointError: If the folder is not whole or does not fit the model; every tensor at fault is named, and no
+            weight has been read by then.
+        ConfigError: If ``model_type`` is not supported.
+    """
+    model_type, folder = check_model_type(model_type), Path(checkpoint_dir)
+    config = read_hf_config(folder)
+    _check_architecture(model, config, model_type, folder / CONFIG, warn=world.is_main)
+    targets = _named_tensors(model)
+    groups = _groups(targets, config, model_type)
+    expected = {name: shape for group in groups for name, shape in group.hf.items()}
+    entries = _read_headers(weight_files(folder))
+
+    if _LM_HEAD in entries and _LM_HEAD not in expected and _EMBEDDINGS in entries:  # the model's output is tied
+        _check_tied_head(entries, config, folder)
+        del entries[_LM_HEAD]
+    _check_entries(entries, expected, folder, model_type)
+
+    arguments = _converter_arguments(config, model_type)
+    with torch.no_grad():
+        for group in groups:
+            tensors = {name: _read(entries[name], name) for name in group.hf}
+            for name, tensor in _CONVERTERS[model_type].to_tune(tensors, **arguments).items():
+                _copy_shard(tensor, targets[name])
+
+
+def _check_tied_head(entries: dict[str, _Entry], config: dict[str, Any], folder: Path) -> None:
+    """A model that ties its output to the embeddings must not drop a head that was trained apart from them."""
+    if config.get("tie_word_embeddings") is True:
+        return
+    if not torch.equal(_read(entries[_LM_HEAD], _LM_HEAD), _read(entries[_EMBEDDINGS], _EMBEDDINGS)):
+        raise CheckpointError(
+            f"{folder}: {_LM_HEAD} differs from {_EMBEDDINGS}, but the config's model ties the two. "
+            "Use a builder with tie_word_embeddings=False."
+        )
+
+
+def _check_entries(
+    entries: dict[str, _Entry], expected: dict[str, tuple[int, ...]], folder: Path, model_type: str
+) -> None:
+    faults = [f"missing: {name} {list(expected[name])}" for name in expected.keys() - entries.keys()]
+    faults += [
+        f"unexpected: {name} {list(entries[name].shape)} in {entries[name].file.name}"
+        for name in entries.keys() - expected.keys()
+    ]
+    for name in expected.keys() & entries.keys():
+        entry = entries[name]
+        if entry.shape != expected[name]:
+            faults.append(f"{name} in {entry.file.name} is {list(entry.shape)}, the model needs {list(expected[name])}")
+        elif entry.dtype not in _DTYPES:
+            faults.append(f"{name} in {entry.file.name} has dtype {entry.dtype}, expected {', '.join(sorted(_DTYPES))}")
+    if faults:
+        shown = sorted(faults)[:20]
+        more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
+        raise CheckpointError(
+            f"{folder} does not fit the config's model ({model_type}):\n  "
+            + "\n  ".join(shown + more)
+            + "\nDo the model's builder, model_type and checkpoint_dir belong together?"
+        )
+
+
+def _read(entry: _Entry, name: str) -> torch.Tensor:
+    try:
+        with safe_open(entry.file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{entry.file}: cannot read {name} ({error}). Download the model again.") from error
+
+
+def _copy_shard(source: torch.Tensor, target: torch.Tensor) -> None:
+    if isinstance(target, DTensor):
+        # Every rank has the whole source: it cuts its shard out of it, and nothing is sent.
+        source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None).to_local()
+        target = target.to_local()
+    target.copy_(source)
+
+
+def export_hf(
+    model: nn.Module,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    model_type: str,
+    *,
+    dtype: torch.dtype,
+    world: World,
+    max_file_bytes: int = MAX_FILE_BYTES,
+) -> Path:
+    """Writes a model as a Hugging Face folder that transformers and vLLM load: weights, config, tokenizer, licence.
+
+    The folder appears at once when it is complete; all ranks write files side by side, on a file system that they
+    share. Collective.
+
+    Args:
+        model (nn.Module): sharded or plain.
+        source_dir (str | Path): the folder that the model was loaded from; gives config and tokenizer.
+        out_dir (str | Path): the folder to write; one that exists is replaced.
+        model_type (str): name in torchtune's ``ModelType``.
+        dtype (torch.dtype): of the written weights.
+        world (World): the ranks.
+        max_file_bytes (int): a file ends with the layer before the one that would exceed this many bytes.
+
+    Returns:
+        Path: ``out_dir``.
+
+    Raises:
+        CheckpointError: If the model does not fit the source's config, or if a rank could not write.
+        ConfigError: If ``model_type`` is not supported.
+    """
+    model_type, source, out = check_model_type(model_type), Path(source_dir), Path(out_dir)
+    if out.resolve() == source.resolve():
+        raise CheckpointError(f"{out}: would replace the model that training started from. Choose another folder.")
+    tensors = _named_tensors(model)
+    part = part_of(out)
+    with fail_together(world, CheckpointError):
+        config = _read_json(source / CONFIG, "The export copies it from checkpoint_dir.")
+        groups = _groups(tensors, config, model_type)
+        if world.is_main:
+            start_folder(out)
+    files = _split(groups, dtype, max_file_bytes)
+    names = (
+        ["model.safetensors"]
+        if len(files) == 1
+        else [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    )
+    to_hf = partial(_CONVERTERS[model_type].to_hf, **_converter_arguments(config, model_type))
+    # Rank r gathers file r of each round of world_size files, then all ranks write.
+    for first in range(0, len(files), world.world_size):
+        mine: Tensors = {}
+        for owner, file in enumerate(files[first : first + world.world_size]):
+            for group in file:
+                whole = {}
+                for name in group.tune:
+                    tensor = full_tensor(tensors[name].detach().to(dtype))
+                    if owner == world.rank:
+                        whole[name] = tensor.cpu()
+                if owner == world.rank:
+                    mine |= {name: tensor.contiguous() for name, tensor in to_hf(whole).items()}
+        with fail_together(world, CheckpointError):
+            if mine:
+                _write_tensors(mine, part / names[first + world.rank])
+    with fail_together(world, CheckpointError):
+        if world.is_main:
+            _write_companions(source, part)
+            if len(files) > 1:
+                _write_index(part / INDEX, files, names, dtype)
+            write_json(part / CONFIG, _exported_config(config, dtype, tied="output.weight" not in tensors))
+            finish_folder(out)
+    return out
+
+
+def _split(groups: list[_Group], dtype: torch.dtype, max_file_bytes: int) -> list[list[_Group]]:
+    files: list[list[_Group]] = []
+    room = 0
+    for group in groups:
+        size = sum(torch.Size(shape).numel() for shape in group.hf.values()) * dtype.itemsize
+        if not files or size > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(group)
+        room -= size
+    return files
+
+
+def _write_tensors(tensors: Tensors, file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+        sync(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: cannot write ({error}). Is the disk full?") from error
+
+
+def _write_index(file: Path, files: list[list[_Group]], names: list[str], dtype: torch.dtype) -> None:
+    where = {hf: name for name, groups in zip(names, files, strict=True) for group in groups for hf in group.hf}
+    elements = sum(torch.Size(shape).numel() for groups in files for group in groups for shape in group.hf.values())
+    write_json(file, {"metadata": {"total_size": elements * dtype.itemsize}, "weight_map": dict(sorted(where.items()))})
+
+
+def _write_companions(source: Path, part: Path) -> None:
+    for file in sorted(source.iterdir()):
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COMPANIONS):
+            shutil.copyfile(file, part / file.name)
+            sync(part / file.name)
+
+
+def _exported_config(config: dict[str, Any], dtype: torch.dtype, tied: bool) -> dict[str, Any]:
+    # auto_map names code files of the source, which are not copied: transformers' own classes load the model.
+    exported = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
+    name = str(dtype).removeprefix("torch.")
+    # `torch_dtype` is what transformers 4 and vLLM read, `dtype` what transformers 5 writes.
+    return (
+        exported | {"torch_dtype": name, "tie_word_embeddings": tied} | ({"dtype": name} if "dtype" in config else {})
+    )

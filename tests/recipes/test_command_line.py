@@ -1,0 +1,134 @@
+"""The recipes as users start them: `tune run`, one and two processes, a copied file, and errors without a traceback."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.recipes.helpers import CONFIG, REPO, command, metrics_of, run, tiny_overrides
+
+SHORT = ("max_iterations=1", "max_epochs=1", "limit_train_batches=2")
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("one")
+    run(output_dir, "max_iterations=2", "max_epochs=1", "limit_train_batches=2")
+    return output_dir
+
+
+def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
+    """Same answers, same order, same losses up to rounding; the command is `tune run` from another directory."""
+    done = command(
+        tmp_path / "out", "max_iterations=2", "max_epochs=1", "limit_train_batches=2", nproc=2, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = metrics_of(tmp_path / "out"), metrics_of(one_process)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in ("loss", "val_loss", "grad_norm", "real_nll", "avg_generated_lengths"):
+            if name in a:
+                assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
+    first = ours[1]
+    assert first["grad_norm"] == pytest.approx(theirs[1]["grad_norm"], rel=1e-6)
+    for word in ("Iteration 0", "validation loss", "truncated share", "hf_model", "metrics.jsonl"):
+        assert word in done.stdout
+
+
+def test_a_run_of_two_processes_goes_on_with_one(one_process, tmp_path):
+    done = command(
+        tmp_path, "max_iterations=2", "max_epochs=1", "limit_train_batches=2", "save_interval=1", "max_steps=3",
+        nproc=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    run(tmp_path, "max_iterations=2", "max_epochs=1", "limit_train_batches=2")
+    losses = [row["loss"] for row in metrics_of(tmp_path) if "loss" in row]
+    assert losses == pytest.approx([row["loss"] for row in metrics_of(one_process) if "loss" in row], rel=1e-4)
+
+
+def test_a_copied_and_edited_recipe_runs_where_it_lies(tmp_path):
+    text = (REPO / "recipes" / "spin_recipe.py").read_text()
+    edited = text.replace("DEFAULTS = RECIPE_DEFAULTS\n", 'DEFAULTS = RECIPE_DEFAULTS | {"greeting": "hello"}\n')
+    edited = edited.replace("        check_run(cfg)\n", "        check_run(cfg)\n        print(cfg.greeting)\n")
+    assert edited.count("greeting") == 2
+    (tmp_path / "mine.py").write_text(edited)
+    done = command(tmp_path / "out", *SHORT, "greeting=moin", program=[sys.executable, "mine.py"], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "moin" in done.stdout
+
+
+def test_generation_elsewhere_gives_the_run_that_generates_itself(one_process, tmp_path):
+    """Two workers fill the store of iteration 0; the recipe finds it, generates nothing, and trains as ever."""
+    changes = ("max_iterations=2", "max_epochs=1", "limit_train_batches=2")
+    for worker in (1, 0):
+        done = command(tmp_path, *changes, f"worker={worker}", "num_workers=2", recipe="spin_generate")
+        assert done.returncode == 0, done.stderr[-3000:]
+    manifest = tmp_path / "iteration_000" / "responses" / "manifest.json"
+    assert json.loads(manifest.read_text())["sealed"]
+    made = manifest.stat().st_mtime_ns
+    run(tmp_path, *changes)
+    assert manifest.stat().st_mtime_ns == made
+    assert not list(tmp_path.glob("iteration_000/*.stale*"))
+    assert metrics_of(tmp_path) == metrics_of(one_process)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    changes = ("max_iterations=1", "max_epochs=2", "validation_dataset=null")
+    run(whole, *changes)
+    program = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
+    process = subprocess.Popen(
+        [*program, "--config", str(CONFIG), *tiny_overrides(cut), *changes, "max_epochs=2"],
+        env=_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not ((cut / "metrics.jsonl").exists() and metrics_of(cut)) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-3000:]
+    assert "goes on from here" in output or "Finished" in output
+    run(cut, *changes)
+    assert metrics_of(cut) == metrics_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["loss.betta=0.1"], ["betta", "beta"]),
+        (["generator._component_=os.system"], ["os.system"]),
+        (["model.max_seq_len=24"], ["dataset", "max_prompt_tokens", "jargon"]),
+        (["checkpointer.checkpoint_dir=/nowhere"], ["/nowhere"]),
+        (["global_batch_size=400"], ["global_batch_size"]),
+        (["loss.beta=[0.1,0.2,0.3]"], ["loss.beta", "2 iterations"]),
+    ],
+    ids=lambda value: str(value[0])[:30],
+)
+def test_a_users_mistake_is_told_without_a_traceback(tmp_path, changes, words):
+    program = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
+    done = command(tmp_path / "out", *changes, program=program)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "out" / "iteration_000").exists()
+
+
+def test_an_empty_data_set_is_refused(tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    program = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
+    done = command(tmp_path / "out", f"dataset.source={empty}", program=program)
+    assert done.returncode == 1
+    assert "empty.jsonl" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _env():
+    import os
+
+    return {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'recipes'}", "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,380 @@
+"""The recipe as a whole on a small trained model: the loop's order, restarts, options, exports, and refusals."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import spin_recipe
+import torch
+from spin_recipe import SPINRecipe
+from transformers import AutoModelForCausalLM
+
+from spin.data import PairStore
+from spin.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError
+from spin.fingerprint import weights_fingerprint
+from tests.recipes.helpers import metrics_of, run, tiny_config
+
+
+class Recorder(SPINRecipe):
+    """Notes how many optimizer steps the opponent of each step has behind it."""
+
+    def setup(self):
+        super().setup()
+        self.weights_at = {weights_fingerprint(self._model): self._progress.step}
+        self.opponent_steps = []
+        self.saves = []
+
+    def train_single_step(self, batch):
+        self.opponent_steps.append(self.weights_at.get(self._opponent))
+        metrics = super().train_single_step(batch)
+        self.weights_at[weights_fingerprint(self._model)] = self._progress.step
+        return metrics
+
+    def save_checkpoint(self):
+        self.saves.append(self.state_dict())
+        return super().save_checkpoint()
+
+
+class StopsAt(SPINRecipe):
+    """Is asked to stop, as by SIGTERM, after a number of steps."""
+
+    stop_at = 0
+
+    def train_single_step(self, batch):
+        if self._progress.step + 1 == self.stop_at:
+            self._on_sigterm(15, None)
+        return super().train_single_step(batch)
+
+
+def stops_at(step):
+    return type("StopsAtStep", (StopsAt,), {"stop_at": step})
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """NeMo's trace: 20 samples, batches of 4, 2 epochs, 2 iterations, validated and saved every 2 steps."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    recipe = run(output_dir, "validation.spin=true", "val_check_interval=0.4", recipe_class=Recorder)
+    return output_dir, recipe
+
+
+def test_order_of_opponents_steps_validations_and_saves_is_nemos(whole_run, oracles):
+    output_dir, recipe = whole_run
+    trace = oracles["nemo_loop_trace"]["trace"]
+    rows = metrics_of(output_dir)
+    steps = [row for row in rows if row["step"] > 0]
+    assert recipe.opponent_steps == [step["opponent_weights"][0] for step in trace["steps"]]
+    for row, expected in zip(steps, trace["steps"], strict=True):
+        assert (row["epoch"], row["iteration"]) == (expected["epoch"], expected["iteration"])
+        assert row["consumed_samples"] == expected["consumed_samples"]
+    assert [row["step"] for row in steps if "val_loss" in row] == trace["val_steps"]
+    names = ("step", "consumed_samples", "epoch", "iteration")
+    assert [{name: save["progress"][name] for name in names} for save in recipe.saves] == [
+        {name: save[name] for name in names} for save in trace["saves"]
+    ]
+
+
+def test_metrics_carry_nemos_names(whole_run, oracles):
+    rows = [row for row in metrics_of(whole_run[0], with_times=True) if row["step"] > 0]
+    for name in oracles["nemo_loop_trace"]["train_metric_names"]:
+        assert name in rows[0]
+    assert {"rewards_actual_mean", "rewards_generated_mean", "rewards_all_mean", "rewards_all_std", "grad_norm"} <= {
+        *rows[0]
+    }
+    assert {"beta", "margin", "truncated_share", "real_logp_drift", "weights_moved_share"} <= {*rows[0]}
+    assert {"val_loss", "val_spin_loss", "val_acc", "validation_step_time"} <= {*rows[1]}
+
+
+def test_every_iteration_starts_at_ln_2_and_learns(whole_run):
+    rows = {row["step"]: row for row in metrics_of(whole_run[0])}
+    for first in (1, 11):
+        assert rows[first]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert rows[first]["rewards_actual_mean"] == rows[first]["rewards_generated_mean"] == rows[first]["acc"] == 0.0
+        assert abs(rows[first + 1]["loss"] - math.log(2)) > 1e-4
+        assert rows[first + 9]["loss"] < 0.55
+        assert rows[first]["weights_moved_share"] > 0.9
+    assert abs(rows[10]["val_spin_loss"] - math.log(2)) > 1e-4
+
+
+def test_pairs_on_disk_are_what_was_trained_on(whole_run):
+    output_dir, recipe = whole_run
+    for iteration in range(2):
+        store = PairStore.open(output_dir / f"iteration_{iteration:03d}" / "pairs")
+        pairs = list(store.pairs())
+        assert store.is_sealed
+        assert recipe.weights_at[store.opponent] == 10 * iteration
+        assert sorted(pair.sample_id for pair in pairs) == sorted(recipe._prompts.sample_ids)
+        assert {pair.iteration for pair in pairs} == {iteration}
+        for pair in pairs:
+            prompt = recipe._prompts[recipe._prompts.index_of(pair.sample_id)]
+            assert np.array_equal(pair.prompt_ids, prompt.prompt_ids)
+            assert np.array_equal(pair.real_ids, prompt.real_ids)
+            response = pair.generated[0]
+            assert (response.finish_reason == "stop") == (response.token_ids[-1] == 2)
+            assert len(response.token_ids) <= 12
+    validation = list(PairStore.open(output_dir / "iteration_001" / "validation" / "pairs").pairs())
+    assert len(validation) == 6
+
+
+def test_the_export_is_the_policy(whole_run):
+    """transformers loads each iteration's folder; the last one gives the policy's log-probs of the real responses."""
+    output_dir, recipe = whole_run
+    folder = output_dir / "iteration_001" / "hf_model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    nats, tokens = 0.0, 0
+    for i in range(6):
+        prompt = recipe._val_prompts[i]
+        ids = torch.tensor([[*prompt.prompt_ids, *prompt.real_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits[0, len(prompt.prompt_ids) - 1 : -1].log_softmax(-1)
+        nats -= logps.gather(-1, ids[0, len(prompt.prompt_ids) :, None]).sum().item()
+        tokens += len(prompt.real_ids)
+    assert nats / tokens == pytest.approx(metrics_of(output_dir)[-1]["val_loss"], rel=1e-5)
+    assert (folder / "tokenizer.json").exists()
+
+
+def test_samples_are_shown(whole_run):
+    rows = [json.loads(line) for line in (whole_run[0] / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "real", "generated", "margin", "step"} <= {*rows[0]}
+    last = [row for row in rows if row["step"] == 20]
+    assert len(last) == 4
+    assert "What does the hacker slang term" in last[0]["prompt"]
+
+
+@pytest.mark.parametrize("step", [3, 5, 10, 14, 20])
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(whole_run, tmp_path, step):
+    """Inside an epoch, at its end, at an iteration's end (NeMo's stale opponent), in the last epoch, at the end."""
+    output_dir, recipe = whole_run
+    run(tmp_path, "validation.spin=true", recipe_class=stops_at(step))
+    assert metrics_of(tmp_path)[-1]["step"] == step
+    resumed = run(tmp_path, "validation.spin=true")
+    assert metrics_of(tmp_path) == metrics_of(output_dir)
+    assert resumed.final_weights == recipe.final_weights
+    for iteration in range(2):
+        ours, theirs = (
+            [
+                (
+                    pair.key,
+                    pair.reference_real_logp,
+                    pair.generated[0].reference_logp,
+                    bytes(pair.generated[0].token_ids),
+                )
+                for pair in PairStore.open(Path(folder) / f"iteration_{iteration:03d}" / "pairs").pairs()
+            ]
+            for folder in (tmp_path, output_dir)
+        )
+        assert ours == theirs
+
+
+def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path):
+    short = ("max_iterations=1", "max_epochs=1")
+    run(tmp_path, *short, recipe_class=stops_at(2))
+    with pytest.raises(CheckpointError, match="loss is .*0.3") as error:
+        run(tmp_path, *short, "loss.beta=0.3", "clip_grad_norm=0.5")
+    assert "clip_grad_norm" in str(error.value)
+    assert "seed" not in str(error.value)
+    run(tmp_path, *short, "loss.beta=0.3", "resume_with_changes=[loss]")
+    assert [row.get("beta") for row in metrics_of(tmp_path)] == [None, 0.1, 0.1, 0.3, 0.3, 0.3]
+
+
+def test_beta_and_learning_rate_per_iteration(tmp_path):
+    run(tmp_path, "loss.beta=[0.1,0.4]", "optimizer.lr=[1e-4,1e-5]", "max_epochs=1", "validation_dataset=null")
+    rows = metrics_of(tmp_path)
+    assert [row["beta"] for row in rows] == [0.1] * 5 + [0.4] * 5
+    # linear without a whole step of warm-up: 1, 0.8, 0.6, 0.4, 0.2 of each iteration's rate
+    expected = [rate * share for rate in (1e-4, 1e-5) for share in (1.0, 0.8, 0.6, 0.4, 0.2)]
+    assert [row["lr"] for row in rows] == pytest.approx(expected)
+
+
+def test_an_optimizer_that_continues_schedules_over_the_run(tmp_path):
+    changes = ("max_epochs=1", "validation_dataset=null", "optimizer.reset_each_iteration=false")
+    run(tmp_path / "a", *changes, "lr_scheduler.name=cosine", "lr_scheduler.warmup=2")
+    whole = metrics_of(tmp_path / "a")
+    factors = [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * done / 8)) for done in range(8)]
+    assert [row["lr"] for row in whole] == pytest.approx([1e-4 * factor for factor in factors])
+    run(tmp_path / "b", *changes, "lr_scheduler.name=cosine", "lr_scheduler.warmup=2", recipe_class=stops_at(5))
+    run(tmp_path / "b", *changes, "lr_scheduler.name=cosine", "lr_scheduler.warmup=2")
+    assert metrics_of(tmp_path / "b") == whole
+
+
+def test_history_mixes_in_the_iteration_before_under_todays_opponent(tmp_path):
+    recipe = run(
+        tmp_path,
+        "pairs.history=1",
+        "pairs.history_fraction=0.6",
+        "max_epochs=1",
+        "limit_train_batches=2",
+        "max_iterations=3",
+        recipe_class=Recorder,
+    )
+    # 8 samples play in each iteration; from the second on int(0.6 * 8) = 4 old ones join: 2, 3 and 3 steps
+    assert recipe.opponent_steps == [0, 0, 2, 2, 2, 5, 5, 5]
+    for iteration, steps in ((1, 2), (2, 5)):
+        store = PairStore.open(tmp_path / f"iteration_{iteration:03d}" / "pairs")
+        pairs = list(store.pairs())
+        assert sorted(pair.iteration for pair in pairs) == [iteration - 1] * 4 + [iteration] * 8
+        assert recipe.weights_at[store.opponent] == steps
+    rows = {row["step"]: row for row in metrics_of(tmp_path)}
+    assert [rows[step]["loss"] for step in (1, 3, 6)] == pytest.approx([math.log(2)] * 3, abs=1e-6)
+
+
+def test_several_responses_per_prompt(tmp_path):
+    run(tmp_path, "pairs.responses_per_prompt=3", "max_iterations=1", "max_epochs=1", "limit_train_batches=2")
+    pairs = list(PairStore.open(tmp_path / "iteration_000" / "pairs").pairs())
+    assert [len(pair.generated) for pair in pairs] == [3] * 8
+    assert any(bytes(p.generated[0].token_ids) != bytes(p.generated[1].token_ids) for p in pairs)
+    assert metrics_of(tmp_path)[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mask", "drop"])
+def test_truncated_responses_can_be_masked_or_dropped(tmp_path, policy):
+    """Four new tokens truncate nearly every answer; stopping at ' a' (a frequent word) ends the others."""
+    changes = ("max_iterations=1", "max_epochs=1", 'sampling.stop_strings=[" a"]', "sampling.max_new_tokens=6")
+    run(tmp_path, *changes, f"pairs.truncated={policy}")
+    store = PairStore.open(tmp_path / "iteration_000" / "pairs")
+    report = store.manifest["report"]
+    assert 0 < report["truncated"] < 20
+    kept = list(store.pairs())
+    assert len(kept) == (20 if policy == "mask" else 20 - report["truncated"])
+    assert all(math.isfinite(row["loss"]) for row in metrics_of(tmp_path) if "loss" in row)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("compute_dtype=bf16",),
+        ("enable_activation_checkpointing=true",),
+        ("nll_weight=0.5", "loss.loss_type=exponential"),
+        ("loss.loss_type=hinge", "loss.label_smoothing=0.1", "clip_grad_norm=null"),
+        ("pairs.row_tokens=64",),
+        ("dtype=bf16", "compute_dtype=bf16"),
+    ],
+    ids=lambda changes: changes[0],
+)
+def test_options_start_at_the_loss_of_equal_models(tmp_path, changes):
+    recipe = run(tmp_path, "max_iterations=1", "max_epochs=1", "limit_train_batches=2", *changes)
+    first = metrics_of(tmp_path)[1]
+    assert first["loss"] == pytest.approx(recipe._loss.initial_loss(), abs=1e-4)
+    assert first["acc"] == 0.0
+
+
+def test_row_length_and_batch_plan_do_not_change_the_gradient(tmp_path):
+    """The same global batch in many short rows, few long ones, with and without checkpointing: one gradient norm."""
+    norms = []
+    for i, changes in enumerate(
+        (
+            ["pairs.row_tokens=4096"],
+            ["pairs.row_tokens=64"],
+            ["pairs.row_tokens=200", "enable_activation_checkpointing=true"],
+        )
+    ):
+        run(
+            tmp_path / str(i),
+            "max_steps=1",
+            "max_iterations=1",
+            "validation_dataset=null",
+            "clip_grad_norm=null",
+            *changes,
+        )
+        norms.append(metrics_of(tmp_path / str(i))[0]["grad_norm"])
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-6)
+
+
+def test_per_layer_compile_changes_nothing_but_rounding(tmp_path):
+    changes = (
+        "max_steps=2",
+        "max_iterations=1",
+        "validation_dataset=null",
+        "pairs.row_multiple=512",
+        "model.num_layers=4",
+    )
+    losses = []
+    for flag in ("false", "true"):
+        run(tmp_path / flag, *changes, f"compile={flag}")
+        losses.append([row["loss"] for row in metrics_of(tmp_path / flag)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_max_time_stops_before_training_and_says_how_to_go_on(tmp_path, caplog):
+    run(tmp_path, "max_time=00:00:00:00", "validation_dataset=null")
+    assert metrics_of(tmp_path) == []
+    assert not (tmp_path / "iteration_000" / "hf_model").exists()
+
+
+def test_keeps_the_last_and_the_best(tmp_path):
+    run(tmp_path, "checkpointer.keep_last=2", "checkpointer.keep_best=1", "max_iterations=1", "save_interval=1")
+    rows = {row["step"]: row for row in metrics_of(tmp_path)}
+    kept = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert kept[-2:] == [9, 10]
+    best = min(
+        (step for step in rows if "val_loss" in rows[step] and step > 0), key=lambda step: rows[step]["val_loss"]
+    )
+    assert set(kept) - {9, 10} <= {best, best + 1}
+
+
+class TestFaults:
+    """What cannot work is refused; what was there stays."""
+
+    def test_pairs_that_another_model_scored_fail_the_self_test(self, tmp_path):
+        class Tampers(SPINRecipe):
+            def _sealed_pairs(self, folder):
+                for pair in (pairs := list(super()._sealed_pairs(folder).pairs())):
+                    object.__setattr__(pair, "reference_real_logp", pair.reference_real_logp - 0.01)
+                return type("Store", (), {"pairs": lambda self: pairs})()
+
+        with pytest.raises(SelfTestError, match="expected 0.69314718"):
+            run(tmp_path, "max_iterations=1", recipe_class=Tampers)
+
+    def test_self_test_can_be_switched_off(self, tmp_path):
+        class Tampers(SPINRecipe):
+            def _start_fitting(self, iteration):
+                super()._start_fitting(iteration)
+                with torch.no_grad():
+                    self._model.norm.scale.mul_(1.01)
+
+        changes = ("max_iterations=1", "max_epochs=1", "limit_train_batches=1")
+        with pytest.raises(SelfTestError):
+            run(tmp_path / "on", *changes, recipe_class=Tampers)
+        run(tmp_path / "off", *changes, "self_test=false", recipe_class=Tampers)
+
+    def test_a_loss_that_is_not_finite_stops_before_the_update(self, tmp_path):
+        class Poisoned(SPINRecipe):
+            def train_single_step(self, batch):
+                if self._progress.step == 1:
+                    with torch.no_grad():
+                        self._model.norm.scale.fill_(float("nan"))
+                    self.before = weights_fingerprint(self._model)
+                    self.ids = [pair.sample_id for pair in batch]
+                return super().train_single_step(batch)
+
+        recipe = Poisoned(tiny_config(tmp_path, "max_iterations=1", "validation_dataset=null"))
+        recipe.setup()
+        with pytest.raises(NonFiniteError, match="No weight was changed") as error:
+            recipe.train()
+        assert weights_fingerprint(recipe._model) == recipe.before
+        assert all(sample in str(error.value) for sample in recipe.ids)
+
+    def test_pairs_lost_in_the_middle_of_an_iteration(self, tmp_path):
+        run(tmp_path, recipe_class=stops_at(2))
+        manifest = tmp_path / "iteration_000" / "pairs" / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"opponent": "', '"opponent": "x'))
+        with pytest.raises(CheckpointError, match="of another opponent"):
+            run(tmp_path)
+
+    def test_zero_steps_per_epoch(self, tmp_path):
+        with pytest.raises(ConfigError, match="no step"):
+            run(tmp_path, "global_batch_size=64")
+
+    def test_all_faults_of_the_arithmetic_at_once(self, tmp_path):
+        changes = (
+            "loss.beta=[0.1]", "optimizer.lr=-1", "limit_val_batches=1.5", "sampling.top_p=0", "max_time=1h",
+            "compute_dtype=fp16",
+            "pairs.truncated=cut", "global_batch_size=0", "lr_scheduler.name=step", "pairs.history=-1",
+        )  # fmt: skip
+        with pytest.raises(ConfigError) as error:
+            spin_recipe.SPINRecipe(tiny_config(tmp_path, *changes))
+        for name in (change.split("=")[0] for change in changes):
+            assert name in str(error.value), name
+        assert not (tmp_path / "iteration_000").exists()

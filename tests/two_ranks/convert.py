@@ -1,0 +1,47 @@
+"""Two ranks: import and export give what one process gives. Arguments: source folder, output folder."""
+
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tiny import build
+
+from spin.distributed import init_world, materialize, shard_model, shutdown
+from spin.errors import CheckpointError
+from spin.fingerprint import weights_fingerprint
+from spin.hf import export_hf, load_hf_weights
+
+source, out = Path(sys.argv[1]), Path(sys.argv[2])
+world = init_world("cpu")
+with torch.device("meta"):
+    model = build()
+shard_model(model, world, compute_dtype=torch.float32)
+materialize(model, world)
+load_hf_weights(model, source, "LLAMA3_2", world=world)
+assert weights_fingerprint(model) == weights_fingerprint(build())
+
+# Files of one layer each: rank 1 writes every second one.
+export_hf(model, source, out, "LLAMA3_2", dtype=torch.float32, world=world, max_file_bytes=1)
+written = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
+expected = load_file(source / "model.safetensors")
+assert len(list(out.glob("*.safetensors"))) == 4  # embeddings, two layers, last norm
+assert written.keys() == expected.keys()
+assert all(torch.equal(written[name], expected[name]) for name in expected)
+
+# Only rank 1 cannot write: both stop, nothing appears.
+if world.rank == 1:
+    import spin.hf
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    spin.hf.save_file = fail
+try:
+    export_hf(model, source, out.with_name("second"), "LLAMA3_2", dtype=torch.float32, world=world, max_file_bytes=1)
+except CheckpointError as error:
+    assert "rank 1: No space left" in str(error), error
+else:
+    raise AssertionError("exported without space")
+assert not out.with_name("second").exists()
+shutdown()
