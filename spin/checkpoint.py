@@ -423,7 +423,10 @@ def _save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def _reasons(error: dcp.CheckpointException) -> str:
-    return "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in sorted(error.failures.items()))
+    return "; ".join(
+        f"rank {rank}: {str(failure[0]) or type(failure[0]).__name__}"
+        for rank, failure in sorted(error.failures.items())
+    )
 
 
 class _MetadataUnpickler(pickle.Unpickler):

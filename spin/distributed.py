@@ -7,6 +7,7 @@ everybody else, so nothing in this project asks whether it runs distributed.
 import ctypes
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -390,3 +391,7 @@ def shutdown() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        # Gloo's threads drop the last collective's tensors after it is over, and need the interpreter's lock for that.
+        # One that asks for it while the interpreter ends aborts the process, its work all done (seen in one exit of
+        # three). Meshes keep the threads alive, so destroying the group does not wait for them: lend them the lock.
+        time.sleep(0.1)

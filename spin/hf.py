@@ -319,12 +319,14 @@ def _check_architecture(model: nn.Module, config: dict[str, Any], model_type: st
     wrong = [f"{ours} {what}, {CONFIG} has {theirs}" for what, (ours, theirs) in expected.items() if ours != theirs]
     if wrong:
         raise CheckpointError(f"{file}: the config's model has {'; '.join(wrong)}. Use the builder of this model.")
-    rope = config.get("rope_parameters") or {}
+    # transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling.
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta")} | (
+        config.get("rope_scaling") or {}
+    )
+    rotary = attention.pos_embeddings
     silent = {
-        "rotary base": (
-            getattr(attention.pos_embeddings, "base", None),
-            config.get("rope_theta", rope.get("rope_theta")),
-        ),
+        "rotary base": (getattr(rotary, "base", None), rope.get("rope_theta")),
+        "rotary scale factor": (getattr(rotary, "scale_factor", None), rope.get("factor", 1)),
         "norm epsilon": (getattr(getattr(layers[0], "sa_norm", None), "eps", None), config.get("rms_norm_eps")),
     }
     for what, (ours, theirs) in silent.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from omegaconf import DictConfig
 from torch import nn
@@ -45,6 +47,8 @@ def prepare_model(
             time.
         compile_layers (bool): ``torch.compile`` each layer.
     """
+    # torchtune's RMSNorm gives fp32 inputs and bf16 weights to torch, which is right, and which torch remarks upon
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     patch_attention(model)
     fix_gemma2_softcap(model)
     if activation_checkpointing:

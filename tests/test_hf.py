@@ -221,6 +221,7 @@ def test_what_shapes_cannot_tell_is_compared(change, message, llama, world):
     [
         ({"rope_parameters": {"rope_theta": 1e6}}, "rotary base is 1000000.0, but the config's model uses 500000"),
         ({"rms_norm_eps": 1e-6}, "norm epsilon is 1e-06"),
+        ({"rope_parameters": None, "rope_theta": 5e5}, "rotary scale factor is 1, but the config's model uses 32"),
     ],
 )
 def test_other_rotary_base_or_epsilon_is_a_warning(change, message, llama, world, caplog):

@@ -104,7 +104,7 @@ def test_quickstart_data_are_conversations(repo):
     from spin.data.sources import read_rows
 
     questions = {}
-    for split, count in (("train", 1386), ("val", 168)):
+    for split, count in (("train", 912), ("val", 102)):
         rows = list(read_rows(str(repo / "examples" / "quickstart" / f"jargon_{split}.jsonl")))
         assert len(rows) == count and len({row.data["id"] for row in rows}) == count
         messages = [row_to_messages(row.data, row_format="auto") for row in rows]

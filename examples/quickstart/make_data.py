@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-MIN_CHARS, MAX_CHARS = 60, 600
+MIN_CHARS, MAX_CHARS = 60, 320
 VALIDATION_PERCENT = 10
 VULGAR = re.compile(
     r"\b\w*(?:fuck|shit|cunt|bitch|rape[ds]?\b|whore|porn|suicide|penis|crap|sex|clit)\w*", re.IGNORECASE

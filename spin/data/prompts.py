@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 LongAction = Literal["error", "drop", "cut"]
 _SHOWN = 20
+_SHOWN_IN_WARNING = 5  # what was asked to be left out; the report has more
 _CHUNK_ROWS = 512
 
 
@@ -380,14 +382,14 @@ class _Intake:
             raise DataError(
                 f"No sample is left of {self.rows} rows of {label} ({done}):\n{_listed(self._examples, total)}"
             )
-        if total:
+        if total and os.environ.get("RANK", "0") == "0":
             log.warning(
                 "%s: %d samples from %d rows; left out or cut: %s\n%s",
                 label,
                 samples,
                 self.rows,
                 done,
-                _listed(self._examples, total),
+                _listed(self._examples[:_SHOWN_IN_WARNING], total),
             )
         return DatasetReport(self.rows, samples, dict(self._counts), self._examples)
 

@@ -9,6 +9,7 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
 from spin.distributed import World, clean_name, shard_model
+from spin.fingerprint import json_fingerprint
 
 VOCAB_SIZE = 97  # neither this nor most other sizes can be halved: shards are uneven
 
@@ -91,3 +92,14 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, world: World, step
         backward(model, world, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def optimizer_digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Hash of an optimizer's whole tensors and hyperparameters. Collective."""
+    state = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            state[f"{clean_name(name)}.{key}"] = whole.double().flatten().tolist()
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    return json_fingerprint([state, options])

@@ -1,0 +1,67 @@
+"""Two ranks: exact resume, and states that cross between one rank and two. Argument: the test's folder.
+
+The folder holds ``one/`` with a state saved by one rank. This saves ``two/`` for one rank to read.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from tiny import optimizer_digest, sharded, train
+
+from spin.checkpoint import SPINCheckpointer
+from spin.distributed import barrier, init_world, shutdown
+from spin.errors import CheckpointError
+from spin.fingerprint import weights_fingerprint
+
+folder = Path(sys.argv[1])
+world = init_world("cpu")
+
+
+def fresh():
+    model = sharded(world)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+one = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "one"))
+model, optimizer = fresh()
+path = one.latest("auto")
+one.load_state(path, model=model, optimizer=optimizer, world=world)
+state = one.read_state(path)
+assert weights_fingerprint(model) == state["weights"]
+assert optimizer_digest(model, optimizer) == state["optimizer"]
+
+two = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "two"))
+train(model, optimizer, world, range(3, 5))
+state = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}
+path = two.save_state(step=5, model=model, optimizer=optimizer, state=state, world=world)
+files = json.loads((path / "manifest.json").read_text())["files"]
+assert set(files) == {".metadata", "state.json", "__0_0.distcp", "__1_0.distcp"}, files
+train(model, optimizer, world, range(5, 8))
+unbroken = weights_fingerprint(model), optimizer_digest(model, optimizer)
+model, optimizer = fresh()
+two.load_state(path, model=model, optimizer=optimizer, world=world)
+train(model, optimizer, world, range(5, 8))
+assert (weights_fingerprint(model), optimizer_digest(model, optimizer)) == unbroken
+
+# One rank's disk is full: both stop, and the earlier state stands alone.
+if world.rank == 1:
+    import spin.checkpoint
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    spin.checkpoint.file_sha256 = fail
+try:
+    two.save_state(step=8, model=model, optimizer=optimizer, state={}, world=world)
+except CheckpointError as error:
+    assert "rank 1: No space left" in str(error), error
+else:
+    raise AssertionError("saved without space")
+barrier(world)  # rank 0 removes the part
+assert [entry.name for entry in two.states_dir.iterdir()] == ["step_00000005"]
+shutdown()
