@@ -111,11 +111,11 @@ class SPINRecipe:
         self._model = build_model(cfg.model, dtype)  # no memory yet
         context = self._model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
-        datasets = [
-            config.instantiate(section, tokenizer=self._tokenizer, max_seq_len=context) if section is not None else None
-            for section in (cfg.dataset, cfg.validation_dataset)
-        ]
-        self._prompts, self._val_prompts = datasets
+        reading = {"tokenizer": self._tokenizer, "max_seq_len": context}
+        self._prompts: PromptDataset = config.instantiate(cfg.dataset, **reading)
+        self._val_prompts: PromptDataset = PromptDataset()  # empty without a validation set
+        if cfg.validation_dataset is not None:
+            self._val_prompts = config.instantiate(cfg.validation_dataset, **reading)
         self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
 
         # ---- arithmetic
@@ -125,9 +125,8 @@ class SPINRecipe:
         self._progress = SPINProgress(steps_per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
         self._val_every = compute_interval("val_check_interval", cfg.val_check_interval, self._steps)
         self._save_every = compute_interval("save_interval", cfg.save_interval, self._steps)
-        if self._val_prompts is not None:
-            val_batches = compute_limit_batches(math.ceil(len(self._val_prompts) / size), cfg.limit_val_batches)
-            self._num_val_samples = min(len(self._val_prompts), val_batches * size)
+        val_batches = compute_limit_batches(math.ceil(len(self._val_prompts) / size), cfg.limit_val_batches)
+        self._num_val_samples = min(len(self._val_prompts), val_batches * size)
 
         # ---- resume
         self._run_fingerprint = self._fingerprint_run()
@@ -164,7 +163,7 @@ class SPINRecipe:
         )
 
         # ---- logs
-        self._metric_logger = None
+        self._metric_logger: Any = None
         if self._world.is_main:
             self._metric_logger = config.instantiate(cfg.metric_logger)
             self._metrics_file = MetricsFile(
@@ -176,7 +175,7 @@ class SPINRecipe:
     def train(self) -> None:
         """Iterations, epochs and steps, from wherever the state stands."""
         progress = self._progress
-        if progress.step == 0 and self._val_prompts is not None and self._cfg.validation.at_start:
+        if progress.step == 0 and self._num_val_samples and self._cfg.validation.at_start:
             self._log(self.run_validation())
         while not progress.is_done:
             iteration = progress.iteration
@@ -222,7 +221,7 @@ class SPINRecipe:
             to stop.
         """
         folder, val_folder = self._folder(iteration), self._folder(iteration) / "validation"
-        with_val = self._cfg.validation.spin
+        with_val = self._cfg.validation.spin and self._num_val_samples > 0
         if self._progress.is_iteration_start:
             self._opponent = weights_fingerprint(self._model)
             samples = [sample for played, sample in self._items(iteration) if played == iteration]
@@ -311,7 +310,7 @@ class SPINRecipe:
         Returns:
             dict[str, float]: metrics over all ranks by name; empty without a validation set.
         """
-        if self._val_prompts is None:
+        if not self._num_val_samples:
             return {}
         started = time.perf_counter()
         world = self._world
@@ -364,7 +363,7 @@ class SPINRecipe:
 
         Raises:
             CheckpointError: If something that the results depend on has changed and is not named in
-            ``resume_with_changes``.
+                ``resume_with_changes``.
         """
         allowed = set(self._cfg.resume_with_changes)
         old = {name: value for name, value in state["run"].items() if name not in allowed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -41,7 +42,7 @@ def check_run(cfg: DictConfig) -> None:
     for section, key in (("loss", "beta"), ("optimizer", "lr")):
         value = plain[section].get(key)
         if value is not None and isinstance(iterations, int) and iterations > 0:
-            attempt(f"{section}.{key}", lambda value=value: per_iteration(value, 0, iterations))
+            attempt(f"{section}.{key}", partial(per_iteration, value, 0, iterations))
             for entry in value if isinstance(value, list) else [value]:
                 if isinstance(entry, (int, float)) and entry <= 0:
                     faults.add(f"{section}.{key}={entry}: expected more than 0.")
@@ -51,11 +52,11 @@ def check_run(cfg: DictConfig) -> None:
     attempt("lr_scheduler", lambda: lr_factor(schedule["name"], 0, 10, schedule["warmup"], schedule["min_ratio"]))
     for name in ("limit_train_batches", "limit_val_batches"):
         value = plain[name]
-        attempt(name, lambda value=value: compute_limit_batches(1, value))
+        attempt(name, partial(compute_limit_batches, 1, value))
         if isinstance(value, float) and not 0 <= value <= 1:
             faults.add(f"{name}={value}: a float is a share in [0.0, 1.0]; write an int to count batches.")
     for name in ("val_check_interval", "save_interval"):
-        attempt(name, lambda name=name: compute_interval(name, plain[name], 1_000_000_000))
+        attempt(name, partial(compute_interval, name, plain[name], 1_000_000_000))
     for name, least in (
         ("global_batch_size", 1),
         ("logprob_chunk_tokens", 1),

@@ -63,7 +63,13 @@ def replaced_unembed(model: nn.Module, unembed: Callable[[torch.Tensor], torch.T
 
 
 def output_weight(model: nn.Module) -> torch.Tensor:
-    """The output projection's weight, shape (v, d); the embedding's where the two are tied.
+    """The output projection's weight; the embedding's where the two are tied.
+
+    Args:
+        model (nn.Module): a torchtune ``TransformerDecoder``.
+
+    Returns:
+        torch.Tensor: shape (v, d).
 
     Raises:
         ValueError: If the projection has a bias, which no family of torchtune has.

@@ -118,9 +118,8 @@ class SPINProgress:
         for name in ("max_epochs", "max_iterations"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)}: expected 1 or more.")
-        if self.max_steps is None:
-            self.max_steps = -1
-        if self.max_steps == 0 or self.max_steps < -1:
+        self._max_steps = -1 if self.max_steps is None else self.max_steps
+        if self._max_steps == 0 or self._max_steps < -1:
             raise ConfigError(f"max_steps={self.max_steps}: expected 1 or more, or -1 for no limit.")
         per_epoch = self.steps_per_epoch
         self._per_epoch = [per_epoch] * self.max_iterations if isinstance(per_epoch, int) else list(per_epoch)
@@ -152,7 +151,7 @@ class SPINProgress:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run."""
-        return self._starts[-1] if self.max_steps == -1 else min(self.max_steps, self._starts[-1])
+        return self._starts[-1] if self._max_steps == -1 else min(self._max_steps, self._starts[-1])
 
     @property
     def is_done(self) -> bool:
@@ -199,9 +198,12 @@ class SPINProgress:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the position from a saved state.
 
+        Args:
+            state (dict[str, Any]): from :meth:`state_dict`.
+
         Raises:
             CheckpointError: If the state's epoch or iteration does not follow from its step here: the number of steps
-            per
+                per
                 epoch has changed.
         """
         self.step, self.consumed_samples = int(state["step"]), int(state["consumed_samples"])
@@ -215,7 +217,13 @@ class SPINProgress:
 
 
 def parse_max_time(text: str | None) -> float | None:
-    """Seconds of a ``DD:HH:MM:SS`` budget.
+    """Seconds of a wall-clock budget.
+
+    Args:
+        text (str | None): ``DD:HH:MM:SS``; None is no budget.
+
+    Returns:
+        float | None: seconds, None for no budget.
 
     Raises:
         ConfigError: If the text has another form.

@@ -22,7 +22,7 @@ def per_iteration(value: Number | Sequence[Number], iteration: int, max_iteratio
 
     Raises:
         ConfigError: If a list does not have exactly ``max_iterations`` entries, an entry is not a number, or the
-        iteration is
+            iteration is
             not one of the run's. NeMo-Aligner finds a short list out only when its iteration starts; call this once for
             iteration 0 before weights are loaded.
     """
@@ -46,7 +46,14 @@ def per_iteration(value: Number | Sequence[Number], iteration: int, max_iteratio
 
 
 def warmup_steps(warmup: int | float, total_steps: int) -> int:
-    """Steps of warm-up: an int counts steps, a float is a share of ``total_steps``.
+    """Steps of warm-up.
+
+    Args:
+        warmup (int | float): an int counts steps, a float is a share of ``total_steps``.
+        total_steps (int): length of the span that the schedule covers.
+
+    Returns:
+        int: at most ``total_steps``.
 
     Raises:
         ConfigError: If the value is negative, or a share above 1.

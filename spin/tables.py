@@ -47,7 +47,8 @@ def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of :func:`sample_rows` as a table of text; long cells are cut."""
     lines = [_line({name: name for name in _WIDTHS}), "-+-".join("-" * width for width in _WIDTHS.values())]
     for row in rows:
-        cells = {name: _wrap(row[name], width) for name, width in _WIDTHS.items() if name != "margin"}
+        # of a long prompt the end says most: it is what was asked last
+        cells = {name: _wrap(row[name], width, name == "prompt") for name, width in _WIDTHS.items() if name != "margin"}
         cells["margin"] = [f"{row['margin']:+.3f}"]
         for i in range(max(map(len, cells.values()))):
             lines.append(_line({name: cell[i] if i < len(cell) else "" for name, cell in cells.items()}))
@@ -111,9 +112,11 @@ def iteration_summary(
     return "\n".join(lines)
 
 
-def _wrap(text: str, width: int) -> list[str]:
+def _wrap(text: str, width: int, keep_end: bool) -> list[str]:
     lines = textwrap.wrap(" ".join(text.split()), width) or [""]
-    if len(lines) > _MAX_LINES:
+    if len(lines) > _MAX_LINES and keep_end:
+        lines = ["..." + lines[-_MAX_LINES][3:], *lines[1 - _MAX_LINES :]]
+    elif len(lines) > _MAX_LINES:
         lines = [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1][: width - 3] + "..."]
     return lines
 

@@ -56,6 +56,12 @@ class PairStore:
     def open(cls, path: str | Path) -> PairStore:
         """Opens a store that exists, sealed or not.
 
+        Args:
+            path (str | Path): the folder.
+
+        Returns:
+            PairStore: with the manifest that lies there.
+
         Raises:
             StoreError: If there is no manifest, or it is damaged or of another version.
         """
@@ -157,6 +163,10 @@ class PairStore:
     def write_shard(self, index: int, pairs: Sequence[Pair]) -> None:
         """Writes a shard: temporary name, fsync, rename.
 
+        Args:
+            index (int): which shard.
+            pairs (Sequence[Pair]): its content; may be empty.
+
         Raises:
             StoreError: If a reference log-prob is not finite, naming the samples.
         """
@@ -224,6 +234,12 @@ class PairStore:
 
     def read_shard(self, index: int) -> list[Pair]:
         """The pairs of a shard, token ids as views on one array.
+
+        Args:
+            index (int): which shard.
+
+        Returns:
+            list[Pair]: in the order in which they were written.
 
         Raises:
             StoreError: If the shard is missing, or does not read back as it was written.

@@ -23,7 +23,7 @@ class SamplingParams:
         top_p (float): keep the smallest set of tokens with at least this probability, in (0, 1].
         repetition_penalty (float): divides positive and multiplies negative logits of tokens that stand in the prompt
             or the response so far (CTRL, arXiv 1909.05858); 1 is off.
-        min_new_tokens (int): no stop token before this many tokens.
+        min_new_tokens (int): no stop token, and no end by a stop string, before this many tokens.
         max_new_tokens (int): the response is cut here, finish reason ``length``.
         stop_token_ids (tuple[int, ...]): end the response; the stop token is part of it.
         stop_strings (tuple[str, ...]): end the response where the text first contains one; its tokens are part of it.
@@ -115,7 +115,15 @@ class Generator(Protocol):
     shares_policy_weights: bool
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """One completion per prompt, in order. A completion depends on its prompt, ``sampling`` and its seed only.
+        """Answers prompts. A completion depends on its prompt, ``sampling`` and its seed only.
+
+        Args:
+            prompts (list[list[int]]): token ids.
+            sampling (SamplingParams): how to answer.
+            seeds (list[int]): one for each prompt, in [0, 2**63).
+
+        Returns:
+            list[Completion]: one for each prompt, in order.
 
         Raises:
             GeneratorError: If the engine fails, or a prompt leaves no room for a response.
