@@ -138,9 +138,7 @@ class SPINRecipe:
         # ---- model
         # a packed row may be longer than the context: torchtune checks the row's length, but no position in it is that
         # large
-        longest = max(
-            int(prompts.lengths.max()) for prompts in (self._prompts, self._val_prompts) if prompts is not None
-        )
+        longest = max(int(prompts.lengths.max(initial=0)) for prompts in (self._prompts, self._val_prompts))
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
         self._model.max_seq_len = max(context, cfg.pairs.row_tokens, longest) + cfg.pairs.row_multiple
         prepare_model(
