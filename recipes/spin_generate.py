@@ -28,7 +28,7 @@ from spin import config, selfplay
 from spin.checks import check_run
 from spin.data import PromptDataset, adapt_tokenizer, iteration_samples
 from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import barrier, broadcast_object, init_world, named_full_tensors, shutdown
+from spin.distributed import barrier, broadcast_object, init_world, shutdown
 from spin.errors import CheckpointError, ConfigError
 from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, sampling_params
@@ -88,8 +88,7 @@ class SPINGenerate:
             cfg.generator,
             context=GeneratorContext(model, self._world.device, context, self._tokenizer.decode),
         )
-        if not self._generator.shares_policy_weights:
-            self._generator.update_weights(named_full_tensors(model))
+        self._model = model
         self._opponent = weights_fingerprint(model)
 
     def generate(self) -> None:
@@ -118,7 +117,8 @@ class SPINGenerate:
         store = selfplay.open_store(folder, fingerprint, num_shards, world, log.warning)
         missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
         mine = [shard for shard in missing if shard % cfg.num_workers == cfg.worker]
-        with tqdm(total=len(samples), unit="prompt", desc=f"worker {cfg.worker}", disable=not world.is_main) as bar:
+        bar = tqdm(total=len(samples), unit="prompt", desc=f"worker {cfg.worker}", disable=not world.is_main)
+        with bar, selfplay.awake(self._generator, self._model):
             selfplay.play(
                 store,
                 mine[world.rank :: world.world_size],

@@ -45,7 +45,6 @@ from spin.distributed import (
     broadcast_object,
     full_tensor,
     init_world,
-    named_full_tensors,
     shutdown,
 )
 from spin.errors import CheckpointError, NonFiniteError
@@ -403,25 +402,24 @@ class SPINRecipe:
         missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
         if store.is_sealed and not missing:
             return True
-        self._generator.wake()
-        if not self._generator.shares_policy_weights:
-            self._generator.update_weights(named_full_tensors(self._model))
         bar = self._bar(f"iteration {iteration}, {folder.name} answers", "prompt", len(samples))
-        selfplay.play(
-            store,
-            missing[world.rank :: world.world_size],
-            prompts,
-            samples,
-            self._generator,
-            self._sampling,
-            seed=cfg.seed,
-            iteration=iteration,
-            responses_per_prompt=cfg.pairs.responses_per_prompt,
-            should_stop=self._is_asked_to_stop,
-            on_shard=bar.update,
-        )
+        with selfplay.awake(
+            self._generator, self._model
+        ):  # ranks make as many shards as they have, without a collective
+            selfplay.play(
+                store,
+                missing[world.rank :: world.world_size],
+                prompts,
+                samples,
+                self._generator,
+                self._sampling,
+                seed=cfg.seed,
+                iteration=iteration,
+                responses_per_prompt=cfg.pairs.responses_per_prompt,
+                should_stop=self._is_asked_to_stop,
+                on_shard=bar.update,
+            )
         bar.close()
-        self._generator.sleep()
         return self._seal(store)
 
     def _answers(self, iteration: int, folder: Path, history: int | None = None) -> list[Pair]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from spin.data.packing import MASK_TRUNCATED
 from spin.data.prompts import PromptDataset
 from spin.data.store import PairStore
 from spin.data.types import Pair, Prompt, Response
-from spin.distributed import World, broadcast_object
+from spin.distributed import World, broadcast_object, named_full_tensors, unsharded
 from spin.errors import ConfigError, GeneratorError, StoreError
 from spin.fingerprint import json_fingerprint
 from spin.generators.base import Completion, Generator, SamplingParams
@@ -41,6 +42,28 @@ def open_store(
     """Opens or begins a store on rank 0 and hands it to all ranks. Collective."""
     store = PairStore.open_or_create(path, fingerprint, num_shards, on_stale) if world.is_main else None
     return broadcast_object(store, world)
+
+
+@contextmanager
+def awake(generator: Generator, model: nn.Module) -> Iterator[None]:
+    """Gives a generator the policy's weights for the time of a block. Collective at entry, not inside.
+
+    Args:
+        generator (Generator): the opponent.
+        model (nn.Module): the policy, sharded or plain. A generator that runs it in place finds it gathered; another
+            one is handed its tensors one at a time.
+
+    Yields:
+        None: the generator is ready.
+    """
+    generator.wake()
+    if not generator.shares_policy_weights:
+        generator.update_weights(named_full_tensors(model))
+    try:
+        with unsharded(model) if generator.shares_policy_weights else nullcontext():
+            yield
+    finally:
+        generator.sleep()
 
 
 def play_fingerprint(
@@ -130,7 +153,8 @@ def play(
     should_stop: Callable[[], bool] = lambda: False,
     on_shard: Callable[[int], None] = lambda prompts_done: None,
 ) -> None:
-    """Answers prompts into shards of a store. Not collective: each rank or machine makes shards of its own.
+    """Answers prompts into shards of a store. Not collective: each rank or machine makes shards of its own, and as many
+    as it has. Call it while the generator is :func:`awake`.
 
     Args:
         store (PairStore): where the responses go; its number of shards divides the samples evenly.

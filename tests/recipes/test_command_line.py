@@ -23,8 +23,9 @@ def one_process(tmp_path_factory):
 
 
 def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
-    """Same answers, same order, same losses up to rounding; the command is `tune run` from another directory."""
-    done = command(tmp_path / "out", "max_iterations=2", "max_epochs=1", "limit_train_batches=2", nproc=2, cwd=tmp_path)
+    """Same answers, same order, same losses up to rounding; `tune run` from another directory; 3 shards for 2 ranks."""
+    changes = ("max_iterations=2", "max_epochs=1", "limit_train_batches=2", "pairs.prompts_per_shard=3")
+    done = command(tmp_path / "out", *changes, nproc=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = metrics_of(tmp_path / "out"), metrics_of(one_process)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
