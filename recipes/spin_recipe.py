@@ -257,9 +257,8 @@ class SPINRecipe:
         for row in pack_batch(batch, rank=world.rank, num_ranks=world.world_size, **self._packing):
             row = row.to(world.device)
             logps = response_logps(self._model, row, cfg.logprob_chunk_tokens)
-            reference = row.reference_logps.to(logps.dtype)
             losses, real_rewards, generated_rewards = self._loss(
-                logps[row.real], logps[row.generated], reference[row.real], reference[row.generated]
+                logps[row.real], logps[row.generated], row.reference_logps[row.real], row.reference_logps[row.generated]
             )
             objective = losses
             if cfg.nll_weight > 0:
@@ -451,6 +450,7 @@ class SPINRecipe:
             world,
             packing=self._packing,
             chunk_size=cfg.logprob_chunk_tokens,
+            as_in_training=cfg.compile,
             should_stop=lambda: any_rank(self._is_asked_to_stop(), world),
             on_shard=bar.update,
         )

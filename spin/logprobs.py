@@ -28,7 +28,7 @@ def response_logps(model: nn.Module, row: PackedRow, chunk_size: int = 2048) -> 
         chunk_size (int): response tokens whose logits exist at a time.
 
     Returns:
-        torch.Tensor: log-probs in nats, shape (m,), fp32 (fp64 for an fp64 model).
+        torch.Tensor: log-probs in nats, shape (m,), fp64.
     """
 
     def unembed(hidden: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def linear_logprob(
 
 
 def segment_sums(values: torch.Tensor, segments: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Sums the values of each segment.
+    """Sums the values of each segment, in fp64: the order in which a GPU adds must not show in the sums.
 
     Args:
         values (torch.Tensor): shape (n,).
@@ -119,9 +119,9 @@ def segment_sums(values: torch.Tensor, segments: torch.Tensor, num_segments: int
         num_segments (int): how many there are.
 
     Returns:
-        torch.Tensor: shape (num_segments,); 0 for a segment without values.
+        torch.Tensor: shape (num_segments,), fp64; 0 for a segment without values.
     """
-    return values.new_zeros(num_segments).index_add(0, segments, values)
+    return values.new_zeros(num_segments, dtype=torch.float64).index_add(0, segments, values.double())
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

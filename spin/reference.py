@@ -16,11 +16,10 @@ from torch import nn
 
 from spin.data.packing import pack_batch
 from spin.data.types import Pair
-from spin.distributed import World, gather_objects
+from spin.distributed import World, gather_objects, reshard
 from spin.logprobs import response_logps
 
 
-@torch.no_grad()
 def score_batches(
     model: nn.Module,
     batches: Sequence[Sequence[Pair]],
@@ -28,6 +27,7 @@ def score_batches(
     *,
     packing: dict[str, Any],
     chunk_size: int = 2048,
+    as_in_training: bool = False,
 ) -> list[Pair]:
     """Fills in the reference log-probs of pairs. Collective: every rank scores its rows and gets all pairs.
 
@@ -37,6 +37,8 @@ def score_batches(
         world (World): the ranks.
         packing (dict[str, Any]): arguments of :func:`spin.data.packing.pack_batch`, the same as in training.
         chunk_size (int): see :func:`spin.logprobs.response_logps`.
+        as_in_training (bool): record a graph that nobody will use. Compiled layers need that to be the policy's equal:
+            torch.compile makes another program for inference, which rounds differently.
 
     Returns:
         list[Pair]: the pairs of all batches in order, scored.
@@ -44,9 +46,12 @@ def score_batches(
     mine: dict[tuple[int, str], list[float]] = {}
     for batch in batches:
         for row in pack_batch(batch, rank=world.rank, num_ranks=world.world_size, **packing):
-            logps = response_logps(model, row.to(world.device), chunk_size).double().tolist()
+            with torch.set_grad_enabled(as_in_training):
+                logps = response_logps(model, row.to(world.device), chunk_size).tolist()
             for key, first, count in row.pair_responses:
                 mine[key] = logps[first : first + count]
+    if as_in_training:
+        reshard(model)  # no backward will
     scores: dict[tuple[int, str], list[float]] = {}
     for part in gather_objects(mine, world):
         scores.update(part)

@@ -198,6 +198,7 @@ def score(
     *,
     packing: dict[str, Any],
     chunk_size: int,
+    as_in_training: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
     on_shard: Callable[[int], None] = lambda pairs_done: None,
 ) -> None:
@@ -210,6 +211,7 @@ def score(
         world (World): the ranks.
         packing (dict[str, Any]): as in training, see :func:`spin.reference.score_batches`.
         chunk_size (int): see :func:`spin.logprobs.response_logps`.
+        as_in_training (bool): see :func:`spin.reference.score_batches`.
         should_stop (Callable[[], bool]): asked before every shard; must answer the same on every rank.
         on_shard (Callable[[int], None]): told the number of pairs after every shard.
     """
@@ -218,7 +220,9 @@ def score(
         if should_stop():
             return
         chosen = [batches[i] for i in shards[shard]]
-        pairs = score_batches(model, chosen, world, packing=packing, chunk_size=chunk_size)
+        pairs = score_batches(
+            model, chosen, world, packing=packing, chunk_size=chunk_size, as_in_training=as_in_training
+        )
         if world.is_main:
             store.write_shard(shard, pairs)
         on_shard(len(pairs))
