@@ -271,7 +271,9 @@ class SPINRecipe:
         metrics = pair_metrics(totals)
         self._refuse_nonfinite(totals["loss"], grad_norm, batch)
         if cfg.self_test and metrics and progress.is_iteration_start:
-            check_first_loss(metrics, self._loss.initial_loss(), cfg.compute_dtype, iteration)
+            zero = torch.zeros(1, dtype=torch.float64)
+            expected = self._loss(zero, zero, zero, zero)[0].item()  # ln 2 for the logistic loss
+            check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
         lr = self._lrs[iteration] * self._lr_factor()
         for group in self._optimizer.param_groups:
             group["lr"] = lr

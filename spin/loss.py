@@ -81,10 +81,6 @@ class SPINLoss(nn.Module):
             losses = (1 - self.label_smoothing) * losses + self.label_smoothing * self._pair_loss(-margins)
         return losses, real_rewards.detach(), generated_rewards.detach()
 
-    def initial_loss(self) -> float:
-        """The loss of a pair when policy and opponent are equal: ``l(0)``; ln 2 for the logistic loss."""
-        return self._pair_loss(torch.zeros((), dtype=torch.float64)).item()
-
     def _pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
         if self.loss_type == "logistic":
             return -F.logsigmoid(margins)

@@ -1,0 +1,53 @@
+"""The documentation's links, configs, keys and component names exist."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spin.config import packaged_configs
+from spin.defaults import RECIPE_DEFAULTS
+
+REPO = Path(__file__).resolve().parents[1]
+PAGES = [*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("examples/**/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configs_and_components_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"--config (\S+)", text):
+        assert name == "my.yaml" or name in packaged_configs(), name
+    for module, attribute in re.findall(r"`(spin(?:\.[a-z_]+)+)\.([A-Z]\w+|prompt_dataset)`", text):
+        assert hasattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
+    for target in re.findall(r"^make (\w+)", text, flags=re.MULTILINE):
+        assert f"\n{target}:" in (REPO / "Makefile").read_text(encoding="utf-8"), target
+
+
+@pytest.mark.parametrize("page", sorted(REPO.glob("docs/*.md")), ids=lambda page: page.name)
+def test_config_keys_exist(page):
+    """Every `section.key` of a section without a component is one of the recipe's."""
+    for section in ("pairs", "sampling", "validation", "lr_scheduler"):
+        for key in re.findall(rf"`{section}\.(\w+)", page.read_text(encoding="utf-8")):
+            assert key in RECIPE_DEFAULTS[section], f"{section}.{key}"
+
+
+def test_the_benchmark_runs_and_its_arms_agree(subprocess_env):
+    small = "--layers 1 --dim 32 --heads 2 --kv-heads 1 --vocab 64 --pairs 4 --prompt 10 --response 12 --rounds 1"
+    done = subprocess.run(
+        [sys.executable, str(REPO / "benchmarks" / "packing.py"), *small.split()],
+        env=subprocess_env, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    result = json.loads(done.stdout)
+    assert result["gradient_difference"] < 1e-5
+    assert result["losses"]["packed"] == pytest.approx(result["losses"]["padded"], rel=1e-6)
