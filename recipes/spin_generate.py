@@ -109,7 +109,7 @@ class SPINGenerate:
             seed=cfg.seed,
             iteration=self._iteration,
             responses_per_prompt=cfg.pairs.responses_per_prompt,
-            generator=cfg.generator._component_,
+            generator=self._generator,
             compute_dtype=cfg.compute_dtype,
         )
         folder = Path(cfg.output_dir) / f"iteration_{self._iteration:03d}" / "responses"

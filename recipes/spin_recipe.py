@@ -163,6 +163,7 @@ class SPINRecipe:
         self._metric_logger: Any = None
         if self._world.is_main:
             self._metric_logger = config.instantiate(cfg.metric_logger)
+            self._metric_logger.log_config(cfg)
             self._metrics_file = MetricsFile(
                 self._output_dir / "metrics.jsonl", from_step=self._progress.step if resume_path else -1
             )
@@ -395,7 +396,7 @@ class SPINRecipe:
             seed=cfg.seed,
             iteration=iteration,
             responses_per_prompt=cfg.pairs.responses_per_prompt,
-            generator=cfg.generator._component_,
+            generator=self._generator,
             compute_dtype=cfg.compute_dtype,
         )
         num_shards = math.ceil(len(samples) / cfg.pairs.prompts_per_shard)
@@ -404,9 +405,8 @@ class SPINRecipe:
         if store.is_sealed and not missing:
             return True
         bar = self._bar(f"iteration {iteration}, {folder.name} answers", "prompt", len(samples))
-        with selfplay.awake(
-            self._generator, self._model
-        ):  # ranks make as many shards as they have, without a collective
+        # inside, ranks make as many shards as they have, without a collective
+        with selfplay.awake(self._generator, self._model):
             selfplay.play(
                 store,
                 missing[world.rank :: world.world_size],

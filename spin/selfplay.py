@@ -76,7 +76,7 @@ def play_fingerprint(
     seed: int,
     iteration: int,
     responses_per_prompt: int,
-    generator: str,
+    generator: Generator,
     compute_dtype: str,
 ) -> dict[str, Any]:
     """Everything that the opponent's answers depend on, by name.
@@ -90,7 +90,7 @@ def play_fingerprint(
         seed (int): the run's seed.
         iteration (int): counted from 0.
         responses_per_prompt (int): responses to each prompt.
-        generator (str): the component that generates.
+        generator (Generator): the opponent; its ``fingerprint``, if it has one, stands for what it reads.
         compute_dtype (str): precision of its arithmetic.
 
     Returns:
@@ -105,7 +105,8 @@ def play_fingerprint(
         "seed": seed,
         "iteration": iteration,
         "responses_per_prompt": responses_per_prompt,
-        "generator": generator,
+        "generator": f"{type(generator).__module__}.{type(generator).__qualname__}",
+        "generator_source": getattr(generator, "fingerprint", None),
         "compute_dtype": compute_dtype,
     }
 

@@ -1,5 +1,6 @@
 """Answers from a file: responses that were made elsewhere, by another engine or on another cluster."""
 
+import hashlib
 import json
 import logging
 from collections import Counter
@@ -75,6 +76,16 @@ class ReplayGenerator:
             raise GeneratorError(f"{self.path}: no responses in it.")
         for answers in self._answers.values():
             answers.sort(key=lambda answer: answer.k)  # stable: the file's order within the same k
+        self.fingerprint = self._fingerprint()  # tells a store of these answers from one of another file's
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for key, answers in self._answers.items():
+            digest.update(len(key).to_bytes(8, "little") + key)
+            for answer in answers:
+                digest.update(f"{answer.k} {answer.finish_reason} {len(answer.token_ids)} ".encode())
+                digest.update(np.asarray(answer.token_ids, np.int32).tobytes())
+        return digest.hexdigest()
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """One response per prompt, in order, cut at ``max_new_tokens`` and at ``max_seq_len`` (finish reason

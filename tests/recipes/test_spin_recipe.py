@@ -220,6 +220,18 @@ def test_history_mixes_in_the_iteration_before_under_todays_opponent(tmp_path):
     assert [rows[step]["loss"] for step in (1, 3, 6)] == pytest.approx([math.log(2)] * 3, abs=1e-6)
 
 
+def test_answers_from_a_store_are_played_back(tmp_path):
+    """A run on the answers of another run's store has that run's losses; other answers are not taken for them."""
+    changes = ("max_iterations=1", "max_epochs=1")
+    run(tmp_path / "a", *changes)
+    replay = (*changes, "generator={_component_: spin.generators.ReplayGenerator, path: %s}")
+    run(tmp_path / "b", *replay[:-1], replay[-1] % (tmp_path / "a" / "iteration_000" / "responses"))
+    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
+    store = PairStore.open(tmp_path / "b" / "iteration_000" / "responses")
+    assert store.manifest["fingerprint"]["generator"] == "spin.generators.replay.ReplayGenerator"
+    assert store.manifest["fingerprint"]["generator_source"]
+
+
 def test_several_responses_per_prompt(tmp_path):
     run(tmp_path, "pairs.responses_per_prompt=3", "max_iterations=1", "max_epochs=1", "limit_train_batches=2")
     pairs = list(PairStore.open(tmp_path / "iteration_000" / "pairs").pairs())
