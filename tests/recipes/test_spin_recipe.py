@@ -224,8 +224,9 @@ def test_answers_from_a_store_are_played_back(tmp_path):
     """A run on the answers of another run's store has that run's losses; other answers are not taken for them."""
     changes = ("max_iterations=1", "max_epochs=1")
     run(tmp_path / "a", *changes)
-    replay = (*changes, "generator={_component_: spin.generators.ReplayGenerator, path: %s}")
-    run(tmp_path / "b", *replay[:-1], replay[-1] % (tmp_path / "a" / "iteration_000" / "responses"))
+    answers = tmp_path / "a" / "iteration_000" / "responses"
+    replay = ("~generator.batch_size", "generator._component_=spin.generators.ReplayGenerator")
+    run(tmp_path / "b", *changes, *replay, f"generator.path={answers}")
     assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
     store = PairStore.open(tmp_path / "b" / "iteration_000" / "responses")
     assert store.manifest["fingerprint"]["generator"] == "spin.generators.replay.ReplayGenerator"
