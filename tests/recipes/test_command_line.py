@@ -96,25 +96,54 @@ def test_generation_elsewhere_gives_the_run_that_generates_itself(one_process, t
     assert metrics_of(tmp_path) == metrics_of(one_process)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    changes = ("max_iterations=1", "max_epochs=2", "validation_dataset=null")
-    run(whole, *changes)
-    program = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
+def interrupt(output_dir, changes, signal_number, is_time):
+    """Starts the recipe and sends it a signal as soon as ``is_time()``; its exit code and output."""
     process = subprocess.Popen(
-        [*program, "--config", str(CONFIG), *tiny_overrides(cut), *changes, "max_epochs=2"],
+        [sys.executable, str(REPO / "recipes" / "spin_recipe.py"), "--config", str(CONFIG)]
+        + [*tiny_overrides(output_dir), *changes],
         env=_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not ((cut / "metrics.jsonl").exists() and metrics_of(cut)) and process.poll() is None:
+    while not is_time() and process.poll() is None:
         assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+        time.sleep(0.02)
+    process.send_signal(signal_number)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output[-3000:]
-    assert "goes on from here" in output or "Finished" in output
-    run(cut, *changes)
-    assert metrics_of(cut) == metrics_of(whole)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("unbroken")
+    return output_dir, run(output_dir, "max_iterations=2", "max_epochs=1").final_weights
+
+
+def steps_done(output_dir):
+    return len(metrics_of(output_dir)) - 1 if (output_dir / "metrics.jsonl").exists() else -1
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(unbroken, tmp_path):
+    changes = ("max_iterations=2", "max_epochs=1")
+    code, output = interrupt(tmp_path, changes, signal.SIGTERM, lambda: steps_done(tmp_path) >= 1)
+    assert code == 0, output[-3000:]
+    assert "goes on from here" in output
+    assert run(tmp_path, *changes).final_weights == unbroken[1]
+    assert metrics_of(tmp_path) == metrics_of(unbroken[0])
+
+
+@pytest.mark.parametrize("moment", ["playing", "fitting", "second iteration"])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(unbroken, tmp_path, moment):
+    """SIGKILL after the first shard of answers, in the middle of an epoch, and in the next iteration."""
+    moments = {
+        "playing": lambda: (tmp_path / "iteration_000" / "responses" / "shard-00000.parquet").exists(),
+        "fitting": lambda: steps_done(tmp_path) >= 3,
+        "second iteration": lambda: steps_done(tmp_path) >= 6,
+    }
+    changes = ("max_iterations=2", "max_epochs=1")
+    code, output = interrupt(tmp_path, changes, signal.SIGKILL, moments[moment])
+    assert code == -signal.SIGKILL, output[-3000:]
+    assert run(tmp_path, *changes).final_weights == unbroken[1]
+    assert metrics_of(tmp_path) == metrics_of(unbroken[0])
 
 
 @pytest.mark.parametrize(
