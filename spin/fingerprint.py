@@ -9,9 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +18,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from spin.distributed import clean_name, reshard
-
-if TYPE_CHECKING:  # spin.data imports this module
-    from spin.data.types import Prompt
 
 _CHUNK_ELEMENTS = 1 << 18  # 2 MiB of int64: stays in the CPU's cache
 _FILE_CHUNK_BYTES = 16 << 20
@@ -140,20 +136,4 @@ def file_sha256(path: str | Path) -> str:
     with open(path, "rb") as file:
         while piece := file.read(_FILE_CHUNK_BYTES):
             digest.update(piece)
-    return digest.hexdigest()
-
-
-def tokens_fingerprint(prompts: Iterable[Prompt]) -> str:
-    """SHA-256 of the ids and tokens of all prompts and real responses, in their order.
-
-    Args:
-        prompts (Iterable[Prompt]): the tokenized data set.
-
-    Returns:
-        str: 64 hexadecimal digits.
-    """
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        row = json.dumps([prompt.sample_id, list(prompt.prompt_ids), list(prompt.real_ids)], separators=(",", ":"))
-        digest.update(row.encode() + b"\n")
     return digest.hexdigest()

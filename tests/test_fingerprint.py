@@ -9,14 +9,12 @@ from torch import nn
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
-from spin.data.types import Prompt
 from spin.distributed import init_world, unsharded
 from spin.fingerprint import (
     _CHUNK_ELEMENTS,
     _position_weighted_sum,
     file_sha256,
     json_fingerprint,
-    tokens_fingerprint,
     weights_fingerprint,
 )
 from tests.two_ranks.tiny import build, sharded
@@ -111,19 +109,6 @@ def test_json_fingerprint():
 def test_file_sha256(tmp_path):
     (tmp_path / "x").write_bytes(b"spin" * 1000)
     assert file_sha256(tmp_path / "x") == hashlib.sha256(b"spin" * 1000).hexdigest()
-
-
-def test_tokens_fingerprint():
-    prompts = [Prompt("a", [1, 2], [3]), Prompt("b", [4], [5, 6])]
-    base = tokens_fingerprint(prompts)
-    assert tokens_fingerprint(iter(prompts)) == base
-    changed = [
-        prompts[::-1],
-        prompts[:1],
-        [Prompt("a", [1], [2, 3]), prompts[1]],  # the border between prompt and response
-        [Prompt("c", [1, 2], [3]), prompts[1]],
-    ]
-    assert base not in {tokens_fingerprint(other) for other in changed}
 
 
 @pytest.mark.real_model
