@@ -33,10 +33,9 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from spin import config, selfplay
-from spin.checks import check_first_loss, check_run
+from spin.checks import check_finite, check_first_loss, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
 from spin.data.packing import loss_weight, pack_batch
-from spin.data.store import differences
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import (
     all_reduce_sums,
@@ -47,7 +46,7 @@ from spin.distributed import (
     init_world,
     shutdown,
 )
-from spin.errors import CheckpointError, NonFiniteError
+from spin.errors import CheckpointError
 from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, sampling_params
 from spin.logprobs import response_logps
@@ -120,6 +119,9 @@ class SPINRecipe:
         # ---- arithmetic
         size = cfg.global_batch_size
         self._steps = compute_num_steps_per_epoch(len(self._prompts), size, cfg.limit_train_batches)
+        needed, mixing = self._steps * size, (cfg.pairs.history, cfg.pairs.history_fraction)
+        # what an iteration trains on, as (iteration whose opponent answered, sample of the data set)
+        self._items = lambda iteration: iteration_items(len(self._prompts), needed, cfg.seed, iteration, *mixing)
         steps_per_epoch = [len(self._items(iteration)) // size for iteration in range(cfg.max_iterations)]
         self._progress = SPINProgress(steps_per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
         self._val_every = compute_interval("val_check_interval", cfg.val_check_interval, self._steps)
@@ -128,7 +130,7 @@ class SPINRecipe:
         self._num_val_samples = min(len(self._val_prompts), val_batches * size)
 
         # ---- resume
-        self._run_fingerprint = self._fingerprint_run()
+        self._run_fingerprint = run_fingerprint(cfg, self._prompts.fingerprint(), self._tokenizer.fingerprint)
         resume_path = self._checkpointer.latest(cfg.resume)
         if resume_path is not None:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
@@ -270,7 +272,7 @@ class SPINRecipe:
         max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
         grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm)).item()
         metrics = pair_metrics(totals)
-        self._refuse_nonfinite(totals["loss"], grad_norm, batch)
+        check_finite(totals["loss"], grad_norm, progress.step, batch)
         if cfg.self_test and metrics and progress.is_iteration_start:
             zero = torch.zeros(1, dtype=torch.float64)
             expected = self._loss(zero, zero, zero, zero)[0].item()  # ln 2 for the logistic loss
@@ -324,7 +326,10 @@ class SPINRecipe:
         self._val_loss = sums["nats"] / sums["tokens"]
         metrics = {"val_loss": self._val_loss}
         if self._cfg.validation.spin and self._val_pairs:
-            metrics.update(self._validate_spin())
+            losses, real_rewards, generated_rewards = self._margins(self._val_pairs)
+            metrics["val_spin_loss"] = losses.mean().item()
+            metrics["val_acc"] = (real_rewards > generated_rewards).double().mean().item()
+            metrics["val_margin"] = (real_rewards - generated_rewards).mean().item()
         self._show_samples((self._val_pairs or self._last_batch)[: self._cfg.validation.table_rows])
         return metrics | {"validation_step_time": time.perf_counter() - started}
 
@@ -364,15 +369,7 @@ class SPINRecipe:
             CheckpointError: If something that the results depend on has changed and is not named in
                 ``resume_with_changes``.
         """
-        allowed = set(self._cfg.resume_with_changes)
-        old = {name: value for name, value in state["run"].items() if name not in allowed}
-        new = {name: value for name, value in self._run_fingerprint.items() if name not in allowed}
-        changed = differences(old, new)
-        if changed:
-            raise CheckpointError(
-                f"The run in {self._output_dir} was started with another config: {'; '.join(changed)}. Restore it, "
-                "start a new output_dir, or name what may change in resume_with_changes."
-            )
+        check_unchanged(state["run"], self._run_fingerprint, self._cfg.resume_with_changes, self._output_dir)
         self._progress.load_state_dict(state["progress"])
         self._opponent, self._val_loss = state["opponent"], state["val_loss"]
 
@@ -478,17 +475,6 @@ class SPINRecipe:
             )
         return store
 
-    def _items(self, iteration: int) -> list[tuple[int, int]]:
-        """What an iteration trains on, as (iteration whose opponent answered, sample of the data set)."""
-        return iteration_items(
-            len(self._prompts),
-            self._steps * self._cfg.global_batch_size,
-            self._cfg.seed,
-            iteration,
-            self._cfg.pairs.history,
-            self._cfg.pairs.history_fraction,
-        )
-
     def _batches(
         self, pairs: dict[tuple[int, str], Pair], iteration: int, epoch: int, start: int = 0
     ) -> Iterator[list[Pair]]:
@@ -517,22 +503,16 @@ class SPINRecipe:
             last = min(last, progress.iteration_start(progress.iteration + 1))
         return lr_factor(step=progress.step - first, total_steps=last - first, **self._cfg.lr_scheduler)
 
-    @torch.no_grad()
-    def _validate_spin(self) -> dict[str, float]:
-        """The SPIN loss on pairs that the policy never trains on, from this iteration's opponent."""
-        scored = selfplay.score_batches(
+    def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses and rewards of scored pairs under the policy as it is now."""
+        return selfplay.losses_of_pairs(
+            self._loss,
             self._model,
-            self._cut(self._val_pairs),
+            self._cut(pairs),
             self._world,
             packing=self._packing,
             chunk_size=self._cfg.logprob_chunk_tokens,
         )
-        losses, real_rewards, generated_rewards = self._loss(*_logps(scored, self._val_pairs))
-        return {
-            "val_spin_loss": losses.mean().item(),
-            "val_acc": (real_rewards > generated_rewards).double().mean().item(),
-            "val_margin": (real_rewards - generated_rewards).mean().item(),
-        }
 
     # PLUMBING: small things.
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -544,14 +524,6 @@ class SPINRecipe:
     def _cut(self, pairs: list[Pair]) -> list[list[Pair]]:
         size = self._cfg.global_batch_size
         return [pairs[i : i + size] for i in range(0, len(pairs), size)]
-
-    def _refuse_nonfinite(self, loss: float, grad_norm: float, batch: list[Pair]) -> None:
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteError(
-                f"step {self._progress.step}: loss sum {loss}, gradient norm {grad_norm}. No weight was changed. "
-                f"Samples of the batch: {', '.join(pair.sample_id for pair in batch)}."
-            )
 
     def _on_sigterm(self, signum: int, frame: object) -> None:
         self._terminated = True
@@ -589,10 +561,7 @@ class SPINRecipe:
         """Prompt, real and generated response and margin of a few pairs, to the screen and to samples.jsonl."""
         if not pairs:
             return
-        scored = selfplay.score_batches(
-            self._model, [pairs], self._world, packing=self._packing, chunk_size=self._cfg.logprob_chunk_tokens
-        )
-        _, real_rewards, generated_rewards = self._loss(*_logps(scored, pairs))
+        _, real_rewards, generated_rewards = self._margins(pairs)
         if self._world.is_main:
             margins = (real_rewards - generated_rewards).tolist()
             rows = sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step)
@@ -600,32 +569,9 @@ class SPINRecipe:
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             tqdm.write(sample_table(rows))
 
-    def _fingerprint_run(self) -> dict[str, Any]:
-        """What the results depend on, by config key; compared when a run is resumed."""
-        cfg = self._cfg
-        keys = (
-            "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs",
-            "global_batch_size", "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
-        )  # fmt: skip
-        return {
-            **{key: _plain(cfg[key]) for key in keys},
-            "dataset": self._prompts.fingerprint(),
-            "tokenizer": self._tokenizer.fingerprint,
-        }
-
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-
-
-def _logps(policy: list[Pair], reference: list[Pair]) -> tuple[torch.Tensor, ...]:
-    """Arguments of the loss from pairs that the policy scored and the same pairs scored by the opponent."""
-    columns = [
-        (now.reference_real_logp, answer.reference_logp, then.reference_real_logp, before.reference_logp)
-        for now, then in zip(policy, reference, strict=True)
-        for answer, before in zip(now.generated, then.generated, strict=True)
-    ]
-    return tuple(torch.tensor(columns, dtype=torch.float64).unbind(1))
 
 
 @config.parse(DEFAULTS)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spin.config import Faults
 from spin.data.packing import MASK_TRUNCATED
-from spin.errors import ConfigError, SelfTestError
+from spin.data.store import differences
+from spin.data.types import Pair
+from spin.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError
 from spin.generators.base import SamplingParams
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, parse_max_time
 from spin.schedules import lr_factor, per_iteration
 
 DTYPES = ("fp32", "bf16")
+_RESULTS_DEPEND_ON = (
+    "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
+    "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
+)  # fmt: skip
 
 
 def check_run(cfg: DictConfig) -> None:
@@ -117,6 +125,63 @@ def check_first_loss(metrics: Mapping[str, float], expected: float, compute_dtyp
         "responses: something differs between the reference pass and training (dropout, precision, another number of "
         "ranks, a changed pair store). No weight was changed. self_test=false skips this test."
     )
+
+
+def check_finite(loss: float, grad_norm: float, step: int, batch: Sequence[Pair]) -> None:
+    """Stops a step whose numbers are broken, before anything is updated. The arguments are the same on every rank.
+
+    Args:
+        loss (float): the batch's loss.
+        grad_norm (float): norm of its gradient.
+        step (int): optimizer steps so far.
+        batch (Sequence[Pair]): the global batch.
+
+    Raises:
+        NonFiniteError: If either number is NaN or infinite, naming the batch's samples.
+    """
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise NonFiniteError(
+            f"step {step}: loss sum {loss}, gradient norm {grad_norm}. No weight was changed. Samples of the batch: "
+            f"{', '.join(pair.sample_id for pair in batch)}."
+        )
+
+
+def run_fingerprint(cfg: DictConfig, dataset: str, tokenizer: str) -> dict[str, Any]:
+    """What a run's results depend on, by config key.
+
+    Args:
+        cfg (DictConfig): complete.
+        dataset (str): fingerprint of the training set's content.
+        tokenizer (str): fingerprint of the tokenizer and its chat template.
+
+    Returns:
+        dict[str, Any]: JSON values.
+    """
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    return {**{key: plain[key] for key in _RESULTS_DEPEND_ON}, "dataset": dataset, "tokenizer": tokenizer}
+
+
+def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str], output_dir: Path) -> None:
+    """Refuses to resume a run under a config that would silently make another run of it.
+
+    Args:
+        old (Mapping[str, Any]): :func:`run_fingerprint` of the run that wrote the state.
+        new (Mapping[str, Any]): that of this run.
+        allowed (Sequence[str]): keys that may differ, the config's ``resume_with_changes``.
+        output_dir (Path): the run's folder, for the message.
+
+    Raises:
+        CheckpointError: If another key differs, with its old and new value.
+    """
+    changed = differences(
+        {name: value for name, value in old.items() if name not in allowed},
+        {name: value for name, value in new.items() if name not in allowed},
+    )
+    if changed:
+        raise CheckpointError(
+            f"The run in {output_dir} was started with another config: {'; '.join(changed)}. Restore it, start a new "
+            "output_dir, or name what may change in resume_with_changes."
+        )
 
 
 def _at_least(section: dict[str, Any], name: str, least: int, faults: Faults, prefix: str = "") -> None:

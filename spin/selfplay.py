@@ -11,9 +11,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from spin.data.chat import PromptTokenizer
@@ -227,6 +229,39 @@ def score(
         if world.is_main:
             store.write_shard(shard, pairs)
         on_shard(len(pairs))
+
+
+@torch.no_grad()
+def losses_of_pairs(
+    loss: nn.Module,
+    model: nn.Module,
+    batches: Sequence[Sequence[Pair]],
+    world: World,
+    *,
+    packing: dict[str, Any],
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss of scored pairs under the policy as it is now. Collective.
+
+    Args:
+        loss (nn.Module): such as :class:`spin.loss.SPINLoss`.
+        model (nn.Module): the policy.
+        batches (Sequence[Sequence[Pair]]): pairs with reference log-probs.
+        world (World): the ranks.
+        packing (dict[str, Any]): see :func:`spin.reference.score_batches`.
+        chunk_size (int): see :func:`spin.logprobs.response_logps`.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor]: losses, rewards of the real and of the generated responses; one
+        for every generated response in order, fp64, on the CPU.
+    """
+    now = score_batches(model, batches, world, packing=packing, chunk_size=chunk_size)
+    columns = [
+        (policy.reference_real_logp, answer.reference_logp, pair.reference_real_logp, response.reference_logp)
+        for policy, pair in zip(now, chain.from_iterable(batches), strict=True)
+        for answer, response in zip(policy.generated, pair.generated, strict=True)
+    ]
+    return loss(*torch.tensor(columns, dtype=torch.float64).unbind(1))
 
 
 def filter_pairs(

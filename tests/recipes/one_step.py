@@ -18,9 +18,9 @@ from tests.recipes.helpers import tiny_config  # noqa: E402
 class OneStep(SPINRecipe):
     """Keeps the gradient that the optimizer would have used, and stops."""
 
-    def _refuse_nonfinite(self, loss, grad_norm, batch):
-        super()._refuse_nonfinite(loss, grad_norm, batch)
+    def _lr_factor(self):  # asked for between the gradient and the update
         self.gradient = {name: full_tensor(p.grad).clone() for name, p in self._model.named_parameters()}
+        return super()._lr_factor()
 
 
 def main(out, output_dir, *overrides):
