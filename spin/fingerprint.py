@@ -38,7 +38,7 @@ def weights_fingerprint(model: nn.Module) -> str:
         str: 64 hexadecimal digits, the same on one rank, on many and for a plain model.
     """
     reshard(model)
-    named = {clean_name(name): tensor for name, tensor in sorted(model.state_dict().items())}
+    named = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
     regions = {name: _local_region(tensor) for name, tensor in sorted(named.items())}
     sums = [_position_weighted_sum(local, start) for local, start in regions.values()]
     if any(isinstance(tensor, DTensor) for tensor in named.values()):

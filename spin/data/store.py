@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
+from spin.files import write_json
 from spin.fingerprint import file_sha256
 
 FORMAT_VERSION = 1
@@ -129,7 +130,7 @@ class PairStore:
             "num_shards": num_shards,
             "sealed": False,
         }
-        _write_json(path / MANIFEST, manifest)
+        _replace_json(path / MANIFEST, manifest)
         return cls(path, manifest)
 
     @property
@@ -230,7 +231,7 @@ class PairStore:
         ]
         self.manifest["report"] = dict(report or {})
         self.manifest["sealed"] = True
-        _write_json(self.path / MANIFEST, self.manifest)
+        _replace_json(self.path / MANIFEST, self.manifest)
 
     def read_shard(self, index: int) -> list[Pair]:
         """The pairs of a shard, token ids as views on one array.
@@ -321,11 +322,7 @@ def _unused_name(path: Path) -> Path:
     return aside
 
 
-def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+def _replace_json(file: Path, content: Mapping[str, Any]) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, sort_keys=True)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_json(temporary, content)
     temporary.rename(file)

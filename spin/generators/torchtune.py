@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spin.attention import attach_kv, detach_kv, patch_attention
 from spin.data.types import FinishReason
-from spin.distributed import unsharded
+from spin.distributed import clean_name, unsharded
 from spin.errors import ConfigError, GeneratorError
 from spin.gemma2 import final_softcap, softcap
 from spin.generators.base import Completion, GeneratorContext, SamplingParams
@@ -114,7 +114,7 @@ class TorchtuneGenerator:
         Raises:
             GeneratorError: If a name is unknown or missing or a shape differs; the weights that came before are copied.
         """
-        own = {_plain_name(name): parameter for name, parameter in self.model.named_parameters()}
+        own = {clean_name(name): parameter for name, parameter in self.model.named_parameters()}
         missing = set(own)
         for name, tensor in named_tensors:
             if name not in own:
@@ -397,10 +397,6 @@ def _copy(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
             tensor = tensor.to(parameter.device)
             tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(tensor)
-
-
-def _plain_name(name: str) -> str:
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
 def _some(items: list[str], shown: int = 5) -> str:
