@@ -22,7 +22,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +34,27 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from spin import config, selfplay
-from spin.checks import check_finite, check_first_loss, check_run, check_unchanged, run_fingerprint
+from spin.checks import check_finite, check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
-from spin.data.packing import loss_weight, pack_batch
+from spin.data.loader import RowBatch, load_rows
+from spin.data.packing import PackedRow
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import (
+    accumulating,
     all_reduce_sums,
     any_rank,
     barrier,
     broadcast_object,
-    full_tensor,
+    clip_grad_norm,
     init_world,
     shutdown,
 )
 from spin.errors import CheckpointError
 from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, sampling_params
-from spin.logprobs import response_logps
+from spin.logprobs import pair_objective, response_logps
 from spin.metrics import MetricsFile, MovedShare, PairSums, pair_metrics
-from spin.models import build_model, prepare_model
+from spin.models import build_model, choose_attention, prepare_model, window_of
 from spin.progress import RunTimer, SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.schedules import lr_factor, per_iteration
 from spin.tables import iteration_summary, sample_rows, sample_table
@@ -82,17 +85,13 @@ class SPINRecipe:
         self._output_dir = Path(cfg.output_dir)
         self._betas = [per_iteration(_plain(cfg.loss.beta), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
         self._lrs = [per_iteration(_plain(cfg.optimizer.lr), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
-        self._packing = {
-            "row_tokens": cfg.pairs.row_tokens,
-            "row_multiple": cfg.pairs.row_multiple,
-            "truncated": cfg.pairs.truncated,
-        }
         self._terminated = False
         self._timer = RunTimer(cfg.max_time)
         self._val_loss: float | None = None
         self._opponent = ""
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
-        self._last_batch: list[Pair] = []
+        self._last_batch: Sequence[Pair] = []
+        self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
         self._history: list[dict[str, float]] = []  # metrics of this iteration's steps
 
     # PLUMBING: everything is checked and made here, cheap things first, weights last.
@@ -137,6 +136,13 @@ class SPINRecipe:
             log.info(f"Resuming at step {self._progress.step} from {resume_path}")
 
         # ---- model
+        self._packing = {
+            "row_tokens": cfg.pairs.row_tokens,
+            "row_multiple": cfg.pairs.row_multiple,
+            "truncated": cfg.pairs.truncated,
+            "flex": choose_attention(self._model, self._world, compute_dtype, cfg.attention),
+            "window": window_of(self._model),
+        }
         # a packed row may be longer than the context: torchtune checks the row's length, but no position in it is that
         # large
         longest = max(int(prompts.lengths.max(initial=0)) for prompts in (self._prompts, self._val_prompts))
@@ -147,7 +153,12 @@ class SPINRecipe:
             self._world,
             compute_dtype=compute_dtype,
             activation_checkpointing=cfg.enable_activation_checkpointing,
+            ac_mode=cfg.ac_mode,
+            ac_option=cfg.ac_option,
             compile_layers=cfg.compile,
+            float8=cfg.enable_float8_training,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
         )
         self._optimizer = self._new_optimizer()
         if resume_path is None:
@@ -189,7 +200,7 @@ class SPINRecipe:
                 epoch = progress.epoch
                 bar = self._bar(f"iteration {iteration}, epoch {epoch}", "step", progress.steps_in_epoch(iteration))
                 bar.update(progress.step_in_epoch)
-                for batch in self._batches(pairs, iteration, epoch, start=progress.step_in_epoch):
+                for batch in self._rows(self._batches(pairs, iteration, epoch, start=progress.step_in_epoch)):
                     metrics = self.train_single_step(batch)
                     stop = metrics.pop("stop") > 0
                     bar.update()
@@ -238,11 +249,11 @@ class SPINRecipe:
             self._val_pairs = list(self._sealed_pairs(val_folder).pairs())
         return {pair.key: pair for pair in self._sealed_pairs(folder).pairs()}
 
-    def train_single_step(self, batch: list[Pair]) -> dict[str, float]:
+    def train_single_step(self, batch: RowBatch) -> dict[str, float]:
         """One optimizer step over a global batch of pairs; every rank takes its rows of it.
 
         Args:
-            batch (list[Pair]): the global batch, the same on every rank.
+            batch (RowBatch): the global batch, and this rank's rows of it.
 
         Returns:
             dict[str, float]: metrics over all ranks, and ``stop``, above 0 if any rank was asked to stop.
@@ -254,25 +265,21 @@ class SPINRecipe:
         started = time.perf_counter()
         cfg, progress, world = self._cfg, self._progress, self._world
         iteration, epoch = progress.iteration, progress.epoch
+        self._last_batch = batch.pairs
         # the mean over the pairs of the global batch; FSDP2 averages gradients over ranks, world_size undoes that
-        scale = world.world_size / (loss_weight(batch, cfg.pairs.truncated) or 1.0)
+        scale = world.world_size / (batch.weight or 1.0)
         sums = PairSums()
-        for row in pack_batch(batch, rank=world.rank, num_ranks=world.world_size, **self._packing):
-            row = row.to(world.device)
-            logps = response_logps(self._model, row, cfg.logprob_chunk_tokens)
-            losses, real_rewards, generated_rewards = self._loss(
-                logps[row.real], logps[row.generated], row.reference_logps[row.real], row.reference_logps[row.generated]
-            )
-            objective = losses
-            if cfg.nll_weight > 0:
-                objective = losses - cfg.nll_weight * (logps / row.response_lengths)[row.real]
-            ((objective * row.weights).sum() * scale).backward()
-            sums.add(row, logps.detach(), losses.detach(), real_rewards, generated_rewards)
+        with accumulating(self._model, batch.rows, unsharded_gradients=cfg.fsdp_accumulate_unsharded) as rows:
+            for row in (row.to(world.device) for row in rows):
+                objective = partial(self._objective, row, scale)
+                total, logps = pair_objective(self._model, row, objective, cfg.logprob_chunk_tokens)
+                total.backward()
+                sums.add(row, logps, *self._pair_losses(row, logps))
+        norm = clip_grad_norm(self._model, cfg.clip_grad_norm)
         totals = all_reduce_sums({**sums.totals(), "stop": float(self._is_asked_to_stop())}, world)
-        max_norm = float("inf") if cfg.clip_grad_norm is None else cfg.clip_grad_norm
-        grad_norm = full_tensor(torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm)).item()
+        grad_norm = norm.item()
         metrics = pair_metrics(totals)
-        check_finite(totals["loss"], grad_norm, progress.step, batch)
+        check_finite(totals["loss"], grad_norm, progress.step, batch.pairs)
         if cfg.self_test and metrics and progress.is_iteration_start:
             zero = torch.zeros(1, dtype=torch.float64)
             expected = self._loss(zero, zero, zero, zero)[0].item()  # ln 2 for the logistic loss
@@ -284,7 +291,10 @@ class SPINRecipe:
         if metrics:  # a batch whose pairs were all dropped or masked moves nothing, momentum included
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        moves = all_reduce_sums(moved.totals(), world)
+        moved_share = moved.share(world)
+        if metrics and world.is_main:
+            rounds_at_random = getattr(self._optimizer, "stochastic_rounding", False)
+            check_moved_share(moved_share, lr, cfg.dtype, rounds_at_random, iteration, self._warned)
         progress.advance(cfg.global_batch_size)
         seconds = time.perf_counter() - started
         return metrics | {
@@ -294,10 +304,10 @@ class SPINRecipe:
             "iteration": iteration,
             "epoch": epoch,
             "consumed_samples": progress.consumed_samples,
-            "weights_moved_share": moves["moved_weights"] / moves["sampled_weights"],
+            "weights_moved_share": moved_share,
             "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
             "step_time": seconds,
-            "pairs_per_second": len(batch) / seconds,
+            "pairs_per_second": len(batch.pairs) / seconds,
             "tokens_per_second": totals["tokens"] / seconds,
             "stop": totals["stop"],
         }
@@ -317,12 +327,13 @@ class SPINRecipe:
         world = self._world
         prompts = [self._val_prompts[i] for i in range(self._num_val_samples)]
         pairs = [Pair(prompt.sample_id, 0, prompt.prompt_ids, prompt.real_ids) for prompt in prompts]
-        nats, tokens = 0.0, 0
-        for batch in self._bar("validation", "batch", iterable=self._cut(pairs)):
-            for row in pack_batch(batch, rank=world.rank, num_ranks=world.world_size, **self._packing):
-                nats -= response_logps(self._model, row.to(world.device), self._cfg.logprob_chunk_tokens).sum().item()
+        nats, tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
+        batches = self._cut(pairs)
+        for batch in self._bar("validation", "batch", total=len(batches), iterable=self._rows(batches)):
+            for row in batch.rows:
+                nats -= response_logps(self._model, row.to(world.device), self._cfg.logprob_chunk_tokens).sum()
                 tokens += row.targets.numel()
-        sums = all_reduce_sums({"nats": nats, "tokens": float(tokens)}, world)
+        sums = all_reduce_sums({"nats": nats.item(), "tokens": float(tokens)}, world)
         self._val_loss = sums["nats"] / sums["tokens"]
         metrics = {"val_loss": self._val_loss}
         if self._cfg.validation.spin and self._val_pairs:
@@ -330,7 +341,7 @@ class SPINRecipe:
             metrics["val_spin_loss"] = losses.mean().item()
             metrics["val_acc"] = (real_rewards > generated_rewards).double().mean().item()
             metrics["val_margin"] = (real_rewards - generated_rewards).mean().item()
-        self._show_samples((self._val_pairs or self._last_batch)[: self._cfg.validation.table_rows])
+        self._show_samples(list(self._val_pairs or self._last_batch)[: self._cfg.validation.table_rows])
         return metrics | {"validation_step_time": time.perf_counter() - started}
 
     # PLUMBING: state.
@@ -437,7 +448,11 @@ class SPINRecipe:
         """The opponent scores all responses; False if the run was asked to stop before all were scored."""
         cfg, world = self._cfg, self._world
         fingerprint = selfplay.score_fingerprint(
-            opponent=self._opponent, batches=batches, packing=self._packing, compute_dtype=cfg.compute_dtype
+            opponent=self._opponent,
+            batches=batches,
+            packing=self._packing,
+            compute_dtype=cfg.compute_dtype,
+            float8=cfg.enable_float8_training,
         )
         num_shards = math.ceil(len(batches) * cfg.global_batch_size / cfg.pairs.prompts_per_shard)
         store = selfplay.open_store(folder / "pairs", fingerprint, num_shards, world, log.warning)
@@ -448,8 +463,9 @@ class SPINRecipe:
             self._model,
             world,
             packing=self._packing,
-            chunk_size=cfg.logprob_chunk_tokens,
+            chunk_tokens=cfg.logprob_chunk_tokens,
             as_in_training=cfg.compile,
+            num_workers=cfg.num_workers,
             should_stop=lambda: any_rank(self._is_asked_to_stop(), world),
             on_shard=bar.update,
         )
@@ -484,8 +500,23 @@ class SPINRecipe:
         for step in range(start, self._progress.steps_in_epoch(iteration)):
             chosen = (items[i] for i in order[step * size : (step + 1) * size])
             keys = [(played, self._prompts.sample_ids[sample]) for played, sample in chosen]
-            self._last_batch = [pairs[key] for key in keys if key in pairs]
-            yield self._last_batch
+            yield [pairs[key] for key in keys if key in pairs]
+
+    def _rows(self, batches: Iterable[list[Pair]]) -> Iterator[RowBatch]:
+        """This rank's rows of each batch, packed while the device computes."""
+        return load_rows(batches, self._world, self._packing, self._cfg.num_workers)
+
+    def _pair_losses(self, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses, real and generated rewards of a row's comparisons, each of shape (c,)."""
+        real, generated = row.real, row.generated
+        return self._loss(logps[real], logps[generated], row.reference_logps[real], row.reference_logps[generated])
+
+    def _objective(self, row: PackedRow, scale: float, logps: torch.Tensor) -> torch.Tensor:
+        """What a row adds to the objective; every term looks at one pair only."""
+        losses, _, _ = self._pair_losses(row, logps)
+        if self._cfg.nll_weight > 0:
+            losses = losses - self._cfg.nll_weight * (logps / row.response_lengths)[row.real]
+        return (losses * row.weights).sum() * scale
 
     def _start_fitting(self, iteration: int) -> None:
         """Beta, learning rate and, unless it continues, the optimizer of an iteration."""
@@ -511,7 +542,7 @@ class SPINRecipe:
             self._cut(pairs),
             self._world,
             packing=self._packing,
-            chunk_size=self._cfg.logprob_chunk_tokens,
+            chunk_tokens=self._cfg.logprob_chunk_tokens,
         )
 
     # PLUMBING: small things.

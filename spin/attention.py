@@ -16,6 +16,7 @@ from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.modules import MultiHeadAttention, TransformerCrossAttentionLayer, TransformerSelfAttentionLayer
 
 from spin.errors import ConfigError
+from spin.flex import FlexMask, attend
 
 _KV = "spin_kv"  # the attribute of an attention module that holds its KVSlots during generation
 
@@ -25,8 +26,8 @@ def patch_attention(model: nn.Module) -> str:
 
     Call it before ``layer.compile()`` and before sharding, or after: parameters are looked up at each call.
 
-    The new forward takes ``mask=None`` (causal) or a bool tensor of shape (b, s, s_k), True where a token may look;
-    each token must see at least one key.
+    The new forward takes ``mask=None`` (causal), a bool tensor of shape (b, s, s_k), True where a token may look, or a
+    :class:`spin.flex.FlexMask`; each token must see at least one key.
 
     Args:
         model (nn.Module): a torchtune decoder; layers may be wrapped (activation checkpointing, FSDP2, compile).
@@ -61,7 +62,7 @@ def patch_attention(model: nn.Module) -> str:
             f"{type(model).__name__} has no torchtune attention module. Build the model with a torchtune builder, e.g. "
             "torchtune.models.llama3_2.llama3_2_1b."
         )
-    return "attention: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) + ", grouped-query SDPA"
+    return "attention: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -90,7 +91,7 @@ def _forward(
     x: torch.Tensor,
     y: torch.Tensor | None = None,
     *,
-    mask: torch.Tensor | None = None,
+    mask: torch.Tensor | FlexMask | None = None,
     input_pos: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Self-attention: the same projections, rotary embeddings and norms as torchtune's, another core.
@@ -99,7 +100,8 @@ def _forward(
         self (Any): MultiHeadAttention or Gemma2Attention.
         x (torch.Tensor): input, shape (b, s, d).
         y (torch.Tensor | None): the same as ``x`` (torchtune's layers pass it twice).
-        mask (torch.Tensor | None): bool, shape (b, s, s_k), True where a token may look; None is causal.
+        mask (torch.Tensor | FlexMask | None): bool, shape (b, s, s_k), True where a token may look, or that of a packed
+            row for FlexAttention; None is causal.
         input_pos (torch.Tensor | None): position of each token in its sequence, shape (b, s); None counts from 0.
 
     Returns:
@@ -122,9 +124,14 @@ def _forward(
         k, v = kv.update(k, v)  # a decode step gets all keys so far; a prompt its own, untouched
         q = q.to(k.dtype)
 
-    # The one place that chooses how to attend. A FlexAttention BlockMask, built for packed rows on a GPU, branches off
-    # here: `if isinstance(mask, BlockMask): out = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)`.
-    if isinstance(self, Gemma2Attention):
+    # The one place that chooses how to attend.
+    if isinstance(mask, FlexMask):
+        if isinstance(self, Gemma2Attention):
+            blocks = mask.causal if self.sliding_window_size is None else mask.windowed
+            out = attend(q, k, v, blocks, self.scaling, self.softcapping)
+        else:
+            out = attend(q, k, v, mask.causal)
+    elif isinstance(self, Gemma2Attention):
         cached_decode = kv is not None and kv.view.positions is not None
         out = _softcapped_attention(self, q, k, v, mask, _visible_in_window(self, input_pos, k, cached_decode))
     elif kv is not None and s == 1 and mask is not None:

@@ -109,8 +109,8 @@ class SPINCheckpointer:
             ) from error
         free = shutil.disk_usage(self.states_dir).free
         export = parameters * self.export_dtype.itemsize
-        # AdamW keeps two moments per weight: three numbers, of 2 bytes at least and 4 by default.
-        least, usual = parameters * 3 * 2 + export, parameters * 3 * 4 + export
+        # AdamW keeps two moments per weight: 4 bytes for bf16 weights and 8-bit moments, 12 by default.
+        least, usual = parameters * 4 + export, parameters * 12 + export
         if free < least:
             raise CheckpointError(
                 f"{self.output_dir}: {_gib(free)} free, but one state and one export of {parameters / 1e9:.2f}B "
@@ -323,7 +323,7 @@ class SPINCheckpointer:
             optimizer_state: dict[torch.Tensor, dict[str, Any]] = {}
             if optimizer is not None and saved is not None:
                 _check_optimizer(model, optimizer, saved, folder)
-                optimizer_state, tensors = _allocate_optimizer_state(model, saved, metadata)
+                optimizer_state, tensors = _allocate_optimizer_state(model, optimizer, saved, metadata)
                 targets |= tensors
             _check_targets(targets, metadata, folder)
         try:
@@ -556,7 +556,7 @@ def _describe_tensor(value: torch.Tensor, what: str) -> dict[str, Any]:
     if hasattr(local, "__tensor_flatten__"):
         raise CheckpointError(
             f"{what} is a {type(local).__name__}, which torch.distributed.checkpoint cannot save. "
-            "Use an optimizer with plain tensors, such as torch.optim.AdamW."
+            "Use spin.optim.AdamW8bit for moments in 8 bits, or torch.optim.AdamW."
         )
     shard_dims = (
         [placement.dim for placement in value.placements if isinstance(placement, Shard)] if local is not value else []
@@ -596,10 +596,17 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: 
 
 
 def _allocate_optimizer_state(
-    model: nn.Module, saved: dict[str, Any], metadata: Metadata
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any], metadata: Metadata
 ) -> tuple[dict[torch.Tensor, dict[str, Any]], dict[str, torch.Tensor]]:
     """Memory for an optimizer's state, and the same tensors by the names under which they were saved."""
     parameters = {clean_name(name): parameter for name, parameter in model.named_parameters()}
+    # these want the count of steps on the device, all others on the CPU
+    counted_on_device = {
+        parameter
+        for group in optimizer.param_groups
+        if group.get("fused") or group.get("capturable")
+        for parameter in group["params"]
+    }
     state: dict[torch.Tensor, dict[str, Any]] = {}
     tensors: dict[str, torch.Tensor] = {}
     for name, entries in saved["state"].items():
@@ -608,6 +615,8 @@ def _allocate_optimizer_state(
             if "value" in entry:
                 values[key] = entry["value"]
                 continue
+            if key == "step":
+                entry = entry | {"on_cpu": parameters[name] not in counted_on_device}
             full_name = f"optimizer.{name}.{key}"
             stored: Any = metadata.state_dict_metadata[full_name]
             values[key] = tensors[full_name] = _empty_like_saved(
@@ -630,4 +639,5 @@ def _empty_like_saved(
         Shard(shard_dim) if shard_dim is not None and isinstance(placement, Shard) else Replicate()
         for placement in parameter.placements
     ]
-    return distributed_zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
+    zeros = distributed_zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=placements)
+    return zeros.to(parameter.device)  # offloaded shards are not where their mesh is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,13 +17,18 @@ from spin.data.store import differences
 from spin.data.types import Pair
 from spin.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError
 from spin.generators.base import SamplingParams
+from spin.models import AC_MODES, ATTENTION
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, parse_max_time
 from spin.schedules import lr_factor, per_iteration
 
+log = logging.getLogger(__name__)
+
 DTYPES = ("fp32", "bf16")
+_LEAST_MOVED_SHARE = 0.1
 _RESULTS_DEPEND_ON = (
     "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
     "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
+    "enable_float8_training",
 )  # fmt: skip
 
 
@@ -71,6 +77,7 @@ def check_run(cfg: DictConfig) -> None:
         ("log_every_n_steps", 1),
         ("replicas", 1),
         ("nll_weight", 0),
+        ("num_workers", 0),
     ):
         _at_least(plain, name, least, faults)
     for name, least in (
@@ -94,6 +101,14 @@ def check_run(cfg: DictConfig) -> None:
     for name in ("dtype", "compute_dtype"):
         if plain[name] not in DTYPES:
             faults.add(f"{name}={plain[name]!r}: expected {' or '.join(DTYPES)}.")
+    if plain["attention"] not in ATTENTION:
+        faults.add(f"attention={plain['attention']!r}: expected {', '.join(ATTENTION)}.")
+    if plain["ac_mode"] not in AC_MODES:
+        faults.add(f"ac_mode={plain['ac_mode']!r}: expected {' or '.join(AC_MODES)}.")
+    elif plain["ac_mode"] == "selective" and not (type(plain["ac_option"]) is int and plain["ac_option"] > 0):
+        faults.add(
+            f"ac_option={plain['ac_option']!r}: ac_mode=selective checkpoints every ac_option-th layer; give 1+."
+        )
     if plain["dtype"] == "bf16" and plain["compute_dtype"] == "fp32":
         faults.add("dtype=bf16 with compute_dtype=fp32: weights are not computed in more precision than they have.")
     if plain["clip_grad_norm"] is not None and plain["clip_grad_norm"] <= 0:
@@ -144,6 +159,37 @@ def check_finite(loss: float, grad_norm: float, step: int, batch: Sequence[Pair]
             f"step {step}: loss sum {loss}, gradient norm {grad_norm}. No weight was changed. Samples of the batch: "
             f"{', '.join(pair.sample_id for pair in batch)}."
         )
+
+
+def check_moved_share(
+    share: float, lr: float, dtype: str, stochastic_rounding: bool, iteration: int, warned: set[int]
+) -> None:
+    """Warns, once an iteration, of steps that change next to nothing.
+
+    The spacing of bf16 weights is 1/256 to 1/128 of their size: a step of less than half of that is rounded away.
+    Rounded at random it moves few weights too, but those by enough: nothing is lost on average, and nothing is said.
+
+    Args:
+        share (float): of the weights that a step has moved, see :class:`spin.metrics.MovedShare`.
+        lr (float): the step's learning rate; 0 may move nothing.
+        dtype (str): of the master weights, ``fp32`` or ``bf16``.
+        stochastic_rounding (bool): whether the optimizer rounds bf16 weights at random.
+        iteration (int): counted from 0.
+        warned (set[int]): iterations that have been warned of; this one is added.
+    """
+    if lr <= 0 or share >= _LEAST_MOVED_SHARE or iteration in warned or (stochastic_rounding and dtype == "bf16"):
+        return
+    warned.add(iteration)
+    remedy = (
+        "bf16 weights round so small a step away. Set dtype=fp32, or "
+        "optimizer._component_=spin.optim.AdamWStochasticRounding (or spin.optim.AdamW8bit, which rounds so too)."
+        if dtype == "bf16"
+        else "The learning rate is too small for these weights, or their gradients are zero: see grad_norm."
+    )
+    log.warning(
+        f"A step of iteration {iteration} at learning rate {lr:.3g} changed {share:.1%} of the weights "
+        f"(dtype={dtype}): this is hardly training. {remedy}"
+    )
 
 
 def run_fingerprint(cfg: DictConfig, dataset: str, tokenizer: str) -> dict[str, Any]:

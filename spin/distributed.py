@@ -8,11 +8,11 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,9 @@ from spin.errors import ConfigError, SpinError
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _KEPT = "_spin_unsharded"  # set on the root while `unsharded` holds the parameters
-_RESHARD = "_spin_reshard_after_forward"  # set on each sharded module: what `unsharded` restores
+_RESHARD = "_spin_reshard_after_forward"  # set on each sharded module: as it was given to `fully_shard`
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -166,8 +168,9 @@ def shard_model(
         model (nn.Module): has ``layers``; may be on the meta device.
         world (World): gives the mesh.
         compute_dtype (torch.dtype): dtype of parameters and activations in forward and backward.
-        reshard_after_forward (bool): free a layer's gathered parameters after its forward; False saves the second
-            all-gather and costs memory for the whole model in ``compute_dtype``. On one rank that all-gather is a copy.
+        reshard_after_forward (bool): free a layer's gathered parameters after its forward; False saves all gathers of
+            an optimizer step but the first (see :func:`accumulating`) and costs memory for the whole model in
+            ``compute_dtype``. On one rank a gather is a cast and a copy.
         cpu_offload (bool): keep shards, gradients and optimizer state in CPU memory; needs a GPU to compute on.
 
     Raises:
@@ -293,6 +296,92 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             module.reshard()
             module.set_reshard_after_forward(getattr(module, _RESHARD, True), recurse=False)
         setattr(model, _KEPT, False)
+
+
+@contextmanager
+def accumulating(
+    model: nn.Module, rows: Sequence[Row], *, unsharded_gradients: bool = False
+) -> Iterator[Iterator[Row]]:
+    """Accumulates gradients over the rows of one optimizer step; a row is one forward and one backward.
+
+    What is gathered after a forward (the root always, the layers with ``reshard_after_forward=False``) stays gathered
+    until the last row's backward, so it is gathered once per step; this costs no memory beyond the peak that a forward
+    has anyway. Between replicas (HSDP) gradients travel once per step, with the last row.
+
+    At the end of the block the model is sharded and reduces gradients as before. If the block raises, or ends before
+    the last row, the gradients so far are dropped, so that nothing of them gets into the next step.
+
+    Example:
+        >>> with accumulating(model, rows) as each_row:
+        ...     for row in each_row:
+        ...         loss(model, row).backward()
+
+    Args:
+        model (nn.Module): sharded by :func:`shard_model`, or plain.
+        rows (Sequence[Row]): of this rank; every rank has the same number of them.
+        unsharded_gradients (bool): add rows up in whole float32 gradients on every rank and reduce-scatter them once,
+            with the last row: less traffic, 4 bytes more per parameter of the whole model. False reduce-scatters after
+            every row.
+
+    Yields:
+        Iterator[Row]: the rows, once.
+    """
+    modules = sharded_modules(model)
+    is_complete = False
+
+    def each_row() -> Iterator[Row]:
+        nonlocal is_complete
+        for number, row in enumerate(rows, start=1):
+            _set_accumulation(modules, unsharded_gradients, is_last=number == len(rows))
+            yield row
+        is_complete = True
+
+    try:
+        yield each_row()
+    finally:
+        _set_accumulation(modules, unsharded_gradients, is_last=True)
+        reshard(model)
+        if not is_complete:
+            _drop_gradients(modules)
+            model.zero_grad(set_to_none=True)
+
+
+def _set_accumulation(modules: list[FSDPModule], unsharded_gradients: bool, is_last: bool) -> None:
+    for module in modules:
+        module.set_requires_gradient_sync(is_last or not unsharded_gradients, recurse=False)
+        module.set_requires_all_reduce(is_last, recurse=False)
+        module.set_reshard_after_backward(is_last or getattr(module, _RESHARD, True), recurse=False)
+    # set_is_last_backward stays True: False would let the root's reduce-scatter run into the next forward, with its
+    # float32 input (the whole vocabulary) alive at that forward's peak.
+
+
+def _drop_gradients(modules: list[FSDPModule]) -> None:
+    """Forgets gradients that are not reduced yet; FSDP2 has no method for that."""
+    for module in modules:
+        group = module._get_fsdp_state()._fsdp_param_group
+        if group is None:
+            continue
+        group._partial_reduce_output = None
+        for parameter in group.fsdp_params:
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # gathered at least once
+                parameter._unsharded_param.grad = None
+
+
+def clip_grad_norm(model: nn.Module, max_norm: float | None) -> torch.Tensor:
+    """Scales the gradients down to a norm of at most ``max_norm``; one all-reduce, no host/device sync.
+
+    Args:
+        model (nn.Module): sharded or plain, after the last backward of the step.
+        max_norm (float | None): None only measures.
+
+    Returns:
+        torch.Tensor: L2 norm of the whole gradient before clipping, the same on every rank, shape ().
+    """
+    if max_norm is None:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        return full_tensor(torch.nn.utils.get_total_norm(gradients, foreach=True))
+    return full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True))
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:

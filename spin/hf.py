@@ -1,8 +1,9 @@
-"""Hugging Face folders in and out, one layer at a time.
+"""Hugging Face folders in and out.
 
-No rank ever holds more than its shards, one layer, and (writing) one output file. Names and layouts are torchtune's own
-converters' business; this module calls them per layer, and asks them with meta tensors what a folder must contain, so
-that every fault of a folder is known from its headers, before a byte of weights is read.
+Reading, a rank takes only the rows of its shards, one tensor at a time; writing, it holds its shards, one layer, and
+one output file. Names and layouts are torchtune's own converters' business; this module asks them with meta tensors
+what a folder must contain, so that every fault of a folder is known from its headers, before a byte of weights is read,
+and with numbered rows where each row of a shard lies.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
 from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
 from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to_hf
@@ -338,9 +340,10 @@ def _check_architecture(model: nn.Module, config: dict[str, Any], model_type: st
 
 
 def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: str, *, world: World) -> None:
-    """Fills a torchtune model from a Hugging Face folder, layer by layer.
+    """Fills a torchtune model from a Hugging Face folder.
 
-    Every rank reads every layer and keeps its own shard, so nothing is sent; values are cast to the model's dtype.
+    Every rank reads the rows of its own shards from the files, so no weight is sent; values are cast to the model's
+    dtype. Collective.
 
     Args:
         model (nn.Module): sharded or plain, with memory (see :func:`spin.distributed.materialize`).
@@ -350,10 +353,15 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
 
     Raises:
         CheckpointError: If the folder is not whole or does not fit the model; every tensor at fault is named, and no
-            weight has been read by then.
+            weight has been read by then. If it is so for one rank, then it is raised on all.
         ConfigError: If ``model_type`` is not supported.
     """
-    model_type, folder = check_model_type(model_type), Path(checkpoint_dir)
+    model_type = check_model_type(model_type)
+    with fail_together(world, CheckpointError):
+        _load(model, Path(checkpoint_dir), model_type, world)
+
+
+def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None:
     config = read_hf_config(folder)
     _check_architecture(model, config, model_type, folder / CONFIG, warn=world.is_main)
     targets = _named_tensors(model)
@@ -361,24 +369,32 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
     expected = {name: shape for group in groups for name, shape in group.hf.items()}
     entries = _read_headers(weight_files(folder))
 
-    if _LM_HEAD in entries and _LM_HEAD not in expected and _EMBEDDINGS in entries:  # the model's output is tied
-        _check_tied_head(entries, config, folder)
-        del entries[_LM_HEAD]
+    tied_head = None
+    if _LM_HEAD in entries and _LM_HEAD not in expected:  # the model's output is tied
+        tied_head = entries.pop(_LM_HEAD)
     _check_entries(entries, expected, folder, model_type)
+    if tied_head is not None:
+        _check_tied_head(tied_head, entries[_EMBEDDINGS], config, folder, world)
 
     arguments = _converter_arguments(config, model_type)
     with torch.no_grad():
         for group in groups:
-            tensors = {name: _read(entries[name], name) for name in group.hf}
-            for name, tensor in _CONVERTERS[model_type].to_tune(tensors, **arguments).items():
-                _copy_shard(tensor, targets[name])
+            for name, (source, rows) in _row_sources(group, model_type, arguments).items():
+                _copy_rows(entries[source], source, rows, targets[name])
 
 
-def _check_tied_head(entries: dict[str, _Entry], config: dict[str, Any], folder: Path) -> None:
-    """A model that ties its output to the embeddings must not drop a head that was trained apart from them."""
+def _check_tied_head(head: _Entry, embeddings: _Entry, config: dict[str, Any], folder: Path, world: World) -> None:
+    """A model that ties its output to the embeddings must not drop a head that was trained apart from them.
+
+    Each rank compares its part of the rows.
+    """
     if config.get("tie_word_embeddings") is True:
         return
-    if not torch.equal(_read(entries[_LM_HEAD], _LM_HEAD), _read(entries[_EMBEDDINGS], _EMBEDDINGS)):
+    part = -(-embeddings.shape[0] // world.world_size)
+    first, end = world.rank * part, min((world.rank + 1) * part, embeddings.shape[0])
+    if head.shape != embeddings.shape or not torch.equal(
+        _read(head, _LM_HEAD, first, end), _read(embeddings, _EMBEDDINGS, first, end)
+    ):
         raise CheckpointError(
             f"{folder}: {_LM_HEAD} differs from {_EMBEDDINGS}, but the config's model ties the two. "
             "Use a builder with tie_word_embeddings=False."
@@ -409,20 +425,48 @@ def _check_entries(
         )
 
 
-def _read(entry: _Entry, name: str) -> torch.Tensor:
+def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> dict[str, tuple[str, torch.Tensor]]:
+    """For each torchtune tensor of a group, the stored tensor that it comes from, and which row of it each row is.
+
+    Converters rename, cut and permute rows, and leave columns alone. So one that is given tensors of a single column,
+    which hold the numbers of their rows, tells where each row goes, whatever it does.
+    """
+    sources = list(group.hf)
+    numbered = {}
+    for i, (source, shape) in enumerate(group.hf.items()):
+        rows = torch.arange(i << 32, (i << 32) + shape[0])  # tensor and row in one number
+        numbered[source] = rows.view(-1, *[1] * (len(shape) - 1))
+    # Beside head_dim, `dim` serves as the number of columns alone.
+    single_column = {"dim": 1} if "head_dim" in arguments else {}
+    converted = _CONVERTERS[model_type].to_tune(numbered, **arguments | single_column)
+    return {
+        name: (sources[int(numbers.flatten()[0]) >> 32], numbers.flatten() & 0xFFFFFFFF)
+        for name, numbers in converted.items()
+    }
+
+
+def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tensor) -> None:
+    """Fills this rank's shard of a parameter with rows of a stored tensor, and reads no others."""
+    if isinstance(target, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        rows, target = rows[offset[0] : offset[0] + shape[0]], target.to_local()
+    if not len(rows):  # fewer rows than ranks
+        return
+    first, end = int(rows.min()), int(rows.max()) + 1
+    block = _read(entry, name, first, end)
+    if not torch.equal(rows, torch.arange(first, end)):  # permuted within heads; a shard may cut through one
+        block = block[rows - first]
+    target.copy_(block.to(target.device))  # cast there: the bus carries what the file holds
+
+
+def _read(entry: _Entry, name: str, first: int, end: int) -> torch.Tensor:
+    """Rows ``first`` to ``end`` of a stored tensor; the file's other bytes stay on disk."""
     try:
         with safe_open(entry.file, framework="pt") as tensors:
-            return tensors.get_tensor(name)
+            rows: torch.Tensor = tensors.get_slice(name)[first:end]
+            return rows
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{entry.file}: cannot read {name} ({error}). Download the model again.") from error
-
-
-def _copy_shard(source: torch.Tensor, target: torch.Tensor) -> None:
-    if isinstance(target, DTensor):
-        # Every rank has the whole source: it cuts its shard out of it, and nothing is sent.
-        source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None).to_local()
-        target = target.to_local()
-    target.copy_(source)
 
 
 def export_hf(

@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from spin.data.packing import PackedRow
+from spin.distributed import World
 
 _SUMS = (
     "weight",
@@ -121,34 +123,32 @@ def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
 class MovedShare:
     """The share of weights that an optimizer step really changes, from a sample of every parameter.
 
-    At SPIN's learning rates a step on pure bf16 weights rounds back to where it started almost everywhere.
+    Made before the step, asked after it. At SPIN's learning rates a step on pure bf16 weights rounds back to where it
+    started almost everywhere.
 
     Args:
         model (nn.Module): the policy; every rank samples its own shards.
-        per_parameter (int): weights sampled of each parameter.
+        per_parameter (int): weights sampled of each parameter, at most.
     """
 
-    def __init__(self, model: nn.Module, per_parameter: int = 1024) -> None:
-        self._model = model
-        self._per_parameter = per_parameter
-        self._before = self._sample()
-
-    def totals(self) -> dict[str, float]:
-        """Weights sampled on this rank and how many of them have moved since; waits for the device."""
-        after = self._sample()
-        return {"sampled_weights": float(after.numel()), "moved_weights": float((after != self._before).sum().item())}
-
     @torch.no_grad()
-    def _sample(self) -> torch.Tensor:
-        parts = []
-        for parameter in self._model.parameters():
-            if not parameter.requires_grad:
-                continue
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            flat = local.detach().reshape(-1)
-            stride = max(1, flat.numel() // self._per_parameter)
-            parts.append(flat[::stride][: self._per_parameter].float())
-        return torch.cat(parts).clone()
+    def __init__(self, model: nn.Module, per_parameter: int = 1024) -> None:
+        self._sample = []  # views: the step changes weights in place
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                flat = local.detach().view(-1)
+                stride = flat.numel() // per_parameter | 1  # odd, so that a sample is not all of one column
+                self._sample.append(flat[::stride][:per_parameter])
+        self._before = torch.cat(self._sample)
+
+    def share(self, world: World) -> float:
+        """Moved weights per sampled weight, over all ranks: one all-reduce, and one wait for the step to be done."""
+        moved = torch.cat(self._sample) != self._before
+        counts = torch.stack((moved.sum(), moved.new_full((), moved.numel(), dtype=torch.int64))).to(world.device)
+        dist.all_reduce(counts)
+        moved_weights, sampled_weights = counts.tolist()  # host/device sync
+        return moved_weights / sampled_weights
 
 
 class MetricsFile:

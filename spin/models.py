@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torchtune import modules, training
+from torchtune import training
 
 from spin.attention import patch_attention
 from spin.config import instantiate
 from spin.distributed import World, materialize, shard_model
+from spin.errors import ConfigError
+from spin.flex import unfit_for_flex
+from spin.float8 import convert_float8
 from spin.gemma2 import fix_gemma2_softcap
+
+ATTENTION = ("auto", "flex", "dense")
+AC_MODES = ("full", "selective")
+
+log = logging.getLogger(__name__)
 
 
 def build_model(section: DictConfig, dtype: torch.dtype) -> nn.Module:
@@ -29,13 +40,65 @@ def build_model(section: DictConfig, dtype: torch.dtype) -> nn.Module:
         return instantiate(section)
 
 
+def choose_attention(model: nn.Module, world: World, compute_dtype: torch.dtype, asked: str = "auto") -> bool:
+    """Whether packed rows go through FlexAttention; says so in the log.
+
+    Args:
+        model (nn.Module): a torchtune decoder.
+        world (World): where it computes.
+        compute_dtype (torch.dtype): of the arithmetic.
+        asked (str): ``auto`` takes FlexAttention where it can; ``flex`` insists; ``dense`` is PyTorch's attention with
+            the row's whole mask, whose memory and time grow with the square of the row's length.
+
+    Returns:
+        bool: True for FlexAttention.
+
+    Raises:
+        ConfigError: If ``flex`` is asked for and impossible, or ``asked`` is something else.
+    """
+    if asked not in ATTENTION:
+        raise ConfigError(f"attention={asked!r}: expected {', '.join(ATTENTION)}.")
+    reason = unfit_for_flex(model, world.device, compute_dtype)
+    if asked == "flex" and reason is not None:
+        raise ConfigError(f"attention=flex cannot work here: {reason}. Set attention=dense, or auto.")
+    if world.is_main:
+        if reason is None and asked != "dense":
+            log.info("attention: FlexAttention over the blocks of packed rows")
+        else:
+            log.info(
+                f"attention: dense masks, because {reason if asked == 'auto' else 'attention=dense was asked for'}"
+            )
+    return reason is None and asked != "dense"
+
+
+def window_of(model: nn.Module) -> int | None:
+    """The sliding window of a model's layers in positions (one size at most), or None if all see everything.
+
+    Args:
+        model (nn.Module): a torchtune decoder.
+
+    Returns:
+        int | None: positions.
+    """
+    found = (getattr(module, "sliding_window_size", None) for module in model.modules())
+    windows = {size for size in found if size is not None}
+    if len(windows) > 1:
+        raise ConfigError(f"layers with sliding windows of {sorted(windows)} positions; packed rows know one size.")
+    return windows.pop() if windows else None
+
+
 def prepare_model(
     model: nn.Module,
     world: World,
     *,
     compute_dtype: torch.dtype,
     activation_checkpointing: bool = False,
+    ac_mode: str = "full",
+    ac_option: int | None = None,
     compile_layers: bool = False,
+    float8: bool = False,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
 ) -> None:
     """Patches, wraps and shards a model that stands on the meta device, and gives its shards memory.
 
@@ -43,18 +106,40 @@ def prepare_model(
         model (nn.Module): from :func:`build_model`; weights are to be loaded afterwards.
         world (World): the ranks.
         compute_dtype (torch.dtype): of forward and backward.
-        activation_checkpointing (bool): compute a layer's activations again in backward; less memory, a third more
-            time.
-        compile_layers (bool): ``torch.compile`` each layer.
+        activation_checkpointing (bool): compute layers' activations again in backward; less memory, more time.
+        ac_mode (str): ``full``: of every layer; ``selective``: of every ``ac_option``-th.
+        ac_option (int | None): 1 or more, with ``selective``.
+        compile_layers (bool): ``torch.compile`` each layer as a whole, once for each length of a row.
+        float8 (bool): products of the layers in float8, see :func:`spin.float8.convert_float8`.
+        reshard_after_forward (bool): see :func:`spin.distributed.shard_model`.
+        cpu_offload (bool): see :func:`spin.distributed.shard_model`.
     """
     # torchtune's RMSNorm gives fp32 inputs and bf16 weights to torch, which is right, and which torch remarks upon
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     patch_attention(model)
     fix_gemma2_softcap(model)
+    if float8:
+        convert_float8(model, world.device)
     if activation_checkpointing:
-        training.set_activation_checkpointing(model, auto_wrap_policy={modules.TransformerSelfAttentionLayer})
+        training.apply_selective_activation_checkpointing(model, ac_mode, ac_option)
     if compile_layers:
-        for layer in model.layers:
-            layer.compile()
-    shard_model(model, world, compute_dtype=compute_dtype)
-    materialize(model, world)
+        _compile_layers(model)
+    shard_model(
+        model,
+        world,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=reshard_after_forward,
+        cpu_offload=cpu_offload,
+    )
+    materialize(model, world, cpu_offload=cpu_offload)
+
+
+def _compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compiles the forward of each layer: one program without breaks, shared by all layers that are alike.
+
+    What FSDP2 does before and after a layer stays outside, because it hangs on the module and not on its forward.
+    """
+    # one program for each length, with and without gradients, and for each kind of layer (Gemma 2 has two)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False, backend=backend)

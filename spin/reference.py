@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spin.data.packing import pack_batch
+from spin.data.loader import load_rows
 from spin.data.types import Pair
 from spin.distributed import World, gather_objects, reshard
 from spin.logprobs import response_logps
@@ -26,8 +26,9 @@ def score_batches(
     world: World,
     *,
     packing: dict[str, Any],
-    chunk_size: int = 2048,
+    chunk_tokens: int = 2048,
     as_in_training: bool = False,
+    num_workers: int = 0,
 ) -> list[Pair]:
     """Fills in the reference log-probs of pairs. Collective: every rank scores its rows and gets all pairs.
 
@@ -36,22 +37,25 @@ def score_batches(
         batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
         world (World): the ranks.
         packing (dict[str, Any]): arguments of :func:`spin.data.packing.pack_batch`, the same as in training.
-        chunk_size (int): see :func:`spin.logprobs.response_logps`.
+        chunk_tokens (int): see :func:`spin.logprobs.response_logps`; the same as in training.
         as_in_training (bool): record a graph that nobody will use. Compiled layers need that to be the policy's equal:
             torch.compile makes another program for inference, which rounds differently.
+        num_workers (int): threads that pack rows ahead.
 
     Returns:
         list[Pair]: the pairs of all batches in order, scored.
     """
-    mine: dict[tuple[int, str], list[float]] = {}
-    for batch in batches:
-        for row in pack_batch(batch, rank=world.rank, num_ranks=world.world_size, **packing):
+    keys: list[tuple[tuple[int, str], int]] = []
+    logps: list[torch.Tensor] = []
+    for batch in load_rows(batches, world, packing, num_workers):
+        for row in batch.rows:
             with torch.set_grad_enabled(as_in_training):
-                logps = response_logps(model, row.to(world.device), chunk_size).tolist()
-            for key, first, count in row.pair_responses:
-                mine[key] = logps[first : first + count]
+                logps.append(response_logps(model, row.to(world.device), chunk_tokens).detach())
+            keys.extend((key, count) for key, _, count in row.pair_responses)
     if as_in_training:
         reshard(model)  # no backward will
+    values = iter(torch.cat(logps).tolist() if logps else [])  # the only wait for the device
+    mine = {key: [next(values) for _ in range(count)] for key, count in keys}
     scores: dict[tuple[int, str], list[float]] = {}
     for part in gather_objects(mine, world):
         scores.update(part)

@@ -114,7 +114,12 @@ def play_fingerprint(
 
 
 def score_fingerprint(
-    *, opponent: str, batches: Sequence[Sequence[Pair]], packing: Mapping[str, Any], compute_dtype: str
+    *,
+    opponent: str,
+    batches: Sequence[Sequence[Pair]],
+    packing: Mapping[str, Any],
+    compute_dtype: str,
+    float8: bool = False,
 ) -> dict[str, Any]:
     """Everything that reference log-probs depend on, by name.
 
@@ -123,6 +128,7 @@ def score_fingerprint(
         batches (Sequence[Sequence[Pair]]): the pairs in the order of the first epoch.
         packing (Mapping[str, Any]): how they are packed into rows.
         compute_dtype (str): precision of the arithmetic.
+        float8 (bool): the layers multiply in float8.
 
     Returns:
         dict[str, Any]: JSON values.
@@ -139,6 +145,7 @@ def score_fingerprint(
         "pairs": digest.hexdigest(),
         "packing": dict(packing),
         "compute_dtype": compute_dtype,
+        "float8": float8,
     }
 
 
@@ -200,8 +207,9 @@ def score(
     world: World,
     *,
     packing: dict[str, Any],
-    chunk_size: int,
+    chunk_tokens: int,
     as_in_training: bool = False,
+    num_workers: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
     on_shard: Callable[[int], None] = lambda pairs_done: None,
 ) -> None:
@@ -213,8 +221,9 @@ def score(
         model (nn.Module): the policy, while it is the opponent.
         world (World): the ranks.
         packing (dict[str, Any]): as in training, see :func:`spin.reference.score_batches`.
-        chunk_size (int): see :func:`spin.logprobs.response_logps`.
+        chunk_tokens (int): see :func:`spin.logprobs.response_logps`.
         as_in_training (bool): see :func:`spin.reference.score_batches`.
+        num_workers (int): see :func:`spin.reference.score_batches`.
         should_stop (Callable[[], bool]): asked before every shard; must answer the same on every rank.
         on_shard (Callable[[int], None]): told the number of pairs after every shard.
     """
@@ -224,7 +233,13 @@ def score(
             return
         chosen = [batches[i] for i in shards[shard]]
         pairs = score_batches(
-            model, chosen, world, packing=packing, chunk_size=chunk_size, as_in_training=as_in_training
+            model,
+            chosen,
+            world,
+            packing=packing,
+            chunk_tokens=chunk_tokens,
+            as_in_training=as_in_training,
+            num_workers=num_workers,
         )
         if world.is_main:
             store.write_shard(shard, pairs)
@@ -239,7 +254,7 @@ def losses_of_pairs(
     world: World,
     *,
     packing: dict[str, Any],
-    chunk_size: int,
+    chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of scored pairs under the policy as it is now. Collective.
 
@@ -249,13 +264,13 @@ def losses_of_pairs(
         batches (Sequence[Sequence[Pair]]): pairs with reference log-probs.
         world (World): the ranks.
         packing (dict[str, Any]): see :func:`spin.reference.score_batches`.
-        chunk_size (int): see :func:`spin.logprobs.response_logps`.
+        chunk_tokens (int): see :func:`spin.logprobs.response_logps`.
 
     Returns:
         tuple[torch.Tensor, torch.Tensor, torch.Tensor]: losses, rewards of the real and of the generated responses; one
         for every generated response in order, fp64, on the CPU.
     """
-    now = score_batches(model, batches, world, packing=packing, chunk_size=chunk_size)
+    now = score_batches(model, batches, world, packing=packing, chunk_tokens=chunk_tokens)
     columns = [
         (policy.reference_real_logp, answer.reference_logp, pair.reference_real_logp, response.reference_logp)
         for policy, pair in zip(now, chain.from_iterable(batches), strict=True)

@@ -200,7 +200,7 @@ def test_names_stay_and_patching_twice_is_once():
     before = list(model.state_dict())
     message = patch_attention(model)
     forwards = [layer.attn.forward for layer in model.layers]
-    assert patch_attention(model) == message == "attention: 2 x MultiHeadAttention, grouped-query SDPA"
+    assert patch_attention(model) == message == "attention: 2 x MultiHeadAttention"
     assert [layer.attn.forward for layer in model.layers] == forwards
     assert list(model.state_dict()) == before
 

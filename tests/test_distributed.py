@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
 from torchtune.models.phi3 import phi3
 
 from spin import distributed
-from spin.distributed import init_world, materialize, shard_model, unsharded
+from spin.checkpoint import SPINCheckpointer
+from spin.distributed import accumulating, clip_grad_norm, init_world, materialize, shard_model, unsharded
 from spin.errors import CheckpointError, ConfigError
 from spin.fingerprint import weights_fingerprint
 from tests.torchrun import run_ranks
-from tests.two_ranks.tiny import backward, build, gradients, sharded, tokens, use_own_head
+from tests.two_ranks.tiny import (
+    backward,
+    build,
+    gradients,
+    optimizer_digest,
+    rows_reduced,
+    sharded,
+    tokens,
+    use_own_head,
+)
 
 
 @pytest.fixture
@@ -83,6 +95,91 @@ def test_shards_are_back_after_a_forward_without_gradients(world):
     with torch.no_grad():
         after = model(tokens(0, 0))
     assert not torch.equal(before, after)
+
+
+def number_gathered(model) -> int:
+    return sum(not isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_ways_to_accumulate_give_one_gradient(world, dtype):
+    expected = None
+    for reshard_after_forward in (True, False):
+        for unsharded_gradients in (False, True):
+            model = sharded(world, dtype, reshard_after_forward)
+            backward(model, world, step=0, rows=3, unsharded_gradients=unsharded_gradients)
+            found = gradients(model)
+            expected = expected or found
+            for name in expected:
+                torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-8, msg=name)
+
+
+def test_what_stays_gathered_is_gathered_once_a_step(world):
+    """The root (embeddings and last norm: 2 of 20 parameters) always, all with ``reshard_after_forward=False``."""
+    for reshard_after_forward, kept in ((True, 2), (False, 20)):
+        model = sharded(world, reshard_after_forward=reshard_after_forward)
+        seen = []
+        with accumulating(model, [0, 1, 2]) as each_row:
+            for row in each_row:
+                seen.append(number_gathered(model))
+                model(tokens(0, row)).sum().backward()
+        assert seen == [0, kept, kept] and number_gathered(model) == 0
+
+
+def test_gradients_are_reduced_with_every_row_or_with_the_last(world):
+    assert rows_reduced(sharded(world)) == [True, True, True]
+    assert rows_reduced(sharded(world), unsharded_gradients=True) == [False, False, True]
+
+
+@pytest.mark.parametrize("unsharded_gradients", [False, True])
+def test_each_step_sees_the_weights_of_the_last(world, unsharded_gradients):
+    """A gathered copy that survived the optimizer's step would give stale losses: compared with a plain model."""
+    plain, model = build(), sharded(world, reshard_after_forward=False)
+    optimizers = [torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (plain, model)]
+    for step in range(3):
+        expected = backward(plain, world, step, rows=2)
+        found = backward(model, world, step, rows=2, unsharded_gradients=unsharded_gradients)
+        assert found == pytest.approx(expected, rel=1e-5)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("ending", ["error", "break"])
+@pytest.mark.parametrize("unsharded_gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_ends_between_rows_leaves_nothing_behind(world, ending, unsharded_gradients, dtype):
+    model = sharded(world, dtype, reshard_after_forward=False)
+    backward(model, world, step=0)
+    expected = gradients(model)
+    with contextlib.suppress(KeyError), accumulating(model, [0, 1], unsharded_gradients=unsharded_gradients) as rows:
+        for row in rows:
+            model(tokens(1, row)).sum().backward()
+            if ending == "break":
+                break
+            raise KeyError
+    assert number_gathered(model) == 0
+    ids = tokens(0, 0), tokens(0, 1)
+    for row in ids:  # without the block: every row is reduced, and sharded again, by itself
+        (F.cross_entropy(model(row)[:, :-1].float().flatten(0, 1), row[:, 1:].flatten()) / 2).backward()
+        assert number_gathered(model) == 0
+        assert all(parameter.grad is not None for parameter in model.parameters())
+    found = gradients(model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_clipping_is_that_of_a_plain_model(world):
+    plain, model = build(), sharded(world)
+    for each in (plain, model):
+        backward(each, world, step=0)
+    expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    assert expected > 0.5
+    torch.testing.assert_close(clip_grad_norm(model, None), expected)
+    torch.testing.assert_close(clip_grad_norm(model, 0.5), expected)
+    torch.testing.assert_close(clip_grad_norm(model, 1.0), torch.tensor(0.5))  # small enough by now
+    clipped = gradients(plain)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, clipped[name], msg=name)
 
 
 def test_unsharded_gathers_once_and_leaves_everything_as_before(world):
@@ -186,3 +283,16 @@ def test_two_ranks(subprocess_env):
     output = run_ranks("sharding.py", subprocess_env)
     assert f"fingerprint {weights_fingerprint(build())}" in output
     assert "RANK" not in os.environ
+
+
+def test_replicas_of_two_shards(subprocess_env, tmp_path, world):
+    """They compute what four shards and one rank do, and one rank can go on from their checkpoint."""
+    run_ranks("replicas.py", subprocess_env, tmp_path, ranks=4)
+    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
+    path = checkpointer.latest()
+    model = sharded(world)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    checkpointer.load_state(path, model=model, optimizer=optimizer, world=world)
+    state = checkpointer.read_state(path)
+    assert weights_fingerprint(model) == state["weights"] != weights_fingerprint(build())
+    assert optimizer_digest(model, optimizer) == state["optimizer"]

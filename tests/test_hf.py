@@ -140,18 +140,25 @@ def test_files_are_split_by_layer_and_indexed(folders, tmp_path, world):
     assert stored_elements(out) == sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_no_more_than_one_group_is_whole_at_a_time(folders, world, monkeypatch):
-    """The converter never sees more than a layer, and sees each layer once."""
-    seen = []
-    converters = spin.hf._CONVERTERS["LLAMA3_2"]
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_rank_reads_every_row_once(name, folders, world, monkeypatch):
+    read, pieces = spin.hf._read, []
+    monkeypatch.setattr(spin.hf, "_read", lambda *args: (pieces.append(args[1:]), read(*args))[1])
+    load_hf_weights(empty(name, world), folders[name], MODEL_TYPES[name], world=world)
+    rows = {key: [] for key, _, _ in pieces}
+    for key, first, end in pieces:
+        rows[key].extend(range(first, end))
+    stored = load_file(folders[name] / "model.safetensors")
+    assert {key: sorted(numbers) for key, numbers in rows.items()} == {
+        key: list(range(len(tensor))) for key, tensor in stored.items()
+    }
 
-    def to_tune(tensors, **arguments):
-        seen.append(list(tensors))
-        return converters.to_tune(tensors, **arguments)
 
-    monkeypatch.setitem(spin.hf._CONVERTERS, "LLAMA3_2", spin.hf._Converters(to_tune, converters.to_hf))
-    load_hf_weights(empty("llama3_2", world), folders["llama3_2"], "LLAMA3_2", world=world)
-    assert sorted(map(len, seen)) == [1, 1, 9, 9]
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_the_reading(ranks, folders, subprocess_env):
+    """Three ranks have uneven shards, which cut through heads."""
+    root = folders["llama2"].parent
+    run_ranks("load_families.py", subprocess_env, root, *map("=".join, MODEL_TYPES.items()), ranks=ranks)
 
 
 def test_rotary_tables_of_old_folders_are_ignored(llama, world):

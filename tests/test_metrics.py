@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 
+from spin.checks import check_moved_share
 from spin.data import Pair, Response, pack_row
+from spin.distributed import init_world, shard_model
 from spin.loss import SPINLoss
 from spin.metrics import MetricsFile, MovedShare, PairSums, pair_metrics
+from spin.optim import AdamWStochasticRounding
 
 
 def three_pairs():
@@ -86,22 +89,63 @@ def test_no_pair_has_weight():
     assert pair_metrics(PairSums().totals()) == {}
 
 
-def test_bf16_weights_do_not_move_at_spins_learning_rate():
-    """A step of 5e-7 is far below half an ulp of a bf16 weight around 0.02; in fp32 it is not."""
-    shares = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(64, 64, bias=False)
-        torch.nn.init.normal_(model.weight, std=0.02)
-        model.to(dtype)
-        moved = MovedShare(model)
-        model(torch.randn(4, 64, dtype=dtype)).sum().backward()
-        torch.optim.AdamW(model.parameters(), lr=5e-7).step()
-        totals = moved.totals()
-        assert totals["sampled_weights"] == 1024
-        shares[dtype] = totals["moved_weights"] / totals["sampled_weights"]
-    assert shares[torch.bfloat16] < 0.05
-    assert shares[torch.float32] > 0.95
+def moved_by_one_step(dtype, make) -> float:
+    """Of random weights of scale 0.02, by a step at learning rate 5e-7."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False), torch.nn.Linear(256, 16, bias=False)).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    moved = MovedShare(model)
+    model(torch.randn(64, 256, dtype=dtype)).sum().backward()
+    with torch.compiler.set_stance("force_eager"):
+        make(model.parameters(), lr=5e-7).step()
+    return moved.share(init_world("cpu"))
+
+
+def test_bf16_weights_hardly_move_at_spins_learning_rate(caplog):
+    """A step of 5e-7 moves a bf16 weight w if it is half the spacing or more, which lies between w / 256 and w / 128.
+
+    So of random weights of scale 0.02 it moves those below 1.3e-4 to 2.6e-4, about 1 %. Rounded at random it moves a
+    typical weight, whose spacing is 1.2e-4, with probability 0.4 %, and the few small ones more often: some 2 %.
+    """
+    nearest = moved_by_one_step(torch.bfloat16, torch.optim.AdamW)
+    at_random = moved_by_one_step(torch.bfloat16, AdamWStochasticRounding)
+    fp32 = moved_by_one_step(torch.float32, torch.optim.AdamW)
+    assert 0.005 < nearest < 0.02 < at_random < 0.04
+    assert fp32 > 0.95
+
+    warned: set[int] = set()
+    check_moved_share(fp32, 5e-7, "fp32", False, 0, warned)
+    check_moved_share(at_random, 5e-7, "bf16", True, 0, warned)
+    check_moved_share(0.0, 0.0, "bf16", False, 0, warned)  # the first step of a warm-up
+    assert not caplog.records
+    for iteration in (0, 0, 1, 1):
+        check_moved_share(nearest, 5e-7, "bf16", False, iteration, warned)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "A step of iteration 1 at learning rate 5e-07 changed 1.3% of the weights (dtype=bf16)" in caplog.text
+    assert "Set dtype=fp32, or optimizer._component_=spin.optim.AdamWStochasticRounding" in caplog.text
+    check_moved_share(0.05, 5e-7, "fp32", True, 2, warned)  # there is nothing to round in fp32
+    assert "see grad_norm" in caplog.text
+
+
+def test_moved_share_counts_shards_and_skips_what_is_frozen():
+    """2 of 6 trained weights change; a sample of an even number of columns reaches all of them."""
+    world = init_world("cpu")
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    model.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    shard_model(model, world, compute_dtype=torch.float32)
+    moved = MovedShare(model)
+    with torch.no_grad():
+        model.layers[0].bias.add_(1)
+        model.frozen.weight.add_(1)
+    assert moved.share(world) == 2 / 6
+
+    model = torch.nn.Linear(64, 64, bias=False)
+    moved = MovedShare(model, per_parameter=63)
+    with torch.no_grad():
+        model.weight[:, :32] += 1
+    assert moved.share(world) == pytest.approx(0.5, abs=0.02)
 
 
 def test_metrics_file_forgets_what_will_be_made_again(tmp_path):

@@ -9,15 +9,19 @@ prompt token, whose hidden state is therefore used once per response.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 
 from spin.data.types import Pair
+from spin.flex import FlexMask, RowBlocks, Segment, row_block_mask, row_blocks
 
 MASK_TRUNCATED = "mask"
+# Rows come in these shares of row_tokens, so that compiled layers meet few shapes. They are dense near 1, where rows
+# are that share a batch evenly: n full rows and a bit more become n + 1 rows of at least n / (n + 1).
+ROW_SHARES = (1, 15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 1 / 2)
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class PackedRow:
 
     Args:
         tokens (torch.Tensor): token ids, int64, shape (s,); 0 in padding.
-        positions (torch.Tensor): position ids, int64, shape (s,).
+        positions (torch.Tensor): position ids, int32, shape (s,).
         own_start (torch.Tensor): where the segment of each token starts, int32, shape (s,); padding tokens stand alone.
         prompt_start (torch.Tensor): where the prompt of each response token starts, int32, shape (s,).
         prompt_end (torch.Tensor): where it ends (exclusive), int32, shape (s,); equals ``prompt_start`` where there is
@@ -45,6 +49,11 @@ class PackedRow:
         used_tokens (int): tokens of the row that are not padding.
         pair_responses (list[tuple[tuple[int, str], int, int]]): key, first response and number of responses of each
             pair.
+        bounds (list[int]): where the tokens of each response start among the n response tokens, and where the last
+            ones stop: m + 1 numbers.
+        blocks (RowBlocks | None): block structure of the mask for FlexAttention; None: the mask is dense.
+        window_blocks (RowBlocks | None): the same within the sliding window.
+        window (int | None): sliding window of some of the model's layers, in positions.
     """
 
     tokens: torch.Tensor
@@ -63,6 +72,10 @@ class PackedRow:
     weights: torch.Tensor
     used_tokens: int
     pair_responses: list[tuple[tuple[int, str], int, int]]
+    bounds: list[int]
+    blocks: RowBlocks | None = None
+    window_blocks: RowBlocks | None = None
+    window: int | None = None
 
     @property
     def num_responses(self) -> int:
@@ -70,11 +83,32 @@ class PackedRow:
         return self.response_lengths.numel()
 
     def to(self, device: torch.device) -> PackedRow:
-        """The row with its tensors on a device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if isinstance(v, torch.Tensor)}
-        )
+        """The row with its tensors on a device; from pinned memory nobody waits for the copies."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedRow:
+        """The row with its tensors in pinned memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedRow:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        changed |= {name: value.map(change) for name, value in values.items() if isinstance(value, RowBlocks)}
+        return replace(self, **changed)
+
+    def attention_mask(self) -> torch.Tensor | FlexMask:
+        """What a model patched by :func:`spin.attention.patch_attention` takes as ``mask`` for this row.
+
+        Returns:
+            torch.Tensor | FlexMask: for FlexAttention if the row has blocks, else :meth:`dense_mask` as (1, s, s).
+        """
+        if self.blocks is None:
+            return self.dense_mask()[None]
+        bounds = (self.own_start, self.prompt_start, self.prompt_end)
+        windowed = None
+        if self.window_blocks is not None:
+            windowed = row_block_mask(self.window_blocks, *bounds, self.positions, self.window)
+        return FlexMask(row_block_mask(self.blocks, *bounds), windowed)
 
     def dense_mask(self) -> torch.Tensor:
         """Which token attends to which: bool, shape (s, s), True where row attends to column."""
@@ -85,26 +119,35 @@ class PackedRow:
         return own | prompt
 
 
-def pack_row(pairs: Sequence[Pair], length: int | None = None, truncated: str = "keep") -> PackedRow:
+def pack_row(
+    pairs: Sequence[Pair],
+    length: int | None = None,
+    truncated: str = "keep",
+    *,
+    flex: bool = False,
+    window: int | None = None,
+) -> PackedRow:
     """Lays pairs out in a row.
 
     Args:
         pairs (Sequence[Pair]): what goes into the row, in order; may be empty, then the row is padding.
         length (int | None): tokens of the row; None is as many as the pairs need (at least 1).
         truncated (str): ``mask`` gives comparisons with a truncated response the weight 0; anything else leaves them.
+        flex (bool): describe the mask in blocks, for FlexAttention; ``length`` must be a multiple of 128.
+        window (int | None): with ``flex``, also describe it within a sliding window of this many positions.
 
     Returns:
         PackedRow: on the CPU.
 
     Raises:
-        ValueError: If the pairs do not fit, or a prompt or response is empty.
+        ValueError: If the pairs do not fit, a prompt or response is empty, or the length does not suit ``flex``.
     """
     used = sum(pair.num_tokens for pair in pairs)
     length = max(1, used) if length is None else length
     if used > length:
         raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit into a row of {length} tokens.")
     tokens = np.zeros(length, np.int64)
-    positions = np.zeros(length, np.int64)
+    positions = np.zeros(length, np.int32)
     own_start = np.arange(length, dtype=np.int32)
     prompt_start = np.zeros(length, np.int32)
     prompt_end = np.zeros(length, np.int32)
@@ -117,6 +160,7 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, truncated: str = 
     was_cut: list[bool] = []
     weights: list[float] = []
     pair_responses = []
+    segments: list[Segment] = []
     at = 0
     for pair in pairs:
         prompt = slice(at, at + len(pair.prompt_ids))
@@ -125,6 +169,7 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, truncated: str = 
         tokens[prompt] = pair.prompt_ids
         positions[prompt] = np.arange(len(pair.prompt_ids))
         own_start[prompt] = prompt.start
+        segments.append(Segment(prompt.start, prompt.stop))
         at = prompt.stop
         first = len(lengths)
         responses = [
@@ -139,6 +184,7 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, truncated: str = 
             positions[own] = np.arange(len(ids)) + len(pair.prompt_ids)
             own_start[own] = own.start
             prompt_start[own], prompt_end[own] = prompt.start, prompt.stop
+            segments.append(Segment(own.start, own.stop, prompt.start, prompt.stop))
             predictors.append(np.concatenate(([prompt.stop - 1], np.arange(own.start, own.stop - 1))))
             targets.append(np.asarray(ids, np.int64))
             lengths.append(len(ids))
@@ -170,39 +216,90 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, truncated: str = 
         weights=torch.tensor(weights, dtype=torch.float32),
         used_tokens=used,
         pair_responses=pair_responses,
+        bounds=[0, *np.cumsum(lengths, dtype=np.int64).tolist()],
+        blocks=row_blocks(segments, length) if flex else None,
+        window_blocks=row_blocks(segments, length, window) if flex and window is not None else None,
+        window=window,
     )
 
 
-def plan_rows(lengths: Sequence[int], row_tokens: int, num_ranks: int = 1) -> list[list[list[int]]]:
+def row_lengths(row_tokens: int, row_multiple: int = 1) -> list[int]:
+    """The lengths that rows are padded to, ascending: at most eight.
+
+    Args:
+        row_tokens (int): tokens of a row at most; the longest length, up to rounding.
+        row_multiple (int): every length is a multiple of this.
+
+    Returns:
+        list[int]: tokens.
+    """
+    return sorted({math.ceil(row_tokens * share / row_multiple) * row_multiple for share in ROW_SHARES})
+
+
+def padded_length(used: int, row_tokens: int, row_multiple: int = 1) -> int:
+    """The length of a row that holds ``used`` tokens.
+
+    Args:
+        used (int): tokens.
+        row_tokens (int): see :func:`row_lengths`.
+        row_multiple (int): see :func:`row_lengths`.
+
+    Returns:
+        int: the next of :func:`row_lengths`; above them, for a pair that is longer than a row, the next quarter of
+        ``row_tokens``.
+    """
+    for length in row_lengths(row_tokens, row_multiple):
+        if used <= length:
+            return length
+    quarter = math.ceil(row_tokens / 4 / row_multiple) * row_multiple
+    return math.ceil(used / quarter) * quarter
+
+
+def plan_rows(
+    lengths: Sequence[int], row_tokens: int, num_ranks: int = 1, row_multiple: int = 1
+) -> list[list[list[int]]]:
     """Which pair goes into which row of which rank.
 
-    Takes the fewest rows per rank that hold the pairs, fills them evenly (longest pair first, into the emptiest row),
-    and deals them so that the n-th rows of all ranks are about equally long. Every rank gets the same number of rows,
-    as sharded forwards need; rows may be empty when there are fewer pairs than rows. A pair longer than ``row_tokens``
-    gets a row of its own. The plan depends on the arguments only.
+    Fills rows evenly (longest pair first, into the emptiest row), and deals them so that the n-th rows of all ranks are
+    about equally long. Every rank gets the same number of rows, as sharded forwards need: the fewest that hold the
+    pairs, or one or two more if that leaves less padding; rows may be empty when there are fewer pairs than rows. A
+    pair longer than ``row_tokens`` gets a row of its own. The plan depends on the arguments only.
 
     Args:
         lengths (Sequence[int]): tokens of each pair.
         row_tokens (int): tokens of a row at most.
         num_ranks (int): ranks that share the rows.
+        row_multiple (int): see :func:`row_lengths`.
 
     Returns:
         list[list[list[int]]]: ``plan[rank][row]`` holds indices into ``lengths``, ascending.
     """
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     per_rank = max(1, math.ceil(sum(lengths) / (row_tokens * num_ranks)))
-    while True:
-        rows: list[list[int]] = [[] for _ in range(per_rank * num_ranks)]
-        loads = [0] * len(rows)
-        for i in order:
-            emptiest = loads.index(min(loads))
-            rows[emptiest].append(i)
-            loads[emptiest] += lengths[i]
-        if all(load <= row_tokens or len(row) == 1 for row, load in zip(rows, loads, strict=True)):
-            break
+    while not _fits(*(plan := _spread(lengths, per_rank * num_ranks)), row_tokens):
         per_rank += 1
+
+    def padded(plan: tuple[list[list[int]], list[int]]) -> int:
+        return sum(padded_length(max(1, load), row_tokens, row_multiple) for load in plan[1])
+
+    others = (_spread(lengths, (per_rank + more) * num_ranks) for more in (1, 2))
+    rows, loads = min((plan, *(other for other in others if _fits(*other, row_tokens))), key=padded)
     by_load = sorted(range(len(rows)), key=lambda row: (-loads[row], row))
     return [[sorted(rows[row]) for row in by_load[rank::num_ranks]] for rank in range(num_ranks)]
+
+
+def _spread(lengths: Sequence[int], num_rows: int) -> tuple[list[list[int]], list[int]]:
+    """Indices and tokens of each row, longest first into the emptiest."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    loads = [0] * num_rows
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        emptiest = loads.index(min(loads))
+        rows[emptiest].append(i)
+        loads[emptiest] += lengths[i]
+    return rows, loads
+
+
+def _fits(rows: list[list[int]], loads: list[int], row_tokens: int) -> bool:
+    return all(load <= row_tokens or len(row) == 1 for row, load in zip(rows, loads, strict=True))
 
 
 def pack_batch(
@@ -213,26 +310,31 @@ def pack_batch(
     rank: int = 0,
     num_ranks: int = 1,
     truncated: str = "keep",
+    flex: bool = False,
+    window: int | None = None,
 ) -> list[PackedRow]:
     """The rows of one rank for a global batch of pairs.
 
     Args:
         pairs (Sequence[Pair]): the global batch, the same on every rank.
         row_tokens (int): tokens of a row at most.
-        row_multiple (int): row lengths are rounded up to a multiple of this.
+        row_multiple (int): every row's length is a multiple of this; FlexAttention needs one of 128.
         rank (int): whose rows.
         num_ranks (int): ranks that share the batch.
         truncated (str): see :func:`pack_row`.
+        flex (bool): see :func:`pack_row`.
+        window (int | None): see :func:`pack_row`.
 
     Returns:
         list[PackedRow]: equally many on every rank.
     """
-    plan = plan_rows([pair.num_tokens for pair in pairs], row_tokens, num_ranks)[rank]
+    plan = plan_rows([pair.num_tokens for pair in pairs], row_tokens, num_ranks, row_multiple)[rank]
     rows = []
     for indices in plan:
         chosen = [pairs[i] for i in indices]
         used = max(1, sum(pair.num_tokens for pair in chosen))
-        rows.append(pack_row(chosen, math.ceil(used / row_multiple) * row_multiple, truncated))
+        length = padded_length(used, row_tokens, row_multiple)
+        rows.append(pack_row(chosen, length, truncated, flex=flex, window=window))
     return rows
 
 

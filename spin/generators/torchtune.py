@@ -15,6 +15,7 @@ from spin.attention import attach_kv, detach_kv, patch_attention
 from spin.data.types import FinishReason
 from spin.distributed import clean_name, unsharded
 from spin.errors import ConfigError, GeneratorError
+from spin.float8 import float8_off
 from spin.gemma2 import final_softcap, softcap
 from spin.generators.base import Completion, GeneratorContext, SamplingParams
 from spin.generators.sampling import sample_tokens, token_logprobs, uniforms
@@ -372,19 +373,15 @@ class _Run:
 def _ready_to_generate(model: Any) -> Iterator[None]:
     """Evaluation mode, layers uncompiled, and all as it was afterwards."""
     training = [module for module in model.modules() if module.training]
-    # Compiled layers would be compiled again for every length of the cache.
-    compiled = [(module, module._compiled_call_impl) for module in model.modules() if module._compiled_call_impl]
     unembed = vars(model).get("unembed")
     model.eval()
-    for module, _ in compiled:
-        module._compiled_call_impl = None
     try:
-        yield
+        # Compiled layers would be compiled again for every length of the cache.
+        with torch.compiler.set_stance("force_eager"), float8_off(model):
+            yield
     finally:
         for module in training:
             module.training = True
-        for module, call in compiled:
-            module._compiled_call_impl = call
         vars(model).pop("unembed", None)
         if unembed is not None:
             model.unembed = unembed

@@ -74,7 +74,7 @@ def test_packed_equals_separate(family, responses):
     fix_gemma2_softcap(model)
     pairs = make_pairs(3, responses, vocab=model.tok_embeddings.num_embeddings)
     length = sum(pair.num_tokens for pair in pairs) + 5
-    packed = response_logps(model, pack_row(pairs, length), chunk_size=7)
+    packed = response_logps(model, pack_row(pairs, length), chunk_tokens=7)
     separate = separate_logps(model, pairs)
     assert packed.dtype == torch.float64
     torch.testing.assert_close(packed, separate, rtol=1e-10, atol=1e-10)

@@ -360,7 +360,7 @@ class TestFaults:
                     with torch.no_grad():
                         self._model.norm.scale.fill_(float("nan"))
                     self.before = weights_fingerprint(self._model)
-                    self.ids = [pair.sample_id for pair in batch]
+                    self.ids = [pair.sample_id for pair in batch.pairs]
                 return super().train_single_step(batch)
 
         recipe = Poisoned(tiny_config(tmp_path, "max_iterations=1", "validation_dataset=null"))

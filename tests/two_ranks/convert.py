@@ -1,13 +1,15 @@
 """Two ranks: import and export give what one process gives. Arguments: source folder, output folder."""
 
+import json
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import build
 
-from spin.distributed import init_world, materialize, shard_model, shutdown
+import spin.hf
+from spin.distributed import barrier, init_world, materialize, shard_model, shutdown
 from spin.errors import CheckpointError
 from spin.fingerprint import weights_fingerprint
 from spin.hf import export_hf, load_hf_weights
@@ -21,6 +23,24 @@ materialize(model, world)
 load_hf_weights(model, source, "LLAMA3_2", world=world)
 assert weights_fingerprint(model) == weights_fingerprint(build())
 
+# The last row of a head beside tied embeddings, which only rank 1 compares, differs: both stop.
+tensors = load_file(source / "model.safetensors")
+head = tensors["model.embed_tokens.weight"].clone()
+head[-1] += 1
+untied = out.with_name("untied")
+if world.is_main:
+    untied.mkdir()
+    save_file(tensors | {"lm_head.weight": head}, untied / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    (untied / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+barrier(world)
+try:
+    load_hf_weights(model, untied, "LLAMA3_2", world=world)
+except CheckpointError as error:
+    assert "rank 1" in str(error) and "lm_head.weight differs" in str(error), error
+else:
+    raise AssertionError("dropped a head")
+
 # Files of one layer each: rank 1 writes every second one.
 export_hf(model, source, out, "LLAMA3_2", dtype=torch.float32, world=world, max_file_bytes=1)
 written = {name: tensor for file in out.glob("*.safetensors") for name, tensor in load_file(file).items()}
@@ -31,7 +51,6 @@ assert all(torch.equal(written[name], expected[name]) for name in expected)
 
 # Only rank 1 cannot write: both stop, nothing appears.
 if world.rank == 1:
-    import spin.hf
 
     def fail(*args, **kwargs):
         raise OSError("No space left on device")

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
-from spin.distributed import World, clean_name, shard_model
+from spin.distributed import World, accumulating, clean_name, shard_model
 from spin.fingerprint import json_fingerprint
 
 VOCAB_SIZE = 97  # neither this nor most other sizes can be halved: shards are uneven
@@ -55,16 +55,28 @@ def use_own_head(model: TransformerDecoder) -> list[type]:
     return seen
 
 
-def backward(model: nn.Module, world: World, step: int, rows: int = 2) -> float:
+def backward(model: nn.Module, world: World, step: int, rows: int = 2, unsharded_gradients: bool = False) -> float:
     """Gradient of the mean loss of the step's rows, dealt out to the ranks; returns this rank's part of the loss."""
     total = 0.0
-    for row in range(world.rank, rows, world.world_size):
-        ids = tokens(step, row)
-        losses = F.cross_entropy(model(ids)[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
-        # FSDP averages over ranks, so the sum over ranks needs the factor world_size.
-        (losses * world.world_size / rows).backward()
-        total += losses.item() / rows
+    mine = range(world.rank, rows, world.world_size)
+    with accumulating(model, mine, unsharded_gradients=unsharded_gradients) as each_row:
+        for row in each_row:
+            ids = tokens(step, row)
+            losses = F.cross_entropy(model(ids)[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+            # FSDP averages over ranks, so the sum over ranks needs the factor world_size.
+            (losses * world.world_size / rows).backward()
+            total += losses.item() / rows
     return total
+
+
+def rows_reduced(model: TransformerDecoder, **how: bool) -> list[bool]:
+    """Whether a layer's shards have a gradient after each of three rows."""
+    reduced = []
+    with accumulating(model, [0, 1, 2], **how) as each_row:
+        for row in each_row:
+            model(tokens(0, row)).sum().backward()
+            reduced.append(model.layers[1].mlp.w1.weight.grad is not None)
+    return reduced
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -79,10 +91,12 @@ def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     return whole
 
 
-def sharded(world: World, compute_dtype: torch.dtype = torch.float32) -> TransformerDecoder:
+def sharded(
+    world: World, compute_dtype: torch.dtype = torch.float32, reshard_after_forward: bool = True
+) -> TransformerDecoder:
     """:func:`build`, sharded."""
     model = build()
-    shard_model(model, world, compute_dtype=compute_dtype)
+    shard_model(model, world, compute_dtype=compute_dtype, reshard_after_forward=reshard_after_forward)
     return model
 
 

@@ -1,0 +1,243 @@
+"""What is measured, and how much arithmetic it takes at least: pairs of random tokens, and the count of their FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from spin.data import Pair, Response
+
+# mean tokens of prompt, real and generated responses
+MIXES = {"short": (199, 278, 278), "long": (498, 288, 287), "third": (131, 288, 209)}
+SIGMA = 0.55  # of the logarithm of a length
+LONGEST = 2048  # tokens of a prompt or response
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and how much of what is measured with it.
+
+    Args:
+        builder (Mapping[str, Any]): the ``model`` section of a config.
+        pairs (int): of a global batch.
+        row_tokens (int): tokens of a row at most.
+        lengths (float): prompts and responses have this share of the lengths of ``MIXES``.
+        prompt_tokens (tuple[int, ...]): prompt lengths that speed is measured along.
+        responses (tuple[int, ...]): generated responses per prompt that it is measured along.
+        row_scale (tuple[int, ...]): row lengths that memory is measured along.
+        batch_tokens (int): of a global batch along prompt lengths and responses.
+    """
+
+    builder: Mapping[str, Any]
+    pairs: int = 64
+    row_tokens: int = 8192
+    lengths: float = 1.0
+    prompt_tokens: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)
+    responses: tuple[int, ...] = (1, 2, 4, 8)
+    row_scale: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
+    batch_tokens: int = 65536
+
+
+_LLAMA = {"_component_": "torchtune.models.llama3_2.llama3_2", "max_seq_len": 131072, "tie_word_embeddings": True}
+_SMALL = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "embed_dim": 256, "intermediate_dim": 1024}
+_TINY = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 128}
+MODELS = {
+    "llama3_2_1b": Preset({"_component_": "torchtune.models.llama3_2.llama3_2_1b"}),
+    "llama3_1_8b": Preset({"_component_": "torchtune.models.llama3_1.llama3_1_8b"}),
+    # some minutes on two CPU cores
+    "small": Preset(
+        {**_LLAMA, **_SMALL, "vocab_size": 32000},
+        pairs=8,
+        row_tokens=2048,
+        prompt_tokens=(128, 512),
+        responses=(1, 2),
+        row_scale=(1024, 2048),
+        batch_tokens=4096,
+    ),
+    # for tests
+    "tiny": Preset(
+        {**_LLAMA, **_TINY, "vocab_size": 512},
+        pairs=8,
+        row_tokens=256,
+        lengths=1 / 16,
+        prompt_tokens=(8, 16),
+        responses=(1, 2),
+        row_scale=(128, 256),
+        batch_tokens=256,
+    ),
+}
+
+
+def log_normal_lengths(mean: float, num: int, rng: np.random.Generator) -> np.ndarray:
+    """Log-normal lengths, clipped to [1, ``LONGEST``] and scaled until their own mean is the one asked for.
+
+    Args:
+        mean (float): tokens.
+        num (int): how many lengths.
+        rng (np.random.Generator): their source.
+
+    Returns:
+        np.ndarray: int64, shape (num,).
+    """
+    shape = np.exp(SIGMA * rng.standard_normal(num))
+    scale = mean / shape.mean()
+    for _ in range(20):  # rounding and clipping move the mean a little
+        lengths = np.clip(np.rint(scale * shape), 1, LONGEST).astype(np.int64)
+        scale *= mean / lengths.mean()
+    return lengths
+
+
+def random_pairs(
+    prompts: Sequence[int], responses: Sequence[Sequence[int]], vocab_size: int, nats_per_token: float, seed: int = 0
+) -> list[Pair]:
+    """Pairs of random tokens.
+
+    The opponent's log-probs are those that a random model gives on average. So margins are small, the loss is near ln 2
+    and its gradient is far from zero, as at the start of self-play.
+
+    Args:
+        prompts (Sequence[int]): tokens of each prompt.
+        responses (Sequence[Sequence[int]]): tokens of each pair's responses, the real one first.
+        vocab_size (int): tokens are drawn from this many.
+        nats_per_token (float): of the opponent.
+        seed (int): of the tokens.
+
+    Returns:
+        list[Pair]: as many as prompts.
+    """
+    rng = np.random.default_rng(seed)
+
+    def tokens(length: int) -> np.ndarray:
+        return rng.integers(1, vocab_size, length).astype(np.int32)
+
+    return [
+        Pair(
+            sample_id=f"{i:04d}",
+            iteration=0,
+            prompt_ids=tokens(prompt),
+            real_ids=tokens(real),
+            generated=[Response(tokens(length), "stop", -nats_per_token * length) for length in generated],
+            reference_real_logp=-nats_per_token * real,
+        )
+        for i, (prompt, (real, *generated)) in enumerate(zip(prompts, responses, strict=True))
+    ]
+
+
+def mixed_pairs(
+    mix: str, num: int, vocab_size: int, nats_per_token: float, share: float = 1.0, seed: int = 0
+) -> list[Pair]:
+    """Pairs of a mix with one generated response each.
+
+    Args:
+        mix (str): key of ``MIXES``.
+        num (int): how many.
+        vocab_size (int): see :func:`random_pairs`.
+        nats_per_token (float): see :func:`random_pairs`.
+        share (float): lengths are this share of the mix's.
+        seed (int): of lengths and tokens.
+
+    Returns:
+        list[Pair]: ``num`` pairs.
+    """
+    rng = np.random.default_rng(seed)
+    prompts, real, generated = (log_normal_lengths(mean * share, num, rng).tolist() for mean in MIXES[mix])
+    return random_pairs(prompts, list(zip(real, generated, strict=True)), vocab_size, nats_per_token, seed)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the FLOPs of a decoder depend on.
+
+    Args:
+        layer_weights (int): entries of all weight matrices of all layers; vectors (norms, biases) multiply nothing.
+        layers (int): number of layers.
+        attention_dim (int): heads times dimensions of a head.
+        dim (int): of the hidden states.
+        vocab_size (int): rows of the output projection.
+    """
+
+    layer_weights: int
+    layers: int
+    attention_dim: int
+    dim: int
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Sizes:
+        """The sizes of a torchtune decoder, sharded or not, on any device."""
+        attention = model.layers[0].attn
+        return cls(
+            layer_weights=sum(p.numel() for p in model.layers.parameters() if p.dim() > 1),
+            layers=len(model.layers),
+            attention_dim=attention.num_heads * attention.head_dim,
+            dim=model.tok_embeddings.embedding_dim,
+            vocab_size=model.tok_embeddings.num_embeddings,
+        )
+
+
+def flops(sizes: Sizes, *, tokens: int, predictions: int, visible: int, head_products: int = 3) -> int:
+    """Floating-point operations of forward and backward, a product and its addition counted as two.
+
+    - Layers, ``6 * layer_weights * tokens``: each weight meets each token in forward, in the gradient of its input and
+      in its own gradient.
+    - Head, ``2 * head_products * vocab_size * dim * predictions``: the same three products, for response tokens only; a
+      head that makes its logits a second time in backward has four.
+    - Attention, ``12 * layers * attention_dim * visible``: two products of ``2 * attention_dim`` for each query and key
+      that it sees in forward, twice as much in backward.
+
+    Args:
+        sizes (Sizes): of the model.
+        tokens (int): that pass the layers.
+        predictions (int): hidden states that pass the output projection.
+        visible (int): pairs of a query and a key that it sees, in one layer and for one head.
+        head_products (int): matrix products of the head.
+
+    Returns:
+        int: FLOPs.
+    """
+    layers = 6 * sizes.layer_weights * tokens
+    head = 2 * head_products * sizes.vocab_size * sizes.dim * predictions
+    return layers + head + 12 * sizes.layers * sizes.attention_dim * visible
+
+
+def floor_of_work(sizes: Sizes, pairs: Sequence[Pair]) -> int:
+    """The FLOPs that pairs need at least: every prompt once, no padding, no masked score, nothing made twice.
+
+    A pair with prompt P and responses R and G has ``P (P + 1) / 2`` visible pairs of query and key within the prompt,
+    and ``R P + R (R + 1) / 2`` for a response, whose tokens see the prompt and their own response up to themselves.
+
+    Args:
+        sizes (Sizes): of the model.
+        pairs (Sequence[Pair]): with any number of responses.
+
+    Returns:
+        int: FLOPs of forward and backward.
+    """
+    tokens = predictions = visible = 0
+    for pair in pairs:
+        prompt = len(pair.prompt_ids)
+        responses = [len(pair.real_ids), *(len(response.token_ids) for response in pair.generated)]
+        tokens += prompt + sum(responses)
+        predictions += sum(responses)
+        visible += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in responses)
+    return flops(sizes, tokens=tokens, predictions=predictions, visible=visible)
+
+
+def random_nats(sizes: Sizes, scale: float) -> float:
+    """Negative log-prob of a random token under a model with normal weights: ``ln v + var(logit) / 2``.
+
+    Hidden states behind the last norm have mean square 1, so logits have the variance ``dim * scale^2``.
+
+    Args:
+        sizes (Sizes): of the model.
+        scale (float): standard deviation of the output projection.
+
+    Returns:
+        float: nats.
+    """
+    return math.log(sizes.vocab_size) + sizes.dim * scale**2 / 2
