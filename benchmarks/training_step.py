@@ -8,7 +8,8 @@
 Weights and tokens are random, lengths log-normal (benchmarks/work.py); every arm of the ladder (benchmarks/arms.py)
 computes the same loss and gradient, which is checked against fp32 before anything is timed. Times are medians over
 rounds in which the arms take turns; every timed run follows an untimed one of the same arm. Weights are fp32 and
-computed with in bf16 on a GPU; under torchrun they are sharded, and pairs/s counts the pairs of all ranks.
+computed with in bf16 on a GPU; on a CPU all is fp32, layers not compiled. Under torchrun weights are sharded, and
+pairs/s counts the pairs of all ranks.
 
 What is measured (--what):
     ladder          forward and backward of 64 pairs, from padded to the product, for each mix of lengths
@@ -571,7 +572,7 @@ GROUPS = {
     # torch.compile names a kernel after the operations in it: these are the head's
     "head softmax": r"softmax|logsumexp|fused.*_(amax|arange|exp|gather)(_|$)",
     "copies": r"memcpy|memset|chunk_cat|split_with_sizes|CatArrayBatched|aten::copy_|aten::fill_|aten::zero_",
-    "elementwise, normalization": r"triton_(poi|red|per)|elementwise|reduce|norm|index|embedding|aten::(mul|add|silu|cat|sum)",
+    "elementwise, normalization": r"triton_(poi|red|per)|elementwise|reduce|norm|index|embed|::(mul|add|silu|cat|sum)",
     "other": r"",
 }
 
@@ -690,10 +691,11 @@ def _cells(run: dict[str, Any], peak: float, baseline: dict[str, Any] | None | s
     compared = baseline != ""
     if "error" in run:
         return [run["error"], *["-"] * (2 + compared)]
-    speed = f"{run['pairs_per_second']:.1f} ({run['min_pairs_per_second']:.1f} to {run['max_pairs_per_second']:.1f})"
+    middle, low, high = (_number(run[f"{which}pairs_per_second"]) for which in ("", "min_", "max_"))
     known = isinstance(baseline, dict) and "error" not in baseline
     ratio = f"{run['pairs_per_second'] / baseline['pairs_per_second']:.2f}" if known else "-"
-    return [speed, *[ratio] * compared, _number(run["peak_gib"]), f"{100 * run['tflops'] / peak:.1f}"]
+    share = "-" if run["peak_gib"] is None else f"{100 * run['tflops'] / peak:.1f}"  # a CPU has another peak
+    return [f"{middle} ({low} to {high})", *[ratio] * compared, _number(run["peak_gib"]), share]
 
 
 def _number(value: float | None, factor: float = 1.0) -> str:

@@ -128,9 +128,9 @@ def _forward(
     if isinstance(mask, FlexMask):
         if isinstance(self, Gemma2Attention):
             blocks = mask.causal if self.sliding_window_size is None else mask.windowed
-            out = attend(q, k, v, blocks, self.scaling, self.softcapping)
+            out = attend(q, k, v, blocks, self.scaling, self.softcapping, hopper=mask.hopper)
         else:
-            out = attend(q, k, v, mask.causal)
+            out = attend(q, k, v, mask.causal, hopper=mask.hopper)
     elif isinstance(self, Gemma2Attention):
         cached_decode = kv is not None and kv.view.positions is not None
         out = _softcapped_attention(self, q, k, v, mask, _visible_in_window(self, input_pos, k, cached_decode))

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -215,7 +218,7 @@ class _LinearLogprob(torch.autograd.Function):
         log_normalizers = torch.zeros_like(logps)
         for piece in pieces:
             logits = hidden[piece] @ weight.t()  # (c, d) x (d, v) -> (c, v)
-            logps[piece], log_normalizers[piece] = _on_device(_target_logps, logits, targets[piece], softcap)
+            logps[piece], log_normalizers[piece] = _target_logps(logits, targets[piece], softcap)
         ctx.save_for_backward(hidden, weight, targets, log_normalizers)
         ctx.pieces, ctx.softcap = pieces, softcap
         return logps
@@ -248,7 +251,7 @@ class _PairObjective(torch.autograd.Function):
             kept = []
             for piece in chunk.pieces:
                 logits = hidden[piece] @ weight.t()  # (c, d) x (d, v) -> (c, v)
-                kept.append((logits, *_on_device(_target_logps, logits, row.targets[piece], softcap)))
+                kept.append((logits, *_target_logps(logits, row.targets[piece], softcap)))
                 if len(chunk.pieces) > 1:
                     kept[-1] = (None, *kept[-1][1:])
             tokens = slice(chunk.pieces[0].start, chunk.pieces[-1].stop)
@@ -332,11 +335,12 @@ def _target_logps(
     logits: torch.Tensor, targets: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the targets and log-normalizers of the softmax, both of shape (c,), in the wide dtype."""
+    if _takes_kernels(logits):
+        return _kernels().target_logps(logits, targets, softcap)  # type: ignore[union-attr]
     wide = logits.to(_wide(logits.dtype))
     if softcap is not None:
         wide = softcap * torch.tanh(wide / softcap)
-    largest = wide.amax(-1)
-    log_normalizers = largest + torch.exp(wide - largest[:, None]).sum(-1).log()
+    log_normalizers = torch.logsumexp(wide, -1)
     return wide.gather(-1, targets[:, None]).squeeze(-1) - log_normalizers, log_normalizers
 
 
@@ -348,15 +352,14 @@ def _logits_to_gradient(
     softcap: float | None,
 ) -> None:
     """Overwrites logits, shape (c, v), with the gradient by them: ``by_token * (onehot(target) - softmax(logits))``."""
+    if _takes_kernels(logits):
+        _kernels().logits_to_gradient(logits, targets, log_normalizers, by_token, softcap)  # type: ignore[union-attr]
+        return
     columns, shift, scale = targets[:, None], log_normalizers[:, None], -by_token[:, None]
     # The target's own is made before anything is rounded: softmax - 1 cancels where the model is sure.
     at_target = _by_logits(logits.gather(1, columns), 1, shift, scale, softcap)
-    _on_device(_overwrite_by_logits, logits, shift, scale, softcap)
-    logits.scatter_(1, columns, at_target.to(logits.dtype))
-
-
-def _overwrite_by_logits(logits: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor, softcap: float | None) -> None:
     logits.copy_(_by_logits(logits, 0, shift, scale, softcap))
+    logits.scatter_(1, columns, at_target.to(logits.dtype))
 
 
 def _by_logits(
@@ -371,14 +374,14 @@ def _by_logits(
     return grad
 
 
-def _on_device(function: Callable[..., Any], logits: torch.Tensor, *args: Any) -> Any:
-    """Runs a function of logits: on a GPU as one kernel, which makes no copy of them in the wide dtype."""
-    return (_as_kernel(function) if logits.is_cuda else function)(logits, *args)
+def _takes_kernels(logits: torch.Tensor) -> bool:
+    return logits.is_cuda and logits.dtype != torch.float64 and _kernels() is not None
 
 
 @cache
-def _as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+def _kernels() -> ModuleType | None:
+    """:mod:`spin.kernels`, or None where there is no Triton."""
+    return import_module("spin.kernels") if find_spec("triton") else None
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

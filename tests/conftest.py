@@ -65,3 +65,16 @@ def subprocess_env() -> dict[str, str]:
 def oracles(repo: Path) -> dict:
     """What reference implementations really returned on small inputs."""
     return json.loads((repo / "tests" / "oracles" / "spin_oracles.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchtune's norms and rotary embeddings call ``.float()``; without that rounding the algebra alone is left."""
+    import torch
+
+    to_float = torch.Tensor.float
+
+    def keep_double(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return x if x.dtype == torch.float64 else to_float(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "float", keep_double)

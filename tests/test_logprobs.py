@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from spin.logprobs import linear_logprob, output_weight, segment_sums
+from spin import logprobs
+from spin.attention import patch_attention
+from spin.data import pack_row
+from spin.gemma2 import fix_gemma2_softcap
+from spin.logprobs import linear_logprob, output_weight, pair_objective, response_logps, segment_sums
+from spin.loss import SPINLoss
+from tests.data.test_packing import make_pairs
+from tests.families import FAMILIES
 
 
 def plain(hidden, weight, targets, softcap=None):
@@ -116,3 +123,117 @@ def test_output_weight_of_a_head_with_bias_is_refused():
     model.output = torch.nn.Linear(2, 3)
     with pytest.raises(ValueError, match="bias"):
         output_weight(model)
+
+
+def row_objective(row, calls=None):
+    """The SPIN loss with a share of cross-entropy: not linear in the log-probs, and different for every pair."""
+    loss = SPINLoss(beta=0.7)
+
+    def objective(logps):
+        if calls is not None:
+            calls.append(logps.detach().clone())
+        references = row.reference_logps
+        losses, _, _ = loss(logps[row.real], logps[row.generated], references[row.real], references[row.generated])
+        nll = (logps / row.response_lengths)[row.real]
+        return ((losses - 0.3 * nll) * row.weights).sum() / 4
+
+    return objective
+
+
+def float64_model(family):
+    model = FAMILIES[family]().double()
+    model.max_seq_len = 256  # of a row; no position in it is that large
+    patch_attention(model)
+    fix_gemma2_softcap(model)
+    return model
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 25, 1000])  # pairs have 3 to 36 response tokens
+@pytest.mark.parametrize("family", ["llama3_2", "qwen2_5", "gemma2"])  # tied, untied, capped
+def test_the_fused_head_gives_value_and_gradient_of_the_objective(family, chunk_tokens):
+    model = float64_model(family)
+    row = pack_row(make_pairs(5, 2, vocab=150), 256, "mask")
+    fused, logps = pair_objective(model, row, row_objective(row), chunk_tokens)
+    expected_logps = response_logps(model, row)
+    expected = row_objective(row)(expected_logps)
+    torch.testing.assert_close(logps, expected_logps.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(fused, expected, rtol=1e-12, atol=1e-12)
+    assert not logps.requires_grad
+    parameters = list(model.parameters())
+    # a scale from outside reaches the gradient too
+    for got, wanted in zip(
+        torch.autograd.grad(fused * 3, parameters), torch.autograd.grad(expected * 3, parameters), strict=True
+    ):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+
+
+def test_policy_and_reference_go_through_the_same_products(monkeypatch):
+    """The shapes of the chunks decide how a product rounds: bf16 log-probs are equal bit for bit only if they agree."""
+    shapes = {"reference": [], "policy": []}
+    target_logps = logprobs._target_logps
+
+    def watched(logits, targets, softcap):
+        shapes[now].append(tuple(logits.shape))
+        return target_logps(logits, targets, softcap)
+
+    monkeypatch.setattr(logprobs, "_target_logps", watched)
+    model = float64_model("llama3_2").to(torch.bfloat16)
+    row = pack_row(make_pairs(6, 1, vocab=150), 256)
+    now = "reference"
+    with torch.no_grad():
+        reference = response_logps(model, row, 20)
+    now = "policy"
+    _, policy = pair_objective(model, row, row_objective(row), 20)
+    assert shapes["policy"] == shapes["reference"]
+    assert len(shapes["policy"]) > 1
+    assert torch.equal(policy, reference)
+
+
+def test_pairs_are_whole_when_the_objective_sees_them():
+    """A chunk's gradient is taken when all responses of its pairs are known; later ones still stand at the reference's
+    log-probs, which is nobody's concern, for no term looks at two pairs."""
+    model = float64_model("llama3_2")
+    row = pack_row(make_pairs(4, 1, vocab=150), 256)
+    calls = []
+    _, logps = pair_objective(model, row, row_objective(row, calls), chunk_tokens=1)
+    assert len(calls) == 5  # one for each pair, and one for the value
+    for pair, seen in enumerate(calls[:-1]):
+        known = 2 * (pair + 1)
+        assert torch.equal(seen[:known], logps[:known])
+        assert torch.equal(seen[known:], row.reference_logps[known:])
+
+
+def test_a_row_without_pairs_has_an_objective_of_zero_and_reaches_every_parameter():
+    """Ranks run equally many rows, and a sharded model needs a backward from each."""
+    model = float64_model("llama3_2")
+    row = pack_row([], 32)
+    total, logps = pair_objective(model, row, row_objective(row))
+    assert total == 0
+    assert logps.shape == (0,)
+    total.backward()
+    assert all(not p.grad.any() for p in model.parameters() if p.grad is not None)
+    assert model.tok_embeddings.weight.grad is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("vocab", [160, 8192, 128_256])
+def test_kernels_equal_pytorch(vocab, dtype, softcap):
+    from spin import kernels
+
+    torch.manual_seed(0)
+    logits = (torch.randn(67, vocab, device="cuda") * 6).to(dtype)
+    targets = torch.randint(vocab, (67,), device="cuda")
+    logits[torch.arange(20, device="cuda"), targets[:20]] = 40.0  # where the model is sure
+    by_token = torch.randn(67, device="cuda")
+    exact = logits.double()
+    exact_logps, exact_normalizers = logprobs._target_logps(exact, targets, softcap)
+    logps, normalizers = kernels.target_logps(logits, targets, softcap)
+    torch.testing.assert_close(logps.double(), exact_logps, rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(normalizers.double(), exact_normalizers, rtol=2e-6, atol=2e-5)
+    logprobs._logits_to_gradient(exact, targets, exact_normalizers, by_token.double(), softcap)
+    kernels.logits_to_gradient(logits, targets, normalizers, by_token, softcap)
+    rounding = 2**-8 if dtype == torch.bfloat16 else 1e-4
+    torch.testing.assert_close(logits.double(), exact, rtol=rounding, atol=1e-6)

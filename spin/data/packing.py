@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from spin.data.types import Pair
-from spin.flex import FlexMask, RowBlocks, Segment, row_block_mask, row_blocks
+from spin.flex import FlexMask, RowBlocks, Segment, is_hopper, row_block_mask, row_blocks
 
 MASK_TRUNCATED = "mask"
 # Rows come in these shares of row_tokens, so that compiled layers meet few shapes. They are dense near 1, where rows
@@ -108,7 +108,7 @@ class PackedRow:
         windowed = None
         if self.window_blocks is not None:
             windowed = row_block_mask(self.window_blocks, *bounds, self.positions, self.window)
-        return FlexMask(row_block_mask(self.blocks, *bounds), windowed)
+        return FlexMask(row_block_mask(self.blocks, *bounds), windowed, is_hopper(self.tokens.device))
 
     def dense_mask(self) -> torch.Tensor:
         """Which token attends to which: bool, shape (s, s), True where row attends to column."""

@@ -54,17 +54,6 @@ def gradients(model, logps):
     return torch.autograd.grad((logps * coefficients).sum(), list(model.parameters()))
 
 
-@pytest.fixture
-def float64_throughout(monkeypatch):
-    """torchtune's norms and rotary embeddings call ``.float()``; without that rounding the algebra alone is left."""
-    to_float = torch.Tensor.float
-
-    def keep_double(x, *args, **kwargs):
-        return x if x.dtype == torch.float64 else to_float(x, *args, **kwargs)
-
-    monkeypatch.setattr(torch.Tensor, "float", keep_double)
-
-
 @pytest.mark.usefixtures("float64_throughout")
 @pytest.mark.parametrize("responses", [1, 2, 3])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
