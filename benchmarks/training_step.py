@@ -570,7 +570,7 @@ GROUPS = {
     "matmul": r"gemm|nvjet|cutlass|xmma|aten::(add)?mm|aten::bmm",
     "optimizer": r"adam|multi_tensor|foreach|lpnorm|clip",
     # torch.compile names a kernel after the operations in it: these are the head's
-    "head softmax": r"softmax|logsumexp|fused.*_(amax|arange|exp|gather)(_|$)",
+    "head softmax": r"_target_logps|_logits_to_gradient|softmax|logsumexp|fused.*_(amax|arange|exp|gather)(_|$)",
     "copies": r"memcpy|memset|chunk_cat|split_with_sizes|CatArrayBatched|aten::copy_|aten::fill_|aten::zero_",
     "elementwise, normalization": r"triton_(poi|red|per)|elementwise|reduce|norm|index|embed|::(mul|add|silu|cat|sum)",
     "other": r"",

@@ -207,7 +207,7 @@ def test_names_stay_and_patching_twice_is_once():
 
 def test_message_tells_the_window():
     message = patch_attention(FAMILIES["gemma2"]())
-    assert "1 x Gemma2Attention with a window of 8 positions, 1 x Gemma2Attention, " in message
+    assert "1 x Gemma2Attention with a window of 8 positions, 1 x Gemma2Attention" in message
 
 
 def test_activation_checkpointing_and_deepcopy():

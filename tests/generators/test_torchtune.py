@@ -339,14 +339,15 @@ def test_model_is_as_before(make, model, prompts):
 
 
 def test_compiled_layers_are_not_run(make, model, prompts):
-    def compiled(*args, **kwargs):
+    def backend(graph, inputs):
         raise AssertionError("a compiled layer ran")
 
     expected = _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9))
     for layer in model.layers:
-        layer._compiled_call_impl = compiled
+        layer.forward = torch.compile(layer.forward, backend=backend)
     assert _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9)) == expected
-    assert all(layer._compiled_call_impl is compiled for layer in model.layers)
+    with pytest.raises(Exception, match="a compiled layer ran"):  # afterwards they are compiled again
+        model(torch.tensor([prompts[0]]))
 
 
 # --- weights ---
