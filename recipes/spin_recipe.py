@@ -37,7 +37,7 @@ from spin import config, selfplay
 from spin.checks import check_finite, check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
 from spin.data.loader import RowBatch, load_rows
-from spin.data.packing import PackedRow
+from spin.data.packing import PackedRow, padded_length
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import (
     accumulating,
@@ -51,6 +51,7 @@ from spin.distributed import (
 )
 from spin.errors import CheckpointError
 from spin.fingerprint import weights_fingerprint
+from spin.flex import BLOCK
 from spin.generators import GeneratorContext, sampling_params
 from spin.logprobs import pair_objective, response_logps
 from spin.metrics import MetricsFile, MovedShare, PairSums, pair_metrics
@@ -136,18 +137,22 @@ class SPINRecipe:
             log.info(f"Resuming at step {self._progress.step} from {resume_path}")
 
         # ---- model
-        self._packing = {
+        flex = choose_attention(self._model, self._world, compute_dtype, cfg.attention)
+        self._packing: dict[str, Any] = {
             "row_tokens": cfg.pairs.row_tokens,
-            "row_multiple": cfg.pairs.row_multiple,
+            "row_multiple": math.lcm(cfg.pairs.row_multiple, BLOCK) if flex else cfg.pairs.row_multiple,
             "truncated": cfg.pairs.truncated,
-            "flex": choose_attention(self._model, self._world, compute_dtype, cfg.attention),
+            "flex": flex,
             "window": window_of(self._model),
         }
         # a packed row may be longer than the context: torchtune checks the row's length, but no position in it is that
         # large
         longest = max(int(prompts.lengths.max(initial=0)) for prompts in (self._prompts, self._val_prompts))
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
-        self._model.max_seq_len = max(context, cfg.pairs.row_tokens, longest) + cfg.pairs.row_multiple
+        longest_row = padded_length(
+            max(cfg.pairs.row_tokens, longest), cfg.pairs.row_tokens, self._packing["row_multiple"]
+        )
+        self._model.max_seq_len = max(context, longest_row)
         prepare_model(
             self._model,
             self._world,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from spin.attention import patch_attention
 from spin.data import Pair, Response, pack_batch, pack_row, plan_rows
-from spin.data.packing import loss_weight
+from spin.data.packing import loss_weight, padded_length, row_lengths
 from spin.gemma2 import final_softcap, fix_gemma2_softcap, softcap
 from spin.logprobs import replaced_unembed, response_logps
 from tests.families import FAMILIES
@@ -206,3 +206,38 @@ def test_ranks_share_a_batch():
     assert keys(whole) == keys([*halves[0], *halves[1]]) == sorted(pair.key for pair in pairs)
     assert len(halves[0]) == len(halves[1])
     assert all(row.tokens.numel() % 16 == 0 for row in whole)
+
+
+@pytest.mark.parametrize(("row_tokens", "row_multiple"), [(8192, 128), (12288, 128), (512, 32), (1000, 16), (100, 128)])
+def test_rows_have_few_lengths_each_of_which_holds_its_tokens(row_tokens, row_multiple):
+    lengths = row_lengths(row_tokens, row_multiple)
+    assert len(lengths) <= 8
+    assert lengths[-1] >= row_tokens
+    padded = [padded_length(used, row_tokens, row_multiple) for used in range(1, 3 * row_tokens)]
+    assert all(length >= used and length % row_multiple == 0 for used, length in enumerate(padded, start=1))
+    assert set(padded[:row_tokens]) == set(lengths)
+    assert padded == sorted(padded)  # the recipe takes the length of the longest pair for the longest row
+    longest = max(length - used for used, length in enumerate(padded[row_tokens:], start=row_tokens + 1))
+    assert longest < row_tokens / 4 + row_multiple  # a pair longer than a row
+
+
+@pytest.mark.parametrize("row_tokens", [8192, 12288])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("means", [(199, 278, 278), (498, 288, 287), (131, 288, 209)])
+def test_rows_of_64_realistic_pairs_are_full(means, num_ranks, row_tokens):
+    """Log-normal lengths (sigma 0.6) of 64 pairs, 20 batches: mean fill, number of shapes, balance of the ranks."""
+    rng = np.random.default_rng(0)
+    fills, shapes, imbalance = [], set(), []
+    for _ in range(20):
+        drawn = [np.exp(rng.normal(np.log(mean) - 0.18, 0.6, 64)).clip(8, 2048).astype(int) for mean in means]
+        lengths = sum(drawn).tolist()
+        plan = plan_rows(lengths, row_tokens, num_ranks, 128)
+        used = [[sum(lengths[i] for i in row) for row in rank] for rank in plan]
+        padded = [[padded_length(tokens, row_tokens, 128) for tokens in rank] for rank in used]
+        assert len({len(rank) for rank in plan}) == 1
+        fills.append(sum(map(sum, used)) / sum(map(sum, padded)))
+        shapes.update(length for rank in padded for length in rank)
+        imbalance.append(max(map(sum, used)) / np.mean([sum(rank) for rank in used]))
+    assert np.mean(fills) >= 0.93
+    assert len(shapes) <= 8
+    assert np.mean(imbalance) < 1.03
