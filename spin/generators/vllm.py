@@ -108,7 +108,7 @@ class VLLMGenerator:
         gpu_memory_utilization: float = 0.5,
         max_model_len: int | None = None,
         dtype: str = "bf16",
-        max_logprob_gap: float | None = 0.05,
+        max_logprob_gap: float | None = 0.02,
         enforce_eager: bool = False,
         engine: Mapping[str, Any] | None = None,
     ) -> None:

@@ -73,7 +73,7 @@ class VLLMServerGenerator:
         concurrency: int = 256,
         timeout_seconds: float = 600.0,
         wait_seconds: float = 300.0,
-        max_logprob_gap: float | None = 0.05,
+        max_logprob_gap: float | None = 0.02,
         api_key_env: str | None = None,
         verify: bool | str = True,
     ) -> None:
