@@ -12,53 +12,23 @@ import pytest
 import torch
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
+from torchtune.training import apply_selective_activation_checkpointing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin.errors import ConfigError, GeneratorError
 from spin.gemma2 import fix_gemma2_softcap
 from spin.generators.base import Generator, GeneratorContext, SamplingParams
+from spin.generators.slots import StepPlan
 from spin.generators.torchtune import TorchtuneGenerator
-from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE, load_llama_weights, tiny_lm_model
+from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE, load_llama_weights
+from tests.generators.conftest import TEXTS
 
-TEXTS = [
-    "What is a hacker?",
-    "kludge: /kluhj/",
-    "Unix",
-    "A bug in the",
-    "This is the story of how a programmer found that the machine on the second floor",
-    "1. [common]",
-    "The word foo means",
-    "In the beginning",
-    "/flaym/ vi. To post an email message intended to insult and provoke; to speak incessantly and rabidly on some",
-]
 EOS = 2
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny_lm):
-    return AutoTokenizer.from_pretrained(tiny_lm)
-
-
-@pytest.fixture(scope="session")
-def hf_model(tiny_lm):
-    return AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="session")
-def trained(tiny_lm):
-    model = tiny_lm_model()
-    load_llama_weights(model, tiny_lm)
-    return model
 
 
 @pytest.fixture
 def model(trained):
     return copy.deepcopy(trained)
-
-
-@pytest.fixture(scope="session")
-def prompts(tokenizer):
-    return [tokenizer(text).input_ids for text in TEXTS]
 
 
 @pytest.fixture
