@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,7 @@ class Chosen:
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._tokens, self._logprobs = tokens.clone(), logprobs
+            self._tokens, self._logprobs = tokens.clone(), None if logprobs is None else logprobs.clone()
 
     def read(self) -> tuple[list[int], list[float] | None]:
         """Token ids and log-probs; waits for this launch, not for later ones."""
@@ -128,7 +129,7 @@ class Slots:
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._captures = plan.capture
         if plan.capture:
-            self._stream = torch.cuda.Stream(device)
+            self._stream = _recording_stream(device)
             self._pool = torch.cuda.graph_pool_handle()
         # Slots without a sequence write to the cache too, anywhere in it, so it has its full size at once.
         self.view = attach_kv(
@@ -308,6 +309,12 @@ class Slots:
     def _send(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device without waiting for it."""
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the process: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -394,7 +394,7 @@ def _ready_to_generate(model: Any) -> Iterator[None]:
         module: vars(module).get("forward") for module in model.modules() if isinstance(module, ActivationWrapper)
     }
     model.eval()
-    for module in wrappers:  # a wrapper saves the state of random numbers, which no graph records
+    for module in wrappers:  # a wrapper may save the state of random numbers, which no graph records
         module.forward = module._checkpoint_wrapped_module.__call__
     try:
         # Compiled layers would be compiled again for every length of the cache.
