@@ -161,9 +161,9 @@ def _forward(
 
 
 @cache
-def _decode_kernels() -> ModuleType | None:
-    """:mod:`spin.decode_kernels`, or None where there is no Triton."""
-    return import_module("spin.decode_kernels") if find_spec("triton") else None
+def _kernels() -> ModuleType | None:
+    """:mod:`spin.generation_kernels`, or None where there is no Triton."""
+    return import_module("spin.generation_kernels") if find_spec("triton") else None
 
 
 def has_decode_kernel(device: torch.device) -> bool:
@@ -175,7 +175,7 @@ def has_decode_kernel(device: torch.device) -> bool:
     Returns:
         bool: True on a GPU with Triton.
     """
-    return device.type == "cuda" and _decode_kernels() is not None
+    return device.type == "cuda" and _kernels() is not None
 
 
 def _kernel_attention(self: Any, q: torch.Tensor, kv: "KVSlots") -> torch.Tensor:
@@ -184,7 +184,7 @@ def _kernel_attention(self: Any, q: torch.Tensor, kv: "KVSlots") -> torch.Tensor
         special = {"scale": self.scaling, "softcap": self.softcapping, "window": self.sliding_window_size}
     else:
         special = {"scale": self.head_dim**-0.5}
-    return _decode_kernels().attend_slots(q, kv.k, kv.v, kv.view.positions, **special)  # type: ignore[union-attr]
+    return _kernels().attend_slots(q, kv.k, kv.v, kv.view.positions, **special)  # type: ignore[union-attr]
 
 
 def _decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -279,7 +279,7 @@ class KVView:
     Args:
         slots (int): number of sequences that fit.
         capacity (int): number of tokens per slot; ``grow`` raises it.
-        kernel (bool): decode steps attend with :func:`spin.decode_kernels.attend_slots`, whatever mask and length say.
+        kernel (bool): decode steps attend with :func:`spin.generation_kernels.attend_slots`, whatever the mask says.
     """
 
     def __init__(self, slots: int, capacity: int, kernel: bool = False) -> None:

@@ -4,7 +4,7 @@ import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from spin.distributed import clean_name, hooks_off, unsharded
 from spin.errors import ConfigError, GeneratorError
 from spin.float8 import float8_off
 from spin.generators.base import Completion, GeneratorContext, SamplingParams
+from spin.generators.fused import fused
 from spin.generators.sampling import uniforms
 from spin.generators.slots import Chosen, Slots, StepPlan
 
@@ -108,7 +109,7 @@ class TorchtuneGenerator:
         requests.sort(key=lambda request: (-len(request.prompt), request.index))  # memory runs out early if at all
         done: dict[int, Completion] = {}
         # no_grad, not inference_mode: whatever a module or FSDP makes on first use must stay fit for training.
-        with unsharded(self.model), torch.no_grad(), _ready_to_generate(self.model):
+        with unsharded(self.model), torch.no_grad(), _ready_to_generate(self.model, self._context.device):
             try:
                 while len(done) < len(requests):
                     waiting = [request for request in requests if request.index not in done]
@@ -386,8 +387,10 @@ class _Run:
 
 
 @contextmanager
-def _ready_to_generate(model: Any) -> Iterator[None]:
-    """Evaluation mode, layers uncompiled, without checkpointing and FSDP's hooks, and all as it was afterwards."""
+def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, layers uncompiled, without checkpointing and FSDP's hooks, with kernels of our own on a GPU, and
+    all as it was afterwards."""
+    small_modules = fused(model) if has_decode_kernel(device) else nullcontext()
     training = [module for module in model.modules() if module.training]
     unembed = vars(model).get("unembed")
     wrappers = {
@@ -398,7 +401,7 @@ def _ready_to_generate(model: Any) -> Iterator[None]:
         module.forward = module._checkpoint_wrapped_module.__call__
     try:
         # Compiled layers would be compiled again for every length of the cache.
-        with torch.compiler.set_stance("force_eager"), float8_off(model), hooks_off(model):
+        with torch.compiler.set_stance("force_eager"), float8_off(model), hooks_off(model), small_modules:
             yield
     finally:
         for module, forward in wrappers.items():

@@ -92,7 +92,7 @@ def _recorded(generator):
     ],
 )
 def test_kernel_equals_pytorch(dtype, h, n_kv, head_dim, capacity, softcap, window):
-    from spin.decode_kernels import attend_slots
+    from spin.generation_kernels import attend_slots
 
     draw = torch.Generator("cuda").manual_seed(0)
     n, slots = 5, 7
