@@ -164,12 +164,12 @@ class Slots:
         """Forwards of the model are as before, but for ``unembed``, which is the caller's to restore."""
         detach_kv(self._model)
 
-    def prefill(self, slots: Sequence[int], prompts: Sequence[Sequence[int]], numbers: Sequence[np.ndarray]) -> Chosen:
+    def prefill(self, slots: Sequence[int], prompts: Sequence[list[int]], numbers: Sequence[np.ndarray]) -> Chosen:
         """Reads prompts into free slots and chooses the first token of each.
 
         Args:
             slots (Sequence[int]): where the sequences go.
-            prompts (Sequence[Sequence[int]]): their token ids.
+            prompts (Sequence[list[int]]): their token ids.
             numbers (Sequence[np.ndarray]): uniform numbers for their tokens, float64 in [0, 1).
 
         Returns:
@@ -210,7 +210,7 @@ class Slots:
             Chosen: a token for each slot, n or more.
         """
         size = (self.plan.rows(n), self.plan.length(length, self.capacity))
-        self._make_room(size[1])
+        self._make_room(length if self.plan.kernel else size[1])
         if size in self._graphs:
             self._graphs[size].replay()
         elif self._captures:

@@ -1,4 +1,4 @@
-"""The embedded generator on a GPU: the kernel against PyTorch, recorded steps against steps as they are, and memory.
+"""The embedded generator on a GPU: kernels against PyTorch, recorded steps against steps as they are, and memory.
 
 Greedy tokens in fp32 are compared one by one. Another number of rows can round a logit differently, so where two
 runs part, the two tokens may be as good as equally probable (``_same``); anything else fails, with the place.
@@ -10,9 +10,10 @@ import logging
 import pytest
 import torch
 
-from spin.attention import has_decode_kernel
+from spin.attention import has_decode_kernel, patch_attention
 from spin.gemma2 import fix_gemma2_softcap
 from spin.generators.base import GeneratorContext, SamplingParams
+from spin.generators.fused import fused
 from spin.generators.slots import Slots
 from spin.generators.torchtune import TorchtuneGenerator
 from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE
@@ -74,7 +75,7 @@ def _recorded(generator):
     return sorted(size for size, _ in generator._slots._graphs)
 
 
-# --- the kernel ---
+# --- the kernels ---
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -116,11 +117,39 @@ def test_kernel_equals_pytorch(dtype, h, n_kv, head_dim, capacity, softcap, wind
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fused_modules_equal_torchtunes(name, dtype, tolerance):
+    """Logits of whole sequences, positions counted and given; bf16 is as near to fp32 as torchtune's own modules."""
+    exact = FAMILIES[name]().cuda()
+    model = FAMILIES[name]().to("cuda", dtype)
+    for module in model.modules():  # tables stay fp32, as in a sharded model
+        if hasattr(module, "rope_init"):
+            with torch.device("cuda"):
+                module.rope_init()
+    patch_attention(exact)
+    patch_attention(model)
+    draw = torch.Generator("cuda").manual_seed(0)
+    tokens = torch.randint(0, VOCAB_SIZE, (3, 21), device="cuda", generator=draw)
+    positions = torch.randint(0, MAX_SEQ_LEN, (3, 21), device="cuda", generator=draw)
+    mask = torch.ones(3, 21, 21, dtype=torch.bool, device="cuda").tril()
+    with torch.no_grad():
+        for arguments in ({}, {"input_pos": positions, "mask": mask}):
+            expected = exact(tokens, **arguments)
+            own = model(tokens, **arguments)
+            with fused(model):
+                assert sum("forward" in vars(module) for module in model.modules()) >= 10
+                got = model(tokens, **arguments)
+            assert torch.equal(model(tokens, **arguments), own)  # as before
+            scale = expected.std()
+            assert (got - expected).std() < max(tolerance * scale, 1.2 * (own - expected).std())
+
+
 # --- recorded steps ---
 
 
 def test_recorded_steps_equal_steps_as_they_are(make, model, many, caplog):
-    """64 slots for 90 prompts: refills, then fewer and fewer rows, so that all four sizes are used."""
+    """64 slots for 90 prompts: refills, then fewer and fewer rows, so that all three sizes are used."""
     assert has_decode_kernel(torch.device("cuda"))
     expected = make(batch_size=64, cuda_graphs=False).generate(many, GREEDY, [0] * 90)
     generator = make(batch_size=64)
@@ -281,7 +310,6 @@ def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpoi
     """FSDP2 on one rank in bf16, as recipes prepare a model: recorded without a complaint, and fit for training."""
     from torchtune.training import apply_selective_activation_checkpointing
 
-    from spin.attention import patch_attention
     from spin.distributed import init_world, shard_model, shutdown
     from spin.models import _compile_layers
     from spin.selfplay import awake
