@@ -123,9 +123,11 @@ def ban_early_stops(
     Returns:
         torch.Tensor: shape (n, v).
     """
-    stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    stops[list(stop_token_ids)] = True
-    return logits.masked_fill((new_tokens < min_new_tokens)[:, None] & stops, -torch.inf)
+    early = new_tokens < min_new_tokens
+    banned = logits.clone()
+    for token in stop_token_ids:  # a few columns, rather than a mask of the vocabulary made on the host
+        banned[:, token].masked_fill_(early, -torch.inf)
+    return banned
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -169,10 +171,12 @@ def invert_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         torch.Tensor: token ids, int64, shape (n,).
     """
     n, v = logits.shape
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    weights = logits.softmax(-1)
     # float64 sums: in float32 the tail of a large vocabulary is lost. Blocks first, then the tokens of one block: a
     # running sum over all tokens costs five times as much on CPU.
-    blocks = F.pad(weights, (0, -v % _BLOCK)).view(n, -1, _BLOCK)  # (n, v) -> (n, v / block, block)
+    if v % _BLOCK:
+        weights = F.pad(weights, (0, -v % _BLOCK))
+    blocks = weights.view(n, -1, _BLOCK)  # (n, v) -> (n, v / block, block)
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniforms * cumulative[:, -1]
     block = _first_above(cumulative, target)

@@ -368,6 +368,9 @@ def _start(model_dir: Path, arguments: dict[str, Any], on_gpu: bool) -> Any:
         raise ConfigError(
             "PYTORCH_ALLOC_CONF has expandable_segments:True, with which vLLM cannot give its memory back. Unset it."
         )
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()  # vLLM measures what is free, and takes offence if that grows meanwhile
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for functions that never leave this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
