@@ -22,7 +22,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ class SPINRecipe:
         self._last_batch: Sequence[Pair] = []
         self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
         self._history: list[dict[str, float]] = []  # metrics of this iteration's steps
+        self._play_metrics: dict[str, float] = {}  # of this iteration's play, not logged yet
 
     # PLUMBING: everything is checked and made here, cheap things first, weights last.
     def setup(self) -> None:
@@ -174,8 +175,9 @@ class SPINRecipe:
             self._checkpointer.load_state(resume_path, model=self._model, optimizer=optimizer, world=self._world)
         self._generator = config.instantiate(
             cfg.generator,
-            context=GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode),
+            context=GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world),
         )
+        self._team = selfplay.team_of(self._generator, self._world)
 
         # ---- logs
         self._metric_logger: Any = None
@@ -412,17 +414,27 @@ class SPINRecipe:
             generator=self._generator,
             compute_dtype=cfg.compute_dtype,
         )
-        num_shards = math.ceil(len(samples) / cfg.pairs.prompts_per_shard)
+        num_shards = selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, self._team.count)
         store = selfplay.open_store(folder / "responses", fingerprint, num_shards, world, log.warning)
         missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
         if store.is_sealed and not missing:
             return True
         bar = self._bar(f"iteration {iteration}, {folder.name} answers", "prompt", len(samples))
-        # inside, ranks make as many shards as they have, without a collective
         with selfplay.awake(self._generator, self._model):
+            gap = selfplay.prove_weights(
+                self._generator,
+                self._model,
+                world,
+                self._prompts,
+                self._sampling,
+                packing=self._packing,
+                chunk_tokens=cfg.logprob_chunk_tokens,
+                as_in_training=cfg.compile,
+            )
+            # from here on ranks make as many shards as they have, without a collective
             selfplay.play(
                 store,
-                missing[world.rank :: world.world_size],
+                selfplay.own_shards(missing, store, prompts, samples, self._sampling.max_new_tokens, self._team),
                 prompts,
                 samples,
                 self._generator,
@@ -430,11 +442,12 @@ class SPINRecipe:
                 seed=cfg.seed,
                 iteration=iteration,
                 responses_per_prompt=cfg.pairs.responses_per_prompt,
+                team=self._team,
                 should_stop=self._is_asked_to_stop,
                 on_shard=bar.update,
             )
         bar.close()
-        return self._seal(store)
+        return self._seal(store, None if gap is None else {"generator/logprob_gap": gap})
 
     def _answers(self, iteration: int, folder: Path, history: int | None = None) -> list[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
@@ -477,7 +490,7 @@ class SPINRecipe:
         bar.close()
         return self._seal(store, self._counts)
 
-    def _seal(self, store: PairStore, report: dict[str, int] | None = None) -> bool:
+    def _seal(self, store: PairStore, report: Mapping[str, float] | None = None) -> bool:
         barrier(self._world)
         if any_rank(self._is_asked_to_stop(), self._world):
             return False
@@ -530,6 +543,9 @@ class SPINRecipe:
             self._optimizer = self._new_optimizer()
         self._history = []
         self._val_loss_before = self._val_loss
+        # what is known of the iteration's play goes into the line of its first step
+        report = PairStore.open(self._folder(iteration) / "responses").manifest.get("report", {})
+        self._play_metrics = dict(report) if self._progress.is_iteration_start else {}
 
     def _lr_factor(self) -> float:
         """The schedule spans an iteration where the optimizer starts anew in each, else the run."""
@@ -586,6 +602,7 @@ class SPINRecipe:
         return tqdm(iterable, desc=description, unit=unit, total=total, disable=not self._world.is_main)
 
     def _log(self, metrics: dict[str, float]) -> None:
+        metrics, self._play_metrics = metrics | self._play_metrics, {}
         self._history.append(metrics)
         step = self._progress.step
         if self._world.is_main:

@@ -98,7 +98,8 @@ class PairStore:
         Args:
             path (str | Path): the folder.
             fingerprint (Mapping[str, Any]): everything that the content depends on, JSON values by name.
-            num_shards (int): shards that the sealed store will have.
+            num_shards (int): shards that a new store will have; one that is there keeps its own number, which another
+                number of ranks does not change.
             on_stale (Callable[[str], None] | None): told in a sentence when a store made from other things was moved
                 aside.
 
@@ -111,8 +112,6 @@ class PairStore:
             try:
                 store = cls.open(path)
                 changed = differences(store.manifest["fingerprint"], fingerprint)
-                if store.manifest["num_shards"] != num_shards:
-                    changed.append("number of shards")
             except StoreError as error:
                 changed = [str(error)]
             if not changed:

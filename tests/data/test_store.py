@@ -157,3 +157,10 @@ def test_manifest_records_every_shard(tmp_path):
 
 def test_differences():
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b is 3, was 2", "c is 4, was 'absent'"]
+
+
+def test_a_store_keeps_its_number_of_shards(tmp_path):
+    """A run that goes on with another number of ranks would begin with another number."""
+    PairStore.open_or_create(tmp_path / "s", {"opponent": "w"}, 3).write_shard(0, [])
+    again = PairStore.open_or_create(tmp_path / "s", {"opponent": "w"}, 8)
+    assert again.num_shards == 3 and again.missing_shards() == [1, 2]
