@@ -161,21 +161,16 @@ def _forward(
 
 
 @cache
-def _kernels() -> ModuleType | None:
-    """:mod:`spin.generation_kernels`, or None where there is no Triton."""
-    return import_module("spin.generation_kernels") if find_spec("triton") else None
-
-
-def has_decode_kernel(device: torch.device) -> bool:
-    """Whether decode steps on this device can have the kernel that needs neither mask nor length.
+def generation_kernels(device_type: str) -> ModuleType | None:
+    """Kernels for generation on a kind of device.
 
     Args:
-        device (torch.device): where the cache is.
+        device_type (str): ``cuda`` or ``cpu``.
 
     Returns:
-        bool: True on a GPU with Triton.
+        ModuleType | None: :mod:`spin.generation_kernels`, or None where there is no GPU or no Triton.
     """
-    return device.type == "cuda" and _kernels() is not None
+    return import_module("spin.generation_kernels") if device_type == "cuda" and find_spec("triton") else None
 
 
 def _kernel_attention(self: Any, q: torch.Tensor, kv: "KVSlots") -> torch.Tensor:
@@ -184,7 +179,8 @@ def _kernel_attention(self: Any, q: torch.Tensor, kv: "KVSlots") -> torch.Tensor
         special = {"scale": self.scaling, "softcap": self.softcapping, "window": self.sliding_window_size}
     else:
         special = {"scale": self.head_dim**-0.5}
-    return _kernels().attend_slots(q, kv.k, kv.v, kv.view.positions, **special)  # type: ignore[union-attr]
+    kernels: Any = generation_kernels(q.device.type)
+    return kernels.attend_slots(q, kv.k, kv.v, kv.view.positions, **special)
 
 
 def _decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -407,7 +403,7 @@ def attach_kv(
         capacity (int): tokens per sequence to begin with.
         dtype (torch.dtype | None): of the cache; None takes the keys' own.
         device (torch.device | None): of the cache; None takes the keys' own.
-        kernel (bool): decode with the kernel; only where :func:`has_decode_kernel` says so.
+        kernel (bool): decode with the kernel; only where there are :func:`generation_kernels`.
 
     Returns:
         KVView: tells the layers what the next forward is.

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 _TILE = 8192  # entries of a tile of keys
+_DRAWN = 1024  # logits of a program
 _GATE = 2048  # entries of a gated activation in a program
 _LEAST = 16  # rows and columns of what tensor cores multiply
 
@@ -155,6 +156,82 @@ def _gate(gate, up, out, entries, gelu: tl.constexpr, block: tl.constexpr):
     tl.store(out + at, (active * factor).to(out.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _drawable(line, column, vocab, temperature, is_early, stops, num_stops: tl.constexpr):
+    value = tl.load(line + column, mask=column < vocab, other=-float("inf")).to(tl.float32) / temperature
+    for i in tl.static_range(num_stops):
+        value = tl.where(is_early & (column == tl.load(stops + i)), -float("inf"), value)
+    return value
+
+
+@triton.jit
+def _weigh_blocks(
+    logits,
+    new_tokens,
+    stops,
+    tops,
+    totals,
+    vocab,
+    stride,
+    blocks,
+    temperature,
+    min_new_tokens,
+    num_stops: tl.constexpr,
+    block: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    is_early = tl.load(new_tokens + row) < min_new_tokens
+    column = part * block + tl.arange(0, block)
+    value = _drawable(logits + row * stride, column, vocab, temperature, is_early, stops, num_stops)
+    top = tl.maximum(tl.max(value, 0), -1e30)  # of a block that is banned as a whole
+    tl.store(tops + row * blocks + part, top)
+    tl.store(totals + row * blocks + part, tl.sum(tl.exp(value - top).to(tl.float64), 0))
+
+
+@triton.jit
+def _draw(
+    logits,
+    new_tokens,
+    stops,
+    tops,
+    totals,
+    uniforms,
+    out,
+    vocab,
+    stride,
+    blocks,
+    temperature,
+    min_new_tokens,
+    num_stops: tl.constexpr,
+    block: tl.constexpr,
+    parts: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    part = tl.arange(0, parts)
+    top = tl.load(tops + row * blocks + part, mask=part < blocks, other=-1e30)
+    weight = tl.load(totals + row * blocks + part, mask=part < blocks, other=0.0)
+    highest = tl.max(top, 0)
+    cumulative = tl.cumsum(weight * tl.exp(top - highest).to(tl.float64), 0)
+    total = tl.max(cumulative, 0)
+    target = tl.load(uniforms + row) * total
+    target = tl.where(target < total, target, total - total * 2.220446049250313e-16)  # 2^-52
+    chosen = tl.minimum(tl.sum((cumulative <= target).to(tl.int32), 0), blocks - 1)
+    before = tl.max(tl.where(part < chosen, cumulative, 0.0), 0)
+
+    place = tl.arange(0, block)
+    column = chosen * block + place
+    is_early = tl.load(new_tokens + row) < min_new_tokens
+    value = _drawable(logits + row * stride, column, vocab, temperature, is_early, stops, num_stops)
+    weights = tl.exp(value - highest).to(tl.float64)
+    within = before + tl.cumsum(weights, 0)
+    # A block's total and its tokens' sum differ by their rounding: beyond the last token, it is the last that counts.
+    possible = weights > 0
+    index = tl.min(tl.where(possible & (within > target), place, block), 0)
+    last = tl.max(tl.where(possible, place, 0), 0)
+    tl.store(out + row, (chosen * block + tl.minimum(index, last)).to(tl.int64))
+
+
 def rotate(
     x: torch.Tensor, table: torch.Tensor, positions: torch.Tensor | None, *, interleaved: bool, rounded: bool = False
 ) -> torch.Tensor:
@@ -230,6 +307,40 @@ def gate(gated: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
     gated, up = gated.contiguous(), up.contiguous()
     out = torch.empty_like(gated)
     _gate[(triton.cdiv(gated.numel(), _GATE),)](gated, up, out, gated.numel(), gelu=gelu, block=_GATE, num_warps=4)
+    return out
+
+
+def draw(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperature: float,
+    new_tokens: torch.Tensor,
+    min_new_tokens: int,
+    stops: torch.Tensor,
+) -> torch.Tensor:
+    """Ban on early stops, temperature and inverse CDF, reading the logits once.
+
+    Args:
+        logits (torch.Tensor): shape (n, v), rows contiguous.
+        uniforms (torch.Tensor): float64 in [0, 1), shape (n,), contiguous.
+        temperature (float): more than 0.
+        new_tokens (torch.Tensor): tokens that each response has so far, int64, shape (n,), contiguous.
+        min_new_tokens (int): no stop token before so many.
+        stops (torch.Tensor): stop tokens, int64, shape (k,).
+
+    Returns:
+        torch.Tensor: token ids, int64, shape (n,).
+    """
+    n, vocab = logits.shape
+    blocks = triton.cdiv(vocab, _DRAWN)
+    tops = torch.empty(n, blocks, dtype=torch.float32, device=logits.device)
+    totals = torch.empty(n, blocks, dtype=torch.float64, device=logits.device)
+    out = torch.empty(n, dtype=torch.int64, device=logits.device)
+    sizes = (vocab, logits.stride(0), blocks, float(temperature), min_new_tokens)
+    fixed = {"num_stops": len(stops), "block": _DRAWN, "num_warps": 4}
+    _weigh_blocks[(n, blocks)](logits, new_tokens, stops, tops, totals, *sizes, **fixed)
+    parts = triton.next_power_of_2(blocks)
+    _draw[(n,)](logits, new_tokens, stops, tops, totals, uniforms, out, *sizes, **fixed, parts=parts)
     return out
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,20 +23,21 @@ _NORMS: dict[type, float] = {RMSNorm: 0.0, GemmaRMSNorm: 1.0}  # what is added t
 
 
 @contextmanager
-def fused(model: nn.Module) -> Iterator[None]:
+def fused(model: nn.Module, kernels: ModuleType) -> Iterator[None]:
     """Runs the small modules of a torchtune decoder as one kernel each; others, and subclasses, are left alone.
 
-    Needs Triton and a GPU, see :func:`spin.attention.has_decode_kernel`; forwards are for ``torch.no_grad()``.
+    Forwards are for ``torch.no_grad()``.
 
     Args:
         model (nn.Module): a torchtune decoder.
+        kernels (ModuleType): see :func:`spin.attention.generation_kernels`.
 
     Yields:
         None: the kernels are in place.
     """
     replaced = []
     for module in model.modules():
-        forward = _forward_of(module)
+        forward = _forward_of(module, kernels)
         if forward is not None and "forward" not in vars(module):
             module.forward = forward
             replaced.append(module)
@@ -47,35 +48,14 @@ def fused(model: nn.Module) -> Iterator[None]:
             del module.forward
 
 
-def _forward_of(module: Any) -> Callable[..., torch.Tensor] | None:
+def _forward_of(module: Any, kernels: Any) -> Callable[..., torch.Tensor] | None:
     kind = type(module)
     if kind in _NORMS:
-        return partial(_norm, module, _NORMS[kind])
+        return lambda x: kernels.rms_norm(x, module.scale, module.eps, _NORMS[kind])
     if kind in _ROTARY:
-        return partial(_rotary, module, _ROTARY[kind])
+        return lambda x, input_pos=None: kernels.rotate(x, module.cache, input_pos, **_ROTARY[kind])
     if kind is FeedForward and module.w3 is not None:
-        if type(module.activation) is nn.SiLU:
-            return partial(_gated, module, False)
-        if type(module.activation) is nn.GELU and module.activation.approximate == "tanh":
-            return partial(_gated, module, True)
+        gelu = type(module.activation) is nn.GELU and module.activation.approximate == "tanh"
+        if gelu or type(module.activation) is nn.SiLU:
+            return lambda x: module.w2(kernels.gate(module.w1(x), module.w3(x), gelu=gelu))
     return None
-
-
-def _norm(module: Any, offset: float, x: torch.Tensor) -> torch.Tensor:
-    from spin.generation_kernels import rms_norm
-
-    return rms_norm(x, module.scale, module.eps, offset)
-
-
-def _rotary(
-    module: Any, style: dict[str, bool], x: torch.Tensor, *, input_pos: torch.Tensor | None = None
-) -> torch.Tensor:
-    from spin.generation_kernels import rotate
-
-    return rotate(x, module.cache, input_pos, **style)
-
-
-def _gated(module: Any, gelu: bool, x: torch.Tensor) -> torch.Tensor:
-    from spin.generation_kernels import gate
-
-    return module.w2(gate(module.w1(x), module.w3(x), gelu=gelu))

@@ -3,11 +3,14 @@ number, and that number on the sample's seed and the token's place only. Batch, 
 """
 
 import hashlib
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from spin.attention import generation_kernels
 from spin.generators.base import SamplingParams
 
 _BLOCK = 256  # tokens
@@ -75,6 +78,12 @@ def sample_tokens(
     Raises:
         ValueError: If ``seen`` or ``new_tokens`` is needed and missing.
     """
+    is_plain = sampling.top_p == 1 and not 0 < sampling.top_k < logits.shape[-1] and sampling.repetition_penalty == 1
+    kernels: Any = generation_kernels(logits.device.type)
+    if is_plain and sampling.temperature > 0 and kernels:
+        early = (sampling.min_new_tokens, sampling.stop_token_ids) if sampling.stop_token_ids else (0, ())
+        counts = torch.zeros_like(uniforms, dtype=torch.int64) if new_tokens is None else new_tokens
+        return kernels.draw(logits, uniforms, sampling.temperature, counts, early[0], _ids(early[1], logits.device))
     logits = logits.float()
     if sampling.repetition_penalty != 1:
         if seen is None:
@@ -93,6 +102,12 @@ def sample_tokens(
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
     return invert_cdf(logits, uniforms)
+
+
+@cache
+def _ids(tokens: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Made once: a recorded step cannot send anything to the device."""
+    return torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:

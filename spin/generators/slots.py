@@ -39,7 +39,7 @@ class StepPlan:
         lag (int): launches that may be under way before the tokens of the first are read. With 1, a row that stops runs
             one step more, whose token is dropped.
         capture (bool): replay the steps of each size as a CUDA graph; needs ``sizes``.
-        kernel (bool): decode with the kernel that needs no length, see :func:`spin.attention.has_decode_kernel`.
+        kernel (bool): attend with the kernel that needs no length, see :func:`spin.attention.generation_kernels`.
     """
 
     sizes: tuple[int, ...] = ()

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from spin.attention import has_decode_kernel, patch_attention
+from spin.attention import generation_kernels, patch_attention
 from spin.data.types import FinishReason
 from spin.distributed import clean_name, hooks_off, unsharded
 from spin.errors import ConfigError, GeneratorError
@@ -204,7 +204,7 @@ class TorchtuneGenerator:
         """How steps run on this device."""
         if self._context.device.type != "cuda":
             return StepPlan()
-        kernel = has_decode_kernel(self._context.device)
+        kernel = generation_kernels(self._context.device.type) is not None
         if not self._cuda_graphs:
             return StepPlan(lag=1, kernel=kernel)
         sizes = [slots]
@@ -390,7 +390,8 @@ class _Run:
 def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
     """Evaluation mode, layers uncompiled, without checkpointing and FSDP's hooks, with kernels of our own on a GPU, and
     all as it was afterwards."""
-    small_modules = fused(model) if has_decode_kernel(device) else nullcontext()
+    kernels = generation_kernels(device.type)
+    small_modules = fused(model, kernels) if kernels else nullcontext()
     training = [module for module in model.modules() if module.training]
     unembed = vars(model).get("unembed")
     wrappers = {

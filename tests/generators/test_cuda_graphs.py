@@ -6,14 +6,16 @@ runs part, the two tokens may be as good as equally probable (``_same``); anythi
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
 
-from spin.attention import has_decode_kernel, patch_attention
+from spin.attention import generation_kernels, patch_attention
 from spin.gemma2 import fix_gemma2_softcap
 from spin.generators.base import GeneratorContext, SamplingParams
 from spin.generators.fused import fused
+from spin.generators.sampling import sample_tokens
 from spin.generators.slots import Slots
 from spin.generators.torchtune import TorchtuneGenerator
 from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE
@@ -117,6 +119,34 @@ def test_kernel_equals_pytorch(dtype, h, n_kv, head_dim, capacity, softcap, wind
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(),
+        SamplingParams(temperature=0.7, min_new_tokens=2, stop_token_ids=(5, 128_000)),
+    ],
+)
+@pytest.mark.parametrize("vocab_size", [160, 49152, 128256])
+def test_drawn_tokens_equal_pytorchs(sampling, vocab_size, dtype):
+    """The same uniform numbers, 0 and the largest below 1 among them, and stop tokens that are probable."""
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, vocab_size, generator=draw).mul(2)
+    logits[:, 5] += 14
+    logits = logits.to(dtype)
+    uniforms = torch.rand(200, dtype=torch.float64, generator=draw)
+    uniforms[0], uniforms[1] = 0, 1 - 2**-53
+    if vocab_size == 160:
+        sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids[:1])
+    new_tokens = torch.arange(200) % 4
+    expected = sample_tokens(logits, sampling, uniforms, new_tokens=new_tokens)
+    got = sample_tokens(logits.cuda(), sampling, uniforms.cuda(), new_tokens=new_tokens.cuda()).cpu()
+    different = (got != expected).nonzero()[:, 0].tolist()
+    assert len(different) <= 1, [(i, uniforms[i].item(), got[i].item(), expected[i].item()) for i in different]
+    if sampling.min_new_tokens:
+        assert not (got[new_tokens < 2] == 5).any() and (got[new_tokens >= 2] == 5).any()
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_fused_modules_equal_torchtunes(name, dtype, tolerance):
@@ -137,7 +167,7 @@ def test_fused_modules_equal_torchtunes(name, dtype, tolerance):
         for arguments in ({}, {"input_pos": positions, "mask": mask}):
             expected = exact(tokens, **arguments)
             own = model(tokens, **arguments)
-            with fused(model):
+            with fused(model, generation_kernels("cuda")):
                 assert sum("forward" in vars(module) for module in model.modules()) >= 10
                 got = model(tokens, **arguments)
             assert torch.equal(model(tokens, **arguments), own)  # as before
@@ -150,7 +180,7 @@ def test_fused_modules_equal_torchtunes(name, dtype, tolerance):
 
 def test_recorded_steps_equal_steps_as_they_are(make, model, many, caplog):
     """64 slots for 90 prompts: refills, then fewer and fewer rows, so that all three sizes are used."""
-    assert has_decode_kernel(torch.device("cuda"))
+    assert generation_kernels("cuda")
     expected = make(batch_size=64, cuda_graphs=False).generate(many, GREEDY, [0] * 90)
     generator = make(batch_size=64)
     generator.wake()
@@ -229,7 +259,7 @@ def test_families(name, caplog):
 def test_without_the_kernel(make, model, many, monkeypatch):
     """PyTorch's attention over rounded lengths, a graph for each of them; rows of up to 148 tokens."""
     expected = make(batch_size=32).generate(many, GREEDY, [0] * 90)
-    monkeypatch.setattr("spin.generators.torchtune.has_decode_kernel", lambda device: False)
+    monkeypatch.setattr("spin.generators.torchtune.generation_kernels", lambda kind: None)
     monkeypatch.setattr("spin.generators.torchtune._LENGTH_STEP", 64)
     generator = make(batch_size=32)
     generator.wake()
