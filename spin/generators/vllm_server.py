@@ -297,7 +297,10 @@ class VLLMServerGenerator:
         """One request; ``_UnavailableError`` if a later one may succeed, ``GeneratorError`` if none will."""
         session = self._session()
         try:
-            response = session.request(method, f"{self._url}{path}", timeout=self._timeout, **arguments)
+            # given here, because a session's own `verify` yields to REQUESTS_CA_BUNDLE
+            response = session.request(
+                method, f"{self._url}{path}", timeout=self._timeout, verify=self._verify, **arguments
+            )
         except requests.exceptions.SSLError as error:
             raise GeneratorError(f"{self._url}: {error}. Set generator.verify to your CA bundle.") from error
         except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
@@ -321,7 +324,6 @@ class VLLMServerGenerator:
         if not hasattr(self._sessions, "session"):
             session = self._sessions.session = requests.Session()
             session.headers.update(self._headers)
-            session.verify = self._verify
         return self._sessions.session
 
 

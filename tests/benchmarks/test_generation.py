@@ -1,6 +1,8 @@
 """The benchmark of generation on a tiny model: its command, its tables, and arms that do the same work."""
 
+import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,8 +28,8 @@ def bench():
 
 def test_the_command_and_the_table_from_the_file(tmp_path, capsys, monkeypatch):
     out = tmp_path / "results.json"
-    arms = ",".join(generation.ARMS)
-    monkeypatch.setattr(sys, "argv", ["generation.py", *TINY, "--arms", arms, "--profile", "--out", str(out)])
+    arms = [name for name in generation.ARMS if not name.startswith("vllm")]  # these have a test of their own
+    monkeypatch.setattr(sys, "argv", ["generation.py", *TINY, "--arms", ",".join(arms), "--profile", "--out", str(out)])
     generation.main()
     printed = capsys.readouterr().out
     results = json.loads(out.read_text(encoding="utf-8"))
@@ -44,8 +46,26 @@ def test_the_command_and_the_table_from_the_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["generation.py", "--table", str(out)])
     generation.main()
     assert printed.endswith(capsys.readouterr().out)
-    for arm in generation.ARMS.values():
-        assert arm.title in printed
+    for name in arms:
+        assert generation.ARMS[name].title in printed
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM; `make vllm` installs it")
+def test_vllm_does_the_same_work(tmp_path, subprocess_env):
+    """In a process of its own; heads of 32 dimensions, the smallest that vLLM takes on a CPU."""
+    out, arms = tmp_path / "results.json", ["embedded", "vllm", "vllm_bare", "vllm_bare_seeded"]
+    work = ["--model", "small", "--device", "cpu", "--requests", "4", "--max-new-tokens", "16", "--rounds", "1"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/generation.py", *work, "--arms", ",".join(arms), "--out", str(out)],
+        cwd=REPO, env=subprocess_env, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(out.read_text(encoding="utf-8"))
+    assert results["check"] == {"embedded": {"float32": 1.0}, "vllm": {"float32": 1.0}}
+    assert {name: run["useful_tokens"] for name, run in results["arms"].items()} == dict.fromkeys(
+        arms, results["arms"]["embedded"]["useful_tokens"]
+    )
+    assert results["vllm_sync"]["update_weights_seconds"] > 0
 
 
 @pytest.mark.parametrize("name", ["embedded", "embedded_eager", "transformers"])
