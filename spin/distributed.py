@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ from spin.errors import ConfigError, SpinError
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _KEPT = "_spin_unsharded"  # set on the root while `unsharded` holds the parameters
 _RESHARD = "_spin_reshard_after_forward"  # set on each sharded module: as it was given to `fully_shard`
+_TIMEOUT_SECONDS = 8 * 3600
 
 Row = TypeVar("Row")
 
@@ -40,6 +41,7 @@ class World:
         local_rank (int): number of this process on its host.
         device (torch.device): where this process computes.
         mesh (DeviceMesh): ``("shard",)``, or ``("replicate", "shard")`` with replicas.
+        group (dist.ProcessGroup | None): whose collectives carry objects; None is the default group.
     """
 
     rank: int
@@ -47,6 +49,7 @@ class World:
     local_rank: int
     device: torch.device
     mesh: DeviceMesh
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -54,7 +57,7 @@ class World:
         return self.rank == 0
 
 
-def init_world(device: str | None = None, *, timeout_seconds: float = 8 * 3600, replicas: int = 1) -> World:
+def init_world(device: str | None = None, *, timeout_seconds: float = _TIMEOUT_SECONDS, replicas: int = 1) -> World:
     """Joins the process group that torchrun announces, or make one of size one.
 
     Without torchrun the group lives in memory and opens no port. A second call in a process describes the group that is
@@ -454,10 +457,22 @@ def any_rank(flag: bool, world: World) -> bool:
     return all_reduce_sums({"flag": float(flag)}, world)["flag"] > 0
 
 
+def beside(world: World) -> World:
+    """The same ranks with a process group of their own, for the collectives of another thread. Collective.
+
+    Args:
+        world (World): the ranks.
+
+    Returns:
+        World: carries objects over the CPU, whatever the main thread does at the time.
+    """
+    return replace(world, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=_TIMEOUT_SECONDS)))
+
+
 def gather_objects(obj: Any, world: World) -> list[Any]:
     """The objects of all ranks, in rank order, on every rank. Between processes of one run only: it uses pickle."""
     objects: list[Any] = [None] * world.world_size
-    dist.all_gather_object(objects, obj)
+    dist.all_gather_object(objects, obj, group=world.group)
     return objects
 
 
