@@ -263,6 +263,29 @@ class SPINCheckpointer:
             if self._stager is not None:
                 self._stager.close()
 
+    def roll_back(self, step: int, world: World) -> Path | None:
+        """Removes the states of later steps, so that a run resumes from ``step``, or from before its first state.
+
+        Newest first: a process that dies here leaves states that a run can resume from, and roll back again. Collective.
+
+        Args:
+            step (int): of the state that becomes the newest.
+            world (World): the ranks.
+
+        Returns:
+            Path | None: the state that a run now resumes from; None if it starts with the first model.
+
+        Raises:
+            CheckpointError: If a state could not be removed.
+        """
+        self.wait()
+        with fail_together(world, CheckpointError):
+            if world.is_main:
+                for folder, manifest in reversed(self._complete()):
+                    if manifest["step"] > step:
+                        _remove(folder)
+        return self.latest()
+
     def _next_sequence(self) -> int:
         # Steps go back when a run resumes from an older state; the order of saving does not.
         return max((manifest["sequence"] for _, manifest in self._complete()), default=0) + 1
@@ -298,8 +321,7 @@ class SPINCheckpointer:
             if folder in keep:
                 continue
             try:
-                (folder / MANIFEST).unlink()  # from here on it is no state
-                shutil.rmtree(folder)
+                _remove(folder)
             except OSError as error:
                 log.warning(f"{folder}: cannot remove this old state ({error}).")
 
@@ -393,6 +415,11 @@ class SPINCheckpointer:
             optimizer.state.update(optimizer_state)
             for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
                 _restore_options(group, options["options"])
+
+
+def _remove(folder: Path) -> None:
+    (folder / MANIFEST).unlink()  # from here on it is no state
+    shutil.rmtree(folder)
 
 
 def _gib(size_bytes: float) -> str:

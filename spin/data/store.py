@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
-from spin.files import write_json
+from spin.files import write_json, writing
 from spin.fingerprint import file_sha256
 
 FORMAT_VERSION = 1
@@ -104,6 +105,9 @@ class PairStore:
 
         Returns:
             PairStore: sealed, or to be filled with its missing shards.
+
+        Raises:
+            OutputError: If the folder cannot be written.
         """
         path = Path(path)
         fingerprint = json.loads(json.dumps(fingerprint))
@@ -118,18 +122,20 @@ class PairStore:
             if not changed:
                 return store
             aside = _unused_name(path)
-            path.rename(aside)
+            with writing(path):
+                path.rename(aside)
             if on_stale is not None:
                 on_stale(
                     f"{path} was made from something else ({'; '.join(changed)}): kept as {aside.name}, making it anew."
                 )
-        path.mkdir(parents=True)
         manifest = {
             "format_version": FORMAT_VERSION,
             "fingerprint": fingerprint,
             "num_shards": num_shards,
             "sealed": False,
         }
+        with writing(path):
+            path.mkdir(parents=True)
         _replace_json(path / MANIFEST, manifest)
         return cls(path, manifest)
 
@@ -170,6 +176,7 @@ class PairStore:
 
         Raises:
             StoreError: If a reference log-prob is not finite, naming the samples.
+            OutputError: If it cannot be written; no part of it is left.
         """
         broken = [
             pair.sample_id
@@ -198,14 +205,16 @@ class PairStore:
         }
         file = self._shard(index)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:
-                pq.write_table(pa.table(columns, schema=_SCHEMA), stream, compression="zstd", write_page_checksum=True)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.rename(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(file):
+            try:
+                with temporary.open("wb") as stream:
+                    table = pa.table(columns, schema=_SCHEMA)
+                    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                temporary.rename(file)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def seal(self, report: Mapping[str, Any] | None = None) -> None:
         """Records the checksum of every shard. Call it on one rank when no shard is missing.
@@ -215,6 +224,7 @@ class PairStore:
 
         Raises:
             StoreError: If a shard is missing.
+            OutputError: If the manifest cannot be written.
         """
         missing = self.missing_shards()
         if missing:
@@ -245,18 +255,35 @@ class PairStore:
         Raises:
             StoreError: If the shard is missing, or does not read back as it was written.
         """
+        return _pairs_of(self._read(index))
+
+    def _read(self, index: int, columns: list[str] | None = None) -> pa.Table:
         file = self._shard(index)
         try:
-            table = pq.read_table(file, page_checksum_verification=True)
-            if not table.schema.equals(_SCHEMA):
-                raise StoreError(f"{file}: has the columns {table.schema.names}, expected {_SCHEMA.names}.")
+            found = pq.read_schema(file)
+            if not found.equals(_SCHEMA):
+                raise StoreError(f"{file}: has the columns {found.names}, expected {_SCHEMA.names}.")
+            return pq.read_table(file, columns=columns, page_checksum_verification=True)
         except FileNotFoundError:
             raise StoreError(f"{file}: missing. Start the run again; the shard will be made again.") from None
         except (OSError, pa.ArrowException) as error:
             raise StoreError(
                 f"{file}: damaged ({error}). Remove it and start the run again; only this shard will be made again."
             ) from error
-        return _pairs_of(table)
+
+    def count_answers(self) -> tuple[int, int, int]:
+        """Answers, those of them that were cut, and the tokens of all; reads two columns of every shard.
+
+        Returns:
+            tuple[int, int, int]: number of answers, of truncated answers, of tokens.
+        """
+        answers = truncated = tokens = 0
+        for index in range(self.num_shards):
+            table = self._read(index, columns=["finish_reason", "generated_ids"])
+            answers += table.num_rows
+            truncated += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+            tokens += pc.sum(pc.list_value_length(table["generated_ids"])).as_py() or 0
+        return answers, truncated, tokens
 
     def pairs(self) -> Iterator[Pair]:
         """All pairs, shard by shard."""
@@ -324,5 +351,9 @@ def _unused_name(path: Path) -> Path:
 
 def _replace_json(file: Path, content: Mapping[str, Any]) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    write_json(temporary, content)
-    temporary.rename(file)
+    with writing(file):
+        try:
+            write_json(temporary, content)
+            temporary.rename(file)
+        finally:
+            temporary.unlink(missing_ok=True)
