@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -36,13 +37,13 @@ from spin import config, selfplay
 from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
 from spin.data.loader import RowBatch, load_rows
+from spin.data.lookup import LazySequence, PairLookup, share_lookup
 from spin.data.packing import PackedRow, padded_length
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import (
     accumulating,
     all_reduce_sums,
     any_rank,
-    barrier,
     broadcast_object,
     clip_grad_norm,
     fail_together,
@@ -225,7 +226,7 @@ class SPINRecipe:
                     self._log(metrics)
                     alarm = self._watch.step(iteration, progress.step - progress.iteration_start(iteration), metrics)
                     if alarm is not None:
-                        self._give_up(alarm, iteration, is_last)
+                        self._give_up(alarm, iteration, pairs, is_last)
                     if is_last:
                         break  # saved when the iteration is finished
                     if stop or (self._save_every and progress.step % self._save_every == 0):
@@ -234,10 +235,10 @@ class SPINRecipe:
                         return self._say_how_to_continue()
                 bar.close()
             # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
-            self._finish_iteration(iteration)
+            self._finish_iteration(iteration, pairs)
         log.info(f"Finished after {progress.step} steps; everything is in {self._output_dir}")
 
-    def augment_dataloader(self, iteration: int) -> dict[tuple[int, str], Pair] | None:
+    def augment_dataloader(self, iteration: int) -> PairLookup | None:
         """The pairs of an iteration, made now or found on disk: the opponent's answers and its log-probs of all
         responses.
 
@@ -245,8 +246,7 @@ class SPINRecipe:
             iteration (int): counted from 0.
 
         Returns:
-            dict[tuple[int, str], Pair] | None: pairs by (iteration of the answers, sample); None if the run was asked
-            to stop.
+            PairLookup | None: pairs by (iteration of the answers, sample); None if the run was asked to stop.
         """
         folder, val_folder = self._folder(iteration), self._folder(iteration) / "validation"
         with_val = self._cfg.validation.spin and self._num_val_samples > 0
@@ -258,14 +258,16 @@ class SPINRecipe:
             if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._num_val_samples)):
                 return None
             self._look_at_answers(iteration)
-            answers = {pair.key: pair for pair in self._answers(iteration, folder)}
-            if not self._score(folder, list(self._batches(answers, iteration, epoch=0))):
+            answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
+            if not self._score(folder, self._batches(answers, iteration, epoch=0)):
                 return None
-            if with_val and not self._score(val_folder, self._cut(self._answers(iteration, val_folder, history=0))):
+            if with_val and not self._score(
+                val_folder, self._cut(list(self._answers(iteration, val_folder, history=0)))
+            ):
                 return None
         if with_val:
             self._val_pairs = list(self._sealed_pairs(val_folder).pairs())
-        return {pair.key: pair for pair in self._sealed_pairs(folder).pairs()}
+        return share_lookup(folder / "rows", self._sealed_pairs(folder).pairs(), self._world)
 
     def train_single_step(self, batch: RowBatch) -> dict[str, float]:
         """One optimizer step over a global batch of pairs; every rank takes its rows of it.
@@ -448,7 +450,7 @@ class SPINRecipe:
             return True
         bar = self._bar(f"iteration {iteration}, {folder.name} answers", "prompt", len(samples))
         # inside, ranks make as many shards as they have, without a collective
-        with selfplay.awake(self._generator, self._model):
+        with selfplay.awake(self._generator, self._model), fail_together(world, OutputError):
             selfplay.play(
                 store,
                 missing[world.rank :: world.world_size],
@@ -465,20 +467,21 @@ class SPINRecipe:
         bar.close()
         return self._seal(store)
 
-    def _answers(self, iteration: int, folder: Path, history: int | None = None) -> list[Pair]:
+    def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
         policy = self._cfg.pairs
         earlier = history_window(iteration, policy.history if history is None else history)[:-1]
         stores = [PairStore.open(place / "responses") for place in (*map(self._folder, earlier), folder)]
-        pairs, self._counts = selfplay.filter_pairs(
+        self._counts: Counter[str] = Counter()
+        return selfplay.filter_pairs(
             itertools.chain.from_iterable(store.pairs() for store in stores),
+            self._counts,
             truncated=policy.truncated,
             equal_to_real=policy.equal_to_real,
             empty=policy.empty,
         )
-        return pairs
 
-    def _score(self, folder: Path, batches: list[list[Pair]]) -> bool:
+    def _score(self, folder: Path, batches: Sequence[list[Pair]]) -> bool:
         """The opponent scores all responses; False if the run was asked to stop before all were scored."""
         cfg, world = self._cfg, self._world
         fingerprint = selfplay.score_fingerprint(
@@ -490,7 +493,7 @@ class SPINRecipe:
         )
         num_shards = math.ceil(len(batches) * cfg.global_batch_size / cfg.pairs.prompts_per_shard)
         store = selfplay.open_store(folder / "pairs", fingerprint, num_shards, world, log.warning)
-        bar = self._bar(f"{folder.name} reference log-probs", "pair", sum(map(len, batches)))
+        bar = self._bar(f"{folder.name} reference log-probs", "pair", len(batches) * cfg.global_batch_size)
         selfplay.score(
             store,
             batches,
@@ -507,12 +510,11 @@ class SPINRecipe:
         return self._seal(store, self._counts)
 
     def _seal(self, store: PairStore, report: dict[str, int] | None = None) -> bool:
-        barrier(self._world)
-        if any_rank(self._is_asked_to_stop(), self._world):
+        if any_rank(self._is_asked_to_stop(), self._world):  # waits for all ranks
             return False
-        if self._world.is_main:
-            store.seal(report)
-        barrier(self._world)
+        with fail_together(self._world, OutputError):
+            if self._world.is_main:
+                store.seal(report)
         return True
 
     def _sealed_pairs(self, folder: Path) -> PairStore:
@@ -525,16 +527,17 @@ class SPINRecipe:
             )
         return store
 
-    def _batches(
-        self, pairs: dict[tuple[int, str], Pair], iteration: int, epoch: int, start: int = 0
-    ) -> Iterator[list[Pair]]:
+    def _batches(self, pairs: PairLookup, iteration: int, epoch: int, start: int = 0) -> Sequence[list[Pair]]:
         """Global batches of an epoch from a step on; a pair that was dropped is missing from its batch."""
         items, size = self._items(iteration), self._cfg.global_batch_size
         order = epoch_order(len(items), self._cfg.seed, iteration, epoch)
-        for step in range(start, self._progress.steps_in_epoch(iteration)):
+
+        def batch(step: int) -> list[Pair]:
             chosen = (items[i] for i in order[step * size : (step + 1) * size])
             keys = [(played, self._prompts.sample_ids[sample]) for played, sample in chosen]
-            yield [pairs[key] for key in keys if key in pairs]
+            return [pairs[key] for key in keys if key in pairs]
+
+        return LazySequence(batch, range(start, self._progress.steps_in_epoch(iteration)))
 
     def _rows(self, batches: Iterable[list[Pair]]) -> Iterator[RowBatch]:
         """This rank's rows of each batch, packed while the device computes."""
@@ -609,18 +612,18 @@ class SPINRecipe:
         if alarm is not None:
             raise CollapseError(f"{alarm.message} Nothing was trained on them yet.")
 
-    def _give_up(self, alarm: Alarm, iteration: int, is_last: bool) -> None:
+    def _give_up(self, alarm: Alarm, iteration: int, pairs: PairLookup, is_last: bool) -> None:
         """Ends the run at a limit of the collapse watch, with what it has, or as if the iteration had not begun."""
         if alarm.rolls_back:
             kept = self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world)
             where = f"The run is back at the iteration's start ({kept or 'the model that it began with'})"
         else:
-            self._finish_iteration(iteration) if is_last else self.save_checkpoint()
+            self._finish_iteration(iteration, pairs) if is_last else self.save_checkpoint()
             self._checkpointer.wait()
             where = f"The state of step {self._progress.step} is saved"
         raise CollapseError(f"{alarm.message} {where}; the same command goes on from there, with what you change.")
 
-    def _finish_iteration(self, iteration: int) -> None:
+    def _finish_iteration(self, iteration: int, pairs: PairLookup) -> None:
         model_dir = self._checkpointer.export(self._model, iteration, self._world)
         checkpoint = self.save_checkpoint()
         if self._world.is_main:
@@ -628,6 +631,7 @@ class SPINRecipe:
                 iteration, self._history, self._val_loss_before, self._folder(iteration), model_dir, checkpoint
             )
             print(summary, flush=True)
+            pairs.remove()
 
     def _bar(self, description: str, unit: str, total: int | None = None, iterable: Any = None) -> tqdm:
         return tqdm(iterable, desc=description, unit=unit, total=total, disable=not self._world.is_main)

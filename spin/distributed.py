@@ -421,18 +421,21 @@ def fail_together(world: World, kind: type[SpinError]) -> Iterator[None]:
         None: the block runs.
 
     Raises:
-        SpinError: Of ``kind``, with the message of the first rank that failed on ``OSError`` or ``SpinError``.
+        SpinError: With the message of the first rank that failed: of its kind if it was a ``SpinError``, of ``kind`` if
+            it was an ``OSError``.
     """
     cause: Exception | None = None
     try:
         yield
     except (OSError, SpinError) as error:
         cause = error
-    messages = gather_objects(None if cause is None else str(cause) or type(cause).__name__, world)
-    for rank, message in enumerate(messages):
-        if message is not None:
+    found = None
+    if cause is not None:
+        found = type(cause) if isinstance(cause, SpinError) else kind, str(cause) or type(cause).__name__
+    for rank, failure in enumerate(gather_objects(found, world)):
+        if failure is not None:
             where = f"rank {rank}: " if world.world_size > 1 else ""
-            raise kind(f"{where}{message}") from cause
+            raise failure[0](f"{where}{failure[1]}") from cause
 
 
 def all_reduce_sums(values: dict[str, float], world: World) -> dict[str, float]:
