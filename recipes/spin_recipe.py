@@ -298,7 +298,10 @@ class SPINRecipe:
                 sums.add(row, logps, *self._pair_losses(row, logps))
         norm = clip_grad_norm(self._model, cfg.clip_grad_norm)
         # a state that could not be written ends the run too: save_checkpoint raises what went wrong
-        asked = {"stop": self._is_asked_to_stop() or self._checkpointer.has_failed, "out_of_time": self._stop.is_out_of_time}
+        asked = {
+            "stop": self._is_asked_to_stop() or self._checkpointer.has_failed,
+            "out_of_time": self._stop.is_out_of_time,
+        }
         totals = all_reduce_sums({**sums.totals(), **asked}, world)
         grad_norm = norm.item()
         finite = self._nonfinite.passes(totals["loss"], grad_norm, progress.step, batch.pairs, world.is_main)

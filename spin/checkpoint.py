@@ -168,9 +168,9 @@ class SPINCheckpointer:
         """Saves a state that a run can resume from, then removes the states that need not be kept.
 
         Every rank writes its own shards, to a file system that all ranks share. A state of the same step is replaced.
-        With ``async_save`` this returns as soon as everything is copied to CPU memory, and a thread of each rank writes;
-        the state has its name, and counts, when all have written. Whatever goes wrong there is raised by the next call
-        of :meth:`wait`, :meth:`save_state`, :meth:`export` or :meth:`close`. Collective.
+        With ``async_save`` this returns when everything is copied to CPU memory, and a thread of each rank writes; the
+        state has its name, and counts, when all have written. Whatever goes wrong there is raised by the next call of
+        :meth:`wait`, :meth:`save_state`, :meth:`export` or :meth:`close`. Collective.
 
         Args:
             step (int): optimizer steps so far; names the folder.
@@ -266,7 +266,7 @@ class SPINCheckpointer:
     def roll_back(self, step: int, world: World) -> Path | None:
         """Removes the states of later steps, so that a run resumes from ``step``, or from before its first state.
 
-        Newest first: a process that dies here leaves states that a run can resume from, and roll back again. Collective.
+        Newest first: a process that dies here leaves states that a run can resume from and roll back again. Collective.
 
         Args:
             step (int): of the state that becomes the newest.

@@ -41,8 +41,8 @@ class PairLookup(Mapping[Key, Pair]):
     """Pairs by ``(iteration, sample_id)``: their numbers in memory (some 100 bytes each), their token ids on disk.
 
     A shard of a pair store can only be read whole, but an epoch visits pairs in an order of its own. So the pairs are
-    copied to a scratch file of plain token ids, from which one pair is one read. The file may be removed at any time: it
-    is made anew from the store.
+    copied to a scratch file of plain token ids, from which one pair is one read. The file may be removed at any time:
+    it is made anew from the store.
 
     Args:
         path (Path): the scratch file, from :meth:`write`.
@@ -82,7 +82,7 @@ class PairLookup(Mapping[Key, Pair]):
                     for ids in (pair.prompt_ids, pair.real_ids, *(response.token_ids for response in pair.generated)):
                         stream.write(np.asarray(ids, np.int32).data)
                     numbers.add(pair)
-            np.savez(_numbers_file(part), **numbers.arrays())
+            np.savez(_numbers_file(part), **numbers.arrays())  # type: ignore[arg-type]
             _numbers_file(part).rename(_numbers_file(path))
             part.rename(path)
 
@@ -175,12 +175,13 @@ class _Numbers:
         return {name: np.frombuffer(column, column.typecode) for name, column in self._columns.items()}
 
 
-# of each pair: iteration, lengths, log-prob; where its tokens, its responses and its id start (and, last, where all end)
 _COLUMNS: dict[str, tuple[str, list[int]]] = {
+    # of each pair
     "iteration": ("i", []),
     "prompt_tokens": ("i", []),
     "real_tokens": ("i", []),
     "real_logp": ("d", []),
+    # where each pair's begin, and where all end
     "token_start": ("q", [0]),
     "response_start": ("q", [0]),
     "id_start": ("q", [0]),

@@ -29,7 +29,7 @@ def pairs(n):
 
 def plain(pair):
     ids = lambda x: np.asarray(x).tolist()  # noqa: E731
-    answers = [(ids(response.token_ids), response.finish_reason, response.reference_logp) for response in pair.generated]
+    answers = [(ids(each.token_ids), each.finish_reason, each.reference_logp) for each in pair.generated]
     return pair.key, ids(pair.prompt_ids), ids(pair.real_ids), answers, pair.reference_real_logp
 
 
