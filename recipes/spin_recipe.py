@@ -306,7 +306,9 @@ class SPINRecipe:
         grad_norm = norm.item()
         finite = self._nonfinite.passes(totals["loss"], grad_norm, progress.step, batch.pairs, world.is_main)
         metrics = pair_metrics(totals) if finite else {}
-        if cfg.self_test and metrics and progress.is_iteration_start:
+        start = progress.iteration_start(iteration)
+        is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
+        if cfg.self_test and metrics and is_first:
             zero = torch.zeros(1, dtype=torch.float64)
             expected = self._loss(zero, zero, zero, zero)[0].item()  # ln 2 for the logistic loss
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
@@ -572,7 +574,7 @@ class SPINRecipe:
         if self._cfg.optimizer.reset_each_iteration:
             first = progress.iteration_start(progress.iteration)
             last = min(last, progress.iteration_start(progress.iteration + 1))
-        step = progress.step - first - self._nonfinite.skipped_since(first)
+        step = progress.step - first - self._nonfinite.skipped_between(first, progress.step)
         return lr_factor(step=step, total_steps=last - first, **self._cfg.lr_scheduler)
 
     def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -30,9 +30,9 @@ class NonFiniteGuard:
         self._lines: MetricsFile | None = None
         self.skipped: list[int] = []  # steps; the state
 
-    def skipped_since(self, step: int) -> int:
-        """Batches left out from a step on."""
-        return sum(each >= step for each in self.skipped)
+    def skipped_between(self, first: int, end: int) -> int:
+        """Batches left out from step ``first`` to before step ``end``."""
+        return sum(first <= each < end for each in self.skipped)
 
     def passes(self, loss: float, grad_norm: float, step: int, batch: Sequence[Pair], is_main: bool) -> bool:
         """Whether a step may update. The numbers are the same on every rank, so all ranks decide alike.

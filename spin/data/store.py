@@ -217,7 +217,7 @@ class PairStore:
                 temporary.unlink(missing_ok=True)
 
     def seal(self, report: Mapping[str, Any] | None = None) -> None:
-        """Records the checksum of every shard. Call it on one rank when no shard is missing.
+        """Records the checksum of every shard, once. Call it on one rank when no shard is missing.
 
         Args:
             report (Mapping[str, Any] | None): counts to keep with the store.
@@ -229,6 +229,10 @@ class PairStore:
         missing = self.missing_shards()
         if missing:
             raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
+        if self.is_sealed:
+            return
+        for leftover in self.path.glob(".*.tmp"):  # of processes that died while they wrote
+            leftover.unlink()
         files = [self._shard(index) for index in range(self.num_shards)]
         self.manifest["shards"] = [
             {
