@@ -193,7 +193,7 @@ class SPINCheckpointer:
         document: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "state": state, "optimizer": None}
         about = {"step": step, "metric": metric, "anchor": anchor}
         try:
-            with fail_together(world, CheckpointError):
+            with fail_together(world, CheckpointError, part_of(folder)):
                 if optimizer is not None:
                     optimizer_tensors, document["optimizer"] = _describe_optimizer(model, optimizer)
                     tensors |= optimizer_tensors
@@ -221,14 +221,14 @@ class SPINCheckpointer:
         part = part_of(folder)
         try:
             _save_tensors(tensors, part, world)
-            with fail_together(world, CheckpointError):
+            with fail_together(world, CheckpointError, part):
                 # Who wrote a file checks it in: its bytes are still in this host's cache.
                 own = sorted(part.glob(f"__{world.rank}_*")) + (
                     [part / METADATA, part / STATE] if world.is_main else []
                 )
                 sums = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in own}
             files = {name: entry for entries in gather_objects(sums, world) for name, entry in entries.items()}
-            with fail_together(world, CheckpointError):
+            with fail_together(world, CheckpointError, part):
                 if world.is_main:
                     _write_manifest(part, files, sequence=self._next_sequence(), world=world, **about)
                     finish_folder(folder)

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -407,7 +408,7 @@ def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def fail_together(world: World, kind: type[SpinError]) -> Iterator[None]:
+def fail_together(world: World, kind: type[SpinError], path: Path | None = None) -> Iterator[None]:
     """Runs a block that can fail on one rank alone, such as a write: if it fails on any, it fails on all.
 
     Without it the other ranks would wait in the next collective until its time-out. Collective at the end of the block;
@@ -416,6 +417,7 @@ def fail_together(world: World, kind: type[SpinError]) -> Iterator[None]:
     Args:
         world (World): the ranks.
         kind (type[SpinError]): what to raise.
+        path (Path | None): what the block writes, for the message.
 
     Yields:
         None: the block runs.
@@ -429,9 +431,13 @@ def fail_together(world: World, kind: type[SpinError]) -> Iterator[None]:
         yield
     except (OSError, SpinError) as error:
         cause = error
-    found = None
+    found: tuple[type[SpinError], str] | None = None
     if cause is not None:
-        found = type(cause) if isinstance(cause, SpinError) else kind, str(cause) or type(cause).__name__
+        text = str(cause) or type(cause).__name__
+        if isinstance(cause, SpinError):
+            found = type(cause), text
+        else:
+            found = kind, text if path is None else f"{path}: cannot write ({text})."
     for rank, failure in enumerate(gather_objects(found, world)):
         if failure is not None:
             where = f"rank {rank}: " if world.world_size > 1 else ""

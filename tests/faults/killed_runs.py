@@ -26,16 +26,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "recipes")]
 
-import pyarrow.parquet as pq
-import spin_recipe
-import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torchtune.modules import TransformerDecoder
+import pyarrow.parquet as pq  # noqa: E402
+import spin_recipe  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torchtune.models.llama3_2  # noqa: E402, F401
+import torchtune.training.metric_logging  # noqa: E402, F401
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.optim.optimizer import (  # noqa: E402
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torchtune.modules import TransformerDecoder  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402, F401
 
-from spin.fingerprint import file_sha256
-from tests.recipes.helpers import CONFIG, metrics_of, tiny_overrides
+import spin.checkpoint  # noqa: E402, F401
+import spin.data  # noqa: E402, F401
+import spin.generators  # noqa: E402, F401
+from spin.fingerprint import file_sha256  # noqa: E402
+from tests.recipes.helpers import CONFIG, metrics_of, tiny_overrides  # noqa: E402
 
 STAGES = {
     "_play": "generation",

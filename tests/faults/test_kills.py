@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.recipes.helpers import CONFIG, REPO, metrics_of, tiny_overrides
+from tests.recipes.helpers import CONFIG, metrics_of, tiny_overrides
 
 SCRIPT = Path(__file__).with_name("killed_runs.py")
 STAGES = {

@@ -150,7 +150,7 @@ def test_a_second_sigterm_while_saving(unbroken, tmp_path, monkeypatch, when, as
 
 
 def test_max_time_validates_saves_and_stops(unbroken, tmp_path, caplog):
-    """The budget ends in the third step. The next run has a budget of its own, and the losses are the unbroken run's."""
+    """The budget ends in the third step. The next run has one of its own, and the losses are the unbroken run's."""
 
     class OutOfTime(SPINRecipe):
         def train_single_step(self, batch):
