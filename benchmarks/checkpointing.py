@@ -110,7 +110,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for mode, saver in savers.items():
         saver.close()
         # each round has its own part without a save: what changes slowly on a shared machine cancels out
-        cost = statistics.median(with_save - without for with_save, without in zip(seconds[mode], seconds["none"]))
+        rounds = zip(seconds[mode], seconds["none"], strict=True)
+        cost = statistics.median(with_save - without for with_save, without in rounds)
         results[mode] = {
             "blocked_seconds": statistics.median(blocked[mode]),
             "cost_seconds": cost,

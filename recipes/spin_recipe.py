@@ -34,6 +34,7 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from spin import config, selfplay
+from spin.checkpoint import reading_state
 from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
 from spin.data.loader import RowBatch, load_rows
@@ -414,12 +415,13 @@ class SPINRecipe:
             CheckpointError: If something that the results depend on has changed and is not named in
                 ``resume_with_changes``.
         """
-        check_unchanged(state["run"], self._run_fingerprint, self._cfg.resume_with_changes, self._output_dir)
-        self._progress.load_state_dict(state["progress"])
-        self._opponent, self._val_loss = state["opponent"], state["val_loss"]
-        self._nonfinite.skipped = state.get("nonfinite", [])
-        self._watch.load_state_dict(state.get("watch", {}))
-        self._length_drift = state.get("length_drift", {})
+        with reading_state(self._output_dir / "checkpoints"):
+            check_unchanged(state["run"], self._run_fingerprint, self._cfg.resume_with_changes, self._output_dir)
+            self._progress.load_state_dict(state["progress"])
+            self._opponent, self._val_loss = state["opponent"], state["val_loss"]
+            self._nonfinite.skipped = state.get("nonfinite", [])
+            self._watch.load_state_dict(state.get("watch", {}))
+            self._length_drift = state.get("length_drift", {})
 
     def cleanup(self) -> None:
         """Closes the generator, the checkpointer, the logs and the process group, and unlocks the folder."""

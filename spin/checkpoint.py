@@ -19,7 +19,9 @@ import pickle
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 
 from spin.distributed import World, beside, clean_name, fail_together, gather_objects, reshard
-from spin.errors import CheckpointError, ConfigError
+from spin.errors import CheckpointError, ConfigError, SpinError
 from spin.files import finish_folder, part_of, start_folder, write_json
 from spin.fingerprint import file_sha256, json_fingerprint
 from spin.hf import check_model_type, export_hf, load_hf_weights, read_hf_config, stored_elements
@@ -441,9 +443,36 @@ def _write_document(file: Path, document: dict[str, Any]) -> None:
         raise CheckpointError(f"{file.name} of step {document['step']}: {error}. Its values must be JSON.") from error
 
 
+@contextmanager
+def reading_state(file: Path) -> Iterator[None]:
+    """Turns what Python says about a document that lacks something into an error that names the file.
+
+    Args:
+        file (Path): where the document that the block looks into comes from.
+
+    Yields:
+        None: the block runs.
+
+    Raises:
+        CheckpointError: If the block raises ``KeyError``, ``TypeError``, ``AttributeError`` or ``ValueError``.
+    """
+    try:
+        yield
+    except SpinError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{file}: not what this version of SPIN writes ({type(error).__name__}: {error}). "
+            "Resume from another state."
+        ) from error
+
+
 def _read_document(folder: Path) -> dict[str, Any]:
     _verify(folder / STATE, _read_manifest(folder)["files"][STATE])
-    document: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    with reading_state(folder / STATE):
+        document: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not isinstance(document["state"], dict) or not isinstance(document["optimizer"], dict | None):
+            raise TypeError("no state, or a bad optimizer")
     return document
 
 
@@ -479,15 +508,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
-    except (ValueError, KeyError, AttributeError) as error:
+        found = json_fingerprint(content)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({error}). Resume from another state.") from error
-    if checksum != json_fingerprint(content):
+    if checksum != found:
         raise CheckpointError(f"{file}: damaged, its checksum does not match. Resume from another state.")
-    if content["format"] != FORMAT_VERSION:
+    if content.get("format") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file}: format {content['format']}, this version of SPIN reads {FORMAT_VERSION}. "
+            f"{file}: format {content.get('format')}, this version of SPIN reads {FORMAT_VERSION}. "
             "Resume with the version that wrote it."
         )
+    with reading_state(file):
+        _check_manifest(content)
     faults = []
     for name, entry in content["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -498,6 +530,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if faults:
         raise CheckpointError(f"{folder}: not whole: {', '.join(faults)}. Resume from another state.")
     return dict(content)
+
+
+def _check_manifest(content: dict[str, Any]) -> None:
+    numbers = [content["step"], content["sequence"], *(entry["bytes"] for entry in content["files"].values())]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("steps, sequence and sizes must be whole numbers")
+    if not isinstance(content["metric"], int | float | None) or not isinstance(content.get("anchor", False), bool):
+        raise ValueError("a bad metric or anchor")
+    if not all(isinstance(entry["sha256"], str) for entry in content["files"].values()):
+        raise ValueError("a bad checksum")
+    if not {STATE, METADATA} <= content["files"].keys() or any(Path(name).name != name for name in content["files"]):
+        raise ValueError(f"files must be in the folder, {STATE} and {METADATA} among them")
 
 
 def _verify(file: Path, entry: dict[str, Any]) -> None:
@@ -559,16 +603,15 @@ def _read_metadata(folder: Path) -> Metadata:
     try:
         with open(file, "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
+        entries = metadata.state_dict_metadata.items() if isinstance(metadata, Metadata) else ()
+        # Anything but a tensor would be unpickled without restriction when it is loaded.
+        others = [str(name) for name, entry in entries if not isinstance(entry, TensorStorageMetadata)]
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # noqa: BLE001 - broken pickles raise anything, MemoryError among it
         raise CheckpointError(f"{file}: damaged ({error}). Resume from another state.") from error
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{file}: not the metadata of a state. Resume from another state.")
-    # Anything but a tensor would be unpickled without restriction when it is loaded.
-    others = [
-        name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
-    ]
     if others:
         raise CheckpointError(
             f"{file}: {', '.join(others[:5])} are not tensors. It may be an attack: loading is refused."

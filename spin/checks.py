@@ -51,6 +51,8 @@ def check_run(cfg: DictConfig) -> None:
         except ConfigError as error:
             for line in str(error).splitlines():
                 faults.add(line if name in line else f"{name}: {line}")
+        except (TypeError, ValueError, OverflowError) as error:  # a list among numbers, infinity as a count
+            faults.add(f"{name}={OmegaConf.select(cfg, name)!r}: {error}.")
 
     iterations = plain["max_iterations"]
     attempt("max_iterations", lambda: SPINProgress(1, plain["max_epochs"], iterations, plain["max_steps"]))

@@ -25,6 +25,7 @@ from spin.fingerprint import file_sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_MOST_SHARDS = 10_000_000
 
 _SCHEMA = pa.schema(
     [
@@ -80,8 +81,9 @@ class PairStore:
             raise StoreError(
                 f"{file}: expected a pair store of format {FORMAT_VERSION}. Made by another version of spin?"
             )
-        if not isinstance(manifest.get("fingerprint"), dict) or not isinstance(manifest.get("num_shards"), int):
-            raise StoreError(f"{file}: damaged manifest (no fingerprint or number of shards).")
+        fault = _fault_of(manifest)
+        if fault is not None:
+            raise StoreError(f"{file}: damaged manifest ({fault}). Remove the folder; it will be made again.")
         return cls(path, manifest)
 
     @classmethod
@@ -267,10 +269,14 @@ class PairStore:
             found = pq.read_schema(file)
             if not found.equals(_SCHEMA):
                 raise StoreError(f"{file}: has the columns {found.names}, expected {_SCHEMA.names}.")
-            return pq.read_table(file, columns=columns, page_checksum_verification=True)
+            table = pq.read_table(file, columns=columns, page_checksum_verification=True)
+            fault = _fault_in(table)
+            if fault is not None:
+                raise StoreError(f"{file}: damaged ({fault}). Remove it and start the run again.")
+            return table
         except FileNotFoundError:
             raise StoreError(f"{file}: missing. Start the run again; the shard will be made again.") from None
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text in it is not UTF-8
             raise StoreError(
                 f"{file}: damaged ({error}). Remove it and start the run again; only this shard will be made again."
             ) from error
@@ -295,7 +301,7 @@ class PairStore:
             yield from self.read_shard(index)
 
     def _shard(self, index: int) -> Path:
-        return self.path / f"shard-{index:05d}.parquet"
+        return self.path / _shard_name(index)
 
     @staticmethod
     def _is_whole(file: Path, sha256: str | None) -> bool:
@@ -303,7 +309,7 @@ class PairStore:
             return file_sha256(file) == sha256
         try:
             return pq.read_table(file, page_checksum_verification=True).schema.equals(_SCHEMA)
-        except (OSError, pa.ArrowException):
+        except (OSError, ValueError, pa.ArrowException):
             return False
 
 
@@ -315,6 +321,38 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted({*old, *new})
         if old.get(name, missing) != new.get(name, missing)
     ]
+
+
+def _fault_of(manifest: Mapping[str, Any]) -> str | None:
+    """What a manifest lacks, or None."""
+    fingerprint, num_shards, shards = (manifest.get(name) for name in ("fingerprint", "num_shards", "shards"))
+    if not isinstance(fingerprint, dict) or not isinstance(fingerprint.get("opponent"), str):
+        return "no fingerprint with the opponent's"
+    if type(num_shards) is not int or not 0 <= num_shards <= _MOST_SHARDS:
+        return f"num_shards is {num_shards!r}"
+    if not isinstance(manifest.get("sealed"), bool):
+        return f"sealed is {manifest.get('sealed')!r}"
+    if not manifest["sealed"]:
+        return None
+    if not isinstance(shards, list) or not isinstance(manifest.get("report"), dict):
+        return "sealed without a list of shards and a report"
+    names = [shard.get("name") for shard in shards if isinstance(shard, dict) and isinstance(shard.get("sha256"), str)]
+    if names != [_shard_name(index) for index in range(num_shards)]:
+        return f"the list of shards does not name {num_shards} shards with their checksums"
+    return None
+
+
+def _shard_name(index: int) -> str:
+    return f"shard-{index:05d}.parquet"
+
+
+def _fault_in(table: pa.Table) -> str | None:
+    """What no shard holds that was written by :meth:`PairStore.write_shard`, or None."""
+    for name in table.column_names:
+        if not name.startswith("reference_") and table[name].null_count:
+            return f"{name} is missing in {table[name].null_count} rows"
+    unknown = set(pc.unique(table["finish_reason"]).to_pylist()) - {"stop", "length"}
+    return f"finish_reason is {', '.join(sorted(unknown))}" if unknown else None
 
 
 def _pairs_of(table: pa.Table) -> list[Pair]:
