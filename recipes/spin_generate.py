@@ -27,8 +27,9 @@ from spin import config, selfplay
 from spin.checks import check_run
 from spin.data import PromptDataset, adapt_tokenizer, iteration_samples
 from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import barrier, broadcast_object, init_world, shutdown
-from spin.errors import CheckpointError, ConfigError
+from spin.distributed import barrier, broadcast_object, fail_together, init_world, shutdown
+from spin.errors import CheckpointError, ConfigError, OutputError
+from spin.files import FolderLock
 from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, sampling_params
 from spin.models import build_model, prepare_model
@@ -59,6 +60,8 @@ class SPINGenerate:
         """Reads the data, then loads the opponent's weights."""
         cfg = self._cfg
         self._world = init_world(cfg.device, replicas=cfg.replicas)
+        with fail_together(self._world, OutputError):  # other workers may be here too, a training run may not
+            self._lock = FolderLock(Path(cfg.output_dir), shared=True) if self._world.is_main else None
         checkpointer = config.instantiate(cfg.checkpointer)
         checkpointer.validate()
         dtype, compute_dtype = (training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
@@ -155,9 +158,11 @@ class SPINGenerate:
                 log.info(f"All {num_shards} shards are there: {folder}")
 
     def cleanup(self) -> None:
-        """Closes the generator and the process group."""
+        """Closes the generator and the process group, and unlocks the folder."""
         self._generator.close()
         shutdown()
+        if self._lock is not None:
+            self._lock.release()
 
 
 @config.parse(DEFAULTS)

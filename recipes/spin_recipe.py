@@ -19,9 +19,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,31 +34,37 @@ from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from spin import config, selfplay
-from spin.checks import check_finite, check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
+from spin.checkpoint import reading_state
+from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
 from spin.data.loader import RowBatch, load_rows
+from spin.data.lookup import LazySequence, PairLookup, share_lookup
 from spin.data.packing import PackedRow, padded_length
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import (
     accumulating,
     all_reduce_sums,
     any_rank,
-    barrier,
     broadcast_object,
     clip_grad_norm,
+    fail_together,
     init_world,
     shutdown,
 )
-from spin.errors import CheckpointError
+from spin.errors import CheckpointError, CollapseError, OutputError
+from spin.files import FolderLock, writing
 from spin.fingerprint import weights_fingerprint
 from spin.flex import BLOCK
 from spin.generators import GeneratorContext, sampling_params
 from spin.logprobs import pair_objective, response_logps
-from spin.metrics import MetricsFile, MovedShare, PairSums, pair_metrics
+from spin.metrics import MetricService, MetricsFile, MovedShare, PairSums, pair_metrics
 from spin.models import build_model, choose_attention, prepare_model, window_of
-from spin.progress import RunTimer, SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
+from spin.nonfinite import NonFiniteGuard
+from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.schedules import lr_factor, per_iteration
+from spin.stopping import StopRequest, command_to_continue
 from spin.tables import iteration_summary, sample_rows, sample_table
+from spin.watch import Alarm, Watch, answer_metrics
 
 log = get_logger("INFO")
 
@@ -86,13 +92,14 @@ class SPINRecipe:
         self._output_dir = Path(cfg.output_dir)
         self._betas = [per_iteration(_plain(cfg.loss.beta), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
         self._lrs = [per_iteration(_plain(cfg.optimizer.lr), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
-        self._terminated = False
-        self._timer = RunTimer(cfg.max_time)
+        self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
+        self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
         self._val_loss: float | None = None
         self._opponent = ""
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
         self._last_batch: Sequence[Pair] = []
         self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
+        self._length_drift: dict[str, float] = {}  # of this iteration's answers, in a metric
         self._history: list[dict[str, float]] = []  # metrics of this iteration's steps
         self._play_metrics: dict[str, float] = {}  # of this iteration's play, not logged yet
 
@@ -101,7 +108,10 @@ class SPINRecipe:
         """Reads the data and checks the arithmetic, then loads weights and restores the newest state."""
         cfg = self._cfg
         self._world = init_world(cfg.device, replicas=cfg.replicas)
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._stop.install()
+        with fail_together(self._world, OutputError):  # before anything in the folder is touched
+            self._lock = FolderLock(self._output_dir) if self._world.is_main else None
+        self._watch = Watch(cfg.watch, self._world.is_main)
         self._checkpointer = config.instantiate(cfg.checkpointer)
         self._checkpointer.validate()
         dtype, compute_dtype = (training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
@@ -182,12 +192,13 @@ class SPINRecipe:
         # ---- logs
         self._metric_logger: Any = None
         if self._world.is_main:
-            self._metric_logger = config.instantiate(cfg.metric_logger)
+            self._metric_logger = MetricService(partial(config.instantiate, cfg.metric_logger))
             self._metric_logger.log_config(cfg)
             self._metrics_file = MetricsFile(
                 self._output_dir / "metrics.jsonl", from_step=self._progress.step if resume_path else -1
             )
-            OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
+            with writing(self._output_dir / "config.yaml"):
+                OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
 
     # SPIN: the algorithm.
     def train(self) -> None:
@@ -209,13 +220,16 @@ class SPINRecipe:
                 bar.update(progress.step_in_epoch)
                 for batch in self._rows(self._batches(pairs, iteration, epoch, start=progress.step_in_epoch)):
                     metrics = self.train_single_step(batch)
-                    stop = metrics.pop("stop") > 0
+                    stop, out_of_time = metrics.pop("stop") > 0, metrics.pop("out_of_time") > 0
                     bar.update()
                     bar.set_postfix({k: f"{metrics[k]:.4f}" for k in ("loss", "acc", "margin") if k in metrics})
                     is_last = progress.is_done or progress.iteration > iteration
-                    if is_last or (self._val_every and progress.step % self._val_every == 0):
+                    if is_last or out_of_time or (self._val_every and progress.step % self._val_every == 0):
                         metrics.update(self.run_validation())
                     self._log(metrics)
+                    alarm = self._watch.step(iteration, progress.step - progress.iteration_start(iteration), metrics)
+                    if alarm is not None:
+                        self._give_up(alarm, iteration, pairs, is_last)
                     if is_last:
                         break  # saved when the iteration is finished
                     if stop or (self._save_every and progress.step % self._save_every == 0):
@@ -224,10 +238,10 @@ class SPINRecipe:
                         return self._say_how_to_continue()
                 bar.close()
             # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
-            self._finish_iteration(iteration)
+            self._finish_iteration(iteration, pairs)
         log.info(f"Finished after {progress.step} steps; everything is in {self._output_dir}")
 
-    def augment_dataloader(self, iteration: int) -> dict[tuple[int, str], Pair] | None:
+    def augment_dataloader(self, iteration: int) -> PairLookup | None:
         """The pairs of an iteration, made now or found on disk: the opponent's answers and its log-probs of all
         responses.
 
@@ -235,8 +249,7 @@ class SPINRecipe:
             iteration (int): counted from 0.
 
         Returns:
-            dict[tuple[int, str], Pair] | None: pairs by (iteration of the answers, sample); None if the run was asked
-            to stop.
+            PairLookup | None: pairs by (iteration of the answers, sample); None if the run was asked to stop.
         """
         folder, val_folder = self._folder(iteration), self._folder(iteration) / "validation"
         with_val = self._cfg.validation.spin and self._num_val_samples > 0
@@ -247,14 +260,17 @@ class SPINRecipe:
                 return None
             if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._num_val_samples)):
                 return None
-            answers = {pair.key: pair for pair in self._answers(iteration, folder)}
-            if not self._score(folder, list(self._batches(answers, iteration, epoch=0))):
+            self._look_at_answers(iteration)
+            answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
+            if not self._score(folder, self._batches(answers, iteration, epoch=0)):
                 return None
-            if with_val and not self._score(val_folder, self._cut(self._answers(iteration, val_folder, history=0))):
+            if with_val and not self._score(
+                val_folder, self._cut(list(self._answers(iteration, val_folder, history=0)))
+            ):
                 return None
         if with_val:
             self._val_pairs = list(self._sealed_pairs(val_folder).pairs())
-        return {pair.key: pair for pair in self._sealed_pairs(folder).pairs()}
+        return share_lookup(folder / "rows", self._sealed_pairs(folder).pairs(), self._world)
 
     def train_single_step(self, batch: RowBatch) -> dict[str, float]:
         """One optimizer step over a global batch of pairs; every rank takes its rows of it.
@@ -263,10 +279,11 @@ class SPINRecipe:
             batch (RowBatch): the global batch, and this rank's rows of it.
 
         Returns:
-            dict[str, float]: metrics over all ranks, and ``stop``, above 0 if any rank was asked to stop.
+            dict[str, float]: metrics over all ranks, and ``stop``, above 0 if any rank was asked to stop, of which
+            ``out_of_time`` if by ``max_time``.
 
         Raises:
-            NonFiniteError: If the loss or the gradient's norm is not finite; no weight has changed.
+            NonFiniteError: If the loss or the gradient's norm is not finite and may not be, see ``on_nonfinite``.
             SelfTestError: If an iteration's first loss is not that of two equal models.
         """
         started = time.perf_counter()
@@ -283,11 +300,18 @@ class SPINRecipe:
                 total.backward()
                 sums.add(row, logps, *self._pair_losses(row, logps))
         norm = clip_grad_norm(self._model, cfg.clip_grad_norm)
-        totals = all_reduce_sums({**sums.totals(), "stop": float(self._is_asked_to_stop())}, world)
+        # a state that could not be written ends the run too: save_checkpoint raises what went wrong
+        asked = {
+            "stop": self._is_asked_to_stop() or self._checkpointer.has_failed,
+            "out_of_time": self._stop.is_out_of_time,
+        }
+        totals = all_reduce_sums({**sums.totals(), **asked}, world)
         grad_norm = norm.item()
-        metrics = pair_metrics(totals)
-        check_finite(totals["loss"], grad_norm, progress.step, batch.pairs)
-        if cfg.self_test and metrics and progress.is_iteration_start:
+        finite = self._nonfinite.passes(totals["loss"], grad_norm, progress.step, batch.pairs, world.is_main)
+        metrics = pair_metrics(totals) if finite else {}
+        start = progress.iteration_start(iteration)
+        is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
+        if cfg.self_test and metrics and is_first:
             zero = torch.zeros(1, dtype=torch.float64)
             expected = self._loss(zero, zero, zero, zero)[0].item()  # ln 2 for the logistic loss
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
@@ -295,7 +319,7 @@ class SPINRecipe:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         moved = MovedShare(self._model)
-        if metrics:  # a batch whose pairs were all dropped or masked moves nothing, momentum included
+        if metrics:  # a batch that is left out, or whose pairs all are, moves nothing, momentum included
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         moved_share = moved.share(world)
@@ -305,18 +329,20 @@ class SPINRecipe:
         progress.advance(cfg.global_batch_size)
         seconds = time.perf_counter() - started
         return metrics | {
-            "grad_norm": grad_norm,
+            **({"grad_norm": grad_norm} if finite else {}),
             "lr": lr,
             "beta": self._betas[iteration],
             "iteration": iteration,
             "epoch": epoch,
             "consumed_samples": progress.consumed_samples,
             "weights_moved_share": moved_share,
+            "nonfinite_steps": len(self._nonfinite.skipped),
+            **self._length_drift,
             "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
             "step_time": seconds,
             "pairs_per_second": len(batch.pairs) / seconds,
             "tokens_per_second": totals["tokens"] / seconds,
-            "stop": totals["stop"],
+            **{name: totals[name] for name in asked},
         }
 
     @torch.no_grad()
@@ -366,6 +392,7 @@ class SPINRecipe:
             state=self.state_dict(),
             world=self._world,
             metric=self._val_loss,
+            anchor=self._progress.is_iteration_start and self._watch.can_roll_back,
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -374,6 +401,9 @@ class SPINRecipe:
             "progress": self._progress.state_dict(),
             "opponent": self._opponent,
             "val_loss": self._val_loss,
+            "nonfinite": self._nonfinite.skipped,
+            "watch": self._watch.state_dict(),
+            "length_drift": self._length_drift,
             "run": self._run_fingerprint,
         }
 
@@ -387,16 +417,24 @@ class SPINRecipe:
             CheckpointError: If something that the results depend on has changed and is not named in
                 ``resume_with_changes``.
         """
-        check_unchanged(state["run"], self._run_fingerprint, self._cfg.resume_with_changes, self._output_dir)
-        self._progress.load_state_dict(state["progress"])
-        self._opponent, self._val_loss = state["opponent"], state["val_loss"]
+        with reading_state(self._output_dir / "checkpoints"):
+            check_unchanged(state["run"], self._run_fingerprint, self._cfg.resume_with_changes, self._output_dir)
+            self._progress.load_state_dict(state["progress"])
+            self._opponent, self._val_loss = state["opponent"], state["val_loss"]
+            self._nonfinite.skipped = state.get("nonfinite", [])
+            self._watch.load_state_dict(state.get("watch", {}))
+            self._length_drift = state.get("length_drift", {})
 
     def cleanup(self) -> None:
-        """Closes the generator, the logs and the process group."""
+        """Closes the generator, the checkpointer, the logs and the process group, and unlocks the folder."""
         self._generator.close()
+        self._checkpointer.close()
         if self._metric_logger is not None:
             self._metric_logger.close()
         shutdown()
+        if self._lock is not None:
+            self._lock.release()
+        self._stop.release()
 
     # SPIN: parts of the stages.
     def _play(self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
@@ -431,38 +469,39 @@ class SPINRecipe:
                 chunk_tokens=cfg.logprob_chunk_tokens,
                 as_in_training=cfg.compile,
             )
-            # from here on ranks make as many shards as they have, without a collective
-            selfplay.play(
-                store,
-                selfplay.own_shards(missing, store, prompts, samples, self._sampling.max_new_tokens, self._team),
-                prompts,
-                samples,
-                self._generator,
-                self._sampling,
-                seed=cfg.seed,
-                iteration=iteration,
-                responses_per_prompt=cfg.pairs.responses_per_prompt,
-                team=self._team,
-                should_stop=self._is_asked_to_stop,
-                on_shard=bar.update,
-            )
+            with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
+                selfplay.play(
+                    store,
+                    selfplay.own_shards(missing, store, prompts, samples, self._sampling.max_new_tokens, self._team),
+                    prompts,
+                    samples,
+                    self._generator,
+                    self._sampling,
+                    seed=cfg.seed,
+                    iteration=iteration,
+                    responses_per_prompt=cfg.pairs.responses_per_prompt,
+                    team=self._team,
+                    should_stop=self._is_asked_to_stop,
+                    on_shard=bar.update,
+                )
         bar.close()
         return self._seal(store, None if gap is None else {"generator/logprob_gap": gap})
 
-    def _answers(self, iteration: int, folder: Path, history: int | None = None) -> list[Pair]:
+    def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
         policy = self._cfg.pairs
         earlier = history_window(iteration, policy.history if history is None else history)[:-1]
         stores = [PairStore.open(place / "responses") for place in (*map(self._folder, earlier), folder)]
-        pairs, self._counts = selfplay.filter_pairs(
+        self._counts: Counter[str] = Counter()
+        return selfplay.filter_pairs(
             itertools.chain.from_iterable(store.pairs() for store in stores),
+            self._counts,
             truncated=policy.truncated,
             equal_to_real=policy.equal_to_real,
             empty=policy.empty,
         )
-        return pairs
 
-    def _score(self, folder: Path, batches: list[list[Pair]]) -> bool:
+    def _score(self, folder: Path, batches: Sequence[list[Pair]]) -> bool:
         """The opponent scores all responses; False if the run was asked to stop before all were scored."""
         cfg, world = self._cfg, self._world
         fingerprint = selfplay.score_fingerprint(
@@ -474,7 +513,7 @@ class SPINRecipe:
         )
         num_shards = math.ceil(len(batches) * cfg.global_batch_size / cfg.pairs.prompts_per_shard)
         store = selfplay.open_store(folder / "pairs", fingerprint, num_shards, world, log.warning)
-        bar = self._bar(f"{folder.name} reference log-probs", "pair", sum(map(len, batches)))
+        bar = self._bar(f"{folder.name} reference log-probs", "pair", len(batches) * cfg.global_batch_size)
         selfplay.score(
             store,
             batches,
@@ -491,12 +530,11 @@ class SPINRecipe:
         return self._seal(store, self._counts)
 
     def _seal(self, store: PairStore, report: Mapping[str, float] | None = None) -> bool:
-        barrier(self._world)
-        if any_rank(self._is_asked_to_stop(), self._world):
+        if any_rank(self._is_asked_to_stop(), self._world):  # waits for all ranks
             return False
-        if self._world.is_main:
-            store.seal(report)
-        barrier(self._world)
+        with fail_together(self._world, OutputError):
+            if self._world.is_main:
+                store.seal(report)
         return True
 
     def _sealed_pairs(self, folder: Path) -> PairStore:
@@ -509,16 +547,17 @@ class SPINRecipe:
             )
         return store
 
-    def _batches(
-        self, pairs: dict[tuple[int, str], Pair], iteration: int, epoch: int, start: int = 0
-    ) -> Iterator[list[Pair]]:
+    def _batches(self, pairs: PairLookup, iteration: int, epoch: int, start: int = 0) -> Sequence[list[Pair]]:
         """Global batches of an epoch from a step on; a pair that was dropped is missing from its batch."""
         items, size = self._items(iteration), self._cfg.global_batch_size
         order = epoch_order(len(items), self._cfg.seed, iteration, epoch)
-        for step in range(start, self._progress.steps_in_epoch(iteration)):
+
+        def batch(step: int) -> list[Pair]:
             chosen = (items[i] for i in order[step * size : (step + 1) * size])
             keys = [(played, self._prompts.sample_ids[sample]) for played, sample in chosen]
-            yield [pairs[key] for key in keys if key in pairs]
+            return [pairs[key] for key in keys if key in pairs]
+
+        return LazySequence(batch, range(start, self._progress.steps_in_epoch(iteration)))
 
     def _rows(self, batches: Iterable[list[Pair]]) -> Iterator[RowBatch]:
         """This rank's rows of each batch, packed while the device computes."""
@@ -553,7 +592,8 @@ class SPINRecipe:
         if self._cfg.optimizer.reset_each_iteration:
             first = progress.iteration_start(progress.iteration)
             last = min(last, progress.iteration_start(progress.iteration + 1))
-        return lr_factor(step=progress.step - first, total_steps=last - first, **self._cfg.lr_scheduler)
+        step = progress.step - first - self._nonfinite.skipped_between(first, progress.step)
+        return lr_factor(step=step, total_steps=last - first, **self._cfg.lr_scheduler)
 
     def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses and rewards of scored pairs under the policy as it is now."""
@@ -577,19 +617,36 @@ class SPINRecipe:
         size = self._cfg.global_batch_size
         return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
-    def _on_sigterm(self, signum: int, frame: object) -> None:
-        self._terminated = True
-
     def _is_asked_to_stop(self) -> bool:
-        return self._terminated or self._timer.is_over
+        return self._stop.is_asked
 
     def _say_how_to_continue(self) -> None:
+        self._checkpointer.wait()
         if self._world.is_main:
             log.info(
-                f"Stopped at step {self._progress.step} as asked. The same command with resume=auto goes on from here."
+                f"Stopped at step {self._progress.step} as asked. This command goes on from here:\n"
+                f"{command_to_continue(self._cfg.resume)}"
             )
 
-    def _finish_iteration(self, iteration: int) -> None:
+    def _look_at_answers(self, iteration: int) -> None:
+        answers = answer_metrics(self._folder(iteration) / "responses", self._folder(0) / "responses", self._world)
+        self._length_drift = {name: value for name, value in answers.items() if name == "length_drift"}
+        alarm = self._watch.start(iteration, answers)
+        if alarm is not None:
+            raise CollapseError(f"{alarm.message} Nothing was trained on them yet.")
+
+    def _give_up(self, alarm: Alarm, iteration: int, pairs: PairLookup, is_last: bool) -> None:
+        """Ends the run at a limit of the collapse watch, with what it has, or as if the iteration had not begun."""
+        if alarm.rolls_back:
+            kept = self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world)
+            where = f"The run is back at the iteration's start ({kept or 'the model that it began with'})"
+        else:
+            self._finish_iteration(iteration, pairs) if is_last else self.save_checkpoint()
+            self._checkpointer.wait()
+            where = f"The state of step {self._progress.step} is saved"
+        raise CollapseError(f"{alarm.message} {where}; the same command goes on from there, with what you change.")
+
+    def _finish_iteration(self, iteration: int, pairs: PairLookup) -> None:
         model_dir = self._checkpointer.export(self._model, iteration, self._world)
         checkpoint = self.save_checkpoint()
         if self._world.is_main:
@@ -597,6 +654,7 @@ class SPINRecipe:
                 iteration, self._history, self._val_loss_before, self._folder(iteration), model_dir, checkpoint
             )
             print(summary, flush=True)
+            pairs.remove()
 
     def _bar(self, description: str, unit: str, total: int | None = None, iterable: Any = None) -> tqdm:
         return tqdm(iterable, desc=description, unit=unit, total=total, disable=not self._world.is_main)
@@ -618,7 +676,8 @@ class SPINRecipe:
         if self._world.is_main:
             margins = (real_rewards - generated_rewards).tolist()
             rows = sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step)
-            with (self._output_dir / "samples.jsonl").open("a", encoding="utf-8") as stream:
+            file = self._output_dir / "samples.jsonl"
+            with writing(file), file.open("a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             tqdm.write(sample_table(rows))
 

@@ -3,7 +3,7 @@
 A state is a folder ``checkpoints/step_00000123``: tensors in torch.distributed.checkpoint's sharded format, everything
 else in ``state.json``, and ``manifest.json`` with size and SHA-256 of every file. It is written under a hidden name,
 the manifest last, and then renamed; so a folder with a step's name is whole, or has been damaged since, which the
-manifest shows.
+manifest shows. Saving costs the training loop a copy to CPU memory; a thread writes while training goes on.
 
 Nothing in a state can run code: tensors are read with ``weights_only=True``, and the one pickle that the format has
 (``.metadata``) is read by an unpickler that knows a dozen harmless classes.
@@ -19,6 +19,9 @@ import pickle
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +29,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 
-from spin.distributed import World, clean_name, fail_together, gather_objects, reshard
-from spin.errors import CheckpointError, ConfigError
+from spin.distributed import World, beside, clean_name, fail_together, gather_objects, reshard
+from spin.errors import CheckpointError, ConfigError, SpinError
 from spin.files import finish_folder, part_of, start_folder, write_json
 from spin.fingerprint import file_sha256, json_fingerprint
 from spin.hf import check_model_type, export_hf, load_hf_weights, read_hf_config, stored_elements
@@ -55,6 +59,7 @@ class SPINCheckpointer:
         keep_last (int): number of newest states to keep, at least 1.
         keep_best (int): number of states of lowest validation loss to keep beside them.
         export_dtype (str): ``bf16``, ``fp32`` or ``fp16``.
+        async_save (bool): write states while training goes on. Costs as much CPU memory as a rank's part of a state.
 
     Raises:
         ConfigError: If an argument cannot be.
@@ -68,6 +73,7 @@ class SPINCheckpointer:
         keep_last: int = 2,
         keep_best: int = 0,
         export_dtype: str = "bf16",
+        async_save: bool = True,
     ) -> None:
         if keep_last < 1:
             raise ConfigError(
@@ -83,6 +89,11 @@ class SPINCheckpointer:
         self.keep_last = keep_last
         self.keep_best = keep_best
         self.export_dtype = _DTYPES[export_dtype]
+        self.async_save = async_save
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spin-checkpoint")
+        self._pending: Future[None] | None = None
+        self._stager: DefaultStager | None = None
+        self._writers_world: World | None = None
 
     @property
     def states_dir(self) -> Path:
@@ -129,7 +140,7 @@ class SPINCheckpointer:
         load_hf_weights(model, self.checkpoint_dir, self.model_type, world=world)
 
     def export(self, model: nn.Module, iteration: int, world: World) -> Path:
-        """Writes the model for transformers and vLLM; see :func:`spin.hf.export_hf`.
+        """Writes the model for transformers and vLLM; see :func:`spin.hf.export_hf`. Waits for a state being written.
 
         Args:
             model (nn.Module): sharded or plain.
@@ -139,6 +150,7 @@ class SPINCheckpointer:
         Returns:
             Path: ``output_dir/iteration_NNN/hf_model``.
         """
+        self.wait()
         out_dir = self.output_dir / f"iteration_{iteration:03d}" / "hf_model"
         return export_hf(model, self.checkpoint_dir, out_dir, self.model_type, dtype=self.export_dtype, world=world)
 
@@ -153,11 +165,14 @@ class SPINCheckpointer:
         state: dict[str, Any],
         world: World,
         metric: float | None = None,
+        anchor: bool = False,
     ) -> Path:
-        """Writes a state that a run can resume from, then removes the states that need not be kept.
+        """Saves a state that a run can resume from, then removes the states that need not be kept.
 
         Every rank writes its own shards, to a file system that all ranks share. A state of the same step is replaced.
-        Collective.
+        With ``async_save`` this returns when everything is copied to CPU memory, and a thread of each rank writes; the
+        state has its name, and counts, when all have written. Whatever goes wrong there is raised by the next call of
+        :meth:`wait`, :meth:`save_state`, :meth:`export` or :meth:`close`. Collective.
 
         Args:
             step (int): optimizer steps so far; names the folder.
@@ -166,6 +181,7 @@ class SPINCheckpointer:
             state (dict[str, Any]): everything else, JSON values.
             world (World): the ranks.
             metric (float | None): validation loss, for ``keep_best``.
+            anchor (bool): keep this state until the next anchor is saved, however many states follow.
 
         Returns:
             Path: the folder.
@@ -173,30 +189,50 @@ class SPINCheckpointer:
         Raises:
             CheckpointError: If a rank could not write; what was there before is still there.
         """
+        self.wait()
         folder = self.states_dir / f"step_{step:08d}"
-        part = part_of(folder)
         tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
         document: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "state": state, "optimizer": None}
+        about = {"step": step, "metric": metric, "anchor": anchor}
         try:
-            with fail_together(world, CheckpointError):
+            with fail_together(world, CheckpointError, part_of(folder)):
                 if optimizer is not None:
                     optimizer_tensors, document["optimizer"] = _describe_optimizer(model, optimizer)
                     tensors |= optimizer_tensors
                 if world.is_main:
                     self._clean()
                     start_folder(folder)
-                    _write_document(part / STATE, document)
-            _save_tensors(tensors, part)
-            with fail_together(world, CheckpointError):
+                    _write_document(part_of(folder) / STATE, document)
+        except CheckpointError:
+            if world.is_main:
+                shutil.rmtree(part_of(folder), ignore_errors=True)
+            raise
+        if not self.async_save:
+            self._write(folder, tensors, about, world)
+            return folder
+        if self._stager is None or self._writers_world is None:
+            on_gpu = world.device.type == "cuda"
+            self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+            self._writers_world = beside(world)
+        copies = self._stager.stage(tensors)
+        self._pending = self._writer.submit(self._write, folder, copies, about, self._writers_world)
+        return folder
+
+    def _write(self, folder: Path, tensors: dict[str, torch.Tensor], about: dict[str, Any], world: World) -> None:
+        """Writes a state whose part folder is begun, gives it its name, and removes old ones. Collective."""
+        part = part_of(folder)
+        try:
+            _save_tensors(tensors, part, world)
+            with fail_together(world, CheckpointError, part):
                 # Who wrote a file checks it in: its bytes are still in this host's cache.
                 own = sorted(part.glob(f"__{world.rank}_*")) + (
                     [part / METADATA, part / STATE] if world.is_main else []
                 )
                 sums = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in own}
             files = {name: entry for entries in gather_objects(sums, world) for name, entry in entries.items()}
-            with fail_together(world, CheckpointError):
+            with fail_together(world, CheckpointError, part):
                 if world.is_main:
-                    _write_manifest(part, files, step=step, sequence=self._next_sequence(), metric=metric, world=world)
+                    _write_manifest(part, files, sequence=self._next_sequence(), world=world, **about)
                     finish_folder(folder)
         except CheckpointError:
             if world.is_main:
@@ -204,7 +240,53 @@ class SPINCheckpointer:
             raise
         if world.is_main:
             self._retire()
-        return folder
+
+    @property
+    def has_failed(self) -> bool:
+        """The state being written could not be; :meth:`wait` will say why. Known to one rank sooner than to another."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Waits until the last state is on the disk, if it is still being written.
+
+        Raises:
+            CheckpointError: On all ranks, if one could not write; what was there before is still there.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the last state, and gives the copies' memory back."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            if self._stager is not None:
+                self._stager.close()
+
+    def roll_back(self, step: int, world: World) -> Path | None:
+        """Removes the states of later steps, so that a run resumes from ``step``, or from before its first state.
+
+        Newest first: a process that dies here leaves states that a run can resume from and roll back again. Collective.
+
+        Args:
+            step (int): of the state that becomes the newest.
+            world (World): the ranks.
+
+        Returns:
+            Path | None: the state that a run now resumes from; None if it starts with the first model.
+
+        Raises:
+            CheckpointError: If a state could not be removed.
+        """
+        self.wait()
+        with fail_together(world, CheckpointError):
+            if world.is_main:
+                for folder, manifest in reversed(self._complete()):
+                    if manifest["step"] > step:
+                        _remove(folder)
+        return self.latest()
 
     def _next_sequence(self) -> int:
         # Steps go back when a run resumes from an older state; the order of saving does not.
@@ -230,18 +312,18 @@ class SPINCheckpointer:
                     os.rename(folder, current)
 
     def _retire(self) -> None:
-        """Removes the states that are neither among the newest nor among the best."""
+        """Removes the states that are neither among the newest nor among the best, nor the last anchor."""
         states = self._complete()
         keep = {folder for folder, _ in states[-self.keep_last :]}
         scored = [(manifest["metric"], -manifest["sequence"], folder) for folder, manifest in states]
         best = sorted(entry for entry in scored if entry[0] is not None)[: self.keep_best]
         keep |= {folder for _, _, folder in best}
+        keep |= set([folder for folder, manifest in states if manifest.get("anchor")][-1:])
         for folder, _ in states:
             if folder in keep:
                 continue
             try:
-                (folder / MANIFEST).unlink()  # from here on it is no state
-                shutil.rmtree(folder)
+                _remove(folder)
             except OSError as error:
                 log.warning(f"{folder}: cannot remove this old state ({error}).")
 
@@ -337,6 +419,11 @@ class SPINCheckpointer:
                 _restore_options(group, options["options"])
 
 
+def _remove(folder: Path) -> None:
+    (folder / MANIFEST).unlink()  # from here on it is no state
+    shutil.rmtree(folder)
+
+
 def _gib(size_bytes: float) -> str:
     return f"{size_bytes / 2**30:.1f} GiB"
 
@@ -356,20 +443,55 @@ def _write_document(file: Path, document: dict[str, Any]) -> None:
         raise CheckpointError(f"{file.name} of step {document['step']}: {error}. Its values must be JSON.") from error
 
 
+@contextmanager
+def reading_state(file: Path) -> Iterator[None]:
+    """Turns what Python says about a document that lacks something into an error that names the file.
+
+    Args:
+        file (Path): where the document that the block looks into comes from.
+
+    Yields:
+        None: the block runs.
+
+    Raises:
+        CheckpointError: If the block raises ``KeyError``, ``TypeError``, ``AttributeError`` or ``ValueError``.
+    """
+    try:
+        yield
+    except SpinError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"{file}: not what this version of SPIN writes ({type(error).__name__}: {error}). "
+            "Resume from another state."
+        ) from error
+
+
 def _read_document(folder: Path) -> dict[str, Any]:
     _verify(folder / STATE, _read_manifest(folder)["files"][STATE])
-    document: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    with reading_state(folder / STATE):
+        document: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        if not isinstance(document["state"], dict) or not isinstance(document["optimizer"], dict | None):
+            raise TypeError("no state, or a bad optimizer")
     return document
 
 
 def _write_manifest(
-    folder: Path, files: dict[str, Any], *, step: int, sequence: int, metric: float | None, world: World
+    folder: Path,
+    files: dict[str, Any],
+    *,
+    step: int,
+    sequence: int,
+    metric: float | None,
+    anchor: bool,
+    world: World,
 ) -> None:
     content = {
         "format": FORMAT_VERSION,
         "step": step,
         "sequence": sequence,
         "metric": metric if metric is not None and math.isfinite(metric) else None,
+        "anchor": anchor,
         "world_size": world.world_size,
         "files": dict(sorted(files.items())),
     }
@@ -386,15 +508,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         checksum = content.pop("checksum")
-    except (ValueError, KeyError, AttributeError) as error:
+        found = json_fingerprint(content)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{file}: damaged ({error}). Resume from another state.") from error
-    if checksum != json_fingerprint(content):
+    if checksum != found:
         raise CheckpointError(f"{file}: damaged, its checksum does not match. Resume from another state.")
-    if content["format"] != FORMAT_VERSION:
+    if content.get("format") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{file}: format {content['format']}, this version of SPIN reads {FORMAT_VERSION}. "
+            f"{file}: format {content.get('format')}, this version of SPIN reads {FORMAT_VERSION}. "
             "Resume with the version that wrote it."
         )
+    with reading_state(file):
+        _check_manifest(content)
     faults = []
     for name, entry in content["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -407,6 +532,18 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
+def _check_manifest(content: dict[str, Any]) -> None:
+    numbers = [content["step"], content["sequence"], *(entry["bytes"] for entry in content["files"].values())]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("steps, sequence and sizes must be whole numbers")
+    if not isinstance(content["metric"], int | float | None) or not isinstance(content.get("anchor", False), bool):
+        raise ValueError("a bad metric or anchor")
+    if not all(isinstance(entry["sha256"], str) for entry in content["files"].values()):
+        raise ValueError("a bad checksum")
+    if not {STATE, METADATA} <= content["files"].keys() or any(Path(name).name != name for name in content["files"]):
+        raise ValueError(f"files must be in the folder, {STATE} and {METADATA} among them")
+
+
 def _verify(file: Path, entry: dict[str, Any]) -> None:
     if file_sha256(file) != entry["sha256"]:
         raise CheckpointError(f"{file}: damaged, its SHA-256 is not the manifest's. Resume from another state.")
@@ -415,9 +552,9 @@ def _verify(file: Path, entry: dict[str, Any]) -> None:
 # ---- tensors of a state
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], folder: Path) -> None:
+def _save_tensors(tensors: dict[str, torch.Tensor], folder: Path, world: World) -> None:
     try:
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True))
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), process_group=world.group)
     except dcp.CheckpointException as error:
         raise CheckpointError(f"{folder}: cannot write ({_reasons(error)}). Is the disk full?") from error
 
@@ -466,16 +603,15 @@ def _read_metadata(folder: Path) -> Metadata:
     try:
         with open(file, "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
+        entries = metadata.state_dict_metadata.items() if isinstance(metadata, Metadata) else ()
+        # Anything but a tensor would be unpickled without restriction when it is loaded.
+        others = [str(name) for name, entry in entries if not isinstance(entry, TensorStorageMetadata)]
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
-    except (pickle.UnpicklingError, EOFError, AttributeError, TypeError, ValueError, IndexError) as error:
+    except Exception as error:  # noqa: BLE001 - broken pickles raise anything, MemoryError among it
         raise CheckpointError(f"{file}: damaged ({error}). Resume from another state.") from error
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{file}: not the metadata of a state. Resume from another state.")
-    # Anything but a tensor would be unpickled without restriction when it is loaded.
-    others = [
-        name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
-    ]
     if others:
         raise CheckpointError(
             f"{file}: {', '.join(others[:5])} are not tensors. It may be an attack: loading is refused."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,14 @@ from omegaconf import DictConfig, OmegaConf
 from spin.config import Faults
 from spin.data.packing import MASK_TRUNCATED
 from spin.data.store import differences
-from spin.data.types import Pair
-from spin.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError
+from spin.errors import CheckpointError, ConfigError, SelfTestError
 from spin.generators.base import SamplingParams
 from spin.models import AC_MODES, ATTENTION
+from spin.nonfinite import ON_NONFINITE
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, parse_max_time
 from spin.schedules import lr_factor, per_iteration
+from spin.stopping import parse_signals
+from spin.watch import check_limits
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def check_run(cfg: DictConfig) -> None:
         except ConfigError as error:
             for line in str(error).splitlines():
                 faults.add(line if name in line else f"{name}: {line}")
+        except (TypeError, ValueError, OverflowError) as error:  # a list among numbers, infinity as a count
+            faults.add(f"{name}={OmegaConf.select(cfg, name)!r}: {error}.")
 
     iterations = plain["max_iterations"]
     attempt("max_iterations", lambda: SPINProgress(1, plain["max_epochs"], iterations, plain["max_steps"]))
@@ -62,6 +65,8 @@ def check_run(cfg: DictConfig) -> None:
                     faults.add(f"{section}.{key}={entry}: expected more than 0.")
     attempt("sampling", lambda: SamplingParams(**plain["sampling"]))
     attempt("max_time", lambda: parse_max_time(plain["max_time"]))
+    attempt("stop_signals", lambda: parse_signals(plain["stop_signals"]))
+    attempt("watch", lambda: check_limits(plain["watch"]))
     schedule = plain["lr_scheduler"]
     attempt("lr_scheduler", lambda: lr_factor(schedule["name"], 0, 10, schedule["warmup"], schedule["min_ratio"]))
     for name in ("limit_train_batches", "limit_val_batches"):
@@ -78,6 +83,7 @@ def check_run(cfg: DictConfig) -> None:
         ("replicas", 1),
         ("nll_weight", 0),
         ("num_workers", 0),
+        ("nonfinite_limit", 1),
     ):
         _at_least(plain, name, least, faults)
     for name, least in (
@@ -101,6 +107,8 @@ def check_run(cfg: DictConfig) -> None:
     for name in ("dtype", "compute_dtype"):
         if plain[name] not in DTYPES:
             faults.add(f"{name}={plain[name]!r}: expected {' or '.join(DTYPES)}.")
+    if plain["on_nonfinite"] not in ON_NONFINITE:
+        faults.add(f"on_nonfinite={plain['on_nonfinite']!r}: expected {' or '.join(ON_NONFINITE)}.")
     if plain["attention"] not in ATTENTION:
         faults.add(f"attention={plain['attention']!r}: expected {', '.join(ATTENTION)}.")
     if plain["ac_mode"] not in AC_MODES:
@@ -140,25 +148,6 @@ def check_first_loss(metrics: Mapping[str, float], expected: float, compute_dtyp
         "responses: something differs between the reference pass and training (dropout, precision, another number of "
         "ranks, a changed pair store). No weight was changed. self_test=false skips this test."
     )
-
-
-def check_finite(loss: float, grad_norm: float, step: int, batch: Sequence[Pair]) -> None:
-    """Stops a step whose numbers are broken, before anything is updated. The arguments are the same on every rank.
-
-    Args:
-        loss (float): the batch's loss.
-        grad_norm (float): norm of its gradient.
-        step (int): optimizer steps so far.
-        batch (Sequence[Pair]): the global batch.
-
-    Raises:
-        NonFiniteError: If either number is NaN or infinite, naming the batch's samples.
-    """
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise NonFiniteError(
-            f"step {step}: loss sum {loss}, gradient norm {grad_norm}. No weight was changed. Samples of the batch: "
-            f"{', '.join(pair.sample_id for pair in batch)}."
-        )
 
 
 def check_moved_share(

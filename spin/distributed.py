@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from spin.errors import ConfigError, SpinError
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _KEPT = "_spin_unsharded"  # set on the root while `unsharded` holds the parameters
 _RESHARD = "_spin_reshard_after_forward"  # set on each sharded module: as it was given to `fully_shard`
+_TIMEOUT_SECONDS = 8 * 3600
 
 Row = TypeVar("Row")
 
@@ -41,6 +43,7 @@ class World:
         local_rank (int): number of this process on its host.
         device (torch.device): where this process computes.
         mesh (DeviceMesh): ``("shard",)``, or ``("replicate", "shard")`` with replicas.
+        group (dist.ProcessGroup | None): whose collectives carry objects; None is the default group.
     """
 
     rank: int
@@ -48,6 +51,7 @@ class World:
     local_rank: int
     device: torch.device
     mesh: DeviceMesh
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -55,7 +59,7 @@ class World:
         return self.rank == 0
 
 
-def init_world(device: str | None = None, *, timeout_seconds: float = 8 * 3600, replicas: int = 1) -> World:
+def init_world(device: str | None = None, *, timeout_seconds: float = _TIMEOUT_SECONDS, replicas: int = 1) -> World:
     """Joins the process group that torchrun announces, or make one of size one.
 
     Without torchrun the group lives in memory and opens no port. A second call in a process describes the group that is
@@ -433,7 +437,7 @@ def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @contextmanager
-def fail_together(world: World, kind: type[SpinError]) -> Iterator[None]:
+def fail_together(world: World, kind: type[SpinError], path: Path | None = None) -> Iterator[None]:
     """Runs a block that can fail on one rank alone, such as a write: if it fails on any, it fails on all.
 
     Without it the other ranks would wait in the next collective until its time-out. Collective at the end of the block;
@@ -442,23 +446,31 @@ def fail_together(world: World, kind: type[SpinError]) -> Iterator[None]:
     Args:
         world (World): the ranks.
         kind (type[SpinError]): what to raise.
+        path (Path | None): what the block writes, for the message.
 
     Yields:
         None: the block runs.
 
     Raises:
-        SpinError: Of ``kind``, with the message of the first rank that failed on ``OSError`` or ``SpinError``.
+        SpinError: With the message of the first rank that failed: of its kind if it was a ``SpinError``, of ``kind`` if
+            it was an ``OSError``.
     """
     cause: Exception | None = None
     try:
         yield
     except (OSError, SpinError) as error:
         cause = error
-    messages = gather_objects(None if cause is None else str(cause) or type(cause).__name__, world)
-    for rank, message in enumerate(messages):
-        if message is not None:
+    found: tuple[type[SpinError], str] | None = None
+    if cause is not None:
+        text = str(cause) or type(cause).__name__
+        if isinstance(cause, SpinError):
+            found = type(cause), text
+        else:
+            found = kind, text if path is None else f"{path}: cannot write ({text})."
+    for rank, failure in enumerate(gather_objects(found, world)):
+        if failure is not None:
             where = f"rank {rank}: " if world.world_size > 1 else ""
-            raise kind(f"{where}{message}") from cause
+            raise failure[0](f"{where}{failure[1]}") from cause
 
 
 def all_reduce_sums(values: dict[str, float], world: World) -> dict[str, float]:
@@ -483,10 +495,22 @@ def any_rank(flag: bool, world: World) -> bool:
     return all_reduce_sums({"flag": float(flag)}, world)["flag"] > 0
 
 
+def beside(world: World) -> World:
+    """The same ranks with a process group of their own, for the collectives of another thread. Collective.
+
+    Args:
+        world (World): the ranks.
+
+    Returns:
+        World: carries objects over the CPU, whatever the main thread does at the time.
+    """
+    return replace(world, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=_TIMEOUT_SECONDS)))
+
+
 def gather_objects(obj: Any, world: World) -> list[Any]:
     """The objects of all ranks, in rank order, on every rank. Between processes of one run only: it uses pickle."""
     objects: list[Any] = [None] * world.world_size
-    dist.all_gather_object(objects, obj)
+    dist.all_gather_object(objects, obj, group=world.group)
     return objects
 
 

@@ -26,6 +26,14 @@ class CheckpointError(SpinError, RuntimeError):
     """A checkpoint that is missing, damaged, or does not fit the model or the config."""
 
 
+class OutputError(SpinError, RuntimeError):
+    """An output folder that cannot be written, is full, or is in use by another run."""
+
+
+class CollapseError(SpinError, RuntimeError):
+    """The policy has passed a limit of the collapse watch whose action ends the run."""
+
+
 class SelfTestError(SpinError, RuntimeError):
     """The first step of an iteration did not start at the loss of two equal models."""
 

@@ -2,11 +2,80 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from spin.errors import OutputError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system says about a write into an error that names the file and the remedy.
+
+    Args:
+        path (Path): what the block writes.
+
+    Yields:
+        None: the block runs.
+
+    Raises:
+        OutputError: If the block raises ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot write ({error.strerror or error}). Free some space or mend the folder's rights, then "
+            "start the same command again: what was saved before is whole."
+        ) from error
+
+
+class FolderLock:
+    """Keeps other runs out of a folder until it is released or its process ends, however it ends.
+
+    The lock is the system's, on the file ``.lock``; the file itself means nothing, and stays. Children of the process
+    do not hold it, so nothing that a killed run leaves behind keeps the next one out.
+
+    Args:
+        folder (Path): made if it is not there.
+        shared (bool): let others in that share it too.
+
+    Raises:
+        OutputError: If another process holds it, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, shared: bool = False) -> None:
+        self._file = folder / LOCK
+        with writing(self._file):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._stream = self._file.open("a+", encoding="utf-8")
+        try:
+            fcntl.lockf(self._stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            self._stream.seek(0)
+            holder = self._stream.read().strip() or "an unknown process"
+            self._stream.close()
+            raise OutputError(
+                f"{folder}: another run is writing here ({holder}). Wait for it, stop it, or give this run an "
+                "output_dir of its own."
+            ) from None
+        with writing(self._file):
+            self._stream.truncate(0)
+            self._stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._stream.flush()
+
+    def release(self) -> None:
+        """Lets others in."""
+        self._stream.close()
 
 
 def write_json(file: Path, content: Any) -> None:

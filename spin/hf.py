@@ -148,7 +148,8 @@ def read_hf_config(checkpoint_dir: str | Path) -> dict[str, Any]:
         )
     config = _read_json(folder / CONFIG, "Every Hugging Face model has one: download the model again.")
     if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown method")
+        quantization = config["quantization_config"]
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown method"
         raise CheckpointError(
             f"{folder / CONFIG}: the weights are quantized ({method}). Full fine-tuning needs the unquantized model."
         )
@@ -189,8 +190,12 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
         weight_map = _read_json(index, "Download the model again.").get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index}: no weight_map. Download the model again.")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
+            raise CheckpointError(f"{index}: no weight_map of tensors to files. Download the model again.")
         files = [folder / name for name in sorted(set(weight_map.values()))]
         outside = [file.name for file in files if file.parent != folder]
         if outside:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,10 @@ from torch.distributed.tensor import DTensor
 
 from spin.data.packing import PackedRow
 from spin.distributed import World
+from spin.errors import ConfigError, SpinError
+from spin.files import writing
+
+log = logging.getLogger(__name__)
 
 _SUMS = (
     "weight",
@@ -157,6 +163,9 @@ class MetricsFile:
     Args:
         path (Path): the file; lines of steps after ``from_step`` are removed, for they will be made again.
         from_step (int): steps that the resumed state has behind it.
+
+    Raises:
+        OutputError: If the file cannot be written.
     """
 
     def __init__(self, path: Path, from_step: int) -> None:
@@ -169,12 +178,67 @@ class MetricsFile:
                         kept.append(line + "\n")
                 except (json.JSONDecodeError, KeyError, TypeError):
                     continue  # a line that a kill cut short belongs to a step that will be made again
-        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.rename(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.rename(path)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Appends a step."""
-        with self._path.open("a", encoding="utf-8") as stream:
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends a step; an :class:`~spin.errors.OutputError` if it cannot."""
+        with writing(self._path), self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **metrics}) + "\n")
+
+
+class MetricService:
+    """A metric logger that may be down: what it raises is a warning, and training goes on.
+
+    Nothing is lost by that: ``metrics.jsonl`` has every step.
+
+    Args:
+        make (Callable[[], Any]): makes a logger with torchtune's methods ``log_config``, ``log_dict`` and ``close``.
+
+    Raises:
+        ConfigError: If the logger's package is not installed.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._logger: Any = None
+        self._failures = 0
+        try:
+            self._logger = make()
+        except SpinError:
+            raise
+        except ImportError as error:
+            raise ConfigError(f"metric_logger: {error}") from error
+        except Exception as error:  # noqa: BLE001 - a service's library may raise anything
+            log.warning(f"metric_logger cannot be started ({_told(error)}); metrics.jsonl has everything all the same.")
+
+    def log_config(self, cfg: Any) -> None:
+        """Hands over the run's config."""
+        self._try("log_config", cfg)
+
+    def log_dict(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hands over a step's metrics."""
+        self._try("log_dict", metrics, step=step)
+
+    def close(self) -> None:
+        """Ends the logger, which may send what it has kept."""
+        self._try("close")
+
+    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+        if self._logger is None:
+            return
+        try:
+            getattr(self._logger, method)(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - a service's library may raise anything
+            self._failures += 1
+            if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
+                log.warning(
+                    f"metric_logger.{method} failed ({_told(error)}), {self._failures} times so far. Training goes on; "
+                    "metrics.jsonl has everything."
+                )
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".split("\n", 1)[0]

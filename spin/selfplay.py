@@ -26,8 +26,8 @@ from spin.data.packing import MASK_TRUNCATED
 from spin.data.prompts import PromptDataset
 from spin.data.store import PairStore
 from spin.data.types import Pair, Prompt, Response
-from spin.distributed import World, broadcast_object, gather_objects, named_full_tensors, unsharded
-from spin.errors import ConfigError, GeneratorError, StoreError
+from spin.distributed import World, broadcast_object, fail_together, gather_objects, named_full_tensors, unsharded
+from spin.errors import ConfigError, GeneratorError, OutputError, StoreError
 from spin.fingerprint import json_fingerprint
 from spin.generators.base import Completion, Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
@@ -147,7 +147,10 @@ def open_store(
     on_stale: Callable[[str], None] | None = None,
 ) -> PairStore:
     """Opens or begins a store on rank 0 and hands it to all ranks. Collective."""
-    store = PairStore.open_or_create(path, fingerprint, num_shards, on_stale) if world.is_main else None
+    store = None
+    with fail_together(world, OutputError):
+        if world.is_main:
+            store = PairStore.open_or_create(path, fingerprint, num_shards, on_stale)
     return broadcast_object(store, world)
 
 
@@ -475,8 +478,9 @@ def score(
             as_in_training=as_in_training,
             num_workers=num_workers,
         )
-        if world.is_main:
-            store.write_shard(shard, pairs)
+        with fail_together(world, OutputError):
+            if world.is_main:
+                store.write_shard(shard, pairs)
         on_shard(len(pairs))
 
 
@@ -514,20 +518,26 @@ def losses_of_pairs(
 
 
 def filter_pairs(
-    pairs: Iterable[Pair], *, truncated: str = "keep", equal_to_real: str = "keep", empty: str = "drop"
-) -> tuple[list[Pair], dict[str, int]]:
+    pairs: Iterable[Pair],
+    counts: Counter[str],
+    *,
+    truncated: str = "keep",
+    equal_to_real: str = "keep",
+    empty: str = "drop",
+) -> Iterator[Pair]:
     """Applies the policies for responses that may not be worth learning from, and counts them.
 
     Args:
         pairs (Iterable[Pair]): what the opponent answered.
+        counts (Counter[str]): filled with counts of responses by name.
         truncated (str): responses cut by the length limit: ``keep`` them as they are (no end token is added), ``mask``
             them (in the store and the metrics, not in the loss), or ``drop`` them.
         equal_to_real (str): responses equal to the real one, which have no gradient: ``keep`` or ``drop``.
         empty (str): responses that consist of a stop token alone: ``keep`` or ``drop``. Responses without any token
             cannot be scored and are always dropped.
 
-    Returns:
-        tuple[list[Pair], dict[str, int]]: the pairs that still have a response, and counts of responses by name.
+    Yields:
+        Pair: the pairs that still have a response.
 
     Raises:
         ConfigError: If a policy is unknown.
@@ -540,8 +550,8 @@ def filter_pairs(
     ):
         if policy not in known:
             raise ConfigError(f"pairs.{name}={policy!r}: expected {', '.join(known)}.")
-    counts = Counter(responses=0, truncated=0, equal_to_real=0, empty=0, dropped=0, dropped_pairs=0)
-    kept = []
+    counts.update(responses=0, truncated=0, equal_to_real=0, empty=0, dropped=0, dropped_pairs=0)
+    is_any_left = False
     for pair in pairs:
         responses = []
         for response in pair.generated:
@@ -559,15 +569,15 @@ def filter_pairs(
             else:
                 responses.append(response)
         if responses:
-            kept.append(replace(pair, generated=responses))
+            is_any_left = True
+            yield replace(pair, generated=responses)
         else:
             counts["dropped_pairs"] += 1
-    if not kept:
+    if not is_any_left:
         raise StoreError(
             f"No pair is left of {counts['dropped_pairs']}: {dict(counts)}. Every response was dropped by "
             "pairs.truncated, pairs.equal_to_real or pairs.empty; relax them, or raise sampling.max_new_tokens."
         )
-    return kept, dict(counts)
 
 
 def split_evenly(n: int, parts: int) -> list[range]:

@@ -59,7 +59,9 @@ def fresh(world):
 def save(checkpointer, world, step: int, model=None, **arguments) -> Path:
     model = model if model is not None else sharded(world)
     defaults = {"optimizer": None, "state": {"step": step}}
-    return checkpointer.save_state(step=step, model=model, world=world, **(defaults | arguments))
+    path = checkpointer.save_state(step=step, model=model, world=world, **(defaults | arguments))
+    checkpointer.wait()
+    return path
 
 
 def names(checkpointer) -> list[str]:
@@ -86,7 +88,7 @@ def test_resume_is_exact(checkpointer, world):
     assert (weights_fingerprint(model), optimizer_digest(model, optimizer)) == unbroken != saved
 
 
-def test_two_ranks_and_one_exchange_states(tmp_path, world, subprocess_env):
+def test_one_two_and_four_ranks_exchange_states(tmp_path, world, subprocess_env):
     one = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "one"))
     model = sharded(world)
     optimizer = adamw(model)
@@ -95,6 +97,7 @@ def test_two_ranks_and_one_exchange_states(tmp_path, world, subprocess_env):
     save(one, world, 3, model, optimizer=optimizer, state=state)
 
     run_ranks("resume.py", subprocess_env, tmp_path)
+    run_ranks("read_state.py", subprocess_env, tmp_path / "two", ranks=4)
 
     two = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "two"))
     path = two.latest()

@@ -173,6 +173,7 @@ def test_resume_is_exact(name, tmp_path, world, eager):
     path = checkpointer.save_state(step=3, model=model, optimizer=optimizer, state={}, world=world)
     train(model, optimizer, range(3, 6))
     unbroken = digests(model, optimizer)
+    checkpointer.wait()
 
     model = small(world, dtype)
     optimizer = make(model.parameters())
@@ -190,6 +191,7 @@ def test_two_ranks_and_one_exchange_states(tmp_path, world, subprocess_env, eage
         optimizer = make(model.parameters())
         train(model, optimizer, range(2))
         one.save_state(step=2, model=model, optimizer=optimizer, state=digests(model, optimizer), world=world)
+        one.wait()
 
     run_ranks("optimizers.py", subprocess_env, tmp_path)
 

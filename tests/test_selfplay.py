@@ -1,5 +1,7 @@
 """Playing and filtering: shards, seeds, what is rejected, what is dropped."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 
@@ -168,7 +170,8 @@ def example_pairs():
     ],
 )
 def test_policies(policies, kept):
-    pairs, counts = filter_pairs(example_pairs(), **policies)
+    counts = Counter()
+    pairs = list(filter_pairs(example_pairs(), counts, **policies))
     assert {pair.sample_id: len(pair.generated) for pair in pairs} == kept
     expected = {"responses": 6, "truncated": 1, "equal_to_real": 1, "empty": 2}
     assert {name: counts[name] for name in expected} == expected
@@ -178,12 +181,12 @@ def test_policies(policies, kept):
 
 def test_all_pairs_dropped_is_an_error():
     with pytest.raises(StoreError, match="No pair is left of 1"):
-        filter_pairs(example_pairs()[3:4])
+        list(filter_pairs(example_pairs()[3:4], Counter()))
 
 
 def test_unknown_policy():
     with pytest.raises(ConfigError, match="truncated"):
-        filter_pairs([], truncated="cut")
+        list(filter_pairs([], Counter(), truncated="cut"))
 
 
 def test_split_evenly():

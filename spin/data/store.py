@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
-from spin.files import write_json
+from spin.files import write_json, writing
 from spin.fingerprint import file_sha256
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+_MOST_SHARDS = 10_000_000
 
 _SCHEMA = pa.schema(
     [
@@ -79,8 +81,9 @@ class PairStore:
             raise StoreError(
                 f"{file}: expected a pair store of format {FORMAT_VERSION}. Made by another version of spin?"
             )
-        if not isinstance(manifest.get("fingerprint"), dict) or not isinstance(manifest.get("num_shards"), int):
-            raise StoreError(f"{file}: damaged manifest (no fingerprint or number of shards).")
+        fault = _fault_of(manifest)
+        if fault is not None:
+            raise StoreError(f"{file}: damaged manifest ({fault}). Remove the folder; it will be made again.")
         return cls(path, manifest)
 
     @classmethod
@@ -105,6 +108,9 @@ class PairStore:
 
         Returns:
             PairStore: sealed, or to be filled with its missing shards.
+
+        Raises:
+            OutputError: If the folder cannot be written.
         """
         path = Path(path)
         fingerprint = json.loads(json.dumps(fingerprint))
@@ -117,18 +123,20 @@ class PairStore:
             if not changed:
                 return store
             aside = _unused_name(path)
-            path.rename(aside)
+            with writing(path):
+                path.rename(aside)
             if on_stale is not None:
                 on_stale(
                     f"{path} was made from something else ({'; '.join(changed)}): kept as {aside.name}, making it anew."
                 )
-        path.mkdir(parents=True)
         manifest = {
             "format_version": FORMAT_VERSION,
             "fingerprint": fingerprint,
             "num_shards": num_shards,
             "sealed": False,
         }
+        with writing(path):
+            path.mkdir(parents=True)
         _replace_json(path / MANIFEST, manifest)
         return cls(path, manifest)
 
@@ -169,6 +177,7 @@ class PairStore:
 
         Raises:
             StoreError: If a reference log-prob is not finite, naming the samples.
+            OutputError: If it cannot be written; no part of it is left.
         """
         broken = [
             pair.sample_id
@@ -197,27 +206,34 @@ class PairStore:
         }
         file = self._shard(index)
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as stream:
-                pq.write_table(pa.table(columns, schema=_SCHEMA), stream, compression="zstd", write_page_checksum=True)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.rename(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(file):
+            try:
+                with temporary.open("wb") as stream:
+                    table = pa.table(columns, schema=_SCHEMA)
+                    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                temporary.rename(file)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def seal(self, report: Mapping[str, Any] | None = None) -> None:
-        """Records the checksum of every shard. Call it on one rank when no shard is missing.
+        """Records the checksum of every shard, once. Call it on one rank when no shard is missing.
 
         Args:
             report (Mapping[str, Any] | None): counts to keep with the store.
 
         Raises:
             StoreError: If a shard is missing.
+            OutputError: If the manifest cannot be written.
         """
         missing = self.missing_shards()
         if missing:
             raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
+        if self.is_sealed:
+            return
+        for leftover in self.path.glob(".*.tmp"):  # of processes that died while they wrote
+            leftover.unlink()
         files = [self._shard(index) for index in range(self.num_shards)]
         self.manifest["shards"] = [
             {
@@ -244,18 +260,39 @@ class PairStore:
         Raises:
             StoreError: If the shard is missing, or does not read back as it was written.
         """
+        return _pairs_of(self._read(index))
+
+    def _read(self, index: int, columns: list[str] | None = None) -> pa.Table:
         file = self._shard(index)
         try:
-            table = pq.read_table(file, page_checksum_verification=True)
-            if not table.schema.equals(_SCHEMA):
-                raise StoreError(f"{file}: has the columns {table.schema.names}, expected {_SCHEMA.names}.")
+            found = pq.read_schema(file)
+            if not found.equals(_SCHEMA):
+                raise StoreError(f"{file}: has the columns {found.names}, expected {_SCHEMA.names}.")
+            table = pq.read_table(file, columns=columns, page_checksum_verification=True)
+            fault = _fault_in(table)
+            if fault is not None:
+                raise StoreError(f"{file}: damaged ({fault}). Remove it and start the run again.")
+            return table
         except FileNotFoundError:
             raise StoreError(f"{file}: missing. Start the run again; the shard will be made again.") from None
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text in it is not UTF-8
             raise StoreError(
                 f"{file}: damaged ({error}). Remove it and start the run again; only this shard will be made again."
             ) from error
-        return _pairs_of(table)
+
+    def count_answers(self) -> tuple[int, int, int]:
+        """Answers, those of them that were cut, and the tokens of all; reads two columns of every shard.
+
+        Returns:
+            tuple[int, int, int]: number of answers, of truncated answers, of tokens.
+        """
+        answers = truncated = tokens = 0
+        for index in range(self.num_shards):
+            table = self._read(index, columns=["finish_reason", "generated_ids"])
+            answers += table.num_rows
+            truncated += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+            tokens += pc.sum(pc.list_value_length(table["generated_ids"])).as_py() or 0
+        return answers, truncated, tokens
 
     def pairs(self) -> Iterator[Pair]:
         """All pairs, shard by shard."""
@@ -263,7 +300,7 @@ class PairStore:
             yield from self.read_shard(index)
 
     def _shard(self, index: int) -> Path:
-        return self.path / f"shard-{index:05d}.parquet"
+        return self.path / _shard_name(index)
 
     @staticmethod
     def _is_whole(file: Path, sha256: str | None) -> bool:
@@ -271,7 +308,7 @@ class PairStore:
             return file_sha256(file) == sha256
         try:
             return pq.read_table(file, page_checksum_verification=True).schema.equals(_SCHEMA)
-        except (OSError, pa.ArrowException):
+        except (OSError, ValueError, pa.ArrowException):
             return False
 
 
@@ -283,6 +320,38 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         for name in sorted({*old, *new})
         if old.get(name, missing) != new.get(name, missing)
     ]
+
+
+def _fault_of(manifest: Mapping[str, Any]) -> str | None:
+    """What a manifest lacks, or None."""
+    fingerprint, num_shards, shards = (manifest.get(name) for name in ("fingerprint", "num_shards", "shards"))
+    if not isinstance(fingerprint, dict) or not isinstance(fingerprint.get("opponent"), str):
+        return "no fingerprint with the opponent's"
+    if type(num_shards) is not int or not 0 <= num_shards <= _MOST_SHARDS:
+        return f"num_shards is {num_shards!r}"
+    if not isinstance(manifest.get("sealed"), bool):
+        return f"sealed is {manifest.get('sealed')!r}"
+    if not manifest["sealed"]:
+        return None
+    if not isinstance(shards, list) or not isinstance(manifest.get("report"), dict):
+        return "sealed without a list of shards and a report"
+    names = [shard.get("name") for shard in shards if isinstance(shard, dict) and isinstance(shard.get("sha256"), str)]
+    if names != [_shard_name(index) for index in range(num_shards)]:
+        return f"the list of shards does not name {num_shards} shards with their checksums"
+    return None
+
+
+def _shard_name(index: int) -> str:
+    return f"shard-{index:05d}.parquet"
+
+
+def _fault_in(table: pa.Table) -> str | None:
+    """What no shard holds that was written by :meth:`PairStore.write_shard`, or None."""
+    for name in table.column_names:
+        if not name.startswith("reference_") and table[name].null_count:
+            return f"{name} is missing in {table[name].null_count} rows"
+    unknown = set(pc.unique(table["finish_reason"]).to_pylist()) - {"stop", "length"}
+    return f"finish_reason is {', '.join(sorted(unknown))}" if unknown else None
 
 
 def _pairs_of(table: pa.Table) -> list[Pair]:
@@ -323,5 +392,9 @@ def _unused_name(path: Path) -> Path:
 
 def _replace_json(file: Path, content: Mapping[str, Any]) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    write_json(temporary, content)
-    temporary.rename(file)
+    with writing(file):
+        try:
+            write_json(temporary, content)
+            temporary.rename(file)
+        finally:
+            temporary.unlink(missing_ok=True)

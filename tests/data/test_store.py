@@ -77,6 +77,12 @@ def test_goes_on_where_it_stopped(tmp_path):
     assert again.missing_shards() == [0, 2]
     with pytest.raises(StoreError, match=r"\[0, 2\] of 3"):
         again.seal()
+    again.write_shard(0, pairs(1))
+    again.write_shard(2, pairs(1))
+    again.seal()
+    assert sorted(path.name for path in again.path.iterdir()) == [
+        "manifest.json", "shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("is_sealed", [True, False])

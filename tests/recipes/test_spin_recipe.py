@@ -44,7 +44,7 @@ class StopsAt(SPINRecipe):
 
     def train_single_step(self, batch):
         if self._progress.step + 1 == self.stop_at:
-            self._on_sigterm(15, None)
+            self._stop.note(15, None)
         return super().train_single_step(batch)
 
 

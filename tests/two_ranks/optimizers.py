@@ -46,6 +46,7 @@ def main(folder: Path) -> None:
         path = two.save_state(step=4, model=model, optimizer=optimizer, state=state, world=world)
         train(model, optimizer, range(4, 6))
         unbroken = digests(model, optimizer)
+        two.wait()
         model = small(world, dtype)
         optimizer = make(model.parameters())
         two.load_state(path, model=model, optimizer=optimizer, world=world)

@@ -55,7 +55,7 @@ assert rows_reduced(sharded(worlds[0])) == [True, True, True]
 assert rows_reduced(sharded(worlds[1])) == [False, False, True]  # between replicas once per step
 
 state = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}
-SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1]).save_state(
-    step=1, model=model, optimizer=optimizer, state=state, world=world
-)
+checkpointer = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1])
+checkpointer.save_state(step=1, model=model, optimizer=optimizer, state=state, world=world)
+checkpointer.close()
 shutdown()

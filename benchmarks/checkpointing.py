@@ -1,0 +1,138 @@
+"""What a checkpoint costs the training loop: written in the background, written while training waits, or not at all.
+
+    python benchmarks/checkpointing.py --model small --device cpu             # some minutes on two CPU cores
+    python benchmarks/checkpointing.py --out checkpointing.json               # one GPU, Llama 3.2 1B shapes
+    torchrun --nproc_per_node 8 benchmarks/checkpointing.py --model llama3_1_8b
+
+Weights and tokens are random, as in benchmarks/training_step.py, and the step is that benchmark's: forward, backward,
+clipping and AdamW over a global batch. In each round the loop runs the same number of steps without saving, then with a
+background save after the first step, then with a synchronous one. A save's cost is what its part of the round took
+longer than the part without, and counts everything: the copy, the slower steps meanwhile, and the wait at the end if
+the write is not done by then. ``share`` is that cost over the time of an interval of ``--interval-steps`` steps, by
+default an epoch of 50,000 pairs, which is the configs' interval (save_interval: 1.0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import ARMS
+from training_step import Bench
+from training_step import parse_args as training_arguments
+
+from spin.checkpoint import SPINCheckpointer
+from spin.distributed import barrier, shutdown
+
+ARM = "compiled"
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama3_2_1b", help="a name of work.MODELS")
+    parser.add_argument("--device", help="cuda or cpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="of each part of a round")
+    parser.add_argument("--interval-steps", type=int, help="between two saves; default: 50,000 pairs")
+    parser.add_argument("--folder", help="where states are written; default: the system's folder for such files")
+    parser.add_argument("--out", type=Path, help="a JSON file for the results")
+    return parser.parse_args(arguments)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs all rounds and gives the figures."""
+    device = ["--device", args.device] if args.device else []
+    bench = Bench(training_arguments(["--model", args.model, *device]))
+    world, model = bench.world, bench.model(ARMS[ARM].variant)
+    pairs = bench.mixed_pairs("short")
+    batch = bench.lay_out(ARMS[ARM], pairs)
+    optimizer = bench.optimizer(ARMS[ARM])
+    folder = Path(tempfile.mkdtemp(dir=args.folder)) if world.is_main else Path()
+    folders = [str(folder)]
+    torch.distributed.broadcast_object_list(folders)
+    savers = {
+        mode: SPINCheckpointer("unused", "LLAMA3_2", f"{folders[0]}/{mode}", keep_last=1, async_save=mode == "async")
+        for mode in ("async", "sync")
+    }
+
+    def step() -> None:
+        bench.optimizer_step(ARMS[ARM], batch, len(pairs), optimizer)
+
+    blocked: dict[str, list[float]] = {mode: [] for mode in savers}
+
+    def part(mode: str | None) -> None:
+        for number in range(args.steps):
+            step()
+            if number == 0 and mode is not None:
+                began = time.perf_counter()
+                savers[mode].save_state(step=1, model=model, optimizer=optimizer, state={}, world=world)
+                blocked[mode].append(time.perf_counter() - began)
+        if mode is not None:
+            savers[mode].wait()
+
+    for mode in (None, "async", "sync"):  # memory of the copies, compiled layers, the optimizer's state
+        part(mode)
+    seconds: dict[str, list[float]] = {"none": [], "async": [], "sync": []}
+    blocked = {mode: [] for mode in savers}
+    for _ in range(args.rounds):
+        for mode in (None, "async", "sync"):
+            seconds[mode or "none"].append(bench.seconds(lambda mode=mode: part(mode)))  # type: ignore[misc]
+    state_bytes = sum(file.stat().st_size for file in Path(folders[0]).glob("async/checkpoints/step_*/*"))
+    barrier(world)
+    if world.is_main:
+        shutil.rmtree(folders[0])
+    interval = args.interval_steps or max(1, 50_000 // len(pairs))
+    step_seconds = statistics.median(seconds["none"]) / args.steps
+    results: dict[str, Any] = {
+        "setup": {
+            "device": torch.cuda.get_device_name() if bench.on_gpu else "cpu",
+            "ranks": world.world_size,
+            "torch": torch.__version__,
+            "model": args.model,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "state_gb": state_bytes / 1e9,
+            "pairs_per_step": len(pairs),
+            "steps_per_part": args.steps,
+            "rounds": args.rounds,
+            "interval_steps": interval,
+        },
+        "step_seconds": step_seconds,
+        "seconds_of_parts": seconds,
+    }
+    for mode, saver in savers.items():
+        saver.close()
+        # each round has its own part without a save: what changes slowly on a shared machine cancels out
+        rounds = zip(seconds[mode], seconds["none"], strict=True)
+        cost = statistics.median(with_save - without for with_save, without in rounds)
+        results[mode] = {
+            "blocked_seconds": statistics.median(blocked[mode]),
+            "cost_seconds": cost,
+            "share": cost / (interval * step_seconds + cost),
+            "interval_steps_for_2_percent": cost / (0.02 / 0.98 * step_seconds),
+        }
+    results["async_over_sync"] = results["async"]["cost_seconds"] / results["sync"]["cost_seconds"]
+    return results
+
+
+def main() -> None:
+    """Measures, prints JSON, and writes it."""
+    args = parse_args()
+    results = measure(args)
+    if torch.distributed.get_rank() == 0:
+        text = json.dumps(results, indent=2)
+        print(text)
+        if args.out:
+            args.out.write_text(text + "\n", encoding="utf-8")
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""A clean end before the end: signals, the time limit, and the command that goes on from there."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from spin.errors import ConfigError
+from spin.progress import RunTimer
+
+
+def parse_signals(names: Sequence[str]) -> list[signal.Signals]:
+    """Signals by name.
+
+    Args:
+        names (Sequence[str]): such as ``SIGTERM``.
+
+    Returns:
+        list[signal.Signals]: the same ones.
+
+    Raises:
+        ConfigError: If there is no such signal, or if no process can catch it.
+    """
+    known = {each.name: each for each in signal.Signals if each not in (signal.SIGKILL, signal.SIGSTOP)}
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"stop_signals={list(names)}: {name!r} is no signal that a run can catch, as SIGTERM is.")
+    return [known[name] for name in names]
+
+
+class StopRequest:
+    """Whether this rank was asked to stop. A signal is only noted: the run ends where it can go on from.
+
+    Args:
+        signals (Sequence[str]): names of the signals that ask for it.
+        max_time (str | None): wall-clock budget, ``DD:HH:MM:SS``; it starts now. None is no budget.
+
+    Raises:
+        ConfigError: If a signal or the budget is not one.
+    """
+
+    def __init__(self, signals: Sequence[str], max_time: str | None) -> None:
+        self._signals = parse_signals(signals)
+        self._timer = RunTimer(max_time)
+        self._before: dict[signal.Signals, Any] = {}
+        self.is_signalled = False
+
+    def install(self) -> None:
+        """Catches the signals from now on, in the main thread."""
+        self._before = {each: signal.signal(each, self.note) for each in self._signals}
+
+    def release(self) -> None:
+        """Gives the signals back to whom they belonged."""
+        for each, handler in self._before.items():
+            signal.signal(each, handler)
+        self._before = {}
+
+    def note(self, signum: int, frame: object) -> None:
+        """The signals' handler."""
+        self.is_signalled = True
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """The budget is used up."""
+        return self._timer.is_over
+
+    @property
+    def is_asked(self) -> bool:
+        """A signal came, or the budget is used up."""
+        return self.is_signalled or self.is_out_of_time
+
+
+def command_to_continue(resume: str = "auto") -> str:
+    """The command that this process was started with, as a shell takes it, so that it goes on from the newest state.
+
+    Args:
+        resume (str): the config's ``resume``; anything but ``auto`` is overridden at the end.
+
+    Returns:
+        str: one line. Under torchrun it starts all processes of this host; a run over several hosts has one launcher on
+        each, whose own command is not known here.
+    """
+    interpreter, *arguments = sys.orig_argv
+    arguments += [] if resume == "auto" else ["resume=auto"]
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return shlex.join([interpreter, *arguments])
+    while arguments and arguments[0] == "-u":  # torchrun's own
+        arguments.pop(0)
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    launcher += ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), "<rendezvous options as before>"]
+    launcher += ["--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    where = "" if nodes == 1 else "on each host: "
+    return where + shlex.join([*launcher, *arguments])

@@ -1,0 +1,333 @@
+"""Output folders: in use, read-only, full; background writes that fail or die; services that are down."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+
+import pytest
+import torch
+from spin_recipe import SPINRecipe
+
+import spin.checkpoint
+from spin.checkpoint import SPINCheckpointer
+from spin.distributed import init_world
+from spin.errors import CheckpointError, ConfigError, OutputError, StoreError
+from spin.files import FolderLock
+from spin.fingerprint import weights_fingerprint
+from tests.recipes.helpers import REPO, command, metrics_of, run, tiny_config
+from tests.torchrun import run_ranks
+from tests.two_ranks.tiny import build, sharded, train
+
+PROGRAM = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
+SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null")
+
+
+# ---- the lock
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from spin.files import FolderLock
+lock = FolderLock(Path(sys.argv[1]), shared=len(sys.argv) > 2)
+child = os.fork()  # inherits every file that is open, as an engine's worker does, and outlives its parent
+print("held", child, flush=True)
+time.sleep(300)
+"""
+
+
+def hold(folder, env, *shared):
+    """A process that holds the lock, and has a child; the child's id."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder), *shared], env=env, stdout=subprocess.PIPE, text=True
+    )
+    child = next(int(line.split()[1]) for line in (process.stdout.readline() for _ in range(2)) if " 0" not in line)
+    return process, child
+
+
+def test_a_second_run_is_locked_out_until_the_first_is_dead(tmp_path, subprocess_env):
+    """By the command line, before anything in the folder is touched; a killed run's children keep nobody out."""
+    process, child = hold(tmp_path / "out", subprocess_env)
+    try:
+        before = sorted(path.name for path in (tmp_path / "out").iterdir())
+        done = command(tmp_path / "out", *SHORT, program=PROGRAM)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert f"another run is writing here (process {process.pid} on " in done.stderr
+        assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before == [".lock"]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        os.kill(child, 0)  # still there
+        run(tmp_path / "out", *SHORT, "max_steps=1")
+    finally:
+        process.kill()
+        os.kill(child, signal.SIGKILL)
+    assert len(metrics_of(tmp_path / "out")) == 1
+
+
+def test_workers_share_and_a_run_does_not(tmp_path, subprocess_env):
+    process, child = hold(tmp_path, subprocess_env, "shared")
+    try:
+        FolderLock(tmp_path, shared=True).release()
+        with pytest.raises(OutputError, match="another run is writing here"):
+            FolderLock(tmp_path)
+    finally:
+        process.kill()
+        os.kill(child, signal.SIGKILL)
+
+
+# ---- full and read-only
+
+
+def test_a_folder_that_cannot_be_is_refused_before_weights(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = command(tmp_path / "file" / "out", program=PROGRAM)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{tmp_path}/file/out/.lock: cannot write (Not a directory)" in done.stderr
+
+
+def limited(bytes_per_file):
+    """A run in which no file can grow beyond a size: the kernel refuses the write, as it does on a full disk."""
+    code = (
+        f"import resource, sys; sys.argv = ['spin_recipe.py', *sys.argv[1:]]; "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_per_file}, {bytes_per_file})); "
+        "import spin_recipe; spin_recipe.recipe_main()"
+    )
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize(
+    ("limit", "named"),
+    [
+        (6_000, "iteration_000/responses/shard-00000.parquet: cannot write (File too large)"),
+        (3_000_000, "checkpoints/.step_00000002.part: cannot write"),
+    ],
+)
+def test_a_full_disk_ends_the_run_with_the_path(tmp_path, limit, named):
+    """The one shard of answers is larger than 6 kB, a state larger than 3 MB, and all else is smaller."""
+    changes = (*SHORT, "save_interval=2", "pairs.prompts_per_shard=20")
+    done = command(tmp_path / "out", *changes, program=limited(limit))
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    assert named in done.stderr[done.stderr.index("error: ") :]
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".part", ".tmp"))]
+    assert SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "out")).latest() is None
+    run(tmp_path / "out", *changes)
+    run(tmp_path / "unbroken", *changes)
+    assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "unbroken")
+
+
+def test_the_earlier_state_outlives_a_disk_that_fills_up_later(tmp_path):
+    """The first state is written; then no file may have more than 3 MB. The run ends at its next step, not at its next
+    save."""
+
+    class FillsUp(SPINRecipe):
+        def save_checkpoint(self):
+            path = super().save_checkpoint()
+            if self._progress.step == 1:
+                self._checkpointer.wait()
+                resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, old[1]))
+            return path
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    recipe = FillsUp(tiny_config(tmp_path, *SHORT, "save_interval=1"))
+    recipe.setup()
+    try:
+        with pytest.raises(CheckpointError, match=r"step_00000002\.part: cannot write .*Is the disk full"):
+            recipe.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    recipe.cleanup()
+    states = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+    assert states == ["step_00000001"] and recipe._progress.step == 3
+    run(tmp_path, *SHORT)
+    run(tmp_path / "unbroken", *SHORT)
+    assert metrics_of(tmp_path) == metrics_of(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("name", ["samples.jsonl", "config.yaml"])
+def test_other_files_are_named_too(tmp_path, name):
+    """/dev/full takes no byte."""
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OutputError, match=rf"{name}: cannot write \(No space left on device\)"):
+        run(tmp_path, "max_iterations=1", "max_epochs=1")
+
+
+# ---- background writes
+
+
+@pytest.fixture
+def world():
+    return init_world("cpu")
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path, world, monkeypatch):
+    """The weights of the moment of saving are written, whatever is trained before the writer gets to them."""
+    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
+    may_write, original = threading.Event(), spin.checkpoint._save_tensors
+
+    def held_up(*args):
+        assert may_write.wait(60)
+        original(*args)
+
+    monkeypatch.setattr(spin.checkpoint, "_save_tensors", held_up)
+    model = sharded(world)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in (1, 2):  # the second copy goes into the memory of the first
+        train(model, optimizer, world, range(step))
+        saved = weights_fingerprint(model)
+        path = checkpointer.save_state(step=step, model=model, optimizer=optimizer, state={}, world=world)
+        assert not path.exists()
+        train(model, optimizer, world, range(3))
+        assert weights_fingerprint(model) != saved
+        may_write.set()
+        checkpointer.wait()
+        may_write.clear()
+        other = build()
+        checkpointer.load_state(path, model=other, optimizer=None, world=world)
+        assert weights_fingerprint(other) == saved
+    may_write.set()
+    checkpointer.close()
+
+
+def test_a_failed_write_is_told_by_the_next_call_of_every_kind(tmp_path, world, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    for number, call in enumerate(("wait", "close", "export", "save_state", "roll_back")):
+        checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / call))
+        model = sharded(world)
+        arguments = {"model": model, "optimizer": None, "state": {}, "world": world}
+        first = checkpointer.save_state(step=1, **arguments)
+        checkpointer.wait()
+        assert not checkpointer.has_failed
+        with monkeypatch.context() as patch:
+            patch.setattr(spin.checkpoint, "file_sha256", fail)
+            checkpointer.save_state(step=2, **arguments)
+            calls = {
+                "wait": checkpointer.wait,
+                "close": checkpointer.close,
+                "export": lambda: checkpointer.export(model, 0, world),  # noqa: B023
+                "save_state": lambda: checkpointer.save_state(step=3, **arguments),  # noqa: B023
+                "roll_back": lambda: checkpointer.roll_back(0, world),  # noqa: B023
+            }
+            with pytest.raises(CheckpointError, match=r"step_00000002\.part: cannot write .*No space left on device"):
+                calls[call]()
+        assert [path.name for path in checkpointer.states_dir.iterdir()] == [first.name], number
+        assert checkpointer.latest() == first
+
+
+def test_one_rank_fails_in_the_background_and_both_stop(tmp_path, subprocess_env):
+    run_ranks("background.py", subprocess_env, tmp_path)
+
+
+# ---- anchors
+
+
+def test_an_anchor_stays_until_the_next(tmp_path, world):
+    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=1)
+    model = sharded(world)
+    for step in range(1, 7):
+        checkpointer.save_state(step=step, model=model, optimizer=None, state={}, world=world, anchor=step in (2, 5))
+        checkpointer.wait()
+        names = sorted(int(path.name.removeprefix("step_")) for path in checkpointer.states_dir.iterdir())
+        assert names == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6]}[step]
+    assert checkpointer.roll_back(5, world).name == "step_00000005"
+    assert checkpointer.roll_back(4, world) is None
+
+
+# ---- a metrics service that is down
+
+
+class Service:
+    """A metric logger that sends each step to a server."""
+
+    def __init__(self, url, fails_at_once=False):
+        self.url = url
+        if fails_at_once:
+            self._send({})
+
+    def _send(self, payload):
+        urllib.request.urlopen(urllib.request.Request(self.url, json.dumps(payload).encode()), timeout=5)
+
+    def log_config(self, cfg):
+        self._send({})
+
+    def log_dict(self, payload, step):
+        self._send(payload)
+
+    def close(self):
+        self._send({})
+
+
+@pytest.mark.parametrize("fails_at_once", [True, False])
+def test_training_goes_on_without_a_metrics_service(tmp_path, monkeypatch, caplog, fails_at_once):
+    """Nobody listens on the port, from the beginning."""
+    monkeypatch.setitem(sys.modules, "own_package", sys.modules[__name__])
+    monkeypatch.setattr(Service, "__module__", "own_package")
+    run(
+        tmp_path, *SHORT, "metric_logger._component_=own_package.Service",
+        "metric_logger.url=http://127.0.0.1:1/", f"metric_logger.fails_at_once={str(fails_at_once).lower()}",
+        "allow_components=[own_package]",
+    )  # fmt: skip
+    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
+    assert "Connection refused" in caplog.text
+    warnings = [record for record in caplog.records if "metric_logger" in record.message]
+    # log_config, five steps and close fail; told the 1st, 2nd and 4th time
+    assert len(warnings) == (1 if fails_at_once else 3)
+
+
+def test_a_logger_that_is_not_installed_is_a_users_mistake(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    change = "metric_logger._component_=torchtune.training.metric_logging.WandBLogger"
+    with pytest.raises(ConfigError, match="metric_logger: .*wandb"):
+        run(tmp_path, *SHORT, change)
+
+
+# ---- a damaged pair shard
+
+
+def test_a_damaged_shard_at_the_iterations_start_is_made_again_alone(tmp_path):
+    """One byte of one shard of scored pairs: at the iteration's start the opponent is still there."""
+    run(tmp_path / "a", *SHORT)
+
+    class StopsBeforeTraining(SPINRecipe):
+        def _start_fitting(self, iteration):
+            raise KeyboardInterrupt
+
+    recipe = StopsBeforeTraining(tiny_config(tmp_path / "b", *SHORT))
+    recipe.setup()
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train()
+    recipe.cleanup()
+    folder = tmp_path / "b" / "iteration_000" / "pairs"
+    made = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")}
+    content = bytearray((folder / "shard-00001.parquet").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "shard-00001.parquet").write_bytes(content)
+    run(tmp_path / "b", *SHORT)
+    changed = [name for name, time in made.items() if (folder / name).stat().st_mtime_ns != time]
+    assert changed == ["shard-00001.parquet"]
+    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
+
+
+def test_a_damaged_shard_in_the_middle_of_an_iteration_is_named(tmp_path):
+    """The opponent is gone: the run says which file, and which checkpoint could make it again."""
+
+    class Stops(SPINRecipe):
+        def train_single_step(self, batch):
+            if self._progress.step == 1:
+                self._stop.note(15, None)
+            return super().train_single_step(batch)
+
+    run(tmp_path, *SHORT, recipe_class=Stops)
+    shard = tmp_path / "iteration_000" / "pairs" / "shard-00001.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    states = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(StoreError, match=r"shard-00001\.parquet: damaged"):
+        run(tmp_path, *SHORT)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == states

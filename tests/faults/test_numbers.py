@@ -1,0 +1,147 @@
+"""Numbers that are not finite: stop or skip; reference log-probs; the samples at fault are named."""
+
+import json
+import math
+
+import pytest
+import torch
+from spin_recipe import SPINRecipe
+
+from spin.data import Pair, PairStore
+from spin.errors import ConfigError, NonFiniteError, SelfTestError, StoreError
+from spin.fingerprint import weights_fingerprint
+from spin.nonfinite import NonFiniteGuard
+from tests.recipes.helpers import metrics_of, run, tiny_config
+
+SHORT = ("max_iterations=1", "max_epochs=2", "validation_dataset=null")
+
+
+def poisoned(*steps):
+    """A recipe whose loss is NaN in some steps, on one row of the batch only."""
+
+    class Poisoned(SPINRecipe):
+        def train_single_step(self, batch):
+            self.before = weights_fingerprint(self._model), moments(self._optimizer)
+            self.is_poisoned, self.samples = self._progress.step in steps, [pair.sample_id for pair in batch.pairs]
+            metrics = super().train_single_step(batch)
+            if self.is_poisoned:
+                assert (weights_fingerprint(self._model), moments(self._optimizer)) == self.before
+            return metrics
+
+        def _pair_losses(self, row, logps):
+            losses, real, generated = super()._pair_losses(row, logps)
+            if self.is_poisoned:
+                losses = losses * torch.tensor([math.nan] + [1.0] * (len(losses) - 1))
+            return losses, real, generated
+
+    return Poisoned
+
+
+def moments(optimizer):
+    return [
+        [v.clone().tolist() if v.dim() == 0 else v.sum().item() for v in s.values()] for s in optimizer.state.values()
+    ]
+
+
+def nonfinite_lines(folder):
+    return [json.loads(line) for line in (folder / "nonfinite.jsonl").read_text().splitlines()]
+
+
+def test_stop_writes_the_samples_and_changes_nothing(tmp_path):
+    recipe = poisoned(2)(tiny_config(tmp_path, *SHORT))
+    recipe.setup()
+    with pytest.raises(NonFiniteError, match=r"step 2: loss sum nan.*No weight was changed.*nonfinite\.jsonl") as error:
+        recipe.train()
+    assert (weights_fingerprint(recipe._model), moments(recipe._optimizer)) == recipe.before
+    assert nonfinite_lines(tmp_path) == [{"step": 2, "loss": "nan", "grad_norm": "nan", "samples": recipe.samples}]
+    assert all(sample in str(error.value) for sample in recipe.samples)
+    recipe.cleanup()
+
+
+def test_skip_moves_neither_optimizer_nor_schedule(tmp_path):
+    """Ten steps, warm-up of one and linear to 0: the two skipped ones leave the learning rate where it was."""
+    changes = (*SHORT, "on_nonfinite=skip", "nonfinite_limit=2", "lr_scheduler.warmup=1")
+    run(tmp_path / "a", *changes, recipe_class=poisoned(1, 3))
+    rows = metrics_of(tmp_path / "a")
+    rate = {done: 1e-4 * (1.0 if done == 0 else (9 - (done - 1)) / 9) for done in range(10)}
+    assert [row["lr"] for row in rows] == pytest.approx([rate[done] for done in (0, 1, 1, 2, 2, 3, 4, 5, 6, 7)])
+    assert [row["nonfinite_steps"] for row in rows] == [0, 1, 1, 2, 2, 2, 2, 2, 2, 2]
+    assert [row["step"] for row in rows if "loss" not in row] == [2, 4]
+    assert all("grad_norm" in row and math.isfinite(row["loss"]) for row in rows if "loss" in row)
+    assert [row["weights_moved_share"] == 0 for row in rows] == ["loss" not in row for row in rows]
+    assert [line["step"] for line in nonfinite_lines(tmp_path / "a")] == [1, 3]
+
+    class Stops(poisoned(1, 3)):
+        def train_single_step(self, batch):
+            if self._progress.step == 4:
+                self._stop.note(15, None)
+            return super().train_single_step(batch)
+
+    run(tmp_path / "b", *changes, recipe_class=Stops)
+    resumed = run(tmp_path / "b", *changes)
+    assert metrics_of(tmp_path / "b") == rows
+    assert resumed._nonfinite.skipped == [1, 3]
+
+
+def test_skip_gives_up_after_some_in_a_row(tmp_path):
+    changes = (*SHORT, "on_nonfinite=skip", "nonfinite_limit=3")
+    with pytest.raises(NonFiniteError, match="3 batches in a row were not finite, which is nonfinite_limit"):
+        run(tmp_path, *changes, recipe_class=poisoned(1, 3, 4, 5))
+    assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in nonfinite_lines(tmp_path)] == [1, 3, 4, 5]
+
+
+def test_the_self_test_waits_for_the_first_step_that_counts(tmp_path):
+    class Tampered(poisoned(0)):
+        def _start_fitting(self, iteration):
+            super()._start_fitting(iteration)
+            with torch.no_grad():
+                self._model.norm.scale.mul_(1.01)
+
+    with pytest.raises(SelfTestError, match="first loss of iteration 0"):
+        run(tmp_path / "a", *SHORT, "on_nonfinite=skip", recipe_class=Tampered)
+    assert [row["step"] for row in metrics_of(tmp_path / "a")] == [1]
+    run(tmp_path / "b", *SHORT, "on_nonfinite=skip", recipe_class=poisoned(0))
+    assert metrics_of(tmp_path / "b")[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
+def test_guard(loss, norm, tmp_path):
+    guard = NonFiniteGuard("skip", 2, tmp_path / "f.jsonl")
+    batch = [Pair("a", 0, [1], [2])]
+    assert guard.passes(1.0, 1.0, 0, batch, True)
+    assert not guard.passes(loss, norm, 1, batch, False)
+    assert not (tmp_path / "f.jsonl").exists()  # another rank writes it
+    assert guard.passes(1.0, 1.0, 2, batch, True)
+    assert not guard.passes(loss, norm, 3, batch, True)
+    assert (guard.skipped, guard.skipped_between(1, 3), guard.skipped_between(2, 9)) == ([1, 3], 1, 1)
+    with pytest.raises(NonFiniteError, match="a row"):
+        guard.passes(loss, norm, 4, batch, True)
+
+
+def test_unknown_action(tmp_path):
+    with pytest.raises(ConfigError, match="on_nonfinite='ignore': expected stop or skip"):
+        SPINRecipe(tiny_config(tmp_path, "on_nonfinite=ignore"))
+
+
+def test_a_nan_reference_log_prob_is_not_sealed(tmp_path, monkeypatch):
+    """The store names the sample, stays unsealed, and the next run, whose numbers are sound, makes the shard."""
+    import spin.reference
+
+    original = spin.reference._with_scores
+
+    poor = run(tmp_path / "a", *SHORT, "max_steps=1")._prompts.sample_ids[6]
+    monkeypatch.setattr(
+        spin.reference,
+        "_with_scores",
+        lambda pair, logps: original(pair, [math.nan, *logps[1:]] if pair.sample_id == poor else logps),
+    )
+    with pytest.raises(StoreError, match=f"log-probs are not finite for {poor}\\."):
+        run(tmp_path / "b", *SHORT)
+    store = PairStore.open(tmp_path / "b" / "iteration_000" / "pairs")
+    assert not store.is_sealed and store.missing_shards()
+    with pytest.raises(StoreError, match="cannot be sealed"):
+        store.seal()
+    monkeypatch.undo()
+    run(tmp_path / "b", *SHORT, "max_steps=1")
+    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")

@@ -1,0 +1,167 @@
+"""The collapse watch: every limit warns, stops or rolls back, at the right moment and with its number."""
+
+import json
+
+import pytest
+from spin_recipe import SPINRecipe
+
+from spin.data import Pair, PairStore, Response
+from spin.defaults import RECIPE_DEFAULTS
+from spin.distributed import init_world
+from spin.errors import CollapseError, ConfigError
+from spin.watch import LIMITS, Watch, answer_metrics, check_limits
+from tests.recipes.helpers import metrics_of, run
+
+QUIET = {name: {"limit": None, "action": "warn"} for name in LIMITS}
+SHORT = ("max_iterations=2", "max_epochs=1", "validation_dataset=null", "watch.truncated_share.limit=null")
+
+
+def watch(window=2, is_main=True, **limits):
+    return Watch({"window": window, **QUIET, **limits}, is_main)
+
+
+def step(drift=0.0, acc=0.5, margin=0.0):
+    return {"real_logp_drift": drift, "acc": acc, "margin": margin}
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "value", "shown"),
+    [
+        ("real_logp_drift", 10.0, step(drift=-11.0), "lost 11.0 nats"),
+        ("acc", 0.9, step(acc=0.95), "acc is 0.950"),
+        ("margin", 3.0, step(margin=3.5), "margin is 3.50"),
+    ],
+)
+def test_steps(name, limit, value, shown, caplog):
+    """The mean of two steps counts: one bad step among good ones is no alarm, two are; a warning comes once."""
+    for action in ("stop", "rollback"):
+        watched = watch(**{name: {"limit": limit, "action": action}})
+        assert watched.can_roll_back == (action == "rollback")
+        assert watched.step(0, 1, value) is None  # the window is not full
+        assert watched.step(0, 2, step()) is None
+        assert watched.step(0, 3, value) is None
+        alarm = watched.step(0, 4, value)
+        assert shown in alarm.message and f"watch.{name}.limit={limit}" in alarm.message
+        assert alarm.rolls_back == (action == "rollback")
+    watched = watch(**{name: {"limit": limit, "action": "warn"}})
+    for i in range(1, 6):
+        assert watched.step(3, i, value) is None
+    assert caplog.text.count(shown) == 1 and "Iteration 3" in caplog.text
+    watched.step(4, 1, value)  # an iteration starts with an empty window
+    assert caplog.text.count(shown) == 1
+    watched.step(4, 2, value)
+    assert caplog.text.count(shown) == 2
+    quiet = watch(is_main=False, **{name: {"limit": limit, "action": "warn"}})
+    quiet.step(0, 1, value), quiet.step(0, 2, value)
+    assert caplog.text.count(shown) == 2
+
+
+def test_gains_and_steps_without_comparisons_are_no_alarm():
+    watched = watch(window=1, **{name: {"limit": 1.0, "action": "stop"} for name in ("real_logp_drift", "margin")})
+    assert watched.step(0, 1, step(drift=50.0, margin=-50.0)) is None
+    assert watched.step(0, 2, {"lr": 1.0}) is None
+
+
+def test_state_goes_on(caplog):
+    watched, again = (watch(acc={"limit": 0.9, "action": "stop"}) for _ in range(2))
+    watched.step(0, 1, step(acc=1.0))
+    again.load_state_dict(json.loads(json.dumps(watched.state_dict())))
+    assert again.step(0, 2, step(acc=1.0)) is not None
+
+
+def test_answers_against_iteration_0(tmp_path):
+    """Lengths 2 and 4, then 9 and 3: twice as long; one of two is cut."""
+    world = init_world("cpu")
+    for name, lengths in (("first", (2, 4)), ("now", (9, 3))):
+        store = PairStore.open_or_create(tmp_path / name, {"opponent": "w"}, 2)
+        for shard, length in enumerate(lengths):
+            reason = "length" if length == 9 else "stop"
+            store.write_shard(shard, [Pair(f"s{shard}", 0, [1], [2], [Response([5] * length, reason)])])
+    found = answer_metrics(tmp_path / "now", tmp_path / "first", world)
+    assert found == {"truncated_share": 0.5, "length_drift": 2.0}
+    assert answer_metrics(tmp_path / "now", tmp_path / "gone", world) == {"truncated_share": 0.5}
+    assert watch().start(1, found) is None
+    assert watch(length_drift={"limit": 2.0, "action": "stop"}).start(1, found) is None
+    for limit, drift in ((1.9, 2.0), (1.9, 0.5)):
+        alarm = watch(length_drift={"limit": limit, "action": "stop"}).start(1, found | {"length_drift": drift})
+        assert f"{drift:.2f} times as long as in iteration 0" in alarm.message
+    assert "50.0%" in watch(truncated_share={"limit": 0.4, "action": "rollback"}).start(0, found).message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"window": 0}, "watch.window=0"),
+        ({"acc": {"limit": 0.9, "action": "panic"}}, "watch.acc.action='panic': expected warn, stop, rollback"),
+        ({"margin": {"limit": -1, "action": "warn"}}, "watch.margin.limit=-1: expected more than 0"),
+        ({"length_drift": {"limit": 1, "action": "warn"}}, "watch.length_drift.limit=1: expected more than 1"),
+    ],
+)
+def test_impossible_limits(change, message):
+    check_limits(RECIPE_DEFAULTS["watch"])
+    with pytest.raises(ConfigError, match=message):
+        check_limits(RECIPE_DEFAULTS["watch"] | change)
+
+
+def collapses(iteration):
+    """A recipe whose margin is 9 throughout an iteration."""
+
+    class Collapses(SPINRecipe):
+        def train_single_step(self, batch):
+            metrics = super().train_single_step(batch)
+            return metrics | ({"margin": 9.0} if metrics["iteration"] == iteration else {})
+
+    return Collapses
+
+
+def without_margin(output_dir):
+    return [{name: value for name, value in row.items() if name != "margin"} for row in metrics_of(output_dir)]
+
+
+def test_stop_saves_first_and_a_higher_limit_goes_on(tmp_path):
+    limits = ("watch.window=2", "watch.margin.limit=3.0", "watch.margin.action=stop")
+    for step in (2, 3, 4, 5):  # each try makes one more step, the last of them the iteration's last
+        with pytest.raises(CollapseError, match=f"margin is 9.00 .*The state of step {step} is saved"):
+            run(tmp_path, *SHORT, *limits, recipe_class=collapses(0))
+        assert metrics_of(tmp_path)[-1]["step"] == step
+        assert (tmp_path / "checkpoints" / f"step_{step:08d}").is_dir()
+    assert (tmp_path / "iteration_000" / "hf_model").is_dir()
+    finished = run(tmp_path, *SHORT)
+    unbroken = run(tmp_path / "unbroken", *SHORT)
+    assert finished.final_weights == unbroken.final_weights
+    assert without_margin(tmp_path) == without_margin(tmp_path / "unbroken")
+
+
+@pytest.mark.parametrize("iteration", [0, 1])
+def test_rollback_starts_the_iteration_again(tmp_path, iteration):
+    """Its steps are undone although only one state is kept, its pairs are not made again, and an optimizer of half the
+    rate gives the run that had it from the iteration's start."""
+    limits = ("watch.window=3", "watch.margin.action=rollback", "checkpointer.keep_last=1", "save_interval=1")
+    with pytest.raises(
+        CollapseError, match=f"Iteration {iteration}: the margin is 9.00.*back at the iteration's start"
+    ):
+        run(tmp_path, *SHORT, *limits, recipe_class=collapses(iteration))
+    states = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert states == (["step_00000005"] if iteration else [])
+    pairs = tmp_path / f"iteration_00{iteration}" / "pairs" / "manifest.json"
+    made = pairs.stat().st_mtime_ns
+    rates = "optimizer.lr=[1e-4,5e-5]" if iteration else "optimizer.lr=[5e-5,1e-4]"
+    again = run(tmp_path, *SHORT, *limits, rates, "resume_with_changes=[optimizer]")
+    assert pairs.stat().st_mtime_ns == made
+    unbroken = run(tmp_path / "unbroken", *SHORT, rates)
+    assert metrics_of(tmp_path) == metrics_of(tmp_path / "unbroken")
+    assert again.final_weights == unbroken.final_weights
+
+
+def test_answers_that_are_cut_stop_the_run_before_it_trains(tmp_path):
+    changes = ("max_iterations=1", "validation_dataset=null", "watch.truncated_share.action=stop")
+    with pytest.raises(CollapseError, match="cut by sampling.max_new_tokens.*Nothing was trained on them yet"):
+        run(tmp_path, *changes)
+    assert not (tmp_path / "iteration_000" / "pairs").exists()
+    assert (tmp_path / "iteration_000" / "responses").exists()
+
+
+def test_metrics_are_logged(tmp_path):
+    rows = run(tmp_path, *SHORT) and metrics_of(tmp_path)
+    drift = {row["iteration"]: row["length_drift"] for row in rows}
+    assert drift[0] == 1.0 and 0 < drift[1] != 1.0

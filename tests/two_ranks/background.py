@@ -1,0 +1,50 @@
+"""Two ranks: a background write that fails on one is told on both by the next call. Argument: the output folder."""
+
+import sys
+
+import torch
+from tiny import sharded, train
+
+import spin.checkpoint
+from spin.checkpoint import SPINCheckpointer
+from spin.distributed import barrier, init_world, shutdown
+from spin.errors import CheckpointError
+
+world = init_world("cpu")
+model = sharded(world)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+checkpointer = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1])
+
+
+def save(step):
+    checkpointer.save_state(step=step, model=model, optimizer=optimizer, state={}, world=world)
+
+
+train(model, optimizer, world, range(1))
+save(1)
+train(model, optimizer, world, range(1, 3))  # collectives of both threads at a time
+checkpointer.wait()
+original = spin.checkpoint.file_sha256
+if world.rank == 1:
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    spin.checkpoint.file_sha256 = fail
+save(2)
+train(model, optimizer, world, range(3, 4))
+try:
+    save(3)
+except CheckpointError as error:
+    assert "rank 1: " in str(error) and "No space left" in str(error), error
+else:
+    raise AssertionError("nobody was told")
+barrier(world)
+assert [entry.name for entry in checkpointer.states_dir.iterdir()] == ["step_00000001"]
+spin.checkpoint.file_sha256 = original
+barrier(world)
+save(4)
+checkpointer.close()
+barrier(world)
+assert sorted(entry.name for entry in checkpointer.states_dir.iterdir()) == ["step_00000001", "step_00000004"]
+shutdown()

@@ -1,0 +1,23 @@
+"""Any number of ranks reads the newest state of a folder. Argument: the output folder."""
+
+import sys
+
+import torch
+from tiny import optimizer_digest, sharded
+
+from spin.checkpoint import SPINCheckpointer
+from spin.distributed import init_world, shutdown
+from spin.fingerprint import weights_fingerprint
+
+world = init_world("cpu")
+model = sharded(world)
+with torch.no_grad():
+    for parameter in model.parameters():
+        parameter.fill_(float("nan"))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+checkpointer = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1])
+path = checkpointer.latest()
+checkpointer.load_state(path, model=model, optimizer=optimizer, world=world)
+found = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}
+assert found == checkpointer.read_state(path)
+shutdown()
