@@ -119,9 +119,7 @@ class SPINCheckpointer:
                 f"{self.states_dir}: cannot write ({error.strerror or error}). Change output_dir."
             ) from error
         free = shutil.disk_usage(self.states_dir).free
-        export = parameters * self.export_dtype.itemsize
-        # AdamW keeps two moments per weight: 4 bytes for bf16 weights and 8-bit moments, 12 by default.
-        least, usual = parameters * 4 + export, parameters * 12 + export
+        least, usual = self._disk_bytes(parameters)
         if free < least:
             raise CheckpointError(
                 f"{self.output_dir}: {_gib(free)} free, but one state and one export of {parameters / 1e9:.2f}B "
@@ -134,6 +132,12 @@ class SPINCheckpointer:
                 f"{self.output_dir}: {_gib(free)} free; keep_last={self.keep_last} and keep_best={self.keep_best} with "
                 f"fp32 AdamW can need {_gib(wanted)}."
             )
+
+    def _disk_bytes(self, parameters: int) -> tuple[int, int]:
+        """What one state and one export of so many parameters take: the least, and with fp32 AdamW."""
+        export = parameters * self.export_dtype.itemsize
+        # AdamW keeps two moments per weight: 4 bytes for bf16 weights and 8-bit moments, 12 by default.
+        return parameters * 4 + export, parameters * 12 + export
 
     def load_model(self, model: nn.Module, world: World) -> None:
         """Fills the model from ``checkpoint_dir``; see :func:`spin.hf.load_hf_weights`."""
@@ -429,8 +433,11 @@ def _gib(size_bytes: float) -> str:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What a state holds of a model: all but its frozen parameters."""
     reshard(model)
-    return {clean_name(name): tensor for name, tensor in model.state_dict().items()}
+    frozen = {clean_name(name) for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    named = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
+    return {name: tensor for name, tensor in named.items() if name not in frozen}
 
 
 # ---- files of a state

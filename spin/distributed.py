@@ -8,10 +8,11 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +24,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 
+from spin.adapters import adapted_modules, adapter_parameters, allocate_nf4, dequantized, merged_weight, nf4_of
 from spin.errors import ConfigError, SpinError
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -166,6 +168,9 @@ def shard_model(
     Parameters keep their dtype in the shards, compute in ``compute_dtype``, and their gradients are averaged over the
     ranks in float32. Wrap layers (activation checkpointing, ``layer.compile()``) before, and load weights after.
 
+    Alone, frozen weights that need no cast (an adapter's base) are left out: there is nothing to gather, and no second
+    copy of them is made. NF4 weights even must be: for one rank, FSDP2 forgets all but the first of their parts.
+
     The root (embeddings, last norm, output) stays gathered from forward to backward, which needs it first; after a
     forward without gradients it is sharded again at once, so that nobody meets a stale copy after the next step.
 
@@ -189,14 +194,19 @@ def shard_model(
         )
     if cpu_offload and world.device.type == "cpu":
         raise ConfigError("cpu_offload moves parameters off the GPU, but device is cpu. Set cpu_offload=false.")
-    stored_dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    ignored: set[nn.Parameter] = set()
+    if world.world_size == 1 and not cpu_offload:
+        frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
+        ignored = {weight for weight in frozen if weight.dtype == compute_dtype or nf4_of(weight) is not None}
+    sharded = (parameter for parameter in model.parameters() if parameter not in ignored)
+    stored_dtypes = {parameter.dtype for parameter in sharded if parameter.is_floating_point()}
     mp_policy = MixedPrecisionPolicy(
         param_dtype=None if stored_dtypes == {compute_dtype} else compute_dtype, reduce_dtype=torch.float32
     )
     offload_policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for layer in layers.values() if isinstance(layers, nn.ModuleDict) else layers:
-        _shard(layer, world, mp_policy, offload_policy, reshard_after_forward)
-    _shard(model, world, mp_policy, offload_policy, reshard_after_forward=False)
+        _shard(layer, world, mp_policy, offload_policy, reshard_after_forward, ignored)
+    _shard(model, world, mp_policy, offload_policy, reshard_after_forward=False, ignored=ignored)
     model.register_forward_hook(_reshard_root_without_grad)
 
 
@@ -206,6 +216,7 @@ def _shard(
     mp_policy: MixedPrecisionPolicy,
     offload_policy: OffloadPolicy,
     reshard_after_forward: bool,
+    ignored: set[nn.Parameter],
 ) -> None:
     fully_shard(
         module,
@@ -213,6 +224,7 @@ def _shard(
         reshard_after_forward=reshard_after_forward,
         mp_policy=mp_policy,
         offload_policy=offload_policy,
+        ignored_params=ignored,
     )
     setattr(module, _RESHARD, reshard_after_forward)
 
@@ -233,7 +245,10 @@ def materialize(model: nn.Module, world: World, *, cpu_offload: bool = False) ->
     Raises:
         ConfigError: If a buffer that no checkpoint holds cannot be computed.
     """
-    model.to_empty(device="cpu" if cpu_offload else world.device)
+    device = torch.device("cpu") if cpu_offload else world.device
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        allocate_nf4(parameter, device)
     computed: set[str] = set()
     for name, module in model.named_modules():
         if hasattr(module, "rope_init"):
@@ -422,18 +437,48 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gives the model's parameters by torchtune name, gathered one at a time. Collective: every rank takes them all.
+def weight_gathers(model: nn.Module) -> dict[str, Callable[..., torch.Tensor]]:
+    """Functions that gather a model's weights, by torchtune name, each when it is called. Collective then.
+
+    A weight that has an adapter comes merged with it, see :func:`spin.adapters.merged_weight`, and the adapter's own
+    parameters do not come: these are the weights of the plain model that computes the same.
 
     Args:
         model (nn.Module): sharded or plain.
 
+    Returns:
+        dict[str, Callable[..., torch.Tensor]]: each gives the whole tensor, detached, in the dtype that it is given;
+        without one in the parameter's own, or float32 if it is merged.
+    """
+    reshard(model)
+    adapted = {module.weight: module for module in adapted_modules(model).values()}
+    parts = {part for module in adapted.values() for part in adapter_parameters(module).values()}
+
+    def gather(parameter: nn.Parameter, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if parameter in adapted:
+            merged = merged_weight(adapted[parameter], full_tensor)
+            return merged if dtype is None else merged.to(dtype)
+        weight = dequantized(parameter.detach())
+        return full_tensor(weight if dtype is None else weight.to(dtype))
+
+    return {
+        clean_name(name): partial(gather, parameter)
+        for name, parameter in model.named_parameters()
+        if parameter not in parts
+    }
+
+
+def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Gives the model's weights by torchtune name, gathered one at a time. Collective: every rank takes them all.
+
+    Args:
+        model (nn.Module): sharded or plain; adapters are merged, see :func:`weight_gathers`.
+
     Yields:
         tuple[str, torch.Tensor]: name and whole tensor, detached.
     """
-    reshard(model)
-    for name, parameter in model.named_parameters():
-        yield clean_name(name), full_tensor(parameter.detach())
+    for name, gather in weight_gathers(model).items():
+        yield name, gather()
 
 
 @contextmanager

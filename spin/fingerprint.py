@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from spin.adapters import dequantized
 from spin.distributed import clean_name, reshard
 
 _CHUNK_ELEMENTS = 1 << 18  # 2 MiB of int64: stays in the CPU's cache
@@ -24,7 +25,7 @@ _FILE_CHUNK_BYTES = 16 << 20
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def weights_fingerprint(model: nn.Module) -> str:
+def weights_fingerprint(model: nn.Module, frozen_only: bool = False) -> str:
     """Hashes all parameters and persistent buffers, whatever way they are sharded.
 
     Per tensor, each element's raw bits times an odd pseudo-random weight of its global position are summed modulo 2^64,
@@ -33,27 +34,30 @@ def weights_fingerprint(model: nn.Module) -> str:
 
     Args:
         model (nn.Module): plain or sharded; parameters that are still gathered are sharded again first.
+        frozen_only (bool): leave out what training changes: the base of adapters alone.
 
     Returns:
         str: 64 hexadecimal digits, the same on one rank, on many and for a plain model.
     """
     reshard(model)
-    named = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
-    regions = {name: _local_region(tensor) for name, tensor in sorted(named.items())}
-    sums = [_position_weighted_sum(local, start) for local, start in regions.values()]
+    trained = {clean_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
+    named = {name: state[name] for name in sorted(state) if not (frozen_only and name in trained)}
+    sums = [_position_weighted_sum(*_local_region(tensor)) for tensor in named.values()]  # NF4's values one at a time
     if any(isinstance(tensor, DTensor) for tensor in named.values()):
-        packed = torch.tensor(sums, dtype=torch.int64, device=next(iter(regions.values()))[0].device)
+        packed = torch.tensor(sums, dtype=torch.int64, device=next(model.parameters()).device)
         dist.all_reduce(packed)  # wraps around, like the sums
         sums = packed.tolist()
     described = [
-        [name, str(named[name].dtype), list(named[name].shape), total]
-        for name, total in zip(regions, sums, strict=True)
+        [name, str(tensor.dtype), list(tensor.shape), total]
+        for (name, tensor), total in zip(named.items(), sums, strict=True)
     ]
     return json_fingerprint(described)
 
 
 def _local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The elements that this rank counts, flat, and the global position of the first of them."""
+    tensor = dequantized(tensor)
     if not isinstance(tensor, DTensor):
         return tensor.detach().reshape(-1), 0
     coordinate = tensor.device_mesh.get_coordinate()

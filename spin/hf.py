@@ -30,7 +30,8 @@ from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_t
 from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to_hf
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 
-from spin.distributed import World, clean_name, fail_together, full_tensor, reshard
+from spin.adapters import adapted_modules, adapter_parameters, fill_nf4, nf4_of
+from spin.distributed import World, clean_name, fail_together, reshard, weight_gathers
 from spin.errors import CheckpointError, ConfigError
 from spin.files import finish_folder, part_of, start_folder, sync, write_json
 from spin.gemma2 import swap_mlp_norms
@@ -364,9 +365,38 @@ class HFStream:
             raise CheckpointError(f"{', '.join(sorted(group_of)[:5])} did not come: every parameter must, once.")
 
 
+def stored_rows(model: nn.Module, model_dir: str | Path, model_type: str) -> dict[str, list[tuple[str, torch.Tensor]]]:
+    """Where a Hugging Face folder stores the rows of a model's weights.
+
+    Args:
+        model (nn.Module): sharded or plain; only names and shapes are looked at.
+        model_dir (str | Path): Hugging Face folder with the model's config.json.
+        model_type (str): name in torchtune's ``ModelType``.
+
+    Returns:
+        dict[str, list[tuple[str, torch.Tensor]]]: by stored name, the torchtune weights that it is made of, and for
+        each of their rows its row in the stored tensor, int64.
+
+    Raises:
+        CheckpointError: If the model and the folder's config do not belong together.
+    """
+    config = _read_json(Path(model_dir) / CONFIG, "Every Hugging Face model has one: download the model again.")
+    arguments = _converter_arguments(config, model_type)
+    found: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for group in _groups(_named_tensors(model), config, model_type):
+        for name, (source, rows) in _row_sources(group, model_type, arguments).items():
+            found.setdefault(source, []).append((name, rows))
+    return found
+
+
 def _named_tensors(model: nn.Module) -> Tensors:
+    """The weights that a folder holds: all parameters but those of adapters."""
     reshard(model)
-    return {clean_name(name): tensor for name, tensor in model.state_dict().items()}
+    parameters = {clean_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    for name, module in adapted_modules(model).items():
+        for part in adapter_parameters(module):
+            del parameters[clean_name(f"{name}.{part}")]
+    return parameters
 
 
 def _check_architecture(model: nn.Module, config: dict[str, Any], model_type: str, file: Path, warn: bool) -> None:
@@ -517,15 +547,21 @@ def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> d
 
 def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tensor) -> None:
     """Fills this rank's shard of a parameter with rows of a stored tensor, and reads no others."""
+    nf4, first_row = nf4_of(target), 0
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-        rows, target = rows[offset[0] : offset[0] + shape[0]], target.to_local()
+        first_row = offset[0]
+        if nf4 is None:
+            rows, target = rows[first_row : first_row + shape[0]], target.to_local()
     if not len(rows):  # fewer rows than ranks
         return
     first, end = int(rows.min()), int(rows.max()) + 1
     block = _read(entry, name, first, end)
     if not torch.equal(rows, torch.arange(first, end)):  # permuted within heads; a shard may cut through one
         block = block[rows - first]
+    if nf4 is not None:  # quantized as a whole, so all rows were read
+        fill_nf4(nf4, block.to(nf4.device, nf4.dtype), first_row)
+        return
     target.copy_(block.to(target.device))  # cast there: the bus carries what the file holds
 
 
@@ -573,7 +609,7 @@ def export_hf(
     model_type, source, out = check_model_type(model_type), Path(source_dir), Path(out_dir)
     if out.resolve() == source.resolve():
         raise CheckpointError(f"{out}: would replace the model that training started from. Choose another folder.")
-    tensors = _named_tensors(model)
+    tensors, gathers = _named_tensors(model), weight_gathers(model)
     part = part_of(out)
     with fail_together(world, CheckpointError):
         config = _read_json(source / CONFIG, "The export copies it from checkpoint_dir.")
@@ -594,7 +630,7 @@ def export_hf(
             for group in file:
                 whole = {}
                 for name in group.tune:
-                    tensor = full_tensor(tensors[name].detach().to(dtype))
+                    tensor = gathers[name](dtype)
                     if owner == world.rank:
                         whole[name] = tensor.cpu()
                 if owner == world.rank:

@@ -13,19 +13,20 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
-from torchtune.models.gemma import gemma
-from torchtune.models.gemma2 import gemma2
+from torchtune.models.gemma import gemma, lora_gemma
+from torchtune.models.gemma2 import gemma2, lora_gemma2
 from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
-from torchtune.models.llama2 import llama2
-from torchtune.models.llama3_1 import llama3_1
-from torchtune.models.llama3_2 import llama3_2
-from torchtune.models.mistral import mistral
-from torchtune.models.phi3 import phi3
+from torchtune.models.llama2 import llama2, lora_llama2
+from torchtune.models.llama3_1 import llama3_1, lora_llama3_1
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
+from torchtune.models.mistral import lora_mistral, mistral
+from torchtune.models.phi3 import lora_phi3, phi3
 from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
-from torchtune.models.qwen2 import qwen2
+from torchtune.models.qwen2 import lora_qwen2, qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import TransformerDecoder
 
+from spin.adapters import adapted_modules, adapter_parameters, patch_dora
 from spin.gemma2 import swap_mlp_norms
 
 VOCAB_SIZE = 160
@@ -71,6 +72,36 @@ FAMILIES: dict[str, Callable[[], TransformerDecoder]] = {
     "phi3": partial(_build, phi3, **{**_SHAPE, "num_kv_heads": 4}),
     "phi4": partial(_build, phi3, **_SHAPE, rope_base=250_000),
 }
+
+LORA_BUILDERS: dict[str, Callable[..., TransformerDecoder]] = {
+    "llama2": lora_llama2,
+    "llama3_1": lora_llama3_1,
+    "llama3_2": lora_llama3_2,
+    "mistral": lora_mistral,
+    "qwen2": lora_qwen2,
+    "qwen2_5": lora_qwen2,
+    "gemma": lora_gemma,
+    "gemma2": lora_gemma2,
+    "phi3": lora_phi3,
+    "phi4": lora_phi3,
+}
+EVERYWHERE = {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True}
+
+
+def lora_model(name: str, rank: int = 4, alpha: float = 12.0, **arguments: Any) -> TransformerDecoder:
+    """A model of family ``name`` with random adapters; its base has the weights of ``FAMILIES[name]()``."""
+    plain = FAMILIES[name]()
+    arguments = FAMILIES[name].keywords | EVERYWHERE | {"lora_rank": rank, "lora_alpha": alpha} | arguments  # type: ignore[attr-defined]
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        model = LORA_BUILDERS[name](**arguments)
+        patch_dora(model)
+        for module in adapted_modules(model).values():
+            for parameter in adapter_parameters(module).values():
+                nn.init.normal_(parameter, std=0.2)
+    left, unexpected = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and all("lora" in key or "magnitude" in key for key in left)
+    return model.eval()
 
 
 def tiny_lm_model() -> TransformerDecoder:

@@ -168,6 +168,33 @@ def test_the_fused_head_gives_value_and_gradient_of_the_objective(family, chunk_
         torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("form", ["fused", "recomputed"])
+def test_a_frozen_head_has_no_gradient_and_no_product_for_it(form, monkeypatch):
+    """Two products of (tokens, vocabulary) size instead of three in the fused head; the rest of the gradient stays."""
+    products = []
+    add_product = logprobs._add_product
+    monkeypatch.setattr(logprobs, "_add_product", lambda *args: products.append(1) or add_product(*args))
+    zeros = torch.zeros
+    made = []
+    monkeypatch.setattr(torch, "zeros", lambda *size, **how: made.append(size) or zeros(*size, **how))
+    gradients = []
+    for frozen in (False, True):
+        products.clear(), made.clear()
+        model = float64_model("qwen2_5")
+        model.output.weight.requires_grad_(not frozen)
+        row = pack_row(make_pairs(5, 2, vocab=150), 256)
+        if form == "fused":
+            total, _ = pair_objective(model, row, row_objective(row), 25)
+        else:
+            total = row_objective(row)(response_logps(model, row, 25))
+        total.backward()
+        gradients.append(model.layers[0].attn.q_proj.weight.grad)
+        assert bool(products) is not frozen
+        assert ((model.output.weight.shape,) in made) is not frozen  # the sum over chunks is not even allocated
+        assert (model.output.weight.grad is None) is frozen
+    assert torch.equal(gradients[0], gradients[1])
+
+
 def test_policy_and_reference_go_through_the_same_products(monkeypatch):
     """The shapes of the chunks decide how a product rounds: bf16 log-probs are equal bit for bit only if they agree."""
     shapes = {"reference": [], "policy": []}

@@ -1,0 +1,706 @@
+"""LoRA, DoRA and QLoRA by self-play (SPIN, arXiv 2401.01335) on one device or many.
+
+As spin_recipe, with a frozen base: in every iteration the base with the adapter, as it is at the iteration's start,
+answers the prompts of a supervised data set and scores the real answers and its own; then the adapter learns to tell
+them apart. Nothing is merged on the way, and there is no second model: from iteration 1 on the opponent is not the base
+alone, so the adapter is never switched off.
+
+One GPU (or CPU):   tune run spin_lora_recipe --config llama3_1/8B_lora
+Eight GPUs:         tune run --nproc_per_node 8 spin_lora_recipe --config llama3_1/8B_lora
+Change anything:    tune run spin_lora_recipe --config llama3_1/8B_qlora model.lora_rank=64 model.use_dora=true
+
+To make it yours, copy this file and its config and run it with `python spin_lora_recipe.py --config my.yaml` or
+torchrun. Lines marked SPIN are the algorithm; lines marked PLUMBING can be left alone. Not here: full fine-tuning,
+which is spin_recipe, and generation without training, which is spin_generate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import training
+from torchtune.utils import get_logger
+from tqdm import tqdm
+
+from spin import config, selfplay
+from spin.checkpoint import reading_state
+from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
+from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
+from spin.data.loader import RowBatch, load_rows
+from spin.data.lookup import LazySequence, PairLookup, share_lookup
+from spin.data.packing import PackedRow, padded_length
+from spin.defaults import LORA_DEFAULTS
+from spin.distributed import (
+    accumulating,
+    all_reduce_sums,
+    any_rank,
+    broadcast_object,
+    clip_grad_norm,
+    fail_together,
+    init_world,
+    shutdown,
+)
+from spin.errors import CheckpointError, CollapseError, OutputError
+from spin.files import FolderLock, writing
+from spin.fingerprint import weights_fingerprint
+from spin.flex import BLOCK
+from spin.generators import GeneratorContext, sampling_params
+from spin.logprobs import pair_objective, response_logps
+from spin.lora import check_lora, init_adapters, prepare_adapters, trainable
+from spin.metrics import MetricService, MetricsFile, MovedShare, PairSums, pair_metrics
+from spin.models import build_model, choose_attention, prepare_model, window_of
+from spin.nonfinite import NonFiniteGuard
+from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
+from spin.schedules import lr_factor, per_iteration
+from spin.stopping import StopRequest, command_to_continue
+from spin.tables import iteration_summary, sample_rows, sample_table
+from spin.watch import Alarm, Watch, answer_metrics
+
+log = get_logger("INFO")
+
+# Every key that a config may have; add your own here: LORA_DEFAULTS | {"my_key": 1}
+DEFAULTS = LORA_DEFAULTS
+
+
+class SPINLoRARecipe:
+    """The whole of a SPIN run with adapters over a frozen base: play, score, fit, promote.
+
+    Features: those of spin_recipe; LoRA, DoRA and NF4 bases, fp32 adapters over a bf16 base with bf16 compute, states
+    that hold the adapter alone, export of each iteration's adapter for peft and of the merged model.
+
+    Args:
+        cfg (DictConfig): complete, see ``DEFAULTS``.
+
+    Raises:
+        ConfigError: If the config cannot work.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        check_run(cfg)
+        check_lora(cfg)
+        self._cfg = cfg
+        self._output_dir = Path(cfg.output_dir)
+        self._betas = [per_iteration(_plain(cfg.loss.beta), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+        self._lrs = [per_iteration(_plain(cfg.optimizer.lr), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+        self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
+        self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
+        self._val_loss: float | None = None
+        self._opponent = ""
+        self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
+        self._last_batch: Sequence[Pair] = []
+        self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
+        self._length_drift: dict[str, float] = {}  # of this iteration's answers, in a metric
+        self._history: list[dict[str, float]] = []  # metrics of this iteration's steps
+        self._play_metrics: dict[str, float] = {}  # of this iteration's play, not logged yet
+
+    # PLUMBING: everything is checked and made here, cheap things first, weights last.
+    def setup(self) -> None:
+        """Reads the data and checks the arithmetic, then loads weights and restores the newest state."""
+        cfg = self._cfg
+        self._world = init_world(cfg.device, replicas=cfg.replicas)
+        self._stop.install()
+        with fail_together(self._world, OutputError):  # before anything in the folder is touched
+            self._lock = FolderLock(self._output_dir) if self._world.is_main else None
+        self._watch = Watch(cfg.watch, self._world.is_main)
+        self._checkpointer = config.instantiate(cfg.checkpointer)
+        self._checkpointer.validate()
+        dtype, base_dtype, compute_dtype = (
+            training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.base_dtype, cfg.compute_dtype)
+        )
+
+        # ---- data
+        self._model = build_model(cfg.model, base_dtype)  # no memory yet
+        summary = prepare_adapters(self._model, dtype, self._world)
+        if self._world.is_main:
+            log.info(summary)
+        context = self._model.max_seq_len
+        self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
+        reading = {"tokenizer": self._tokenizer, "max_seq_len": context}
+        self._prompts: PromptDataset = config.instantiate(cfg.dataset, **reading)
+        self._val_prompts: PromptDataset = PromptDataset()  # empty without a validation set
+        if cfg.validation_dataset is not None:
+            self._val_prompts = config.instantiate(cfg.validation_dataset, **reading)
+        self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
+
+        # ---- arithmetic
+        size = cfg.global_batch_size
+        self._steps = compute_num_steps_per_epoch(len(self._prompts), size, cfg.limit_train_batches)
+        needed, mixing = self._steps * size, (cfg.pairs.history, cfg.pairs.history_fraction)
+        # what an iteration trains on, as (iteration whose opponent answered, sample of the data set)
+        self._items = lambda iteration: iteration_items(len(self._prompts), needed, cfg.seed, iteration, *mixing)
+        steps_per_epoch = [len(self._items(iteration)) // size for iteration in range(cfg.max_iterations)]
+        self._progress = SPINProgress(steps_per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
+        self._val_every = compute_interval("val_check_interval", cfg.val_check_interval, self._steps)
+        self._save_every = compute_interval("save_interval", cfg.save_interval, self._steps)
+        val_batches = compute_limit_batches(math.ceil(len(self._val_prompts) / size), cfg.limit_val_batches)
+        self._num_val_samples = min(len(self._val_prompts), val_batches * size)
+
+        # ---- resume
+        self._run_fingerprint = run_fingerprint(cfg, self._prompts.fingerprint(), self._tokenizer.fingerprint)
+        self._run_fingerprint["model"] = _plain(cfg.model)  # rank and alpha
+        resume_path = self._checkpointer.latest(cfg.resume)
+        if resume_path is not None:
+            self.load_state_dict(self._checkpointer.read_state(resume_path))
+            log.info(f"Resuming at step {self._progress.step} from {resume_path}")
+
+        # ---- model
+        flex = choose_attention(self._model, self._world, compute_dtype, cfg.attention)
+        self._packing: dict[str, Any] = {
+            "row_tokens": cfg.pairs.row_tokens,
+            "row_multiple": math.lcm(cfg.pairs.row_multiple, BLOCK) if flex else cfg.pairs.row_multiple,
+            "truncated": cfg.pairs.truncated,
+            "flex": flex,
+            "window": window_of(self._model),
+        }
+        # a packed row may be longer than the context: torchtune checks the row's length, but no position in it is that
+        # large
+        longest = max(int(prompts.lengths.max(initial=0)) for prompts in (self._prompts, self._val_prompts))
+        longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
+        longest_row = padded_length(
+            max(cfg.pairs.row_tokens, longest), cfg.pairs.row_tokens, self._packing["row_multiple"]
+        )
+        self._model.max_seq_len = max(context, longest_row)
+        prepare_model(
+            self._model,
+            self._world,
+            compute_dtype=compute_dtype,
+            activation_checkpointing=cfg.enable_activation_checkpointing,
+            ac_mode=cfg.ac_mode,
+            ac_option=cfg.ac_option,
+            compile_layers=cfg.compile,
+            float8=cfg.enable_float8_training,
+            reshard_after_forward=cfg.fsdp_reshard_after_forward,
+            cpu_offload=cfg.fsdp_cpu_offload,
+        )
+        self._optimizer = self._new_optimizer()
+        self._checkpointer.load_model(self._model, self._world)  # the base, which no state holds
+        init_adapters(self._model, cfg.seed)
+        if resume_path is not None:
+            starts_anew = cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
+            optimizer = None if starts_anew else self._optimizer
+            self._checkpointer.load_state(resume_path, model=self._model, optimizer=optimizer, world=self._world)
+        self._generator = config.instantiate(
+            cfg.generator,
+            context=GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world),
+        )
+        self._team = selfplay.team_of(self._generator, self._world)
+
+        # ---- logs
+        self._metric_logger: Any = None
+        if self._world.is_main:
+            self._metric_logger = MetricService(partial(config.instantiate, cfg.metric_logger))
+            self._metric_logger.log_config(cfg)
+            self._metrics_file = MetricsFile(
+                self._output_dir / "metrics.jsonl", from_step=self._progress.step if resume_path else -1
+            )
+            with writing(self._output_dir / "config.yaml"):
+                OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
+
+    # SPIN: the algorithm.
+    def train(self) -> None:
+        """Iterations, epochs and steps, from wherever the state stands."""
+        progress = self._progress
+        if progress.step == 0 and self._num_val_samples and self._cfg.validation.at_start:
+            self._log(self.run_validation())
+        while not progress.is_done:
+            iteration = progress.iteration
+            # --- 1. Play and 2. score: the policy is the opponent ---
+            pairs = self.augment_dataloader(iteration)
+            if pairs is None:
+                return self._say_how_to_continue()
+            self._start_fitting(iteration)
+            # --- 3. Fit: tell the real answers from the opponent's ---
+            while progress.iteration == iteration and not progress.is_done:
+                epoch = progress.epoch
+                bar = self._bar(f"iteration {iteration}, epoch {epoch}", "step", progress.steps_in_epoch(iteration))
+                bar.update(progress.step_in_epoch)
+                for batch in self._rows(self._batches(pairs, iteration, epoch, start=progress.step_in_epoch)):
+                    metrics = self.train_single_step(batch)
+                    stop, out_of_time = metrics.pop("stop") > 0, metrics.pop("out_of_time") > 0
+                    bar.update()
+                    bar.set_postfix({k: f"{metrics[k]:.4f}" for k in ("loss", "acc", "margin") if k in metrics})
+                    is_last = progress.is_done or progress.iteration > iteration
+                    if is_last or out_of_time or (self._val_every and progress.step % self._val_every == 0):
+                        metrics.update(self.run_validation())
+                    self._log(metrics)
+                    alarm = self._watch.step(iteration, progress.step - progress.iteration_start(iteration), metrics)
+                    if alarm is not None:
+                        self._give_up(alarm, iteration, pairs, is_last)
+                    if is_last:
+                        break  # saved when the iteration is finished
+                    if stop or (self._save_every and progress.step % self._save_every == 0):
+                        self.save_checkpoint()
+                    if stop:
+                        return self._say_how_to_continue()
+                bar.close()
+            # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
+            self._finish_iteration(iteration, pairs)
+        log.info(f"Finished after {progress.step} steps; everything is in {self._output_dir}")
+
+    def augment_dataloader(self, iteration: int) -> PairLookup | None:
+        """The pairs of an iteration, made now or found on disk: the opponent's answers and its log-probs of all
+        responses.
+
+        Args:
+            iteration (int): counted from 0.
+
+        Returns:
+            PairLookup | None: pairs by (iteration of the answers, sample); None if the run was asked to stop.
+        """
+        folder, val_folder = self._folder(iteration), self._folder(iteration) / "validation"
+        with_val = self._cfg.validation.spin and self._num_val_samples > 0
+        if self._progress.is_iteration_start:
+            self._opponent = weights_fingerprint(self._model)
+            samples = [sample for played, sample in self._items(iteration) if played == iteration]
+            if not self._play(iteration, folder, self._prompts, samples):
+                return None
+            if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._num_val_samples)):
+                return None
+            self._look_at_answers(iteration)
+            answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
+            if not self._score(folder, self._batches(answers, iteration, epoch=0)):
+                return None
+            if with_val and not self._score(
+                val_folder, self._cut(list(self._answers(iteration, val_folder, history=0)))
+            ):
+                return None
+        if with_val:
+            self._val_pairs = list(self._sealed_pairs(val_folder).pairs())
+        return share_lookup(folder / "rows", self._sealed_pairs(folder).pairs(), self._world)
+
+    def train_single_step(self, batch: RowBatch) -> dict[str, float]:
+        """One optimizer step over a global batch of pairs; every rank takes its rows of it.
+
+        Args:
+            batch (RowBatch): the global batch, and this rank's rows of it.
+
+        Returns:
+            dict[str, float]: metrics over all ranks, and ``stop``, above 0 if any rank was asked to stop, of which
+            ``out_of_time`` if by ``max_time``.
+
+        Raises:
+            NonFiniteError: If the loss or the gradient's norm is not finite and may not be, see ``on_nonfinite``.
+            SelfTestError: If an iteration's first loss is not that of two equal models.
+        """
+        started = time.perf_counter()
+        cfg, progress, world = self._cfg, self._progress, self._world
+        iteration, epoch = progress.iteration, progress.epoch
+        self._last_batch = batch.pairs
+        # the mean over the pairs of the global batch; FSDP2 averages gradients over ranks, world_size undoes that
+        scale = world.world_size / (batch.weight or 1.0)
+        sums = PairSums()
+        with accumulating(self._model, batch.rows, unsharded_gradients=cfg.fsdp_accumulate_unsharded) as rows:
+            for row in (row.to(world.device) for row in rows):
+                objective = partial(self._objective, row, scale)
+                total, logps = pair_objective(self._model, row, objective, cfg.logprob_chunk_tokens)
+                total.backward()
+                sums.add(row, logps, *self._pair_losses(row, logps))
+        norm = clip_grad_norm(self._model, cfg.clip_grad_norm)
+        # a state that could not be written ends the run too: save_checkpoint raises what went wrong
+        asked = {
+            "stop": self._is_asked_to_stop() or self._checkpointer.has_failed,
+            "out_of_time": self._stop.is_out_of_time,
+        }
+        totals = all_reduce_sums({**sums.totals(), **asked}, world)
+        grad_norm = norm.item()
+        finite = self._nonfinite.passes(totals["loss"], grad_norm, progress.step, batch.pairs, world.is_main)
+        metrics = pair_metrics(totals) if finite else {}
+        start = progress.iteration_start(iteration)
+        is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
+        if cfg.self_test and metrics and is_first:
+            zero = torch.zeros(1, dtype=torch.float64)
+            expected = self._loss(zero, zero, zero, zero)[0].item()  # ln 2 for the logistic loss
+            check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
+        lr = self._lrs[iteration] * self._lr_factor()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        moved = MovedShare(self._model)
+        if metrics:  # a batch that is left out, or whose pairs all are, moves nothing, momentum included
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        moved_share = moved.share(world)
+        if metrics and world.is_main:
+            rounds_at_random = getattr(self._optimizer, "stochastic_rounding", False)
+            check_moved_share(moved_share, lr, cfg.dtype, rounds_at_random, iteration, self._warned)
+        progress.advance(cfg.global_batch_size)
+        seconds = time.perf_counter() - started
+        return metrics | {
+            **({"grad_norm": grad_norm} if finite else {}),
+            "lr": lr,
+            "beta": self._betas[iteration],
+            "iteration": iteration,
+            "epoch": epoch,
+            "consumed_samples": progress.consumed_samples,
+            "weights_moved_share": moved_share,
+            "nonfinite_steps": len(self._nonfinite.skipped),
+            **self._length_drift,
+            "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
+            "step_time": seconds,
+            "pairs_per_second": len(batch.pairs) / seconds,
+            "tokens_per_second": totals["tokens"] / seconds,
+            **{name: totals[name] for name in asked},
+        }
+
+    @torch.no_grad()
+    def run_validation(self) -> dict[str, float]:
+        """Validation loss, and with ``validation.spin`` also the SPIN metrics of the validation prompts' pairs.
+
+        ``val_loss`` is the mean negative log-prob in nats of the real responses' tokens, as in supervised fine-tuning.
+
+        Returns:
+            dict[str, float]: metrics over all ranks by name; empty without a validation set.
+        """
+        if not self._num_val_samples:
+            return {}
+        started = time.perf_counter()
+        world = self._world
+        prompts = [self._val_prompts[i] for i in range(self._num_val_samples)]
+        pairs = [Pair(prompt.sample_id, 0, prompt.prompt_ids, prompt.real_ids) for prompt in prompts]
+        nats, tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
+        batches = self._cut(pairs)
+        for batch in self._bar("validation", "batch", total=len(batches), iterable=self._rows(batches)):
+            for row in batch.rows:
+                nats -= response_logps(self._model, row.to(world.device), self._cfg.logprob_chunk_tokens).sum()
+                tokens += row.targets.numel()
+        sums = all_reduce_sums({"nats": nats.item(), "tokens": float(tokens)}, world)
+        self._val_loss = sums["nats"] / sums["tokens"]
+        metrics = {"val_loss": self._val_loss}
+        if self._cfg.validation.spin and self._val_pairs:
+            losses, real_rewards, generated_rewards = self._margins(self._val_pairs)
+            metrics["val_spin_loss"] = losses.mean().item()
+            metrics["val_acc"] = (real_rewards > generated_rewards).double().mean().item()
+            metrics["val_margin"] = (real_rewards - generated_rewards).mean().item()
+        self._show_samples(list(self._val_pairs or self._last_batch)[: self._cfg.validation.table_rows])
+        return metrics | {"validation_step_time": time.perf_counter() - started}
+
+    # PLUMBING: state.
+    def save_checkpoint(self) -> Path:
+        """Saves the resumable state: sharded weights and optimizer, and where the run stands.
+
+        Returns:
+            Path: the folder.
+        """
+        starts_anew = self._cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
+        return self._checkpointer.save_state(
+            step=self._progress.step,
+            model=self._model,
+            optimizer=None if starts_anew else self._optimizer,
+            state=self.state_dict(),
+            world=self._world,
+            metric=self._val_loss,
+            anchor=self._progress.is_iteration_start and self._watch.can_roll_back,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run needs besides tensors to go on; JSON values."""
+        return {
+            "progress": self._progress.state_dict(),
+            "opponent": self._opponent,
+            "val_loss": self._val_loss,
+            "nonfinite": self._nonfinite.skipped,
+            "watch": self._watch.state_dict(),
+            "length_drift": self._length_drift,
+            "run": self._run_fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes a saved state.
+
+        Args:
+            state (dict[str, Any]): from :meth:`state_dict`.
+
+        Raises:
+            CheckpointError: If something that the results depend on has changed and is not named in
+                ``resume_with_changes``.
+        """
+        with reading_state(self._output_dir / "checkpoints"):
+            check_unchanged(state["run"], self._run_fingerprint, self._cfg.resume_with_changes, self._output_dir)
+            self._progress.load_state_dict(state["progress"])
+            self._opponent, self._val_loss = state["opponent"], state["val_loss"]
+            self._nonfinite.skipped = state.get("nonfinite", [])
+            self._watch.load_state_dict(state.get("watch", {}))
+            self._length_drift = state.get("length_drift", {})
+
+    def cleanup(self) -> None:
+        """Closes the generator, the checkpointer, the logs and the process group, and unlocks the folder."""
+        self._generator.close()
+        self._checkpointer.close()
+        if self._metric_logger is not None:
+            self._metric_logger.close()
+        shutdown()
+        if self._lock is not None:
+            self._lock.release()
+        self._stop.release()
+
+    # SPIN: parts of the stages.
+    def _play(self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
+        """The opponent answers prompts; False if the run was asked to stop before all were answered."""
+        cfg, world = self._cfg, self._world
+        fingerprint = selfplay.play_fingerprint(
+            opponent=self._opponent,
+            prompts=prompts,
+            samples=samples,
+            tokenizer=self._tokenizer,
+            sampling=self._sampling,
+            seed=cfg.seed,
+            iteration=iteration,
+            responses_per_prompt=cfg.pairs.responses_per_prompt,
+            generator=self._generator,
+            compute_dtype=cfg.compute_dtype,
+        )
+        num_shards = selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, self._team.count)
+        store = selfplay.open_store(folder / "responses", fingerprint, num_shards, world, log.warning)
+        missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
+        if store.is_sealed and not missing:
+            return True
+        bar = self._bar(f"iteration {iteration}, {folder.name} answers", "prompt", len(samples))
+        with selfplay.awake(self._generator, self._model):
+            gap = selfplay.prove_weights(
+                self._generator,
+                self._model,
+                world,
+                self._prompts,
+                self._sampling,
+                packing=self._packing,
+                chunk_tokens=cfg.logprob_chunk_tokens,
+                as_in_training=cfg.compile,
+            )
+            with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
+                selfplay.play(
+                    store,
+                    selfplay.own_shards(missing, store, prompts, samples, self._sampling.max_new_tokens, self._team),
+                    prompts,
+                    samples,
+                    self._generator,
+                    self._sampling,
+                    seed=cfg.seed,
+                    iteration=iteration,
+                    responses_per_prompt=cfg.pairs.responses_per_prompt,
+                    team=self._team,
+                    should_stop=self._is_asked_to_stop,
+                    on_shard=bar.update,
+                )
+        bar.close()
+        return self._seal(store, None if gap is None else {"generator/logprob_gap": gap})
+
+    def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
+        """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
+        policy = self._cfg.pairs
+        earlier = history_window(iteration, policy.history if history is None else history)[:-1]
+        stores = [PairStore.open(place / "responses") for place in (*map(self._folder, earlier), folder)]
+        self._counts: Counter[str] = Counter()
+        return selfplay.filter_pairs(
+            itertools.chain.from_iterable(store.pairs() for store in stores),
+            self._counts,
+            truncated=policy.truncated,
+            equal_to_real=policy.equal_to_real,
+            empty=policy.empty,
+        )
+
+    def _score(self, folder: Path, batches: Sequence[list[Pair]]) -> bool:
+        """The opponent scores all responses; False if the run was asked to stop before all were scored."""
+        cfg, world = self._cfg, self._world
+        fingerprint = selfplay.score_fingerprint(
+            opponent=self._opponent,
+            batches=batches,
+            packing=self._packing,
+            compute_dtype=cfg.compute_dtype,
+            float8=cfg.enable_float8_training,
+        )
+        num_shards = math.ceil(len(batches) * cfg.global_batch_size / cfg.pairs.prompts_per_shard)
+        store = selfplay.open_store(folder / "pairs", fingerprint, num_shards, world, log.warning)
+        bar = self._bar(f"{folder.name} reference log-probs", "pair", len(batches) * cfg.global_batch_size)
+        selfplay.score(
+            store,
+            batches,
+            self._model,
+            world,
+            packing=self._packing,
+            chunk_tokens=cfg.logprob_chunk_tokens,
+            as_in_training=cfg.compile,
+            num_workers=cfg.num_workers,
+            should_stop=lambda: any_rank(self._is_asked_to_stop(), world),
+            on_shard=bar.update,
+        )
+        bar.close()
+        return self._seal(store, self._counts)
+
+    def _seal(self, store: PairStore, report: Mapping[str, float] | None = None) -> bool:
+        if any_rank(self._is_asked_to_stop(), self._world):  # waits for all ranks
+            return False
+        with fail_together(self._world, OutputError):
+            if self._world.is_main:
+                store.seal(report)
+        return True
+
+    def _sealed_pairs(self, folder: Path) -> PairStore:
+        store = PairStore.open(folder / "pairs")
+        if not store.is_sealed or store.opponent != self._opponent:
+            raise CheckpointError(
+                f"{store.path}: not the pairs that this run was trained on (the store is "
+                f"{'of another opponent' if store.is_sealed else 'not complete'}), and the opponent that could make "
+                "them anew is gone. Resume from a checkpoint at the iteration's start: resume=<path>."
+            )
+        return store
+
+    def _batches(self, pairs: PairLookup, iteration: int, epoch: int, start: int = 0) -> Sequence[list[Pair]]:
+        """Global batches of an epoch from a step on; a pair that was dropped is missing from its batch."""
+        items, size = self._items(iteration), self._cfg.global_batch_size
+        order = epoch_order(len(items), self._cfg.seed, iteration, epoch)
+
+        def batch(step: int) -> list[Pair]:
+            chosen = (items[i] for i in order[step * size : (step + 1) * size])
+            keys = [(played, self._prompts.sample_ids[sample]) for played, sample in chosen]
+            return [pairs[key] for key in keys if key in pairs]
+
+        return LazySequence(batch, range(start, self._progress.steps_in_epoch(iteration)))
+
+    def _rows(self, batches: Iterable[list[Pair]]) -> Iterator[RowBatch]:
+        """This rank's rows of each batch, packed while the device computes."""
+        return load_rows(batches, self._world, self._packing, self._cfg.num_workers)
+
+    def _pair_losses(self, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses, real and generated rewards of a row's comparisons, each of shape (c,)."""
+        real, generated = row.real, row.generated
+        return self._loss(logps[real], logps[generated], row.reference_logps[real], row.reference_logps[generated])
+
+    def _objective(self, row: PackedRow, scale: float, logps: torch.Tensor) -> torch.Tensor:
+        """What a row adds to the objective; every term looks at one pair only."""
+        losses, _, _ = self._pair_losses(row, logps)
+        if self._cfg.nll_weight > 0:
+            losses = losses - self._cfg.nll_weight * (logps / row.response_lengths)[row.real]
+        return (losses * row.weights).sum() * scale
+
+    def _start_fitting(self, iteration: int) -> None:
+        """Beta, learning rate and, unless it continues, the optimizer of an iteration."""
+        self._loss = config.instantiate(self._cfg.loss, beta=self._betas[iteration])
+        if self._progress.is_iteration_start and self._cfg.optimizer.reset_each_iteration:
+            self._optimizer = self._new_optimizer()
+        self._history = []
+        self._val_loss_before = self._val_loss
+        # what is known of the iteration's play goes into the line of its first step
+        report = PairStore.open(self._folder(iteration) / "responses").manifest.get("report", {})
+        self._play_metrics = dict(report) if self._progress.is_iteration_start else {}
+
+    def _lr_factor(self) -> float:
+        """The schedule spans an iteration where the optimizer starts anew in each, else the run."""
+        progress, first, last = self._progress, 0, self._progress.total_steps
+        if self._cfg.optimizer.reset_each_iteration:
+            first = progress.iteration_start(progress.iteration)
+            last = min(last, progress.iteration_start(progress.iteration + 1))
+        step = progress.step - first - self._nonfinite.skipped_between(first, progress.step)
+        return lr_factor(step=step, total_steps=last - first, **self._cfg.lr_scheduler)
+
+    def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses and rewards of scored pairs under the policy as it is now."""
+        return selfplay.losses_of_pairs(
+            self._loss,
+            self._model,
+            self._cut(pairs),
+            self._world,
+            packing=self._packing,
+            chunk_tokens=self._cfg.logprob_chunk_tokens,
+        )
+
+    # PLUMBING: small things.
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return config.instantiate(self._cfg.optimizer, trainable(self._model), lr=self._lrs[0])
+
+    def _folder(self, iteration: int) -> Path:
+        return self._output_dir / f"iteration_{iteration:03d}"
+
+    def _cut(self, pairs: list[Pair]) -> list[list[Pair]]:
+        size = self._cfg.global_batch_size
+        return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+
+    def _is_asked_to_stop(self) -> bool:
+        return self._stop.is_asked
+
+    def _say_how_to_continue(self) -> None:
+        self._checkpointer.wait()
+        if self._world.is_main:
+            log.info(
+                f"Stopped at step {self._progress.step} as asked. This command goes on from here:\n"
+                f"{command_to_continue(self._cfg.resume)}"
+            )
+
+    def _look_at_answers(self, iteration: int) -> None:
+        answers = answer_metrics(self._folder(iteration) / "responses", self._folder(0) / "responses", self._world)
+        self._length_drift = {name: value for name, value in answers.items() if name == "length_drift"}
+        alarm = self._watch.start(iteration, answers)
+        if alarm is not None:
+            raise CollapseError(f"{alarm.message} Nothing was trained on them yet.")
+
+    def _give_up(self, alarm: Alarm, iteration: int, pairs: PairLookup, is_last: bool) -> None:
+        """Ends the run at a limit of the collapse watch, with what it has, or as if the iteration had not begun."""
+        if alarm.rolls_back:
+            kept = self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world)
+            where = f"The run is back at the iteration's start ({kept or 'the model that it began with'})"
+        else:
+            self._finish_iteration(iteration, pairs) if is_last else self.save_checkpoint()
+            self._checkpointer.wait()
+            where = f"The state of step {self._progress.step} is saved"
+        raise CollapseError(f"{alarm.message} {where}; the same command goes on from there, with what you change.")
+
+    def _finish_iteration(self, iteration: int, pairs: PairLookup) -> None:
+        model_dir = self._checkpointer.export(self._model, iteration, self._world)
+        checkpoint = self.save_checkpoint()
+        if self._world.is_main:
+            summary = iteration_summary(
+                iteration, self._history, self._val_loss_before, self._folder(iteration), model_dir, checkpoint
+            )
+            print(summary, flush=True)
+            pairs.remove()
+
+    def _bar(self, description: str, unit: str, total: int | None = None, iterable: Any = None) -> tqdm:
+        return tqdm(iterable, desc=description, unit=unit, total=total, disable=not self._world.is_main)
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        metrics, self._play_metrics = metrics | self._play_metrics, {}
+        self._history.append(metrics)
+        step = self._progress.step
+        if self._world.is_main:
+            self._metrics_file.write(step, metrics)
+            if step % self._cfg.log_every_n_steps == 0 or "val_loss" in metrics:
+                self._metric_logger.log_dict(metrics, step=step)
+
+    def _show_samples(self, pairs: list[Pair]) -> None:
+        """Prompt, real and generated response and margin of a few pairs, to the screen and to samples.jsonl."""
+        if not pairs:
+            return
+        _, real_rewards, generated_rewards = self._margins(pairs)
+        if self._world.is_main:
+            margins = (real_rewards - generated_rewards).tolist()
+            rows = sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step)
+            file = self._output_dir / "samples.jsonl"
+            with writing(file), file.open("a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            tqdm.write(sample_table(rows))
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+@config.parse(DEFAULTS)
+def recipe_main(cfg: DictConfig) -> None:
+    """Runs the recipe; see the head of this file."""
+    recipe = SPINLoRARecipe(cfg)
+    recipe.setup()
+    recipe.train()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())

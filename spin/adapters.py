@@ -1,0 +1,217 @@
+"""Low-rank adapters over frozen weights: what torchtune's LoRA, DoRA and QLoRA modules are made of.
+
+A module's adapted weight is
+
+    LoRA   W + (alpha / rank) B A
+    DoRA   m * (W + (alpha / rank) B A) / |W + (alpha / rank) B A|, norms by row
+
+with W frozen, in full or as torchao's NF4 (4 bits a weight, with scales of blocks of 64). Nothing here knows ranks or
+files; :mod:`spin.distributed` gathers, :mod:`spin.lora` trains and saves, :mod:`spin.peft` exports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4, to_nf4
+from torchtune.modules.peft import DoRALinear
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+
+_NF4_PARTS = ("quantized_data", "quantized_scalers", "quantization_factor", "scaler_mean", "nf4")
+
+
+def adapted_modules(model: nn.Module) -> dict[str, Any]:
+    """The modules that have an adapter.
+
+    Args:
+        model (nn.Module): sharded or plain.
+
+    Returns:
+        dict[str, Any]: torchtune's LoRALinear and DoRALinear modules, by name in ``model.named_modules()``.
+    """
+    return {name: module for name, module in model.named_modules() if hasattr(module, "adapter_params")}
+
+
+def adapter_parameters(module: Any) -> dict[str, nn.Parameter]:
+    """The parameters of one module's adapter.
+
+    Args:
+        module (Any): of :func:`adapted_modules`.
+
+    Returns:
+        dict[str, nn.Parameter]: ``lora_a.weight`` (rank, in), ``lora_b.weight`` (out, rank), and DoRA's ``magnitude``
+        (out,).
+    """
+    return {name: module.get_parameter(name) for name in module.adapter_params()}
+
+
+def adapter_scale(module: Any) -> float:
+    """``alpha / rank``.
+
+    Args:
+        module (Any): of :func:`adapted_modules`.
+
+    Returns:
+        float: what B A is multiplied by.
+    """
+    return float(module.scaling if hasattr(module, "scaling") else module.alpha / module.rank)
+
+
+def merged_weight(module: Any, gather: Gather = lambda tensor: tensor) -> torch.Tensor:
+    """A module's weight with its adapter in it: the plain linear layer that computes the same.
+
+    Args:
+        module (Any): of :func:`adapted_modules`.
+        gather (Gather): makes a whole tensor of a shard.
+
+    Returns:
+        torch.Tensor: shape (out, in), in float32, or float64 if the weight is.
+    """
+    weight = gather(dequantized(module.weight.detach()))
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    parts = {name: gather(parameter.detach()).to(wide) for name, parameter in adapter_parameters(module).items()}
+    merged = torch.addmm(
+        weight.to(wide), parts["lora_b.weight"], parts["lora_a.weight"], alpha=adapter_scale(module)
+    )  # (out, rank) x (rank, in)
+    if "magnitude" in parts:
+        magnitude = parts["magnitude"]
+        if _is_patched(module):
+            magnitude = magnitude + _row_norms(weight.to(wide))
+        merged.mul_((magnitude / _row_norms(merged))[:, None])
+    return merged
+
+
+# ---- DoRA
+
+
+def patch_dora(model: nn.Module) -> None:
+    """Replaces the forward of torchtune's DoRA modules. Doing it twice is harmless; other modules are left alone.
+
+    Two things differ. The parameter ``magnitude`` holds what m has moved since the start, when m was the norm of W's
+    rows: m itself, rounded to bf16 for the forward, would stand still at SPIN's learning rates, and be off by up to
+    0.4 % in the first place. And a bias is added as it is: torchtune 0.6.1 multiplies it by m over the norm.
+
+    Args:
+        model (nn.Module): any torchtune decoder; ``magnitude`` must be set to zero to begin with.
+
+    Source:
+        DoRA (arXiv 2402.09353), equation 5, and section 4.3 for the norm without gradient.
+    """
+    for module in model.modules():
+        if isinstance(module, DoRALinear):
+            module.forward = MethodType(_dora_forward, module)
+
+
+def whole_magnitude(module: Any, gather: Gather = lambda tensor: tensor) -> torch.Tensor:
+    """DoRA's m.
+
+    Args:
+        module (Any): a DoRALinear, patched or not.
+        gather (Gather): makes a whole tensor of a shard.
+
+    Returns:
+        torch.Tensor: shape (out,), float32, or float64 if the weight is.
+    """
+    weight = gather(dequantized(module.weight.detach()))
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    magnitude = gather(module.magnitude.detach()).to(wide)
+    return magnitude + _row_norms(weight.to(wide)) if _is_patched(module) else magnitude
+
+
+def _is_patched(module: Any) -> bool:
+    return getattr(module.forward, "__func__", None) is _dora_forward
+
+
+def _row_norms(weight: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vector_norm(weight, dim=1)  # (out, in) -> (out,)
+
+
+def _dora_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    base = linear_nf4(x, self.weight) if self._quantize_base else F.linear(x, self.weight)
+    if not self.disabled:
+        with torch.no_grad():
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            weight = self.weight.to(x.dtype).to(wide)
+            start = _row_norms(weight)
+            now = _row_norms(weight + self.scaling * (self.lora_b.weight @ self.lora_a.weight).to(wide))
+        ratio = ((start + self.magnitude) / now).to(x.dtype)  # exactly 1 while the adapter is at zero
+        base = ratio * (base + self.scaling * self.lora_b(self.lora_a(self.dropout(x))))
+    return base if self.bias is None else base + self.bias
+
+
+# ---- NF4
+
+
+def nf4_of(tensor: torch.Tensor) -> NF4Tensor | None:
+    """The NF4 tensor that a parameter is, or that its shard on this rank is.
+
+    Args:
+        tensor (torch.Tensor): any.
+
+    Returns:
+        NF4Tensor | None: None for a tensor of ordinary numbers.
+    """
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local if isinstance(local, NF4Tensor) else None
+
+
+def dequantized(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers that an NF4 tensor stands for.
+
+    Args:
+        tensor (torch.Tensor): any, plain or sharded by rows.
+
+    Returns:
+        torch.Tensor: sharded like ``tensor``; ``tensor`` itself if it is not NF4.
+    """
+    nf4 = nf4_of(tensor)
+    if nf4 is None:
+        return tensor
+    values = nf4.get_original_weight()
+    if not isinstance(tensor, DTensor):
+        return values
+    return DTensor.from_local(
+        values, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def allocate_nf4(tensor: torch.Tensor, device: torch.device) -> None:
+    """Gives an NF4 tensor from the meta device the parts that ``to_empty`` forgets: table and mean of the scales.
+
+    Args:
+        tensor (torch.Tensor): after ``to_empty``; left alone if it is not NF4.
+        device (torch.device): where it lives.
+    """
+    nf4 = nf4_of(tensor)
+    if nf4 is not None:
+        for name in _NF4_PARTS:
+            part = getattr(nf4, name)
+            if part.is_meta:
+                setattr(nf4, name, torch.zeros(part.shape, dtype=part.dtype, device=device))
+
+
+def fill_nf4(nf4: NF4Tensor, whole: torch.Tensor, first_row: int) -> None:
+    """Quantizes a whole weight, and keeps some of its rows.
+
+    The scales are relative to their mean over the whole tensor, so a shard cannot be quantized by itself: its numbers
+    would depend on how many ranks there are.
+
+    Args:
+        nf4 (NF4Tensor): filled in place.
+        whole (torch.Tensor): all rows, in the dtype that ``nf4`` stands for.
+        first_row (int): where the rows of ``nf4`` begin.
+    """
+    quantized = to_nf4(whole, nf4.block_size, nf4.scaler_block_size)
+    for name in _NF4_PARTS:
+        target, source = getattr(nf4, name), getattr(quantized, name)
+        if target.shape != source.shape:  # data and scales lie in the order of rows; table and mean are those of all
+            start = first_row * source.numel() // whole.shape[0]
+            source = source[start : start + target.numel()]
+        target.copy_(source)
