@@ -1,6 +1,6 @@
 """What a checkpoint costs the training loop: written in the background, written while training waits, or not at all.
 
-    python benchmarks/checkpointing.py --model small --device cpu             # some minutes on two CPU cores
+    python benchmarks/checkpointing.py --model small --pairs 1 --device cpu   # some minutes on two CPU cores
     python benchmarks/checkpointing.py --out checkpointing.json               # one GPU, Llama 3.2 1B shapes
     torchrun --nproc_per_node 8 benchmarks/checkpointing.py --model llama3_1_8b
 
@@ -39,6 +39,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3_2_1b", help="a name of work.MODELS")
     parser.add_argument("--device", help="cuda or cpu")
+    parser.add_argument("--pairs", type=int, help="of a step; default: the model's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each part of a round")
     parser.add_argument("--interval-steps", type=int, help="between two saves; default: 50,000 pairs")
@@ -50,7 +51,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs all rounds and gives the figures."""
     device = ["--device", args.device] if args.device else []
-    bench = Bench(training_arguments(["--model", args.model, *device]))
+    size = ["--pairs", str(args.pairs)] if args.pairs else []
+    bench = Bench(training_arguments(["--model", args.model, *device, *size]))
     world, model = bench.world, bench.model(ARMS[ARM].variant)
     pairs = bench.mixed_pairs("short")
     batch = bench.lay_out(ARMS[ARM], pairs)
