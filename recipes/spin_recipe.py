@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,8 +99,8 @@ class SPINRecipe:
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
         self._last_batch: Sequence[Pair] = []
         self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
-        self._length_drift: dict[str, float] = {}  # of this iteration's answers, in a metric
         self._history: list[dict[str, float]] = []  # metrics of this iteration's steps
+        self._play_metrics: dict[str, float] = {}  # of this iteration's play, not logged yet
 
     # PLUMBING: everything is checked and made here, cheap things first, weights last.
     def setup(self) -> None:
@@ -184,8 +184,9 @@ class SPINRecipe:
             self._checkpointer.load_state(resume_path, model=self._model, optimizer=optimizer, world=self._world)
         self._generator = config.instantiate(
             cfg.generator,
-            context=GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode),
+            context=GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world),
         )
+        self._team = selfplay.team_of(self._generator, self._world)
 
         # ---- logs
         self._metric_logger: Any = None
@@ -258,7 +259,7 @@ class SPINRecipe:
                 return None
             if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._num_val_samples)):
                 return None
-            self._look_at_answers(iteration)
+            self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
             if not self._score(folder, self._batches(answers, iteration, epoch=0)):
                 return None
@@ -335,7 +336,7 @@ class SPINRecipe:
             "consumed_samples": progress.consumed_samples,
             "weights_moved_share": moved_share,
             "nonfinite_steps": len(self._nonfinite.skipped),
-            **self._length_drift,
+            **self._watch.metrics,
             "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
             "step_time": seconds,
             "pairs_per_second": len(batch.pairs) / seconds,
@@ -401,7 +402,6 @@ class SPINRecipe:
             "val_loss": self._val_loss,
             "nonfinite": self._nonfinite.skipped,
             "watch": self._watch.state_dict(),
-            "length_drift": self._length_drift,
             "run": self._run_fingerprint,
         }
 
@@ -421,7 +421,6 @@ class SPINRecipe:
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
             self._nonfinite.skipped = state.get("nonfinite", [])
             self._watch.load_state_dict(state.get("watch", {}))
-            self._length_drift = state.get("length_drift", {})
 
     def cleanup(self) -> None:
         """Closes the generator, the checkpointer, the logs and the process group, and unlocks the folder."""
@@ -450,29 +449,41 @@ class SPINRecipe:
             generator=self._generator,
             compute_dtype=cfg.compute_dtype,
         )
-        num_shards = math.ceil(len(samples) / cfg.pairs.prompts_per_shard)
+        num_shards = selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, self._team.count)
         store = selfplay.open_store(folder / "responses", fingerprint, num_shards, world, log.warning)
         missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
         if store.is_sealed and not missing:
             return True
         bar = self._bar(f"iteration {iteration}, {folder.name} answers", "prompt", len(samples))
-        # inside, ranks make as many shards as they have, without a collective
-        with selfplay.awake(self._generator, self._model), fail_together(world, OutputError):
-            selfplay.play(
-                store,
-                missing[world.rank :: world.world_size],
-                prompts,
-                samples,
+        with selfplay.awake(self._generator, self._model):
+            gap = selfplay.prove_weights(
                 self._generator,
+                self._model,
+                world,
+                self._prompts,
                 self._sampling,
-                seed=cfg.seed,
-                iteration=iteration,
-                responses_per_prompt=cfg.pairs.responses_per_prompt,
-                should_stop=self._is_asked_to_stop,
-                on_shard=bar.update,
+                packing=self._packing,
+                chunk_tokens=cfg.logprob_chunk_tokens,
+                as_in_training=cfg.compile,
             )
+            # from here on ranks make as many shards as they have, without a collective
+            with fail_together(world, OutputError):
+                selfplay.play(
+                    store,
+                    selfplay.own_shards(missing, store, prompts, samples, self._sampling.max_new_tokens, self._team),
+                    prompts,
+                    samples,
+                    self._generator,
+                    self._sampling,
+                    seed=cfg.seed,
+                    iteration=iteration,
+                    responses_per_prompt=cfg.pairs.responses_per_prompt,
+                    team=self._team,
+                    should_stop=self._is_asked_to_stop,
+                    on_shard=bar.update,
+                )
         bar.close()
-        return self._seal(store)
+        return self._seal(store, None if gap is None else {"generator/logprob_gap": gap})
 
     def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
@@ -516,7 +527,7 @@ class SPINRecipe:
         bar.close()
         return self._seal(store, self._counts)
 
-    def _seal(self, store: PairStore, report: dict[str, int] | None = None) -> bool:
+    def _seal(self, store: PairStore, report: Mapping[str, float] | None = None) -> bool:
         if any_rank(self._is_asked_to_stop(), self._world):  # waits for all ranks
             return False
         with fail_together(self._world, OutputError):
@@ -569,6 +580,9 @@ class SPINRecipe:
             self._optimizer = self._new_optimizer()
         self._history = []
         self._val_loss_before = self._val_loss
+        # what is known of the iteration's play goes into the line of its first step
+        report = PairStore.open(self._folder(iteration) / "responses").manifest.get("report", {})
+        self._play_metrics = dict(report) if self._progress.is_iteration_start else {}
 
     def _lr_factor(self) -> float:
         """The schedule spans an iteration where the optimizer starts anew in each, else the run."""
@@ -612,23 +626,17 @@ class SPINRecipe:
                 f"{command_to_continue(self._cfg.resume)}"
             )
 
-    def _look_at_answers(self, iteration: int) -> None:
-        answers = answer_metrics(self._folder(iteration) / "responses", self._folder(0) / "responses", self._world)
-        self._length_drift = {name: value for name, value in answers.items() if name == "length_drift"}
-        alarm = self._watch.start(iteration, answers)
-        if alarm is not None:
-            raise CollapseError(f"{alarm.message} Nothing was trained on them yet.")
-
     def _give_up(self, alarm: Alarm, iteration: int, pairs: PairLookup, is_last: bool) -> None:
         """Ends the run at a limit of the collapse watch, with what it has, or as if the iteration had not begun."""
         if alarm.rolls_back:
-            kept = self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world)
-            where = f"The run is back at the iteration's start ({kept or 'the model that it began with'})"
+            self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world)
+        elif is_last:
+            self._finish_iteration(iteration, pairs)
         else:
-            self._finish_iteration(iteration, pairs) if is_last else self.save_checkpoint()
-            self._checkpointer.wait()
-            where = f"The state of step {self._progress.step} is saved"
-        raise CollapseError(f"{alarm.message} {where}; the same command goes on from there, with what you change.")
+            self.save_checkpoint()
+        self._checkpointer.wait()
+        state = "back at the iteration's start" if alarm.rolls_back else f"saved at step {self._progress.step}"
+        raise CollapseError(f"{alarm.message} The run is {state}; the same command goes on, with what you change.")
 
     def _finish_iteration(self, iteration: int, pairs: PairLookup) -> None:
         model_dir = self._checkpointer.export(self._model, iteration, self._world)
@@ -644,6 +652,7 @@ class SPINRecipe:
         return tqdm(iterable, desc=description, unit=unit, total=total, disable=not self._world.is_main)
 
     def _log(self, metrics: dict[str, float]) -> None:
+        metrics, self._play_metrics = metrics | self._play_metrics, {}
         self._history.append(metrics)
         step = self._progress.step
         if self._world.is_main:

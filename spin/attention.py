@@ -6,7 +6,10 @@ forward of each attention module; weights and state-dict names stay as they are.
 """
 
 from collections import Counter
-from types import MethodType
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -120,6 +123,7 @@ def _forward(
         q, k = self.q_norm(q), self.k_norm(k)
 
     kv: KVSlots | None = getattr(self, _KV)
+    decodes = kv is not None and kv.view.positions is not None
     if kv is not None:
         k, v = kv.update(k, v)  # a decode step gets all keys so far; a prompt its own, untouched
         q = q.to(k.dtype)
@@ -131,10 +135,11 @@ def _forward(
             out = attend(q, k, v, blocks, self.scaling, self.softcapping, hopper=mask.hopper)
         else:
             out = attend(q, k, v, mask.causal, hopper=mask.hopper)
+    elif decodes and kv.view.kernel:  # type: ignore[union-attr]
+        out = _kernel_attention(self, q, kv)  # type: ignore[arg-type]
     elif isinstance(self, Gemma2Attention):
-        cached_decode = kv is not None and kv.view.positions is not None
-        out = _softcapped_attention(self, q, k, v, mask, _visible_in_window(self, input_pos, k, cached_decode))
-    elif kv is not None and s == 1 and mask is not None:
+        out = _softcapped_attention(self, q, k, v, mask, _visible_in_window(self, input_pos, k, decodes))
+    elif decodes and mask is not None:
         out = _decode_attention(q, k, v, mask)
     else:
         out = F.scaled_dot_product_attention(
@@ -153,6 +158,29 @@ def _forward(
         )
     out = out.transpose(1, 2).reshape(b, s, -1).to(x.dtype)  # (b, h, s, hd) -> (b, s, h * hd)
     return self.output_proj(out)
+
+
+@cache
+def generation_kernels(device_type: str) -> ModuleType | None:
+    """Kernels for generation on a kind of device.
+
+    Args:
+        device_type (str): ``cuda`` or ``cpu``.
+
+    Returns:
+        ModuleType | None: :mod:`spin.generation_kernels`, or None where there is no GPU or no Triton.
+    """
+    return import_module("spin.generation_kernels") if device_type == "cuda" and find_spec("triton") else None
+
+
+def _kernel_attention(self: Any, q: torch.Tensor, kv: "KVSlots") -> torch.Tensor:
+    """One new token per row against the cache, each row as far as its own position, (b, h, 1, hd) -> (b, h, 1, hd)."""
+    if isinstance(self, Gemma2Attention):
+        special = {"scale": self.scaling, "softcap": self.softcapping, "window": self.sliding_window_size}
+    else:
+        special = {"scale": self.head_dim**-0.5}
+    kernels: Any = generation_kernels(q.device.type)
+    return kernels.attend_slots(q, kv.k, kv.v, kv.view.positions, **special)
 
 
 def _decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -241,27 +269,32 @@ def _softcapped_attention(
 class KVView:
     """What the next forward does with the cache; one object, shared by all layers.
 
-    Slots hold one sequence each, its token i at index i. Live sequences occupy slots 0 to n - 1, so that a decode step
-    reads views, never copies.
+    Slots hold one sequence each, its token i at index i. A decode step takes slots 0 to n - 1 and reads views of the
+    cache, never copies; what stands in a slot without a sequence does not matter to the others.
 
     Args:
         slots (int): number of sequences that fit.
         capacity (int): number of tokens per slot; ``grow`` raises it.
+        kernel (bool): decode steps attend with :func:`spin.generation_kernels.attend_slots`, whatever the mask says.
     """
 
-    def __init__(self, slots: int, capacity: int) -> None:
+    def __init__(self, slots: int, capacity: int, kernel: bool = False) -> None:
         self.slots = slots
         self.capacity = capacity
+        self.kernel = kernel
         self.layers: list[KVSlots] = []
-        self.first_slot = 0
+        self.targets: slice | torch.Tensor = slice(0, 0)
         self.rows: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None  # None: the next forward takes prompts
         self.length = 0
 
-    def prefill(self, first_slot: int) -> None:
-        """The next forward takes prompts, padded on the right: row r goes to slot ``first_slot + r``, from index 0
-        on."""
-        self.first_slot = first_slot
+    def prefill(self, slots: int | torch.Tensor) -> None:
+        """The next forward takes prompts, padded on the right, and writes them from index 0 on.
+
+        Args:
+            slots (int | torch.Tensor): row r goes to slot ``slots + r``, or to ``slots[r]``, int64, shape (n,).
+        """
+        self.targets = slice(slots, None) if isinstance(slots, int) else slots
         self.positions = None
 
     def decode(self, positions: torch.Tensor, length: int) -> None:
@@ -271,8 +304,8 @@ class KVView:
             positions (torch.Tensor): index at which row r writes, int64, shape (n,).
             length (int): more than the largest position; the mask's last dimension.
         """
-        if self.rows is None or len(self.rows) != len(positions):
-            self.rows = torch.arange(len(positions), device=positions.device)
+        if self.rows is None:
+            self.rows = torch.arange(self.slots, device=positions.device)
         self.positions = positions
         self.length = length
 
@@ -283,7 +316,7 @@ class KVView:
             for layer in self.layers:
                 layer.grow(capacity)
 
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+    def move(self, sources: torch.Tensor | list[int], targets: torch.Tensor | list[int], length: int) -> None:
         """Copy the first ``length`` tokens of the slots ``sources`` to the slots ``targets``; no slot is in both."""
         for layer in self.layers:
             layer.move(sources, targets, length)
@@ -330,11 +363,15 @@ class KVSlots:
             self.v = torch.zeros_like(self.k)
         n, _, s, _ = k.shape
         if view.positions is None:
-            self.k[view.first_slot : view.first_slot + n, :, :s] = k
-            self.v[view.first_slot : view.first_slot + n, :, :s] = v
+            targets = view.targets
+            if isinstance(targets, slice):
+                targets = slice(targets.start, targets.start + n)
+            self.k[targets, :, :s] = k.to(self.k.dtype)
+            self.v[targets, :, :s] = v.to(self.v.dtype)
             return k, v
-        self.k[view.rows, :, view.positions] = k[:, :, 0].to(self.k.dtype)  # (b, n_kv, 1, hd) -> (b, n_kv, hd)
-        self.v[view.rows, :, view.positions] = v[:, :, 0].to(self.v.dtype)
+        rows = view.rows[:n]  # type: ignore[index]
+        self.k[rows, :, view.positions] = k[:, :, 0].to(self.k.dtype)  # (b, n_kv, 1, hd) -> (b, n_kv, hd)
+        self.v[rows, :, view.positions] = v[:, :, 0].to(self.v.dtype)
         return self.k[:n, :, : view.length], self.v[:n, :, : view.length]
 
     def grow(self, capacity: int) -> None:
@@ -343,12 +380,11 @@ class KVSlots:
             self.k = F.pad(self.k, (0, 0, 0, capacity - self.k.shape[2]))
             self.v = F.pad(self.v, (0, 0, 0, capacity - self.v.shape[2]))
 
-    def move(self, sources: list[int], targets: list[int], length: int) -> None:
+    def move(self, sources: torch.Tensor | list[int], targets: torch.Tensor | list[int], length: int) -> None:
         """Copy slots; see ``KVView.move``."""
         if self.k is not None and self.v is not None:
-            for source, target in zip(sources, targets, strict=True):
-                self.k[target, :, :length] = self.k[source, :, :length]
-                self.v[target, :, :length] = self.v[source, :, :length]
+            self.k[targets, :, :length] = self.k[sources, :, :length]
+            self.v[targets, :, :length] = self.v[sources, :, :length]
 
 
 def attach_kv(
@@ -357,6 +393,7 @@ def attach_kv(
     capacity: int,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
+    kernel: bool = False,
 ) -> KVView:
     """Give every patched attention module a cache. Until ``detach_kv`` its forwards write and read it.
 
@@ -366,6 +403,7 @@ def attach_kv(
         capacity (int): tokens per sequence to begin with.
         dtype (torch.dtype | None): of the cache; None takes the keys' own.
         device (torch.device | None): of the cache; None takes the keys' own.
+        kernel (bool): decode with the kernel; only where there are :func:`generation_kernels`.
 
     Returns:
         KVView: tells the layers what the next forward is.
@@ -373,19 +411,26 @@ def attach_kv(
     Raises:
         ConfigError: If the model is not patched.
     """
-    view = KVView(slots, capacity)
-    for module in model.modules():
-        if hasattr(module, _KV):
-            layer = KVSlots(view, dtype, device)
-            setattr(module, _KV, layer)
-            view.layers.append(layer)
+    view = KVView(slots, capacity, kernel)
+    view.layers = [KVSlots(view, dtype, device) for _ in _kv_modules(model)]
     if not view.layers:
         raise ConfigError("the model's attention is not patched. Call spin.attention.patch_attention(model) first.")
+    reattach_kv(model, view)
     return view
 
 
+def reattach_kv(model: nn.Module, view: KVView) -> None:
+    """Give the caches of ``view``, which were detached, back to the same model."""
+    for module, layer in zip(_kv_modules(model), view.layers, strict=True):
+        setattr(module, _KV, layer)
+
+
 def detach_kv(model: nn.Module) -> None:
-    """Take the caches away and free their memory; forwards are as before ``attach_kv``."""
-    for module in model.modules():
-        if hasattr(module, _KV):
-            setattr(module, _KV, None)
+    """Take the caches away, which frees their memory unless their view lives on; forwards are as before
+    ``attach_kv``."""
+    for module in _kv_modules(model):
+        setattr(module, _KV, None)
+
+
+def _kv_modules(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, _KV)]

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 
 from spin.errors import ConfigError, SpinError
@@ -300,6 +301,34 @@ def unsharded(model: nn.Module) -> Iterator[None]:
             module.reshard()
             module.set_reshard_after_forward(getattr(module, _RESHARD, True), recurse=False)
         setattr(model, _KEPT, False)
+
+
+@contextmanager
+def hooks_off(model: nn.Module) -> Iterator[None]:
+    """Runs forwards without FSDP2's hooks, for use inside :func:`unsharded`: there they have nothing to gather.
+
+    They would make streams wait for each other, which no CUDA graph may record, and cost a decode step on a CPU a few
+    per cent. Inputs are not cast: what a layer gets has the compute dtype already, because the embeddings have it.
+
+    Args:
+        model (nn.Module): gathered, or plain.
+
+    Yields:
+        None: the hooks are off.
+    """
+    saved = []
+    for module in sharded_modules(model):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            saved.append((hooks, list(hooks.items())))
+            for key, hook in saved[-1][1]:
+                if isinstance(getattr(hook, "__self__", None), FSDPState):
+                    del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, items in saved:
+            hooks.clear()
+            hooks.update(items)
 
 
 @contextmanager

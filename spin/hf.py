@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +67,7 @@ class _Converters:
     to_tune: Callable[..., Tensors]
     to_hf: Callable[..., Tensors]
     takes: tuple[str, ...] = ("num_heads", "num_kv_heads", "dim", "head_dim")
+    merges: bool = False  # several torchtune tensors of a layer make one stored tensor
 
 
 def _gemma2_to_tune(tensors: Tensors, **shape: Any) -> Tensors:
@@ -82,7 +83,7 @@ def _phi3_to_hf(tensors: Tensors, **shape: Any) -> Tensors:
 
 
 _LLAMA = _Converters(hf_to_tune, tune_to_hf)
-_PHI = _Converters(phi3_hf_to_tune, _phi3_to_hf, takes=("num_heads", "num_kv_heads", "dim"))
+_PHI = _Converters(phi3_hf_to_tune, _phi3_to_hf, takes=("num_heads", "num_kv_heads", "dim"), merges=True)
 # By the names of torchtune.training.checkpointing.ModelType.
 _CONVERTERS = {
     "LLAMA2": _LLAMA,
@@ -278,11 +279,11 @@ def _converter_arguments(config: dict[str, Any], model_type: str) -> dict[str, A
     return {name: arguments[name] for name in _CONVERTERS[model_type].takes}
 
 
-def _groups(tensors: Tensors, config: dict[str, Any], model_type: str) -> list[_Group]:
+def _groups(tensors: Tensors, config: dict[str, Any], model_type: str, by_layer: bool = True) -> list[_Group]:
     """What a folder of this model must hold, by asking the converter with meta tensors."""
     named: dict[str, list[str]] = {}
     for name in tensors:
-        layer = re.match(r"layers\.\d+\.", name)
+        layer = re.match(r"layers\.\d+\.", name) if by_layer else None
         named.setdefault(layer.group() if layer else name, []).append(name)
     arguments = _converter_arguments(config, model_type)
     groups = []
@@ -297,6 +298,70 @@ def _groups(tensors: Tensors, config: dict[str, Any], model_type: str) -> list[_
             ) from error
         groups.append(_Group(tuple(names), {name: tuple(tensor.shape) for name, tensor in converted.items()}))
     return groups
+
+
+class HFStream:
+    """Gives a torchtune model's tensors Hugging Face names and layouts as they come, for engines that load those.
+
+    It holds one tensor at a time, or one layer's where a family stores several of torchtune's tensors as one (Phi).
+
+    Args:
+        model (nn.Module): sharded or plain; only names and shapes are looked at.
+        model_dir (str | Path): Hugging Face folder with the model's config.json.
+        model_type (str): name in torchtune's ``ModelType``.
+
+    Raises:
+        CheckpointError: If the model and the folder's config do not belong together.
+        ConfigError: If ``model_type`` is not supported.
+    """
+
+    def __init__(self, model: nn.Module, model_dir: str | Path, model_type: str) -> None:
+        self.model_type = check_model_type(model_type)
+        folder = Path(model_dir)
+        config = _read_json(folder / CONFIG, "Every Hugging Face model has one: download the model again.")
+        _check_architecture(model, config, self.model_type, folder / CONFIG, warn=False)
+        tensors = _named_tensors(model)
+        self._converters = _CONVERTERS[self.model_type]
+        self._arguments = _converter_arguments(config, self.model_type)
+        self._groups = _groups(tensors, config, self.model_type, by_layer=self._converters.merges)
+        # a model that ties its output, in a folder that stores it twice
+        self._repeats_head = "output.weight" not in tensors and not config.get("tie_word_embeddings", True)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the stream, by Hugging Face name."""
+        shapes = {name: shape for group in self._groups for name, shape in group.hf.items()}
+        return shapes | ({_LM_HEAD: shapes[_EMBEDDINGS]} if self._repeats_head else {})
+
+    def convert(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Renames and lays out tensors.
+
+        Args:
+            named_tensors (Iterable[tuple[str, torch.Tensor]]): every parameter once, whole, by torchtune name.
+
+        Yields:
+            tuple[str, torch.Tensor]: Hugging Face name and tensor.
+
+        Raises:
+            CheckpointError: If a name is unknown or did not come.
+        """
+        group_of = {name: group for group in self._groups for name in group.tune}
+        waiting: dict[str, Tensors] = {}  # by the group's first name
+        for name, tensor in named_tensors:
+            group = group_of.pop(name, None)
+            if group is None:
+                raise CheckpointError(f"the model has no parameter {name!r} left to convert: each must come once.")
+            ready = waiting.setdefault(group.tune[0], {})
+            ready[name] = tensor
+            if len(ready) < len(group.tune):
+                continue
+            del waiting[group.tune[0]]
+            for hf_name, converted in self._converters.to_hf(ready, **self._arguments).items():
+                yield hf_name, converted
+                if hf_name == _EMBEDDINGS and self._repeats_head:
+                    yield _LM_HEAD, converted
+        if group_of:
+            raise CheckpointError(f"{', '.join(sorted(group_of)[:5])} did not come: every parameter must, once.")
 
 
 def _named_tensors(model: nn.Module) -> Tensors:

@@ -7,15 +7,18 @@ rank that makes it or on what was there before, so a run that was killed makes t
 from __future__ import annotations
 
 import hashlib
+import heapq
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from spin.data.chat import PromptTokenizer
@@ -23,15 +26,117 @@ from spin.data.packing import MASK_TRUNCATED
 from spin.data.prompts import PromptDataset
 from spin.data.store import PairStore
 from spin.data.types import Pair, Prompt, Response
-from spin.distributed import World, broadcast_object, fail_together, named_full_tensors, unsharded
+from spin.distributed import World, broadcast_object, fail_together, gather_objects, named_full_tensors, unsharded
 from spin.errors import ConfigError, GeneratorError, OutputError, StoreError
 from spin.fingerprint import json_fingerprint
-from spin.generators.base import Completion, Generator, SamplingParams
+from spin.generators.base import Completion, Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
 from spin.reference import score_batches
 
 TRUNCATED_POLICIES = ("keep", MASK_TRUNCATED, "drop")
 KEEP_OR_DROP = ("keep", "drop")
+PROBE_PROMPTS, PROBE_TOKENS = 8, 32  # answers, and tokens of each, that prove a generator's weights
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks that share one engine, among all engines.
+
+    Args:
+        index (int): number of this engine.
+        count (int): how many engines there are.
+        writes (bool): this rank is the one of its team that writes what the engine answers.
+        agree (Callable[[bool], bool]): true if it is true on any rank of the team; collective within the team.
+    """
+
+    index: int
+    count: int
+    writes: bool = True
+    agree: Callable[[bool], bool] = bool
+
+
+def team_of(generator: Generator, world: World) -> Team:
+    """The team of this rank. Collective if an engine spans several ranks.
+
+    Args:
+        generator (Generator): its ``ranks_per_engine``, 1 if it has none, consecutive ranks share an engine.
+        world (World): the ranks.
+
+    Returns:
+        Team: alone in it, as a rule.
+    """
+    size = getattr(generator, "ranks_per_engine", 1)
+    if size == 1:
+        return Team(world.rank, world.world_size)
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.world_size, size)]
+    group = groups[world.rank // size]
+
+    def agree(flag: bool) -> bool:
+        flags: list[Any] = [None] * size
+        dist.all_gather_object(flags, flag, group=group)
+        return any(flags)
+
+    return Team(world.rank // size, world.world_size // size, world.rank % size == 0, agree)
+
+
+def num_shards(num_samples: int, prompts_per_shard: int, teams: int) -> int:
+    """Shards of a store of answers: as many for each team, as far as there are samples.
+
+    Args:
+        num_samples (int): prompts to play.
+        prompts_per_shard (int): prompts of a shard at most.
+        teams (int): engines that play.
+
+    Returns:
+        int: 1 or more.
+    """
+    needed = math.ceil(num_samples / prompts_per_shard)
+    return max(1, min(num_samples, math.ceil(needed / teams) * teams))
+
+
+def deal_shards(costs: Mapping[int, int], teams: int) -> list[list[int]]:
+    """Deals shards to teams so that all have about the same to do: the dearest first, to whoever has least.
+
+    Args:
+        costs (Mapping[int, int]): tokens of each shard, by its number.
+        teams (int): how many engines there are.
+
+    Returns:
+        list[list[int]]: shards of each team, ascending.
+    """
+    loads = [(0, team) for team in range(teams)]
+    dealt: list[list[int]] = [[] for _ in range(teams)]
+    for shard in sorted(costs, key=lambda shard: (-costs[shard], shard)):
+        load, team = heapq.heappop(loads)
+        dealt[team].append(shard)
+        heapq.heappush(loads, (load + costs[shard], team))
+    return [sorted(shards) for shards in dealt]
+
+
+def own_shards(
+    shards: Sequence[int],
+    store: PairStore,
+    prompts: PromptDataset,
+    samples: Sequence[int],
+    max_new_tokens: int,
+    team: Team,
+) -> list[int]:
+    """The shards that this rank's team makes. No rank need be asked: all come to the same deal.
+
+    Args:
+        shards (Sequence[int]): all that are to be made.
+        store (PairStore): where they will go.
+        prompts (PromptDataset): the data set.
+        samples (Sequence[int]): which of its samples are played.
+        max_new_tokens (int): an answer counts as this long.
+        team (Team): whose share.
+
+    Returns:
+        list[int]: ascending.
+    """
+    parts = split_evenly(len(samples), store.num_shards)
+    costs = {shard: sum(len(prompts[samples[i]].prompt_ids) + max_new_tokens for i in parts[shard]) for shard in shards}
+    return deal_shards(costs, team.count)[team.index]
 
 
 def open_store(
@@ -163,11 +268,14 @@ def play(
     seed: int,
     iteration: int,
     responses_per_prompt: int = 1,
+    team: Team | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_shard: Callable[[int], None] = lambda prompts_done: None,
 ) -> None:
-    """Answers prompts into shards of a store. Not collective: each rank or machine makes shards of its own, and as many
+    """Answers prompts into shards of a store. Not collective: each team or machine makes shards of its own, and as many
     as it has. Call it while the generator is :func:`awake`.
+
+    A generator that can is given all prompts at once, and a shard is written when its last answer is there.
 
     Args:
         store (PairStore): where the responses go; its number of shards divides the samples evenly.
@@ -179,28 +287,154 @@ def play(
         seed (int): the run's seed.
         iteration (int): counted from 0.
         responses_per_prompt (int): responses to each prompt.
-        should_stop (Callable[[], bool]): asked before every shard.
+        team (Team | None): the ranks that share the generator's engine; None: this rank alone.
+        should_stop (Callable[[], bool]): asked after every shard.
         on_shard (Callable[[int], None]): told the number of prompts after every shard.
 
     Raises:
         GeneratorError: If the generator's answers do not fit the prompts.
     """
+    team = team or Team(0, 1)
     parts = split_evenly(len(samples), store.num_shards)
+
+    def chosen(shard: int) -> list[Prompt]:
+        return [prompts[samples[i]] for i in parts[shard]]
+
+    def requests(shard: int) -> Iterator[tuple[Sequence[int], int]]:
+        for prompt in chosen(shard):
+            for k in range(responses_per_prompt):
+                yield prompt.prompt_ids, sample_seed(seed, iteration, prompt.sample_id, k)  # type: ignore[misc]
+
+    def finish(shard: int, completions: Sequence[Completion]) -> None:
+        played = chosen(shard)
+        pairs = _join(played, completions, iteration, responses_per_prompt, sampling)
+        if team.writes:
+            store.write_shard(shard, pairs)
+        on_shard(len(played))
+
+    if isinstance(generator, StreamingGenerator):
+        sizes = [len(parts[shard]) * responses_per_prompt for shard in shards]
+        answers = generator.stream(chain.from_iterable(map(requests, shards)), sampling)
+        if not shards or team.agree(should_stop()):
+            return
+        for number, completions in _in_parts(answers, sizes):
+            finish(shards[number], completions)
+            if team.agree(should_stop()):
+                answers.close()  # type: ignore[attr-defined]
+                return
+        return
     for shard in shards:
         if should_stop():
             return
-        chosen = [prompts[samples[i]] for i in parts[shard]]
-        seeds = [
-            sample_seed(seed, iteration, prompt.sample_id, k) for prompt in chosen for k in range(responses_per_prompt)
-        ]
-        asked = [list(map(int, prompt.prompt_ids)) for prompt in chosen for _ in range(responses_per_prompt)]
-        completions = generator.generate(asked, sampling, seeds)
+        asked = list(requests(shard))
+        completions = generator.generate(
+            [list(map(int, ids)) for ids, _ in asked], sampling, [seed for _, seed in asked]
+        )
         if len(completions) != len(asked):
             raise GeneratorError(
                 f"The generator gave {len(completions)} answers to {len(asked)} prompts; expected one each, in order."
             )
-        store.write_shard(shard, _join(chosen, completions, iteration, responses_per_prompt, sampling))
-        on_shard(len(chosen))
+        finish(shard, completions)
+
+
+def _in_parts(
+    answers: Iterable[tuple[int, Completion]], sizes: Sequence[int]
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Sorts numbered answers into consecutive parts; gives each part, in order, when it is complete."""
+    bounds = np.cumsum([0, *sizes])
+    missing = list(sizes)
+    found: dict[int, dict[int, Completion]] = {}
+    for index, completion in answers:
+        part = int(np.searchsorted(bounds, index, side="right")) - 1
+        if not 0 <= part < len(sizes) or index in found.setdefault(part, {}):
+            raise GeneratorError(f"The generator answered request {index} twice, or none such was asked.")
+        found[part][index] = completion
+        missing[part] -= 1
+        if not missing[part]:
+            yield part, [completion for _, completion in sorted(found.pop(part).items())]
+    if any(missing):
+        raise GeneratorError(f"The generator left {sum(missing)} of {sum(sizes)} prompts without an answer.")
+
+
+def prove_weights(
+    generator: Generator,
+    model: nn.Module,
+    world: World,
+    prompts: PromptDataset,
+    sampling: SamplingParams,
+    *,
+    packing: dict[str, Any],
+    chunk_tokens: int,
+    as_in_training: bool = False,
+) -> float | None:
+    """Compares a generator's log-probs of its own answers with the policy's. Collective; call it while it is awake.
+
+    A wrong name map, a tensor that did not arrive, or a cache that was made under other weights shows here and nowhere
+    else. The prompts are the same in every iteration, so that a stale cache would be met.
+
+    Args:
+        generator (Generator): its ``max_logprob_gap`` (nats per token) is the limit; without one nothing is done.
+        model (nn.Module): the policy.
+        world (World): the ranks; every engine is asked.
+        prompts (PromptDataset): the first few are used.
+        sampling (SamplingParams): how to answer.
+        packing (dict[str, Any]): see :func:`spin.reference.score_batches`.
+        chunk_tokens (int): see :func:`spin.logprobs.response_logps`.
+        as_in_training (bool): see :func:`spin.reference.score_batches`.
+
+    Returns:
+        float | None: the mean gap in nats per token over all engines, or None.
+
+    Raises:
+        GeneratorError: If an engine's mean gap exceeds the limit.
+    """
+    limit = getattr(generator, "max_logprob_gap", None)
+    if limit is None:
+        return None
+    asked = [prompts[i] for i in range(min(PROBE_PROMPTS, len(prompts)))]
+    tokens = min(PROBE_TOKENS, sampling.max_new_tokens)
+    answers = generator.generate(
+        [list(map(int, prompt.prompt_ids)) for prompt in asked],
+        replace(
+            sampling,
+            max_new_tokens=tokens,
+            min_new_tokens=min(tokens, sampling.min_new_tokens),
+            stop_strings=(),
+            logprobs=True,
+        ),
+        list(range(len(asked))),
+    )
+    mine = [
+        (Pair(f"{world.rank} {i}", 0, prompt.prompt_ids, answer.token_ids), sum(answer.logprobs or ()))
+        for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True))
+    ]
+    by_rank = gather_objects(mine, world)
+    pairs = [pair for part in by_rank for pair, _ in part]
+    with torch.no_grad():
+        scored = iter(
+            score_batches(
+                model,
+                [pairs],
+                world,
+                packing=packing,
+                chunk_tokens=chunk_tokens,
+                as_in_training=as_in_training,
+            )
+        )
+    gaps = []
+    for part in by_rank:
+        differences = [
+            abs(logp - (next(scored).reference_real_logp or 0.0)) / len(pair.real_ids) for pair, logp in part
+        ]
+        gaps.append(sum(differences) / len(differences))
+    worst = max(range(len(gaps)), key=gaps.__getitem__)
+    if not gaps[worst] <= limit:  # NaN is not below it either
+        raise GeneratorError(
+            f"{type(generator).__name__} on rank {worst}: its log-probs differ from the policy's by {gaps[worst]:.4g} "
+            f"nats per token on average, expected at most {limit:g} (generator.max_logprob_gap). It does not have the "
+            "policy's weights, or computes in another precision. Nothing was generated."
+        )
+    return sum(gaps) / len(gaps)
 
 
 def score(

@@ -11,11 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import spin.hf
-from spin.distributed import init_world, materialize, shard_model
+from spin.distributed import init_world, materialize, named_full_tensors, shard_model
 from spin.errors import CheckpointError, ConfigError
 from spin.fingerprint import weights_fingerprint
 from spin.gemma2 import fix_gemma2_softcap
-from spin.hf import export_hf, load_hf_weights, read_hf_config, stored_elements, weight_files
+from spin.hf import HFStream, export_hf, load_hf_weights, read_hf_config, stored_elements, weight_files
 from tests.families import FAMILIES, hf_twin
 from tests.torchrun import run_ranks
 from tests.two_ranks import tiny
@@ -99,6 +99,40 @@ def test_round_trip(name, folders, tmp_path, world):
     assert weights_fingerprint(again) == weights_fingerprint(model)
     assert {file.name for file in out.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     assert not (out / "model.py").exists()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_stream_of_tensors_is_what_a_folder_holds(name, folders, world):
+    """Whatever engine loads these names loads what transformers wrote."""
+    model = empty(name, world)
+    load_hf_weights(model, folders[name], MODEL_TYPES[name], world=world)
+    stream = HFStream(model, folders[name], MODEL_TYPES[name])
+    converted = dict(stream.convert(named_full_tensors(model)))
+    stored = load_file(folders[name] / "model.safetensors")
+    assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == stream.shapes
+    assert converted.keys() == stored.keys()
+    assert all(torch.equal(converted[key], stored[key]) for key in stored)
+
+
+def test_a_stream_repeats_a_tied_head_where_the_folder_says_untied(folders, tmp_path, world):
+    model = empty("llama3_2", world)
+    load_hf_weights(model, folders["llama3_2"], "LLAMA3_2", world=world)
+    folder = Path(shutil.copytree(folders["llama3_2"], tmp_path / "untied"))
+    edit_config(folder, tie_word_embeddings=False)
+    stream = HFStream(model, folder, "LLAMA3_2")
+    converted = dict(stream.convert(named_full_tensors(model)))
+    assert converted.keys() == stream.shapes.keys()
+    assert torch.equal(converted["lm_head.weight"], converted["model.embed_tokens.weight"])
+
+
+def test_a_stream_notices_what_comes_twice_or_not_at_all(folders, world):
+    model = empty("llama3_2", world)
+    tensors = list(named_full_tensors(model))
+    stream = HFStream(model, folders["llama3_2"], "LLAMA3_2")
+    with pytest.raises(CheckpointError, match="'tok_embeddings.weight' left to convert"):
+        list(stream.convert([*tensors[:3], tensors[0]]))
+    with pytest.raises(CheckpointError, match="norm.scale did not come"):
+        list(stream.convert([entry for entry in tensors if entry[0] != "norm.scale"]))
 
 
 def test_bf16_rounds_once(folders, tmp_path, world):

@@ -18,6 +18,7 @@ PARAMETERS = {
     "generate/llama3_2_1B": 1_235_814_400,
     "llama3_1/8B_full": 8_030_261_248,
     "llama3_2/1B_full": 1_235_814_400,
+    "llama3_2/1B_full_vllm": 1_235_814_400,
     "llama3_2/3B_full": 3_212_749_824,
     "mistral/7B_full": 7_241_732_096,
     "phi4/14B_full": 14_659_507_200,

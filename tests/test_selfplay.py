@@ -8,7 +8,7 @@ import pytest
 from spin.data import Pair, PairStore, Prompt, PromptDataset, Response
 from spin.errors import ConfigError, GeneratorError, StoreError
 from spin.generators import Completion, SamplingParams
-from spin.selfplay import filter_pairs, play, score_fingerprint, split_evenly
+from spin.selfplay import Team, deal_shards, filter_pairs, num_shards, own_shards, play, score_fingerprint, split_evenly
 
 STOP = 9
 SAMPLING = SamplingParams(max_new_tokens=4, stop_token_ids=(STOP,))
@@ -58,6 +58,81 @@ def test_stops_between_shards_and_keeps_what_is_done(tmp_path):
     played(tmp_path / "a", store.missing_shards(), generator)
     assert store.missing_shards() == []
     assert len(generator.calls) == 2
+
+
+class Streaming(SeedEcho):
+    """Answers everything at once, the last request first."""
+
+    def __init__(self, change=list):
+        super().__init__()
+        self.change = change
+        self.ended = False
+
+    def update_weights(self, named_tensors):
+        raise AssertionError
+
+    sleep = wake = close = update_weights
+
+    def stream(self, requests, sampling):
+        try:
+            requests = list(requests)
+            answers = self.generate([ids for ids, _ in requests], sampling, [seed for _, seed in requests])
+            yield from self.change(list(enumerate(answers))[::-1])
+        finally:
+            self.ended = True
+
+
+def test_a_stream_of_answers_makes_the_same_store(tmp_path):
+    generator = Streaming()
+    whole = played(tmp_path / "a", [0, 1, 2])
+    assert answers(played(tmp_path / "b", [2, 0, 1], generator)) == answers(whole)
+    assert len(generator.calls) == 1, "an engine gets all shards at once"
+
+
+def test_a_stream_that_is_stopped_keeps_whole_shards(tmp_path):
+    generator, done = Streaming(), []
+    store = played(tmp_path / "a", [0, 1, 2], generator, should_stop=lambda: len(done) == 1, on_shard=done.append)
+    assert store.missing_shards() == [0, 1], "its last request comes first"
+    assert generator.ended
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda answers: answers[:-1], "left 1 of 20 prompts"),
+        (lambda answers: [answers[0], *answers], "answered request 19 twice"),
+        (lambda answers: [(20, answers[0][1])], "request 20"),
+        (lambda answers: [(-1, answers[0][1])], "request -1"),
+    ],
+)
+def test_a_stream_of_wrong_answers_is_refused(tmp_path, change, message):
+    with pytest.raises(GeneratorError, match=message):
+        played(tmp_path / "a", [0, 1, 2], Streaming(change))
+
+
+def test_one_rank_of_a_team_writes(tmp_path):
+    store = played(tmp_path / "a", [0, 1], Streaming(), team=Team(0, 1, writes=False))
+    assert store.missing_shards() == [0, 1, 2]
+    agreed = []
+    team = Team(0, 1, agree=lambda flag: agreed.append(flag) or len(agreed) > 1)  # another rank was asked to stop
+    assert played(tmp_path / "b", [0, 1, 2], Streaming(), team=team).missing_shards() == [0, 1]
+
+
+def test_engines_get_equal_shares():
+    """256 prompts a shard: 1000 prompts make 4 shards for one, two or four engines, 6 for three, 8 for eight."""
+    assert [num_shards(1000, 256, teams) for teams in (1, 2, 3, 4, 8)] == [4, 4, 6, 4, 8]
+    assert num_shards(3, 256, 8) == 3 and num_shards(0, 256, 2) == 1
+    # dearest first, to whoever has least: 9 | 7, then 9 | 7 + 6, then 9 + 5 | 13, then 14 | 13 + 2
+    assert deal_shards({0: 9, 1: 2, 2: 7, 3: 5, 4: 6}, 2) == [[0, 3], [1, 2, 4]]
+    assert deal_shards({4: 1}, 3) == [[4], [], []]
+
+
+def test_shares_are_dealt_by_the_length_of_prompts(tmp_path):
+    long, short = Prompt("long", [1] * 500, [2, STOP]), [Prompt(f"{i}", [1], [2, STOP]) for i in range(3)]
+    store = PairStore.open_or_create(tmp_path / "a", {"opponent": "w"}, 4)
+    prompts = PromptDataset([short[0], long, *short[1:]])
+    shares = [own_shards(range(4), store, prompts, range(4), 10, Team(index, 2)) for index in (0, 1)]
+    assert shares == [[1], [0, 2, 3]]
 
 
 def test_too_few_answers_are_refused(tmp_path):

@@ -101,7 +101,8 @@ class PairStore:
         Args:
             path (str | Path): the folder.
             fingerprint (Mapping[str, Any]): everything that the content depends on, JSON values by name.
-            num_shards (int): shards that the sealed store will have.
+            num_shards (int): shards that a new store will have; one that is there keeps its own number, which another
+                number of ranks does not change.
             on_stale (Callable[[str], None] | None): told in a sentence when a store made from other things was moved
                 aside.
 
@@ -117,11 +118,10 @@ class PairStore:
             try:
                 store = cls.open(path)
                 changed = differences(store.manifest["fingerprint"], fingerprint)
-                if store.manifest["num_shards"] != num_shards:
-                    changed.append("number of shards")
             except StoreError as error:
                 changed = [str(error)]
             if not changed:
+                store._unseal_if_damaged()
                 return store
             aside = _unused_name(path)
             with writing(path):
@@ -168,6 +168,13 @@ class PairStore:
                 file.unlink()
                 missing.append(index)
         return missing
+
+    def _unseal_if_damaged(self) -> None:
+        """A shard that is made again may come out otherwise: another engine, another version of pyarrow."""
+        if self.is_sealed and self.missing_shards():
+            self.manifest = {name: self.manifest[name] for name in ("format_version", "fingerprint", "num_shards")}
+            self.manifest["sealed"] = False
+            _replace_json(self.path / MANIFEST, self.manifest)
 
     def write_shard(self, index: int, pairs: Sequence[Pair]) -> None:
         """Writes a shard: temporary name, fsync, rename.

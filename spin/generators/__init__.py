@@ -1,8 +1,17 @@
 """Who plays the opponent: backends behind one interface."""
 
-from spin.generators.base import Completion, Generator, GeneratorContext, SamplingParams, sampling_params
+from spin.generators.base import (
+    Completion,
+    Generator,
+    GeneratorContext,
+    SamplingParams,
+    StreamingGenerator,
+    sampling_params,
+)
 from spin.generators.replay import ReplayGenerator
 from spin.generators.torchtune import TorchtuneGenerator
+from spin.generators.vllm import VLLMGenerator
+from spin.generators.vllm_server import VLLMServerGenerator
 
 __all__ = [
     "Completion",
@@ -10,6 +19,9 @@ __all__ = [
     "GeneratorContext",
     "ReplayGenerator",
     "SamplingParams",
+    "StreamingGenerator",
     "TorchtuneGenerator",
+    "VLLMGenerator",
+    "VLLMServerGenerator",
     "sampling_params",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from spin.data.types import FinishReason
-from spin.errors import ConfigError
+from spin.distributed import World
+from spin.errors import ConfigError, GeneratorError
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,14 @@ class GeneratorContext:
         device (torch.device): where the policy lives.
         max_seq_len (int): longest prompt plus response that the model takes, in tokens.
         decode (Callable[[Sequence[int]], str]): token ids to text, for stop strings.
+        world (World | None): the ranks, for generators that act on several of them; None stands for one rank.
     """
 
     model: nn.Module | None
     device: torch.device
     max_seq_len: int
     decode: Callable[[Sequence[int]], str]
+    world: World | None = None
 
 
 @runtime_checkable
@@ -145,3 +148,55 @@ class Generator(Protocol):
     def close(self) -> None:
         """Ends the engine."""
         ...
+
+
+@runtime_checkable
+class StreamingGenerator(Generator, Protocol):
+    """A generator that takes all of a rank's prompts at once and hands out answers as they are finished.
+
+    Its engine then never runs empty between shards of prompts. A recipe prefers ``stream`` where there is one.
+    """
+
+    def stream(
+        self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answers prompts in bulk.
+
+        Args:
+            requests (Iterable[tuple[Sequence[int], int]]): token ids of a prompt and its seed; read as far ahead as
+                the engine is busy.
+            sampling (SamplingParams): how to answer.
+
+        Returns:
+            Iterator[tuple[int, Completion]]: number of the request and its answer, in the order in which they are
+            finished. When the caller stops early, what runs is given up.
+
+        Raises:
+            GeneratorError: As ``generate``.
+        """
+        ...
+
+
+def room_for(prompt: Sequence[int], index: int, sampling: SamplingParams, max_seq_len: int) -> int:
+    """How many tokens the answer to a prompt may have.
+
+    Args:
+        prompt (Sequence[int]): token ids.
+        index (int): number of the request, for the message.
+        sampling (SamplingParams): gives ``max_new_tokens``.
+        max_seq_len (int): of prompt and answer together.
+
+    Returns:
+        int: 1 or more; ``max_new_tokens`` unless the context ends before.
+
+    Raises:
+        GeneratorError: If the prompt is empty or leaves no room.
+    """
+    if not len(prompt):
+        raise GeneratorError(f"prompt {index} is empty. A prompt needs at least one token.")
+    if len(prompt) >= max_seq_len:
+        raise GeneratorError(
+            f"prompt {index} has {len(prompt)} tokens and leaves no room for a response, expected at most "
+            f"{max_seq_len - 1} (max_seq_len {max_seq_len} - 1). Lower dataset.max_prompt_tokens, or raise the limit."
+        )
+    return min(sampling.max_new_tokens, max_seq_len - len(prompt))

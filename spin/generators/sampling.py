@@ -3,11 +3,14 @@ number, and that number on the sample's seed and the token's place only. Batch, 
 """
 
 import hashlib
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from spin.attention import generation_kernels
 from spin.generators.base import SamplingParams
 
 _BLOCK = 256  # tokens
@@ -75,6 +78,12 @@ def sample_tokens(
     Raises:
         ValueError: If ``seen`` or ``new_tokens`` is needed and missing.
     """
+    is_plain = sampling.top_p == 1 and not 0 < sampling.top_k < logits.shape[-1] and sampling.repetition_penalty == 1
+    kernels: Any = generation_kernels(logits.device.type)
+    if is_plain and sampling.temperature > 0 and kernels:
+        early = (sampling.min_new_tokens, sampling.stop_token_ids) if sampling.stop_token_ids else (0, ())
+        counts = torch.zeros_like(uniforms, dtype=torch.int64) if new_tokens is None else new_tokens
+        return kernels.draw(logits, uniforms, sampling.temperature, counts, early[0], _ids(early[1], logits.device))
     logits = logits.float()
     if sampling.repetition_penalty != 1:
         if seen is None:
@@ -93,6 +102,12 @@ def sample_tokens(
     if sampling.top_p < 1:
         logits = keep_top_p(logits, sampling.top_p)
     return invert_cdf(logits, uniforms)
+
+
+@cache
+def _ids(tokens: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Made once: a recorded step cannot send anything to the device."""
+    return torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -123,9 +138,11 @@ def ban_early_stops(
     Returns:
         torch.Tensor: shape (n, v).
     """
-    stops = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    stops[list(stop_token_ids)] = True
-    return logits.masked_fill((new_tokens < min_new_tokens)[:, None] & stops, -torch.inf)
+    early = new_tokens < min_new_tokens
+    banned = logits.clone()
+    for token in stop_token_ids:  # a few columns, rather than a mask of the vocabulary made on the host
+        banned[:, token].masked_fill_(early, -torch.inf)
+    return banned
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
@@ -169,10 +186,12 @@ def invert_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
         torch.Tensor: token ids, int64, shape (n,).
     """
     n, v = logits.shape
-    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    weights = logits.softmax(-1)
     # float64 sums: in float32 the tail of a large vocabulary is lost. Blocks first, then the tokens of one block: a
     # running sum over all tokens costs five times as much on CPU.
-    blocks = F.pad(weights, (0, -v % _BLOCK)).view(n, -1, _BLOCK)  # (n, v) -> (n, v / block, block)
+    if v % _BLOCK:
+        weights = F.pad(weights, (0, -v % _BLOCK))
+    blocks = weights.view(n, -1, _BLOCK)  # (n, v) -> (n, v / block, block)
     cumulative = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
     target = uniforms * cumulative[:, -1]
     block = _first_above(cumulative, target)

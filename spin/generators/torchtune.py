@@ -2,28 +2,35 @@
 
 import gc
 import logging
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from spin.attention import attach_kv, detach_kv, patch_attention
+from spin.attention import generation_kernels, patch_attention
 from spin.data.types import FinishReason
-from spin.distributed import clean_name, unsharded
+from spin.distributed import clean_name, hooks_off, unsharded
 from spin.errors import ConfigError, GeneratorError
 from spin.float8 import float8_off
-from spin.gemma2 import final_softcap, softcap
 from spin.generators.base import Completion, GeneratorContext, SamplingParams
-from spin.generators.sampling import sample_tokens, token_logprobs, uniforms
+from spin.generators.fused import fused
+from spin.generators.sampling import uniforms
+from spin.generators.slots import Chosen, Slots, StepPlan
 
 log = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_STEP = 64  # tokens; the cache's capacity is a multiple, so that it grows seldom
+_PREFILL_TOKENS = 16384  # of prompts that are read together, padding included
+_SIZES = 4  # numbers of rows that are recorded as CUDA graphs at most: all slots, half of them, ...
+_SMALLEST_SIZE = 16  # rows; fewer take as long
+_CAPACITY_STEP = 256  # tokens; the capacity of a GPU's cache is a multiple, so that later prompts fit too
+_LENGTH_STEP = 256  # tokens; of steps without the kernel
 
 
 class TorchtuneGenerator:
@@ -34,6 +41,9 @@ class TorchtuneGenerator:
     other batch shapes), not on batch size, order or rank. All ranks must call ``generate`` together, if need be with
     no prompts: the weights are gathered once; after that ranks do not wait for each other.
 
+    On a GPU the cache has its full size from the start, steps are recorded as CUDA graphs, and tokens are read while
+    the next step runs. After :meth:`wake` cache and graphs live until :meth:`sleep`, else until ``generate`` returns.
+
     Args:
         context (GeneratorContext): gives the model, its device and its longest sequence.
         batch_size (int): sequences at a time; higher is faster and takes more memory for the cache. Halved when memory
@@ -41,6 +51,8 @@ class TorchtuneGenerator:
         prefill_batch (int | None): prompts that are read together, and slots that must be free before a running batch
             is interrupted for it; None takes an eighth of the batch.
         cache_dtype (torch.dtype | str | None): fp32, bf16 or fp16; None is the dtype that the model computes in.
+        cuda_graphs (bool): on a GPU, record decode steps; False launches every kernel anew, which is slower, needs less
+            memory, and is for finding faults. A CPU has none either way.
 
     Raises:
         ConfigError: If there is no model, its attention is unknown, or a number is out of range.
@@ -54,6 +66,7 @@ class TorchtuneGenerator:
         batch_size: int = 32,
         prefill_batch: int | None = None,
         cache_dtype: torch.dtype | str | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         if context.model is None:
             raise ConfigError("TorchtuneGenerator runs the policy itself and was given no model.")
@@ -67,6 +80,9 @@ class TorchtuneGenerator:
         self._context = context
         self._prefill_batch = prefill_batch
         self._cache_dtype = _DTYPES[cache_dtype] if isinstance(cache_dtype, str) else cache_dtype
+        self._cuda_graphs = cuda_graphs
+        self._awake = False
+        self._slots: Slots | None = None
         self._max_seq_len = min(context.max_seq_len, getattr(context.model, "max_seq_len", context.max_seq_len))
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
@@ -87,22 +103,26 @@ class TorchtuneGenerator:
         """
         self._check(prompts, seeds)
         requests = [
-            _Request(index, prompt, min(sampling.max_new_tokens, self._max_seq_len - len(prompt)), seed)
+            _Request(index, prompt, self._limit(index, prompt, sampling), seed)
             for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
         requests.sort(key=lambda request: (-len(request.prompt), request.index))  # memory runs out early if at all
         done: dict[int, Completion] = {}
         # no_grad, not inference_mode: whatever a module or FSDP makes on first use must stay fit for training.
-        with unsharded(self.model), torch.no_grad(), _ready_to_generate(self.model):
-            while len(done) < len(requests):
-                waiting = [request for request in requests if request.index not in done]
-                try:
-                    _Run(self._context, sampling, waiting, self._slots(len(waiting)), self._cache_dtype, done).loop()
-                except torch.OutOfMemoryError as error:
-                    shortage = str(error)  # without its traceback, which holds the tensors
-                else:
-                    break
-                self._halve(shortage, waiting[0])
+        with unsharded(self.model), torch.no_grad(), _ready_to_generate(self.model, self._context.device):
+            try:
+                while len(done) < len(requests):
+                    waiting = [request for request in requests if request.index not in done]
+                    try:
+                        self._run(waiting, sampling, done)
+                    except torch.OutOfMemoryError as error:
+                        shortage = str(error)  # without its traceback, which holds the tensors
+                    else:
+                        break
+                    self._halve(shortage, waiting[0])
+            finally:
+                if not self._awake:
+                    self._drop()
         return [done[index] for index in range(len(prompts))]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -130,13 +150,17 @@ class TorchtuneGenerator:
             raise GeneratorError(f"update_weights: {_some(sorted(missing))} did not come. Send every parameter once.")
 
     def sleep(self) -> None:
-        """Nothing to do: the cache lives during ``generate`` only."""
+        """Gives the memory of cache and graphs back; ``generate`` makes them anew."""
+        self._awake = False
+        self._drop()
 
     def wake(self) -> None:
-        """Nothing to do."""
+        """From now on cache and graphs outlive ``generate``, for the next shard of prompts."""
+        self._awake = True
 
     def close(self) -> None:
-        """Nothing to do: the model belongs to the recipe."""
+        """The same as :meth:`sleep`: the model belongs to the recipe."""
+        self.sleep()
 
     def _check(self, prompts: list[list[int]], seeds: list[int]) -> None:
         if len(prompts) != len(seeds):
@@ -152,11 +176,51 @@ class TorchtuneGenerator:
                 f"(max_seq_len {self._max_seq_len} - 1). Drop or shorten them, or raise max_seq_len."
             )
 
-    def _slots(self, waiting: int) -> tuple[int, int]:
-        slots = min(self.batch_size, waiting)
-        return slots, min(slots, self._prefill_batch or max(1, self.batch_size // 8))
+    def _limit(self, index: int, prompt: list[int], sampling: SamplingParams) -> int:
+        """How many tokens the response to prompt ``index`` may have."""
+        return min(sampling.max_new_tokens, self._max_seq_len - len(prompt))
+
+    def _run(self, waiting: list["_Request"], sampling: SamplingParams, done: dict[int, Completion]) -> None:
+        most = min(self.batch_size, len(waiting))
+        slots = self._slots_for(sampling, most, max(len(request.prompt) + request.limit for request in waiting))
+        slots.attach()
+        try:
+            limits = most, min(most, self._prefill_batch or max(1, self.batch_size // 8))
+            _Run(slots, self._context.decode, waiting, limits, done).loop()
+        finally:
+            slots.detach()
+
+    def _slots_for(self, sampling: SamplingParams, slots: int, capacity: int) -> Slots:
+        """The slots of the last call, if they serve; else new ones."""
+        if self._slots is None or not self._slots.fits(sampling, slots, capacity):
+            self._drop()
+            plan = self._plan(slots)
+            if plan.sizes:
+                capacity = min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self._max_seq_len)
+            self._slots = Slots(self.model, sampling, slots, capacity, plan, self._context.device, self._cache_dtype)
+        return self._slots
+
+    def _plan(self, slots: int) -> StepPlan:
+        """How steps run on this device."""
+        if self._context.device.type != "cuda":
+            return StepPlan()
+        kernel = generation_kernels(self._context.device.type) is not None
+        if not self._cuda_graphs:
+            return StepPlan(lag=1, kernel=kernel)
+        sizes = [slots]
+        while len(sizes) < _SIZES and sizes[-1] // 2 >= _SMALLEST_SIZE:
+            sizes.append(sizes[-1] // 2)
+        return StepPlan(tuple(sorted(sizes)), _LENGTH_STEP, lag=1, capture=True, kernel=kernel)
+
+    def _drop(self) -> None:
+        """Cache and graphs go; their memory is free for others."""
+        if self._slots is not None:
+            self._slots = None
+            if self._context.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _halve(self, shortage: str, longest: "_Request") -> None:
+        self._slots = None
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -180,156 +244,121 @@ class _Request:
 
 @dataclass
 class _Row:
-    """A sequence in a slot; row i of the list is slot i."""
+    """A sequence in a slot."""
 
     request: _Request
+    slot: int
+    chosen: int = 0  # tokens that the device has been told to choose; those that were read are in ``tokens``
+    ended: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
     @property
     def length(self) -> int:
-        return len(self.request.prompt) + len(self.tokens)
+        return len(self.request.prompt) + self.chosen
 
 
 class _Run:
-    """One pass over requests with a fixed number of slots. Live rows always fill slots 0 to n - 1.
+    """One pass over requests: who is in which slot, what is launched next, where responses end.
 
     Args:
-        context (GeneratorContext): model, device, decode.
-        sampling (SamplingParams): the same for all requests.
+        slots (Slots): the device's side, attached.
+        decode (Callable[[Sequence[int]], str]): token ids to text.
         waiting (list[_Request]): longest prompt first.
-        slots (tuple[int, int]): rows at a time, prompts that are read at a time.
-        cache_dtype (torch.dtype | None): of the cache.
+        limits (tuple[int, int]): rows at a time, prompts that are read at a time.
         done (dict[int, Completion]): finished completions go here, by request index.
     """
 
     def __init__(
         self,
-        context: GeneratorContext,
-        sampling: SamplingParams,
+        slots: Slots,
+        decode: Callable[[Sequence[int]], str],
         waiting: list[_Request],
-        slots: tuple[int, int],
-        cache_dtype: torch.dtype | None,
+        limits: tuple[int, int],
         done: dict[int, Completion],
     ) -> None:
-        model: Any = context.model
-        self.model = model
-        self.decode = context.decode
-        self.device = context.device
-        self.sampling = sampling
+        self.slots = slots
+        self.plan = slots.plan
+        self.sampling = slots.sampling
+        self.decode = decode
         self.waiting = waiting[::-1]  # taken from the end
-        self.slots, self.prefill_batch = slots
+        self.most, self.prefill_batch = limits
         self.done = done
-        self.rows: list[_Row] = []
-        self.most = max((len(request.prompt) + request.limit for request in waiting), default=0)
-        self.stop_ids = set(sampling.stop_token_ids)
+        self.rows: list[_Row | None] = []  # by slot; the last one is not None
+        self.live = 0  # rows that are not None
+        self.launched: deque[tuple[list[_Row | None], Chosen]] = deque()
+        self.stop_ids = set(self.sampling.stop_token_ids)
         # A token of text has at least one byte; 16 more for tokens without text (special ones, parts of a character).
-        self.tail = max((len(text.encode()) for text in sampling.stop_strings), default=0) + 16
-        self.prompt_ends: torch.Tensor | None = None  # of a padded group of prompts; None in a decode step
-
-        def state(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-            return torch.zeros(self.slots, *shape, dtype=dtype, device=self.device)
-
-        self.last = state(dtype=torch.int64)  # newest token of each slot
-        self.positions = state(dtype=torch.int64)  # where it stands
-        self.counts = state(dtype=torch.int64)  # tokens of the response so far
-        self.numbers = state(max((r.limit for r in waiting), default=0), dtype=torch.float64)  # one uniform per token
-        vocab_size = model.tok_embeddings.num_embeddings
-        self.seen = state(vocab_size, dtype=torch.bool) if sampling.repetition_penalty != 1 else None
-        self.indices = torch.arange(self.most, device=self.device)
-        self.view = attach_kv(self.model, self.slots, capacity=0, dtype=cache_dtype, device=self.device)
+        self.tail = max((len(text.encode()) for text in self.sampling.stop_strings), default=0) + 16
 
     def loop(self) -> None:
         """Until every request is done."""
-        self.model.unembed = self._last_logits
-        try:
-            while self.waiting or self.rows:
-                free = self.slots - len(self.rows)
-                if self.waiting and free >= min(self.prefill_batch, len(self.waiting)):
-                    self._admit(min(self.prefill_batch, len(self.waiting)))
-                else:
-                    self._step()
-        finally:
-            detach_kv(self.model)
+        while self.waiting or self.live or self.launched:
+            group = min(self.prefill_batch, len(self.waiting))
+            if self.waiting and self.most - self.live >= group:
+                longest = len(self.waiting[-1].prompt)
+                self._admit(min(group, max(1, _PREFILL_TOKENS // longest)))
+            elif self.live:
+                self._step()
+            under_way = self.plan.lag if self.waiting or self.live else 0
+            while len(self.launched) > under_way:
+                self._read()
 
     def _admit(self, n: int) -> None:
-        """Read n prompts into the slots after the live rows, and choose the first token of each."""
+        """Read n prompts into free slots, the first ones first."""
         group = [self.waiting.pop() for _ in range(n)]
-        first, lengths = len(self.rows), [len(request.prompt) for request in group]
-        longest = max(lengths)
-        self._make_room(longest + 1)
-        # Padding stands on the right, where causal attention never looks at it, and decoding overwrites it in the
-        # cache.
-        padded = torch.tensor([r.prompt + [0] * (longest - len(r.prompt)) for r in group], device=self.device)
-        numbers = torch.zeros(n, self.numbers.shape[1], dtype=torch.float64)
-        for row, request in enumerate(group):
-            numbers[row, : request.limit] = torch.from_numpy(uniforms(request.seed, 0, request.limit))
-        ends = torch.tensor(lengths, device=self.device) - 1
-        new = slice(first, first + n)
-        self.numbers[new] = numbers.to(self.device)
-        self.positions[new] = ends
-        self.counts[new] = 0
-        if self.seen is not None:
-            self.seen[new] = False
-            for row, request in enumerate(group):
-                self.seen[first + row, torch.tensor(request.prompt, device=self.device)] = True
-        self.rows += [_Row(request) for request in group]
-
-        self.view.prefill(first)
-        self.prompt_ends = ends
-        logits = self.model(padded)
-        self.prompt_ends = None
-        self._choose(logits, first)
+        self.rows += [None] * (self.live + n - len(self.rows))
+        free = [slot for slot, row in enumerate(self.rows) if row is None][:n]
+        new = [_Row(request, slot) for request, slot in zip(group, free, strict=True)]
+        for row in new:
+            self.rows[row.slot] = row
+        self.live += n
+        chosen = self.slots.prefill(
+            free,
+            [request.prompt for request in group],
+            [uniforms(request.seed, 0, request.limit) for request in group],
+        )
+        self._launch(list(new), chosen)
 
     def _step(self) -> None:
         """One more token for every live row."""
-        n, length = len(self.rows), max(row.length for row in self.rows)
-        self._make_room(length)
-        positions = self.positions[:n]
-        self.view.decode(positions, length)
-        mask = self.indices[:length] <= positions[:, None, None]  # (n, 1, length)
-        self._choose(self.model(self.last[:n, None], mask=mask, input_pos=positions[:, None]), first=0)
+        if self.plan.rows(self.live) < self.plan.rows(len(self.rows)):
+            self._close_ranks()
+        length = max(row.length for row in self.rows if row is not None)
+        self._launch(list(self.rows), self.slots.step(len(self.rows), length))
 
-    def _last_logits(self, h: torch.Tensor) -> torch.Tensor:
-        """Stands in for ``model.unembed``: logits where a token will be chosen, (b, s, d) -> (b, v).
+    def _launch(self, rows: list[_Row | None], chosen: Chosen) -> None:
+        self.launched.append((rows, chosen))
+        for row in rows:
+            if row is not None:
+                row.chosen += 1
+                if row.chosen == row.request.limit:
+                    self._leave(row)  # whatever its last token will be
 
-        It runs inside the model's forward, where FSDP guarantees the root's parameters.
-        """
-        h = h[:, -1] if self.prompt_ends is None else h[torch.arange(len(h), device=h.device), self.prompt_ends]
-        return softcap(self.model.output(self.model.norm(h)).float(), final_softcap(self.model))
-
-    def _choose(self, logits: torch.Tensor, first: int) -> None:
-        """A token for each row from ``first`` on; rows that end leave.
-
-        Args:
-            logits (torch.Tensor): shape (n, v).
-            first (int): the slot of the first row.
-        """
-        live = slice(first, first + len(logits))
-        counts = self.counts[live]
-        numbers = self.numbers[live].gather(1, counts[:, None])[:, 0]
-        seen = None if self.seen is None else self.seen[live]
-        tokens = sample_tokens(logits, self.sampling, numbers, seen=seen, new_tokens=counts)
-        self.last[live] = tokens
-        self.positions[live] += 1
-        self.counts[live] += 1
-        if seen is not None:
-            seen.scatter_(1, tokens[:, None], True)
-        logprobs = token_logprobs(logits, tokens).tolist() if self.sampling.logprobs else None
-        ended = []
-        for offset, token in enumerate(tokens.tolist()):  # host/device sync, one per step
-            row = self.rows[first + offset]
-            row.tokens.append(token)
+    def _read(self) -> None:
+        """Hand the tokens of the oldest launch to their rows; rows that end leave."""
+        rows, chosen = self.launched.popleft()
+        tokens, logprobs = chosen.read()
+        for place, row in enumerate(rows):
+            if row is None or row.ended:
+                continue
+            row.tokens.append(tokens[place])
             if logprobs is not None:
-                row.logprobs.append(logprobs[offset])
+                row.logprobs.append(logprobs[place])
             reason = self._finish_reason(row)
             if reason is not None:
+                row.ended = True
+                self._leave(row)
                 self.done[row.request.index] = Completion(
                     row.tokens, reason, row.logprobs if self.sampling.logprobs else None
                 )
-                ended.append(first + offset)
-        if ended:
-            self._remove(ended)
+
+    def _leave(self, row: _Row) -> None:
+        if row.slot < len(self.rows) and self.rows[row.slot] is row:
+            self.rows[row.slot] = None
+            self.live -= 1
+            while self.rows and self.rows[-1] is None:
+                self.rows.pop()
 
     def _finish_reason(self, row: _Row) -> FinishReason | None:
         if row.tokens[-1] in self.stop_ids or (self.sampling.stop_strings and self._completes_stop_string(row.tokens)):
@@ -346,40 +375,40 @@ class _Run:
         before = self.decode(tokens[-self.tail : -1])  # may hold one that min_new_tokens let pass
         return any(text.count(stop) > before.count(stop) for stop in self.sampling.stop_strings)
 
-    def _remove(self, ended: list[int]) -> None:
-        """Fill the slots of rows that ended with the last live rows, so that decoding reads one view of the cache."""
-        gone = set(ended)
-        n = len(self.rows) - len(ended)
-        targets = [slot for slot in ended if slot < n]
-        sources = [slot for slot in range(n, len(self.rows)) if slot not in gone]
-        if sources:
-            self.view.move(sources, targets, max(self.rows[slot].length for slot in sources))
-            for state in (self.last, self.positions, self.counts, self.numbers, self.seen):
-                if state is not None:
-                    state[targets] = state[sources]
-            for source, target in zip(sources, targets, strict=True):
-                self.rows[target] = self.rows[source]
-        del self.rows[n:]
-
-    def _make_room(self, length: int) -> None:
-        """Capacity for ``length`` tokens: half as much again when it grows, never more than the longest row can
-        need."""
-        if length > self.view.capacity:
-            steps = -(-max(length, self.view.capacity * 3 // 2) // _STEP)
-            self.view.grow(max(length, min(steps * _STEP, self.most)))
+    def _close_ranks(self) -> None:
+        """Fill the gaps between live rows with the last of them, so that a smaller step reaches all."""
+        targets = [slot for slot in range(self.live) if self.rows[slot] is None]
+        movers = [row for row in self.rows[self.live :] if row is not None]
+        self.slots.move([row.slot for row in movers], targets, max(row.length for row in movers))
+        for row, target in zip(movers, targets, strict=True):
+            row.slot = target
+            self.rows[target] = row
+        del self.rows[self.live :]
 
 
 @contextmanager
-def _ready_to_generate(model: Any) -> Iterator[None]:
-    """Evaluation mode, layers uncompiled, and all as it was afterwards."""
+def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, layers uncompiled, without checkpointing and FSDP's hooks, with kernels of our own on a GPU, and
+    all as it was afterwards."""
+    kernels = generation_kernels(device.type)
+    small_modules = fused(model, kernels) if kernels else nullcontext()
     training = [module for module in model.modules() if module.training]
     unembed = vars(model).get("unembed")
+    wrappers = {
+        module: vars(module).get("forward") for module in model.modules() if isinstance(module, ActivationWrapper)
+    }
     model.eval()
+    for module in wrappers:  # a wrapper may save the state of random numbers, which no graph records
+        module.forward = module._checkpoint_wrapped_module.__call__
     try:
         # Compiled layers would be compiled again for every length of the cache.
-        with torch.compiler.set_stance("force_eager"), float8_off(model):
+        with torch.compiler.set_stance("force_eager"), float8_off(model), hooks_off(model), small_modules:
             yield
     finally:
+        for module, forward in wrappers.items():
+            del module.forward
+            if forward is not None:
+                module.forward = forward
         for module in training:
             module.training = True
         vars(model).pop("unembed", None)

@@ -10,45 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
+from torchtune.training import apply_selective_activation_checkpointing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin.errors import ConfigError, GeneratorError
 from spin.gemma2 import fix_gemma2_softcap
 from spin.generators.base import Generator, GeneratorContext, SamplingParams
+from spin.generators.slots import StepPlan
 from spin.generators.torchtune import TorchtuneGenerator
-from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE, load_llama_weights, tiny_lm_model
+from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE, load_llama_weights
+from tests.generators.conftest import TEXTS
 
-TEXTS = [
-    "What is a hacker?",
-    "kludge: /kluhj/",
-    "Unix",
-    "A bug in the",
-    "This is the story of how a programmer found that the machine on the second floor",
-    "1. [common]",
-    "The word foo means",
-    "In the beginning",
-    "/flaym/ vi. To post an email message intended to insult and provoke; to speak incessantly and rabidly on some",
-]
 EOS = 2
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny_lm):
-    return AutoTokenizer.from_pretrained(tiny_lm)
-
-
-@pytest.fixture(scope="session")
-def hf_model(tiny_lm):
-    return AutoModelForCausalLM.from_pretrained(tiny_lm, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="session")
-def trained(tiny_lm):
-    model = tiny_lm_model()
-    load_llama_weights(model, tiny_lm)
-    return model
 
 
 @pytest.fixture
@@ -56,19 +32,21 @@ def model(trained):
     return copy.deepcopy(trained)
 
 
-@pytest.fixture(scope="session")
-def prompts(tokenizer):
-    return [tokenizer(text).input_ids for text in TEXTS]
-
-
 @pytest.fixture
 def make(model, tokenizer):
-    def build(model=model, max_seq_len=512, **arguments):
-        return TorchtuneGenerator(
-            GeneratorContext(model, torch.device("cpu"), max_seq_len, tokenizer.decode), **arguments
-        )
+    def build(model=model, max_seq_len=512, static=False, **arguments):
+        kind = StaticGenerator if static else TorchtuneGenerator
+        return kind(GeneratorContext(model, torch.device("cpu"), max_seq_len, tokenizer.decode), **arguments)
 
     return build
+
+
+class StaticGenerator(TorchtuneGenerator):
+    """Steps as a GPU runs them, but for the recording: slots without a sequence, rounded lengths, late tokens."""
+
+    def _plan(self, slots):
+        sizes = {slots, -(-slots // 2), -(-slots // 4)}
+        return StepPlan(sizes=tuple(sorted(sizes)), length_step=32, lag=1)
 
 
 def _ids(completions):
@@ -87,8 +65,9 @@ def _hf_greedy(hf_model, prompt, new_tokens, **arguments):
 # --- the right tokens ---
 
 
-def test_greedy_equals_transformers(make, hf_model, prompts):
-    generator = make(batch_size=4)
+@pytest.mark.parametrize("static", [False, True])
+def test_greedy_equals_transformers(make, hf_model, prompts, static):
+    generator = make(batch_size=4, static=static)
     assert isinstance(generator, Generator) and generator.shares_policy_weights
     completions = generator.generate(
         prompts, SamplingParams(temperature=0, max_new_tokens=60, stop_token_ids=(EOS,)), [0] * len(prompts)
@@ -99,21 +78,23 @@ def test_greedy_equals_transformers(make, hf_model, prompts):
     assert {completion.finish_reason for completion in completions} == {"stop", "length"}
 
 
-def test_penalty_and_minimum_equal_transformers(make, hf_model, prompts):
+@pytest.mark.parametrize("static", [False, True])
+def test_penalty_and_minimum_equal_transformers(make, hf_model, prompts, static):
     sampling = SamplingParams(
         temperature=0, max_new_tokens=40, min_new_tokens=30, repetition_penalty=1.3, stop_token_ids=(EOS,)
     )
-    completions = make(batch_size=3).generate(prompts, sampling, [0] * len(prompts))
+    completions = make(batch_size=3, static=static).generate(prompts, sampling, [0] * len(prompts))
     expected = [_hf_greedy(hf_model, p, 40, repetition_penalty=1.3, min_new_tokens=30) for p in prompts]
     assert _ids(completions) == expected
 
 
+@pytest.mark.parametrize("kind", [TorchtuneGenerator, StaticGenerator])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_cached_greedy_equals_full_forwards(name):
+def test_cached_greedy_equals_full_forwards(name, kind):
     """Rows of different length that come and go; the expected tokens come from whole sequences without a cache."""
     model = FAMILIES[name]()
     fix_gemma2_softcap(model, attention_cap=5.0, final_cap=10.0)
-    generator = TorchtuneGenerator(GeneratorContext(model, torch.device("cpu"), MAX_SEQ_LEN, str), batch_size=3)
+    generator = kind(GeneratorContext(model, torch.device("cpu"), MAX_SEQ_LEN, str), batch_size=3)
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCAB_SIZE, (n,), generator=draw).tolist() for n in (3, 30, 12, 1, 18)]
     got = generator.generate(prompts, SamplingParams(temperature=0, max_new_tokens=20), [0] * 5)
@@ -142,7 +123,15 @@ def test_batch_and_order_do_not_matter(make, prompts, sampling):
     prompts = prompts + prompts[::-1]  # each prompt twice, with two seeds
     seeds = list(range(100, 100 + len(prompts)))
     expected = _ids(make(batch_size=1).generate(prompts, sampling, seeds))
-    for arguments in ({"batch_size": 3}, {"batch_size": 16}, {"batch_size": 8, "prefill_batch": 8}):
+    for arguments in (
+        {"batch_size": 3},
+        {"batch_size": 16},
+        {"batch_size": 8, "prefill_batch": 8},
+        {"batch_size": 1, "static": True},
+        {"batch_size": 5, "static": True},
+        {"batch_size": 16, "static": True},
+        {"batch_size": 8, "prefill_batch": 3, "static": True},
+    ):
         assert _ids(make(**arguments).generate(prompts, sampling, seeds)) == expected
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = make(batch_size=5).generate([prompts[i] for i in order], sampling, [seeds[i] for i in order])
@@ -151,9 +140,10 @@ def test_batch_and_order_do_not_matter(make, prompts, sampling):
         assert len({tuple(ids) for ids in expected}) > len(prompts) - 2  # the seeds do matter
 
 
-def test_log_probs_are_those_of_the_unaltered_distribution(make, model, prompts):
+@pytest.mark.parametrize("static", [False, True])
+def test_log_probs_are_those_of_the_unaltered_distribution(make, model, prompts, static):
     sampling = SamplingParams(temperature=0.5, top_k=5, max_new_tokens=12, repetition_penalty=1.2, logprobs=True)
-    completions = make(batch_size=4).generate(prompts, sampling, list(range(len(prompts))))
+    completions = make(batch_size=4, static=static).generate(prompts, sampling, list(range(len(prompts))))
     for prompt, completion in zip(prompts, completions, strict=True):
         with torch.no_grad():
             logps = model(torch.tensor([prompt + completion.token_ids]))[0].log_softmax(-1)
@@ -181,7 +171,8 @@ def test_cache_dtype(make, prompts):
 # --- where a response ends ---
 
 
-def test_stop_string_across_tokens(make, tokenizer, prompts):
+@pytest.mark.parametrize("static", [False, True])
+def test_stop_string_across_tokens(make, tokenizer, prompts, static):
     """The string is the end of one token and the beginning of the next; the response ends with the token that completes
     it."""
     free = make().generate(prompts[:1], SamplingParams(temperature=0, max_new_tokens=24), [0])[0].token_ids
@@ -191,7 +182,7 @@ def test_stop_string_across_tokens(make, tokenizer, prompts):
         if len(texts[n + 1]) > len(texts[n]) and stop not in texts[n]:
             break
     sampling = SamplingParams(temperature=0, max_new_tokens=24, stop_strings=("never there", stop))
-    got = make().generate(prompts[:1], sampling, [0])[0]
+    got = make(static=static).generate(prompts[:1], sampling, [0])[0]
     assert got.token_ids == free[: n + 1]
     assert got.finish_reason == "stop"
 
@@ -258,17 +249,98 @@ def _short_of_memory(model, rows):
     return sizes
 
 
-def test_out_of_memory_halves_the_batch(make, model, prompts, caplog):
+def test_prompts_are_read_in_groups_of_so_many_tokens(make, model, prompts, monkeypatch):
+    """Longest first, padded to the longest of a group; a group of one may be longer than the limit."""
+    lengths = [20, 9, 8, 8, 8, 3, 2]
+    forward, shapes = model.forward, []
+
+    def noted(tokens, **arguments):
+        shapes.append(tuple(tokens.shape))
+        return forward(tokens, **arguments)
+
+    model.forward = noted
+    monkeypatch.setattr("spin.generators.torchtune._PREFILL_TOKENS", 18)
+    make(batch_size=8, prefill_batch=8).generate([[5] * n for n in lengths], SamplingParams(max_new_tokens=1), [0] * 7)
+    assert shapes == [(1, 20), (2, 9), (2, 8), (2, 3)]
+
+
+def test_a_step_late_costs_no_step_at_the_limit(make, model, prompts):
+    """Rows that reach their limit leave when the step is launched: 5 rows of 4 tokens take 1 + 3 forwards."""
+    forward, sizes = model.forward, []
+
+    def noted(tokens, **arguments):
+        sizes.append(len(tokens))
+        return forward(tokens, **arguments)
+
+    model.forward = noted
+    got = make(static=True, prefill_batch=5).generate(prompts[:5], SamplingParams(max_new_tokens=4), [0] * 5)
+    assert [len(completion.token_ids) for completion in got] == [4] * 5
+    assert sizes == [5] * 4
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_cache_outlives_a_call_while_awake(make, model, prompts, static):
+    """Shards of prompts one after another, weights changed in place in between, then a longer prompt, then other
+    sampling; the expected tokens are those of a generator that makes everything anew."""
+    sampling = SamplingParams(max_new_tokens=12, stop_token_ids=(EOS,))
+    generator, fresh = make(batch_size=4, static=static), make(batch_size=4)
+    longer = prompts[:3] + [(prompts[4] * 20)[:290]]
+
+    def check(prompts, sampling):
+        seeds = list(range(len(prompts)))
+        assert _ids(generator.generate(prompts, sampling, seeds)) == _ids(fresh.generate(prompts, sampling, seeds))
+        return generator._slots
+
+    generator.wake()
+    first = check(prompts, sampling)
+    assert check(prompts[::-1], sampling) is first
+    assert all(layer.attn.spin_kv is None for layer in model.layers)  # other forwards find no cache
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    assert check(prompts, sampling) is first
+    second = check(longer, sampling)
+    assert second is not first
+    assert check(prompts, sampling) is second
+    assert check(prompts, SamplingParams(temperature=0, max_new_tokens=7)) is not second
+    model.layers[0].attn.q_proj.weight.data = model.layers[0].attn.q_proj.weight.data.clone()  # at another address
+    last = generator._slots
+    assert check(prompts, SamplingParams(temperature=0, max_new_tokens=7)) is not last
+    generator.sleep()
+    assert generator._slots is None
+    check(prompts, sampling)
+    assert generator._slots is None  # not awake: gone with the call
+
+
+def test_checkpointed_layers_are_run_plainly(make, model, prompts, monkeypatch):
+    """A wrapper may save the state of random numbers for every layer of every step."""
+    expected = _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9))
+    apply_selective_activation_checkpointing(model, "full", None)
+    modules = list(model.named_modules())
+
+    def never(self, *args, **arguments):
+        raise AssertionError("a wrapper ran")
+
+    monkeypatch.setattr(CheckpointWrapper, "forward", never)
+    assert _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9)) == expected
+    with pytest.raises(AssertionError, match="a wrapper ran"):  # afterwards they checkpoint again
+        model(torch.tensor([prompts[0]]))
+    assert list(model.named_modules()) == modules
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_out_of_memory_halves_the_batch(make, model, prompts, caplog, static):
     sampling = SamplingParams(max_new_tokens=30, stop_token_ids=(EOS,))
     seeds = list(range(9))
     expected = _ids(make().generate(prompts, sampling, seeds))
     sizes = _short_of_memory(model, rows=3)
-    generator = make(batch_size=8)
+    generator = make(batch_size=8, static=static)
     with caplog.at_level(logging.WARNING):
         assert _ids(generator.generate(prompts, sampling, seeds)) == expected
     assert generator.batch_size == 2
     assert "batch_size=4" in caplog.text and "batch_size=2" in caplog.text
     assert sorted(set(sizes)) == [1, 2, 4, 8]  # prompts are read one at a time
+    assert generator._slots is None
     assert all(layer.attn.spin_kv is None for layer in model.layers)
 
 

@@ -1,0 +1,301 @@
+"""Whole iterations of self-play by the recipe: seconds and GPU memory of every stage.
+
+    python benchmarks/iteration.py --model tiny                                   # on a CPU: does it run?
+    python benchmarks/iteration.py --generator vllm --out results.json            # one GPU, Llama 3.2 1B shapes
+    python benchmarks/iteration.py --generator embedded --prompts 512
+    torchrun --nproc_per_node 2 benchmarks/iteration.py --generator vllm
+
+Weights are random; prompts and real answers are pieces of the quickstart's text, of log-normal lengths (199 and 278
+tokens on average). A random model does not end its answers: each has as many tokens as sampling.max_new_tokens allows,
+256. Two iterations of one epoch run; the second one is warm (layers compiled, engine started, optimizer state there).
+
+Memory is what the whole device has in use, polled while a stage runs, whoever holds it: vLLM's does not come from
+torch's pool. States and exported models are not written unless --save is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from spin_recipe import DEFAULTS, SPINRecipe
+from transformers import AutoTokenizer, LlamaConfig
+from work import MIXES, MODELS, log_normal_lengths
+
+from spin.config import complete, load_config
+from spin.distributed import init_world, materialize, shard_model, shutdown
+from spin.files import write_json
+from spin.hf import export_hf
+from spin.models import build_model
+
+GIB = 2**30
+REPO = Path(__file__).resolve().parents[1]
+TOKENIZER = REPO / "tests" / "assets" / "tiny_lm"
+TEXT = REPO / "examples" / "quickstart" / "jargon_train.jsonl"
+TOKENIZER_TOKENS = 1024
+WEIGHT_SCALE = 0.02
+POLL_SECONDS = 0.02
+
+
+class Stages:
+    """Seconds and peak memory by iteration and stage."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.iteration = -1  # before the first one
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times a block and adds it to the stage of this name in the current iteration."""
+        row = next((r for r in self.rows if (r["iteration"], r["stage"]) == (self.iteration, name)), None)
+        if row is None:
+            row = {"iteration": self.iteration, "stage": name, "seconds": 0.0, "peak_gib": 0.0, "after_gib": 0.0}
+            self.rows.append(row)
+        done, peak = threading.Event(), [_used_gib()]
+
+        def poll() -> None:
+            while not done.wait(POLL_SECONDS):
+                peak.append(max(peak.pop(), _used_gib()))
+
+        watcher = threading.Thread(target=poll, daemon=True)
+        watcher.start()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            row["seconds"] += time.perf_counter() - start
+            done.set()
+            watcher.join()
+            row["after_gib"] = _used_gib()
+            row["peak_gib"] = max(row["peak_gib"], peak[0], row["after_gib"])
+
+
+def _used_gib() -> float:
+    if not torch.cuda.is_available():
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (total - free) / GIB
+
+
+class StagedRecipe(SPINRecipe):
+    """The recipe as it is, watched.
+
+    Args:
+        cfg (DictConfig): complete.
+        stages (Stages): where the figures go.
+        save (bool): write states and exported models.
+    """
+
+    def __init__(self, cfg: DictConfig, stages: Stages, save: bool) -> None:
+        super().__init__(cfg)
+        self.stages, self.save = stages, save
+
+    def setup(self) -> None:
+        """Weights, optimizer, engine."""
+        with self.stages.stage("start"):
+            super().setup()
+
+    def augment_dataloader(self, iteration: int) -> Any:
+        """Begins an iteration's rows."""
+        self.stages.iteration = iteration
+        return super().augment_dataloader(iteration)
+
+    def _play(self, *args: Any, **kwargs: Any) -> bool:
+        with self.stages.stage("generate"):
+            return super()._play(*args, **kwargs)
+
+    def _score(self, *args: Any, **kwargs: Any) -> bool:
+        with self.stages.stage("reference log-probs"):
+            return super()._score(*args, **kwargs)
+
+    def train_single_step(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """A step of the stage `train`."""
+        with self.stages.stage("train"):
+            return super().train_single_step(*args, **kwargs)
+
+    def _finish_iteration(self, iteration: int) -> None:
+        if self.save:
+            with self.stages.stage("save and export"):
+                super()._finish_iteration(iteration)
+
+
+def make_model(folder: Path, preset: Any, device: str | None) -> None:
+    """A Hugging Face folder of random weights, with the test model's tokenizer."""
+    world = init_world(device)
+    model: Any = build_model(OmegaConf.create(preset.builder), torch.float32)
+    shard_model(model, world, compute_dtype=torch.float32)
+    materialize(model, world)
+    draw = torch.Generator(world.device).manual_seed(world.rank)
+    for parameter in model.parameters():
+        local = parameter.detach().to_local()
+        local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
+    attention, rope = model.layers[0].attn, model.layers[0].attn.pos_embeddings
+    if world.is_main:
+        folder.mkdir(parents=True)
+        LlamaConfig(
+            architectures=["LlamaForCausalLM"],
+            vocab_size=model.tok_embeddings.num_embeddings,
+            hidden_size=attention.embed_dim,
+            intermediate_size=model.layers[0].mlp.w1.out_features,
+            num_hidden_layers=len(model.layers),
+            num_attention_heads=attention.num_heads,
+            num_key_value_heads=attention.num_kv_heads,
+            head_dim=attention.head_dim,
+            max_position_embeddings=model.max_seq_len,
+            rms_norm_eps=model.norm.eps,
+            tie_word_embeddings=not isinstance(model.output, torch.nn.Linear),
+            rope_parameters={
+                "rope_type": "llama3", "rope_theta": float(rope.base), "factor": float(rope.scale_factor),
+                "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            },
+        ).save_pretrained(folder)  # fmt: skip
+        for file in TOKENIZER.glob("tokenizer*"):
+            shutil.copy(file, folder)
+    torch.distributed.barrier()
+    export_hf(model, folder, folder.with_name("model"), "LLAMA3_2", dtype=torch.bfloat16, world=world)
+
+
+def make_data(file: Path, num: int, share: float) -> None:
+    """Conversations of random pieces of the quickstart's text."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    rows = [json.loads(line) for line in TEXT.read_text(encoding="utf-8").splitlines()]
+    text = " ".join(row["messages"][-1]["content"] for row in rows)
+    stream = tokenizer(text, add_special_tokens=False)["input_ids"]
+    rng = np.random.default_rng(0)
+    prompts, answers, _ = (log_normal_lengths(max(8, mean * share), num, rng) for mean in MIXES["short"])
+
+    def piece(length: int) -> str:
+        start = int(rng.integers(0, len(stream) - length))
+        return tokenizer.decode(stream[start : start + length])
+
+    with file.open("w", encoding="utf-8") as out:
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            messages = [
+                {"role": "user", "content": piece(int(prompt))},
+                {"role": "assistant", "content": piece(int(answer))},
+            ]
+            out.write(json.dumps({"id": str(i), "messages": messages}) + "\n")
+
+
+def make_config(args: argparse.Namespace, folder: Path, preset: Any, on_gpu: bool) -> DictConfig:
+    """The packaged config of the 1B model, with this model, these data and this generator."""
+    name = "llama3_2/1B_full_vllm" if args.generator == "vllm" else "llama3_2/1B_full"
+    overrides = [
+        f"output_dir={folder / 'run'}", f"tokenizer.path={folder / 'model'}",
+        f"checkpointer.checkpoint_dir={folder / 'model'}", f"dataset.source={folder / 'data.jsonl'}",
+        "dataset.split=null", "dataset.limit=null", "validation_dataset=null", "max_iterations=2", "max_epochs=1",
+        "dataset.on_long_prompt=cut", "dataset.on_long_response=cut",
+        f"sampling.max_new_tokens={max(8, round(256 * preset.lengths))}", f"global_batch_size={args.batch}",
+    ]  # fmt: skip
+    if not on_gpu:
+        overrides += ["device=cpu", "compute_dtype=fp32", "compile=false"]
+        if args.generator == "vllm":
+            overrides += ["generator.dtype=fp32", "generator.enforce_eager=true", "generator.max_model_len=512"]
+            overrides += ["generator.engine.kv_cache_memory_bytes=67108864"]
+    raw = load_config(name, [*overrides, *args.overrides])
+    raw.model = OmegaConf.create(preset.builder)
+    return complete(raw, DEFAULTS)
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as Markdown.
+
+    Args:
+        results (dict[str, Any]): what ``--out`` holds.
+
+    Returns:
+        str: a line on the machine, and a row for every stage.
+    """
+    setup = results["setup"]
+    lines = [
+        f"{setup['devices']} x {setup['device']}, torch {setup['torch']}, {setup['model']}, generator "
+        f"{setup['generator']}; {setup['prompts']} prompts, {setup['generated_tokens']:.0f} generated tokens each.",
+        "",
+        "| iteration | stage | seconds | peak GiB | GiB afterwards |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["stages"]:
+        iteration = "-" if row["iteration"] < 0 else row["iteration"]
+        lines.append(
+            f"| {iteration} | {row['stage']} | {row['seconds']:.1f} | {row['peak_gib']:.1f} | {row['after_gib']:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, or ``arguments`` instead of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--model", choices=MODELS, default="llama3_2_1b")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    parser.add_argument("--generator", choices=("embedded", "vllm"), default="embedded")
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=64, help="global_batch_size")
+    parser.add_argument("--save", action="store_true", help="write states and exported models, as a stage")
+    parser.add_argument("overrides", nargs="*", help="of the config, key=value")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Makes model and data, runs the recipe, prints."""
+    args = parse_args()
+    preset = MODELS[args.model]
+    if preset.builder.get("vocab_size", TOKENIZER_TOKENS) < TOKENIZER_TOKENS:
+        preset = replace(preset, builder={**preset.builder, "vocab_size": TOKENIZER_TOKENS})
+    folder = Path(tempfile.gettempdir()) / "spin-iteration"
+    world = init_world(args.device)
+    if world.is_main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        make_data(folder / "data.jsonl", args.prompts, preset.lengths)
+    torch.distributed.barrier()
+    make_model(folder / "source", preset, args.device)
+    stages = Stages()
+    on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+    recipe = StagedRecipe(make_config(args, folder, preset, on_gpu), stages, args.save)
+    recipe.setup()
+    recipe.train()
+    metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    results = {
+        "setup": {
+            "device": torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads",
+            "devices": world.world_size,
+            "torch": torch.__version__,
+            "model": args.model,
+            "generator": args.generator,
+            "prompts": args.prompts,
+            "batch": args.batch,
+            "generated_tokens": sum(row["avg_generated_lengths"] for row in metrics) / len(metrics),
+            "logprob_gap": [row[name] for row in metrics for name in row if name == "generator/logprob_gap"],
+            "first_losses": [metrics[0]["loss"], metrics[len(metrics) // 2]["loss"]],
+        },
+        "stages": stages.rows,
+    }
+    if world.is_main:
+        print(table(results), flush=True)
+        print(f"first losses {results['setup']['first_losses']}, gap {results['setup']['logprob_gap']}")
+        if args.out:
+            write_json(args.out, results)
+    recipe.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+    shutdown()
+
+
+if __name__ == "__main__":
+    main()

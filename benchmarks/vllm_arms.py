@@ -1,0 +1,223 @@
+"""vLLM in the generation benchmark: the product's generator, and vLLM's own ``LLM.generate`` with the same engine.
+
+The engine is started once and shared by the arms that run in this process. ``vllm_process`` is a second engine that
+vLLM runs in a process of its own, for what that is worth.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spin.distributed import named_full_tensors
+from spin.generators import GeneratorContext, SamplingParams, VLLMGenerator
+from spin.selfplay import awake
+
+GIB = 2**30
+MAX_MODEL_LEN = 2048
+SHARE = 0.45  # of the GPU's memory
+TOKENIZER = Path(__file__).parents[1] / "tests" / "assets" / "tiny_lm"  # never asked: prompts are token ids
+
+
+class LimitedVLLM(VLLMGenerator):
+    """The product's generator; answers have the lengths that the benchmark asks for."""
+
+    limits: Sequence[int] = ()
+
+    def _params(self, prompt: Sequence[int], seed: int, index: int, sampling: SamplingParams) -> Any:
+        return super()._params(prompt, seed, index, replace(sampling, max_new_tokens=self.limits[index]))
+
+
+class Engines:
+    """The engines, made when first needed, and what starting them took.
+
+    Args:
+        bench (Any): the benchmark's weights and device.
+    """
+
+    def __init__(self, bench: Any) -> None:
+        self.bench = bench
+        self.folder = Path(tempfile.mkdtemp(prefix="spin-vllm-"))
+        bench.hf_config().save_pretrained(self.folder)
+        for file in TOKENIZER.glob("tokenizer*"):
+            shutil.copy(file, self.folder)
+        self._generator: LimitedVLLM | None = None
+        self._process: Any = None
+        self.notes: dict[str, float] = {}
+
+    @property
+    def generator(self) -> LimitedVLLM:
+        """The product's."""
+        if self._generator is None:
+            _free()
+            before = _used()
+            start = time.perf_counter()
+            context = GeneratorContext(self.bench.model, self.bench.device, MAX_MODEL_LEN, str, self.bench.world)
+            cpu = {} if self.bench.on_gpu else {"enforce_eager": True, "dtype": "fp32"}
+            engine = {"max_num_seqs": self.bench.args.batch_size}
+            if not self.bench.on_gpu:
+                engine |= {"kv_cache_memory_bytes": 64 << 20, "block_size": 32}
+            self._generator = LimitedVLLM(
+                context, str(self.folder), "LLAMA3_2", gpu_memory_utilization=SHARE, max_model_len=MAX_MODEL_LEN,
+                max_logprob_gap=None, engine=engine, **cpu,
+            )  # fmt: skip
+            self.notes["start_seconds"] = time.perf_counter() - start
+            self.notes["asleep_gib"] = (_used() - before) / GIB
+        return self._generator
+
+    @property
+    def process(self) -> Any:
+        """vLLM's own, in another process; with dummy weights, which draw as many tokens."""
+        if self._process is None:
+            from vllm import LLM
+
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+            try:
+                self._process = LLM(
+                    model=str(self.folder), load_format="dummy", generation_config="vllm", dtype="bfloat16",
+                    max_model_len=MAX_MODEL_LEN, gpu_memory_utilization=0.3, seed=0,
+                    max_num_seqs=self.bench.args.batch_size,
+                )  # fmt: skip
+            finally:
+                os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        return self._process
+
+    def sync(self, rounds: int) -> dict[str, Any]:
+        """Seconds to wake, to take the weights and to sleep, and what sleeping gives back."""
+        generator, before = self.generator, _used()
+        kept = before - self.notes["asleep_gib"] * GIB  # what the trainer holds
+        times: dict[str, list[float]] = {"wake": [], "update_weights": [], "sleep": []}
+        for _ in range(rounds):
+            times["wake"].append(self.bench.seconds(generator.wake))
+            tensors = list(named_full_tensors(self.bench.model))  # gathering is the trainer's time
+            times["update_weights"].append(self.bench.seconds(partial(generator.update_weights, tensors)))
+            del tensors
+            awake_bytes = _used() - kept
+            times["sleep"].append(self.bench.seconds(generator.sleep))
+        _free()
+        asleep_bytes = _used() - kept
+        return {
+            **{f"{name}_seconds": statistics.median(values) for name, values in times.items()},
+            "awake_gib": awake_bytes / GIB,
+            "asleep_gib": asleep_bytes / GIB,
+            "given_back": 1 - asleep_bytes / awake_bytes if awake_bytes else None,
+            "start_seconds": self.notes["start_seconds"],
+        }
+
+    def close(self) -> None:
+        """Ends the engines; before the process group, which they use."""
+        if self._generator is not None:
+            self._generator.close()
+        self._process = None
+        shutil.rmtree(self.folder)
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _used() -> int:
+    """Bytes of the GPU that are taken, by whomever."""
+    if not torch.cuda.is_available():
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+_engines: dict[int, Engines] = {}
+
+
+def engines_of(bench: Any) -> Engines:
+    """The engines of a benchmark."""
+    if id(bench) not in _engines:
+        _engines[id(bench)] = Engines(bench)
+    return _engines[id(bench)]
+
+
+def close_engines() -> None:
+    """Ends all engines."""
+    while _engines:
+        _engines.popitem()[1].close()
+
+
+def vllm_arms(arm_class: type) -> dict[str, type]:
+    """The arms, as subclasses of the benchmark's ``Arm``."""
+
+    class VLLM(arm_class):  # type: ignore[misc,valid-type]
+        """``spin.generators.VLLMGenerator``."""
+
+        title = "vLLM by VLLMGenerator, a seed for each answer"
+        starts = True
+        exact = False
+
+        def ready(self) -> AbstractContextManager[Any]:
+            return awake(engines_of(self.bench).generator, self.bench.model)
+
+        def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
+            generator = engines_of(self.bench).generator
+            generator.limits = limits
+            sampling = SamplingParams(max_new_tokens=self.bench.max_new_tokens)
+            return [c.token_ids for c in generator.generate(prompts, sampling, list(range(len(prompts))))]
+
+        def greedy(self, prompts: list[list[int]], new_tokens: int, dtype: torch.dtype) -> list[list[int]]:
+            generator = engines_of(self.bench).generator
+            generator.limits = [new_tokens] * len(prompts)
+            with self.ready():
+                sampling = SamplingParams(temperature=0, max_new_tokens=new_tokens)
+                return [c.token_ids for c in generator.generate(prompts, sampling, [0] * len(prompts))]
+
+    class Bare(VLLM):
+        """``vllm.LLM.generate`` with the same engine."""
+
+        title = "vLLM by LLM.generate, no seeds"
+        seeded = False
+
+        def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
+            return self._generate(engines_of(self.bench).generator._llm, prompts, limits)
+
+        def _generate(self, llm: Any, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
+            from vllm import SamplingParams as VLLMSamplingParams
+
+            params = [
+                VLLMSamplingParams(
+                    max_tokens=limit, ignore_eos=True, detokenize=False, seed=index if self.seeded else None
+                )
+                for index, limit in enumerate(limits)
+            ]
+            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+
+    class BareSeeded(Bare):
+        """The same with a seed for each answer."""
+
+        title = "vLLM by LLM.generate, a seed for each answer"
+        seeded = True
+
+    class Process(Bare):
+        """vLLM's engine in a process of its own."""
+
+        title = "vLLM by LLM.generate, engine in another process, no seeds"
+        greedy = None  # its weights are others
+
+        @contextmanager
+        def ready(self) -> Iterator[None]:
+            yield
+
+        def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
+            return self._generate(engines_of(self.bench).process, prompts, limits)
+
+    return {"vllm": VLLM, "vllm_bare": Bare, "vllm_bare_seeded": BareSeeded, "vllm_process": Process}

@@ -1,0 +1,61 @@
+"""Norms, rotary embeddings and gated activations with one kernel each, for the time of generation on a GPU."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
+from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
+from torchtune.models.phi3._position_embeddings import Phi3RotaryPositionalEmbeddings
+from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
+from torchtune.modules import FeedForward, RMSNorm, RotaryPositionalEmbeddings
+
+_ROTARY: dict[type, dict[str, bool]] = {
+    RotaryPositionalEmbeddings: {"interleaved": True},
+    Llama3ScaledRoPE: {"interleaved": True},
+    Qwen2RotaryPositionalEmbeddings: {"interleaved": False, "rounded": True},
+    Phi3RotaryPositionalEmbeddings: {"interleaved": False},
+}
+_NORMS: dict[type, float] = {RMSNorm: 0.0, GemmaRMSNorm: 1.0}  # what is added to the weight
+
+
+@contextmanager
+def fused(model: nn.Module, kernels: ModuleType) -> Iterator[None]:
+    """Runs the small modules of a torchtune decoder as one kernel each; others, and subclasses, are left alone.
+
+    Forwards are for ``torch.no_grad()``.
+
+    Args:
+        model (nn.Module): a torchtune decoder.
+        kernels (ModuleType): see :func:`spin.attention.generation_kernels`.
+
+    Yields:
+        None: the kernels are in place.
+    """
+    replaced = []
+    for module in model.modules():
+        forward = _forward_of(module, kernels)
+        if forward is not None and "forward" not in vars(module):
+            module.forward = forward
+            replaced.append(module)
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+def _forward_of(module: Any, kernels: Any) -> Callable[..., torch.Tensor] | None:
+    kind = type(module)
+    if kind in _NORMS:
+        return lambda x: kernels.rms_norm(x, module.scale, module.eps, _NORMS[kind])
+    if kind in _ROTARY:
+        return lambda x, input_pos=None: kernels.rotate(x, module.cache, input_pos, **_ROTARY[kind])
+    if kind is FeedForward and module.w3 is not None:
+        gelu = type(module.activation) is nn.GELU and module.activation.approximate == "tanh"
+        if gelu or type(module.activation) is nn.SiLU:
+            return lambda x: module.w2(kernels.gate(module.w1(x), module.w3(x), gelu=gelu))
+    return None

@@ -1,0 +1,325 @@
+"""The device's side of the embedded generator: sequences in slots, and the step that gives each of them one more token.
+
+Nothing here waits for the device, so that the host can be a step ahead of it. On a GPU a step is hundreds of small
+kernels, which the host would launch more slowly than the GPU runs them; so the steps of each size are recorded as CUDA
+graphs. A graph reads and writes fixed addresses: all state is made once and changed in place.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from spin.attention import attach_kv, detach_kv, reattach_kv
+from spin.gemma2 import final_softcap, softcap
+from spin.generators.base import SamplingParams
+from spin.generators.sampling import sample_tokens, token_logprobs
+
+log = logging.getLogger(__name__)
+
+_STEP = 64  # tokens; a growing cache's capacity is a multiple, so that it grows seldom
+# Of prompts. cuDNN, PyTorch's first choice on an H100, makes a plan for every new shape, and no two groups are alike.
+_PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How decode steps run. The default suits a CPU: exactly the rows and keys there are, and every token read at once.
+
+    Args:
+        sizes (tuple[int, ...]): numbers of rows that a step may have, ascending, the last one all slots; slots without
+            a sequence compute something that nobody reads. Empty: any number.
+        length_step (int): a step attends to a multiple of this many keys.
+        lag (int): launches that may be under way before the tokens of the first are read. With 1, a row that stops runs
+            one step more, whose token is dropped.
+        capture (bool): replay the steps of each size as a CUDA graph; needs ``sizes``.
+        kernel (bool): attend with the kernel that needs no length, see :func:`spin.attention.generation_kernels`.
+    """
+
+    sizes: tuple[int, ...] = ()
+    length_step: int = 1
+    lag: int = 0
+    capture: bool = False
+    kernel: bool = False
+
+    def rows(self, n: int) -> int:
+        """How many rows a step takes when slots 0 to n - 1 hold sequences."""
+        return next((size for size in self.sizes if size >= n), n)
+
+    def length(self, length: int, capacity: int) -> int:
+        """How many keys a step attends to when the longest row has ``length``."""
+        return capacity if self.kernel else min(-(-length // self.length_step) * self.length_step, capacity)
+
+
+class Chosen:
+    """Tokens of one launch on their way to the host.
+
+    Args:
+        tokens (torch.Tensor): int64, shape (n,); may change as soon as this returns.
+        logprobs (torch.Tensor | None): nats, float32, shape (n,).
+    """
+
+    def __init__(self, tokens: torch.Tensor, logprobs: torch.Tensor | None) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._tokens, self._logprobs = _to_host(tokens), None if logprobs is None else _to_host(logprobs)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._tokens, self._logprobs = tokens.clone(), None if logprobs is None else logprobs.clone()
+
+    def read(self) -> tuple[list[int], list[float] | None]:
+        """Token ids and log-probs; waits for this launch, not for later ones."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tokens.tolist(), None if self._logprobs is None else self._logprobs.tolist()
+
+
+class Slots:
+    """Sequences in slots, with the cache and all that choosing tokens needs. Use it inside :meth:`attached`.
+
+    Args:
+        model (Any): a patched torchtune decoder whose parameters are gathered.
+        sampling (SamplingParams): the same for all sequences.
+        slots (int): how many sequences fit.
+        capacity (int): tokens of the longest sequence there can be.
+        plan (StepPlan): how steps run.
+        device (torch.device): where.
+        cache_dtype (torch.dtype | None): of the cache; None takes the dtype of the keys.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        sampling: SamplingParams,
+        slots: int,
+        capacity: int,
+        plan: StepPlan,
+        device: torch.device,
+        cache_dtype: torch.dtype | None,
+    ) -> None:
+        self.sampling = sampling
+        self.slots = slots
+        self.capacity = capacity
+        self.plan = plan
+        self._model = model
+        self._device = device
+        self._weights = _addresses(model)
+
+        def state(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.zeros(slots, *shape, dtype=dtype, device=device)
+
+        self._last = state(dtype=torch.int64)  # newest token of each slot
+        self._positions = state(dtype=torch.int64)  # where it stands
+        self._counts = state(dtype=torch.int64)  # tokens of the response so far
+        self._numbers = state(sampling.max_new_tokens, dtype=torch.float64)  # one uniform number per token
+        self._logprobs = state(dtype=torch.float32) if sampling.logprobs else None
+        vocab_size = model.tok_embeddings.num_embeddings
+        self._seen = state(vocab_size, dtype=torch.bool) if sampling.repetition_penalty != 1 else None
+        self._true = torch.ones((), dtype=torch.bool, device=device)
+        self._rows = torch.arange(slots, device=device)
+        self._indices = torch.arange(capacity, device=device)
+        self._prompt_ends: torch.Tensor | None = None  # of a padded group of prompts; None in a decode step
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._captures = plan.capture
+        if plan.capture:
+            self._stream = _recording_stream(device)
+            self._pool = torch.cuda.graph_pool_handle()
+        # Slots without a sequence write to the cache too, anywhere in it, so it has its full size at once.
+        self.view = attach_kv(
+            model, slots, capacity if plan.sizes else 0, dtype=cache_dtype, device=device, kernel=plan.kernel
+        )
+        detach_kv(model)
+
+    def fits(self, sampling: SamplingParams, slots: int, capacity: int) -> bool:
+        """Whether these slots, graphs included, serve other requests just as well.
+
+        Args:
+            sampling (SamplingParams): how they are answered.
+            slots (int): sequences at a time.
+            capacity (int): tokens of the longest.
+
+        Returns:
+            bool: False too if the weights have moved to other addresses.
+        """
+        return (
+            sampling == self.sampling
+            and slots <= self.slots
+            and capacity <= self.capacity
+            and self._weights == _addresses(self._model)
+        )
+
+    def attach(self) -> None:
+        """Forwards of the model use the cache from now on."""
+        reattach_kv(self._model, self.view)
+        self._model.unembed = self._last_logits
+
+    def detach(self) -> None:
+        """Forwards of the model are as before, but for ``unembed``, which is the caller's to restore."""
+        detach_kv(self._model)
+
+    def prefill(self, slots: Sequence[int], prompts: Sequence[list[int]], numbers: Sequence[np.ndarray]) -> Chosen:
+        """Reads prompts into free slots and chooses the first token of each.
+
+        Args:
+            slots (Sequence[int]): where the sequences go.
+            prompts (Sequence[list[int]]): their token ids.
+            numbers (Sequence[np.ndarray]): uniform numbers for their tokens, float64 in [0, 1).
+
+        Returns:
+            Chosen: a token for each prompt.
+        """
+        n, longest = len(slots), max(map(len, prompts))
+        self._make_room(longest + 1)
+        # Padding stands on the right, where causal attention never looks at it, and decoding overwrites it in the
+        # cache. It repeats a token of the prompt, which says nothing new to the repetition penalty.
+        tokens = self._send(torch.tensor([[*prompt, *prompt[-1:] * (longest - len(prompt))] for prompt in prompts]))
+        ends = self._send(torch.tensor([len(prompt) - 1 for prompt in prompts]))
+        padded = torch.zeros(n, self._numbers.shape[1], dtype=torch.float64)
+        for row, own in enumerate(numbers):
+            padded[row, : len(own)] = torch.from_numpy(own)
+        first = slots[0]
+        in_a_row = list(slots) == list(range(first, first + n))
+        where = slice(first, first + n) if in_a_row else self._send(torch.tensor(slots))
+        self._numbers[where] = self._send(padded)
+        self._positions[where] = ends
+        self._counts[where] = self._counts.new_zeros(n)
+        if self._seen is not None:
+            self._seen[where] = self._seen.new_zeros(n, self._seen.shape[1]).scatter_(1, tokens, True)
+        self.view.prefill(first if in_a_row else where)
+        self._prompt_ends = ends
+        with sdpa_kernel(_PREFILL_BACKENDS) if self._device.type == "cuda" else nullcontext():
+            logits = self._model(tokens)
+        self._prompt_ends = None
+        return Chosen(*self._choose(logits, where))
+
+    def step(self, n: int, length: int) -> Chosen:
+        """One more token for the sequences in slots 0 to n - 1.
+
+        Args:
+            n (int): the highest slot with a sequence, and 1.
+            length (int): keys of the longest sequence, the one that this step writes included.
+
+        Returns:
+            Chosen: a token for each slot, n or more.
+        """
+        size = (self.plan.rows(n), self.plan.length(length, self.capacity))
+        self._make_room(length if self.plan.kernel else size[1])
+        if size in self._graphs:
+            self._graphs[size].replay()
+        elif self._captures:
+            # The first step of a size runs as it is, on the stream that records: compilation of kernels and
+            # workspaces of libraries have no place in a graph.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._advance(*size)
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._capture(size)
+        else:
+            self._advance(*size)
+        return Chosen(self._last[: size[0]], None if self._logprobs is None else self._logprobs[: size[0]])
+
+    def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Copies sequences to other slots.
+
+        Args:
+            sources (Sequence[int]): their slots.
+            targets (Sequence[int]): as many others, none of them a source.
+            length (int): tokens of the longest.
+        """
+        source, target = self._send(torch.tensor(sources)), self._send(torch.tensor(targets))
+        self.view.move(source, target, length)
+        for state in (self._last, self._positions, self._counts, self._numbers, self._seen):
+            if state is not None:
+                state[target] = state[source]
+
+    def _advance(self, n: int, length: int) -> None:
+        """The device's work of a step, without a single wait: it may be recorded."""
+        positions = self._positions[:n]
+        self.view.decode(positions, length)
+        mask = None if self.plan.kernel else self._indices[:length] <= positions[:, None, None]  # (n, 1, length)
+        logits = self._model(self._last[:n, None], mask=mask, input_pos=positions[:, None])
+        self._choose(logits, slice(0, n))
+
+    def _last_logits(self, h: torch.Tensor) -> torch.Tensor:
+        """Stands in for ``model.unembed``: logits where a token will be chosen, (b, s, d) -> (b, v)."""
+        h = h[:, -1] if self._prompt_ends is None else h[self._rows[: len(h)], self._prompt_ends]
+        logits, cap = self._model.output(self._model.norm(h)), final_softcap(self._model)
+        return logits if cap is None else softcap(logits.float(), cap)
+
+    def _choose(self, logits: torch.Tensor, where: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """A token for each row, which becomes the newest of its slot.
+
+        Args:
+            logits (torch.Tensor): shape (n, v).
+            where (slice | torch.Tensor): the rows' slots.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor | None]: token ids, and log-probs if they are asked for, shape (n,).
+        """
+        rows, counts = self._rows[where], self._counts[where]
+        # Slots without a sequence count on, and stay inside what there is.
+        numbers = self._numbers[rows, counts.clamp(max=self._numbers.shape[1] - 1)]
+        seen = None if self._seen is None else self._seen[where]
+        tokens = sample_tokens(logits, self.sampling, numbers, seen=seen, new_tokens=counts)
+        self._last[where] = tokens
+        self._positions[where] = (self._positions[where] + 1).clamp(max=self.capacity - 1)
+        self._counts[where] = counts + 1
+        if self._seen is not None:
+            self._seen.index_put_((rows, tokens), self._true)
+        if self._logprobs is None:
+            return tokens, None
+        logprobs = token_logprobs(logits, tokens)
+        self._logprobs[where] = logprobs
+        return tokens, logprobs
+
+    def _capture(self, size: tuple[int, int]) -> None:
+        """Records the step of a size; recording runs nothing."""
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # thread_local: what other threads do to the GPU (a checkpoint that is still being written) is no fault.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                self._advance(*size)
+        except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # an end of recording that fails leaves the other one
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._captures = False
+            log.warning(
+                "Decode steps of %d sequences cannot be recorded as a CUDA graph (%s); going on without, more slowly.",
+                size[0],
+                str(error).strip().split("\n")[0],
+            )
+        else:
+            self._graphs[size] = graph
+
+    def _make_room(self, length: int) -> None:
+        """Capacity for ``length`` tokens: half as much again when it grows, never more than the longest row can
+        need."""
+        if length > self.view.capacity:
+            steps = -(-max(length, self.view.capacity * 3 // 2) // _STEP)
+            self.view.grow(max(length, min(steps * _STEP, self.capacity)))
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device without waiting for it."""
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the process: libraries keep a workspace for every stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _addresses(model: Any) -> list[int]:
+    return [tensor.data_ptr() for tensors in (model.parameters(), model.buffers()) for tensor in tensors]

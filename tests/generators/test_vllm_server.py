@@ -1,0 +1,297 @@
+"""vLLM as a server: a real one on the CPU that is killed in the middle, and a false one that misbehaves."""
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torchtune.models.llama3_2 import llama3_2
+
+from spin.distributed import init_world, shutdown
+from spin.errors import GeneratorError
+from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator, VLLMServerGenerator
+from spin.generators import vllm_server as module
+from spin.hf import load_hf_weights
+from spin.models import prepare_model
+from spin.selfplay import awake, prove_weights
+from tests.generators.vllm_engine import Prompts
+
+KEY = "a-key-that-must-not-be-shown"
+GREEDY = SamplingParams(temperature=0, max_new_tokens=40, stop_token_ids=(2,))
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory, tiny_lm):
+    """The tiny model with a head of its own: a CPU server's reload leaves a tied head as it was."""
+    folder = tmp_path_factory.mktemp("untied")
+    tensors = load_file(tiny_lm / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tiny_lm / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny_lm / name).read_bytes())
+    return folder
+
+
+@pytest.fixture
+def context(untied):
+    """The policy, five per cent larger than what lies in the folder that the server starts from."""
+    world = init_world("cpu")
+    with torch.device("meta"):
+        model = llama3_2(
+            vocab_size=1024, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=128, intermediate_dim=384,
+            max_seq_len=512, rope_base=10000, norm_eps=1e-5, scale_factor=1, tie_word_embeddings=False,
+        )  # fmt: skip
+    prepare_model(model, world, compute_dtype=torch.float32)
+    load_hf_weights(model, untied, "LLAMA3_2", world=world)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    yield GeneratorContext(model, world.device, 512, lambda ids: "", world)
+    shutdown()
+
+
+@pytest.fixture
+def prompts():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(5, 1000, (40 + i,), generator=generator).tolist() for i in range(24)]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """`vllm serve` on the CPU, in a process group that can be killed."""
+
+    def __init__(self, folder, log):
+        self.folder, self.log, self.port = folder, log, free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process = None
+
+    def start(self):
+        env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env |= {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder), "--host",
+            "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "512",
+            "--kv-cache-memory-bytes", str(64 << 20), "--block-size", "32", "--generation-config", "vllm",
+            "--api-key", KEY,
+        ]  # fmt: skip
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        return self
+
+    def kill(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM; `make vllm` installs it")
+def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle(
+    context, untied, prompts, tmp_path, monkeypatch, caplog
+):
+    """Answers are the trainer's, those that were finished are kept, and the key is shown nowhere."""
+    monkeypatch.setenv("SPIN_TEST_KEY", KEY)
+    server = Server(untied, tmp_path / "server.log").start()
+    try:
+        arguments = {
+            "url": server.url, "transfer_dir": str(tmp_path / "weights"), "model_dir": str(untied),
+            "model_type": "LLAMA3_2", "dtype": "fp32", "concurrency": 2, "wait_seconds": 180,
+        }  # fmt: skip
+        generator = VLLMServerGenerator(context, **arguments, api_key_env="SPIN_TEST_KEY")
+        with pytest.raises(GeneratorError, match="api_key_env") as refused:
+            VLLMServerGenerator(context, **arguments)._get("/v1/models")
+        with pytest.raises(GeneratorError, match="no weights"):
+            generator.generate(prompts, GREEDY, [0] * len(prompts))
+        expected = TorchtuneGenerator(context).generate(prompts, GREEDY, [0] * len(prompts))
+
+        with awake(generator, context.model):
+            gap = prove_weights(
+                generator, context.model, context.world, Prompts(prompts), GREEDY,
+                packing={"row_tokens": 512}, chunk_tokens=512,
+            )  # fmt: skip
+            assert gap < 1e-5
+            stream = generator.stream(((ids, 0) for ids in prompts), GREEDY)
+            found = dict(next(stream) for _ in range(5))
+            server.kill()
+            threading.Timer(2.0, server.start).start()
+            rest = dict(stream)
+            assert not found.keys() & rest.keys()
+            found |= rest
+        assert [found[i] for i in range(len(prompts))] == expected
+        assert any("given the policy's weights again" in record.message for record in caplog.records)
+        assert KEY not in str(refused.value) and KEY not in caplog.text
+        with pytest.raises(GeneratorError, match="prompt 0 has 512 tokens"):
+            generator.generate([[5] * 512], GREEDY, [0])
+    finally:
+        server.kill()
+
+
+# ---- a false server
+
+
+class Script:
+    """What a false server answers: a list of (status, body) for each path, the last one for ever."""
+
+    def __init__(self, **answers):
+        self.answers = {"/health": [(200, {})], "/version": [(200, {"version": "0.30.0"})]}
+        self.answers["/v1/models"] = [(200, {"data": [{"id": "m", "max_model_len": 64}]})]
+        self.answers["/metrics"] = [(200, "process_start_time_seconds 1.5\n")]
+        self.answers["/collective_rpc"] = self.answers["/reset_prefix_cache"] = [(200, {"success": True})]
+        self.answers["/v1/completions"] = [(200, {"choices": [{"token_ids": [7, 2], "finish_reason": "stop"}]})]
+        self.answers |= {"/" + path.replace("__", "/"): answer for path, answer in answers.items()}
+        self.asked = []
+
+    def answer(self, path, body):
+        self.asked.append((path, body))
+        answers = self.answers[path]
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setattr(module, "_PAUSE_SECONDS", 0.02)
+    servers = []
+
+    def start(script, certificate=None):
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):  # noqa: N802 - http.server's name
+                length = int(self.headers.get("content-length") or 0)
+                body = json.loads(self.rfile.read(length)) if length else None
+                status, answer = script.answer(self.path, body)
+                text = answer if isinstance(answer, str) else json.dumps(answer)
+                self.send_response(status)
+                self.send_header("content-type", "text/plain" if isinstance(answer, str) else "application/json")
+                self.send_header("content-length", str(len(text.encode())))
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            do_POST = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.handle_error = lambda *args: None  # clients that gave up
+        scheme = "http"
+        if certificate is not None:
+            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            tls.load_cert_chain(*certificate)
+            server.socket, scheme = tls.wrap_socket(server.socket, server_side=True), "https"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"{scheme}://localhost:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def generator_of(context, untied, tmp_path, url, **arguments):
+    return VLLMServerGenerator(
+        context, url, str(tmp_path / "weights"), str(untied), "LLAMA3_2", dtype="fp32",
+        **{"wait_seconds": 0.3, "concurrency": 1} | arguments,
+    )  # fmt: skip
+
+
+def test_what_is_asked_of_a_server(context, untied, tmp_path, serve):
+    script = Script()
+    generator = generator_of(context, untied, tmp_path, serve(script))
+    generator.update_weights([])
+    reload = next(body for path, body in script.asked if path == "/collective_rpc")
+    assert reload == {"method": "reload_weights", "kwargs": {"weights_path": str((tmp_path / "weights").resolve())}}
+    assert (tmp_path / "weights" / "model.safetensors").exists()
+    (answer,) = generator.generate([[4, 5]], GREEDY, [2**63 - 1])
+    assert (answer.token_ids, answer.finish_reason, answer.logprobs) == ([7, 2], "stop", None)
+    asked = next(body for path, body in script.asked if path == "/v1/completions")
+    assert asked["prompt"] == [4, 5] and asked["seed"] == 2**63 - 1 and asked["return_token_ids"]
+    assert "logprobs" not in asked
+
+
+def test_a_busy_server_is_asked_again_and_one_started_anew_gets_the_weights_first(context, untied, tmp_path, serve):
+    """The second 503 comes from another process: its weights are loaded before it is asked again."""
+    good = Script().answers["/v1/completions"][0]
+    script = Script(v1__completions=[(503, {}), good])
+    generator = generator_of(context, untied, tmp_path, serve(script))
+    generator.update_weights([])
+    script.answers["/metrics"] = [(200, "process_start_time_seconds 1.5\n"), (200, "process_start_time_seconds 9\n")]
+    assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 2]
+    paths = [path for path, _ in script.asked]
+    first, second = (i for i, path in enumerate(paths) if path == "/v1/completions")
+    assert "/collective_rpc" in paths[first:second]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"v1__completions": [(503, {})]}, "did not answer for 0.3 s.*HTTP 503"),
+        ({"v1__completions": [(500, {"error": "engine died"})]}, "did not answer.*engine died"),
+        ({"v1__completions": [(400, {"error": "bad seed"})]}, "HTTP 400.*bad seed"),
+        ({"v1__completions": [(401, {})]}, "api_key_env"),
+        ({"v1__completions": [(200, {"choices": [{"finish_reason": "stop"}]})]}, "no token ids"),
+        ({"v1__completions": [(200, {"choices": [{"finish_reason": "abort", "token_ids": []}]})]}, "'abort'"),
+    ],
+)
+def test_a_server_that_fails_for_good(context, untied, tmp_path, serve, answers, message):
+    generator = generator_of(context, untied, tmp_path, serve(Script(**answers)))
+    generator.update_weights([])
+    with pytest.raises(GeneratorError, match=message):
+        generator.generate([[4]], GREEDY, [0])
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"collective_rpc": [(404, {})]}, "VLLM_SERVER_DEV_MODE=1"),
+        ({"reset_prefix_cache": [(200, {"success": False})]}, "did not forget its prefix cache"),
+    ],
+)
+def test_a_server_that_does_not_take_weights(context, untied, tmp_path, serve, answers, message):
+    generator = generator_of(context, untied, tmp_path, serve(Script(**answers)))
+    with pytest.raises(GeneratorError, match=message):
+        generator.update_weights([])
+
+
+def test_a_server_that_is_too_old(context, untied, tmp_path, serve):
+    with pytest.raises(GeneratorError, match=r"runs vLLM 0\.11\.0, expected 0\.20"):
+        generator_of(context, untied, tmp_path, serve(Script(version=[(200, {"version": "0.11.0"})])))
+
+
+def test_a_server_that_hangs_is_given_up(context, untied, tmp_path, serve, monkeypatch):
+    script = Script()
+    generator = generator_of(context, untied, tmp_path, serve(script), timeout_seconds=0.2)
+    generator.update_weights([])
+    monkeypatch.setattr(script, "answer", lambda path, body: time.sleep(1.0) or (200, {}))
+    with pytest.raises(GeneratorError, match=r"(for|within) 0\.3 s.*Timeout"):
+        generator._post("/v1/completions", {})
+
+
+def test_a_server_behind_tls_is_believed_by_its_certificate(context, untied, tmp_path, serve):
+    """Signed by nobody that this machine knows: refused, until the config names the certificate."""
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", str(key), "-out",
+         str(certificate), "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    url = serve(Script(), certificate=(certificate, key))
+    with pytest.raises(GeneratorError, match="generator.verify"):
+        generator_of(context, untied, tmp_path, url)
+    generator = generator_of(context, untied, tmp_path, url, verify=str(certificate))
+    generator.update_weights([])
+    assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 2]
