@@ -454,8 +454,7 @@ class SPINRecipe:
                 chunk_tokens=cfg.logprob_chunk_tokens,
                 as_in_training=cfg.compile,
             )
-            # from here on ranks make as many shards as they have, without a collective
-            with fail_together(world, OutputError):
+            with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
                 selfplay.play(
                     store,
                     selfplay.own_shards(missing, store, prompts, samples, self._sampling.max_new_tokens, self._team),

@@ -113,3 +113,11 @@ def test_quickstart_data_are_conversations(repo):
         assert all(60 <= len(chat[1]["content"]) <= 320 for chat in messages)
         questions[split] = {chat[0]["content"] for chat in messages}
     assert not questions["train"] & questions["val"]
+
+
+def test_a_config_for_vllm_differs_in_its_generator_only():
+    """It is a copy, and stays one."""
+    plain, vllm = (config.load_config(name) for name in ("llama3_2/1B_full", "llama3_2/1B_full_vllm"))
+    assert vllm.generator._component_ == "spin.generators.VLLMGenerator"
+    vllm.generator, vllm.output_dir = plain.generator, plain.output_dir
+    assert vllm == plain
