@@ -159,7 +159,7 @@ class MovedShare:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object per step, whole after a restart as if there had been none.
+    """One JSON object a line, each with its step: whole after a restart as if there had been none.
 
     Args:
         path (Path): the file; lines of steps after ``from_step`` are removed, for they will be made again.
@@ -188,7 +188,7 @@ class MetricsFile:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a step; an :class:`~spin.errors.OutputError` if it cannot."""
         with writing(self._path), self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+            stream.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
 
 
 class MetricService:
@@ -260,6 +260,7 @@ class RunLog:
         self._service = MetricService(make_logger)
         self._service.log_config(cfg)
         self._file = MetricsFile(self._folder / "metrics.jsonl", from_step)
+        self._samples = MetricsFile(self._folder / "samples.jsonl", from_step)
         with writing(self._folder / "config.yaml"):
             OmegaConf.save(cfg, self._folder / "config.yaml", resolve=True)
 
@@ -271,11 +272,10 @@ class RunLog:
                 self._service.log_dict(metrics, step=step)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Answers for people to read, one JSON line each."""
-        file = self._folder / "samples.jsonl"
+        """Answers for people to read, from :func:`spin.tables.sample_rows`."""
         if self._is_main:
-            with writing(file), file.open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            for row in rows:
+                self._samples.write(row["step"], row)
 
     def close(self) -> None:
         """Ends the metric logger."""

@@ -47,4 +47,5 @@ def test_tests_named_as_evidence_exist():
         tests = re.findall(r"`([\w/]+\.py)::(\w+)`", evidence)
         assert tests, promise
         for file, name in tests:
+            assert (REPO / "tests" / file).is_file(), file
             assert re.search(rf"^ *def {name}\(", (REPO / "tests" / file).read_text(encoding="utf-8"), re.M), name
