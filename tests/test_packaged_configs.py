@@ -10,24 +10,44 @@ import torch
 from omegaconf import OmegaConf
 
 from spin import config
+from spin.adapters import adapted_modules, adapter_parameters, nf4_of
 from spin.hf import check_model_type
 
-# Parameters as published in the models' safetensors indices on huggingface.co, tied embeddings counted once.
+# Parameters as published in the models' safetensors indices on huggingface.co, tied embeddings counted once,
+# adapters not at all.
 PARAMETERS = {
     "gemma2/2B_full": 2_614_341_888,
+    "gemma2/2B_lora": 2_614_341_888,
+    "gemma2/2B_qlora": 2_614_341_888,
     "generate/llama3_2_1B": 1_235_814_400,
     "llama3_1/8B_full": 8_030_261_248,
+    "llama3_1/8B_lora": 8_030_261_248,
+    "llama3_1/8B_qlora": 8_030_261_248,
     "llama3_2/1B_full": 1_235_814_400,
     "llama3_2/1B_full_vllm": 1_235_814_400,
+    "llama3_2/1B_lora": 1_235_814_400,
     "llama3_2/3B_full": 3_212_749_824,
+    "llama3_2/3B_lora": 3_212_749_824,
+    "llama3_2/3B_qlora": 3_212_749_824,
     "mistral/7B_full": 7_241_732_096,
+    "mistral/7B_lora": 7_241_732_096,
+    "mistral/7B_qlora": 7_241_732_096,
     "phi4/14B_full": 14_659_507_200,
+    "phi4/14B_lora": 14_659_507_200,
+    "phi4/14B_qlora": 14_659_507_200,
     "quickstart/smollm2_135M_cpu": 134_515_008,
     "qwen2_5/0.5B_full": 494_032_768,
+    "qwen2_5/0.5B_lora": 494_032_768,
     "qwen2_5/1.5B_full": 1_543_714_304,
+    "qwen2_5/1.5B_lora": 1_543_714_304,
     "qwen2_5/3B_full": 3_085_938_688,
+    "qwen2_5/3B_lora": 3_085_938_688,
+    "qwen2_5/3B_qlora": 3_085_938_688,
     "qwen2_5/7B_full": 7_615_616_512,
+    "qwen2_5/7B_lora": 7_615_616_512,
+    "qwen2_5/7B_qlora": 7_615_616_512,
     "smollm2/135M_full": 134_515_008,
+    "smollm2/135M_lora": 134_515_008,
 }
 ORDER = (
     "output_dir model tokenizer checkpointer dataset generator pairs loss optimizer max_iterations metric_logger seed"
@@ -36,9 +56,15 @@ ORDER = (
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
+def recipe_of(name: str) -> str:
+    """The recipe that a config is for."""
+    if name.startswith("generate/"):
+        return "spin_generate"
+    return "spin_lora_recipe" if name.endswith("lora") else "spin_recipe"
+
+
 def recipe_defaults(name: str) -> dict:
-    module = "spin_generate" if name.startswith("generate/") else "spin_recipe"
-    return importlib.import_module(module).DEFAULTS
+    return importlib.import_module(recipe_of(name)).DEFAULTS
 
 
 def test_every_config_is_in_the_table_and_packaged():
@@ -65,7 +91,10 @@ def test_model_has_the_published_number_of_parameters(name):
     cfg = config.load_config(name)
     with torch.device("meta"):
         model = config.instantiate(cfg.model)
-    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+    adapters = [part for module in adapted_modules(model).values() for part in adapter_parameters(module).values()]
+    count = sum(parameter.numel() for parameter in model.parameters()) - sum(part.numel() for part in adapters)
+    assert count == PARAMETERS[name]
+    assert bool(adapters) == (recipe_of(name) == "spin_lora_recipe")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -81,8 +110,7 @@ def test_house_style(path):
     name = f"{path.parent.name}/{path.stem}"
     header = text.split("\n\n", 1)[0].splitlines()
     assert all(line.startswith("#") for line in header) and header[0].startswith("# SPIN")
-    recipe = "spin_generate" if name.startswith("generate/") else "spin_recipe"
-    assert f"{recipe} --config {name}" in text
+    assert f"{recipe_of(name)} --config {name}" in text
     assert max(map(len, text.splitlines())) <= 120
     keys = list(OmegaConf.load(path))
     sections = [key for key in ORDER.split() if key in keys]
@@ -121,3 +149,49 @@ def test_a_config_for_vllm_differs_in_its_generator_only():
     assert vllm.generator._component_ == "spin.generators.VLLMGenerator"
     vllm.generator, vllm.output_dir = plain.generator, plain.output_dir
     assert vllm == plain
+
+
+# what a config of the LoRA recipe has of its own
+OF_ADAPTERS = {
+    "model._component_", "model.lora_attn_modules", "model.apply_lora_to_mlp", "model.lora_rank", "model.lora_alpha",
+    "model.use_dora", "model.quantize_base", "checkpointer._component_", "checkpointer.export_merged", "optimizer.lr",
+    "base_dtype", "output_dir", "enable_activation_checkpointing", "enable_float8_training",
+}  # fmt: skip
+
+
+def flat(node: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {key: value for name, part in node.items() for key, value in flat(part, f"{prefix}.{name}").items()}
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name.endswith("lora")])
+def test_a_config_for_adapters_is_the_full_one_with_adapters(name):
+    """A copy that stays one: what differs is listed. The name says whether the base is in NF4."""
+    base, kind = name.rsplit("_", 1)
+    full, lora = (flat(OmegaConf.to_container(config.load_config(n), resolve=False)) for n in (f"{base}_full", name))
+    assert {key[1:] for key in full | lora if full.get(key) != lora.get(key)} <= OF_ADAPTERS
+    assert lora[".base_dtype"] == "bf16" and lora[".dtype"] == "fp32"
+    assert lora[".optimizer.lr"] == pytest.approx(10 * full[".optimizer.lr"])
+    assert lora.get(".model.quantize_base", False) == (kind == "qlora")
+    with torch.device("meta"):
+        model = config.instantiate(config.load_config(name).model)
+    weights = [p for n, p in model.layers.named_parameters() if n.endswith("proj.weight") or "mlp.w" in n]
+    frozen = [weight for weight in weights if weight.shape[0] > 16 and weight.shape[1] > 16]
+    assert all((nf4_of(weight) is not None) == (kind == "qlora") for weight in frozen)
+
+
+def test_every_full_config_has_one_for_adapters():
+    assert {name.removesuffix("_full") for name in PARAMETERS if name.endswith("_full")} == {
+        name.removesuffix("_lora") for name in PARAMETERS if name.endswith("_lora")
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in PARAMETERS if name.endswith("lora")])
+def test_the_header_of_a_config_for_adapters_says_what_the_estimate_says(name):
+    from spin.estimate import estimate
+
+    header = Path(config._find_config(name)).read_text(encoding="utf-8").split("\n\n", 1)[0]
+    found = estimate(config.complete(config.load_config(name), recipe_defaults(name)))
+    assert "an ESTIMATE (not measured)" in header
+    assert f"One GPU: about {found.peak:.0f} GiB" in header and f"{found.activations:.1f} GiB a row" in header

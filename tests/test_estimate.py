@@ -1,0 +1,153 @@
+"""Estimates of memory: against measured peaks, and against what PyTorch holds on a CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from spin.config import complete, load_config, packaged_configs
+from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
+from spin.distributed import init_world
+from spin.errors import ConfigError
+from spin.estimate import estimate, main
+from spin.lora import prepare_adapters, trainable
+from spin.models import build_model, prepare_model
+
+GIB = 2**30
+# Peaks of forward and backward without AdamW, GiB a GPU, bf16 compute, compiled layers, layers kept gathered; 64 pairs
+# of 755 tokens on average. torch 2.11, benchmarks/training_step.py, on an H100 (1B) and on two H200 (8B).
+MEASURED = [
+    ("llama3_2/1B_full", 1, 2048, 15.2),
+    ("llama3_2/1B_full", 1, 4096, 17.7),
+    ("llama3_2/1B_full", 1, 8192, 20.6),
+    ("llama3_2/1B_full", 1, 12288, 27.7),
+    ("llama3_2/1B_full", 1, 16384, 32.5),
+    ("llama3_2/1B_full", 1, 32768, 42.0),
+    ("llama3_1/8B_full", 2, 8192, 73.8),
+    ("llama3_1/8B_full", 2, 12288, 99.6),
+]
+
+
+def config(name: str, *overrides: str) -> DictConfig:
+    return complete(load_config(name, overrides), LORA_DEFAULTS if "lora" in name else RECIPE_DEFAULTS)
+
+
+@pytest.mark.parametrize(("name", "ranks", "row_tokens", "measured"), MEASURED)
+def test_measured_peaks_are_met_within_15_per_cent(name, ranks, row_tokens, measured):
+    changes = ("enable_activation_checkpointing=false", "fsdp_reshard_after_forward=false", "compile=true")
+    cfg = config(name, f"pairs.row_tokens={row_tokens}", *changes)
+    found = estimate(cfg, ranks, pair_tokens=755)
+    assert found.training - found.optimizer == pytest.approx(measured, rel=0.15)
+
+
+def test_full_fine_tuning_by_hand():
+    """Llama 3.2 1B, 1,235,814,400 weights: 4 bytes each in fp32, 4 of gradient, 8 of AdamW, 2 gathered.
+
+    A layer keeps 2 * 2 * 2048 of norms, 2 * 2048 of q and attention, 2 * 512 of k and v, 3 * 8192 of the MLP: 37,888
+    numbers a token, times 16 layers, and 4 * 2048 around them. The head: 2048 * 128,256 logits in bf16, and the
+    weight's gradient in fp32. The cache: 256 slots of 1,536 tokens, 16 layers, k and v of 512, bf16; a step's logits.
+    """
+    found = estimate(config("llama3_2/1B_full"))
+    n = 1_235_814_400
+    assert (found.trained, found.frozen, found.row_tokens) == (n, 0, 12288)
+    expected = {
+        "weights": 4 * n,
+        "gradients": 4 * n,
+        "optimizer": 8 * n,
+        "gathered": 2 * n,
+        "activations": 12288 * (16 * 37_888 + 4 * 2048) * 2,
+        "head": 2048 * 128_256 * 2 + 128_256 * 2048 * 4,
+        "cache": 256 * 1536 * 16 * 2 * 512 * 2 + 256 * 128_256 * 6,
+        "state": 12 * n,
+        "export": 2 * n,
+    }
+    assert {name: getattr(found, name) * GIB for name in expected} == pytest.approx(expected)
+    assert found.peak == found.training == pytest.approx(sum(expected[k] for k in list(expected)[:6]) / GIB)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("base_dtype=bf16", "compute_dtype=bf16"),
+        ("base_dtype=fp32", "compute_dtype=bf16", "model.use_dora=true"),
+        ("base_dtype=bf16", "compute_dtype=bf16", "model.num_kv_heads=4", "model.quantize_base=true"),
+    ],
+)
+def test_weights_are_what_pytorch_holds(changes, repo, tmp_path):
+    """The bytes of a prepared model's storages, its NF4 parts one by one, and of AdamW's state after a step."""
+    overrides = [f"output_dir={tmp_path}", "optimizer._component_=torch.optim.AdamW", *changes]
+    cfg = complete(load_config(str(repo / "tests/assets/tiny_lora.yaml"), overrides), LORA_DEFAULTS)
+    found = estimate(cfg)
+    base_dtype = torch.bfloat16 if cfg.base_dtype == "bf16" else torch.float32
+    world = init_world("cpu")
+    model = build_model(cfg.model, base_dtype)
+    prepare_adapters(model, torch.float32, world)
+    prepare_model(model, world, compute_dtype=torch.bfloat16)
+    held = 0
+    for parameter in model.parameters():
+        local = getattr(parameter, "_local_tensor", parameter)
+        parts = [local]
+        if hasattr(local, "quantized_data"):
+            parts = [local.quantized_data, local.quantized_scalers, local.quantization_factor]
+        held += sum(part.numel() * part.element_size() for part in parts)
+    assert found.weights * GIB == pytest.approx(held, rel=2e-3)  # NF4's factor may be in bf16
+    trained = sum(parameter.numel() for parameter in trainable(model))
+    optimizer = torch.optim.AdamW(trainable(model))
+    for parameter in trainable(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = sum(
+        value.numel() * 4 for state in optimizer.state.values() for key, value in state.items() if key != "step"
+    )
+    assert found.optimizer * GIB == moments == 8 * trained
+    assert found.gradients * GIB == 4 * trained
+
+
+def test_a_frozen_base_has_no_gradient_no_state_and_no_second_copy():
+    """LoRA of Llama 3.1 8B on one GPU: 15 GiB of base in bf16, used where it is; NF4: a third of that."""
+    lora, qlora = (estimate(config(f"llama3_1/8B_{kind}")) for kind in ("lora", "qlora"))
+    assert lora.frozen == qlora.frozen == 8_030_261_248
+    assert 15.0 < lora.weights < 15.3 and 5.2 < qlora.weights < 6.2
+    for found in (lora, qlora):
+        assert found.gathered < 0.1 and found.playing_copy < 0.1
+        assert found.gradients + found.optimizer + found.state < 1.5
+        assert found.peak < 79
+    several = estimate(config("llama3_1/8B_lora"), ranks=8)
+    assert several.weights == pytest.approx(lora.weights / 8) and several.playing_copy > 14.9
+
+
+def test_more_of_a_knob_is_more_memory_where_it_should_be():
+    base = estimate(config("llama3_1/8B_lora"))
+    assert estimate(config("llama3_1/8B_lora", "pairs.row_tokens=16384")).activations > 1.9 * base.activations
+    assert estimate(config("llama3_1/8B_lora", "generator.batch_size=128")).cache == pytest.approx(2 * base.cache)
+    assert estimate(config("llama3_1/8B_lora", "logprob_chunk_tokens=4096")).head == pytest.approx(2 * base.head)
+    assert estimate(config("llama3_1/8B_lora", "model.lora_rank=32")).optimizer == pytest.approx(2 * base.optimizer)
+    flipped = str(not config("llama3_1/8B_lora").enable_activation_checkpointing).lower()
+    other = estimate(config("llama3_1/8B_lora", f"enable_activation_checkpointing={flipped}")).activations
+    assert (other < base.activations) == (flipped == "true")
+
+
+@pytest.mark.parametrize("name", packaged_configs())
+def test_every_config_has_an_estimate(name):
+    if name.startswith("generate/"):
+        pytest.skip("generation alone")
+    found = estimate(config(name))
+    assert found.training > found.weights + found.activations > found.weights > 0
+    assert found.playing >= found.weights + found.cache
+    assert found.peak == max(found.training, found.playing)
+    assert f"{found.training:.1f}" in found.table()
+
+
+def test_ranks_must_fit():
+    with pytest.raises(ConfigError, match="multiples of replicas=2"):
+        estimate(config("llama3_1/8B_full", "replicas=2"), ranks=3)
+
+
+def test_the_command_prints_all_parts_and_answers_a_wrong_name(capsys):
+    assert main(["--config", "llama3_1/8B_lora", "--ranks", "2", "--pair-tokens", "755", "pairs.row_tokens=4096"]) == 0
+    text = capsys.readouterr().out
+    for part in ("weights", "gradients", "optimizer", "activations", "key-value cache", "peak", "on disk", "frozen"):
+        assert part in text
+    assert main(["--config", "llama3_1/8B_lor"]) == 1
+    assert "Did you mean llama3_1/8B_lora" in capsys.readouterr().err
