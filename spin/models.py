@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torchtune import training
 
+from spin.adapters import quantizing_at_once
 from spin.attention import patch_attention
 from spin.config import instantiate
 from spin.distributed import World, materialize, shard_model
@@ -36,7 +37,7 @@ def build_model(section: DictConfig, dtype: torch.dtype) -> nn.Module:
     Returns:
         nn.Module: a torchtune ``TransformerDecoder``.
     """
-    with torch.device("meta"), training.set_default_dtype(dtype):
+    with torch.device("meta"), training.set_default_dtype(dtype), quantizing_at_once():
         return instantiate(section)
 
 

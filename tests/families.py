@@ -88,10 +88,16 @@ LORA_BUILDERS: dict[str, Callable[..., TransformerDecoder]] = {
 EVERYWHERE = {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True}
 
 
-def lora_model(name: str, rank: int = 4, alpha: float = 12.0, **arguments: Any) -> TransformerDecoder:
-    """A model of family ``name`` with random adapters; its base has the weights of ``FAMILIES[name]()``."""
-    plain = FAMILIES[name]()
-    arguments = FAMILIES[name].keywords | EVERYWHERE | {"lora_rank": rank, "lora_alpha": alpha} | arguments  # type: ignore[attr-defined]
+NF4_SHAPE = {"embed_dim": 256, "intermediate_dim": 512}  # every weight has a multiple of 16,384 numbers
+
+
+def lora_model(
+    name: str, rank: int = 4, alpha: float = 12.0, shape: dict[str, int] | None = None, **arguments: Any
+) -> TransformerDecoder:
+    """A model of family ``name`` with random adapters; its base has the weights of ``FAMILIES[name](**shape)``."""
+    plain = FAMILIES[name](**(shape or {}))
+    adapters = EVERYWHERE | {"lora_rank": rank, "lora_alpha": alpha} | arguments
+    arguments = FAMILIES[name].keywords | (shape or {}) | adapters  # type: ignore[attr-defined]
     with torch.random.fork_rng():
         torch.manual_seed(11)
         model = LORA_BUILDERS[name](**arguments)

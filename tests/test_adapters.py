@@ -13,16 +13,24 @@ from spin.adapters import adapted_modules, dequantized, fill_nf4, merged_weight,
 from spin.distributed import init_world, named_full_tensors
 from spin.fingerprint import weights_fingerprint
 from spin.gemma2 import fix_gemma2_softcap
-from tests.families import FAMILIES, lora_model
+from tests.families import FAMILIES, NF4_SHAPE, lora_model
 
 TOKENS = torch.arange(3, 23).reshape(2, 10)
 
 
-@pytest.mark.parametrize("kind", [{}, {"use_dora": True}], ids=["lora", "dora"])
+KINDS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "qlora": {"quantize_base": True, "shape": NF4_SHAPE},
+    "qdora": {"quantize_base": True, "use_dora": True, "shape": NF4_SHAPE},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_merged_model_computes_the_same(name, kind):
     """Every family: under the names of the plain builder, and with its logits (Qwen's biases included)."""
-    adapted, plain = lora_model(name, **kind), FAMILIES[name]()
+    adapted, plain = lora_model(name, **KINDS[kind]), FAMILIES[name](**KINDS[kind].get("shape", {}))
     base = plain(TOKENS)
     plain.load_state_dict(dict(named_full_tensors(adapted)))
     logits = adapted(TOKENS)

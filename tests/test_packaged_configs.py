@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from omegaconf import OmegaConf
 from spin import config
 from spin.adapters import adapted_modules, adapter_parameters, nf4_of
 from spin.hf import check_model_type
+from spin.models import build_model
 
 # Parameters as published in the models' safetensors indices on huggingface.co, tied embeddings counted once,
 # adapters not at all.
@@ -56,6 +59,12 @@ ORDER = (
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
+@cache
+def model_of(name: str) -> Any:
+    """The model of a config, without memory."""
+    return build_model(config.load_config(name).model, torch.float32)
+
+
 def recipe_of(name: str) -> str:
     """The recipe that a config is for."""
     if name.startswith("generate/"):
@@ -88,9 +97,7 @@ def test_config_passes_the_checks_of_the_run(name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_model_has_the_published_number_of_parameters(name):
-    cfg = config.load_config(name)
-    with torch.device("meta"):
-        model = config.instantiate(cfg.model)
+    model = model_of(name)
     adapters = [part for module in adapted_modules(model).values() for part in adapter_parameters(module).values()]
     count = sum(parameter.numel() for parameter in model.parameters()) - sum(part.numel() for part in adapters)
     assert count == PARAMETERS[name]
@@ -174,8 +181,7 @@ def test_a_config_for_adapters_is_the_full_one_with_adapters(name):
     assert lora[".base_dtype"] == "bf16" and lora[".dtype"] == "fp32"
     assert lora[".optimizer.lr"] == pytest.approx(10 * full[".optimizer.lr"])
     assert lora.get(".model.quantize_base", False) == (kind == "qlora")
-    with torch.device("meta"):
-        model = config.instantiate(config.load_config(name).model)
+    model = model_of(name)
     weights = [p for n, p in model.layers.named_parameters() if n.endswith("proj.weight") or "mlp.w" in n]
     frozen = [weight for weight in weights if weight.shape[0] > 16 and weight.shape[1] > 16]
     assert all((nf4_of(weight) is not None) == (kind == "qlora") for weight in frozen)
@@ -185,13 +191,3 @@ def test_every_full_config_has_one_for_adapters():
     assert {name.removesuffix("_full") for name in PARAMETERS if name.endswith("_full")} == {
         name.removesuffix("_lora") for name in PARAMETERS if name.endswith("_lora")
     }
-
-
-@pytest.mark.parametrize("name", [name for name in PARAMETERS if name.endswith("lora")])
-def test_the_header_of_a_config_for_adapters_says_what_the_estimate_says(name):
-    from spin.estimate import estimate
-
-    header = Path(config._find_config(name)).read_text(encoding="utf-8").split("\n\n", 1)[0]
-    found = estimate(config.complete(config.load_config(name), recipe_defaults(name)))
-    assert "an ESTIMATE (not measured)" in header
-    assert f"One GPU: about {found.peak:.0f} GiB" in header and f"{found.activations:.1f} GiB a row" in header

@@ -139,9 +139,9 @@ def test_the_embedded_generator_plays_with_the_adapter(dora_run):
         assert answer.token_ids == ids[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("step", [3, 10, 14])
+@pytest.mark.parametrize("step", [10, 14])
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(dora_run, tmp_path, step):
-    """Inside an epoch, at an iteration's end, in the second iteration: metrics and weights bit for bit."""
+    """At an iteration's end, and inside an epoch of the second: metrics and weights bit for bit."""
     output_dir, recipe = dora_run
     run(tmp_path, "model.use_dora=true", recipe_class=stops_at(step))
     assert metrics_of(tmp_path)[-1]["step"] == step
@@ -183,13 +183,11 @@ def test_options_start_at_ln_2(tmp_path, changes):
     assert (tmp_path / "iteration_000" / "adapter" / "adapter_config.json").exists()
 
 
-@pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_compiled_layers_change_nothing_but_rounding(tiny_lm, tmp_path, kind):
-    changes = ["max_steps=2", "max_iterations=1", "validation_dataset=null", "pairs.row_multiple=512"]
-    if kind == "qlora":
-        changes += [*QUANTIZED, f"checkpointer.checkpoint_dir={quantizable(tiny_lm, tmp_path / 'base')}"]
-    else:
-        changes += ["model.use_dora=true"]
+def test_compiled_layers_change_nothing_but_rounding(tiny_lm, tmp_path):
+    """With everything that layers can hold: DoRA over NF4."""
+    base = quantizable(tiny_lm, tmp_path / "base")
+    changes = [*QUANTIZED, f"checkpointer.checkpoint_dir={base}", "model.use_dora=true", "pairs.row_multiple=512"]
+    changes += ["max_steps=2", "max_iterations=1", "validation_dataset=null"]
     losses = []
     for flag in ("false", "true"):
         run(tmp_path / flag, *changes, f"compile={flag}")
