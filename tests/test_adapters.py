@@ -34,8 +34,9 @@ def test_the_merged_model_computes_the_same(name, kind):
     base = plain(TOKENS)
     plain.load_state_dict(dict(named_full_tensors(adapted)))
     logits = adapted(TOKENS)
-    torch.testing.assert_close(plain(TOKENS), logits, rtol=1e-4, atol=1e-4)
-    assert (logits - base).abs().max() > 0.1
+    tolerance = 1e-4 * logits.abs().max().item()  # some families' logits are 280
+    torch.testing.assert_close(plain(TOKENS), logits, rtol=0, atol=tolerance)
+    assert (logits - base).abs().max() > 20 * tolerance
 
 
 def test_the_merged_weight_of_lora_by_hand():
