@@ -202,6 +202,23 @@ def test_a_run_is_the_same_whoever_generates_on_however_many_ranks(tmp_path, emb
 
 
 @needs_vllm
+def test_adapters_are_played_as_merged_weights(tmp_path):
+    """DoRA: base and adapter play iteration 1 with the embedded generator's greedy answers; the proof holds."""
+    runs = {"embedded": ["sampling.temperature=0"], "vllm": VLLM}
+    for name, changes in runs.items():
+        done = command(
+            tmp_path / name, *changes, "max_epochs=1", "model.use_dora=true", "validation_dataset=null",
+            recipe="spin_lora_recipe", config=REPO / "tests/assets/tiny_lora.yaml",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+    for iteration in (0, 1):
+        assert answers(tmp_path / "vllm", iteration) == answers(tmp_path / "embedded", iteration)
+    assert list(answers(tmp_path / "vllm", 0).values()) != list(answers(tmp_path / "vllm", 1).values())
+    gaps = [row["generator/logprob_gap"] for row in metrics_of(tmp_path / "vllm") if "generator/logprob_gap" in row]
+    assert len(gaps) == 2 and max(gaps) < 1e-5
+
+
+@needs_vllm
 def test_a_wrong_name_map_stops_the_run_before_it_plays(tmp_path):
     """The config's limit is the proof's: at 0 even rounding is too much."""
     done = command(tmp_path, *VLLM, "generator.max_logprob_gap=0")

@@ -19,12 +19,14 @@ from spin.adapters import adapted_modules
 from spin.config import complete, load_config
 from spin.data import PairStore
 from spin.data.packing import pack_batch
+from spin.distributed import named_full_tensors
 from spin.errors import CheckpointError, ConfigError
 from spin.fingerprint import weights_fingerprint
-from spin.generators import SamplingParams
+from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator
 from spin.logprobs import response_logps
+from spin.models import build_model
 from tests.quantizable import QUANTIZED, quantizable
-from tests.recipes.helpers import command, metrics_of, tiny_overrides
+from tests.recipes.helpers import command, metrics_of, tiny_config, tiny_overrides
 
 CONFIG = Path(__file__).resolve().parents[1] / "assets" / "tiny_lora.yaml"
 
@@ -128,11 +130,19 @@ def test_another_adapter_is_another_reference(dora_run):
 
 
 def test_the_embedded_generator_plays_with_the_adapter(dora_run):
-    """Its greedy tokens are those of transformers on the merged model."""
+    """Its greedy tokens are those of a generator that was given merged tensors, and of transformers on the export."""
     output_dir, recipe = dora_run
     prompts = [list(map(int, recipe._prompts[i].prompt_ids)) for i in range(6)]
     sampling = SamplingParams(temperature=0.0, max_new_tokens=10, stop_token_ids=(2,))
     answers = recipe._generator.generate(prompts, sampling, list(range(6)))
+    # one that takes weights is given the merged ones
+    plain = build_model(tiny_config("unused").model, torch.float32).to_empty(device="cpu")
+    for layer in plain.layers:
+        layer.attn.pos_embeddings.rope_init()
+    context = GeneratorContext(plain, torch.device("cpu"), 512, recipe._tokenizer.decode)
+    merged = TorchtuneGenerator(context, batch_size=4)
+    merged.update_weights(named_full_tensors(recipe._model))
+    assert merged.generate(prompts, sampling, list(range(6))) == answers
     model = AutoModelForCausalLM.from_pretrained(output_dir / "iteration_001" / "hf_model", dtype=torch.float32)
     for prompt, answer in zip(prompts, answers, strict=True):
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=2, pad_token_id=0)
