@@ -28,7 +28,7 @@ quickstart: model
 	$(BIN)/tune run spin_recipe --config quickstart/smollm2_135M_cpu output_dir=runs/quickstart
 
 test: lint
-	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadgroup
+	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .
