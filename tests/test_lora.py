@@ -14,15 +14,19 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spin.adapters import adapted_modules
 from spin.checkpoint import SPINCheckpointer
+from spin.config import load_config
 from spin.defaults import LORA_DEFAULTS
-from spin.distributed import init_world
+from spin.distributed import World, init_world
 from spin.errors import CheckpointError, ConfigError
 from spin.fingerprint import weights_fingerprint
 from spin.hf import export_hf
 from spin.lora import check_lora, init_adapters, prepare_adapters, trainable
+from spin.models import build_model
 from tests.families import EVERYWHERE, FAMILIES, lora_model
 from tests.torchrun import run_ranks
 from tests.two_ranks import lora as runs
+
+REPO = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -188,6 +192,26 @@ def test_dropout_and_an_adapted_output_are_refused(world):
         prepare_adapters(meta(lora_dropout=0.1), torch.float32, world)
     with pytest.raises(ConfigError, match="apply_lora_to_output"):
         prepare_adapters(lora_model("llama3_1", apply_lora_to_output=True), torch.float32, world)
+
+
+def test_weights_that_nf4_does_not_take_are_refused():
+    """Two key heads of 32 by 128 are 8,192 numbers, half a block of scales."""
+    section = load_config(str(REPO / "tests/assets/tiny_lora.yaml"), ["model.quantize_base=true"]).model
+    with pytest.raises(ConfigError, match=r"lora_llama3_2 does not take these sizes .*divisible by scaler block size"):
+        build_model(section, torch.float32)
+
+
+def test_ranks_that_cannot_share_nf4_blocks_are_refused():
+    """A query weight of 256 by 256 has 4 blocks of 16,384."""
+
+    class Mesh:
+        ndim = 1
+
+        def size(self, dim):
+            return 8
+
+    with pytest.raises(ConfigError, match=r"\[256, 256\] has 4 NF4 blocks of 16384 weights, which 8 ranks cannot"):
+        prepare_adapters(meta(quantize_base=True), torch.float32, World(0, 8, 0, torch.device("cpu"), Mesh()))
 
 
 def test_all_faults_of_a_config_are_told_at_once():
