@@ -1,0 +1,158 @@
+"""Peak memory of a config on this GPU, against its estimate: `python benchmarks/memory.py --config llama3_1/8B_lora`.
+
+Random weights and tokens, nothing is read but the config: two optimizer steps over the rows of a batch of pairs of a
+given mean length, then answers to as many prompts of the greatest length as the generator takes at a time. Prints both
+peaks of torch's allocator beside :func:`spin.estimate.estimate`, and writes them as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torchtune import training
+
+from spin import config
+from spin.adapters import fill_nf4, nf4_of
+from spin.data import Pair
+from spin.data.packing import pack_batch
+from spin.data.types import Response
+from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
+from spin.distributed import accumulating, clip_grad_norm, init_world, shutdown
+from spin.estimate import estimate
+from spin.flex import BLOCK
+from spin.generators import GeneratorContext, TorchtuneGenerator, sampling_params
+from spin.logprobs import pair_objective
+from spin.lora import init_adapters, prepare_adapters, trainable
+from spin.models import build_model, choose_attention, prepare_model, window_of
+
+GIB = 2**30
+
+
+def fill(model: nn.Module) -> None:
+    """Random weights; NF4 ones as the quantized form of such."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            nf4 = nf4_of(parameter)
+            if nf4 is not None:
+                fill_nf4(nf4, torch.randn(parameter.shape, dtype=nf4.dtype, device=nf4.device) * 0.02, 0)
+            elif parameter.dim() > 1:
+                parameter.normal_(std=0.02)
+            else:
+                parameter.fill_(1.0)
+
+
+def make_pairs(count: int, pair_tokens: int, vocab: int) -> list[Pair]:
+    """Pairs whose lengths spread as those of conversations; a quarter of each is the prompt."""
+    rng = np.random.default_rng(0)
+    pairs = []
+    for i in range(count):
+        total = pair_tokens * math.exp(rng.normal() * 0.5 - 0.125)
+        lengths = [max(1, round(total * share)) for share in (0.26, 0.37, 0.37)]
+        prompt, real, generated = (rng.integers(5, vocab, length) for length in lengths)
+        pairs.append(Pair(str(i), 0, prompt, real, [Response(generated, "stop", -1.0)], -1.0))
+    return pairs
+
+
+def margin_loss(row: Any, logps: torch.Tensor) -> torch.Tensor:
+    """SPIN's loss with beta 0.1, summed over a row's pairs."""
+    drift = logps - row.reference_logps
+    return -torch.nn.functional.logsigmoid(0.1 * (drift[row.real] - drift[row.generated])).sum()
+
+
+def measure(cfg: Any, pair_tokens: int) -> dict[str, float]:
+    """Peaks of a step and of playing, in GiB; 0 where there is no GPU."""
+    world = init_world(cfg.device)
+    on_gpu = world.device.type == "cuda"
+    dtype, compute = (training.get_dtype(name, world.device) for name in (cfg.dtype, cfg.compute_dtype))
+    is_lora = "base_dtype" in cfg
+    model: Any = build_model(cfg.model, training.get_dtype(cfg.base_dtype, world.device) if is_lora else dtype)
+    if is_lora:
+        print(prepare_adapters(model, dtype, world))
+    context = model.max_seq_len
+    flex = choose_attention(model, world, compute, cfg.attention)
+    packing = {
+        "row_tokens": cfg.pairs.row_tokens,
+        "row_multiple": math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
+    }
+    model.max_seq_len = max(context, 2 * cfg.pairs.row_tokens)
+    prepare_model(
+        model,
+        world,
+        compute_dtype=compute,
+        activation_checkpointing=cfg.enable_activation_checkpointing,
+        ac_mode=cfg.ac_mode,
+        ac_option=cfg.ac_option,
+        compile_layers=cfg.compile,
+        reshard_after_forward=cfg.fsdp_reshard_after_forward,
+    )
+    fill(model)
+    if is_lora:
+        init_adapters(model, cfg.seed)
+    optimizer = config.instantiate(cfg.optimizer, trainable(model), lr=1e-6)
+    vocab = model.tok_embeddings.weight.shape[0]
+    rows = pack_batch(
+        make_pairs(cfg.global_batch_size, pair_tokens, vocab), flex=flex, window=window_of(model), **packing
+    )
+
+    def peak() -> float:
+        if not on_gpu:
+            return 0.0
+        found = torch.cuda.max_memory_allocated() / GIB
+        torch.cuda.reset_peak_memory_stats()
+        return found
+
+    peak()
+    for _ in range(2):  # in the second the optimizer's state is there from the start
+        with accumulating(model, rows, unsharded_gradients=cfg.fsdp_accumulate_unsharded) as each_row:
+            for row in (row.to(world.device) for row in each_row):
+                total, _ = pair_objective(model, row, partial(margin_loss, row), cfg.logprob_chunk_tokens)
+                total.backward()
+        clip_grad_norm(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    results = {"training": peak(), "row_tokens": max(row.tokens.numel() for row in rows), "rows": len(rows)}
+
+    model.max_seq_len = context
+    generator = TorchtuneGenerator(
+        GeneratorContext(model, world.device, context, lambda ids: "", world), cfg.generator.get("batch_size", 32)
+    )
+    longest = min(cfg.dataset.get("max_prompt_tokens") or context, context - cfg.sampling.max_new_tokens)
+    prompts = [np.random.default_rng(i).integers(5, vocab, longest).tolist() for i in range(generator.batch_size)]
+    generator.generate(prompts, sampling_params(cfg.sampling, ()), list(range(len(prompts))))
+    results["playing"] = peak()
+    shutdown()
+    return results
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--pair-tokens", type=int, default=755, help="mean tokens of a pair")
+    parser.add_argument("--out", help="a JSON file")
+    arguments, overrides = parser.parse_known_args()
+    raw = config.load_config(arguments.config, overrides)
+    cfg = config.complete(raw, LORA_DEFAULTS if "lora" in str(raw.model._component_) else RECIPE_DEFAULTS)
+    expected = estimate(cfg, pair_tokens=arguments.pair_tokens)
+    measured = measure(cfg, arguments.pair_tokens)
+    print(f"{arguments.config}: {measured['rows']} rows, the longest of {measured['row_tokens']} tokens")
+    results: dict[str, Any] = {"config": arguments.config, "overrides": overrides, "torch": torch.__version__}
+    for phase in ("training", "playing"):
+        found, told = measured[phase], getattr(expected, phase)
+        off = f" ({told / found - 1:+.0%})" if found else " (not measured: no GPU)"
+        print(f"{phase:<10} measured {found:6.1f} GiB   estimated {told:6.1f} GiB{off}")
+        results[phase] = {"measured_gib": found, "estimated_gib": told}
+    if arguments.out:
+        with open(arguments.out, "w", encoding="utf-8") as file:
+            json.dump(results | {"row_tokens": measured["row_tokens"]}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
