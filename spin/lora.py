@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from spin.adapters import adapted_modules, adapter_parameters, nf4_of, patch_dora
 from spin.checkpoint import SPINCheckpointer
 from spin.config import Faults
-from spin.distributed import World
+from spin.distributed import World, clean_name
 from spin.errors import CheckpointError, ConfigError
 from spin.fingerprint import weights_fingerprint
 from spin.peft import export_peft
@@ -127,7 +127,7 @@ def init_adapters(model: nn.Module, seed: int) -> None:
             if part != "lora_a.weight":
                 parameter.zero_()
                 continue
-            digest = hashlib.sha256(f"{seed} {name} {part}".encode()).digest()
+            digest = hashlib.sha256(f"{seed} {clean_name(name)} {part}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
             bound = 1 / math.sqrt(module.in_dim)
             whole = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator).to(parameter.device)

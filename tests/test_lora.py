@@ -158,6 +158,12 @@ def test_adapters_depend_on_the_seed_and_the_module(base_dir, tmp_path, world):
     assert all(torch.equal(m.lora_a.weight.full_tensor(), first[n]) for n, m in adapted_modules(model).items())
 
 
+def test_a_wrapped_model_starts_with_the_same_adapters(base_dir, one_rank, tmp_path, world):
+    """Activation checkpointing puts itself into the modules' names."""
+    model = runs.adapted("dora", world, runs.checkpointer(base_dir, tmp_path), checkpointing=True)
+    assert weights_fingerprint(model) == one_rank[1]["dora"]["start"]
+
+
 # ---- refusals and checks
 
 

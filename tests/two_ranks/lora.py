@@ -45,7 +45,7 @@ def checkpointer(base_dir: Path, folder: Path) -> LoRACheckpointer:
     return LoRACheckpointer(str(base_dir), "LLAMA3_2", str(folder), export_dtype="fp32", async_save=False)
 
 
-def adapted(kind: str, world: World, loader: LoRACheckpointer) -> nn.Module:
+def adapted(kind: str, world: World, loader: LoRACheckpointer, checkpointing: bool = False) -> nn.Module:
     """An adapted model, sharded, loaded and initialised."""
     with torch.device("meta"):
         model = lora_llama3_2(
@@ -53,7 +53,7 @@ def adapted(kind: str, world: World, loader: LoRACheckpointer) -> nn.Module:
             **KINDS[kind],
         )  # fmt: skip
     prepare_adapters(model, torch.float32, world)
-    prepare_model(model, world, compute_dtype=torch.float32)
+    prepare_model(model, world, compute_dtype=torch.float32, activation_checkpointing=checkpointing)
     loader.load_model(model, world)
     init_adapters(model, seed=5)
     return model
