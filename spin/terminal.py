@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a bar on a terminal, now and then a plain line in a log file, one voice among ranks."""
+"""What a run shows while it runs: a bar on a terminal, a plain line now and then in a log file, one rank alone."""
 
 from __future__ import annotations
 
