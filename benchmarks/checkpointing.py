@@ -1,15 +1,16 @@
 """What a checkpoint costs the training loop: written in the background, written while training waits, or not at all.
 
-    python benchmarks/checkpointing.py --model small --device cpu             # some minutes on two CPU cores
+    python benchmarks/checkpointing.py --model small --pairs 1 --device cpu   # some minutes on two CPU cores
     python benchmarks/checkpointing.py --out checkpointing.json               # one GPU, Llama 3.2 1B shapes
     torchrun --nproc_per_node 8 benchmarks/checkpointing.py --model llama3_1_8b
 
 Weights and tokens are random, as in benchmarks/training_step.py, and the step is that benchmark's: forward, backward,
 clipping and AdamW over a global batch. In each round the loop runs the same number of steps without saving, then with a
-background save after the first step, then with a synchronous one. A save's cost is what its part of the round took
-longer than the part without, and counts everything: the copy, the slower steps meanwhile, and the wait at the end if
-the write is not done by then. ``share`` is that cost over the time of an interval of ``--interval-steps`` steps, by
-default an epoch of 50,000 pairs, which is the configs' interval (save_interval: 1.0).
+background save after every ``--every``-th step, then with synchronous ones. A save's cost is what its part of the round
+took longer than the part without, over the saves, and counts everything: the copy, the slower steps meanwhile, and the
+waits for writes that are not done. ``spread_seconds`` is the interquartile range of that over the rounds: what is less
+was not measured. ``share`` is the cost over the time of an interval of ``--interval-steps`` steps, by default an epoch
+of 50,000 pairs in batches of 64, which is the configs' interval (save_interval: 1.0).
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama3_2_1b", help="a name of work.MODELS")
     parser.add_argument("--device", help="cuda or cpu")
+    parser.add_argument("--pairs", type=int, help="of a step; default: the model's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each part of a round")
-    parser.add_argument("--interval-steps", type=int, help="between two saves; default: 50,000 pairs")
+    parser.add_argument("--every", type=int, default=4, help="steps from save to save, in the parts that save")
+    parser.add_argument("--interval-steps", type=int, default=50_000 // 64, help="from save to save, for the share")
     parser.add_argument("--folder", help="where states are written; default: the system's folder for such files")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     return parser.parse_args(arguments)
@@ -50,7 +53,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs all rounds and gives the figures."""
     device = ["--device", args.device] if args.device else []
-    bench = Bench(training_arguments(["--model", args.model, *device]))
+    size = ["--pairs", str(args.pairs)] if args.pairs else []
+    bench = Bench(training_arguments(["--model", args.model, *device, *size]))
     world, model = bench.world, bench.model(ARMS[ARM].variant)
     pairs = bench.mixed_pairs("short")
     batch = bench.lay_out(ARMS[ARM], pairs)
@@ -71,7 +75,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     def part(mode: str | None) -> None:
         for number in range(args.steps):
             step()
-            if number == 0 and mode is not None:
+            if number % args.every == 0 and mode is not None:
                 began = time.perf_counter()
                 savers[mode].save_state(step=1, model=model, optimizer=optimizer, state={}, world=world)
                 blocked[mode].append(time.perf_counter() - began)
@@ -89,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     barrier(world)
     if world.is_main:
         shutil.rmtree(folders[0])
-    interval = args.interval_steps or max(1, 50_000 // len(pairs))
+    saves = len(range(0, args.steps, args.every))
     step_seconds = statistics.median(seconds["none"]) / args.steps
     results: dict[str, Any] = {
         "setup": {
@@ -102,7 +106,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "pairs_per_step": len(pairs),
             "steps_per_part": args.steps,
             "rounds": args.rounds,
-            "interval_steps": interval,
+            "saves_per_part": saves,
+            "interval_steps": args.interval_steps,
         },
         "step_seconds": step_seconds,
         "seconds_of_parts": seconds,
@@ -111,14 +116,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         saver.close()
         # each round has its own part without a save: what changes slowly on a shared machine cancels out
         rounds = zip(seconds[mode], seconds["none"], strict=True)
-        cost = statistics.median(with_save - without for with_save, without in rounds)
+        costs = [(with_saves - without) / saves for with_saves, without in rounds]
+        cost = statistics.median(costs)
+        quartiles = statistics.quantiles(costs, n=4) if len(costs) > 1 else [cost, cost, cost]
         results[mode] = {
             "blocked_seconds": statistics.median(blocked[mode]),
             "cost_seconds": cost,
-            "share": cost / (interval * step_seconds + cost),
+            "spread_seconds": quartiles[2] - quartiles[0],
+            "share": cost / (args.interval_steps * step_seconds + cost),
             "interval_steps_for_2_percent": cost / (0.02 / 0.98 * step_seconds),
         }
-    results["async_over_sync"] = results["async"]["cost_seconds"] / results["sync"]["cost_seconds"]
+    results["async_over_sync"] = {
+        name: results["async"][name] / results["sync"][name] for name in ("blocked_seconds", "cost_seconds")
+    }
     return results
 
 

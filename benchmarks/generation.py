@@ -388,7 +388,7 @@ PATIENCE = 120  # seconds that another library's engine may take for an answer
 
 def skip_reason(name: str, bench: Bench) -> str | None:
     """Why an arm cannot run here, or None."""
-    if name in ("transformers_cb", "vllm_process") and not bench.on_gpu:
+    if name == "transformers_cb" and not bench.on_gpu:
         return "needs a GPU"
     if name.startswith("vllm") and importlib.util.find_spec("vllm") is None:
         return "vLLM is not installed"

@@ -1,12 +1,13 @@
 """vLLM in the generation benchmark: the product's generator, and vLLM's own ``LLM.generate`` with the same engine.
 
-The engine is started once and shared by the arms that run in this process. ``vllm_process`` is a second engine that
-vLLM runs in a process of its own, for what that is worth.
+The engine is started once and shared by the arms that run in this process. ``vllm_process`` is a second engine, started
+as ``vllm.LLM`` starts it by default: in a process of its own.
 """
 
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -79,20 +80,23 @@ class Engines:
 
     @property
     def process(self) -> Any:
-        """vLLM's own, in another process; with dummy weights, which draw as many tokens."""
+        """A connection to a process that has an engine in yet another one, as ``vllm.LLM`` is by default."""
         if self._process is None:
-            from vllm import LLM
-
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-            try:
-                self._process = LLM(
-                    model=str(self.folder), load_format="dummy", generation_config="vllm", dtype="bfloat16",
-                    max_model_len=MAX_MODEL_LEN, gpu_memory_utilization=0.3, seed=0,
-                    max_num_seqs=self.bench.args.batch_size,
-                )  # fmt: skip
-            finally:
-                os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+            context = multiprocessing.get_context("spawn")
+            self._process, theirs = context.Pipe()
+            # vLLM remembers its environment: whoever has an engine in process cannot start one outside
+            arguments = (theirs, str(self.folder), self.bench.args.batch_size, self.bench.on_gpu)
+            context.Process(target=_separate_engine, args=arguments).start()
+            self.ask(None)  # until it has started
         return self._process
+
+    def ask(self, work: Any) -> Any:
+        """Sends work to the engine's process and waits for what it says."""
+        self._process.send(work)
+        answer = self._process.recv()
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
 
     def sync(self, rounds: int) -> dict[str, Any]:
         """Seconds to wake, to take the weights and to sleep, and what sleeping gives back."""
@@ -120,7 +124,8 @@ class Engines:
         """Ends the engines; before the process group, which they use."""
         if self._generator is not None:
             self._generator.close()
-        self._process = None
+        if self._process is not None:
+            self._process.close()
         shutil.rmtree(self.folder)
 
 
@@ -146,6 +151,41 @@ def engines_of(bench: Any) -> Engines:
     if id(bench) not in _engines:
         _engines[id(bench)] = Engines(bench)
     return _engines[id(bench)]
+
+
+def _separate_engine(connection: Any, folder: str, batch_size: int, on_gpu: bool) -> None:
+    """Answers lists of prompts and limits until the other side is gone. Dummy weights draw as many tokens as others."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    try:
+        from vllm import LLM
+
+        place = (
+            {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
+            if on_gpu
+            else {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
+        )
+        llm = LLM(
+            model=folder, load_format="dummy", generation_config="vllm", max_model_len=MAX_MODEL_LEN, seed=0,
+            max_num_seqs=batch_size, **place,
+        )  # fmt: skip
+        while True:
+            work = connection.recv()
+            connection.send([] if work is None else _generate(llm, *work))
+    except EOFError:
+        return
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def _generate(llm: Any, prompts: list[list[int]], limits: Sequence[int], seeded: bool) -> list[list[int]]:
+    from vllm import SamplingParams as VLLMSamplingParams
+
+    params = [
+        VLLMSamplingParams(max_tokens=limit, ignore_eos=True, detokenize=False, seed=index if seeded else None)
+        for index, limit in enumerate(limits)
+    ]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def close_engines() -> None:
@@ -187,19 +227,7 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
         seeded = False
 
         def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
-            return self._generate(engines_of(self.bench).generator._llm, prompts, limits)
-
-        def _generate(self, llm: Any, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
-            from vllm import SamplingParams as VLLMSamplingParams
-
-            params = [
-                VLLMSamplingParams(
-                    max_tokens=limit, ignore_eos=True, detokenize=False, seed=index if self.seeded else None
-                )
-                for index, limit in enumerate(limits)
-            ]
-            outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-            return [list(output.outputs[0].token_ids) for output in outputs]
+            return _generate(engines_of(self.bench).generator._llm, prompts, limits, self.seeded)
 
     class BareSeeded(Bare):
         """The same with a seed for each answer."""
@@ -208,16 +236,17 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
         seeded = True
 
     class Process(Bare):
-        """vLLM's engine in a process of its own."""
+        """vLLM's engine in a process of its own; it sends token ids to and fro."""
 
-        title = "vLLM by LLM.generate, engine in another process, no seeds"
-        greedy = None  # its weights are others
+        title = "vLLM by LLM.generate, engine in another process, a seed for each answer"
+        seeded = True
 
         @contextmanager
         def ready(self) -> Iterator[None]:
             yield
 
         def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
-            return self._generate(engines_of(self.bench).process, prompts, limits)
+            engines = engines_of(self.bench)
+            return engines.process and engines.ask((prompts, list(limits), self.seeded))
 
     return {"vllm": VLLM, "vllm_bare": Bare, "vllm_bare_seeded": BareSeeded, "vllm_process": Process}

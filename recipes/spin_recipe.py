@@ -17,7 +17,6 @@ training, which is spin_generate.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import sys
 import time
@@ -38,7 +37,7 @@ from spin.checks import check_first_loss, check_moved_share, check_run, check_un
 from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
 from spin.data.loader import RowBatch, load_rows
 from spin.data.lookup import LazySequence, PairLookup, share_lookup
-from spin.data.packing import PackedRow, padded_length
+from spin.data.packing import PackedRow, longest_row
 from spin.data.prompts import check_vocabulary
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import (
@@ -52,12 +51,12 @@ from spin.distributed import (
     shutdown,
 )
 from spin.errors import CheckpointError, CollapseError, OutputError
-from spin.files import FolderLock, writing
+from spin.files import FolderLock
 from spin.fingerprint import weights_fingerprint
 from spin.flex import BLOCK
 from spin.generators import GeneratorContext, sampling_params
 from spin.logprobs import pair_objective, response_logps
-from spin.metrics import MetricService, MetricsFile, MovedShare, PairSums, pair_metrics
+from spin.metrics import MovedShare, PairSums, RunLog, pair_metrics
 from spin.models import build_model, choose_attention, prepare_model, window_of
 from spin.nonfinite import NonFiniteGuard
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
@@ -100,7 +99,6 @@ class SPINRecipe:
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
         self._last_batch: Sequence[Pair] = []
         self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
-        self._length_drift: dict[str, float] = {}  # of this iteration's answers, in a metric
         self._history: list[dict[str, float]] = []  # metrics of this iteration's steps
         self._play_metrics: dict[str, float] = {}  # of this iteration's play, not logged yet
 
@@ -159,14 +157,11 @@ class SPINRecipe:
             "flex": flex,
             "window": window_of(self._model),
         }
-        # a packed row may be longer than the context: torchtune checks the row's length, but no position in it is that
-        # large
+        # torchtune checks the row's length, which may exceed the context; no position in it does
         longest = max(int(prompts.lengths.max(initial=0)) for prompts in (self._prompts, self._val_prompts))
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
-        longest_row = padded_length(
-            max(cfg.pairs.row_tokens, longest), cfg.pairs.row_tokens, self._packing["row_multiple"]
-        )
-        self._model.max_seq_len = max(context, longest_row)
+        longest = longest_row(longest, cfg.pairs.row_tokens, self._packing["row_multiple"])
+        self._model.max_seq_len = max(context, longest)
         prepare_model(
             self._model,
             self._world,
@@ -193,15 +188,8 @@ class SPINRecipe:
         self._team = selfplay.team_of(self._generator, self._world)
 
         # ---- logs
-        self._metric_logger: Any = None
-        if self._world.is_main:
-            self._metric_logger = MetricService(partial(config.instantiate, cfg.metric_logger))
-            self._metric_logger.log_config(cfg)
-            self._metrics_file = MetricsFile(
-                self._output_dir / "metrics.jsonl", from_step=self._progress.step if resume_path else -1
-            )
-            with writing(self._output_dir / "config.yaml"):
-                OmegaConf.save(cfg, self._output_dir / "config.yaml", resolve=True)
+        from_step = -1 if resume_path is None else self._progress.step
+        self._run_log = RunLog(cfg, partial(config.instantiate, cfg.metric_logger), from_step, self._world.is_main)
 
     # SPIN: the algorithm.
     def train(self) -> None:
@@ -263,7 +251,7 @@ class SPINRecipe:
                 return None
             if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._num_val_samples)):
                 return None
-            self._look_at_answers(iteration)
+            self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
             if not self._score(folder, self._batches(answers, iteration, epoch=0)):
                 return None
@@ -340,7 +328,7 @@ class SPINRecipe:
             "consumed_samples": progress.consumed_samples,
             "weights_moved_share": moved_share,
             "nonfinite_steps": len(self._nonfinite.skipped),
-            **self._length_drift,
+            **self._watch.metrics,
             "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
             "step_time": seconds,
             "pairs_per_second": len(batch.pairs) / seconds,
@@ -406,7 +394,6 @@ class SPINRecipe:
             "val_loss": self._val_loss,
             "nonfinite": self._nonfinite.skipped,
             "watch": self._watch.state_dict(),
-            "length_drift": self._length_drift,
             "run": self._run_fingerprint,
         }
 
@@ -426,14 +413,12 @@ class SPINRecipe:
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
             self._nonfinite.skipped = state.get("nonfinite", [])
             self._watch.load_state_dict(state.get("watch", {}))
-            self._length_drift = state.get("length_drift", {})
 
     def cleanup(self) -> None:
         """Closes the generator, the checkpointer, the logs and the process group, and unlocks the folder."""
         self._generator.close()
         self._checkpointer.close()
-        if self._metric_logger is not None:
-            self._metric_logger.close()
+        self._run_log.close()
         shutdown()
         if self._lock is not None:
             self._lock.release()
@@ -631,23 +616,17 @@ class SPINRecipe:
                 f"{command_to_continue(self._cfg.resume)}"
             )
 
-    def _look_at_answers(self, iteration: int) -> None:
-        answers = answer_metrics(self._folder(iteration) / "responses", self._folder(0) / "responses", self._world)
-        self._length_drift = {name: value for name, value in answers.items() if name == "length_drift"}
-        alarm = self._watch.start(iteration, answers)
-        if alarm is not None:
-            raise CollapseError(f"{alarm.message} Nothing was trained on them yet.")
-
     def _give_up(self, alarm: Alarm, iteration: int, pairs: PairLookup, is_last: bool) -> None:
         """Ends the run at a limit of the collapse watch, with what it has, or as if the iteration had not begun."""
         if alarm.rolls_back:
-            kept = self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world)
-            where = f"The run is back at the iteration's start ({kept or 'the model that it began with'})"
+            self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world)
+        elif is_last:
+            self._finish_iteration(iteration, pairs)
         else:
-            self._finish_iteration(iteration, pairs) if is_last else self.save_checkpoint()
-            self._checkpointer.wait()
-            where = f"The state of step {self._progress.step} is saved"
-        raise CollapseError(f"{alarm.message} {where}; the same command goes on from there, with what you change.")
+            self.save_checkpoint()
+        self._checkpointer.wait()
+        state = "back at the iteration's start" if alarm.rolls_back else f"saved at step {self._progress.step}"
+        raise CollapseError(f"{alarm.message} The run is {state}; the same command goes on, with what you change.")
 
     def _finish_iteration(self, iteration: int, pairs: PairLookup) -> None:
         model_dir = self._checkpointer.export(self._model, iteration, self._world)
@@ -662,11 +641,7 @@ class SPINRecipe:
     def _log(self, metrics: dict[str, float]) -> None:
         metrics, self._play_metrics = metrics | self._play_metrics, {}
         self._history.append(metrics)
-        step = self._progress.step
-        if self._world.is_main:
-            self._metrics_file.write(step, metrics)
-            if step % self._cfg.log_every_n_steps == 0 or "val_loss" in metrics:
-                self._metric_logger.log_dict(metrics, step=step)
+        self._run_log.metrics(self._progress.step, metrics)
 
     def _show_samples(self, pairs: list[Pair]) -> None:
         """Prompt, real and generated response and margin of a few pairs, to the screen and to samples.jsonl."""
@@ -676,9 +651,7 @@ class SPINRecipe:
         if self._world.is_main:
             margins = (real_rewards - generated_rewards).tolist()
             rows = sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step)
-            file = self._output_dir / "samples.jsonl"
-            with writing(file), file.open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            self._run_log.samples(rows)
             tqdm.write(sample_table(rows))
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -158,7 +159,7 @@ class MovedShare:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one JSON object per step, whole after a restart as if there had been none.
+    """One JSON object a line, each with its step: whole after a restart as if there had been none.
 
     Args:
         path (Path): the file; lines of steps after ``from_step`` are removed, for they will be made again.
@@ -187,7 +188,7 @@ class MetricsFile:
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a step; an :class:`~spin.errors.OutputError` if it cannot."""
         with writing(self._path), self._path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **metrics}) + "\n")
+            stream.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
 
 
 class MetricService:
@@ -238,6 +239,48 @@ class MetricService:
                     f"metric_logger.{method} failed ({_told(error)}), {self._failures} times so far. Training goes on; "
                     "metrics.jsonl has everything."
                 )
+
+
+class RunLog:
+    """What a run tells: ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml`` and the metric logger. Rank 0 does.
+
+    Args:
+        cfg (DictConfig): the run's, written down as it is.
+        make_logger (Callable[[], Any]): see :class:`MetricService`.
+        from_step (int): see :class:`MetricsFile`.
+        is_main (bool): this is rank 0; on others nothing happens.
+    """
+
+    def __init__(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int, is_main: bool) -> None:
+        self._folder = Path(cfg.output_dir)
+        self._every = cfg.log_every_n_steps
+        self._is_main = is_main
+        if not is_main:
+            return
+        self._service = MetricService(make_logger)
+        self._service.log_config(cfg)
+        self._file = MetricsFile(self._folder / "metrics.jsonl", from_step)
+        self._samples = MetricsFile(self._folder / "samples.jsonl", from_step)
+        with writing(self._folder / "config.yaml"):
+            OmegaConf.save(cfg, self._folder / "config.yaml", resolve=True)
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step's metrics; the logger gets every ``log_every_n_steps``-th and each with a validation."""
+        if self._is_main:
+            self._file.write(step, metrics)
+            if step % self._every == 0 or "val_loss" in metrics:
+                self._service.log_dict(metrics, step=step)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Answers for people to read, from :func:`spin.tables.sample_rows`."""
+        if self._is_main:
+            for row in rows:
+                self._samples.write(row["step"], row)
+
+    def close(self) -> None:
+        """Ends the metric logger."""
+        if self._is_main:
+            self._service.close()
 
 
 def _told(error: Exception) -> str:

@@ -11,7 +11,7 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
@@ -46,12 +46,14 @@ class Team:
         index (int): number of this engine.
         count (int): how many engines there are.
         writes (bool): this rank is the one of its team that writes what the engine answers.
+        is_shared (bool): there are other ranks in it.
         agree (Callable[[bool], bool]): true if it is true on any rank of the team; collective within the team.
     """
 
     index: int
     count: int
     writes: bool = True
+    is_shared: bool = False
     agree: Callable[[bool], bool] = bool
 
 
@@ -76,7 +78,7 @@ def team_of(generator: Generator, world: World) -> Team:
         dist.all_gather_object(flags, flag, group=group)
         return any(flags)
 
-    return Team(world.rank // size, world.world_size // size, world.rank % size == 0, agree)
+    return Team(world.rank // size, world.world_size // size, world.rank % size == 0, True, agree)
 
 
 def num_shards(num_samples: int, prompts_per_shard: int, teams: int) -> int:
@@ -288,7 +290,7 @@ def play(
         iteration (int): counted from 0.
         responses_per_prompt (int): responses to each prompt.
         team (Team | None): the ranks that share the generator's engine; None: this rank alone.
-        should_stop (Callable[[], bool]): asked after every shard.
+        should_stop (Callable[[], bool]): asked after every answer, or after every shard.
         on_shard (Callable[[int], None]): told the number of prompts after every shard.
 
     Raises:
@@ -313,15 +315,17 @@ def play(
         on_shard(len(played))
 
     if isinstance(generator, StreamingGenerator):
-        sizes = [len(parts[shard]) * responses_per_prompt for shard in shards]
-        answers = generator.stream(chain.from_iterable(map(requests, shards)), sampling)
         if not shards or team.agree(should_stop()):
             return
-        for number, completions in _in_parts(answers, sizes):
-            finish(shards[number], completions)
-            if team.agree(should_stop()):
-                answers.close()  # type: ignore[attr-defined]
-                return
+        sizes = [len(parts[shard]) * responses_per_prompt for shard in shards]
+        stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), sampling)
+        with closing(stream):
+            # a rank that shares its engine asks its team, which takes a while; one that does not asks at every answer
+            answers = stream if team.is_shared else _until(should_stop, stream)
+            for number, completions in _in_parts(answers, sizes):
+                finish(shards[number], completions)
+                if team.agree(should_stop()):
+                    return
         return
     for shard in shards:
         if should_stop():
@@ -337,14 +341,27 @@ def play(
         finish(shard, completions)
 
 
+def _until(should_stop: Callable[[], bool], answers: Iterable[tuple[int, Completion]]) -> Iterator[Any]:
+    """Answers until one is asked to stop; then None, in place of those that are missing."""
+    for answer in answers:
+        yield answer
+        if should_stop():
+            yield None
+            return
+
+
 def _in_parts(
-    answers: Iterable[tuple[int, Completion]], sizes: Sequence[int]
+    answers: Iterable[tuple[int, Completion] | None], sizes: Sequence[int]
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Sorts numbered answers into consecutive parts; gives each part, in order, when it is complete."""
+    """Sorts numbered answers into consecutive parts; gives each part, in order, when it is complete. None is the end
+    of a run that was asked to stop."""
     bounds = np.cumsum([0, *sizes])
     missing = list(sizes)
     found: dict[int, dict[int, Completion]] = {}
-    for index, completion in answers:
+    for answer in answers:
+        if answer is None:
+            return
+        index, completion = answer
         part = int(np.searchsorted(bounds, index, side="right")) - 1
         if not 0 <= part < len(sizes) or index in found.setdefault(part, {}):
             raise GeneratorError(f"The generator answered request {index} twice, or none such was asked.")

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin.data.store import PairStore
-from spin.distributed import World, broadcast_object
-from spin.errors import ConfigError
+from spin.data.store import MANIFEST, PairStore
+from spin.distributed import World, broadcast_object, fail_together
+from spin.errors import CollapseError, ConfigError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -76,31 +76,34 @@ class Watch:
         self._is_main = is_main
         self._recent = {name: deque[float](maxlen=watch["window"]) for name in _IN_STEPS}
         self._warned: set[tuple[int, str]] = set()
+        self.metrics: dict[str, float] = {}  # of the iteration's answers, for the log
 
     @property
     def can_roll_back(self) -> bool:
         """A limit rolls back, so the state at an iteration's start is needed until its end."""
         return any(self._limits[name] is not None and self._actions[name] == "rollback" for name in _IN_STEPS)
 
-    def state_dict(self) -> dict[str, list[float]]:
-        """The last steps' values; JSON values."""
-        return {name: list(values) for name, values in self._recent.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """The last steps' values, and the answers' metrics; JSON values."""
+        return {"recent": {name: list(values) for name, values in self._recent.items()}, "metrics": self.metrics}
 
-    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
-        """Takes a saved state."""
-        for name, values in state.items():
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a saved state; one without values is that of an older version."""
+        for name, values in state.get("recent", {}).items():
             self._recent[name].extend(values)
+        self.metrics = dict(state.get("metrics", {}))
 
-    def start(self, iteration: int, answers: Mapping[str, float]) -> Alarm | None:
+    def start(self, iteration: int, answers: Mapping[str, float]) -> None:
         """Looks at an iteration's answers, before anything is trained on them.
 
         Args:
             iteration (int): counted from 0.
             answers (Mapping[str, float]): from :func:`answer_metrics`.
 
-        Returns:
-            Alarm | None: set if a limit was passed whose action is not ``warn``.
+        Raises:
+            CollapseError: If a limit was passed whose action is not ``warn``.
         """
+        self.metrics = {name: value for name, value in answers.items() if name == "length_drift"}
         found = {}
         if (share := answers["truncated_share"]) > (self._limits["truncated_share"] or 1):
             found["truncated_share"] = (
@@ -113,7 +116,9 @@ class Watch:
                 f"the opponent's answers are {drift:.2f} times as long as in iteration 0: the policy may be drifting "
                 "away in length. Look at them in samples.jsonl; lower optimizer.lr, or raise loss.beta"
             )
-        return self._report(iteration, found)
+        alarm = self._report(iteration, found)
+        if alarm is not None:
+            raise CollapseError(f"{alarm.message} Nothing was trained on these answers yet.")
 
     def step(self, iteration: int, step_in_iteration: int, metrics: Mapping[str, float]) -> Alarm | None:
         """Looks at the mean of the last steps, once an iteration has as many.
@@ -132,7 +137,7 @@ class Watch:
             if name in metrics:
                 values.append(metrics[name])
         means = {name: sum(v) / len(v) for name, v in self._recent.items() if len(v) == v.maxlen}
-        if not means:
+        if len(means) < len(self._recent):
             return None
         steps = f"mean of {self._recent['acc'].maxlen} steps"
         found = {}
@@ -170,12 +175,12 @@ class Watch:
         return None
 
 
-def answer_metrics(responses: Path, first_responses: Path, world: World) -> dict[str, float]:
+def answer_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, float]:
     """How an iteration's answers end and how long they are, from its store. Collective.
 
     Args:
-        responses (Path): the iteration's store of answers.
-        first_responses (Path): that of iteration 0; may be gone.
+        folder (Path): the iteration's folder, with its store of answers.
+        first_folder (Path): that of iteration 0; its store may be gone.
         world (World): the ranks.
 
     Returns:
@@ -183,11 +188,12 @@ def answer_metrics(responses: Path, first_responses: Path, world: World) -> dict
         that one is known.
     """
     metrics: dict[str, float] = {}
-    if world.is_main:
-        count, truncated, tokens = PairStore.open(responses).count_answers()
-        metrics["truncated_share"] = truncated / max(1, count)
-        if (first_responses / "manifest.json").exists() and count:
-            first_count, _, first_tokens = PairStore.open(first_responses).count_answers()
-            if first_tokens and tokens:
-                metrics["length_drift"] = (tokens / count) / (first_tokens / first_count)
+    with fail_together(world, StoreError):
+        if world.is_main:
+            count, truncated, tokens = PairStore.open(folder / "responses").count_answers()
+            metrics["truncated_share"] = truncated / max(1, count)
+            if tokens and (first_folder / "responses" / MANIFEST).exists():
+                first_count, _, first_tokens = PairStore.open(first_folder / "responses").count_answers()
+                if first_tokens:
+                    metrics["length_drift"] = (tokens / count) / (first_tokens / first_count)
     return broadcast_object(metrics, world)

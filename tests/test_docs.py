@@ -33,6 +33,19 @@ def test_configs_and_components_exist(page):
 @pytest.mark.parametrize("page", sorted(REPO.glob("docs/*.md")), ids=lambda page: page.name)
 def test_config_keys_exist(page):
     """Every `section.key` of a section without a component is one of the recipe's."""
-    for section in ("pairs", "sampling", "validation", "lr_scheduler"):
+    for section in ("pairs", "sampling", "validation", "lr_scheduler", "watch"):
         for key in re.findall(rf"`{section}\.(\w+)", page.read_text(encoding="utf-8")):
             assert key in RECIPE_DEFAULTS[section], f"{section}.{key}"
+
+
+def test_tests_named_as_evidence_exist():
+    """Every row of docs/reliability.md names tests, and each is a function of that file."""
+    text = (REPO / "docs/reliability.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+) \| (.+) \|$", text, flags=re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, 27))
+    for _, promise, evidence in rows:
+        tests = re.findall(r"`([\w/]+\.py)::(\w+)`", evidence)
+        assert tests, promise
+        for file, name in tests:
+            assert (REPO / "tests" / file).is_file(), file
+            assert re.search(rf"^ *def {name}\(", (REPO / "tests" / file).read_text(encoding="utf-8"), re.M), name

@@ -255,6 +255,20 @@ def padded_length(used: int, row_tokens: int, row_multiple: int = 1) -> int:
     return math.ceil(used / quarter) * quarter
 
 
+def longest_row(longest_pair: int, row_tokens: int, row_multiple: int = 1) -> int:
+    """The length of the longest row that there can be.
+
+    Args:
+        longest_pair (int): tokens of the longest pair, with the longest responses that it can have.
+        row_tokens (int): see :func:`row_lengths`.
+        row_multiple (int): see :func:`row_lengths`.
+
+    Returns:
+        int: tokens.
+    """
+    return padded_length(max(row_tokens, longest_pair), row_tokens, row_multiple)
+
+
 def plan_rows(
     lengths: Sequence[int], row_tokens: int, num_ranks: int = 1, row_multiple: int = 1
 ) -> list[list[list[int]]]:

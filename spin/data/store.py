@@ -122,6 +122,7 @@ class PairStore:
             except StoreError as error:
                 changed = [str(error)]
             if not changed:
+                store._unseal_if_damaged()
                 return store
             aside = _unused_name(path)
             with writing(path):
@@ -169,6 +170,13 @@ class PairStore:
                 file.unlink()
                 missing.append(index)
         return missing
+
+    def _unseal_if_damaged(self) -> None:
+        """A shard that is made again may come out otherwise: another engine, another version of pyarrow."""
+        if self.is_sealed and self.missing_shards():
+            self.manifest = {name: self.manifest[name] for name in ("format_version", "fingerprint", "num_shards")}
+            self.manifest["sealed"] = False
+            _replace_json(self.path / MANIFEST, self.manifest)
 
     def write_shard(self, index: int, pairs: Sequence[Pair]) -> None:
         """Writes a shard: temporary name, fsync, rename.

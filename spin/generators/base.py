@@ -169,7 +169,7 @@ class StreamingGenerator(Generator, Protocol):
 
         Returns:
             Iterator[tuple[int, Completion]]: number of the request and its answer, in the order in which they are
-            finished. When the caller stops early, what runs is given up.
+            finished; a Python generator, which the caller closes to give up what runs.
 
         Raises:
             GeneratorError: As ``generate``.

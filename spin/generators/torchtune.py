@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PREFILL_TOKENS = 16384  # of prompts that are read together, padding included
+_WINDOW = 4  # batches whose prompts are sorted by length together
 _SIZES = 4  # numbers of rows that are recorded as CUDA graphs at most: all slots, half of them, ...
 _SMALLEST_SIZE = 16  # rows; fewer take as long
 _CAPACITY_STEP = 256  # tokens; the capacity of a GPU's cache is a multiple, so that later prompts fit too
@@ -36,10 +37,11 @@ _LENGTH_STEP = 256  # tokens; of steps without the kernel
 class TorchtuneGenerator:
     """Generates with the policy's own weights on the policy's own device; nothing is copied between iterations.
 
-    Prompts are answered longest first. A row that finishes leaves its slot to the next prompt at once, so no row waits
-    for the longest. A completion depends on its prompt, the sampling parameters and its seed (up to the rounding of
-    other batch shapes), not on batch size, order or rank. All ranks must call ``generate`` together, if need be with
-    no prompts: the weights are gathered once; after that ranks do not wait for each other.
+    Prompts are answered a few batches at a time, the longest first. A row that finishes leaves its slot to the next
+    prompt at once, so no row waits for the longest. A completion depends on its prompt, the sampling parameters and
+    its seed (up to the rounding of other batch shapes), not on batch size, order or rank. All ranks must call
+    ``generate`` together, if need be with no prompts: the weights are gathered once; after that ranks do not wait for
+    each other.
 
     On a GPU the cache has its full size from the start, steps are recorded as CUDA graphs, and tokens are read while
     the next step runs. After :meth:`wake` cache and graphs live until :meth:`sleep`, else until ``generate`` returns.
@@ -101,29 +103,43 @@ class TorchtuneGenerator:
             GeneratorError: If a prompt is empty or leaves no room for a token, if the numbers of prompts and seeds
                 differ, or if memory does not suffice for one sequence.
         """
-        self._check(prompts, seeds)
-        requests = [
-            _Request(index, prompt, self._limit(index, prompt, sampling), seed)
-            for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
-        ]
-        requests.sort(key=lambda request: (-len(request.prompt), request.index))  # memory runs out early if at all
-        done: dict[int, Completion] = {}
+        if len(prompts) != len(seeds):
+            raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
+        done = dict(self.stream(zip(prompts, seeds, strict=True), sampling))
+        return [done[index] for index in range(len(prompts))]
+
+    def stream(
+        self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
+    ) -> Iterator[tuple[int, Completion]]:
+        """Answers prompts without emptying the batch in between; close it if you stop early.
+
+        Args:
+            requests (Iterable[tuple[Sequence[int], int]]): token ids of a prompt and its seed.
+            sampling (SamplingParams): how to choose tokens and when to stop.
+
+        Yields:
+            tuple[int, Completion]: number of the request and its answer, as they are finished.
+
+        Raises:
+            GeneratorError: As ``generate``.
+        """
+        left = self._in_order(list(requests), sampling)
         # no_grad, not inference_mode: whatever a module or FSDP makes on first use must stay fit for training.
         with unsharded(self.model), torch.no_grad(), _ready_to_generate(self.model, self._context.device):
             try:
-                while len(done) < len(requests):
-                    waiting = [request for request in requests if request.index not in done]
+                while left:
                     try:
-                        self._run(waiting, sampling, done)
+                        for index, completion in self._run(list(left.values()), sampling):
+                            del left[index]
+                            yield index, completion
                     except torch.OutOfMemoryError as error:
                         shortage = str(error)  # without its traceback, which holds the tensors
                     else:
                         break
-                    self._halve(shortage, waiting[0])
+                    self._halve(shortage, next(iter(left.values())))
             finally:
                 if not self._awake:
                     self._drop()
-        return [done[index] for index in range(len(prompts))]
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Copies weights into the policy. A recipe need not call it: the generator runs the policy itself.
@@ -162,31 +178,41 @@ class TorchtuneGenerator:
         """The same as :meth:`sleep`: the model belongs to the recipe."""
         self.sleep()
 
-    def _check(self, prompts: list[list[int]], seeds: list[int]) -> None:
-        if len(prompts) != len(seeds):
-            raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
-        empty = [str(index) for index, prompt in enumerate(prompts) if not prompt]
+    def _in_order(self, asked: Sequence[tuple[Sequence[int], int]], sampling: SamplingParams) -> dict[int, "_Request"]:
+        """The requests by number, in the order in which they are answered.
+
+        The longest first keeps padding small and finds out early if memory does not suffice; a few batches at a time
+        keep those together that make a shard.
+        """
+        empty = [str(index) for index, (prompt, _) in enumerate(asked) if len(prompt) == 0]
         if empty:
             raise GeneratorError(f"{len(empty)} prompts are empty: {_some(empty)}. A prompt needs at least one token.")
         longest = self._max_seq_len - 1
-        long = [f"prompt {i} has {len(prompt)}" for i, prompt in enumerate(prompts) if len(prompt) > longest]
+        long = [f"prompt {i} has {len(prompt)}" for i, (prompt, _) in enumerate(asked) if len(prompt) > longest]
         if long:
             raise GeneratorError(
                 f"{len(long)} prompts leave no room for a response: {_some(long)} tokens, expected at most {longest} "
                 f"(max_seq_len {self._max_seq_len} - 1). Drop or shorten them, or raise max_seq_len."
             )
+        window = _WINDOW * self.batch_size
+        order = sorted(range(len(asked)), key=lambda index: (index // window, -len(asked[index][0]), index))
+        return {
+            index: _Request(index, prompt, self._limit(index, prompt, sampling), seed)
+            for index in order
+            for prompt, seed in (asked[index],)
+        }
 
-    def _limit(self, index: int, prompt: list[int], sampling: SamplingParams) -> int:
+    def _limit(self, index: int, prompt: Sequence[int], sampling: SamplingParams) -> int:
         """How many tokens the response to prompt ``index`` may have."""
         return min(sampling.max_new_tokens, self._max_seq_len - len(prompt))
 
-    def _run(self, waiting: list["_Request"], sampling: SamplingParams, done: dict[int, Completion]) -> None:
+    def _run(self, waiting: list["_Request"], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
         most = min(self.batch_size, len(waiting))
         slots = self._slots_for(sampling, most, max(len(request.prompt) + request.limit for request in waiting))
         slots.attach()
         try:
             limits = most, min(most, self._prefill_batch or max(1, self.batch_size // 8))
-            _Run(slots, self._context.decode, waiting, limits, done).loop()
+            yield from _Run(slots, self._context.decode, waiting, limits).loop()
         finally:
             slots.detach()
 
@@ -237,7 +263,7 @@ class TorchtuneGenerator:
 @dataclass(frozen=True)
 class _Request:
     index: int
-    prompt: list[int]
+    prompt: Sequence[int]
     limit: int  # tokens that the response may have
     seed: int
 
@@ -264,9 +290,8 @@ class _Run:
     Args:
         slots (Slots): the device's side, attached.
         decode (Callable[[Sequence[int]], str]): token ids to text.
-        waiting (list[_Request]): longest prompt first.
+        waiting (list[_Request]): in the order in which they are answered.
         limits (tuple[int, int]): rows at a time, prompts that are read at a time.
-        done (dict[int, Completion]): finished completions go here, by request index.
     """
 
     def __init__(
@@ -275,7 +300,6 @@ class _Run:
         decode: Callable[[Sequence[int]], str],
         waiting: list[_Request],
         limits: tuple[int, int],
-        done: dict[int, Completion],
     ) -> None:
         self.slots = slots
         self.plan = slots.plan
@@ -283,7 +307,6 @@ class _Run:
         self.decode = decode
         self.waiting = waiting[::-1]  # taken from the end
         self.most, self.prefill_batch = limits
-        self.done = done
         self.rows: list[_Row | None] = []  # by slot; the last one is not None
         self.live = 0  # rows that are not None
         self.launched: deque[tuple[list[_Row | None], Chosen]] = deque()
@@ -291,18 +314,18 @@ class _Run:
         # A token of text has at least one byte; 16 more for tokens without text (special ones, parts of a character).
         self.tail = max((len(text.encode()) for text in self.sampling.stop_strings), default=0) + 16
 
-    def loop(self) -> None:
-        """Until every request is done."""
+    def loop(self) -> Iterator[tuple[int, Completion]]:
+        """Completions by request index, until every request is done."""
         while self.waiting or self.live or self.launched:
             group = min(self.prefill_batch, len(self.waiting))
             if self.waiting and self.most - self.live >= group:
-                longest = len(self.waiting[-1].prompt)
+                longest = max(len(request.prompt) for request in self.waiting[-group:])
                 self._admit(min(group, max(1, _PREFILL_TOKENS // longest)))
             elif self.live:
                 self._step()
             under_way = self.plan.lag if self.waiting or self.live else 0
             while len(self.launched) > under_way:
-                self._read()
+                yield from self._read()
 
     def _admit(self, n: int) -> None:
         """Read n prompts into free slots, the first ones first."""
@@ -315,7 +338,7 @@ class _Run:
         self.live += n
         chosen = self.slots.prefill(
             free,
-            [request.prompt for request in group],
+            [list(map(int, request.prompt)) for request in group],
             [uniforms(request.seed, 0, request.limit) for request in group],
         )
         self._launch(list(new), chosen)
@@ -335,8 +358,8 @@ class _Run:
                 if row.chosen == row.request.limit:
                     self._leave(row)  # whatever its last token will be
 
-    def _read(self) -> None:
-        """Hand the tokens of the oldest launch to their rows; rows that end leave."""
+    def _read(self) -> Iterator[tuple[int, Completion]]:
+        """Hand the tokens of the oldest launch to their rows; rows that end leave, and their completions are given."""
         rows, chosen = self.launched.popleft()
         tokens, logprobs = chosen.read()
         for place, row in enumerate(rows):
@@ -349,9 +372,8 @@ class _Run:
             if reason is not None:
                 row.ended = True
                 self._leave(row)
-                self.done[row.request.index] = Completion(
-                    row.tokens, reason, row.logprobs if self.sampling.logprobs else None
-                )
+                logprobs_of_row = row.logprobs if self.sampling.logprobs else None
+                yield row.request.index, Completion(row.tokens, reason, logprobs_of_row)
 
     def _leave(self, row: _Row) -> None:
         if row.slot < len(self.rows) and self.rows[row.slot] is row:

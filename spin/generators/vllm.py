@@ -255,7 +255,8 @@ class VLLMGenerator:
         self._is_whole = False
         before = torch.cuda.mem_get_info()[0]
         started = time.perf_counter()
-        self._llm.sleep(level=2)  # level 1 would keep a copy of the weights in CPU memory
+        with _short_collections():
+            self._llm.sleep(level=2)  # level 1 would keep a copy of the weights in CPU memory
         gib = (torch.cuda.mem_get_info()[0] - before) / 2**30
         log.info(f"vLLM sleeps: {gib:.1f} GiB given back ({time.perf_counter() - started:.2f} s).")
 
@@ -263,9 +264,9 @@ class VLLMGenerator:
         """Takes memory for the weights; the cache's comes with :meth:`update_weights`."""
         if not self._on_gpu:
             return
-        gc.collect()
-        torch.cuda.empty_cache()  # vLLM's memory does not come from torch's pool
         started = time.perf_counter()
+        gc.collect(1)
+        torch.cuda.empty_cache()  # vLLM's memory does not come from torch's pool
         try:
             self._llm.wake_up(tags=["weights"])
         except Exception as error:
@@ -398,6 +399,22 @@ def _start(model_dir: Path, arguments: dict[str, Any], on_gpu: bool) -> Any:
             f"vLLM does not start: {error}\nIf memory is short, lower generator.gpu_memory_utilization or "
             f"generator.max_model_len. Arguments: {arguments}"
         ) from error
+
+
+@contextmanager
+def _short_collections() -> Iterator[None]:
+    """Lets garbage collections look at new objects only.
+
+    vLLM asks for a full one when it goes to sleep, and that walks the 700,000 objects of torch, transformers and vLLM:
+    0.3 to 0.4 of the 0.5 seconds that this took on an H100's host.
+    """
+    already_frozen = gc.get_freeze_count()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not already_frozen:
+            gc.unfreeze()
 
 
 @contextmanager

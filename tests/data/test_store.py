@@ -103,6 +103,17 @@ def test_a_flipped_byte_costs_one_shard(tmp_path, is_sealed):
     assert [plain(pair) for pair in store.pairs()] == pairs(5)
 
 
+def test_a_shard_made_again_may_come_out_otherwise(tmp_path):
+    store = sealed(tmp_path / "p")
+    (store.path / "shard-00001.parquet").write_bytes(b"PAR1 nonsense")
+    again = PairStore.open_or_create(store.path, FINGERPRINT, 2)
+    assert not again.is_sealed and again.missing_shards() == [1]
+    again.write_shard(1, pairs(1, start=9))
+    again.seal()
+    assert [plain(pair) for pair in PairStore.open(store.path).pairs()] == [*pairs(3), *pairs(1, start=9)]
+    assert PairStore.open_or_create(store.path, FINGERPRINT, 2).is_sealed
+
+
 def test_reading_a_damaged_shard_names_it(tmp_path):
     store = sealed(tmp_path / "p")
     (store.path / "shard-00001.parquet").write_bytes(b"PAR1 nonsense")

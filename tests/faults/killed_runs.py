@@ -197,7 +197,8 @@ def results(folder):
         file.relative_to(folder).as_posix(): file_sha256(file)
         for file in sorted(folder.glob("iteration_*/hf_model/*.safetensors"))
     }
-    return {"metrics": metrics_of(folder), "stores": stores, "weights": weights}
+    samples = (folder / "samples.jsonl").read_text().splitlines()
+    return {"metrics": metrics_of(folder), "samples": samples, "stores": stores, "weights": weights}
 
 
 def leftovers(folder):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -147,12 +148,20 @@ def test_the_earlier_state_outlives_a_disk_that_fills_up_later(tmp_path):
     assert metrics_of(tmp_path) == metrics_of(tmp_path / "unbroken")
 
 
-@pytest.mark.parametrize("name", ["samples.jsonl", "config.yaml"])
+@pytest.mark.parametrize("name", ["config.yaml", "samples.jsonl", "metrics.jsonl"])
 def test_other_files_are_named_too(tmp_path, name):
     """/dev/full takes no byte."""
-    (tmp_path / name).symlink_to("/dev/full")
+
+    class Full(SPINRecipe):
+        def setup(self):
+            super().setup()
+            if name != "config.yaml":
+                (tmp_path / name).unlink()
+                (tmp_path / name).symlink_to("/dev/full")
+
+    (tmp_path / "config.yaml").symlink_to("/dev/full" if name == "config.yaml" else "/dev/null")
     with pytest.raises(OutputError, match=rf"{name}: cannot write \(No space left on device\)"):
-        run(tmp_path, "max_iterations=1", "max_epochs=1")
+        run(tmp_path, "max_iterations=1", "max_epochs=1", recipe_class=Full)
 
 
 # ---- background writes
@@ -331,3 +340,18 @@ def test_a_damaged_shard_in_the_middle_of_an_iteration_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"shard-00001\.parquet: damaged"):
         run(tmp_path, *SHORT)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == states
+
+
+# ---- code of others
+
+
+def test_no_remote_code_anywhere():
+    """The option that lets a model folder bring code along is False wherever it is named, and named where it exists."""
+    sources = [*REPO.glob("spin/**/*.py"), *REPO.glob("recipes/*.py"), *REPO.glob("configs/**/*.yaml")]
+    found = [
+        each for file in sources for each in re.findall(r"trust_remote_code[\"']?\s*[=:]\s*(\w+)", file.read_text())
+    ]
+    assert found and set(found) <= {"False", "false"}, found
+    for file in sources:
+        for call in re.findall(r"Auto\w+\.from_pretrained\((?:[^()]|\([^()]*\))*\)", file.read_text()):
+            assert "trust_remote_code=False" in call, (file, call)

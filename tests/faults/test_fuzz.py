@@ -6,6 +6,7 @@ seed, from which a valid document is bent in one to three places; hypothesis pic
 
 import copy
 import json
+import logging
 import pickle
 import random
 import shutil
@@ -31,6 +32,8 @@ from tests.data.test_prompts import Letters
 from tests.recipes.helpers import CONFIG, tiny_config
 from tests.two_ranks.tiny import sharded
 
+pytestmark = pytest.mark.xdist_group("fuzz")  # in one process, so that the last test can count
+
 INPUTS = {
     "config": 1200, "config text": 800, "overrides": 800, "rows": 4000, "lines": 1500, "store manifest": 1000,
     "shard": 900, "state manifest": 800, "state": 200, "metadata": 800, "model folder": 600,
@@ -46,6 +49,14 @@ VALUES = [
     "a\x00b", "\ud800", "ü" * 50, "../../etc/passwd", "/dev/null/x", [], {}, [1], ["a"], [None], [[]], {"a": 1},
     {"": {}}, {"length": 1}, {"_component_": "os.system"}, {"_component_": "torch.optim.AdamW"}, {"_component_": None},
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_logs():
+    """Warnings quote the input; half a character, say, which pytest-xdist cannot send to its main process."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def fuzz(name):

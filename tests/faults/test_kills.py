@@ -38,7 +38,7 @@ def test_killed_at_random_points(ranks, kills, at_least, tmp_path, subprocess_en
     finished = [each for each in found if "same" in each]
     assert len(finished) >= kills / 2
     for each in finished:
-        assert each["same"] == {"metrics": True, "stores": True, "weights": True}, each
+        assert each["same"] == {"metrics": True, "samples": True, "stores": True, "weights": True}, each
         assert each["leftovers"] == [], each
     if ranks == 2:
         assert {each["rank"] for each in found} == {0, 1}

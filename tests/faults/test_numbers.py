@@ -12,6 +12,7 @@ from spin.errors import ConfigError, NonFiniteError, SelfTestError, StoreError
 from spin.fingerprint import weights_fingerprint
 from spin.nonfinite import NonFiniteGuard
 from tests.recipes.helpers import metrics_of, run, tiny_config
+from tests.torchrun import run_ranks
 
 SHORT = ("max_iterations=1", "max_epochs=2", "validation_dataset=null")
 
@@ -145,3 +146,8 @@ def test_a_nan_reference_log_prob_is_not_sealed(tmp_path, monkeypatch):
     monkeypatch.undo()
     run(tmp_path / "b", *SHORT, "max_steps=1")
     assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
+
+
+def test_one_of_two_ranks_has_a_nan_and_both_stop(tmp_path, subprocess_env):
+    """So does a generator that dies on one of two ranks: the same script looks at both."""
+    run_ranks("recipe_faults.py", subprocess_env, tmp_path)

@@ -73,19 +73,23 @@ def test_answers_against_iteration_0(tmp_path):
     """Lengths 2 and 4, then 9 and 3: twice as long; one of two is cut."""
     world = init_world("cpu")
     for name, lengths in (("first", (2, 4)), ("now", (9, 3))):
-        store = PairStore.open_or_create(tmp_path / name, {"opponent": "w"}, 2)
+        store = PairStore.open_or_create(tmp_path / name / "responses", {"opponent": "w"}, 2)
         for shard, length in enumerate(lengths):
             reason = "length" if length == 9 else "stop"
             store.write_shard(shard, [Pair(f"s{shard}", 0, [1], [2], [Response([5] * length, reason)])])
     found = answer_metrics(tmp_path / "now", tmp_path / "first", world)
     assert found == {"truncated_share": 0.5, "length_drift": 2.0}
     assert answer_metrics(tmp_path / "now", tmp_path / "gone", world) == {"truncated_share": 0.5}
-    assert watch().start(1, found) is None
-    assert watch(length_drift={"limit": 2.0, "action": "stop"}).start(1, found) is None
+    watch().start(1, found)
+    quiet = watch(length_drift={"limit": 2.0, "action": "stop"})
+    quiet.start(1, found)
+    assert quiet.metrics == {"length_drift": 2.0}
     for limit, drift in ((1.9, 2.0), (1.9, 0.5)):
-        alarm = watch(length_drift={"limit": limit, "action": "stop"}).start(1, found | {"length_drift": drift})
-        assert f"{drift:.2f} times as long as in iteration 0" in alarm.message
-    assert "50.0%" in watch(truncated_share={"limit": 0.4, "action": "rollback"}).start(0, found).message
+        strict = watch(length_drift={"limit": limit, "action": "stop"})
+        with pytest.raises(CollapseError, match=f"{drift:.2f} times as long as in iteration 0.*Nothing was trained"):
+            strict.start(1, found | {"length_drift": drift})
+    with pytest.raises(CollapseError, match="50.0%"):
+        watch(truncated_share={"limit": 0.4, "action": "rollback"}).start(0, found)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +125,7 @@ def without_margin(output_dir):
 def test_stop_saves_first_and_a_higher_limit_goes_on(tmp_path):
     limits = ("watch.window=2", "watch.margin.limit=3.0", "watch.margin.action=stop")
     for step in (2, 3, 4, 5):  # each try makes one more step, the last of them the iteration's last
-        with pytest.raises(CollapseError, match=f"margin is 9.00 .*The state of step {step} is saved"):
+        with pytest.raises(CollapseError, match=f"margin is 9.00 .*The run is saved at step {step}"):
             run(tmp_path, *SHORT, *limits, recipe_class=collapses(0))
         assert metrics_of(tmp_path)[-1]["step"] == step
         assert (tmp_path / "checkpoints" / f"step_{step:08d}").is_dir()
@@ -155,7 +159,7 @@ def test_rollback_starts_the_iteration_again(tmp_path, iteration):
 
 def test_answers_that_are_cut_stop_the_run_before_it_trains(tmp_path):
     changes = ("max_iterations=1", "validation_dataset=null", "watch.truncated_share.action=stop")
-    with pytest.raises(CollapseError, match="cut by sampling.max_new_tokens.*Nothing was trained on them yet"):
+    with pytest.raises(CollapseError, match="cut by sampling.max_new_tokens.*Nothing was trained on these answers yet"):
         run(tmp_path, *changes)
     assert not (tmp_path / "iteration_000" / "pairs").exists()
     assert (tmp_path / "iteration_000" / "responses").exists()

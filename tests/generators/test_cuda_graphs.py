@@ -5,6 +5,7 @@ runs part, the two tokens may be as good as equally probable (``_same``); anythi
 """
 
 import copy
+import gc
 import logging
 from dataclasses import replace
 
@@ -136,8 +137,7 @@ def test_drawn_tokens_equal_pytorchs(sampling, vocab_size, dtype):
     logits = logits.to(dtype)
     uniforms = torch.rand(200, dtype=torch.float64, generator=draw)
     uniforms[0], uniforms[1] = 0, 1 - 2**-53
-    if vocab_size == 160:
-        sampling = replace(sampling, stop_token_ids=sampling.stop_token_ids[:1])
+    sampling = replace(sampling, stop_token_ids=tuple(i for i in sampling.stop_token_ids if i < vocab_size))
     new_tokens = torch.arange(200) % 4
     expected = sample_tokens(logits, sampling, uniforms, new_tokens=new_tokens)
     got = sample_tokens(logits.cuda(), sampling, uniforms.cuda(), new_tokens=new_tokens.cuda()).cpu()
@@ -289,7 +289,7 @@ def test_changed_weights_and_longer_prompts(make, model, many):
         many[:40],
     )
     assert generator._slots is slots
-    longer = many[:20] + [(many[88] * 6)[:400]]
+    longer = many[:20] + [(many[88] * 400)[:400]]
     _same(
         generator.generate(longer, GREEDY, [0] * 21),
         make(batch_size=16, cuda_graphs=False).generate(longer, GREEDY, [0] * 21),
@@ -303,6 +303,7 @@ def test_changed_weights_and_longer_prompts(make, model, many):
 def test_memory_is_given_back(make, many):
     generator = make(batch_size=64)
     generator.generate(many, GREEDY, [0] * 90)  # libraries take their workspaces once
+    gc.collect()  # what earlier tests left
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()

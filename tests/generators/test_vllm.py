@@ -100,6 +100,13 @@ def test_a_random_answer_depends_on_prompt_and_seed_only(report):
 
 @one_worker
 @needs_vllm
+def test_responses_to_one_prompt_share_its_prefill(report):
+    """80 tokens in blocks of 32: the first of four computes them, the others find two blocks."""
+    assert report["cached prompt tokens"] == [0, 64, 64, 64]
+
+
+@one_worker
+@needs_vllm
 def test_new_weights_are_in_place_tied_head_included(report):
     ours, embedded = report["new weights"]
     assert ours == embedded

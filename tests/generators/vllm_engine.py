@@ -24,6 +24,7 @@ from spin.data.types import Prompt  # noqa: E402
 from spin.distributed import init_world, named_full_tensors, shutdown  # noqa: E402
 from spin.errors import SpinError  # noqa: E402
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator, VLLMGenerator  # noqa: E402
+from spin.generators import vllm as vllm_module  # noqa: E402
 from spin.hf import load_hf_weights  # noqa: E402
 from spin.models import build_model, prepare_model  # noqa: E402
 from spin.selfplay import prove_weights  # noqa: E402
@@ -152,7 +153,17 @@ def main(out, model_dir):
     backwards = vllm.generate(prompts[::-1], RANDOM, seeds[::-1])[::-1]
     alone = [vllm.generate([p], RANDOM, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
     other = vllm.generate(prompts, RANDOM, [seed + 1 for seed in seeds])
-    same_prompt = vllm.generate(prompts[:1] * 4, RANDOM, seeds[:4])
+    cached, completion = [], vllm_module._completion
+
+    def watched(output, sampling):
+        cached.append(output.num_cached_tokens)
+        return completion(output, sampling)
+
+    vllm_module._completion = watched
+    fresh = rng.integers(5, 1000, 80).tolist()
+    same_prompt = vllm.generate([fresh] * 4, RANDOM, seeds[:4])
+    vllm_module._completion = completion
+    report["cached prompt tokens"] = sorted(cached)
     report["random"] = {
         "any order": tokens(samples) == tokens(backwards),
         "any batch": tokens(samples) == tokens(alone),

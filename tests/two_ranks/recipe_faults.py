@@ -1,0 +1,76 @@
+"""Two ranks of the recipe, one of which fails: both end with the same error. Argument: the test's folder."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+from spin_recipe import SPINRecipe
+
+from spin.data import PairStore
+from spin.distributed import gather_objects, shutdown
+from spin.errors import GeneratorError, NonFiniteError, SpinError
+from spin.fingerprint import weights_fingerprint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.recipes.helpers import tiny_config  # noqa: E402
+
+SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "pairs.prompts_per_shard=5")
+folder = Path(sys.argv[1])
+
+
+class OneLossIsNan(SPINRecipe):
+    """Rank 1's rows have it, in the second step."""
+
+    def train_single_step(self, batch):
+        self.samples = [pair.sample_id for pair in batch.pairs]
+        self.before = weights_fingerprint(self._model)
+        return super().train_single_step(batch)
+
+    def _pair_losses(self, row, logps):
+        losses, real, generated = super()._pair_losses(row, logps)
+        return losses * (math.nan if self._progress.step == 1 and self._world.rank == 1 else 1.0), real, generated
+
+
+def error_of(recipe):
+    recipe.setup()
+    try:
+        recipe.train()
+    except SpinError as error:
+        return error
+    raise AssertionError("no error")
+
+
+recipe = OneLossIsNan(tiny_config(folder / "nan", *SHORT))
+error = error_of(recipe)
+world = recipe._world
+assert isinstance(error, NonFiniteError) and "step 1: loss sum nan" in str(error), error
+assert weights_fingerprint(recipe._model) == recipe.before
+lines = (folder / "nan" / "nonfinite.jsonl").read_text().splitlines()
+assert [json.loads(line)["samples"] for line in lines] == [recipe.samples]
+assert len(set(gather_objects(str(error), world))) == 1
+
+recipe = SPINRecipe(tiny_config(folder / "generator", *SHORT))
+setup = recipe.setup
+
+
+def setup_with_a_generator_that_dies():
+    setup()
+    generate, calls = recipe._generator.generate, []
+
+    def dies(*args):
+        calls.append(1)
+        if recipe._world.rank == 1 and len(calls) == 2:
+            raise GeneratorError("The engine ended with code -9; its last words: Killed.")
+        return generate(*args)
+
+    recipe._generator.generate = dies
+
+
+recipe.setup = setup_with_a_generator_that_dies
+error = error_of(recipe)
+assert isinstance(error, GeneratorError), error
+assert str(error) == "rank 1: The engine ended with code -9; its last words: Killed.", error
+store = PairStore.open(folder / "generator" / "iteration_000" / "responses")
+assert not store.is_sealed and store.missing_shards() == [3]  # four shards, dealt out in turn
+shutdown()
