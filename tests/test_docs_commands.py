@@ -125,15 +125,14 @@ def test_what_the_report_of_a_real_run_says(desk):
 
 def test_scripts_are_valid():
     """Batch scripts: bash reads them, and their head names the nodes and GPUs that they need."""
-    for page in PAGES:
-        for body in re.findall(
-            r"^```bash\n(#!.*?)^```", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL
-        ):
-            done = subprocess.run(["bash", "-n"], input=body, text=True, capture_output=True)
-            assert done.returncode == 0, done.stderr
-            assert re.search(r"#SBATCH .*--nodes=\d+.*--gpus-per-node=\d+", body)
-            for name in re.findall(r"--config (\S+)", body):
-                load_config(name)
+    scripts = [body for page in PAGES for body in shell_blocks(page) if body.startswith("#!")]
+    assert len(scripts) == 2
+    for script in scripts:
+        done = subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"#SBATCH .*--nodes=\d+.*--gpus-per-node=\d+", script)
+        for name in re.findall(r"--config (\S+)", script):
+            load_config(name)
 
 
 def test_paths_in_commands_exist():
