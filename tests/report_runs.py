@@ -69,6 +69,7 @@ def write_run(folder, iterations=2, steps=10, finished=True, changes=None, promp
             model = folder / f"iteration_{iteration:03d}" / "hf_model"
             model.mkdir(parents=True, exist_ok=True)
             (model / "config.json").write_text("{}")
+            (model / "model.safetensors").write_bytes(b"weights")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     return folder

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -60,13 +61,17 @@ def main(argv: Sequence[str]) -> int:
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         print(f"error: unknown command {name!r}.{hint}\n\n{usage()}", file=sys.stderr)
         return 2
+    # that its C++ extensions do not fit this torch; nothing here uses them
+    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
         return importlib.import_module(COMMANDS[name][0]).main(arguments) or 0
-    except (SpinError, OmegaConfBaseException) as error:
+    except BrokenPipeError:  # `... | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (SpinError, OmegaConfBaseException, OSError) as error:  # OSError: a file that may not be read
         if os.environ.get("SPIN_TRACEBACK") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `... | head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except KeyboardInterrupt:
+        return 130

@@ -41,7 +41,7 @@ def model_card(
     base = base_model or Path(cfg.checkpointer.checkpoint_dir).name
     source = OmegaConf.select(cfg, "dataset.source")
     head = {
-        "library_name": "transformers",
+        "library_name": "peft" if (model / "adapter_config.json").is_file() else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["spin", "self-play", "torchtune"],
         **({"base_model": base_model} if base_model else {}),

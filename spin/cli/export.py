@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from spin.cli.card import model_card
-from spin.cli.runs import iteration_folders
+from spin.cli.runs import iteration_folders, model_of
 from spin.errors import OutputError
 from spin.files import finish_folder, start_folder, sync, writing
 
@@ -31,12 +29,14 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("run", type=Path, help="output_dir of the run")
     parser.add_argument("--iteration", type=int, metavar="N", help="counted from 0; default: the last that is finished")
+    parser.add_argument("--adapter", action="store_true", help="a LoRA run's adapter, not the merged model")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder for the copy")
     parser.add_argument("--base-model", metavar="ID", help="Hugging Face id of the model that training started from")
     parser.add_argument("--license", metavar="ID", help="of the exported model, which its base's and data's allow")
     arguments = parser.parse_args(list(argv))
     run: Path = arguments.run
-    models = {n: path / "hf_model" for n, path in iteration_folders(run).items() if _is_model(path / "hf_model")}
+    found = {n: model_of(path, arguments.adapter) for n, path in iteration_folders(run).items()}
+    models = {n: model for n, model in found.items() if model is not None}
     if not models:
         raise OutputError(f"{run}: no iteration is finished, so there is no model yet.")
     iteration = max(models) if arguments.iteration is None else arguments.iteration
@@ -62,12 +62,3 @@ def main(argv: Sequence[str]) -> None:
             sync(file)
         finish_folder(out)
     print(out)
-
-
-def _is_model(folder: Path) -> bool:
-    """An export appears whole or not at all; a config.json that reads is enough."""
-    try:
-        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and any(folder.glob("*.safetensors"))

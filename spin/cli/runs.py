@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from spin.errors import ConfigError, OutputError
@@ -46,15 +47,35 @@ def read_config(run: Path) -> DictConfig | None:
         DictConfig | None: None before the run has written it.
 
     Raises:
-        ConfigError: If the file is no YAML mapping.
+        ConfigError: If the file is no YAML mapping, for example because it is being written.
     """
     file = run / "config.yaml"
     if not file.is_file():
         return None
-    cfg = OmegaConf.load(file)
+    try:
+        cfg = OmegaConf.load(file)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not valid YAML ({str(error).splitlines()[0]}).") from error
     if not isinstance(cfg, DictConfig):
         raise ConfigError(f"{file}: the top level is a list, expected the config that the run wrote.")
     return cfg
+
+
+def model_of(iteration: Path, adapter: bool = False) -> Path | None:
+    """The model that an iteration has exported.
+
+    Args:
+        iteration (Path): the iteration's folder.
+        adapter (bool): the adapter of a LoRA run, rather than the merged model.
+
+    Returns:
+        Path | None: ``hf_model``, or ``adapter`` if that is asked for or all there is; None if there is neither.
+    """
+    for name, head in (("hf_model", "config.json"), ("adapter", "adapter_config.json")):
+        folder = iteration / name
+        if (name == "adapter" or not adapter) and (folder / head).is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    return None
 
 
 def iteration_folders(run: Path) -> dict[int, Path]:

@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,7 +181,8 @@ class Validation:
         return None, f"{len(_PROBES)} texts come back from their token ids; the template {' and '.join(others)}"
 
     def _data(self, section: DictConfig, tokenizer: PromptTokenizer, context: int | None) -> tuple[PromptDataset, str]:
-        prompts: PromptDataset = config.instantiate(section, tokenizer=tokenizer, max_seq_len=context)
+        read = partial(config.instantiate, section, tokenizer=tokenizer, max_seq_len=context)
+        prompts: PromptDataset = _built("data set", read)
         report = prompts.report
         lines = [f"{len(prompts):,} samples of {report.rows:,} rows"]
         for what, lengths in (("prompts", prompts.prompt_lengths), ("real responses", prompts.real_lengths)):

@@ -51,14 +51,18 @@ def _of_iteration(run: RunRecord, iteration: IterationRecord) -> list[str]:
             f"{share:.0%} of the opponent's answers were cut by the length limit. Length alone may tell "
             "them from real ones: raise sampling.max_new_tokens, or set pairs.truncated to mask or drop."
         )
-    logistic = run.config.get("loss", {}).get("loss_type", "logistic") in ("logistic", "sigmoid")
-    if steps and logistic and steps[0]["step"] == _first_step(run, iteration) and abs(steps[0]["loss"] - LN_2) > 1e-3:
+    if (
+        steps
+        and run.is_logistic
+        and steps[0]["step"] == _first_step(run, iteration)
+        and abs(steps[0]["loss"] - LN_2) > 1e-3
+    ):
         found.append(
             f"the first loss is {steps[0]['loss']:.4f}, not ln 2 = 0.6931: policy and opponent were not computed "
             "alike. Run with self_test=true, which says what differs."
         )
     if len(steps) >= LEAST_STEPS:
-        found += _of_curves(steps, logistic)
+        found += _of_curves(steps, run.is_logistic)
     return [where + text for text in found]
 
 

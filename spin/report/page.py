@@ -80,7 +80,6 @@ def charts_of(run: RunRecord) -> list[Chart]:
     """
     word = "iteration " if len(run.iterations) < 4 else ""  # more would not fit
     marks = [(i.steps[0]["step"], f"{word}{i.number}") for i in run.iterations if i.steps]
-    logistic = run.config.get("loss", {}).get("loss_type", "logistic") in ("logistic", "sigmoid")
 
     def lines(*names: tuple[str, str]) -> list[Series]:
         return [Series(label, run.series(name)) for name, label in names]
@@ -94,7 +93,7 @@ def charts_of(run: RunRecord) -> list[Chart]:
         if iteration.mean_tokens and iteration.steps
         for step in (iteration.steps[0]["step"], iteration.steps[-1]["step"])
     ]
-    equal = (LN_2, "ln 2: equal models") if logistic else None
+    equal = (LN_2, "ln 2: equal models") if run.is_logistic else None
     drift = lines(("real_logp_drift", "real"), ("generated_logp_drift", "generated"))
     found = [
         Chart("Loss", [*lines(("loss", "training")), dots("val_spin_loss")], level=equal),

@@ -14,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
-from spin.cli.runs import iteration_folders, read_config, read_json_lines
+from spin.cli.runs import iteration_folders, model_of, read_config, read_json_lines
+from spin.errors import ConfigError
 
 Metrics = Mapping[str, Any]
 
@@ -74,6 +75,15 @@ class RunRecord:
         )
 
     @property
+    def is_logistic(self) -> bool:
+        """The loss of two equal models is ln 2."""
+        loss = self.config.get("loss")
+        if not isinstance(loss, dict):
+            return True
+        known = loss.get("_component_", "spin.loss.SPINLoss") == "spin.loss.SPINLoss"
+        return known and loss.get("loss_type", "logistic") in ("logistic", "sigmoid")
+
+    @property
     def last_step(self) -> int:
         """Optimizer steps so far."""
         return max((row["step"] for row in self.rows), default=0)
@@ -98,13 +108,18 @@ def read_run(path: Path) -> RunRecord:
         RunRecord: what could be read; ``remarks`` says what could not.
     """
     folders = iteration_folders(path)
-    cfg = read_config(path)
+    remarks: list[str] = []
+    cfg = None
+    try:
+        cfg = read_config(path)
+    except ConfigError as error:
+        remarks.append(str(error))
     plain: dict[str, Any] = {} if cfg is None else OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
     metrics_file = path / "metrics.jsonl"
     by_step = {row["step"]: row for row in read_json_lines(metrics_file) if isinstance(row.get("step"), int)}
     rows = [by_step[step] for step in sorted(by_step)]
     samples = [row for row in read_json_lines(path / "samples.jsonl") if isinstance(row.get("step"), int)]
-    record = RunRecord(path, plain, rows, [])
+    record = RunRecord(path, plain, rows, [], remarks)
     if metrics_file.exists():
         record.written_at = metrics_file.stat().st_mtime
     played = {row["iteration"] for row in rows if isinstance(row.get("iteration"), int)}
@@ -133,7 +148,7 @@ def _iteration(
             if seconds is not None:
                 found.seconds[stage] = seconds
         _count_answers(folder / "responses", found, remarks)
-        found.is_exported = (folder / "hf_model" / "config.json").is_file()
+        found.is_exported = model_of(folder) is not None
     return found
 
 

@@ -84,6 +84,18 @@ def test_an_unknown_command_gets_the_nearest(capsys):
     assert code == 2 and "Did you mean 'report'?" in err
 
 
+@pytest.mark.parametrize(
+    ("error", "code"), [(PermissionError(13, "denied", "x"), 1), (KeyboardInterrupt(), 130)], ids=repr
+)
+def test_what_else_may_end_a_command(monkeypatch, capsys, error, code):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("spin.cli.ls.main", fail)
+    found, _, err = spin(capsys, "ls")
+    assert found == code and ("denied" in err) == (code == 1)
+
+
 def test_a_traceback_on_request(monkeypatch, tmp_path):
     monkeypatch.setenv("SPIN_TRACEBACK", "1")
     with pytest.raises(Exception, match="no such folder"):

@@ -1,7 +1,6 @@
 """`python -m spin export`: a folder that loads, and a card that says where it comes from."""
 
 import hashlib
-import json
 import shutil
 
 import pytest
@@ -71,11 +70,25 @@ def test_what_cannot_be_exported_is_refused(run_folder, tmp_path, capsys, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
+def test_the_adapter_of_a_lora_run(run_folder, tmp_path):
+    """Asked for, or all there is; its card says that peft reads it."""
+    adapter = run_folder / "iteration_001" / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").write_bytes(b"adapter")
+    assert main(["export", str(run_folder), "--adapter", "--out", str(tmp_path / "asked")]) == 0
+    shutil.rmtree(run_folder / "iteration_001" / "hf_model")
+    assert main(["export", str(run_folder), "--out", str(tmp_path / "only")]) == 0
+    for out in (tmp_path / "asked", tmp_path / "only"):
+        assert (out / "adapter_model.safetensors").read_bytes() == b"adapter"
+        assert "library_name: peft" in (out / "README.md").read_text()
+
+
 def test_a_run_without_a_finished_iteration_or_a_config_is_refused(run_folder, capsys):
     (run_folder / "config.yaml").unlink()
     assert main(["export", str(run_folder)]) == 1
     assert "config.yaml: missing" in capsys.readouterr().err
     for iteration in (0, 1):
-        (run_folder / f"iteration_{iteration:03d}" / "hf_model" / "config.json").write_text(json.dumps([]))
+        (run_folder / f"iteration_{iteration:03d}" / "hf_model" / "config.json").unlink()
     assert main(["export", str(run_folder)]) == 1
     assert "no iteration is finished" in capsys.readouterr().err

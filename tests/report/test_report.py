@@ -125,6 +125,18 @@ def test_a_run_without_one_of_its_parts(tmp_path, gone):
     assert "</html>" in render(read_run(folder))
 
 
+def test_a_config_that_is_being_written(tmp_path):
+    folder = write_run(tmp_path, iterations=1, steps=3)
+    (folder / "config.yaml").write_text("loss: {beta: 0.1")
+    assert "config.yaml: not valid YAML" in render(read_run(folder))
+
+
+@pytest.mark.parametrize("loss", [None, "text", {"_component_": "mine.Loss"}], ids=str)
+def test_a_loss_section_of_another_form(tmp_path, loss):
+    folder = write_run(tmp_path, iterations=1, steps=5, config={"loss": loss})
+    assert ("ln 2: equal models" in render(read_run(folder))) == (not isinstance(loss, dict))
+
+
 def test_a_run_that_has_only_begun(tmp_path):
     (tmp_path / "iteration_000" / "responses").mkdir(parents=True)
     page = render(read_run(tmp_path))
