@@ -1,5 +1,6 @@
 """Every command of the documentation runs here or in another test, or names the hardware that it needs."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from spin.checks import check_run
 from spin.cli import main
-from spin.config import load_config
+from spin.cli.catalog import load_recipe
+from spin.config import complete, load_config
 from tests.recipes.helpers import CONFIG, REPO, run, tiny_overrides
 
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.md")])
@@ -85,6 +88,18 @@ def test_pytest_commands_select_something():
         for file, word in re.findall(r"pytest (tests/\S+)(?: -k (\w+))?", command.text):
             assert (REPO / file).exists(), command.text
             assert not word or re.search(rf"def test_\w*{word}", (REPO / file).read_text()), command.text
+
+
+LAUNCHES = [each for each in COMMANDS if re.search(r"\bspin_(recipe|generate|lora_recipe) --config", each.text)]
+
+
+@pytest.mark.parametrize("command", LAUNCHES, ids=str)
+def test_configs_and_overrides_of_launches_work(command):
+    """As far as that can be known without the hardware and the model."""
+    recipe, name, overrides = re.search(r"\b(spin_\w+) --config (\S+)(.*)", command.text).groups()
+    words = [os.path.expandvars(word) for word in shlex.split(overrides)]
+    raw = load_config(*((str(CONFIG), [*tiny_overrides("x"), *words]) if name == "my.yaml" else (name, words)))
+    check_run(complete(raw, load_recipe(recipe).DEFAULTS))
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -88,29 +89,31 @@ class Validation:
             return self._conclude()
         self._check("loss, optimizer", lambda: self._parts(cfg))
         model = self._check("model", lambda: self._model(cfg))
-        if model is not None:
-            self._check("model folder", lambda: self._folder(cfg, model))
+        self._check("model folder", lambda: self._folder(cfg, model), needs={"model": model})
         tokenizer = self._check("tokenizer", lambda: self._tokenizer(cfg))
-        prompts = val_prompts = None
-        if tokenizer is not None:
-            self._check("round trip", lambda: self._round_trip(tokenizer))
-            context = None if model is None else model.max_seq_len
-            prompts = self._check("data", lambda: self._data(cfg.dataset, tokenizer, context))
-            val_prompts = PromptDataset()
-            if cfg.validation_dataset is not None:
-                val_prompts = self._check(
-                    "validation data", lambda: self._data(cfg.validation_dataset, tokenizer, context)
-                )
-            self._check("token ids", lambda: self._parity(cfg.dataset, tokenizer))
+        needs = {"tokenizer": tokenizer}
+        self._check("round trip", lambda: self._round_trip(tokenizer), needs)
+        context = None if model is None else model.max_seq_len
+        prompts = self._check("data", lambda: self._data(cfg.dataset, tokenizer, context), needs)
+        val_prompts = PromptDataset()
+        if cfg.validation_dataset is not None:
+            val_prompts = self._check(
+                "validation data", lambda: self._data(cfg.validation_dataset, tokenizer, context), needs
+            )
+        self._check("token ids", lambda: self._parity(cfg.dataset, tokenizer), needs)
         found = [each for each in (prompts, val_prompts) if each is not None]
-        if model is not None and tokenizer is not None and found:
-            self._check("vocabulary", lambda: self._vocabulary(cfg, model, tokenizer, found))
-        if prompts is not None:
-            num_val = 0 if val_prompts is None else len(val_prompts)
-            self._check("arithmetic", lambda: (None, "\n".join(plan_lines(cfg, len(prompts), num_val))))
+        self._check("vocabulary", lambda: self._vocabulary(cfg, model, tokenizer, found), {"model": model, **needs})
+        num_val = 0 if val_prompts is None else len(val_prompts)
+        self._check("arithmetic", lambda: (None, "\n".join(plan_lines(cfg, len(prompts), num_val))), {"data": prompts})
         return self._conclude()
 
-    def _check(self, label: str, check: Callable[[], tuple[Any, str]]) -> Any:
+    def _check(
+        self, label: str, check: Callable[[], tuple[Any, str]], needs: Mapping[str, Any] = MappingProxyType({})
+    ) -> Any:
+        missing = [name for name, result in needs.items() if result is None]
+        if missing:
+            print(f"{label:<16} {'-':<6} not checked, for want of the {' and '.join(missing)}", flush=True)
+            return None
         try:
             result, text = check()
             verdict = "ok"

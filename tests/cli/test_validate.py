@@ -76,6 +76,13 @@ def test_faults_of_every_kind_in_one_pass(validate, tmp_path):
     assert "rows.jsonl:21:" in out and "rows.jsonl:22:" not in out and "... and 13 more" in out
 
 
+def test_what_was_not_checked_is_said(validate):
+    code, out, _ = validate("tokenizer.path=/nowhere", "model.num_kv_heads=3")
+    assert code == 1 and len(verdicts(out)) == 11
+    assert "vocabulary       -      not checked, for want of the model and tokenizer" in out
+    assert "arithmetic       -      not checked, for want of the data" in out
+
+
 @pytest.mark.parametrize(
     ("changes", "label", "words"),
     [
