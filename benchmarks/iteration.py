@@ -127,10 +127,11 @@ class StagedRecipe(SPINRecipe):
         with self.stages.stage("train"):
             return super().train_single_step(*args, **kwargs)
 
-    def _finish_iteration(self, iteration: int) -> None:
+    def _finish_iteration(self, *args: Any, **kwargs: Any) -> None:
         if self.save:
             with self.stages.stage("save and export"):
-                super()._finish_iteration(iteration)
+                super()._finish_iteration(*args, **kwargs)
+                self._checkpointer.wait()
 
 
 def make_model(folder: Path, preset: Any, device: str | None) -> None:

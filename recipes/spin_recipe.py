@@ -415,10 +415,10 @@ class SPINRecipe:
             self._watch.load_state_dict(state.get("watch", {}))
 
     def cleanup(self) -> None:
-        """Closes the generator, the checkpointer, the logs and the process group, and unlocks the folder."""
-        self._generator.close()
+        """Closes the checkpointer, the logs, the generator and the process group, and unlocks the folder."""
         self._checkpointer.close()
         self._run_log.close()
+        self._generator.close()  # an engine may take the process group with it
         shutdown()
         if self._lock is not None:
             self._lock.release()

@@ -212,7 +212,10 @@ class SPINCheckpointer:
             return folder
         if self._stager is None or self._writers_world is None:
             on_gpu = world.device.type == "cuda"
-            self._stager = DefaultStager(StagingOptions(on_gpu, False, False, on_gpu))
+            options = StagingOptions(
+                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
+            )
+            self._stager = DefaultStager(options)
             self._writers_world = beside(world)
         copies = self._stager.stage(tensors)
         self._pending = self._writer.submit(self._write, folder, copies, about, self._writers_world)

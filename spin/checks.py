@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,6 @@ def check_run(cfg: DictConfig) -> None:
         ("logprob_chunk_tokens", 1),
         ("log_every_n_steps", 1),
         ("replicas", 1),
-        ("nll_weight", 0),
         ("num_workers", 0),
         ("nonfinite_limit", 1),
     ):
@@ -95,7 +95,12 @@ def check_run(cfg: DictConfig) -> None:
     ):
         _at_least(plain["pairs"], name, least, faults, "pairs.")
     _at_least(plain["validation"], "table_rows", 0, faults, "validation.")
-    if not 0 <= plain["pairs"]["history_fraction"] <= 1:
+    if not isinstance(plain["output_dir"], str) or not plain["output_dir"].strip() or "\0" in plain["output_dir"]:
+        faults.add(f"output_dir={plain['output_dir']!r}: expected a folder's path.")
+    if not _is_number(plain["nll_weight"]) or not 0 <= plain["nll_weight"] < math.inf:
+        faults.add(f"nll_weight={plain['nll_weight']!r}: expected 0 or more.")
+    share = plain["pairs"]["history_fraction"]
+    if not _is_number(share) or not 0 <= share <= 1:
         faults.add(f"pairs.history_fraction={plain['pairs']['history_fraction']}: expected a share in [0, 1].")
     for name, known in (
         ("truncated", ("keep", MASK_TRUNCATED, "drop")),
@@ -119,7 +124,8 @@ def check_run(cfg: DictConfig) -> None:
         )
     if plain["dtype"] == "bf16" and plain["compute_dtype"] == "fp32":
         faults.add("dtype=bf16 with compute_dtype=fp32: weights are not computed in more precision than they have.")
-    if plain["clip_grad_norm"] is not None and plain["clip_grad_norm"] <= 0:
+    norm = plain["clip_grad_norm"]
+    if norm is not None and not (_is_number(norm) and norm > 0):
         faults.add(f"clip_grad_norm={plain['clip_grad_norm']}: expected more than 0, or null for no clipping.")
     if plain["validation"]["spin"] and plain["validation_dataset"] is None:
         faults.add("validation.spin=true needs a validation_dataset.")
@@ -219,7 +225,11 @@ def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Seq
         )
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _at_least(section: dict[str, Any], name: str, least: int, faults: Faults, prefix: str = "") -> None:
     value = section[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least:
-        faults.add(f"{prefix}{name}={value!r}: expected {least} or more.")
+    if type(value) is not int or value < least:
+        faults.add(f"{prefix}{name}={value!r}: expected a whole number, {least} or more.")

@@ -20,6 +20,8 @@ import inspect
 import os
 import re
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -469,6 +471,34 @@ def _check_arguments(path: str, node: Mapping[str, Any], allowed: Sequence[str],
     for key in node:
         if key not in known and key not in (COMPONENT, EXTRA):
             faults.add(f"{path}.{key}: {name} has no such parameter.{_did_you_mean(str(key), known)}")
+    for key, kinds in _simple_parameters(component).items():
+        # a list may be one value for each iteration, which the recipe takes apart
+        if key in node and key not in node.get(EXTRA, []) and not isinstance(node[key], list | Mapping):
+            value = node[key]
+            if value != MISSING and not any(_is_of(value, kind) for kind in kinds):
+                expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+                faults.add(f"{path}.{key}: found {value!r}, {name} expects {expected}.")
+
+
+def _simple_parameters(component: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
+    """The parameters of a component that take numbers, texts, booleans or null only, and which of these."""
+    function = component.__init__ if isinstance(component, type) else component  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # names that exist for type checkers only
+        return {}
+    simple = {}
+    for name, hint in hints.items():
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        if name != "return" and all(kind in (bool, int, float, str, type(None)) for kind in kinds):
+            simple[name] = kinds
+    return simple
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
 
 
 # --- 4. Components ---
@@ -684,7 +714,15 @@ def _build(
         raise ConfigError(f"{where}: {name}: {error}.") from error
     except ValueError:  # builtins without a signature
         pass
-    return component(*args, **kwargs)
+    try:
+        return component(*args, **kwargs)
+    except SpinError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: {name} does not take these values ({type(error).__name__}: {error}). Check the section; "
+            "SPIN_TRACEBACK=1 shows where it happened."
+        ) from error
 
 
 def _build_nested(value: Any, where: str, allowed: Sequence[str]) -> Any:

@@ -11,9 +11,10 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 from torchtune import training
+from torchtune.modules import TransformerDecoder
 
 from spin.attention import patch_attention
-from spin.config import instantiate
+from spin.config import COMPONENT, instantiate
 from spin.distributed import World, materialize, shard_model
 from spin.errors import ConfigError
 from spin.flex import unfit_for_flex
@@ -35,9 +36,20 @@ def build_model(section: DictConfig, dtype: torch.dtype) -> nn.Module:
 
     Returns:
         nn.Module: a torchtune ``TransformerDecoder``.
+
+    Raises:
+        ConfigError: If it builds something else.
     """
-    with torch.device("meta"), training.set_default_dtype(dtype):
-        return instantiate(section)
+    try:
+        with torch.device("meta"), training.set_default_dtype(dtype):
+            model = instantiate(section)
+    except RuntimeError as error:  # a size below zero, or one that does not fit another
+        raise ConfigError(f"model: {section.get(COMPONENT)} does not take these sizes ({error}).") from error
+    if not isinstance(model, TransformerDecoder):
+        raise ConfigError(
+            f"model: {section.get(COMPONENT)} makes a {type(model).__name__}, expected a torchtune TransformerDecoder."
+        )
+    return model
 
 
 def choose_attention(model: nn.Module, world: World, compute_dtype: torch.dtype, asked: str = "auto") -> bool:

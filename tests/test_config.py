@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from spin import config
+from spin.defaults import RECIPE_DEFAULTS
 from spin.errors import ConfigError, DataError
 
+TINY = "tests/assets/tiny.yaml"
 DEFAULTS: dict[str, Any] = {
     "output_dir": "???",
     "model": {"_component_": "???"},
@@ -480,3 +482,38 @@ def test_unknown_option_and_missing_config_are_usage_errors(run_main, write):
     code, text = run_main(lambda cfg: 0, "--config", write(VALID), "--lr", "3")
     assert code == 2 and "--lr" in text and "key=value" in text
     assert run_main(lambda cfg: 0)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "checkpointer.keep_last=two",
+            "checkpointer.keep_last: found 'two', spin.checkpoint.SPINCheckpointer expects int",
+        ),
+        ("checkpointer.async_save=1", "async_save: found 1, .* expects bool"),
+        ("model.num_layers=2.5", "model.num_layers: found 2.5, .* expects int"),
+        ("model.norm_eps=small", "model.norm_eps: found 'small', .* expects float"),
+        ("dataset.limit=many", "dataset.limit: found 'many', .* expects int or null"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named_before_anything_is_loaded(override, message, repo):
+    with pytest.raises(ConfigError, match=message):
+        config.complete(config.load_config(str(repo / TINY), ["output_dir=out", override]), RECIPE_DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "override", ["dataset.limit=null", "loss.beta=[0.1,0.2]", "optimizer.lr=1", "model.norm_eps=1"]
+)
+def test_arguments_of_the_right_kind_pass(override, repo):
+    config.complete(config.load_config(str(repo / TINY), ["output_dir=out", override]), RECIPE_DEFAULTS)
+
+
+def test_what_a_component_raises_about_its_values_names_the_section():
+    import torch
+
+    cfg = OmegaConf.create({"optimizer": {"_component_": "torch.optim.AdamW", "lr": -1.0}})
+    with pytest.raises(
+        ConfigError, match=r"optimizer: torch.optim.AdamW does not take these values \(ValueError: Inva"
+    ):
+        config.instantiate(cfg.optimizer, [torch.nn.Parameter(torch.ones(1))])

@@ -278,7 +278,7 @@ class VLLMGenerator:
         log.info(f"vLLM is awake ({time.perf_counter() - started:.2f} s).")
 
     def close(self) -> None:
-        """Ends the engine and frees its memory."""
+        """Ends the engine and frees its memory. vLLM destroys all process groups with it: close all else before."""
         if getattr(self, "_llm", None) is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None

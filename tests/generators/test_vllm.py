@@ -20,7 +20,6 @@ from spin.generators.vllm import INSTALL, vllm_sampling, vllm_version
 from tests.recipes.helpers import REPO, command, metrics_of
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM; `make vllm` installs it")
-one_worker = pytest.mark.xdist_group("vllm report")  # the fixture runs once
 VLLM = [
     "generator=spin.generators.VLLMGenerator",
     "~generator.batch_size",
@@ -48,7 +47,6 @@ def report(tmp_path_factory, tiny_lm):
     return json.loads(out.read_text())
 
 
-@one_worker
 @needs_vllm
 def test_greedy_answers_are_the_trainers_and_those_of_transformers(report):
     ours, embedded = report["greedy"]
@@ -58,7 +56,6 @@ def test_greedy_answers_are_the_trainers_and_those_of_transformers(report):
     assert report["logprob difference"] < 1e-5
 
 
-@one_worker
 @needs_vllm
 @pytest.mark.parametrize("name", ["truncated", "stopped", "no early stop", "penalty"])
 def test_sampling_options_mean_what_they_mean_elsewhere(report, name):
@@ -72,13 +69,11 @@ def test_sampling_options_mean_what_they_mean_elsewhere(report, name):
         assert min(len(ids) for ids, _ in ours) >= 12
 
 
-@one_worker
 @needs_vllm
 def test_one_token_to_choose_from_is_greedy(report):
     assert report["one of one"] == [report["greedy"][0]] * 2
 
 
-@one_worker
 @needs_vllm
 def test_an_answer_ends_where_its_text_first_contains_a_stop_string(report):
     seen = report["stop string"]
@@ -87,7 +82,6 @@ def test_an_answer_ends_where_its_text_first_contains_a_stop_string(report):
     assert seen["whole"].startswith(seen["text"]) and seen["text"] != seen["whole"]
 
 
-@one_worker
 @needs_vllm
 def test_a_random_answer_depends_on_prompt_and_seed_only(report):
     assert report["random"] == {
@@ -98,14 +92,12 @@ def test_a_random_answer_depends_on_prompt_and_seed_only(report):
     }
 
 
-@one_worker
 @needs_vllm
 def test_responses_to_one_prompt_share_its_prefill(report):
     """80 tokens in blocks of 32: the first of four computes them, the others find two blocks."""
     assert report["cached prompt tokens"] == [0, 64, 64, 64]
 
 
-@one_worker
 @needs_vllm
 def test_new_weights_are_in_place_tied_head_included(report):
     ours, embedded = report["new weights"]
@@ -114,7 +106,6 @@ def test_new_weights_are_in_place_tied_head_included(report):
     assert report["gap"] < 1e-5
 
 
-@one_worker
 @needs_vllm
 def test_a_stale_cache_and_swapped_tensors_stop_the_run(report):
     gap, error = report["stale cache"]
@@ -124,7 +115,6 @@ def test_a_stale_cache_and_swapped_tensors_stop_the_run(report):
     assert "log-probs differ" in report["swapped tensors"]
 
 
-@one_worker
 @needs_vllm
 def test_no_weights_no_answers(report):
     assert "no weights" in report["before weights"]
@@ -132,7 +122,6 @@ def test_no_weights_no_answers(report):
     assert "no weights" in report["after a failed update"]
 
 
-@one_worker
 @needs_vllm
 def test_starting_an_engine_leaves_the_process_as_it_was(report):
     assert report["undisturbed"] == {
@@ -140,7 +129,6 @@ def test_starting_an_engine_leaves_the_process_as_it_was(report):
     }  # fmt: skip
 
 
-@one_worker
 @needs_vllm
 def test_prompts_that_cannot_be_answered_are_named(report):
     assert "prompt 2 has 512 tokens" in report["too long"]
@@ -148,7 +136,6 @@ def test_prompts_that_cannot_be_answered_are_named(report):
     assert "10 prompts and 1 seeds" in report["one seed"]
 
 
-@one_worker
 @needs_vllm
 def test_a_stream_that_ends_early_leaves_nothing_behind(report):
     unfinished, error = report["after an early end"]
@@ -156,7 +143,6 @@ def test_a_stream_that_ends_early_leaves_nothing_behind(report):
     assert error is None
 
 
-@one_worker
 @needs_vllm
 def test_an_engine_that_fails_says_what_is_kept_and_is_not_used_again(report):
     assert "the GPU is gone" in report["engine failure"]
