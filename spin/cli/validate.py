@@ -61,8 +61,13 @@ def main(argv: Sequence[str]) -> int:
     flags = [item for item in overrides if item.startswith("-")]
     if flags:
         parser.error(f"unknown option {flags[0]}: write overrides as key=value, without dashes")
-    logging.getLogger("spin.data.prompts").setLevel(logging.ERROR)  # what it warns of is printed below
-    return Validation(arguments.config, overrides, arguments.recipe).run()
+    log = logging.getLogger("spin.data.prompts")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what it warns of is printed below
+    try:
+        return Validation(arguments.config, overrides, arguments.recipe).run()
+    finally:
+        log.setLevel(level)
 
 
 class Validation:
@@ -339,5 +344,5 @@ def _built(section: str, build: Callable[[], Any]) -> Any:
         return build()
     except SpinError:
         raise
-    except (TypeError, ValueError, AssertionError, KeyError, OSError, RuntimeError) as error:
+    except (AssertionError, KeyError, OSError, RuntimeError) as error:  # the others config.instantiate tells
         raise ConfigError(f"{section}: cannot be built: {type(error).__name__}: {error}") from error
