@@ -34,7 +34,7 @@ def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
         for name in ("loss", "val_loss", "grad_norm", "real_nll", "avg_generated_lengths"):
             if name in a:
                 assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
-    for word in ("Iteration 0", "validation loss", "truncated share", "hf_model", "metrics.jsonl"):
+    for word in ("Iteration 0", "validation loss", "truncated share", "hf_model", "metrics.jsonl", "spin report"):
         assert word in done.stdout
     # stderr is a file here: whole lines, and those of one rank
     assert "\r" not in done.stderr
