@@ -83,7 +83,8 @@ def sample_tokens(
     if is_plain and sampling.temperature > 0 and kernels:
         early = (sampling.min_new_tokens, sampling.stop_token_ids) if sampling.stop_token_ids else (0, ())
         counts = torch.zeros_like(uniforms, dtype=torch.int64) if new_tokens is None else new_tokens
-        return kernels.draw(logits, uniforms, sampling.temperature, counts, early[0], _ids(early[1], logits.device))
+        tokens = kernels.draw(logits, uniforms, sampling.temperature, counts, early[0], _ids(early[1], logits.device))
+        return tokens.clamp_(0, logits.shape[-1] - 1)
     logits = logits.float()
     if sampling.repetition_penalty != 1:
         if seen is None:
@@ -198,7 +199,8 @@ def invert_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     before = F.pad(cumulative, (1, 0)).gather(1, block)  # (n, 1)
     rows = torch.arange(n, device=logits.device)
     within = before + blocks[rows, block[:, 0]].cumsum(-1, dtype=torch.float64)
-    return (block * _BLOCK + _first_above(within, target))[:, 0]
+    # logits that are not numbers give some token, which the reference pass will refuse to score
+    return (block * _BLOCK + _first_above(within, target))[:, 0].clamp(max=v - 1)
 
 
 def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -209,7 +211,7 @@ def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor
     """
     last = cumulative[:, -1]
     target = torch.minimum(target, torch.nextafter(last, torch.zeros_like(last)))
-    return torch.searchsorted(cumulative, target[:, None], right=True)
+    return torch.searchsorted(cumulative, target[:, None], right=True).clamp(max=cumulative.shape[1] - 1)
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -228,3 +228,13 @@ def test_missing_context_is_an_error(name):
     sampling = SamplingParams(**needs[name])
     with pytest.raises(ValueError, match=name):
         sample_tokens(_logits(), sampling, _numbers(6))
+
+
+@pytest.mark.parametrize("vocab_size", [7, 300])
+def test_logits_that_are_not_numbers_give_tokens_that_exist(vocab_size):
+    """A policy that is broken is found out by the reference pass, not by an index error in the middle of an answer."""
+    logits = torch.full((3, vocab_size), torch.nan)
+    logits[1, :3] = 1.0
+    logits[2] = torch.inf
+    tokens = sample_tokens(logits, SamplingParams(), torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64))
+    assert ((tokens >= 0) & (tokens < vocab_size)).all()
