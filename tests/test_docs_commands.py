@@ -112,7 +112,7 @@ def desk(tmp_path_factory):
     return folder
 
 
-SPIN_COMMANDS = [each for each in COMMANDS if each.text.startswith(SPIN) and " estimate " not in each.text]
+SPIN_COMMANDS = [each for each in COMMANDS if each.text.startswith(SPIN)]
 
 
 @pytest.mark.parametrize("command", SPIN_COMMANDS, ids=str)
