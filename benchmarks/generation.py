@@ -39,7 +39,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchtune.models.convert_weights import tune_to_hf
 from vllm_arms import close_engines, engines_of, vllm_arms
-from work import MODELS, log_normal_lengths
+from work import MODELS, llama_config, log_normal_lengths
 
 from spin.distributed import World, init_world, materialize, named_full_tensors, shard_model, shutdown
 from spin.files import write_json
@@ -102,49 +102,12 @@ class Bench:
                 parameter.copy_(weights[name])
         return model
 
-    @property
-    def _is_tied(self) -> bool:
-        model: Any = self.model
-        return not isinstance(model.output, nn.Linear)
-
-    def hf_config(self) -> Any:
-        """transformers' config of the same model."""
-        from transformers import LlamaConfig
-
-        model: Any = self.model
-        attention, rope = model.layers[0].attn, model.layers[0].attn.pos_embeddings
-        return LlamaConfig(
-            architectures=["LlamaForCausalLM"],
-            vocab_size=self.vocab_size,
-            hidden_size=attention.embed_dim,
-            intermediate_size=model.layers[0].mlp.w1.out_features,
-            num_hidden_layers=len(model.layers),
-            num_attention_heads=attention.num_heads,
-            num_key_value_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim,
-            max_position_embeddings=model.max_seq_len,
-            rms_norm_eps=model.norm.eps,
-            tie_word_embeddings=self._is_tied,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-            attn_implementation="sdpa",
-            rope_parameters={
-                "rope_type": "llama3",
-                "rope_theta": float(rope.base),
-                "factor": float(rope.scale_factor),
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
-            },
-        )
-
     def hf_model(self, dtype: torch.dtype) -> nn.Module:
         """transformers' Llama with the same weights."""
         from transformers import LlamaForCausalLM
 
         model: Any = self.model
-        attention, tied, config = model.layers[0].attn, self._is_tied, self.hf_config()
+        attention, config = model.layers[0].attn, llama_config(model)
         with torch.device("meta"):
             twin = LlamaForCausalLM(config)
         twin = twin.to(dtype).to_empty(device=self.device)
@@ -153,7 +116,7 @@ class Bench:
         weights = {name: tensor.to(dtype) for name, tensor in named_full_tensors(self.model)}
         heads = {"num_heads": attention.num_heads, "num_kv_heads": attention.num_kv_heads, "dim": attention.embed_dim}
         missing, unexpected = twin.load_state_dict(tune_to_hf(weights, **heads), strict=False)
-        if unexpected or set(missing) - ({"lm_head.weight"} if tied else set()):
+        if unexpected or set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
             raise SystemExit(f"transformers' Llama takes other weights: {missing} are missing, {unexpected} too many.")
         twin.tie_weights()
         return twin.eval()

@@ -31,8 +31,8 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from spin_recipe import DEFAULTS, SPINRecipe
-from transformers import AutoTokenizer, LlamaConfig
-from work import MIXES, MODELS, log_normal_lengths
+from transformers import AutoTokenizer
+from work import MIXES, MODELS, llama_config, log_normal_lengths
 
 from spin.config import complete, load_config
 from spin.distributed import init_world, materialize, shard_model, shutdown
@@ -144,26 +144,9 @@ def make_model(folder: Path, preset: Any, device: str | None) -> None:
     for parameter in model.parameters():
         local = parameter.detach().to_local()
         local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
-    attention, rope = model.layers[0].attn, model.layers[0].attn.pos_embeddings
     if world.is_main:
         folder.mkdir(parents=True)
-        LlamaConfig(
-            architectures=["LlamaForCausalLM"],
-            vocab_size=model.tok_embeddings.num_embeddings,
-            hidden_size=attention.embed_dim,
-            intermediate_size=model.layers[0].mlp.w1.out_features,
-            num_hidden_layers=len(model.layers),
-            num_attention_heads=attention.num_heads,
-            num_key_value_heads=attention.num_kv_heads,
-            head_dim=attention.head_dim,
-            max_position_embeddings=model.max_seq_len,
-            rms_norm_eps=model.norm.eps,
-            tie_word_embeddings=not isinstance(model.output, torch.nn.Linear),
-            rope_parameters={
-                "rope_type": "llama3", "rope_theta": float(rope.base), "factor": float(rope.scale_factor),
-                "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-            },
-        ).save_pretrained(folder)  # fmt: skip
+        llama_config(model).save_pretrained(folder)
         for file in TOKENIZER.glob("tokenizer*"):
             shutil.copy(file, folder)
     torch.distributed.barrier()

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from work import llama_config
 
 from spin.distributed import named_full_tensors
 from spin.generators import GeneratorContext, SamplingParams, VLLMGenerator
@@ -51,7 +52,7 @@ class Engines:
     def __init__(self, bench: Any) -> None:
         self.bench = bench
         self.folder = Path(tempfile.mkdtemp(prefix="spin-vllm-"))
-        bench.hf_config().save_pretrained(self.folder)
+        llama_config(bench.model).save_pretrained(self.folder)
         for file in TOKENIZER.glob("tokenizer*"):
             shutil.copy(file, self.folder)
         self._generator: LimitedVLLM | None = None

@@ -73,6 +73,45 @@ MODELS = {
 }
 
 
+def llama_config(model: Any) -> Any:
+    """transformers' config of a torchtune Llama 3.
+
+    Args:
+        model (Any): a torchtune decoder, sharded or not.
+
+    Returns:
+        Any: a ``LlamaConfig``.
+    """
+    from transformers import LlamaConfig
+
+    attention, rope = model.layers[0].attn, model.layers[0].attn.pos_embeddings
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=model.tok_embeddings.num_embeddings,
+        hidden_size=attention.embed_dim,
+        intermediate_size=model.layers[0].mlp.w1.out_features,
+        num_hidden_layers=len(model.layers),
+        num_attention_heads=attention.num_heads,
+        num_key_value_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim,
+        max_position_embeddings=model.max_seq_len,
+        rms_norm_eps=model.norm.eps,
+        tie_word_embeddings=not isinstance(model.output, nn.Linear),
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": float(rope.base),
+            "factor": float(rope.scale_factor),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+
+
 def log_normal_lengths(mean: float, num: int, rng: np.random.Generator) -> np.ndarray:
     """Log-normal lengths, clipped to [1, ``LONGEST``] and scaled until their own mean is the one asked for.
 

@@ -15,17 +15,17 @@ and training.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
 from torchtune import training
-from torchtune.utils import get_logger
-from tqdm import tqdm
 
 from spin import config, selfplay
 from spin.checks import check_run
 from spin.data import PromptDataset, adapt_tokenizer, iteration_samples
+from spin.data.prompts import check_vocabulary
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import barrier, broadcast_object, fail_together, init_world, shutdown
 from spin.errors import CheckpointError, ConfigError, OutputError
@@ -34,6 +34,7 @@ from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, sampling_params
 from spin.models import build_model, prepare_model
 from spin.progress import compute_num_steps_per_epoch
+from spin.terminal import get_logger, progress_bar
 
 log = get_logger("INFO")
 
@@ -70,6 +71,7 @@ class SPINGenerate:
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
         self._prompts: PromptDataset = config.instantiate(cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context)
         self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
+        check_vocabulary(model, self._tokenizer, self._sampling.stop_token_ids, self._prompts)
 
         resume_path = checkpointer.latest(cfg.resume)
         self._iteration = 0
@@ -122,7 +124,7 @@ class SPINGenerate:
         store = selfplay.open_store(folder, fingerprint, num_shards, world, log.warning)
         missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
         mine = [shard for shard in missing if shard % cfg.num_workers == cfg.worker]
-        bar = tqdm(total=len(samples), unit="prompt", desc=f"worker {cfg.worker}", disable=not world.is_main)
+        bar = progress_bar(f"worker {cfg.worker}", "prompt", math.ceil(len(samples) / teams), enabled=world.is_main)
         with bar, selfplay.awake(self._generator, self._model):
             selfplay.prove_weights(
                 self._generator,

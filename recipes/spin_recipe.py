@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torchtune import training
-from torchtune.utils import get_logger
 from tqdm import tqdm
 
 from spin import config, selfplay
@@ -39,6 +38,7 @@ from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_ord
 from spin.data.loader import RowBatch, load_rows
 from spin.data.lookup import LazySequence, PairLookup, share_lookup
 from spin.data.packing import PackedRow, longest_row
+from spin.data.prompts import check_vocabulary
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import (
     accumulating,
@@ -63,6 +63,7 @@ from spin.progress import SPINProgress, compute_interval, compute_limit_batches,
 from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, command_to_continue
 from spin.tables import iteration_summary, sample_rows, sample_table
+from spin.terminal import get_logger, progress_bar
 from spin.watch import Alarm, Watch, answer_metrics
 
 log = get_logger("INFO")
@@ -107,6 +108,7 @@ class SPINRecipe:
         cfg = self._cfg
         self._world = init_world(cfg.device, replicas=cfg.replicas)
         self._stop.install()
+        self._bar = partial(progress_bar, enabled=self._world.is_main)
         with fail_together(self._world, OutputError):  # before anything in the folder is touched
             self._lock = FolderLock(self._output_dir) if self._world.is_main else None
         self._watch = Watch(cfg.watch, self._world.is_main)
@@ -124,6 +126,7 @@ class SPINRecipe:
         if cfg.validation_dataset is not None:
             self._val_prompts = config.instantiate(cfg.validation_dataset, **reading)
         self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
+        check_vocabulary(self._model, self._tokenizer, self._sampling.stop_token_ids, self._prompts, self._val_prompts)
 
         # ---- arithmetic
         size = cfg.global_batch_size
@@ -442,7 +445,7 @@ class SPINRecipe:
         missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
         if store.is_sealed and not missing:
             return True
-        bar = self._bar(f"iteration {iteration}, {folder.name} answers", "prompt", len(samples))
+        bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(samples) / self._team.count))
         with selfplay.awake(self._generator, self._model):
             gap = selfplay.prove_weights(
                 self._generator,
@@ -634,9 +637,6 @@ class SPINRecipe:
             )
             print(summary, flush=True)
             pairs.remove()
-
-    def _bar(self, description: str, unit: str, total: int | None = None, iterable: Any = None) -> tqdm:
-        return tqdm(iterable, desc=description, unit=unit, total=total, disable=not self._world.is_main)
 
     def _log(self, metrics: dict[str, float]) -> None:
         metrics, self._play_metrics = metrics | self._play_metrics, {}

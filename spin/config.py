@@ -185,11 +185,12 @@ def _print_error(text: str) -> None:
 
 def packaged_configs() -> list[str]:
     """Names of the configs that come with this package, such as ``llama3_2/1B_full``, sorted."""
-    root = _configs_root()
+    root = configs_root()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
 
-def _configs_root() -> Path:
+def configs_root() -> Path:
+    """The folder of the packaged configs."""
     installed = Path(__file__).parent / "configs"  # a wheel maps configs/ to spin/configs/
     return installed if installed.is_dir() else Path(__file__).parents[1] / "configs"  # checkout, editable install
 
@@ -208,7 +209,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ConfigError: If the file is missing, unreadable or not a YAML mapping, or an override has no such form.
     """
-    path = _find_config(name_or_path)
+    path = find_config(name_or_path)
     try:
         cfg = OmegaConf.load(path)
     except yaml.MarkedYAMLError as error:
@@ -232,7 +233,18 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
-def _find_config(name_or_path: str) -> Path:
+def find_config(name_or_path: str) -> Path:
+    """The file of a config.
+
+    Args:
+        name_or_path (str): a file, or else the name of a packaged config (``.yaml`` may be left out).
+
+    Returns:
+        Path: the file.
+
+    Raises:
+        ConfigError: If there is neither, with the nearest names.
+    """
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -241,7 +253,7 @@ def _find_config(name_or_path: str) -> Path:
     name = name_or_path.removesuffix(".yaml")
     names = packaged_configs()
     if name in names:
-        return _configs_root() / f"{name}.yaml"
+        return configs_root() / f"{name}.yaml"
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
     raise ConfigError(

@@ -461,26 +461,52 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
         _load(model, Path(checkpoint_dir), model_type, world)
 
 
-def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None:
+def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: str) -> None:
+    """Checks from a folder's config and headers that a model can be filled from it; reads no weight.
+
+    Args:
+        model (nn.Module): sharded or plain, on any device; only names and shapes are looked at.
+        checkpoint_dir (str | Path): a Hugging Face folder.
+        model_type (str): name in torchtune's ``ModelType``.
+
+    Raises:
+        CheckpointError: If the folder is not whole or does not fit the model; every tensor at fault is named.
+        ConfigError: If ``model_type`` is not supported.
+    """
+    _plan(model, Path(checkpoint_dir), check_model_type(model_type), warn=True)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What of a folder goes where."""
+
+    config: dict[str, Any]
+    groups: list[_Group]
+    entries: dict[str, _Entry]
+    tied_head: _Entry | None  # stored beside the embeddings that the model's output is tied to
+
+
+def _plan(model: nn.Module, folder: Path, model_type: str, warn: bool) -> _Plan:
     config = read_hf_config(folder)
-    _check_architecture(model, config, model_type, folder / CONFIG, warn=world.is_main)
-    targets = _named_tensors(model)
-    groups = _groups(targets, config, model_type)
+    _check_architecture(model, config, model_type, folder / CONFIG, warn=warn)
+    groups = _groups(_named_tensors(model), config, model_type)
     expected = {name: shape for group in groups for name, shape in group.hf.items()}
     entries = _read_headers(weight_files(folder))
-
-    tied_head = None
-    if _LM_HEAD in entries and _LM_HEAD not in expected:  # the model's output is tied
-        tied_head = entries.pop(_LM_HEAD)
+    tied_head = entries.pop(_LM_HEAD) if _LM_HEAD in entries and _LM_HEAD not in expected else None
     _check_entries(entries, expected, folder, model_type)
-    if tied_head is not None:
-        _check_tied_head(tied_head, entries[_EMBEDDINGS], config, folder, world)
+    return _Plan(config, groups, entries, tied_head)
 
-    arguments = _converter_arguments(config, model_type)
+
+def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None:
+    plan = _plan(model, folder, model_type, warn=world.is_main)
+    if plan.tied_head is not None:
+        _check_tied_head(plan.tied_head, plan.entries[_EMBEDDINGS], plan.config, folder, world)
+    targets = _named_tensors(model)
+    arguments = _converter_arguments(plan.config, model_type)
     with torch.no_grad():
-        for group in groups:
+        for group in plan.groups:
             for name, (source, rows) in _row_sources(group, model_type, arguments).items():
-                _copy_rows(entries[source], source, rows, targets[name])
+                _copy_rows(plan.entries[source], source, rows, targets[name])
 
 
 def _check_tied_head(head: _Entry, embeddings: _Entry, config: dict[str, Any], folder: Path, world: World) -> None:

@@ -107,6 +107,7 @@ def iteration_summary(
         ("checkpoint", checkpoint),
         ("pairs", folder / "pairs"),
         ("log", output / "metrics.jsonl"),
+        ("report", f"python -m spin report {output}"),
     ):
         lines.append(f"{label:>22}: {path}")
     return "\n".join(lines)

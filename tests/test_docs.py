@@ -22,8 +22,8 @@ def test_links_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_configs_and_components_exist(page):
     text = page.read_text(encoding="utf-8")
-    for name in re.findall(r"--config (\S+)", text):
-        assert name == "my.yaml" or name in packaged_configs(), name
+    for name in re.findall(r"--config ([^\s`]+)", text):
+        assert name in ("my.yaml", "NAME", "NAME_OR_FILE") or name in packaged_configs(), name
     for module, attribute in re.findall(r"`(spin(?:\.[a-z_]+)+)\.([A-Z]\w+|prompt_dataset)`", text):
         assert hasattr(importlib.import_module(module), attribute), f"{module}.{attribute}"
     for target in re.findall(r"^make (\w+)", text, flags=re.MULTILINE):

@@ -115,7 +115,8 @@ def test_wheel_holds_the_package_the_recipes_and_the_configs_and_nothing_else(wh
     assert tops == {"spin", f"spin_torchtune-{spin.__version__}.dist-info"} | recipes
     python = {str(path.relative_to(repo)) for path in (repo / "spin").rglob("*.py")}
     configs = {f"spin/{path.relative_to(repo)}" for path in (repo / "configs").rglob("*.yaml")}
-    assert {name for name in names if name.startswith("spin/")} == python | configs | {"spin/py.typed"}
+    data = {"spin/py.typed", "spin/report/page.html"}
+    assert {name for name in names if name.startswith("spin/")} == python | configs | data
     assert f"Version: {spin.__version__}\n" in metadata and "Requires-Dist: torchtune==0.6.1\n" in metadata
 
 
@@ -146,6 +147,11 @@ def test_tune_run_from_any_directory(kind, wheel, checkout, environment, elsewhe
     )
     assert found.startswith(str(checkout if kind == "editable" else environment.site_packages))
     assert "llama3_2/1B_full" in found
+
+    listed = run([str(environment.python), "-m", "spin", "ls"], cwd=elsewhere, env=user_env)
+    assert "spin_recipe\n" in listed and "llama3_2/1B_full " in listed
+    run([str(environment.python), "-m", "spin", "cp", "spin_recipe", "mine.py"], cwd=elsewhere, env=user_env)
+    assert (elsewhere / "mine.py").read_bytes() == (checkout / "recipes" / "spin_recipe.py").read_bytes()
 
     text = environment.tune("run", "spin_recipe", "--config", "llama3_2/1B_ful", cwd=elsewhere, env=user_env, status=1)
     assert "error: config 'llama3_2/1B_ful' not found" in text and "Did you mean llama3_2/1B_full" in text

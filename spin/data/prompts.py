@@ -8,12 +8,13 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
+from torch import nn
 
 from spin.data.chat import PromptTokenizer, adapt_tokenizer
 from spin.data.messages import ChatMessage, MessageTransform, Turns, check_row_format, row_to_messages, split_turns
@@ -124,6 +125,29 @@ class PromptDataset:
         if sample_id not in self._index:
             raise DataError(f"no sample has the id {sample_id!r} among the {len(self)} of this data set.")
         return self._index[sample_id]
+
+    def first_outside(self, vocab_size: int) -> tuple[str, int] | None:
+        """The first sample with a token id that is none of a vocabulary.
+
+        Args:
+            vocab_size (int): ids from 0 to one less are of the vocabulary.
+
+        Returns:
+            tuple[str, int] | None: the sample's id and the token id, or None if there is no such sample.
+        """
+        found = []
+        for tokens, offsets in (
+            (self._prompt_tokens, self._prompt_offsets),
+            (self._real_tokens, self._real_offsets),
+        ):
+            outside = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[:1]
+            for position in outside.tolist():
+                sample = int(np.searchsorted(offsets, position, side="right")) - 1
+                found.append((sample, int(tokens[position])))
+        if not found:
+            return None
+        sample, token = min(found, key=lambda each: each[0])  # of equal ones the prompt's
+        return self.sample_ids[sample], token
 
     def fingerprint(self) -> str:
         """Hash of what training sees of this data set.
@@ -263,6 +287,34 @@ def prompt_dataset(
     dataset = PromptDataset(islice(samples(), limit))
     dataset.report = intake.conclude(source, len(dataset))
     return dataset
+
+
+def check_vocabulary(
+    model: nn.Module, tokenizer: PromptTokenizer, stop_token_ids: Sequence[int], *datasets: PromptDataset
+) -> None:
+    """Checks that the model has an embedding for every token that it will meet; a tokenizer may know more.
+
+    Args:
+        model (nn.Module): a torchtune decoder, on any device, with weights or without.
+        tokenizer (PromptTokenizer): what made the token ids.
+        stop_token_ids (Sequence[int]): these are looked up among the model's logits.
+        *datasets (PromptDataset): training and validation samples.
+
+    Raises:
+        DataError: If a sample or a stop token has an id beyond the model's vocabulary.
+    """
+    rows = model.tok_embeddings.weight.shape[0]
+    found = [f"stop token {token}" for token in stop_token_ids if not 0 <= token < rows]
+    for dataset in datasets:
+        outside = dataset.first_outside(rows)
+        if outside is not None:
+            found.append(f"sample {outside[0]!r} has the token id {outside[1]}")
+    if found:
+        raise DataError(
+            f"the tokenizer knows {tokenizer.vocab_size} token ids, the model's vocabulary has {rows} (ids 0 to "
+            f"{rows - 1}): {'; '.join(found)}. Does the tokenizer belong to this model? If tokens were added to it, "
+            "start from a checkpoint whose embeddings were resized, and give the model's builder its vocab_size."
+        )
 
 
 # --- Mechanics ---

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,7 @@ class PairStore:
             "fingerprint": fingerprint,
             "num_shards": num_shards,
             "sealed": False,
+            "begun_at": time.time(),  # seconds since 1970
         }
         with writing(path):
             path.mkdir(parents=True)
@@ -253,6 +255,7 @@ class PairStore:
             for file in files
         ]
         self.manifest["report"] = dict(report or {})
+        self.manifest["sealed_at"] = time.time()
         self.manifest["sealed"] = True
         _replace_json(self.path / MANIFEST, self.manifest)
 

@@ -177,6 +177,29 @@ class StreamingGenerator(Generator, Protocol):
         ...
 
 
+def answer_in_order(
+    generator: StreamingGenerator, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
+) -> list[Completion]:
+    """What ``generate`` is where there is ``stream``.
+
+    Args:
+        generator (StreamingGenerator): answers.
+        prompts (Sequence[Sequence[int]]): token ids.
+        sampling (SamplingParams): how to answer.
+        seeds (Sequence[int]): one for each prompt.
+
+    Returns:
+        list[Completion]: one for each prompt, in order.
+
+    Raises:
+        GeneratorError: If the numbers of prompts and seeds differ, or as ``stream``.
+    """
+    if len(prompts) != len(seeds):
+        raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
+    done = dict(generator.stream(zip(prompts, seeds, strict=True), sampling))
+    return [done[index] for index in range(len(prompts))]
+
+
 def room_for(prompt: Sequence[int], index: int, sampling: SamplingParams, max_seq_len: int) -> int:
     """How many tokens the answer to a prompt may have.
 

@@ -18,7 +18,7 @@ from spin.data.types import FinishReason
 from spin.distributed import clean_name, hooks_off, unsharded
 from spin.errors import ConfigError, GeneratorError
 from spin.float8 import float8_off
-from spin.generators.base import Completion, GeneratorContext, SamplingParams
+from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order
 from spin.generators.fused import fused
 from spin.generators.sampling import uniforms
 from spin.generators.slots import Chosen, Slots, StepPlan
@@ -103,10 +103,7 @@ class TorchtuneGenerator:
             GeneratorError: If a prompt is empty or leaves no room for a token, if the numbers of prompts and seeds
                 differ, or if memory does not suffice for one sequence.
         """
-        if len(prompts) != len(seeds):
-            raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
-        done = dict(self.stream(zip(prompts, seeds, strict=True), sampling))
-        return [done[index] for index in range(len(prompts))]
+        return answer_in_order(self, prompts, sampling, seeds)
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams

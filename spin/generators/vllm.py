@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from spin.errors import ConfigError, GeneratorError
-from spin.generators.base import Completion, GeneratorContext, SamplingParams, room_for
+from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
 from spin.hf import HFStream
 
 log = logging.getLogger(__name__)
@@ -166,12 +166,9 @@ class VLLMGenerator:
             GeneratorError: If the numbers of prompts and seeds differ, a prompt leaves no room for an answer, or the
                 engine fails.
         """
-        if len(prompts) != len(seeds):
-            raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
         for index, prompt in enumerate(prompts):
-            room_for(prompt, index, sampling, self.max_seq_len)
-        done = dict(self.stream(zip(prompts, seeds, strict=True), sampling))
-        return [done[index] for index in range(len(prompts))]
+            room_for(prompt, index, sampling, self.max_seq_len)  # before anything is asked
+        return answer_in_order(self, prompts, sampling, seeds)
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams

@@ -18,7 +18,7 @@ import torch
 
 from spin.distributed import World, barrier, fail_together
 from spin.errors import ConfigError, GeneratorError
-from spin.generators.base import Completion, GeneratorContext, SamplingParams, room_for
+from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
 from spin.generators.vllm import NEWEST, OLDEST, vllm_sampling
 from spin.hf import check_model_type, export_hf
 
@@ -125,10 +125,7 @@ class VLLMServerGenerator:
             GeneratorError: If the numbers of prompts and seeds differ, a prompt leaves no room for an answer, or the
                 server fails for good.
         """
-        if len(prompts) != len(seeds):
-            raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
-        done = dict(self.stream(zip(prompts, seeds, strict=True), sampling))
-        return [done[index] for index in range(len(prompts))]
+        return answer_in_order(self, prompts, sampling, seeds)
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams

@@ -6,9 +6,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from spin.data.chat import ChatTokenizer
-from spin.data.prompts import PromptDataset, prompt_dataset
+from spin.data.prompts import PromptDataset, check_vocabulary, prompt_dataset
 from spin.data.types import Prompt
 from spin.errors import ConfigError, DataError
 
@@ -264,3 +265,44 @@ def test_with_the_tiny_models_tokenizer(source, tiny_lm):
     assert "holds the stop token" in dataset.report.examples[0]
     assert chat.decode(dataset[1].prompt_ids) == "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
     assert chat.decode(dataset[1].real_ids) == "Ok.<|im_end|>"
+
+
+# --- Token ids and the model's vocabulary ---
+
+
+class _Tokenizer:
+    vocab_size = 12
+
+
+def _model(rows):
+    model = torch.nn.Module()
+    with torch.device("meta"):
+        model.tok_embeddings = torch.nn.Embedding(rows, 4)
+    return model
+
+
+def test_ids_within_the_vocabulary_pass():
+    """Ids 0 to 9 in a vocabulary of 10, although the tokenizer knows 12."""
+    dataset = PromptDataset([Prompt("a", [0, 9], [3]), Prompt("b", [1], [9])])
+    check_vocabulary(_model(10), _Tokenizer(), (9,), dataset, PromptDataset())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sample", "token"),
+    [
+        ([Prompt("a", [1], [2]), Prompt("b", [1, 10], [2]), Prompt("c", [11], [2])], "b", 10),
+        ([Prompt("a", [1], [2, 11]), Prompt("b", [10], [2])], "a", 11),
+        ([Prompt("a", [-1], [2])], "a", -1),
+    ],
+)
+def test_an_id_beyond_the_vocabulary_names_the_first_sample(prompts, sample, token):
+    with pytest.raises(DataError) as error:
+        check_vocabulary(_model(10), _Tokenizer(), (), PromptDataset(), PromptDataset(prompts))
+    text = str(error.value)
+    assert f"sample {sample!r} has the token id {token}" in text
+    assert "knows 12 token ids" in text and "vocabulary has 10 (ids 0 to 9)" in text and "vocab_size" in text
+
+
+def test_a_stop_token_beyond_the_vocabulary_is_refused():
+    with pytest.raises(DataError, match="stop token 10"):
+        check_vocabulary(_model(10), _Tokenizer(), (9, 10), PromptDataset())

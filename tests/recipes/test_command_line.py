@@ -34,8 +34,12 @@ def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
         for name in ("loss", "val_loss", "grad_norm", "real_nll", "avg_generated_lengths"):
             if name in a:
                 assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
-    for word in ("Iteration 0", "validation loss", "truncated share", "hf_model", "metrics.jsonl"):
+    for word in ("Iteration 0", "validation loss", "truncated share", "hf_model", "metrics.jsonl", "spin report"):
         assert word in done.stdout
+    # stderr is a file here: whole lines, and those of one rank
+    assert "\r" not in done.stderr
+    for line in ("Finished after 4 steps", "iteration_000 answers: 0/", "iteration 1, epoch 0: 2/2 step"):
+        assert done.stderr.count(line) == 1, done.stderr[-3000:]
 
 
 def test_the_gradient_does_not_depend_on_rows_or_ranks(tmp_path):
@@ -153,6 +157,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(unbroken, tmp_path, moment):
         (["generator._component_=os.system"], ["os.system"]),
         (["model.max_seq_len=24"], ["dataset", "max_seq_len=24", "jargon_train.jsonl:"]),
         (["checkpointer.checkpoint_dir=/nowhere"], ["/nowhere"]),
+        (["model.vocab_size=1000"], ["knows 1024 token ids", "has 1000", "sample 'jargon-"]),
         (["global_batch_size=400"], ["global_batch_size"]),
         (["loss.beta=[0.1,0.2,0.3]"], ["loss.beta", "2 iterations"]),
     ],
@@ -166,6 +171,13 @@ def test_a_users_mistake_is_told_without_a_traceback(tmp_path, changes, words):
     for word in words:
         assert word in done.stderr, done.stderr[-2000:]
     assert not (tmp_path / "out" / "iteration_000").exists()
+
+
+def test_spin_generate_refuses_ids_beyond_the_vocabulary(tmp_path):
+    program = [sys.executable, str(REPO / "recipes" / "spin_generate.py")]
+    done = command(tmp_path / "out", "model.vocab_size=1000", program=program)
+    assert done.returncode == 1
+    assert "knows 1024 token ids" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_an_empty_data_set_is_refused(tmp_path):

@@ -1,0 +1,77 @@
+"""``python -m spin COMMAND``: what there is besides the recipes, which ``tune run`` starts.
+
+Each command is a module with ``main(argv) -> int | None``, imported when it is asked for; so ``ls`` and ``cp`` load
+neither torch nor torchtune. Exit codes: 0 fine, 1 faults were found, 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from omegaconf.errors import OmegaConfBaseException
+
+from spin.errors import SpinError
+
+# name: module, what it does
+COMMANDS = {
+    "ls": ("spin.cli.ls", "list recipes and configs"),
+    "cp": ("spin.cli.cp", "copy a recipe or a config, to edit it"),
+    "validate": ("spin.cli.validate", "check a config, its data and its arithmetic; loads no weights"),
+    "estimate": ("spin.estimate", "say what memory and time a config will take"),
+    "pairs": ("spin.cli.pairs", "look at a pair store, filter and export it"),
+    "report": ("spin.cli.report", "make an HTML file of a run's curves and answers"),
+    "export": ("spin.cli.export", "make a Hugging Face folder with a model card"),
+    "doctor": ("spin.cli.doctor", "say what is installed, and what is missing or does not fit"),
+}
+
+
+def usage() -> str:
+    """The text of ``python -m spin --help``."""
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    return (
+        "usage: python -m spin COMMAND [ARGUMENTS]\n\n"
+        + "\n".join(lines)
+        + "\n\n`python -m spin COMMAND --help` says more. Training: `tune run spin_recipe --config NAME_OR_FILE`."
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs a command; an error that its user can mend is a line on stderr, without a traceback.
+
+    Args:
+        argv (Sequence[str]): the command and its arguments.
+
+    Returns:
+        int: the exit code.
+
+    Raises:
+        SpinError: If ``SPIN_TRACEBACK=1`` asks for the traceback; so for the other errors that are a user's to mend.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    name, arguments = argv[0], list(argv[1:])
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        print(f"error: unknown command {name!r}.{hint}\n\n{usage()}", file=sys.stderr)
+        return 2
+    # that its C++ extensions do not fit this torch; nothing here uses them
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    try:
+        return importlib.import_module(COMMANDS[name][0]).main(arguments) or 0
+    except BrokenPipeError:  # `... | head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (SpinError, OmegaConfBaseException, OSError) as error:  # OSError: a file that may not be read
+        if os.environ.get("SPIN_TRACEBACK") == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,125 @@
+"""The model card of an exported model: base, data, iterations, beta, and the hashes that tie them together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+import spin
+from spin.cli.runs import iteration_folders, read_config, read_json_lines
+from spin.errors import OutputError
+from spin.fingerprint import file_sha256
+from spin.schedules import per_iteration
+
+
+def model_card(
+    run: Path, iteration: int, model: Path, base_model: str | None = None, license_id: str | None = None
+) -> str:
+    """Writes a model card.
+
+    Args:
+        run (Path): the run's output_dir.
+        iteration (int): whose model it is, counted from 0.
+        model (Path): the exported folder.
+        base_model (str | None): Hugging Face id of the model that training started from.
+        license_id (str | None): of the exported model.
+
+    Returns:
+        str: Markdown with Hugging Face's YAML head.
+
+    Raises:
+        OutputError: If the run's config is not there.
+    """
+    cfg = read_config(run)
+    if cfg is None:
+        raise OutputError(f"{run / 'config.yaml'}: missing, so it is not known how the model was made.")
+    base = base_model or Path(cfg.checkpointer.checkpoint_dir).name
+    source = OmegaConf.select(cfg, "dataset.source")
+    head = {
+        "library_name": "peft" if (model / "adapter_config.json").is_file() else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["spin", "self-play", "torchtune"],
+        **({"base_model": base_model} if base_model else {}),
+        **({"license": license_id} if license_id else {}),
+    }
+    sections = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {base}, SPIN iteration {iteration}",
+        f"{base} after {_count(iteration + 1, 'iteration')} of self-play fine-tuning "
+        "([SPIN](https://arxiv.org/abs/2401.01335)): in each one, the model learns to tell the real answers of a "
+        f"supervised data set from its own. Made with spin-torchtune {spin.__version__}.",
+        "## How it was made\n\n" + _table(("", ""), _settings(cfg, source)),
+        "## Iterations\n\n" + _iterations(run, cfg, iteration),
+        "Loss is the SPIN loss at the first and the last step of an iteration (ln 2 = 0.693 is where two equal models "
+        "stand); acc the share of pairs whose real answer gained more than the generated one, at the last step; "
+        "validation loss the mean negative log-prob per token of real answers, in nats.",
+        "## Hashes\n\n" + _table(("what", "hash"), _hashes(run, iteration, model)),
+        f"## Config\n\n```yaml\n{OmegaConf.to_yaml(cfg)}```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
+    keys = {
+        "prompts of a step": "global_batch_size",
+        "epochs of an iteration": "max_epochs",
+        "beta": "loss.beta",
+        "loss": "loss.loss_type",
+        "learning rate": "optimizer.lr",
+        "optimizer": "optimizer._component_",
+        "temperature": "sampling.temperature",
+        "longest answer, tokens": "sampling.max_new_tokens",
+        "seed": "seed",
+    }
+    rows = [("started from", f"`{cfg.checkpointer.checkpoint_dir}`"), ("data", f"`{source}`")]
+    values = {label: OmegaConf.select(cfg, key) for label, key in keys.items()}
+    return rows + [(label, str(value)) for label, value in values.items() if value is not None]
+
+
+def _iterations(run: Path, cfg: DictConfig, last: int) -> str:
+    metrics = read_json_lines(run / "metrics.jsonl")
+    beta = OmegaConf.to_container(cfg.loss, resolve=True).get("beta")  # type: ignore[union-attr]
+    rows = []
+    for iteration in range(last + 1):
+        steps = [row for row in metrics if row.get("iteration") == iteration and "loss" in row]
+        val = [row["val_loss"] for row in metrics if row.get("iteration") == iteration and "val_loss" in row]
+        rows.append(
+            (
+                str(iteration),
+                str(per_iteration(beta, iteration, cfg.max_iterations)),
+                str(len(steps)),
+                f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}" if steps else "unknown",
+                f"{steps[-1]['acc']:.3f}" if steps else "unknown",
+                f"{val[-1]:.4f}" if val else "none",
+            )
+        )
+    return _table(("iteration", "beta", "steps", "loss", "acc", "validation loss"), rows)
+
+
+def _hashes(run: Path, last: int, model: Path) -> list[tuple[str, str]]:
+    """Weights by value (the opponents'), data and tokenizer as the stores' manifests have them, files by SHA-256."""
+    rows = []
+    for iteration, folder in iteration_folders(run).items():
+        manifest = folder / "responses" / "manifest.json"
+        if iteration > last or not manifest.is_file():
+            continue
+        fingerprint = json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
+        if iteration == 0:
+            rows += [(name, fingerprint[name]) for name in ("dataset", "tokenizer") if name in fingerprint]
+        rows.append((f"opponent of iteration {iteration}", fingerprint["opponent"]))
+    rows += [(file.name, f"sha256 {file_sha256(file)}") for file in sorted(model.glob("*.safetensors"))]
+    return [(what, f"`{digest}`") for what, digest in rows]
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

@@ -1,0 +1,67 @@
+"""``python -m spin cp``."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from spin.cli.catalog import recipe_files
+from spin.config import configs_root, packaged_configs
+from spin.errors import ConfigError, OutputError
+from spin.files import writing
+
+
+def main(argv: Sequence[str]) -> None:
+    """Copies a packaged recipe or config.
+
+    Args:
+        argv (Sequence[str]): name, destination and options.
+
+    Raises:
+        ConfigError: If there is no recipe or config of that name.
+        OutputError: If the destination is there already, or cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m spin cp", description="Copy a recipe or a config, to edit it.", allow_abbrev=False
+    )
+    parser.add_argument("name", help="of a recipe or a config, as `python -m spin ls` shows it")
+    parser.add_argument("destination", type=Path, help="a file or a folder")
+    parser.add_argument("--force", action="store_true", help="replace a file that is there")
+    parser.add_argument("--make-parents", action="store_true", help="make the destination's folder")
+    arguments = parser.parse_args(list(argv))
+    source = _source(arguments.name)
+    target: Path = arguments.destination
+    if target.is_dir():
+        target /= source.name
+    elif not target.suffix:
+        target = target.with_name(target.name + source.suffix)
+    if arguments.make_parents:
+        with writing(target.parent):
+            target.parent.mkdir(parents=True, exist_ok=True)
+    elif not target.parent.is_dir():
+        raise OutputError(f"{target.parent}: no such folder. Make it, or give --make-parents.")
+    if target.exists() and not arguments.force:
+        raise OutputError(f"{target}: is there already. Choose another name, or give --force to replace it.")
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    with writing(target):
+        try:
+            shutil.copyfile(source, part)
+            part.rename(target)
+        finally:
+            part.unlink(missing_ok=True)
+    print(f"{arguments.name} -> {target}")
+
+
+def _source(name: str) -> Path:
+    recipes, configs = recipe_files(), packaged_configs()
+    if name.removesuffix(".py") in recipes:
+        return recipes[name.removesuffix(".py")]
+    if name.removesuffix(".yaml") in configs:
+        return configs_root() / f"{name.removesuffix('.yaml')}.yaml"
+    nearest = difflib.get_close_matches(name, [*recipes, *configs], n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
+    raise ConfigError(f"{name!r} is neither a recipe nor a packaged config.{hint} `python -m spin ls` lists them.")

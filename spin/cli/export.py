@@ -1,0 +1,64 @@
+"""``python -m spin export``: a Hugging Face folder that says where it comes from."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from spin.cli.card import model_card
+from spin.cli.runs import iteration_folders, model_of
+from spin.errors import OutputError
+from spin.files import finish_folder, start_folder, sync, writing
+
+
+def main(argv: Sequence[str]) -> None:
+    """Adds a model card to an iteration's model, or copies both elsewhere.
+
+    Args:
+        argv (Sequence[str]): the run and options.
+
+    Raises:
+        OutputError: If the iteration has no model, or the folder cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m spin export",
+        description="Write a model card (README.md) beside an iteration's Hugging Face model; with --out copy both.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, help="output_dir of the run")
+    parser.add_argument("--iteration", type=int, metavar="N", help="counted from 0; default: the last that is finished")
+    parser.add_argument("--adapter", action="store_true", help="a LoRA run's adapter, not the merged model")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder for the copy")
+    parser.add_argument("--base-model", metavar="ID", help="Hugging Face id of the model that training started from")
+    parser.add_argument("--license", metavar="ID", help="of the exported model, which its base's and data's allow")
+    arguments = parser.parse_args(list(argv))
+    run: Path = arguments.run
+    found = {n: model_of(path, arguments.adapter) for n, path in iteration_folders(run).items()}
+    models = {n: model for n, model in found.items() if model is not None}
+    if not models:
+        raise OutputError(f"{run}: no iteration is finished, so there is no model yet.")
+    iteration = max(models) if arguments.iteration is None else arguments.iteration
+    if iteration not in models:
+        raise OutputError(f"{run}: iteration {iteration} has no model; finished are {', '.join(map(str, models))}.")
+    source = models[iteration]
+    card = model_card(run, iteration, source, base_model=arguments.base_model, license_id=arguments.license)
+    if arguments.out is None:
+        with writing(source / "README.md"):
+            (source / "README.md").write_text(card, encoding="utf-8")
+        print(source)
+        return
+    out: Path = arguments.out
+    if out.exists():
+        raise OutputError(f"{out}: is there already. Give --out a folder that is not.")
+    with writing(out):
+        part = start_folder(out)
+        for file in sorted(source.iterdir()):
+            if file.is_file():
+                shutil.copyfile(file, part / file.name)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        for file in part.iterdir():
+            sync(file)
+        finish_folder(out)
+    print(out)

@@ -1,0 +1,184 @@
+"""``python -m spin pairs``: what the opponent answered, to look at, to filter, and to take elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spin import config
+from spin.cli.runs import read_config
+from spin.data import ChatTokenizer, Pair, PairStore, Response, adapt_tokenizer
+from spin.errors import ConfigError, StoreError
+from spin.files import writing
+
+_QUANTILES = (0, 10, 50, 90, 100)  # per cent
+Answer = tuple[Pair, int, Response]  # a pair, the number of one of its answers, the answer
+
+
+def main(argv: Sequence[str]) -> None:
+    """Shows, filters and exports a pair store.
+
+    Args:
+        argv (Sequence[str]): the store and options.
+
+    Raises:
+        StoreError: If the store is missing or damaged, or is not scored and a margin is asked for.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m spin pairs",
+        description="Count a pair store's answers, show a sample of them, export them as JSON Lines.",
+        epilog="A margin is the opponent's log-prob of the real less that of the generated response, in nats; it "
+        "stands in scored stores (iteration_NNN/pairs). Filters hold for the counts, the sample and the export.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("store", type=Path, help="such as runs/quickstart/iteration_000/pairs")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="show N answers, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of the sample")
+    parser.add_argument("--min-margin", type=float, metavar="NATS")
+    parser.add_argument("--max-margin", type=float, metavar="NATS")
+    parser.add_argument("--min-length", type=int, metavar="TOKENS", help="of the generated response")
+    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="of the generated response")
+    parser.add_argument("--finish", choices=("stop", "length"), help="length: answers that the limit cut")
+    parser.add_argument("--export", type=Path, metavar="FILE.jsonl", help="write the answers as JSON Lines")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the tokenizer of the run's config")
+    arguments = parser.parse_args(list(argv))
+    if arguments.sample < 0:
+        parser.error(f"--sample {arguments.sample}: expected 0 or more")
+
+    store = PairStore.open(arguments.store)
+    answers = [answer for answer in _answers(store) if _passes(answer, arguments)]
+    print("\n".join(summary_lines(store, answers)))
+    if not arguments.sample and arguments.export is None:
+        return
+    decode = _decoder(arguments.store, arguments.tokenizer)
+    rows = [_row(answer, decode) for answer in answers] if arguments.export else []
+    for answer in random.Random(arguments.seed).sample(answers, min(arguments.sample, len(answers))):
+        row = _row(answer, decode)
+        print(f"\n--- {row['sample_id']} #{row['k']}, finish reason {row['finish_reason']}, margin {row['margin']}")
+        for name in ("prompt", "real", "generated"):
+            print(f"[{name}] {row[name]}")
+    if arguments.export:
+        part = arguments.export.with_name(f".{arguments.export.name}.{os.getpid()}.tmp")
+        with writing(arguments.export):
+            try:
+                part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+                part.rename(arguments.export)
+            finally:
+                part.unlink(missing_ok=True)
+        print(f"\n{len(rows)} answers -> {arguments.export}")
+
+
+def summary_lines(store: PairStore, answers: Sequence[Answer]) -> list[str]:
+    """Counts and lengths.
+
+    Args:
+        store (PairStore): where the answers lie.
+        answers (Sequence[Answer]): those that are to be counted.
+
+    Returns:
+        list[str]: one line each.
+    """
+    present = store.num_shards - len(_missing(store))
+    state = "sealed" if store.is_sealed else "not sealed: still being made, or its run ended"
+    lines = [f"{store.path}: {present} of {store.num_shards} shards, {state}", f"opponent        {store.opponent}"]
+    pairs = {pair.key for pair, _, _ in answers}
+    lines.append(f"answers         {len(answers)} to {len(pairs)} prompts")
+    if not answers:
+        return lines
+    truncated = sum(response.finish_reason == "length" for _, _, response in answers)
+    equal = sum(np.array_equal(response.token_ids, pair.real_ids) for pair, _, response in answers)
+    lines.append(f"truncated       {truncated} ({truncated / len(answers):.1%})")
+    lines.append(f"equal to real   {equal}")
+    columns: dict[str, list[float]] = {
+        "prompt": [len(pair.prompt_ids) for pair, _, _ in answers],
+        "real": [len(pair.real_ids) for pair, _, _ in answers],
+        "generated": [len(response.token_ids) for _, _, response in answers],
+    }
+    margins = [margin for answer in answers if (margin := margin_of(answer)) is not None]
+    if margins:
+        columns["margin"] = margins
+    lines.append("                 " + "".join(f"{f'{q} %':>9}" for q in _QUANTILES) + f"{'mean':>9}")
+    for name, values in columns.items():
+        unit, digits = ("nats", 2) if name == "margin" else ("tokens", 0)
+        numbers = [*np.percentile(values, _QUANTILES), np.mean(values)]
+        lines.append(f"{f'{name}, {unit}':<17}" + "".join(f"{number:>9.{digits}f}" for number in numbers))
+    return lines
+
+
+def margin_of(answer: Answer) -> float | None:
+    """The opponent's log-prob of the real less that of the generated response, in nats.
+
+    Args:
+        answer (Answer): one answer.
+
+    Returns:
+        float | None: None if the store is not scored.
+    """
+    pair, _, response = answer
+    if pair.reference_real_logp is None or response.reference_logp is None:
+        return None
+    return pair.reference_real_logp - response.reference_logp
+
+
+def _missing(store: PairStore) -> list[int]:
+    return [i for i in range(store.num_shards) if not (store.path / f"shard-{i:05d}.parquet").exists()]
+
+
+def _answers(store: PairStore) -> Iterator[Answer]:
+    missing = set(_missing(store))
+    for shard in range(store.num_shards):
+        if shard in missing and not store.is_sealed:
+            continue
+        for pair in store.read_shard(shard):
+            yield from ((pair, k, response) for k, response in enumerate(pair.generated))
+
+
+def _passes(answer: Answer, arguments: argparse.Namespace) -> bool:
+    _, _, response = answer
+    length, margin = len(response.token_ids), margin_of(answer)
+    if (arguments.min_margin, arguments.max_margin) != (None, None):
+        if margin is None:
+            raise StoreError(f"{arguments.store}: is not scored, so no margin is known. Look into iteration_NNN/pairs.")
+        if not _between(margin, arguments.min_margin, arguments.max_margin):
+            return False
+    return _between(length, arguments.min_length, arguments.max_length) and arguments.finish in (
+        None,
+        response.finish_reason,
+    )
+
+
+def _between(value: float, least: float | None, most: float | None) -> bool:
+    return (least is None or value >= least) and (most is None or value <= most)
+
+
+def _decoder(store: Path, folder: Path | None) -> Callable[[Sequence[int]], str]:
+    if folder is not None:
+        return ChatTokenizer(folder).decode
+    for parent in store.resolve().parents:
+        cfg = read_config(parent)
+        if cfg is not None:
+            return adapt_tokenizer(config.instantiate(cfg.tokenizer)).decode
+    raise ConfigError(f"{store}: no config.yaml of a run in the folders above it. Give --tokenizer.")
+
+
+def _row(answer: Answer, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    pair, k, response = answer
+    ids = {"prompt": pair.prompt_ids, "real": pair.real_ids, "generated": response.token_ids}
+    return {
+        "sample_id": pair.sample_id,
+        "iteration": pair.iteration,
+        "k": k,
+        **{name: decode(list(map(int, tokens))) for name, tokens in ids.items()},
+        **{f"{name}_tokens": len(tokens) for name, tokens in ids.items()},
+        "finish_reason": response.finish_reason,
+        "reference_real_logp": pair.reference_real_logp,
+        "reference_generated_logp": response.reference_logp,
+        "margin": margin_of(answer),
+    }

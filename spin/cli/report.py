@@ -1,0 +1,37 @@
+"""``python -m spin report``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from spin.files import writing
+from spin.report import read_run, render
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes a run's report, as far as the run has come.
+
+    Args:
+        argv (Sequence[str]): the run and options.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m spin report",
+        description="Make one HTML file of a run: curves, answers, advice. While it runs or afterwards.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", type=Path, help="output_dir of the run")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run's folder")
+    arguments = parser.parse_args(list(argv))
+    page = render(read_run(arguments.run))
+    out: Path = arguments.out or arguments.run / "report.html"
+    part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with writing(out):
+        try:
+            part.write_text(page, encoding="utf-8")
+            part.rename(out)
+        finally:
+            part.unlink(missing_ok=True)
+    print(out)

@@ -1,0 +1,348 @@
+"""``python -m spin validate``: everything about a run that can be known before a weight is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from spin import config, selfplay
+from spin.checks import check_run
+from spin.cli.catalog import load_recipe, recipe_of
+from spin.data import PromptDataset, PromptTokenizer, adapt_tokenizer, iteration_items
+from spin.data.messages import ChatMessage, row_to_messages, split_turns
+from spin.data.prompts import check_vocabulary
+from spin.data.sources import read_rows
+from spin.errors import ConfigError, DataError, SpinError
+from spin.generators import sampling_params
+from spin.hf import check_hf_folder
+from spin.models import build_model
+from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
+from spin.schedules import per_iteration
+
+COMPARED_ROWS = 200  # of the training set, whose token ids and texts are compared
+_SHOWN = 20
+# What a template or a tokenizer may get wrong: white space at the ends, line breaks, code, other scripts, an emoji.
+_PROBES = (
+    "Hello, world!",
+    "  two spaces, a tab\tand\n\nempty lines, at the end three \n",
+    "def f(x):\n    return {'a': [1, 2.50, -3e-7]}  # 100 %",
+    "Größe, 東京, Привет, שלום, नमस्ते 🎉",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Checks a config, its model folder, its tokenizer, its data and its arithmetic; loads no weights.
+
+    Args:
+        argv (Sequence[str]): the config, overrides and options.
+
+    Returns:
+        int: 0 if a run with this config can start, 1 if not.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m spin validate",
+        usage="%(prog)s CONFIG [key=value ...] [~key ...] [--recipe NAME_OR_FILE]",
+        description="Check a config, its data and its arithmetic. Loads no weights and writes nothing.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", help="a YAML file, or a packaged config such as llama3_2/1B_full")
+    parser.add_argument("--recipe", help="the recipe whose config it is; default: the one that its header launches")
+    arguments, overrides = parser.parse_known_args(list(argv))
+    flags = [item for item in overrides if item.startswith("-")]
+    if flags:
+        parser.error(f"unknown option {flags[0]}: write overrides as key=value, without dashes")
+    log = logging.getLogger("spin.data.prompts")
+    level = log.level
+    log.setLevel(logging.ERROR)  # what it warns of is printed below
+    try:
+        return Validation(arguments.config, overrides, arguments.recipe).run()
+    finally:
+        log.setLevel(level)
+
+
+class Validation:
+    """The checks of a config, in the order in which a run would meet the faults.
+
+    Args:
+        name (str): a file or a packaged config.
+        overrides (Sequence[str]): as on a recipe's command line.
+        recipe (str | None): a recipe's name or file; None takes the one that the config's header launches.
+    """
+
+    def __init__(self, name: str, overrides: Sequence[str] = (), recipe: str | None = None) -> None:
+        self._name, self._overrides, self._recipe = name, overrides, recipe
+        self._faults = 0
+
+    def run(self) -> int:
+        """Runs all checks; one that needs what another one could not give is passed over, and said to be.
+
+        Returns:
+            int: 0 if nothing is wrong, 1 otherwise.
+        """
+        cfg = self._check("config", self._complete)
+        if cfg is None:
+            return self._conclude()
+        self._check("loss, optimizer", lambda: self._parts(cfg))
+        model = self._check("model", lambda: self._model(cfg))
+        self._check("model folder", lambda: self._folder(cfg, model), needs={"model": model})
+        tokenizer = self._check("tokenizer", lambda: self._tokenizer(cfg))
+        needs = {"tokenizer": tokenizer}
+        self._check("round trip", lambda: self._round_trip(tokenizer), needs)
+        context = None if model is None else model.max_seq_len
+        prompts = self._check("data", lambda: self._data(cfg.dataset, tokenizer, context), needs)
+        val_prompts = PromptDataset()
+        if cfg.validation_dataset is not None:
+            val_prompts = self._check(
+                "validation data", lambda: self._data(cfg.validation_dataset, tokenizer, context), needs
+            )
+        self._check("token ids", lambda: self._parity(cfg.dataset, tokenizer), needs)
+        found = [each for each in (prompts, val_prompts) if each is not None]
+        self._check("vocabulary", lambda: self._vocabulary(cfg, model, tokenizer, found), {"model": model, **needs})
+        num_val = 0 if val_prompts is None else len(val_prompts)
+        self._check("arithmetic", lambda: (None, "\n".join(plan_lines(cfg, len(prompts), num_val))), {"data": prompts})
+        return self._conclude()
+
+    def _check(
+        self, label: str, check: Callable[[], tuple[Any, str]], needs: Mapping[str, Any] = MappingProxyType({})
+    ) -> Any:
+        missing = [name for name, result in needs.items() if result is None]
+        if missing:
+            print(f"{label:<16} {'-':<6} not checked, for want of the {' and '.join(missing)}", flush=True)
+            return None
+        try:
+            result, text = check()
+            verdict = "ok"
+        except SpinError as error:
+            result, text, verdict = None, str(error), "FAULT"
+            self._faults += 1
+        head, *rest = text.splitlines() or [""]
+        print(f"{label:<16} {verdict:<6} {head}", *(f"{'':<23} {line}" for line in rest), sep="\n", flush=True)
+        return result
+
+    def _conclude(self) -> int:
+        if self._faults:
+            print(f"error: {self._faults} {'check' if self._faults == 1 else 'checks'} failed.", file=sys.stderr)
+        return 1 if self._faults else 0
+
+    def _complete(self) -> tuple[DictConfig, str]:
+        name = self._recipe or recipe_of(config.find_config(self._name))
+        recipe = load_recipe(name)
+        cfg = config.complete(config.load_config(self._name, self._overrides), recipe.DEFAULTS)
+        check_run(cfg)
+        if cfg.output_dir is None:
+            raise ConfigError("output_dir: not set. Give the folder that the run writes to.")
+        return cfg, f"{self._name} for {name}: every key is known, and their values go together"
+
+    def _parts(self, cfg: DictConfig) -> tuple[None, str]:
+        """Builds what costs nothing to build: a wrong argument would show hours later, when an iteration starts."""
+        beta = per_iteration(_plain(cfg.loss.beta), 0, cfg.max_iterations)
+        loss = _built("loss", lambda: config.instantiate(cfg.loss, beta=beta))
+        lr = per_iteration(_plain(cfg.optimizer.lr), 0, cfg.max_iterations)
+        parameter = torch.nn.Parameter(torch.zeros(8, 8))
+        optimizer = _built("optimizer", lambda: config.instantiate(cfg.optimizer, [parameter], lr=lr))
+        return None, f"{type(loss).__name__} with beta {_plain(cfg.loss.beta)}, {type(optimizer).__name__}"
+
+    def _model(self, cfg: DictConfig) -> tuple[torch.nn.Module, str]:
+        model = _built("model", lambda: build_model(cfg.model, torch.float32))
+        count = sum(parameter.numel() for parameter in model.parameters())
+        vocabulary = model.tok_embeddings.weight.shape[0]
+        return model, f"{count:,} parameters, context {model.max_seq_len:,}, vocabulary {vocabulary:,}"
+
+    def _folder(self, cfg: DictConfig, model: torch.nn.Module) -> tuple[None, str]:
+        check_hf_folder(model, cfg.checkpointer.checkpoint_dir, cfg.checkpointer.model_type)
+        return None, f"{cfg.checkpointer.checkpoint_dir} holds every weight in its shape, by the headers of its files"
+
+    def _tokenizer(self, cfg: DictConfig) -> tuple[PromptTokenizer, str]:
+        tokenizer = adapt_tokenizer(_built("tokenizer", lambda: config.instantiate(cfg.tokenizer)))
+        stops = ", ".join(f"{token} {tokenizer.decode([token])!r}" for token in tokenizer.eos_ids)
+        return tokenizer, f"{tokenizer.vocab_size:,} token ids; an answer ends with {stops}"
+
+    def _round_trip(self, tokenizer: PromptTokenizer) -> tuple[None, str]:
+        faults, others = [], []
+        for text in _PROBES:
+            messages: list[ChatMessage] = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            fault = compare_ids(tokenizer, messages)
+            if fault is not None:
+                faults.append(f"{text!r}: {fault}")
+        for label, messages in (
+            ("system messages", [{"role": "system", "content": "Be brief."}]),
+            ("several turns", [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]),
+        ):
+            probe = [*messages, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+            try:
+                tokenizer.encode_pair(probe)
+                others.append(f"takes {label}")
+            except DataError:
+                others.append(f"refuses {label}")
+        if faults:
+            raise DataError("texts do not survive the chat template and the tokenizer:\n" + "\n".join(faults))
+        return None, f"{len(_PROBES)} texts come back from their token ids; the template {' and '.join(others)}"
+
+    def _data(self, section: DictConfig, tokenizer: PromptTokenizer, context: int | None) -> tuple[PromptDataset, str]:
+        read = partial(config.instantiate, section, tokenizer=tokenizer, max_seq_len=context)
+        prompts: PromptDataset = _built("data set", read)
+        report = prompts.report
+        lines = [f"{len(prompts):,} samples of {report.rows:,} rows"]
+        for what, lengths in (("prompts", prompts.prompt_lengths), ("real responses", prompts.real_lengths)):
+            lines.append(f"{what}: {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
+        lines += [f"left out or cut: {reason} {count:,}" for reason, count in report.counts.items()]
+        lines += [f"  {example}" for example in report.examples[:3]]
+        return prompts, "\n".join(lines)
+
+    def _parity(self, section: DictConfig, tokenizer: PromptTokenizer) -> tuple[None, str]:
+        compared, faults = 0, []
+        for where, messages in itertools.islice(conversations(section), COMPARED_ROWS):
+            compared += 1
+            fault = compare_ids(tokenizer, messages)
+            if fault is not None:
+                faults.append(f"{where}: {fault}")
+        if faults:
+            more = [f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
+            raise DataError(
+                f"{len(faults)} of the first {compared} conversations:\n" + "\n".join([*faults[:_SHOWN], *more])
+            )
+        if not compared:
+            return None, "not compared: only a spin.data.prompt_dataset names its rows"
+        return None, f"what is asked is what is trained on, in the first {compared} conversations; answers read back"
+
+    def _vocabulary(
+        self, cfg: DictConfig, model: torch.nn.Module, tokenizer: PromptTokenizer, datasets: list[PromptDataset]
+    ) -> tuple[None, str]:
+        stop_ids = sampling_params(cfg.sampling, tokenizer.eos_ids).stop_token_ids
+        check_vocabulary(model, tokenizer, stop_ids, *datasets)
+        return None, "the model has an embedding for every token of the data"
+
+
+def compare_ids(tokenizer: PromptTokenizer, messages: Sequence[ChatMessage]) -> str | None:
+    """Whether training sees the prompt that generation is given, and whether the answer survives tokenization.
+
+    Args:
+        tokenizer (PromptTokenizer): what is checked.
+        messages (Sequence[ChatMessage]): a conversation, the real response last.
+
+    Returns:
+        str | None: what is wrong, or None.
+    """
+    try:
+        asked = tokenizer.encode_prompt(messages[:-1])
+        trained, answer = tokenizer.encode_pair(messages)
+    except DataError as error:
+        return str(error)
+    if asked != trained:
+        at = _first_difference(asked, trained)
+        return (
+            f"the prompt's token ids differ from position {at} on: {len(asked)} in generation "
+            f"({asked[at : at + 5]}...), {len(trained)} in training ({trained[at : at + 5]}...)."
+        )
+    if answer[-1] not in tokenizer.eos_ids:
+        return f"the answer ends with token {answer[-1]}, expected one of {tokenizer.eos_ids}."
+    found, expected = tokenizer.decode(answer[:-1]).strip(), messages[-1]["content"].strip()
+    if found != expected:
+        at = _first_difference(found, expected)
+        back, text = found[at : at + 40], expected[at : at + 40]
+        return f"from character {at} on the answer reads back as {back!r}, expected {text!r}."
+    return None
+
+
+def _first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def conversations(section: DictConfig) -> Iterator[tuple[str, list[ChatMessage]]]:
+    """The conversations of a ``prompt_dataset`` that can be read; what is wrong with others the data check says.
+
+    Args:
+        section (DictConfig): the config's ``dataset``.
+
+    Yields:
+        tuple[str, list[ChatMessage]]: place and messages.
+    """
+    if section[config.COMPONENT] not in ("spin.data.prompt_dataset", "spin.data.prompts.prompt_dataset"):
+        return
+    options: dict[str, Any] = _plain(section)
+    transform = config.instantiate(section.get("message_transform"))
+    try:
+        rows = read_rows(
+            options["source"], **{key: options.get(key) for key in ("split", "name", "data_dir", "revision")}
+        )
+        for row in rows:
+            try:
+                messages = row_to_messages(
+                    row.data,
+                    row_format=options.get("format", "auto"),
+                    column_map=options.get("column_map"),
+                    message_transform=transform,
+                    system_prompt=options.get("system_prompt"),
+                )
+            except DataError:
+                continue
+            for mark, part in split_turns(messages, options.get("turns", "last")):
+                yield row.where + mark, part
+    except DataError:
+        return
+
+
+def plan_lines(cfg: DictConfig, num_prompts: int, num_val_prompts: int) -> list[str]:
+    """Steps, iterations, intervals and shards of a run, in words.
+
+    Args:
+        cfg (DictConfig): complete and checked.
+        num_prompts (int): training samples.
+        num_val_prompts (int): validation samples.
+
+    Returns:
+        list[str]: one line each.
+
+    Raises:
+        ConfigError: If there would be no step, or an interval is less than one.
+    """
+    size = cfg.global_batch_size
+    steps = compute_num_steps_per_epoch(num_prompts, size, cfg.limit_train_batches)
+    mixing = (cfg.pairs.history, cfg.pairs.history_fraction)
+    items = [iteration_items(num_prompts, steps * size, cfg.seed, i, *mixing) for i in range(cfg.max_iterations)]
+    per_epoch = [len(each) // size for each in items]
+    progress = SPINProgress(per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
+    played = [sum(iteration == i for iteration, _ in each) for i, each in enumerate(items)]
+    shards = [selfplay.num_shards(count, cfg.pairs.prompts_per_shard, teams=1) for count in played]
+    every = [
+        f"{what} every {interval} steps" if interval else f"no {what} within an iteration"
+        for what, interval in (
+            ("validation", compute_interval("val_check_interval", cfg.val_check_interval, steps)),
+            ("state", compute_interval("save_interval", cfg.save_interval, steps)),
+        )
+    ]
+    val_batches = compute_limit_batches(math.ceil(num_val_prompts / size), cfg.limit_val_batches)
+    return [
+        f"{progress.total_steps} steps: {cfg.max_iterations} iterations x {cfg.max_epochs} epochs x "
+        f"{_numbers(per_epoch)} steps of {size} prompts",
+        f"{_numbers(played)} prompts answered in an iteration ({num_prompts - played[0]} left over), in "
+        f"{_numbers(shards)} shards (more with several engines)",
+        f"{'; '.join(every)}; {min(num_val_prompts, val_batches * size)} validation samples",
+    ]
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _built(section: str, build: Callable[[], Any]) -> Any:
+    try:
+        return build()
+    except SpinError:
+        raise
+    except (AssertionError, KeyError, OSError, RuntimeError) as error:  # the others config.instantiate tells
+        raise ConfigError(f"{section}: cannot be built: {type(error).__name__}: {error}") from error

@@ -1,0 +1,111 @@
+"""What a run's curves say that went wrong, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from spin.report.record import IterationRecord, Metrics, RunRecord, is_number
+
+TAIL = 0.2  # share of an iteration's steps that stand for its end
+LEAST_STEPS = 4  # fewer say nothing
+FALLING_NATS = 1.0  # that real responses have lost
+TRUNCATED_SHARE = 0.3
+LOSS_ABOVE = 0.2  # over ln 2
+WON_ACC = 0.99
+MOVED_SHARE = 0.1
+VAL_LOSS_RISE = 0.02  # share of what it was at the start
+LN_2 = math.log(2)
+
+
+def advice(run: RunRecord) -> list[str]:
+    """Known failures that show in a run.
+
+    Args:
+        run (RunRecord): as far as it has come.
+
+    Returns:
+        list[str]: a sentence or two for each, in the order of the iterations.
+    """
+    found = [text for iteration in run.iterations for text in _of_iteration(run, iteration)]
+    losses = run.series("val_loss")
+    if len(losses) > 1 and losses[-1][1] > losses[0][1] * (1 + VAL_LOSS_RISE):
+        found.append(
+            f"The validation loss rose from {losses[0][1]:.3f} to {losses[-1][1]:.3f} nats per token: real answers "
+            "became less likely on the whole. Fewer epochs or iterations, a lower optimizer.lr, or nll_weight above 0."
+        )
+    skipped = [row["nonfinite_steps"] for row in run.rows if is_number(row.get("nonfinite_steps"))]
+    if skipped and skipped[-1] > 0:
+        found.append(
+            f"{skipped[-1]} batches were left out because loss or gradient was not finite; nonfinite.jsonl names their "
+            "samples."
+        )
+    return found
+
+
+def _of_iteration(run: RunRecord, iteration: IterationRecord) -> list[str]:
+    found, steps, where = [], iteration.steps, f"Iteration {iteration.number}: "
+    share = iteration.truncated / iteration.answers if iteration.answers else 0.0
+    if share > TRUNCATED_SHARE:
+        found.append(
+            f"{share:.0%} of the opponent's answers were cut by the length limit. Length alone may tell "
+            "them from real ones: raise sampling.max_new_tokens, or set pairs.truncated to mask or drop."
+        )
+    if (
+        steps
+        and run.is_logistic
+        and steps[0]["step"] == _first_step(run, iteration)
+        and abs(steps[0]["loss"] - LN_2) > 1e-3
+    ):
+        found.append(
+            f"the first loss is {steps[0]['loss']:.4f}, not ln 2 = 0.6931: policy and opponent were not computed "
+            "alike. Run with self_test=true, which says what differs."
+        )
+    if len(steps) >= LEAST_STEPS:
+        found += _of_curves(steps, run.is_logistic)
+    return [where + text for text in found]
+
+
+def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
+    found = []
+    tail = steps[-max(1, round(TAIL * len(steps))) :]
+    real, generated, acc, loss = (
+        _mean(tail, name) for name in ("real_logp_drift", "generated_logp_drift", "acc", "loss")
+    )
+    if real is not None and generated is not None and real < -FALLING_NATS and generated < 0:
+        found.append(
+            f"both log-probs fall (real {real:.1f}, generated {generated:.1f} nats against the opponent's): the loss "
+            "is lowered by making everything less likely. Set nll_weight above 0, or lower optimizer.lr."
+        )
+    if all(row.get("acc") == 0 for row in steps[1:]):
+        moved = _mean(tail, "weights_moved_share")
+        remedy = "raise optimizer.lr"
+        if moved is not None and moved < MOVED_SHARE:
+            remedy = f"a step changes {moved:.1%} of the weights: set dtype=fp32, or raise optimizer.lr"
+        found.append(
+            f"acc stays at 0: no real answer gains on its generated one, so the policy does not learn; {remedy}."
+        )
+    elif acc is not None and acc >= WON_ACC:
+        found.append(
+            f"acc is {acc:.3f} at the end: the policy tells nearly every real answer from its own, so little is left "
+            "to learn. Fewer epochs, or a higher loss.beta in later iterations."
+        )
+    if logistic and loss is not None and loss > LN_2 + LOSS_ABOVE:
+        found.append(
+            f"the loss is {loss:.3f} at the end, far above ln 2 = 0.693: the generated answers gained on the real "
+            "ones. Lower optimizer.lr, or lengthen lr_scheduler.warmup."
+        )
+    return found
+
+
+def _first_step(run: RunRecord, iteration: IterationRecord) -> int:
+    """Number of an iteration's first step; a file that begins later has lost it."""
+    earlier = [
+        row["step"] for row in run.rows if is_number(row.get("iteration")) and row["iteration"] < iteration.number
+    ]
+    return max(earlier, default=0) + 1
+
+
+def _mean(rows: Sequence[Metrics], name: str) -> float | None:
+    values = [row[name] for row in rows if is_number(row.get(name))]
+    return sum(values) / len(values) if values else None

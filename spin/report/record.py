@@ -1,0 +1,180 @@
+"""What a run's folder says about the run, whether it is finished, still writing, or was killed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from omegaconf import OmegaConf
+
+from spin.cli.runs import iteration_folders, model_of, read_config, read_json_lines
+from spin.errors import ConfigError
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass
+class IterationRecord:
+    """An iteration, as far as it has come.
+
+    Args:
+        number (int): counted from 0.
+        steps (list[Metrics]): its lines of metrics.jsonl that have a loss.
+        seconds (dict[str, float]): wall-clock time of the stages that are known.
+        answers (int): responses of the opponent on disk.
+        truncated (int): those of them that the length limit cut.
+        mean_tokens (dict[str, float]): mean length of ``prompt``, ``real`` and ``generated``.
+        is_exported (bool): its model is there, so it is finished.
+        samples (list[dict[str, Any]]): the answers shown at its last validation.
+    """
+
+    number: int
+    steps: list[Metrics] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    answers: int = 0
+    truncated: int = 0
+    mean_tokens: dict[str, float] = field(default_factory=dict)
+    is_exported: bool = False
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class RunRecord:
+    """A run, as far as it has come.
+
+    Args:
+        path (Path): its output_dir.
+        config (dict[str, Any]): what it was started with; empty before it has written it.
+        rows (Sequence[Metrics]): metrics by step, ascending.
+        iterations (list[IterationRecord]): ascending.
+        remarks (list[str]): what could not be read.
+        written_at (float | None): when metrics.jsonl was last written, in seconds since 1970.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    rows: Sequence[Metrics]
+    iterations: list[IterationRecord]
+    remarks: list[str] = field(default_factory=list)
+    written_at: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """The last iteration's model is there, or ``max_steps`` are done."""
+        wanted, most = self.config.get("max_iterations"), self.config.get("max_steps")
+        done = {iteration.number for iteration in self.iterations if iteration.is_exported}
+        return (isinstance(wanted, int) and wanted - 1 in done) or (
+            isinstance(most, int) and 0 < most <= self.last_step
+        )
+
+    @property
+    def is_logistic(self) -> bool:
+        """The loss of two equal models is ln 2."""
+        loss = self.config.get("loss")
+        if not isinstance(loss, dict):
+            return True
+        known = loss.get("_component_", "spin.loss.SPINLoss") == "spin.loss.SPINLoss"
+        return known and loss.get("loss_type", "logistic") in ("logistic", "sigmoid")
+
+    @property
+    def last_step(self) -> int:
+        """Optimizer steps so far."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """A metric by step; values that are not finite are left out."""
+        return [(row["step"], float(row[name])) for row in self.rows if is_number(row.get(name))]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """A finite number, which a damaged or foreign line may not hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(path: Path) -> RunRecord:
+    """Reads a run's folder.
+
+    Args:
+        path (Path): the run's output_dir.
+
+    Returns:
+        RunRecord: what could be read; ``remarks`` says what could not.
+    """
+    folders = iteration_folders(path)
+    remarks: list[str] = []
+    cfg = None
+    try:
+        cfg = read_config(path)
+    except ConfigError as error:
+        remarks.append(str(error))
+    plain: dict[str, Any] = {} if cfg is None else OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    metrics_file = path / "metrics.jsonl"
+    by_step = {row["step"]: row for row in read_json_lines(metrics_file) if isinstance(row.get("step"), int)}
+    rows = [by_step[step] for step in sorted(by_step)]
+    samples = [row for row in read_json_lines(path / "samples.jsonl") if isinstance(row.get("step"), int)]
+    record = RunRecord(path, plain, rows, [], remarks)
+    if metrics_file.exists():
+        record.written_at = metrics_file.stat().st_mtime
+    played = {row["iteration"] for row in rows if isinstance(row.get("iteration"), int)}
+    for number in sorted(played | folders.keys()):
+        record.iterations.append(_iteration(number, rows, samples, folders.get(number), record.remarks))
+    return record
+
+
+def _iteration(
+    number: int, rows: Sequence[Metrics], samples: Sequence[dict[str, Any]], folder: Path | None, remarks: list[str]
+) -> IterationRecord:
+    found = IterationRecord(number)
+    own = [row for row in rows if row.get("iteration") == number]
+    found.steps = [row for row in own if is_number(row.get("loss"))]
+    if own:
+        for stage, name in (("fit", "step_time"), ("validate", "validation_step_time")):
+            found.seconds[stage] = sum(row[name] for row in own if is_number(row.get(name)))
+        shown = [row for row in samples if own[0]["step"] <= row["step"] <= own[-1]["step"]]
+        last = max((row["step"] for row in shown), default=None)
+        # a step that was made again after a restart shows its samples again
+        latest = [row for row in shown if row["step"] == last]
+        found.samples = list({(str(row.get("sample_id")), str(row.get("generated"))): row for row in latest}.values())
+    if folder is not None:
+        for stage, name in (("play", "responses"), ("score", "pairs")):
+            seconds = _store_seconds(folder / name / "manifest.json")
+            if seconds is not None:
+                found.seconds[stage] = seconds
+        _count_answers(folder / "responses", found, remarks)
+        found.is_exported = model_of(folder) is not None
+    return found
+
+
+def _store_seconds(manifest: Path) -> float | None:
+    """From the store's beginning to its sealing; pauses between a kill and a restart are in it."""
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # not begun, or being replaced
+    if not isinstance(content, dict):
+        return None
+    begun, sealed = content.get("begun_at"), content.get("sealed_at")
+    return float(sealed) - float(begun) if is_number(begun) and is_number(sealed) else None
+
+
+def _count_answers(store: Path, found: IterationRecord, remarks: list[str]) -> None:
+    tokens = {"prompt": 0, "real": 0, "generated": 0}
+    for shard in sorted(store.glob("shard-*.parquet")):
+        try:
+            table = pq.read_table(shard, columns=["finish_reason", *(f"{name}_ids" for name in tokens)])
+        except (OSError, ValueError, pa.ArrowException) as error:
+            remarks.append(f"{shard}: cannot be read ({error}); its answers are not counted.")
+            continue
+        found.answers += table.num_rows
+        found.truncated += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+        for name in tokens:
+            tokens[name] += pc.sum(pc.list_value_length(table[f"{name}_ids"])).as_py() or 0
+    if found.answers:
+        found.mean_tokens = {name: count / found.answers for name, count in tokens.items()}

@@ -1,0 +1,77 @@
+"""What a run shows while it runs: a bar on a terminal, a plain line now and then in a log file, one rank alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_SECONDS = 30.0  # between two lines of a stage
+
+
+def get_logger(level: str = "INFO") -> logging.Logger:
+    """The logger of this package and its recipes; other ranks than 0 only warn.
+
+    torchtune's is one for all of its modules, and the last of them that is imported sets its level.
+
+    Args:
+        level (str): of rank 0.
+
+    Returns:
+        logging.Logger: writes to stderr, unless the program has set up logging of its own.
+    """
+    log = logging.getLogger("spin")
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+    log.setLevel(level if os.environ.get("RANK", "0") == "0" else "WARNING")
+    return log
+
+
+def progress_bar(
+    description: str, unit: str, total: int | None = None, iterable: Iterable[Any] | None = None, enabled: bool = True
+) -> tqdm:
+    """A progress bar, or plain lines where stderr is no terminal.
+
+    Args:
+        description (str): what is being done.
+        unit (str): what is counted, in the singular.
+        total (int | None): how many there are.
+        iterable (Iterable[Any] | None): counted as it is iterated over; else call ``update``.
+        enabled (bool): False shows nothing, for ranks other than 0.
+
+    Returns:
+        tqdm: the bar.
+    """
+    kind = tqdm if sys.stderr.isatty() else ProgressLines
+    return kind(iterable, desc=description, unit=unit, total=total, disable=not enabled)
+
+
+class ProgressLines(tqdm):
+    """A tqdm that writes whole lines: one at the start, one every ``LINE_SECONDS``, one at the end.
+
+    Args:
+        *args (Any): tqdm's.
+        **kwargs (Any): tqdm's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._next_line = 0.0
+        line = "{desc}: {n_fmt}/{total_fmt} {unit} in {elapsed}, {rate_noinv_fmt}{postfix}"
+        super().__init__(*args, **kwargs, leave=False, bar_format=line)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Writes a line if it is time for one; tqdm asks with an empty text when the bar is closed."""
+        now = time.monotonic()
+        if now < self._next_line and msg != "":
+            return
+        self._next_line = now + LINE_SECONDS
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is taken back that was written."""

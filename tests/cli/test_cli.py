@@ -1,0 +1,269 @@
+"""`python -m spin`: the commands as users type them, in this process where that shows the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import spin_recipe
+
+from spin.cli import COMMANDS, main
+from spin.cli.catalog import configs, load_recipe, recipe_files, recipe_of
+from spin.config import load_config, packaged_configs
+from spin.data import PairStore
+from tests.report_runs import write_run, write_store
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def spin(capsys, *arguments):
+    """Exit code, stdout and stderr of a command."""
+    try:
+        code = main([str(argument) for argument in arguments])
+    except SystemExit as end:  # argparse's
+        code = end.code
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    return code, out, err
+
+
+# --- The commands as a whole ---
+
+
+@pytest.mark.parametrize("arguments", [["ls"], ["cp", "llama3_2/1B_full", "mine"], ["--help"], []], ids=str)
+def test_light_commands_load_nothing_heavy(arguments, tmp_path, subprocess_env):
+    """What makes a program start slowly: torch, torchtune, transformers, pyarrow."""
+    code = (
+        "import sys\nfrom spin.cli import main\n"
+        f"main({arguments})\n"
+        "heavy = {'torch', 'torchtune', 'torchao', 'transformers', 'pyarrow', 'numpy'} & sys.modules.keys()\n"
+        "assert not heavy, heavy"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=subprocess_env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_python_dash_m_spin(subprocess_env, tmp_path):
+    def run(*arguments):
+        command = [sys.executable, "-m", "spin", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=subprocess_env, capture_output=True, text=True)
+
+    assert run("ls").stdout.startswith("spin_generate\n")
+    assert [run("cp", "nothing", "x").returncode, run("nothing").returncode, run().returncode] == [1, 2, 2]
+
+
+def test_help_names_every_command(capsys):
+    code, out, _ = spin(capsys, "--help")
+    assert code == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in out
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "estimate"])
+def test_every_command_has_help_and_refuses_unknown_options(capsys, name):
+    code, out, _ = spin(capsys, name, "--help")
+    assert code == 0 and f"python -m spin {name}" in out
+    code, _, err = spin(capsys, name, "--no-such-option")
+    assert code == 2 and "usage" in err
+
+
+def test_estimate_is_imported_when_it_is_called_only(monkeypatch, capsys):
+    """The command hands its arguments to spin.estimate.main and returns its code."""
+    asked = []
+    module = type(sys)("spin.estimate")
+    module.main = lambda argv: asked.append(argv) or 3
+    monkeypatch.setitem(sys.modules, "spin.estimate", module)
+    assert spin(capsys, "estimate", "--config", "x")[0] == 3
+    assert asked == [["--config", "x"]]
+
+
+def test_an_unknown_command_gets_the_nearest(capsys):
+    code, _, err = spin(capsys, "reprot")
+    assert code == 2 and "Did you mean 'report'?" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(PermissionError(13, "denied", "x"), 1), (KeyboardInterrupt(), 130)], ids=repr
+)
+def test_what_else_may_end_a_command(monkeypatch, capsys, error, code):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr("spin.cli.ls.main", fail)
+    found, _, err = spin(capsys, "ls")
+    assert found == code and ("denied" in err) == (code == 1)
+
+
+def test_a_traceback_on_request(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPIN_TRACEBACK", "1")
+    with pytest.raises(Exception, match="no such folder"):
+        main(["report", str(tmp_path / "nowhere")])
+
+
+# --- ls and cp ---
+
+
+def test_ls_shows_every_config_under_its_recipe(capsys):
+    code, out, _ = spin(capsys, "ls")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == sorted(recipe_files())
+    assert sorted(line.split()[0] for line in lines if line.startswith(" ")) == packaged_configs()
+    assert lines.index("spin_generate") < next(i for i, line in enumerate(lines) if "generate/llama3_2_1B" in line)
+    assert {recipe for recipe, _ in configs().values()} <= recipe_files().keys()
+
+
+def test_recipes_are_those_of_the_folder():
+    assert recipe_files() == {path.stem: path for path in sorted((REPO / "recipes").glob("*.py"))}
+    assert load_recipe("spin_recipe").DEFAULTS == spin_recipe.DEFAULTS
+
+
+def test_cp_of_a_config_and_a_recipe(tmp_path, capsys):
+    assert spin(capsys, "cp", "llama3_2/1B_full", tmp_path / "my_1B")[0] == 0
+    copied = tmp_path / "my_1B.yaml"
+    assert load_config(str(copied)) == load_config("llama3_2/1B_full")
+    assert recipe_of(copied) == "spin_recipe"
+    assert spin(capsys, "cp", "spin_generate.py", tmp_path)[0] == 0
+    assert (tmp_path / "spin_generate.py").read_bytes() == (REPO / "recipes" / "spin_generate.py").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my_1B.yaml", "spin_generate.py"]
+
+
+def test_cp_keeps_what_is_there(tmp_path, capsys):
+    target = tmp_path / "mine.yaml"
+    target.write_text("precious")
+    code, _, err = spin(capsys, "cp", "llama3_2/1B_full", target)
+    assert code == 1 and "mine.yaml: is there already" in err and target.read_text() == "precious"
+    assert spin(capsys, "cp", "llama3_2/1B_full", target, "--force")[0] == 0
+    assert "SPIN" in target.read_text()
+
+
+def test_cp_into_a_folder_that_is_not_there(tmp_path, capsys):
+    target = tmp_path / "a" / "b" / "mine.yaml"
+    code, _, err = spin(capsys, "cp", "llama3_2/1B_full", target)
+    assert code == 1 and "no such folder" in err
+    assert spin(capsys, "cp", "llama3_2/1B_full", target, "--make-parents")[0] == 0
+    assert target.is_file()
+
+
+def test_cp_of_an_unknown_name(tmp_path, capsys):
+    code, _, err = spin(capsys, "cp", "llama3_2/1B_ful", tmp_path)
+    assert code == 1 and "Did you mean llama3_2/1B_full" in err
+
+
+# --- pairs ---
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Scored: 2 tokens, stop, margin +10; 4 tokens, length, margin -5."""
+    write_store(tmp_path / "pairs", scored=True)
+    return tmp_path / "pairs"
+
+
+def test_pairs_counts(store, capsys):
+    code, out, _ = spin(capsys, "pairs", store)
+    assert code == 0
+    assert "2 of 2 shards, sealed" in out and "2 to 2 prompts" in out and "1 (50.0%)" in out
+    table = {
+        line.split(",")[0]: line.split()[2:] for line in out.splitlines() if ", tokens" in line or ", nats" in line
+    }
+    assert table["prompt"] == ["3"] * 6
+    assert [table["generated"][i] for i in (0, 2, 4, 5)] == ["2", "3", "4", "3"]
+    assert [table["margin"][i] for i in (0, 2, 4, 5)] == ["-5.00", "2.50", "10.00", "2.50"]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ([], ["sample-0", "sample-1"]),
+        (["--min-margin", 0], ["sample-0"]),
+        (["--max-margin", 0], ["sample-1"]),
+        (["--min-margin", -5, "--max-margin", 10], ["sample-0", "sample-1"]),
+        (["--min-length", 3], ["sample-1"]),
+        (["--max-length", 3], ["sample-0"]),
+        (["--finish", "length"], ["sample-1"]),
+        (["--finish", "stop", "--min-length", 3], []),
+    ],
+    ids=str,
+)
+def test_pairs_filters_what_it_exports(store, tmp_path, tiny_lm, capsys, options, kept):
+    out = tmp_path / "out.jsonl"
+    code, text, _ = spin(capsys, "pairs", store, *options, "--export", out, "--tokenizer", tiny_lm)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert code == 0 and [row["sample_id"] for row in rows] == kept
+    assert f"{len(kept)} to {len(kept)} prompts" in text
+
+
+def test_pairs_exports_text_and_numbers(store, tmp_path, tiny_lm, capsys):
+    out = tmp_path / "out.jsonl"
+    spin(capsys, "pairs", store, "--export", out, "--tokenizer", tiny_lm)
+    row = json.loads(out.read_text().splitlines()[1])
+    assert (row["prompt_tokens"], row["real_tokens"], row["generated_tokens"]) == (3, 2, 4)
+    assert (row["margin"], row["reference_real_logp"], row["reference_generated_logp"]) == (-5.0, -20.0, -15.0)
+    assert row["finish_reason"] == "length" and row["real"].endswith("<|im_end|>") and row["generated"]
+
+
+def test_pairs_shows_a_sample_with_the_tokenizer_of_the_run(tmp_path, tiny_lm, capsys):
+    config = {"tokenizer": {"_component_": "spin.data.ChatTokenizer", "path": str(tiny_lm)}}
+    folder = write_run(tmp_path, iterations=1, steps=1, config=config)
+    code, out, _ = spin(capsys, "pairs", folder / "iteration_000" / "responses", "--sample", 1)
+    assert code == 0 and out.count("[generated]") == 1 and "<|im_end|>" in out
+
+
+def test_pairs_of_a_store_that_is_being_made(store, capsys):
+    manifest = store / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**content, "sealed": False}))
+    (store / "shard-00001.parquet").unlink()
+    code, out, _ = spin(capsys, "pairs", store)
+    assert code == 0 and "1 of 2 shards, not sealed" in out and "1 to 1 prompts" in out
+
+
+def test_pairs_refuses_what_it_cannot_do(tmp_path, capsys):
+    write_store(tmp_path / "responses")
+    code, _, err = spin(capsys, "pairs", tmp_path / "responses", "--min-margin", 0)
+    assert code == 1 and "is not scored" in err
+    code, _, err = spin(capsys, "pairs", tmp_path / "responses", "--sample", 1)
+    assert code == 1 and "--tokenizer" in err
+    code, _, err = spin(capsys, "pairs", tmp_path / "nowhere")
+    assert code == 1 and "no pair store here" in err
+    (tmp_path / "responses" / "shard-00001.parquet").unlink()
+    code, _, err = spin(capsys, "pairs", tmp_path / "responses")
+    assert code == 1 and "shard-00001.parquet: missing" in err
+    assert PairStore.open(tmp_path / "responses").is_sealed
+
+
+# --- doctor ---
+
+
+def test_doctor_knows_what_is_installed(capsys):
+    import torch
+
+    code, out, err = spin(capsys, "doctor")
+    lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+    assert lines["torch"] == ["ok", torch.__version__] and lines["torchtune"] == ["ok", "0.6.1"]
+    assert {"python", "torchao", "transformers", "vllm", "cpu"} <= lines.keys()
+    assert code == ("FAULT" in out) and bool(err) == bool(code)
+
+
+def test_doctor_tells_what_is_missing_or_does_not_fit():
+    from packaging.requirements import Requirement
+
+    from spin.cli.doctor import check_requirement
+
+    old, gone, fine = (
+        check_requirement(Requirement(text)) for text in ("torchtune==0.5.0", "no-such-package>=2", "torch>=2")
+    )
+    assert old.verdict == gone.verdict == "FAULT" and fine.verdict == "ok"
+    assert "0.6.1, expected ==0.5.0: `pip install 'torchtune==0.5.0'`" in old.text
+    assert "not installed: `pip install 'no-such-package>=2'`" in gone.text
+
+
+def test_doctor_ends_with_1_if_something_is_missing(monkeypatch, capsys):
+    from spin.cli import doctor
+
+    monkeypatch.setattr(doctor, "packages", lambda: [doctor.Finding("torch", "FAULT", "not installed")])
+    code, out, err = spin(capsys, "doctor")
+    assert code == 1 and "FAULT" in out and "1 of these" in err

@@ -1,0 +1,206 @@
+"""`python -m spin validate`: every fault by its place, nothing loaded or written, the run's own arithmetic."""
+
+import json
+
+import pytest
+
+from spin.cli import main
+from spin.cli.validate import compare_ids, plan_lines
+from spin.data import ChatTokenizer
+from tests.recipes.helpers import CONFIG, REPO, tiny_config, tiny_overrides
+
+
+@pytest.fixture
+def validate(tmp_path, capsys, monkeypatch):
+    """Exit code, stdout and stderr for the test config with changes; loading weights is an error."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("spin.hf._read", refuse)
+
+    def run(*changes, config=CONFIG):
+        code = main(["validate", str(config), *tiny_overrides(tmp_path / "out"), *changes])
+        out, err = capsys.readouterr()
+        assert not (tmp_path / "out").exists() and "Traceback" not in err
+        return code, out, err
+
+    return run
+
+
+def verdicts(out):
+    return {line[:16].strip(): line[17:22].strip() for line in out.splitlines() if line[:1] not in ("", " ")}
+
+
+def test_a_config_that_works(validate):
+    """20 samples in batches of 4, 2 epochs, 2 iterations: 20 steps. 20 prompts in shards of 6 are 4 shards."""
+    code, out, err = validate()
+    assert code == 0 and err == ""
+    assert set(verdicts(out).values()) == {"ok"} and len(verdicts(out)) == 11
+    assert "20 steps: 2 iterations x 2 epochs x 5 steps of 4 prompts" in out
+    assert "20 prompts answered in an iteration (0 left over), in 4 shards" in out
+    assert "validation every 2 steps; state every 2 steps; 6 validation samples" in out
+    assert "918,656 parameters" in out and "vocabulary 1,024" in out and "2 '<|im_end|>'" in out
+    assert "jargon_train.jsonl:1: the real response has 83 tokens" in out  # what is cut is said
+
+
+def test_all_faults_of_a_config_at_once(validate):
+    code, out, _ = validate("loss.betta=1", "optimiser=x", "generator._component_=os.system")
+    assert code == 1 and verdicts(out) == {"config": "FAULT"}
+    for word in ("3 faults", "betta", "Did you mean 'optimizer'?", "os.system"):
+        assert word in out
+    code, out, _ = validate("loss.beta=[0.1,0.2,0.3]", "global_batch_size=0", "max_time=soon")
+    assert code == 1
+    for word in ("loss.beta", "global_batch_size", "max_time"):
+        assert word in out
+
+
+def test_faults_of_every_kind_in_one_pass(validate, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]},
+        {"messages": [{"role": "user", "content": "Hello"}]},
+        {"messages": [{"role": "assistant", "content": ""}]},
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n" + "[]\n" * 30)
+    code, out, err = validate(
+        f"dataset.source={data}", "model.vocab_size=1000", "loss.loss_type=logistik", "global_batch_size=6"
+    )
+    assert code == 1 and "checks failed" in err
+    found = verdicts(out)
+    assert {label for label, verdict in found.items() if verdict == "FAULT"} == {
+        "loss, optimizer", "model folder", "data", "vocabulary",
+    }  # fmt: skip
+    assert "[1024, 128], the model needs [1000, 128]" in out and "knows 1024 token ids" in out
+    assert "rows.jsonl:2: last message has role 'user'" in out and "rows.jsonl:4: " in out
+    assert "rows.jsonl:21:" in out and "rows.jsonl:22:" not in out and "... and 13 more" in out
+
+
+def test_what_was_not_checked_is_said(validate):
+    code, out, _ = validate("tokenizer.path=/nowhere", "model.num_kv_heads=3")
+    assert code == 1 and len(verdicts(out)) == 11
+    assert "vocabulary       -      not checked, for want of the model and tokenizer" in out
+    assert "arithmetic       -      not checked, for want of the data" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "label", "words"),
+    [
+        (["checkpointer.checkpoint_dir=/nowhere"], "model folder", ["/nowhere: no such folder"]),
+        (["tokenizer.path=/nowhere"], "tokenizer", ["/nowhere"]),
+        (["global_batch_size=400"], "arithmetic", ["global_batch_size"]),
+        (["val_check_interval=0.01"], "arithmetic", ["val_check_interval=0.01 of an epoch of 5 steps"]),
+        (
+            ["optimizer.weight_decay=-1"],
+            "loss, optimizer",
+            ["optimizer: torch.optim.AdamW does not take these values", "weight_decay"],
+        ),
+        (["model.num_kv_heads=3"], "model", ["model: torchtune.models.llama3_2.llama3_2 does not take these values"]),
+        (["sampling.stop_token_ids=[5000]"], "vocabulary", ["stop token 5000"]),
+    ],
+    ids=lambda value: str(value[0])[:40],
+)
+def test_single_faults(validate, changes, label, words):
+    code, out, _ = validate(*changes)
+    assert code == 1 and verdicts(out)[label] == "FAULT"
+    for word in words:
+        assert word in out
+
+
+def test_the_arithmetic_is_the_runs(tmp_path):
+    """What validate says of steps is what the recipe's progress counts, history and limits included."""
+    import spin_recipe
+
+    changes = ("pairs.history=1", "max_iterations=3", "max_epochs=1", "limit_train_batches=3", "global_batch_size=4")
+    cfg = tiny_config(tmp_path, *changes)
+    lines = plan_lines(cfg, 20, 6)
+    recipe = spin_recipe.SPINRecipe(cfg)
+    recipe.setup()
+    try:
+        assert lines[0].startswith(f"{recipe._progress.total_steps} steps: 3 iterations x 1 epochs")
+        assert [recipe._progress.steps_in_epoch(i) for i in range(3)] == [3, 6, 6]
+        assert "x 3, 6, 6 steps of 4 prompts" in lines[0]
+        assert f"{recipe._num_val_samples} validation samples" in lines[2]
+        assert f"validation every {recipe._val_every} steps; state every {recipe._save_every} steps" in lines[2]
+    finally:
+        recipe.cleanup()
+
+
+def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("# tune run spin_generate --config mine.yaml\n" + CONFIG.read_text() + "\nnum_workers: 4\n")
+    code, out, _ = validate("num_workers=4", "worker=1", config=config)
+    assert code == 0 and "for spin_generate" in out
+    code, out, _ = validate("num_workers=4", "worker=1")
+    assert code == 1 and "worker: unknown key" in out
+
+
+def test_a_recipe_of_your_own(validate, tmp_path):
+    """Its DEFAULTS say which keys there are."""
+    text = (REPO / "recipes" / "spin_recipe.py").read_text()
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        text.replace("DEFAULTS = RECIPE_DEFAULTS\n", 'DEFAULTS = RECIPE_DEFAULTS | {"greeting": "hello"}\n')
+    )
+    assert validate("greeting=moin")[0] == 1
+    assert validate("greeting=moin", "--recipe", str(mine))[0] == 0
+
+
+# --- Round trip and parity ---
+
+
+class Spoiled(ChatTokenizer):
+    """Wrong in one way or another."""
+
+    fault = ""
+
+    def encode_prompt(self, messages):
+        ids = super().encode_prompt(messages)
+        return [*ids, 5] if self.fault == "prompt" else ids
+
+    def encode_pairs(self, conversations):
+        if self.fault == "stop":
+            return [(prompt, answer[:-1]) for prompt, answer in super().encode_pairs(conversations)]
+        return super().encode_pairs(conversations)
+
+    def decode(self, ids, skip_special_tokens=False):
+        text = super().decode(ids, skip_special_tokens)
+        return text.replace("é", "?") if self.fault == "text" else text
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("", None),
+        ("prompt", "differ from position"),
+        ("stop", "the answer ends with token"),
+        ("text", "from character 3 on the answer reads back as '?'"),
+    ],
+)
+def test_what_compare_ids_finds(tiny_lm, fault, words):
+    tokenizer = Spoiled(tiny_lm)
+    tokenizer.fault = fault
+    found = compare_ids(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "café"}])
+    assert found is None if words is None else words in found
+
+
+def test_an_unequal_prompt_is_a_fault_of_its_row(validate, monkeypatch):
+    """As a tokenizer would have it that writes other tokens in generation than in training."""
+    encode = ChatTokenizer.encode_prompt
+    monkeypatch.setattr(ChatTokenizer, "encode_prompt", lambda self, messages: [7, *encode(self, messages)])
+    code, out, _ = validate()
+    assert code == 1 and verdicts(out)["round trip"] == verdicts(out)["token ids"] == "FAULT"
+    assert "jargon_train.jsonl:1: the prompt's token ids differ from position 0 on" in out
+
+
+def test_a_data_set_of_another_component_is_not_compared(validate, monkeypatch, tmp_path):
+    module = tmp_path / "my_data.py"
+    module.write_text(
+        "from spin.data import Prompt, PromptDataset\n"
+        "def make(tokenizer, max_seq_len):\n"
+        "    return PromptDataset([Prompt(str(i), [1, 2], [3, 2]) for i in range(8)])\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    changes = [f"~dataset.{key}" for key in ("source", "limit", "max_response_tokens", "on_long_response")]
+    code, out, _ = validate(*changes, "dataset._component_=my_data.make", "allow_components=[my_data]")
+    assert code == 0 and "not compared" in out and "8 samples" in out, out
