@@ -25,6 +25,7 @@ from spin.data.sources import read_rows
 from spin.errors import ConfigError, DataError, SpinError
 from spin.generators import sampling_params
 from spin.hf import check_hf_folder
+from spin.lora import check_lora
 from spin.models import build_model
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.schedules import per_iteration
@@ -139,6 +140,8 @@ class Validation:
         recipe = load_recipe(name)
         cfg = config.complete(config.load_config(self._name, self._overrides), recipe.DEFAULTS)
         check_run(cfg)
+        if "base_dtype" in cfg:  # of the LoRA recipe
+            check_lora(cfg)
         if cfg.output_dir is None:
             raise ConfigError("output_dir: not set. Give the folder that the run writes to.")
         return cfg, f"{self._name} for {name}: every key is known, and their values go together"

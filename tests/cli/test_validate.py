@@ -44,6 +44,16 @@ def test_a_config_that_works(validate):
     assert "jargon_train.jsonl:1: the real response has 83 tokens" in out  # what is cut is said
 
 
+def test_a_config_of_the_lora_recipe(validate):
+    """Found by its first comment, and checked as its recipe checks it."""
+    config = CONFIG.with_name("tiny_lora.yaml")
+    code, out, err = validate(config=config)
+    assert code == 0, out + err
+    assert "for spin_lora_recipe" in out
+    code, out, _ = validate("enable_float8_training=true", "base_dtype=fp8", config=config)
+    assert code == 1 and "base_dtype='fp8': expected fp32 or bf16" in out and "enable_float8_training=true" in out
+
+
 def test_all_faults_of_a_config_at_once(validate):
     code, out, _ = validate("loss.betta=1", "optimiser=x", "generator._component_=os.system")
     assert code == 1 and verdicts(out) == {"config": "FAULT"}
