@@ -39,7 +39,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torchtune.models.convert_weights import tune_to_hf
 from vllm_arms import close_engines, engines_of, vllm_arms
-from work import MODELS, llama_config, log_normal_lengths
+from work import MODELS, llama_config, log_normal_lengths, randomize
 
 from spin.distributed import World, init_world, materialize, named_full_tensors, shard_model, shutdown
 from spin.files import write_json
@@ -48,7 +48,6 @@ from spin.models import build_model, prepare_model
 from spin.selfplay import awake
 
 GIB = 2**30
-WEIGHT_SCALE = 0.02  # standard deviation of random weights
 PROMPT_TOKENS = (50, 350)  # shortest and longest
 MEAN_NEW_TOKENS = 128
 CHECKED = (8, 24)  # prompts and greedy tokens that are compared with fp32
@@ -74,10 +73,7 @@ class Bench:
         self.builder = preset.builder
         self.model = self._build()
         prepare_model(self.model, self.world, compute_dtype=self.compute_dtype)
-        draw = torch.Generator(self.device).manual_seed(0)
-        for parameter in self.model.parameters():
-            local = parameter.detach().to_local()
-            local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
+        randomize(self.model, self.world)
         self.vocab_size = self.model.tok_embeddings.num_embeddings
         rng = np.random.default_rng(0)
         low, high = (max(1, round(tokens * preset.lengths)) for tokens in PROMPT_TOKENS)

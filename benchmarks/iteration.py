@@ -32,7 +32,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from spin_recipe import DEFAULTS, SPINRecipe
 from transformers import AutoTokenizer
-from work import MIXES, MODELS, llama_config, log_normal_lengths
+from work import MIXES, MODELS, llama_config, log_normal_lengths, randomize
 
 from spin.config import complete, load_config
 from spin.distributed import init_world, materialize, shard_model, shutdown
@@ -45,7 +45,6 @@ REPO = Path(__file__).resolve().parents[1]
 TOKENIZER = REPO / "tests" / "assets" / "tiny_lm"
 TEXT = REPO / "examples" / "quickstart" / "jargon_train.jsonl"
 TOKENIZER_TOKENS = 1024
-WEIGHT_SCALE = 0.02
 POLL_SECONDS = 0.02
 
 
@@ -140,10 +139,7 @@ def make_model(folder: Path, preset: Any, device: str | None) -> None:
     model: Any = build_model(OmegaConf.create(preset.builder), torch.float32)
     shard_model(model, world, compute_dtype=torch.float32)
     materialize(model, world)
-    draw = torch.Generator(world.device).manual_seed(world.rank)
-    for parameter in model.parameters():
-        local = parameter.detach().to_local()
-        local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
+    randomize(model, world)
     if world.is_main:
         folder.mkdir(parents=True)
         llama_config(model).save_pretrained(folder)

@@ -43,7 +43,7 @@ import torch.distributed as dist
 from arms import ARMS, ROW_MULTIPLE, Arm, Layout, objective_of
 from omegaconf import OmegaConf
 from torch import nn
-from work import MIXES, MODELS, Sizes, floor_of_work, mixed_pairs, random_nats, random_pairs
+from work import MIXES, MODELS, WEIGHT_SCALE, Sizes, floor_of_work, mixed_pairs, random_nats, random_pairs, randomize
 
 from spin.data import Pair, pack_row
 from spin.data.loader import load_rows
@@ -66,7 +66,6 @@ from spin.reference import score_batches
 WHAT = ("ladder", "optimizer_step", "reference", "scaling", "head", "profile")
 GIB = 2**30
 PLAIN_VARIANTS = ("torchtune", "exact")  # models that the product has not touched, the second in fp32
-WEIGHT_SCALE = 0.02  # standard deviation of random weights
 CHECKED_PAIRS = 8  # whose loss and gradient are compared with fp32
 MICRO_BATCHES = (4, 8, 16)  # pairs of a padded batch; the fastest that fits stands for the baseline
 WORKERS = RECIPE_DEFAULTS["num_workers"]  # threads that pack rows ahead
@@ -120,7 +119,7 @@ class Bench:
                     compile_layers=self.is_compiled(variant),
                     reshard_after_forward=not self.args.keep_gathered,
                 )
-            _randomize(model, self.world)
+            randomize(model, self.world)
             self._models[variant] = model
         return self._models[variant]
 
@@ -262,14 +261,6 @@ class Bench:
         if variant:
             self.drop(variant)  # FSDP2 was interrupted: make it anew
         return "out of memory"
-
-
-def _randomize(model: nn.Module, world: World) -> None:
-    """Normal weights, norms of one; each rank its shards, the same in every variant."""
-    generator = torch.Generator(world.device).manual_seed(world.rank)
-    for parameter in model.parameters():
-        local = parameter.detach().to_local()
-        local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=generator)
 
 
 def _bytes(model: nn.Module) -> int:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from spin.data import Pair, Response
+from spin.distributed import World
 
 # mean tokens of prompt, real and generated responses
 MIXES = {"short": (199, 278, 278), "long": (498, 288, 287), "third": (131, 288, 209)}
+WEIGHT_SCALE = 0.02  # standard deviation of random weights
 SIGMA = 0.55  # of the logarithm of a length
 LONGEST = 2048  # tokens of a prompt or response
 
@@ -71,6 +74,19 @@ MODELS = {
         batch_tokens=256,
     ),
 }
+
+
+def randomize(model: nn.Module, world: World) -> None:
+    """Normal weights, norms of one; each rank its shards, the same in every model of one shape.
+
+    Args:
+        model (nn.Module): sharded, with memory.
+        world (World): the ranks.
+    """
+    draw = torch.Generator(world.device).manual_seed(world.rank)
+    for parameter in model.parameters():
+        local = parameter.detach().to_local()  # type: ignore[operator]
+        local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
 
 
 def llama_config(model: Any) -> Any:
