@@ -321,8 +321,8 @@ def play(
         stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), sampling)
         with closing(stream):
             # a rank that shares its engine asks its team, which takes a while; one that does not asks at every answer
-            answers = stream if team.is_shared else _until(should_stop, stream)
-            for number, completions in _in_parts(answers, sizes):
+            ends_here = (lambda: False) if team.is_shared else should_stop
+            for number, completions in _in_parts(stream, sizes, ends_here):
                 finish(shards[number], completions)
                 if team.agree(should_stop()):
                     return
@@ -341,27 +341,15 @@ def play(
         finish(shard, completions)
 
 
-def _until(should_stop: Callable[[], bool], answers: Iterable[tuple[int, Completion]]) -> Iterator[Any]:
-    """Answers until one is asked to stop; then None, in place of those that are missing."""
-    for answer in answers:
-        yield answer
-        if should_stop():
-            yield None
-            return
-
-
 def _in_parts(
-    answers: Iterable[tuple[int, Completion] | None], sizes: Sequence[int]
+    answers: Iterable[tuple[int, Completion]], sizes: Sequence[int], should_stop: Callable[[], bool]
 ) -> Iterator[tuple[int, list[Completion]]]:
-    """Sorts numbered answers into consecutive parts; gives each part, in order, when it is complete. None is the end
-    of a run that was asked to stop."""
+    """Sorts numbered answers into consecutive parts; gives each part, in order, when it is complete. Ends early if,
+    after an answer, it is asked to stop."""
     bounds = np.cumsum([0, *sizes])
     missing = list(sizes)
     found: dict[int, dict[int, Completion]] = {}
-    for answer in answers:
-        if answer is None:
-            return
-        index, completion = answer
+    for index, completion in answers:
         part = int(np.searchsorted(bounds, index, side="right")) - 1
         if not 0 <= part < len(sizes) or index in found.setdefault(part, {}):
             raise GeneratorError(f"The generator answered request {index} twice, or none such was asked.")
@@ -369,6 +357,8 @@ def _in_parts(
         missing[part] -= 1
         if not missing[part]:
             yield part, [completion for _, completion in sorted(found.pop(part).items())]
+        if should_stop():
+            return
     if any(missing):
         raise GeneratorError(f"The generator left {sum(missing)} of {sum(sizes)} prompts without an answer.")
 
