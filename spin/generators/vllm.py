@@ -29,7 +29,8 @@ from spin.hf import HFStream
 
 log = logging.getLogger(__name__)
 
-OLDEST, NEWEST = (0, 20), (0, 32)  # minor versions that this adapter was written for
+_OLDEST, _NEWEST = (0, 20), (0, 32)  # minor versions that this adapter was written for
+KNOWN = f"{_OLDEST[0]}.{_OLDEST[1]} to {_NEWEST[0]}.{_NEWEST[1]}"
 INSTALL = (
     "pip install 'spin-torchtune[vllm]' (vllm 0.20.2 to 0.26.0 with torch 2.11, 0.27 to 0.31 with torch 2.13), or on a "
     "CPU see docs/vllm.md"
@@ -60,16 +61,27 @@ def vllm_version() -> str:
             break
         except importlib.metadata.PackageNotFoundError:
             continue
-    known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
     if found is None:
-        raise ConfigError(f"the generator needs vLLM, which is not installed. Versions {known} are known: {INSTALL}.")
-    match = re.match(r"(\d+)\.(\d+)", found)
-    version = (int(match[1]), int(match[2])) if match else NEWEST
-    if version < OLDEST:
-        raise ConfigError(f"vLLM {found} is installed, expected {known}. Install another: {INSTALL}.")
-    if version > NEWEST:
-        log.warning(f"vLLM {found} is newer than what this adapter was written for ({known}).")
+        raise ConfigError(f"the generator needs vLLM, which is not installed. Versions {KNOWN} are known: {INSTALL}.")
+    if is_too_old(found):
+        raise ConfigError(f"vLLM {found} is installed, expected {KNOWN}. Install another: {INSTALL}.")
     return found
+
+
+def is_too_old(version: str) -> bool:
+    """Whether this adapter does not know so old a vLLM; warns of one that is newer than what it was written for.
+
+    Args:
+        version (str): as vLLM says; one without numbers is taken for a known one.
+
+    Returns:
+        bool: True for versions before 0.20.
+    """
+    match = re.match(r"(\d+)\.(\d+)", version)
+    minor = (int(match[1]), int(match[2])) if match else _NEWEST
+    if minor > _NEWEST:
+        log.warning(f"vLLM {version} is newer than what this adapter was written for ({KNOWN}).")
+    return minor < _OLDEST
 
 
 class VLLMGenerator:
@@ -204,9 +216,9 @@ class VLLMGenerator:
                 for output in engine.step():
                     if output.finished:
                         yield running.pop(output.request_id), _completion(output, sampling)
+        except GeneratorError:
+            raise
         except Exception as error:
-            if isinstance(error, GeneratorError):
-                raise
             self._is_whole = False
             raise GeneratorError(
                 f"vLLM failed with {len(running)} answers under way: {type(error).__name__}: {error} Finished shards "
@@ -320,17 +332,38 @@ def vllm_sampling(sampling: SamplingParams, seed: int, limit: int) -> dict[str, 
     }
 
 
+def vllm_completion(
+    tokens: Sequence[int] | None, reason: str | None, logprobs: Sequence[float] | None, sampling: SamplingParams
+) -> Completion:
+    """An answer of vLLM's engine or server.
+
+    Args:
+        tokens (Sequence[int] | None): token ids; None if there are none in the answer.
+        reason (str | None): why it ended, as vLLM says.
+        logprobs (Sequence[float] | None): per token, if asked for.
+        sampling (SamplingParams): as it was asked.
+
+    Returns:
+        Completion: one whose last token is a stop token has stopped, though the limit was reached in the same step.
+
+    Raises:
+        GeneratorError: If there are no token ids, or it ended otherwise than by a stop or the limit.
+    """
+    if tokens is None or reason not in ("stop", "length"):
+        raise GeneratorError(
+            f"vLLM ended an answer with reason {reason!r} and {'no' if tokens is None else len(tokens)} token ids, "
+            "expected stop or length, with token ids."
+        )
+    stopped = reason == "stop" or (len(tokens) > 0 and tokens[-1] in sampling.stop_token_ids)
+    return Completion(list(tokens), "stop" if stopped else "length", None if logprobs is None else list(logprobs))
+
+
 def _completion(output: Any, sampling: SamplingParams) -> Completion:
     answer = output.outputs[0]
-    if answer.finish_reason not in ("stop", "length"):
-        raise GeneratorError(f"vLLM ended an answer with reason {answer.finish_reason!r}, expected stop or length.")
-    tokens = list(answer.token_ids)
     logprobs = None
     if sampling.logprobs:
-        logprobs = [entry[token].logprob for token, entry in zip(tokens, answer.logprobs, strict=True)]
-    # an answer whose last token is a stop token has stopped, though the limit was reached in the same step
-    stopped = bool(tokens) and tokens[-1] in sampling.stop_token_ids
-    return Completion(tokens, "stop" if stopped else answer.finish_reason, logprobs)
+        logprobs = [entry[token].logprob for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)]
+    return vllm_completion(answer.token_ids, answer.finish_reason, logprobs, sampling)
 
 
 class _Load:

@@ -19,7 +19,7 @@ import torch
 from spin.distributed import World, barrier, fail_together
 from spin.errors import ConfigError, GeneratorError
 from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
-from spin.generators.vllm import NEWEST, OLDEST, vllm_sampling
+from spin.generators.vllm import KNOWN, is_too_old, vllm_completion, vllm_sampling
 from spin.hf import check_model_type, export_hf
 
 log = logging.getLogger(__name__)
@@ -202,22 +202,15 @@ class VLLMServerGenerator:
             **({"logprobs": 0} if sampling.logprobs else {}),
         }
         choice = self._post("/v1/completions", body).json()["choices"][0]
-        tokens, reason = choice.get("token_ids"), choice.get("finish_reason")
-        if tokens is None or reason not in ("stop", "length"):
-            raise GeneratorError(
-                f"{self._url} ended an answer with reason {reason!r} and "
-                f"{'no' if tokens is None else len(tokens)} token ids, expected stop or length, with token ids."
-            )
         logprobs = choice["logprobs"]["token_logprobs"] if sampling.logprobs else None
-        stopped = bool(tokens) and tokens[-1] in sampling.stop_token_ids
-        return Completion(tokens, "stop" if stopped else reason, logprobs)
+        return vllm_completion(choice.get("token_ids"), choice.get("finish_reason"), logprobs, sampling)
 
     def _load_weights(self, idle: bool) -> None:
         """Has the server load the weights of ``transfer_dir`` in place."""
         started = time.perf_counter()
         path = str(self._transfer_dir.resolve())
-        self._send("POST", "/collective_rpc", json={"method": "reload_weights", "kwargs": {"weights_path": path}})
-        reset = self._send("POST", "/reset_prefix_cache")
+        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+        reset = self._persistently("POST", "/reset_prefix_cache")
         # answers that other ranks have under way, of the same weights, may hold parts of the cache
         says = reset.json() if reset.headers.get("content-type", "").startswith("application/json") else {}
         if idle and not says.get("success", True):
@@ -240,12 +233,9 @@ class VLLMServerGenerator:
 
     def _check_version(self) -> None:
         found = str(self._get("/version").json().get("version", "unknown"))
-        match = re.match(r"(\d+)\.(\d+)", found)
-        version = (int(match[1]), int(match[2])) if match else NEWEST
-        known = f"{OLDEST[0]}.{OLDEST[1]} to {NEWEST[0]}.{NEWEST[1]}"
-        if version < OLDEST:
-            raise GeneratorError(f"{self._url} runs vLLM {found}, expected {known}.")
-        log.info(f"{self._url} runs vLLM {found} (known: {known}).")
+        if is_too_old(found):
+            raise GeneratorError(f"{self._url} runs vLLM {found}, expected {KNOWN}.")
+        log.info(f"{self._url} runs vLLM {found} (known: {KNOWN}).")
 
     def _await_server(self) -> None:
         """Returns when the server says that it is healthy."""

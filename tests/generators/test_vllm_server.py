@@ -236,6 +236,14 @@ def test_a_busy_server_is_asked_again_and_one_started_anew_gets_the_weights_firs
     assert "/collective_rpc" in paths[first:second]
 
 
+def test_a_server_that_is_busy_when_it_should_load_is_asked_again(context, untied, tmp_path, serve):
+    script = Script(collective_rpc=[(503, {}), (200, {})], reset_prefix_cache=[(503, {}), (200, {"success": True})])
+    generator = generator_of(context, untied, tmp_path, serve(script))
+    generator.update_weights([])
+    assert [path for path, _ in script.asked].count("/collective_rpc") == 2
+    assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 2]
+
+
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
