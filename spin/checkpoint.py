@@ -28,8 +28,8 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 
@@ -92,7 +92,7 @@ class SPINCheckpointer:
         self.async_save = async_save
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spin-checkpoint")
         self._pending: Future[None] | None = None
-        self._stager: DefaultStager | None = None
+        self._stager: StateDictStager | None = None
         self._writers_world: World | None = None
 
     @property
@@ -214,14 +214,14 @@ class SPINCheckpointer:
         if not self.async_save:
             self._write(folder, tensors, about, world)
             return folder
+        on_gpu = world.device.type == "cuda"
         if self._stager is None or self._writers_world is None:
-            on_gpu = world.device.type == "cuda"
-            options = StagingOptions(
-                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu
-            )
-            self._stager = DefaultStager(options)
+            # not DefaultStager, which wraps it: torch 2.11's works for one state only
+            self._stager = StateDictStager(pin_memory=on_gpu)
             self._writers_world = beside(world)
-        copies = self._stager.stage(tensors)
+        copies = self._stager.stage(tensors, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize()
         self._pending = self._writer.submit(self._write, folder, copies, about, self._writers_world)
         return folder
 
