@@ -321,6 +321,12 @@ class KVView:
         for layer in self.layers:
             layer.move(sources, targets, length)
 
+    def free(self) -> None:
+        """Give the memory back at once; view and layers refer to each other, so that Python would do it some day."""
+        for layer in self.layers:
+            layer.k = layer.v = None
+        self.layers.clear()
+
     @property
     def gib(self) -> float:
         """Memory that the cache holds, in GiB."""

@@ -238,12 +238,13 @@ class TorchtuneGenerator:
     def _drop(self) -> None:
         """Cache and graphs go; their memory is free for others."""
         if self._slots is not None:
+            self._slots.view.free()
             self._slots = None
             if self._context.device.type == "cuda":
                 torch.cuda.empty_cache()
 
     def _halve(self, shortage: str, longest: "_Request") -> None:
-        self._slots = None
+        self._drop()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -2,10 +2,12 @@
 found."""
 
 import copy
+import gc
 import json
 import logging
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -326,6 +328,21 @@ def test_checkpointed_layers_are_run_plainly(make, model, prompts, monkeypatch):
     with pytest.raises(AssertionError, match="a wrapper ran"):  # afterwards they checkpoint again
         model(torch.tensor([prompts[0]]))
     assert list(model.named_modules()) == modules
+
+
+def test_the_cache_goes_at_once(make, prompts):
+    """Not when Python finds the time to look for cycles: training wants the memory now."""
+    generator = make()
+    generator.wake()
+    gc.disable()
+    try:
+        generator.generate(prompts, SamplingParams(temperature=0, max_new_tokens=4), [0] * len(prompts))
+        caches = [weakref.ref(tensor) for layer in generator._slots.view.layers for tensor in (layer.k, layer.v)]
+        assert caches and all(cache() is not None for cache in caches)
+        generator.sleep()
+        assert all(cache() is None for cache in caches)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("static", [False, True])
