@@ -4,13 +4,18 @@
     python benchmarks/iteration.py --generator vllm --out results.json            # one GPU, Llama 3.2 1B shapes
     python benchmarks/iteration.py --generator embedded --prompts 512
     torchrun --nproc_per_node 2 benchmarks/iteration.py --generator vllm
+    python benchmarks/iteration.py --model llama3_1_8b --config llama3_1/8B_qlora --prompts 256   # adapters
 
 Weights are random; prompts and real answers are pieces of the quickstart's text, of log-normal lengths (199 and 278
 tokens on average). A random model does not end its answers: each has as many tokens as sampling.max_new_tokens allows,
 256. Two iterations of one epoch run; the second one is warm (layers compiled, engine started, optimizer state there).
 
 Memory is what the whole device has in use, polled while a stage runs, whoever holds it: vLLM's does not come from
-torch's pool. States and exported models are not written unless --save is given.
+torch's pool. Beside it stands the most that torch's own allocator had given out, which is what tensors need. States and
+exported models are not written unless --save is given.
+
+The last line compares training with the arithmetic that the pairs need at least; frozen weights need none for
+gradients of their own.
 """
 
 from __future__ import annotations
@@ -30,11 +35,14 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
-from spin_recipe import DEFAULTS, SPINRecipe
+from spin_lora_recipe import SPINLoRARecipe
+from spin_recipe import SPINRecipe
 from transformers import AutoTokenizer
-from work import MIXES, MODELS, llama_config, log_normal_lengths, randomize
+from work import MIXES, MODELS, Sizes, floor_of_work, llama_config, log_normal_lengths, randomize
 
 from spin.config import complete, load_config
+from spin.data.store import PairStore
+from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
 from spin.distributed import init_world, materialize, shard_model, shutdown
 from spin.files import write_json
 from spin.hf import export_hf
@@ -61,8 +69,11 @@ class Stages:
         row = next((r for r in self.rows if (r["iteration"], r["stage"]) == (self.iteration, name)), None)
         if row is None:
             row = {"iteration": self.iteration, "stage": name, "seconds": 0.0, "peak_gib": 0.0, "after_gib": 0.0}
+            row["tensors_gib"] = 0.0
             self.rows.append(row)
         done, peak = threading.Event(), [_used_gib()]
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
         def poll() -> None:
             while not done.wait(POLL_SECONDS):
@@ -76,6 +87,7 @@ class Stages:
         finally:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
+                row["tensors_gib"] = max(row["tensors_gib"], torch.cuda.max_memory_allocated() / GIB)
             row["seconds"] += time.perf_counter() - start
             done.set()
             watcher.join()
@@ -90,8 +102,8 @@ def _used_gib() -> float:
     return (total - free) / GIB
 
 
-class StagedRecipe(SPINRecipe):
-    """The recipe as it is, watched.
+class Staged:
+    """A recipe's stages, watched; mixed into the recipe as it is.
 
     Args:
         cfg (DictConfig): complete.
@@ -100,41 +112,49 @@ class StagedRecipe(SPINRecipe):
     """
 
     def __init__(self, cfg: DictConfig, stages: Stages, save: bool) -> None:
-        super().__init__(cfg)
+        super().__init__(cfg)  # type: ignore[call-arg]
         self.stages, self.save = stages, save
 
     def setup(self) -> None:
         """Weights, optimizer, engine."""
         with self.stages.stage("start"):
-            super().setup()
+            super().setup()  # type: ignore[misc]
 
     def augment_dataloader(self, iteration: int) -> Any:
         """Begins an iteration's rows."""
         self.stages.iteration = iteration
-        return super().augment_dataloader(iteration)
+        return super().augment_dataloader(iteration)  # type: ignore[misc]
 
     def _play(self, *args: Any, **kwargs: Any) -> bool:
         with self.stages.stage("generate"):
-            return super()._play(*args, **kwargs)
+            return super()._play(*args, **kwargs)  # type: ignore[misc]
 
     def _score(self, *args: Any, **kwargs: Any) -> bool:
         with self.stages.stage("reference log-probs"):
-            return super()._score(*args, **kwargs)
+            return super()._score(*args, **kwargs)  # type: ignore[misc]
 
     def train_single_step(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """A step of the stage `train`."""
         with self.stages.stage("train"):
-            return super().train_single_step(*args, **kwargs)
+            return super().train_single_step(*args, **kwargs)  # type: ignore[misc]
 
     def _finish_iteration(self, *args: Any, **kwargs: Any) -> None:
         if self.save:
             with self.stages.stage("save and export"):
-                super()._finish_iteration(*args, **kwargs)
-                self._checkpointer.wait()
+                super()._finish_iteration(*args, **kwargs)  # type: ignore[misc]
+                self._checkpointer.wait()  # type: ignore[attr-defined]
 
 
-def make_model(folder: Path, preset: Any, device: str | None) -> None:
-    """A Hugging Face folder of random weights, with the test model's tokenizer."""
+class StagedFull(Staged, SPINRecipe):
+    """Full fine-tuning."""
+
+
+class StagedLoRA(Staged, SPINLoRARecipe):
+    """Adapters."""
+
+
+def make_model(folder: Path, target: Path, preset: Any, device: str | None) -> None:
+    """A Hugging Face folder of random weights, with the test model's tokenizer; ``folder`` holds what is no weight."""
     world = init_world(device)
     model: Any = build_model(OmegaConf.create(preset.builder), torch.float32)
     shard_model(model, world, compute_dtype=torch.float32)
@@ -146,7 +166,7 @@ def make_model(folder: Path, preset: Any, device: str | None) -> None:
         for file in TOKENIZER.glob("tokenizer*"):
             shutil.copy(file, folder)
     torch.distributed.barrier()
-    export_hf(model, folder, folder.with_name("model"), "LLAMA3_2", dtype=torch.bfloat16, world=world)
+    export_hf(model, folder, target, "LLAMA3_2", dtype=torch.bfloat16, world=world)
 
 
 def make_data(file: Path, num: int, share: float) -> None:
@@ -171,12 +191,12 @@ def make_data(file: Path, num: int, share: float) -> None:
             out.write(json.dumps({"id": str(i), "messages": messages}) + "\n")
 
 
-def make_config(args: argparse.Namespace, folder: Path, preset: Any, on_gpu: bool) -> DictConfig:
-    """The packaged config of the 1B model, with this model, these data and this generator."""
-    name = "llama3_2/1B_full_vllm" if args.generator == "vllm" else "llama3_2/1B_full"
+def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, preset: Any, on_gpu: bool) -> DictConfig:
+    """A packaged config, with this model's weights, these data and this generator."""
+    name = args.config or ("llama3_2/1B_full_vllm" if args.generator == "vllm" else "llama3_2/1B_full")
     overrides = [
-        f"output_dir={folder / 'run'}", f"tokenizer.path={folder / 'model'}",
-        f"checkpointer.checkpoint_dir={folder / 'model'}", f"dataset.source={folder / 'data.jsonl'}",
+        f"output_dir={folder / 'run'}", f"tokenizer.path={model_folder}",
+        f"checkpointer.checkpoint_dir={model_folder}", f"dataset.source={folder / 'data.jsonl'}",
         "dataset.split=null", "dataset.limit=null", "validation_dataset=null", "max_iterations=2", "max_epochs=1",
         "dataset.on_long_prompt=cut", "dataset.on_long_response=cut",
         f"sampling.max_new_tokens={max(8, round(256 * preset.lengths))}", f"global_batch_size={args.batch}",
@@ -187,8 +207,17 @@ def make_config(args: argparse.Namespace, folder: Path, preset: Any, on_gpu: boo
             overrides += ["generator.dtype=fp32", "generator.enforce_eager=true", "generator.max_model_len=512"]
             overrides += ["generator.engine.kv_cache_memory_bytes=67108864"]
     raw = load_config(name, [*overrides, *args.overrides])
+    if "base_dtype" in raw:
+        return complete(raw, LORA_DEFAULTS)
     raw.model = OmegaConf.create(preset.builder)
-    return complete(raw, DEFAULTS)
+    return complete(raw, RECIPE_DEFAULTS)
+
+
+def against_floor(folder: Path, sizes: Sizes, seconds: float, frozen: bool, ranks: int) -> dict[str, float]:
+    """Training speed of an iteration of one epoch, from its pairs."""
+    pairs = list(PairStore.open(folder / "pairs").pairs())
+    work = floor_of_work(sizes, pairs, frozen=frozen)
+    return {"pairs_per_second": len(pairs) / seconds, "floor_tflops_per_gpu": work / seconds / ranks / 1e12}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -205,14 +234,21 @@ def table(results: dict[str, Any]) -> str:
         f"{setup['devices']} x {setup['device']}, torch {setup['torch']}, {setup['model']}, generator "
         f"{setup['generator']}; {setup['prompts']} prompts, {setup['generated_tokens']:.0f} generated tokens each.",
         "",
-        "| iteration | stage | seconds | peak GiB | GiB afterwards |",
-        "|---|---|---|---|---|",
+        "| iteration | stage | seconds | peak GiB | of it tensors | GiB afterwards |",
+        "|---|---|---|---|---|---|",
     ]
     for row in results["stages"]:
         iteration = "-" if row["iteration"] < 0 else row["iteration"]
         lines.append(
-            f"| {iteration} | {row['stage']} | {row['seconds']:.1f} | {row['peak_gib']:.1f} | {row['after_gib']:.1f} |"
+            f"| {iteration} | {row['stage']} | {row['seconds']:.1f} | {row['peak_gib']:.1f} | {row['tensors_gib']:.1f} "
+            f"| {row['after_gib']:.1f} |"
         )
+    speed = results["training"]
+    lines += [
+        "",
+        f"Training, warm: {speed['pairs_per_second']:.1f} pairs/s, needed work {speed['floor_tflops_per_gpu']:.0f} "
+        "TFLOP/s a GPU.",
+    ]
     return "\n".join(lines)
 
 
@@ -221,6 +257,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--model", choices=MODELS, default="llama3_2_1b")
+    parser.add_argument("--model-folder", type=Path, help="where the model is kept, or taken from if it is there")
+    parser.add_argument("--config", help="packaged config or file that fits --model; default: llama3_2/1B_full")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--generator", choices=("embedded", "vllm"), default="embedded")
     parser.add_argument("--prompts", type=int, default=512)
@@ -243,14 +281,20 @@ def main() -> None:
         folder.mkdir()
         make_data(folder / "data.jsonl", args.prompts, preset.lengths)
     torch.distributed.barrier()
-    make_model(folder / "source", preset, args.device)
+    model_folder = args.model_folder or folder / "model"
+    if not (model_folder / "config.json").exists():
+        make_model(folder / "source", model_folder, preset, args.device)
     stages = Stages()
     on_gpu = world.device.type == "cuda"
     if on_gpu:
         torch.cuda.empty_cache()
-    recipe = StagedRecipe(make_config(args, folder, preset, on_gpu), stages, args.save)
+    cfg = make_config(args, folder, model_folder, preset, on_gpu)
+    is_lora = "base_dtype" in cfg
+    recipe: Any = (StagedLoRA if is_lora else StagedFull)(cfg, stages, args.save)
     recipe.setup()
     recipe.train()
+    seconds = next(row["seconds"] for row in stages.rows if (row["iteration"], row["stage"]) == (1, "train"))
+    sizes = Sizes.of(build_model(OmegaConf.create(preset.builder), torch.float32))
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     results = {
         "setup": {
@@ -259,6 +303,8 @@ def main() -> None:
             "torch": torch.__version__,
             "model": args.model,
             "generator": args.generator,
+            "config": args.config,
+            "overrides": args.overrides,
             "prompts": args.prompts,
             "batch": args.batch,
             "generated_tokens": sum(row["avg_generated_lengths"] for row in metrics) / len(metrics),
@@ -266,6 +312,7 @@ def main() -> None:
             "first_losses": [metrics[0]["loss"], metrics[len(metrics) // 2]["loss"]],
         },
         "stages": stages.rows,
+        "training": against_floor(folder / "run" / "iteration_001", sizes, seconds, is_lora, world.world_size),
     }
     if world.is_main:
         print(table(results), flush=True)

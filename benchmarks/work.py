@@ -235,11 +235,13 @@ class Sizes:
         )
 
 
-def flops(sizes: Sizes, *, tokens: int, predictions: int, visible: int, head_products: int = 3) -> int:
+def flops(
+    sizes: Sizes, *, tokens: int, predictions: int, visible: int, head_products: int = 3, frozen: bool = False
+) -> int:
     """Floating-point operations of forward and backward, a product and its addition counted as two.
 
     - Layers, ``6 * layer_weights * tokens``: each weight meets each token in forward, in the gradient of its input and
-      in its own gradient.
+      in its own gradient, which frozen weights do not have.
     - Head, ``2 * head_products * vocab_size * dim * predictions``: the same three products, for response tokens only; a
       head that makes its logits a second time in backward has four.
     - Attention, ``12 * layers * attention_dim * visible``: two products of ``2 * attention_dim`` for each query and key
@@ -251,16 +253,17 @@ def flops(sizes: Sizes, *, tokens: int, predictions: int, visible: int, head_pro
         predictions (int): hidden states that pass the output projection.
         visible (int): pairs of a query and a key that it sees, in one layer and for one head.
         head_products (int): matrix products of the head.
+        frozen (bool): layers and head have no gradient of their own; what adapters add is left out.
 
     Returns:
         int: FLOPs.
     """
-    layers = 6 * sizes.layer_weights * tokens
-    head = 2 * head_products * sizes.vocab_size * sizes.dim * predictions
+    layers = (4 if frozen else 6) * sizes.layer_weights * tokens
+    head = 2 * (head_products - frozen) * sizes.vocab_size * sizes.dim * predictions
     return layers + head + 12 * sizes.layers * sizes.attention_dim * visible
 
 
-def floor_of_work(sizes: Sizes, pairs: Sequence[Pair]) -> int:
+def floor_of_work(sizes: Sizes, pairs: Sequence[Pair], *, frozen: bool = False) -> int:
     """The FLOPs that pairs need at least: every prompt once, no padding, no masked score, nothing made twice.
 
     A pair with prompt P and responses R and G has ``P (P + 1) / 2`` visible pairs of query and key within the prompt,
@@ -269,6 +272,7 @@ def floor_of_work(sizes: Sizes, pairs: Sequence[Pair]) -> int:
     Args:
         sizes (Sizes): of the model.
         pairs (Sequence[Pair]): with any number of responses.
+        frozen (bool): see :func:`flops`.
 
     Returns:
         int: FLOPs of forward and backward.
@@ -280,7 +284,7 @@ def floor_of_work(sizes: Sizes, pairs: Sequence[Pair]) -> int:
         tokens += prompt + sum(responses)
         predictions += sum(responses)
         visible += prompt * (prompt + 1) // 2 + sum(n * prompt + n * (n + 1) // 2 for n in responses)
-    return flops(sizes, tokens=tokens, predictions=predictions, visible=visible)
+    return flops(sizes, tokens=tokens, predictions=predictions, visible=visible, frozen=frozen)
 
 
 def random_nats(sizes: Sizes, scale: float) -> float:

@@ -5,12 +5,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).resolve().parents[2]
 
 
-def test_every_stage_of_both_iterations_is_there(tmp_path, subprocess_env):
+# the test config of adapters, over the tiny model of the benchmarks
+ADAPTERS = ["model.num_layers=2", "model.embed_dim=64", "model.intermediate_dim=128"]
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_every_stage_of_both_iterations_is_there(adapters, tmp_path, subprocess_env):
     out = tmp_path / "results.json"
     work = ["--model", "tiny", "--device", "cpu", "--prompts", "8", "--batch", "4", "--save"]
+    if adapters:
+        work += ["--config", "tests/assets/tiny_lora.yaml", *ADAPTERS]
     done = subprocess.run(
         [sys.executable, "benchmarks/iteration.py", *work, "--out", str(out)],
         cwd=REPO, env={**subprocess_env, "TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=240,
@@ -23,4 +32,5 @@ def test_every_stage_of_both_iterations_is_there(tmp_path, subprocess_env):
     assert all(row["seconds"] > 0 for row in results["stages"])
     assert results["setup"]["first_losses"] == [0.6931471805599453] * 2
     assert "| 1 | train |" in done.stdout
+    assert results["training"]["pairs_per_second"] == pytest.approx(8 / results["stages"][7]["seconds"])
     assert not list(tmp_path.glob("spin-iteration/*")), "what it made is removed"
