@@ -106,7 +106,7 @@ class SPINRecipe:
     def setup(self) -> None:
         """Reads the data and checks the arithmetic, then loads weights and restores the newest state."""
         cfg = self._cfg
-        self._world = init_world(cfg.device, replicas=cfg.replicas)
+        self._world = init_world(cfg.device, replicas=cfg.replicas, deterministic=cfg.deterministic)
         self._stop.install()
         self._bar = partial(progress_bar, enabled=self._world.is_main)
         with fail_together(self._world, OutputError):  # before anything in the folder is touched

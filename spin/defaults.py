@@ -82,6 +82,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
     "fsdp_accumulate_unsharded": False,
     "fsdp_cpu_offload": False,
     "seed": 42,
+    "deterministic": False,
     "allow_components": [],
 }
 
