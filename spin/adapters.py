@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torchao.dtypes import nf4tensor
-from torchao.dtypes.nf4tensor import NF4Tensor, linear_nf4, to_nf4
-from torchtune.modules.peft import DoRALinear
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
+from torchtune.modules.low_precision import FrozenNF4Linear
+from torchtune.modules.peft import DoRALinear, LoRALinear
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 
@@ -136,11 +137,11 @@ def _row_norms(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _dora_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-    base = linear_nf4(x, self.weight) if self._quantize_base else F.linear(x, self.weight)
+    base = _linear_nf4(x, self.weight) if self._quantize_base else F.linear(x, self.weight)
     if not self.disabled:
         with torch.no_grad():
             wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            weight = self.weight.to(x.dtype).to(wide)
+            weight = (_values(self.weight) if self._quantize_base else self.weight).to(x.dtype).to(wide)
             start = _row_norms(weight)
             now = _row_norms(weight + self.scaling * (self.lora_b.weight @ self.lora_a.weight).to(wide))
         ratio = ((start + self.magnitude) / now).to(x.dtype)  # exactly 1 while the adapter is at zero
@@ -164,6 +165,97 @@ def quantizing_at_once() -> Iterator[None]:
         yield
     finally:
         nf4tensor.CHUNK_SIZE = before
+
+
+def patch_nf4(model: nn.Module) -> None:
+    """Replaces the forward of torchtune's modules over NF4 weights. Doing it twice is harmless.
+
+    torchao's own dequantization is a dozen operations. Outside of compiled layers it takes most of a forward's time;
+    inside of them their compiler leaves roundings out, so that training, generation and export would compute with
+    different weights. Here all three have the numbers of :func:`dequantized`.
+
+    Args:
+        model (nn.Module): any torchtune decoder.
+    """
+    for module in model.modules():
+        if isinstance(module, LoRALinear) and module._quantize_base:
+            module.forward = MethodType(_lora_forward, module)
+        elif isinstance(module, FrozenNF4Linear):
+            module.forward = MethodType(_frozen_forward, module)
+
+
+def _lora_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out = _linear_nf4(x, self.weight)
+    if self.use_bias:
+        out = out + self.bias
+    if self.disabled:
+        return out
+    return out + (self.alpha / self.rank) * self.lora_b(self.lora_a(self.dropout(x)))
+
+
+def _frozen_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    out = _linear_nf4(x, self.weight)
+    return out if self.bias is None else out + self.bias
+
+
+def _linear_nf4(x: torch.Tensor, weight: NF4Tensor) -> torch.Tensor:
+    """``x W^T`` with a frozen W, whose numbers are made for the product and again for its gradient."""
+    return _LinearNF4.apply(x, weight.shape[1], *_parts(weight))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LinearNF4(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, columns: int, *parts: Any) -> torch.Tensor:
+        ctx.save_for_backward(*parts[:5])
+        ctx.columns, ctx.blocks = columns, parts[5:]
+        return F.linear(x, _nf4_values(*parts).view(-1, columns).to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        weight = _nf4_values(*ctx.saved_tensors, *ctx.blocks).view(-1, ctx.columns)
+        return grad @ weight.to(grad.dtype), *[None] * 8
+
+
+def _values(nf4: NF4Tensor) -> torch.Tensor:
+    return _nf4_values(*_parts(nf4)).view(nf4.shape)
+
+
+def _parts(nf4: Any) -> tuple[Any, ...]:
+    tensors = nf4.quantized_data, nf4.quantized_scalers, nf4.quantization_factor, nf4.scaler_mean, nf4.nf4
+    return *tensors, nf4.block_size, nf4.scaler_block_size
+
+
+@torch.library.custom_op("spin::nf4_values", mutates_args=())
+def _nf4_values(
+    data: torch.Tensor,
+    scalers: torch.Tensor,
+    factors: torch.Tensor,
+    mean: torch.Tensor,
+    table: torch.Tensor,
+    block: int,
+    scaler_block: int,
+) -> torch.Tensor:
+    """The numbers that NF4 stands for, flat; one operation to compilers. See :func:`spin.nf4_kernels.nf4_values`."""
+    if data.is_cuda:
+        from spin import nf4_kernels  # only where there is Triton
+
+        return nf4_kernels.nf4_values(data, scalers, factors, mean, table, block, scaler_block)
+    scales = (scalers.view(-1, scaler_block) / factors[:, None]).flatten().to(table.dtype) + mean
+    places = torch.stack((data >> 4, data & 15), dim=-1).flatten().long()
+    return table[places] * scales.repeat_interleave(block)
+
+
+@_nf4_values.register_fake
+def _(
+    data: torch.Tensor,
+    scalers: torch.Tensor,
+    factors: torch.Tensor,
+    mean: torch.Tensor,
+    table: torch.Tensor,
+    block: int,
+    scaler_block: int,
+) -> torch.Tensor:
+    return table.new_empty(2 * data.numel())
 
 
 def nf4_of(tensor: torch.Tensor) -> NF4Tensor | None:
@@ -191,7 +283,7 @@ def dequantized(tensor: torch.Tensor) -> torch.Tensor:
     nf4 = nf4_of(tensor)
     if nf4 is None:
         return tensor
-    values = nf4.get_original_weight()
+    values = _values(nf4)
     if not isinstance(tensor, DTensor):
         return values
     return DTensor.from_local(

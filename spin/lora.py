@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from spin.adapters import adapted_modules, adapter_parameters, nf4_of, patch_dora
+from spin.adapters import adapted_modules, adapter_parameters, nf4_of, patch_dora, patch_nf4
 from spin.checkpoint import SPINCheckpointer
 from spin.config import Faults
 from spin.distributed import World, clean_name
@@ -94,6 +94,7 @@ def prepare_adapters(model: nn.Module, dtype: torch.dtype, world: World) -> str:
             parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(True)
     patch_dora(model)
+    patch_nf4(model)
     # torchtune's hook of NF4 models makes `state_dict` copy all weights to the CPU in bf16
     model._state_dict_hooks.clear()
     trained = sum(parameter.numel() for parameter in trainable(model))

@@ -26,7 +26,7 @@ from torchtune.models.qwen2 import lora_qwen2, qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import TransformerDecoder
 
-from spin.adapters import adapted_modules, adapter_parameters, patch_dora
+from spin.adapters import adapted_modules, adapter_parameters, patch_dora, patch_nf4
 from spin.gemma2 import swap_mlp_norms
 
 VOCAB_SIZE = 160
@@ -102,6 +102,7 @@ def lora_model(
         torch.manual_seed(11)
         model = LORA_BUILDERS[name](**arguments)
         patch_dora(model)
+        patch_nf4(model)
         for module in adapted_modules(model).values():
             for parameter in adapter_parameters(module).values():
                 nn.init.normal_(parameter, std=0.2)

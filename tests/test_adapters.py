@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchao.dtypes.nf4tensor import to_nf4
+from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import DoRALinear, LoRALinear
 
-from spin.adapters import adapted_modules, dequantized, fill_nf4, merged_weight, patch_dora, whole_magnitude
+from spin.adapters import adapted_modules, dequantized, fill_nf4, merged_weight, patch_dora, patch_nf4, whole_magnitude
 from spin.distributed import init_world, named_full_tensors
 from spin.fingerprint import weights_fingerprint
 from spin.gemma2 import fix_gemma2_softcap
@@ -200,3 +201,36 @@ def test_gemma_2_keeps_its_caps():
     for model in (adapted, plain):
         assert fix_gemma2_softcap(model, attention_cap=5.0, final_cap=10.0)
     torch.testing.assert_close(adapted(TOKENS), plain(TOKENS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nf4_stands_for_torchaos_numbers(dtype):
+    weight = to_nf4(torch.randn(256, 384, dtype=dtype) * 0.02)
+    assert torch.equal(dequantized(weight), weight.get_original_weight())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_modules_over_nf4_compute_what_torchtunes_do(compiled):
+    """Result and gradient of LoRA and of a module without adapter, in compiled layers too."""
+    torch.manual_seed(0)
+    adapted = LoRALinear(256, 128, rank=4, alpha=8, use_bias=True, quantize_base=True)
+    frozen = FrozenNF4Linear(256, 128, dtype=torch.bfloat16)
+    nn.init.normal_(adapted.lora_b.weight)
+    for module, dtype in ((adapted, torch.float32), (frozen, torch.bfloat16)):
+        x = torch.randn(5, 256, dtype=dtype, requires_grad=True)
+        expected = module(x)
+        expected.square().sum().backward()
+        gradient, x.grad = x.grad, None
+        patch_nf4(module)
+        found = (torch.compile(module) if compiled else module)(x)
+        found.square().sum().backward()
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 if dtype == torch.float32 else 0)
+        torch.testing.assert_close(x.grad, gradient, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(128, 128), (1000, 1024 * 16), (4096, 4096)])
+def test_the_nf4_kernel_gives_torchaos_bits(dtype, shape):
+    weight = to_nf4((torch.randn(shape, dtype=dtype) * 0.02).cuda())
+    assert torch.equal(dequantized(weight), weight.get_original_weight())
