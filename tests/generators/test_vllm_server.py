@@ -133,6 +133,10 @@ def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle
             assert not found.keys() & rest.keys()
             found |= rest
         assert [found[i] for i in range(len(prompts))] == expected
+        own = VLLMServerGenerator(  # asked as a judge is: by a model folder's tokens alone
+            GeneratorContext(None, torch.device("cpu"), 512, lambda ids: ""), server.url, api_key_env="SPIN_TEST_KEY"
+        )
+        assert own.generate(prompts, GREEDY, [0] * len(prompts)) == expected
         assert any("given the policy's weights again" in record.message for record in caplog.records)
         assert KEY not in str(refused.value) and KEY not in caplog.text
         with pytest.raises(GeneratorError, match="prompt 0 has 512 tokens"):
