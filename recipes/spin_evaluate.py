@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -36,7 +37,7 @@ from spin.data.types import Response
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import barrier, broadcast_object, fail_together, init_world, shutdown
 from spin.errors import DataError, OutputError
-from spin.files import FolderLock, write_json, writing
+from spin.files import FolderLock, replace_text, writing
 from spin.generators import Generator, SamplingParams, sampling_params
 from spin.players import PLAYER_DEFAULTS, Player, check_evaluation, players_of
 from spin.terminal import get_logger, progress_bar
@@ -138,9 +139,9 @@ class SPINEvaluate:
         if self._world.is_main:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                (folder / "rows.jsonl").write_text(text, encoding="utf-8")
-                write_json(folder / "summary.json", summary)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            replace_text(folder / "rows.jsonl", lines)
+            replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
             print(evaluation.summary_table(summary), f"rows and summary: {folder}", sep="\n\n", flush=True)
         barrier(self._world)
         if summary["win_rate"] is None:
@@ -189,7 +190,8 @@ class SPINEvaluate:
             generator = generator or player.generator(model, world)
             team = selfplay.team_of(generator, world)
             mine = selfplay.own_shards(missing, store, prompts, samples, sampling.max_new_tokens, team)
-            with progress_bar(player.name, "prompt", len(prompts), enabled=world.is_main) as bar:
+            own = math.ceil(len(prompts) * len(mine) / store.num_shards)  # about so many prompts
+            with progress_bar(player.name, "prompt", own, enabled=world.is_main) as bar:
                 if model is not None:
                     with selfplay.awake(generator, model):
                         self._prove(generator, model, prompts, sampling)

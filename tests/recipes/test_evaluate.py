@@ -12,7 +12,7 @@ from spin import evaluation
 from spin.cli import main
 from spin.config import complete, load_config
 from spin.data import ChatTokenizer, PairStore
-from spin.errors import CheckpointError, ConfigError, DataError
+from spin.errors import CheckpointError, ConfigError, DataError, OutputError
 from spin.players import Player, check_evaluation
 from tests.recipes.helpers import REPO, command
 
@@ -228,6 +228,16 @@ def test_answers_of_other_weights_or_sampling_are_not_used(copied, paths, change
     folder, _ = copied
     evaluate(folder, *paths, change)
     assert {str(path.relative_to(folder))[: -len(".stale-0")] for path in folder.rglob("*.stale-0")} == stale
+
+
+def test_results_that_cannot_be_written_are_an_error_and_leave_no_half(copied, paths):
+    folder, _ = copied
+    rows = folder / "trained_vs_start" / "rows.jsonl"
+    rows.unlink()
+    rows.mkdir()
+    with pytest.raises(OutputError, match=r"rows\.jsonl: cannot write"):
+        evaluate(folder, *paths)
+    assert not list(rows.parent.glob(".*.tmp"))
 
 
 # --- Exact match ---
