@@ -18,7 +18,7 @@ from spin.checks import DTYPES
 from spin.data import PromptDataset, PromptTokenizer, adapt_tokenizer
 from spin.data.prompts import check_vocabulary
 from spin.distributed import World
-from spin.errors import ConfigError
+from spin.errors import CheckpointError, ConfigError
 from spin.fingerprint import file_sha256, json_fingerprint
 from spin.generators import Generator, GeneratorContext, SamplingParams
 from spin.hf import check_hf_folder, load_hf_weights, read_hf_config, weight_files
@@ -40,6 +40,10 @@ class Player:
     Args:
         role (str): ``candidate``, ``baseline`` or ``judge``.
         section (DictConfig): the config's section of that name.
+
+    Raises:
+        CheckpointError: If its folder is not there, or does not hold the section's ``model``.
+        DataError: If its tokenizer cannot be used.
     """
 
     def __init__(self, role: str, section: DictConfig) -> None:
@@ -47,6 +51,11 @@ class Player:
         self.name = player_name(role, section)
         self.has_weights = section.checkpoint_dir is not None
         self.weights: str | None = None
+        if self.has_weights and not Path(section.checkpoint_dir).is_dir():
+            raise CheckpointError(
+                f"{role}.checkpoint_dir={section.checkpoint_dir}: no such folder. Name a Hugging Face folder: a model "
+                "that was downloaded, or iteration_NNN/hf_model of a run that has finished that iteration."
+            )
         self.tokenizer: PromptTokenizer = adapt_tokenizer(config.instantiate(section.tokenizer))
         self._shape = build_model(section.model, torch.float32) if self.has_weights else None
         self.context: int = sys.maxsize if self._shape is None else self._shape.max_seq_len

@@ -14,10 +14,13 @@ from spin.config import complete, load_config
 from spin.data import ChatTokenizer, PairStore
 from spin.errors import CheckpointError, ConfigError, DataError, OutputError
 from spin.players import Player, check_evaluation
+from tests.generators import test_vllm_server as false_servers
 from tests.recipes.helpers import REPO, command
 
 CONFIG = REPO / "tests" / "assets" / "tiny_evaluate.yaml"
 ROLES = ("candidate", "baseline")
+
+serve = false_servers.serve  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +176,28 @@ def test_answers_from_elsewhere_play_too(judged, paths, tmp_path):
     recipe.cleanup()
     assert found["win_rate"] == summary["win_rate"] and found["judge"] == summary["judge"]
     assert found["candidate"]["weights"] != summary["candidate"]["weights"]  # a hash of the answers
+
+
+def test_a_server_with_a_model_of_its_own_may_judge(judged, paths, tiny_lm, tmp_path, serve):
+    """One that always says A: every pair of answers is a tie, and the bias is plain."""
+    folder, _ = judged
+    shutil.copytree(folder / "answers", tmp_path / "answers")
+    tokenizer = ChatTokenizer(tiny_lm)
+    _, says_a = tokenizer.encode_pair([{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}])
+    script = false_servers.Script(
+        v1__models=[(200, {"data": [{"id": "large", "max_model_len": 4096}]})],
+        v1__completions=[(200, {"choices": [{"token_ids": says_a, "finish_reason": "stop"}]})],
+    )
+    server = [
+        "judge.checkpoint_dir=null", f"judge.tokenizer.path={tiny_lm}",
+        f"judge.generator={{_component_: spin.generators.VLLMServerGenerator, url: '{serve(script)}', concurrency: 2}}",
+    ]  # fmt: skip
+    summary = evaluate(tmp_path, *paths, *server)
+    asked = [body["prompt"] for path, body in script.asked if path == "/v1/completions"]
+    expected = [list(p.prompt_ids) for p in PairStore.open(folder / "trained_vs_start/judgements").pairs()]
+    assert sorted(asked) == sorted(expected)
+    assert summary["judge"]["weights"] == "served large" and summary["judge"]["first_share"] == 1.0
+    assert (summary["ties"], summary["judge"]["same_place_share"]) == (12, 1.0)
 
 
 # --- Restarts ---
@@ -349,7 +374,7 @@ def test_exact_match_needs_no_judge(paths):
 
 
 def test_folders_that_are_no_model_are_named_before_anything_runs(paths, tmp_path):
-    with pytest.raises(DataError, match="tokenizer.path=no_such_folder is no folder"):
+    with pytest.raises(CheckpointError, match="baseline.checkpoint_dir=no_such_folder: no such folder"):
         evaluate(tmp_path, *paths, "baseline.checkpoint_dir=no_such_folder")
     with pytest.raises(CheckpointError, match="model has 5 layers, config.json has 4"):
         evaluate(tmp_path, *paths, "candidate.model.num_layers=5")
