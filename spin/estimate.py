@@ -331,6 +331,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, overrides = parser.parse_known_args(None if argv is None else list(argv))
     try:
         raw = load_config(arguments.config, overrides)
+        if "candidate" in raw:
+            raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
         is_lora = "lora" in str(raw.get("model", {}).get("_component_"))
         cfg = complete(raw, LORA_DEFAULTS if is_lora else RECIPE_DEFAULTS)
         print(f"{arguments.config} on {arguments.ranks} GPU{'s' if arguments.ranks > 1 else ''}: an estimate\n")

@@ -87,6 +87,28 @@ def write_json(file: Path, content: Any) -> None:
         os.fsync(stream.fileno())
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Writes a text file that appears whole: temporary name, fsync, rename.
+
+    Args:
+        file (Path): its folder exists; a file that is there is replaced.
+        text (str): the content.
+
+    Raises:
+        OutputError: If it cannot be written; what was there before stays.
+    """
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    with writing(file):
+        try:
+            with open(temporary, "w", encoding="utf-8") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.rename(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

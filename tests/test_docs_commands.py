@@ -14,6 +14,7 @@ from spin.checks import check_run
 from spin.cli import main
 from spin.cli.catalog import load_recipe
 from spin.config import complete, load_config
+from spin.players import check_evaluation
 from tests.recipes.helpers import CONFIG, REPO, run, tiny_overrides
 
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.md")])
@@ -24,6 +25,7 @@ RUN_ELSEWHERE = {
     r"make (test|model|vllm)\b.*": ".ci/run",
     r"pytest\b.*": ".ci/run",  # by way of make test; see test_pytest_commands_select_something
     r"SPIN_REAL_MODEL=\S+ pytest .*": "Makefile",
+    r"lm_eval --model hf .* --include_path examples/lm_eval .*": "tests/test_lm_eval.py",
     r"python benchmarks/training_step.py --model tiny": "tests/benchmarks/test_training_step.py",
     r"git clone .*|\. \.venv/bin/activate": "",  # nothing of ours
 }
@@ -90,7 +92,8 @@ def test_pytest_commands_select_something():
             assert not word or re.search(rf"def test_\w*{word}", (REPO / file).read_text()), command.text
 
 
-LAUNCHES = [each for each in COMMANDS if re.search(r"\bspin_(recipe|generate|lora_recipe) --config", each.text)]
+FORM = r"\bspin_(recipe|generate|lora_recipe|evaluate) --config"
+LAUNCHES = [each for each in COMMANDS if re.search(FORM, each.text)]
 
 
 @pytest.mark.parametrize("command", LAUNCHES, ids=str)
@@ -99,7 +102,8 @@ def test_configs_and_overrides_of_launches_work(command):
     recipe, name, overrides = re.search(r"\b(spin_\w+) --config (\S+)(.*)", command.text).groups()
     words = [os.path.expandvars(word) for word in shlex.split(overrides)]
     raw = load_config(*((str(CONFIG), [*tiny_overrides("x"), *words]) if name == "my.yaml" else (name, words)))
-    check_run(complete(raw, load_recipe(recipe).DEFAULTS))
+    cfg = complete(raw, load_recipe(recipe).DEFAULTS)
+    (check_evaluation if recipe == "spin_evaluate" else check_run)(cfg)
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,10 @@ def test_more_of_a_knob_is_more_memory_where_it_should_be():
     assert (other < base.activations) == (flipped == "true")
 
 
-@pytest.mark.parametrize("name", [name for name in packaged_configs() if not name.startswith("generate/")])
+TRAINING = [name for name in packaged_configs() if not name.startswith(("generate/", "evaluate/"))]
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_every_config_has_an_estimate(name, repo):
     """Those of the LoRA recipe state it in their header."""
     found = estimate(config(name))
@@ -151,5 +154,7 @@ def test_the_command_prints_all_parts_and_answers_a_wrong_name(capsys):
     text = capsys.readouterr().out
     for part in ("weights", "gradients", "optimizer", "activations", "key-value cache", "peak", "on disk", "frozen"):
         assert part in text
+    assert main(["--config", "evaluate/llama3_2_1B"]) == 1
+    assert "estimates are of training" in capsys.readouterr().err
     assert main(["--config", "llama3_1/8B_lor"]) == 1
     assert "Did you mean llama3_1/8B_lora" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from spin import config
 from spin.adapters import adapted_modules, adapter_parameters, nf4_of
 from spin.hf import check_model_type
 from spin.models import build_model
+from spin.players import check_evaluation, players_of
 
 # Parameters as published in the models' safetensors indices on huggingface.co, tied embeddings counted once,
 # adapters not at all.
@@ -52,6 +54,12 @@ PARAMETERS = {
     "smollm2/135M_full": 134_515_008,
     "smollm2/135M_lora": 134_515_008,
 }
+# Those of evaluations: the size of each model in them.
+EVALUATIONS = {
+    "evaluate/llama3_2_1B": {"candidate": 1_235_814_400, "baseline": 1_235_814_400, "judge": 8_030_261_248},
+    "evaluate/llama3_2_1B_gsm8k": {"candidate": 1_235_814_400, "baseline": 1_235_814_400},
+    "evaluate/smollm2_135M_cpu": dict.fromkeys(("candidate", "baseline", "judge"), 134_515_008),
+}
 ORDER = (
     "output_dir model tokenizer checkpointer dataset generator pairs loss optimizer max_iterations metric_logger seed"
 )
@@ -67,8 +75,8 @@ def model_of(name: str) -> Any:
 
 def recipe_of(name: str) -> str:
     """The recipe that a config is for."""
-    if name.startswith("generate/"):
-        return "spin_generate"
+    if name.startswith(("generate/", "evaluate/")):
+        return f"spin_{name.split('/')[0]}"
     return "spin_lora_recipe" if name.endswith("lora") else "spin_recipe"
 
 
@@ -78,10 +86,10 @@ def recipe_defaults(name: str) -> dict:
 
 def test_every_config_is_in_the_table_and_packaged():
     names = [path.relative_to(path.parents[1]).with_suffix("").as_posix() for path in CONFIGS]
-    assert sorted(names) == sorted(PARAMETERS) == config.packaged_configs()
+    assert sorted(names) == sorted([*PARAMETERS, *EVALUATIONS]) == config.packaged_configs()
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", [*PARAMETERS, *EVALUATIONS])
 def test_config_is_complete_and_its_components_exist(name):
     """complete() knows every key, and looks up every component and its parameters."""
     cfg = config.complete(config.load_config(name), recipe_defaults(name))
@@ -108,6 +116,29 @@ def test_model_has_the_published_number_of_parameters(name):
 def test_model_type_is_one_that_weights_can_be_read_for(name):
     model_type = config.load_config(name).checkpointer.model_type
     assert check_model_type(model_type) == model_type
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_evaluations_pass_their_checks_and_have_the_published_models(name):
+    cfg = config.complete(config.load_config(name), recipe_defaults(name))
+    check_evaluation(cfg)
+    for role in players_of(cfg):
+        model = build_model(cfg[role].model, torch.float32)
+        assert sum(parameter.numel() for parameter in model.parameters()) == EVALUATIONS[name][role]
+        assert check_model_type(cfg[role].model_type) == cfg[role].model_type
+    assert set(players_of(cfg)) == EVALUATIONS[name].keys()
+
+
+def test_the_judge_may_be_a_server_as_the_header_says(repo):
+    """The overrides of the header, taken from there."""
+    text = (repo / "configs/evaluate/llama3_2_1B.yaml").read_text(encoding="utf-8")
+    lines = " ".join(line.strip("# \\") for line in text.split("\n\n")[0].splitlines())
+    overrides = re.search(r"llama3_2_1B (judge\.name.*?) GPU memory", lines)[1].split()
+    cfg = config.complete(
+        config.load_config("evaluate/llama3_2_1B", overrides), recipe_defaults("evaluate/llama3_2_1B")
+    )
+    check_evaluation(cfg)
+    assert cfg.judge.generator == {"_component_": "spin.generators.VLLMServerGenerator", "url": "http://localhost:8000"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -27,6 +27,7 @@ from spin.generators import sampling_params
 from spin.hf import check_hf_folder
 from spin.lora import check_lora
 from spin.models import build_model
+from spin.players import Player, check_evaluation, players_of
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.schedules import per_iteration
 
@@ -93,6 +94,8 @@ class Validation:
         cfg = self._check("config", self._complete)
         if cfg is None:
             return self._conclude()
+        if "candidate" in cfg:
+            return self._run_evaluation(cfg)
         self._check("loss, optimizer", lambda: self._parts(cfg))
         model = self._check("model", lambda: self._model(cfg))
         self._check("model folder", lambda: self._folder(cfg, model), needs={"model": model})
@@ -112,6 +115,30 @@ class Validation:
         num_val = 0 if val_prompts is None else len(val_prompts)
         self._check("arithmetic", lambda: (None, "\n".join(plan_lines(cfg, len(prompts), num_val))), {"data": prompts})
         return self._conclude()
+
+    def _run_evaluation(self, cfg: DictConfig) -> int:
+        """The checks of a config of spin_evaluate, which has two or three models and does not train."""
+        for role in players_of(cfg):
+            player = self._check(role, partial(self._player, role, cfg[role]))
+            if role == "judge":
+                continue  # its prompts do not exist yet
+            prompts = self._check(f"{role} data", partial(self._player_data, cfg, player), {role: player})
+            needs = {role: player, "data": prompts}
+            self._check("vocabulary", partial(self._player_vocabulary, player, prompts), needs)
+        return self._conclude()
+
+    def _player(self, role: str, section: DictConfig) -> tuple[Player, str]:
+        player = _built(role, lambda: Player(role, section))
+        stops = ", ".join(f"{token} {player.tokenizer.decode([token])!r}" for token in player.tokenizer.eos_ids)
+        source = section.checkpoint_dir if player.has_weights else section.generator[config.COMPONENT]
+        return player, f"{player.name}, from {source}: every weight in its shape; an answer ends with {stops}"
+
+    def _player_data(self, cfg: DictConfig, player: Player) -> tuple[PromptDataset, str]:
+        return self._data(cfg.dataset, player.tokenizer, player.context)
+
+    def _player_vocabulary(self, player: Player, prompts: PromptDataset) -> tuple[None, str]:
+        player.check(prompts)
+        return None, "the model has an embedding for every token of the data"
 
     def _check(
         self, label: str, check: Callable[[], tuple[Any, str]], needs: Mapping[str, Any] = MappingProxyType({})
@@ -139,12 +166,16 @@ class Validation:
         name = self._recipe or recipe_of(config.find_config(self._name))
         recipe = load_recipe(name)
         cfg = config.complete(config.load_config(self._name, self._overrides), recipe.DEFAULTS)
+        text = f"{self._name} for {name}: every key is known, and their values go together"
+        if "candidate" in cfg:  # of spin_evaluate
+            check_evaluation(cfg)
+            return cfg, text
         check_run(cfg)
         if "base_dtype" in cfg:  # of the LoRA recipe
             check_lora(cfg)
         if cfg.output_dir is None:
             raise ConfigError("output_dir: not set. Give the folder that the run writes to.")
-        return cfg, f"{self._name} for {name}: every key is known, and their values go together"
+        return cfg, text
 
     def _parts(self, cfg: DictConfig) -> tuple[None, str]:
         """Builds what costs nothing to build: a wrong argument would show hours later, when an iteration starts."""

@@ -48,8 +48,23 @@ class DatasetReport:
     examples: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Original:
+    """What a sample was before it became token ids.
+
+    Args:
+        messages (list[ChatMessage]): the conversation, the real response last.
+        row (Mapping[str, Any]): the row that it comes from, column name to value.
+    """
+
+    messages: list[ChatMessage]
+    row: Mapping[str, Any]
+
+
 class PromptDataset:
     """Prompts and real responses as token ids, in flat arrays: 4 bytes a token and no Python object per token.
+
+    ``originals`` holds what the samples were made of, by id, if :func:`prompt_dataset` was asked to keep it.
 
     Args:
         prompts (Iterable[Prompt]): the samples, with unique ids.
@@ -78,6 +93,7 @@ class PromptDataset:
             double = next(each for each, count in Counter(self.sample_ids).items() if count > 1)
             raise DataError(f"two samples have the id {double!r}, expected unique ids.")
         self.report = report or DatasetReport(rows=len(self), samples=len(self))
+        self.originals: dict[str, Original] = {}
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -182,6 +198,7 @@ def prompt_dataset(
     on_bad_row: Literal["error", "skip"] = "error",
     limit: int | None = None,
     max_seq_len: int | None = None,
+    keep_originals: bool = False,
 ) -> PromptDataset:
     """Read a supervised data set and tokenize it: what a config's ``dataset`` section names.
 
@@ -213,6 +230,7 @@ def prompt_dataset(
         limit (int | None): stop reading after this many samples; what lies behind is not checked.
         max_seq_len (int | None): greatest length of prompt and real response together, in tokens; None takes the
             tokenizer's, or no limit.
+        keep_originals (bool): keep messages and row of each sample too, for those who judge answers by their text.
 
     Returns:
         PromptDataset: the samples in the order of the source; ``report`` says what was left out.
@@ -269,7 +287,10 @@ def prompt_dataset(
             )
         except DataError as error:
             return [_Game(row.where, row.default_id, fault=error)]
-        return [_Game(row.where + mark, sample_id + mark, part) for mark, part in split_turns(messages, turns)]
+        parts = split_turns(messages, turns)
+        return [_Game(row.where + mark, sample_id + mark, part, row=row.data) for mark, part in parts]
+
+    originals: dict[str, Original] = {}
 
     def samples() -> Iterator[Prompt]:
         rows = read_rows(source, split=split, name=name, data_dir=data_dir, revision=revision)
@@ -281,10 +302,14 @@ def prompt_dataset(
                 intake.rows += 1
                 for game in of_row:
                     prompt = intake.admit(game, next(encoded))
-                    if prompt is not None:
-                        yield prompt
+                    if prompt is None:
+                        continue
+                    if keep_originals:
+                        originals[game.sample_id] = Original(game.messages, game.row)
+                    yield prompt
 
     dataset = PromptDataset(islice(samples(), limit))
+    dataset.originals = originals
     dataset.report = intake.conclude(source, len(dataset))
     return dataset
 
@@ -328,6 +353,7 @@ class _Game:
     sample_id: str
     messages: list[ChatMessage] = field(default_factory=list)
     fault: DataError | None = None
+    row: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

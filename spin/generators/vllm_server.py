@@ -16,7 +16,7 @@ from typing import Any
 import requests
 import torch
 
-from spin.distributed import World, barrier, fail_together
+from spin.distributed import barrier, fail_together
 from spin.errors import ConfigError, GeneratorError
 from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
 from spin.generators.vllm import KNOWN, is_too_old, vllm_completion, vllm_sampling
@@ -41,12 +41,15 @@ class VLLMServerGenerator:
     A server that dies in the middle of an iteration may be started again: requests are repeated until it answers, and
     it is given the weights anew before it answers anything. Answers that are finished are kept.
 
+    Without ``transfer_dir`` the server keeps the model that it was started with: a judge in an evaluation, never an
+    opponent. Then it needs no development endpoints, and ``fingerprint`` is the name of its model.
+
     Args:
         context (GeneratorContext): gives the policy and the ranks.
         url (str): where it listens, such as ``http://localhost:8000``; ``https`` works as well.
-        transfer_dir (str): folder for the weights, seen by trainer and server.
-        model_dir (str): Hugging Face folder that training starts from; gives config and tokenizer.
-        model_type (str): layout of the weights, a name of torchtune's ``ModelType``.
+        transfer_dir (str | None): folder for the weights, seen by trainer and server; None: it is sent none.
+        model_dir (str | None): Hugging Face folder that training starts from; gives config and tokenizer.
+        model_type (str | None): layout of the weights, a name of torchtune's ``ModelType``.
         dtype (str): of the written weights: ``bf16``, ``fp16`` or ``fp32``.
         concurrency (int): requests of a rank that the server has at a time.
         timeout_seconds (float): for one answer, or for loading weights.
@@ -66,9 +69,9 @@ class VLLMServerGenerator:
         self,
         context: GeneratorContext,
         url: str,
-        transfer_dir: str,
-        model_dir: str,
-        model_type: str,
+        transfer_dir: str | None = None,
+        model_dir: str | None = None,
+        model_type: str | None = None,
         dtype: str = "bf16",
         concurrency: int = 256,
         timeout_seconds: float = 600.0,
@@ -77,8 +80,13 @@ class VLLMServerGenerator:
         api_key_env: str | None = None,
         verify: bool | str = True,
     ) -> None:
-        if context.model is None or context.world is None:
+        if transfer_dir is not None and (context.model is None or context.world is None):
             raise ConfigError("VLLMServerGenerator sends the policy's weights and was given no model or no ranks.")
+        if (transfer_dir is None) != (model_dir is None) or (transfer_dir is None) != (model_type is None):
+            raise ConfigError(
+                "generator: transfer_dir, model_dir and model_type go together: all three for a server that is sent "
+                "the policy's weights, none for one that keeps its own."
+            )
         if not re.match(r"https?://[^/@\s]+", url):
             raise ConfigError(f"generator.url={url!r}: expected http://host:port or https://host:port.")
         if dtype not in _DTYPES:
@@ -91,24 +99,27 @@ class VLLMServerGenerator:
             if not os.environ.get(api_key_env):
                 raise ConfigError(f"generator.api_key_env: the environment variable {api_key_env} is not set.")
             headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
-        self.max_logprob_gap = max_logprob_gap
-        self._world: World = context.world
+        self.max_logprob_gap = None if transfer_dir is None else max_logprob_gap
+        self._world: Any = context.world
         self._model: Any = context.model
         self._url = url.rstrip("/")
-        self._model_dir, self._model_type, self._dtype = model_dir, check_model_type(model_type), _DTYPES[dtype]
-        self._transfer_dir = Path(transfer_dir)
+        self._model_dir, self._dtype = model_dir, _DTYPES[dtype]
+        self._model_type = None if model_type is None else check_model_type(model_type)
+        self._transfer_dir = None if transfer_dir is None else Path(transfer_dir)
         self._concurrency = concurrency
         self._timeout, self._wait = (_CONNECT_SECONDS, timeout_seconds), wait_seconds
         self._headers, self._verify = headers, verify
         self._sessions = threading.local()
         self._lock = threading.Lock()
         self._started: float | None = None  # when the server that has the weights was started
-        self._has_weights = False
+        self._has_weights = transfer_dir is None
         self._await_server()
         self._check_version()
         card = self._get("/v1/models").json()["data"][0]
         self._name = card["id"]
         self.max_seq_len = min(context.max_seq_len, card.get("max_model_len") or context.max_seq_len)
+        if transfer_dir is None:
+            self.fingerprint = f"served {self._name}"
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
         """One completion per prompt, in order; see :meth:`stream`.
@@ -168,8 +179,14 @@ class VLLMServerGenerator:
                 instead.
 
         Raises:
+            ConfigError: If there is no ``transfer_dir``.
             GeneratorError: If the server does not load them.
         """
+        if self._transfer_dir is None or self._model_dir is None or self._model_type is None:
+            raise ConfigError(
+                "generator.transfer_dir: not set, so the server cannot be sent the policy's weights. Name a folder "
+                "that trainer and server see."
+            )
         self._has_weights = False
         export_hf(
             self._model, self._model_dir, self._transfer_dir, self._model_type, dtype=self._dtype, world=self._world
@@ -208,6 +225,7 @@ class VLLMServerGenerator:
     def _load_weights(self, idle: bool) -> None:
         """Has the server load the weights of ``transfer_dir`` in place."""
         started = time.perf_counter()
+        assert self._transfer_dir is not None
         path = str(self._transfer_dir.resolve())
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
         reset = self._persistently("POST", "/reset_prefix_cache")
@@ -219,6 +237,8 @@ class VLLMServerGenerator:
 
     def _ensure_weights(self, after_failure: bool = False) -> None:
         """Gives a server that was started anew the weights again, before anything is asked of it."""
+        if self._transfer_dir is None:
+            return
         with self._lock:
             now = self._start_time()
             if now != self._started or (after_failure and now is None):

@@ -50,7 +50,7 @@ def test_python_dash_m_spin(subprocess_env, tmp_path):
         command = [sys.executable, "-m", "spin", *arguments]
         return subprocess.run(command, cwd=tmp_path, env=subprocess_env, capture_output=True, text=True)
 
-    assert run("ls").stdout.startswith("spin_generate\n")
+    assert run("ls").stdout.startswith("spin_evaluate\n")
     assert [run("cp", "nothing", "x").returncode, run("nothing").returncode, run().returncode] == [1, 2, 2]
 
 

@@ -71,6 +71,19 @@ def test_samples_in_order_with_ids(source):
         dataset.index_of("two")
 
 
+def test_originals_are_kept_on_request_and_of_kept_samples_only(source):
+    path = source(
+        pair(id="one", solution="7"), pair(id="bad", response="?"), pair("long" * 9, id="long"), pair(id="two")
+    )
+    options = {"source": path, "on_bad_row": "skip", "on_long_prompt": "drop", "max_prompt_tokens": 9}
+    dataset = prompt_dataset(Letters(), **options, keep_originals=True)
+    assert list(dataset.originals) == dataset.sample_ids == ["one", "two"]
+    original = dataset.originals["one"]
+    assert original.messages == [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "xy"}]
+    assert original.row["solution"] == "7"
+    assert prompt_dataset(Letters(), **options).originals == {}
+
+
 def test_options_reach_the_row_parser(source):
     path = source({"q": "ab", "a": "xy", "key": "k"})
     dataset = prompt_dataset(

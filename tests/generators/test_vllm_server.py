@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torchtune.models.llama3_2 import llama3_2
 
 from spin.distributed import init_world, shutdown
-from spin.errors import GeneratorError
+from spin.errors import ConfigError, GeneratorError
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator, VLLMServerGenerator
 from spin.generators import vllm_server as module
 from spin.hf import load_hf_weights
@@ -133,6 +133,10 @@ def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle
             assert not found.keys() & rest.keys()
             found |= rest
         assert [found[i] for i in range(len(prompts))] == expected
+        own = VLLMServerGenerator(  # asked as a judge is: by a model folder's tokens alone
+            GeneratorContext(None, torch.device("cpu"), 512, lambda ids: ""), server.url, api_key_env="SPIN_TEST_KEY"
+        )
+        assert own.generate(prompts, GREEDY, [0] * len(prompts)) == expected
         assert any("given the policy's weights again" in record.message for record in caplog.records)
         assert KEY not in str(refused.value) and KEY not in caplog.text
         with pytest.raises(GeneratorError, match="prompt 0 has 512 tokens"):
@@ -221,6 +225,21 @@ def test_what_is_asked_of_a_server(context, untied, tmp_path, serve):
     asked = next(body for path, body in script.asked if path == "/v1/completions")
     assert asked["prompt"] == [4, 5] and asked["seed"] == 2**63 - 1 and asked["return_token_ids"]
     assert "logprobs" not in asked
+
+
+def test_a_server_that_keeps_its_own_weights_is_sent_none(serve):
+    """A judge: no model here, no weights there, and its name says whose answers they are."""
+    script = Script()
+    context = GeneratorContext(None, torch.device("cpu"), sys.maxsize, lambda ids: "", None)
+    generator = VLLMServerGenerator(context, serve(script), concurrency=1, wait_seconds=0.3)
+    generator.wake()
+    assert generator.generate([[4, 5]], GREEDY, [0])[0].token_ids == [7, 2]
+    assert not {path for path, _ in script.asked} & {"/collective_rpc", "/reset_prefix_cache", "/metrics"}
+    assert (generator.fingerprint, generator.max_logprob_gap, generator.max_seq_len) == ("served m", None, 64)
+    with pytest.raises(ConfigError, match="transfer_dir: not set"):
+        generator.update_weights([])
+    with pytest.raises(ConfigError, match="go together"):
+        VLLMServerGenerator(context, generator._url, model_dir="x")
 
 
 def test_a_busy_server_is_asked_again_and_one_started_anew_gets_the_weights_first(context, untied, tmp_path, serve):

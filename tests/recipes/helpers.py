@@ -51,6 +51,7 @@ def metrics_of(output_dir, with_times=False):
 
 def command(output_dir, *overrides, recipe="spin_recipe", nproc=1, config=CONFIG, cwd=None, program=None, timeout=240):
     """One run by the command line, ``tune run`` unless a program is given; the finished process."""
+    base = tiny_overrides(output_dir) if recipe != "spin_evaluate" else [f"output_dir={output_dir}"]
     launcher = [sys.executable, "-m", "torchtune._cli.tune", "run"]
     if nproc > 1:
         launcher += ["--nproc_per_node", str(nproc)]
@@ -63,6 +64,6 @@ def command(output_dir, *overrides, recipe="spin_recipe", nproc=1, config=CONFIG
     env["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "recipes"), env.get("PYTHONPATH", "")])
     env["OMP_NUM_THREADS"] = "1"
     return subprocess.run(
-        [*launcher, "--config", str(config), *tiny_overrides(output_dir), *overrides],
+        [*launcher, "--config", str(config), *base, *overrides],
         cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip

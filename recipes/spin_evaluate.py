@@ -1,0 +1,351 @@
+"""Which of two models answers better: the win rate of iteration t against t - 1, or of any model against any other.
+
+Both answer the same held-out prompts; a judge model compares the answers, shown to it in both orders, or the answers
+are checked against what the data set says (exact match).
+
+One machine:         tune run spin_evaluate --config evaluate/llama3_2_1B
+Eight GPUs:          tune run --nproc_per_node 8 spin_evaluate --config evaluate/llama3_2_1B
+The quickstart's:    tune run spin_evaluate --config evaluate/smollm2_135M_cpu
+
+Writes, into output_dir:
+
+    answers/<name>/                       each model's answers (a pair store), used again while its weights are the same
+    <candidate>_vs_<baseline>/            rows.jsonl (prompt, answers, verdicts), summary.json, judgements/
+
+Models are loaded one after the other. A run that was killed is started again with the same command: answers and
+judgements that are finished stay. Not here: benchmarks with fixed tasks, see docs/evaluation.md on lm-eval.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from spin import config, evaluation, selfplay
+from spin.data import PairStore, Prompt, PromptDataset
+from spin.data.types import Response
+from spin.defaults import RECIPE_DEFAULTS
+from spin.distributed import barrier, broadcast_object, fail_together, init_world, shutdown
+from spin.errors import DataError, OutputError
+from spin.files import FolderLock, replace_text, writing
+from spin.generators import Generator, SamplingParams, sampling_params
+from spin.players import PLAYER_DEFAULTS, Player, check_evaluation, players_of
+from spin.terminal import get_logger, progress_bar
+
+log = get_logger("INFO")
+
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "???",
+    "candidate": PLAYER_DEFAULTS,
+    "baseline": PLAYER_DEFAULTS,
+    "dataset": {"_component_": "spin.data.prompt_dataset"},
+    "sampling": RECIPE_DEFAULTS["sampling"],
+    "verdict": "judge",
+    "judge": PLAYER_DEFAULTS
+    | {
+        "tokenizer": None,
+        "sampling": RECIPE_DEFAULTS["sampling"] | {"temperature": 0.0, "max_new_tokens": 512},
+        "system_prompt": None,
+        "template": evaluation.DEFAULT_TEMPLATE,
+        "pattern": evaluation.DEFAULT_PATTERN,
+    },
+    "exact_match": {"pattern": None, "column": None, "reference_pattern": None},
+    "prompts_per_shard": 64,
+    "compute_dtype": "bf16",
+    "device": None,
+    "seed": 42,
+    "allow_components": [],
+}
+
+
+class SPINEvaluate:
+    """Plays two models on held-out prompts and says which one answers better.
+
+    Args:
+        cfg (DictConfig): complete, see ``DEFAULTS``.
+
+    Raises:
+        ConfigError: If the config cannot work.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
+        check_evaluation(cfg)
+        self._cfg = cfg
+        self._output_dir = Path(cfg.output_dir)
+
+    def setup(self) -> None:
+        """Reads the data as each model sees them, and checks the folders; loads no weights."""
+        cfg = self._cfg
+        self._world = init_world(cfg.device)
+        with fail_together(self._world, OutputError):
+            self._lock = FolderLock(self._output_dir) if self._world.is_main else None
+        self._players = {role: Player(role, cfg[role]) for role in players_of(cfg)}
+        datasets = {}
+        for role in ("candidate", "baseline"):
+            player = self._players[role]
+            options = {"tokenizer": player.tokenizer, "max_seq_len": player.context, "keep_originals": True}
+            datasets[role] = config.instantiate(cfg.dataset, **options)
+            player.check(datasets[role])
+        # a sample that is too long for one of them is left out for both
+        shared = set(datasets["candidate"].sample_ids) & set(datasets["baseline"].sample_ids)
+        left_out = len(datasets["candidate"]) + len(datasets["baseline"]) - 2 * len(shared)
+        if left_out:
+            log.warning(f"{left_out} samples fit one of the two models only and are left out.")
+        self._originals = datasets["candidate"].originals
+        self._prompts = {
+            role: PromptDataset(prompt for prompt in dataset if prompt.sample_id in shared)
+            for role, dataset in datasets.items()
+        }
+        self._sample_ids = self._prompts["candidate"].sample_ids
+        if not self._sample_ids:
+            raise DataError("no prompt fits both models. Raise dataset.max_prompt_tokens, or choose other data.")
+        self._references = self._right_answers() if cfg.verdict == "exact_match" else {}
+
+    def evaluate(self) -> dict[str, Any]:
+        """Makes the answers that are missing, has them judged, writes the results.
+
+        Returns:
+            dict[str, Any]: what ``summary.json`` holds.
+
+        Raises:
+            DataError: If not one verdict of the judge can be read.
+        """
+        cfg = self._cfg
+        candidate, baseline = self._players["candidate"], self._players["baseline"]
+        folder = self._output_dir / f"{candidate.name}_vs_{baseline.name}"
+        # --- 1. Both models answer every prompt ---
+        answers = {
+            role: self._play(player, self._prompts[role], cfg.sampling, self._output_dir / "answers" / player.name)
+            for role, player in (("candidate", candidate), ("baseline", baseline))
+        }
+        rows = [self._row(sample_id, answers) for sample_id in self._sample_ids]
+        # --- 2. Verdicts ---
+        if cfg.verdict == "judge":
+            self._judge(rows, folder / "judgements")
+        else:
+            self._match(rows)
+        # --- 3. Results ---
+        summary = self._summary(rows)
+        if self._world.is_main:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            replace_text(folder / "rows.jsonl", lines)
+            replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            print(evaluation.summary_table(summary), f"rows and summary: {folder}", sep="\n\n", flush=True)
+        barrier(self._world)
+        if summary["win_rate"] is None:
+            example = json.dumps(next(row["judge_texts"][0] for row in rows if row["outcome"] is None))
+            raise DataError(
+                f"no verdict of the judge could be read by judge.pattern={cfg.judge.pattern!r}. It wrote, for example, "
+                f"{example:.500}. Change judge.pattern or judge.template, raise judge.sampling.max_new_tokens, or take "
+                "another judge."
+            )
+        return summary
+
+    def cleanup(self) -> None:
+        """Leaves the process group and unlocks the folder."""
+        shutdown()
+        if self._lock is not None:
+            self._lock.release()
+
+    # --- Answers ---
+
+    def _play(
+        self, player: Player, prompts: PromptDataset, section: DictConfig, folder: Path
+    ) -> dict[str, tuple[str, Response]]:
+        """The answers of one model, by sample: text and tokens. Those of an earlier run are used if nothing changed."""
+        cfg, world = self._cfg, self._world
+        plain: Any = OmegaConf.to_container(section)
+        sampling = sampling_params(plain, player.tokenizer.eos_ids)
+        generator = None if player.has_weights else player.generator(None, world)  # it says whose answers it gives
+        fingerprint = {
+            "opponent": broadcast_object(player.fingerprint(generator) if world.is_main else None, world),
+            "prompts": prompts.fingerprint(),
+            "tokenizer": player.tokenizer.fingerprint,
+            "sampling": asdict(sampling),
+            "seed": cfg.seed,
+            "generator": player.section.generator["_component_"],
+            "compute_dtype": cfg.compute_dtype,
+        }
+        player.weights = fingerprint["opponent"]
+        samples = range(len(prompts))
+        num_shards = selfplay.num_shards(len(prompts), cfg.prompts_per_shard, world.world_size)
+        store = selfplay.open_store(folder, fingerprint, num_shards, world, log.warning)
+        missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
+        if missing:
+            if world.is_main:
+                log.info(f"{player.name}: {len(missing)} of {store.num_shards} shards of answers to make")
+            model = player.load(world, cfg.compute_dtype) if player.has_weights else None
+            generator = generator or player.generator(model, world)
+            team = selfplay.team_of(generator, world)
+            mine = selfplay.own_shards(missing, store, prompts, samples, sampling.max_new_tokens, team)
+            own = math.ceil(len(prompts) * len(mine) / store.num_shards)  # about so many prompts
+            with progress_bar(player.name, "prompt", own, enabled=world.is_main) as bar:
+                if model is not None:
+                    with selfplay.awake(generator, model):
+                        self._prove(generator, model, prompts, sampling)
+                        self._fill(store, mine, prompts, generator, sampling, team, bar.update)
+                else:
+                    self._fill(store, mine, prompts, generator, sampling, team, bar.update)
+        if generator is not None:
+            generator.close()
+        model = generator = None
+        gc.collect()  # sharded models refer to themselves; the next one needs the memory
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+        barrier(world)
+        with fail_together(world, OutputError):
+            if world.is_main:
+                store.seal()
+        barrier(world)
+        decode = player.tokenizer.decode
+        found = ((pair.sample_id, pair.generated[0]) for pair in store.pairs())
+        return {key: (decode(list(map(int, r.token_ids)), skip_special_tokens=True), r) for key, r in found}
+
+    def _fill(
+        self,
+        store: PairStore,
+        shards: list[int],
+        prompts: PromptDataset,
+        generator: Generator,
+        sampling: SamplingParams,
+        team: selfplay.Team,
+        on_shard: Any,
+    ) -> None:
+        everyone = range(len(prompts))
+        options: dict[str, Any] = {"seed": self._cfg.seed, "iteration": 0, "team": team, "on_shard": on_shard}
+        selfplay.play(store, shards, prompts, everyone, generator, sampling, **options)
+
+    def _prove(self, generator: Generator, model: nn.Module, prompts: PromptDataset, sampling: SamplingParams) -> None:
+        """An engine with a copy of the weights must have these."""
+        packing = {"row_tokens": min(8192, model.max_seq_len)}
+        selfplay.prove_weights(generator, model, self._world, prompts, sampling, packing=packing, chunk_tokens=2048)
+
+    # --- Verdicts ---
+
+    def _row(self, sample_id: str, answers: dict[str, dict[str, tuple[str, Response]]]) -> dict[str, Any]:
+        messages = self._originals[sample_id].messages
+        row = {
+            "sample_id": sample_id,
+            "prompt": evaluation.conversation_text(messages[:-1]),
+            "reference": messages[-1]["content"],
+        }
+        for role in ("candidate", "baseline"):
+            text, response = answers[role][sample_id]
+            row |= {role: text, f"{role}_tokens": len(response.token_ids), f"{role}_finish": response.finish_reason}
+        return row
+
+    def _judge(self, rows: list[dict[str, Any]], folder: Path) -> None:
+        """Adds the judge's texts, its verdicts and the outcome to each row; equal answers are a tie unasked."""
+        cfg, judge = self._cfg.judge, self._players["judge"]
+        asked = [row for row in rows if row["candidate"] != row["baseline"]]
+        prompts = PromptDataset(self._questions(asked)) if asked else PromptDataset()
+        if len(prompts):
+            judge.check(prompts)
+        texts = self._play(judge, prompts, cfg.sampling, folder) if len(prompts) else {}
+        for row in rows:
+            if row["candidate"] == row["baseline"]:
+                row |= {"judge_texts": [], "verdicts": [], "outcome": "tie"}
+                continue
+            said = [texts[f"{row['sample_id']}#{first}"][0] for first in ("candidate", "baseline")]
+            verdicts = [evaluation.read_verdict(text, cfg.pattern) for text in said]
+            row |= {"judge_texts": said, "verdicts": verdicts, "outcome": evaluation.outcome_of(*verdicts)}
+
+    def _questions(self, rows: Iterable[dict[str, Any]]) -> Iterable[Prompt]:
+        """What the judge is asked, as token ids: each pair of answers in both orders."""
+        cfg, judge = self._cfg.judge, self._players["judge"]
+        room = judge.context - cfg.sampling.max_new_tokens
+        system = [] if cfg.system_prompt is None else [{"role": "system", "content": cfg.system_prompt}]
+        for row in rows:
+            for first, second in (("candidate", "baseline"), ("baseline", "candidate")):
+                fields = {"prompt": row["prompt"], "reference": row["reference"]}
+                text = evaluation.fill_template(cfg.template, first=row[first], second=row[second], **fields)
+                ids = judge.tokenizer.encode_prompt([*system, {"role": "user", "content": text}])
+                if len(ids) > room:
+                    raise DataError(
+                        f"sample {row['sample_id']!r}: the judge's prompt has {len(ids)} tokens, at most {room} leave "
+                        f"room for its verdict (context {judge.context}, judge.sampling.max_new_tokens="
+                        f"{cfg.sampling.max_new_tokens}). Lower dataset.max_prompt_tokens, sampling.max_new_tokens or "
+                        "judge.sampling.max_new_tokens, or take a judge with a longer context."
+                    )
+                yield Prompt(f"{row['sample_id']}#{first}", ids, [])
+
+    def _match(self, rows: list[dict[str, Any]]) -> None:
+        """Adds what was taken out of each answer, whether that is right, and the outcome to each row."""
+        for row in rows:
+            row["right_answer"] = self._references[row["sample_id"]]
+            for role in ("candidate", "baseline"):
+                row[f"{role}_answer"] = evaluation.extract(row[role], self._cfg.exact_match.pattern)
+                row[f"{role}_right"] = row[f"{role}_answer"] == row["right_answer"]
+            row["outcome"] = evaluation.outcome_of_match(row["candidate_right"], row["baseline_right"])
+
+    def _right_answers(self) -> dict[str, str]:
+        """The right answer to each sample, from the real response or a column of its own."""
+        section = self._cfg.exact_match
+        found, faults = {}, []
+        for sample_id in self._sample_ids:
+            original = self._originals[sample_id]
+            text = original.messages[-1]["content"] if section.column is None else original.row.get(section.column)
+            answer = None if text is None else evaluation.extract(str(text), section.reference_pattern)
+            if answer is None:
+                faults.append(f"{sample_id!r} has {text!r:.60}")
+            else:
+                found[sample_id] = answer
+        if faults:
+            where = "the real response" if section.column is None else f"the column {section.column!r}"
+            raise DataError(
+                f"{len(faults)} samples have no right answer in {where} that reference_pattern="
+                f"{section.reference_pattern!r} finds: {'; '.join(faults[:5])}. Change exact_match.column or "
+                "exact_match.reference_pattern."
+            )
+        return found
+
+    def _summary(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        cfg = self._cfg
+        summary: dict[str, Any] = {}
+        for role in ("candidate", "baseline"):
+            player = self._players[role]
+            summary[role] = {
+                "name": player.name,
+                "checkpoint_dir": player.section.checkpoint_dir,
+                "weights": player.weights,
+                "mean_tokens": sum(row[f"{role}_tokens"] for row in rows) / len(rows),
+                "truncated_share": sum(row[f"{role}_finish"] == "length" for row in rows) / len(rows),
+            }
+            if cfg.verdict == "exact_match":
+                summary[role] |= evaluation.accuracy_summary([row[f"{role}_right"] for row in rows])
+        summary |= {"verdict": cfg.verdict, **evaluation.win_summary([row["outcome"] for row in rows])}
+        if cfg.verdict == "judge":
+            judge = self._players["judge"]
+            verdicts = [tuple(row["verdicts"]) for row in rows if row["verdicts"]]
+            summary["judge"] = {
+                "name": judge.name,
+                "weights": judge.weights,
+                "equal_answers": len(rows) - len(verdicts),
+                **evaluation.bias_summary(verdicts),
+            }
+        return summary | {"sampling": OmegaConf.to_container(cfg.sampling), "seed": cfg.seed}
+
+
+@config.parse(DEFAULTS)
+def recipe_main(cfg: DictConfig) -> None:
+    """Runs the recipe; see the head of this file."""
+    recipe = SPINEvaluate(cfg)
+    recipe.setup()
+    recipe.evaluate()
+    recipe.cleanup()
+
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())
