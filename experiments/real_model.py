@@ -26,11 +26,17 @@ from real_report import write_report
 
 from spin.files import write_json
 
-HERE = Path(__file__).parent
-ARMS = HERE / "real_model.yaml"
+PLAN = Path(__file__).with_suffix(".yaml")
 
 
-def make_jobs(plan: Mapping[str, Any], form: str, arms: Sequence[str], seeds: Sequence[int], out: Path) -> list[dict]:
+def make_jobs(
+    plan: Mapping[str, Any],
+    form: str,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    changes: Mapping[str, Any] | None = None,
+) -> list[dict]:
     """One job for each arm and seed, all arms of the first seed first.
 
     Args:
@@ -39,6 +45,7 @@ def make_jobs(plan: Mapping[str, Any], form: str, arms: Sequence[str], seeds: Se
         arms (Sequence[str]): names; none stands for the form's own, or all.
         seeds (Sequence[int]): none stands for the form's own.
         out (Path): folder of results, logs and scratch space.
+        changes (Mapping[str, Any] | None): settings that go before all others.
 
     Returns:
         list[dict]: what :func:`run_job` takes.
@@ -60,7 +67,9 @@ def make_jobs(plan: Mapping[str, Any], form: str, arms: Sequence[str], seeds: Se
                 recipe = stage.get("recipe", "spin")
                 own = stage.get("settings", {})
                 matched = shape["sft"] if recipe == "sft" else {}
-                settings = {**plan["settings"], **shape["settings"], **matched, **own, "seed": seed}
+                settings = {**plan["settings"], **shape["settings"], **matched, **own, "seed": seed} | dict(
+                    changes or {}
+                )
                 stages.append({"recipe": recipe, "settings": settings})
             key = f"{name}-seed{seed}"
             jobs.append(
@@ -97,12 +106,9 @@ def run_job(job: Mapping[str, Any]) -> bool:
     Returns:
         bool: it ran to its end.
     """
-    import torch
-    from real_runs import run_stages
-
     result: dict[str, Any] = {
         **{name: job[name] for name in ("name", "arm", "seed", "stages")},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": None,
         "finished": False,
         "error": None,
         "iterations": [],
@@ -115,6 +121,10 @@ def run_job(job: Mapping[str, Any]) -> bool:
         write_json(file, result)
 
     try:
+        import torch  # not before: the worker first says which GPU it has
+        from real_runs import run_stages
+
+        result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         run_stages(job["base"], job["stages"], job["questions"], Path(job["scratch"]), report)
         result["finished"] = True
     except Exception as error:  # noqa: BLE001 - an arm that fails is a result; the others go on
@@ -124,10 +134,11 @@ def run_job(job: Mapping[str, Any]) -> bool:
     return result["finished"]
 
 
-def read_plan(model: Path, data: Path) -> dict[str, Any]:
-    """real_model.yaml with the paths in it.
+def read_plan(file: Path, model: Path, data: Path) -> dict[str, Any]:
+    """The arms with the paths in them.
 
     Args:
+        file (Path): real_model.yaml or another one like it.
         model (Path): Hugging Face folder.
         data (Path): folder made by real_data.py.
 
@@ -141,13 +152,14 @@ def read_plan(model: Path, data: Path) -> dict[str, Any]:
     missing = [file for file in files if not file.is_file()]
     if missing:
         sys.exit(f"error: {', '.join(map(str, missing))}: no such file. See the head of {Path(__file__).name}.")
-    text = ARMS.read_text(encoding="utf-8")
+    text = file.read_text(encoding="utf-8")
     return yaml.safe_load(text.replace("${model}", str(model.resolve())).replace("${data}", str(data.resolve())))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is missing and writes the report; 1 if a job did not succeed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=PLAN, help="the arms (default: %(default)s)")
     parser.add_argument("--form", default="full", help="of real_model.yaml: full, for GPUs, or small, for a CPU")
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, required=True, help="folder made by real_data.py")
@@ -155,15 +167,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, help="folder for real_model.json, .md and .svg (default: OUT)")
     parser.add_argument("--arms", default="", help="names with commas between them (default: the form's)")
     parser.add_argument("--seeds", default="", help="numbers with commas between them (default: the form's)")
-    parser.add_argument("--gpus", default="", help="numbers of GPUs with commas between them; for the full form")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
+    parser.add_argument("--gpus", default="", help="numbers of GPUs with commas between them (default: no GPU)")
     parser.add_argument("--per-gpu", type=int, default=1, help="jobs at a time on each GPU, or on the CPU")
     parser.add_argument("--deadline", type=float, help="seconds after which jobs are ended; what is finished stays")
     args = parser.parse_args(arguments)
-    plan = read_plan(args.model, args.data)
+    plan = read_plan(args.plan, args.model, args.data)
     if args.form not in plan["forms"]:
         parser.error(f"--form {args.form}: expected {', '.join(plan['forms'])}")
     seeds = [int(seed) for seed in args.seeds.split(",") if seed]
-    jobs = make_jobs(plan, args.form, [name for name in args.arms.split(",") if name], seeds, args.out)
+    changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.set)}
+    jobs = make_jobs(plan, args.form, [name for name in args.arms.split(",") if name], seeds, args.out, changes)
     missing = [job for job in jobs if not is_finished(job)]
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them finished before", flush=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 Job = dict[str, Any]
+_GOODBYE_SECONDS = 10.0
 _SPAWN = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
 
 
@@ -78,7 +79,8 @@ def run_jobs(
                 worker.job = None
                 if not done:
                     _stop(worker)
-                    workers[index] = _start(worker.gpu, work)
+                    if waiting:
+                        workers[index] = _start(worker.gpu, work)
     finally:
         for worker in workers:
             _stop(worker)
@@ -93,10 +95,12 @@ def _start(gpu: str, work: Callable[[Job], bool]) -> _Worker:
 
 
 def _stop(worker: _Worker) -> None:
+    worker.connection.close()  # one that has nothing to do ends by itself
+    if worker.job is None:
+        worker.process.join(timeout=_GOODBYE_SECONDS)
     # not terminate(): a recipe that is asked to stop finishes its step and says that all is well
     worker.process.kill()
     worker.process.join()
-    worker.connection.close()
 
 
 def _serve(connection: Connection, gpu: str, work: Callable[[Job], bool]) -> None:

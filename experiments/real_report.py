@@ -198,7 +198,7 @@ def figures(results: Results, order: Sequence[str]) -> str:
     Returns:
         str: Markdown.
     """
-    devices = ", ".join(sorted({result["device"] for result in results}))
+    devices = ", ".join(sorted({result["device"] or "an unknown device" for result in results}))
     return "\n\n".join(
         [
             f"{len(results)} jobs, on {devices}. Mean and standard deviation over seeds.",
