@@ -185,6 +185,7 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
         "start": [{"recipe": "none"}],
         "spin": [{"settings": {"pairs.history": 1}}],
         "sft_spin": [{"recipe": "sft", "settings": {"max_iterations": 1}}, {"settings": {"max_iterations": 1}}],
+        "tspin": [{"recipe": "tspin", "settings": {"self_test": False}}],
         "broken": [{"settings": {"loss.beta": -1.0}}],
     }
     arguments = ["--plan", plan(tmp_path / "plan.yaml", **arms), "--form", "small", "--model", tiny_lm]
@@ -192,12 +193,15 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
     assert real_model.main(arguments) == 1
     found = results(tmp_path / "out")
     assert {name: result["finished"] for name, result in found.items()} == {
-        "start-seed0": True, "spin-seed0": True, "broken-seed0": False, "sft_spin-seed0": True,
+        "start-seed0": True, "spin-seed0": True, "broken-seed0": False, "sft_spin-seed0": True, "tspin-seed0": True,
     }  # fmt: skip
     assert "loss.beta=-1.0" in found["broken-seed0"]["error"]
-    start, spin, both = (found[f"{arm}-seed0"]["iterations"] for arm in ("start", "spin", "sft_spin"))
-    assert [len(start), len(spin), len(both)] == [1, 2, 2]
-    assert len({measured["val_loss"] for measured in (*start, *spin, *both)}) == 5
+    iterations = [found[f"{arm}-seed0"]["iterations"] for arm in ("start", "spin", "sft_spin", "tspin")]
+    assert [len(each) for each in iterations] == [1, 2, 2, 2]
+    start, spin, both, triplets = iterations
+    assert len({measured["val_loss"] for measured in (*start, *spin, *both, *triplets)}) == 7
+    # the second iteration trains on a third answer to each prompt
+    assert triplets[1]["trained_tokens"] > 2 * triplets[0]["trained_tokens"]
     assert both[1]["trained_tokens"] > both[0]["trained_tokens"] > 0
     for measured in (*start, *spin, *both):
         assert 0 <= measured["classifier_text"] <= 1 and 1 <= measured["answer_tokens"] <= 12
@@ -208,11 +212,11 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
     assert "`spin` | 1 | 2 |" in page and "- `broken-seed0`: ConfigError" in page
     assert "</svg>" in (tmp_path / "out" / "real_model.svg").read_text()
     published = (tmp_path / "out" / "real_model.json").read_text()
-    assert len(json.loads(published)["jobs"]) == 4 and str(tmp_path) not in published
+    assert len(json.loads(published)["jobs"]) == 5 and str(tmp_path) not in published
 
     capfd.readouterr()
     assert real_model.main(arguments) == 1  # the broken one again, and nothing else
-    assert "4 jobs, 3 of them finished before" in capfd.readouterr().out
+    assert "5 jobs, 4 of them finished before" in capfd.readouterr().out
     changed = [*arguments, "--arms", "spin", "--set", "loss.beta=0.5", "--deadline", "0"]
     assert real_model.main(changed) == 1
     assert "1 jobs, 0 of them finished before" in capfd.readouterr().out  # other settings, another result
@@ -231,7 +235,7 @@ def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
         assert {job["seed"] for job in jobs} == set(content["forms"][form]["seeds"])
         for job in jobs:
             for stage in job["stages"]:
-                assert stage["recipe"] in ("spin", "sft", "none")
+                assert stage["recipe"] in ("spin", "sft", "tspin", "none")
                 settings = {**stage["settings"], "output_dir": str(tmp_path), "device": "cpu"}
                 overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
                 check_run(complete(load_config(job["base"], overrides), DEFAULTS))
@@ -272,6 +276,33 @@ def test_a_supervised_step_is_the_mean_over_the_answers_tokens(tmp_path, tiny_lm
         torch.testing.assert_close(weight.detach().to_local(), moved, rtol=1e-5, atol=1e-7)
     assert recipe.trained_tokens == sum(len(each.prompt_ids) + len(each.real_ids) for each in prompts)
     recipe.cleanup()
+
+
+def test_the_triplets_loss_by_hand():
+    """Two pairs with answers real, generated, first; l is log(1 + exp(-z)). Weights of a row are 1/2 each, so the
+    sum of weight times loss is l(a (real - generated)) + b l(a (generated - first)) of each pair."""
+    from types import SimpleNamespace
+
+    from real_runs import MeasuredTSPIN
+
+    from spin.data import Pair
+    from spin.data.packing import pack_row
+    from spin.data.types import Response
+    from spin.loss import SPINLoss
+
+    answers = [Response([5], "stop"), Response([6], "stop")]
+    row = pack_row([Pair(name, 1, [1, 2], [3, 4], answers) for name in "ab"])
+    logps = torch.tensor([-3.0, -1.0, -2.0, -4.0, -4.0, -1.0], dtype=torch.float64)
+    recipe = SimpleNamespace(_loss=SPINLoss(beta=2.0), _progress=SimpleNamespace(iteration=1), anchor_weight=0.1)
+    losses, won, lost = MeasuredTSPIN._pair_losses(recipe, row, logps)
+    margins = torch.tensor([-2.0, 1.0, 0.0, -3.0], dtype=torch.float64)  # -3 + 1, -1 + 2, -4 + 4, -4 + 1
+    torch.testing.assert_close(won - lost, 2 * margins)
+    expected = torch.log1p(torch.exp(-2 * margins)) * torch.tensor([1.0, 0.1, 1.0, 0.1], dtype=torch.float64)
+    torch.testing.assert_close((losses * row.weights).sum(), expected.sum())
+    recipe._progress.iteration = 0
+    row = pack_row([Pair("a", 0, [1, 2], [3, 4], answers[:1])])
+    losses, _, _ = MeasuredTSPIN._pair_losses(recipe, row, logps[:2])
+    torch.testing.assert_close(losses, torch.log1p(torch.exp(torch.tensor([4.0], dtype=torch.float64))))
 
 
 def test_an_unknown_arm_or_a_missing_file_is_named(tmp_path, tiny_lm, data):
