@@ -40,7 +40,7 @@ def make_jobs(
     """One job for each arm and seed, all arms of the first seed first.
 
     Args:
-        plan (Mapping[str, Any]): real_model.yaml with the paths filled in.
+        plan (Mapping[str, Any]): from :func:`read_plan`.
         form (str): one of its ``forms``.
         arms (Sequence[str]): names; none stands for the form's own, or all.
         seeds (Sequence[int]): none stands for the form's own.
@@ -80,6 +80,7 @@ def make_jobs(
                     "base": plan["base"],
                     "stages": stages,
                     "questions": questions,
+                    "paths": plan["paths"],
                     "result": str(out / "jobs" / f"{key}.json"),
                     "log": str(out / "logs" / f"{key}.log"),
                     "scratch": str(out / "scratch" / key),
@@ -89,7 +90,7 @@ def make_jobs(
 
 
 def is_finished(job: Mapping[str, Any]) -> bool:
-    """Whether a job's result is there, complete and made with the same settings."""
+    """Whether a job's result is there, complete and made with the same settings, wherever model and data lay."""
     file = Path(job["result"])
     if not file.is_file():
         return False
@@ -125,7 +126,8 @@ def run_job(job: Mapping[str, Any]) -> bool:
         from real_runs import run_stages
 
         result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        run_stages(job["base"], job["stages"], job["questions"], Path(job["scratch"]), report)
+        stages, questions = (fill(job[name], job["paths"]) for name in ("stages", "questions"))
+        run_stages(job["base"], stages, questions, Path(job["scratch"]), report)
         result["finished"] = True
     except Exception as error:  # noqa: BLE001 - an arm that fails is a result; the others go on
         traceback.print_exc()
@@ -135,7 +137,7 @@ def run_job(job: Mapping[str, Any]) -> bool:
 
 
 def read_plan(file: Path, model: Path, data: Path) -> dict[str, Any]:
-    """The arms with the paths in them.
+    """The arms, and the paths that the names in them stand for.
 
     Args:
         file (Path): real_model.yaml or another one like it.
@@ -152,8 +154,28 @@ def read_plan(file: Path, model: Path, data: Path) -> dict[str, Any]:
     missing = [file for file in files if not file.is_file()]
     if missing:
         sys.exit(f"error: {', '.join(map(str, missing))}: no such file. See the head of {Path(__file__).name}.")
-    text = file.read_text(encoding="utf-8")
-    return yaml.safe_load(text.replace("${model}", str(model.resolve())).replace("${data}", str(data.resolve())))
+    plan = yaml.safe_load(file.read_text(encoding="utf-8"))
+    return plan | {"paths": {"${model}": str(model.resolve()), "${data}": str(data.resolve())}}
+
+
+def fill(value: Any, paths: Mapping[str, str]) -> Any:
+    """JSON values with the paths in place of their names.
+
+    Args:
+        value (Any): such as a job's stages.
+        paths (Mapping[str, str]): by name, ``${model}`` and ``${data}``.
+
+    Returns:
+        Any: a copy.
+    """
+    if isinstance(value, Mapping):
+        return {key: fill(item, paths) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fill(item, paths) for item in value]
+    if isinstance(value, str):
+        for name, path in paths.items():
+            value = value.replace(name, path)
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -213,6 +213,7 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
     assert "</svg>" in (tmp_path / "out" / "real_model.svg").read_text()
     published = (tmp_path / "out" / "real_model.json").read_text()
     assert len(json.loads(published)["jobs"]) == 5 and str(tmp_path) not in published
+    assert str(data) not in (tmp_path / "out/jobs/spin-seed0.json").read_text()  # to be continued elsewhere
 
     capfd.readouterr()
     assert real_model.main(arguments) == 1  # the broken one again, and nothing else
@@ -234,7 +235,7 @@ def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
         jobs = real_model.make_jobs(content, form, [], [], tmp_path)
         assert {job["seed"] for job in jobs} == set(content["forms"][form]["seeds"])
         for job in jobs:
-            for stage in job["stages"]:
+            for stage in real_model.fill(job["stages"], job["paths"]):
                 assert stage["recipe"] in ("spin", "sft", "tspin", "none")
                 settings = {**stage["settings"], "output_dir": str(tmp_path), "device": "cpu"}
                 overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -256,10 +257,11 @@ def test_a_supervised_step_is_the_mean_over_the_answers_tokens(tmp_path, tiny_lm
         "output_dir": str(tmp_path / "run"), "optimizer._component_": "torch.optim.SGD", "optimizer.lr": 0.5,
         "lr_scheduler.name": "constant", "lr_scheduler.warmup": 0, "clip_grad_norm": None,
     }  # fmt: skip
-    settings = {**job["stages"][0]["settings"], **changes}
+    stages, questions = (real_model.fill(job[name], job["paths"]) for name in ("stages", "questions"))
+    settings = {**stages[0]["settings"], **changes}
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
     cfg = complete(load_config(job["base"], overrides), DEFAULTS)
-    recipe = MeasuredSFT(cfg, job["questions"], lambda measured: None)
+    recipe = MeasuredSFT(cfg, questions, lambda measured: None)
     recipe.setup()
     prompts = [recipe._prompts[i] for i in range(5)]  # of unequal lengths
     pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in prompts]
