@@ -1,6 +1,7 @@
 # make quickstart   two rounds of self-play of a small model on this machine's CPU
 # make test         everything that CI checks: format, lint, types, tests
 # make lint         the same without the tests
+# make experiment   self-play against supervised fine-tuning, small, on this machine's CPU: docs/experiments/real_model.md
 # make model        the quickstart's model alone, in .cache/quickstart
 # make vllm         vLLM for this machine's CPU, so that its tests run
 # make clean        remove what the others made, except runs/
@@ -21,11 +22,15 @@ export OMP_NUM_THREADS = $(THREADS)
 export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart test lint model vllm clean
+.PHONY: quickstart experiment test lint model vllm clean
 .DELETE_ON_ERROR:
 
 quickstart: model
 	$(BIN)/tune run spin_recipe --config quickstart/smollm2_135M_cpu output_dir=runs/quickstart
+
+experiment: model $(VENV)/.experiment-stamp
+	$(BIN)/python experiments/real_data.py --out .cache/experiment
+	$(BIN)/python experiments/real_model.py --form small --model $(MODEL) --data .cache/experiment --out runs/experiment
 
 # by file: what the tests of a file share, an engine or a run, is made once
 test: lint
@@ -51,6 +56,10 @@ $(VENV)/.stamp: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev,quickstart,eval]"
+	touch $@
+
+$(VENV)/.experiment-stamp: $(VENV)/.stamp
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[experiments]"
 	touch $@
 
 clean:

@@ -58,6 +58,7 @@ from spin.generators import GeneratorContext, sampling_params
 from spin.logprobs import pair_objective, response_logps
 from spin.lora import check_lora, init_adapters, prepare_adapters, trainable
 from spin.metrics import MovedShare, PairSums, RunLog, pair_metrics
+from spin.mixture import mix_references, weights_of_start
 from spin.models import build_model, choose_attention, prepare_model, window_of
 from spin.nonfinite import NonFiniteGuard
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
@@ -267,8 +268,8 @@ class SPINLoRARecipe:
             ):
                 return None
         if with_val:
-            self._val_pairs = list(self._sealed_pairs(val_folder).pairs())
-        return share_lookup(folder / "rows", self._sealed_pairs(folder).pairs(), self._world)
+            self._val_pairs = list(self._scored_pairs(val_folder))
+        return share_lookup(folder / "rows", self._scored_pairs(folder), self._world)
 
     def train_single_step(self, batch: RowBatch) -> dict[str, float]:
         """One optimizer step over a global batch of pairs; every rank takes its rows of it.
@@ -309,7 +310,7 @@ class SPINLoRARecipe:
         metrics = pair_metrics(totals) if finite else {}
         start = progress.iteration_start(iteration)
         is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
-        if cfg.self_test and metrics and is_first:
+        if cfg.self_test and metrics and is_first and not self._is_mixed:
             zero = torch.zeros(1, dtype=torch.float64)
             expected = self._loss(zero, zero, zero, zero)[0].item()  # ln 2 for the logistic loss
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
@@ -496,19 +497,34 @@ class SPINLoRARecipe:
             empty=policy.empty,
         )
 
+    @property
+    def _is_mixed(self) -> bool:
+        """The opponent is a mixture with what the run started from; in iteration 0 that is the policy itself."""
+        return self._cfg.pairs.start_share > 0 and self._progress.iteration > 0
+
     def _score(self, folder: Path, batches: Sequence[list[Pair]]) -> bool:
         """The opponent scores all responses; False if the run was asked to stop before all were scored."""
+        if not self._score_as(self._opponent, folder / "pairs", batches):
+            return False
+        if not self._is_mixed:
+            return True
+        load_start = partial(self._checkpointer.load_start, self._model, self._world)
+        with weights_of_start(self._model, load_start, self._opponent) as start:
+            return self._score_as(start, folder / "pairs_start", batches)
+
+    def _score_as(self, opponent: str, path: Path, batches: Sequence[list[Pair]]) -> bool:
+        """The weights in place score all responses; False if the run was asked to stop before."""
         cfg, world = self._cfg, self._world
         fingerprint = selfplay.score_fingerprint(
-            opponent=self._opponent,
+            opponent=opponent,
             batches=batches,
             packing=self._packing,
             compute_dtype=cfg.compute_dtype,
             float8=cfg.enable_float8_training,
         )
         num_shards = math.ceil(len(batches) * cfg.global_batch_size / cfg.pairs.prompts_per_shard)
-        store = selfplay.open_store(folder / "pairs", fingerprint, num_shards, world, log.warning)
-        bar = self._bar(f"{folder.name} reference log-probs", "pair", len(batches) * cfg.global_batch_size)
+        store = selfplay.open_store(path, fingerprint, num_shards, world, log.warning)
+        bar = self._bar(f"{path.parent.name} reference log-probs", "pair", len(batches) * cfg.global_batch_size)
         selfplay.score(
             store,
             batches,
@@ -531,6 +547,12 @@ class SPINLoRARecipe:
             if self._world.is_main:
                 store.seal(report)
         return True
+
+    def _scored_pairs(self, folder: Path) -> Iterator[Pair]:
+        pairs = self._sealed_pairs(folder).pairs()
+        if not self._is_mixed:
+            return pairs
+        return mix_references(pairs, PairStore.open(folder / "pairs_start").pairs(), self._cfg.pairs.start_share)
 
     def _sealed_pairs(self, folder: Path) -> PairStore:
         store = PairStore.open(folder / "pairs")

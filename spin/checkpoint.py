@@ -143,6 +143,10 @@ class SPINCheckpointer:
         """Fills the model from ``checkpoint_dir``; see :func:`spin.hf.load_hf_weights`."""
         load_hf_weights(model, self.checkpoint_dir, self.model_type, world=world)
 
+    def load_start(self, model: nn.Module, world: World) -> None:
+        """Puts the weights that the run started from into the model; see :mod:`spin.mixture`."""
+        self.load_model(model, world)
+
     def export(self, model: nn.Module, iteration: int, world: World) -> Path:
         """Writes the model for transformers and vLLM; see :func:`spin.hf.export_hf`. Waits for a state being written.
 

@@ -99,9 +99,10 @@ def check_run(cfg: DictConfig) -> None:
         faults.add(f"output_dir={plain['output_dir']!r}: expected a folder's path.")
     if not _is_number(plain["nll_weight"]) or not 0 <= plain["nll_weight"] < math.inf:
         faults.add(f"nll_weight={plain['nll_weight']!r}: expected 0 or more.")
-    share = plain["pairs"]["history_fraction"]
-    if not _is_number(share) or not 0 <= share <= 1:
-        faults.add(f"pairs.history_fraction={plain['pairs']['history_fraction']}: expected a share in [0, 1].")
+    for name in ("history_fraction", "start_share"):
+        share = plain["pairs"][name]
+        if not _is_number(share) or not 0 <= share <= 1:
+            faults.add(f"pairs.{name}={share}: expected a share in [0, 1].")
     for name, known in (
         ("truncated", ("keep", MASK_TRUNCATED, "drop")),
         ("equal_to_real", ("keep", "drop")),

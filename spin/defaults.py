@@ -31,6 +31,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
         "responses_per_prompt": 1,
         "history": 0,
         "history_fraction": 1.0,
+        "start_share": 0.0,
         "truncated": "keep",
         "equal_to_real": "keep",
         "empty": "drop",

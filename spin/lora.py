@@ -182,6 +182,10 @@ class LoRACheckpointer(SPINCheckpointer):
         super().load_model(model, world)
         self._base = weights_fingerprint(model, frozen_only=True)
 
+    def load_start(self, model: nn.Module, world: World) -> None:
+        """Adapters that change nothing: the base alone. Which numbers their other half has does not matter."""
+        init_adapters(model, seed=0)
+
     def save_state(self, *, state: dict[str, Any], **arguments: Any) -> Path:
         """Saves adapter and optimizer, and the fingerprint of the base; see :meth:`SPINCheckpointer.save_state`."""
         return super().save_state(state=state | {"base": self._base}, **arguments)

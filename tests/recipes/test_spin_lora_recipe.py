@@ -129,6 +129,17 @@ def test_another_adapter_is_another_reference(dora_run):
         assert torch.equal(response_logps(recipe._model, row), before)
 
 
+def test_the_start_in_later_opponents_is_the_base_alone(tmp_path):
+    recipe = run(tmp_path, "pairs.start_share=0.5", "max_epochs=1", "max_iterations=2", "limit_train_batches=1.0")
+    first, policy, start = (
+        {pair.sample_id: pair.reference_real_logp for pair in PairStore.open(tmp_path / name).pairs()}
+        for name in ("iteration_000/pairs", "iteration_001/pairs", "iteration_001/pairs_start")
+    )
+    assert start == pytest.approx(first, abs=1e-3)  # adapters that change nothing, whichever
+    assert all(abs(policy[name] - start[name]) > 1e-3 for name in start)
+    assert recipe._opponent == PairStore.open(tmp_path / "iteration_001/pairs").opponent
+
+
 def test_the_embedded_generator_plays_with_the_adapter(dora_run):
     """Its greedy tokens are those of a generator that was given merged tensors, and of transformers on the export."""
     output_dir, recipe = dora_run

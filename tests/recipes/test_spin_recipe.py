@@ -220,6 +220,44 @@ def test_history_mixes_in_the_iteration_before_under_todays_opponent(tmp_path):
     assert [rows[step]["loss"] for step in (1, 3, 6)] == pytest.approx([math.log(2)] * 3, abs=1e-6)
 
 
+class NotesPairs(SPINRecipe):
+    """Keeps the first batch of every iteration as it is trained on."""
+
+    def train_single_step(self, batch):
+        if self._progress.is_iteration_start:
+            self.__dict__.setdefault("first_batches", []).append(batch.pairs)
+        return super().train_single_step(batch)
+
+
+def test_the_start_has_a_share_in_later_opponents(tmp_path):
+    """Iteration 0's opponent is the start, so its log-probs of the real responses come again in iteration 1."""
+    changes = ("pairs.start_share=0.25", "max_epochs=1", "validation.spin=true")
+    recipe = run(tmp_path / "a", *changes, recipe_class=NotesPairs)
+    assert not (tmp_path / "a/iteration_000/pairs_start").exists()
+    stores = {
+        name: PairStore.open(tmp_path / "a" / name)
+        for name in ("iteration_000/pairs", "iteration_001/pairs", "iteration_001/pairs_start")
+    }
+    first, policy, start = ({pair.sample_id: pair for pair in store.pairs()} for store in stores.values())
+    assert stores["iteration_000/pairs"].opponent == stores["iteration_001/pairs_start"].opponent
+    assert stores["iteration_001/pairs"].opponent != stores["iteration_001/pairs_start"].opponent
+    for name, pair in start.items():
+        assert pair.reference_real_logp == pytest.approx(first[name].reference_real_logp, abs=1e-3)
+    for pair in recipe.first_batches[1]:
+        ours, theirs = policy[pair.sample_id], start[pair.sample_id]
+        assert pair.reference_real_logp == 0.75 * ours.reference_real_logp + 0.25 * theirs.reference_real_logp
+        logps = [each.generated[0].reference_logp for each in (pair, ours, theirs)]
+        assert logps[0] == 0.75 * logps[1] + 0.25 * logps[2] != logps[1]
+    rows = {row["step"]: row for row in metrics_of(tmp_path / "a")}
+    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert rows[6]["loss"] != pytest.approx(math.log(2), abs=1e-4)  # the policy is not the mixture
+
+    run(tmp_path / "b", *changes, recipe_class=stops_at(7))
+    resumed = run(tmp_path / "b", *changes)
+    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
+    assert resumed.final_weights == recipe.final_weights
+
+
 def test_answers_from_a_store_are_played_back(tmp_path):
     """A run on the answers of another run's store has that run's losses; other answers are not taken for them."""
     changes = ("max_iterations=1", "max_epochs=1")

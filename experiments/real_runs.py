@@ -1,0 +1,306 @@
+"""The runs of experiments/real_model.py: the product's recipe with measurements after every iteration, and supervised
+fine-tuning through the same engine, for comparison."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from real_metrics import chosen_right, classifier_accuracy, distinct_share, repeated_share, says_number
+from spin_recipe import DEFAULTS, SPINRecipe
+
+from spin import selfplay
+from spin.checkpoint import SPINCheckpointer
+from spin.config import complete, load_config
+from spin.data import Pair, PairStore, PromptDataset, prompt_dataset
+from spin.data.loader import RowBatch
+from spin.data.order import iteration_samples
+from spin.data.packing import PackedRow
+from spin.distributed import accumulating, clip_grad_norm
+from spin.generators.base import Completion
+from spin.generators.sampling import sample_seed
+from spin.logprobs import pair_objective
+from spin.mixture import weights_of_start
+from spin.reference import score_batches
+from spin.schedules import lr_factor
+
+SUM_TOKENS = 48  # of an answer to a sum
+Report = Callable[[dict[str, Any]], None]
+
+
+class KeepsNothing(SPINCheckpointer):
+    """Writes neither states nor models: a run of the experiment is short, and what it leaves behind is its figures."""
+
+    def save_state(self, *, step: int, **state: Any) -> Path:
+        """Nothing; where a state would be."""
+        return self.states_dir / f"step_{step:08d}"
+
+    def export(self, model: torch.nn.Module, iteration: int, world: Any) -> Path:
+        """Nothing; where a model would be."""
+        return self.output_dir / f"iteration_{iteration:03d}" / "hf_model"
+
+
+class MeasuredSPIN(SPINRecipe):
+    """The recipe as it is, with measurements on held-out prompts where an iteration ends.
+
+    Args:
+        cfg (DictConfig): complete.
+        questions (Mapping[str, Mapping[str, Any]]): arguments of ``prompt_dataset`` for ``choices`` and ``sums``.
+        report (Report): told the measurements of each iteration.
+    """
+
+    def __init__(self, cfg: DictConfig, questions: Mapping[str, Mapping[str, Any]], report: Report) -> None:
+        super().__init__(cfg)
+        self._question_arguments = questions
+        self._report = report
+        self.trained_tokens = 0  # through forward and backward, prompts included
+
+    def setup(self) -> None:
+        """As the recipe's, and the questions."""
+        super().setup()
+        self._questions = {
+            name: prompt_dataset(tokenizer=self._tokenizer, max_seq_len=self._model.max_seq_len, **arguments)
+            for name, arguments in self._question_arguments.items()
+        }
+        self._started = time.perf_counter()
+        self._measuring = 0.0
+
+    def train_single_step(self, batch: RowBatch) -> dict[str, float]:
+        """As the recipe's; counts tokens."""
+        self.trained_tokens += sum(row.used_tokens for row in batch.rows)
+        return super().train_single_step(batch)
+
+    @torch.no_grad()
+    def run_validation(self) -> dict[str, float]:
+        """As the recipe's; between two iterations also everything else that is measured."""
+        metrics = super().run_validation()
+        if self._progress.is_iteration_start:
+            started = time.perf_counter()
+            measured = self._measure()
+            self._measuring += time.perf_counter() - started
+            self._report(
+                {
+                    "val_loss": metrics["val_loss"],
+                    **measured,
+                    "trained_tokens": self.trained_tokens,
+                    "seconds": round(time.perf_counter() - self._started - self._measuring, 1),
+                }
+            )
+        return metrics
+
+    def _measure(self) -> dict[str, Any]:
+        prompts = [self._val_prompts[i] for i in range(self._num_val_samples)]
+        sums = list(self._questions["sums"])
+        with selfplay.awake(self._generator, self._model):
+            answers = self._answer(prompts, self._sampling)
+            # greedy, as one answers a sum
+            short = replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=SUM_TOKENS)
+            results = self._answer(sums, short)
+        real = [self._text(prompt.real_ids) for prompt in prompts]
+        generated = [self._text(answer.token_ids) for answer in answers]
+        tokens = [answer.token_ids for answer in answers]
+        right = [
+            says_number(self._text(answer.token_ids), self._text(question.real_ids))
+            for answer, question in zip(results, sums, strict=True)
+        ]
+        return {
+            **{
+                f"classifier_{features}": classifier_accuracy(real, generated, features)
+                for features in ("text", "opening", "length")
+            },
+            "answer_tokens": sum(map(len, tokens)) / len(tokens),
+            "real_tokens": sum(len(prompt.real_ids) for prompt in prompts) / len(prompts),
+            "truncated_share": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
+            "repeated_4grams": repeated_share(tokens),
+            "distinct_2grams": distinct_share(tokens),
+            "choices_accuracy": chosen_right(self._choice_scores()),
+            "sums_accuracy": sum(right) / len(right),
+            "example": {"prompt": prompts[0].sample_id, "real": real[0], "generated": generated[0]},
+        }
+
+    def _answer(self, prompts: Sequence[Any], sampling: Any) -> list[Completion]:
+        """One answer to each prompt; the same random numbers in every iteration and arm of a seed."""
+        return self._generator.generate(
+            [list(map(int, prompt.prompt_ids)) for prompt in prompts],
+            sampling,
+            [sample_seed(self._cfg.seed, -1, prompt.sample_id, 0) for prompt in prompts],
+        )
+
+    def _choice_scores(self) -> dict[str, float]:
+        """Mean log-prob per token of each choice, by its id."""
+        pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in self._questions["choices"]]
+        scored = score_batches(
+            self._model,
+            self._cut(pairs),
+            self._world,
+            packing=self._packing,
+            chunk_tokens=self._cfg.logprob_chunk_tokens,
+        )
+        return {pair.sample_id: (pair.reference_real_logp or 0.0) / len(pair.real_ids) for pair in scored}
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        ids = [int(token) for token in token_ids]
+        return self._tokenizer.decode([token for token in ids if token not in self._tokenizer.eos_ids]).strip()
+
+
+class MeasuredSFT(MeasuredSPIN):
+    """Supervised fine-tuning on the real answers alone, through the same rows, head and optimizer.
+
+    An iteration of it is as many optimizer steps as one of self-play. ``global_batch_size`` is the config's own and
+    sets how many tokens a step trains on. The optimizer and its schedule go on over the whole run, as is usual.
+    """
+
+    def train(self) -> None:
+        """All iterations; there is nothing to play and nothing to score."""
+        progress, size = self._progress, self._cfg.global_batch_size
+        for iteration in range(self._cfg.max_iterations):
+            samples = iteration_samples(len(self._prompts), self._steps * size, self._cfg.seed, iteration)
+            prompts = [self._prompts[sample] for sample in samples]
+            batches = self._cut([Pair(each.sample_id, iteration, each.prompt_ids, each.real_ids) for each in prompts])
+            for batch in self._rows(batches):
+                metrics = self._learn(batch)
+                if progress.is_iteration_start:
+                    metrics |= self.run_validation()
+                self._log(metrics)
+
+    def _learn(self, batch: RowBatch) -> dict[str, float]:
+        cfg, world, progress = self._cfg, self._world, self._progress
+        self.trained_tokens += sum(row.used_tokens for row in batch.rows)
+        tokens = sum(len(pair.real_ids) for pair in batch.pairs)
+        nats = 0.0
+        with accumulating(self._model, batch.rows, unsharded_gradients=cfg.fsdp_accumulate_unsharded) as rows:
+            for row in (row.to(world.device) for row in rows):
+                mean = partial(_summed_loss, world.world_size / tokens)
+                loss, logps = pair_objective(self._model, row, mean, cfg.logprob_chunk_tokens)
+                loss.backward()
+                nats -= logps.sum().item()
+        clip_grad_norm(self._model, cfg.clip_grad_norm)
+        lr = self._lrs[0] * lr_factor(step=progress.step, total_steps=progress.total_steps, **cfg.lr_scheduler)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        iteration = progress.iteration
+        progress.advance(len(batch.pairs))
+        return {"nll": nats / tokens, "lr": lr, "iteration": iteration}
+
+
+def _summed_loss(scale: float, logps: torch.Tensor) -> torch.Tensor:
+    return -logps.sum() * scale
+
+
+class MeasuredTSPIN(MeasuredSPIN):
+    """T-SPIN: real answers against the opponent's, and from iteration 1 on also the opponent's against answers of what
+    the run started from; no reference. With ``a`` the config's beta and ``b`` the class's ``anchor_weight``
+
+        l(a (log p(real) - log p(generated))) + b l(a (log p(generated) - log p(first)))
+
+    Not an option of the product: it stands here to be compared. ``self_test`` has no meaning, because the first loss
+    says nothing about equal models.
+
+    Source:
+        Equation 7 of arXiv 2601.08198; ``b`` is 0 in the first iteration and 0.1 later, ``a`` is 1.
+    """
+
+    anchor_weight = 0.1
+    _OTHER_NUMBERS = 1000  # the first weights' answers are drawn with the random numbers of an iteration far away
+
+    def _play(self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
+        if not super()._play(iteration, folder, prompts, samples):
+            return False
+        if iteration == 0:
+            return True
+        policy = self._opponent
+        load_start = partial(self._checkpointer.load_start, self._model, self._world)
+        with weights_of_start(self._model, load_start, policy) as self._opponent:
+            try:
+                return super()._play(iteration + self._OTHER_NUMBERS, folder / "first", prompts, samples)
+            finally:
+                self._opponent = policy
+
+    def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
+        pairs = super()._answers(iteration, folder, history)
+        if iteration == 0:
+            return pairs
+        first = {pair.sample_id: pair.generated for pair in PairStore.open(folder / "first" / "responses").pairs()}
+        return (replace(pair, generated=[*pair.generated, *first[pair.sample_id]]) for pair in pairs)
+
+    def _pair_losses(self, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        winners, losers = row.real.clone(), row.generated
+        scale = torch.ones_like(logps[losers])
+        if self._progress.iteration > 0:
+            # (real, generated), (real, first) of each pair become (real, generated), (generated, first). The row gives
+            # each half of the pair's weight.
+            winners[1::2] = losers[0::2]
+            scale[0::2], scale[1::2] = 2.0, 2.0 * self.anchor_weight
+        no_reference = torch.zeros_like(logps[losers])
+        losses, *rewards = self._loss(logps[winners], logps[losers], no_reference, no_reference)
+        return losses * scale, *rewards
+
+
+RECIPES = {"spin": MeasuredSPIN, "sft": MeasuredSFT, "tspin": MeasuredTSPIN}
+
+
+def run_stages(
+    base: str,
+    stages: Sequence[Mapping[str, Any]],
+    questions: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+    report: Report,
+) -> None:
+    """Runs an arm: stages one after another, each from the weights that the one before ended with.
+
+    Args:
+        base (str): name of the packaged config.
+        stages (Sequence[Mapping[str, Any]]): of each its ``recipe`` (``spin``, ``sft``, ``tspin``, or ``none`` to
+            measure only) and its ``settings``, values by dotted key.
+        questions (Mapping[str, Mapping[str, Any]]): see :class:`MeasuredSPIN`.
+        folder (Path): scratch space; emptied before and removed afterwards.
+        report (Report): told the measurements after each iteration.
+
+    Raises:
+        RuntimeError: If a stage stopped before its last step.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    handed_on: Path | None = None
+    tokens, seconds = 0, 0.0
+    try:
+        for number, stage in enumerate(stages):
+            settings = {**stage["settings"], "output_dir": str(folder / f"stage_{number}")}
+            if handed_on is not None:
+                settings["checkpointer.checkpoint_dir"] = str(handed_on)
+            overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+            cfg = complete(load_config(base, overrides), DEFAULTS)
+
+            def add(measured: dict[str, Any], tokens: int = tokens, seconds: float = seconds) -> None:
+                so_far = {"trained_tokens": tokens, "seconds": seconds}
+                report(measured | {name: round(measured[name] + value, 1) for name, value in so_far.items()})
+
+            recipe = RECIPES.get(stage["recipe"], MeasuredSPIN)(cfg, questions, add)
+            recipe.setup()
+            if stage["recipe"] == "none":
+                recipe.run_validation()
+            else:
+                recipe.train()
+                if not recipe._progress.is_done:
+                    raise RuntimeError(f"stage {number} stopped at step {recipe._progress.step}")
+            if number + 1 < len(stages):
+                handed_on = SPINCheckpointer.export(recipe._checkpointer, recipe._model, number, recipe._world)
+            tokens += recipe.trained_tokens
+            seconds += time.perf_counter() - recipe._started - recipe._measuring
+            recipe.cleanup()
+            del recipe
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

