@@ -226,6 +226,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--batch", type=int, default=64, help="global_batch_size")
     parser.add_argument("--save", action="store_true", help="write states and exported models, as a stage")
+    parser.add_argument("--folder", type=Path, help="a new one to work in, which is kept; default: one that is removed")
     parser.add_argument("overrides", nargs="*", help="of the config, key=value")
     return parser.parse_args(arguments)
 
@@ -236,10 +237,11 @@ def main() -> None:
     preset = MODELS[args.model]
     if preset.builder.get("vocab_size", TOKENIZER_TOKENS) < TOKENIZER_TOKENS:
         preset = replace(preset, builder={**preset.builder, "vocab_size": TOKENIZER_TOKENS})
-    folder = Path(tempfile.gettempdir()) / "spin-iteration"
+    folder = args.folder or Path(tempfile.gettempdir()) / "spin-iteration"
     world = init_world(args.device)
     if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
+        if args.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         make_data(folder / "data.jsonl", args.prompts, preset.lengths)
     torch.distributed.barrier()
@@ -273,7 +275,8 @@ def main() -> None:
         if args.out:
             write_json(args.out, results)
     recipe.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
+    if args.folder is None:
+        shutil.rmtree(folder, ignore_errors=True)
     shutdown()
 
 
