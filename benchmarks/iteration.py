@@ -183,6 +183,7 @@ def make_config(args: argparse.Namespace, folder: Path, preset: Any, on_gpu: boo
     ]  # fmt: skip
     if not on_gpu:
         overrides += ["device=cpu", "compute_dtype=fp32", "compile=false"]
+        overrides += [f"pairs.row_tokens={4 * preset.row_tokens}"]  # masks are dense here
         if args.generator == "vllm":
             overrides += ["generator.dtype=fp32", "generator.enforce_eager=true", "generator.max_model_len=512"]
             overrides += ["generator.engine.kv_cache_memory_bytes=67108864"]

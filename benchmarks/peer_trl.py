@@ -156,7 +156,7 @@ class TRLTuned(TRL):
     """Pairs grouped by length, no checkpointing, compiled layers, the best size of a batch."""
 
     title = "TRL DPOTrainer, grouped by length, compiled layers"
-    micro_batches = (4, 8, 16, 32)
+    micro_batches = (4, 8, 16)
     options = {"gradient_checkpointing": False, "train_sampling_strategy": "group_by_length"}
     compiled = True
 

@@ -25,6 +25,8 @@ RUN_ELSEWHERE = {
     r"pytest\b.*": ".ci/run",  # by way of make test; see test_pytest_commands_select_something
     r"SPIN_REAL_MODEL=\S+ pytest .*": "Makefile",
     r"python benchmarks/training_step.py --model tiny": "tests/benchmarks/test_training_step.py",
+    r"python benchmarks/peers.py step --model tiny --rounds 1": "tests/benchmarks/test_peers.py",
+    r"python benchmarks/page.py": "tests/benchmarks/test_page.py",
     r"git clone .*|\. \.venv/bin/activate": "",  # nothing of ours
 }
 
