@@ -105,8 +105,8 @@ class PeerBench(Bench):
         return nullcontext()
 
     def exact(self) -> nn.Module:
-        """The policy, computing in fp32."""
-        return self.plain(0, torch.float32)
+        """The policy, computing in fp32; less memory matters more than time."""
+        return self.plain(0, torch.float32, checkpointing=True)
 
     @contextmanager
     def opponent(self) -> Iterator[nn.Module]:
@@ -147,7 +147,8 @@ class Peer:
     packages: tuple[str, ...] = ()
     gpu_only = ""  # why
     micro_batch: int | None = None  # pairs of a padded batch
-    micro_batches: tuple[int, ...] = ()  # the fastest of these becomes micro_batch
+    micro_batches: tuple[int, ...] = ()  # the fastest of these that fits becomes micro_batch, or the first
+    as_it_is = False  # the first that fits
 
     def __init__(self, bench: PeerBench) -> None:
         self.bench = bench
@@ -217,6 +218,41 @@ class Peer:
         """Gradients by torchtune's names, in torchtune's order of rows."""
         named = self.policy.named_parameters()
         return {clean_name(name): full_tensor(p.grad) for name, p in named if p.grad is not None}
+
+
+class Padded(Peer):
+    """torchtune's own model and padded batches, with log-probs of the reference given: what all arms are held against.
+
+    Args:
+        bench (PeerBench): gives weights, work and device.
+        dtype (torch.dtype): that it computes in.
+    """
+
+    title = "torchtune's forward, padded"
+    micro_batch = 2  # in fp32 the logits of two pairs take gigabytes
+
+    def __init__(self, bench: PeerBench, dtype: torch.dtype) -> None:
+        super().__init__(bench)
+        self.dtype = dtype
+        self._models: list[nn.Module] = []
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        self._models.append(self.bench.plain(0, self.dtype, checkpointing=True))
+        try:
+            yield
+        finally:
+            self._models.clear()
+
+    @property
+    def policy(self) -> nn.Module:
+        return self._models[0]
+
+    def lay_out(self, pairs: Sequence[Pair]) -> list[PaddedBatch]:
+        return padded_batches(pairs, replace(self.bench.layout, micro_batch=self.micro_batch or len(pairs)))
+
+    def piece_loss(self, piece: PaddedBatch) -> torch.Tensor:
+        return padded_loss(self.policy, piece.to(self.bench.world.device), 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- ours
@@ -368,6 +404,8 @@ class Authors(Twin):
 
     title = "the authors' style: two models, padded, fp32 logits"
     micro_batch = 8
+    micro_batches = (8, 4, 2)
+    as_it_is = True
     _opponent: Any = None
 
     def __init__(self, bench: PeerBench) -> None:
@@ -435,6 +473,8 @@ class Torchtune(Peer):
 
     title = "torchtune 0.6.1, full DPO as it is"
     micro_batch = 4
+    micro_batches = (4, 2)
+    as_it_is = True
 
     def __init__(self, bench: PeerBench) -> None:
         super().__init__(bench)

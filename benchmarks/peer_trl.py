@@ -162,12 +162,19 @@ class TRLTuned(TRL):
 
 
 class TRLTorchCompile(TRL):
-    """The same with the trainer's own ``torch_compile``, of the whole model."""
+    """The same with the whole model compiled, which is what the trainer's ``torch_compile`` does.
+
+    The option itself would count for every trainer of the process, whose state accelerate shares.
+    """
 
     title = "TRL DPOTrainer, grouped by length, torch_compile"
     gpu_only = "compiling takes minutes on a CPU"
     micro_batches = TRLTuned.micro_batches
-    options = {**TRLTuned.options, "torch_compile": True}
+    options = TRLTuned.options
+
+    def _start(self, dataset: Any) -> None:
+        super()._start(dataset)
+        self._prepared = torch.compile(self._prepared)
 
 
 class TRLLiger(TRL):

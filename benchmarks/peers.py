@@ -20,18 +20,18 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # arms of many shapes share a GPU
 
 import torch
-from arms import padded_batches, padded_loss
-from peer_arms import PLAIN_PEERS, Peer, PeerBench
+from peer_arms import PLAIN_PEERS, Padded, Peer, PeerBench
 from peer_lora import LORA_PEERS, LoRABench
 from peer_passes import ITERATION_TITLES, PASS_TITLES, generation, iteration, reference
 from peer_trl import TRL_PEERS
@@ -41,7 +41,7 @@ from training_step import parse_args as training_arguments
 from work import MIXES, MODELS, floor_of_work, local_part
 
 from spin.data import Pair
-from spin.distributed import clean_name, full_tensor, shutdown
+from spin.distributed import shutdown
 from spin.files import write_json
 
 GIB = 2**30
@@ -50,9 +50,10 @@ PEERS: dict[str, type[Peer]] = {**PLAIN_PEERS, **TRL_PEERS}
 DEFAULT_ARMS = [name for name in PEERS if name != "trl_torch_compile"]  # which takes minutes to compile
 ENGINES = "embedded,embedded_64,transformers,transformers_cb,vllm,vllm_bare"  # see benchmarks/generation.py
 CHECKED_PAIRS = 8
-# by how much an arm may be off: its loss, its gradient's norm, and the norm of the gradient's deviation, all as shares.
-# bf16 costs a random model of 16 layers 2 %, 1 % and 5 % in torchtune's own forward.
-LIMITS = {torch.float32: (1e-4, 1e-4, 1e-3), torch.bfloat16: (0.06, 0.05, 0.15)}
+# by how much an arm may be off, as shares: in fp32, and in bf16 where torchtune's own forward is not off by much
+DEVIATIONS = ("loss_deviation", "grad_norm_deviation", "gradient_deviation")
+FP32_LIMITS = (1e-5, 1e-5, 1e-4)
+BF16_LIMITS = (0.05, 0.05, 0.1)
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "liger_kernel", "torchtune", "vllm")
 
 
@@ -94,46 +95,54 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def check(bench: PeerBench, peers: dict[str, Peer], failed: dict[str, str]) -> dict[str, dict[str, float]]:
-    """Loss and gradient of every arm against torchtune's padded forward in fp32; who is off fails."""
+    """Loss and gradient of every arm against torchtune's padded forward in fp32; who is off fails.
+
+    What bf16 costs grows with the depth of a random model. Where torchtune's own forward in bf16 is off by more than a
+    third of a limit, the limit is three times that.
+
+    Args:
+        bench (PeerBench): gives pairs and weights.
+        peers (dict[str, Peer]): the arms.
+        failed (dict[str, str]): errors by name; gets more.
+
+    Returns:
+        dict[str, dict[str, float]]: loss and deviations of every arm, and in bf16 of torchtune's forward, ``bf16``.
+    """
     with bench.opponent() as opponent:
         pairs = bench.scored(bench.mixed_pairs("short", CHECKED_PAIRS), opponent)
     del opponent
     free()
-    exact = exact_gradients(bench, pairs)
+    exact = computed(Padded(bench, torch.float32), pairs)
     found: dict[str, dict[str, float]] = {}
+    limits = dict(zip(DEVIATIONS, FP32_LIMITS, strict=True))
+    if bench.compute_dtype != torch.float32:
+        found["bf16"] = deviation(Padded(bench, bench.compute_dtype), pairs, exact)
+        limits = {key: max(limit, 3 * found["bf16"][key]) for key, limit in zip(DEVIATIONS, BF16_LIMITS, strict=True)}
     for name, peer in peers.items():
         deviations = attempt(failed, name, lambda peer=peer: deviation(peer, pairs, exact))  # type: ignore[misc]
         if deviations is not None:
             found[name] = deviations
-            keys, limits = ("loss_deviation", "grad_norm_deviation", "gradient_deviation"), LIMITS[bench.compute_dtype]
             # NaN is not below a limit either
-            if not all(deviations[key] < limit for key, limit in zip(keys, limits, strict=True) if key in deviations):
+            if not all(deviations[key] < limit for key, limit in limits.items() if key in deviations):
                 failed[name] = f"computes something else than fp32 does: {deviations}"
         free()
     return found
 
 
-def exact_gradients(bench: PeerBench, pairs: Sequence[Pair]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Mean loss and gradients in fp32, by torchtune's names."""
-    model = bench.exact()
-    batches = padded_batches(pairs, replace(bench.layout, micro_batch=2))
-    loss = 0.0
-    for batch in batches:
-        part = padded_loss(model, batch.to(bench.world.device), 0) / len(pairs)
-        part.backward()
-        loss += part.item()
-    return loss, {clean_name(name): full_tensor(p.grad) for name, p in model.named_parameters() if p.requires_grad}
-
-
-def deviation(peer: Peer, pairs: Sequence[Pair], exact: tuple[float, dict[str, torch.Tensor]]) -> dict[str, float]:
-    """How far an arm's loss and gradients are from those in fp32, as shares of these."""
-    expected_loss, expected = exact
+def computed(peer: Peer, pairs: Sequence[Pair]) -> tuple[float, dict[str, torch.Tensor]]:
+    """An arm's mean loss and its gradients by name."""
     pieces = peer.lay_out(pairs)
     with peer.ready():
         peer.forget()
         loss = float(peer.forward_backward(pieces, len(pairs)))
         gradients = peer.gradients()
         peer.forget()
+    return loss, gradients
+
+
+def deviation(peer: Peer, pairs: Sequence[Pair], exact: tuple[float, dict[str, torch.Tensor]]) -> dict[str, float]:
+    """How far an arm's loss and gradients are from those in fp32, as shares of these."""
+    (expected_loss, expected), (loss, gradients) = exact, computed(peer, pairs)
     norm, expected_norm = _norm(gradients), _norm(expected)
     found = {
         "loss": loss,
@@ -151,23 +160,26 @@ def _norm(tensors: dict[str, torch.Tensor]) -> float:
 
 
 def best_micro_batch(bench: PeerBench, peer: Peer, pairs: Sequence[Pair]) -> list[Any]:
-    """The pairs laid out for the arm, in the size of batch that is fastest among those that fit."""
-    fastest: tuple[float, int] | None = None
+    """The pairs laid out for the arm: in batches of its own size, or the next that fits; or of the fastest size."""
+    found: list[tuple[float, int]] = []
     for size in (size for size in peer.micro_batches if len(pairs) % size == 0):
         peer.micro_batch = size
         try:
             pieces = peer.lay_out(pairs)
             with peer.ready():
-                for _ in range(2):  # the first compiles
+                for _ in range(1 if peer.as_it_is else 2):  # the first compiles
                     seconds = bench.seconds(lambda pieces=pieces: peer.forward_backward(pieces, len(pairs)))
                     peer.forget()
         except torch.OutOfMemoryError:
-            peer.forget()
-            free()
+            fits = False
+        else:
+            fits = True
+            found.append((seconds, size))
+        free()
+        if fits == peer.as_it_is:
             break
-        fastest = min(fastest or (seconds, size), (seconds, size))
-    if fastest is not None:
-        peer.micro_batch = fastest[1]
+    if found:
+        peer.micro_batch = min(found)[1]
     return peer.lay_out(pairs)
 
 
@@ -179,15 +191,28 @@ def made(
     return {name: peer for name, peer in found.items() if peer is not None}
 
 
-def step(bench: PeerBench, peers: dict[str, Peer], failed: dict[str, str], mix: str) -> dict[str, Any]:
-    """A training step of one global batch by every arm."""
+def step(
+    bench: PeerBench, peers: dict[str, Peer], failed: dict[str, str], mix: str, until: float = math.inf
+) -> dict[str, Any]:
+    """A training step of one global batch by every arm.
+
+    Args:
+        bench (PeerBench): gives pairs and clock.
+        peers (dict[str, Peer]): the arms.
+        failed (dict[str, str]): errors of arms that failed before.
+        mix (str): key of ``MIXES``.
+        until (float): see :func:`rounds.race`.
+
+    Returns:
+        dict[str, Any]: the work, and for each arm the figures of all rounds or its error.
+    """
     pairs, failed = bench.mixed_pairs(mix), dict(failed)  # who fails with one mix may do another
     turns = {}
     for name, peer in peers.items():
         pieces = attempt(failed, name, lambda peer=peer: best_micro_batch(bench, peer, pairs))  # type: ignore[misc]
         if pieces is not None:
             turns[name] = turn_of(bench, peer, pieces, len(pairs))
-    runs = race(turns, bench.args.rounds, failed)
+    runs = race(turns, bench.args.rounds, failed, until)
     runs |= {name: {"error": error} for name, error in failed.items()}
     for name, run in runs.items():
         run["title"] = (LORA_PEERS if isinstance(bench, LoRABench) else PEERS)[name].title
@@ -239,6 +264,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", type=listed(list(PEERS)), default=DEFAULT_ARMS, help=",".join(PEERS))
     parser.add_argument("--mixes", type=listed(list(MIXES)), default=["short"], help=",".join(MIXES))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further round of step after as many")
     parser.add_argument("--pairs", type=int, help="pairs of a global batch; default: the model's")
     parser.add_argument("--prompts", type=int, default=512, help="of generation and of an iteration")
     parser.add_argument("--generator", choices=("embedded", "vllm"), default="embedded", help="ours, of an iteration")
@@ -269,9 +295,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         dict[str, Any]: the results, those of earlier runs in ``--out`` included.
 
     Raises:
-        SystemExit: If the file holds results of another machine, model or version.
+        SystemExit: If the file holds results of another machine, model or version, or under torchrun.
     """
+    until = time.monotonic() + 60 * args.minutes
     bench = (LoRABench if args.part == "lora8b" else PeerBench)(engine_arguments(args))
+    if bench.world.world_size > 1:
+        raise SystemExit("benchmarks/peers.py compares on one GPU. Run it without torchrun.")
     results: dict[str, Any] = {
         "setup": {
             "device": torch.cuda.get_device_name() if bench.on_gpu else f"CPU, {torch.get_num_threads()} threads",
@@ -306,7 +335,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         peers = made(kinds, names, bench, failed)
         keep("check", results.get("check", {}) | check(bench, peers, failed))
         for mix in args.mixes:
-            keep(section, results.get(section, {}) | {mix: step(bench, peers, failed, mix)})
+            keep(section, results.get(section, {}) | {mix: step(bench, peers, failed, mix, until)})
     elif args.part == "reference":
         keep("reference", reference(bench, [name for name in names if name in PASS_TITLES], failed))
     elif args.part == "iteration":

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
+import sys
+import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +23,7 @@ def attempt(failed: dict[str, str], name: str, function: Callable[[], Any]) -> A
     try:
         return function()
     except Exception as error:  # noqa: BLE001 - whatever another library raises is its result
+        traceback.print_exc()
         lines = f"{type(error).__name__}: {error}".strip().splitlines()
         failed[name] = lines[0][:300]
     free()
@@ -32,7 +37,9 @@ def free() -> None:
         torch.cuda.empty_cache()
 
 
-def race(turns: dict[str, Callable[[bool], Figures]], rounds: int, failed: dict[str, str]) -> dict[str, dict[str, Any]]:
+def race(
+    turns: dict[str, Callable[[bool], Figures]], rounds: int, failed: dict[str, str], until: float = math.inf
+) -> dict[str, dict[str, Any]]:
     """Lets arms take turns.
 
     Args:
@@ -40,6 +47,7 @@ def race(turns: dict[str, Callable[[bool], Figures]], rounds: int, failed: dict[
             what it timed and ``peak_gib``.
         rounds (int): how often each takes its turn, after a first one that does not count.
         failed (dict[str, str]): errors by name; gets more.
+        until (float): once ``time.monotonic()`` says so, no further round but the first that counts begins.
 
     Returns:
         dict[str, dict[str, Any]]: for each name and figure the values of all rounds, their median, minimum and maximum;
@@ -47,8 +55,11 @@ def race(turns: dict[str, Callable[[bool], Figures]], rounds: int, failed: dict[
     """
     rows: dict[str, list[Figures]] = {name: [] for name in turns}
     for number in range(rounds + 1):
+        if number > 1 and time.monotonic() > until:
+            break
         for name, turn in turns.items():
             figures = attempt(failed, name, lambda turn=turn, first=number == 0: turn(first))  # type: ignore[misc]
+            print(f"round {number}, {name}: {figures}", file=sys.stderr, flush=True)
             if number > 0 and figures is not None:
                 rows[name].append(figures)
     return {

@@ -162,11 +162,17 @@ def test_arms_take_turns():
     assert results["c"] == {"error": "ValueError: late"}
 
 
+def test_no_round_begins_after_the_time_is_over():
+    """One that counts there must be, though."""
+    results = rounds.race({"a": lambda first: {"seconds": 1.0}}, 5, {}, until=0.0)
+    assert results["a"]["seconds"]["values"] == [1.0]
+
+
 def test_size_of_a_batch_is_the_fastest_that_fits(bench, monkeypatch):
     monkeypatch.setattr(bench, "seconds", lambda function: function())
 
     class Sized(peer_arms.Authors):
-        micro_batches = (1, 2, 3, 4, 8)
+        micro_batches, as_it_is = (1, 2, 3, 4, 8), False
         tried: list[int] = []
 
         def forward_backward(self, pieces, num_pairs):
@@ -179,6 +185,21 @@ def test_size_of_a_batch_is_the_fastest_that_fits(bench, monkeypatch):
     pieces = peers.best_micro_batch(bench, peer, bench.mixed_pairs("short", 8))
     assert peer.tried == [1, 1, 2, 2, 4, 4, 8]  # 3 does not divide the pairs
     assert peer.micro_batch == 2 and len(pieces) == 4
+
+
+def test_an_arm_as_it_is_keeps_its_size_where_that_fits(bench):
+    class Large(peer_arms.Authors):
+        tried: list[int] = []
+
+        def forward_backward(self, pieces, num_pairs):
+            self.tried.append(self.micro_batch)
+            if self.micro_batch == 8:
+                raise torch.OutOfMemoryError
+            return torch.zeros(())
+
+    peer, pairs = Large(bench), bench.mixed_pairs("short", 8)
+    assert len(peers.best_micro_batch(bench, peer, pairs)) == 2
+    assert peer.tried == [8, 4] and peer.micro_batch == 4
 
 
 def test_rows_without_padding_have_every_token_of_both_sequences(bench):
