@@ -241,7 +241,9 @@ def readme_section(results: Results) -> str:
         for _, step in steps.values():
             arms = step["arms"]
             cells.append(
-                number(speed(arms["ours"])) if name == "ours" else times(speed(arms.get("ours")), speed(arms.get(name)))
+                number(speed(arms.get("ours")))
+                if name == "ours"
+                else times(speed(arms.get("ours")), speed(arms.get(name)))
             )
         if run.get("peak_gib"):
             memory = number(run["peak_gib"]["median"])

@@ -176,7 +176,7 @@ class AdaptedTRLTuned(AdaptedTRL):
     """The same, tuned as :class:`peer_trl.TRLTuned`."""
 
     title = "TRL DPOTrainer with peft, grouped by length, compiled layers"
-    micro_batches = (2, 4, 8, 16)
+    micro_batches = (2, 4, 8)
     options = {**TRLTuned.options, "precompute_ref_log_probs": False}
     compiled = True
 

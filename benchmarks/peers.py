@@ -133,11 +133,11 @@ def computed(peer: Peer, pairs: Sequence[Pair]) -> tuple[float, dict[str, torch.
     """An arm's mean loss and its gradients by name."""
     pieces = peer.lay_out(pairs)
     with peer.ready():
-        peer.forget()
-        loss = float(peer.forward_backward(pieces, len(pairs)))
-        gradients = peer.gradients()
-        peer.forget()
-    return loss, gradients
+        try:
+            loss = float(peer.forward_backward(pieces, len(pairs)))
+            return loss, peer.gradients()
+        finally:
+            peer.forget()
 
 
 def deviation(peer: Peer, pairs: Sequence[Pair], exact: tuple[float, dict[str, torch.Tensor]]) -> dict[str, float]:
@@ -167,8 +167,10 @@ def best_micro_batch(bench: PeerBench, peer: Peer, pairs: Sequence[Pair]) -> lis
         try:
             pieces = peer.lay_out(pairs)
             with peer.ready():
-                for _ in range(1 if peer.as_it_is else 2):  # the first compiles
-                    seconds = bench.seconds(lambda pieces=pieces: peer.forward_backward(pieces, len(pairs)))
+                try:
+                    for _ in range(1 if peer.as_it_is else 2):  # the first compiles
+                        seconds = bench.seconds(lambda pieces=pieces: peer.forward_backward(pieces, len(pairs)))
+                finally:
                     peer.forget()
         except torch.OutOfMemoryError:
             fits = False
@@ -308,7 +310,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "model": bench.args.model,
             "compute_dtype": str(bench.compute_dtype).removeprefix("torch."),
             "rounds": args.rounds,
-            "row_tokens": bench.layout.long_row_tokens,
+            "row_tokens": bench.layout.row_tokens if args.part == "lora8b" else bench.layout.long_row_tokens,
         }
     }
     if args.out and args.out.exists():
