@@ -37,11 +37,10 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import nn
-from torchtune.models.convert_weights import tune_to_hf
 from vllm_arms import close_engines, engines_of, vllm_arms
-from work import MODELS, llama_config, log_normal_lengths, randomize
+from work import MODELS, hf_twin, log_normal_lengths, randomize
 
-from spin.distributed import World, init_world, materialize, named_full_tensors, shard_model, shutdown
+from spin.distributed import World, init_world, materialize, shard_model, shutdown
 from spin.files import write_json
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator
 from spin.models import build_model, prepare_model
@@ -100,22 +99,7 @@ class Bench:
 
     def hf_model(self, dtype: torch.dtype) -> nn.Module:
         """transformers' Llama with the same weights."""
-        from transformers import LlamaForCausalLM
-
-        model: Any = self.model
-        attention, config = model.layers[0].attn, llama_config(model)
-        with torch.device("meta"):
-            twin = LlamaForCausalLM(config)
-        twin = twin.to(dtype).to_empty(device=self.device)
-        with torch.device(self.device):
-            twin.model.rotary_emb = type(twin.model.rotary_emb)(config=config)
-        weights = {name: tensor.to(dtype) for name, tensor in named_full_tensors(self.model)}
-        heads = {"num_heads": attention.num_heads, "num_kv_heads": attention.num_kv_heads, "dim": attention.embed_dim}
-        missing, unexpected = twin.load_state_dict(tune_to_hf(weights, **heads), strict=False)
-        if unexpected or set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
-            raise SystemExit(f"transformers' Llama takes other weights: {missing} are missing, {unexpected} too many.")
-        twin.tie_weights()
-        return twin.eval()
+        return hf_twin(self.model, dtype, self.device).eval()
 
     def share(self, one_in: int) -> list[int]:
         """Every so many requests, by index."""
@@ -249,29 +233,41 @@ class Transformers(Arm):
         return tokens
 
     def _generate(self, prompts: Tokens, limits: Sequence[int], model: Any, do_sample: bool) -> Tokens:
-        order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        answers: Tokens = [[] for _ in prompts]
-        for start in range(0, len(order), HF_BATCH):
-            batch = order[start : start + HF_BATCH]
-            longest = max(len(prompts[index]) for index in batch)
-            padding = [longest - len(prompts[index]) for index in batch]
-            rows = [[0] * pad + prompts[index] for pad, index in zip(padding, batch, strict=True)]
-            tokens = torch.tensor(rows, device=self.bench.device)
-            mask = (
-                torch.arange(longest, device=self.bench.device)
-                >= torch.tensor(padding, device=self.bench.device)[:, None]
-            )
-            out = model.generate(
-                tokens,
-                attention_mask=mask.long(),
-                max_new_tokens=max(limits[index] for index in batch),
-                do_sample=do_sample,
-                **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}),
-                pad_token_id=0,
-            )[:, longest:].tolist()
-            for index, row in zip(batch, out, strict=True):
-                answers[index] = row[: limits[index]]
-        return answers
+        return generate_in_batches(model, prompts, limits, do_sample)
+
+
+def generate_in_batches(model: Any, prompts: Tokens, limits: Sequence[int], do_sample: bool) -> Tokens:
+    """Answers of ``transformers.generate``, the longest prompts first, ``HF_BATCH`` at a time.
+
+    Args:
+        model (Any): of transformers.
+        prompts (Tokens): token ids.
+        limits (Sequence[int]): tokens that each answer has; a batch goes on to the longest.
+        do_sample (bool): draw from the model's own distribution; otherwise greedy.
+
+    Returns:
+        Tokens: the answers, in the order of the prompts.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    answers: Tokens = [[] for _ in prompts]
+    for start in range(0, len(order), HF_BATCH):
+        batch = order[start : start + HF_BATCH]
+        longest = max(len(prompts[index]) for index in batch)
+        padding = [longest - len(prompts[index]) for index in batch]
+        rows = [[0] * pad + prompts[index] for pad, index in zip(padding, batch, strict=True)]
+        tokens = torch.tensor(rows, device=model.device)
+        mask = torch.arange(longest, device=model.device) >= torch.tensor(padding, device=model.device)[:, None]
+        out = model.generate(
+            tokens,
+            attention_mask=mask.long(),
+            max_new_tokens=max(limits[index] for index in batch),
+            do_sample=do_sample,
+            **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}),
+            pad_token_id=0,
+        )[:, longest:].tolist()
+        for index, row in zip(batch, out, strict=True):
+            answers[index] = row[: limits[index]]
+    return answers
 
 
 class TransformersContinuous(Transformers):

@@ -203,6 +203,7 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
     ]  # fmt: skip
     if not on_gpu:
         overrides += ["device=cpu", "compute_dtype=fp32", "compile=false"]
+        overrides += [f"pairs.row_tokens={4 * preset.row_tokens}"]  # masks are dense here
         if args.generator == "vllm":
             overrides += ["generator.dtype=fp32", "generator.enforce_eager=true", "generator.max_model_len=512"]
             overrides += ["generator.engine.kv_cache_memory_bytes=67108864"]
@@ -264,6 +265,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--batch", type=int, default=64, help="global_batch_size")
     parser.add_argument("--save", action="store_true", help="write states and exported models, as a stage")
+    parser.add_argument("--folder", type=Path, help="a new one to work in, which is kept; default: one that is removed")
     parser.add_argument("overrides", nargs="*", help="of the config, key=value")
     return parser.parse_args(arguments)
 
@@ -274,10 +276,11 @@ def main() -> None:
     preset = MODELS[args.model]
     if preset.builder.get("vocab_size", TOKENIZER_TOKENS) < TOKENIZER_TOKENS:
         preset = replace(preset, builder={**preset.builder, "vocab_size": TOKENIZER_TOKENS})
-    folder = Path(tempfile.gettempdir()) / "spin-iteration"
+    folder = args.folder or Path(tempfile.gettempdir()) / "spin-iteration"
     world = init_world(args.device)
     if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)
+        if args.folder is None:
+            shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         make_data(folder / "data.jsonl", args.prompts, preset.lengths)
     torch.distributed.barrier()
@@ -320,7 +323,8 @@ def main() -> None:
         if args.out:
             write_json(args.out, results)
     recipe.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
+    if args.folder is None:
+        shutil.rmtree(folder, ignore_errors=True)
     shutdown()
 
 

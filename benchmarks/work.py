@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torchtune.models.convert_weights import tune_to_hf
 
 from spin.data import Pair, Response
-from spin.distributed import World
+from spin.distributed import World, named_full_tensors
 
 # mean tokens of prompt, real and generated responses
 MIXES = {"short": (199, 278, 278), "long": (498, 288, 287), "third": (131, 288, 209)}
@@ -76,16 +78,22 @@ MODELS = {
 }
 
 
-def randomize(model: nn.Module, world: World) -> None:
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a tensor; the whole of one that is not sharded, as an adapter's base on one rank."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def randomize(model: nn.Module, world: World, seed: int = 0) -> None:
     """Normal weights, norms of one; each rank its shards, the same in every model of one shape.
 
     Args:
         model (nn.Module): sharded, with memory.
         world (World): the ranks.
+        seed (int): another one gives another model.
     """
-    draw = torch.Generator(world.device).manual_seed(world.rank)
+    draw = torch.Generator(world.device).manual_seed(seed * world.world_size + world.rank)
     for parameter in model.parameters():
-        local = parameter.detach().to_local()  # type: ignore[operator]
+        local = local_part(parameter.detach())
         local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
 
 
@@ -105,7 +113,7 @@ def llama_config(model: Any) -> Any:
         architectures=["LlamaForCausalLM"],
         vocab_size=model.tok_embeddings.num_embeddings,
         hidden_size=attention.embed_dim,
-        intermediate_size=model.layers[0].mlp.w1.out_features,
+        intermediate_size=model.layers[0].mlp.w1.weight.shape[0],
         num_hidden_layers=len(model.layers),
         num_attention_heads=attention.num_heads,
         num_key_value_heads=attention.num_kv_heads,
@@ -126,6 +134,45 @@ def llama_config(model: Any) -> Any:
             "original_max_position_embeddings": 8192,
         },
     )
+
+
+def hf_twin(
+    model: Any, dtype: torch.dtype, device: torch.device, weights: Iterable[tuple[str, torch.Tensor]] | None = None
+) -> Any:
+    """transformers' Llama with the weights of a torchtune Llama 3.
+
+    Args:
+        model (Any): a torchtune decoder, sharded or not.
+        dtype (torch.dtype): of the twin's weights.
+        device (torch.device): where they go.
+        weights (Iterable[tuple[str, torch.Tensor]] | None): by torchtune's names; None: the model's, adapters merged.
+
+    Returns:
+        Any: a ``LlamaForCausalLM``.
+
+    Raises:
+        SystemExit: If the two architectures have other weights.
+    """
+    from transformers import LlamaForCausalLM
+
+    config = llama_config(model)
+    with torch.device("meta"):
+        twin = LlamaForCausalLM(config)
+    twin = twin.to(dtype).to_empty(device=device)
+    with torch.device(device):
+        twin.model.rotary_emb = type(twin.model.rotary_emb)(config=config)
+    named = {name: tensor.to(dtype) for name, tensor in weights or named_full_tensors(model)}
+    missing, unexpected = twin.load_state_dict(tune_to_hf(named, **heads_of(config)), strict=False)
+    if unexpected or set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set()):
+        raise SystemExit(f"transformers' Llama takes other weights: {missing} are missing, {unexpected} too many.")
+    twin.tie_weights()
+    return twin
+
+
+def heads_of(config: Any) -> dict[str, int]:
+    """Arguments of torchtune's converters between its names and transformers'."""
+    names = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "dim": "hidden_size"}
+    return {ours: getattr(config, theirs) for ours, theirs in names.items()}
 
 
 def log_normal_lengths(mean: float, num: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,366 @@
+"""Tables and a plot from the results of benchmarks/peers.py, for docs/benchmarks.md and the README.
+
+    python benchmarks/page.py             # writes between the pages' markers, from benchmarks/results/peers_*.json
+    python benchmarks/page.py --check     # fails if a page says something else than the results
+
+A page marks where a section goes, ``<!-- peers: NAME -->`` to ``<!-- peers: end -->``; one without results is empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+REPO = Path(__file__).resolve().parents[1]
+RESULTS = REPO / "benchmarks" / "results"
+PLOT = Path("docs") / "benchmarks.svg"
+PAGES = (Path("docs") / "benchmarks.md", Path("README.md"))
+MARKED = re.compile(r"(<!-- peers: (?P<name>\w+) -->\n).*?(<!-- peers: end -->)", re.DOTALL)
+MIXES = ("short", "long", "third")
+TUNED = ("trl_tuned", "trl_torch_compile", "trl_liger")
+# what the project set out to reach: how many times as fast as an arm, in which mixes
+GOALS = (
+    ("TRL, default", ("trl",), 4.0, MIXES),
+    ("TRL, tuned", TUNED, 2.5, MIXES),
+    ("the authors' style", ("authors",), 6.0, MIXES),
+    ("packed, prompts not shared", ("hf_packed",), 1.25, ("short",)),
+    ("packed, prompts not shared", ("hf_packed",), 1.4, ("long",)),
+)
+ITERATION_GOAL = 5.0
+
+Results = list[dict[str, Any]]
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+def sections(results: Results, name: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The results that have a section, each with that section."""
+    return [(result, result[name]) for result in results if name in result]
+
+
+def by_mix(results: Results, name: str = "step") -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Results and step by mix of lengths; of two files with one mix the later one counts."""
+    found = {mix: (result, step) for result, steps in sections(results, name) for mix, step in steps.items()}
+    return {mix: found[mix] for mix in MIXES if mix in found}
+
+
+def speed(run: dict[str, Any] | None, figure: str = "step") -> float | None:
+    """Pairs per second of an arm, None where it has none."""
+    return None if run is None or figure not in run else float(run[figure]["pairs_per_second"])
+
+
+def fastest(arms: dict[str, Any], names: Iterable[str]) -> float | None:
+    """Pairs per second of the fastest of some arms."""
+    speeds = [value for name in names if (value := speed(arms.get(name))) is not None]
+    return max(speeds, default=None)
+
+
+def times(ours: float | None, theirs: float | None) -> str:
+    """How many times as fast, as text."""
+    return "-" if ours is None or theirs is None else f"{ours / theirs:.2f}"
+
+
+def number(value: float | None) -> str:
+    """Three digits."""
+    return "-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def spread(figure: dict[str, Any], amount: float | None = None) -> str:
+    """A median with the range of all rounds; with an amount, of the amount per second."""
+    middle, low, high = figure["median"], figure["min"], figure["max"]
+    if amount is not None:
+        middle, low, high = amount / middle, amount / high, amount / low
+    return f"{number(middle)} ({number(low)} to {number(high)})"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *rows])
+
+
+def machine(result: dict[str, Any]) -> str:
+    """One line: the GPU, versions and the ceilings of the same run."""
+    setup, ceilings = result["setup"], result["ceilings"]
+    packages = ", ".join(f"{name.replace('_', '-')} {version}" for name, version in setup["versions"].items())
+    return (
+        f"{setup['device']}; {packages}. {setup['model']}, {setup['compute_dtype']} compute, {setup['rounds']} rounds. "
+        f"In the same run a matrix product reached {number(ceilings['matmul_tflops'])} TFLOP/s, a copy "
+        f"{number(ceilings['copy_gb_per_second'])} GB/s."
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- sections
+def step_section(results: Results, name: str = "step") -> str:
+    """A table for every mix: speed of the whole step, of forward and backward, memory, agreement with fp32."""
+    parts = []
+    for mix, (result, step) in by_mix(results, name).items():
+        mean, arms = step["mean_tokens"], step["arms"]
+        ours, rows = speed(arms.get("ours")), []
+        for arm, run in arms.items():
+            if "error" in run:
+                rows.append([run["title"], run["error"], *["-"] * 5])
+                continue
+            checked, peak = result["check"][arm], run.get("peak_gib")
+            gradient = checked.get("gradient_deviation", checked["grad_norm_deviation"])
+            rows.append(
+                [
+                    run["title"] + (f", {run['micro_batch']} pairs a time" if run["micro_batch"] else ""),
+                    spread(run["step"], step["pairs"]),
+                    times(ours, speed(run)),
+                    number(speed(run, "forward_backward")),
+                    number(peak["median"]) if peak else "-",
+                    f"{checked['loss_deviation']:.1e}",
+                    f"{gradient:.1e}",
+                ]
+            )
+        columns = ["", "pairs/s", "ours: times as fast", "forward, backward", "peak GiB", "loss off", "gradient off"]
+        parts.append(
+            f"**{mix}**: {step['pairs']} pairs, mean tokens {mean['prompt']:.0f} prompt, {mean['real']:.0f} real, "
+            f"{mean['generated']:.0f} generated. {machine(result)}\n\n{table(columns, rows)}{_skipped(result)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _skipped(result: dict[str, Any]) -> str:
+    reasons = [f"{name}: {reason}" for name, reason in result.get("skipped", {}).items()]
+    return f"\n\nNot run: {'; '.join(reasons)}." if reasons else ""
+
+
+def goals_section(results: Results) -> str:
+    """What was set out to reach and what was measured, whole optimizer steps and iterations."""
+    rows = []
+    steps = by_mix(results)
+    for title, names, goal, mixes in GOALS:
+        for mix in (mix for mix in mixes if mix in steps):
+            arms = steps[mix][1]["arms"]
+            ours, theirs = speed(arms.get("ours")), fastest(arms, names)
+            if ours is not None and theirs is not None:
+                rows.append([f"{title}, {mix}", f"{goal:g}", f"{ours / theirs:.2f}", _reached(ours / theirs, goal)])
+    for _, section in sections(results, "iteration"):
+        seconds = {name: run["seconds"]["median"] for name, run in section["arms"].items() if "seconds" in run}
+        if {"ours", "trl"} <= seconds.keys():
+            ratio = seconds["trl"] / seconds["ours"]
+            rows.append(
+                [
+                    "whole iteration, TRL, default",
+                    f"{ITERATION_GOAL:g}",
+                    f"{ratio:.2f}",
+                    _reached(ratio, ITERATION_GOAL),
+                ]
+            )
+    return table(["ours against", "goal, times as fast", "measured", "reached"], rows) if rows else ""
+
+
+def _reached(ratio: float, goal: float) -> str:
+    return "yes" if ratio >= goal else "no"
+
+
+def reference_section(results: Results) -> str:
+    """Pairs per second of the reference pass."""
+    parts = []
+    for result, section in sections(results, "reference"):
+        arms, rows = section["arms"], []
+        ours = arms.get("ours", {}).get("pairs_per_second")
+        for run in arms.values():
+            if "error" in run:
+                rows.append([run["title"], run["error"], "-", "-"])
+                continue
+            title = run["title"] + (f", {run['batch']} pairs a time" if run["batch"] else "")
+            middle = run["pairs_per_second"]
+            speeds = spread(run["seconds"], section["pairs"])
+            rows.append([title, speeds, times(ours, middle), f"{run['logps_deviation']:.1e}"])
+        columns = ["", "pairs/s", "ours: times as fast", "log-probs off"]
+        parts.append(f"{section['pairs']} pairs of the short mix. {machine(result)}\n\n{table(columns, rows)}")
+    return "\n\n".join(parts)
+
+
+def generation_section(results: Results) -> str:
+    """Useful tokens per second of each engine."""
+    parts = []
+    for _, section in sections(results, "generation"):
+        setup, arms = section["setup"], section["arms"]
+        base, rows = arms.get("transformers", {}).get("tokens_per_second"), []
+        for run in arms.values():
+            if "tokens_per_second" not in run:
+                rows.append([run["title"], run.get("error") or run["skipped"], "-", "-"])
+                continue
+            low, high = (number(run[f"{which}_tokens_per_second"]) for which in ("min", "max"))
+            middle = run["tokens_per_second"]
+            peak = number(run["peak_gib"])
+            rows.append([run["title"], f"{number(middle)} ({low} to {high})", times(middle, base), peak])
+        vllm = f", vLLM {setup['vllm']}" if setup["vllm"] else ""
+        parts.append(
+            f"{setup['device']}, torch {setup['torch']}, transformers {setup['transformers']}{vllm}; "
+            f"{setup['requests']} prompts of {setup['mean_prompt_tokens']:.0f} tokens, answers of "
+            f"{setup['mean_new_tokens']:.0f}.\n\n"
+            + table(["", "useful tokens/s", "x transformers.generate", "GiB beyond the weights"], rows)
+        )
+    return "\n\n".join(parts)
+
+
+def iteration_section(results: Results) -> str:
+    """Seconds of a whole iteration, by stage."""
+    parts = []
+    for result, section in sections(results, "iteration"):
+        arms, rows = section["arms"], []
+        ours = arms.get("ours", {}).get("seconds", {}).get("median")
+        stages = next((list(run["stages"]) for run in arms.values() if "stages" in run), [])
+        for run in arms.values():
+            if "error" in run:
+                rows.append([run["title"], run["error"], *["-"] * (1 + len(stages))])
+                continue
+            ratio = "-" if ours is None else f"{run['seconds']['median'] / ours:.2f}"
+            each = [number(run["stages"][stage]["median"]) for stage in stages]
+            rows.append([run["title"], *each, spread(run["seconds"]), ratio])
+        columns = ["", *(f"{stage}, s" for stage in stages), "iteration, s", "ours: times as fast"]
+        parts.append(
+            f"{section['prompts']} prompts, answers of {section['generated_tokens']:.0f} tokens, one epoch, warm. "
+            f"{machine(result)}\n\n{table(columns, rows)}"
+        )
+    return "\n\n".join(parts)
+
+
+def lora_section(results: Results) -> str:
+    """The step with adapters."""
+    return step_section(results, "lora")
+
+
+def readme_section(results: Results) -> str:
+    """One row for each arm: how many times as fast this project is in each mix, and the peak of memory."""
+    steps = by_mix(results)
+    if not steps:
+        return ""
+    result, first = next(iter(steps.values()))
+    rows = []
+    for name, run in first["arms"].items():
+        cells, memory = [], "-"
+        for _, step in steps.values():
+            arms = step["arms"]
+            cells.append(
+                number(speed(arms.get("ours")))
+                if name == "ours"
+                else times(speed(arms.get("ours")), speed(arms.get(name)))
+            )
+        if run.get("peak_gib"):
+            memory = number(run["peak_gib"]["median"])
+        rows.append([run["title"] + (" (pairs/s)" if name == "ours" else ""), *cells, memory])
+    columns = ["this project is times as fast as", *steps, f"peak GiB, {next(iter(steps))}"]
+    return f"{machine(result)}\n\n{table(columns, rows)}"
+
+
+SECTIONS: dict[str, Callable[[Results], str]] = {
+    "goals": goals_section,
+    "step": step_section,
+    "reference": reference_section,
+    "generation": generation_section,
+    "iteration": iteration_section,
+    "lora": lora_section,
+    "readme": readme_section,
+    "plot": lambda results: f"![pairs per second of a training step]({PLOT.name})" if by_mix(results) else "",
+}
+
+
+# --------------------------------------------------------------------------------------------------------------- plot
+BAR, GAP, LEFT, WIDE = 16, 6, 380, 380  # pixels
+COLORS = {"ours": "#1b7837", "ours_unshared": "#7fbf7b"}
+OTHERS = "#8c8c8c"
+
+
+def plot(results: Results) -> str:
+    """Pairs per second of the training step as an SVG: a group of bars for every mix, whiskers over all rounds.
+
+    Args:
+        results (Results): of all files.
+
+    Returns:
+        str: the picture; the same for the same results.
+    """
+    steps = by_mix(results)
+    longest = max(
+        (high for _, step in steps.values() for run in step["arms"].values() if (high := _range(run, step)[2])),
+        default=1.0,
+    )
+    marks, y = [], 24
+    for mix, (_, step) in steps.items():
+        marks.append(f'<text x="8" y="{y}" font-weight="bold">{escape(mix)}: pairs/s of a training step</text>')
+        y += 10
+        for name, run in step["arms"].items():
+            middle, low, high = _range(run, step)
+            width, center = WIDE * middle / longest, y + BAR / 2
+            marks.append(f'<text x="{LEFT - 8}" y="{y + 12}" text-anchor="end">{escape(run["title"])}</text>')
+            marks.append(
+                f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{COLORS.get(name, OTHERS)}"/>'
+            )
+            if middle:
+                ends = f'x1="{LEFT + WIDE * low / longest:.1f}" x2="{LEFT + WIDE * high / longest:.1f}"'
+                marks.append(f'<line {ends} y1="{center}" y2="{center}" stroke="black"/>')
+            label = number(middle) if middle else "failed"
+            marks.append(f'<text x="{LEFT + WIDE * high / longest + 6:.1f}" y="{y + 12}">{label}</text>')
+            y += BAR + GAP
+        y += 22
+    size = f'width="{LEFT + WIDE + 60}" height="{y}"'
+    style = 'font-family="sans-serif" font-size="12"'
+    return "\n".join(
+        [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', f'<rect {size} fill="white"/>', *marks, "</svg>\n"]
+    )
+
+
+def _range(run: dict[str, Any], step: dict[str, Any]) -> tuple[float, float, float]:
+    """Median, least and greatest pairs per second; zeros for an arm that failed."""
+    if "step" not in run:
+        return 0.0, 0.0, 0.0
+    seconds = run["step"]
+    return step["pairs"] / seconds["median"], step["pairs"] / seconds["max"], step["pairs"] / seconds["min"]
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+def filled(page: str, results: Results) -> str:
+    """A page with the sections that it marks.
+
+    Args:
+        page (str): Markdown.
+        results (Results): of all files.
+
+    Returns:
+        str: the page; what stood between its markers is gone.
+
+    Raises:
+        SystemExit: If it marks a section that there is not.
+    """
+
+    def section(match: re.Match[str]) -> str:
+        name = match["name"]
+        if name not in SECTIONS:
+            raise SystemExit(f"The page marks the section {name}; expected one of {', '.join(SECTIONS)}.")
+        text = SECTIONS[name](results)
+        return match[1] + (f"\n{text}\n\n" if text else "") + match[3]
+
+    return MARKED.sub(section, page)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes or checks the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="*", help="results; default: benchmarks/results/peers_*.json")
+    parser.add_argument("--root", type=Path, default=REPO, help="folder of README.md and docs")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
+    args = parser.parse_args(arguments)
+    files = args.files or sorted(RESULTS.glob("peers_*.json"))
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    wanted = {args.root / page: filled((args.root / page).read_text(encoding="utf-8"), results) for page in PAGES}
+    if by_mix(results):
+        wanted[args.root / PLOT] = plot(results)
+    for file, text in wanted.items():
+        if file.is_file() and file.read_text(encoding="utf-8") == text:
+            continue
+        if args.check:
+            raise SystemExit(f"{file} says something else than the results. Run: python benchmarks/page.py")
+        file.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,321 @@
+"""What stands around the training step, against peers: reference pass, generation, a whole iteration of self-play."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from arms import ARMS
+from generation import generate_in_batches
+from peer_arms import PeerBench
+from peer_trl import REFERENCES, TRL, TRLTuned, preference_data
+from rounds import attempt, free, race, spread
+from training_step import WORKERS
+from work import hf_twin
+
+from spin.data import Pair, PairStore, Response
+from spin.reference import score_batches
+
+HERE = Path(__file__).parent
+BATCHES = 4  # global batches of the reference pass
+PASS_SIZES = (8, 16, 32, 64)  # pairs of a padded batch; the fastest is TRL's tuned one
+PASS_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-3}  # deviation of summed log-probs, a share of them
+TRL_ARMS: dict[str, type[TRL]] = {"trl": TRL, "trl_tuned": TRLTuned}
+PASS_TITLES = {
+    "ours": "this project",
+    "trl": "TRL's precompute_ref_log_probs, default",
+    "trl_tuned": "TRL's precompute_ref_log_probs, sorted by length, best batch",
+}
+ITERATION_TITLES = {
+    "ours": "this project",
+    "trl": "transformers.generate, TRL DPOTrainer, default",
+    "trl_tuned": "transformers.generate, TRL DPOTrainer, tuned",
+}
+
+Logps = list[tuple[float, float]]  # of the real and the generated response of each pair, in nats
+
+
+# --------------------------------------------------------------------------------------------------- reference pass
+def our_pass(bench: PeerBench, pairs: Sequence[Pair]) -> Logps:
+    """The product's: the rows of the first epoch, as the recipe passes them."""
+    size, arm = bench.args.pairs or bench.preset.pairs, ARMS["long"]
+    scored = score_batches(
+        bench.model(arm.variant),
+        [pairs[start : start + size] for start in range(0, len(pairs), size)],
+        bench.world,
+        packing=bench.layout.packing(bench.layout.long_row_tokens),
+        chunk_tokens=bench.layout.chunk_tokens,
+        as_in_training=bench.is_compiled(arm.variant),
+        num_workers=WORKERS,
+    )
+    return [(float(pair.reference_real_logp or 0), float(pair.generated[0].reference_logp or 0)) for pair in scored]
+
+
+class TRLPass:
+    """TRL's ``_precompute_ref_logps``; its hash of all weights, by which it caches, is left out.
+
+    Args:
+        peer (TRL): whose trainer runs it.
+        pairs (Sequence[Pair]): the trainer needs some.
+        tuned (bool): pairs sorted by length.
+    """
+
+    def __init__(self, peer: TRL, pairs: Sequence[Pair], tuned: bool) -> None:
+        self.trainer = peer.trainer(preference_data(pairs[:1]))
+        self.tuned = tuned
+        self.batch = 8
+        self._runs = 0
+
+    def __call__(self, pairs: Sequence[Pair]) -> Logps:
+        """Log-probs of both responses, in the order of the pairs."""
+        data = preference_data(pairs, references=False)
+        order = list(range(len(pairs)))
+        if self.tuned:
+            order.sort(key=lambda index: -data["length"][index])
+            data = data.select(order)
+        self._runs += 1
+        self.trainer._precompute_model_hash = f"{id(self)} {self._runs}"  # or it would read its cache
+        scored = self.trainer._precompute_ref_logps(data, "train", self.batch)
+        found: Logps = [(0.0, 0.0)] * len(pairs)
+        for index, real, generated in zip(order, *(scored[name] for name in REFERENCES), strict=True):
+            found[index] = (real, generated)
+        return found
+
+
+def largest_deviation(found: Logps, expected: Logps) -> float:
+    """Of summed log-probs, as a share of them."""
+    both = zip(torch.tensor(found).flatten().tolist(), torch.tensor(expected).flatten().tolist(), strict=True)
+    return max(abs(a - b) / abs(b) for a, b in both)
+
+
+def reference(bench: PeerBench, names: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
+    """Log-probs of the pairs of some global batches by the policy, which is the opponent then.
+
+    Args:
+        bench (PeerBench): gives models and pairs.
+        names (Sequence[str]): arms, of ``PASS_TITLES``.
+        failed (dict[str, str]): errors by name; gets more.
+
+    Returns:
+        dict[str, Any]: the number of pairs, and for each arm its deviation from fp32 and figures of all rounds.
+    """
+    pairs = [pair for seed in range(BATCHES) for pair in bench.mixed_pairs("short", seed=seed)]
+    pairs = [replace(pair, sample_id=str(index)) for index, pair in enumerate(pairs)]
+    few = pairs[:8]
+    exact = [
+        (float(pair.reference_real_logp or 0), float(pair.generated[0].reference_logp or 0))
+        for pair in bench.scored(few, bench.exact())
+    ]
+    passes: dict[str, Callable[[Sequence[Pair]], Logps]] = {}
+    deviations: dict[str, float] = {}
+    for name in names:
+        made = attempt(failed, name, lambda name=name: _checked_pass(bench, name, few, exact, deviations))  # type: ignore[misc]
+        if isinstance(made, TRLPass) and made.tuned:
+            attempt(failed, name, lambda made=made: _choose_batch(bench, made, pairs))  # type: ignore[misc]
+        if made is not None:
+            passes[name] = made
+
+    def turn_of(run: Callable[[Sequence[Pair]], Logps]) -> Callable[[bool], dict[str, float]]:
+        def turn(first: bool) -> dict[str, float]:
+            if first:
+                run(pairs)
+            return {"seconds": bench.seconds(lambda: run(pairs))}
+
+        return turn
+
+    runs = race({name: turn_of(run) for name, run in passes.items()}, bench.args.rounds, failed)
+    runs |= {name: {"error": failed[name]} for name in names if name in failed}
+    for name, run in runs.items():
+        run["title"] = PASS_TITLES[name]
+        if "error" not in run:
+            run |= {"logps_deviation": deviations[name], "batch": getattr(passes[name], "batch", None)}
+            run["pairs_per_second"] = len(pairs) / run["seconds"]["median"]
+    return {"pairs": len(pairs), "arms": runs}
+
+
+def _checked_pass(
+    bench: PeerBench, name: str, few: Sequence[Pair], exact: Logps, deviations: dict[str, float]
+) -> Callable[[Sequence[Pair]], Logps]:
+    """An arm's pass, after its log-probs of a few pairs were held against those in fp32."""
+    made: Any = None
+    if name == "ours":
+
+        def made(pairs: Sequence[Pair]) -> Logps:
+            return our_pass(bench, pairs)
+    else:
+        made = TRLPass(TRL_ARMS[name](bench), few, tuned=name != "trl")
+    deviations[name] = largest_deviation(made(few), exact)
+    if not deviations[name] < PASS_LIMITS[bench.compute_dtype]:
+        raise RuntimeError(f"log-probs are off by {deviations[name]:.1e} of those in fp32")
+    return made
+
+
+def _choose_batch(bench: PeerBench, run: TRLPass, pairs: Sequence[Pair]) -> None:
+    """Leaves the pass with the fastest size of a batch that fits."""
+    seconds: dict[int, float] = {}
+    for size in PASS_SIZES:
+        run.batch = size
+        try:
+            run(pairs)
+            seconds[size] = bench.seconds(lambda: run(pairs))
+        except torch.OutOfMemoryError:
+            free()
+            break
+    run.batch = min(seconds, key=seconds.__getitem__) if seconds else PASS_SIZES[0]
+
+
+# ---------------------------------------------------------------------------------------------------- other scripts
+def run_script(script: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """The results of another benchmark, run in a process of its own: vLLM's engine keeps memory, and sets a process up.
+
+    Args:
+        script (str): of this folder.
+        arguments (Sequence[str]): of its command line, without ``--out``.
+
+    Returns:
+        dict[str, Any]: what it writes.
+
+    Raises:
+        RuntimeError: If it fails.
+    """
+    free()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTORCH_ALLOC_CONF"}
+    with tempfile.TemporaryDirectory(prefix="spin-peers-") as folder:
+        out = Path(folder) / "results.json"
+        command = [sys.executable, str(HERE / script), *arguments, "--out", str(out)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"benchmarks/{script} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+        return json.loads(out.read_text(encoding="utf-8"))
+
+
+def generation(args: Any) -> dict[str, Any]:
+    """benchmarks/generation.py with every engine that is installed; answers have the lengths that are asked for."""
+    command = ["--model", args.model or "llama3_2_1b", "--rounds", str(args.rounds), "--arms", args.engines]
+    command += ["--requests", str(args.prompts)]
+    return run_script("generation.py", [*command, *(["--device", args.device] if args.device else [])])
+
+
+# -------------------------------------------------------------------------------------------------- whole iteration
+def our_iterations(bench: PeerBench, args: Any) -> tuple[list[dict[str, Any]], list[Pair]]:
+    """Stages of the recipe's iterations, run by benchmarks/iteration.py, and the pairs of the last one.
+
+    The first iteration compiles and starts the generator's engine; those after it count, one for each round.
+
+    Args:
+        bench (PeerBench): gives model and device.
+        args (Any): of the command line.
+
+    Returns:
+        tuple[list[dict[str, Any]], list[Pair]]: seconds by stage of each iteration that counts, and the pairs.
+    """
+    with tempfile.TemporaryDirectory(prefix="spin-peers-") as parent:
+        folder = Path(parent) / "work"
+        command = ["--model", bench.args.model, "--folder", str(folder), "--generator", args.generator]
+        command += ["--device", bench.world.device.type, "--prompts", str(args.prompts)]
+        command += ["--batch", str(bench.args.pairs or bench.preset.pairs)]
+        rows = run_script("iteration.py", [*command, f"max_iterations={args.rounds + 1}"])["stages"]
+        stages = [
+            {row["stage"]: row["seconds"] for row in rows if row["iteration"] == iteration}
+            for iteration in range(1, args.rounds + 1)
+        ]
+        store = PairStore.open(folder / "run" / f"iteration_{args.rounds:03d}" / "pairs")
+        return stages, [_fitting(pair, bench.sizes.vocab_size) for pair in store.pairs()]
+
+
+def _fitting(pair: Pair, vocab_size: int) -> Pair:
+    """The pair for a model that has fewer tokens than the tokenizer; only the tests' tiny one has."""
+    prompt, real = pair.prompt_ids % vocab_size, pair.real_ids % vocab_size
+    answer = replace(pair.generated[0], token_ids=pair.generated[0].token_ids % vocab_size)
+    return replace(pair, prompt_ids=prompt, real_ids=real, generated=[answer])
+
+
+class PeerIteration:
+    """Answers by transformers.generate, then reference log-probs and an epoch by TRL's trainer.
+
+    Args:
+        bench (PeerBench): gives weights and device.
+        pairs (Sequence[Pair]): whose prompts are answered, with as many tokens as their answers have.
+    """
+
+    def __init__(self, bench: PeerBench, pairs: Sequence[Pair]) -> None:
+        self.bench, self.pairs = bench, pairs
+        self.model = hf_twin(bench.model("compiled"), bench.compute_dtype, bench.world.device).eval()
+
+    def answers(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs with answers of their own."""
+        prompts = [pair.prompt_ids.tolist() for pair in pairs]
+        limits = [len(pair.generated[0].token_ids) for pair in pairs]
+        written = generate_in_batches(self.model, prompts, limits, do_sample=True)
+        return [
+            replace(pair, generated=[Response(torch.tensor(ids).numpy(), "length")])
+            for pair, ids in zip(pairs, written, strict=True)
+        ]
+
+    def learn(
+        self, peer: TRL, pairs: Sequence[Pair], seconds: Callable[[Callable[[], Any]], float]
+    ) -> dict[str, float]:
+        """Seconds of the trainer's start, which scores the pairs, and of an epoch over them."""
+        size, batch = peer.micro_batch or 1, self.bench.args.pairs or self.bench.preset.pairs
+        options = {
+            "per_device_train_batch_size": size,
+            "gradient_accumulation_steps": max(1, batch // size),
+            "num_train_epochs": 1,
+        }
+        made: list[Any] = []
+        data = preference_data(pairs, references=False)
+        scored = seconds(lambda: made.append(peer.trainer(data, **options)))
+        (trainer,) = made
+        trained = seconds(trainer.train)
+        peer.forget()
+        return {"reference log-probs": scored, "train": trained}
+
+
+def iteration(bench: PeerBench, args: Any, names: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
+    """Whole iterations, warm: answers to all prompts, reference log-probs, one epoch.
+
+    The product's run first, in a process of their own, because its engine keeps memory; peers then answer the same
+    prompts, with answers as long as its answers were, and learn from these pairs.
+
+    Args:
+        bench (PeerBench): gives model and device.
+        args (Any): of the command line.
+        names (Sequence[str]): arms, of ``ITERATION_TITLES``.
+        failed (dict[str, str]): errors by name; gets more.
+
+    Returns:
+        dict[str, Any]: numbers of prompts and tokens, and for each arm the seconds of every stage and their sum.
+    """
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    rows["ours"], pairs = our_iterations(bench, args)
+    peers = PeerIteration(bench, pairs)
+    batch = pairs[: bench.args.pairs or bench.preset.pairs]
+    for number in range(args.rounds + 1):  # the first one, on one global batch, compiles
+        chosen = batch if number == 0 else pairs
+        answered: list[Any] = []
+        written = bench.seconds(lambda: answered.append(peers.answers(chosen)))  # noqa: B023 - called at once
+        for name in (name for name in names if name != "ours"):
+            peer = attempt(failed, name, lambda name=name: TRL_ARMS[name](bench))  # type: ignore[misc]
+            learnt = attempt(failed, name, lambda peer=peer: peers.learn(peer, answered[0], bench.seconds))  # type: ignore[misc]  # noqa: B023
+            if number > 0 and learnt is not None:
+                rows[name].append({"generate": written, **learnt})
+            free()
+    arms: dict[str, dict[str, Any]] = {}
+    for name in names:
+        arms[name] = {"title": ITERATION_TITLES[name]}
+        if name in failed:
+            arms[name]["error"] = failed[name]
+        else:
+            totals = [sum(row.values()) for row in rows[name]]
+            arms[name]["stages"] = {stage: spread([row[stage] for row in rows[name]]) for stage in rows[name][0]}
+            arms[name]["seconds"] = spread(totals)
+    lengths = [len(pair.generated[0].token_ids) for pair in pairs]
+    return {"prompts": len(pairs), "generated_tokens": sum(lengths) / len(lengths), "arms": arms}

@@ -1,0 +1,306 @@
+"""Arms of the comparison with peers: those that run here agree with fp32; a wrong or failing one is told."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "benchmarks"))  # as when one of them runs
+
+import peer_arms  # noqa: E402
+import peer_lora  # noqa: E402
+import peer_passes  # noqa: E402
+import peer_trl  # noqa: E402
+import peers  # noqa: E402
+import rounds  # noqa: E402
+
+from spin.distributed import shutdown  # noqa: E402
+
+TINY = ["--model", "tiny", "--device", "cpu", "--rounds", "1"]
+needs_trl = pytest.mark.skipif(peer_trl.TRL.skip_reason(on_gpu=False) is not None, reason="no TRL")
+
+
+@pytest.fixture
+def bench():
+    """The tiny model, one rank."""
+    yield peers.PeerBench(peers.engine_arguments(peers.parse_args(["step", *TINY])))
+    shutdown()
+
+
+@pytest.fixture
+def measured(tmp_path, capsys, monkeypatch):
+    """Runs the command, gives what it writes."""
+
+    def run(*arguments):
+        out = tmp_path / "results.json"
+        monkeypatch.setattr(sys, "argv", ["peers.py", *arguments, *TINY, "--out", str(out)])
+        peers.main()
+        results = json.loads(out.read_text(encoding="utf-8"))
+        assert capsys.readouterr().out.endswith(f"{json.dumps(results, indent=1)}\n")
+        return results
+
+    yield run
+    shutdown()
+
+
+def skipped_here(kinds, names):
+    return {name: reason for name in names if (reason := kinds[name].skip_reason(on_gpu=False))}
+
+
+def test_every_arm_that_runs_here_agrees_with_fp32(measured):
+    results = measured("step", "--mixes", "third")
+    assert results["skipped"] == skipped_here(peers.PEERS, peers.DEFAULT_ARMS)
+    ran = set(peers.DEFAULT_ARMS) - results["skipped"].keys()
+    assert {"ours", "ours_unshared", "hf_packed", "torchtune", "authors"} <= ran
+    assert results["check"].keys() == results["step"]["third"]["arms"].keys() == ran
+    for name, deviations in results["check"].items():
+        assert 0.1 < deviations["loss"] < 2, name
+        assert all(value < 1e-5 for key, value in deviations.items() if key != "loss"), (name, deviations)
+        assert "gradient_deviation" in deviations, name
+    for run in results["step"]["third"]["arms"].values():
+        assert run["step"]["median"] > run["forward_backward"]["median"] > 0
+        assert run["step"]["pairs_per_second"] == pytest.approx(8 / run["step"]["values"][0])
+    assert results["setup"]["versions"]["torch"] == torch.__version__
+
+
+def test_adapters_agree_with_fp32(measured, monkeypatch):
+    if importlib.util.find_spec("peft") is not None:
+        # the arm tells peft so itself; here the test's end takes it back
+        monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+    results = measured("lora8b")
+    ran = set(peer_lora.LORA_PEERS) - skipped_here(peer_lora.LORA_PEERS, peer_lora.LORA_PEERS).keys()
+    assert {"ours", "torchtune"} <= ran
+    assert results["check"].keys() == results["lora"]["short"]["arms"].keys() == ran
+    for name, deviations in results["check"].items():
+        assert all(value < 1e-5 for key, value in deviations.items() if key != "loss"), (name, deviations)
+    assert all(run["step"]["pairs_per_second"] > 0 for run in results["lora"]["short"]["arms"].values())
+
+
+class _Wrong(peer_arms.OursUnshared):
+    """An arm with one of the mistakes that such arms make."""
+
+    mistake = ""
+
+    def forward_backward(self, pieces, num_pairs):
+        return super().forward_backward([self._spoilt(piece) for piece in pieces], num_pairs)
+
+    def _spoilt(self, row):
+        last = row.targets.numel() - 1
+        return {
+            "swapped": lambda: replace(row, reference_logps=row.reference_logps.flip(0)),
+            "shifted": lambda: replace(row, predictors=(row.predictors + 1).clamp_max(row.tokens.numel() - 1)),
+            "one token": lambda: replace(row, targets=row.targets.index_fill(0, torch.tensor([last]), 7)),
+            "none": lambda: row,
+        }[self.mistake]()
+
+
+@pytest.mark.parametrize("mistake", ["swapped", "shifted", "one token", "none"])
+def test_a_wrong_arm_is_found_and_not_timed(bench, mistake):
+    """Wrong reference log-probs, labels off by one, one wrong token among hundreds; none is what says so alone."""
+    wrong, right = _Wrong(bench), peer_arms.Ours(bench)
+    wrong.mistake, failed = mistake, {}
+    checked = peers.check(bench, {"ours_unshared": wrong, "ours": right}, failed)
+    assert checked.keys() == {"ours_unshared", "ours"}
+    section = peers.step(bench, {"ours_unshared": wrong, "ours": right}, failed, "short")["arms"]
+    assert ("error" in section["ours_unshared"]) == (mistake != "none")
+    if mistake != "none":
+        assert "computes something else than fp32 does" in section["ours_unshared"]["error"]
+    assert section["ours"]["step"]["pairs_per_second"] > 0
+
+
+def test_a_gradient_of_another_size_is_found(bench):
+    """The loss is right, its gradient is not: a piece that counts twice."""
+
+    class Twice(peer_arms.Authors):
+        def piece_loss(self, piece):
+            loss = super().piece_loss(piece)
+            return 2 * loss - loss.detach()
+
+    failed = {}
+    found = peers.check(bench, {"authors": Twice(bench)}, failed)["authors"]
+    assert found["loss_deviation"] < 1e-5 and found["grad_norm_deviation"] == pytest.approx(1, rel=1e-4)
+    assert "computes something else" in failed["authors"]
+
+
+def test_an_arm_that_fails_is_recorded_and_the_others_go_on(bench):
+    class Large(peer_arms.OursUnshared):
+        def forward_backward(self, pieces, num_pairs):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
+
+    members, failed = {"ours_unshared": Large(bench), "ours": peer_arms.Ours(bench)}, {}
+    peers.check(bench, members, failed)
+    section = peers.step(bench, members, failed, "short")["arms"]
+    assert section["ours_unshared"] == {
+        "error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "title": Large.title,
+    }
+    assert section["ours"]["step"]["pairs_per_second"] > 0
+
+
+def test_arms_take_turns():
+    seen = []
+
+    def turn(name):
+        def run(first):
+            seen.append((name, first))
+            if name == "c" and len(seen) > 5:
+                raise ValueError("late")
+            return {"seconds": float(len(seen))}
+
+        return run
+
+    failed = {}
+    results = rounds.race({name: turn(name) for name in "abc"}, 2, failed)
+    assert [name for name, _ in seen] == list("abcabcab")
+    assert [first for _, first in seen] == [True] * 3 + [False] * 5
+    assert results["a"]["seconds"] == {"values": [4.0, 7.0], "median": 5.5, "min": 4.0, "max": 7.0}
+    assert results["c"] == {"error": "ValueError: late"}
+
+
+def test_no_round_begins_after_the_time_is_over():
+    """One that counts there must be, though."""
+    results = rounds.race({"a": lambda first: {"seconds": 1.0}}, 5, {}, until=0.0)
+    assert results["a"]["seconds"]["values"] == [1.0]
+
+
+def test_size_of_a_batch_is_the_fastest_that_fits(bench, monkeypatch):
+    monkeypatch.setattr(bench, "seconds", lambda function: function())
+
+    class Sized(peer_arms.Authors):
+        micro_batches, as_it_is = (1, 2, 3, 4, 8), False
+        tried: list[int] = []
+
+        def forward_backward(self, pieces, num_pairs):
+            self.tried.append(self.micro_batch)
+            if self.micro_batch == 8:
+                raise torch.OutOfMemoryError
+            return {1: 3.0, 2: 1.0, 4: 2.0}[self.micro_batch]
+
+    peer = Sized(bench)
+    pieces = peers.best_micro_batch(bench, peer, bench.mixed_pairs("short", 8))
+    assert peer.tried == [1, 1, 2, 2, 4, 4, 8]  # 3 does not divide the pairs
+    assert peer.micro_batch == 2 and len(pieces) == 4
+
+
+def test_an_arm_as_it_is_keeps_its_size_where_that_fits(bench):
+    class Large(peer_arms.Authors):
+        tried: list[int] = []
+
+        def forward_backward(self, pieces, num_pairs):
+            self.tried.append(self.micro_batch)
+            if self.micro_batch == 8:
+                raise torch.OutOfMemoryError
+            return torch.zeros(())
+
+    peer, pairs = Large(bench), bench.mixed_pairs("short", 8)
+    assert len(peers.best_micro_batch(bench, peer, pairs)) == 2
+    assert peer.tried == [8, 4] and peer.micro_batch == 4
+
+
+def test_rows_without_padding_have_every_token_of_both_sequences(bench):
+    """Each response behind a prompt of its own, positions from zero; that is what transformers tells sequences by."""
+    pairs = bench.mixed_pairs("short", 4)
+    rows = peer_arms.unshared_rows(pairs, bench.layout)
+    tokens = torch.cat([row.tokens[: row.used_tokens] for row in rows])
+    starts = torch.cat([row.positions[: row.used_tokens] for row in rows]) == 0
+    found = {tuple(part.tolist()) for part in tokens.tensor_split(starts.nonzero().flatten()[1:])}
+    expected = set()
+    for pair in pairs:
+        for response in (pair.real_ids, pair.generated[0].token_ids):
+            expected.add((*pair.prompt_ids.tolist(), *response.tolist()))
+    assert found == expected
+
+
+def test_twins_share_their_parameters(bench):
+    first, second = bench.twin(), bench.twin()
+    assert first is not second
+    assert [id(p) for p in first.parameters()] == [id(p) for p in second.parameters()]
+
+
+@needs_trl
+def test_trl_gets_our_token_ids_whole(bench):
+    """Longer than its default ``max_length`` of 1,024 too; grouped by length, longest first."""
+    pairs = bench.mixed_pairs("short", 8)
+    long = replace(pairs[0], prompt_ids=torch.arange(1, 512).repeat(3).numpy())
+    pairs = [long, *pairs[1:]]
+    peer = peer_trl.TRLTuned(bench)
+    peer.micro_batch = 4
+    pieces = peer.lay_out(pairs)
+    found = set()
+    for piece in pieces:
+        for ids, mask in zip(piece["input_ids"], piece["attention_mask"], strict=True):
+            found.add(tuple(ids[mask.bool()].tolist()))
+    expected = {
+        (*pair.prompt_ids.tolist(), *response.tolist())
+        for pair in pairs
+        for response in (pair.real_ids, pair.generated[0].token_ids)
+    }
+    assert found == expected
+    widths = [piece["input_ids"].shape[1] for piece in pieces]
+    assert widths == sorted(widths, reverse=True) and widths[0] > 1024
+
+
+@needs_trl
+def test_trl_default_is_its_default(bench):
+    from trl import DPOConfig
+
+    args = peer_trl.TRL(bench).trainer(peer_trl.preference_data(bench.mixed_pairs("short", 8))).args
+    plain = DPOConfig(output_dir="x", use_cpu=True, bf16=False)
+    for name in ("per_device_train_batch_size", "gradient_checkpointing", "train_sampling_strategy", "optim", "beta",
+                 "loss_type", "max_grad_norm", "torch_compile", "use_liger_kernel", "weight_decay"):  # fmt: skip
+        assert getattr(args, name) == getattr(plain, name), name
+    assert args.per_device_train_batch_size == peer_trl.TRL.micro_batch
+
+
+def test_the_reference_pass_agrees_with_fp32(measured):
+    section = measured("reference")["reference"]
+    ran = set(peer_passes.PASS_TITLES) - skipped_here(peers.PEERS, peer_passes.PASS_TITLES).keys()
+    assert section["arms"].keys() == ran and section["pairs"] == 32
+    for name, run in section["arms"].items():
+        assert run["logps_deviation"] < 1e-6, name
+        assert run["pairs_per_second"] == pytest.approx(32 / run["seconds"]["median"])
+
+
+def test_a_wrong_reference_pass_is_not_timed(bench, monkeypatch):
+    monkeypatch.setattr(peer_passes, "our_pass", lambda bench, pairs: [(-1.0, -1.0)] * len(pairs))
+    failed = {}
+    arms_ = peer_passes.reference(bench, ["ours"], failed)["arms"]
+    assert "log-probs are off by" in arms_["ours"]["error"]
+
+
+def test_whole_iterations_have_all_stages(measured):
+    section = measured("iteration", "--prompts", "16")["iteration"]
+    ran = set(peer_passes.ITERATION_TITLES) - skipped_here(peers.PEERS, peer_passes.ITERATION_TITLES).keys()
+    assert section["arms"].keys() == ran and section["prompts"] == 16
+    for run in section["arms"].values():
+        assert list(run["stages"]) == ["generate", "reference log-probs", "train"]
+        assert run["seconds"]["median"] == pytest.approx(sum(stage["median"] for stage in run["stages"].values()))
+
+
+def test_generation_is_the_other_benchmark(measured):
+    section = measured("generation", "--prompts", "4", "--engines", "embedded,transformers")["generation"]
+    assert section["check"] == {"embedded": {"float32": 1.0}, "transformers": {"float32": 1.0}}
+    assert section["arms"].keys() == {"embedded", "transformers"}
+
+
+def test_a_file_of_other_settings_is_refused(tmp_path):
+    out = tmp_path / "results.json"
+    out.write_text(json.dumps({"setup": {"model": "other"}}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="Choose another --out"):
+        peers.measure(peers.parse_args(["step", *TINY, "--out", str(out)]))
+    shutdown()
+
+
+def test_what_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("trl", "datasets") else name)
+    assert peer_trl.TRL.skip_reason(on_gpu=True) == "trl, datasets not installed"
+    assert peer_arms.PackedTwin.skip_reason(on_gpu=False) is None
+    assert peer_trl.TRLTorchCompile.skip_reason(on_gpu=True) == "trl, datasets not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert peer_trl.TRLLiger.skip_reason(on_gpu=True) is None
+    assert peer_trl.TRLLiger.skip_reason(on_gpu=False) == "Liger's kernels need a GPU"
