@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -127,6 +128,8 @@ def check_run(cfg: DictConfig) -> None:
     norm = plain["clip_grad_norm"]
     if norm is not None and not (_is_number(norm) and norm > 0):
         faults.add(f"clip_grad_norm={plain['clip_grad_norm']}: expected more than 0, or null for no clipping.")
+    if isinstance(plain["validation_dataset"], dict) and plain["validation_dataset"].get("streaming"):
+        faults.add("validation_dataset.streaming=true: a validation set is the same each time. Use its limit alone.")
     if plain["validation"]["spin"] and plain["validation_dataset"] is None:
         faults.add("validation.spin=true needs a validation_dataset.")
     faults.raise_if_any()
@@ -187,19 +190,27 @@ def check_moved_share(
     )
 
 
-def run_fingerprint(cfg: DictConfig, dataset: str, tokenizer: str) -> dict[str, Any]:
+def run_fingerprint(
+    cfg: DictConfig, dataset: str, tokenizer: str, dataset_settings: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """What a run's results depend on, by config key.
 
     Args:
         cfg (DictConfig): complete.
         dataset (str): fingerprint of the training set's content.
         tokenizer (str): fingerprint of the tokenizer and its chat template.
+        dataset_settings (Mapping[str, Any]): what else decides which samples are played, by key of ``dataset``.
 
     Returns:
         dict[str, Any]: JSON values.
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    return {**{key: plain[key] for key in _RESULTS_DEPEND_ON}, "dataset": dataset, "tokenizer": tokenizer}
+    return {
+        **{key: plain[key] for key in _RESULTS_DEPEND_ON},
+        **{f"dataset.{key}": value for key, value in dataset_settings.items()},
+        "dataset": dataset,
+        "tokenizer": tokenizer,
+    }
 
 
 def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str], output_dir: Path) -> None:

@@ -127,6 +127,11 @@ def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def below(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of the parts of something under its name, ``<name>/<part>``, as metrics services group them."""
+    return {f"{name}/{part}": value for part, value in metrics.items()}
+
+
 class MovedShare:
     """The share of weights that an optimizer step really changes, from a sample of every parameter.
 

@@ -123,10 +123,10 @@ def test_the_arithmetic_is_the_runs(tmp_path):
 
     changes = ("pairs.history=1", "max_iterations=3", "max_epochs=1", "limit_train_batches=3", "global_batch_size=4")
     cfg = tiny_config(tmp_path, *changes)
-    lines = plan_lines(cfg, 20, 6)
     recipe = spin_recipe.SPINRecipe(cfg)
     recipe.setup()
     try:
+        lines = plan_lines(cfg, recipe._prompts, 6)
         assert lines[0].startswith(f"{recipe._progress.total_steps} steps: 3 iterations x 1 epochs")
         assert [recipe._progress.steps_in_epoch(i) for i in range(3)] == [3, 6, 6]
         assert "x 3, 6, 6 steps of 4 prompts" in lines[0]
