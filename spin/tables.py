@@ -1,7 +1,9 @@
-"""What a person reads in the terminal: a few answers side by side, and the sum of an iteration."""
+"""What a person reads: answers side by side, in the terminal and in metrics services, and the sum of an iteration."""
 
 from __future__ import annotations
 
+import html
+import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +56,49 @@ def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(_line({name: cell[i] if i < len(cell) else "" for name, cell in cells.items()}))
         lines.append("")
     return "\n".join(lines)
+
+
+def log_table(logger: Any, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Hands a table to a metric logger, in the form that its service has for tables.
+
+    W&B, MLflow and Comet have tables, TensorBoard shows text. A logger of your own gets the rows if it has a method
+    ``log_table(name, rows, step)``. To others nothing is said.
+
+    Args:
+        logger (Any): one of torchtune's, or any other.
+        name (str): of the table.
+        rows (Sequence[Mapping[str, Any]]): all with the same columns; texts and numbers.
+        step (int): optimizer steps so far.
+    """
+    from torchtune.training import metric_logging
+
+    columns = list(rows[0])
+    cells = [[row[column] for column in columns] for row in rows]
+    file = f"{name}/step_{step:08d}"
+    if callable(getattr(logger, "log_table", None)):
+        logger.log_table(name, rows, step)
+    elif isinstance(logger, metric_logging.WandBLogger):
+        table = logger._wandb.Table(columns=columns, data=cells)
+        logger._wandb.log({name: table, "global_step": step})
+    elif isinstance(logger, metric_logging.MLFlowLogger):
+        by_column = {column: [row[column] for row in rows] for column in columns}
+        logger._mlflow.log_table(by_column, artifact_file=f"{file}.json", run_id=logger._run_id)
+    elif isinstance(logger, metric_logging.CometLogger) and logger.experiment is not None:
+        logger.experiment.log_table(f"{file}.csv", tabular_data=cells, headers=columns)
+    elif isinstance(logger, metric_logging.TensorBoardLogger) and logger._writer is not None:
+        logger._writer.add_text(name, _markdown(columns, cells), global_step=step)
+
+
+def _markdown(columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
+    """A table whose cells hold any text: no character of it is taken for markup."""
+
+    def cell(value: Any) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        escaped = re.sub(r"([\\`*_{}\[\]()#+\-.!|])", r"\\\1", html.escape(text, quote=False))
+        return escaped.replace("\r", "").replace("\n", "<br>")
+
+    lines = [columns, ["---"] * len(columns), *(map(cell, row) for row in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def iteration_summary(
