@@ -64,7 +64,7 @@ from spin.nonfinite import NonFiniteGuard
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, command_to_continue
-from spin.tables import iteration_summary, sample_rows, sample_table
+from spin.tables import closing_words, iteration_summary, opening_words, sample_rows, sample_table
 from spin.terminal import get_logger, progress_bar
 from spin.watch import Alarm, Watch, answer_metrics
 
@@ -154,6 +154,8 @@ class SPINRecipe:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
             log.info(f"Resuming at step {self._progress.step} from {resume_path}")
 
+        log.info(opening_words(self._progress, size, self._prompts.samples_per_iteration, self._num_val_samples))
+
         # ---- model
         flex = choose_attention(self._model, self._world, compute_dtype, cfg.attention)
         self._packing: dict[str, Any] = {
@@ -200,7 +202,7 @@ class SPINRecipe:
     # SPIN: the algorithm.
     def train(self) -> None:
         """Iterations, epochs and steps, from wherever the state stands."""
-        progress = self._progress
+        progress, had_steps_left = self._progress, not self._progress.is_done
         if progress.step == 0 and self._num_val_samples and self._cfg.validation.at_start:
             self._log(self.run_validation())
         while not progress.is_done:
@@ -236,7 +238,7 @@ class SPINRecipe:
                 bar.close()
             # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
             self._finish_iteration(iteration, pairs)
-        log.info(f"Finished after {progress.step} steps; everything is in {self._output_dir}")
+        log.info(closing_words(self._output_dir, progress, had_steps_left))
 
     def augment_dataloader(self, iteration: int) -> PairLookup | None:
         """The pairs of an iteration, made now or found on disk: the opponent's answers and its log-probs of all
@@ -414,7 +416,8 @@ class SPINRecipe:
                 ``resume_with_changes``.
         """
         with reading_state(self._output_dir / "checkpoints"):
-            check_unchanged(state["run"], self._run_fingerprint, self._cfg.resume_with_changes, self._output_dir)
+            allowed, within = self._cfg.resume_with_changes, not state["progress"].get("is_iteration_start", True)
+            check_unchanged(state["run"], self._run_fingerprint, allowed, self._output_dir, within)
             self._progress.load_state_dict(state["progress"])
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
             self._nonfinite.skipped = state.get("nonfinite", [])

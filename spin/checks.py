@@ -213,7 +213,13 @@ def run_fingerprint(
     }
 
 
-def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str], output_dir: Path) -> None:
+def check_unchanged(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    allowed: Sequence[str],
+    output_dir: Path,
+    within_iteration: bool = False,
+) -> None:
     """Refuses to resume a run under a config that would silently make another run of it.
 
     Args:
@@ -221,10 +227,19 @@ def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Seq
         new (Mapping[str, Any]): that of this run.
         allowed (Sequence[str]): keys that may differ, the config's ``resume_with_changes``.
         output_dir (Path): the run's folder, for the message.
+        within_iteration (bool): the state stands within an iteration, whose samples have been answered.
 
     Raises:
-        CheckpointError: If another key differs, with its old and new value.
+        CheckpointError: If another key differs, with its old and new value, or a key of the data set does within an
+            iteration.
     """
+    data = [name for name in sorted({*old, *new}) if name.partition(".")[0] == "dataset"]
+    moved = [name for name in data if name in allowed and old.get(name) != new.get(name)]
+    if within_iteration and moved:
+        raise CheckpointError(
+            f"{', '.join(moved)} can change between iterations only: the run in {output_dir} is within one, whose "
+            "samples are chosen and answered. Finish it first, or name the state at its start in resume=<path>."
+        )
     changed = differences(
         {name: value for name, value in old.items() if name not in allowed},
         {name: value for name, value in new.items() if name not in allowed},

@@ -73,6 +73,18 @@ def test_changed_weights_are_refused_by_name(tmp_path):
     message = str(caught.value)
     assert "dataset.weights is {'slang': 0.6, 'few': 0.4}, was {'slang': 0.75, 'few': 0.25}" in message
     assert "dataset is" not in message  # the samples are the same
+    with pytest.raises(CheckpointError, match=r"^dataset\.weights can change between iterations only"):
+        run_with(tmp_path, {"dataset": changed}, "max_steps=2", "resume_with_changes=[dataset.weights]")
+
+
+def test_weights_may_change_at_an_iterations_start(tmp_path):
+    """3 : 1 in the first, 3 : 2 in the second: of 8 samples 6 and 2, then 5 and 3."""
+    run_with(tmp_path, {"dataset": MIXTURE}, "max_steps=2")
+    sources = MIXTURE["sources"]
+    changed = MIXTURE | {"sources": sources | {"few": sources["few"] | {"weight": 2}}}
+    run_with(tmp_path, {"dataset": changed}, "resume_with_changes=[dataset.weights]")
+    played = [row["samples/few"] for row in metrics_of(tmp_path) if "loss" in row]
+    assert [sum(played[:2]), sum(played[2:])] == [2, 3]
 
 
 @pytest.fixture(scope="module")
