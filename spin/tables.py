@@ -79,10 +79,10 @@ def log_table(logger: Any, name: str, rows: Sequence[Mapping[str, Any]], step: i
     file = f"{name}/step_{step:08d}"
     if callable(getattr(logger, "log_table", None)):
         logger.log_table(name, rows, step)
-    elif isinstance(logger, metric_logging.WandBLogger):
+    elif isinstance(logger, metric_logging.WandBLogger) and logger._wandb.run:
         table = logger._wandb.Table(columns=columns, data=cells)
         logger._wandb.log({name: table, "global_step": step})
-    elif isinstance(logger, metric_logging.MLFlowLogger):
+    elif isinstance(logger, metric_logging.MLFlowLogger) and logger._mlflow.active_run():
         by_column = {column: [row[column] for row in rows] for column in columns}
         logger._mlflow.log_table(by_column, artifact_file=f"{file}.json", run_id=logger._run_id)
     elif isinstance(logger, metric_logging.CometLogger) and logger.experiment is not None:
