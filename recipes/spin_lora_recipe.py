@@ -362,6 +362,7 @@ class SPINLoRARecipe:
             dict[str, float]: metrics over all ranks by name; empty without a validation set.
         """
         if not self._num_val_samples:
+            self._show_samples(list(self._last_batch)[: self._cfg.validation.table_rows])
             return {}
         started = time.perf_counter()
         prompts = [self._val_prompts[i] for i in range(self._num_val_samples)]

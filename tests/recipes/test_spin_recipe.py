@@ -327,6 +327,8 @@ def test_a_finished_run_says_so_and_goes_on_with_more_iterations(tmp_path, caplo
     assert f"Finished after 4 steps; everything is in {tmp_path}" in caplog.text
     assert "iteration_001/hf_model loads in transformers" in caplog.text and "max_iterations=3" in caplog.text
     assert capsys.readouterr().out.count("no rewards, acc 0)") == 2
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [2] * 4 + [4] * 4  # without a validation set, those trained on
     caplog.clear()
     assert run(tmp_path, *short)._progress.step == 4
     assert "was finished before, after 4 steps: nothing was left to do" in caplog.text
