@@ -24,7 +24,7 @@ from torchtune import training
 
 from spin import config, selfplay
 from spin.checks import check_run
-from spin.data import PromptDataset, adapt_tokenizer, iteration_samples
+from spin.data import PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.prompts import check_vocabulary
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import barrier, broadcast_object, fail_together, init_world, shutdown
@@ -69,9 +69,11 @@ class SPINGenerate:
         model = build_model(cfg.model, dtype)
         context = model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
-        self._prompts: PromptDataset = config.instantiate(cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context)
+        source: PromptDataset | PromptStream = config.instantiate(
+            cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context
+        )
         self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
-        check_vocabulary(model, self._tokenizer, self._sampling.stop_token_ids, self._prompts)
+        check_vocabulary(model, self._tokenizer, self._sampling.stop_token_ids, source)
 
         resume_path = checkpointer.latest(cfg.resume)
         self._iteration = 0
@@ -83,6 +85,7 @@ class SPINGenerate:
                     "made at an iteration's start: give such a checkpoint with resume=<path>."
                 )
             self._iteration = progress["iteration"]
+        self._prompts = source.window(self._iteration)
         prepare_model(model, self._world, compute_dtype=compute_dtype)
         if resume_path is None:
             checkpointer.load_model(model, self._world)
@@ -100,8 +103,10 @@ class SPINGenerate:
     def generate(self) -> None:
         """Makes this worker's missing shards, and seals the store if that completes it."""
         cfg, world = self._cfg, self._world
-        steps = compute_num_steps_per_epoch(len(self._prompts), cfg.global_batch_size, cfg.limit_train_batches)
-        samples = iteration_samples(len(self._prompts), steps * cfg.global_batch_size, cfg.seed, self._iteration)
+        steps = compute_num_steps_per_epoch(
+            self._prompts.samples_per_iteration, cfg.global_batch_size, cfg.limit_train_batches
+        )
+        samples = self._prompts.iteration_samples(steps * cfg.global_batch_size, cfg.seed, self._iteration)
         if not samples:
             raise ConfigError(
                 f"{len(self._prompts)} samples have no whole batch of global_batch_size={cfg.global_batch_size}."

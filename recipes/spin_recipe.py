@@ -34,9 +34,11 @@ from tqdm import tqdm
 from spin import config, selfplay
 from spin.checkpoint import reading_state
 from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
-from spin.data import Pair, PairStore, PromptDataset, adapt_tokenizer, epoch_order, history_window, iteration_items
+from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.loader import RowBatch, load_rows
 from spin.data.lookup import LazySequence, PairLookup, share_lookup
+from spin.data.mixing import history_window
+from spin.data.order import epoch_order, iteration_items
 from spin.data.packing import PackedRow, longest_row
 from spin.data.prompts import check_vocabulary
 from spin.defaults import RECIPE_DEFAULTS
@@ -55,15 +57,15 @@ from spin.files import FolderLock
 from spin.fingerprint import weights_fingerprint
 from spin.flex import BLOCK
 from spin.generators import GeneratorContext, sampling_params
-from spin.logprobs import pair_objective, response_logps
-from spin.metrics import MovedShare, PairSums, RunLog, pair_metrics
+from spin.logprobs import pair_objective
+from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics
 from spin.mixture import mix_references, weights_of_start
 from spin.models import build_model, choose_attention, prepare_model, window_of
 from spin.nonfinite import NonFiniteGuard
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, command_to_continue
-from spin.tables import iteration_summary, sample_rows, sample_table
+from spin.tables import closing_words, iteration_summary, opening_words, sample_rows, sample_table
 from spin.terminal import get_logger, progress_bar
 from spin.watch import Alarm, Watch, answer_metrics
 
@@ -122,7 +124,7 @@ class SPINRecipe:
         context = self._model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
         reading = {"tokenizer": self._tokenizer, "max_seq_len": context}
-        self._prompts: PromptDataset = config.instantiate(cfg.dataset, **reading)
+        self._prompts: PromptDataset | PromptStream = config.instantiate(cfg.dataset, **reading)
         self._val_prompts: PromptDataset = PromptDataset()  # empty without a validation set
         if cfg.validation_dataset is not None:
             self._val_prompts = config.instantiate(cfg.validation_dataset, **reading)
@@ -131,23 +133,29 @@ class SPINRecipe:
 
         # ---- arithmetic
         size = cfg.global_batch_size
-        self._steps = compute_num_steps_per_epoch(len(self._prompts), size, cfg.limit_train_batches)
+        self._steps = compute_num_steps_per_epoch(self._prompts.samples_per_iteration, size, cfg.limit_train_batches)
         needed, mixing = self._steps * size, (cfg.pairs.history, cfg.pairs.history_fraction)
         # what an iteration trains on, as (iteration whose opponent answered, sample of the data set)
-        self._items = lambda iteration: iteration_items(len(self._prompts), needed, cfg.seed, iteration, *mixing)
+        samples_of = partial(self._prompts.iteration_samples, needed, cfg.seed)
+        self._items = lambda iteration: iteration_items(samples_of, iteration, *mixing)
         steps_per_epoch = [len(self._items(iteration)) // size for iteration in range(cfg.max_iterations)]
         self._progress = SPINProgress(steps_per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
         self._val_every = compute_interval("val_check_interval", cfg.val_check_interval, self._steps)
         self._save_every = compute_interval("save_interval", cfg.save_interval, self._steps)
-        val_batches = compute_limit_batches(math.ceil(len(self._val_prompts) / size), cfg.limit_val_batches)
-        self._num_val_samples = min(len(self._val_prompts), val_batches * size)
+        num_val = self._val_prompts.samples_per_iteration
+        val_batches = compute_limit_batches(math.ceil(num_val / size), cfg.limit_val_batches)
+        self._num_val_samples = min(num_val, val_batches * size)
 
         # ---- resume
-        self._run_fingerprint = run_fingerprint(cfg, self._prompts.fingerprint(), self._tokenizer.fingerprint)
+        self._run_fingerprint = run_fingerprint(
+            cfg, self._prompts.content_fingerprint(), self._tokenizer.fingerprint, self._prompts.settings
+        )
         resume_path = self._checkpointer.latest(cfg.resume)
         if resume_path is not None:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
             log.info(f"Resuming at step {self._progress.step} from {resume_path}")
+
+        log.info(opening_words(self._progress, size, self._prompts.samples_per_iteration, self._num_val_samples))
 
         # ---- model
         flex = choose_attention(self._model, self._world, compute_dtype, cfg.attention)
@@ -159,7 +167,7 @@ class SPINRecipe:
             "window": window_of(self._model),
         }
         # torchtune checks the row's length, which may exceed the context; no position in it does
-        longest = max(int(prompts.lengths.max(initial=0)) for prompts in (self._prompts, self._val_prompts))
+        longest = max(self._prompts.longest, self._val_prompts.longest)
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
         longest = longest_row(longest, cfg.pairs.row_tokens, self._packing["row_multiple"])
         self._model.max_seq_len = max(context, longest)
@@ -195,7 +203,7 @@ class SPINRecipe:
     # SPIN: the algorithm.
     def train(self) -> None:
         """Iterations, epochs and steps, from wherever the state stands."""
-        progress = self._progress
+        progress, had_steps_left = self._progress, not self._progress.is_done
         if progress.step == 0 and self._num_val_samples and self._cfg.validation.at_start:
             self._log(self.run_validation())
         while not progress.is_done:
@@ -231,7 +239,7 @@ class SPINRecipe:
                 bar.close()
             # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
             self._finish_iteration(iteration, pairs)
-        log.info(f"Finished after {progress.step} steps; everything is in {self._output_dir}")
+        log.info(closing_words(self._output_dir, progress, had_steps_left))
 
     def augment_dataloader(self, iteration: int) -> PairLookup | None:
         """The pairs of an iteration, made now or found on disk: the opponent's answers and its log-probs of all
@@ -248,7 +256,7 @@ class SPINRecipe:
         if self._progress.is_iteration_start:
             self._opponent = weights_fingerprint(self._model)
             samples = [sample for played, sample in self._items(iteration) if played == iteration]
-            if not self._play(iteration, folder, self._prompts, samples):
+            if not self._play(iteration, folder, self._prompts.window(iteration), samples):
                 return None
             if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._num_val_samples)):
                 return None
@@ -330,6 +338,7 @@ class SPINRecipe:
             "weights_moved_share": moved_share,
             "nonfinite_steps": len(self._nonfinite.skipped),
             **self._watch.metrics,
+            **below("samples", self._prompts.count_sources(pair.sample_id for pair in batch.pairs)),
             "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
             "step_time": seconds,
             "pairs_per_second": len(batch.pairs) / seconds,
@@ -347,20 +356,20 @@ class SPINRecipe:
             dict[str, float]: metrics over all ranks by name; empty without a validation set.
         """
         if not self._num_val_samples:
+            self._show_samples(list(self._last_batch)[: self._cfg.validation.table_rows])
             return {}
         started = time.perf_counter()
-        world = self._world
         prompts = [self._val_prompts[i] for i in range(self._num_val_samples)]
         pairs = [Pair(prompt.sample_id, 0, prompt.prompt_ids, prompt.real_ids) for prompt in prompts]
-        nats, tokens = torch.zeros((), dtype=torch.float64, device=world.device), 0
         batches = self._cut(pairs)
-        for batch in self._bar("validation", "batch", total=len(batches), iterable=self._rows(batches)):
-            for row in batch.rows:
-                nats -= response_logps(self._model, row.to(world.device), self._cfg.logprob_chunk_tokens).sum()
-                tokens += row.targets.numel()
-        sums = all_reduce_sums({"nats": nats.item(), "tokens": float(tokens)}, world)
-        self._val_loss = sums["nats"] / sums["tokens"]
-        metrics = {"val_loss": self._val_loss}
+        metrics = selfplay.validation_loss(
+            self._model,
+            self._bar("validation", "batch", total=len(batches), iterable=self._rows(batches)),
+            self._world,
+            self._val_prompts,
+            chunk_tokens=self._cfg.logprob_chunk_tokens,
+        )
+        self._val_loss = metrics["val_loss"]
         if self._cfg.validation.spin and self._val_pairs:
             losses, real_rewards, generated_rewards = self._margins(self._val_pairs)
             metrics["val_spin_loss"] = losses.mean().item()
@@ -409,7 +418,8 @@ class SPINRecipe:
                 ``resume_with_changes``.
         """
         with reading_state(self._output_dir / "checkpoints"):
-            check_unchanged(state["run"], self._run_fingerprint, self._cfg.resume_with_changes, self._output_dir)
+            allowed, within = self._cfg.resume_with_changes, not state["progress"].get("is_iteration_start", True)
+            check_unchanged(state["run"], self._run_fingerprint, allowed, self._output_dir, within)
             self._progress.load_state_dict(state["progress"])
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
             self._nonfinite.skipped = state.get("nonfinite", [])
@@ -452,7 +462,7 @@ class SPINRecipe:
                 self._generator,
                 self._model,
                 world,
-                self._prompts,
+                self._prompts.window(iteration),
                 self._sampling,
                 packing=self._packing,
                 chunk_tokens=cfg.logprob_chunk_tokens,
@@ -564,7 +574,7 @@ class SPINRecipe:
 
         def batch(step: int) -> list[Pair]:
             chosen = (items[i] for i in order[step * size : (step + 1) * size])
-            keys = [(played, self._prompts.sample_ids[sample]) for played, sample in chosen]
+            keys = [(played, self._prompts.sample_id(played, sample)) for played, sample in chosen]
             return [pairs[key] for key in keys if key in pairs]
 
         return LazySequence(batch, range(start, self._progress.steps_in_epoch(iteration)))

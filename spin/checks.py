@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -128,6 +129,8 @@ def check_run(cfg: DictConfig) -> None:
     norm = plain["clip_grad_norm"]
     if norm is not None and not (_is_number(norm) and norm > 0):
         faults.add(f"clip_grad_norm={plain['clip_grad_norm']}: expected more than 0, or null for no clipping.")
+    if isinstance(plain["validation_dataset"], dict) and plain["validation_dataset"].get("streaming"):
+        faults.add("validation_dataset.streaming=true: a validation set is the same each time. Use its limit alone.")
     if plain["validation"]["spin"] and plain["validation_dataset"] is None:
         faults.add("validation.spin=true needs a validation_dataset.")
     faults.raise_if_any()
@@ -188,22 +191,36 @@ def check_moved_share(
     )
 
 
-def run_fingerprint(cfg: DictConfig, dataset: str, tokenizer: str) -> dict[str, Any]:
+def run_fingerprint(
+    cfg: DictConfig, dataset: str, tokenizer: str, dataset_settings: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
     """What a run's results depend on, by config key.
 
     Args:
         cfg (DictConfig): complete.
         dataset (str): fingerprint of the training set's content.
         tokenizer (str): fingerprint of the tokenizer and its chat template.
+        dataset_settings (Mapping[str, Any]): what else decides which samples are played, by key of ``dataset``.
 
     Returns:
         dict[str, Any]: JSON values.
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-    return {**{key: plain[key] for key in _RESULTS_DEPEND_ON}, "dataset": dataset, "tokenizer": tokenizer}
+    return {
+        **{key: plain[key] for key in _RESULTS_DEPEND_ON},
+        **{f"dataset.{key}": value for key, value in dataset_settings.items()},
+        "dataset": dataset,
+        "tokenizer": tokenizer,
+    }
 
 
-def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Sequence[str], output_dir: Path) -> None:
+def check_unchanged(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    allowed: Sequence[str],
+    output_dir: Path,
+    within_iteration: bool = False,
+) -> None:
     """Refuses to resume a run under a config that would silently make another run of it.
 
     Args:
@@ -211,10 +228,19 @@ def check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any], allowed: Seq
         new (Mapping[str, Any]): that of this run.
         allowed (Sequence[str]): keys that may differ, the config's ``resume_with_changes``.
         output_dir (Path): the run's folder, for the message.
+        within_iteration (bool): the state stands within an iteration, whose samples have been answered.
 
     Raises:
-        CheckpointError: If another key differs, with its old and new value.
+        CheckpointError: If another key differs, with its old and new value, or a key of the data set does within an
+            iteration.
     """
+    data = [name for name in sorted({*old, *new}) if name.partition(".")[0] == "dataset"]
+    moved = [name for name in data if name in allowed and old.get(name) != new.get(name)]
+    if within_iteration and moved:
+        raise CheckpointError(
+            f"{', '.join(moved)} can change between iterations only: the run in {output_dir} is within one, whose "
+            "samples are chosen and answered. Finish it first, or name the state at its start in resume=<path>."
+        )
     changed = differences(
         {name: value for name, value in old.items() if name not in allowed},
         {name: value for name, value in new.items() if name not in allowed},

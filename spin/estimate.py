@@ -244,7 +244,7 @@ def _gathered_bytes(weight: torch.Tensor, compute: torch.dtype) -> float:
 def _row_tokens(cfg: DictConfig, ranks: int, pair_tokens: int | None) -> int:
     multiple = math.lcm(cfg.pairs.row_multiple, BLOCK)  # as FlexAttention needs
     if pair_tokens is None:
-        limits = (cfg.dataset.get("max_prompt_tokens"), cfg.dataset.get("max_response_tokens"))
+        limits = (_data_limit(cfg, "max_prompt_tokens"), _data_limit(cfg, "max_response_tokens"))
         generated = cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
         longest_pair = sum(limits) + generated if None not in limits else 0
         return longest_row(longest_pair, cfg.pairs.row_tokens, multiple)
@@ -280,8 +280,19 @@ def _workspace(model: nn.Module, cfg: DictConfig) -> float:
     return max([0.0, *(n * _NF4_WORKSPACE_BYTES for n in quantized), *(n * 8.0 for n in doras)])
 
 
+def _data_limit(cfg: DictConfig, key: str) -> Any:
+    """A limit of the data set; of a mixture's sources the largest, and of their numbers of samples the sum."""
+    sources = cfg.dataset.get("sources")
+    if not sources:
+        return cfg.dataset.get(key)
+    limits = [source.get(key, (cfg.dataset.get("common") or {}).get(key)) for source in sources.values()]
+    if None in limits:
+        return None
+    return sum(limits) if key == "limit" else max(limits)
+
+
 def _longest_sequence(cfg: DictConfig, model: Any) -> int:
-    prompt = cfg.dataset.get("max_prompt_tokens") or model.max_seq_len
+    prompt = _data_limit(cfg, "max_prompt_tokens") or model.max_seq_len
     return int(min(model.max_seq_len, prompt + cfg.sampling.max_new_tokens))
 
 
@@ -296,9 +307,9 @@ def _cache(cfg: DictConfig, model: nn.Module, shapes: _Shapes, compute: torch.dt
 
 def _pair_store(cfg: DictConfig, model: Any, pair_tokens: int | None) -> float:
     """Answers, answers with log-probs, and rows to look them up: three times the token ids, 4 bytes each."""
-    samples = cfg.dataset.get("limit") or 0
+    samples = cfg.dataset.get("samples") or _data_limit(cfg, "limit") or 0
     if pair_tokens is None:
-        prompt, real = (cfg.dataset.get(f"max_{part}_tokens") or model.max_seq_len for part in ("prompt", "response"))
+        prompt, real = (_data_limit(cfg, f"max_{part}_tokens") or model.max_seq_len for part in ("prompt", "response"))
         pair_tokens = prompt + real + cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
     return float(samples * (3 * 4 * pair_tokens + 300))
 

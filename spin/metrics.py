@@ -19,6 +19,7 @@ from spin.data.packing import PackedRow
 from spin.distributed import World
 from spin.errors import ConfigError, SpinError
 from spin.files import writing
+from spin.tables import log_table
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,11 @@ def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def below(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of the parts of something under its name, ``<name>/<part>``, as metrics services group them."""
+    return {f"{name}/{part}": value for part, value in metrics.items()}
+
+
 class MovedShare:
     """The share of weights that an optimizer step really changes, from a sample of every parameter.
 
@@ -223,15 +229,22 @@ class MetricService:
         """Hands over a step's metrics."""
         self._try("log_dict", metrics, step=step)
 
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Hands over a table, if the logger can take one; see :func:`spin.tables.log_table`."""
+        self._attempt("log_table", lambda: log_table(self._logger, name, rows, step))
+
     def close(self) -> None:
         """Ends the logger, which may send what it has kept."""
         self._try("close")
 
     def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+        self._attempt(method, lambda: getattr(self._logger, method)(*args, **kwargs))
+
+    def _attempt(self, method: str, call: Callable[[], object]) -> None:
         if self._logger is None:
             return
         try:
-            getattr(self._logger, method)(*args, **kwargs)
+            call()
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
             self._failures += 1
             if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
@@ -272,10 +285,11 @@ class RunLog:
                 self._service.log_dict(metrics, step=step)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Answers for people to read, from :func:`spin.tables.sample_rows`."""
-        if self._is_main:
+        """Answers for people to read, from :func:`spin.tables.sample_rows`; all of one step."""
+        if self._is_main and rows:
             for row in rows:
                 self._samples.write(row["step"], row)
+            self._service.log_table("samples", rows, rows[0]["step"])
 
     def close(self) -> None:
         """Ends the metric logger."""

@@ -15,7 +15,7 @@ from torchtune import training
 
 from spin import config, evaluation
 from spin.checks import DTYPES
-from spin.data import PromptDataset, PromptTokenizer, adapt_tokenizer
+from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
 from spin.data.prompts import check_vocabulary
 from spin.distributed import World
 from spin.errors import CheckpointError, ConfigError
@@ -62,7 +62,7 @@ class Player:
         if self._shape is not None:
             check_hf_folder(self._shape, section.checkpoint_dir, section.model_type)
 
-    def check(self, prompts: PromptDataset) -> None:
+    def check(self, prompts: PromptDataset | PromptStream) -> None:
         """Raises DataError if the model has no embedding for a token of the prompts."""
         if self._shape is not None:
             check_vocabulary(self._shape, self.tokenizer, self.tokenizer.eos_ids, prompts)

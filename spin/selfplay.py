@@ -22,15 +22,25 @@ import torch.distributed as dist
 from torch import nn
 
 from spin.data.chat import PromptTokenizer
+from spin.data.loader import RowBatch
 from spin.data.packing import MASK_TRUNCATED
 from spin.data.prompts import PromptDataset
 from spin.data.store import PairStore
 from spin.data.types import Pair, Prompt, Response
-from spin.distributed import World, broadcast_object, fail_together, gather_objects, named_full_tensors, unsharded
+from spin.distributed import (
+    World,
+    all_reduce_sums,
+    broadcast_object,
+    fail_together,
+    gather_objects,
+    named_full_tensors,
+    unsharded,
+)
 from spin.errors import ConfigError, GeneratorError, OutputError, StoreError
 from spin.fingerprint import json_fingerprint
 from spin.generators.base import Completion, Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
+from spin.logprobs import response_logps
 from spin.reference import score_batches
 
 TRUNCATED_POLICIES = ("keep", MASK_TRUNCATED, "drop")
@@ -211,6 +221,7 @@ def play_fingerprint(
     return {
         "opponent": opponent,
         "dataset": prompts.fingerprint(),
+        **{f"dataset.{key}": value for key, value in prompts.settings.items()},
         "samples": json_fingerprint(list(samples)),
         "tokenizer": tokenizer.fingerprint,
         "sampling": asdict(sampling),
@@ -522,6 +533,50 @@ def losses_of_pairs(
         for answer, response in zip(policy.generated, pair.generated, strict=True)
     ]
     return loss(*torch.tensor(columns, dtype=torch.float64).unbind(1))
+
+
+@torch.no_grad()
+def validation_loss(
+    model: nn.Module, batches: Iterable[RowBatch], world: World, prompts: PromptDataset, *, chunk_tokens: int
+) -> dict[str, float]:
+    """The supervised loss: mean negative log-prob in nats of the real responses' tokens. Collective.
+
+    Args:
+        model (nn.Module): the policy.
+        batches (Iterable[RowBatch]): pairs without generated responses, packed.
+        world (World): the ranks.
+        prompts (PromptDataset): where the pairs come from.
+        chunk_tokens (int): see :func:`spin.logprobs.response_logps`.
+
+    Returns:
+        dict[str, float]: ``val_loss`` over all, and ``val_loss/<source>`` of each source of a mixture.
+    """
+    names = ["", *prompts.count_sources(())]  # the first counts all
+    nats, tokens = (torch.zeros(len(names), dtype=torch.float64, device=world.device) for _ in range(2))
+    for batch in batches:
+        for row in (row.to(world.device) for row in batch.rows):
+            logps = response_logps(model, row, chunk_tokens)
+            belongs = torch.ones(len(names), row.num_responses, dtype=torch.float64)  # (sources, responses)
+            for number, name in enumerate(names[1:], start=1):
+                for (_, sample_id), first, count in row.pair_responses:
+                    belongs[number, first : first + count] = prompts.count_sources([sample_id])[name]
+            belongs = belongs.to(world.device, non_blocking=True)
+            nats -= belongs @ logps
+            tokens += belongs @ row.response_lengths.double()
+    found = {"nats": nats, "tokens": tokens}
+    sums = all_reduce_sums(
+        {
+            f"{kind} {name}": value
+            for kind, each in found.items()
+            for name, value in zip(names, each.tolist(), strict=True)
+        },
+        world,
+    )
+    return {
+        f"val_loss/{name}" if name else "val_loss": sums[f"nats {name}"] / sums[f"tokens {name}"]
+        for name in names
+        if sums[f"tokens {name}"]
+    }
 
 
 def filter_pairs(

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from spin.config import packaged_configs
+from spin.config import complete, load_config, packaged_configs
+from spin.data.mixture import _check_sources
 from spin.defaults import RECIPE_DEFAULTS
 
 REPO = Path(__file__).resolve().parents[1]
@@ -36,6 +38,28 @@ def test_config_keys_exist(page):
     for section in ("pairs", "sampling", "validation", "lr_scheduler", "watch"):
         for key in re.findall(rf"`{section}\.(\w+)", page.read_text(encoding="utf-8")):
             assert key in RECIPE_DEFAULTS[section], f"{section}.{key}"
+
+
+YAML_BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S))
+]
+
+
+@pytest.mark.parametrize("block", YAML_BLOCKS)
+def test_sections_of_a_config_are_accepted(block):
+    """Each in the place of the recipe's own; no data are read."""
+    cfg = OmegaConf.merge(load_config("smollm2/135M_full"), {"output_dir": "runs/x"})
+    for name, section in OmegaConf.create(block).items():
+        cfg[name] = section
+    complete(cfg, RECIPE_DEFAULTS)
+    if "sources" in cfg.dataset:
+        _check_sources(OmegaConf.to_container(cfg.dataset.sources), OmegaConf.to_container(cfg.dataset.common))
+
+
+def test_sections_are_found():
+    assert len(YAML_BLOCKS) >= 3
 
 
 def test_tests_named_as_evidence_exist():

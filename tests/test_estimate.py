@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from spin.config import complete, load_config, packaged_configs
 from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
 from spin.distributed import init_world
 from spin.errors import ConfigError
-from spin.estimate import estimate, main
+from spin.estimate import _data_limit, estimate, main
 from spin.lora import prepare_adapters, trainable
 from spin.models import build_model, prepare_model
 
@@ -142,6 +142,19 @@ def test_every_config_has_an_estimate(name, repo):
         assert "an ESTIMATE (not measured)" in header
         assert f"One GPU: about {found.peak:.0f} GiB" in header
         assert f"{found.activations:.1f} GiB a row of {found.row_tokens} tokens" in header
+
+
+def test_a_mixture_counts_as_the_longest_of_its_sources():
+    cfg = OmegaConf.create(
+        {
+            "dataset": {
+                "common": {"max_prompt_tokens": 100, "limit": 5},
+                "sources": {"a": {"max_prompt_tokens": 300, "limit": 7}, "b": {"max_response_tokens": 9}},
+            }
+        }
+    )
+    limits = [_data_limit(cfg, key) for key in ("max_prompt_tokens", "max_response_tokens", "limit")]
+    assert limits == [300, None, 12]
 
 
 def test_ranks_must_fit():

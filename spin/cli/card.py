@@ -39,7 +39,10 @@ def model_card(
     if cfg is None:
         raise OutputError(f"{run / 'config.yaml'}: missing, so it is not known how the model was made.")
     base = base_model or Path(cfg.checkpointer.checkpoint_dir).name
-    source = OmegaConf.select(cfg, "dataset.source")
+    source = OmegaConf.select(cfg, "dataset.source") or ", ".join(
+        f"{part.source} (weight {part.weight:g})" if "weight" in part else str(part.source)
+        for part in (OmegaConf.select(cfg, "dataset.sources") or {}).values()
+    )
     head = {
         "library_name": "peft" if (model / "adapter_config.json").is_file() else "transformers",
         "pipeline_tag": "text-generation",

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from spin import config, selfplay
 from spin.checks import check_run
 from spin.cli.catalog import load_recipe, recipe_of
-from spin.data import PromptDataset, PromptTokenizer, adapt_tokenizer, iteration_items
+from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer, iteration_items
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
 from spin.data.prompts import check_vocabulary
 from spin.data.sources import read_rows
@@ -112,8 +112,8 @@ class Validation:
         self._check("token ids", lambda: self._parity(cfg.dataset, tokenizer), needs)
         found = [each for each in (prompts, val_prompts) if each is not None]
         self._check("vocabulary", lambda: self._vocabulary(cfg, model, tokenizer, found), {"model": model, **needs})
-        num_val = 0 if val_prompts is None else len(val_prompts)
-        self._check("arithmetic", lambda: (None, "\n".join(plan_lines(cfg, len(prompts), num_val))), {"data": prompts})
+        num_val = 0 if val_prompts is None else val_prompts.samples_per_iteration
+        self._check("arithmetic", lambda: (None, "\n".join(plan_lines(cfg, prompts, num_val))), {"data": prompts})
         return self._conclude()
 
     def _run_evaluation(self, cfg: DictConfig) -> int:
@@ -133,10 +133,10 @@ class Validation:
         source = section.checkpoint_dir if player.has_weights else section.generator[config.COMPONENT]
         return player, f"{player.name}, from {source}: every weight in its shape; an answer ends with {stops}"
 
-    def _player_data(self, cfg: DictConfig, player: Player) -> tuple[PromptDataset, str]:
+    def _player_data(self, cfg: DictConfig, player: Player) -> tuple[PromptDataset | PromptStream, str]:
         return self._data(cfg.dataset, player.tokenizer, player.context)
 
-    def _player_vocabulary(self, player: Player, prompts: PromptDataset) -> tuple[None, str]:
+    def _player_vocabulary(self, player: Player, prompts: PromptDataset | PromptStream) -> tuple[None, str]:
         player.check(prompts)
         return None, "the model has an embedding for every token of the data"
 
@@ -222,16 +222,25 @@ class Validation:
             raise DataError("texts do not survive the chat template and the tokenizer:\n" + "\n".join(faults))
         return None, f"{len(_PROBES)} texts come back from their token ids; the template {' and '.join(others)}"
 
-    def _data(self, section: DictConfig, tokenizer: PromptTokenizer, context: int | None) -> tuple[PromptDataset, str]:
+    def _data(
+        self, section: DictConfig, tokenizer: PromptTokenizer, context: int | None
+    ) -> tuple[PromptDataset | PromptStream, str]:
         read = partial(config.instantiate, section, tokenizer=tokenizer, max_seq_len=context)
-        prompts: PromptDataset = _built("data set", read)
+        data: PromptDataset | PromptStream = _built("data set", read)
+        prompts = data.window(0)
         report = prompts.report
         lines = [f"{len(prompts):,} samples of {report.rows:,} rows"]
+        if data is not prompts:
+            lines[0] = f"a stream, of whose first {report.rows:,} rows iteration 0 plays {len(prompts):,} samples"
+        needed = data.samples_per_iteration
+        chosen = (prompts.sample_ids[index] for index in data.iteration_samples(needed, 0, 0))
+        shares = [f"{name} {count:,.0f}" for name, count in data.count_sources(chosen).items()]
+        lines += [f"of {needed:,} that an iteration can play: {', '.join(shares)}"] if shares else []
         for what, lengths in (("prompts", prompts.prompt_lengths), ("real responses", prompts.real_lengths)):
             lines.append(f"{what}: {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
         lines += [f"left out or cut: {reason} {count:,}" for reason, count in report.counts.items()]
         lines += [f"  {example}" for example in report.examples[:3]]
-        return prompts, "\n".join(lines)
+        return data, "\n".join(lines)
 
     def _parity(self, section: DictConfig, tokenizer: PromptTokenizer) -> tuple[None, str]:
         compared, faults = 0, []
@@ -246,11 +255,11 @@ class Validation:
                 f"{len(faults)} of the first {compared} conversations:\n" + "\n".join([*faults[:_SHOWN], *more])
             )
         if not compared:
-            return None, "not compared: only a spin.data.prompt_dataset names its rows"
+            return None, "not compared: only the data sets of spin.data name their rows"
         return None, f"what is asked is what is trained on, in the first {compared} conversations; answers read back"
 
     def _vocabulary(
-        self, cfg: DictConfig, model: torch.nn.Module, tokenizer: PromptTokenizer, datasets: list[PromptDataset]
+        self, cfg: DictConfig, model: torch.nn.Module, tokenizer: PromptTokenizer, datasets: list[Any]
     ) -> tuple[None, str]:
         stop_ids = sampling_params(cfg.sampling, tokenizer.eos_ids).stop_token_ids
         check_vocabulary(model, tokenizer, stop_ids, *datasets)
@@ -280,6 +289,8 @@ def compare_ids(tokenizer: PromptTokenizer, messages: Sequence[ChatMessage]) -> 
         )
     if answer[-1] not in tokenizer.eos_ids:
         return f"the answer ends with token {answer[-1]}, expected one of {tokenizer.eos_ids}."
+    if messages[-1].get("tool_calls"):  # whose text is the template's
+        return None
     found, expected = tokenizer.decode(answer[:-1]).strip(), messages[-1]["content"].strip()
     if found != expected:
         at = _first_difference(found, expected)
@@ -293,7 +304,7 @@ def _first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def conversations(section: DictConfig) -> Iterator[tuple[str, list[ChatMessage]]]:
-    """The conversations of a ``prompt_dataset`` that can be read; what is wrong with others the data check says.
+    """The conversations of a data set that can be read; what is wrong with others the data check says.
 
     Args:
         section (DictConfig): the config's ``dataset``.
@@ -301,13 +312,23 @@ def conversations(section: DictConfig) -> Iterator[tuple[str, list[ChatMessage]]
     Yields:
         tuple[str, list[ChatMessage]]: place and messages.
     """
-    if section[config.COMPONENT] not in ("spin.data.prompt_dataset", "spin.data.prompts.prompt_dataset"):
-        return
-    options: dict[str, Any] = _plain(section)
-    transform = config.instantiate(section.get("message_transform"))
+    component = section[config.COMPONENT].rpartition(".")[2]
+    if component == "prompt_dataset":
+        yield from _conversations_of(_plain(section), config.instantiate(section.get("message_transform")))
+    elif component == "mixed_prompt_dataset":
+        common = section.get("common") or {}
+        for name, part in section.sources.items():
+            transform = config.instantiate(part.get("message_transform", common.get("message_transform")))
+            for where, messages in _conversations_of({**_plain(common), **_plain(part)}, transform):
+                yield f"{name}: {where}", messages
+
+
+def _conversations_of(options: Mapping[str, Any], transform: Any) -> Iterator[tuple[str, list[ChatMessage]]]:
     try:
         rows = read_rows(
-            options["source"], **{key: options.get(key) for key in ("split", "name", "data_dir", "revision")}
+            options["source"],
+            streaming=options.get("streaming", False),
+            **{key: options.get(key) for key in ("split", "name", "data_dir", "revision")},
         )
         for row in rows:
             try:
@@ -326,12 +347,12 @@ def conversations(section: DictConfig) -> Iterator[tuple[str, list[ChatMessage]]
         return
 
 
-def plan_lines(cfg: DictConfig, num_prompts: int, num_val_prompts: int) -> list[str]:
+def plan_lines(cfg: DictConfig, prompts: PromptDataset | PromptStream, num_val_prompts: int) -> list[str]:
     """Steps, iterations, intervals and shards of a run, in words.
 
     Args:
         cfg (DictConfig): complete and checked.
-        num_prompts (int): training samples.
+        prompts (PromptDataset | PromptStream): training samples.
         num_val_prompts (int): validation samples.
 
     Returns:
@@ -341,9 +362,11 @@ def plan_lines(cfg: DictConfig, num_prompts: int, num_val_prompts: int) -> list[
         ConfigError: If there would be no step, or an interval is less than one.
     """
     size = cfg.global_batch_size
+    num_prompts = prompts.samples_per_iteration
     steps = compute_num_steps_per_epoch(num_prompts, size, cfg.limit_train_batches)
     mixing = (cfg.pairs.history, cfg.pairs.history_fraction)
-    items = [iteration_items(num_prompts, steps * size, cfg.seed, i, *mixing) for i in range(cfg.max_iterations)]
+    samples_of = partial(prompts.iteration_samples, steps * size, cfg.seed)
+    items = [iteration_items(samples_of, i, *mixing) for i in range(cfg.max_iterations)]
     per_epoch = [len(each) // size for each in items]
     progress = SPINProgress(per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
     played = [sum(iteration == i for iteration, _ in each) for i, each in enumerate(items)]

@@ -246,9 +246,12 @@ class ChatTokenizer:
     def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
         from jinja2.exceptions import TemplateError
 
+        self._check_tools(messages)
+        tools = messages[0].get("tools") if messages else None
+        plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
         try:
             return self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except (TemplateError, *_TOKENIZER_FAULTS) as error:
             roles = ", ".join(message["role"] for message in messages)
@@ -256,6 +259,53 @@ class ChatTokenizer:
                 f"the chat template refuses the roles {roles or 'none'}: {error}. Fix the row, or set "
                 "tokenizer.chat_template to one that knows them."
             ) from error
+
+    def _check_tools(self, messages: Sequence[ChatMessage]) -> None:
+        """Refuses what the template would leave out of the prompt without a word."""
+        used = {
+            "tools": any("tools" in message for message in messages),
+            "calls": any("tool_calls" in message for message in messages),
+            "results": any(message["role"] == "tool" for message in messages),
+        }
+        lost = [what for what, is_used in used.items() if is_used and what not in self._shown_of_tools]
+        if lost:
+            raise DataError(
+                f"the conversation has tools, and the chat template does not show their {' and '.join(lost)}: the "
+                "model would not see them. Set tokenizer.chat_template to one that does, or remove the row."
+            )
+
+    @cached_property
+    def _shown_of_tools(self) -> frozenset[str]:
+        """What the template writes of a conversation with tools: ``tools`` themselves, ``calls``, ``results``."""
+        from jinja2.exceptions import TemplateError
+
+        function: dict[str, Any] = {"name": "probe_of_a_call", "arguments": {"x": 1}}
+        call: dict[str, Any] = {
+            "id": "probe1234",
+            "type": "function",
+            "function": function,
+        }  # nine characters, as Mistral wants it
+        description: dict[str, Any] = {
+            "name": "probe_of_tools",
+            "description": "A probe.",
+            "parameters": {"type": "object"},
+        }
+        question = {"role": "user", "content": "Hello"}
+        result = {"role": "tool", "content": "probe_of_a_result", "name": function["name"], "tool_call_id": call["id"]}
+        answer = {"role": "assistant", "content": _PROBE_ANSWER}
+        with_call = [question, {"role": "assistant", "content": "", "tool_calls": [call]}, result, answer]
+        text = ""
+        for messages, tools in (
+            ([question, answer], [{"type": "function", "function": description}]),
+            (with_call, None),
+            ([question, answer, result, answer], None),
+        ):
+            try:
+                text += self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+            except (TemplateError, *_TOKENIZER_FAULTS):  # it knows no such conversation
+                continue
+        marks = {"tools": description["name"], "calls": function["name"], "results": result["content"]}
+        return frozenset(what for what, mark in marks.items() if mark in text)
 
     def _find_eos_ids(self) -> tuple[int, ...]:
         """The token that closes a turn, the tokenizer's EOS, and what the model's generation settings stop at."""
@@ -425,6 +475,11 @@ class TorchtuneTokenizer:
     def _tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         from torchtune.data import Message
 
+        if any("tool_calls" in message or "tools" in message for message in messages):
+            raise DataError(
+                f"the conversation has tools, which {type(self._tokenizer).__name__} cannot write. Use "
+                "spin.data.ChatTokenizer with the model's chat template, or write calls into the text."
+            )
         turns = [
             Message(
                 role="ipython" if message["role"] == "tool" else message["role"],

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from spin.data.tools import check_results, parse_calls, tool_calls, tool_definitions
 from spin.errors import ConfigError, DataError
 
-ChatMessage = dict[str, str]
+# role and content; an assistant's tool_calls, a tool's name and tool_call_id; in a row's first message also its tools
+ChatMessage = dict[str, Any]
 MessageTransform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 RowFormat = Literal["auto", "messages", "sharegpt", "prompt_response", "alpaca"]
 Turns = Literal["last", "all"]
 
 # Columns of each format: required ones, then optional ones. The order is the order of detection.
 _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ()),
-    "sharegpt": (("conversations",), ()),
+    "messages": (("messages",), ("tools",)),
+    "sharegpt": (("conversations",), ("tools",)),
     "alpaca": (("instruction", "output"), ("input",)),
-    "prompt_response": (("prompt", "response"), ("system",)),
+    "prompt_response": (("prompt", "response"), ("system", "tools")),
 }
 _ROLES = {
     "system": "system",
@@ -26,7 +28,9 @@ _ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
+    "function": "tool",
     "ipython": "tool",
     "observation": "tool",
 }
@@ -118,7 +122,7 @@ def row_to_messages(
             value), ``prompt_response`` (``prompt`` is a text or the list of messages so far; ``response`` or
             ``completion`` is a text or one assistant message; optional ``system``), ``alpaca`` (``instruction``,
             optional ``input``, ``output``; instruction and input become one user turn with an empty line between
-            them), or ``auto``.
+            them), or ``auto``. All but ``alpaca`` may have ``tools``.
         column_map (Mapping[str, str] | None): column name of the format to column name of the data set, as torchtune
             writes it: ``{"prompt": "question", "response": "answer"}``.
         message_transform (MessageTransform | None): instead of a format: any torchtune transform, from a sample to
@@ -127,19 +131,25 @@ def row_to_messages(
 
     Returns:
         list[ChatMessage]: ``{"role", "content"}`` with roles system (first only), user, assistant, tool. The texts are
-        those of the row, unchanged.
+        those of the row, unchanged. Where tools are used: an assistant's ``tool_calls``, a tool's ``name`` and
+        ``tool_call_id``, and in the first message the row's ``tools``, all in the form that chat templates take.
 
     Raises:
         DataError: If the row is not such a conversation. The message does not name the row: the caller knows it.
     """
+    tools: list[dict[str, Any]] = []
     if message_transform is not None:
         messages = _transformed(data, message_transform)
     else:
         chosen = detect_format(data, column_map) if row_format == "auto" else row_format
         messages = _PARSERS[chosen](data, dict(column_map or {}))
+        if "tools" in _COLUMNS[chosen][1]:
+            tools = tool_definitions(data.get((column_map or {}).get("tools", "tools")))
     if system_prompt is not None and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     check_messages(messages)
+    if tools:
+        messages[0]["tools"] = tools
     return messages
 
 
@@ -147,14 +157,14 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
     """Check that a conversation is one SPIN can learn from.
 
     An empty system message is allowed: it is how a data set says "no system prompt" to a template that has a default
-    one.
+    one. So are a tool's empty result, and no text beside a call.
 
     Args:
         messages (Sequence[ChatMessage]): dictionaries of role and content.
 
     Raises:
         DataError: If there is no message, no assistant turn, a wrong order of roles, a last turn that is not the
-            assistant's, or a content that is empty or no valid text.
+            assistant's, a content that is empty or no valid text, or a tool's result without its call.
     """
     remedy = "Fix the row or set dataset.on_bad_row=skip."
     if not messages:
@@ -171,11 +181,13 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
             after = "first" if previous is None else f"after {previous!r}"
             allowed = " or ".join("first" if each is None else f"after {each!r}" for each in _PREDECESSORS[role])
             raise DataError(f"message {index} has role {role!r} and stands {after}, expected {allowed}. {remedy}")
-        if not content.strip() and role != "system":
+        may_be_empty = role in ("system", "tool") or message.get("tool_calls")
+        if not content.strip() and not may_be_empty:
             raise DataError(f"message {index} (role {role!r}) has empty content, expected text. {remedy}")
         if not content.isascii():
             _check_encodable(content, index)
         previous = role
+    check_results(messages)
 
 
 def split_turns(messages: Sequence[ChatMessage], turns: str) -> list[tuple[str, list[ChatMessage]]]:
@@ -232,8 +244,8 @@ def _turn(value: object, index: int) -> ChatMessage:
         raise DataError(f"message {index} is {_kind(value)}, expected an object with role and content. Fix the row.")
     role_key = next((key for key in _ROLE_KEYS if value.get(key) is not None), None)
     content_key = next((key for key in _CONTENT_KEYS if key in value), None)
-    if value.get("tool_calls"):
-        raise DataError(f"message {index} calls tools; only text turns are supported. Remove the row or the calls.")
+    if role_key is not None and content_key is None and (value.get("tool_calls") or value.get("function_call")):
+        content_key = "content"
     if role_key is None or content_key is None:
         found = ", ".join(str(key) for key in value) or "none"
         raise DataError(
@@ -242,7 +254,17 @@ def _turn(value: object, index: int) -> ChatMessage:
     role = value[role_key]
     if not isinstance(role, str) or role not in _ROLES:
         raise DataError(f"message {index} has role {role!r}; expected one of {', '.join(_ROLES)}. Fix the row.")
-    return {"role": _ROLES[role], "content": _text(value[content_key], f"message {index} (role {role!r}): content")}
+    label, content = f"message {index} (role {role!r})", value.get(content_key)
+    calls = parse_calls(content, label) if role == "function_call" else tool_calls(value, index)
+    if calls and _ROLES[role] != "assistant":
+        raise DataError(f"{label} calls tools, which only the assistant does. Fix the row.")
+    if calls:
+        text = "" if content is None or role == "function_call" else content
+        return {"role": "assistant", "content": _text(text, f"{label}: content"), "tool_calls": calls}
+    turn = {"role": _ROLES[role], "content": _text(content, f"{label}: content")}
+    if turn["role"] == "tool":
+        turn |= {key: value[key] for key in ("name", "tool_call_id") if isinstance(value.get(key), str)}
+    return turn
 
 
 def _turns(value: object, label: str) -> list[ChatMessage]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -39,24 +40,22 @@ def iteration_samples(num_samples: int, num_needed: int, seed: int, iteration: i
 
 
 def iteration_items(
-    num_samples: int, num_needed: int, seed: int, iteration: int, history: int = 0, history_fraction: float = 1.0
+    samples_of: Callable[[int], Sequence[int]], iteration: int, history: int = 0, history_fraction: float = 1.0
 ) -> list[tuple[int, int]]:
     """What an iteration trains on: its own samples, and with history those of the iterations before it.
 
     Args:
-        num_samples (int): samples of the data set.
-        num_needed (int): samples that each iteration plays.
-        seed (int): the run's seed.
+        samples_of (Callable[[int], Sequence[int]]): the samples that an iteration plays, as indices.
         iteration (int): counted from 0.
         history (int): how many earlier iterations take part; the authors of SPIN use 1.
         history_fraction (float): share of each earlier iteration's samples, the first ones.
 
     Returns:
-        list[tuple[int, int]]: (iteration whose opponent answered, index into the data set), oldest iteration first.
+        list[tuple[int, int]]: (iteration whose opponent answered, index of the sample), oldest iteration first.
     """
     items = []
     for played in history_window(iteration, history):
-        samples = iteration_samples(num_samples, num_needed, seed, played)
+        samples = samples_of(played)
         share = 1.0 if played == iteration else history_fraction
         items += [(played, sample) for sample in samples[: int(share * len(samples))]]
     return items

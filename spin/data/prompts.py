@@ -8,9 +8,10 @@ import logging
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import count, islice
+from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -18,7 +19,9 @@ from torch import nn
 
 from spin.data.chat import PromptTokenizer, adapt_tokenizer
 from spin.data.messages import ChatMessage, MessageTransform, Turns, check_row_format, row_to_messages, split_turns
-from spin.data.sources import Row, Source, read_rows
+from spin.data.order import iteration_samples
+from spin.data.sources import Row, Source, describe_source, read_rows
+from spin.data.streams import PromptStream, shuffled_rows
 from spin.data.types import Prompt
 from spin.errors import ConfigError, DataError
 
@@ -74,6 +77,8 @@ class PromptDataset:
         DataError: If two samples have one id.
     """
 
+    settings: Mapping[str, Any] = MappingProxyType({})  # what else decides which samples are played, by config key
+
     def __init__(self, prompts: Iterable[Prompt] = (), report: DatasetReport | None = None) -> None:
         self.sample_ids: list[str] = []
         prompt_tokens, real_tokens = array("i"), array("i")
@@ -126,6 +131,55 @@ class PromptDataset:
         """Tokens of each prompt and real response together, shape (n,) int64."""
         return self.prompt_lengths + self.real_lengths
 
+    @property
+    def longest(self) -> int:
+        """Greatest length of prompt and real response together, in tokens; 0 if there is no sample."""
+        return int(self.lengths.max(initial=0))
+
+    @property
+    def samples_per_iteration(self) -> int:
+        """Samples that an iteration can play at most."""
+        return len(self)
+
+    def window(self, iteration: int) -> PromptDataset:
+        """The samples that an iteration may play: here, in each the same ones.
+
+        Args:
+            iteration (int): counted from 0.
+
+        Returns:
+            PromptDataset: what :meth:`iteration_samples` counts through.
+        """
+        return self
+
+    def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
+        """The samples that an iteration plays.
+
+        Args:
+            num_needed (int): steps of an epoch times the global batch size.
+            seed (int): the run's seed.
+            iteration (int): counted from 0.
+
+        Returns:
+            list[int]: ``num_needed`` indices into the iteration's window.
+        """
+        return iteration_samples(len(self), num_needed, seed, iteration)
+
+    def sample_id(self, iteration: int, index: int) -> str:
+        """Id of a sample of an iteration's window."""
+        return self.sample_ids[index]
+
+    def count_sources(self, sample_ids: Iterable[str]) -> dict[str, float]:
+        """How many samples come from each source of a mixture.
+
+        Args:
+            sample_ids (Iterable[str]): of samples of this data set.
+
+        Returns:
+            dict[str, float]: by the source's name; empty here, where there are no names.
+        """
+        return {}
+
     def index_of(self, sample_id: str) -> int:
         """Position of a sample.
 
@@ -176,6 +230,10 @@ class PromptDataset:
             digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
         return digest.hexdigest()
 
+    def content_fingerprint(self) -> str:
+        """Hash of the samples without what :attr:`settings` says."""
+        return self.fingerprint()
+
 
 def prompt_dataset(
     tokenizer: Any,
@@ -197,9 +255,12 @@ def prompt_dataset(
     on_long_response: LongAction = "error",
     on_bad_row: Literal["error", "skip"] = "error",
     limit: int | None = None,
+    streaming: bool = False,
+    shuffle_buffer: int = 0,
+    shuffle_seed: int = 0,
     max_seq_len: int | None = None,
     keep_originals: bool = False,
-) -> PromptDataset:
+) -> PromptDataset | PromptStream:
     """Read a supervised data set and tokenize it: what a config's ``dataset`` section names.
 
     A sample's id is the row's own where it has one, else file stem and row number; it decides the sample's random
@@ -228,12 +289,18 @@ def prompt_dataset(
         on_bad_row (Literal["error", "skip"]): for rows that cannot be read, are no conversation, do not fit the
             template or repeat an id (the first one stays).
         limit (int | None): stop reading after this many samples; what lies behind is not checked.
+        streaming (bool): ``limit`` is for each iteration, which gets the next samples of the source, and only these are
+            in memory. Behind the source's end comes its beginning. Ids need be unique within an iteration only.
+        shuffle_buffer (int): with ``streaming``, rows that are read at once and put into another order; 0 keeps the
+            source's.
+        shuffle_seed (int): decides that order.
         max_seq_len (int | None): greatest length of prompt and real response together, in tokens; None takes the
             tokenizer's, or no limit.
         keep_originals (bool): keep messages and row of each sample too, for those who judge answers by their text.
 
     Returns:
-        PromptDataset: the samples in the order of the source; ``report`` says what was left out.
+        PromptDataset | PromptStream: the samples in the order of the source; ``report`` says what was left out. With
+        ``streaming``, the source of each iteration's samples, of which nothing has been read.
 
     Raises:
         ConfigError: If an option has a value that cannot work.
@@ -262,15 +329,22 @@ def prompt_dataset(
             "dataset.message_transform takes the place of dataset.format and dataset.column_map and must be callable. "
             "Remove those, and give the transform its own column_map."
         )
-    intake = _Intake(
-        _Limits(max_seq_len, max_prompt_tokens, max_response_tokens),
-        {
-            "bad_row": on_bad_row,
-            "duplicate_id": on_bad_row,
-            "long_prompt": on_long_prompt,
-            "long_response": on_long_response,
-        },
-    )
+    if not streaming and (shuffle_buffer or shuffle_seed):
+        raise ConfigError(
+            "dataset.shuffle_buffer and shuffle_seed are for dataset.streaming=true. Without it, each iteration draws "
+            "its samples from the whole data set, and each epoch has an order of its own."
+        )
+
+    def new_intake() -> _Intake:
+        return _Intake(
+            _Limits(max_seq_len, max_prompt_tokens, max_response_tokens),
+            {
+                "bad_row": on_bad_row,
+                "duplicate_id": on_bad_row,
+                "long_prompt": on_long_prompt,
+                "long_response": on_long_response,
+            },
+        )
 
     def games(row: Row) -> list[_Game]:
         """The conversations in a row, or the one fault that stands for it."""
@@ -292,21 +366,50 @@ def prompt_dataset(
 
     originals: dict[str, Original] = {}
 
-    def samples() -> Iterator[Prompt]:
-        rows = read_rows(source, split=split, name=name, data_dir=data_dir, revision=revision)
+    def encoded(rows: Iterator[Row]) -> Iterator[list[_Encoded]]:
+        """The games of each row with their token ids."""
         # In chunks, because a tokenizer that takes many texts at once uses all cores.
         while chunk := list(islice(rows, min(_CHUNK_ROWS, limit or _CHUNK_ROWS))):
             of_rows = [games(row) for row in chunk]
-            encoded = iter(_encode(tokenizer, [game for of_row in of_rows for game in of_row]))
-            for of_row in of_rows:
-                intake.rows += 1
-                for game in of_row:
-                    prompt = intake.admit(game, next(encoded))
-                    if prompt is None:
-                        continue
-                    if keep_originals:
-                        originals[game.sample_id] = Original(game.messages, game.row)
-                    yield prompt
+            ids = iter(_encode(tokenizer, [game for of_row in of_rows for game in of_row]))
+            yield from ([(game, next(ids)) for game in of_row] for of_row in of_rows)
+
+    where: dict[str, Any] = {"split": split, "name": name, "data_dir": data_dir, "revision": revision}
+    if streaming:
+        if limit is None or max_seq_len is None:
+            raise ConfigError(
+                "dataset.streaming=true needs dataset.limit, the samples of an iteration, and max_seq_len. Set "
+                "dataset.limit to global_batch_size times the steps that an epoch shall have."
+            )
+        if keep_originals:
+            raise ConfigError("dataset.keep_originals=true keeps every row; dataset.streaming=true keeps none.")
+        settings = {
+            "source": describe_source(source, **where),
+            **{"limit": limit, "shuffle_buffer": shuffle_buffer, "shuffle_seed": shuffle_seed, "turns": turns},
+        }
+
+        def again_and_again() -> Iterator[list[_Encoded] | None]:
+            """The rows from the source's beginning to its end, marked by None, and so on without end."""
+            for number in count():
+                rows = read_rows(source, streaming=True, **where)
+                yield from encoded(iter(shuffled_rows(rows, shuffle_buffer, shuffle_seed, number)))
+                yield None
+
+        return PromptStream(
+            lambda: _windows(again_and_again(), new_intake, limit, source), limit, max_seq_len, settings
+        )
+    intake = new_intake()
+
+    def samples() -> Iterator[Prompt]:
+        for of_row in encoded(read_rows(source, **where)):
+            intake.rows += 1
+            for game, ids in of_row:
+                prompt = intake.admit(game, ids)
+                if prompt is None:
+                    continue
+                if keep_originals:
+                    originals[game.sample_id] = Original(game.messages, game.row)
+                yield prompt
 
     dataset = PromptDataset(islice(samples(), limit))
     dataset.originals = originals
@@ -315,7 +418,7 @@ def prompt_dataset(
 
 
 def check_vocabulary(
-    model: nn.Module, tokenizer: PromptTokenizer, stop_token_ids: Sequence[int], *datasets: PromptDataset
+    model: nn.Module, tokenizer: PromptTokenizer, stop_token_ids: Sequence[int], *datasets: PromptDataset | PromptStream
 ) -> None:
     """Checks that the model has an embedding for every token that it will meet; a tokenizer may know more.
 
@@ -323,7 +426,7 @@ def check_vocabulary(
         model (nn.Module): a torchtune decoder, on any device, with weights or without.
         tokenizer (PromptTokenizer): what made the token ids.
         stop_token_ids (Sequence[int]): these are looked up among the model's logits.
-        *datasets (PromptDataset): training and validation samples.
+        *datasets (PromptDataset | PromptStream): training and validation samples.
 
     Raises:
         DataError: If a sample or a stop token has an id beyond the model's vocabulary.
@@ -356,6 +459,9 @@ class _Game:
     row: Mapping[str, Any] = field(default_factory=dict)
 
 
+_Encoded = tuple[_Game, "tuple[list[int], list[int]] | DataError"]
+
+
 @dataclass(frozen=True, slots=True)
 class _Limits:
     max_seq_len: int | None
@@ -376,6 +482,43 @@ class _Limits:
         if self.max_response_tokens is not None and (room is None or self.max_response_tokens <= room):
             return self.max_response_tokens, f"dataset.max_response_tokens={self.max_response_tokens}"
         return room, f"max_seq_len={self.max_seq_len}, less {prompt_tokens} of the prompt"
+
+
+def _windows(
+    rows: Iterator[list[_Encoded] | None], new_intake: Callable[[], _Intake], size: int, source: Source
+) -> Iterator[PromptDataset]:
+    """Consecutive windows of an endless stream of rows, where None marks the end of the source."""
+    left: list[_Encoded] = []  # of a row whose first games filled the window before
+    while True:
+        intake, repeats, ends = new_intake(), frozenset[str](), 0
+        samples: list[Prompt] = []
+        while len(samples) < size:
+            if left:
+                of_row, left = left, []
+            else:
+                read = next(rows)
+                if read is None:
+                    intake.raise_errors(source)
+                    ends, repeats = ends + 1, frozenset(prompt.sample_id for prompt in samples)
+                    if ends == 2:  # the whole source was read for this window
+                        break
+                    continue
+                of_row = read
+                intake.rows += 1
+            for number, (game, ids) in enumerate(of_row):
+                if len(samples) == size:
+                    left = of_row[number:]
+                    break
+                if game.sample_id not in repeats and (prompt := intake.admit(game, ids)) is not None:
+                    samples.append(prompt)
+            intake.raise_errors(source, at_least=_SHOWN)  # not after the whole of a source of bad rows
+        report = intake.conclude(source, len(samples))
+        if len(samples) < size:
+            raise DataError(
+                f"{_label(source)} has {len(samples)} usable samples, dataset.limit={size} asks for more in each "
+                f"iteration. Set dataset.limit={len(samples)} or less."
+            )
+        yield PromptDataset(samples, report)
 
 
 class _Intake:
@@ -444,16 +587,18 @@ class _Intake:
         if len(self._examples) < _SHOWN:
             self._examples.append(f"{game.where}: {fault}")
 
-    def conclude(self, source: Source, samples: int) -> DatasetReport:
-        """Raise what must be raised, warn of what was done, and report."""
-        label = (
-            source if isinstance(source, str) else f"{len(source)} sources" if isinstance(source, list) else str(source)
-        )
-        if self._error_count:
+    def raise_errors(self, source: Source, at_least: int = 1) -> None:
+        """Raise what must be raised, if it is so many."""
+        if self._error_count >= at_least:
             raise DataError(
-                f"{self._error_count} samples in {self.rows} rows of {label} cannot be used:\n"
+                f"{self._error_count} samples in {self.rows} rows of {_label(source)} cannot be used:\n"
                 f"{_listed(self._errors, self._error_count)}"
             )
+
+    def conclude(self, source: Source, samples: int) -> DatasetReport:
+        """Raise what must be raised, warn of what was done, and report."""
+        self.raise_errors(source)
+        label = _label(source)
         done = ", ".join(f"{reason} {count}" for reason, count in self._counts.items())
         total = sum(self._counts.values())
         if not samples:
@@ -470,6 +615,12 @@ class _Intake:
                 _listed(self._examples[:_SHOWN_IN_WARNING], total),
             )
         return DatasetReport(self.rows, samples, dict(self._counts), self._examples)
+
+
+def _label(source: Source) -> str:
+    if isinstance(source, str):
+        return source
+    return f"{len(source)} sources" if isinstance(source, list) else str(source)
 
 
 def _listed(lines: list[str], total: int) -> str:

@@ -49,6 +49,7 @@ def read_rows(
     name: str | None = None,
     data_dir: str | None = None,
     revision: str | None = None,
+    streaming: bool = False,
 ) -> Iterator[Row]:
     """Open a source and iterate over its rows in a fixed order.
 
@@ -63,6 +64,8 @@ def read_rows(
         name (str | None): configuration of a Hugging Face data set.
         data_dir (str | None): sub-folder of a Hugging Face data set.
         revision (str | None): branch, tag or commit of a Hugging Face data set.
+        streaming (bool): fetch the rows of a Hugging Face data set as they are asked for, instead of downloading all
+            files first, and refuse a source that can only be read whole.
 
     Returns:
         Iterator[Row]: the rows; those that cannot be read have ``error`` set.
@@ -81,21 +84,44 @@ def read_rows(
     locations = [source] if isinstance(source, (str, Path)) else list(source)
     if not locations:
         raise DataError("dataset.source is an empty list. Name at least one file or data set.")
-    readers = [reader for location in locations for reader in _resolve(location, options)]
+    readers = [reader for location in locations for reader in _resolve(location, options, streaming)]
     return _not_empty((row for reader in readers for row in reader), ", ".join(str(each) for each in locations))
 
 
 # --- Where the rows are ---
 
 
-def _resolve(location: object, options: dict[str, str | None]) -> list[Iterable[Row]]:
+def describe_source(source: Source, **options: str | None) -> list[Any]:
+    """Which data a source means, as far as that can be told without reading them.
+
+    Args:
+        source (Source): see :func:`read_rows`.
+        **options (str | None): of a Hugging Face data set.
+
+    Returns:
+        list[Any]: JSON values: of each file its name and size in bytes, of a data set its name, and the options.
+    """
+    found: list[Any] = []
+    for location in [source] if isinstance(source, (str, Path)) else source:
+        path = None if isinstance(location, Mapping) else Path(location).expanduser()
+        if path is None:
+            found.append("row")
+        elif path.is_dir():
+            found += [[file.name, file.stat().st_size] for file in sorted(path.iterdir()) if file.is_file()]
+        else:
+            files = sorted(map(Path, glob.glob(str(path), recursive=True)))
+            found += [[file.name, file.stat().st_size] for file in files] or [str(location)]
+    return [*found, {name: value for name, value in options.items() if value is not None}]
+
+
+def _resolve(location: object, options: dict[str, str | None], streaming: bool = False) -> list[Iterable[Row]]:
     if not isinstance(location, (str, Path)):
         raise DataError(f"dataset.source has an entry of type {type(location).__name__}, expected paths or names only.")
     text = str(location)
     if not text.strip():
         raise DataError("dataset.source is empty. Name a file, a folder or a Hugging Face data set.")
     if text.startswith(_HF_PREFIX):
-        return [_hub_rows(text.removeprefix(_HF_PREFIX), options)]
+        return [_hub_rows(text.removeprefix(_HF_PREFIX), options, streaming)]
     path = Path(text).expanduser()
     if path.is_dir():
         if any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
@@ -108,7 +134,7 @@ def _resolve(location: object, options: dict[str, str | None]) -> list[Iterable[
         if not files:
             raise DataError(f"No file matches dataset.source={text}. {_nearby(path)}")
     elif _could_be_hub_name(text):
-        return [_hub_rows(text, options)]
+        return [_hub_rows(text, options, streaming)]
     else:
         raise DataError(f"dataset.source={text} does not exist. {_nearby(path)}")
     given = [f"dataset.{key}={value}" for key, value in options.items() if value is not None]
@@ -116,6 +142,12 @@ def _resolve(location: object, options: dict[str, str | None]) -> list[Iterable[
         raise DataError(
             f"{', '.join(given)} has no meaning for {text}: it is a matter of files, not a Hugging Face data set. "
             "Remove the option, or name the file that holds these rows."
+        )
+    whole = [file.name for file in files if file.suffix == ".json"] if streaming else []
+    if whole:
+        raise DataError(
+            f"{', '.join(whole)}: a JSON list can only be read whole, dataset.streaming=true reads row by row. Convert "
+            "it to JSON Lines or parquet."
         )
     return [_file_rows(file) for file in files]
 
@@ -294,9 +326,13 @@ def _disk_rows(path: Path, options: dict[str, str | None]) -> Iterator[Row]:
     return _dataset_rows(loaded, path.name, options["split"])
 
 
-def _hub_rows(hub_name: str, options: dict[str, str | None]) -> Iterator[Row]:
+def _hub_rows(hub_name: str, options: dict[str, str | None], streaming: bool) -> Iterator[Row]:
     datasets = _datasets_library(f"dataset.source={hub_name} (not a file, so taken as a Hugging Face data set)")
-    arguments = {key: options[key] for key in ("name", "data_dir", "revision", "split") if options[key] is not None}
+    arguments: dict[str, Any] = {
+        key: options[key] for key in ("name", "data_dir", "revision", "split") if options[key] is not None
+    }
+    if streaming:
+        arguments["streaming"] = True
     try:
         loaded = datasets.load_dataset(hub_name, **arguments)
     except (OSError, ValueError, RuntimeError) as error:  # not found, no network, unknown configuration or split

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from omegaconf import OmegaConf
 
 from spin.cli import main
 from spin.cli.validate import compare_ids, plan_lines
@@ -42,6 +43,44 @@ def test_a_config_that_works(validate):
     assert "validation every 2 steps; state every 2 steps; 6 validation samples" in out
     assert "918,656 parameters" in out and "vocabulary 1,024" in out and "2 '<|im_end|>'" in out
     assert "jargon_train.jsonl:1: the real response has 83 tokens" in out  # what is cut is said
+
+
+def changed_config(tmp_path, dataset):
+    config = OmegaConf.load(CONFIG)
+    config.dataset = dataset
+    OmegaConf.save(config, tmp_path / "changed.yaml")
+    return tmp_path / "changed.yaml"
+
+
+def test_a_mixture(validate, tmp_path):
+    """20 and 6 samples, 3 : 1. Of the 24 that the weights allow, 18 are of a, 6 of b."""
+    source = {part: str(REPO / f"examples/quickstart/jargon_{part}.jsonl") for part in ("train", "val")}
+    sources = {
+        "a": {"source": source["train"], "limit": 20, "weight": 3},
+        "b": {"source": source["val"], "limit": 6, "weight": 1},
+    }
+    mixture = {
+        "_component_": "spin.data.mixed_prompt_dataset",
+        "common": {"max_response_tokens": 80, "on_long_response": "cut"},
+        "sources": sources,
+    }
+    code, out, err = validate("~dataset.source", config=changed_config(tmp_path, mixture))
+    assert code == 0, out + err
+    assert "26 samples of 26 rows" in out and "of 24 that an iteration can play: a 18, b 6" in out
+    assert "24 prompts answered in an iteration" in out and "in the first 200 conversations" in out
+    sources["b"]["wieght"] = 2
+    code, out, _ = validate("~dataset.source", config=changed_config(tmp_path, mixture))
+    assert code == 1 and "dataset.sources.b.wieght: unknown key. Did you mean 'weight'?" in out
+
+
+def test_a_stream(validate):
+    """Its first iteration is read: 8 samples; 2 steps of 4 in each of 2 x 2 epochs."""
+    code, out, err = validate("dataset.streaming=true", "dataset.limit=8")
+    assert code == 0, out + err
+    assert "a stream, of whose first 8 rows iteration 0 plays 8 samples" in out
+    assert "8 steps: 2 iterations x 2 epochs x 2 steps of 4 prompts" in out
+    code, out, _ = validate("dataset.streaming=true", "dataset.limit=2000")
+    assert code == 1 and "has 912 usable samples, dataset.limit=2000 asks for more" in out
 
 
 def test_a_config_of_the_lora_recipe(validate):
@@ -123,10 +162,10 @@ def test_the_arithmetic_is_the_runs(tmp_path):
 
     changes = ("pairs.history=1", "max_iterations=3", "max_epochs=1", "limit_train_batches=3", "global_batch_size=4")
     cfg = tiny_config(tmp_path, *changes)
-    lines = plan_lines(cfg, 20, 6)
     recipe = spin_recipe.SPINRecipe(cfg)
     recipe.setup()
     try:
+        lines = plan_lines(cfg, recipe._prompts, 6)
         assert lines[0].startswith(f"{recipe._progress.total_steps} steps: 3 iterations x 1 epochs")
         assert [recipe._progress.steps_in_epoch(i) for i in range(3)] == [3, 6, 6]
         assert "x 3, 6, 6 steps of 4 prompts" in lines[0]

@@ -349,7 +349,13 @@ def test_phi3_answers_end_with_the_end_of_turn_token(families):
 def test_tool_results_are_torchtunes_ipython(families):
     adapted = adapt_tokenizer(families["llama3"][0])
     talk = [PAIR[0], PAIR[1], {"role": "tool", "content": "42"}, {"role": "assistant", "content": "A"}]
-    assert "<|start_header_id|>ipython<|end_header_id|>\n\n42" in adapted.decode(adapted.encode_pair(talk)[0])
+    prompt_ids, real_ids = adapted.encode_pair(talk)
+    assert "<|start_header_id|>ipython<|end_header_id|>\n\n42" in adapted.decode(prompt_ids)
+    assert adapted.decode(real_ids) == "A<|eot_id|>"
+    calling = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    for messages in ([PAIR[0], calling], [{**PAIR[0], "tools": []}, PAIR[1]]):
+        with pytest.raises(DataError, match=r"has tools, which Llama3Tokenizer cannot write\. Use spin\.data\.ChatTok"):
+            adapted.encode_pair(messages)
 
 
 def test_fingerprints_differ_between_families_and_templates(families):

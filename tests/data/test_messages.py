@@ -110,7 +110,7 @@ def test_trailing_user_turn_has_the_agreed_message():
         ([{"role": ["user"], "content": "x"}, ASSISTANT], "message 0 has role ['user']"),
         ([{"text": "x"}, ASSISTANT], "message 0 has the keys text; expected role and content, or from and value"),
         (["hello", ASSISTANT], "message 0 is of type str, expected an object"),
-        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}], "message 1 calls tools"),
+        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}], "message 1 calls {}, expected a function"),
         ([{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT], "parts of type image_url; only text"),
     ],
 )
@@ -174,8 +174,8 @@ def test_transform_that_returns_something_else():
 # Keys and values near those of real rows, so that the fuzz reaches the parsers and not only the detection.
 _scalars = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4) | st.just("user")
 _turns = st.dictionaries(
-    st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls"]),
-    _scalars | st.sampled_from(["user", "assistant", "gpt", "human", "system"]),
+    st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls", "function_call"]),
+    _scalars | st.sampled_from(["user", "assistant", "gpt", "human", "system", "tool", "function_call", "[]", "{}"]),
     max_size=3,
 )
 _values = _scalars | st.lists(_turns | _scalars, max_size=3) | _turns
@@ -191,6 +191,7 @@ _rows = st.dictionaries(
             "input",
             "output",
             "system",
+            "tools",
             "id",
         ]
     ),

@@ -1,6 +1,5 @@
 """The data set that a config names: what is kept, what is refused, and what is said about it."""
 
-import json
 import logging
 import time
 
@@ -33,16 +32,6 @@ class Letters:
 
     def decode(self, ids, skip_special_tokens=False):
         return "".join(chr(token) for token in ids if token)
-
-
-@pytest.fixture
-def source(tmp_path):
-    def write(*rows, name="data.jsonl"):
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-        (tmp_path / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        return str(tmp_path / name)
-
-    return write
 
 
 def pair(prompt="ab", response="xy", **more):

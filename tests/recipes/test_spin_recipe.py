@@ -355,6 +355,24 @@ def test_max_time_stops_before_training_and_says_how_to_go_on(tmp_path, caplog):
     assert not (tmp_path / "iteration_000" / "hf_model").exists()
 
 
+def test_a_finished_run_says_so_and_goes_on_with_more_iterations(tmp_path, caplog, capsys):
+    short = ("max_epochs=1", "limit_train_batches=2", "validation_dataset=null")
+    run(tmp_path, *short)
+    assert (
+        "2 iterations: in each the model" in caplog.text
+        and "1 x 2 steps of 4 pairs; 4 steps in all, 0 don" in caplog.text
+    )
+    assert f"Finished after 4 steps; everything is in {tmp_path}" in caplog.text
+    assert "iteration_001/hf_model loads in transformers" in caplog.text and "max_iterations=3" in caplog.text
+    assert capsys.readouterr().out.count("no rewards, acc 0)") == 2
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in samples] == [2] * 4 + [4] * 4  # without a validation set, those trained on
+    caplog.clear()
+    assert run(tmp_path, *short)._progress.step == 4
+    assert "was finished before, after 4 steps: nothing was left to do" in caplog.text
+    assert run(tmp_path, *short, "max_iterations=3")._progress.step == 6
+
+
 def test_keeps_the_last_and_the_best(tmp_path):
     run(tmp_path, "checkpointer.keep_last=2", "checkpointer.keep_best=1", "max_iterations=1", "save_interval=1")
     rows = {row["step"]: row for row in metrics_of(tmp_path)}

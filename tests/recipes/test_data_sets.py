@@ -1,0 +1,135 @@
+"""Mixtures and streams in a whole run: what each iteration plays, the log by source, restarts, changed settings."""
+
+import pytest
+import spin_recipe
+from omegaconf import OmegaConf
+
+from spin.config import complete
+from spin.data import PairStore
+from spin.errors import CheckpointError, ConfigError
+from spin.progress import SPINProgress
+from tests.recipes.helpers import REPO, metrics_of, run, tiny_config
+
+TRAIN, VAL = (str(REPO / f"examples/quickstart/jargon_{part}.jsonl") for part in ("train", "val"))
+MIXTURE = {
+    "_component_": "spin.data.mixed_prompt_dataset",
+    "common": {"max_response_tokens": 80, "on_long_response": "cut"},
+    "sources": {"slang": {"source": TRAIN, "limit": 30, "weight": 3}, "few": {"source": VAL, "limit": 2, "weight": 1}},
+    "samples": 16,
+}
+VAL_MIXTURE = {
+    "_component_": "spin.data.mixed_prompt_dataset",
+    "common": MIXTURE["common"],
+    "sources": {"one": {"source": TRAIN, "limit": 3}, "two": {"source": VAL, "limit": 3}},
+}
+STREAM = (
+    *("dataset.streaming=true", "dataset.limit=8", "dataset.shuffle_buffer=32", "max_iterations=3", "max_epochs=1"),
+    *("global_batch_size=4", "pairs.history=1"),
+)
+
+
+def run_with(output_dir, sections, *overrides):
+    """A run whose data sets are replaced."""
+    cfg = tiny_config(output_dir, "max_epochs=1", "limit_train_batches=2", "max_iterations=2", *overrides)
+    plain = OmegaConf.to_container(cfg) | sections
+
+    class Recipe(spin_recipe.SPINRecipe):
+        def __init__(self, cfg):
+            super().__init__(complete(OmegaConf.create(plain), spin_recipe.DEFAULTS))
+
+    return run(output_dir, recipe_class=Recipe)
+
+
+def test_a_mixture_is_played_by_its_weights_and_logged_by_source(tmp_path):
+    """8 of an iteration's samples, 6 to 2; then 16, 12 to 4, for which the two of the small source are copied."""
+    sections = {"dataset": MIXTURE, "validation_dataset": VAL_MIXTURE}
+    run_with(tmp_path / "a", sections)
+    steps = [row for row in metrics_of(tmp_path / "a") if "loss" in row]
+    for iteration in range(2):
+        of_iteration = [row for row in steps if row["iteration"] == iteration]
+        assert sum(row["samples/slang"] for row in of_iteration) == 6
+        assert sum(row["samples/few"] for row in of_iteration) == 2
+        stored = [pair.sample_id for pair in PairStore.open(tmp_path / f"a/iteration_{iteration:03d}/pairs").pairs()]
+        assert sum(sample_id.startswith("few/") for sample_id in stored) == 2 and len(set(stored)) == 8
+    for row in metrics_of(tmp_path / "a"):
+        if "val_loss" in row:  # lies between those of its sources, each weighed by its tokens
+            parts = sorted([row["val_loss/one"], row["val_loss/two"]])
+            assert parts[0] < row["val_loss"] < parts[1]
+
+    run_with(tmp_path / "b", sections, "limit_train_batches=1.0", "max_iterations=1")
+    pairs = list(PairStore.open(tmp_path / "b/iteration_000/pairs").pairs())
+    few = {pair.sample_id: tuple(pair.generated[0].token_ids) for pair in pairs if pair.sample_id.startswith("few/")}
+    originals = {sample_id for sample_id in few if "#" not in sample_id}
+    assert len(originals) == 2 and set(few) == originals | {f"{sample_id}#copy1" for sample_id in originals}
+    assert len(set(few.values())) == 4  # the opponent answers a copy with other random numbers
+
+
+def test_changed_weights_are_refused_by_name(tmp_path):
+    run_with(tmp_path, {"dataset": MIXTURE}, "max_steps=1")
+    sources = MIXTURE["sources"]
+    changed = MIXTURE | {"sources": sources | {"few": sources["few"] | {"weight": 2}}}
+    with pytest.raises(CheckpointError) as caught:
+        run_with(tmp_path, {"dataset": changed}, "max_steps=2")
+    message = str(caught.value)
+    assert "dataset.weights is {'slang': 0.6, 'few': 0.4}, was {'slang': 0.75, 'few': 0.25}" in message
+    assert "dataset is" not in message  # the samples are the same
+    with pytest.raises(CheckpointError, match=r"^dataset\.weights can change between iterations only"):
+        run_with(tmp_path, {"dataset": changed}, "max_steps=2", "resume_with_changes=[dataset.weights]")
+
+
+def test_weights_may_change_at_an_iterations_start(tmp_path):
+    """3 : 1 in the first, 3 : 2 in the second: of 8 samples 6 and 2, then 5 and 3."""
+    run_with(tmp_path, {"dataset": MIXTURE}, "max_steps=2")
+    sources = MIXTURE["sources"]
+    changed = MIXTURE | {"sources": sources | {"few": sources["few"] | {"weight": 2}}}
+    run_with(tmp_path, {"dataset": changed}, "resume_with_changes=[dataset.weights]")
+    played = [row["samples/few"] for row in metrics_of(tmp_path) if "loss" in row]
+    assert [sum(played[:2]), sum(played[2:])] == [2, 3]
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stream")
+    return run(folder, *STREAM), folder
+
+
+def test_an_iteration_plays_the_next_of_a_stream(whole_run):
+    _, folder = whole_run
+    stores = [PairStore.open(folder / f"iteration_{iteration:03d}/responses") for iteration in range(3)]
+    played = [[pair.sample_id for pair in store.pairs()] for store in stores]
+    assert [len(each) for each in played] == [8, 8, 8] and len(set(sum(played, []))) == 24
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 7])
+def test_a_stream_that_is_stopped_goes_on_with_the_same_samples(whole_run, tmp_path, stop_at, monkeypatch):
+    """Iterations of 2, 4 and 4 steps, with history; stopped within each."""
+    whole, folder = whole_run
+    done = SPINProgress.advance
+
+    def advance(self, samples):
+        done(self, samples)
+        if self.step == stop_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SPINProgress, "advance", advance)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, *STREAM, "save_interval=1")
+    assert run(tmp_path, *STREAM, "save_interval=1").final_weights == whole.final_weights
+    assert metrics_of(tmp_path) == metrics_of(folder)
+
+
+def test_a_stream_of_another_file_is_refused_by_name(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = (REPO / "examples/quickstart/jargon_train.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(rows[:40]))
+    run(tmp_path / "run", *STREAM, f"dataset.source={file}", "max_steps=1")
+    file.write_text("".join(rows[:41]))
+    with pytest.raises(CheckpointError, match=r"dataset\.source is \[\['rows\.jsonl', \d+\]"):
+        run(tmp_path / "run", *STREAM, f"dataset.source={file}", "max_steps=2")
+
+
+def test_a_validation_set_does_not_stream(tmp_path):
+    with pytest.raises(ConfigError, match=r"validation_dataset\.streaming=true"):
+        run(tmp_path, "validation_dataset.streaming=true")
+    assert not list(tmp_path.iterdir())
