@@ -212,7 +212,7 @@ class _LinearNF4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        weight = _nf4_values(*ctx.saved_tensors, *ctx.blocks).view(-1, ctx.columns)
+        weight = _nf4_values(*ctx.saved_tensors, *ctx.blocks, use=1).view(-1, ctx.columns)
         return grad @ weight.to(grad.dtype), *[None] * 8
 
 
@@ -234,8 +234,13 @@ def _nf4_values(
     table: torch.Tensor,
     block: int,
     scaler_block: int,
+    use: int = 0,
 ) -> torch.Tensor:
-    """The numbers that NF4 stands for, flat; one operation to compilers. See :func:`spin.nf4_kernels.nf4_values`."""
+    """The numbers that NF4 stands for, flat; one operation to compilers. See :func:`spin.nf4_kernels.nf4_values`.
+
+    ``use`` is 0 in forward and 1 in backward: a compiler that sees the same operation twice would keep the numbers of
+    all layers in between, 2 bytes a weight.
+    """
     if data.is_cuda:
         from spin import nf4_kernels  # only where there is Triton
 
@@ -254,6 +259,7 @@ def _(
     table: torch.Tensor,
     block: int,
     scaler_block: int,
+    use: int = 0,
 ) -> torch.Tensor:
     return table.new_empty(2 * data.numel())
 

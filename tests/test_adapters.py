@@ -228,6 +228,17 @@ def test_modules_over_nf4_compute_what_torchtunes_do(compiled):
         torch.testing.assert_close(x.grad, gradient, rtol=1e-5, atol=1e-4)
 
 
+def test_compiled_layers_do_not_keep_the_numbers_that_nf4_stands_for():
+    """Between forward and backward; a compiler would, if it took the two for the same."""
+    module = LoRALinear(512, 384, rank=4, alpha=8, quantize_base=True)
+    module.weight.requires_grad_(False)
+    patch_nf4(module)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        torch.compile(module)(torch.randn(7, 512, requires_grad=True))
+    assert max(kept) == 512 * 384 / 2, "two weights in a byte"
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(128, 128), (1000, 1024 * 16), (4096, 4096)])
