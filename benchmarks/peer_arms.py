@@ -90,9 +90,14 @@ class PeerBench(Bench):
             model = LlamaForCausalLM(config)
         with torch.device(self.world.device):
             model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-        for module, source in zip(model.modules(), self._shared.modules(), strict=True):
-            module._parameters.update(source._parameters)
+        sources = dict(self._shared.named_modules())
+        for name, module in model.named_modules():  # Liger's layers lack modules without parameters
+            module._parameters.update(sources[name]._parameters)
         return model.train()
+
+    def twin_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """The parameters that all twins share, by transformers' names."""
+        return self._shared.named_parameters()  # type: ignore[no-any-return]
 
     def twin_weights(self, source: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
         """What twins have of the product's model, by torchtune's names."""
@@ -325,7 +330,8 @@ class Twin(Peer):
         return super().forward_backward([piece.to(device) for piece in pieces], num_pairs)
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        named = {name: p.grad for name, p in self.bench.twin().named_parameters() if p.grad is not None}
+        # by the names of the first twin, because an arm may have other modules (Liger's)
+        named = {name: p.grad for name, p in self.bench.twin_parameters() if p.grad is not None}
         return hf_to_tune(named, **heads_of(self.model.config))
 
 
