@@ -29,7 +29,7 @@ from spin.distributed import accumulating, clip_grad_norm
 from spin.generators.base import Completion
 from spin.generators.sampling import sample_seed
 from spin.logprobs import pair_objective
-from spin.mixture import weights_of_start
+from spin.mixed_opponent import weights_of_start
 from spin.reference import score_batches
 from spin.schedules import lr_factor
 

@@ -37,8 +37,7 @@ from spin.checks import check_first_loss, check_moved_share, check_run, check_un
 from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.loader import RowBatch, load_rows
 from spin.data.lookup import LazySequence, PairLookup, share_lookup
-from spin.data.mixing import history_window
-from spin.data.order import epoch_order, iteration_items
+from spin.data.order import epoch_order, history_window, iteration_items
 from spin.data.packing import PackedRow, longest_row
 from spin.data.prompts import check_vocabulary
 from spin.defaults import LORA_DEFAULTS
@@ -60,7 +59,7 @@ from spin.generators import GeneratorContext, sampling_params
 from spin.logprobs import pair_objective
 from spin.lora import check_lora, init_adapters, prepare_adapters, trainable
 from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics
-from spin.mixture import mix_references, weights_of_start
+from spin.mixed_opponent import mix_references, weights_of_start
 from spin.models import build_model, choose_attention, prepare_model, window_of
 from spin.nonfinite import NonFiniteGuard
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch

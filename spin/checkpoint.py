@@ -144,7 +144,7 @@ class SPINCheckpointer:
         load_hf_weights(model, self.checkpoint_dir, self.model_type, world=world)
 
     def load_start(self, model: nn.Module, world: World) -> None:
-        """Puts the weights that the run started from into the model; see :mod:`spin.mixture`."""
+        """Puts the weights that the run started from into the model; see :mod:`spin.mixed_opponent`."""
         self.load_model(model, world)
 
     def export(self, model: nn.Module, iteration: int, world: World) -> Path:
