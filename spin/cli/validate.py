@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from spin import config, selfplay
 from spin.checks import check_run
 from spin.cli.catalog import load_recipe, recipe_of
-from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer, iteration_items
+from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
 from spin.data.prompts import check_vocabulary
 from spin.data.sources import read_rows
@@ -27,8 +26,8 @@ from spin.generators import sampling_params
 from spin.hf import check_hf_folder
 from spin.lora import check_lora
 from spin.models import build_model
+from spin.plan import RunPlan
 from spin.players import Player, check_evaluation, players_of
-from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.schedules import per_iteration
 
 COMPARED_ROWS = 200  # of the training set, whose token ids and texts are compared
@@ -361,30 +360,22 @@ def plan_lines(cfg: DictConfig, prompts: PromptDataset | PromptStream, num_val_p
     Raises:
         ConfigError: If there would be no step, or an interval is less than one.
     """
-    size = cfg.global_batch_size
-    num_prompts = prompts.samples_per_iteration
-    steps = compute_num_steps_per_epoch(num_prompts, size, cfg.limit_train_batches)
-    mixing = (cfg.pairs.history, cfg.pairs.history_fraction)
-    samples_of = partial(prompts.iteration_samples, steps * size, cfg.seed)
-    items = [iteration_items(samples_of, i, *mixing) for i in range(cfg.max_iterations)]
-    per_epoch = [len(each) // size for each in items]
-    progress = SPINProgress(per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
-    played = [sum(iteration == i for iteration, _ in each) for i, each in enumerate(items)]
+    plan = RunPlan(cfg, prompts, num_val_prompts)
+    progress, iterations = plan.progress, range(cfg.max_iterations)
+    per_epoch = [progress.steps_in_epoch(i) for i in iterations]
+    played = [len(plan.samples(i)) for i in iterations]
     shards = [selfplay.num_shards(count, cfg.pairs.prompts_per_shard, teams=1) for count in played]
     every = [
         f"{what} every {interval} steps" if interval else f"no {what} within an iteration"
-        for what, interval in (
-            ("validation", compute_interval("val_check_interval", cfg.val_check_interval, steps)),
-            ("state", compute_interval("save_interval", cfg.save_interval, steps)),
-        )
+        for what, interval in (("validation", plan.val_every), ("state", plan.save_every))
     ]
-    val_batches = compute_limit_batches(math.ceil(num_val_prompts / size), cfg.limit_val_batches)
+    left_over = prompts.samples_per_iteration - played[0]
     return [
         f"{progress.total_steps} steps: {cfg.max_iterations} iterations x {cfg.max_epochs} epochs x "
-        f"{_numbers(per_epoch)} steps of {size} prompts",
-        f"{_numbers(played)} prompts answered in an iteration ({num_prompts - played[0]} left over), in "
+        f"{_numbers(per_epoch)} steps of {cfg.global_batch_size} prompts",
+        f"{_numbers(played)} prompts answered in an iteration ({left_over} left over), in "
         f"{_numbers(shards)} shards (more with several engines)",
-        f"{'; '.join(every)}; {min(num_val_prompts, val_batches * size)} validation samples",
+        f"{'; '.join(every)}; {plan.num_val_samples} validation samples",
     ]
 
 
