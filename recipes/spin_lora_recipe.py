@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import training
 
 from spin import config, selfplay
@@ -82,8 +82,10 @@ class SPINLoRARecipe:
         check_lora(cfg)
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
-        self._betas = [per_iteration(_plain(cfg.loss.beta), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
-        self._lrs = [per_iteration(_plain(cfg.optimizer.lr), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+        self._betas, self._lrs = (
+            [per_iteration(config.plain(value), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+            for value in (cfg.loss.beta, cfg.optimizer.lr)
+        )
         self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
         self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
         self._val_loss: float | None = None
@@ -133,7 +135,7 @@ class SPINLoRARecipe:
         self._run_fingerprint = run_fingerprint(
             cfg, self._prompts.content_fingerprint(), self._tokenizer.fingerprint, self._prompts.settings
         )
-        self._run_fingerprint["model"] = _plain(cfg.model)  # rank and alpha
+        self._run_fingerprint["model"] = config.plain(cfg.model)  # rank and alpha
         resume_path = self._checkpointer.latest(cfg.resume)
         if resume_path is not None:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
@@ -560,10 +562,6 @@ class SPINLoRARecipe:
         _, real_rewards, generated_rewards = self._margins(pairs)
         margins = (real_rewards - generated_rewards).tolist()
         self._run_log.samples(sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step))
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 @config.parse(DEFAULTS)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import training
 
 from spin import config, selfplay
@@ -81,8 +81,10 @@ class SPINRecipe:
         check_run(cfg)
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
-        self._betas = [per_iteration(_plain(cfg.loss.beta), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
-        self._lrs = [per_iteration(_plain(cfg.optimizer.lr), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+        self._betas, self._lrs = (
+            [per_iteration(config.plain(value), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+            for value in (cfg.loss.beta, cfg.optimizer.lr)
+        )
         self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
         self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
         self._val_loss: float | None = None
@@ -553,10 +555,6 @@ class SPINRecipe:
         _, real_rewards, generated_rewards = self._margins(pairs)
         margins = (real_rewards - generated_rewards).tolist()
         self._run_log.samples(sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step))
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 @config.parse(DEFAULTS)

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 
-from spin.distributed import World, beside, clean_name, fail_together, gather_objects, reshard
+from spin.distributed import World, beside, clean_name, fail_together, gather_objects, local_tensor, reshard
 from spin.dtypes import DTYPES
 from spin.errors import CheckpointError, ConfigError, SpinError
 from spin.files import finish_folder, part_of, start_folder, write_json
@@ -702,7 +702,7 @@ def _describe_optimizer(
 
 
 def _describe_tensor(value: torch.Tensor, what: str) -> dict[str, Any]:
-    local = value.to_local() if isinstance(value, DTensor) else value
+    local = local_tensor(value)
     if hasattr(local, "__tensor_flatten__"):
         raise CheckpointError(
             f"{what} is a {type(local).__name__}, which torch.distributed.checkpoint cannot save. "

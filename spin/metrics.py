@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from spin.data.packing import PackedRow
-from spin.distributed import World, fail_together
+from spin.distributed import World, fail_together, local_tensor
 from spin.errors import ConfigError, OutputError, SpinError
 from spin.files import writing
 from spin.tables import log_table, sample_table
@@ -189,8 +188,7 @@ class MovedShare:
         self._sample = []  # views: the step changes weights in place
         for parameter in model.parameters():
             if parameter.requires_grad:
-                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                flat = local.detach().view(-1)
+                flat = local_tensor(parameter).detach().view(-1)
                 stride = flat.numel() // per_parameter | 1  # odd, so that a sample is not all of one column
                 self._sample.append(flat[::stride][:per_parameter])
         self._before = torch.cat(self._sample)

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from spin import config, selfplay
 from spin.checks import check_run
@@ -178,12 +178,12 @@ class Validation:
 
     def _parts(self, cfg: DictConfig) -> tuple[None, str]:
         """Builds what costs nothing to build: a wrong argument would show hours later, when an iteration starts."""
-        beta = per_iteration(_plain(cfg.loss.beta), 0, cfg.max_iterations)
+        beta = per_iteration(config.plain(cfg.loss.beta), 0, cfg.max_iterations)
         loss = _built("loss", lambda: config.instantiate(cfg.loss, beta=beta))
-        lr = per_iteration(_plain(cfg.optimizer.lr), 0, cfg.max_iterations)
+        lr = per_iteration(config.plain(cfg.optimizer.lr), 0, cfg.max_iterations)
         parameter = torch.nn.Parameter(torch.zeros(8, 8))
         optimizer = _built("optimizer", lambda: config.instantiate(cfg.optimizer, [parameter], lr=lr))
-        return None, f"{type(loss).__name__} with beta {_plain(cfg.loss.beta)}, {type(optimizer).__name__}"
+        return None, f"{type(loss).__name__} with beta {config.plain(cfg.loss.beta)}, {type(optimizer).__name__}"
 
     def _model(self, cfg: DictConfig) -> tuple[torch.nn.Module, str]:
         model = _built("model", lambda: build_model(cfg.model, torch.float32))
@@ -313,12 +313,12 @@ def conversations(section: DictConfig) -> Iterator[tuple[str, list[ChatMessage]]
     """
     component = section[config.COMPONENT].rpartition(".")[2]
     if component == "prompt_dataset":
-        yield from _conversations_of(_plain(section), config.instantiate(section.get("message_transform")))
+        yield from _conversations_of(config.plain(section), config.instantiate(section.get("message_transform")))
     elif component == "mixed_prompt_dataset":
         common = section.get("common") or {}
         for name, part in section.sources.items():
             transform = config.instantiate(part.get("message_transform", common.get("message_transform")))
-            for where, messages in _conversations_of({**_plain(common), **_plain(part)}, transform):
+            for where, messages in _conversations_of({**config.plain(common), **config.plain(part)}, transform):
                 yield f"{name}: {where}", messages
 
 
@@ -381,10 +381,6 @@ def plan_lines(cfg: DictConfig, prompts: PromptDataset | PromptStream, num_val_p
 
 def _numbers(values: Sequence[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _built(section: str, build: Callable[[], Any]) -> Any:
