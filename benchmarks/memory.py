@@ -26,11 +26,10 @@ from spin.data.types import Response
 from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
 from spin.distributed import accumulating, clip_grad_norm, init_world, shutdown
 from spin.estimate import estimate
-from spin.flex import BLOCK
 from spin.generators import GeneratorContext, TorchtuneGenerator, sampling_params
 from spin.logprobs import pair_objective
 from spin.lora import init_adapters, prepare_adapters, trainable
-from spin.models import build_model, choose_attention, prepare_model, window_of
+from spin.models import build_model, choose_attention, prepare_model, row_layout, training_options
 
 GIB = 2**30
 
@@ -77,29 +76,15 @@ def measure(cfg: Any, pair_tokens: int) -> dict[str, float]:
         print(prepare_adapters(model, dtype, world))
     context = model.max_seq_len
     flex = choose_attention(model, world, compute, cfg.attention)
-    packing = {
-        "row_tokens": cfg.pairs.row_tokens,
-        "row_multiple": math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
-    }
+    packing = row_layout(model, cfg.pairs, flex)
     model.max_seq_len = max(context, 2 * cfg.pairs.row_tokens)
-    prepare_model(
-        model,
-        world,
-        compute_dtype=compute,
-        activation_checkpointing=cfg.enable_activation_checkpointing,
-        ac_mode=cfg.ac_mode,
-        ac_option=cfg.ac_option,
-        compile_layers=cfg.compile,
-        reshard_after_forward=cfg.fsdp_reshard_after_forward,
-    )
+    prepare_model(model, world, compute_dtype=compute, **training_options(cfg))
     fill(model)
     if is_lora:
         init_adapters(model, cfg.seed)
     optimizer = config.instantiate(cfg.optimizer, trainable(model), lr=1e-6)
     vocab = model.tok_embeddings.weight.shape[0]
-    rows = pack_batch(
-        make_pairs(cfg.global_batch_size, pair_tokens, vocab), flex=flex, window=window_of(model), **packing
-    )
+    rows = pack_batch(make_pairs(cfg.global_batch_size, pair_tokens, vocab), **packing)
 
     def peak() -> float:
         if not on_gpu:

@@ -23,13 +23,12 @@ from spin.checkpoint import SPINCheckpointer
 from spin.config import complete, load_config
 from spin.data import Pair, PairStore, PromptDataset, prompt_dataset
 from spin.data.loader import RowBatch
-from spin.data.order import iteration_samples
 from spin.data.packing import PackedRow
 from spin.distributed import accumulating, clip_grad_norm
 from spin.generators.base import Completion
 from spin.generators.sampling import sample_seed
 from spin.logprobs import pair_objective
-from spin.mixture import weights_of_start
+from spin.mixed_opponent import weights_of_start
 from spin.reference import score_batches
 from spin.schedules import lr_factor
 
@@ -98,7 +97,7 @@ class MeasuredSPIN(SPINRecipe):
         return metrics
 
     def _measure(self) -> dict[str, Any]:
-        prompts = [self._val_prompts[i] for i in range(self._num_val_samples)]
+        prompts = [self._val_prompts[i] for i in range(self._plan.num_val_samples)]
         sums = list(self._questions["sums"])
         with selfplay.awake(self._generator, self._model):
             answers = self._answer(prompts, self._sampling)
@@ -161,9 +160,9 @@ class MeasuredSFT(MeasuredSPIN):
 
     def train(self) -> None:
         """All iterations; there is nothing to play and nothing to score."""
-        progress, size = self._progress, self._cfg.global_batch_size
+        progress = self._progress
         for iteration in range(self._cfg.max_iterations):
-            samples = iteration_samples(len(self._prompts), self._steps * size, self._cfg.seed, iteration)
+            samples = self._plan.samples(iteration)
             prompts = [self._prompts[sample] for sample in samples]
             batches = self._cut([Pair(each.sample_id, iteration, each.prompt_ids, each.real_ids) for each in prompts])
             for batch in self._rows(batches):

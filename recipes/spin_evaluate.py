@@ -23,22 +23,22 @@ import json
 import math
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 from spin import config, evaluation, selfplay
-from spin.data import PairStore, Prompt, PromptDataset
+from spin.data import Prompt, PromptDataset
 from spin.data.types import Response
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import barrier, broadcast_object, fail_together, init_world, shutdown
 from spin.errors import DataError, OutputError
 from spin.files import FolderLock, replace_text, writing
-from spin.generators import Generator, SamplingParams, sampling_params
+from spin.generators import sampling_params
 from spin.players import PLAYER_DEFAULTS, Player, check_evaluation, players_of
 from spin.terminal import get_logger, progress_bar
 
@@ -179,58 +179,37 @@ class SPINEvaluate:
             "compute_dtype": cfg.compute_dtype,
         }
         player.weights = fingerprint["opponent"]
-        samples = range(len(prompts))
+        game = selfplay.Game(prompts, range(len(prompts)), sampling, cfg.seed)
         num_shards = selfplay.num_shards(len(prompts), cfg.prompts_per_shard, world.world_size)
         store = selfplay.open_store(folder, fingerprint, num_shards, world, log.warning)
-        missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
+        missing = selfplay.missing_shards(store, world)
         if missing:
             if world.is_main:
                 log.info(f"{player.name}: {len(missing)} of {store.num_shards} shards of answers to make")
             model = player.load(world, cfg.compute_dtype) if player.has_weights else None
             generator = generator or player.generator(model, world)
             team = selfplay.team_of(generator, world)
-            mine = selfplay.own_shards(missing, store, prompts, samples, sampling.max_new_tokens, team)
+            mine = selfplay.own_shards(missing, store, game, team)
             own = math.ceil(len(prompts) * len(mine) / store.num_shards)  # about so many prompts
             with progress_bar(player.name, "prompt", own, enabled=world.is_main) as bar:
-                if model is not None:
-                    with selfplay.awake(generator, model):
-                        self._prove(generator, model, prompts, sampling)
-                        self._fill(store, mine, prompts, generator, sampling, team, bar.update)
-                else:
-                    self._fill(store, mine, prompts, generator, sampling, team, bar.update)
+                # a generator without weights answers by itself
+                with nullcontext() if model is None else selfplay.awake(generator, model):
+                    if model is not None:
+                        packing = {"row_tokens": min(8192, player.context)}
+                        selfplay.prove_weights(
+                            generator, model, world, prompts, sampling, packing=packing, chunk_tokens=2048
+                        )
+                    selfplay.play(store, mine, game, generator, team=team, on_shard=bar.update)
         if generator is not None:
             generator.close()
         model = generator = None
         gc.collect()  # sharded models refer to themselves; the next one needs the memory
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
-        barrier(world)
-        with fail_together(world, OutputError):
-            if world.is_main:
-                store.seal()
-        barrier(world)
+        selfplay.seal(store, world, is_asked_to_stop=False)
         decode = player.tokenizer.decode
         found = ((pair.sample_id, pair.generated[0]) for pair in store.pairs())
         return {key: (decode(list(map(int, r.token_ids)), skip_special_tokens=True), r) for key, r in found}
-
-    def _fill(
-        self,
-        store: PairStore,
-        shards: list[int],
-        prompts: PromptDataset,
-        generator: Generator,
-        sampling: SamplingParams,
-        team: selfplay.Team,
-        on_shard: Any,
-    ) -> None:
-        everyone = range(len(prompts))
-        options: dict[str, Any] = {"seed": self._cfg.seed, "iteration": 0, "team": team, "on_shard": on_shard}
-        selfplay.play(store, shards, prompts, everyone, generator, sampling, **options)
-
-    def _prove(self, generator: Generator, model: nn.Module, prompts: PromptDataset, sampling: SamplingParams) -> None:
-        """An engine with a copy of the weights must have these."""
-        packing = {"row_tokens": min(8192, model.max_seq_len)}
-        selfplay.prove_weights(generator, model, self._world, prompts, sampling, packing=packing, chunk_tokens=2048)
 
     # --- Verdicts ---
 

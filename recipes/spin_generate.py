@@ -27,13 +27,13 @@ from spin.checks import check_run
 from spin.data import PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.prompts import check_vocabulary
 from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import barrier, broadcast_object, fail_together, init_world, shutdown
+from spin.distributed import barrier, fail_together, init_world, shutdown
 from spin.errors import CheckpointError, ConfigError, OutputError
 from spin.files import FolderLock
 from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, sampling_params
 from spin.models import build_model, prepare_model
-from spin.progress import compute_num_steps_per_epoch
+from spin.plan import RunPlan
 from spin.terminal import get_logger, progress_bar
 
 log = get_logger("INFO")
@@ -77,6 +77,7 @@ class SPINGenerate:
 
         resume_path = checkpointer.latest(cfg.resume)
         self._iteration = 0
+        self._plan = RunPlan(cfg, source)
         if resume_path is not None:
             progress = checkpointer.read_state(resume_path)["progress"]
             if not progress["is_iteration_start"]:
@@ -103,32 +104,18 @@ class SPINGenerate:
     def generate(self) -> None:
         """Makes this worker's missing shards, and seals the store if that completes it."""
         cfg, world = self._cfg, self._world
-        steps = compute_num_steps_per_epoch(
-            self._prompts.samples_per_iteration, cfg.global_batch_size, cfg.limit_train_batches
-        )
-        samples = self._prompts.iteration_samples(steps * cfg.global_batch_size, cfg.seed, self._iteration)
-        if not samples:
-            raise ConfigError(
-                f"{len(self._prompts)} samples have no whole batch of global_batch_size={cfg.global_batch_size}."
-            )
+        samples = self._plan.samples(self._iteration)
+        responses = cfg.pairs.responses_per_prompt
+        game = selfplay.Game(self._prompts, samples, self._sampling, cfg.seed, self._iteration, responses)
         fingerprint = selfplay.play_fingerprint(
-            opponent=self._opponent,
-            prompts=self._prompts,
-            samples=samples,
-            tokenizer=self._tokenizer,
-            sampling=self._sampling,
-            seed=cfg.seed,
-            iteration=self._iteration,
-            responses_per_prompt=cfg.pairs.responses_per_prompt,
-            generator=self._generator,
-            compute_dtype=cfg.compute_dtype,
+            game, self._opponent, self._tokenizer, self._generator, cfg.compute_dtype
         )
         folder = Path(cfg.output_dir) / f"iteration_{self._iteration:03d}" / "responses"
         teams = cfg.num_workers * self._team.count
         num_shards = selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, teams)
         store = selfplay.open_store(folder, fingerprint, num_shards, world, log.warning)
-        missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
-        mine = [shard for shard in missing if shard % cfg.num_workers == cfg.worker]
+        own = [shard for shard in selfplay.missing_shards(store, world) if shard % cfg.num_workers == cfg.worker]
+        mine = selfplay.own_shards(own, store, game, self._team)
         bar = progress_bar(f"worker {cfg.worker}", "prompt", math.ceil(len(samples) / teams), enabled=world.is_main)
         with bar, selfplay.awake(self._generator, self._model):
             selfplay.prove_weights(
@@ -140,19 +127,7 @@ class SPINGenerate:
                 packing={"row_tokens": self._row_tokens},
                 chunk_tokens=cfg.logprob_chunk_tokens,
             )
-            selfplay.play(
-                store,
-                selfplay.own_shards(mine, store, self._prompts, samples, self._sampling.max_new_tokens, self._team),
-                self._prompts,
-                samples,
-                self._generator,
-                self._sampling,
-                seed=cfg.seed,
-                iteration=self._iteration,
-                responses_per_prompt=cfg.pairs.responses_per_prompt,
-                team=self._team,
-                on_shard=bar.update,
-            )
+            selfplay.play(store, mine, game, self._generator, team=self._team, on_shard=bar.update)
         barrier(world)
         if world.is_main:
             left = store.missing_shards()

@@ -21,51 +21,39 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import training
-from tqdm import tqdm
 
 from spin import config, selfplay
 from spin.checkpoint import reading_state
 from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.loader import RowBatch, load_rows
-from spin.data.lookup import LazySequence, PairLookup, share_lookup
-from spin.data.mixing import history_window
-from spin.data.order import epoch_order, iteration_items
-from spin.data.packing import PackedRow, longest_row
+from spin.data.lookup import PairLookup, share_lookup
+from spin.data.order import history_window
+from spin.data.packing import PackedRow
 from spin.data.prompts import check_vocabulary
 from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import (
-    accumulating,
-    all_reduce_sums,
-    any_rank,
-    broadcast_object,
-    clip_grad_norm,
-    fail_together,
-    init_world,
-    shutdown,
-)
-from spin.errors import CheckpointError, CollapseError, OutputError
+from spin.distributed import accumulating, all_reduce_sums, clip_grad_norm, fail_together, init_world, shutdown
+from spin.errors import CollapseError, OutputError
 from spin.files import FolderLock
 from spin.fingerprint import weights_fingerprint
-from spin.flex import BLOCK
 from spin.generators import GeneratorContext, sampling_params
 from spin.logprobs import pair_objective
-from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics
-from spin.mixture import mix_references, weights_of_start
-from spin.models import build_model, choose_attention, prepare_model, window_of
+from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics, speed_metrics, validation_metrics
+from spin.mixed_opponent import mix_references, weights_of_start
+from spin.models import build_model, choose_attention, make_room, prepare_model, row_layout, training_options
 from spin.nonfinite import NonFiniteGuard
-from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
+from spin.plan import RunPlan
 from spin.schedules import lr_factor, per_iteration
-from spin.stopping import StopRequest, command_to_continue
-from spin.tables import closing_words, iteration_summary, opening_words, sample_rows, sample_table
+from spin.stopping import StopRequest, words_of_stop
+from spin.tables import closing_words, iteration_summary, opening_words, sample_rows
 from spin.terminal import get_logger, progress_bar
 from spin.watch import Alarm, Watch, answer_metrics
 
@@ -93,8 +81,10 @@ class SPINRecipe:
         check_run(cfg)
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
-        self._betas = [per_iteration(_plain(cfg.loss.beta), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
-        self._lrs = [per_iteration(_plain(cfg.optimizer.lr), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+        self._betas, self._lrs = (
+            [per_iteration(config.plain(value), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+            for value in (cfg.loss.beta, cfg.optimizer.lr)
+        )
         self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
         self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
         self._val_loss: float | None = None
@@ -132,19 +122,8 @@ class SPINRecipe:
         check_vocabulary(self._model, self._tokenizer, self._sampling.stop_token_ids, self._prompts, self._val_prompts)
 
         # ---- arithmetic
-        size = cfg.global_batch_size
-        self._steps = compute_num_steps_per_epoch(self._prompts.samples_per_iteration, size, cfg.limit_train_batches)
-        needed, mixing = self._steps * size, (cfg.pairs.history, cfg.pairs.history_fraction)
-        # what an iteration trains on, as (iteration whose opponent answered, sample of the data set)
-        samples_of = partial(self._prompts.iteration_samples, needed, cfg.seed)
-        self._items = lambda iteration: iteration_items(samples_of, iteration, *mixing)
-        steps_per_epoch = [len(self._items(iteration)) // size for iteration in range(cfg.max_iterations)]
-        self._progress = SPINProgress(steps_per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
-        self._val_every = compute_interval("val_check_interval", cfg.val_check_interval, self._steps)
-        self._save_every = compute_interval("save_interval", cfg.save_interval, self._steps)
-        num_val = self._val_prompts.samples_per_iteration
-        val_batches = compute_limit_batches(math.ceil(num_val / size), cfg.limit_val_batches)
-        self._num_val_samples = min(num_val, val_batches * size)
+        self._plan = RunPlan(cfg, self._prompts, self._val_prompts.samples_per_iteration)
+        self._progress = self._plan.progress
 
         # ---- resume
         self._run_fingerprint = run_fingerprint(
@@ -154,35 +133,16 @@ class SPINRecipe:
         if resume_path is not None:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
             log.info(f"Resuming at step {self._progress.step} from {resume_path}")
-
-        log.info(opening_words(self._progress, size, self._prompts.samples_per_iteration, self._num_val_samples))
+        sizes = cfg.global_batch_size, self._prompts.samples_per_iteration, self._plan.num_val_samples
+        log.info(opening_words(self._progress, *sizes))
 
         # ---- model
         flex = choose_attention(self._model, self._world, compute_dtype, cfg.attention)
-        self._packing: dict[str, Any] = {
-            "row_tokens": cfg.pairs.row_tokens,
-            "row_multiple": math.lcm(cfg.pairs.row_multiple, BLOCK) if flex else cfg.pairs.row_multiple,
-            "truncated": cfg.pairs.truncated,
-            "flex": flex,
-            "window": window_of(self._model),
-        }
-        # torchtune checks the row's length, which may exceed the context; no position in it does
+        self._packing = row_layout(self._model, cfg.pairs, flex)
+        self._scoring: dict[str, Any] = {"packing": self._packing, "chunk_tokens": cfg.logprob_chunk_tokens}
         longest = max(self._prompts.longest, self._val_prompts.longest)
-        longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
-        longest = longest_row(longest, cfg.pairs.row_tokens, self._packing["row_multiple"])
-        self._model.max_seq_len = max(context, longest)
-        prepare_model(
-            self._model,
-            self._world,
-            compute_dtype=compute_dtype,
-            activation_checkpointing=cfg.enable_activation_checkpointing,
-            ac_mode=cfg.ac_mode,
-            ac_option=cfg.ac_option,
-            compile_layers=cfg.compile,
-            float8=cfg.enable_float8_training,
-            reshard_after_forward=cfg.fsdp_reshard_after_forward,
-            cpu_offload=cfg.fsdp_cpu_offload,
-        )
+        make_room(self._model, longest + cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens, self._packing)
+        prepare_model(self._model, self._world, compute_dtype=compute_dtype, **training_options(cfg))
         self._optimizer = self._new_optimizer()
         if resume_path is None:
             self._checkpointer.load_model(self._model, self._world)
@@ -190,21 +150,19 @@ class SPINRecipe:
             starts_anew = cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
             optimizer = None if starts_anew else self._optimizer
             self._checkpointer.load_state(resume_path, model=self._model, optimizer=optimizer, world=self._world)
-        self._generator = config.instantiate(
-            cfg.generator,
-            context=GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world),
-        )
+        engine = GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world)
+        self._generator = config.instantiate(cfg.generator, context=engine)
         self._team = selfplay.team_of(self._generator, self._world)
 
         # ---- logs
         from_step = -1 if resume_path is None else self._progress.step
-        self._run_log = RunLog(cfg, partial(config.instantiate, cfg.metric_logger), from_step, self._world.is_main)
+        self._run_log = RunLog(cfg, partial(config.instantiate, cfg.metric_logger), from_step, self._world)
 
     # SPIN: the algorithm.
     def train(self) -> None:
         """Iterations, epochs and steps, from wherever the state stands."""
         progress, had_steps_left = self._progress, not self._progress.is_done
-        if progress.step == 0 and self._num_val_samples and self._cfg.validation.at_start:
+        if progress.step == 0 and self._plan.num_val_samples and self._cfg.validation.at_start:
             self._log(self.run_validation())
         while not progress.is_done:
             iteration = progress.iteration
@@ -218,13 +176,13 @@ class SPINRecipe:
                 epoch = progress.epoch
                 bar = self._bar(f"iteration {iteration}, epoch {epoch}", "step", progress.steps_in_epoch(iteration))
                 bar.update(progress.step_in_epoch)
-                for batch in self._rows(self._batches(pairs, iteration, epoch, start=progress.step_in_epoch)):
+                for batch in self._rows(self._plan.batches(pairs, iteration, epoch, start=progress.step_in_epoch)):
                     metrics = self.train_single_step(batch)
                     stop, out_of_time = metrics.pop("stop") > 0, metrics.pop("out_of_time") > 0
                     bar.update()
                     bar.set_postfix({k: f"{metrics[k]:.4f}" for k in ("loss", "acc", "margin") if k in metrics})
                     is_last = progress.is_done or progress.iteration > iteration
-                    if is_last or out_of_time or (self._val_every and progress.step % self._val_every == 0):
+                    if is_last or out_of_time or (self._plan.val_every and progress.step % self._plan.val_every == 0):
                         metrics.update(self.run_validation())
                     self._log(metrics)
                     alarm = self._watch.step(iteration, progress.step - progress.iteration_start(iteration), metrics)
@@ -232,7 +190,7 @@ class SPINRecipe:
                         self._give_up(alarm, iteration, pairs, is_last)
                     if is_last:
                         break  # saved when the iteration is finished
-                    if stop or (self._save_every and progress.step % self._save_every == 0):
+                    if stop or (self._plan.save_every and progress.step % self._plan.save_every == 0):
                         self.save_checkpoint()
                     if stop:
                         return self._say_how_to_continue()
@@ -252,17 +210,16 @@ class SPINRecipe:
             PairLookup | None: pairs by (iteration of the answers, sample); None if the run was asked to stop.
         """
         folder, val_folder = self._folder(iteration), self._folder(iteration) / "validation"
-        with_val = self._cfg.validation.spin and self._num_val_samples > 0
+        with_val = self._cfg.validation.spin and self._plan.num_val_samples > 0
         if self._progress.is_iteration_start:
             self._opponent = weights_fingerprint(self._model)
-            samples = [sample for played, sample in self._items(iteration) if played == iteration]
-            if not self._play(iteration, folder, self._prompts.window(iteration), samples):
+            if not self._play(iteration, folder, self._prompts.window(iteration), self._plan.samples(iteration)):
                 return None
-            if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._num_val_samples)):
+            if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._plan.num_val_samples)):
                 return None
             self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
-            if not self._score(folder, self._batches(answers, iteration, epoch=0)):
+            if not self._score(folder, self._plan.batches(answers, iteration, epoch=0)):
                 return None
             if with_val and not self._score(
                 val_folder, self._cut(list(self._answers(iteration, val_folder, history=0)))
@@ -300,14 +257,12 @@ class SPINRecipe:
                 total.backward()
                 sums.add(row, logps, *self._pair_losses(row, logps))
         norm = clip_grad_norm(self._model, cfg.clip_grad_norm)
-        # a state that could not be written ends the run too: save_checkpoint raises what went wrong
-        asked = {
-            "stop": self._is_asked_to_stop() or self._checkpointer.has_failed,
-            "out_of_time": self._stop.is_out_of_time,
-        }
+        # a state or a log that could not be written ends the run too: save_checkpoint raises what went wrong
+        failed = self._checkpointer.has_failed or self._run_log.has_failed
+        asked = {"stop": self._stop.is_asked or failed, "out_of_time": self._stop.is_out_of_time}
         totals = all_reduce_sums({**sums.totals(), **asked}, world)
         grad_norm = norm.item()
-        finite = self._nonfinite.passes(totals["loss"], grad_norm, progress.step, batch.pairs, world.is_main)
+        finite = self._nonfinite.passes(totals["loss"], grad_norm, progress.step, batch.pairs, world)
         metrics = pair_metrics(totals) if finite else {}
         start = progress.iteration_start(iteration)
         is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
@@ -327,7 +282,6 @@ class SPINRecipe:
             rounds_at_random = getattr(self._optimizer, "stochastic_rounding", False)
             check_moved_share(moved_share, lr, cfg.dtype, rounds_at_random, iteration, self._warned)
         progress.advance(cfg.global_batch_size)
-        seconds = time.perf_counter() - started
         return metrics | {
             **({"grad_norm": grad_norm} if finite else {}),
             "lr": lr,
@@ -339,10 +293,7 @@ class SPINRecipe:
             "nonfinite_steps": len(self._nonfinite.skipped),
             **self._watch.metrics,
             **below("samples", self._prompts.count_sources(pair.sample_id for pair in batch.pairs)),
-            "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
-            "step_time": seconds,
-            "pairs_per_second": len(batch.pairs) / seconds,
-            "tokens_per_second": totals["tokens"] / seconds,
+            **speed_metrics(totals, len(batch.pairs), time.perf_counter() - started),
             **{name: totals[name] for name in asked},
         }
 
@@ -355,11 +306,11 @@ class SPINRecipe:
         Returns:
             dict[str, float]: metrics over all ranks by name; empty without a validation set.
         """
-        if not self._num_val_samples:
+        if not self._plan.num_val_samples:
             self._show_samples(list(self._last_batch)[: self._cfg.validation.table_rows])
             return {}
         started = time.perf_counter()
-        prompts = [self._val_prompts[i] for i in range(self._num_val_samples)]
+        prompts = [self._val_prompts[i] for i in range(self._plan.num_val_samples)]
         pairs = [Pair(prompt.sample_id, 0, prompt.prompt_ids, prompt.real_ids) for prompt in prompts]
         batches = self._cut(pairs)
         metrics = selfplay.validation_loss(
@@ -372,9 +323,7 @@ class SPINRecipe:
         self._val_loss = metrics["val_loss"]
         if self._cfg.validation.spin and self._val_pairs:
             losses, real_rewards, generated_rewards = self._margins(self._val_pairs)
-            metrics["val_spin_loss"] = losses.mean().item()
-            metrics["val_acc"] = (real_rewards > generated_rewards).double().mean().item()
-            metrics["val_margin"] = (real_rewards - generated_rewards).mean().item()
+            metrics |= validation_metrics(losses, real_rewards, generated_rewards)
         self._show_samples(list(self._val_pairs or self._last_batch)[: self._cfg.validation.table_rows])
         return metrics | {"validation_step_time": time.perf_counter() - started}
 
@@ -384,7 +333,12 @@ class SPINRecipe:
 
         Returns:
             Path: the folder.
+
+        Raises:
+            CheckpointError: If this state, or the last one, cannot be written.
+            OutputError: If a line of the log could not be: a state would go on as if it had been.
         """
+        self._run_log.check()
         starts_anew = self._cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
         return self._checkpointer.save_state(
             step=self._progress.step,
@@ -439,52 +393,28 @@ class SPINRecipe:
     def _play(self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
         """The opponent answers prompts; False if the run was asked to stop before all were answered."""
         cfg, world = self._cfg, self._world
-        fingerprint = selfplay.play_fingerprint(
-            opponent=self._opponent,
-            prompts=prompts,
-            samples=samples,
-            tokenizer=self._tokenizer,
-            sampling=self._sampling,
-            seed=cfg.seed,
-            iteration=iteration,
-            responses_per_prompt=cfg.pairs.responses_per_prompt,
-            generator=self._generator,
-            compute_dtype=cfg.compute_dtype,
+        game = selfplay.Game(prompts, samples, self._sampling, cfg.seed, iteration, cfg.pairs.responses_per_prompt)
+        answered_by = (self._opponent, self._tokenizer, self._generator, cfg.compute_dtype)
+        store = selfplay.open_store(
+            folder / "responses",
+            selfplay.play_fingerprint(game, *answered_by),
+            selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, self._team.count),
+            world,
+            log.warning,
         )
-        num_shards = selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, self._team.count)
-        store = selfplay.open_store(folder / "responses", fingerprint, num_shards, world, log.warning)
-        missing = broadcast_object(store.missing_shards() if world.is_main else None, world)
+        missing = selfplay.missing_shards(store, world)
         if store.is_sealed and not missing:
             return True
+        mine = selfplay.own_shards(missing, store, game, self._team)
         bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(samples) / self._team.count))
-        with selfplay.awake(self._generator, self._model):
-            gap = selfplay.prove_weights(
-                self._generator,
-                self._model,
-                world,
-                self._prompts.window(iteration),
-                self._sampling,
-                packing=self._packing,
-                chunk_tokens=cfg.logprob_chunk_tokens,
-                as_in_training=cfg.compile,
-            )
+        with bar, selfplay.awake(self._generator, self._model):
+            probe = {"prompts": self._prompts.window(iteration), "sampling": self._sampling, **self._scoring}
+            gap = selfplay.prove_weights(self._generator, self._model, world, as_in_training=cfg.compile, **probe)
             with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
-                selfplay.play(
-                    store,
-                    selfplay.own_shards(missing, store, prompts, samples, self._sampling.max_new_tokens, self._team),
-                    prompts,
-                    samples,
-                    self._generator,
-                    self._sampling,
-                    seed=cfg.seed,
-                    iteration=iteration,
-                    responses_per_prompt=cfg.pairs.responses_per_prompt,
-                    team=self._team,
-                    should_stop=self._is_asked_to_stop,
-                    on_shard=bar.update,
-                )
-        bar.close()
-        return self._seal(store, None if gap is None else {"generator/logprob_gap": gap})
+                watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
+                selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
+        report = None if gap is None else {"generator/logprob_gap": gap}
+        return selfplay.seal(store, world, self._stop.is_asked, report)
 
     def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
@@ -518,66 +448,22 @@ class SPINRecipe:
     def _score_as(self, opponent: str, path: Path, batches: Sequence[list[Pair]]) -> bool:
         """The weights in place score all responses; False if the run was asked to stop before."""
         cfg, world = self._cfg, self._world
-        fingerprint = selfplay.score_fingerprint(
-            opponent=opponent,
-            batches=batches,
-            packing=self._packing,
-            compute_dtype=cfg.compute_dtype,
-            float8=cfg.enable_float8_training,
-        )
-        num_shards = math.ceil(len(batches) * cfg.global_batch_size / cfg.pairs.prompts_per_shard)
+        num_pairs = len(batches) * cfg.global_batch_size
+        made_as = {"packing": self._packing, "compute_dtype": cfg.compute_dtype, "float8": cfg.enable_float8_training}
+        fingerprint = selfplay.score_fingerprint(opponent=opponent, batches=batches, **made_as)
+        num_shards = math.ceil(num_pairs / cfg.pairs.prompts_per_shard)
         store = selfplay.open_store(path, fingerprint, num_shards, world, log.warning)
-        bar = self._bar(f"{path.parent.name} reference log-probs", "pair", len(batches) * cfg.global_batch_size)
-        selfplay.score(
-            store,
-            batches,
-            self._model,
-            world,
-            packing=self._packing,
-            chunk_tokens=cfg.logprob_chunk_tokens,
-            as_in_training=cfg.compile,
-            num_workers=cfg.num_workers,
-            should_stop=lambda: any_rank(self._is_asked_to_stop(), world),
-            on_shard=bar.update,
-        )
-        bar.close()
-        return self._seal(store, self._counts)
-
-    def _seal(self, store: PairStore, report: Mapping[str, float] | None = None) -> bool:
-        if any_rank(self._is_asked_to_stop(), self._world):  # waits for all ranks
-            return False
-        with fail_together(self._world, OutputError):
-            if self._world.is_main:
-                store.seal(report)
-        return True
+        with self._bar(f"{path.parent.name} reference log-probs", "pair", num_pairs) as bar:
+            watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
+            options = {"as_in_training": cfg.compile, "num_workers": cfg.num_workers, **self._scoring}
+            selfplay.score(store, batches, self._model, world, **options, **watched)
+        return selfplay.seal(store, world, self._stop.is_asked, self._counts)
 
     def _scored_pairs(self, folder: Path) -> Iterator[Pair]:
-        pairs = self._sealed_pairs(folder).pairs()
+        pairs = selfplay.open_scored(folder / "pairs", self._opponent).pairs()
         if not self._is_mixed:
             return pairs
         return mix_references(pairs, PairStore.open(folder / "pairs_start").pairs(), self._cfg.pairs.start_share)
-
-    def _sealed_pairs(self, folder: Path) -> PairStore:
-        store = PairStore.open(folder / "pairs")
-        if not store.is_sealed or store.opponent != self._opponent:
-            raise CheckpointError(
-                f"{store.path}: not the pairs that this run was trained on (the store is "
-                f"{'of another opponent' if store.is_sealed else 'not complete'}), and the opponent that could make "
-                "them anew is gone. Resume from a checkpoint at the iteration's start: resume=<path>."
-            )
-        return store
-
-    def _batches(self, pairs: PairLookup, iteration: int, epoch: int, start: int = 0) -> Sequence[list[Pair]]:
-        """Global batches of an epoch from a step on; a pair that was dropped is missing from its batch."""
-        items, size = self._items(iteration), self._cfg.global_batch_size
-        order = epoch_order(len(items), self._cfg.seed, iteration, epoch)
-
-        def batch(step: int) -> list[Pair]:
-            chosen = (items[i] for i in order[step * size : (step + 1) * size])
-            keys = [(played, self._prompts.sample_id(played, sample)) for played, sample in chosen]
-            return [pairs[key] for key in keys if key in pairs]
-
-        return LazySequence(batch, range(start, self._progress.steps_in_epoch(iteration)))
 
     def _rows(self, batches: Iterable[list[Pair]]) -> Iterator[RowBatch]:
         """This rank's rows of each batch, packed while the device computes."""
@@ -617,14 +503,7 @@ class SPINRecipe:
 
     def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses and rewards of scored pairs under the policy as it is now."""
-        return selfplay.losses_of_pairs(
-            self._loss,
-            self._model,
-            self._cut(pairs),
-            self._world,
-            packing=self._packing,
-            chunk_tokens=self._cfg.logprob_chunk_tokens,
-        )
+        return selfplay.losses_of_pairs(self._loss, self._model, self._cut(pairs), self._world, **self._scoring)
 
     # PLUMBING: small things.
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -637,16 +516,10 @@ class SPINRecipe:
         size = self._cfg.global_batch_size
         return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
-    def _is_asked_to_stop(self) -> bool:
-        return self._stop.is_asked
-
     def _say_how_to_continue(self) -> None:
         self._checkpointer.wait()
-        if self._world.is_main:
-            log.info(
-                f"Stopped at step {self._progress.step} as asked. This command goes on from here:\n"
-                f"{command_to_continue(self._cfg.resume)}"
-            )
+        self._run_log.check()
+        log.info(words_of_stop(self._progress.step, self._cfg.resume))
 
     def _give_up(self, alarm: Alarm, iteration: int, pairs: PairLookup, is_last: bool) -> None:
         """Ends the run at a limit of the collapse watch, with what it has, or as if the iteration had not begun."""
@@ -680,15 +553,8 @@ class SPINRecipe:
         if not pairs:
             return
         _, real_rewards, generated_rewards = self._margins(pairs)
-        if self._world.is_main:
-            margins = (real_rewards - generated_rewards).tolist()
-            rows = sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step)
-            self._run_log.samples(rows)
-            tqdm.write(sample_table(rows))
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        margins = (real_rewards - generated_rewards).tolist()
+        self._run_log.samples(sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step))
 
 
 @config.parse(DEFAULTS)

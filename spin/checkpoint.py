@@ -33,7 +33,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 
-from spin.distributed import World, beside, clean_name, fail_together, gather_objects, reshard
+from spin.distributed import World, beside, clean_name, fail_together, gather_objects, local_tensor, reshard
+from spin.dtypes import DTYPES
 from spin.errors import CheckpointError, ConfigError, SpinError
 from spin.files import finish_folder, part_of, start_folder, write_json
 from spin.fingerprint import file_sha256, json_fingerprint
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _STEP_FOLDER = re.compile(r"step_(\d+)(\.old)?")
 # How an optimizer computes, not what: a resumed run follows its own config.
 _IMPLEMENTATION_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}
@@ -81,14 +81,14 @@ class SPINCheckpointer:
             )
         if keep_best < 0:
             raise ConfigError(f"checkpointer.keep_best is {keep_best}, expected 0 or more.")
-        if export_dtype not in _DTYPES:
-            raise ConfigError(f"checkpointer.export_dtype is {export_dtype!r}, expected {', '.join(_DTYPES)}.")
+        if export_dtype not in DTYPES:
+            raise ConfigError(f"checkpointer.export_dtype is {export_dtype!r}, expected {', '.join(DTYPES)}.")
         self.checkpoint_dir = Path(checkpoint_dir)
         self.model_type = check_model_type(model_type)
         self.output_dir = Path(output_dir)
         self.keep_last = keep_last
         self.keep_best = keep_best
-        self.export_dtype = _DTYPES[export_dtype]
+        self.export_dtype = DTYPES[export_dtype]
         self.async_save = async_save
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spin-checkpoint")
         self._pending: Future[None] | None = None
@@ -144,7 +144,7 @@ class SPINCheckpointer:
         load_hf_weights(model, self.checkpoint_dir, self.model_type, world=world)
 
     def load_start(self, model: nn.Module, world: World) -> None:
-        """Puts the weights that the run started from into the model; see :mod:`spin.mixture`."""
+        """Puts the weights that the run started from into the model; see :mod:`spin.mixed_opponent`."""
         self.load_model(model, world)
 
     def export(self, model: nn.Module, iteration: int, world: World) -> Path:
@@ -596,7 +596,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         },
         _DCP + "filesystem": {"_StorageInfo"},
         "torch": {"Size"}
-        | {str(dtype).removeprefix("torch.") for dtype in (*_DTYPES.values(), torch.float64)}
+        | {str(dtype).removeprefix("torch.") for dtype in (*DTYPES.values(), torch.float64)}
         | {"bool", "int8", "int16", "int32", "int64", "uint8"},
         "torch.serialization": {"_get_layout"},
         "pathlib": {"PosixPath"},
@@ -702,7 +702,7 @@ def _describe_optimizer(
 
 
 def _describe_tensor(value: torch.Tensor, what: str) -> dict[str, Any]:
-    local = value.to_local() if isinstance(value, DTensor) else value
+    local = local_tensor(value)
     if hasattr(local, "__tensor_flatten__"):
         raise CheckpointError(
             f"{what} is a {type(local).__name__}, which torch.distributed.checkpoint cannot save. "

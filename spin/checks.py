@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from spin.config import Faults
 from spin.data.packing import MASK_TRUNCATED
 from spin.data.store import differences
+from spin.dtypes import TRAINED_DTYPES
 from spin.errors import CheckpointError, ConfigError, SelfTestError
 from spin.generators.base import SamplingParams
 from spin.models import AC_MODES, ATTENTION
@@ -26,7 +27,6 @@ from spin.watch import check_limits
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("fp32", "bf16")
 _LEAST_MOVED_SHARE = 0.1
 _RESULTS_DEPEND_ON = (
     "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
@@ -112,8 +112,8 @@ def check_run(cfg: DictConfig) -> None:
         if plain["pairs"][name] not in known:
             faults.add(f"pairs.{name}={plain['pairs'][name]!r}: expected {', '.join(known)}.")
     for name in ("dtype", "compute_dtype"):
-        if plain[name] not in DTYPES:
-            faults.add(f"{name}={plain[name]!r}: expected {' or '.join(DTYPES)}.")
+        if plain[name] not in TRAINED_DTYPES:
+            faults.add(f"{name}={plain[name]!r}: expected {' or '.join(TRAINED_DTYPES)}.")
     if plain["on_nonfinite"] not in ON_NONFINITE:
         faults.add(f"on_nonfinite={plain['on_nonfinite']!r}: expected {' or '.join(ON_NONFINITE)}.")
     if plain["attention"] not in ATTENTION:

@@ -109,6 +109,11 @@ class Faults:
             raise ConfigError(f"{len(lines)} faults:\n  - " + "\n  - ".join(lines))
 
 
+def plain(value: Any) -> Any:
+    """A part of a config as Python has it: dictionaries, lists, numbers; what is no such part as it is."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 # --- 1. Command line ---
 
 

@@ -461,6 +461,11 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor, sharing its memory; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def weight_gathers(model: nn.Module) -> dict[str, Callable[..., torch.Tensor]]:
     """Functions that gather a model's weights, by torchtune name, each when it is called. Collective then.
 

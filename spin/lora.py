@@ -20,11 +20,10 @@ from spin.adapters import adapted_modules, adapter_parameters, nf4_of, patch_dor
 from spin.checkpoint import SPINCheckpointer
 from spin.config import Faults
 from spin.distributed import World, clean_name
+from spin.dtypes import TRAINED_DTYPES
 from spin.errors import CheckpointError, ConfigError
 from spin.fingerprint import weights_fingerprint
 from spin.peft import export_peft
-
-BASE_DTYPES = ("fp32", "bf16")
 
 
 def check_lora(cfg: DictConfig) -> None:
@@ -37,8 +36,8 @@ def check_lora(cfg: DictConfig) -> None:
         ConfigError: If anything cannot work, with every fault in a line of its own.
     """
     faults = Faults()
-    if cfg.base_dtype not in BASE_DTYPES:
-        faults.add(f"base_dtype={cfg.base_dtype!r}: expected {' or '.join(BASE_DTYPES)}, of the frozen weights.")
+    if cfg.base_dtype not in TRAINED_DTYPES:
+        faults.add(f"base_dtype={cfg.base_dtype!r}: expected {' or '.join(TRAINED_DTYPES)}, of the frozen weights.")
     if cfg.enable_float8_training:
         faults.add("enable_float8_training=true: adapters and their frozen base do not multiply in float8. Set false.")
     if cfg.model.get("lora_dropout"):

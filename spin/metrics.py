@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
-from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from spin.data.packing import PackedRow
-from spin.distributed import World
-from spin.errors import ConfigError, SpinError
+from spin.distributed import World, fail_together, local_tensor
+from spin.errors import ConfigError, OutputError, SpinError
 from spin.files import writing
-from spin.tables import log_table
+from spin.tables import log_table, sample_table
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,45 @@ def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+def speed_metrics(totals: Mapping[str, float], pairs: int, seconds: float) -> dict[str, float]:
+    """How fast a step was, and how full its rows.
+
+    Args:
+        totals (Mapping[str, float]): sums over all ranks.
+        pairs (int): of the global batch.
+        seconds (float): that the step took.
+
+    Returns:
+        dict[str, float]: by name.
+    """
+    return {
+        "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
+        "step_time": seconds,
+        "pairs_per_second": pairs / seconds,
+        "tokens_per_second": totals["tokens"] / seconds,
+    }
+
+
+def validation_metrics(
+    losses: torch.Tensor, real_rewards: torch.Tensor, generated_rewards: torch.Tensor
+) -> dict[str, float]:
+    """The SPIN metrics of validation pairs, as :func:`spin.selfplay.losses_of_pairs` gives them.
+
+    Args:
+        losses (torch.Tensor): of each generated response, shape (c,).
+        real_rewards (torch.Tensor): shape (c,).
+        generated_rewards (torch.Tensor): shape (c,).
+
+    Returns:
+        dict[str, float]: means by name; a tie counts as wrong.
+    """
+    return {
+        "val_spin_loss": losses.mean().item(),
+        "val_acc": (real_rewards > generated_rewards).double().mean().item(),
+        "val_margin": (real_rewards - generated_rewards).mean().item(),
+    }
+
+
 def below(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics of the parts of something under its name, ``<name>/<part>``, as metrics services group them."""
     return {f"{name}/{part}": value for part, value in metrics.items()}
@@ -149,8 +188,7 @@ class MovedShare:
         self._sample = []  # views: the step changes weights in place
         for parameter in model.parameters():
             if parameter.requires_grad:
-                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                flat = local.detach().view(-1)
+                flat = local_tensor(parameter).detach().view(-1)
                 stride = flat.numel() // per_parameter | 1  # odd, so that a sample is not all of one column
                 self._sample.append(flat[::stride][:per_parameter])
         self._before = torch.cat(self._sample)
@@ -257,19 +295,31 @@ class MetricService:
 class RunLog:
     """What a run tells: ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml`` and the metric logger. Rank 0 does.
 
+    A line that cannot be written must end all ranks, which wait for rank 0 in other places. So it is not an error at
+    once: nothing more is written, ``has_failed`` rides on a collective that the run has anyway, and :meth:`check` ends
+    the run before a state is saved whose log would lack the line.
+
     Args:
         cfg (DictConfig): the run's, written down as it is.
         make_logger (Callable[[], Any]): see :class:`MetricService`.
         from_step (int): see :class:`MetricsFile`.
-        is_main (bool): this is rank 0; on others nothing happens.
+        world (World): the ranks; on others than 0 nothing happens.
+
+    Raises:
+        ConfigError: On all ranks, if the logger's package is not installed.
+        OutputError: On all ranks, if a file cannot be begun.
     """
 
-    def __init__(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int, is_main: bool) -> None:
+    def __init__(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int, world: World) -> None:
         self._folder = Path(cfg.output_dir)
         self._every = cfg.log_every_n_steps
-        self._is_main = is_main
-        if not is_main:
-            return
+        self._world = world
+        self._failure: OutputError | None = None
+        with fail_together(world, OutputError):
+            if world.is_main:
+                self._begin(cfg, make_logger, from_step)
+
+    def _begin(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int) -> None:
         self._service = MetricService(make_logger)
         self._service.log_config(cfg)
         self._file = MetricsFile(self._folder / "metrics.jsonl", from_step)
@@ -277,23 +327,43 @@ class RunLog:
         with writing(self._folder / "config.yaml"):
             OmegaConf.save(cfg, self._folder / "config.yaml", resolve=True)
 
+    @property
+    def has_failed(self) -> bool:
+        """A line could not be written; known on rank 0 alone."""
+        return self._failure is not None
+
+    def check(self) -> None:
+        """Ends the run, on all ranks with one message, if a line could not be written. Collective."""
+        with fail_together(self._world, OutputError):
+            if self._failure is not None:
+                raise self._failure
+
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step's metrics; the logger gets every ``log_every_n_steps``-th and each with a validation."""
-        if self._is_main:
-            self._file.write(step, metrics)
+        if self._world.is_main:
+            self._write(self._file, step, metrics)
             if step % self._every == 0 or "val_loss" in metrics:
                 self._service.log_dict(metrics, step=step)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Answers for people to read, from :func:`spin.tables.sample_rows`; all of one step."""
-        if self._is_main and rows:
+        """Answers for people to read, from :func:`spin.tables.sample_rows`, to the screen too; all of one step."""
+        if self._world.is_main and rows:
             for row in rows:
-                self._samples.write(row["step"], row)
+                self._write(self._samples, row["step"], row)
             self._service.log_table("samples", rows, rows[0]["step"])
+            tqdm.write(sample_table(rows))
+
+    def _write(self, file: MetricsFile, step: int, content: Mapping[str, Any]) -> None:
+        if self._failure is not None:
+            return
+        try:
+            file.write(step, content)
+        except OutputError as error:
+            self._failure = error
 
     def close(self) -> None:
         """Ends the metric logger."""
-        if self._is_main:
+        if self._world.is_main:
             self._service.close()
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from torchtune.modules import TransformerDecoder
 from spin.adapters import quantizing_at_once
 from spin.attention import patch_attention
 from spin.config import COMPONENT, instantiate
+from spin.data.packing import longest_row
 from spin.distributed import World, materialize, shard_model
 from spin.errors import ConfigError
-from spin.flex import unfit_for_flex
+from spin.flex import BLOCK, unfit_for_flex
 from spin.float8 import convert_float8
 from spin.gemma2 import fix_gemma2_softcap
 
@@ -99,6 +101,58 @@ def window_of(model: nn.Module) -> int | None:
     if len(windows) > 1:
         raise ConfigError(f"layers with sliding windows of {sorted(windows)} positions; packed rows know one size.")
     return windows.pop() if windows else None
+
+
+def row_layout(model: nn.Module, pairs: DictConfig, flex: bool) -> dict[str, Any]:
+    """How pairs are packed into rows that a model takes.
+
+    Args:
+        model (nn.Module): a torchtune decoder.
+        pairs (DictConfig): the config's section of that name.
+        flex (bool): rows go through FlexAttention, see :func:`choose_attention`.
+
+    Returns:
+        dict[str, Any]: arguments of :func:`spin.data.packing.pack_batch`.
+    """
+    return {
+        "row_tokens": pairs.row_tokens,
+        "row_multiple": math.lcm(pairs.row_multiple, BLOCK if flex else 1),
+        "truncated": pairs.truncated,
+        "flex": flex,
+        "window": window_of(model),
+    }
+
+
+def make_room(model: nn.Module, longest_pair: int, packing: Mapping[str, Any]) -> None:
+    """Lets a model take rows that are longer than its context; no position in them is beyond it.
+
+    Args:
+        model (nn.Module): torchtune checks a row's length against its ``max_seq_len``, which is raised.
+        longest_pair (int): tokens of the longest pair, with the longest responses that it can have.
+        packing (Mapping[str, Any]): from :func:`row_layout`.
+    """
+    longest = longest_row(longest_pair, packing["row_tokens"], packing["row_multiple"])
+    model.max_seq_len = max(model.max_seq_len, longest)  # type: ignore[assignment, call-overload]
+
+
+def training_options(cfg: DictConfig) -> dict[str, Any]:
+    """What a recipe's config says of how its model is wrapped: memory against time.
+
+    Args:
+        cfg (DictConfig): complete.
+
+    Returns:
+        dict[str, Any]: arguments of :func:`prepare_model`.
+    """
+    return {
+        "activation_checkpointing": cfg.enable_activation_checkpointing,
+        "ac_mode": cfg.ac_mode,
+        "ac_option": cfg.ac_option,
+        "compile_layers": cfg.compile,
+        "float8": cfg.enable_float8_training,
+        "reshard_after_forward": cfg.fsdp_reshard_after_forward,
+        "cpu_offload": cfg.fsdp_cpu_offload,
+    }
 
 
 def prepare_model(

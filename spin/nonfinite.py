@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spin.data.types import Pair
-from spin.errors import NonFiniteError
+from spin.distributed import World, fail_together
+from spin.errors import NonFiniteError, OutputError
 from spin.metrics import MetricsFile
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class NonFiniteGuard:
         """Batches left out from step ``first`` to before step ``end``."""
         return sum(first <= each < end for each in self.skipped)
 
-    def passes(self, loss: float, grad_norm: float, step: int, batch: Sequence[Pair], is_main: bool) -> bool:
+    def passes(self, loss: float, grad_norm: float, step: int, batch: Sequence[Pair], world: World) -> bool:
         """Whether a step may update. The numbers are the same on every rank, so all ranks decide alike.
 
         Args:
@@ -42,20 +43,22 @@ class NonFiniteGuard:
             grad_norm (float): norm of its gradient.
             step (int): optimizer steps so far.
             batch (Sequence[Pair]): the global batch.
-            is_main (bool): this rank writes the file.
+            world (World): the ranks, the first of which writes the file.
 
         Returns:
             bool: False if the batch is to be left out: neither optimizer nor schedule moves.
 
         Raises:
             NonFiniteError: If the run must stop, naming the batch's samples; no weight was changed.
+            OutputError: On all ranks, if the file cannot be written.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
         samples = [pair.sample_id for pair in batch]
-        if is_main:
-            self._lines = self._lines or MetricsFile(self._file, from_step=step - 1)
-            self._lines.write(step, {"loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
+        with fail_together(world, OutputError):
+            if world.is_main:
+                self._lines = self._lines or MetricsFile(self._file, from_step=step - 1)
+                self._lines.write(step, {"loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
         found = f"step {step}: loss sum {loss}, gradient norm {grad_norm}."
         where = f"Samples of the batch, also in {self._file}: {', '.join(samples)}."
         if self._action == "stop":
@@ -67,6 +70,6 @@ class NonFiniteGuard:
                 f"{found} {in_a_row} batches in a row were not finite, which is nonfinite_limit. No weight was changed "
                 f"in them. {where}"
             )
-        if is_main:
+        if world.is_main:
             log.warning(f"{found} The batch is left out ({len(self.skipped)} so far). {where}")
         return False

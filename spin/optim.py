@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 from torchao.optim.subclass_8bit import OptimState8bit
 
+from spin.distributed import local_tensor
 from spin.errors import ConfigError
 from spin.fingerprint import json_fingerprint
 
@@ -90,11 +91,11 @@ class _ShardedAdamW(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state.update(self._new_state(parameter))
-                shard = _local(parameter).detach()
+                shard = local_tensor(parameter).detach()
                 if shard.numel() == 0:  # a parameter of fewer rows than ranks: nothing to do but to count
                     state["step"] += 1
                     continue
-                shard.grad = _local(parameter.grad)
+                shard.grad = local_tensor(parameter.grad)
                 states[shard] = {"step": state["step"], **{name: _moment(state, name) for name in _MOMENTS}}
                 shards.append(shard)
             if shards:
@@ -230,10 +231,6 @@ class AdamWStochasticRounding(_ShardedAdamW):
             )
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _block_size(parameter: torch.Tensor) -> int:
     """Values that share a scale, all in one row; 0 for a parameter whose moments are not quantized."""
     block = math.gcd(math.prod(parameter.shape[1:]), _MAX_BLOCK)
@@ -256,8 +253,8 @@ def _sharded_zeros(parameter: torch.Tensor, shape: tuple[int, ...]) -> torch.Ten
 def _moment(state: dict[str, torch.Tensor], name: str) -> torch.Tensor:
     """This rank's part of a moment as torchao takes it; shares its memory with the state."""
     if name in state:
-        return _local(state[name])
-    codes, scale = _local(state[f"{name}_codes"]), _local(state[f"{name}_scale"])
+        return local_tensor(state[name])
+    codes, scale = local_tensor(state[f"{name}_codes"]), local_tensor(state[f"{name}_scale"])
     return OptimState8bit(codes, scale.view(-1), _code_values(_MOMENTS[name], codes.device), _MOMENTS[name])
 
 

@@ -14,10 +14,10 @@ from torch import nn
 from torchtune import training
 
 from spin import config, evaluation
-from spin.checks import DTYPES
 from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
 from spin.data.prompts import check_vocabulary
 from spin.distributed import World
+from spin.dtypes import TRAINED_DTYPES
 from spin.errors import CheckpointError, ConfigError
 from spin.fingerprint import file_sha256, json_fingerprint
 from spin.generators import Generator, GeneratorContext, SamplingParams
@@ -157,6 +157,6 @@ def check_evaluation(cfg: DictConfig) -> None:
                 attempt(partial(evaluation.check_pattern, f"exact_match.{name}", str(cfg.exact_match[name])))
     if type(cfg.prompts_per_shard) is not int or cfg.prompts_per_shard < 1:
         faults.add(f"prompts_per_shard={cfg.prompts_per_shard!r}: expected a whole number, 1 or more.")
-    if cfg.compute_dtype not in DTYPES:
-        faults.add(f"compute_dtype={cfg.compute_dtype!r}: expected {' or '.join(DTYPES)}.")
+    if cfg.compute_dtype not in TRAINED_DTYPES:
+        faults.add(f"compute_dtype={cfg.compute_dtype!r}: expected {' or '.join(TRAINED_DTYPES)}.")
     faults.raise_if_any()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +31,14 @@ from spin.data.types import Pair, Prompt, Response
 from spin.distributed import (
     World,
     all_reduce_sums,
+    any_rank,
     broadcast_object,
     fail_together,
     gather_objects,
     named_full_tensors,
     unsharded,
 )
-from spin.errors import ConfigError, GeneratorError, OutputError, StoreError
+from spin.errors import CheckpointError, ConfigError, GeneratorError, OutputError, StoreError
 from spin.fingerprint import json_fingerprint
 from spin.generators.base import Completion, Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
@@ -46,6 +48,27 @@ from spin.reference import score_batches
 TRUNCATED_POLICIES = ("keep", MASK_TRUNCATED, "drop")
 KEEP_OR_DROP = ("keep", "drop")
 PROBE_PROMPTS, PROBE_TOKENS = 8, 32  # answers, and tokens of each, that prove a generator's weights
+
+
+@dataclass(frozen=True)
+class Game:
+    """What an opponent is asked, and how it is to answer.
+
+    Args:
+        prompts (PromptDataset): the data set.
+        samples (Sequence[int]): which of its samples are played, in order.
+        sampling (SamplingParams): how they are answered.
+        seed (int): the run's seed.
+        iteration (int): counted from 0.
+        responses_per_prompt (int): responses to each prompt.
+    """
+
+    prompts: PromptDataset
+    samples: Sequence[int]
+    sampling: SamplingParams
+    seed: int
+    iteration: int = 0
+    responses_per_prompt: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,29 +148,21 @@ def deal_shards(costs: Mapping[int, int], teams: int) -> list[list[int]]:
     return [sorted(shards) for shards in dealt]
 
 
-def own_shards(
-    shards: Sequence[int],
-    store: PairStore,
-    prompts: PromptDataset,
-    samples: Sequence[int],
-    max_new_tokens: int,
-    team: Team,
-) -> list[int]:
+def own_shards(shards: Sequence[int], store: PairStore, game: Game, team: Team) -> list[int]:
     """The shards that this rank's team makes. No rank need be asked: all come to the same deal.
 
     Args:
         shards (Sequence[int]): all that are to be made.
         store (PairStore): where they will go.
-        prompts (PromptDataset): the data set.
-        samples (Sequence[int]): which of its samples are played.
-        max_new_tokens (int): an answer counts as this long.
+        game (Game): what is asked; an answer counts as long as it may be.
         team (Team): whose share.
 
     Returns:
         list[int]: ascending.
     """
-    parts = split_evenly(len(samples), store.num_shards)
-    costs = {shard: sum(len(prompts[samples[i]].prompt_ids) + max_new_tokens for i in parts[shard]) for shard in shards}
+    parts = split_evenly(len(game.samples), store.num_shards)
+    most = game.sampling.max_new_tokens
+    costs = {shard: sum(len(game.prompts[game.samples[i]].prompt_ids) + most for i in parts[shard]) for shard in shards}
     return deal_shards(costs, team.count)[team.index]
 
 
@@ -164,6 +179,58 @@ def open_store(
         if world.is_main:
             store = PairStore.open_or_create(path, fingerprint, num_shards, on_stale)
     return broadcast_object(store, world)
+
+
+def missing_shards(store: PairStore, world: World) -> list[int]:
+    """The shards that a store lacks, as rank 0 sees it. Collective."""
+    return broadcast_object(store.missing_shards() if world.is_main else None, world)
+
+
+def seal(store: PairStore, world: World, is_asked_to_stop: bool, report: Mapping[str, float] | None = None) -> bool:
+    """Seals a store when all ranks have made their part of it. Collective.
+
+    Args:
+        store (PairStore): without a missing shard, unless the run was asked to stop.
+        world (World): the ranks.
+        is_asked_to_stop (bool): this rank was asked to stop.
+        report (Mapping[str, float] | None): figures to keep in it.
+
+    Returns:
+        bool: False, and nothing is sealed, if one rank was asked to stop.
+
+    Raises:
+        StoreError: On all ranks, if the store is not whole.
+        OutputError: On all ranks, if it cannot be written.
+    """
+    if any_rank(is_asked_to_stop, world):  # waits for all ranks
+        return False
+    with fail_together(world, OutputError):
+        if world.is_main:
+            store.seal(report)
+    return True
+
+
+def open_scored(path: Path, opponent: str) -> PairStore:
+    """Opens the store of pairs that an iteration is trained on.
+
+    Args:
+        path (Path): the store's folder.
+        opponent (str): fingerprint of the weights that scored them.
+
+    Returns:
+        PairStore: whole.
+
+    Raises:
+        CheckpointError: If it is not complete, or another opponent's. The one that could complete it is gone.
+    """
+    store = PairStore.open(path)
+    if not store.is_sealed or store.opponent != opponent:
+        raise CheckpointError(
+            f"{path}: not the pairs that this run was trained on (the store is "
+            f"{'of another opponent' if store.is_sealed else 'not complete'}), and the opponent that could make "
+            "them anew is gone. Resume from a checkpoint at the iteration's start: resume=<path>."
+        )
+    return store
 
 
 @contextmanager
@@ -189,29 +256,14 @@ def awake(generator: Generator, model: nn.Module) -> Iterator[None]:
 
 
 def play_fingerprint(
-    *,
-    opponent: str,
-    prompts: PromptDataset,
-    samples: Sequence[int],
-    tokenizer: PromptTokenizer,
-    sampling: SamplingParams,
-    seed: int,
-    iteration: int,
-    responses_per_prompt: int,
-    generator: Generator,
-    compute_dtype: str,
+    game: Game, opponent: str, tokenizer: PromptTokenizer, generator: Generator, compute_dtype: str
 ) -> dict[str, Any]:
     """Everything that the opponent's answers depend on, by name.
 
     Args:
+        game (Game): what is asked.
         opponent (str): fingerprint of the weights.
-        prompts (PromptDataset): the data set.
-        samples (Sequence[int]): which of its samples are played.
         tokenizer (PromptTokenizer): with its chat template.
-        sampling (SamplingParams): how the opponent answers.
-        seed (int): the run's seed.
-        iteration (int): counted from 0.
-        responses_per_prompt (int): responses to each prompt.
         generator (Generator): the opponent; its ``fingerprint``, if it has one, stands for what it reads.
         compute_dtype (str): precision of its arithmetic.
 
@@ -220,14 +272,14 @@ def play_fingerprint(
     """
     return {
         "opponent": opponent,
-        "dataset": prompts.fingerprint(),
-        **{f"dataset.{key}": value for key, value in prompts.settings.items()},
-        "samples": json_fingerprint(list(samples)),
+        "dataset": game.prompts.fingerprint(),
+        **{f"dataset.{key}": value for key, value in game.prompts.settings.items()},
+        "samples": json_fingerprint(list(game.samples)),
         "tokenizer": tokenizer.fingerprint,
-        "sampling": asdict(sampling),
-        "seed": seed,
-        "iteration": iteration,
-        "responses_per_prompt": responses_per_prompt,
+        "sampling": asdict(game.sampling),
+        "seed": game.seed,
+        "iteration": game.iteration,
+        "responses_per_prompt": game.responses_per_prompt,
         "generator": f"{type(generator).__module__}.{type(generator).__qualname__}",
         "generator_source": getattr(generator, "fingerprint", None),
         "compute_dtype": compute_dtype,
@@ -273,14 +325,9 @@ def score_fingerprint(
 def play(
     store: PairStore,
     shards: Sequence[int],
-    prompts: PromptDataset,
-    samples: Sequence[int],
+    game: Game,
     generator: Generator,
-    sampling: SamplingParams,
     *,
-    seed: int,
-    iteration: int,
-    responses_per_prompt: int = 1,
     team: Team | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_shard: Callable[[int], None] = lambda prompts_done: None,
@@ -293,13 +340,8 @@ def play(
     Args:
         store (PairStore): where the responses go; its number of shards divides the samples evenly.
         shards (Sequence[int]): the shards to make.
-        prompts (PromptDataset): the data set.
-        samples (Sequence[int]): which of its samples are played, in order.
+        game (Game): what is asked.
         generator (Generator): the opponent.
-        sampling (SamplingParams): how it answers.
-        seed (int): the run's seed.
-        iteration (int): counted from 0.
-        responses_per_prompt (int): responses to each prompt.
         team (Team | None): the ranks that share the generator's engine; None: this rank alone.
         should_stop (Callable[[], bool]): asked after every answer, or after every shard.
         on_shard (Callable[[int], None]): told the number of prompts after every shard.
@@ -308,19 +350,20 @@ def play(
         GeneratorError: If the generator's answers do not fit the prompts.
     """
     team = team or Team(0, 1)
-    parts = split_evenly(len(samples), store.num_shards)
+    parts = split_evenly(len(game.samples), store.num_shards)
 
     def chosen(shard: int) -> list[Prompt]:
-        return [prompts[samples[i]] for i in parts[shard]]
+        return [game.prompts[game.samples[i]] for i in parts[shard]]
 
     def requests(shard: int) -> Iterator[tuple[Sequence[int], int]]:
         for prompt in chosen(shard):
-            for k in range(responses_per_prompt):
-                yield prompt.prompt_ids, sample_seed(seed, iteration, prompt.sample_id, k)  # type: ignore[misc]
+            for k in range(game.responses_per_prompt):
+                seed = sample_seed(game.seed, game.iteration, prompt.sample_id, k)
+                yield prompt.prompt_ids, seed  # type: ignore[misc]
 
     def finish(shard: int, completions: Sequence[Completion]) -> None:
         played = chosen(shard)
-        pairs = _join(played, completions, iteration, responses_per_prompt, sampling)
+        pairs = _join(played, completions, game)
         if team.writes:
             store.write_shard(shard, pairs)
         on_shard(len(played))
@@ -328,8 +371,8 @@ def play(
     if isinstance(generator, StreamingGenerator):
         if not shards or team.agree(should_stop()):
             return
-        sizes = [len(parts[shard]) * responses_per_prompt for shard in shards]
-        stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), sampling)
+        sizes = [len(parts[shard]) * game.responses_per_prompt for shard in shards]
+        stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), game.sampling)
         with closing(stream):
             # a rank that shares its engine asks its team, which takes a while; one that does not asks at every answer
             ends_here = (lambda: False) if team.is_shared else should_stop
@@ -343,7 +386,7 @@ def play(
             return
         asked = list(requests(shard))
         completions = generator.generate(
-            [list(map(int, ids)) for ids, _ in asked], sampling, [seed for _, seed in asked]
+            [list(map(int, ids)) for ids, _ in asked], game.sampling, [seed for _, seed in asked]
         )
         if len(completions) != len(asked):
             raise GeneratorError(
@@ -479,12 +522,12 @@ def score(
         chunk_tokens (int): see :func:`spin.logprobs.response_logps`.
         as_in_training (bool): see :func:`spin.reference.score_batches`.
         num_workers (int): see :func:`spin.reference.score_batches`.
-        should_stop (Callable[[], bool]): asked before every shard; must answer the same on every rank.
+        should_stop (Callable[[], bool]): asked before every shard; all ranks stop if it says so on one.
         on_shard (Callable[[int], None]): told the number of pairs after every shard.
     """
     shards = split_evenly(len(batches), store.num_shards)
-    for shard in broadcast_object(store.missing_shards() if world.is_main else None, world):
-        if should_stop():
+    for shard in missing_shards(store, world):
+        if any_rank(should_stop(), world):
             return
         chosen = [batches[i] for i in shards[shard]]
         pairs = score_batches(
@@ -647,18 +690,13 @@ def split_evenly(n: int, parts: int) -> list[range]:
     return [range(n * part // parts, n * (part + 1) // parts) for part in range(parts)]
 
 
-def _join(
-    prompts: Sequence[Prompt],
-    completions: Sequence[Completion],
-    iteration: int,
-    responses_per_prompt: int,
-    sampling: SamplingParams,
-) -> list[Pair]:
+def _join(prompts: Sequence[Prompt], completions: Sequence[Completion], game: Game) -> list[Pair]:
+    count = game.responses_per_prompt
     pairs = []
     for i, prompt in enumerate(prompts):
-        answers = completions[i * responses_per_prompt : (i + 1) * responses_per_prompt]
+        answers = completions[i * count : (i + 1) * count]
         for answer in answers:
-            ends = len(answer.token_ids) > 0 and answer.token_ids[-1] in sampling.stop_token_ids
+            ends = len(answer.token_ids) > 0 and answer.token_ids[-1] in game.sampling.stop_token_ids
             if answer.finish_reason == "length" and ends:
                 raise GeneratorError(
                     f"sample {prompt.sample_id}: the answer has finish reason 'length' but ends with stop token "
@@ -667,7 +705,7 @@ def _join(
         pairs.append(
             Pair(
                 sample_id=prompt.sample_id,
-                iteration=iteration,
+                iteration=game.iteration,
                 prompt_ids=prompt.prompt_ids,
                 real_ids=prompt.real_ids,
                 generated=[Response(answer.token_ids, answer.finish_reason) for answer in answers],

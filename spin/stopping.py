@@ -96,3 +96,16 @@ def command_to_continue(resume: str = "auto") -> str:
     launcher += ["--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     where = "" if nodes == 1 else "on each host: "
     return where + shlex.join([*launcher, *arguments])
+
+
+def words_of_stop(step: int, resume: str = "auto") -> str:
+    """What a run says that was asked to stop.
+
+    Args:
+        step (int): optimizer steps so far.
+        resume (str): see :func:`command_to_continue`.
+
+    Returns:
+        str: two lines, the second of which goes on.
+    """
+    return f"Stopped at step {step} as asked. This command goes on from here:\n{command_to_continue(resume)}"

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from spin.config import complete, load_config, packaged_configs
-from spin.data.mixture import _check_sources
+from spin.data.mixed_datasets import _check_sources
 from spin.defaults import RECIPE_DEFAULTS
 
 REPO = Path(__file__).resolve().parents[1]

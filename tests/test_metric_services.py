@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from spin import config
+from spin.distributed import init_world
 from spin.metrics import RunLog
 from spin.tables import log_table
 from tests.recipes.helpers import run
@@ -32,7 +33,7 @@ def log(tmp_path):
                 "metric_logger": {"_component_": f"torchtune.training.metric_logging.{service}", **arguments},
             }
         )
-        run_log = RunLog(cfg, partial(config.instantiate, cfg.metric_logger), -1, is_main=True)
+        run_log = RunLog(cfg, partial(config.instantiate, cfg.metric_logger), -1, init_world("cpu"))
         for step in (1, 2):
             run_log.metrics(step, {"loss": 1.0 / step, "generator/logprob_gap": 0.5, "samples/a.b": 3.0})
         run_log.samples(ROWS)

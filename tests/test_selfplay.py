@@ -8,7 +8,17 @@ import pytest
 from spin.data import Pair, PairStore, Prompt, PromptDataset, Response
 from spin.errors import ConfigError, GeneratorError, StoreError
 from spin.generators import Completion, SamplingParams
-from spin.selfplay import Team, deal_shards, filter_pairs, num_shards, own_shards, play, score_fingerprint, split_evenly
+from spin.selfplay import (
+    Game,
+    Team,
+    deal_shards,
+    filter_pairs,
+    num_shards,
+    own_shards,
+    play,
+    score_fingerprint,
+    split_evenly,
+)
 
 STOP = 9
 SAMPLING = SamplingParams(max_new_tokens=4, stop_token_ids=(STOP,))
@@ -30,8 +40,9 @@ class SeedEcho:
 
 def played(path, shards, generator=None, **kwargs):
     store = PairStore.open_or_create(path, {"opponent": "w"}, 3)
-    arguments = {"seed": 5, "iteration": 1, "responses_per_prompt": 2, **kwargs}
-    play(store, shards, PROMPTS, range(10), generator or SeedEcho(), SAMPLING, **arguments)
+    asked = {name: kwargs.pop(name) for name in ("seed", "iteration") if name in kwargs}
+    game = Game(PROMPTS, range(10), SAMPLING, **{"seed": 5, "iteration": 1, "responses_per_prompt": 2, **asked})
+    play(store, shards, game, generator or SeedEcho(), **kwargs)
     return store
 
 
@@ -131,7 +142,8 @@ def test_shares_are_dealt_by_the_length_of_prompts(tmp_path):
     long, short = Prompt("long", [1] * 500, [2, STOP]), [Prompt(f"{i}", [1], [2, STOP]) for i in range(3)]
     store = PairStore.open_or_create(tmp_path / "a", {"opponent": "w"}, 4)
     prompts = PromptDataset([short[0], long, *short[1:]])
-    shares = [own_shards(range(4), store, prompts, range(4), 10, Team(index, 2)) for index in (0, 1)]
+    game = Game(prompts, range(4), SamplingParams(max_new_tokens=10), seed=1)
+    shares = [own_shards(range(4), store, game, Team(index, 2)) for index in (0, 1)]
     assert shares == [[1], [0, 2, 3]]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -13,12 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from spin import config, selfplay
 from spin.checks import check_run
 from spin.cli.catalog import load_recipe, recipe_of
-from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer, iteration_items
+from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
 from spin.data.prompts import check_vocabulary
 from spin.data.sources import read_rows
@@ -27,8 +26,8 @@ from spin.generators import sampling_params
 from spin.hf import check_hf_folder
 from spin.lora import check_lora
 from spin.models import build_model
+from spin.plan import RunPlan
 from spin.players import Player, check_evaluation, players_of
-from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.schedules import per_iteration
 
 COMPARED_ROWS = 200  # of the training set, whose token ids and texts are compared
@@ -179,12 +178,12 @@ class Validation:
 
     def _parts(self, cfg: DictConfig) -> tuple[None, str]:
         """Builds what costs nothing to build: a wrong argument would show hours later, when an iteration starts."""
-        beta = per_iteration(_plain(cfg.loss.beta), 0, cfg.max_iterations)
+        beta = per_iteration(config.plain(cfg.loss.beta), 0, cfg.max_iterations)
         loss = _built("loss", lambda: config.instantiate(cfg.loss, beta=beta))
-        lr = per_iteration(_plain(cfg.optimizer.lr), 0, cfg.max_iterations)
+        lr = per_iteration(config.plain(cfg.optimizer.lr), 0, cfg.max_iterations)
         parameter = torch.nn.Parameter(torch.zeros(8, 8))
         optimizer = _built("optimizer", lambda: config.instantiate(cfg.optimizer, [parameter], lr=lr))
-        return None, f"{type(loss).__name__} with beta {_plain(cfg.loss.beta)}, {type(optimizer).__name__}"
+        return None, f"{type(loss).__name__} with beta {config.plain(cfg.loss.beta)}, {type(optimizer).__name__}"
 
     def _model(self, cfg: DictConfig) -> tuple[torch.nn.Module, str]:
         model = _built("model", lambda: build_model(cfg.model, torch.float32))
@@ -314,12 +313,12 @@ def conversations(section: DictConfig) -> Iterator[tuple[str, list[ChatMessage]]
     """
     component = section[config.COMPONENT].rpartition(".")[2]
     if component == "prompt_dataset":
-        yield from _conversations_of(_plain(section), config.instantiate(section.get("message_transform")))
+        yield from _conversations_of(config.plain(section), config.instantiate(section.get("message_transform")))
     elif component == "mixed_prompt_dataset":
         common = section.get("common") or {}
         for name, part in section.sources.items():
             transform = config.instantiate(part.get("message_transform", common.get("message_transform")))
-            for where, messages in _conversations_of({**_plain(common), **_plain(part)}, transform):
+            for where, messages in _conversations_of({**config.plain(common), **config.plain(part)}, transform):
                 yield f"{name}: {where}", messages
 
 
@@ -361,39 +360,27 @@ def plan_lines(cfg: DictConfig, prompts: PromptDataset | PromptStream, num_val_p
     Raises:
         ConfigError: If there would be no step, or an interval is less than one.
     """
-    size = cfg.global_batch_size
-    num_prompts = prompts.samples_per_iteration
-    steps = compute_num_steps_per_epoch(num_prompts, size, cfg.limit_train_batches)
-    mixing = (cfg.pairs.history, cfg.pairs.history_fraction)
-    samples_of = partial(prompts.iteration_samples, steps * size, cfg.seed)
-    items = [iteration_items(samples_of, i, *mixing) for i in range(cfg.max_iterations)]
-    per_epoch = [len(each) // size for each in items]
-    progress = SPINProgress(per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
-    played = [sum(iteration == i for iteration, _ in each) for i, each in enumerate(items)]
+    plan = RunPlan(cfg, prompts, num_val_prompts)
+    progress, iterations = plan.progress, range(cfg.max_iterations)
+    per_epoch = [progress.steps_in_epoch(i) for i in iterations]
+    played = [len(plan.samples(i)) for i in iterations]
     shards = [selfplay.num_shards(count, cfg.pairs.prompts_per_shard, teams=1) for count in played]
     every = [
         f"{what} every {interval} steps" if interval else f"no {what} within an iteration"
-        for what, interval in (
-            ("validation", compute_interval("val_check_interval", cfg.val_check_interval, steps)),
-            ("state", compute_interval("save_interval", cfg.save_interval, steps)),
-        )
+        for what, interval in (("validation", plan.val_every), ("state", plan.save_every))
     ]
-    val_batches = compute_limit_batches(math.ceil(num_val_prompts / size), cfg.limit_val_batches)
+    left_over = prompts.samples_per_iteration - played[0]
     return [
         f"{progress.total_steps} steps: {cfg.max_iterations} iterations x {cfg.max_epochs} epochs x "
-        f"{_numbers(per_epoch)} steps of {size} prompts",
-        f"{_numbers(played)} prompts answered in an iteration ({num_prompts - played[0]} left over), in "
+        f"{_numbers(per_epoch)} steps of {cfg.global_batch_size} prompts",
+        f"{_numbers(played)} prompts answered in an iteration ({left_over} left over), in "
         f"{_numbers(shards)} shards (more with several engines)",
-        f"{'; '.join(every)}; {min(num_val_prompts, val_batches * size)} validation samples",
+        f"{'; '.join(every)}; {plan.num_val_samples} validation samples",
     ]
 
 
 def _numbers(values: Sequence[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _built(section: str, build: Callable[[], Any]) -> Any:

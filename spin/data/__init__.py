@@ -2,9 +2,8 @@
 
 from spin.data.chat import ChatTokenizer, PromptTokenizer, TorchtuneTokenizer, adapt_tokenizer
 from spin.data.collate import spin_custom_collate
-from spin.data.mixing import history_window, mix_datasets
-from spin.data.mixture import MixedPromptDataset, mixed_prompt_dataset
-from spin.data.order import epoch_order, iteration_items, iteration_samples
+from spin.data.mixed_datasets import MixedPromptDataset, mix_datasets, mixed_prompt_dataset
+from spin.data.order import epoch_order, history_window, iteration_items, iteration_samples
 from spin.data.packing import PackedRow, pack_batch, pack_row, plan_rows
 from spin.data.prompts import PromptDataset, prompt_dataset
 from spin.data.store import PairStore

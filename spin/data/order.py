@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from spin.data.mixing import history_window
+from spin.errors import ConfigError
 
 
 def permutation(n: int, *key: object) -> np.ndarray:
@@ -37,6 +37,26 @@ def iteration_samples(num_samples: int, num_needed: int, seed: int, iteration: i
         list[int]: ``num_needed`` indices into the data set.
     """
     return permutation(num_samples, seed, "samples", iteration)[:num_needed].tolist()
+
+
+def history_window(iteration: int, history: int) -> list[int]:
+    """Iterations whose pairs are trained on, the oldest first.
+
+    The SPIN authors train iteration t on the pairs of iterations t - 1 and t: ``history=1``.
+
+    Args:
+        iteration (int): the current iteration, counted from 0.
+        history (int): how many earlier iterations take part; 0 is the current one alone.
+
+    Returns:
+        list[int]: ``iteration - history`` to ``iteration``, none below 0.
+
+    Raises:
+        ConfigError: If either number is negative.
+    """
+    if iteration < 0 or history < 0:
+        raise ConfigError(f"iteration={iteration}, history={history}: expected 0 or more for both.")
+    return list(range(max(0, iteration - history), iteration + 1))
 
 
 def iteration_items(

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from spin.attention import generation_kernels, patch_attention
 from spin.data.types import FinishReason
 from spin.distributed import clean_name, hooks_off, unsharded
+from spin.dtypes import DTYPES
 from spin.errors import ConfigError, GeneratorError
 from spin.float8 import float8_off
 from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order
@@ -25,7 +26,6 @@ from spin.generators.slots import Chosen, Slots, StepPlan
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _PREFILL_TOKENS = 16384  # of prompts that are read together, padding included
 _WINDOW = 4  # batches whose prompts are sorted by length together
 _SIZES = 4  # numbers of rows that are recorded as CUDA graphs at most: all slots, half of them, ...
@@ -74,14 +74,14 @@ class TorchtuneGenerator:
             raise ConfigError("TorchtuneGenerator runs the policy itself and was given no model.")
         if batch_size < 1 or (prefill_batch is not None and prefill_batch < 1):
             raise ConfigError(f"generator.batch_size={batch_size}, prefill_batch={prefill_batch}: expected 1 or more.")
-        if isinstance(cache_dtype, str) and cache_dtype not in _DTYPES:
-            raise ConfigError(f"generator.cache_dtype={cache_dtype!r}: expected one of {', '.join(_DTYPES)} or null.")
+        if isinstance(cache_dtype, str) and cache_dtype not in DTYPES:
+            raise ConfigError(f"generator.cache_dtype={cache_dtype!r}: expected one of {', '.join(DTYPES)} or null.")
         patch_attention(context.model)
         self.model: Any = context.model
         self.batch_size = batch_size
         self._context = context
         self._prefill_batch = prefill_batch
-        self._cache_dtype = _DTYPES[cache_dtype] if isinstance(cache_dtype, str) else cache_dtype
+        self._cache_dtype = DTYPES[cache_dtype] if isinstance(cache_dtype, str) else cache_dtype
         self._cuda_graphs = cuda_graphs
         self._awake = False
         self._slots: Slots | None = None
@@ -168,8 +168,8 @@ class TorchtuneGenerator:
         self._drop()
 
     def wake(self) -> None:
-        """From now on cache and graphs outlive ``generate``, for the next shard of prompts. What torch's allocator holds
-        but nobody uses goes first: training's blocks do not fit the cache, which would come on top of them."""
+        """From now on cache and graphs outlive ``generate``, for the next shard of prompts. What torch's allocator
+        holds but nobody uses goes first: training's blocks do not fit the cache, which would come on top of them."""
         self._awake = True
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()

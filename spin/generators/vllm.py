@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from spin.dtypes import DTYPES
 from spin.errors import ConfigError, GeneratorError
 from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
 from spin.hf import HFStream
@@ -35,7 +36,6 @@ INSTALL = (
     "pip install 'spin-torchtune[vllm]' (vllm 0.20.2 to 0.26.0 with torch 2.11, 0.27 to 0.31 with torch 2.13), or on a "
     "CPU see docs/vllm.md"
 )
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 # What this class decides itself; anything else of vLLM's EngineArgs may stand under `engine`.
 _OWN_ARGUMENTS = {
     "model", "tokenizer", "dtype", "max_model_len", "tensor_parallel_size", "distributed_executor_backend",
@@ -127,8 +127,8 @@ class VLLMGenerator:
         version = vllm_version()
         if context.model is None:
             raise ConfigError("VLLMGenerator takes the policy's weights and was given no model.")
-        if dtype not in _DTYPES:
-            raise ConfigError(f"generator.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}.")
+        if dtype not in DTYPES:
+            raise ConfigError(f"generator.dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
         world_size = context.world.world_size if context.world else 1
         if tensor_parallel_size < 1 or world_size % tensor_parallel_size:
             raise ConfigError(
@@ -148,7 +148,7 @@ class VLLMGenerator:
         self._is_whole = False  # the engine holds the policy's weights
         self._requests = 0  # so far
         arguments = {
-            "dtype": _DTYPES[dtype],
+            "dtype": str(DTYPES[dtype]).removeprefix("torch."),
             "max_model_len": self.max_seq_len,
             "tensor_parallel_size": tensor_parallel_size,
             "gpu_memory_utilization": gpu_memory_utilization,

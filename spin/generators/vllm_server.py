@@ -17,6 +17,7 @@ import requests
 import torch
 
 from spin.distributed import barrier, fail_together
+from spin.dtypes import DTYPES
 from spin.errors import ConfigError, GeneratorError
 from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
 from spin.generators.vllm import KNOWN, is_too_old, vllm_completion, vllm_sampling
@@ -24,7 +25,6 @@ from spin.hf import check_model_type, export_hf
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CONNECT_SECONDS = 10.0
 _PAUSE_SECONDS = 1.0  # before the first repetition; doubled each time
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -89,8 +89,8 @@ class VLLMServerGenerator:
             )
         if not re.match(r"https?://[^/@\s]+", url):
             raise ConfigError(f"generator.url={url!r}: expected http://host:port or https://host:port.")
-        if dtype not in _DTYPES:
-            raise ConfigError(f"generator.dtype={dtype!r}: expected one of {', '.join(_DTYPES)}.")
+        if dtype not in DTYPES:
+            raise ConfigError(f"generator.dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
         for name, value in (("concurrency", concurrency), ("timeout_seconds", timeout_seconds)):
             if value <= 0:
                 raise ConfigError(f"generator.{name}={value}: expected more than 0.")
@@ -103,7 +103,7 @@ class VLLMServerGenerator:
         self._world: Any = context.world
         self._model: Any = context.model
         self._url = url.rstrip("/")
-        self._model_dir, self._dtype = model_dir, _DTYPES[dtype]
+        self._model_dir, self._dtype = model_dir, DTYPES[dtype]
         self._model_type = None if model_type is None else check_model_type(model_type)
         self._transfer_dir = None if transfer_dir is None else Path(transfer_dir)
         self._concurrency = concurrency

@@ -169,8 +169,10 @@ def test_the_arithmetic_is_the_runs(tmp_path):
         assert lines[0].startswith(f"{recipe._progress.total_steps} steps: 3 iterations x 1 epochs")
         assert [recipe._progress.steps_in_epoch(i) for i in range(3)] == [3, 6, 6]
         assert "x 3, 6, 6 steps of 4 prompts" in lines[0]
-        assert f"{recipe._num_val_samples} validation samples" in lines[2]
-        assert f"validation every {recipe._val_every} steps; state every {recipe._save_every} steps" in lines[2]
+        assert f"{recipe._plan.num_val_samples} validation samples" in lines[2]
+        assert (
+            f"validation every {recipe._plan.val_every} steps; state every {recipe._plan.save_every} steps" in lines[2]
+        )
     finally:
         recipe.cleanup()
 

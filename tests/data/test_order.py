@@ -1,6 +1,9 @@
 """Order of samples: permutations that depend on the seed, the iteration and the epoch only."""
 
-from spin.data import epoch_order, iteration_samples
+import pytest
+
+from spin.data import epoch_order, history_window, iteration_samples
+from spin.errors import ConfigError
 
 
 def test_an_epoch_visits_every_pair_once():
@@ -21,3 +24,12 @@ def test_an_iteration_plays_other_samples_than_the_one_before():
     assert len(set(first)) == len(set(second)) == 64
     assert set(first) != set(second)
     assert all(0 <= sample < 1000 for sample in first)
+
+
+def test_history_window():
+    assert [history_window(iteration, 1) for iteration in range(3)] == [[0], [0, 1], [1, 2]]
+    assert history_window(3, 0) == [3]
+    assert history_window(3, 9) == [0, 1, 2, 3]
+    for numbers in ((-1, 0), (0, -1)):
+        with pytest.raises(ConfigError, match="expected 0 or more"):
+            history_window(*numbers)

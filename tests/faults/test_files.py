@@ -355,3 +355,7 @@ def test_no_remote_code_anywhere():
     for file in sources:
         for call in re.findall(r"Auto\w+\.from_pretrained\((?:[^()]|\([^()]*\))*\)", file.read_text()):
             assert "trust_remote_code=False" in call, (file, call)
+
+
+def test_a_log_that_cannot_be_written_ends_both_ranks_with_its_message(tmp_path, subprocess_env):
+    run_ranks("log_faults.py", subprocess_env, tmp_path)

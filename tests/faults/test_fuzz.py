@@ -28,6 +28,7 @@ from spin.distributed import init_world
 from spin.errors import SpinError
 from spin.fingerprint import file_sha256, json_fingerprint
 from spin.hf import read_hf_config, stored_elements
+from spin.progress import SPINProgress
 from tests.data.test_prompts import Letters
 from tests.recipes.helpers import CONFIG, tiny_config
 from tests.two_ranks.tiny import sharded
@@ -350,7 +351,7 @@ def test_states(state, seed):
 
     def load():
         recipe = spin_recipe.SPINRecipe(tiny_config("unused"))
-        recipe._progress = spin_recipe.SPINProgress(5, 2, 2)
+        recipe._progress = SPINProgress(5, 2, 2)
         recipe._watch = spin_recipe.Watch(recipe._cfg.watch, True)
         recipe._run_fingerprint = {}
         recipe.load_state_dict(checkpointer.read_state(path))

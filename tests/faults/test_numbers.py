@@ -8,6 +8,7 @@ import torch
 from spin_recipe import SPINRecipe
 
 from spin.data import Pair, PairStore
+from spin.distributed import init_world
 from spin.errors import ConfigError, NonFiniteError, SelfTestError, StoreError
 from spin.fingerprint import weights_fingerprint
 from spin.nonfinite import NonFiniteGuard
@@ -108,16 +109,17 @@ def test_the_self_test_waits_for_the_first_step_that_counts(tmp_path):
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
 def test_guard(loss, norm, tmp_path):
+    world = init_world("cpu")
     guard = NonFiniteGuard("skip", 2, tmp_path / "f.jsonl")
     batch = [Pair("a", 0, [1], [2])]
-    assert guard.passes(1.0, 1.0, 0, batch, True)
-    assert not guard.passes(loss, norm, 1, batch, False)
-    assert not (tmp_path / "f.jsonl").exists()  # another rank writes it
-    assert guard.passes(1.0, 1.0, 2, batch, True)
-    assert not guard.passes(loss, norm, 3, batch, True)
+    assert guard.passes(1.0, 1.0, 0, batch, world)
+    assert not guard.passes(loss, norm, 1, batch, world)
+    assert [line["step"] for line in map(json.loads, (tmp_path / "f.jsonl").read_text().splitlines())] == [1]
+    assert guard.passes(1.0, 1.0, 2, batch, world)
+    assert not guard.passes(loss, norm, 3, batch, world)
     assert (guard.skipped, guard.skipped_between(1, 3), guard.skipped_between(2, 9)) == ([1, 3], 1, 1)
     with pytest.raises(NonFiniteError, match="a row"):
-        guard.passes(loss, norm, 4, batch, True)
+        guard.passes(loss, norm, 4, batch, world)
 
 
 def test_unknown_action(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -389,10 +390,9 @@ class TestFaults:
 
     def test_pairs_that_another_model_scored_fail_the_self_test(self, tmp_path):
         class Tampers(SPINRecipe):
-            def _sealed_pairs(self, folder):
-                for pair in (pairs := list(super()._sealed_pairs(folder).pairs())):
-                    object.__setattr__(pair, "reference_real_logp", pair.reference_real_logp - 0.01)
-                return type("Store", (), {"pairs": lambda self: pairs})()
+            def _scored_pairs(self, folder):
+                for pair in super()._scored_pairs(folder):
+                    yield replace(pair, reference_real_logp=pair.reference_real_logp - 0.01)
 
         with pytest.raises(SelfTestError, match="expected 0.69314718"):
             run(tmp_path, "max_iterations=1", recipe_class=Tampers)

@@ -16,10 +16,9 @@ from dataclasses import replace
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from spin.data.types import Pair
-from spin.distributed import reshard
+from spin.distributed import local_tensor, reshard
 from spin.errors import SelfTestError, StoreError
 from spin.fingerprint import weights_fingerprint
 
@@ -79,7 +78,7 @@ def weights_of_start(model: nn.Module, load_start: Callable[[], None], policy: s
     """
     reshard(model)  # what is gathered at the moment is no parameter
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kept = [_local(parameter).to("cpu", copy=True) for parameter in trained]
+    kept = [local_tensor(parameter.detach()).to("cpu", copy=True) for parameter in trained]
     try:
         with torch.no_grad():
             load_start()
@@ -88,13 +87,9 @@ def weights_of_start(model: nn.Module, load_start: Callable[[], None], policy: s
         reshard(model)
         with torch.no_grad():
             for parameter, values in zip(trained, kept, strict=True):
-                _local(parameter).copy_(values)
+                local_tensor(parameter.detach()).copy_(values)
     if weights_fingerprint(model) != policy:
         raise SelfTestError(
             "The policy's weights are not what they were before the run's first weights were scored with "
             "(pairs.start_share). Nothing was trained on them; start the run again from its last state."
         )
-
-
-def _local(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.detach().to_local() if isinstance(parameter, DTensor) else parameter.detach()

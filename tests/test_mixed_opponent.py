@@ -9,7 +9,7 @@ from spin.data.types import Response
 from spin.errors import SelfTestError, StoreError
 from spin.fingerprint import weights_fingerprint
 from spin.loss import SPINLoss
-from spin.mixture import mix_references, weights_of_start
+from spin.mixed_opponent import mix_references, weights_of_start
 
 
 def pair(name, real, *generated):
