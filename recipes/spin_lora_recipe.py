@@ -59,6 +59,7 @@ from spin.flex import BLOCK
 from spin.generators import GeneratorContext, sampling_params
 from spin.logprobs import pair_objective
 from spin.lora import check_lora, init_adapters, prepare_adapters, trainable
+from spin.loss import row_losses
 from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics
 from spin.mixture import mix_references, weights_of_start
 from spin.models import build_model, choose_attention, prepare_model, window_of
@@ -68,6 +69,7 @@ from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, command_to_continue
 from spin.tables import closing_words, iteration_summary, opening_words, sample_rows, sample_table
 from spin.terminal import get_logger, progress_bar
+from spin.triplets import add_start_answers, answers_per_pair, not_answered, takes_triplets
 from spin.watch import Alarm, Watch, answer_metrics
 
 log = get_logger("INFO")
@@ -170,12 +172,13 @@ class SPINLoRARecipe:
             "row_tokens": cfg.pairs.row_tokens,
             "row_multiple": math.lcm(cfg.pairs.row_multiple, BLOCK) if flex else cfg.pairs.row_multiple,
             "truncated": cfg.pairs.truncated,
+            "triplets": takes_triplets(cfg),
             "flex": flex,
             "window": window_of(self._model),
         }
         # torchtune checks the row's length, which may exceed the context; no position in it does
         longest = max(self._prompts.longest, self._val_prompts.longest)
-        longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
+        longest += answers_per_pair(cfg) * self._sampling.max_new_tokens
         longest = longest_row(longest, cfg.pairs.row_tokens, self._packing["row_multiple"])
         self._model.max_seq_len = max(context, longest)
         prepare_model(
@@ -263,9 +266,12 @@ class SPINLoRARecipe:
         if self._progress.is_iteration_start:
             self._opponent = weights_fingerprint(self._model)
             samples = [sample for played, sample in self._items(iteration) if played == iteration]
-            if not self._play(iteration, folder, self._prompts.window(iteration), samples):
-                return None
-            if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._num_val_samples)):
+            games: list[tuple[Path, PromptDataset, Sequence[int]]] = [
+                (folder, self._prompts.window(iteration), samples)
+            ]
+            if with_val:
+                games.append((val_folder, self._val_prompts, range(self._num_val_samples)))
+            if not all(self._play(iteration, *game) and self._play_start(*game) for game in games):
                 return None
             self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
@@ -277,7 +283,10 @@ class SPINLoRARecipe:
                 return None
         if with_val:
             self._val_pairs = list(self._scored_pairs(val_folder))
-        return share_lookup(folder / "rows", self._scored_pairs(folder), self._world)
+        self._by_margin: Counter[str] = Counter()  # responses and pairs left out, counted on rank 0
+        limits = (self._cfg.pairs.min_margin, self._cfg.pairs.max_margin, self._packing["triplets"])
+        pairs = selfplay.filter_margins(self._scored_pairs(folder), self._by_margin, *limits)
+        return share_lookup(folder / "rows", pairs, self._world)
 
     def train_single_step(self, batch: RowBatch) -> dict[str, float]:
         """One optimizer step over a global batch of pairs; every rank takes its rows of it.
@@ -319,8 +328,7 @@ class SPINLoRARecipe:
         start = progress.iteration_start(iteration)
         is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
         if cfg.self_test and metrics and is_first and not self._is_mixed:
-            zero = torch.zeros(1, dtype=torch.float64)
-            expected = self._loss(zero, zero, zero, zero)[0].item()  # ln 2 for the logistic loss
+            expected = selfplay.loss_of_equal_models(self._loss, batch.pairs, self._packing)  # ln 2 and 0 for SPIN
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
         lr = self._lrs[iteration] * self._lr_factor()
         for group in self._optimizer.param_groups:
@@ -443,11 +451,13 @@ class SPINLoRARecipe:
         self._stop.release()
 
     # SPIN: parts of the stages.
-    def _play(self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
+    def _play(
+        self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int], opponent: str = ""
+    ) -> bool:
         """The opponent answers prompts; False if the run was asked to stop before all were answered."""
         cfg, world = self._cfg, self._world
         fingerprint = selfplay.play_fingerprint(
-            opponent=self._opponent,
+            opponent=opponent or self._opponent,
             prompts=prompts,
             samples=samples,
             tokenizer=self._tokenizer,
@@ -469,7 +479,7 @@ class SPINLoRARecipe:
                 self._generator,
                 self._model,
                 world,
-                self._prompts.window(iteration),
+                self._prompts.window(self._progress.iteration),
                 self._sampling,
                 packing=self._packing,
                 chunk_tokens=cfg.logprob_chunk_tokens,
@@ -493,19 +503,37 @@ class SPINLoRARecipe:
         bar.close()
         return self._seal(store, None if gap is None else {"generator/logprob_gap": gap})
 
+    def _play_start(self, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
+        """For triplets, the run's first weights answer what they did not in iteration 0; False if asked to stop."""
+        missing = not_answered(self._output_dir, folder, prompts, samples, self._world) if self._is_triplet else []
+        if not missing:
+            return True
+        load_start = partial(self._checkpointer.load_start, self._model, self._world)
+        with weights_of_start(self._model, load_start, self._opponent) as start:
+            return self._play(0, folder / "start", prompts, missing, opponent=start)
+
     def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
         policy = self._cfg.pairs
         earlier = history_window(iteration, policy.history if history is None else history)[:-1]
         stores = [PairStore.open(place / "responses") for place in (*map(self._folder, earlier), folder)]
         self._counts: Counter[str] = Counter()
+        pairs: Iterator[Pair] = itertools.chain.from_iterable(store.pairs() for store in stores)
+        if self._is_triplet:
+            pairs = add_start_answers(pairs, self._output_dir, folder)
         return selfplay.filter_pairs(
-            itertools.chain.from_iterable(store.pairs() for store in stores),
+            pairs,
             self._counts,
             truncated=policy.truncated,
             equal_to_real=policy.equal_to_real,
             empty=policy.empty,
+            whole=self._packing["triplets"],
         )
+
+    @property
+    def _is_triplet(self) -> bool:
+        """Answers of what the run started from take part; in iteration 0 those are the opponent's own."""
+        return self._packing["triplets"] and self._progress.iteration > 0
 
     @property
     def _is_mixed(self) -> bool:
@@ -592,8 +620,7 @@ class SPINLoRARecipe:
 
     def _pair_losses(self, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses, real and generated rewards of a row's comparisons, each of shape (c,)."""
-        real, generated = row.real, row.generated
-        return self._loss(logps[real], logps[generated], row.reference_logps[real], row.reference_logps[generated])
+        return row_losses(self._loss, row, logps)
 
     def _objective(self, row: PackedRow, scale: float, logps: torch.Tensor) -> torch.Tensor:
         """What a row adds to the objective; every term looks at one pair only."""
@@ -611,7 +638,7 @@ class SPINLoRARecipe:
         self._val_loss_before = self._val_loss
         # what is known of the iteration's play goes into the line of its first step
         report = PairStore.open(self._folder(iteration) / "responses").manifest.get("report", {})
-        self._play_metrics = dict(report) if self._progress.is_iteration_start else {}
+        self._play_metrics = {**report, **self._by_margin} if self._progress.is_iteration_start else {}
 
     def _lr_factor(self) -> float:
         """The schedule spans an iteration where the optimizer starts anew in each, else the run."""
