@@ -275,6 +275,13 @@ class SPINLoRARecipe:
                 return None
             self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
+            limits = (self._cfg.pairs.min_margin, self._cfg.pairs.max_margin)
+            if limits != (None, None):  # scored to be filtered; what is left is scored in the rows that it trains in
+                if not self._score_as(self._opponent, folder / "margins", self._batches(answers, iteration, epoch=0)):
+                    return None
+                scored = PairStore.open(folder / "margins").pairs()
+                kept = selfplay.filter_margins(scored, self._counts, *limits, self._packing["triplets"])
+                answers = share_lookup(folder / "rows", kept, self._world)
             if not self._score(folder, self._batches(answers, iteration, epoch=0)):
                 return None
             if with_val and not self._score(
@@ -283,10 +290,7 @@ class SPINLoRARecipe:
                 return None
         if with_val:
             self._val_pairs = list(self._scored_pairs(val_folder))
-        self._by_margin: Counter[str] = Counter()  # responses and pairs left out, counted on rank 0
-        limits = (self._cfg.pairs.min_margin, self._cfg.pairs.max_margin, self._packing["triplets"])
-        pairs = selfplay.filter_margins(self._scored_pairs(folder), self._by_margin, *limits)
-        return share_lookup(folder / "rows", pairs, self._world)
+        return share_lookup(folder / "rows", self._scored_pairs(folder), self._world)
 
     def train_single_step(self, batch: RowBatch) -> dict[str, float]:
         """One optimizer step over a global batch of pairs; every rank takes its rows of it.
@@ -638,7 +642,8 @@ class SPINLoRARecipe:
         self._val_loss_before = self._val_loss
         # what is known of the iteration's play goes into the line of its first step
         report = PairStore.open(self._folder(iteration) / "responses").manifest.get("report", {})
-        self._play_metrics = {**report, **self._by_margin} if self._progress.is_iteration_start else {}
+        report |= selfplay.left_out_by_margin(self._folder(iteration) / "pairs")
+        self._play_metrics = dict(report) if self._progress.is_iteration_start else {}
 
     def _lr_factor(self) -> float:
         """The schedule spans an iteration where the optimizer starts anew in each, else the run."""

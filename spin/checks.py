@@ -111,11 +111,6 @@ def check_run(cfg: DictConfig) -> None:
     for name, margin in (("min_margin", least), ("max_margin", most)):
         if margin is not None and not (_is_number(margin) and math.isfinite(margin)):
             faults.add(f"pairs.{name}={margin!r}: expected nats per token, or null for no limit.")
-        elif margin is not None and plain["pairs"]["start_share"]:
-            faults.add(
-                f"pairs.{name}={margin} with pairs.start_share={plain['pairs']['start_share']}: a mixture is known "
-                "up to a constant for each prompt only: it has no log-probs per token. Set one of them to its default."
-            )
     if _is_number(least) and _is_number(most) and least > most:
         faults.add(f"pairs.min_margin={least} is above pairs.max_margin={most}: no pair can pass.")
     if takes_triplets(cfg):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -682,7 +683,7 @@ def filter_margins(
 
     The margin is the opponent's mean log-prob per token of the real response less that of the generated one, in nats.
     Where it is high the opponent finds the real response the likelier one already; where it is very low the real
-    response is foreign to it. All that is looked at is in the store, so a resumed run leaves out the same.
+    response is foreign to it.
 
     Args:
         pairs (Iterable[Pair]): scored by the opponent.
@@ -697,9 +698,6 @@ def filter_margins(
     Raises:
         StoreError: If no pair is left.
     """
-    if min_margin is None and max_margin is None:
-        yield from pairs
-        return
     counts.update(margin_dropped=0, margin_dropped_pairs=0)
     low, high = float("inf"), -float("inf")
     is_any_left = False
@@ -724,6 +722,19 @@ def filter_margins(
             f"No pair is left of {counts['margin_dropped_pairs']}: the opponent's margins are {low:.3g} to {high:.3g} "
             f"nats per token, pairs.min_margin is {min_margin} and pairs.max_margin {max_margin}. Widen them."
         )
+
+
+def left_out_by_margin(store: Path) -> dict[str, int]:
+    """The counts of :func:`filter_margins` that were sealed with a store.
+
+    Args:
+        store (Path): an iteration's scored pairs.
+
+    Returns:
+        dict[str, int]: by name; empty if nothing was filtered by margin.
+    """
+    report = PairStore.open(store).manifest.get("report", {})
+    return {name: count for name, count in report.items() if name.startswith("margin_dropped")}
 
 
 def _margin(pair: Pair, response: Response) -> float:

@@ -142,9 +142,9 @@ def iteration_summary(
             lines.append(
                 f"{label:>22}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step"
             )
-    if steps and "margin_dropped" in steps[0]:
-        dropped, pairs = (int(steps[0][f"margin_dropped{part}"]) for part in ("", "_pairs"))
-        lines.append(f"{'left out by margin':>22}: {dropped} answers, {pairs} pairs")
+    for metrics in (each for each in history if "margin_dropped" in each):
+        dropped, pairs = metrics["margin_dropped"], metrics["margin_dropped_pairs"]
+        lines.append(f"{'left out by margin':>22}: {dropped:.0f} answers, {pairs:.0f} pairs")
     for name, label, before in (
         ("val_loss", "validation loss", val_loss_before),
         ("val_spin_loss", "validation SPIN loss", None),

@@ -75,7 +75,6 @@ def test_triplets_refuse_what_they_cannot_be_with(change):
         (("pairs.max_margin=much",), "pairs.max_margin='much': expected nats per token"),
         (("pairs.min_margin=.nan",), "pairs.min_margin=nan: expected nats per token"),
         (("pairs.min_margin=1", "pairs.max_margin=0"), "pairs.min_margin=1 is above pairs.max_margin=0"),
-        (("pairs.max_margin=0", "pairs.start_share=0.5"), "pairs.max_margin=0 with pairs.start_share=0.5"),
     ],
 )
 def test_values_that_cannot_work(changes, message):

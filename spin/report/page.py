@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import cache
@@ -15,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 import spin
 from spin.report.advice import LN_2, advice
 from spin.report.charts import Chart, Series, number
-from spin.report.record import IterationRecord, Metrics, RunRecord, is_number
+from spin.report.record import IterationRecord, RunRecord, is_number
 
 STAGES = ("play", "score", "fit", "validate")
 
@@ -141,16 +140,12 @@ def _table_row(iteration: IterationRecord) -> dict[str, Any]:
         "margin": last("margin"),
         "drift": f"{last('real_logp_drift')} / {last('generated_logp_drift')}" if steps else "",
         "val_loss": last("val_loss"),
-        "answers": f"{iteration.answers or ''}" + _left_out(steps),
+        "answers": f"{iteration.answers or ''}"
+        + (f" ({iteration.left_out:.0f} left out by margin)" if iteration.left_out is not None else ""),
         "truncated": f"{iteration.truncated / iteration.answers:.0%}" if iteration.answers else "",
         "tokens": " / ".join(f"{value:.0f}" for value in iteration.mean_tokens.values()),
         "seconds": [iteration.seconds.get(stage) for stage in STAGES],
     }
-
-
-def _left_out(steps: Sequence[Metrics]) -> str:
-    dropped = steps[0].get("margin_dropped") if steps else None
-    return f" ({dropped:.0f} left out by margin)" if is_number(dropped) else ""
 
 
 def duration(seconds: float | None) -> str:

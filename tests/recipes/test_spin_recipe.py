@@ -329,38 +329,50 @@ def test_references_that_are_not_the_policys_stop_a_run_of_triplets(tmp_path):
         run(tmp_path, *TSPIN, "max_iterations=1", recipe_class=Forged)
 
 
-@pytest.mark.parametrize("step", [3, 5])
-def test_a_stopped_run_of_triplets_goes_on_as_if_it_had_not_stopped(tspin_run, tmp_path, step):
+class StopsAsTheStartPlays(SPINRecipe):
+    """Is asked to stop while the run's first weights stand in the policy's place."""
+
+    def _play(self, iteration, folder, *arguments, **more):
+        if folder.name == "start":
+            self._stop.note(15, None)
+        return super()._play(iteration, folder, *arguments, **more)
+
+
+@pytest.mark.parametrize("recipe_class", [StopsAsTheStartPlays, stops_at(5)])
+def test_a_stopped_run_of_triplets_goes_on_as_if_it_had_not_stopped(tspin_run, tmp_path, recipe_class):
     output_dir, recipe = tspin_run
-    run(tmp_path, *TSPIN, recipe_class=stops_at(step))
+    run(tmp_path, *TSPIN, recipe_class=recipe_class)
+    assert not (tmp_path / "iteration_001/hf_model").exists()
     resumed = run(tmp_path, *TSPIN)
     assert metrics_of(tmp_path) == metrics_of(output_dir)
     assert resumed.final_weights == recipe.final_weights
 
 
 def test_pairs_are_left_out_by_margin(tmp_path, capsys):
-    """The middle third of the opponent's margins per token, by the store, is what is trained on; also after a stop."""
+    """The middle third of the opponent's margins per token is trained on, scored in its own rows; also after a stop."""
     changes = ("max_epochs=1", "validation_dataset=null", "save_interval=1")
     run(tmp_path / "all", *changes, "max_iterations=1", "max_steps=1")
 
-    def margins(folder):
+    def margins(store):
         return {
             pair.sample_id: pair.reference_real_logp / len(pair.real_ids)
             - pair.generated[0].reference_logp / len(pair.generated[0].token_ids)
-            for pair in PairStore.open(folder / "pairs").pairs()
+            for pair in PairStore.open(store).pairs()
         }
 
-    low, high = np.quantile(list(margins(tmp_path / "all/iteration_000").values()), [0.33, 0.67])
+    low, high = np.quantile(list(margins(tmp_path / "all/iteration_000/pairs").values()), [0.33, 0.67])
     limits = (f"pairs.min_margin={low}", f"pairs.max_margin={high}")
     whole = run(tmp_path / "a", *changes, *limits, recipe_class=NotesAllPairs)
     printed = capsys.readouterr().out
     for iteration in (0, 1):
-        found = margins(tmp_path / "a" / f"iteration_{iteration:03d}")
-        assert len(found) == 20  # all are scored
+        folder = tmp_path / "a" / f"iteration_{iteration:03d}"
+        found = margins(folder / "margins")
         kept = {name for name, margin in found.items() if low <= margin <= high}
-        assert 0 < len(kept) < 20 and whole.trained_on[iteration] == kept
-        first = next(row for row in metrics_of(tmp_path / "a") if row["iteration"] == iteration)
-        assert first["margin_dropped_pairs"] == 20 - len(kept)
+        assert len(found) == 20 and 0 < len(kept) < 20
+        assert whole.trained_on[iteration] == margins(folder / "pairs").keys() == kept
+        rows = [row for row in metrics_of(tmp_path / "a") if row["iteration"] == iteration]
+        assert rows[0]["margin_dropped_pairs"] == 20 - len(kept)
+        assert next(row for row in rows if "loss" in row)["real_logp_drift"] == 0.0
         assert f"left out by margin: {20 - len(kept)} answers, {20 - len(kept)} pairs" in printed
         assert f"20 ({20 - len(kept)} left out by margin)" in render(read_run(tmp_path / "a"))
     run(tmp_path / "b", *changes, *limits, recipe_class=stops_at(7))
