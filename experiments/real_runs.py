@@ -7,7 +7,7 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,12 @@ from spin_recipe import DEFAULTS, SPINRecipe
 from spin import selfplay
 from spin.checkpoint import SPINCheckpointer
 from spin.config import complete, load_config
-from spin.data import Pair, PairStore, PromptDataset, prompt_dataset
+from spin.data import Pair, prompt_dataset
 from spin.data.loader import RowBatch
-from spin.data.packing import PackedRow
 from spin.distributed import accumulating, clip_grad_norm
 from spin.generators.base import Completion
 from spin.generators.sampling import sample_seed
 from spin.logprobs import pair_objective
-from spin.mixed_opponent import weights_of_start
 from spin.reference import score_batches
 from spin.schedules import lr_factor
 
@@ -197,56 +195,7 @@ def _summed_loss(scale: float, logps: torch.Tensor) -> torch.Tensor:
     return -logps.sum() * scale
 
 
-class MeasuredTSPIN(MeasuredSPIN):
-    """T-SPIN: real answers against the opponent's, and from iteration 1 on also the opponent's against answers of what
-    the run started from; no reference. With ``a`` the config's beta and ``b`` the class's ``anchor_weight``
-
-        l(a (log p(real) - log p(generated))) + b l(a (log p(generated) - log p(first)))
-
-    Not an option of the product: it stands here to be compared. ``self_test`` has no meaning, because the first loss
-    says nothing about equal models.
-
-    Source:
-        Equation 7 of arXiv 2601.08198; ``b`` is 0 in the first iteration and 0.1 later, ``a`` is 1.
-    """
-
-    anchor_weight = 0.1
-    _OTHER_NUMBERS = 1000  # the first weights' answers are drawn with the random numbers of an iteration far away
-
-    def _play(self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
-        if not super()._play(iteration, folder, prompts, samples):
-            return False
-        if iteration == 0:
-            return True
-        policy = self._opponent
-        load_start = partial(self._checkpointer.load_start, self._model, self._world)
-        with weights_of_start(self._model, load_start, policy) as self._opponent:
-            try:
-                return super()._play(iteration + self._OTHER_NUMBERS, folder / "first", prompts, samples)
-            finally:
-                self._opponent = policy
-
-    def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
-        pairs = super()._answers(iteration, folder, history)
-        if iteration == 0:
-            return pairs
-        first = {pair.sample_id: pair.generated for pair in PairStore.open(folder / "first" / "responses").pairs()}
-        return (replace(pair, generated=[*pair.generated, *first[pair.sample_id]]) for pair in pairs)
-
-    def _pair_losses(self, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        winners, losers = row.real.clone(), row.generated
-        scale = torch.ones_like(logps[losers])
-        if self._progress.iteration > 0:
-            # (real, generated), (real, first) of each pair become (real, generated), (generated, first). The row gives
-            # each half of the pair's weight.
-            winners[1::2] = losers[0::2]
-            scale[0::2], scale[1::2] = 2.0, 2.0 * self.anchor_weight
-        no_reference = torch.zeros_like(logps[losers])
-        losses, *rewards = self._loss(logps[winners], logps[losers], no_reference, no_reference)
-        return losses * scale, *rewards
-
-
-RECIPES = {"spin": MeasuredSPIN, "sft": MeasuredSFT, "tspin": MeasuredTSPIN}
+RECIPES = {"spin": MeasuredSPIN, "sft": MeasuredSFT}
 
 
 def run_stages(
@@ -260,8 +209,8 @@ def run_stages(
 
     Args:
         base (str): name of the packaged config.
-        stages (Sequence[Mapping[str, Any]]): of each its ``recipe`` (``spin``, ``sft``, ``tspin``, or ``none`` to
-            measure only) and its ``settings``, values by dotted key.
+        stages (Sequence[Mapping[str, Any]]): of each its ``recipe`` (``spin``, ``sft``, or ``none`` to measure only)
+            and its ``settings``, values by dotted key.
         questions (Mapping[str, Mapping[str, Any]]): see :class:`MeasuredSPIN`.
         folder (Path): scratch space; emptied before and removed afterwards.
         report (Report): told the measurements after each iteration.

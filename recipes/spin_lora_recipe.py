@@ -47,6 +47,7 @@ from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, sampling_params
 from spin.logprobs import pair_objective
 from spin.lora import check_lora, init_adapters, prepare_adapters, trainable
+from spin.loss import row_losses
 from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics, speed_metrics, validation_metrics
 from spin.mixed_opponent import mix_references, weights_of_start
 from spin.models import build_model, choose_attention, make_room, prepare_model, row_layout, training_options
@@ -56,6 +57,7 @@ from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, words_of_stop
 from spin.tables import closing_words, iteration_summary, opening_words, sample_rows
 from spin.terminal import get_logger, progress_bar
+from spin.triplets import add_start_answers, answers_per_pair, not_answered, takes_triplets
 from spin.watch import Alarm, Watch, answer_metrics
 
 log = get_logger("INFO")
@@ -145,10 +147,10 @@ class SPINLoRARecipe:
 
         # ---- model
         flex = choose_attention(self._model, self._world, compute_dtype, cfg.attention)
-        self._packing = row_layout(self._model, cfg.pairs, flex)
+        self._packing = row_layout(self._model, cfg.pairs, flex) | {"triplets": takes_triplets(cfg)}
         self._scoring: dict[str, Any] = {"packing": self._packing, "chunk_tokens": cfg.logprob_chunk_tokens}
         longest = max(self._prompts.longest, self._val_prompts.longest)
-        make_room(self._model, longest + cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens, self._packing)
+        make_room(self._model, longest + answers_per_pair(cfg) * self._sampling.max_new_tokens, self._packing)
         prepare_model(self._model, self._world, compute_dtype=compute_dtype, **training_options(cfg))
         self._optimizer = self._new_optimizer()
         self._checkpointer.load_model(self._model, self._world)  # the base, which no state holds
@@ -220,12 +222,21 @@ class SPINLoRARecipe:
         with_val = self._cfg.validation.spin and self._plan.num_val_samples > 0
         if self._progress.is_iteration_start:
             self._opponent = weights_fingerprint(self._model)
-            if not self._play(iteration, folder, self._prompts.window(iteration), self._plan.samples(iteration)):
-                return None
-            if with_val and not self._play(iteration, val_folder, self._val_prompts, range(self._plan.num_val_samples)):
+            games = [(folder, self._prompts.window(iteration), self._plan.samples(iteration))]
+            if with_val:
+                games.append((val_folder, self._val_prompts, list(range(self._plan.num_val_samples))))
+            if not all(self._play(iteration, *game) and self._play_start(*game) for game in games):
                 return None
             self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
+            limits = (self._cfg.pairs.min_margin, self._cfg.pairs.max_margin)
+            if limits != (None, None):  # scored to be filtered; what is left is scored in the rows that it trains in
+                batches = self._plan.batches(answers, iteration, epoch=0)
+                if not self._score_as(self._opponent, folder / "margins", batches):
+                    return None
+                scored = PairStore.open(folder / "margins").pairs()
+                kept = selfplay.filter_margins(scored, self._counts, *limits, self._packing["triplets"])
+                answers = share_lookup(folder / "rows", kept, self._world)
             if not self._score(folder, self._plan.batches(answers, iteration, epoch=0)):
                 return None
             if with_val and not self._score(
@@ -274,8 +285,7 @@ class SPINLoRARecipe:
         start = progress.iteration_start(iteration)
         is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
         if cfg.self_test and metrics and is_first and not self._is_mixed:
-            zero = torch.zeros(1, dtype=torch.float64)
-            expected = self._loss(zero, zero, zero, zero)[0].item()  # ln 2 for the logistic loss
+            expected = selfplay.loss_of_equal_models(self._loss, batch.pairs, self._packing)  # ln 2 and 0 for SPIN
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
         lr = self._lrs[iteration] * self._lr_factor()
         for group in self._optimizer.param_groups:
@@ -397,11 +407,13 @@ class SPINLoRARecipe:
         self._stop.release()
 
     # SPIN: parts of the stages.
-    def _play(self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
+    def _play(
+        self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int], opponent: str = ""
+    ) -> bool:
         """The opponent answers prompts; False if the run was asked to stop before all were answered."""
         cfg, world = self._cfg, self._world
         game = selfplay.Game(prompts, samples, self._sampling, cfg.seed, iteration, cfg.pairs.responses_per_prompt)
-        answered_by = (self._opponent, self._tokenizer, self._generator, cfg.compute_dtype)
+        answered_by = (opponent or self._opponent, self._tokenizer, self._generator, cfg.compute_dtype)
         store = selfplay.open_store(
             folder / "responses",
             selfplay.play_fingerprint(game, *answered_by),
@@ -415,7 +427,11 @@ class SPINLoRARecipe:
         mine = selfplay.own_shards(missing, store, game, self._team)
         bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(samples) / self._team.count))
         with bar, selfplay.awake(self._generator, self._model):
-            probe = {"prompts": self._prompts.window(iteration), "sampling": self._sampling, **self._scoring}
+            probe = {
+                "prompts": self._prompts.window(self._progress.iteration),
+                "sampling": self._sampling,
+                **self._scoring,
+            }
             gap = selfplay.prove_weights(self._generator, self._model, world, as_in_training=cfg.compile, **probe)
             with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
                 watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
@@ -423,19 +439,37 @@ class SPINLoRARecipe:
         report = None if gap is None else {"generator/logprob_gap": gap}
         return selfplay.seal(store, world, self._stop.is_asked, report)
 
+    def _play_start(self, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
+        """For triplets, the run's first weights answer what they did not in iteration 0; False if asked to stop."""
+        missing = not_answered(self._output_dir, folder, prompts, samples, self._world) if self._is_triplet else []
+        if not missing:
+            return True
+        load_start = partial(self._checkpointer.load_start, self._model, self._world)
+        with weights_of_start(self._model, load_start, self._opponent) as start:
+            return self._play(0, folder / "start", prompts, missing, opponent=start)
+
     def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
         policy = self._cfg.pairs
         earlier = history_window(iteration, policy.history if history is None else history)[:-1]
         stores = [PairStore.open(place / "responses") for place in (*map(self._folder, earlier), folder)]
         self._counts: Counter[str] = Counter()
+        pairs: Iterator[Pair] = itertools.chain.from_iterable(store.pairs() for store in stores)
+        if self._is_triplet:
+            pairs = add_start_answers(pairs, self._output_dir, folder)
         return selfplay.filter_pairs(
-            itertools.chain.from_iterable(store.pairs() for store in stores),
+            pairs,
             self._counts,
             truncated=policy.truncated,
             equal_to_real=policy.equal_to_real,
             empty=policy.empty,
+            whole=self._packing["triplets"],
         )
+
+    @property
+    def _is_triplet(self) -> bool:
+        """Answers of what the run started from take part; in iteration 0 those are the opponent's own."""
+        return self._packing["triplets"] and self._progress.iteration > 0
 
     @property
     def _is_mixed(self) -> bool:
@@ -478,8 +512,7 @@ class SPINLoRARecipe:
 
     def _pair_losses(self, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses, real and generated rewards of a row's comparisons, each of shape (c,)."""
-        real, generated = row.real, row.generated
-        return self._loss(logps[real], logps[generated], row.reference_logps[real], row.reference_logps[generated])
+        return row_losses(self._loss, row, logps)
 
     def _objective(self, row: PackedRow, scale: float, logps: torch.Tensor) -> torch.Tensor:
         """What a row adds to the objective; every term looks at one pair only."""
@@ -497,6 +530,7 @@ class SPINLoRARecipe:
         self._val_loss_before = self._val_loss
         # what is known of the iteration's play goes into the line of its first step
         report = PairStore.open(self._folder(iteration) / "responses").manifest.get("report", {})
+        report |= selfplay.left_out_by_margin(self._folder(iteration) / "pairs")
         self._play_metrics = dict(report) if self._progress.is_iteration_start else {}
 
     def _lr_factor(self) -> float:

@@ -23,6 +23,7 @@ from spin.nonfinite import ON_NONFINITE
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, parse_max_time
 from spin.schedules import lr_factor, per_iteration
 from spin.stopping import parse_signals
+from spin.triplets import takes_triplets
 from spin.watch import check_limits
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,9 @@ def check_run(cfg: DictConfig) -> None:
     attempt("max_iterations", lambda: SPINProgress(1, plain["max_epochs"], iterations, plain["max_steps"]))
     for section, key in (("loss", "beta"), ("optimizer", "lr")):
         value = plain[section].get(key)
-        if value is not None and isinstance(iterations, int) and iterations > 0:
+        if value is None:  # its default goes with the default component
+            faults.add(f"{section}.{key}: missing, expected a number, or a list of one per iteration.")
+        elif isinstance(iterations, int) and iterations > 0:
             attempt(f"{section}.{key}", partial(per_iteration, value, 0, iterations))
             for entry in value if isinstance(value, list) else [value]:
                 if isinstance(entry, (int, float)) and entry <= 0:
@@ -104,6 +107,21 @@ def check_run(cfg: DictConfig) -> None:
         share = plain["pairs"][name]
         if not _is_number(share) or not 0 <= share <= 1:
             faults.add(f"pairs.{name}={share}: expected a share in [0, 1].")
+    least, most = (plain["pairs"][name] for name in ("min_margin", "max_margin"))
+    for name, margin in (("min_margin", least), ("max_margin", most)):
+        if margin is not None and not (_is_number(margin) and math.isfinite(margin)):
+            faults.add(f"pairs.{name}={margin!r}: expected nats per token, or null for no limit.")
+    if _is_number(least) and _is_number(most) and least > most:
+        faults.add(f"pairs.min_margin={least} is above pairs.max_margin={most}: no pair can pass.")
+    if takes_triplets(cfg):
+        loss = plain["loss"]["_component_"]
+        for name, value in (("responses_per_prompt", 1), ("history", 0), ("start_share", 0)):
+            if plain["pairs"][name] != value:
+                faults.add(
+                    f"pairs.{name}={plain['pairs'][name]} with loss._component_={loss}: a triplet has one answer of "
+                    "today's opponent and one of what the run started from, and its loss has no reference. Set "
+                    f"pairs.{name}={value}."
+                )
     for name, known in (
         ("truncated", ("keep", MASK_TRUNCATED, "drop")),
         ("equal_to_real", ("keep", "drop")),
@@ -136,12 +154,15 @@ def check_run(cfg: DictConfig) -> None:
     faults.raise_if_any()
 
 
-def check_first_loss(metrics: Mapping[str, float], expected: float, compute_dtype: str, iteration: int) -> None:
-    """The self-test of an iteration's first step: policy and opponent are the same weights, so no pair has a margin.
+def check_first_loss(
+    metrics: Mapping[str, float], expected: tuple[float, float], compute_dtype: str, iteration: int
+) -> None:
+    """The self-test of an iteration's first step: policy and opponent are the same weights.
 
     Args:
         metrics (Mapping[str, float]): of the step, see :func:`spin.metrics.pair_metrics`.
-        expected (float): the loss of two equal models, ln 2 for the logistic loss.
+        expected (tuple[float, float]): loss and margin of two equal models, see
+            :func:`spin.selfplay.loss_of_equal_models`; ln 2 and 0 for the logistic SPIN loss.
         compute_dtype (str): ``fp32`` allows 1e-6, ``bf16`` 1e-4.
         iteration (int): counted from 0.
 
@@ -149,10 +170,11 @@ def check_first_loss(metrics: Mapping[str, float], expected: float, compute_dtyp
         SelfTestError: If the loss or the margin is off.
     """
     tolerance = 1e-6 if compute_dtype == "fp32" else 1e-4
-    if abs(metrics["loss"] - expected) <= tolerance and abs(metrics["margin"]) <= tolerance:
+    loss, margin = expected
+    if abs(metrics["loss"] - loss) <= tolerance and abs(metrics["margin"] - margin) <= tolerance:
         return
     raise SelfTestError(
-        f"The first loss of iteration {iteration} is {metrics['loss']:.8f}, expected {expected:.8f} +- {tolerance:g}, "
+        f"The first loss of iteration {iteration} is {metrics['loss']:.8f}, expected {loss:.8f} +- {tolerance:g}, "
         "because policy and opponent are the same weights. The policy's log-probs are off the reference by "
         f"{metrics['real_logp_drift']:.3g} nats for real and {metrics['generated_logp_drift']:.3g} for generated "
         "responses: something differs between the reference pass and training (dropout, precision, another number of "

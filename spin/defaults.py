@@ -32,6 +32,8 @@ RECIPE_DEFAULTS: dict[str, Any] = {
         "history": 0,
         "history_fraction": 1.0,
         "start_share": 0.0,
+        "min_margin": None,
+        "max_margin": None,
         "truncated": "keep",
         "equal_to_real": "keep",
         "empty": "drop",

@@ -35,6 +35,7 @@ from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
 from spin.errors import ConfigError, SpinError
 from spin.flex import BLOCK
 from spin.models import build_model
+from spin.triplets import answers_per_pair
 
 _GIB = 2**30
 # Bytes of optimizer state for a trained weight, by class; others are taken for AdamW.
@@ -245,7 +246,7 @@ def _row_tokens(cfg: DictConfig, ranks: int, pair_tokens: int | None) -> int:
     multiple = math.lcm(cfg.pairs.row_multiple, BLOCK)  # as FlexAttention needs
     if pair_tokens is None:
         limits = (_data_limit(cfg, "max_prompt_tokens"), _data_limit(cfg, "max_response_tokens"))
-        generated = cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
+        generated = answers_per_pair(cfg) * cfg.sampling.max_new_tokens
         longest_pair = sum(limits) + generated if None not in limits else 0
         return longest_row(longest_pair, cfg.pairs.row_tokens, multiple)
     spread = NormalDist(math.log(pair_tokens) - _SPREAD**2 / 2, _SPREAD)  # of the logarithm; its mean is pair_tokens
@@ -310,7 +311,7 @@ def _pair_store(cfg: DictConfig, model: Any, pair_tokens: int | None) -> float:
     samples = cfg.dataset.get("samples") or _data_limit(cfg, "limit") or 0
     if pair_tokens is None:
         prompt, real = (_data_limit(cfg, f"max_{part}_tokens") or model.max_seq_len for part in ("prompt", "response"))
-        pair_tokens = prompt + real + cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
+        pair_tokens = prompt + real + answers_per_pair(cfg) * cfg.sampling.max_new_tokens
     return float(samples * (3 * 4 * pair_tokens + 300))
 
 

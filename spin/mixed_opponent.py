@@ -90,6 +90,6 @@ def weights_of_start(model: nn.Module, load_start: Callable[[], None], policy: s
                 local_tensor(parameter.detach()).copy_(values)
     if weights_fingerprint(model) != policy:
         raise SelfTestError(
-            "The policy's weights are not what they were before the run's first weights were scored with "
-            "(pairs.start_share). Nothing was trained on them; start the run again from its last state."
+            "The policy's weights are not what they were before the run's first weights took their place "
+            "(pairs.start_share, or T-SPIN). Nothing was trained on them; start the run again from its last state."
         )

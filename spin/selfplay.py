@@ -24,7 +24,7 @@ from torch import nn
 
 from spin.data.chat import PromptTokenizer
 from spin.data.loader import RowBatch
-from spin.data.packing import MASK_TRUNCATED
+from spin.data.packing import MASK_TRUNCATED, PackedRow, pack_row
 from spin.data.prompts import PromptDataset
 from spin.data.store import PairStore
 from spin.data.types import Pair, Prompt, Response
@@ -43,6 +43,7 @@ from spin.fingerprint import json_fingerprint
 from spin.generators.base import Completion, Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
 from spin.logprobs import response_logps
+from spin.loss import row_losses
 from spin.reference import score_batches
 
 TRUNCATED_POLICIES = ("keep", MASK_TRUNCATED, "drop")
@@ -567,15 +568,38 @@ def losses_of_pairs(
 
     Returns:
         tuple[torch.Tensor, torch.Tensor, torch.Tensor]: losses, rewards of the real and of the generated responses; one
-        for every generated response in order, fp64, on the CPU.
+        for every comparison in order (of a triplet one, else of every generated response), fp64, on the CPU.
     """
-    now = score_batches(model, batches, world, packing=packing, chunk_tokens=chunk_tokens)
-    columns = [
-        (policy.reference_real_logp, answer.reference_logp, pair.reference_real_logp, response.reference_logp)
-        for policy, pair in zip(now, chain.from_iterable(batches), strict=True)
-        for answer, response in zip(policy.generated, pair.generated, strict=True)
-    ]
-    return loss(*torch.tensor(columns, dtype=torch.float64).unbind(1))
+    now = iter(score_batches(model, batches, world, packing=packing, chunk_tokens=chunk_tokens))
+    found = []
+    for batch in batches:
+        row, policy = (_one_row(pairs, packing) for pairs in (batch, [next(now) for _ in batch]))
+        found.append(row_losses(loss, row, policy.reference_logps))
+    losses, real_rewards, generated_rewards = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return losses, real_rewards, generated_rewards
+
+
+@torch.no_grad()
+def loss_of_equal_models(loss: nn.Module, pairs: Sequence[Pair], packing: Mapping[str, Any]) -> tuple[float, float]:
+    """What a batch's loss and margin are when the policy is the opponent: ln 2 and 0 for the logistic SPIN loss.
+
+    Args:
+        loss (nn.Module): such as :class:`spin.loss.SPINLoss`.
+        pairs (Sequence[Pair]): a global batch with reference log-probs, of which some have weight.
+        packing (Mapping[str, Any]): see :func:`spin.reference.score_batches`.
+
+    Returns:
+        tuple[float, float]: means over the pairs: the loss, and the real's less the generated response's reward.
+    """
+    row = _one_row(pairs, packing)
+    losses, real_rewards, generated_rewards = row_losses(loss, row, row.reference_logps)
+    weights = row.weights.double() / row.weights.double().sum()
+    return (weights @ losses).item(), (weights @ (real_rewards - generated_rewards)).item()
+
+
+def _one_row(pairs: Sequence[Pair], packing: Mapping[str, Any]) -> PackedRow:
+    """All pairs side by side, however many tokens they have: not for a model."""
+    return pack_row(pairs, truncated=packing.get("truncated", "keep"), triplets=packing.get("triplets", False))
 
 
 @torch.no_grad()
@@ -629,6 +653,7 @@ def filter_pairs(
     truncated: str = "keep",
     equal_to_real: str = "keep",
     empty: str = "drop",
+    whole: bool = False,
 ) -> Iterator[Pair]:
     """Applies the policies for responses that may not be worth learning from, and counts them.
 
@@ -640,6 +665,7 @@ def filter_pairs(
         equal_to_real (str): responses equal to the real one, which have no gradient: ``keep`` or ``drop``.
         empty (str): responses that consist of a stop token alone: ``keep`` or ``drop``. Responses without any token
             cannot be scored and are always dropped.
+        whole (bool): a pair that loses a response loses all of them, as triplets must.
 
     Yields:
         Pair: the pairs that still have a response.
@@ -673,6 +699,9 @@ def filter_pairs(
                 counts["dropped"] += 1
             else:
                 responses.append(response)
+        if whole and len(responses) < len(pair.generated):
+            counts["dropped"] += len(responses)
+            responses = []
         if responses:
             is_any_left = True
             yield replace(pair, generated=responses)
@@ -683,6 +712,76 @@ def filter_pairs(
             f"No pair is left of {counts['dropped_pairs']}: {dict(counts)}. Every response was dropped by "
             "pairs.truncated, pairs.equal_to_real or pairs.empty; relax them, or raise sampling.max_new_tokens."
         )
+
+
+def filter_margins(
+    pairs: Iterable[Pair],
+    counts: Counter[str],
+    min_margin: float | None = None,
+    max_margin: float | None = None,
+    whole: bool = False,
+) -> Iterator[Pair]:
+    """Leaves out responses that the opponent itself tells from the real one too easily, or not at all, and counts them.
+
+    The margin is the opponent's mean log-prob per token of the real response less that of the generated one, in nats.
+    Where it is high the opponent finds the real response the likelier one already; where it is very low the real
+    response is foreign to it.
+
+    Args:
+        pairs (Iterable[Pair]): scored by the opponent.
+        counts (Counter[str]): ``margin_dropped`` counts responses, ``margin_dropped_pairs`` pairs without any left.
+        min_margin (float | None): responses with less are left out; None is no limit.
+        max_margin (float | None): responses with more are left out; None is no limit.
+        whole (bool): the first response speaks for all of its pair, as in triplets.
+
+    Yields:
+        Pair: the pairs that still have a response.
+
+    Raises:
+        StoreError: If no pair is left.
+    """
+    counts.update(margin_dropped=0, margin_dropped_pairs=0)
+    low, high = float("inf"), -float("inf")
+    is_any_left = False
+    for pair in pairs:
+        margins = [_margin(pair, response) for response in pair.generated]
+        low, high = min(low, *margins), max(high, *margins)
+        if whole:
+            margins = margins[:1] * len(margins)
+        kept = [
+            response
+            for response, margin in zip(pair.generated, margins, strict=True)
+            if (min_margin is None or margin >= min_margin) and (max_margin is None or margin <= max_margin)
+        ]
+        counts["margin_dropped"] += len(pair.generated) - len(kept)
+        if kept:
+            is_any_left = True
+            yield replace(pair, generated=kept)
+        else:
+            counts["margin_dropped_pairs"] += 1
+    if not is_any_left:
+        raise StoreError(
+            f"No pair is left of {counts['margin_dropped_pairs']}: the opponent's margins are {low:.3g} to {high:.3g} "
+            f"nats per token, pairs.min_margin is {min_margin} and pairs.max_margin {max_margin}. Widen them."
+        )
+
+
+def left_out_by_margin(store: Path) -> dict[str, int]:
+    """The counts of :func:`filter_margins` that were sealed with a store.
+
+    Args:
+        store (Path): an iteration's scored pairs.
+
+    Returns:
+        dict[str, int]: by name; empty if nothing was filtered by margin.
+    """
+    report = PairStore.open(store).manifest.get("report", {})
+    return {name: count for name, count in report.items() if name.startswith("margin_dropped")}
+
+
+def _margin(pair: Pair, response: Response) -> float:
+    assert pair.reference_real_logp is not None and response.reference_logp is not None  # the store is of scored pairs
+    return pair.reference_real_logp / len(pair.real_ids) - response.reference_logp / len(response.token_ids)
 
 
 def split_evenly(n: int, parts: int) -> list[range]:

@@ -19,18 +19,19 @@ _MAX_LINES = 6
 def sample_rows(
     pairs: Sequence[Pair], margins: Sequence[float], decode: Callable[[Sequence[int]], str], step: int
 ) -> list[dict[str, Any]]:
-    """One row per generated response.
+    """One row per comparison: per generated response, or per triplet, whose first response is today's opponent's.
 
     Args:
         pairs (Sequence[Pair]): the pairs to show.
-        margins (Sequence[float]): reward of the real less that of the generated response, for every generated response.
+        margins (Sequence[float]): reward of the real less that of the generated response, for every comparison.
         decode (Callable[[Sequence[int]], str]): token ids to text.
         step (int): optimizer steps so far.
 
     Returns:
         list[dict[str, Any]]: step, sample_id, iteration, prompt, real, generated, finish_reason and margin.
     """
-    answers = [(pair, response) for pair in pairs for response in pair.generated]
+    compared = 1 if len(margins) == len(pairs) else None
+    answers = [(pair, response) for pair in pairs for response in pair.generated[:compared]]
     return [
         {
             "step": step,
@@ -48,7 +49,7 @@ def sample_rows(
 
 def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of :func:`sample_rows` as a table of text; long cells are cut."""
-    lines = ["margin: what the model gained on the real answer more than on the generated one, times beta"]
+    lines = ["margin: reward of the real less that of the generated answer"]
     lines += [_line({name: name for name in _WIDTHS}), "-+-".join("-" * width for width in _WIDTHS.values())]
     for row in rows:
         # of a long prompt the end says most: it is what was asked last
@@ -141,6 +142,9 @@ def iteration_summary(
             lines.append(
                 f"{label:>22}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step"
             )
+    for metrics in (each for each in history if "margin_dropped" in each):
+        dropped, pairs = metrics["margin_dropped"], metrics["margin_dropped_pairs"]
+        lines.append(f"{'left out by margin':>22}: {dropped:.0f} answers, {pairs:.0f} pairs")
     for name, label, before in (
         ("val_loss", "validation loss", val_loss_before),
         ("val_spin_loss", "validation SPIN loss", None),

@@ -54,7 +54,8 @@ def load_rows(
 
     def packed(pairs: Sequence[Pair]) -> RowBatch:
         rows = pack_batch(pairs, rank=world.rank, num_ranks=world.world_size, **packing)
-        return RowBatch(pairs, rows, loss_weight(pairs, packing.get("truncated", "keep")))
+        weight = loss_weight(pairs, packing.get("truncated", "keep"), packing.get("triplets", False))
+        return RowBatch(pairs, rows, weight)
 
     if num_workers == 0:
         yield from map(packed, batches)

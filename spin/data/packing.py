@@ -51,6 +51,8 @@ class PackedRow:
             pair.
         bounds (list[int]): where the tokens of each response start among the n response tokens, and where the last
             ones stop: m + 1 numbers.
+        start (torch.Tensor | None): in rows of triplets, the response in each comparison's pair of what the run
+            started from, int64, shape (c,); None in rows without them.
         blocks (RowBlocks | None): block structure of the mask for FlexAttention; None: the mask is dense.
         window_blocks (RowBlocks | None): the same within the sliding window.
         window (int | None): sliding window of some of the model's layers, in positions.
@@ -73,6 +75,7 @@ class PackedRow:
     used_tokens: int
     pair_responses: list[tuple[tuple[int, str], int, int]]
     bounds: list[int]
+    start: torch.Tensor | None = None
     blocks: RowBlocks | None = None
     window_blocks: RowBlocks | None = None
     window: int | None = None
@@ -124,6 +127,7 @@ def pack_row(
     length: int | None = None,
     truncated: str = "keep",
     *,
+    triplets: bool = False,
     flex: bool = False,
     window: int | None = None,
 ) -> PackedRow:
@@ -133,6 +137,8 @@ def pack_row(
         pairs (Sequence[Pair]): what goes into the row, in order; may be empty, then the row is padding.
         length (int | None): tokens of the row; None is as many as the pairs need (at least 1).
         truncated (str): ``mask`` gives comparisons with a truncated response the weight 0; anything else leaves them.
+        triplets (bool): the second of two generated responses is the start's: no comparison of its own, but a part of
+            the first's. See :mod:`spin.triplets`.
         flex (bool): describe the mask in blocks, for FlexAttention; ``length`` must be a multiple of 128.
         window (int | None): with ``flex``, also describe it within a sliding window of this many positions.
 
@@ -140,10 +146,13 @@ def pack_row(
         PackedRow: on the CPU.
 
     Raises:
-        ValueError: If the pairs do not fit, a prompt or response is empty, or the length does not suit ``flex``.
+        ValueError: If the pairs do not fit, a prompt or response is empty, only some of the pairs are triplets, or the
+            length does not suit ``flex``.
     """
     used = sum(pair.num_tokens for pair in pairs)
     length = max(1, used) if length is None else length
+    if triplets and len({len(pair.generated) for pair in pairs}) > 1:
+        raise ValueError("Pairs and triplets in one row: expected a start's response in all or in none.")
     if used > length:
         raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit into a row of {length} tokens.")
     tokens = np.zeros(length, np.int64)
@@ -159,6 +168,7 @@ def pack_row(
     generated: list[int] = []
     was_cut: list[bool] = []
     weights: list[float] = []
+    start: list[int] = []
     pair_responses = []
     segments: list[Segment] = []
     at = 0
@@ -191,12 +201,14 @@ def pack_row(
             references.append(math.nan if reference is None else reference)
             at = own.stop
         pair_responses.append((pair.key, first, len(responses)))
-        for k, response in enumerate(pair.generated, start=1):
-            cut = response.finish_reason == "length"
+        shares = _shares(pair, truncated, triplets)
+        for k, (response, share) in enumerate(zip(pair.generated, shares, strict=False), start=1):
             real.append(first)
             generated.append(first + k)
-            was_cut.append(cut)
-            weights.append(0.0 if cut and truncated == MASK_TRUNCATED else 1.0 / len(pair.generated))
+            was_cut.append(response.finish_reason == "length")
+            weights.append(share)
+        if len(shares) < len(pair.generated):
+            start.append(first + 2)
     return PackedRow(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
@@ -217,6 +229,7 @@ def pack_row(
         used_tokens=used,
         pair_responses=pair_responses,
         bounds=[0, *np.cumsum(lengths, dtype=np.int64).tolist()],
+        start=torch.tensor(start, dtype=torch.int64) if start else None,
         blocks=row_blocks(segments, length) if flex else None,
         window_blocks=row_blocks(segments, length, window) if flex and window is not None else None,
         window=window,
@@ -324,6 +337,7 @@ def pack_batch(
     rank: int = 0,
     num_ranks: int = 1,
     truncated: str = "keep",
+    triplets: bool = False,
     flex: bool = False,
     window: int | None = None,
 ) -> list[PackedRow]:
@@ -336,6 +350,7 @@ def pack_batch(
         rank (int): whose rows.
         num_ranks (int): ranks that share the batch.
         truncated (str): see :func:`pack_row`.
+        triplets (bool): see :func:`pack_row`.
         flex (bool): see :func:`pack_row`.
         window (int | None): see :func:`pack_row`.
 
@@ -348,24 +363,29 @@ def pack_batch(
         chosen = [pairs[i] for i in indices]
         used = max(1, sum(pair.num_tokens for pair in chosen))
         length = padded_length(used, row_tokens, row_multiple)
-        rows.append(pack_row(chosen, length, truncated, flex=flex, window=window))
+        rows.append(pack_row(chosen, length, truncated, triplets=triplets, flex=flex, window=window))
     return rows
 
 
-def loss_weight(pairs: Sequence[Pair], truncated: str = "keep") -> float:
+def loss_weight(pairs: Sequence[Pair], truncated: str = "keep", triplets: bool = False) -> float:
     """How many pairs a global batch's loss is divided by: their number, less what masking takes away.
 
     Args:
         pairs (Sequence[Pair]): the global batch.
         truncated (str): see :func:`pack_row`.
+        triplets (bool): see :func:`pack_row`.
 
     Returns:
         float: the sum of the weights of all comparisons.
     """
     if truncated != MASK_TRUNCATED:
         return float(sum(bool(pair.generated) for pair in pairs))
-    return sum(
-        sum(response.finish_reason != "length" for response in pair.generated) / len(pair.generated)
-        for pair in pairs
-        if pair.generated
-    )
+    return sum(sum(_shares(pair, truncated, triplets)) for pair in pairs)
+
+
+def _shares(pair: Pair, truncated: str, triplets: bool) -> list[float]:
+    """What each comparison of a pair has of its loss; a triplet is one comparison."""
+    cut = [response.finish_reason == "length" and truncated == MASK_TRUNCATED for response in pair.generated]
+    if triplets and len(cut) == 2:
+        return [0.0 if any(cut) else 1.0]
+    return [0.0 if was_cut else 1.0 / len(cut) for was_cut in cut]

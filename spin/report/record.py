@@ -30,6 +30,7 @@ class IterationRecord:
         seconds (dict[str, float]): wall-clock time of the stages that are known.
         answers (int): responses of the opponent on disk.
         truncated (int): those of them that the length limit cut.
+        left_out (float | None): those that the limits of their margin left out; None where there are no limits.
         mean_tokens (dict[str, float]): mean length of ``prompt``, ``real`` and ``generated``.
         is_exported (bool): its model is there, so it is finished.
         samples (list[dict[str, Any]]): the answers shown at its last validation.
@@ -40,6 +41,7 @@ class IterationRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     answers: int = 0
     truncated: int = 0
+    left_out: float | None = None
     mean_tokens: dict[str, float] = field(default_factory=dict)
     is_exported: bool = False
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -135,6 +137,7 @@ def _iteration(
     own = [row for row in rows if row.get("iteration") == number]
     found.steps = [row for row in own if is_number(row.get("loss"))]
     if own:
+        found.left_out = next((n for row in own if is_number(n := row.get("margin_dropped"))), None)
         for stage, name in (("fit", "step_time"), ("validate", "validation_step_time")):
             found.seconds[stage] = sum(row[name] for row in own if is_number(row.get(name)))
         shown = [row for row in samples if own[0]["step"] <= row["step"] <= own[-1]["step"]]

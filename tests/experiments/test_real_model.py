@@ -185,7 +185,7 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
         "start": [{"recipe": "none"}],
         "spin": [{"settings": {"pairs.history": 1}}],
         "sft_spin": [{"recipe": "sft", "settings": {"max_iterations": 1}}, {"settings": {"max_iterations": 1}}],
-        "tspin": [{"recipe": "tspin", "settings": {"self_test": False}}],
+        "tspin": [{"settings": {"loss._component_": "spin.loss.TSPINLoss", "loss.beta": 1.0}}],
         "broken": [{"settings": {"loss.beta": -1.0}}],
     }
     arguments = ["--plan", plan(tmp_path / "plan.yaml", **arms), "--form", "small", "--model", tiny_lm]
@@ -236,7 +236,7 @@ def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
         assert {job["seed"] for job in jobs} == set(content["forms"][form]["seeds"])
         for job in jobs:
             for stage in real_model.fill(job["stages"], job["paths"]):
-                assert stage["recipe"] in ("spin", "sft", "tspin", "none")
+                assert stage["recipe"] in ("spin", "sft", "none")
                 settings = {**stage["settings"], "output_dir": str(tmp_path), "device": "cpu"}
                 overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
                 check_run(complete(load_config(job["base"], overrides), DEFAULTS))
@@ -278,33 +278,6 @@ def test_a_supervised_step_is_the_mean_over_the_answers_tokens(tmp_path, tiny_lm
         torch.testing.assert_close(weight.detach().to_local(), moved, rtol=1e-5, atol=1e-7)
     assert recipe.trained_tokens == sum(len(each.prompt_ids) + len(each.real_ids) for each in prompts)
     recipe.cleanup()
-
-
-def test_the_triplets_loss_by_hand():
-    """Two pairs with answers real, generated, first; l is log(1 + exp(-z)). Weights of a row are 1/2 each, so the
-    sum of weight times loss is l(a (real - generated)) + b l(a (generated - first)) of each pair."""
-    from types import SimpleNamespace
-
-    from real_runs import MeasuredTSPIN
-
-    from spin.data import Pair
-    from spin.data.packing import pack_row
-    from spin.data.types import Response
-    from spin.loss import SPINLoss
-
-    answers = [Response([5], "stop"), Response([6], "stop")]
-    row = pack_row([Pair(name, 1, [1, 2], [3, 4], answers) for name in "ab"])
-    logps = torch.tensor([-3.0, -1.0, -2.0, -4.0, -4.0, -1.0], dtype=torch.float64)
-    recipe = SimpleNamespace(_loss=SPINLoss(beta=2.0), _progress=SimpleNamespace(iteration=1), anchor_weight=0.1)
-    losses, won, lost = MeasuredTSPIN._pair_losses(recipe, row, logps)
-    margins = torch.tensor([-2.0, 1.0, 0.0, -3.0], dtype=torch.float64)  # -3 + 1, -1 + 2, -4 + 4, -4 + 1
-    torch.testing.assert_close(won - lost, 2 * margins)
-    expected = torch.log1p(torch.exp(-2 * margins)) * torch.tensor([1.0, 0.1, 1.0, 0.1], dtype=torch.float64)
-    torch.testing.assert_close((losses * row.weights).sum(), expected.sum())
-    recipe._progress.iteration = 0
-    row = pack_row([Pair("a", 0, [1, 2], [3, 4], answers[:1])])
-    losses, _, _ = MeasuredTSPIN._pair_losses(recipe, row, logps[:2])
-    torch.testing.assert_close(losses, torch.log1p(torch.exp(torch.tensor([4.0], dtype=torch.float64))))
 
 
 def test_an_unknown_arm_or_a_missing_file_is_named(tmp_path, tiny_lm, data):
