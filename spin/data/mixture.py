@@ -16,12 +16,14 @@ import numpy as np
 
 from spin.data.chat import adapt_tokenizer
 from spin.data.order import permutation
-from spin.data.prompts import DatasetReport, PromptDataset, prompt_dataset
+from spin.data.prompts import DatasetReport, Original, PromptDataset, prompt_dataset
 from spin.data.types import Prompt
 from spin.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what every metrics service takes
 _WEIGHT = "weight"
+_WEIGHT_RULE = "expected a number above 0. To play nothing of a source, leave it out."
+_FROM_RECIPE = ("tokenizer", "max_seq_len", "keep_originals")
 
 
 class MixedPromptDataset(PromptDataset):
@@ -54,7 +56,7 @@ class MixedPromptDataset(PromptDataset):
         exact = {name: Fraction(str(weight)) for name, weight in given.items() if _is_positive(weight)}
         if len(exact) < len(parts):
             wrong = ", ".join(f"{name}: {weight!r}" for name, weight in given.items() if name not in exact)
-            raise ConfigError(f"dataset.sources: a {_WEIGHT} is a number above 0; found {wrong}. Leave the source out.")
+            raise ConfigError(f"dataset.sources: found the weights {wrong}: {_WEIGHT_RULE}")
         self._shares = {name: exact[name] / sum(exact.values()) for name in parts}
         most = min(math.floor(len(part) / self._shares[name]) for name, part in parts.items())
         if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
@@ -78,9 +80,14 @@ class MixedPromptDataset(PromptDataset):
                 copy, index = divmod(k, len(parts[name]))
                 prompt = parts[name][index]
                 mark = f"#copy{copy}" if copy else ""
-                yield Prompt(f"{name}/{prompt.sample_id}{mark}", prompt.prompt_ids, prompt.real_ids)
+                sample_id = f"{name}/{prompt.sample_id}{mark}"
+                if prompt.sample_id in parts[name].originals:
+                    originals[sample_id] = parts[name].originals[prompt.sample_id]
+                yield Prompt(sample_id, prompt.prompt_ids, prompt.real_ids)
 
+        originals: dict[str, Original] = {}
         super().__init__(mixed(), _joined({name: part.report for name, part in parts.items()}))
+        self.originals = originals
         self._sizes = {name: len(part) for name, part in parts.items()}
         self._content = {name: part.fingerprint() for name, part in parts.items()}
         self.settings = {"weights": {name: float(share) for name, share in self._shares.items()}, "samples": samples}
@@ -147,6 +154,7 @@ def mixed_prompt_dataset(
     common: Mapping[str, Any] | None = None,
     samples: int | None = None,
     max_seq_len: int | None = None,
+    keep_originals: bool = False,
 ) -> MixedPromptDataset:
     """Read several supervised data sets and mix them: for a config's ``dataset`` or ``validation_dataset``.
 
@@ -158,6 +166,7 @@ def mixed_prompt_dataset(
         samples (int | None): samples of an iteration at most, with copies where a source has too few; None is as many
             as the weights allow without copies.
         max_seq_len (int | None): see ``prompt_dataset``.
+        keep_originals (bool): see ``prompt_dataset``.
 
     Returns:
         MixedPromptDataset: the samples of all.
@@ -174,7 +183,7 @@ def mixed_prompt_dataset(
     for name, options in sources.items():
         arguments = {key: value for key, value in {**common, **options}.items() if key != _WEIGHT}
         try:
-            part = prompt_dataset(tokenizer, max_seq_len=max_seq_len, **arguments)
+            part = prompt_dataset(tokenizer, max_seq_len=max_seq_len, keep_originals=keep_originals, **arguments)
         except (ConfigError, DataError) as error:
             raise type(error)(f"dataset.sources.{name}: {error}") from error
         assert isinstance(part, PromptDataset)  # streams were refused
@@ -189,7 +198,7 @@ def _check_sources(sources: Any, common: Any) -> None:
             "{chat: {source: chat.jsonl, weight: 0.7}}."
         )
     faults = []
-    known = [name for name in inspect.signature(prompt_dataset).parameters if name not in ("tokenizer", "max_seq_len")]
+    known = [name for name in inspect.signature(prompt_dataset).parameters if name not in _FROM_RECIPE]
     for where, options in (("common", common), *((f"sources.{name}", options) for name, options in sources.items())):
         if not isinstance(options, Mapping):
             faults.append(f"dataset.{where}: found {options!r}, expected arguments of prompt_dataset.")
@@ -214,6 +223,11 @@ def _check_sources(sources: Any, common: Any) -> None:
     ]
     if without and len(without) < len(sources):
         faults.append(f"dataset.sources: {', '.join(without)} without a {_WEIGHT}, others with one. Give it to all.")
+    faults += [
+        f"dataset.sources.{name}.{_WEIGHT}={options[_WEIGHT]!r}: {_WEIGHT_RULE}"
+        for name, options in sources.items()
+        if isinstance(options, Mapping) and _WEIGHT in options and not _is_positive(options[_WEIGHT])
+    ]
     if faults:
         raise ConfigError("\n".join(faults))
 

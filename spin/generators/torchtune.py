@@ -168,8 +168,8 @@ class TorchtuneGenerator:
         self._drop()
 
     def wake(self) -> None:
-        """From now on cache and graphs outlive ``generate``, for the next shard of prompts. What torch's allocator holds
-        but nobody uses goes first: training's blocks do not fit the cache, which would come on top of them."""
+        """From now on cache and graphs outlive ``generate``, for the next shard of prompts. What torch's allocator
+        holds but nobody uses goes first: training's blocks do not fit the cache, which would come on top of them."""
         self._awake = True
         if self._context.device.type == "cuda":
             torch.cuda.empty_cache()
