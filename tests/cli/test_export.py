@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from spin.cli import main
+from spin.cli.card import model_card
 from tests.report_runs import write_run
 
 
@@ -48,6 +50,24 @@ def test_the_last_finished_iteration_is_exported_elsewhere(run_folder, tmp_path,
     assert digest in card and "beta:" in card
     AutoModelForCausalLM.from_pretrained(out)
     AutoTokenizer.from_pretrained(out)
+
+
+def test_what_was_used_besides_is_on_the_card(run_folder):
+    """Only what was used: the rest of the config stands below."""
+    cfg = OmegaConf.load(run_folder / "config.yaml")
+    card = model_card(run_folder, 0, run_folder / "iteration_000" / "hf_model")
+    assert not any(words in card for words in ("answers to a prompt", "start in the opponent", "streamed"))
+    cfg.pairs = {"start_share": 0.3, "responses_per_prompt": 2, "history": 1}
+    cfg.dataset |= {"streaming": True, "limit": 640}
+    OmegaConf.save(cfg, run_folder / "config.yaml")
+    card = model_card(run_folder, 0, run_folder / "iteration_000" / "hf_model")
+    for row in (
+        "| share of the start in the opponent | 0.3 |",
+        "| answers to a prompt | 2 |",
+        "| earlier iterations trained on | 1 |",
+        "| samples of an iteration, streamed | 640 |",
+    ):
+        assert row in card
 
 
 def test_a_card_is_added_to_an_iterations_own_folder(run_folder, capsys):
