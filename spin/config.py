@@ -695,6 +695,7 @@ def instantiate(node: DictConfig | Mapping[str, Any] | None, *args: Any, **kwarg
 
     Raises:
         ConfigError: If there is no component, it is not allowed, or the arguments do not fit its signature.
+        SpinError: If the component raises one; the message names the section.
     """
     if node is None:
         return None
@@ -736,8 +737,11 @@ def _build(
         pass
     try:
         return component(*args, **kwargs)
-    except SpinError:
-        raise
+    except SpinError as error:
+        if where in str(error):
+            raise
+        # what a data set says of itself does not know that it is the one for validation, say
+        raise type(error)(f"{where}: {error}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}: {name} does not take these values ({type(error).__name__}: {error}). Check the section; "

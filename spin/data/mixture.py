@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from spin.config import Faults
 from spin.data.chat import adapt_tokenizer
 from spin.data.order import permutation
 from spin.data.prompts import DatasetReport, Original, PromptDataset, prompt_dataset
@@ -59,8 +60,7 @@ class MixedPromptDataset(PromptDataset):
             raise ConfigError(f"dataset.sources: found the weights {wrong}: {_WEIGHT_RULE}")
         self._shares = {name: exact[name] / sum(exact.values()) for name in parts}
         most = min(math.floor(len(part) / self._shares[name]) for name, part in parts.items())
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
-            raise ConfigError(f"dataset.samples={samples!r}: expected a whole number above 0, or null.")
+        _check_samples(samples)
         self._most = most if samples is None else samples
         quotas = self._quotas(self._most)
         copies = {name: max(1, math.ceil(quotas[name] / len(part))) for name, part in parts.items()}
@@ -177,7 +177,7 @@ def mixed_prompt_dataset(
     """
     tokenizer = adapt_tokenizer(tokenizer)
     common = common or {}
-    _check_sources(sources, common)
+    _check_sources(sources, common, samples)
     weights = {name: options[_WEIGHT] for name, options in sources.items() if _WEIGHT in options}
     parts: dict[str, PromptDataset] = {}
     for name, options in sources.items():
@@ -191,45 +191,48 @@ def mixed_prompt_dataset(
     return MixedPromptDataset(parts, weights, samples)
 
 
-def _check_sources(sources: Any, common: Any) -> None:
+def _check_sources(sources: Any, common: Any, samples: Any) -> None:
     if not isinstance(sources, Mapping) or not sources or not isinstance(common, Mapping):
         raise ConfigError(
             "dataset.sources: expected a name for each source with its arguments below, such as "
             "{chat: {source: chat.jsonl, weight: 0.7}}."
         )
-    faults = []
+    faults = Faults()
     known = [name for name in inspect.signature(prompt_dataset).parameters if name not in _FROM_RECIPE]
     for where, options in (("common", common), *((f"sources.{name}", options) for name, options in sources.items())):
         if not isinstance(options, Mapping):
-            faults.append(f"dataset.{where}: found {options!r}, expected arguments of prompt_dataset.")
+            faults.add(f"dataset.{where}: found {options!r}, expected arguments of prompt_dataset.")
             continue
         allowed = known if where == "common" else [*known, _WEIGHT]
         for key in options:
             if key not in allowed:
                 nearest = difflib.get_close_matches(str(key), allowed, n=1)
                 hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Known keys: {', '.join(allowed)}."
-                faults.append(f"dataset.{where}.{key}: unknown key. {hint}")
+                faults.add(f"dataset.{where}.{key}: unknown key. {hint}")
         if options.get("streaming"):
-            faults.append(f"dataset.{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
+            faults.add(f"dataset.{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
         if where != "common" and "source" not in {**common, **options}:
-            faults.append(f"dataset.{where}: has no source.")
-    faults += [
-        f"dataset.sources.{name}: a name has letters, digits, dots, dashes and underscores only."
-        for name in sources
-        if not isinstance(name, str) or not _NAME.fullmatch(name)
-    ]
+            faults.add(f"dataset.{where}: has no source.")
+    for name, options in sources.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            faults.add(f"dataset.sources.{name}: a name has letters, digits, dots, dashes and underscores only.")
+        if isinstance(options, Mapping) and _WEIGHT in options and not _is_positive(options[_WEIGHT]):
+            faults.add(f"dataset.sources.{name}.{_WEIGHT}={options[_WEIGHT]!r}: {_WEIGHT_RULE}")
     without = [
         str(name) for name, options in sources.items() if isinstance(options, Mapping) and _WEIGHT not in options
     ]
     if without and len(without) < len(sources):
-        faults.append(f"dataset.sources: {', '.join(without)} without a {_WEIGHT}, others with one. Give it to all.")
-    faults += [
-        f"dataset.sources.{name}.{_WEIGHT}={options[_WEIGHT]!r}: {_WEIGHT_RULE}"
-        for name, options in sources.items()
-        if isinstance(options, Mapping) and _WEIGHT in options and not _is_positive(options[_WEIGHT])
-    ]
-    if faults:
-        raise ConfigError("\n".join(faults))
+        faults.add(f"dataset.sources: {', '.join(without)} without a {_WEIGHT}, others with one. Give it to all.")
+    try:
+        _check_samples(samples)
+    except ConfigError as error:
+        faults.add(str(error))
+    faults.raise_if_any()
+
+
+def _check_samples(samples: Any) -> None:
+    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+        raise ConfigError(f"dataset.samples={samples!r}: expected a whole number above 0, or null.")
 
 
 def _is_positive(weight: object) -> bool:

@@ -125,6 +125,7 @@ def test_all_faults_of_the_sources_are_named_at_once(files):
                 "w": {"source": files["a"] + "missing.jsonl", "weight": 0},
             },
             common={"weight": 1},
+            samples=0,
         )
     text = str(caught.value)
     for words in (
@@ -134,6 +135,8 @@ def test_all_faults_of_the_sources_are_named_at_once(files):
         "dataset.sources.s.streaming: streams cannot be mixed",
         "dataset.sources.n: found 3, expected arguments",
         "dataset.sources: z/2 without a weight, others with one",
+        "9 faults:",
+        "dataset.samples=0: expected a whole number above 0",
         "dataset.common.weight: unknown key.",
         "dataset.sources.w.weight=0: expected a number above 0",
     ):
