@@ -81,7 +81,11 @@ def test_a_card_is_added_to_an_iterations_own_folder(run_folder, capsys):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--iteration", "2"], "iteration 2 has no model; finished are 0, 1"), (["--out", "."], "is there already")],
+    [
+        (["--adapter"], "its iterations have no adapter, only LoRA runs do"),
+        (["--iteration", "2"], "iteration 2 has no model; finished are 0, 1"),
+        (["--out", "."], "is there already"),
+    ],
 )
 def test_what_cannot_be_exported_is_refused(run_folder, tmp_path, capsys, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
