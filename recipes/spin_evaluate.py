@@ -215,10 +215,10 @@ class SPINEvaluate:
 
     def _row(self, sample_id: str, answers: dict[str, dict[str, tuple[str, Response]]]) -> dict[str, Any]:
         messages = self._originals[sample_id].messages
-        row = {
+        row: dict[str, Any] = {
             "sample_id": sample_id,
             "prompt": evaluation.conversation_text(messages[:-1]),
-            "reference": messages[-1]["content"],
+            "reference": evaluation.message_text(messages[-1]),
         }
         for role in ("candidate", "baseline"):
             text, response = answers[role][sample_id]
@@ -273,9 +273,15 @@ class SPINEvaluate:
         """The right answer to each sample, from the real response or a column of its own."""
         section = self._cfg.exact_match
         found, faults = {}, []
+        first = self._originals[self._sample_ids[0]].row
+        if section.column is not None and not any(section.column in o.row for o in self._originals.values()):
+            raise DataError(
+                f"exact_match.column={section.column}: no row has it; found the columns {', '.join(map(str, first))}."
+            )
         for sample_id in self._sample_ids:
             original = self._originals[sample_id]
-            text = original.messages[-1]["content"] if section.column is None else original.row.get(section.column)
+            last = evaluation.message_text(original.messages[-1])
+            text = last if section.column is None else original.row.get(section.column)
             answer = None if text is None else evaluation.extract(str(text), section.reference_pattern)
             if answer is None:
                 faults.append(f"{sample_id!r} has {text!r:.60}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,12 @@ from spin.watch import check_limits
 
 log = logging.getLogger(__name__)
 
+_PACKAGES = {  # of torchtune's loggers, which import them when they are made: after the weights are loaded
+    "WandBLogger": "wandb",
+    "MLFlowLogger": "mlflow",
+    "CometLogger": "comet_ml",
+    "TensorBoardLogger": "tensorboard",
+}
 _LEAST_MOVED_SHARE = 0.1
 _RESULTS_DEPEND_ON = (
     "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
@@ -149,6 +156,13 @@ def check_run(cfg: DictConfig) -> None:
         faults.add(f"clip_grad_norm={plain['clip_grad_norm']}: expected more than 0, or null for no clipping.")
     if isinstance(plain["validation_dataset"], dict) and plain["validation_dataset"].get("streaming"):
         faults.add("validation_dataset.streaming=true: a validation set is the same each time. Use its limit alone.")
+    logger = str(plain["metric_logger"].get("_component_")).rpartition(".")[2] if plain["metric_logger"] else ""
+    package = _PACKAGES.get(logger)
+    if package is not None and importlib.util.find_spec(package) is None:
+        faults.add(
+            f"metric_logger: {logger} needs the package {package}, which is not installed: pip install {package}. "
+            "metrics.jsonl has everything in any case."
+        )
     if plain["validation"]["spin"] and plain["validation_dataset"] is None:
         faults.add("validation.spin=true needs a validation_dataset.")
     faults.raise_if_any()

@@ -42,6 +42,7 @@ COMPONENT = "_component_"
 EXTRA = "_extra_"
 ALLOW_KEY = "allow_components"
 MISSING = "???"
+_KNOWN = " Known keys: "
 
 ALLOWED_ROOTS: tuple[str, ...] = ("torch", "torchtune", "torchao", "torchdata", "spin")
 
@@ -146,7 +147,7 @@ def parse(
                         validate(cfg)
                 except ConfigError as error:
                     origin = f"{name} with overrides" if overrides else name
-                    raise ConfigError(f"{origin}: {error}") from error
+                    raise ConfigError(f"{origin}: {error}{_other_recipe(name, raw, defaults)}") from error
                 code = recipe_main(cfg)
             except (SpinError, InterpolationResolutionError, MissingMandatoryValue) as error:
                 if os.environ.get("SPIN_TRACEBACK") == "1":
@@ -174,6 +175,17 @@ def _read_argv(argv: Sequence[str], description: str | None) -> tuple[str, list[
     if flags:
         parser.error(f"unknown option {flags[0]}: write overrides as key=value, without dashes")
     return namespace.config, overrides
+
+
+def _other_recipe(name: str, raw: DictConfig, defaults: Mapping[str, Any]) -> str:
+    """A line that says whose config it is, if it has keys that only that recipe knows."""
+    from spin.cli.catalog import load_recipe, recipe_of
+
+    recipe = recipe_of(find_config(name))
+    strangers = [key for key in raw if key not in defaults]
+    if not strangers or not any(key in load_recipe(recipe).DEFAULTS for key in strangers):
+        return ""
+    return f"\n{name} is a config for {recipe}: tune run {recipe} --config {name}"
 
 
 def _print_error(text: str) -> None:
@@ -382,12 +394,20 @@ def _check_section(
 ) -> None:
     is_component = COMPONENT in defaults
     known = defaults.get(EXTRA, {}) if is_component else defaults  # a component's arguments: see _check_arguments
+    strangers = []  # like nothing that is known
     for key, value in values.items():
         full_key = f"{path}{key}"
         if key in known:
             _check_value(full_key, value, known[key], top, faults)
         elif known and not is_component:
-            faults.add(f"{full_key}: unknown key.{_did_you_mean(str(key), list(known), top)}")
+            hint = _did_you_mean(str(key), list(known), top)
+            if hint.startswith(_KNOWN):
+                strangers.append(full_key)
+            else:
+                faults.add(f"{full_key}: unknown key.{hint}")
+    if strangers:
+        hint = _did_you_mean("", list(known))
+        faults.add(f"{', '.join(strangers)}: unknown key{'s' if len(strangers) > 1 else ''}.{hint}")
 
 
 def _check_value(path: str, value: Any, default: Any, top: Mapping[str, Any], faults: Faults) -> None:
@@ -448,7 +468,7 @@ def _did_you_mean(key: str, known: Sequence[str], top: Mapping[str, Any] | None 
     ]
     if elsewhere:
         return f" Did you mean {' or '.join(map(repr, elsewhere))}?"
-    return f" Known keys: {', '.join(siblings)}." if siblings else ""
+    return f"{_KNOWN}{', '.join(siblings)}." if siblings else ""
 
 
 def _check_arguments(path: str, node: Mapping[str, Any], allowed: Sequence[str], faults: Faults) -> None:
@@ -680,6 +700,7 @@ def instantiate(node: DictConfig | Mapping[str, Any] | None, *args: Any, **kwarg
 
     Raises:
         ConfigError: If there is no component, it is not allowed, or the arguments do not fit its signature.
+        SpinError: If the component raises one; the message names the section.
     """
     if node is None:
         return None
@@ -721,8 +742,11 @@ def _build(
         pass
     try:
         return component(*args, **kwargs)
-    except SpinError:
-        raise
+    except SpinError as error:
+        if where in str(error):
+            raise
+        # what a data set says of itself does not know that it is the one for validation, say
+        raise type(error)(f"{where}: {error}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}: {name} does not take these values ({type(error).__name__}: {error}). Check the section; "

@@ -5,6 +5,7 @@ Everything here works on texts; who answers and who judges is the recipe's busin
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -47,15 +48,17 @@ DEFAULT_PATTERN = r"\[\[([ABC])\]\]"
 # --- A judge's questions and verdicts ---
 
 
-def check_template(template: str) -> None:
+def check_template(template: object) -> None:
     """Checks a judge's template.
 
     Args:
-        template (str): with ``{first}`` and ``{second}``, and as a rule ``{prompt}`` and ``{reference}``.
+        template (object): a text with ``{first}`` and ``{second}``, and as a rule ``{prompt}`` and ``{reference}``.
 
     Raises:
-        ConfigError: If it lacks one of the answers, or has a field that is none.
+        ConfigError: If it is no text, lacks one of the answers, or has a field that is none.
     """
+    if not isinstance(template, str):
+        raise ConfigError(f"judge.template={template!r}: expected a text with {{first}} and {{second}}.")
     found = _FIELD.findall(template)
     unknown = sorted(set(found) - set(_FIELDS))
     missing = [f"{{{name}}}" for name in ("first", "second") if name not in found]
@@ -68,16 +71,18 @@ def check_template(template: str) -> None:
         )
 
 
-def check_pattern(name: str, pattern: str) -> None:
+def check_pattern(name: str, pattern: object) -> None:
     """Checks a regular expression that takes something out of a text.
 
     Args:
         name (str): its key in the config, for the message.
-        pattern (str): the expression.
+        pattern (object): the expression.
 
     Raises:
-        ConfigError: If it is not valid or has not exactly one group.
+        ConfigError: If it is no valid expression or has not exactly one group.
     """
+    if not isinstance(pattern, str):
+        raise ConfigError(f"{name}={pattern!r}: expected a regular expression with one group.")
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
@@ -108,11 +113,28 @@ def conversation_text(messages: Sequence[ChatMessage]) -> str:
         messages (Sequence[ChatMessage]): the conversation without the answer.
 
     Returns:
-        str: the user's text where it stands alone; else every turn under its role.
+        str: the user's text where it stands alone; else every turn under its role, with its calls, and above them
+        the tools that there are.
     """
-    if [message["role"] for message in messages] == ["user"]:
+    if [message["role"] for message in messages] == ["user"] and "tools" not in messages[0]:
         return messages[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+    tools = messages[0].get("tools") if messages else None
+    parts = [f"Tools: {json.dumps([tool['function'] for tool in tools], ensure_ascii=False)}"] if tools else []
+    parts += [f"{message['role'].capitalize()}: {message_text(message)}" for message in messages]
+    return "\n\n".join(parts)
+
+
+def message_text(message: ChatMessage) -> str:
+    """What a message says, and the tools that it calls as JSON.
+
+    Args:
+        message (ChatMessage): one turn.
+
+    Returns:
+        str: the content, and a line for each call.
+    """
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+    return "\n".join(([message["content"]] if message["content"] else []) + calls)
 
 
 def read_verdict(text: str, pattern: str) -> Place | None:

@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 CONFIG = "config.json"
+_NO_CONFIG = "Every Hugging Face model has one: download the model again."
 INDEX = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
 # What an exported model needs beside weights and config, and what its licence asks to pass on.
@@ -147,7 +148,9 @@ def read_hf_config(checkpoint_dir: str | Path) -> dict[str, Any]:
             f"{folder}: no such folder. checkpoint_dir is a Hugging Face model folder on this disk; "
             "`tune download <repository> --output-dir <folder>` makes one."
         )
-    config = _read_json(folder / CONFIG, "Every Hugging Face model has one: download the model again.")
+    models = sorted(str(path) for path in [*folder.glob("hf_model"), *folder.glob("*/hf_model")])
+    remedy = f"A run's folder; name one of its models: {', '.join(models)}." if models else _NO_CONFIG
+    config = _read_json(folder / CONFIG, remedy)
     if "quantization_config" in config:
         quantization = config["quantization_config"]
         method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown method"
@@ -319,7 +322,7 @@ class HFStream:
     def __init__(self, model: nn.Module, model_dir: str | Path, model_type: str) -> None:
         self.model_type = check_model_type(model_type)
         folder = Path(model_dir)
-        config = _read_json(folder / CONFIG, "Every Hugging Face model has one: download the model again.")
+        config = _read_json(folder / CONFIG, _NO_CONFIG)
         _check_architecture(model, config, self.model_type, folder / CONFIG, warn=False)
         tensors = _named_tensors(model)
         self._converters = _CONVERTERS[self.model_type]
@@ -380,7 +383,7 @@ def stored_rows(model: nn.Module, model_dir: str | Path, model_type: str) -> dic
     Raises:
         CheckpointError: If the model and the folder's config do not belong together.
     """
-    config = _read_json(Path(model_dir) / CONFIG, "Every Hugging Face model has one: download the model again.")
+    config = _read_json(Path(model_dir) / CONFIG, _NO_CONFIG)
     arguments = _converter_arguments(config, model_type)
     found: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for group in _groups(_named_tensors(model), config, model_type):

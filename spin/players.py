@@ -51,11 +51,8 @@ class Player:
         self.name = player_name(role, section)
         self.has_weights = section.checkpoint_dir is not None
         self.weights: str | None = None
-        if self.has_weights and not Path(section.checkpoint_dir).is_dir():
-            raise CheckpointError(
-                f"{role}.checkpoint_dir={section.checkpoint_dir}: no such folder. Name a Hugging Face folder: a model "
-                "that was downloaded, or iteration_NNN/hf_model of a run that has finished that iteration."
-            )
+        if self.has_weights:
+            _check_folder(f"{role}.checkpoint_dir={section.checkpoint_dir}", Path(section.checkpoint_dir))
         self.tokenizer: PromptTokenizer = adapt_tokenizer(config.instantiate(section.tokenizer))
         self._shape = build_model(section.model, torch.float32) if self.has_weights else None
         self.context: int = sys.maxsize if self._shape is None else self._shape.max_seq_len
@@ -90,6 +87,26 @@ class Player:
         return config.instantiate(self.section.generator, context=context)
 
 
+def _check_folder(label: str, folder: Path) -> None:
+    """Raises CheckpointError if a folder is no model's; a run's folder is told where its models are."""
+    remedy = (
+        "Name a Hugging Face folder: a model that was downloaded, or iteration_NNN/hf_model of a run that has finished "
+        "that iteration."
+    )
+    if not folder.is_dir():
+        raise CheckpointError(f"{label}: no such folder. {remedy}")
+    if (folder / "config.json").is_file():
+        return
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{label}: an adapter without its base. Name the merged model, which a LoRA run exports beside it as "
+            "hf_model (checkpointer.export_merged=true)."
+        )
+    found = sorted(str(path.relative_to(folder)) for path in [*folder.glob("hf_model"), *folder.glob("*/hf_model")])
+    here = f"It holds {', '.join(found)}: name one of these." if found else remedy
+    raise CheckpointError(f"{label}: no model is here (config.json is missing). {here}")
+
+
 def players_of(cfg: DictConfig) -> tuple[str, ...]:
     """The sections of an evaluation's config that hold a model which is used."""
     return ("candidate", "baseline", "judge") if cfg.verdict == "judge" else ("candidate", "baseline")
@@ -103,6 +120,11 @@ def player_name(role: str, section: DictConfig) -> str:
         return role
     folder = Path(section.checkpoint_dir)
     return folder.parent.name if folder.name in ("hf_model", "adapter") else folder.name
+
+
+def _sections(value: object) -> list[tuple[str, dict[str, Any]]]:
+    """The sections of a section, if it is one."""
+    return [(name, part) for name, part in value.items() if isinstance(part, dict)] if isinstance(value, dict) else []
 
 
 def check_evaluation(cfg: DictConfig) -> None:
@@ -155,6 +177,16 @@ def check_evaluation(cfg: DictConfig) -> None:
         for name in ("pattern", "reference_pattern"):
             if cfg.exact_match[name] is not None:
                 attempt(partial(evaluation.check_pattern, f"exact_match.{name}", str(cfg.exact_match[name])))
+    data: Any = OmegaConf.to_container(cfg.dataset)
+    if data.get("streaming"):
+        faults.add("dataset.streaming=true: an evaluation reads its prompts once. Use dataset.limit alone.")
+    sources = data.get("sources")
+    shares = [f"dataset.sources.{name}.weight" for name, part in _sections(sources) if "weight" in part]
+    if shares or data.get("samples") is not None:
+        faults.add(
+            f"{', '.join(shares) or 'dataset.samples'}: an evaluation plays every sample once. Remove it, and set "
+            "limit in a source to take fewer of its samples."
+        )
     if type(cfg.prompts_per_shard) is not int or cfg.prompts_per_shard < 1:
         faults.add(f"prompts_per_shard={cfg.prompts_per_shard!r}: expected a whole number, 1 or more.")
     if cfg.compute_dtype not in TRAINED_DTYPES:

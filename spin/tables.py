@@ -179,7 +179,7 @@ def opening_words(progress: SPINProgress, batch_size: int, num_samples: int, num
         str: the line.
     """
     steps = [progress.steps_in_epoch(iteration) for iteration in range(progress.max_iterations)]
-    per_epoch = str(steps[0]) if len(set(steps)) == 1 else ", ".join(map(str, steps))
+    per_epoch = str(steps[0]) if len(set(steps)) == 1 else f"({', then '.join(map(str, steps))})"
     return (
         f"{num_samples:,} samples, {num_val_samples:,} for validation. {progress.max_iterations} iterations: in each "
         f"the model answers prompts, scores its own and the real answers, and trains {progress.max_epochs} x "

@@ -462,7 +462,7 @@ def test_only_rank_0_prints_the_whole_error(run_main, write, monkeypatch):
     path = write("a: 1\nb: 2\noutput_dir: x\n")
     monkeypatch.setenv("RANK", "1")
     code, text = run_main(lambda cfg: 0, "--config", path)
-    assert code == 1 and text == f"error (rank 1): {path}: 3 faults:\n"
+    assert code == 1 and text == f"error (rank 1): {path}: 2 faults:\n"
 
 
 def test_other_exceptions_and_the_debug_switch_propagate(write, monkeypatch):

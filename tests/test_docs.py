@@ -55,11 +55,26 @@ def test_sections_of_a_config_are_accepted(block):
         cfg[name] = section
     complete(cfg, RECIPE_DEFAULTS)
     if "sources" in cfg.dataset:
-        _check_sources(OmegaConf.to_container(cfg.dataset.sources), OmegaConf.to_container(cfg.dataset.common))
+        section = OmegaConf.to_container(cfg.dataset)
+        _check_sources(section["sources"], section["common"], section["samples"])
 
 
 def test_sections_are_found():
     assert len(YAML_BLOCKS) >= 3
+
+
+def test_the_map_of_the_repository_is_true():
+    """Every file and folder of CONTRIBUTING.md's tables is there; a bare file name lies beside the one before it."""
+    text = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## Layout", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in text.splitlines() if line.startswith("|") and "`" in line]
+    assert len(rows) > 15
+    for row in rows:
+        folder = REPO
+        for name in re.findall(r"`([\w/]+(?:\.py|/))`", row):
+            if "/" in name:
+                folder = (REPO / name).parent
+            found = [REPO / name, folder / name, *(REPO / top / name for top in ("benchmarks", "experiments"))]
+            assert any(path.exists() for path in found), name
 
 
 def test_tests_named_as_evidence_exist():

@@ -77,6 +77,19 @@ def test_a_prompt_as_a_judge_reads_it():
     assert evaluation.conversation_text([system, user]) == "System: Be brief.\n\nUser: What is a bit?"
 
 
+def test_a_judge_sees_tools_and_calls():
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Köln"}}}
+    user = {"role": "user", "content": "Rain?", "tools": [tool]}
+    asks = {"role": "assistant", "content": "", "tool_calls": [call, call]}
+    shown = '{"name": "weather", "arguments": {"city": "Köln"}}'
+    assert evaluation.message_text(asks) == f"{shown}\n{shown}"
+    assert evaluation.message_text({**asks, "content": "I look.", "tool_calls": [call]}) == f"I look.\n{shown}"
+    assert evaluation.conversation_text([user]) == 'Tools: [{"name": "weather", "parameters": {}}]\n\nUser: Rain?'
+    result = {"role": "tool", "content": "dry"}
+    assert evaluation.conversation_text([user, asks, result]).endswith(f"Assistant: {shown}\n{shown}\n\nTool: dry")
+
+
 @pytest.mark.parametrize(
     ("text", "form"),
     [

@@ -341,6 +341,12 @@ def test_damaged_folders_are_refused_before_weights(damage, message, llama):
         read_hf_config(llama)
 
 
+def test_a_runs_folder_is_told_where_its_models_are(tmp_path):
+    (tmp_path / "iteration_000" / "hf_model").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"config.json: no such file. A run's folder; name one of .*000/hf_model"):
+        read_hf_config(tmp_path)
+
+
 def test_truncated_file_is_named(llama, world):
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])

@@ -68,7 +68,7 @@ def model_card(
 
 
 def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
-    keys = {
+    always = {
         "prompts of a step": "global_batch_size",
         "epochs of an iteration": "max_epochs",
         "beta": "loss.beta",
@@ -79,9 +79,20 @@ def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
         "longest answer, tokens": "sampling.max_new_tokens",
         "seed": "seed",
     }
+    where_used = {
+        "samples of an iteration, streamed": "dataset.limit" if OmegaConf.select(cfg, "dataset.streaming") else "",
+        "answers to a prompt": "pairs.responses_per_prompt",
+        "earlier iterations trained on": "pairs.history",
+        "share of the start in the opponent": "pairs.start_share",
+        "weight of the real answers' log-prob": "nll_weight",
+    }
+    unused = {"answers to a prompt": 1}
     rows = [("started from", f"`{cfg.checkpointer.checkpoint_dir}`"), ("data", f"`{source}`")]
-    values = {label: OmegaConf.select(cfg, key) for label, key in keys.items()}
-    return rows + [(label, str(value)) for label, value in values.items() if value is not None]
+    for label, key in {**always, **where_used}.items():
+        value = OmegaConf.select(cfg, key) if key else None
+        if value is not None and not (label in where_used and value == unused.get(label, 0)):
+            rows.append((label, str(value)))
+    return rows
 
 
 def _iterations(run: Path, cfg: DictConfig, last: int) -> str:

@@ -12,6 +12,11 @@ from spin.config import configs_root, packaged_configs
 from spin.errors import ConfigError
 
 _LAUNCH = re.compile(r"^#.*\b(spin_\w+) --config", flags=re.MULTILINE)
+# what no other recipe's config has
+_SIGNS = {
+    "spin_evaluate": re.compile(r"^candidate:", flags=re.MULTILINE),
+    "spin_lora_recipe": re.compile(r"^ +_component_: *\S+\.q?lora_\w+", flags=re.MULTILINE),
+}
 
 
 def recipe_files() -> dict[str, Path]:
@@ -24,7 +29,7 @@ def recipe_files() -> dict[str, Path]:
 
 
 def recipe_of(config: Path) -> str:
-    """The recipe that a config is for: the one that its first comment launches, else ``spin_recipe``.
+    """The recipe that a config is for: the one that a comment launches, else the one whose keys it has.
 
     Args:
         config (Path): a YAML file.
@@ -32,8 +37,11 @@ def recipe_of(config: Path) -> str:
     Returns:
         str: the recipe's name.
     """
-    launched = _LAUNCH.search(config.read_text(encoding="utf-8", errors="replace"))
-    return launched[1] if launched else "spin_recipe"
+    text = config.read_text(encoding="utf-8", errors="replace")
+    launched = _LAUNCH.search(text)
+    if launched:
+        return launched[1]
+    return next((recipe for recipe, sign in _SIGNS.items() if sign.search(text)), "spin_recipe")
 
 
 def configs() -> dict[str, tuple[str, str]]:

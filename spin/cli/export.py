@@ -37,6 +37,8 @@ def main(argv: Sequence[str]) -> None:
     run: Path = arguments.run
     found = {n: model_of(path, arguments.adapter) for n, path in iteration_folders(run).items()}
     models = {n: model for n, model in found.items() if model is not None}
+    if not models and arguments.adapter and any(map(model_of, iteration_folders(run).values())):
+        raise OutputError(f"{run}: its iterations have no adapter, only LoRA runs do. Leave --adapter out.")
     if not models:
         raise OutputError(f"{run}: no iteration is finished, so there is no model yet.")
     iteration = max(models) if arguments.iteration is None else arguments.iteration

@@ -61,7 +61,8 @@ def main(argv: Sequence[str]) -> None:
     rows = [_row(answer, decode) for answer in answers] if arguments.export else []
     for answer in random.Random(arguments.seed).sample(answers, min(arguments.sample, len(answers))):
         row = _row(answer, decode)
-        print(f"\n--- {row['sample_id']} #{row['k']}, finish reason {row['finish_reason']}, margin {row['margin']}")
+        margin = "" if row["margin"] is None else f", margin {row['margin']:.2f} nats"
+        print(f"\n--- {row['sample_id']} #{row['k']}, finish reason {row['finish_reason']}{margin}")
         for name in ("prompt", "real", "generated"):
             print(f"[{name}] {row[name]}")
     if arguments.export:

@@ -93,6 +93,12 @@ def iteration_folders(run: Path) -> dict[int, Path]:
     if not run.is_dir():
         raise OutputError(f"{run}: no such folder; expected the output_dir of a run.")
     folders = [(match, path) for path in sorted(run.iterdir()) if (match := _ITERATION.fullmatch(path.name))]
+    results = sorted(str(path.relative_to(run)) for path in run.glob("*_vs_*/summary.json"))
+    if not folders and results and not (run / "metrics.jsonl").exists():
+        raise OutputError(
+            f"{run}: an evaluation's folder, expected the output_dir of a run. Its results are in "
+            f"{', '.join(results)}, and prompt by prompt in rows.jsonl beside it."
+        )
     if not folders and not (run / "metrics.jsonl").exists():
         raise OutputError(
             f"{run}: neither metrics.jsonl nor a folder iteration_000 is here; expected the output_dir of a run."

@@ -133,7 +133,7 @@ class Validation:
         return player, f"{player.name}, from {source}: every weight in its shape; an answer ends with {stops}"
 
     def _player_data(self, cfg: DictConfig, player: Player) -> tuple[PromptDataset | PromptStream, str]:
-        return self._data(cfg.dataset, player.tokenizer, player.context)
+        return self._data(cfg.dataset, player.tokenizer, player.context, keep_originals=True)
 
     def _player_vocabulary(self, player: Player, prompts: PromptDataset | PromptStream) -> tuple[None, str]:
         player.check(prompts)
@@ -222,9 +222,9 @@ class Validation:
         return None, f"{len(_PROBES)} texts come back from their token ids; the template {' and '.join(others)}"
 
     def _data(
-        self, section: DictConfig, tokenizer: PromptTokenizer, context: int | None
+        self, section: DictConfig, tokenizer: PromptTokenizer, context: int | None, **options: bool
     ) -> tuple[PromptDataset | PromptStream, str]:
-        read = partial(config.instantiate, section, tokenizer=tokenizer, max_seq_len=context)
+        read = partial(config.instantiate, section, tokenizer=tokenizer, max_seq_len=context, **options)
         data: PromptDataset | PromptStream = _built("data set", read)
         prompts = data.window(0)
         report = prompts.report

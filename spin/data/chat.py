@@ -620,6 +620,11 @@ def _load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
+        if not any(path.glob("*tokenizer*")):
+            raise DataError(
+                f"tokenizer.path={path}: no tokenizer is here. Name the model's folder, with tokenizer.json or "
+                "tokenizer.model; of a run that is iteration_NNN/hf_model."
+            ) from error
         raise DataError(f"No tokenizer can be loaded from {path}: {error}") from error
 
 

@@ -100,10 +100,12 @@ def detect_format(data: Mapping[str, Any], column_map: Mapping[str, str] | None 
         return "prompt_response"
     found = ", ".join(str(column) for column, value in data.items() if value is not None) or "none"
     expected = "; ".join(f"{' + '.join(required)} ({row_format})" for row_format, (required, _) in _COLUMNS.items())
-    raise DataError(
-        f"columns {found}; expected {expected}. Map your columns with dataset.column_map, or give a "
-        "dataset.message_transform."
-    )
+    lost = [f"{column}: {name}" for column, name in names.items() if data.get(name) is None]
+    if lost:
+        remedy = f"dataset.column_map has {{{', '.join(lost)}}}, which is not among them: its values are your columns."
+    else:
+        remedy = "Map your columns with dataset.column_map, or give a dataset.message_transform."
+    raise DataError(f"columns {found}; expected {expected}. {remedy}")
 
 
 def row_to_messages(

@@ -14,14 +14,17 @@ from typing import Any
 
 import numpy as np
 
+from spin.config import Faults
 from spin.data.chat import adapt_tokenizer
 from spin.data.order import permutation
-from spin.data.prompts import DatasetReport, PromptDataset, prompt_dataset
+from spin.data.prompts import DatasetReport, Original, PromptDataset, prompt_dataset
 from spin.data.types import Prompt
 from spin.errors import ConfigError, DataError
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what every metrics service takes
 _WEIGHT = "weight"
+_WEIGHT_RULE = "expected a number above 0. To play nothing of a source, leave it out."
+_FROM_RECIPE = ("tokenizer", "max_seq_len", "keep_originals")
 
 
 class MixedPromptDataset(PromptDataset):
@@ -54,11 +57,10 @@ class MixedPromptDataset(PromptDataset):
         exact = {name: Fraction(str(weight)) for name, weight in given.items() if _is_positive(weight)}
         if len(exact) < len(parts):
             wrong = ", ".join(f"{name}: {weight!r}" for name, weight in given.items() if name not in exact)
-            raise ConfigError(f"dataset.sources: a {_WEIGHT} is a number above 0; found {wrong}. Leave the source out.")
+            raise ConfigError(f"dataset.sources: found the weights {wrong}: {_WEIGHT_RULE}")
         self._shares = {name: exact[name] / sum(exact.values()) for name in parts}
         most = min(math.floor(len(part) / self._shares[name]) for name, part in parts.items())
-        if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
-            raise ConfigError(f"dataset.samples={samples!r}: expected a whole number above 0, or null.")
+        _check_samples(samples)
         self._most = most if samples is None else samples
         quotas = self._quotas(self._most)
         copies = {name: max(1, math.ceil(quotas[name] / len(part))) for name, part in parts.items()}
@@ -78,9 +80,14 @@ class MixedPromptDataset(PromptDataset):
                 copy, index = divmod(k, len(parts[name]))
                 prompt = parts[name][index]
                 mark = f"#copy{copy}" if copy else ""
-                yield Prompt(f"{name}/{prompt.sample_id}{mark}", prompt.prompt_ids, prompt.real_ids)
+                sample_id = f"{name}/{prompt.sample_id}{mark}"
+                if prompt.sample_id in parts[name].originals:
+                    originals[sample_id] = parts[name].originals[prompt.sample_id]
+                yield Prompt(sample_id, prompt.prompt_ids, prompt.real_ids)
 
+        originals: dict[str, Original] = {}
         super().__init__(mixed(), _joined({name: part.report for name, part in parts.items()}))
+        self.originals = originals
         self._sizes = {name: len(part) for name, part in parts.items()}
         self._content = {name: part.fingerprint() for name, part in parts.items()}
         self.settings = {"weights": {name: float(share) for name, share in self._shares.items()}, "samples": samples}
@@ -147,6 +154,7 @@ def mixed_prompt_dataset(
     common: Mapping[str, Any] | None = None,
     samples: int | None = None,
     max_seq_len: int | None = None,
+    keep_originals: bool = False,
 ) -> MixedPromptDataset:
     """Read several supervised data sets and mix them: for a config's ``dataset`` or ``validation_dataset``.
 
@@ -158,6 +166,7 @@ def mixed_prompt_dataset(
         samples (int | None): samples of an iteration at most, with copies where a source has too few; None is as many
             as the weights allow without copies.
         max_seq_len (int | None): see ``prompt_dataset``.
+        keep_originals (bool): see ``prompt_dataset``.
 
     Returns:
         MixedPromptDataset: the samples of all.
@@ -168,13 +177,13 @@ def mixed_prompt_dataset(
     """
     tokenizer = adapt_tokenizer(tokenizer)
     common = common or {}
-    _check_sources(sources, common)
+    _check_sources(sources, common, samples)
     weights = {name: options[_WEIGHT] for name, options in sources.items() if _WEIGHT in options}
     parts: dict[str, PromptDataset] = {}
     for name, options in sources.items():
         arguments = {key: value for key, value in {**common, **options}.items() if key != _WEIGHT}
         try:
-            part = prompt_dataset(tokenizer, max_seq_len=max_seq_len, **arguments)
+            part = prompt_dataset(tokenizer, max_seq_len=max_seq_len, keep_originals=keep_originals, **arguments)
         except (ConfigError, DataError) as error:
             raise type(error)(f"dataset.sources.{name}: {error}") from error
         assert isinstance(part, PromptDataset)  # streams were refused
@@ -221,40 +230,48 @@ def mix_datasets(
     return [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))]
 
 
-def _check_sources(sources: Any, common: Any) -> None:
+def _check_sources(sources: Any, common: Any, samples: Any) -> None:
     if not isinstance(sources, Mapping) or not sources or not isinstance(common, Mapping):
         raise ConfigError(
             "dataset.sources: expected a name for each source with its arguments below, such as "
             "{chat: {source: chat.jsonl, weight: 0.7}}."
         )
-    faults = []
-    known = [name for name in inspect.signature(prompt_dataset).parameters if name not in ("tokenizer", "max_seq_len")]
+    faults = Faults()
+    known = [name for name in inspect.signature(prompt_dataset).parameters if name not in _FROM_RECIPE]
     for where, options in (("common", common), *((f"sources.{name}", options) for name, options in sources.items())):
         if not isinstance(options, Mapping):
-            faults.append(f"dataset.{where}: found {options!r}, expected arguments of prompt_dataset.")
+            faults.add(f"dataset.{where}: found {options!r}, expected arguments of prompt_dataset.")
             continue
         allowed = known if where == "common" else [*known, _WEIGHT]
         for key in options:
             if key not in allowed:
                 nearest = difflib.get_close_matches(str(key), allowed, n=1)
                 hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Known keys: {', '.join(allowed)}."
-                faults.append(f"dataset.{where}.{key}: unknown key. {hint}")
+                faults.add(f"dataset.{where}.{key}: unknown key. {hint}")
         if options.get("streaming"):
-            faults.append(f"dataset.{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
+            faults.add(f"dataset.{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
         if where != "common" and "source" not in {**common, **options}:
-            faults.append(f"dataset.{where}: has no source.")
-    faults += [
-        f"dataset.sources.{name}: a name has letters, digits, dots, dashes and underscores only."
-        for name in sources
-        if not isinstance(name, str) or not _NAME.fullmatch(name)
-    ]
+            faults.add(f"dataset.{where}: has no source.")
+    for name, options in sources.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            faults.add(f"dataset.sources.{name}: a name has letters, digits, dots, dashes and underscores only.")
+        if isinstance(options, Mapping) and _WEIGHT in options and not _is_positive(options[_WEIGHT]):
+            faults.add(f"dataset.sources.{name}.{_WEIGHT}={options[_WEIGHT]!r}: {_WEIGHT_RULE}")
     without = [
         str(name) for name, options in sources.items() if isinstance(options, Mapping) and _WEIGHT not in options
     ]
     if without and len(without) < len(sources):
-        faults.append(f"dataset.sources: {', '.join(without)} without a {_WEIGHT}, others with one. Give it to all.")
-    if faults:
-        raise ConfigError("\n".join(faults))
+        faults.add(f"dataset.sources: {', '.join(without)} without a {_WEIGHT}, others with one. Give it to all.")
+    try:
+        _check_samples(samples)
+    except ConfigError as error:
+        faults.add(str(error))
+    faults.raise_if_any()
+
+
+def _check_samples(samples: Any) -> None:
+    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+        raise ConfigError(f"dataset.samples={samples!r}: expected a whole number above 0, or null.")
 
 
 def _is_positive(weight: object) -> bool:

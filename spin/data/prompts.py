@@ -378,8 +378,9 @@ def prompt_dataset(
     if streaming:
         if limit is None or max_seq_len is None:
             raise ConfigError(
-                "dataset.streaming=true needs dataset.limit, the samples of an iteration, and max_seq_len. Set "
-                "dataset.limit to global_batch_size times the steps that an epoch shall have."
+                "dataset.streaming=true needs dataset.limit, the samples of an iteration"
+                f"{'' if max_seq_len is not None else ', and a max_seq_len'}. Set dataset.limit to global_batch_size "
+                "times the steps that an epoch shall have."
             )
         if keep_originals:
             raise ConfigError("dataset.keep_originals=true keeps every row; dataset.streaming=true keeps none.")

@@ -73,7 +73,10 @@ class PairStore:
         try:
             manifest = json.loads(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise StoreError(f"{path}: no pair store here ({MANIFEST} is missing).") from None
+            files = [file for depth in ("*", "*/*") for file in Path(path).glob(f"{depth}/{MANIFEST}")]
+            below = sorted(str(file.parent.relative_to(path)) for file in files)
+            hint = f" Below it there are {', '.join(below[:6])}{', ...' if len(below) > 6 else ''}." if below else ""
+            raise StoreError(f"{path}: no pair store here ({MANIFEST} is missing).{hint}") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise StoreError(
                 f"{file}: damaged manifest ({error}). Remove the folder; it will be made again."

@@ -102,6 +102,7 @@ def charts_of(run: RunRecord) -> list[Chart]:
         Chart("Rewards", lines(("rewards_actual_mean", "real"), ("rewards_generated_mean", "generated"))),
         Chart("Log-prob against the opponent's, nats", drift, level=(0.0, "opponent")),
         Chart("Validation loss, nats per token", [dots("val_loss", "real answers")]),
+        *_by_source(run),
         Chart(
             "Length of answers, tokens", [*lines(("avg_generated_lengths", "generated")), Series("real", real_tokens)]
         ),
@@ -112,6 +113,14 @@ def charts_of(run: RunRecord) -> list[Chart]:
     ]
     span = (float(min((row["step"] for row in run.rows), default=0)), float(run.last_step))
     return [replace(chart, marks=marks, span=span) for chart in found if chart.drawn]
+
+
+def _by_source(run: RunRecord) -> list[Chart]:
+    """The validation loss of each source of a mixture, as many to a chart as it has colours for."""
+    prefix = "val_loss/"
+    names = list(dict.fromkeys(name for row in run.rows for name in row if name.startswith(prefix)))
+    series = [Series(name.removeprefix(prefix), run.series(name), is_dots=True) for name in names]
+    return [Chart("Validation loss by source, nats per token", series[i : i + 3]) for i in range(0, len(series), 3)]
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:

@@ -86,6 +86,13 @@ class RunRecord:
         return known and loss.get("loss_type", "logistic") in ("logistic", "sigmoid")
 
     @property
+    def has_mixed_opponents(self) -> bool:
+        """From iteration 1 on, the opponent is a mixture with the run's start, so the first loss is not ln 2."""
+        pairs = self.config.get("pairs")
+        share = pairs.get("start_share") if isinstance(pairs, dict) else None
+        return is_number(share) and share > 0
+
+    @property
     def last_step(self) -> int:
         """Optimizer steps so far."""
         return max((row["step"] for row in self.rows), default=0)
@@ -147,9 +154,10 @@ def _iteration(
         found.samples = list({(str(row.get("sample_id")), str(row.get("generated"))): row for row in latest}.values())
     if folder is not None:
         for stage, name in (("play", "responses"), ("score", "pairs")):
-            seconds = _store_seconds(folder / name / "manifest.json")
-            if seconds is not None:
-                found.seconds[stage] = seconds
+            # pairs_start: scored by what the run started from, with pairs.start_share
+            parts = [_store_seconds(folder / part / "manifest.json") for part in (name, f"{name}_start")]
+            if parts[0] is not None:
+                found.seconds[stage] = parts[0] + (parts[1] or 0.0)
         _count_answers(folder / "responses", found, remarks)
         found.is_exported = model_of(folder) is not None
     return found

@@ -120,6 +120,40 @@ def test_recipes_are_those_of_the_folder():
     assert load_recipe("spin_recipe").DEFAULTS == spin_recipe.DEFAULTS
 
 
+def test_a_config_without_a_header_is_known_by_its_keys(tmp_path):
+    for name, (recipe, _) in configs().items():
+        text = (REPO / "configs" / f"{name}.yaml").read_text(encoding="utf-8")
+        bare = tmp_path / "bare.yaml"
+        bare.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith("#")))
+        # generation alone takes the keys of full fine-tuning
+        assert recipe_of(bare) == ("spin_recipe" if recipe == "spin_generate" else recipe), name
+
+
+@pytest.mark.parametrize(
+    ("config", "program", "recipe"),
+    [
+        ("evaluate/smollm2_135M_cpu", "spin_recipe", "spin_evaluate"),
+        ("quickstart/smollm2_135M_cpu", "spin_evaluate", "spin_recipe"),
+        ("llama3_2/1B_lora", "spin_recipe", "spin_lora_recipe"),
+    ],
+)
+def test_a_config_of_another_recipe_is_told_so(monkeypatch, capsys, config, program, recipe):
+    monkeypatch.setattr("sys.argv", [program, "--config", config])
+    with pytest.raises(SystemExit, match="1"):
+        load_recipe(program).recipe_main()
+    text = capsys.readouterr().err
+    assert f"{config} is a config for {recipe}: tune run {recipe} --config {config}" in text
+    assert text.count("Known keys:") <= 2  # all strangers in one line
+
+
+def test_a_misspelt_key_says_nothing_of_other_recipes(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["spin_generate", "--config", "quickstart/smollm2_135M_cpu", "sed=1"])
+    with pytest.raises(SystemExit, match="1"):
+        load_recipe("spin_generate").recipe_main()
+    text = capsys.readouterr().err
+    assert "sed: unknown key. Did you mean 'seed'?" in text and "is a config for" not in text
+
+
 def test_cp_of_a_config_and_a_recipe(tmp_path, capsys):
     assert spin(capsys, "cp", "llama3_2/1B_full", tmp_path / "my_1B")[0] == 0
     copied = tmp_path / "my_1B.yaml"

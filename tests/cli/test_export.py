@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from spin.cli import main
+from spin.cli.card import model_card
 from tests.report_runs import write_run
 
 
@@ -50,6 +52,24 @@ def test_the_last_finished_iteration_is_exported_elsewhere(run_folder, tmp_path,
     AutoTokenizer.from_pretrained(out)
 
 
+def test_what_was_used_besides_is_on_the_card(run_folder):
+    """Only what was used: the rest of the config stands below."""
+    cfg = OmegaConf.load(run_folder / "config.yaml")
+    card = model_card(run_folder, 0, run_folder / "iteration_000" / "hf_model")
+    assert not any(words in card for words in ("answers to a prompt", "start in the opponent", "streamed"))
+    cfg.pairs = {"start_share": 0.3, "responses_per_prompt": 2, "history": 1}
+    cfg.dataset |= {"streaming": True, "limit": 640}
+    OmegaConf.save(cfg, run_folder / "config.yaml")
+    card = model_card(run_folder, 0, run_folder / "iteration_000" / "hf_model")
+    for row in (
+        "| share of the start in the opponent | 0.3 |",
+        "| answers to a prompt | 2 |",
+        "| earlier iterations trained on | 1 |",
+        "| samples of an iteration, streamed | 640 |",
+    ):
+        assert row in card
+
+
 def test_a_card_is_added_to_an_iterations_own_folder(run_folder, capsys):
     assert main(["export", str(run_folder), "--iteration", "0"]) == 0
     model = run_folder / "iteration_000" / "hf_model"
@@ -61,7 +81,11 @@ def test_a_card_is_added_to_an_iterations_own_folder(run_folder, capsys):
 
 @pytest.mark.parametrize(
     ("options", "words"),
-    [(["--iteration", "2"], "iteration 2 has no model; finished are 0, 1"), (["--out", "."], "is there already")],
+    [
+        (["--adapter"], "its iterations have no adapter, only LoRA runs do"),
+        (["--iteration", "2"], "iteration 2 has no model; finished are 0, 1"),
+        (["--out", "."], "is there already"),
+    ],
 )
 def test_what_cannot_be_exported_is_refused(run_folder, tmp_path, capsys, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)

@@ -1,5 +1,6 @@
 """`python -m spin validate`: every fault by its place, nothing loaded or written, the run's own arithmetic."""
 
+import importlib.util
 import json
 
 import pytest
@@ -71,6 +72,25 @@ def test_a_mixture(validate, tmp_path):
     sources["b"]["wieght"] = 2
     code, out, _ = validate("~dataset.source", config=changed_config(tmp_path, mixture))
     assert code == 1 and "dataset.sources.b.wieght: unknown key. Did you mean 'weight'?" in out
+
+
+def test_a_fault_names_the_set_that_has_it(validate, tmp_path):
+    code, out, _ = validate("validation_dataset.source=nowhere.jsonl")
+    assert code == 1 and "validation_dataset: dataset.source=nowhere.jsonl does not exist" in out
+    columns = tmp_path / "columns.jsonl"
+    columns.write_text('{"question": "Why?", "answer": "So."}\n')
+    mapped = "dataset.column_map={prompt: question, response: answr}"
+    code, out, _ = validate(f"dataset.source={columns}", mapped)
+    assert code == 1 and "dataset.column_map has {response: answr}, which is not among them" in out
+
+
+def test_a_logger_whose_package_is_missing_is_found_before_anything_is_loaded(validate, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "comet_ml" else there(name, *rest)
+    )
+    code, out, _ = validate("metric_logger=torchtune.training.metric_logging.CometLogger")
+    assert code == 1 and "CometLogger needs the package comet_ml, which is not installed: pip install comet_ml" in out
 
 
 def test_a_stream(validate):

@@ -173,6 +173,9 @@ def test_broken_and_missing_files(folder, tmp_path):
     with pytest.raises(DataError, match="tokenizer.json is not valid JSON"):
         ChatTokenizer(broken)
     (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no tokenizer is here. Name the model's folder"):
+        ChatTokenizer(tmp_path / "empty")
+    (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(DataError, match="No tokenizer can be loaded from"):
         ChatTokenizer(tmp_path / "empty")
 

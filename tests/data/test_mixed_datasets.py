@@ -92,7 +92,7 @@ def test_weights_are_told_apart_from_content():
 
 @pytest.mark.parametrize("weights", [{"a": 0, "b": 1}, {"a": -1, "b": 1}, {"a": True, "b": 1}, {"a": "x", "b": 1}])
 def test_weights_that_are_none(weights):
-    with pytest.raises(ConfigError, match="a weight is a number above 0; found a: "):
+    with pytest.raises(ConfigError, match="found the weights a: .*expected a number above 0"):
         mixture({"a": 2, "b": 2}, weights)
 
 
@@ -127,8 +127,10 @@ def test_all_faults_of_the_sources_are_named_at_once(files):
                 "z/2": {"source": files["b"]},
                 "s": {"source": files["b"], "weight": 1, "streaming": True},
                 "n": 3,
+                "w": {"source": files["a"] + "missing.jsonl", "weight": 0},
             },
             common={"weight": 1},
+            samples=0,
         )
     text = str(caught.value)
     for words in (
@@ -138,7 +140,10 @@ def test_all_faults_of_the_sources_are_named_at_once(files):
         "dataset.sources.s.streaming: streams cannot be mixed",
         "dataset.sources.n: found 3, expected arguments",
         "dataset.sources: z/2 without a weight, others with one",
+        "9 faults:",
+        "dataset.samples=0: expected a whole number above 0",
         "dataset.common.weight: unknown key.",
+        "dataset.sources.w.weight=0: expected a number above 0",
     ):
         assert words in text
     with pytest.raises(ConfigError, match="expected a name for each source"):

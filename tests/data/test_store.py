@@ -159,8 +159,11 @@ def test_refuses_a_damaged_manifest(tmp_path, content):
 
 
 def test_no_store_here(tmp_path):
-    with pytest.raises(StoreError, match="no pair store here"):
-        PairStore.open(tmp_path)
+    PairStore.open_or_create(tmp_path / "run" / "iteration_000" / "pairs", {"opponent": "0" * 64}, 1)
+    with pytest.raises(StoreError, match=r"no pair store here.*Below it there are iteration_000/pairs\."):
+        PairStore.open(tmp_path / "run")
+    with pytest.raises(StoreError, match=r"no pair store here \(manifest.json is missing\)\.$"):
+        PairStore.open(tmp_path / "elsewhere")
 
 
 def test_manifest_records_every_shard(tmp_path):

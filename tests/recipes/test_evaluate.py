@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import spin_evaluate
@@ -314,11 +315,38 @@ def test_exact_match_with_known_answers(questions, paths, tmp_path, capsys, refe
 def test_a_right_answer_that_is_missing_is_found_before_anything_is_generated(questions, paths, tmp_path, monkeypatch):
     monkeypatch.setattr(Player, "load", lambda *args: pytest.fail("weights were loaded"))
     for key, message in (
-        ("exact_match.column=solution", r"12 samples have no right answer in the column 'solution'.*has None"),
+        ("exact_match.column=solution", "column=solution: no row has it; found the columns id, messages"),
         (r"exact_match.reference_pattern='= (\d+)'", "12 samples have no right answer in the real response"),
     ):
         with pytest.raises(DataError, match=message):
             evaluate(tmp_path, *paths, "verdict=exact_match", f"dataset.source={questions[0]}", key)
+
+
+def test_several_data_sets_are_played_whole(questions, paths, tmp_path, capsys):
+    """Rows of both, by name, with what exact match takes from their columns; validate sees the same."""
+    val = REPO / "examples/quickstart/jargon_val.jsonl"
+    overrides = [
+        *paths[:-1],
+        "verdict=exact_match",
+        "~dataset.source",
+        "~dataset.limit",
+        "dataset._component_=spin.data.mixed_prompt_dataset",
+        "dataset.common.limit=3",
+        f"dataset.sources.asked.source={questions[0]}",
+        f"dataset.sources.held.source={val}",
+    ]
+    with pytest.raises(ConfigError, match=r"dataset\.sources\.held\.weight: an evaluation plays every sample once"):
+        check_evaluation(configured("out", *overrides, "dataset.sources.held.weight=2"))
+    validate = ["validate", str(CONFIG), "--recipe", "spin_evaluate", f"output_dir={tmp_path}"]
+    assert main([*validate, *overrides]) == 0
+    assert "asked 3, held 3" in capsys.readouterr().out
+    summary = evaluate(tmp_path, *overrides)
+    rows = rows_of(tmp_path / "trained_vs_start")
+    assert summary["samples"] == 6
+    assert Counter(row["sample_id"].split("/")[0] for row in rows) == {"asked": 3, "held": 3}
+    real = {row["id"]: row["messages"][-1]["content"] for row in map(json.loads, val.read_text().splitlines()[:3])}
+    held = {row["sample_id"].split("/")[1]: row["reference"] for row in rows if row["sample_id"].startswith("held")}
+    assert held == real
 
 
 # --- The command line, and what is refused ---
@@ -342,6 +370,9 @@ def test_two_processes_share_the_prompts_and_find_the_same(judged, paths, tmp_pa
         ("candidate.name=start", ["candidate and baseline are both called 'start'"]),
         ("candidate.name=../x", ["candidate.name='../x': expected letters"]),
         ("judge.template=which?", ["judge.template: has no {first} and no {second}"]),
+        ("judge.template=null", ["judge.template=None: expected a text with {first}"]),
+        ("judge.pattern=null", ["judge.pattern=None: expected a regular expression"]),
+        ("dataset.streaming=true", ["dataset.streaming=true: an evaluation reads its prompts once"]),
         ("judge.pattern=A|B", ["judge.pattern='A|B': has 0 groups"]),
         ("judge.model=null", ["judge.model: not set, but judge.checkpoint_dir needs it"]),
         ("judge.tokenizer=null", ["judge.tokenizer: not set"]),
@@ -376,6 +407,18 @@ def test_exact_match_needs_no_judge(paths):
 def test_folders_that_are_no_model_are_named_before_anything_runs(paths, tmp_path):
     with pytest.raises(CheckpointError, match="baseline.checkpoint_dir=no_such_folder: no such folder"):
         evaluate(tmp_path, *paths, "baseline.checkpoint_dir=no_such_folder")
+    run = tmp_path / "run"
+    (run / "iteration_000" / "hf_model").mkdir(parents=True)
+    (run / "iteration_000" / "adapter").mkdir()
+    (run / "iteration_000" / "adapter" / "adapter_config.json").write_text("{}")
+    for folder, message in (
+        (run, "config.json is missing.*It holds iteration_000/hf_model: name one of these"),
+        (run / "iteration_000", "config.json is missing.*It holds hf_model: name one of these"),
+        (run / "iteration_000" / "adapter", "an adapter without its base. Name the merged model"),
+        (run / "iteration_000" / "hf_model", "config.json is missing.*Name a Hugging Face folder"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            evaluate(tmp_path, *paths, f"baseline.checkpoint_dir={folder}", "baseline.tokenizer.path=" + str(folder))
     with pytest.raises(CheckpointError, match="model has 5 layers, config.json has 4"):
         evaluate(tmp_path, *paths, "candidate.model.num_layers=5")
     assert not (tmp_path / "answers").exists()

@@ -95,6 +95,11 @@ def test_time_by_stage(run_folder, page):
     seconds = read_run(run_folder).iterations[0].seconds
     assert seconds == {"fit": 20.0, "validate": 1.5, "play": 65.0}
     assert "1 min 05 s" in render(read_run(run_folder))
+    for name, seconds in (("pairs", 10), ("pairs_start", 12)):  # scored by both parts of a mixed opponent
+        folder = run_folder / "iteration_001" / name
+        folder.mkdir()
+        (folder / "manifest.json").write_text(json.dumps({"begun_at": 1000.0, "sealed_at": 1000.0 + seconds}))
+    assert read_run(run_folder).iterations[1].seconds["score"] == 22.0
 
 
 # --- Runs that are not whole ---
@@ -194,6 +199,25 @@ def test_a_good_run_gets_no_advice(tmp_path):
     assert advice(read_run(folder)) == []
 
 
+def test_a_mixed_opponent_is_not_measured_by_ln_2(tmp_path):
+    """Of iteration 1: in iteration 0 the opponent is the policy, and a first loss that is off is a fault still."""
+    changes = {"pairs": {"start_share": 0.3}}
+    folder = write_run(tmp_path, iterations=2, steps=10, changes=lambda step: {"loss": 0.5}, config=changes)
+    told = [text for text in advice(read_run(folder)) if "first loss" in text]
+    assert len(told) == 1 and told[0].startswith("Iteration 0")
+
+
+def test_validation_by_source(tmp_path):
+    folder = write_run(tmp_path, iterations=1, steps=5)
+    with (folder / "metrics.jsonl").open("a") as stream:
+        by_source = {f"val_loss/{name}": 2.0 + i for i, name in enumerate(("chat", "math", "code", "law"))}
+        stream.write(json.dumps(step_metrics(6, 0, 1.0, val_loss=3.5, **by_source)) + "\n")
+    page = render(read_run(folder))
+    assert page.count("<figcaption>Validation loss by source, nats per token</figcaption>") == 2
+    for name in ("chat", "math", "code", "law"):
+        assert f"{name} " in page
+
+
 def test_another_loss_is_not_measured_by_ln_2(tmp_path):
     changes = {"loss": {"beta": 0.1, "loss_type": "hinge"}}
     folder = write_run(tmp_path, iterations=1, steps=10, changes=lambda step: {"loss": 1.5}, config=changes)
@@ -272,6 +296,14 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
     text = capsys.readouterr().err
     assert "expected the output_dir of a run" in text and "Traceback" not in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_evaluations_folder_is_told_from_a_runs(tmp_path, capsys):
+    (tmp_path / "a_vs_b").mkdir()
+    (tmp_path / "a_vs_b" / "summary.json").write_text("{}")
+    for command in ("report", "export"):
+        assert main([command, str(tmp_path)]) == 1
+        assert "an evaluation's folder" in (text := capsys.readouterr().err) and "a_vs_b/summary.json" in text
 
 
 # --- In a browser ---
