@@ -364,6 +364,7 @@ class SPINRecipe:
         """What a run needs besides tensors to go on; JSON values."""
         return {
             "progress": self._progress.state_dict(),
+            "total_steps": self._progress.total_steps,
             "opponent": self._opponent,
             "val_loss": self._val_loss,
             "nonfinite": self._nonfinite.skipped,
@@ -385,6 +386,7 @@ class SPINRecipe:
             allowed, within = self._cfg.resume_with_changes, not state["progress"].get("is_iteration_start", True)
             check_unchanged(state["run"], self._run_fingerprint, allowed, self._output_dir, within)
             self._progress.load_state_dict(state["progress"])
+            self._plan.compare_schedules(state.get("total_steps"), self._cfg.optimizer.reset_each_iteration)
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
             self._nonfinite.skipped = state.get("nonfinite", [])
             self._watch.load_state_dict(state.get("watch", {}))
@@ -528,10 +530,8 @@ class SPINRecipe:
 
     def _lr_factor(self) -> float:
         """The schedule spans an iteration where the optimizer starts anew in each, else the run."""
-        progress, first, last = self._progress, 0, self._progress.total_steps
-        if self._cfg.optimizer.reset_each_iteration:
-            first = progress.iteration_start(progress.iteration)
-            last = min(last, progress.iteration_start(progress.iteration + 1))
+        progress = self._progress
+        first, last = self._plan.lr_span(self._cfg.optimizer.reset_each_iteration)
         step = progress.step - first - self._nonfinite.skipped_between(first, progress.step)
         return lr_factor(step=step, total_steps=last - first, **self._cfg.lr_scheduler)
 

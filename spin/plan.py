@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -13,6 +14,8 @@ from spin.data.prompts import PromptDataset
 from spin.data.streams import PromptStream
 from spin.data.types import Pair
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
+
+log = logging.getLogger(__name__)
 
 
 class RunPlan:
@@ -49,6 +52,39 @@ class RunPlan:
     def items(self, iteration: int) -> list[tuple[int, int]]:
         """What an iteration trains on, as (iteration whose opponent answered, sample of the data set)."""
         return iteration_items(self.samples, iteration, *self._history)
+
+    def lr_span(self, anew: bool, total_steps: int | None = None) -> tuple[int, int]:
+        """Where the learning rate's schedule begins and ends now.
+
+        Args:
+            anew (bool): each iteration has a schedule of its own, see ``optimizer.reset_each_iteration``.
+            total_steps (int | None): of the run; None for those that it has.
+
+        Returns:
+            tuple[int, int]: its first step, and the step after its last.
+        """
+        progress = self.progress
+        last = progress.total_steps if total_steps is None else total_steps
+        if not anew:
+            return 0, last
+        return progress.iteration_start(progress.iteration), min(last, progress.iteration_start(progress.iteration + 1))
+
+    def compare_schedules(self, total_steps: int | None, anew: bool) -> None:
+        """Warns if a state was saved in the middle of a schedule that has another end now.
+
+        Args:
+            total_steps (int | None): of the run that saved the state; None if it did not say.
+            anew (bool): see :meth:`lr_span`.
+        """
+        if total_steps is None or self.progress.is_done:
+            return
+        (first, last), (_, before) = self.lr_span(anew), self.lr_span(anew, total_steps)
+        if last != before and first < self.progress.step:
+            log.warning(
+                f"The learning rate's schedule ends at step {last} now; when the state was saved it ended at step "
+                f"{before}. From here on the rate is another one than in a run with these settings from the start. "
+                "Was max_steps or max_iterations changed?"
+            )
 
     def batches(
         self, pairs: Mapping[tuple[int, str], Pair], iteration: int, epoch: int, start: int = 0

@@ -65,3 +65,23 @@ def test_a_run_without_a_step_is_refused():
         plan(prompts=PromptDataset([PROMPTS[i] for i in range(3)]))
     with pytest.raises(ConfigError, match="val_check_interval=0.1"):
         plan(val_check_interval=0.1)
+
+
+def test_a_schedule_that_had_another_end_is_told(caplog):
+    """Six steps an iteration, 18 in all; the state was saved after two steps."""
+    made = plan()
+    made.progress.advance(4)
+    made.progress.advance(4)
+    assert made.lr_span(anew=True) == (0, 6) and made.lr_span(anew=False) == (0, 18)
+    for total_steps, anew in ((18, True), (12, True), (18, False), (None, False)):
+        made.compare_schedules(total_steps, anew)
+    assert not caplog.records
+    made.compare_schedules(2, anew=True)
+    made.compare_schedules(12, anew=False)
+    first, second = caplog.messages
+    assert "ends at step 6 now" in first and "ended at step 2" in first and "max_steps" in first
+    assert "ends at step 18 now" in second and "ended at step 12" in second
+    for _ in range(4):
+        made.progress.advance(4)
+    made.compare_schedules(6, anew=True)
+    assert len(caplog.messages) == 2, "iteration 1 begins with a schedule of its own"

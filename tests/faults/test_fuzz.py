@@ -23,12 +23,12 @@ from omegaconf import OmegaConf
 from spin.checkpoint import SPINCheckpointer, _read_metadata
 from spin.checks import check_run
 from spin.config import complete, load_config
-from spin.data import Pair, PairStore, Response, prompt_dataset
+from spin.data import Pair, PairStore, Prompt, PromptDataset, Response, prompt_dataset
 from spin.distributed import init_world
 from spin.errors import SpinError
 from spin.fingerprint import file_sha256, json_fingerprint
 from spin.hf import read_hf_config, stored_elements
-from spin.progress import SPINProgress
+from spin.plan import RunPlan
 from tests.data.test_prompts import Letters
 from tests.recipes.helpers import CONFIG, tiny_config
 from tests.two_ranks.tiny import sharded
@@ -310,7 +310,8 @@ def test_shards(store, seed):
 def state(tmp_path_factory):
     world = init_world("cpu")
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path_factory.mktemp("state")))
-    saved = {"progress": {"step": 3, "consumed_samples": 12}, "opponent": "w", "val_loss": 1.0, "run": {}}
+    saved = {"progress": {"step": 3, "consumed_samples": 12}, "total_steps": 20, "opponent": "w", "val_loss": 1.0}
+    saved["run"] = {}
     path = checkpointer.save_state(step=3, model=sharded(world), optimizer=None, state=saved, world=world)
     checkpointer.close()
     return checkpointer, path, {file.name: file.read_bytes() for file in path.iterdir()}
@@ -351,7 +352,8 @@ def test_states(state, seed):
 
     def load():
         recipe = spin_recipe.SPINRecipe(tiny_config("unused"))
-        recipe._progress = SPINProgress(5, 2, 2)
+        recipe._plan = RunPlan(recipe._cfg, PromptDataset([Prompt(f"s{i}", [1, i], [2]) for i in range(23)]))
+        recipe._progress = recipe._plan.progress  # 2 iterations of 2 epochs of 5 steps
         recipe._watch = spin_recipe.Watch(recipe._cfg.watch, True)
         recipe._run_fingerprint = {}
         recipe.load_state_dict(checkpointer.read_state(path))
