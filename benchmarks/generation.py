@@ -38,7 +38,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 from vllm_arms import close_engines, engines_of, vllm_arms
-from work import MODELS, hf_twin, log_normal_lengths, randomize
+from work import MODELS, hf_twin, listed, log_normal_lengths, randomize
 
 from spin.distributed import World, init_world, materialize, shard_model, shutdown
 from spin.files import write_json
@@ -569,19 +569,12 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # ---------------------------------------------------------------------------------------------------------- main
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, or ``arguments`` instead of it."""
-
-    def listed(text: str) -> list[str]:
-        unknown = set(text.split(",")) - set(ARMS)
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected of {', '.join(ARMS)}")
-        return [name for name in ARMS if name in text.split(",")]
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--table", type=Path, help="print the tables of a results file and measure nothing")
     parser.add_argument("--model", choices=MODELS, default="llama3_2_1b")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    parser.add_argument("--arms", type=listed, default=DEFAULT_ARMS, help=f"of {','.join(ARMS)}")
+    parser.add_argument("--arms", type=listed(list(ARMS)), default=DEFAULT_ARMS, help=f"of {','.join(ARMS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--max-new-tokens", type=int, default=256)

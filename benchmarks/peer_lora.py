@@ -19,11 +19,11 @@ from torch import nn
 from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import disable_adapter
-from work import llama_config, local_part, randomize
+from work import llama_config
 
-from spin.distributed import clean_name, materialize, shard_model
+from spin.distributed import clean_name, local_tensor, materialize, shard_model
 from spin.lora import prepare_adapters
-from spin.models import build_model, prepare_model
+from spin.models import build_model
 from spin.peft import export_peft
 
 # of configs/llama3_1/8B_lora.yaml
@@ -54,21 +54,6 @@ class LoRABench(PeerBench):
         prepare_adapters(model, torch.float32, self.world)
         return model
 
-    def model(self, variant: str) -> nn.Module:
-        """The product's model; there is one."""
-        if variant not in self._models:
-            model = self._build()
-            prepare_model(
-                model,
-                self.world,
-                compute_dtype=self.compute_dtype,
-                compile_layers=self.is_compiled(variant),
-                reshard_after_forward=not self.args.keep_gathered,
-            )
-            randomize(model, self.world)
-            self._models[variant] = model
-        return self._models[variant]
-
     def plain(self, seed: int, dtype: torch.dtype, checkpointing: bool = False) -> nn.Module:
         """torchtune's own adapted model with the weights of the product's.
 
@@ -87,12 +72,12 @@ class LoRABench(PeerBench):
         materialize(model, self.world)
         with torch.no_grad():
             for parameter, value in zip(model.parameters(), source.parameters(), strict=True):
-                local_part(parameter).copy_(local_part(value))
+                local_tensor(parameter).copy_(local_tensor(value))
         return model
 
     def twin_weights(self, source: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
         """The base alone."""
-        named = ((clean_name(name), local_part(parameter.detach())) for name, parameter in source.named_parameters())
+        named = ((clean_name(name), local_tensor(parameter.detach())) for name, parameter in source.named_parameters())
         return ((name, tensor) for name, tensor in named if ".lora_" not in name)
 
     @contextmanager

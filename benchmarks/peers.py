@@ -38,10 +38,10 @@ from peer_trl import TRL_PEERS
 from rounds import Figures, attempt, free, race
 from training_step import ceilings
 from training_step import parse_args as training_arguments
-from work import MIXES, MODELS, floor_of_work, local_part
+from work import MIXES, MODELS, floor_of_work, listed
 
 from spin.data import Pair
-from spin.distributed import shutdown
+from spin.distributed import local_tensor, shutdown
 from spin.files import write_json
 
 GIB = 2**30
@@ -90,7 +90,7 @@ def _allocated(bench: PeerBench) -> int:
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    tensors = map(local_part, [*module.parameters(), *module.buffers()])
+    tensors = map(local_tensor, [*module.parameters(), *module.buffers()])
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -248,16 +248,6 @@ def versions() -> dict[str, str]:
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, or ``arguments`` instead of it."""
-
-    def listed(choices: Sequence[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            unknown = set(text.split(",")) - set(choices)
-            if unknown:
-                raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected of {', '.join(choices)}")
-            return [choice for choice in choices if choice in text.split(",")]
-
-        return parse
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--out", type=Path, help="JSON file for the results; one that exists keeps its other sections")

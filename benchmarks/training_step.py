@@ -43,7 +43,18 @@ import torch.distributed as dist
 from arms import ARMS, ROW_MULTIPLE, Arm, Layout, objective_of
 from omegaconf import OmegaConf
 from torch import nn
-from work import MIXES, MODELS, WEIGHT_SCALE, Sizes, floor_of_work, mixed_pairs, random_nats, random_pairs, randomize
+from work import (
+    MIXES,
+    MODELS,
+    WEIGHT_SCALE,
+    Sizes,
+    floor_of_work,
+    listed,
+    mixed_pairs,
+    random_nats,
+    random_pairs,
+    randomize,
+)
 
 from spin.data import Pair, pack_row
 from spin.data.loader import load_rows
@@ -706,16 +717,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --------------------------------------------------------------------------------------------------------- main
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, or ``arguments`` instead of it."""
-
-    def listed(choices: Sequence[str]) -> Callable[[str], list[str]]:
-        def parse(text: str) -> list[str]:
-            unknown = set(text.split(",")) - set(choices)
-            if unknown:
-                raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected of {', '.join(choices)}")
-            return [choice for choice in choices if choice in text.split(",")]
-
-        return parse
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--table", type=Path, help="print the tables of a results file and measure nothing")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torchtune.models.convert_weights import tune_to_hf
 
 from spin.data import Pair, Response
-from spin.distributed import World, named_full_tensors
+from spin.distributed import World, local_tensor, named_full_tensors
 
 # mean tokens of prompt, real and generated responses
 MIXES = {"short": (199, 278, 278), "long": (498, 288, 287), "third": (131, 288, 209)}
@@ -78,9 +78,23 @@ MODELS = {
 }
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a tensor; the whole of one that is not sharded, as an adapter's base on one rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def listed(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """For ``type`` of an option that takes some of the choices with commas between them.
+
+    Args:
+        choices (Sequence[str]): what may be named.
+
+    Returns:
+        Callable[[str], list[str]]: text to those named, in the order of the choices.
+    """
+
+    def parse(text: str) -> list[str]:
+        unknown = set(text.split(",")) - set(choices)
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected of {', '.join(choices)}")
+        return [choice for choice in choices if choice in text.split(",")]
+
+    return parse
 
 
 def randomize(model: nn.Module, world: World, seed: int = 0) -> None:
@@ -93,7 +107,7 @@ def randomize(model: nn.Module, world: World, seed: int = 0) -> None:
     """
     draw = torch.Generator(world.device).manual_seed(seed * world.world_size + world.rank)
     for parameter in model.parameters():
-        local = local_part(parameter.detach())
+        local = local_tensor(parameter.detach())
         local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
 
 
