@@ -206,8 +206,8 @@ def _linear_nf4(x: torch.Tensor, weight: NF4Tensor) -> torch.Tensor:
 class _LinearNF4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, columns: int, *parts: Any) -> torch.Tensor:
-        ctx.save_for_backward(*parts[:5])
-        ctx.columns, ctx.blocks = columns, parts[5:]
+        ctx.save_for_backward(*parts[: len(_NF4_PARTS)])
+        ctx.columns, ctx.blocks = columns, parts[len(_NF4_PARTS) :]
         return F.linear(x, _nf4_values(*parts).view(-1, columns).to(x.dtype))
 
     @staticmethod
@@ -221,8 +221,8 @@ def _values(nf4: NF4Tensor) -> torch.Tensor:
 
 
 def _parts(nf4: Any) -> tuple[Any, ...]:
-    tensors = nf4.quantized_data, nf4.quantized_scalers, nf4.quantization_factor, nf4.scaler_mean, nf4.nf4
-    return *tensors, nf4.block_size, nf4.scaler_block_size
+    """The arguments of ``_nf4_values``."""
+    return *(getattr(nf4, name) for name in _NF4_PARTS), nf4.block_size, nf4.scaler_block_size
 
 
 @torch.library.custom_op("spin::nf4_values", mutates_args=())
