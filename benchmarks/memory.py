@@ -76,7 +76,7 @@ def measure(cfg: Any, pair_tokens: int) -> dict[str, float]:
         print(prepare_adapters(model, dtype, world))
     context = model.max_seq_len
     flex = choose_attention(model, world, compute, cfg.attention)
-    packing = row_layout(model, cfg.pairs, flex)
+    packing = row_layout(model, cfg, flex)
     model.max_seq_len = max(context, 2 * cfg.pairs.row_tokens)
     prepare_model(model, world, compute_dtype=compute, **training_options(cfg))
     fill(model)

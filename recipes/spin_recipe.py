@@ -56,7 +56,7 @@ from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, words_of_stop
 from spin.tables import closing_words, iteration_summary, opening_words, sample_rows
 from spin.terminal import get_logger, progress_bar
-from spin.triplets import add_start_answers, answers_per_pair, not_answered, takes_triplets
+from spin.triplets import add_start_answers, answers_per_pair, not_answered
 from spin.watch import Alarm, Watch, answer_metrics
 
 log = get_logger("INFO")
@@ -140,7 +140,7 @@ class SPINRecipe:
 
         # ---- model
         flex = choose_attention(self._model, self._world, compute_dtype, cfg.attention)
-        self._packing = row_layout(self._model, cfg.pairs, flex) | {"triplets": takes_triplets(cfg)}
+        self._packing = row_layout(self._model, cfg, flex)
         self._scoring: dict[str, Any] = {"packing": self._packing, "chunk_tokens": cfg.logprob_chunk_tokens}
         longest = max(self._prompts.longest, self._val_prompts.longest)
         make_room(self._model, longest + answers_per_pair(cfg) * self._sampling.max_new_tokens, self._packing)

@@ -23,6 +23,7 @@ from spin.errors import ConfigError
 from spin.flex import BLOCK, unfit_for_flex
 from spin.float8 import convert_float8
 from spin.gemma2 import fix_gemma2_softcap
+from spin.triplets import takes_triplets
 
 ATTENTION = ("auto", "flex", "dense")
 AC_MODES = ("full", "selective")
@@ -103,21 +104,22 @@ def window_of(model: nn.Module) -> int | None:
     return windows.pop() if windows else None
 
 
-def row_layout(model: nn.Module, pairs: DictConfig, flex: bool) -> dict[str, Any]:
+def row_layout(model: nn.Module, cfg: DictConfig, flex: bool) -> dict[str, Any]:
     """How pairs are packed into rows that a model takes.
 
     Args:
         model (nn.Module): a torchtune decoder.
-        pairs (DictConfig): the config's section of that name.
+        cfg (DictConfig): the run's, complete.
         flex (bool): rows go through FlexAttention, see :func:`choose_attention`.
 
     Returns:
         dict[str, Any]: arguments of :func:`spin.data.packing.pack_batch`.
     """
     return {
-        "row_tokens": pairs.row_tokens,
-        "row_multiple": math.lcm(pairs.row_multiple, BLOCK if flex else 1),
-        "truncated": pairs.truncated,
+        "row_tokens": cfg.pairs.row_tokens,
+        "row_multiple": math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
+        "truncated": cfg.pairs.truncated,
+        "triplets": takes_triplets(cfg),
         "flex": flex,
         "window": window_of(model),
     }
