@@ -8,9 +8,11 @@ Weights and tokens are random, as in benchmarks/training_step.py, and the step i
 clipping and AdamW over a global batch. In each round the loop runs the same number of steps without saving, then with a
 background save after every ``--every``-th step, then with synchronous ones. A save's cost is what its part of the round
 took longer than the part without, over the saves, and counts everything: the copy, the slower steps meanwhile, and the
-waits for writes that are not done. ``spread_seconds`` is the interquartile range of that over the rounds: what is less
+waits for writes that are not done; ``blocked_seconds`` is what the call alone took, which for a synchronous save is the
+whole of it. ``spread_seconds`` is the interquartile range of that over the rounds: what is less
 was not measured. ``share`` is the cost over the time of an interval of ``--interval-steps`` steps, by default an epoch
-of 50,000 pairs in batches of 64, which is the configs' interval (save_interval: 1.0).
+of 50,000 pairs in batches of 64, which is the configs' interval (save_interval: 1.0). At the end the state is restored
+and the model exported for transformers, once each.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ import torch
 from arms import ARMS
 from training_step import Bench
 from training_step import parse_args as training_arguments
+from work import llama_config
 
 from spin.checkpoint import SPINCheckpointer
 from spin.distributed import barrier, shutdown
+from spin.hf import export_hf
 
 ARM = "compiled"
 
@@ -41,6 +45,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", default="llama3_2_1b", help="a name of work.MODELS")
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--pairs", type=int, help="of a step; default: the model's")
+    parser.add_argument("--row-tokens", type=int, help="of a packed row; default: the model's")
+    parser.add_argument("--optimizer", default="adamw", help="adamw or adamw8bit, whose states are smaller")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each part of a round")
     parser.add_argument("--every", type=int, default=4, help="steps from save to save, in the parts that save")
@@ -54,7 +60,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs all rounds and gives the figures."""
     device = ["--device", args.device] if args.device else []
     size = ["--pairs", str(args.pairs)] if args.pairs else []
-    bench = Bench(training_arguments(["--model", args.model, *device, *size]))
+    size += ["--row-tokens", str(args.row_tokens)] if args.row_tokens else []
+    options = ["--model", args.model, "--optimizer", args.optimizer, *device, *size]
+    bench = Bench(training_arguments(options))
     world, model = bench.world, bench.model(ARMS[ARM].variant)
     pairs = bench.mixed_pairs("short")
     batch = bench.lay_out(ARMS[ARM], pairs)
@@ -62,8 +70,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(dir=args.folder)) if world.is_main else Path()
     folders = [str(folder)]
     torch.distributed.broadcast_object_list(folders)
-    savers = {
-        mode: SPINCheckpointer("unused", "LLAMA3_2", f"{folders[0]}/{mode}", keep_last=1, async_save=mode == "async")
+    run, source = Path(folders[0]) / "run", Path(folders[0]) / "source"
+    savers = {  # one folder: a disk has to hold two states, not three
+        mode: SPINCheckpointer(str(source), "LLAMA3_2", str(run), keep_last=1, async_save=mode == "async")
         for mode in ("async", "sync")
     }
 
@@ -89,7 +98,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.rounds):
         for mode in (None, "async", "sync"):
             seconds[mode or "none"].append(bench.seconds(lambda mode=mode: part(mode)))  # type: ignore[misc]
-    state_bytes = sum(file.stat().st_size for file in Path(folders[0]).glob("async/checkpoints/step_*/*"))
+    state_bytes = sum(file.stat().st_size for file in run.glob("checkpoints/step_*/*"))
+    state = savers["sync"].latest()
+    if state is None:
+        raise SystemExit(f"{run} has no complete state although saving raised nothing.")
+    optimizer.zero_grad(set_to_none=True)
+    restore_seconds = bench.seconds(
+        lambda: savers["sync"].load_state(state, model=model, optimizer=optimizer, world=world)
+    )
+    if world.is_main:
+        llama_config(model).save_pretrained(source)
+    barrier(world)
+    export_seconds = bench.seconds(
+        lambda: export_hf(model, source, run / "hf_model", "LLAMA3_2", dtype=torch.bfloat16, world=world)
+    )
     barrier(world)
     if world.is_main:
         shutil.rmtree(folders[0])
@@ -101,6 +123,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "ranks": world.world_size,
             "torch": torch.__version__,
             "model": args.model,
+            "optimizer": args.optimizer,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "state_gb": state_bytes / 1e9,
             "pairs_per_step": len(pairs),
@@ -111,6 +134,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         },
         "step_seconds": step_seconds,
         "seconds_of_parts": seconds,
+        "restore_seconds": restore_seconds,
+        "export_seconds": export_seconds,
     }
     for mode, saver in savers.items():
         saver.close()

@@ -11,8 +11,9 @@ tokens on average). A random model does not end its answers: each has as many to
 256. Two iterations of one epoch run; the second one is warm (layers compiled, engine started, optimizer state there).
 
 Memory is what the whole device has in use, polled while a stage runs, whoever holds it: vLLM's does not come from
-torch's pool. Beside it stands the most that torch's own allocator had given out, which is what tensors need. States and
-exported models are not written unless --save is given.
+torch's pool. Beside it stands the most that torch's own allocator had given out, which is what tensors need. Under
+torchrun seconds are those of rank 0, peaks those of the fullest rank; --out has every rank's. States and exported
+models are not written unless --save is given; --save-last writes those of the last iteration alone, for small disks.
 
 The last line compares training with the arithmetic that the pairs need at least; frozen weights need none for
 gradients of their own. It takes the median step of the last iteration.
@@ -40,12 +41,12 @@ from omegaconf import DictConfig, OmegaConf
 from spin_lora_recipe import SPINLoRARecipe
 from spin_recipe import SPINRecipe
 from transformers import AutoTokenizer
-from work import MIXES, MODELS, Sizes, floor_of_work, llama_config, log_normal_lengths, randomize
+from work import MIXES, MODELS, Sizes, floor_of_work, gathered, llama_config, log_normal_lengths, randomize
 
 from spin.config import complete, load_config
 from spin.data.store import PairStore
 from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
-from spin.distributed import init_world, materialize, shard_model, shutdown
+from spin.distributed import World, init_world, materialize, shard_model, shutdown
 from spin.files import write_json
 from spin.hf import export_hf
 from spin.models import build_model
@@ -110,12 +111,12 @@ class Staged:
     Args:
         cfg (DictConfig): complete.
         stages (Stages): where the figures go.
-        save (bool): write states and exported models.
+        saved (range): iterations after which a state and an exported model are written.
     """
 
-    def __init__(self, cfg: DictConfig, stages: Stages, save: bool) -> None:
+    def __init__(self, cfg: DictConfig, stages: Stages, saved: range) -> None:
         super().__init__(cfg)  # type: ignore[call-arg]
-        self.stages, self.save = stages, save
+        self.stages, self.saved = stages, saved
 
     def setup(self) -> None:
         """Weights, optimizer, engine."""
@@ -140,10 +141,10 @@ class Staged:
         with self.stages.stage("train"):
             return super().train_single_step(*args, **kwargs)  # type: ignore[misc]
 
-    def _finish_iteration(self, *args: Any, **kwargs: Any) -> None:
-        if self.save:
+    def _finish_iteration(self, iteration: int, *args: Any, **kwargs: Any) -> None:
+        if iteration in self.saved:
             with self.stages.stage("save and export"):
-                super()._finish_iteration(*args, **kwargs)  # type: ignore[misc]
+                super()._finish_iteration(iteration, *args, **kwargs)  # type: ignore[misc]
                 self._checkpointer.wait()  # type: ignore[attr-defined]
 
 
@@ -216,6 +217,14 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
     return complete(raw, RECIPE_DEFAULTS)
 
 
+def with_every_rank(rows: list[dict[str, Any]], world: World) -> None:
+    """Puts every rank's peak of memory into rank 0's rows, and the highest in the place of its own. Collective."""
+    for row, ranks in zip(rows, zip(*gathered(rows, world), strict=True), strict=True):
+        row["peak_gib_by_rank"] = [other["peak_gib"] for other in ranks]
+        for peak in ("peak_gib", "tensors_gib", "after_gib"):
+            row[peak] = max(other[peak] for other in ranks)
+
+
 def against_floor(
     folder: Path, sizes: Sizes, step_seconds: Sequence[float], frozen: bool, ranks: int
 ) -> dict[str, Any]:
@@ -275,6 +284,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--batch", type=int, default=64, help="global_batch_size")
     parser.add_argument("--save", action="store_true", help="write states and exported models, as a stage")
+    parser.add_argument("--save-last", action="store_true", help="the same after the last iteration alone")
     parser.add_argument("--folder", type=Path, help="a new one to work in, which is kept; default: one that is removed")
     parser.add_argument("overrides", nargs="*", help="of the config, key=value")
     return parser.parse_args(arguments)
@@ -305,9 +315,12 @@ def main() -> None:
         torch.cuda.empty_cache()
     cfg = make_config(args, folder, model_folder, preset, on_gpu)
     is_lora = "base_dtype" in cfg
-    recipe: Any = (StagedLoRA if is_lora else StagedFull)(cfg, stages, args.save)
+    last = cfg.max_iterations - 1
+    saved = range(0 if args.save else last, last + 1 if args.save or args.save_last else 0)
+    recipe: Any = (StagedLoRA if is_lora else StagedFull)(cfg, stages, saved)
     recipe.setup()
     recipe.train()
+    with_every_rank(stages.rows, world)
     sizes = Sizes.of(build_model(OmegaConf.create(preset.builder), torch.float32))
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     results = {

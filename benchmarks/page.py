@@ -1,7 +1,7 @@
-"""Tables and a plot from the results of benchmarks/peers.py, for docs/benchmarks.md and the README.
+"""Tables and a plot from the results of benchmarks/peers.py and scaling.py, for docs/benchmarks.md and the README.
 
-    python benchmarks/page.py             # writes between the pages' markers, from benchmarks/results/peers_*.json
-    python benchmarks/page.py --check     # fails if a page says something else than the results
+    python benchmarks/page.py             # writes between the pages' markers, from peers_*.json and scaling_*.json
+    python benchmarks/page.py --check     # fails if a page says something else than these files of benchmarks/results
 
 A page marks where a section goes, ``<!-- peers: NAME -->`` to ``<!-- peers: end -->``; one without results is empty.
 """
@@ -32,6 +32,8 @@ GOALS = (
     ("packed, prompts not shared", ("hf_packed",), 1.4, ("long",)),
 )
 ITERATION_GOAL = 5.0
+SCALING_GOAL = 0.92  # of linear, the 8B's step on eight GPUs
+SCALING_MODEL, SCALING_GPUS = "llama3_1_8b", (1, 2, 4, 8)
 
 Results = list[dict[str, Any]]
 
@@ -224,6 +226,162 @@ def iteration_section(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def scaling_section(results: Results) -> str:
+    """The step by number of GPUs against linear, checkpoints, iterations; what was not measured is named."""
+    parts = []
+    for result, runs in sections(results, "runs"):
+        setup, all_runs = result["setup"], list(runs.values())
+        packages = ", ".join(f"{name} {version}" for name, version in setup["versions"].items())
+        lines = [f"A host of {max(1, setup['host_gpus'])} x {setup['device']}; {packages}."]
+        for make in (_scaling_steps, _scaling_checkpoints, _scaling_iterations):
+            lines += make(all_runs)
+        skipped = [f"{name} ({reason})" for name, reason in result.get("skipped", {}).items()]
+        parts += [*lines, *([f"Not run: {', '.join(skipped)}."] if skipped else [])]
+    every = [run for _, runs in sections(results, "runs") for run in runs.values()]
+    return "\n\n".join([*parts, _scaling_goal(results), *_not_measured(every)])
+
+
+def _scaling_goal(results: Results) -> str:
+    """The goal and the best layout's figure, by the files that have one."""
+    shares = [
+        (_pairs_per_gpu(run) / _pairs_per_gpu(base), base["gpus"])
+        for _, runs in sections(results, "runs")
+        for run, base in _with_base(list(runs.values()))
+        if (run["model"], run["load"], run["gpus"]) == (SCALING_MODEL, "weak", 8) and base not in (None, run)
+    ]
+    goal = f"Goal: at least {SCALING_GOAL:g} of linear for the 8B's step on eight GPUs, the pairs on each GPU the same"
+    if not shares:
+        return f"{goal}; not measured."
+    share, gpus = max(shares)
+    against = "one GPU" if gpus == 1 else f"{gpus} GPUs: fewer do not hold it, or were not measured"
+    return f"{goal}; measured {share:.3f}, against {against}: {'reached' if share >= SCALING_GOAL else 'not reached'}."
+
+
+def _with_base(runs: Results) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Step runs, each with FSDP2 on the fewest GPUs that did the same work; None for what failed."""
+    steps = [run for run in runs if run["part"] == "step"]
+    pairs = []
+    for run in steps:
+        same = [
+            other
+            for other in steps
+            if "result" in other
+            and (other["model"], other["load"], other["replicas"]) == (run["model"], run["load"], 1)
+            and _work(other) == _work(run)
+        ]
+        base = min(same, key=lambda other: other["gpus"], default=None) if "result" in run else None
+        pairs.append((run, base))
+    return pairs
+
+
+def _work(run: dict[str, Any]) -> float:
+    """What has to be equal: pairs on each GPU, or in all."""
+    return run["pairs"] / run["gpus"] if run["load"] == "weak" else run["pairs"]
+
+
+def _step_run(run: dict[str, Any]) -> dict[str, Any]:
+    return dict(run["result"]["optimizer_step"]["runs"]["optimizer step"])
+
+
+def _pairs_per_gpu(run: dict[str, Any]) -> float:
+    """Pairs per second and GPU."""
+    return float(_step_run(run)["pairs_per_second"]) / run["gpus"]
+
+
+def _least_and_most(values: Sequence[float] | None) -> str:
+    if not values:
+        return "-"
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def _scaling_steps(runs: Results) -> list[str]:
+    rows = []
+    for run, base in _with_base(runs):
+        layout = "FSDP2" if run["replicas"] == 1 else f"HSDP, {run['replicas']} replicas"
+        head = [
+            run["model"],
+            f"{run['gpus']}",
+            layout,
+            f"{run['pairs']}" + ("" if run["load"] == "weak" else " in all"),
+        ]
+        if "error" in run:
+            rows.append([*head, run["error"], *["-"] * 4])
+            continue
+        step, share = _step_run(run), "-"
+        if base is not None:
+            share = f"{_pairs_per_gpu(run) / _pairs_per_gpu(base):.3f}"
+            share += "" if base["gpus"] == 1 else f" of {base['gpus']} GPUs"
+        low, high = number(step["min_pairs_per_second"]), number(step["max_pairs_per_second"])
+        speeds = f"{number(step['pairs_per_second'])} ({low} to {high})"
+        memory = _least_and_most(step["peak_gib_by_rank"])
+        matmul = number(run["result"]["ceilings"]["matmul_tflops"])
+        rows.append([*head, speeds, share, number(step["tflops"]), matmul, memory])
+    columns = ["model", "GPUs", "layout", "pairs", "pairs/s", "of linear", "needed TFLOP/s a GPU", "matmul TFLOP/s",
+               "peak GiB of a rank"]  # fmt: skip
+    return ["**Optimizer steps**, medians (range of all rounds).", table(columns, rows)] if rows else []
+
+
+def _scaling_checkpoints(runs: Results) -> list[str]:
+    rows = []
+    for run in (run for run in runs if run["part"] == "checkpoint"):
+        head = [run["model"], f"{run['gpus']}"]
+        if "error" in run:
+            rows.append([*head, run["error"], *["-"] * 4])
+            continue
+        result = run["result"]
+        seconds = [result["async"]["blocked_seconds"], result["sync"]["blocked_seconds"]]
+        seconds += [result["restore_seconds"], result["export_seconds"]]
+        rows.append([*head, number(result["setup"]["state_gb"]), *(number(value) for value in seconds)])
+    columns = ["model", "GPUs", "state, GB", "training waits, background save, s", "whole save, s", "restore, s",
+               "export, s"]  # fmt: skip
+    return ["**Checkpoints**.", table(columns, rows)] if rows else []
+
+
+def _scaling_iterations(runs: Results) -> list[str]:
+    rows, names = [], ("generate", "reference log-probs", "train", "save and export")
+    for run in (run for run in runs if run["part"] == "iteration"):
+        engines = run["generator"] + (
+            f", {run['tensor_parallel']} ranks share one" if run["tensor_parallel"] > 1 else ""
+        )
+        head = [run["model"], f"{run['gpus']}", engines, f"{run['prompts']}"]
+        if "error" in run:
+            rows.append([*head, run["error"], *["-"] * (2 + len(names))])
+            continue
+        stages = run["result"]["stages"]
+        last = max(row["iteration"] for row in stages)
+        warm = {row["stage"]: row for row in stages if row["iteration"] == last}
+        tokens = run["prompts"] * run["result"]["setup"]["generated_tokens"] / warm["generate"]["seconds"]
+        by_rank = [max(peaks) for peaks in zip(*(row["peak_gib_by_rank"] for row in warm.values()), strict=True)]
+        seconds = [number(warm[name]["seconds"]) for name in names]
+        whole = number(sum(row["seconds"] for row in warm.values()))
+        rows.append([*head, number(tokens), *seconds, whole, _least_and_most(by_rank)])
+    columns = ["model", "GPUs", "generator", "prompts", "tokens/s", *(f"{name}, s" for name in names), "iteration, s",
+               "GiB in use on a GPU"]  # fmt: skip
+    return (
+        ["**Whole iterations**, the second one, which is warm; tokens/s are the generator's.", table(columns, rows)]
+        if rows
+        else []
+    )
+
+
+def _not_measured(runs: Results) -> list[str]:
+    """What the goal names and no run has, by part: on which numbers of GPUs."""
+    wanted = {
+        "the 8B's step": ("step", SCALING_MODEL),
+        "the 1B's step": ("step", "llama3_2_1b"),
+        "the 8B's checkpoints": ("checkpoint", SCALING_MODEL),
+        "the 8B's iteration": ("iteration", SCALING_MODEL),
+    }
+    missing = []
+    for title, key in wanted.items():
+        done = {run["gpus"] for run in runs if (run["part"], run["model"]) == key and "result" in run}
+        left = [f"{gpus}" for gpus in SCALING_GPUS if gpus not in done]
+        if left:
+            missing.append(f"{title} on {', '.join(left)}")
+    return [f"Not measured, by number of GPUs: {'; '.join(missing)}."] if missing else []
+
+
 def lora_section(results: Results) -> str:
     """The step with adapters."""
     return step_section(results, "lora")
@@ -259,6 +417,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "generation": generation_section,
     "iteration": iteration_section,
     "lora": lora_section,
+    "scaling": scaling_section,
     "readme": readme_section,
     "plot": lambda results: f"![pairs per second of a training step]({PLOT.name})" if by_mix(results) else "",
 }
@@ -345,11 +504,11 @@ def filled(page: str, results: Results) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Writes or checks the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", type=Path, nargs="*", help="results; default: benchmarks/results/peers_*.json")
+    parser.add_argument("files", type=Path, nargs="*", help="results; default: peers_*.json and scaling_*.json")
     parser.add_argument("--root", type=Path, default=REPO, help="folder of README.md and docs")
     parser.add_argument("--check", action="store_true", help="write nothing; fail if something would change")
     args = parser.parse_args(arguments)
-    files = args.files or sorted(RESULTS.glob("peers_*.json"))
+    files = args.files or [file for kind in ("peers", "scaling") for file in sorted(RESULTS.glob(f"{kind}_*.json"))]
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     wanted = {args.root / page: filled((args.root / page).read_text(encoding="utf-8"), results) for page in PAGES}
     if by_mix(results):

@@ -3,13 +3,14 @@
     python benchmarks/training_step.py --model tiny                          # on a CPU, in seconds: does it run?
     python benchmarks/training_step.py --out results.json                    # one GPU, Llama 3.2 1B shapes
     torchrun --nproc_per_node 2 benchmarks/training_step.py --model llama3_1_8b --arms long --out results_8b.json
+    python benchmarks/scaling.py --out scaling.json                          # all GPUs of a host, one after another
     python benchmarks/training_step.py --table results.json                  # the tables again, from the file
 
 Weights and tokens are random, lengths log-normal (benchmarks/work.py); every arm of the ladder (benchmarks/arms.py)
 computes the same loss and gradient, which is checked against fp32 before anything is timed. Times are medians over
 rounds in which the arms take turns; every timed run follows an untimed one of the same arm. Weights are fp32 and
-computed with in bf16 on a GPU; on a CPU all is fp32, layers not compiled. Under torchrun weights are sharded, and
-pairs/s counts the pairs of all ranks.
+computed with in bf16 on a GPU; on a CPU all is fp32, layers not compiled. Under torchrun weights are sharded (HSDP with
+--replicas), and pairs/s counts the pairs of all ranks.
 
 What is measured (--what):
     ladder          forward and backward of 64 pairs, from padded to the product, for each mix of lengths
@@ -49,6 +50,7 @@ from work import (
     WEIGHT_SCALE,
     Sizes,
     floor_of_work,
+    gathered,
     listed,
     mixed_pairs,
     random_nats,
@@ -72,6 +74,7 @@ from spin.distributed import (
 from spin.files import write_json
 from spin.logprobs import pair_objective, response_logps
 from spin.models import build_model, choose_attention, prepare_model
+from spin.optim import AdamW8bit
 from spin.reference import score_batches
 
 WHAT = ("ladder", "optimizer_step", "reference", "scaling", "head", "profile")
@@ -93,7 +96,7 @@ class Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.preset = MODELS[args.model]
-        self.world: World = init_world(args.device)
+        self.world: World = init_world(args.device, replicas=args.replicas)
         self.on_gpu = self.world.device.type == "cuda"
         self.compute_dtype = torch.bfloat16 if self.on_gpu else torch.float32
         self._models: dict[str, nn.Module] = {}
@@ -192,7 +195,10 @@ class Bench:
 
     def optimizer(self, arm: Arm) -> torch.optim.Optimizer:
         """AdamW on fp32 weights. The step is too small to matter: later rounds shall see the same weights."""
-        return torch.optim.AdamW(self.model(arm.variant).parameters(), lr=1e-12, weight_decay=0.0, fused=True)
+        parameters = self.model(arm.variant).parameters()
+        if self.args.optimizer == "adamw8bit":
+            return AdamW8bit(parameters, lr=1e-12, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, lr=1e-12, weight_decay=0.0, fused=True)
 
     # ---- clock
     def seconds(self, function: Callable[[], Any]) -> float:
@@ -219,10 +225,11 @@ class Bench:
         Returns:
             dict[str, dict[str, Any]]: for each name the seconds of every round, their median, minimum and maximum, and
             the peak of the allocated memory in GiB (None on a CPU), with the model's weights and gradients, without
-            other models and optimizer states; or ``error``.
+            other models and optimizer states; the peak of every rank, with all that it holds; or ``error``.
         """
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         peaks: dict[str, list[float]] = {name: [] for name in runs}
+        whole: dict[str, float] = dict.fromkeys(runs, 0.0)
         errors: dict[str, str] = {}
         for name, (variant, function) in runs.items():  # warm-up, compilation
             error = self.warm_up(variant, function)
@@ -242,7 +249,9 @@ class Bench:
                 seconds[name].append(self.seconds(function))
                 if self.on_gpu:
                     peaks[name].append((torch.cuda.max_memory_allocated() - others) / GIB)
+                    whole[name] = max(whole[name], torch.cuda.max_memory_allocated() / GIB)
                 self.zero_grads()
+        by_rank = gathered(whole, self.world)
         return {
             name: {"error": errors[name]}
             if name in errors
@@ -252,6 +261,7 @@ class Bench:
                 "min_seconds": min(seconds[name]),
                 "max_seconds": max(seconds[name]),
                 "peak_gib": max(peaks[name]) if peaks[name] else None,
+                "peak_gib_by_rank": [each[name] for each in by_rank] if peaks[name] else None,
             }
             for name in runs
         }
@@ -411,18 +421,21 @@ def _norm(bench: Bench, tensors: Iterable[torch.Tensor]) -> float:
 
 
 def optimizer_step(bench: Bench, name: str) -> dict[str, Any]:
-    """Whole optimizer steps against forward and backward alone."""
+    """Whole optimizer steps against forward and backward alone, unless only the steps are asked for."""
     arm, pairs = ARMS[name], bench.mixed_pairs("short")
     batch, optimizer = bench.lay_out(arm, pairs), bench.optimizer(arm)
-    results = bench.race(
-        {
-            "forward and backward": (arm.variant, lambda: bench.forward_backward(arm, batch, len(pairs))),
-            "optimizer step": (arm.variant, lambda: bench.optimizer_step(arm, batch, len(pairs), optimizer)),
-        }
-    )
+    runs: dict[str, tuple[str | None, Callable[[], Any]]] = {
+        "forward and backward": (arm.variant, lambda: bench.forward_backward(arm, batch, len(pairs))),
+        "optimizer step": (arm.variant, lambda: bench.optimizer_step(arm, batch, len(pairs), optimizer)),
+    }
+    if bench.args.step_alone:
+        del runs["forward and backward"]
+    results = bench.race(runs)
     for result in results.values():
         result.update(_speed(bench, pairs, result))
-    ratio = _ratio(results["optimizer step"], results["forward and backward"])
+    ratio = None
+    if not bench.args.step_alone:
+        ratio = _ratio(results["optimizer step"], results["forward and backward"])
     return {"arm": name, "runs": results, "step_over_forward_backward": ratio}
 
 
@@ -734,6 +747,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--unsharded-gradients", action="store_true", help="reduce gradients once per step: more memory"
     )
+    parser.add_argument("--replicas", type=int, default=1, help="HSDP: groups of ranks that hold a whole model each")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: 6 bytes less")
+    parser.add_argument("--step-alone", action="store_true", help="optimizer_step without forward and backward beside")
     parser.add_argument("--peak-tflops", type=float, default=989.0, help="what shares are of: one H100 or H200, bf16")
     return parser.parse_args(arguments)
 
@@ -763,6 +779,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "chunk_tokens": args.chunk_tokens,
         "keep_gathered": args.keep_gathered,
         "unsharded_gradients": args.unsharded_gradients,
+        "replicas": args.replicas,
+        "optimizer": args.optimizer,
         "peak_tflops": args.peak_tflops,
     }
     results: dict[str, Any] = {"setup": setup}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torchtune.models.convert_weights import tune_to_hf
 
@@ -105,10 +106,18 @@ def randomize(model: nn.Module, world: World, seed: int = 0) -> None:
         world (World): the ranks.
         seed (int): another one gives another model.
     """
-    draw = torch.Generator(world.device).manual_seed(seed * world.world_size + world.rank)
+    shards, shard = world.mesh["shard"].size(), world.mesh.get_local_rank("shard")  # replicas have the same weights
+    draw = torch.Generator(world.device).manual_seed(seed * shards + shard)
     for parameter in model.parameters():
         local = local_tensor(parameter.detach())
         local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
+
+
+def gathered(value: Any, world: World) -> list[Any]:
+    """Every rank's value, by rank. Collective."""
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def llama_config(model: Any) -> Any:

@@ -28,6 +28,7 @@ RUN_ELSEWHERE = {
     r"lm_eval --model hf .* --include_path examples/lm_eval .*": "tests/test_lm_eval.py",
     r"python benchmarks/training_step.py --model tiny": "tests/benchmarks/test_training_step.py",
     r"python benchmarks/peers.py step --model tiny --rounds 1": "tests/benchmarks/test_peers.py",
+    r"python benchmarks/scaling.py --models tiny .*": "tests/benchmarks/test_scaling.py",
     r"python benchmarks/page.py": "tests/benchmarks/test_page.py",
     r"git clone .*|\. \.venv/bin/activate": "",  # nothing of ours
 }
