@@ -48,8 +48,9 @@ HERE = Path(__file__).resolve().parent
 PARTS = ("step", "checkpoint", "iteration")
 GPUS = (1, 2, 4, 8)
 PACKAGES = ("torch", "torchtune", "torchao", "transformers", "vllm")
-# of a packed row; one H200 held the 8B's step with rows of 8,192 tokens, beside vLLM's engine it has less room
-ROW_TOKENS = {"llama3_2_1b": 12288, "llama3_1_8b": 8192}
+# of a packed row. One H200 held the 8B's step with rows of 8,192 tokens; with 6,912 the 64 pairs of each GPU are eight
+# rows of about the same length at every number of GPUs, where 8,192 makes them six or eight. vLLM needs room too.
+ROW_TOKENS = {"llama3_2_1b": 12288, "llama3_1_8b": 6912}
 ITERATION_ROW_TOKENS = {"llama3_1_8b": 6144}
 LARGE = "llama3_1_8b"
 # as configs/llama3_1/8B_full.yaml, but with AdamW's moments in 8 bits and without activation checkpointing
@@ -286,7 +287,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="of the step, after two untimed ones")
     parser.add_argument("--pairs", type=int, default=64, help="on each GPU in an optimizer step")
     parser.add_argument("--prompts", type=int, default=256, help="on each GPU in an iteration")
-    parser.add_argument("--row-tokens", type=int, help="default: 12,288 for the 1B; for the 8B 8,192, iterations 6,144")
+    parser.add_argument("--row-tokens", type=int, help="default: 12,288 for the 1B; for the 8B 6,912, iterations 6,144")
     parser.add_argument("--hsdp-from", type=int, default=4, help="GPUs from which HSDP is measured too; 0: not at all")
     parser.add_argument("--strong", action="store_true", help="also --pairs over all GPUs together")
     parser.add_argument("--step-options", default="", help="of training_step.py: --step-options=--keep-gathered")

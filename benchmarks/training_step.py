@@ -436,7 +436,8 @@ def optimizer_step(bench: Bench, name: str) -> dict[str, Any]:
     ratio = None
     if not bench.args.step_alone:
         ratio = _ratio(results["optimizer step"], results["forward and backward"])
-    return {"arm": name, "runs": results, "step_over_forward_backward": ratio}
+    rows = [piece.tokens.numel() for piece in batch]
+    return {"arm": name, "runs": results, "step_over_forward_backward": ratio, "positions": rows}
 
 
 def reference(bench: Bench, name: str) -> dict[str, Any]:
