@@ -12,7 +12,7 @@ Each run is another benchmark of this folder under torchrun, one after another. 
     iteration   whole iterations of the larger model, with a state and an export after the last one (iteration.py);
                 answers by an engine on each rank, and by engines that two ranks share (tensor parallelism)
 Generation is the iteration's first stage. The 8B is trained with AdamW's moments in 8 bits at every number of GPUs, so
-that one H200 holds it. It has no fp32 moments to shard, so that it is a harder test than AdamW's 16 bytes a weight.
+that one H200 holds it.
 
 The file is written after each run; the same command goes on with the runs that are missing. A run that fails, by memory
 for one, stays in it with its error, and is repeated with --retry. The tables are printed, and benchmarks/page.py writes
