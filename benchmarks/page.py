@@ -76,7 +76,7 @@ def spread(figure: dict[str, Any], amount: float | None = None) -> str:
     middle, low, high = figure["median"], figure["min"], figure["max"]
     if amount is not None:
         middle, low, high = amount / middle, amount / high, amount / low
-    return f"{number(middle)} ({number(low)} to {number(high)})"
+    return f"{number(middle)} ({number(low)} to {number(high)})" if len(figure["values"]) > 1 else number(middle)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -84,15 +84,23 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [columns, ["---"] * len(columns), *rows])
 
 
-def machine(result: dict[str, Any]) -> str:
-    """One line: the GPU, versions and the ceilings of the same run."""
+def machine(result: dict[str, Any], arms: dict[str, Any] | None = None, name: str = "seconds") -> str:
+    """One line: the GPU, versions, the ceilings of the same run, and how many rounds of this figure the arms have."""
     setup, ceilings = result["setup"], result["ceilings"]
     packages = ", ".join(f"{name.replace('_', '-')} {version}" for name, version in setup["versions"].items())
     return (
-        f"{setup['device']}; {packages}. {setup['model']}, {setup['compute_dtype']} compute, {setup['rounds']} rounds. "
+        f"{setup['device']}; {packages}. {setup['model']}, {setup['compute_dtype']} compute{_rounds(arms, name)}. "
         f"In the same run a matrix product reached {number(ceilings['matmul_tflops'])} TFLOP/s, a copy "
         f"{number(ceilings['copy_gb_per_second'])} GB/s."
     )
+
+
+def _rounds(arms: dict[str, Any] | None, name: str) -> str:
+    counts = {len(run[name]["values"]) for run in (arms or {}).values() if name in run}
+    if not counts:
+        return ""
+    least, most = min(counts), max(counts)
+    return f", {least} round{'s' if least > 1 else ''}" if least == most else f", {least} to {most} rounds"
 
 
 # ----------------------------------------------------------------------------------------------------------- sections
@@ -122,7 +130,8 @@ def step_section(results: Results, name: str = "step") -> str:
         columns = ["", "pairs/s", "ours: times as fast", "forward, backward", "peak GiB", "loss off", "gradient off"]
         parts.append(
             f"**{mix}**: {step['pairs']} pairs, mean tokens {mean['prompt']:.0f} prompt, {mean['real']:.0f} real, "
-            f"{mean['generated']:.0f} generated. {machine(result)}\n\n{table(columns, rows)}{_skipped(result)}"
+            f"{mean['generated']:.0f} generated. {machine(result, arms, 'step')}\n\n{table(columns, rows)}"
+            f"{_skipped(result)}"
         )
     return "\n\n".join(parts)
 
@@ -176,7 +185,7 @@ def reference_section(results: Results) -> str:
             speeds = spread(run["seconds"], section["pairs"])
             rows.append([title, speeds, times(ours, middle), f"{run['logps_deviation']:.1e}"])
         columns = ["", "pairs/s", "ours: times as fast", "log-probs off"]
-        parts.append(f"{section['pairs']} pairs of the short mix. {machine(result)}\n\n{table(columns, rows)}")
+        parts.append(f"{section['pairs']} pairs of the short mix. {machine(result, arms)}\n\n{table(columns, rows)}")
     return "\n\n".join(parts)
 
 
@@ -221,7 +230,7 @@ def iteration_section(results: Results) -> str:
         columns = ["", *(f"{stage}, s" for stage in stages), "iteration, s", "ours: times as fast"]
         parts.append(
             f"{section['prompts']} prompts, answers of {section['generated_tokens']:.0f} tokens, one epoch, warm. "
-            f"{machine(result)}\n\n{table(columns, rows)}"
+            f"{machine(result, arms)}\n\n{table(columns, rows)}"
         )
     return "\n\n".join(parts)
 
@@ -393,9 +402,11 @@ def readme_section(results: Results) -> str:
     if not steps:
         return ""
     result, first = next(iter(steps.values()))
+    # an arm may be in some mixes only
+    titles = {name: run["title"] for _, step in steps.values() for name, run in step["arms"].items()}
     rows = []
-    for name, run in first["arms"].items():
-        cells, memory = [], "-"
+    for name, title in titles.items():
+        cells = []
         for _, step in steps.values():
             arms = step["arms"]
             cells.append(
@@ -403,9 +414,9 @@ def readme_section(results: Results) -> str:
                 if name == "ours"
                 else times(speed(arms.get("ours")), speed(arms.get(name)))
             )
-        if run.get("peak_gib"):
-            memory = number(run["peak_gib"]["median"])
-        rows.append([run["title"] + (" (pairs/s)" if name == "ours" else ""), *cells, memory])
+        peak = first["arms"].get(name, {}).get("peak_gib")
+        memory = number(peak["median"]) if peak else "-"
+        rows.append([title + (" (pairs/s)" if name == "ours" else ""), *cells, memory])
     columns = ["this project is times as fast as", *steps, f"peak GiB, {next(iter(steps))}"]
     return f"{machine(result)}\n\n{table(columns, rows)}"
 
