@@ -31,6 +31,7 @@ from spin.reference import score_batches
 from spin.schedules import lr_factor
 
 SUM_TOKENS = 48  # of an answer to a sum
+TARGET_KL = 5.0  # nats an answer
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -149,6 +150,30 @@ class MeasuredSPIN(SPINRecipe):
         return self._tokenizer.decode([token for token in ids if token not in self._tokenizer.eos_ids]).strip()
 
 
+class NearSPIN(MeasuredSPIN):
+    """Learns nothing more in an iteration once the policy is ``TARGET_KL`` from the opponent: is that worth an option?
+
+    A generated answer is the opponent's own draw, so the mean of log p_opponent - log p_policy over a batch of them
+    estimates KL(opponent || policy) in nats. The learning rate is 0 from then on.
+    """
+
+    def setup(self) -> None:
+        """As without."""
+        super().setup()
+        self._arrived: int | None = None  # in this iteration
+
+    def train_single_step(self, batch: RowBatch) -> dict[str, float]:
+        """As without; then looks how far the policy is."""
+        iteration = self._progress.iteration
+        metrics = super().train_single_step(batch)
+        if -metrics["rewards_generated_mean"] / self._betas[iteration] >= TARGET_KL:
+            self._arrived = iteration
+        return metrics
+
+    def _lr_factor(self) -> float:
+        return 0.0 if self._arrived == self._progress.iteration else super()._lr_factor()
+
+
 class MeasuredSFT(MeasuredSPIN):
     """Supervised fine-tuning on the real answers alone, through the same rows, head and optimizer.
 
@@ -195,7 +220,7 @@ def _summed_loss(scale: float, logps: torch.Tensor) -> torch.Tensor:
     return -logps.sum() * scale
 
 
-RECIPES = {"spin": MeasuredSPIN, "sft": MeasuredSFT}
+RECIPES = {"spin": MeasuredSPIN, "spin_near": NearSPIN, "sft": MeasuredSFT}
 
 
 def run_stages(
@@ -209,7 +234,7 @@ def run_stages(
 
     Args:
         base (str): name of the packaged config.
-        stages (Sequence[Mapping[str, Any]]): of each its ``recipe`` (``spin``, ``sft``, or ``none`` to measure only)
+        stages (Sequence[Mapping[str, Any]]): of each its ``recipe`` (one of ``RECIPES``, or ``none`` to measure only)
             and its ``settings``, values by dotted key.
         questions (Mapping[str, Mapping[str, Any]]): see :class:`MeasuredSPIN`.
         folder (Path): scratch space; emptied before and removed afterwards.

@@ -319,3 +319,19 @@ def test_figures_are_replaced_and_the_text_around_them_stays():
     assert page.startswith("# Title\n\nSaid by hand.\n") and "one" in page
     again = real_report.replace_figures(f"{page}\nMore by hand.\n", "two")
     assert "one" not in again and again.count("two") == 1 and again.endswith("More by hand.\n")
+
+
+def test_an_iteration_that_ends_at_a_target_learns_no_more(tmp_path, tiny_lm, data, monkeypatch):
+    """Two steps: a target that is never met changes nothing, one that is met at once takes the second step away."""
+    import real_runs
+
+    file = plan(tmp_path / "plan.yaml", spin=[{}], near=[{"recipe": "spin_near"}])
+    content = real_model.read_plan(file, Path(tiny_lm), data)
+    found = {}
+    for name, arm, target in (("plain", "spin", 0.0), ("far", "near", float("inf")), ("met", "near", float("-inf"))):
+        monkeypatch.setattr(real_runs, "TARGET_KL", target)
+        changes = {"max_iterations": 1, "lr_scheduler.warmup": 0}
+        (job,) = real_model.make_jobs(content, "small", [arm], [0], tmp_path / name, changes)
+        assert real_model.run_job(job), name
+        found[name] = json.loads(Path(job["result"]).read_text())["iterations"][0]["val_loss"]
+    assert found["far"] == found["plain"] != found["met"]
