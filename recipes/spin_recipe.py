@@ -30,15 +30,17 @@ import torch
 from omegaconf import DictConfig
 from torchtune import training
 
-from spin import config, selfplay
+from spin import config, reference, selfplay
 from spin.checkpoint import reading_state
 from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
+from spin.data.filters import filter_margins, filter_pairs, left_out_by_margin
 from spin.data.loader import RowBatch, load_rows
 from spin.data.lookup import PairLookup, share_lookup
 from spin.data.order import history_window
 from spin.data.packing import PackedRow
 from spin.data.prompts import check_vocabulary
+from spin.data.shards import missing_shards, open_store, seal
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import accumulating, all_reduce_sums, clip_grad_norm, fail_together, init_world, shutdown
 from spin.errors import CollapseError, OutputError
@@ -57,6 +59,7 @@ from spin.stopping import StopRequest, words_of_stop
 from spin.tables import closing_words, iteration_summary, opening_words, sample_rows
 from spin.terminal import get_logger, progress_bar
 from spin.triplets import add_start_answers, answers_per_pair, not_answered
+from spin.validation import loss_of_equal_models, losses_of_pairs, validation_loss
 from spin.watch import Alarm, Watch, answer_metrics
 
 log = get_logger("INFO")
@@ -228,7 +231,7 @@ class SPINRecipe:
                 if not self._score_as(self._opponent, folder / "margins", batches):
                     return None
                 scored = PairStore.open(folder / "margins").pairs()
-                kept = selfplay.filter_margins(scored, self._counts, *limits, self._packing["triplets"])
+                kept = filter_margins(scored, self._counts, *limits, self._packing["triplets"])
                 answers = share_lookup(folder / "rows", kept, self._world)
             if not self._score(folder, self._plan.batches(answers, iteration, epoch=0)):
                 return None
@@ -278,7 +281,7 @@ class SPINRecipe:
         start = progress.iteration_start(iteration)
         is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
         if cfg.self_test and metrics and is_first and not self._is_mixed:
-            expected = selfplay.loss_of_equal_models(self._loss, batch.pairs, self._packing)  # ln 2 and 0 for SPIN
+            expected = loss_of_equal_models(self._loss, batch.pairs, self._packing)  # ln 2 and 0 for SPIN
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
         lr = self._lrs[iteration] * self._lr_factor()
         for group in self._optimizer.param_groups:
@@ -323,7 +326,7 @@ class SPINRecipe:
         prompts = [self._val_prompts[i] for i in range(self._plan.num_val_samples)]
         pairs = [Pair(prompt.sample_id, 0, prompt.prompt_ids, prompt.real_ids) for prompt in prompts]
         batches = self._cut(pairs)
-        metrics = selfplay.validation_loss(
+        metrics = validation_loss(
             self._model,
             self._bar("validation", "batch", total=len(batches), iterable=self._rows(batches)),
             self._world,
@@ -409,14 +412,14 @@ class SPINRecipe:
         cfg, world = self._cfg, self._world
         game = selfplay.Game(prompts, samples, self._sampling, cfg.seed, iteration, cfg.pairs.responses_per_prompt)
         answered_by = (opponent or self._opponent, self._tokenizer, self._generator, cfg.compute_dtype)
-        store = selfplay.open_store(
+        store = open_store(
             folder / "responses",
             selfplay.play_fingerprint(game, *answered_by),
             selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, self._team.count),
             world,
             log.warning,
         )
-        missing = selfplay.missing_shards(store, world)
+        missing = missing_shards(store, world)
         if store.is_sealed and not missing:
             return True
         mine = selfplay.own_shards(missing, store, game, self._team)
@@ -432,7 +435,7 @@ class SPINRecipe:
                 watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
                 selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
         report = None if gap is None else {"generator/logprob_gap": gap}
-        return selfplay.seal(store, world, self._stop.is_asked, report)
+        return seal(store, world, self._stop.is_asked, report)
 
     def _play_start(self, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
         """For triplets, the run's first weights answer what they did not in iteration 0; False if asked to stop."""
@@ -452,7 +455,7 @@ class SPINRecipe:
         pairs: Iterator[Pair] = itertools.chain.from_iterable(store.pairs() for store in stores)
         if self._is_triplet:
             pairs = add_start_answers(pairs, self._output_dir, folder)
-        return selfplay.filter_pairs(
+        return filter_pairs(
             pairs,
             self._counts,
             truncated=policy.truncated,
@@ -486,17 +489,17 @@ class SPINRecipe:
         cfg, world = self._cfg, self._world
         num_pairs = len(batches) * cfg.global_batch_size
         made_as = {"packing": self._packing, "compute_dtype": cfg.compute_dtype, "float8": cfg.enable_float8_training}
-        fingerprint = selfplay.score_fingerprint(opponent=opponent, batches=batches, **made_as)
+        fingerprint = reference.score_fingerprint(opponent=opponent, batches=batches, **made_as)
         num_shards = math.ceil(num_pairs / cfg.pairs.prompts_per_shard)
-        store = selfplay.open_store(path, fingerprint, num_shards, world, log.warning)
+        store = open_store(path, fingerprint, num_shards, world, log.warning)
         with self._bar(f"{path.parent.name} reference log-probs", "pair", num_pairs) as bar:
             watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
             options = {"as_in_training": cfg.compile, "num_workers": cfg.num_workers, **self._scoring}
-            selfplay.score(store, batches, self._model, world, **options, **watched)
-        return selfplay.seal(store, world, self._stop.is_asked, self._counts)
+            reference.score(store, batches, self._model, world, **options, **watched)
+        return seal(store, world, self._stop.is_asked, self._counts)
 
     def _scored_pairs(self, folder: Path) -> Iterator[Pair]:
-        pairs = selfplay.open_scored(folder / "pairs", self._opponent).pairs()
+        pairs = reference.open_scored(folder / "pairs", self._opponent).pairs()
         if not self._is_mixed:
             return pairs
         return mix_references(pairs, PairStore.open(folder / "pairs_start").pairs(), self._cfg.pairs.start_share)
@@ -525,7 +528,7 @@ class SPINRecipe:
         self._val_loss_before = self._val_loss
         # what is known of the iteration's play goes into the line of its first step
         report = PairStore.open(self._folder(iteration) / "responses").manifest.get("report", {})
-        report |= selfplay.left_out_by_margin(self._folder(iteration) / "pairs")
+        report |= left_out_by_margin(self._folder(iteration) / "pairs")
         self._play_metrics = dict(report) if self._progress.is_iteration_start else {}
 
     def _lr_factor(self) -> float:
@@ -537,7 +540,7 @@ class SPINRecipe:
 
     def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses and rewards of scored pairs under the policy as it is now."""
-        return selfplay.losses_of_pairs(self._loss, self._model, self._cut(pairs), self._world, **self._scoring)
+        return losses_of_pairs(self._loss, self._model, self._cut(pairs), self._world, **self._scoring)
 
     # PLUMBING: small things.
     def _new_optimizer(self) -> torch.optim.Optimizer:
