@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -449,9 +450,13 @@ class SPINLoRARecipe:
         missing = not_answered(self._output_dir, folder, prompts, samples, self._world) if self._is_triplet else []
         if not missing:
             return True
-        load_start = partial(self._checkpointer.load_start, self._model, self._world)
-        with weights_of_start(self._model, load_start, self._opponent) as start:
+        with self._first_weights() as start:
             return self._play(0, folder / "start", prompts, missing, opponent=start)
+
+    def _first_weights(self) -> AbstractContextManager[str]:
+        """Lends the model the run's first weights for the time of a block; gives their fingerprint. Collective."""
+        load_start = partial(self._checkpointer.load_start, self._model, self._world)
+        return weights_of_start(self._model, load_start, self._opponent)
 
     def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
@@ -487,8 +492,7 @@ class SPINLoRARecipe:
             return False
         if not self._is_mixed:
             return True
-        load_start = partial(self._checkpointer.load_start, self._model, self._world)
-        with weights_of_start(self._model, load_start, self._opponent) as start:
+        with self._first_weights() as start:
             return self._score_as(start, folder / "pairs_start", batches)
 
     def _score_as(self, opponent: str, path: Path, batches: Sequence[list[Pair]]) -> bool:
