@@ -60,7 +60,7 @@ from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, words_of_stop
 from spin.tables import closing_words, iteration_summary, opening_words, sample_rows
 from spin.terminal import get_logger, progress_bar
-from spin.triplets import add_start_answers, answers_per_pair, not_answered
+from spin.triplets import StartAnswers, answers_per_pair
 from spin.validation import loss_of_equal_models, losses_of_pairs, validation_loss
 from spin.watch import Alarm, Watch, answer_metrics
 
@@ -96,6 +96,7 @@ class SPINLoRARecipe:
         self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
         self._val_loss: float | None = None
         self._opponent = ""
+        self._starts: dict[Path, StartAnswers] = {}  # with triplets: of this iteration's folders
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
         self._last_batch: Sequence[Pair] = []
         self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
@@ -447,7 +448,10 @@ class SPINLoRARecipe:
 
     def _play_start(self, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
         """For triplets, the run's first weights answer what they did not in iteration 0; False if asked to stop."""
-        missing = not_answered(self._output_dir, folder, prompts, samples, self._world) if self._is_triplet else []
+        if not self._is_triplet:
+            return True
+        self._starts[folder] = StartAnswers(self._output_dir, folder)
+        missing = self._starts[folder].missing(prompts, samples, self._world)
         if not missing:
             return True
         with self._first_weights() as start:
@@ -466,7 +470,7 @@ class SPINLoRARecipe:
         self._counts: Counter[str] = Counter()
         pairs: Iterator[Pair] = itertools.chain.from_iterable(store.pairs() for store in stores)
         if self._is_triplet:
-            pairs = add_start_answers(pairs, self._output_dir, folder)
+            pairs = self._starts.pop(folder).add_to(pairs)
         return filter_pairs(
             pairs,
             self._counts,
