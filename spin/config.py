@@ -118,9 +118,7 @@ def plain(value: Any) -> Any:
 # --- 1. Command line ---
 
 
-def parse(
-    defaults: dict[str, Any], validate: Callable[[DictConfig], None] | None = None
-) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
+def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
     """Decorator factory for ``recipe_main(cfg)``: reads ``sys.argv``, checks the config, runs the recipe, exits.
 
     Errors that a user can mend (:class:`~spin.errors.SpinError`, and values that are missing or refer to nothing) end
@@ -129,7 +127,6 @@ def parse(
 
     Args:
         defaults (dict[str, Any]): every knob of the recipe with its default; see :func:`complete`.
-        validate (Callable[[DictConfig], None] | None): checks of the recipe's own, run on the completed config.
 
     Returns:
         Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]: the decorator.
@@ -143,8 +140,6 @@ def parse(
                 raw = load_config(name, overrides)
                 try:
                     cfg = complete(raw, defaults)
-                    if validate is not None:
-                        validate(cfg)
                 except ConfigError as error:
                     origin = f"{name} with overrides" if overrides else name
                     raise ConfigError(f"{origin}: {error}{_other_recipe(name, raw, defaults)}") from error
@@ -527,23 +522,6 @@ def _is_of(value: Any, kind: type) -> bool:
 
 
 # --- 4. Components ---
-
-
-def check_components(cfg: DictConfig) -> None:
-    """Refuses components outside the allowed packages, judged by their text; imports nothing.
-
-    Allowed are torch, torchtune, torchao, torchdata, spin, and the packages named in the config's ``allow_components``.
-    Every section is searched, lists and unused sections too.
-
-    Args:
-        cfg (DictConfig): any config.
-
-    Raises:
-        ConfigError: If a component is refused; the message names each.
-    """
-    faults = Faults()
-    _check_allowed(_resolve(cfg, faults), faults)
-    faults.raise_if_any()
 
 
 def _check_allowed(plain: Mapping[str, Any], faults: Faults) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def test_pairs_on_disk_are_what_was_trained_on(whole_run):
         assert sorted(pair.sample_id for pair in pairs) == sorted(recipe._prompts.sample_ids)
         assert {pair.iteration for pair in pairs} == {iteration}
         for pair in pairs:
-            prompt = recipe._prompts[recipe._prompts.index_of(pair.sample_id)]
+            prompt = recipe._prompts[recipe._prompts.sample_ids.index(pair.sample_id)]
             assert np.array_equal(pair.prompt_ids, prompt.prompt_ids)
             assert np.array_equal(pair.real_ids, prompt.real_ids)
             response = pair.generated[0]
