@@ -165,11 +165,25 @@ def _read_argv(argv: Sequence[str], description: str | None) -> tuple[str, list[
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as llama3_2/1B_full")
-    namespace, overrides = parser.parse_known_args(list(argv))
+    arguments, overrides = parse_overrides(parser, argv)
+    return arguments.config, overrides
+
+
+def parse_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line on which overrides of a config stand among the options; ends the program at a wrong one.
+
+    Args:
+        parser (argparse.ArgumentParser): knows the options.
+        argv (Sequence[str]): the command line.
+
+    Returns:
+        tuple[argparse.Namespace, list[str]]: the options and the overrides.
+    """
+    arguments, overrides = parser.parse_known_args(list(argv))
     flags = [item for item in overrides if item.startswith("-")]
     if flags:
         parser.error(f"unknown option {flags[0]}: write overrides as key=value, without dashes")
-    return namespace.config, overrides
+    return arguments, overrides
 
 
 def _other_recipe(name: str, raw: DictConfig, defaults: Mapping[str, Any]) -> str:
