@@ -21,8 +21,8 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -220,10 +220,10 @@ class SPINRecipe:
         with_val = self._cfg.validation.spin and self._plan.num_val_samples > 0
         if self._progress.is_iteration_start:
             self._opponent = weights_fingerprint(self._model)
-            games = [(folder, self._prompts.window(iteration), self._plan.samples(iteration))]
+            games = {folder: self._game(iteration, self._prompts.window(iteration), self._plan.samples(iteration))}
             if with_val:
-                games.append((val_folder, self._val_prompts, list(range(self._plan.num_val_samples))))
-            if not all(self._play(iteration, *game) and self._play_start(*game) for game in games):
+                games[val_folder] = self._game(iteration, self._val_prompts, range(self._plan.num_val_samples))
+            if not (self._play(games) and self._play_start(games)):
                 return None
             self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
@@ -407,48 +407,53 @@ class SPINRecipe:
         self._stop.release()
 
     # SPIN: parts of the stages.
-    def _play(
-        self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int], opponent: str = ""
-    ) -> bool:
-        """The opponent answers prompts; False if the run was asked to stop before all were answered."""
-        cfg, world = self._cfg, self._world
-        game = selfplay.Game(prompts, samples, self._sampling, cfg.seed, iteration, cfg.pairs.responses_per_prompt)
-        answered_by = (opponent or self._opponent, self._tokenizer, self._generator, cfg.compute_dtype)
-        store = open_store(
-            folder / "responses",
-            selfplay.play_fingerprint(game, *answered_by),
-            selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, self._team.count),
-            world,
-            log.warning,
-        )
-        missing = missing_shards(store, world)
-        if store.is_sealed and not missing:
-            return True
-        mine = selfplay.own_shards(missing, store, game, self._team)
-        bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(samples) / self._team.count))
-        with bar, selfplay.awake(self._generator, self._model):
-            probe = {
-                "prompts": self._prompts.window(self._progress.iteration),
-                "sampling": self._sampling,
-                **self._scoring,
-            }
-            gap = selfplay.prove_weights(self._generator, self._model, world, as_in_training=cfg.compile, **probe)
-            with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
-                watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
-                selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
-        report = None if gap is None else {"generator/logprob_gap": gap}
-        return seal(store, world, self._stop.is_asked, report)
+    def _game(self, iteration: int, prompts: PromptDataset, samples: Sequence[int]) -> selfplay.Game:
+        answers = self._cfg.pairs.responses_per_prompt
+        return selfplay.Game(prompts, samples, self._sampling, self._cfg.seed, iteration, answers)
 
-    def _play_start(self, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
+    def _play(self, games: Mapping[Path, selfplay.Game], opponent: str = "") -> bool:
+        """The opponent answers the prompts of each folder; False if the run was asked to stop before all were."""
+        cfg, world = self._cfg, self._world
+        answered_by = (opponent or self._opponent, self._tokenizer, self._generator, cfg.compute_dtype)
+        report: dict[str, float] | None = None
+        with ExitStack() as until_all_are_played:
+            for folder, game in games.items():
+                fingerprint = selfplay.play_fingerprint(game, *answered_by)
+                num_shards = selfplay.num_shards(len(game.samples), cfg.pairs.prompts_per_shard, self._team.count)
+                store = open_store(folder / "responses", fingerprint, num_shards, world, log.warning)
+                missing = missing_shards(store, world)
+                if store.is_sealed and not missing:
+                    continue
+                if report is None:  # the generator is woken, and its weights are proved, once for all
+                    until_all_are_played.enter_context(selfplay.awake(self._generator, self._model))
+                    probe = (self._prompts.window(self._progress.iteration), self._sampling)
+                    options = {"as_in_training": cfg.compile, **self._scoring}
+                    gap = selfplay.prove_weights(self._generator, self._model, world, *probe, **options)
+                    report = {} if gap is None else {"generator/logprob_gap": gap}
+                mine = selfplay.own_shards(missing, store, game, self._team)
+                bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(game.samples) / self._team.count))
+                # inside, ranks make as many shards as they have, each for itself
+                with bar, fail_together(world, OutputError):
+                    watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
+                    selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
+                if not seal(store, world, self._stop.is_asked, report):
+                    return False
+        return True
+
+    def _play_start(self, games: Mapping[Path, selfplay.Game]) -> bool:
         """For triplets, the run's first weights answer what they did not in iteration 0; False if asked to stop."""
         if not self._is_triplet:
             return True
-        self._starts[folder] = StartAnswers(self._output_dir, folder)
-        missing = self._starts[folder].missing(prompts, samples, self._world)
-        if not missing:
+        lacking = {}
+        for folder, game in games.items():
+            self._starts[folder] = StartAnswers(self._output_dir, folder)
+            missing = self._starts[folder].missing(game.prompts, game.samples, self._world)
+            if missing:
+                lacking[folder / "start"] = self._game(0, game.prompts, missing)
+        if not lacking:
             return True
         with self._first_weights() as start:
-            return self._play(0, folder / "start", prompts, missing, opponent=start)
+            return self._play(lacking, opponent=start)
 
     def _first_weights(self) -> AbstractContextManager[str]:
         """Lends the model the run's first weights for the time of a block; gives their fingerprint. Collective."""
@@ -464,14 +469,8 @@ class SPINRecipe:
         pairs: Iterator[Pair] = itertools.chain.from_iterable(store.pairs() for store in stores)
         if self._is_triplet:
             pairs = self._starts.pop(folder).add_to(pairs)
-        return filter_pairs(
-            pairs,
-            self._counts,
-            truncated=policy.truncated,
-            equal_to_real=policy.equal_to_real,
-            empty=policy.empty,
-            whole=self._packing["triplets"],
-        )
+        policies = {name: policy[name] for name in ("truncated", "equal_to_real", "empty")}
+        return filter_pairs(pairs, self._counts, **policies, whole=self._packing["triplets"])
 
     @property
     def _is_triplet(self) -> bool:
