@@ -22,7 +22,6 @@ allocated beyond the stored weights (fp32 masters for the embedded generator, bf
 from __future__ import annotations
 
 import argparse
-import gc
 import importlib.util
 import json
 import os
@@ -36,6 +35,8 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from page import table
+from rounds import free
 from torch import nn
 from vllm_arms import close_engines, engines_of, vllm_arms
 from work import MODELS, hf_twin, listed, log_normal_lengths, randomize
@@ -356,7 +357,7 @@ def check(bench: Bench, arms: dict[str, Arm], failed: dict[str, str]) -> dict[st
     num, new_tokens = CHECKED
     prompts = bench.prompts[:num]
     exact = _forwards(bench.exact_model(), prompts, new_tokens)
-    _free(bench)
+    free()
     shares = {}
     for name, arm in arms.items():
         if name in ("embedded_64", "embedded_eager", "vllm_bare", "vllm_bare_seeded", "vllm_process"):
@@ -370,7 +371,7 @@ def check(bench: Bench, arms: dict[str, Arm], failed: dict[str, str]) -> dict[st
             if isinstance(arm, Embedded):
                 raise
             failed[name] = _reason(error)  # another library's engine: its failure is a result
-        _free(bench)
+        free()
     if "embedded" in shares and shares["embedded"]["float32"] < 1:
         raise SystemExit(f"The embedded generator's greedy tokens are not those of whole forwards in fp32: {shares}")
     return shares
@@ -427,7 +428,7 @@ def _warm_up(bench: Bench, arm: Arm) -> None:
     prompts, limits = [bench.prompts[i] for i in chosen], [bench.limits[i] for i in chosen]
     if not arm.starts:
         prompts, limits = prompts[:HF_BATCH], [min(limit, 8) for limit in limits[:HF_BATCH]]
-    _free(bench)
+    free()
     with arm.ready():
         _checked(arm.run(prompts, limits), limits)
 
@@ -436,7 +437,7 @@ def _measure(bench: Bench, arm: Arm, result: dict[str, Any]) -> None:
     """One round of an arm."""
     chosen = bench.share(arm.one_in)
     prompts, limits = [bench.prompts[i] for i in chosen], [bench.limits[i] for i in chosen]
-    _free(bench)
+    free()
     held = 0
     if bench.on_gpu:
         held = torch.cuda.memory_allocated()
@@ -499,12 +500,6 @@ def _reason(error: Exception) -> str:
     return lines[0][:200]
 
 
-def _free(bench: Bench) -> None:
-    gc.collect()
-    if bench.on_gpu:
-        torch.cuda.empty_cache()
-
-
 # -------------------------------------------------------------------------------------------------------- tables
 def tables(results: dict[str, Any]) -> str:
     """The results as Markdown.
@@ -539,11 +534,11 @@ def tables(results: dict[str, Any]) -> str:
                 ]
             rows.append([run["title"], *cells, ", ".join(f"{share:.1%} {dtype}" for dtype, share in agreed.items())])
         columns = ["arm", "useful tokens/s", f"x {BASELINE}", "first", "GiB", "greedy tokens as in fp32"]
-        parts.append(_table(columns, rows))
+        parts.append(table(columns, rows))
     if "vllm_sync" in results:
         parts.append("**vLLM beside the trainer**")
         rows = [[name.replace("_", " "), _number(value, ".3g")] for name, value in results["vllm_sync"].items()]
-        parts.append(_table(["", ""], rows))
+        parts.append(table(["", ""], rows))
     if "profile" in results:
         section = results["profile"]
         total = section["kernel_ms"]
@@ -553,17 +548,12 @@ def tables(results: dict[str, Any]) -> str:
              f"{100 * k['ms'] / total:.1f}"]
             for k in section["kernels"]
         ]  # fmt: skip
-        parts.append(_table(["kernel", "calls", "ms", "us each", "%"], rows))
+        parts.append(table(["kernel", "calls", "ms", "us each", "%"], rows))
     return "\n\n".join(parts)
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # ---------------------------------------------------------------------------------------------------------- main

@@ -18,7 +18,6 @@ error, one that cannot run here with the reason, and the others go on.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import math
 import os
@@ -43,6 +42,7 @@ from work import MIXES, MODELS, floor_of_work, listed
 from spin.data import Pair
 from spin.distributed import local_tensor, shutdown
 from spin.files import write_json
+from spin.packages import installed_version
 
 GIB = 2**30
 PARTS = ("step", "reference", "generation", "iteration", "lora8b")
@@ -237,13 +237,7 @@ def step(
 # ------------------------------------------------------------------------------------------------------------ main
 def versions() -> dict[str, str]:
     """Of the packages that arms come from, where they are installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {name: version for name in PACKAGES if (version := installed_version(name)) is not None}
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:

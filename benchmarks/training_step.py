@@ -43,6 +43,7 @@ import torch
 import torch.distributed as dist
 from arms import ARMS, ROW_MULTIPLE, Arm, Layout, objective_of
 from omegaconf import OmegaConf
+from page import table
 from torch import nn
 from work import (
     MIXES,
@@ -666,7 +667,7 @@ def tables(results: dict[str, Any]) -> str:
             ]
             for name, run in arms.items()
         ]
-        parts.append(_table(columns, rows))
+        parts.append(table(columns, rows))
     for key, ratio in (("optimizer_step", "step_over_forward_backward"), ("reference", "reference_over_epoch")):
         if key in results:
             section = results[key]
@@ -674,12 +675,12 @@ def tables(results: dict[str, Any]) -> str:
                 f"**{key.replace('_', ' ').capitalize()}** ({section['arm']}): ratio {_number(section[ratio])}"
             )
             rows = [[name, *_cells(run, peak)] for name, run in section["runs"].items()]
-            parts.append(_table(["", "pairs/s", "peak GiB", share], rows))
+            parts.append(table(["", "pairs/s", "peak GiB", share], rows))
     for axis, points in results.get("scaling", {}).items():
         if axis != "arm":
             rows = [[at, *_cells(run, peak), _number(run.get("responses_per_second"))] for at, run in points.items()]
             columns = [axis.replace("_", " "), "pairs/s", "peak GiB", share, "responses/s"]
-            parts.append(f"**Scaling** ({results['scaling']['arm']})\n\n{_table(columns, rows)}")
+            parts.append(f"**Scaling** ({results['scaling']['arm']})\n\n{table(columns, rows)}")
     if "head" in results:
         section = results["head"]
         rows = [
@@ -692,7 +693,7 @@ def tables(results: dict[str, Any]) -> str:
             for name, run in section["runs"].items()
         ]
         parts.append(f"**Head and loss alone**, {section['response_tokens']} response tokens")
-        parts.append(_table(["head", "ms", "peak GB", ""], rows))
+        parts.append(table(["head", "ms", "peak GB", ""], rows))
     if "profile" in results:
         section = results["profile"]
         total = section["kernel_ms"]
@@ -701,9 +702,9 @@ def tables(results: dict[str, Any]) -> str:
             f"{section['wall_ms']:.4g} ms"
         )
         rows = [[group, f"{ms:.4g}", f"{100 * ms / total:.1f}"] for group, ms in section["groups_ms"].items()]
-        parts.append(_table(["group", "ms", "%"], rows))
+        parts.append(table(["group", "ms", "%"], rows))
         rows = [[f"`{k['name'][:90]}`", k["group"], str(k["count"]), f"{k['ms']:.4g}"] for k in section["kernels"]]
-        parts.append(_table(["kernel", "group", "calls", "ms"], rows))
+        parts.append(table(["kernel", "group", "calls", "ms"], rows))
     return "\n\n".join(parts)
 
 
@@ -721,11 +722,6 @@ def _cells(run: dict[str, Any], peak: float, baseline: dict[str, Any] | None | s
 
 def _number(value: float | None, factor: float = 1.0) -> str:
     return "-" if value is None else f"{value * factor:.3g}"
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 # --------------------------------------------------------------------------------------------------------- main

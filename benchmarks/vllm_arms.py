@@ -6,7 +6,6 @@ as ``vllm.LLM`` starts it by default: in a process of its own.
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import shutil
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rounds import free
 from work import llama_config
 
 from spin.distributed import named_full_tensors
@@ -63,7 +63,7 @@ class Engines:
     def generator(self) -> LimitedVLLM:
         """The product's."""
         if self._generator is None:
-            _free()
+            free()
             before = _used()
             start = time.perf_counter()
             context = GeneratorContext(self.bench.model, self.bench.device, MAX_MODEL_LEN, str, self.bench.world)
@@ -111,7 +111,7 @@ class Engines:
             del tensors
             awake_bytes = _used() - kept
             times["sleep"].append(self.bench.seconds(generator.sleep))
-        _free()
+        free()
         asleep_bytes = _used() - kept
         return {
             **{f"{name}_seconds": statistics.median(values) for name, values in times.items()},
@@ -128,12 +128,6 @@ class Engines:
         if self._process is not None:
             self._process.close()
         shutil.rmtree(self.folder)
-
-
-def _free() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _used() -> int:

@@ -139,12 +139,6 @@ def kl(p_data: torch.Tensor, policy: torch.Tensor) -> float:
     return max(0.0, (p_data * (p_data.log() - policy.log())).sum(-1).mean().item())  # rounding may go below
 
 
-def log_ratio(policy: torch.Tensor, p_data: torch.Tensor) -> torch.Tensor:
-    """``log(policy / p_data)`` up to a constant for each prompt, shape (prompts, answers)."""
-    ratio = policy.log() - p_data.log()
-    return ratio - ratio.mean(-1, keepdim=True)
-
-
 def measure() -> dict[str, Any]:
     """Iterations trained to their end, and one iteration step by step, for several lambdas."""
     p_data, p_0 = (torch.tensor(p, dtype=torch.float64) for p in (P_DATA, P_0))

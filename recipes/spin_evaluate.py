@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spin import config, evaluation, selfplay
 from spin.data import Prompt, PromptDataset
+from spin.data.shards import missing_shards, open_store, seal
 from spin.data.types import Response
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import barrier, broadcast_object, fail_together, init_world, shutdown
@@ -181,8 +182,8 @@ class SPINEvaluate:
         player.weights = fingerprint["opponent"]
         game = selfplay.Game(prompts, range(len(prompts)), sampling, cfg.seed)
         num_shards = selfplay.num_shards(len(prompts), cfg.prompts_per_shard, world.world_size)
-        store = selfplay.open_store(folder, fingerprint, num_shards, world, log.warning)
-        missing = selfplay.missing_shards(store, world)
+        store = open_store(folder, fingerprint, num_shards, world, log.warning)
+        missing = missing_shards(store, world)
         if missing:
             if world.is_main:
                 log.info(f"{player.name}: {len(missing)} of {store.num_shards} shards of answers to make")
@@ -206,7 +207,7 @@ class SPINEvaluate:
         gc.collect()  # sharded models refer to themselves; the next one needs the memory
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
-        selfplay.seal(store, world, is_asked_to_stop=False)
+        seal(store, world, is_asked_to_stop=False)
         decode = player.tokenizer.decode
         found = ((pair.sample_id, pair.generated[0]) for pair in store.pairs())
         return {key: (decode(list(map(int, r.token_ids)), skip_special_tokens=True), r) for key, r in found}

@@ -26,6 +26,7 @@ from spin import config, selfplay
 from spin.checks import check_run
 from spin.data import PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.prompts import check_vocabulary
+from spin.data.shards import missing_shards, open_store
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import barrier, fail_together, init_world, shutdown
 from spin.errors import CheckpointError, ConfigError, OutputError
@@ -113,8 +114,8 @@ class SPINGenerate:
         folder = Path(cfg.output_dir) / f"iteration_{self._iteration:03d}" / "responses"
         teams = cfg.num_workers * self._team.count
         num_shards = selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, teams)
-        store = selfplay.open_store(folder, fingerprint, num_shards, world, log.warning)
-        own = [shard for shard in selfplay.missing_shards(store, world) if shard % cfg.num_workers == cfg.worker]
+        store = open_store(folder, fingerprint, num_shards, world, log.warning)
+        own = [shard for shard in missing_shards(store, world) if shard % cfg.num_workers == cfg.worker]
         mine = selfplay.own_shards(own, store, game, self._team)
         bar = progress_bar(f"worker {cfg.worker}", "prompt", math.ceil(len(samples) / teams), enabled=world.is_main)
         with bar, selfplay.awake(self._generator, self._model):

@@ -21,7 +21,8 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,17 @@ import torch
 from omegaconf import DictConfig
 from torchtune import training
 
-from spin import config, selfplay
+from spin import config, reference, selfplay
 from spin.checkpoint import reading_state
 from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
+from spin.data.filters import filter_margins, filter_pairs, left_out_by_margin
 from spin.data.loader import RowBatch, load_rows
 from spin.data.lookup import PairLookup, share_lookup
 from spin.data.order import history_window
 from spin.data.packing import PackedRow
 from spin.data.prompts import check_vocabulary
+from spin.data.shards import missing_shards, open_store, seal
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import accumulating, all_reduce_sums, clip_grad_norm, fail_together, init_world, shutdown
 from spin.errors import CollapseError, OutputError
@@ -56,7 +59,8 @@ from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, words_of_stop
 from spin.tables import closing_words, iteration_summary, opening_words, sample_rows
 from spin.terminal import get_logger, progress_bar
-from spin.triplets import add_start_answers, answers_per_pair, not_answered
+from spin.triplets import StartAnswers, answers_per_pair
+from spin.validation import loss_of_equal_models, losses_of_pairs, validation_loss
 from spin.watch import Alarm, Watch, answer_metrics
 
 log = get_logger("INFO")
@@ -91,6 +95,7 @@ class SPINRecipe:
         self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
         self._val_loss: float | None = None
         self._opponent = ""
+        self._starts: dict[Path, StartAnswers] = {}  # with triplets: of this iteration's folders
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
         self._last_batch: Sequence[Pair] = []
         self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
@@ -215,10 +220,10 @@ class SPINRecipe:
         with_val = self._cfg.validation.spin and self._plan.num_val_samples > 0
         if self._progress.is_iteration_start:
             self._opponent = weights_fingerprint(self._model)
-            games = [(folder, self._prompts.window(iteration), self._plan.samples(iteration))]
+            games = {folder: self._game(iteration, self._prompts.window(iteration), self._plan.samples(iteration))}
             if with_val:
-                games.append((val_folder, self._val_prompts, list(range(self._plan.num_val_samples))))
-            if not all(self._play(iteration, *game) and self._play_start(*game) for game in games):
+                games[val_folder] = self._game(iteration, self._val_prompts, range(self._plan.num_val_samples))
+            if not (self._play(games) and self._play_start(games)):
                 return None
             self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
@@ -228,7 +233,7 @@ class SPINRecipe:
                 if not self._score_as(self._opponent, folder / "margins", batches):
                     return None
                 scored = PairStore.open(folder / "margins").pairs()
-                kept = selfplay.filter_margins(scored, self._counts, *limits, self._packing["triplets"])
+                kept = filter_margins(scored, self._counts, *limits, self._packing["triplets"])
                 answers = share_lookup(folder / "rows", kept, self._world)
             if not self._score(folder, self._plan.batches(answers, iteration, epoch=0)):
                 return None
@@ -278,7 +283,7 @@ class SPINRecipe:
         start = progress.iteration_start(iteration)
         is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
         if cfg.self_test and metrics and is_first and not self._is_mixed:
-            expected = selfplay.loss_of_equal_models(self._loss, batch.pairs, self._packing)  # ln 2 and 0 for SPIN
+            expected = loss_of_equal_models(self._loss, batch.pairs, self._packing)  # ln 2 and 0 for SPIN
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
         lr = self._lrs[iteration] * self._lr_factor()
         for group in self._optimizer.param_groups:
@@ -323,7 +328,7 @@ class SPINRecipe:
         prompts = [self._val_prompts[i] for i in range(self._plan.num_val_samples)]
         pairs = [Pair(prompt.sample_id, 0, prompt.prompt_ids, prompt.real_ids) for prompt in prompts]
         batches = self._cut(pairs)
-        metrics = selfplay.validation_loss(
+        metrics = validation_loss(
             self._model,
             self._bar("validation", "batch", total=len(batches), iterable=self._rows(batches)),
             self._world,
@@ -402,46 +407,58 @@ class SPINRecipe:
         self._stop.release()
 
     # SPIN: parts of the stages.
-    def _play(
-        self, iteration: int, folder: Path, prompts: PromptDataset, samples: Sequence[int], opponent: str = ""
-    ) -> bool:
-        """The opponent answers prompts; False if the run was asked to stop before all were answered."""
-        cfg, world = self._cfg, self._world
-        game = selfplay.Game(prompts, samples, self._sampling, cfg.seed, iteration, cfg.pairs.responses_per_prompt)
-        answered_by = (opponent or self._opponent, self._tokenizer, self._generator, cfg.compute_dtype)
-        store = selfplay.open_store(
-            folder / "responses",
-            selfplay.play_fingerprint(game, *answered_by),
-            selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, self._team.count),
-            world,
-            log.warning,
-        )
-        missing = selfplay.missing_shards(store, world)
-        if store.is_sealed and not missing:
-            return True
-        mine = selfplay.own_shards(missing, store, game, self._team)
-        bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(samples) / self._team.count))
-        with bar, selfplay.awake(self._generator, self._model):
-            probe = {
-                "prompts": self._prompts.window(self._progress.iteration),
-                "sampling": self._sampling,
-                **self._scoring,
-            }
-            gap = selfplay.prove_weights(self._generator, self._model, world, as_in_training=cfg.compile, **probe)
-            with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
-                watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
-                selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
-        report = None if gap is None else {"generator/logprob_gap": gap}
-        return selfplay.seal(store, world, self._stop.is_asked, report)
+    def _game(self, iteration: int, prompts: PromptDataset, samples: Sequence[int]) -> selfplay.Game:
+        answers = self._cfg.pairs.responses_per_prompt
+        return selfplay.Game(prompts, samples, self._sampling, self._cfg.seed, iteration, answers)
 
-    def _play_start(self, folder: Path, prompts: PromptDataset, samples: Sequence[int]) -> bool:
+    def _play(self, games: Mapping[Path, selfplay.Game], opponent: str = "") -> bool:
+        """The opponent answers the prompts of each folder; False if the run was asked to stop before all were."""
+        cfg, world = self._cfg, self._world
+        answered_by = (opponent or self._opponent, self._tokenizer, self._generator, cfg.compute_dtype)
+        report: dict[str, float] | None = None
+        with ExitStack() as until_all_are_played:
+            for folder, game in games.items():
+                fingerprint = selfplay.play_fingerprint(game, *answered_by)
+                num_shards = selfplay.num_shards(len(game.samples), cfg.pairs.prompts_per_shard, self._team.count)
+                store = open_store(folder / "responses", fingerprint, num_shards, world, log.warning)
+                missing = missing_shards(store, world)
+                if store.is_sealed and not missing:
+                    continue
+                if report is None:  # the generator is woken, and its weights are proved, once for all
+                    until_all_are_played.enter_context(selfplay.awake(self._generator, self._model))
+                    probe = (self._prompts.window(self._progress.iteration), self._sampling)
+                    options = {"as_in_training": cfg.compile, **self._scoring}
+                    gap = selfplay.prove_weights(self._generator, self._model, world, *probe, **options)
+                    report = {} if gap is None else {"generator/logprob_gap": gap}
+                mine = selfplay.own_shards(missing, store, game, self._team)
+                bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(game.samples) / self._team.count))
+                # inside, ranks make as many shards as they have, each for itself
+                with bar, fail_together(world, OutputError):
+                    watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
+                    selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
+                if not seal(store, world, self._stop.is_asked, report):
+                    return False
+        return True
+
+    def _play_start(self, games: Mapping[Path, selfplay.Game]) -> bool:
         """For triplets, the run's first weights answer what they did not in iteration 0; False if asked to stop."""
-        missing = not_answered(self._output_dir, folder, prompts, samples, self._world) if self._is_triplet else []
-        if not missing:
+        if not self._is_triplet:
             return True
+        lacking = {}
+        for folder, game in games.items():
+            self._starts[folder] = StartAnswers(self._output_dir, folder)
+            missing = self._starts[folder].missing(game.prompts, game.samples, self._world)
+            if missing:
+                lacking[folder / "start"] = self._game(0, game.prompts, missing)
+        if not lacking:
+            return True
+        with self._first_weights() as start:
+            return self._play(lacking, opponent=start)
+
+    def _first_weights(self) -> AbstractContextManager[str]:
+        """Lends the model the run's first weights for the time of a block; gives their fingerprint. Collective."""
         load_start = partial(self._checkpointer.load_start, self._model, self._world)
-        with weights_of_start(self._model, load_start, self._opponent) as start:
-            return self._play(0, folder / "start", prompts, missing, opponent=start)
+        return weights_of_start(self._model, load_start, self._opponent)
 
     def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
@@ -451,15 +468,9 @@ class SPINRecipe:
         self._counts: Counter[str] = Counter()
         pairs: Iterator[Pair] = itertools.chain.from_iterable(store.pairs() for store in stores)
         if self._is_triplet:
-            pairs = add_start_answers(pairs, self._output_dir, folder)
-        return selfplay.filter_pairs(
-            pairs,
-            self._counts,
-            truncated=policy.truncated,
-            equal_to_real=policy.equal_to_real,
-            empty=policy.empty,
-            whole=self._packing["triplets"],
-        )
+            pairs = self._starts.pop(folder).add_to(pairs)
+        policies = {name: policy[name] for name in ("truncated", "equal_to_real", "empty")}
+        return filter_pairs(pairs, self._counts, **policies, whole=self._packing["triplets"])
 
     @property
     def _is_triplet(self) -> bool:
@@ -477,8 +488,7 @@ class SPINRecipe:
             return False
         if not self._is_mixed:
             return True
-        load_start = partial(self._checkpointer.load_start, self._model, self._world)
-        with weights_of_start(self._model, load_start, self._opponent) as start:
+        with self._first_weights() as start:
             return self._score_as(start, folder / "pairs_start", batches)
 
     def _score_as(self, opponent: str, path: Path, batches: Sequence[list[Pair]]) -> bool:
@@ -486,17 +496,17 @@ class SPINRecipe:
         cfg, world = self._cfg, self._world
         num_pairs = len(batches) * cfg.global_batch_size
         made_as = {"packing": self._packing, "compute_dtype": cfg.compute_dtype, "float8": cfg.enable_float8_training}
-        fingerprint = selfplay.score_fingerprint(opponent=opponent, batches=batches, **made_as)
+        fingerprint = reference.score_fingerprint(opponent=opponent, batches=batches, **made_as)
         num_shards = math.ceil(num_pairs / cfg.pairs.prompts_per_shard)
-        store = selfplay.open_store(path, fingerprint, num_shards, world, log.warning)
+        store = open_store(path, fingerprint, num_shards, world, log.warning)
         with self._bar(f"{path.parent.name} reference log-probs", "pair", num_pairs) as bar:
             watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
             options = {"as_in_training": cfg.compile, "num_workers": cfg.num_workers, **self._scoring}
-            selfplay.score(store, batches, self._model, world, **options, **watched)
-        return selfplay.seal(store, world, self._stop.is_asked, self._counts)
+            reference.score(store, batches, self._model, world, **options, **watched)
+        return seal(store, world, self._stop.is_asked, self._counts)
 
     def _scored_pairs(self, folder: Path) -> Iterator[Pair]:
-        pairs = selfplay.open_scored(folder / "pairs", self._opponent).pairs()
+        pairs = reference.open_scored(folder / "pairs", self._opponent).pairs()
         if not self._is_mixed:
             return pairs
         return mix_references(pairs, PairStore.open(folder / "pairs_start").pairs(), self._cfg.pairs.start_share)
@@ -525,7 +535,7 @@ class SPINRecipe:
         self._val_loss_before = self._val_loss
         # what is known of the iteration's play goes into the line of its first step
         report = PairStore.open(self._folder(iteration) / "responses").manifest.get("report", {})
-        report |= selfplay.left_out_by_margin(self._folder(iteration) / "pairs")
+        report |= left_out_by_margin(self._folder(iteration) / "pairs")
         self._play_metrics = dict(report) if self._progress.is_iteration_start else {}
 
     def _lr_factor(self) -> float:
@@ -537,7 +547,7 @@ class SPINRecipe:
 
     def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses and rewards of scored pairs under the policy as it is now."""
-        return selfplay.losses_of_pairs(self._loss, self._model, self._cut(pairs), self._world, **self._scoring)
+        return losses_of_pairs(self._loss, self._model, self._cut(pairs), self._world, **self._scoring)
 
     # PLUMBING: small things.
     def _new_optimizer(self) -> torch.optim.Optimizer:

@@ -176,7 +176,7 @@ def check_first_loss(
     Args:
         metrics (Mapping[str, float]): of the step, see :func:`spin.metrics.pair_metrics`.
         expected (tuple[float, float]): loss and margin of two equal models, see
-            :func:`spin.selfplay.loss_of_equal_models`; ln 2 and 0 for the logistic SPIN loss.
+            :func:`spin.validation.loss_of_equal_models`; ln 2 and 0 for the logistic SPIN loss.
         compute_dtype (str): ``fp32`` allows 1e-6, ``bf16`` 1e-4.
         iteration (int): counted from 0.
 

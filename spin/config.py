@@ -118,9 +118,7 @@ def plain(value: Any) -> Any:
 # --- 1. Command line ---
 
 
-def parse(
-    defaults: dict[str, Any], validate: Callable[[DictConfig], None] | None = None
-) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
+def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]:
     """Decorator factory for ``recipe_main(cfg)``: reads ``sys.argv``, checks the config, runs the recipe, exits.
 
     Errors that a user can mend (:class:`~spin.errors.SpinError`, and values that are missing or refer to nothing) end
@@ -129,7 +127,6 @@ def parse(
 
     Args:
         defaults (dict[str, Any]): every knob of the recipe with its default; see :func:`complete`.
-        validate (Callable[[DictConfig], None] | None): checks of the recipe's own, run on the completed config.
 
     Returns:
         Callable[[Callable[[DictConfig], int | None]], Callable[[], None]]: the decorator.
@@ -143,8 +140,6 @@ def parse(
                 raw = load_config(name, overrides)
                 try:
                     cfg = complete(raw, defaults)
-                    if validate is not None:
-                        validate(cfg)
                 except ConfigError as error:
                     origin = f"{name} with overrides" if overrides else name
                     raise ConfigError(f"{origin}: {error}{_other_recipe(name, raw, defaults)}") from error
@@ -170,11 +165,25 @@ def _read_argv(argv: Sequence[str], description: str | None) -> tuple[str, list[
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as llama3_2/1B_full")
-    namespace, overrides = parser.parse_known_args(list(argv))
+    arguments, overrides = parse_overrides(parser, argv)
+    return arguments.config, overrides
+
+
+def parse_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line on which overrides of a config stand among the options; ends the program at a wrong one.
+
+    Args:
+        parser (argparse.ArgumentParser): knows the options.
+        argv (Sequence[str]): the command line.
+
+    Returns:
+        tuple[argparse.Namespace, list[str]]: the options and the overrides.
+    """
+    arguments, overrides = parser.parse_known_args(list(argv))
     flags = [item for item in overrides if item.startswith("-")]
     if flags:
         parser.error(f"unknown option {flags[0]}: write overrides as key=value, without dashes")
-    return namespace.config, overrides
+    return arguments, overrides
 
 
 def _other_recipe(name: str, raw: DictConfig, defaults: Mapping[str, Any]) -> str:
@@ -527,23 +536,6 @@ def _is_of(value: Any, kind: type) -> bool:
 
 
 # --- 4. Components ---
-
-
-def check_components(cfg: DictConfig) -> None:
-    """Refuses components outside the allowed packages, judged by their text; imports nothing.
-
-    Allowed are torch, torchtune, torchao, torchdata, spin, and the packages named in the config's ``allow_components``.
-    Every section is searched, lists and unused sections too.
-
-    Args:
-        cfg (DictConfig): any config.
-
-    Raises:
-        ConfigError: If a component is refused; the message names each.
-    """
-    faults = Faults()
-    _check_allowed(_resolve(cfg, faults), faults)
-    faults.raise_if_any()
 
 
 def _check_allowed(plain: Mapping[str, Any], faults: Faults) -> tuple[str, ...]:

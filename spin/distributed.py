@@ -30,7 +30,7 @@ from spin.errors import ConfigError, SpinError
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _KEPT = "_spin_unsharded"  # set on the root while `unsharded` holds the parameters
 _RESHARD = "_spin_reshard_after_forward"  # set on each sharded module: as it was given to `fully_shard`
-_TIMEOUT_SECONDS = 8 * 3600
+_TIMEOUT_SECONDS = 8 * 3600  # of a rank for another: ranks generate without talking to each other
 
 Row = TypeVar("Row")
 
@@ -79,7 +79,6 @@ def use_deterministic_kernels() -> None:
 def init_world(
     device: str | None = None,
     *,
-    timeout_seconds: float = _TIMEOUT_SECONDS,
     replicas: int = 1,
     deterministic: bool = False,
 ) -> World:
@@ -90,8 +89,6 @@ def init_world(
 
     Args:
         device (str | None): ``cpu``, ``cuda`` or None for CUDA where there is a GPU.
-        timeout_seconds (float): how long a rank waits for another in a collective. It is long by default because ranks
-            generate without talking to each other.
         replicas (int): number of replicas of the sharded model (HSDP); 1 shards over all ranks.
         deterministic (bool): see :func:`use_deterministic_kernels`.
 
@@ -122,7 +119,7 @@ def init_world(
     if not dist.is_initialized():
         # CPU tensors have their own backend on GPUs too: objects and checkpoints travel without touching the GPU.
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        timeout = timedelta(seconds=timeout_seconds)
+        timeout = timedelta(seconds=_TIMEOUT_SECONDS)
         if under_torchrun:
             dist.init_process_group(backend, timeout=timeout)
         else:

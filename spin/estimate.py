@@ -189,7 +189,7 @@ def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) ->
         optimizer=on_gpu * trained_count * state_bytes / shards / _GIB,
         activations=_activations(cfg, shapes, row, compute) / _GIB,
         head=_head(cfg, shapes, compute, is_trained=not base) / _GIB,
-        workspace=_workspace(model, cfg) / _GIB,
+        workspace=_workspace(model) / _GIB,
         cache=_cache(cfg, model, shapes, compute) / _GIB,
         playing_copy=playing_copy / _GIB,
         pair_store=_pair_store(cfg, model, pair_tokens) / _GIB,
@@ -274,7 +274,7 @@ def _head(cfg: DictConfig, shapes: _Shapes, compute: torch.dtype, is_trained: bo
     return float(logits + (shapes.vocab * shapes.width * 4 if is_trained else 0))  # summed in fp32
 
 
-def _workspace(model: nn.Module, cfg: DictConfig) -> float:
+def _workspace(model: nn.Module) -> float:
     quantized = [weight.numel() for weight in model.parameters() if nf4_of(weight) is not None]
     doras = [module.weight.numel() for module in adapted_modules(model).values() if hasattr(module, "magnitude")]
     # DoRA's norms: the weight and its merged form in fp32

@@ -221,8 +221,8 @@ def outcome_of_match(candidate: bool, baseline: bool) -> Outcome:
 # --- What many samples say ---
 
 
-def wilson_interval(successes: float, n: int, z: float = _Z95) -> tuple[float, float]:
-    """Wilson's interval of a share.
+def wilson_interval(successes: float, n: int) -> tuple[float, float]:
+    """Wilson's interval of a share, for 95 %.
 
     With ties as half a success it is too wide rather than too narrow: values between 0 and 1 vary at most as much as
     zeros and ones of the same mean.
@@ -230,7 +230,6 @@ def wilson_interval(successes: float, n: int, z: float = _Z95) -> tuple[float, f
     Args:
         successes (float): 0 to ``n``.
         n (int): how many there were, 1 or more.
-        z (float): quantile of the standard normal distribution; 1.96 gives 95 %.
 
     Returns:
         tuple[float, float]: lower and upper end, within [0, 1].
@@ -238,7 +237,7 @@ def wilson_interval(successes: float, n: int, z: float = _Z95) -> tuple[float, f
     Source:
         Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
-    share = successes / n
+    share, z = successes / n, _Z95
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)

@@ -18,12 +18,12 @@ log = logging.getLogger(__name__)
 
 # Not torchao's "tensorwise": its one scale for all of a row's tokens lets the log-probs of a pair depend on what the
 # pair is packed with, by half a nat in a tiny model, and the reference's packing is not that of every epoch.
-RECIPES = ("rowwise", "rowwise_with_gw_hp")
+_RECIPE = "rowwise"
 _BODY = "layers."
 _MULTIPLE = 16  # of what float8 matmuls take
 
 
-def convert_float8(model: nn.Module, device: torch.device, recipe: str = "rowwise") -> int:
+def convert_float8(model: nn.Module, device: torch.device) -> int:
     """Makes the linear layers inside a decoder's ``layers`` multiply in float8, forward and backward.
 
     Embeddings and the output head are left alone, and so are layers with a dimension that is not a multiple of 16. Call
@@ -33,21 +33,17 @@ def convert_float8(model: nn.Module, device: torch.device, recipe: str = "rowwis
     Args:
         model (nn.Module): a torchtune decoder.
         device (torch.device): where it will run; on ``cpu`` float8 is emulated, which is for tests.
-        recipe (str): torchao's name: ``rowwise``, or ``rowwise_with_gw_hp``, which computes weight gradients without
-            float8.
 
     Returns:
         int: number of layers that were converted.
 
     Raises:
-        ConfigError: If the recipe is unknown, the GPU has no float8, or no layer can be converted.
+        ConfigError: If the GPU has no float8, or no layer can be converted.
 
     Source:
         Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433; the layers are
         ``torchao.float8``'s.
     """
-    if recipe not in RECIPES:
-        raise ConfigError(f"float8 recipe is {recipe!r}, expected {', '.join(RECIPES)}.")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         found = "{}.{}".format(*torch.cuda.get_device_capability(device))
         raise ConfigError(
@@ -64,7 +60,7 @@ def convert_float8(model: nn.Module, device: torch.device, recipe: str = "rowwis
         log.warning("float8 is emulated on CPU: slower than without it, for tests only.")
     # weight gradients sum over a row's tokens, whose number may be odd: padded to what float8 takes
     config = dataclasses.replace(
-        Float8LinearConfig.from_recipe_name(recipe), emulate=device.type == "cpu", pad_inner_dim=True
+        Float8LinearConfig.from_recipe_name(_RECIPE), emulate=device.type == "cpu", pad_inner_dim=True
     )
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in fitting)
     return len(fitting)

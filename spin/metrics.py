@@ -150,7 +150,7 @@ def speed_metrics(totals: Mapping[str, float], pairs: int, seconds: float) -> di
 def validation_metrics(
     losses: torch.Tensor, real_rewards: torch.Tensor, generated_rewards: torch.Tensor
 ) -> dict[str, float]:
-    """The SPIN metrics of validation pairs, as :func:`spin.selfplay.losses_of_pairs` gives them.
+    """The SPIN metrics of validation pairs, as :func:`spin.validation.losses_of_pairs` gives them.
 
     Args:
         losses (torch.Tensor): of each generated response, shape (c,).

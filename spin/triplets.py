@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from omegaconf import DictConfig
 from spin.config import ALLOWED_ROOTS, resolve_component
 from spin.data.prompts import PromptDataset
 from spin.data.store import MANIFEST, PairStore
-from spin.data.types import Pair, Response
+from spin.data.types import Pair, Response, TokenIds
 from spin.distributed import World, broadcast_object, fail_together
 from spin.errors import StoreError
 
@@ -48,67 +49,71 @@ def answers_per_pair(cfg: DictConfig) -> int:
     return int(cfg.pairs.responses_per_prompt) + takes_triplets(cfg)
 
 
-def not_answered(
-    output_dir: Path, folder: Path, prompts: PromptDataset, samples: Sequence[int], world: World
-) -> list[int]:
-    """Samples that iteration 0 did not answer, or another prompt of that name. Collective.
+class StartAnswers:
+    """What the run's first weights answered: in iteration 0, which is read once, and to the samples that it lacks.
 
     Args:
         output_dir (Path): of the run.
         folder (Path): of this iteration, or of its validation pairs.
-        prompts (PromptDataset): the data set.
-        samples (Sequence[int]): which of its samples are asked for.
-        world (World): the ranks.
-
-    Returns:
-        list[int]: some of ``samples``, in order; all of them if iteration 0's answers are gone.
-
-    Raises:
-        StoreError: If these are damaged.
     """
-    missing = list(samples)
-    store = _stores(output_dir, folder)[0]
-    with fail_together(world, StoreError):
-        if world.is_main and (store / MANIFEST).exists():
-            asked = {pair.sample_id: pair.prompt_ids for pair in PairStore.open(store).pairs()}
-            chosen = ((sample, prompts[sample]) for sample in samples)
-            missing = [
-                sample
-                for sample, prompt in chosen
-                if not np.array_equal(asked.get(prompt.sample_id, ()), prompt.prompt_ids)
-            ]
-    return broadcast_object(missing, world)
+
+    def __init__(self, output_dir: Path, folder: Path) -> None:
+        within = folder.relative_to(output_dir).parts[1:]  # without iteration_NNN
+        self._first = output_dir.joinpath("iteration_000", *within, "responses")
+        self._own = folder / "start" / "responses"  # beside an iteration's own answers, those that iteration 0 lacks
+
+    def missing(self, prompts: PromptDataset, samples: Sequence[int], world: World) -> list[int]:
+        """Samples that iteration 0 did not answer, or another prompt of that name. Collective.
+
+        Args:
+            prompts (PromptDataset): the data set.
+            samples (Sequence[int]): which of its samples are asked for.
+            world (World): the ranks.
+
+        Returns:
+            list[int]: some of ``samples``, in order; all of them if iteration 0's answers are gone.
+
+        Raises:
+            StoreError: If these are damaged.
+        """
+        missing: list[int] = []
+        with fail_together(world, StoreError):
+            if world.is_main:
+                for sample in samples:
+                    prompt = prompts[sample]
+                    found = self._of_iteration_0.get(prompt.sample_id)
+                    if found is None or not np.array_equal(found[0], prompt.prompt_ids):
+                        missing.append(sample)
+        return broadcast_object(missing, world)
+
+    def add_to(self, pairs: Iterable[Pair]) -> Iterator[Pair]:
+        """Makes triplets of pairs.
+
+        Args:
+            pairs (Iterable[Pair]): with one generated response each.
+
+        Yields:
+            Pair: with the start's answer as a second generated response.
+
+        Raises:
+            StoreError: If there is no answer of the start to a sample.
+        """
+        answers = self._of_iteration_0 | _answers(self._own)  # what is in both was asked anew
+        for pair in pairs:
+            if pair.sample_id not in answers:
+                raise StoreError(
+                    f"sample {pair.sample_id}: neither {self._first} nor {self._own} has an answer of what the run "
+                    "started from, which the loss needs. Start the run again from the iteration's start: resume=<path>."
+                )
+            yield replace(pair, generated=[*pair.generated, answers[pair.sample_id][1]])
+
+    @cached_property
+    def _of_iteration_0(self) -> dict[str, tuple[TokenIds, Response]]:
+        return _answers(self._first)
 
 
-def add_start_answers(pairs: Iterable[Pair], output_dir: Path, folder: Path) -> Iterator[Pair]:
-    """Makes triplets of pairs.
-
-    Args:
-        pairs (Iterable[Pair]): with one generated response each.
-        output_dir (Path): of the run.
-        folder (Path): of this iteration, or of its validation pairs.
-
-    Yields:
-        Pair: with the start's answer as a second generated response.
-
-    Raises:
-        StoreError: If there is no answer of the start to a sample.
-    """
-    stores = _stores(output_dir, folder)
-    answers: dict[str, Response] = {}
-    for store in stores:  # what is in both was asked anew
-        if (store / MANIFEST).exists():
-            answers.update((pair.sample_id, pair.generated[0]) for pair in PairStore.open(store).pairs())
-    for pair in pairs:
-        if pair.sample_id not in answers:
-            raise StoreError(
-                f"sample {pair.sample_id}: neither {stores[0]} nor {stores[1]} has an answer of what the run started "
-                "from, which the loss needs. Start the run again from the iteration's start: resume=<path>."
-            )
-        yield replace(pair, generated=[*pair.generated, answers[pair.sample_id]])
-
-
-def _stores(output_dir: Path, folder: Path) -> tuple[Path, Path]:
-    """Where the start's answers are: those of iteration 0, and, beside an iteration's own, those that it lacked."""
-    within = folder.relative_to(output_dir).parts[1:]  # without iteration_NNN
-    return output_dir.joinpath("iteration_000", *within, "responses"), folder / "start" / "responses"
+def _answers(store: Path) -> dict[str, tuple[TokenIds, Response]]:
+    """Each sample's prompt and answer; none if there is no such store."""
+    if not (store / MANIFEST).exists():
+        return {}
+    return {pair.sample_id: (pair.prompt_ids, pair.generated[0]) for pair in PairStore.open(store).pairs()}

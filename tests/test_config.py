@@ -332,14 +332,14 @@ def test_attacks_are_refused_by_instantiate(attack, evil):
     assert not evil.exists()
 
 
-def test_check_components_imports_nothing(evil):
+def test_components_in_lists_that_nothing_uses_are_refused_before_anything_is_imported(evil):
+    defaults = {"unused": [], "name": "", "key": 0}
     cfg = OmegaConf.create({"unused": [{"x": {"_component_": "evil_package.run"}}], "name": "${key}", "key": 1})
     with pytest.raises(
         ConfigError, match=r"unused\[0\]\.x\._component_: evil_package\.run.*allow_components: \[evil_pa"
     ):
-        config.check_components(cfg)
+        config.complete(cfg, defaults)
     assert not evil.exists()
-    config.check_components(OmegaConf.create({"model": {"_component_": "torch.nn.Linear"}}))
 
 
 def test_attack_by_override_and_by_interpolation(evil):
@@ -414,10 +414,10 @@ def test_instantiate_explains_arguments_that_do_not_fit():
 def run_main(monkeypatch, capsys):
     """Runs a recipe_main under parse() as `python recipe.py ARGS`; returns exit code and stderr."""
 
-    def run(recipe_main, *argv: str, validate=None):
+    def run(recipe_main, *argv: str):
         monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
         with pytest.raises(SystemExit) as stop:
-            config.parse(DEFAULTS, validate)(recipe_main)()
+            config.parse(DEFAULTS)(recipe_main)()
         return stop.value.code, capsys.readouterr().err
 
     return run
@@ -446,14 +446,14 @@ def test_parse_prints_errors_without_a_traceback(run_main, write):
     assert run_main(lambda cfg: cfg.nothing_here and None, "--config", write("output_dir: ${x}\n"))[0] == 1
 
 
-def test_parse_runs_the_recipes_own_checks(run_main, write):
-    def validate(cfg):
+def test_faults_of_a_recipes_own_checks_are_listed(run_main, write):
+    def check(cfg):
         faults = config.Faults()
         faults.add("first\nwith a second line")
         faults.add("second")
         faults.raise_if_any()
 
-    code, text = run_main(lambda cfg: 0, "--config", write(VALID), validate=validate)
+    code, text = run_main(check, "--config", write(VALID))
     assert code == 1
     assert text.endswith("2 faults:\n  - first\n    with a second line\n  - second\n")
 

@@ -12,7 +12,7 @@ from torchtune.training import set_activation_checkpointing
 
 from spin.distributed import init_world, materialize, shard_model
 from spin.errors import ConfigError
-from spin.float8 import RECIPES, convert_float8, float8_off
+from spin.float8 import convert_float8, float8_off
 from tests.families import FAMILIES
 
 CPU = torch.device("cpu")
@@ -24,12 +24,12 @@ def world():
     return init_world("cpu")
 
 
-def prepared(world, family="llama3_1", recipe: str | None = "rowwise", compute_dtype=torch.float32):
+def prepared(world, family="llama3_1", converted=True, compute_dtype=torch.float32):
     """As the recipe does it: meta device, converted, checkpointed, sharded, weights last."""
     weights = FAMILIES[family]().state_dict()
     model = FAMILIES[family]().to("meta")
-    if recipe is not None:
-        convert_float8(model, CPU, recipe)
+    if converted:
+        convert_float8(model, CPU)
     names = list(model.state_dict())
     set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     shard_model(model, world, compute_dtype=compute_dtype)
@@ -68,21 +68,19 @@ def test_odd_layers_are_left_alone():
 
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_scoring_is_training_bit_for_bit(recipe, compute_dtype, world):
+def test_scoring_is_training_bit_for_bit(compute_dtype, world):
     """With and without gradients, sharded: so the first loss of an iteration is that of two equal models."""
-    model = prepared(world, recipe=recipe, compute_dtype=compute_dtype)
+    model = prepared(world, compute_dtype=compute_dtype)
     with torch.no_grad():
         scored = logps(model)
     trained = logps(model)
     assert trained.requires_grad and torch.equal(scored, trained)
-    assert not torch.equal(scored, logps(prepared(world, recipe=None, compute_dtype=compute_dtype)))
+    assert not torch.equal(scored, logps(prepared(world, converted=False, compute_dtype=compute_dtype)))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_logps_do_not_depend_on_what_a_sequence_is_packed_with(recipe, world):
+def test_logps_do_not_depend_on_what_a_sequence_is_packed_with(world):
     """Beside tokens whose activations are a thousand times larger, which would ruin a scale for all."""
-    model = prepared(world, recipe=recipe)
+    model = prepared(world)
     small, large = IDS[:1] % 80, IDS[1:] % 80 + 80
     with torch.no_grad():
         model.tok_embeddings.weight.to_local()[80:] *= 1000
@@ -90,11 +88,10 @@ def test_logps_do_not_depend_on_what_a_sequence_is_packed_with(recipe, world):
     torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_gradients_are_close_to_those_without_float8(recipe, world):
+def test_gradients_are_close_to_those_without_float8(world):
     """Measured: at most 10 % off in norm on tiny models (e4m3 has 4 significant bits: up to 6 % a value)."""
     gradients = []
-    for model in (prepared(world, recipe=recipe), prepared(world, recipe=None)):
+    for model in (prepared(world), prepared(world, converted=False)):
         F.cross_entropy(model(IDS)[:, :-1].float().flatten(0, 1), IDS[:, 1:].flatten()).backward()
         gradients.append([parameter.grad.full_tensor() for parameter in model.parameters()])
     for ours, exact in zip(*gradients, strict=True):
@@ -104,7 +101,7 @@ def test_gradients_are_close_to_those_without_float8(recipe, world):
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 def test_off_is_the_plain_model(compute_dtype, world):
     model = prepared(world, "qwen2", compute_dtype=compute_dtype)
-    plain = logps(prepared(world, "qwen2", recipe=None, compute_dtype=compute_dtype))
+    plain = logps(prepared(world, "qwen2", converted=False, compute_dtype=compute_dtype))
     before = logps(model)
     with pytest.raises(KeyError), float8_off(model):
         assert torch.equal(logps(model), plain)
@@ -134,8 +131,6 @@ def test_weight_gradients_of_an_odd_number_of_tokens(world):
 
 def test_what_cannot_be_converted(monkeypatch):
     model = FAMILIES["llama3_1"]()
-    with pytest.raises(ConfigError, match=r"recipe is 'tensorwise', expected rowwise, rowwise_with_gw_hp"):
-        convert_float8(model, CPU, "tensorwise")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(ConfigError, match=r"capability 8\.9 or more .* found NVIDIA A100 with 8\.0"):

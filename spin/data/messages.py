@@ -11,7 +11,6 @@ from spin.errors import ConfigError, DataError
 # role and content; an assistant's tool_calls, a tool's name and tool_call_id; in a row's first message also its tools
 ChatMessage = dict[str, Any]
 MessageTransform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
-RowFormat = Literal["auto", "messages", "sharegpt", "prompt_response", "alpaca"]
 Turns = Literal["last", "all"]
 
 # Columns of each format: required ones, then optional ones. The order is the order of detection.

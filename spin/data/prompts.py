@@ -93,8 +93,7 @@ class PromptDataset:
         self._prompt_offsets = np.frombuffer(prompt_offsets, dtype=np.int64)  # (n + 1,)
         self._real_tokens = np.frombuffer(real_tokens, dtype=np.int32)  # (sum of response lengths,)
         self._real_offsets = np.frombuffer(real_offsets, dtype=np.int64)  # (n + 1,)
-        self._index = {sample_id: index for index, sample_id in enumerate(self.sample_ids)}
-        if len(self._index) != len(self.sample_ids):
+        if len(set(self.sample_ids)) != len(self.sample_ids):
             double = next(each for each, count in Counter(self.sample_ids).items() if count > 1)
             raise DataError(f"two samples have the id {double!r}, expected unique ids.")
         self.report = report or DatasetReport(rows=len(self), samples=len(self))
@@ -179,22 +178,6 @@ class PromptDataset:
             dict[str, float]: by the source's name; empty here, where there are no names.
         """
         return {}
-
-    def index_of(self, sample_id: str) -> int:
-        """Position of a sample.
-
-        Args:
-            sample_id (str): its id.
-
-        Returns:
-            int: the index for ``dataset[index]``.
-
-        Raises:
-            DataError: If there is no such sample.
-        """
-        if sample_id not in self._index:
-            raise DataError(f"no sample has the id {sample_id!r} among the {len(self)} of this data set.")
-        return self._index[sample_id]
 
     def first_outside(self, vocab_size: int) -> tuple[str, int] | None:
         """The first sample with a token id that is none of a vocabulary.

@@ -448,5 +448,5 @@ def _copy(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
         parameter.copy_(tensor)
 
 
-def _some(items: list[str], shown: int = 5) -> str:
-    return ", ".join(items[:shown]) + (f" and {len(items) - shown} more" if len(items) > shown else "")
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

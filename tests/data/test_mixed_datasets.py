@@ -68,7 +68,7 @@ def test_a_source_with_too_few_is_repeated_under_ids_of_their_own():
     copies = Counter(sample_id.partition("#")[2] for sample_id in ids if sample_id.startswith("few/"))
     assert copies == {"": 4, "copy1": 4, "copy2": 2}
     window = dataset.window(0)
-    one, two = (window[window.index_of(f"few/s1{mark}")] for mark in ("", "#copy2"))
+    one, two = (window[window.sample_ids.index(f"few/s1{mark}")] for mark in ("", "#copy2"))
     assert (one.prompt_ids, one.real_ids) == (two.prompt_ids, two.real_ids)
     # no copy where the originals are enough
     assert all("#" not in sample_id for sample_id in chosen(dataset, 8))

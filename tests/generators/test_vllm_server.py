@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from spin.hf import load_hf_weights
 from spin.models import prepare_model
 from spin.selfplay import awake, prove_weights
 from tests.generators.vllm_engine import Prompts
+from tests.recipes.helpers import free_port
 
 KEY = "a-key-that-must-not-be-shown"
 GREEDY = SamplingParams(temperature=0, max_new_tokens=40, stop_token_ids=(2,))
@@ -66,12 +66,6 @@ def context(untied):
 def prompts():
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(5, 1000, (40 + i,), generator=generator).tolist() for i in range(24)]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:

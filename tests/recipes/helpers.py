@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,13 @@ def metrics_of(output_dir, with_times=False):
     lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return rows if with_times else [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def free_port():
+    """A port of this host that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def command(output_dir, *overrides, recipe="spin_recipe", nproc=1, config=CONFIG, cwd=None, program=None, timeout=240):

@@ -79,6 +79,22 @@ def test_order_of_opponents_steps_validations_and_saves_is_nemos(whole_run, orac
     ]
 
 
+def test_the_generator_is_woken_once_for_an_iteration_and_its_validation(tmp_path):
+    class Wakes(SPINRecipe):
+        """Notes at which step its generator is woken."""
+
+        def setup(self):
+            super().setup()
+            self.woken, wake = [], self._generator.wake
+            self._generator.wake = lambda: (self.woken.append(self._progress.step), wake())
+
+    recipe = run(tmp_path, "validation.spin=true", "max_epochs=1", "limit_train_batches=2", recipe_class=Wakes)
+    assert recipe.woken == [0, 2]
+    for iteration in (0, 1):
+        answers = PairStore.open(tmp_path / f"iteration_{iteration:03d}/validation/responses")
+        assert answers.is_sealed and answers.opponent == PairStore.open(answers.path.parents[1] / "responses").opponent
+
+
 def test_metrics_carry_nemos_names(whole_run, oracles):
     rows = [row for row in metrics_of(whole_run[0], with_times=True) if row["step"] > 0]
     for name in oracles["nemo_loop_trace"]["train_metric_names"]:
@@ -111,7 +127,7 @@ def test_pairs_on_disk_are_what_was_trained_on(whole_run):
         assert sorted(pair.sample_id for pair in pairs) == sorted(recipe._prompts.sample_ids)
         assert {pair.iteration for pair in pairs} == {iteration}
         for pair in pairs:
-            prompt = recipe._prompts[recipe._prompts.index_of(pair.sample_id)]
+            prompt = recipe._prompts[recipe._prompts.sample_ids.index(pair.sample_id)]
             assert np.array_equal(pair.prompt_ids, prompt.prompt_ids)
             assert np.array_equal(pair.real_ids, prompt.real_ids)
             response = pair.generated[0]
@@ -333,10 +349,10 @@ def test_references_that_are_not_the_policys_stop_a_run_of_triplets(tmp_path):
 class StopsAsTheStartPlays(SPINRecipe):
     """Is asked to stop while the run's first weights stand in the policy's place."""
 
-    def _play(self, iteration, folder, *arguments, **more):
-        if folder.name == "start":
+    def _play(self, games, opponent=""):
+        if opponent:
             self._stop.note(15, None)
-        return super()._play(iteration, folder, *arguments, **more)
+        return super()._play(games, opponent)
 
 
 @pytest.mark.parametrize("recipe_class", [StopsAsTheStartPlays, stops_at(5)])

@@ -3,17 +3,10 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 
-from tests.recipes.helpers import CONFIG, REPO, metrics_of, tiny_overrides
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+from tests.recipes.helpers import CONFIG, REPO, free_port, metrics_of, tiny_overrides
 
 
 def test_the_documented_command_on_two_hosts(tmp_path, subprocess_env):
