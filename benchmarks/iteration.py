@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
+from rounds import free
 from spin_lora_recipe import SPINLoRARecipe
 from spin_recipe import SPINRecipe
 from transformers import AutoTokenizer
@@ -312,7 +313,7 @@ def main() -> None:
     stages = Stages()
     on_gpu = world.device.type == "cuda"
     if on_gpu:
-        torch.cuda.empty_cache()
+        free()  # of the model whose weights were made
     cfg = make_config(args, folder, model_folder, preset, on_gpu)
     is_lora = "base_dtype" in cfg
     last = cfg.max_iterations - 1
