@@ -18,7 +18,7 @@ from tqdm import tqdm
 from spin.data.packing import PackedRow
 from spin.distributed import World, fail_together, local_tensor
 from spin.errors import ConfigError, OutputError, SpinError
-from spin.files import writing
+from spin.files import replace_text, writing
 from spin.tables import log_table, sample_table
 
 log = logging.getLogger(__name__)
@@ -216,18 +216,17 @@ class MetricsFile:
     def __init__(self, path: Path, from_step: int) -> None:
         self._path = path
         kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    if json.loads(line)["step"] <= from_step:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # a line that a kill cut short belongs to a step that will be made again
-        temporary = path.with_name(f".{path.name}.tmp")
+        # By bytes: a kill may cut a line within a character, and str.splitlines would also cut at characters of an
+        # answer that JSON leaves as they are, such as U+2028.
+        for line in path.read_bytes().split(b"\n") if path.exists() else ():
+            try:
+                if json.loads(line)["step"] <= from_step:
+                    kept.append(line.decode() + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that a kill cut short belongs to a step that will be made again
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.rename(path)
+        replace_text(path, "".join(kept))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a step; an :class:`~spin.errors.OutputError` if it cannot."""

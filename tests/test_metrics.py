@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spin.checks import check_moved_share
+from spin.cli.runs import read_json_lines
 from spin.data import Pair, Response, pack_row
 from spin.distributed import init_world, shard_model
 from spin.loss import SPINLoss
@@ -162,3 +163,15 @@ def test_metrics_file_forgets_what_will_be_made_again(tmp_path):
         {"step": 3, "loss": 1.5},
         {"step": 4, "loss": 9.0},
     ]
+
+
+def test_answers_of_any_characters_stay_in_the_file_after_a_restart(tmp_path):
+    """U+2028 and U+0085 end a line for Python, and not in JSON; a kill may cut a line within a character."""
+    path = tmp_path / "samples.jsonl"
+    MetricsFile(path, from_step=-1).write(1, {"generated": "one\u2028two\u0085three"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"step": 2, "generated": "é'.encode()[:-1])
+    assert [row["generated"] for row in read_json_lines(path)] == ["one\u2028two\u0085three"]
+    MetricsFile(path, from_step=2)
+    assert path.read_bytes() == whole
+    assert sorted(tmp_path.iterdir()) == [path]
