@@ -301,7 +301,9 @@ def plan_rows(
     Returns:
         list[list[list[int]]]: ``plan[rank][row]`` holds indices into ``lengths``, ascending.
     """
-    per_rank = max(1, math.ceil(sum(lengths) / (row_tokens * num_ranks)))
+    # There must be so many: a pair that is longer than a row takes one, and two of more than half a row share none.
+    by_tokens = sum(min(length, row_tokens) for length in lengths) / row_tokens
+    per_rank = max(1, math.ceil(max(by_tokens, sum(2 * length > row_tokens for length in lengths)) / num_ranks))
     while not _fits(*(plan := _spread(lengths, per_rank * num_ranks)), row_tokens):
         per_rank += 1
 

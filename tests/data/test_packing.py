@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin.attention import patch_attention
-from spin.data import Pair, Response, pack_batch, pack_row, plan_rows
+from spin.data import Pair, Response, pack_batch, pack_row, packing, plan_rows
 from spin.data.packing import loss_weight, padded_length, row_lengths
 from spin.gemma2 import final_softcap, fix_gemma2_softcap, softcap
 from spin.logprobs import pair_objective, replaced_unembed, response_logps
@@ -228,6 +228,22 @@ def test_plan_places_every_pair_once(lengths, row_tokens, num_ranks):
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= row_tokens or len(row) == 1 for row in rows)
     assert plan == plan_rows(lengths, row_tokens, num_ranks)
+
+
+def test_pairs_longer_than_a_row_leave_no_row_empty():
+    """16 pairs of 1.25 rows take a row each, though they have the tokens of 20; so does a pair of ten rows."""
+    assert plan_rows([1250] * 16, 1000) == [[[i] for i in range(16)]]
+    assert plan_rows([10_000, 100, 100, 100], 1000) == [[[0], [1, 2, 3]]]
+    assert [len(rank) for rank in plan_rows([1250] * 16, 1000, num_ranks=3)] == [6, 6, 6]
+
+
+def test_a_plan_of_many_pairs_that_share_no_row_is_found_at_once(monkeypatch):
+    """Of 400 pairs of 0.6 rows no two fit into one: the number of rows is known, not found by trying 240 to 400."""
+    tried = []
+    spread = packing._spread
+    monkeypatch.setattr(packing, "_spread", lambda lengths, rows: tried.append(rows) or spread(lengths, rows))
+    assert len(plan_rows([600] * 400, 1000)[0]) == 400
+    assert tried == [400, 401, 402]
 
 
 def test_plan_is_balanced():
