@@ -102,6 +102,11 @@ class RunPlan:
             Sequence[list[Pair]]: one for each step.
         """
         items, size = self.items(iteration), self._size
+        visited = self.progress.steps_in_epoch(iteration) * size
+        if epoch > 0 and visited < len(
+            items
+        ):  # shares of history: those in whole batches of the first epoch are scored
+            items = [items[i] for i in epoch_order(len(items), self._seed, iteration, epoch=0)[:visited]]
         order = epoch_order(len(items), self._seed, iteration, epoch)
 
         def batch(step: int) -> list[Pair]:

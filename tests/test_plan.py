@@ -60,6 +60,18 @@ def test_batches_follow_the_epochs_order_and_start_anywhere():
     assert dropped not in made.batches(pairs, 1, epoch=1)[1]
 
 
+def test_every_epoch_visits_what_the_first_one_did():
+    """18 items make 4 batches of 4: the two that the first epoch leaves out are not scored, so no epoch may ask for
+    them."""
+    made = plan(pairs={"history": 1, "history_fraction": 0.5})
+    pairs = {(played, f"s{i}"): Pair(f"s{i}", played, [1], [2]) for played in (0, 1) for i in range(23)}
+    scored = {pair.key: pair for batch in made.batches(pairs, 1, epoch=0) for pair in batch}
+    epochs = [[pair.key for batch in made.batches(pairs, 1, epoch) for pair in batch] for epoch in range(3)]
+    assert [sorted(keys) for keys in epochs] == [sorted(scored)] * 3 and len(scored) == 16
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [len(batch) for batch in made.batches(scored, 1, epoch=1)] == [4, 4, 4, 4]
+
+
 def test_a_run_without_a_step_is_refused():
     with pytest.raises(ConfigError, match="an epoch has no step"):
         plan(prompts=PromptDataset([PROMPTS[i] for i in range(3)]))
