@@ -95,6 +95,7 @@ class SPINLoRARecipe:
         self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
         self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
         self._val_loss: float | None = None
+        self._val_step = -1  # where that was measured
         self._opponent = ""
         self._starts: dict[Path, StartAnswers] = {}  # with triplets: of this iteration's folders
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
@@ -342,7 +343,7 @@ class SPINLoRARecipe:
             self._val_prompts,
             chunk_tokens=self._cfg.logprob_chunk_tokens,
         )
-        self._val_loss = metrics["val_loss"]
+        self._val_loss, self._val_step = metrics["val_loss"], self._progress.step
         if self._cfg.validation.spin and self._val_pairs:
             losses, real_rewards, generated_rewards = self._margins(self._val_pairs)
             metrics |= validation_metrics(losses, real_rewards, generated_rewards)
@@ -368,7 +369,7 @@ class SPINLoRARecipe:
             optimizer=None if starts_anew else self._optimizer,
             state=self.state_dict(),
             world=self._world,
-            metric=self._val_loss,
+            metric=self._val_loss if self._val_step == self._progress.step else None,  # of these weights, or unknown
             anchor=self._progress.is_iteration_start and self._watch.can_roll_back,
         )
 
