@@ -395,8 +395,8 @@ class _Run:
         text = self.decode(tokens[-self.tail :])
         if not any(stop in text for stop in self.sampling.stop_strings):
             return False
-        before = self.decode(tokens[-self.tail : -1])  # may hold one that min_new_tokens let pass
-        return any(text.count(stop) > before.count(stop) for stop in self.sampling.stop_strings)
+        before = self.decode(tokens[-self.tail : -1])  # may hold one that min_new_tokens let pass, and that overlaps
+        return any(text.rfind(stop) > before.rfind(stop) for stop in self.sampling.stop_strings)
 
     def _close_ranks(self) -> None:
         """Fill the gaps between live rows with the last of them, so that a smaller step reaches all."""

@@ -190,7 +190,8 @@ def test_stop_string_across_tokens(make, tokenizer, prompts, static):
 
 
 def test_minimum_lets_early_stop_strings_pass(tokenizer):
-    """Each token is a letter. "ab" is complete at tokens 2, 4 and 6; with a minimum of 3 the second one ends it."""
+    """Each token is a letter. "ab" is complete at tokens 2, 4 and 6; with a minimum of 3 the second one ends it. "aba"
+    is at tokens 3, 5 and 7, each time beginning within the one before."""
 
     class Letters(TransformerDecoder):
         def forward(self, tokens, *, mask=None, input_pos=None):
@@ -200,9 +201,13 @@ def test_minimum_lets_early_stop_strings_pass(tokenizer):
     model = FAMILIES["llama3_2"]()
     model.__class__ = Letters
     context = GeneratorContext(model, torch.device("cpu"), 64, lambda ids: "".join(chr(97 + i) for i in ids))
-    for minimum, expected in ((0, [0, 1]), (1, [0, 1]), (2, [0, 1, 0, 1]), (3, [0, 1, 0, 1])):
-        sampling = SamplingParams(temperature=0, min_new_tokens=minimum, max_new_tokens=20, stop_strings=("ab",))
-        assert TorchtuneGenerator(context).generate([[5]], sampling, [0])[0].token_ids == expected
+    for stop, minimum, expected in (
+        *(("ab", 0, 2), ("ab", 1, 2), ("ab", 2, 4), ("ab", 3, 4)),
+        *(("aba", 2, 3), ("aba", 3, 5), ("aba", 4, 5), ("aba", 5, 7)),
+    ):
+        sampling = SamplingParams(temperature=0, min_new_tokens=minimum, max_new_tokens=20, stop_strings=(stop,))
+        answer = TorchtuneGenerator(context).generate([[5]], sampling, [0])[0]
+        assert (answer.token_ids, answer.finish_reason) == ([0, 1, 0, 1, 0, 1, 0][:expected], "stop")
 
 
 def test_context_cuts_the_response(make, prompts):
