@@ -81,7 +81,8 @@ def _stored_adapter(
         column += block.shape[1]
     tensors = {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
     if any(hasattr(module, "magnitude") for module, _ in adapted):
-        magnitude = lora_a.new_zeros(lora_b.shape[0])
+        # in float32 whatever the adapter has: bf16 would scale each row by up to 0.4 % more or less
+        magnitude = torch.zeros(lora_b.shape[0], dtype=torch.promote_types(lora_a.dtype, torch.float32))
         for name, rows in parts:
             if name in modules:
                 magnitude[rows] = whole_magnitude(modules[name], full_tensor).cpu().to(magnitude.dtype)

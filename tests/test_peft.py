@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spin.adapters import adapted_modules, adapter_parameters, whole_magnitude
 from spin.distributed import init_world, reshard
 from spin.peft import export_peft
 from tests.families import FAMILIES, hf_twin, lora_model
@@ -67,6 +68,20 @@ def test_the_files_numbers_give_the_adapted_model(name, kind, tmp_path):
     apply_by_hand(base, folder)
     torch.testing.assert_close(base(TOKENS).logits, expected, rtol=1e-3, atol=1e-3)
     reshard(model)
+
+
+def test_the_magnitudes_of_a_bf16_adapter_are_not_rounded(tmp_path):
+    """m is the norm of a row and what was learned beside it; in bf16 the file would be off by up to 0.4 %."""
+    model, base = lora_model("llama3_2", use_dora=True), hf_twin("llama3_2", FAMILIES["llama3_2"]())
+    base.config.save_pretrained(tmp_path / "base")
+    for module in adapted_modules(model).values():
+        for parameter in adapter_parameters(module).values():
+            parameter.data = parameter.data.bfloat16()
+    folder = export_peft(model, tmp_path / "base", tmp_path / "adapter", "LLAMA3_2", world=init_world("cpu"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"
+    torch.testing.assert_close(tensors[name], whole_magnitude(model.layers[1].mlp.w2), rtol=1e-6, atol=0)
+    assert tensors[name.replace("magnitude_vector", "A.weight")].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("kind", KINDS)
