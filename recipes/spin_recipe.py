@@ -157,7 +157,10 @@ class SPINRecipe:
         else:
             starts_anew = cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
             optimizer = None if starts_anew else self._optimizer
-            self._checkpointer.load_state(resume_path, model=self._model, optimizer=optimizer, world=self._world)
+            changed = {"new_options": "optimizer" in cfg.resume_with_changes}
+            self._checkpointer.load_state(
+                resume_path, model=self._model, optimizer=optimizer, world=self._world, **changed
+            )
         engine = GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world)
         self._generator = config.instantiate(cfg.generator, context=engine)
         self._team = selfplay.team_of(self._generator, self._world)

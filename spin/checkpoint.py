@@ -11,6 +11,7 @@ Nothing in a state can run code: tensors are read with ``weights_only=True``, an
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import math
@@ -390,7 +391,13 @@ class SPINCheckpointer:
         return state
 
     def load_state(
-        self, path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+        self,
+        path: str | Path,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        world: World,
+        new_options: bool = False,
     ) -> None:
         """Restores tensors bit for bit, on any number of ranks. Every file's checksum is verified first. Collective.
 
@@ -400,6 +407,8 @@ class SPINCheckpointer:
             optimizer (torch.optim.Optimizer | None): made for ``model``'s parameters; left as it is if the state was
                 saved without one. None leaves the saved one aside.
             world (World): the ranks.
+            new_options (bool): what ``optimizer`` was made with, such as its weight decay, stands; False brings the
+                saved values back.
 
         Raises:
             CheckpointError: If a file is damaged, or if the state does not fit the model or the optimizer.
@@ -426,8 +435,9 @@ class SPINCheckpointer:
         if optimizer is not None and saved is not None:
             optimizer.state.clear()
             optimizer.state.update(optimizer_state)
+            kept = inspect.signature(type(optimizer).__init__).parameters if new_options else ()
             for group, options in zip(optimizer.param_groups, saved["groups"], strict=True):
-                _restore_options(group, options["options"])
+                _restore_options(group, {key: value for key, value in options["options"].items() if key not in kept})
 
 
 def _remove(folder: Path) -> None:

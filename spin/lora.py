@@ -190,7 +190,13 @@ class LoRACheckpointer(SPINCheckpointer):
         return super().save_state(state=state | {"base": self._base}, **arguments)
 
     def load_state(
-        self, path: str | Path, *, model: nn.Module, optimizer: torch.optim.Optimizer | None, world: World
+        self,
+        path: str | Path,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        world: World,
+        new_options: bool = False,
     ) -> None:
         """Restores an adapter onto the base that it was trained on; see :meth:`SPINCheckpointer.load_state`.
 
@@ -199,6 +205,7 @@ class LoRACheckpointer(SPINCheckpointer):
             model (nn.Module): after :meth:`load_model`.
             optimizer (torch.optim.Optimizer | None): of the adapter's parameters.
             world (World): the ranks.
+            new_options (bool): what ``optimizer`` was made with stands.
 
         Raises:
             CheckpointError: If the base is another one, or as in the full recipe.
@@ -209,7 +216,7 @@ class LoRACheckpointer(SPINCheckpointer):
                 f"{path}: the adapter was trained on another base than {self.checkpoint_dir} gives (fingerprint "
                 f"{str(saved)[:12]}, found {self._base[:12]}): other weights, or another base_dtype. Restore them."
             )
-        super().load_state(path, model=model, optimizer=optimizer, world=world)
+        super().load_state(path, model=model, optimizer=optimizer, world=world, new_options=new_options)
 
     def export(self, model: nn.Module, iteration: int, world: World) -> Path:
         """Writes the adapter for peft, and the merged model; waits for a state being written. Collective.

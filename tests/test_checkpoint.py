@@ -156,6 +156,19 @@ def test_hyperparameters_come_back_but_not_how_they_are_computed(checkpointer, w
     assert (group["lr"], group["betas"], group["foreach"]) == (0.5, (0.1, 0.2), False)
 
 
+def test_new_options_stand_but_what_an_optimizer_counts_in_them_comes_back(checkpointer, world):
+    model = sharded(world)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.1)
+    optimizer.param_groups[0]["weight_sum"] = 3.0  # as schedule-free optimizers keep their averages' weight
+    train(model, optimizer, world, range(2))
+    path = save(checkpointer, world, 2, model, optimizer=optimizer)
+    other = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.7)
+    checkpointer.load_state(path, model=model, optimizer=other, world=world, new_options=True)
+    group = other.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["weight_sum"]) == (0.1, 0.7, 3.0)
+    assert {int(state["step"]) for state in other.state.values()} == {2}
+
+
 def test_state_without_optimizer_leaves_a_fresh_one(checkpointer, world):
     path = save(checkpointer, world, 1)
     model, optimizer = fresh(world)

@@ -198,6 +198,17 @@ def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path):
     assert [row.get("beta") for row in metrics_of(tmp_path)] == [None, 0.1, 0.1, 0.3, 0.3, 0.3]
 
 
+def test_an_optimizers_changed_options_hold_at_once_if_allowed(tmp_path):
+    """Within an iteration too, where the optimizer's state is that of the run so far."""
+    short = ("max_iterations=1", "max_epochs=1", "validation_dataset=null")
+    run(tmp_path, *short, recipe_class=stops_at(2))
+    changes = ("optimizer.weight_decay=0.5", "optimizer.betas=[0.5,0.6]", "resume_with_changes=[optimizer]")
+    resumed = run(tmp_path, *short, *changes)
+    group = resumed._optimizer.param_groups[0]
+    assert (group["weight_decay"], tuple(group["betas"])) == (0.5, (0.5, 0.6))
+    assert {int(state["step"]) for state in resumed._optimizer.state.values()} == {5}
+
+
 def test_beta_and_learning_rate_per_iteration(tmp_path):
     run(tmp_path, "loss.beta=[0.1,0.4]", "optimizer.lr=[1e-4,1e-5]", "max_epochs=1", "validation_dataset=null")
     rows = metrics_of(tmp_path)
