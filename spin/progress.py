@@ -25,14 +25,12 @@ def compute_num_steps_per_epoch(
         int: steps, 0 if the limit or the data leaves none.
 
     Raises:
-        ConfigError: If the limit is neither a number nor None.
+        ConfigError: If the limit is neither a number nor None, or an int below -1.
 
     Source:
         ``nemo_aligner/utils/trainer_utils.py`` of https://github.com/NVIDIA/NeMo-Aligner.
     """
     batches = total_samples // global_batch_size
-    if limit_train_batches is None or (isinstance(limit_train_batches, int) and limit_train_batches == -1):
-        return batches
     if isinstance(limit_train_batches, float) and limit_train_batches > 1.0:
         limit_train_batches = 1.0
     return compute_limit_batches(batches, limit_train_batches)
@@ -43,25 +41,27 @@ def compute_limit_batches(number_of_batches: int, limit_batches: int | float | N
 
     Args:
         number_of_batches (int): batches there are.
-        limit_batches (int | float | None): an int counts batches, a float is a share, None is no limit. So 1 is one
-            batch and 1.0 is all of them.
+        limit_batches (int | float | None): an int counts batches (-1 is no limit), a float is a share, None is no
+            limit. So 1 is one batch and 1.0 is all of them.
 
     Returns:
         int: batches to use.
 
     Raises:
-        ConfigError: If the limit is neither a number nor None.
+        ConfigError: If the limit is neither a number nor None, or an int below -1.
 
     Source:
         ``nemo_aligner/utils/trainer_utils.py`` of https://github.com/NVIDIA/NeMo-Aligner.
     """
-    if limit_batches is None:
+    if limit_batches is None or (type(limit_batches) is int and limit_batches == -1):
         return number_of_batches
     if isinstance(limit_batches, bool) or not isinstance(limit_batches, (int, float)):
         raise ConfigError(
             f"{limit_batches!r} of type {type(limit_batches).__name__}: expected an int (batches) or a float (a share)."
         )
     if isinstance(limit_batches, int):
+        if limit_batches < 0:
+            raise ConfigError(f"{limit_batches}: expected a number of batches, or -1 for no limit.")
         return min(number_of_batches, limit_batches)
     return int(limit_batches * number_of_batches)
 

@@ -33,6 +33,7 @@ def test_steps_and_intervals():
     assert (made.steps, made.val_every, made.save_every, made.num_val_samples) == (3, 1, 2, 6)
     assert made.progress.total_steps == 3 * 2 * 3
     assert plan(num_val=6, limit_val_batches=1).num_val_samples == 4
+    assert plan(num_val=6, limit_val_batches=-1).num_val_samples == 6
     assert plan(num_val=6, limit_val_batches=0).num_val_samples == plan().num_val_samples == 0
 
 

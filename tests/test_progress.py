@@ -28,9 +28,11 @@ def test_limits_match_nemo(oracles):
 
 
 def test_none_is_no_limit_and_other_types_are_refused():
-    assert compute_limit_batches(7, None) == 7
+    assert compute_limit_batches(7, None) == compute_limit_batches(7, -1) == 7
     with pytest.raises(ConfigError, match="str"):
         compute_limit_batches(7, "3")
+    with pytest.raises(ConfigError, match="-2: expected a number of batches, or -1 for no limit"):
+        compute_limit_batches(7, -2)
 
 
 def test_progress_follows_nemos_trace(oracles):
