@@ -141,11 +141,17 @@ def share_lookup(path: Path, pairs: Iterable[Pair], world: World) -> PairLookup:
 
     Returns:
         PairLookup: the pairs.
+
+    Raises:
+        OutputError: On all ranks, if the file cannot be written.
+        StoreError: On all ranks, if one cannot read it, or if two pairs have one key.
     """
     with fail_together(world, OutputError):
         if world.is_main:
             PairLookup.write(path, pairs)
-    return PairLookup(path)
+    with fail_together(world, StoreError):
+        lookup = PairLookup(path)
+    return lookup
 
 
 class _Numbers:

@@ -7,7 +7,7 @@ from typing import Any
 
 from spin.data.store import PairStore
 from spin.distributed import World, any_rank, broadcast_object, fail_together
-from spin.errors import OutputError
+from spin.errors import OutputError, StoreError
 
 
 def split_evenly(n: int, parts: int) -> list[range]:
@@ -31,8 +31,23 @@ def open_store(
 
 
 def missing_shards(store: PairStore, world: World) -> list[int]:
-    """The shards that a store lacks, as rank 0 sees it. Collective."""
-    return broadcast_object(store.missing_shards() if world.is_main else None, world)
+    """The shards that a store lacks, as rank 0 sees it. Collective.
+
+    Args:
+        store (PairStore): the same on every rank.
+        world (World): the ranks.
+
+    Returns:
+        list[int]: ascending.
+
+    Raises:
+        StoreError: On all ranks, if a shard cannot be read, or a damaged one not removed.
+    """
+    missing: list[int] = []
+    with fail_together(world, StoreError):
+        if world.is_main:
+            missing = store.missing_shards()
+    return broadcast_object(missing, world)
 
 
 def seal(store: PairStore, world: World, is_asked_to_stop: bool, report: Mapping[str, float] | None = None) -> bool:

@@ -2,14 +2,17 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
 from spin_recipe import SPINRecipe
 
 from spin.data import PairStore
-from spin.distributed import gather_objects, shutdown
-from spin.errors import GeneratorError, NonFiniteError, SpinError
+from spin.data.lookup import share_lookup
+from spin.data.shards import missing_shards
+from spin.distributed import barrier, gather_objects, shutdown
+from spin.errors import GeneratorError, NonFiniteError, SpinError, StoreError
 from spin.fingerprint import weights_fingerprint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -73,4 +76,22 @@ assert isinstance(error, GeneratorError), error
 assert str(error) == "rank 1: The engine ended with code -9; its last words: Killed.", error
 store = PairStore.open(folder / "generator" / "iteration_000" / "responses")
 assert not store.is_sealed and len(store.missing_shards()) == 1  # of two for each rank
+barrier(world)
+
+
+def both_raise(call, message):
+    try:
+        call()
+    except StoreError as error:
+        assert re.search(message, str(error)), error
+    else:
+        raise AssertionError(f"no error, expected {message}")
+
+
+disk = folder if world.is_main else folder / "of_another_host"
+both_raise(lambda: share_lookup(disk / "rows", store.read_shard(0), world), "^rank 1: .*of_another_host/rows")
+if world.is_main:
+    (store.path / "shard-00000.parquet").unlink(missing_ok=True)
+    (store.path / "shard-00000.parquet").mkdir()
+both_raise(lambda: missing_shards(store, world), "^rank 0: .*shard-00000.parquet")
 shutdown()
