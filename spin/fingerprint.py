@@ -43,8 +43,14 @@ def weights_fingerprint(model: nn.Module, frozen_only: bool = False) -> str:
     trained = {clean_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
     named = {name: state[name] for name in sorted(state) if not (frozen_only and name in trained)}
-    sums = [_position_weighted_sum(*_local_region(tensor)) for tensor in named.values()]  # NF4's values one at a time
-    if any(isinstance(tensor, DTensor) for tensor in named.values()):
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in named.values())
+    # what is not sharded beside what is, such as a buffer, is the same on every rank and counts once
+    here = [not is_sharded or isinstance(tensor, DTensor) or dist.get_rank() == 0 for tensor in named.values()]
+    sums = [
+        _position_weighted_sum(*_local_region(tensor)) if counts else 0  # NF4's values one at a time
+        for tensor, counts in zip(named.values(), here, strict=True)
+    ]
+    if is_sharded:
         packed = torch.tensor(sums, dtype=torch.int64, device=next(model.parameters()).device)
         dist.all_reduce(packed)  # wraps around, like the sums
         sums = packed.tolist()

@@ -81,6 +81,10 @@ else:
 
 fingerprint = weights_fingerprint(sharded(world))
 assert gather_objects(fingerprint, world) == [fingerprint] * 2
+with_buffer, plain = sharded(world), build()
+for each in (with_buffer, plain):
+    each.register_buffer("scale", torch.arange(5.0))  # not sharded, and counted once
+assert weights_fingerprint(with_buffer) == weights_fingerprint(plain)
 if world.is_main:
     print("fingerprint", fingerprint)
 barrier(world)
