@@ -579,7 +579,7 @@ class SPINLoRARecipe:
     def _give_up(self, alarm: Alarm, iteration: int, pairs: PairLookup, is_last: bool) -> None:
         """Ends the run at a limit of the collapse watch, with what it has, or as if the iteration had not begun."""
         if alarm.rolls_back:
-            self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world)
+            self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world, alarm.message)
         elif is_last:
             self._finish_iteration(iteration, pairs)
         else:

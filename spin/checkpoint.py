@@ -277,25 +277,33 @@ class SPINCheckpointer:
             if self._stager is not None:
                 self._stager.close()
 
-    def roll_back(self, step: int, world: World) -> Path | None:
-        """Removes the states of later steps, so that a run resumes from ``step``, or from before its first state.
+    def roll_back(self, step: int, world: World, because: str = "") -> Path | None:
+        """Removes the states of later steps, so that a run resumes from ``step``, or with 0 from the first model.
 
         Newest first: a process that dies here leaves states that a run can resume from and roll back again. Collective.
 
         Args:
             step (int): of the state that becomes the newest.
             world (World): the ranks.
+            because (str): why, in a sentence, for the message.
 
         Returns:
             Path | None: the state that a run now resumes from; None if it starts with the first model.
 
         Raises:
-            CheckpointError: If a state could not be removed.
+            CheckpointError: If there is no state of ``step``, and then nothing is removed; or if one could not be.
         """
         self.wait()
         with fail_together(world, CheckpointError):
             if world.is_main:
-                for folder, manifest in reversed(self._complete()):
+                states = self._complete()
+                if step > 0 and step not in {manifest["step"] for _, manifest in states}:
+                    raise CheckpointError(
+                        f"{because} {self.states_dir}: cannot go back to step {step}, whose state is not there (it is "
+                        "kept for as long as it is needed if a limit could roll back when it was saved). No state was "
+                        "removed; the same command goes on from the newest, with what you change.".lstrip()
+                    )
+                for folder, manifest in reversed(states):
                     if manifest["step"] > step:
                         _remove(folder)
         return self.latest()

@@ -244,7 +244,10 @@ def test_an_anchor_stays_until_the_next(tmp_path, world):
         names = sorted(int(path.name.removeprefix("step_")) for path in checkpointer.states_dir.iterdir())
         assert names == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6]}[step]
     assert checkpointer.roll_back(5, world).name == "step_00000005"
-    assert checkpointer.roll_back(4, world) is None
+    with pytest.raises(CheckpointError, match="Too far. .*checkpoints: cannot go back to step 4"):
+        checkpointer.roll_back(4, world, "Too far.")
+    assert checkpointer.latest().name == "step_00000005"
+    assert checkpointer.roll_back(0, world) is None
 
 
 # ---- a metrics service that is down

@@ -8,9 +8,10 @@ from spin_recipe import SPINRecipe
 from spin.data import Pair, PairStore, Response
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import init_world
-from spin.errors import CollapseError, ConfigError
+from spin.errors import CheckpointError, CollapseError, ConfigError
 from spin.watch import LIMITS, Watch, answer_metrics, check_limits
 from tests.recipes.helpers import metrics_of, run
+from tests.recipes.test_spin_recipe import stops_at
 
 QUIET = {name: {"limit": None, "action": "warn"} for name in LIMITS}
 SHORT = ("max_iterations=2", "max_epochs=1", "validation_dataset=null", "watch.truncated_share.limit=null")
@@ -155,6 +156,17 @@ def test_rollback_starts_the_iteration_again(tmp_path, iteration):
     unbroken = run(tmp_path / "unbroken", *SHORT, rates)
     assert metrics_of(tmp_path) == metrics_of(tmp_path / "unbroken")
     assert again.final_weights == unbroken.final_weights
+
+
+def test_a_rollback_to_a_state_that_was_not_kept_removes_none(tmp_path):
+    """Step 5, where iteration 1 starts, went while no limit could roll back: the run so far must not go too."""
+    few = ("watch.window=2", "checkpointer.keep_last=1", "save_interval=1")
+    run(tmp_path, *SHORT, *few, recipe_class=stops_at(7))
+    with pytest.raises(CheckpointError, match=r"^Iteration 1: the margin is 9.00.*cannot go back to step 5"):
+        run(tmp_path, *SHORT, *few, "watch.margin.action=rollback", recipe_class=collapses(1))
+    states = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
+    assert states == ["step_00000008"]  # two steps of 9 from step 7 on pass the limit
+    assert run(tmp_path, *SHORT, *few)._progress.step == 10
 
 
 def test_answers_that_are_cut_stop_the_run_before_it_trains(tmp_path):
