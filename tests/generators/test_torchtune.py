@@ -189,6 +189,15 @@ def test_stop_string_across_tokens(make, tokenizer, prompts, static):
     assert got.finish_reason == "stop"
 
 
+def test_a_stop_string_may_be_a_special_token(make, hf_model, tokenizer, prompts):
+    """The text that is looked at has special tokens, as vLLM's has with ``skip_special_tokens`` off."""
+    expected = next(ids for p in prompts if (ids := _hf_greedy(hf_model, p, 60))[-1] == EOS)
+    prompt = next(p for p in prompts if _hf_greedy(hf_model, p, 60) == expected)
+    sampling = SamplingParams(temperature=0, max_new_tokens=60, stop_strings=(tokenizer.decode([EOS]),))
+    got = make().generate([prompt], sampling, [0])[0]
+    assert (got.token_ids, got.finish_reason) == (expected, "stop")
+
+
 def test_minimum_lets_early_stop_strings_pass(tokenizer):
     """Each token is a letter. "ab" is complete at tokens 2, 4 and 6; with a minimum of 3 the second one ends it. "aba"
     is at tokens 3, 5 and 7, each time beginning within the one before."""

@@ -287,6 +287,7 @@ def test_sampling_parameters_have_vllms_names():
     assert vllm_sampling(sampling, seed=11, limit=20) == {
         "temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1, "min_tokens": 3, "max_tokens": 20,
         "stop_token_ids": [2, 7], "stop": ["END"], "include_stop_str_in_output": True, "ignore_eos": True, "seed": 11,
+        "skip_special_tokens": False,
     }  # fmt: skip
 
 
