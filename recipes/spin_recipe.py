@@ -499,7 +499,8 @@ class SPINRecipe:
         """The weights in place score all responses; False if the run was asked to stop before."""
         cfg, world = self._cfg, self._world
         num_pairs = len(batches) * cfg.global_batch_size
-        made_as = {"packing": self._packing, "compute_dtype": cfg.compute_dtype, "float8": cfg.enable_float8_training}
+        made_as: dict[str, Any] = {"num_ranks": world.world_size, "compiled": cfg.compile, **self._scoring}
+        made_as |= {"compute_dtype": cfg.compute_dtype, "float8": cfg.enable_float8_training}
         fingerprint = reference.score_fingerprint(opponent=opponent, batches=batches, **made_as)
         num_shards = math.ceil(num_pairs / cfg.pairs.prompts_per_shard)
         store = open_store(path, fingerprint, num_shards, world, log.warning)

@@ -82,8 +82,12 @@ def score_fingerprint(
     packing: Mapping[str, Any],
     compute_dtype: str,
     float8: bool = False,
+    num_ranks: int = 1,
+    chunk_tokens: int = 2048,
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Everything that reference log-probs depend on, by name.
+    """Everything that reference log-probs depend on, by name; down to how they are rounded, which in bf16 is more than
+    the self-test of an iteration's first loss lets pass.
 
     Args:
         opponent (str): fingerprint of the weights.
@@ -91,6 +95,9 @@ def score_fingerprint(
         packing (Mapping[str, Any]): how they are packed into rows.
         compute_dtype (str): precision of the arithmetic.
         float8 (bool): the layers multiply in float8.
+        num_ranks (int): ranks that share the rows, which decides what stands in one row.
+        chunk_tokens (int): see :func:`spin.logprobs.response_logps`.
+        compiled (bool): the layers are compiled.
 
     Returns:
         dict[str, Any]: JSON values.
@@ -108,6 +115,9 @@ def score_fingerprint(
         "packing": dict(packing),
         "compute_dtype": compute_dtype,
         "float8": float8,
+        "num_ranks": num_ranks,
+        "chunk_tokens": chunk_tokens,
+        "compiled": compiled,
     }
 
 

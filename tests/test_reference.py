@@ -24,3 +24,7 @@ def test_score_fingerprint_sees_every_token_and_the_order():
         )
     }
     assert len(prints) == 5
+    other = {"num_ranks": 2, "chunk_tokens": 64, "compiled": True, "float8": True, "compute_dtype": "bf16"}
+    whole = score_fingerprint(batches=[pairs], **base)
+    for name, value in other.items():  # they round otherwise
+        assert score_fingerprint(batches=[pairs], **base | {name: value}) == whole | {name: value} != whole
