@@ -87,6 +87,21 @@ def write_json(file: Path, content: Any) -> None:
         os.fsync(stream.fileno())
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file that a kill may have cut short, even within a character; empty ones are left out.
+
+    Only a line feed ends a line. ``str.splitlines`` also splits at characters that JSON leaves in its texts as they
+    are, such as U+2028.
+
+    Args:
+        file (Path): UTF-8; what is not becomes U+FFFD.
+
+    Returns:
+        list[str]: without their line feeds.
+    """
+    return [line.decode("utf-8", errors="replace") for line in file.read_bytes().split(b"\n") if line]
+
+
 def replace_text(file: Path, text: str) -> None:
     """Writes a text file that appears whole: temporary name, fsync, rename.
 

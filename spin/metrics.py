@@ -18,7 +18,7 @@ from tqdm import tqdm
 from spin.data.packing import PackedRow
 from spin.distributed import World, fail_together, local_tensor
 from spin.errors import ConfigError, OutputError, SpinError
-from spin.files import writing
+from spin.files import read_lines, writing
 from spin.tables import log_table, sample_table
 
 log = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class MetricsFile:
         self._path = path
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in read_lines(path):
                 try:
                     if json.loads(line)["step"] <= from_step:
                         kept.append(line + "\n")

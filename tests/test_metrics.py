@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spin.checks import check_moved_share
+from spin.cli.runs import read_json_lines
 from spin.data import Pair, Response, pack_row
 from spin.distributed import init_world, shard_model
 from spin.loss import SPINLoss
@@ -162,3 +163,14 @@ def test_metrics_file_forgets_what_will_be_made_again(tmp_path):
         {"step": 3, "loss": 1.5},
         {"step": 4, "loss": 9.0},
     ]
+
+
+def test_metrics_file_keeps_texts_with_line_separators_and_outlives_a_cut_character(tmp_path):
+    """JSON leaves U+2028, U+2029 and U+0085 as they are, and a kill can end a write between a character's bytes."""
+    path = tmp_path / "samples.jsonl"
+    row = {"real": "one\u2028two\u2029three\x85four"}
+    MetricsFile(path, from_step=-1).write(1, row)
+    with path.open("ab") as stream:
+        stream.write('{"step": 2, "real": "é'.encode()[:-1])  # killed while writing
+    MetricsFile(path, from_step=1).write(2, {"real": "é"})
+    assert read_json_lines(path) == [{"step": 1, **row}, {"step": 2, "real": "é"}]
