@@ -518,7 +518,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no such folder. Give a folder like checkpoints/step_00000100, auto or never.")
     file = folder / MANIFEST
     if not file.is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST}, so this is no state, or one whose saving was interrupted.")
+        states = sorted(path.name for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name))
+        hint = f" Give one of the states in it: {', '.join(states[-5:])}." if states else ""
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}, so this is no state, or one whose saving was interrupted.{hint}"
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         checksum = content.pop("checksum")

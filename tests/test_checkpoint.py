@@ -180,7 +180,11 @@ def test_latest(checkpointer, world, tmp_path):
     assert checkpointer.latest("auto") == ten
     assert checkpointer.latest("never") is None
     assert checkpointer.latest(str(one)) == one
-    for path, message in ((tmp_path / "no", "no such folder"), (tmp_path, "no manifest.json")):
+    for path, message in (
+        (tmp_path / "no", "no such folder"),
+        (tmp_path, "no manifest.json"),
+        (one.parent, "no manifest.json.* Give one of the states in it: step_00000001, step_00000010"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             checkpointer.latest(str(path))
 
