@@ -244,7 +244,7 @@ class ChatTokenizer:
         return self._tokenizer(texts, **options, verbose=False)["input_ids"]
 
     def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
-        from jinja2.exceptions import TemplateError
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
         self._check_tools(messages)
         tools = messages[0].get("tools") if messages else None
@@ -253,10 +253,15 @@ class ChatTokenizer:
             return self._tokenizer.apply_chat_template(
                 plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template is not valid Jinja, line {error.lineno}: {str(error.message).rstrip('.')}. "
+                "Mend tokenizer.chat_template, or the folder's own."
+            ) from error
         except (TemplateError, *_TOKENIZER_FAULTS) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"the chat template refuses the roles {roles or 'none'}: {error}. Fix the row, or set "
+                f"the chat template refuses the roles {roles or 'none'}: {str(error).rstrip('.')}. Fix the row, or set "
                 "tokenizer.chat_template to one that knows them."
             ) from error
 

@@ -142,6 +142,8 @@ def test_template_that_refuses_a_role(tiny_lm):
         chat.encode_pair(TALK)
     with pytest.raises(DataError, match="refuses the roles user, assistant"):
         ChatTokenizer(tiny_lm, chat_template="{{ raise_exception('never') }}")
+    with pytest.raises(DataError, match=r"not valid Jinja, line 2: .* Mend tokenizer\.chat_template"):
+        ChatTokenizer(tiny_lm, chat_template="{% for m in messages %}\n{{ m.content ")
 
 
 def test_stop_tokens_come_from_template_tokenizer_and_generation_config(folder, caplog):
