@@ -125,7 +125,8 @@ def parse(
 
     Errors that a user can mend (:class:`~spin.errors.SpinError`, and values that are missing or refer to nothing) end
     the program with ``error: ...`` on stderr and exit code 1; ``SPIN_TRACEBACK=1`` shows where they were raised. Under
-    torchrun rank 0 prints the whole text and the other ranks its first line. Any other exception propagates.
+    torchrun rank 0 prints the whole text and the other ranks its first line. Ctrl-C ends it likewise, with exit code
+    130. Any other exception propagates.
 
     Args:
         defaults (dict[str, Any]): every knob of the recipe with its default; see :func:`complete`.
@@ -154,6 +155,11 @@ def parse(
                     raise
                 _print_error(str(error))
                 sys.exit(1)
+            except KeyboardInterrupt:
+                if os.environ.get("SPIN_TRACEBACK") == "1":
+                    raise
+                _print_error("interrupted. The same command goes on from what was saved before.")
+                sys.exit(130)
             sys.exit(code)
 
         return wrapper
