@@ -96,8 +96,9 @@ class ChatTokenizer:
         self.path = Path(path).expanduser()
         self.max_seq_len = max_seq_len
         self._tokenizer = _load_tokenizer(self.path)
-        if chat_template is not None:
-            self._tokenizer.chat_template = _read_template(chat_template)
+        self.chat_template = None if chat_template is None else _read_template(chat_template)  # not the folder's own
+        if self.chat_template is not None:
+            self._tokenizer.chat_template = self.chat_template
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"The tokenizer in {self.path} has no chat template, so turns cannot be told apart. Set "
