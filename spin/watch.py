@@ -108,7 +108,7 @@ class Watch:
         if (share := answers["truncated_share"]) > (self._limits["truncated_share"] or 1):
             found["truncated_share"] = (
                 f"{share:.1%} of the opponent's answers were cut by sampling.max_new_tokens: they may have lost their "
-                f"end. Look at some: `python -m spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
+                f"end. See `python -m spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
                 "Raise max_new_tokens, or train less"
             )
         drift, limit = answers.get("length_drift", 1.0), self._limits["length_drift"]
