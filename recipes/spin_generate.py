@@ -127,7 +127,8 @@ class SPINGenerate:
                 packing={"row_tokens": self._row_tokens},
                 chunk_tokens=cfg.logprob_chunk_tokens,
             )
-            selfplay.play(store, mine, game, self._generator, team=self._team, on_shard=bar.update)
+            with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
+                selfplay.play(store, mine, game, self._generator, team=self._team, on_shard=bar.update)
         barrier(world)
         if world.is_main:
             left = store.missing_shards()
