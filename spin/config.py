@@ -84,6 +84,7 @@ _DANGER = "run code, start processes, write files or read pickles"
 # Arguments of torchtune components that are themselves import paths: torchtune imports and calls what they name.
 PATH_ARGUMENTS = ("prompt_template",)
 
+_YAML_MARKS = tuple("*&!%@`|>")  # texts that begin with one of these are no plain texts in YAML
 _DOTPATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -304,7 +305,8 @@ def _apply_override(cfg: DictConfig, override: str, faults: Faults) -> None:
         OmegaConf.update(cfg, key, value, merge=True, force_add=True)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
-        faults.add(f"override {override!r}: the value is not valid YAML: {problem}.")
+        hint = f" A text that begins so is quoted: \"{key}='{text}'\"." if text[:1] in _YAML_MARKS else ""
+        faults.add(f"override {override!r}: the value is not valid YAML: {problem}.{hint}")
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         faults.add(f"override {override!r}: {_first_line(error)}")
 
