@@ -37,6 +37,7 @@ from omegaconf.errors import (
 )
 
 from spin.errors import ConfigError, SpinError
+from spin.terminal import write_any_text
 
 COMPONENT = "_component_"
 EXTRA = "_extra_"
@@ -140,6 +141,7 @@ def parse(
     def decorate(recipe_main: Callable[[DictConfig], int | None]) -> Callable[[], None]:
         @functools.wraps(recipe_main)
         def wrapper() -> None:
+            write_any_text()
             name, overrides = _read_argv(sys.argv[1:], recipe_main.__doc__)
             try:
                 raw = load_config(name, overrides)
