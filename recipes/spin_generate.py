@@ -53,7 +53,9 @@ class SPINGenerate:
 
     def __init__(self, cfg: DictConfig) -> None:
         check_run(cfg)
-        if not 0 <= cfg.worker < cfg.num_workers:
+        if cfg.num_workers < 1:
+            raise ConfigError(f"num_workers={cfg.num_workers}: expected how many machines answer, 1 or more.")
+        if type(cfg.worker) is not int or not 0 <= cfg.worker < cfg.num_workers:
             raise ConfigError(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
         self._cfg = cfg
 

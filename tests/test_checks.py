@@ -4,7 +4,9 @@ import copy
 from pathlib import Path
 
 import pytest
+import spin_generate
 from omegaconf import OmegaConf
+from spin_generate import SPINGenerate
 
 from spin.checks import _RESULTS_DEPEND_ON, check_run, check_unchanged, run_fingerprint
 from spin.config import complete, load_config
@@ -81,3 +83,16 @@ def test_values_that_cannot_work_are_refused_by_name(override, message):
 @pytest.mark.parametrize("override", ["max_steps=null", "metric_logger=null", "max_time='10:00:00:00'", "seed=-1"])
 def test_values_that_work(override):
     check_run(complete(load_config(str(CONFIG), ["output_dir=runs/none", override]), RECIPE_DEFAULTS))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("num_workers=0", "num_workers=0: expected how many machines answer, 1 or more"),
+        ("worker=1", r"worker=1: expected 0 to num_workers - 1 = 0"),
+        ("worker=0.5", r"worker=0\.5: expected 0 to"),
+    ],
+)
+def test_workers_that_cannot_be(override, message):
+    with pytest.raises(ConfigError, match=message):
+        SPINGenerate(complete(load_config(str(CONFIG), ["output_dir=runs/none", override]), spin_generate.DEFAULTS))

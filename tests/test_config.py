@@ -524,3 +524,11 @@ def test_an_override_that_yaml_takes_for_something_else_says_how_to_quote_it(wri
     with pytest.raises(ConfigError, match=r"quoted: \"dataset\.source='\*\.jsonl'\"\."):
         config.load_config(path, ["dataset.source=*.jsonl"])
     assert config.load_config(path, ["dataset.source='*.jsonl'"]).dataset.source == "*.jsonl"
+
+
+def test_a_file_that_a_component_cannot_read_is_told_with_its_section(tmp_path):
+    cfg = OmegaConf.create(
+        {"tokenizer": {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(tmp_path)}}
+    )
+    with pytest.raises(ConfigError, match=r"^tokenizer: torchtune\.models.*Is a directory.*Check the paths"):
+        config.instantiate(cfg.tokenizer)
