@@ -709,8 +709,8 @@ def instantiate(node: DictConfig | Mapping[str, Any] | None, *args: Any, **kwarg
         Any: the object, or None for no section.
 
     Raises:
-        ConfigError: If there is no component, it is not allowed, the arguments do not fit its signature, or a file that
-            it needs cannot be read.
+        ConfigError: If there is no component, it is not allowed, the arguments do not fit its signature, or a tokenizer's
+            file cannot be read.
         SpinError: If the component raises one; the message names the section.
     """
     if node is None:
@@ -758,7 +758,12 @@ def _build(
             raise
         # what a data set says of itself does not know that it is the one for validation, say
         raise type(error)(f"{where}: {error}") from error
-    except OSError as error:  # a tokenizer's file that is a folder, or is not there
+    except OSError as error:
+        if (
+            where.rpartition(".")[2] != "tokenizer"
+        ):  # spin's own parts tell of their files; a metrics service may be down
+            raise
+        # torchtune's tokenizers: a file that is not there, or a folder
         raise ConfigError(f"{where}: {name} cannot be made: {error}. Check the paths of the section.") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(

@@ -526,7 +526,7 @@ def test_an_override_that_yaml_takes_for_something_else_says_how_to_quote_it(wri
     assert config.load_config(path, ["dataset.source='*.jsonl'"]).dataset.source == "*.jsonl"
 
 
-def test_a_file_that_a_component_cannot_read_is_told_with_its_section(tmp_path):
+def test_a_tokenizers_file_that_cannot_be_read_is_told_with_its_section(tmp_path):
     cfg = OmegaConf.create(
         {"tokenizer": {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(tmp_path)}}
     )
