@@ -709,8 +709,8 @@ def instantiate(node: DictConfig | Mapping[str, Any] | None, *args: Any, **kwarg
         Any: the object, or None for no section.
 
     Raises:
-        ConfigError: If there is no component, it is not allowed, the arguments do not fit its signature, or a tokenizer's
-            file cannot be read.
+        ConfigError: If there is no component, it is not allowed, the arguments do not fit its signature, or the file of
+            a tokenizer cannot be read.
         SpinError: If the component raises one; the message names the section.
     """
     if node is None:
