@@ -54,7 +54,9 @@ class SPINGenerate:
 
     def __init__(self, cfg: DictConfig) -> None:
         check_run(cfg)
-        if not 0 <= cfg.worker < cfg.num_workers:
+        if cfg.num_workers < 1:
+            raise ConfigError(f"num_workers={cfg.num_workers}: expected how many machines answer, 1 or more.")
+        if type(cfg.worker) is not int or not 0 <= cfg.worker < cfg.num_workers:
             raise ConfigError(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
         self._cfg = cfg
 
@@ -128,7 +130,8 @@ class SPINGenerate:
                 packing={"row_tokens": self._row_tokens},
                 chunk_tokens=cfg.logprob_chunk_tokens,
             )
-            selfplay.play(store, mine, game, self._generator, team=self._team, on_shard=bar.update)
+            with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
+                selfplay.play(store, mine, game, self._generator, team=self._team, on_shard=bar.update)
         barrier(world)
         if world.is_main:
             left = store.missing_shards()

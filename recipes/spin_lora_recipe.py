@@ -92,6 +92,7 @@ class SPINLoRARecipe:
             [per_iteration(config.plain(value), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
             for value in (cfg.loss.beta, cfg.optimizer.lr)
         )
+        config.instantiate(cfg.loss, beta=self._betas[0])  # a wrong argument must not show after hours of play
         self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
         self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
         self._val_loss: float | None = None
@@ -590,7 +591,7 @@ class SPINLoRARecipe:
         raise CollapseError(f"{alarm.message} The run is {state}; the same command goes on, with what you change.")
 
     def _finish_iteration(self, iteration: int, pairs: PairLookup) -> None:
-        model_dir = self._checkpointer.export(self._model, iteration, self._world)
+        model_dir = self._checkpointer.export(self._model, iteration, self._world, self._tokenizer)
         checkpoint = self.save_checkpoint()
         if self._world.is_main:
             summary = iteration_summary(

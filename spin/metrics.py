@@ -18,7 +18,7 @@ from tqdm import tqdm
 from spin.data.packing import PackedRow
 from spin.distributed import World, fail_together, local_tensor
 from spin.errors import ConfigError, OutputError, SpinError
-from spin.files import replace_text, writing
+from spin.files import read_lines, replace_text, unused_name, writing
 from spin.tables import log_table, sample_table
 
 log = logging.getLogger(__name__)
@@ -216,14 +216,13 @@ class MetricsFile:
     def __init__(self, path: Path, from_step: int) -> None:
         self._path = path
         kept = []
-        # By bytes: a kill may cut a line within a character, and str.splitlines would also cut at characters of an
-        # answer that JSON leaves as they are, such as U+2028.
-        for line in path.read_bytes().split(b"\n") if path.exists() else ():
-            try:
-                if json.loads(line)["step"] <= from_step:
-                    kept.append(line.decode() + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a kill cut short belongs to a step that will be made again
+        if path.exists():
+            for line in read_lines(path):
+                try:
+                    if json.loads(line)["step"] <= from_step:
+                        kept.append(line + "\n")
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    continue  # a line that a kill cut short belongs to a step that will be made again
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, "".join(kept))
@@ -321,10 +320,21 @@ class RunLog:
     def _begin(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int) -> None:
         self._service = MetricService(make_logger)
         self._service.log_config(cfg)
-        self._file = MetricsFile(self._folder / "metrics.jsonl", from_step)
-        self._samples = MetricsFile(self._folder / "samples.jsonl", from_step)
+        names = ("metrics.jsonl", "samples.jsonl")
+        if cfg.get("resume") == "never":
+            self._keep_log(names)
+        self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
         with writing(self._folder / "config.yaml"):
             OmegaConf.save(cfg, self._folder / "config.yaml", resolve=True)
+
+    def _keep_log(self, names: Sequence[str]) -> None:
+        """What was asked to start anew does not go on with the files of the run before, which may have come far."""
+        for file in (self._folder / name for name in names):
+            if file.exists() and file.stat().st_size:
+                aside = unused_name(file)
+                with writing(aside):
+                    file.rename(aside)
+                log.warning(f"{file} is of a run before this one, and resume is never: kept as {aside.name}.")
 
     @property
     def has_failed(self) -> bool:
