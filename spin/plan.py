@@ -110,9 +110,8 @@ class RunPlan:
         """
         items, size = self.items(iteration), self._size
         visited = self.progress.steps_in_epoch(iteration) * size
-        if epoch > 0 and visited < len(
-            items
-        ):  # shares of history: those in whole batches of the first epoch are scored
+        # shares of history: what is in whole batches of the first epoch is scored
+        if epoch > 0 and visited < len(items):
             items = [items[i] for i in epoch_order(len(items), self._seed, iteration, epoch=0)[:visited]]
         order = epoch_order(len(items), self._seed, iteration, epoch)
 
