@@ -180,6 +180,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(unbroken, tmp_path, moment):
         (["model.vocab_size=1000"], ["knows 1024 token ids", "has 1000", "sample 'jargon-"]),
         (["global_batch_size=400"], ["global_batch_size"]),
         (["loss.beta=[0.1,0.2,0.3]"], ["loss.beta", "2 iterations"]),
+        (["loss.loss_type=logistics"], ["loss.loss_type='logistics'", "logistic"]),
+        (["loss.label_smoothing=0.5"], ["loss.label_smoothing=0.5", "[0, 0.5)"]),
     ],
     ids=lambda value: str(value[0])[:30],
 )
