@@ -120,10 +120,10 @@ def row_to_messages(
     Args:
         data (Mapping[str, Any]): the row.
         row_format (str): ``messages`` (list of role and content), ``sharegpt`` (``conversations``: list of from and
-            value; optional ``system``), ``prompt_response`` (``prompt`` is a text or the list of messages so far; ``response`` or
-            ``completion`` is a text or one assistant message; optional ``system``), ``alpaca`` (``instruction``,
-            optional ``input``, ``output``; instruction and input become one user turn with an empty line between
-            them), or ``auto``. All but ``alpaca`` may have ``tools``.
+            value; optional ``system``), ``prompt_response`` (``prompt`` is a text or the list of messages so far;
+            ``response`` or ``completion`` is a text or one assistant message; optional ``system``), ``alpaca``
+            (``instruction``, optional ``input``, ``output``; instruction and input become one user turn with an empty
+            line between them), or ``auto``. All but ``alpaca`` may have ``tools``.
         column_map (Mapping[str, str] | None): column name of the format to column name of the data set, as torchtune
             writes it: ``{"prompt": "question", "response": "answer"}``.
         message_transform (MessageTransform | None): instead of a format: any torchtune transform, from a sample to
