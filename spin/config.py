@@ -20,6 +20,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -299,7 +300,14 @@ def _apply_override(cfg: DictConfig, override: str, faults: Faults) -> None:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
         node = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-        if isinstance(value, str) and isinstance(node, DictConfig) and COMPONENT in node and "${" not in value:
+        is_path = isinstance(value, str) and "." in value and _DOTPATH.fullmatch(value) is not None
+        # a section without a component has the recipe's; what else stands in it is kept, as with a component
+        if (
+            isinstance(node, DictConfig)
+            and isinstance(value, str)
+            and (COMPONENT in node or is_path)
+            and "${" not in value
+        ):
             key = f"{key}.{COMPONENT}"
         parent = key.rpartition(".")[0]
         if parent and isinstance(OmegaConf.select(cfg, parent, throw_on_resolution_failure=False), str):
@@ -741,9 +749,22 @@ def _build(
         raise type(error)(f"{where}: {error}") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{where}: {name} does not take these values ({type(error).__name__}: {error}). Check the section; "
-            "SPIN_TRACEBACK=1 shows where it happened."
+            f"{where}: {name} does not take these values ({type(error).__name__}: {error}{_place_in(name, error)}). "
+            "Check the section; SPIN_TRACEBACK=1 shows where it happened."
         ) from error
+
+
+def _place_in(name: str, error: BaseException) -> str:
+    """Where a component of the user's own raised, as ', at file:line': the last line that is its package's."""
+    root = name.split(".")[0]
+    if root in ALLOWED_ROOTS:
+        return ""
+    lines = [
+        f", at {frame.f_code.co_filename}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).split(".")[0] == root
+    ]
+    return lines[-1] if lines else ""
 
 
 def _build_nested(value: Any, where: str, allowed: Sequence[str]) -> Any:
