@@ -78,6 +78,29 @@ class FolderLock:
         self._stream.close()
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Waits until no other process, on this host or another, is in such a block for the same path.
+
+    Args:
+        path (Path): what the block looks at and replaces; the lock is on a hidden file beside it, which stays.
+
+    Yields:
+        None: the block runs alone.
+
+    Raises:
+        OutputError: If the folder cannot be written.
+    """
+    file = path.with_name(f".{path.name}{LOCK}")
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        stream = file.open("a", encoding="utf-8")
+    with stream:  # closing it ends the lock
+        with writing(file):
+            fcntl.lockf(stream, fcntl.LOCK_EX)
+        yield
+
+
 def write_json(file: Path, content: Any) -> None:
     """Writes JSON and waits until it is on the disk."""
     with open(file, "w", encoding="utf-8") as stream:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
-from spin.files import write_json, writing
+from spin.files import one_at_a_time, write_json, writing
 from spin.fingerprint import file_sha256
 
 FORMAT_VERSION = 1
@@ -118,6 +118,13 @@ class PairStore:
         """
         path = Path(path)
         fingerprint = json.loads(json.dumps(fingerprint))
+        with one_at_a_time(path):
+            return cls._open_or_create(path, fingerprint, num_shards, on_stale)
+
+    @classmethod
+    def _open_or_create(
+        cls, path: Path, fingerprint: Mapping[str, Any], num_shards: int, on_stale: Callable[[str], None] | None
+    ) -> PairStore:
         if path.exists():
             try:
                 store = cls.open(path)
@@ -189,7 +196,8 @@ class PairStore:
             pairs (Sequence[Pair]): its content; may be empty.
 
         Raises:
-            StoreError: If a reference log-prob is not finite, naming the samples.
+            StoreError: If a reference log-prob is not finite, naming the samples, or if another process has begun the
+                store anew, from something else.
             OutputError: If it cannot be written; no part of it is left.
         """
         broken = [
@@ -226,6 +234,7 @@ class PairStore:
                     pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
                     stream.flush()
                     os.fsync(stream.fileno())
+                self._check_is_still_mine()
                 temporary.rename(file)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -237,7 +246,7 @@ class PairStore:
             report (Mapping[str, Any] | None): counts to keep with the store.
 
         Raises:
-            StoreError: If a shard is missing.
+            StoreError: If a shard is missing, or if another process has begun the store anew, from something else.
             OutputError: If the manifest cannot be written.
         """
         missing = self.missing_shards()
@@ -245,6 +254,21 @@ class PairStore:
             raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
         if self.is_sealed:
             return
+        with one_at_a_time(self.path):
+            self._check_is_still_mine()
+            self._seal(report)
+
+    def _check_is_still_mine(self) -> None:
+        """A worker with another config has moved the store aside, and what lies there now is that worker's."""
+        changed = differences(self.manifest["fingerprint"], PairStore.open(self.path).manifest["fingerprint"])
+        if changed:
+            raise StoreError(
+                f"{self.path}: another process has begun this store anew, from something else ({'; '.join(changed)}). "
+                "All workers of an iteration need the same config. What was made here before is kept beside it, as "
+                f"{self.path.name}.stale-*."
+            )
+
+    def _seal(self, report: Mapping[str, Any] | None) -> None:
         for leftover in self.path.glob(".*.tmp"):  # of processes that died while they wrote
             leftover.unlink()
         files = [self._shard(index) for index in range(self.num_shards)]
