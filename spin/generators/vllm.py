@@ -322,6 +322,7 @@ def vllm_sampling(sampling: SamplingParams, seed: int, limit: int) -> dict[str, 
         "stop_token_ids": list(sampling.stop_token_ids),
         "stop": list(sampling.stop_strings),
         "include_stop_str_in_output": True,
+        "skip_special_tokens": False,  # a stop string may be a special token, as for the embedded generator
         "ignore_eos": True,  # the stop tokens say where an answer ends, as for every other generator
         "seed": seed,
     }

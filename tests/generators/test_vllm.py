@@ -286,7 +286,8 @@ def test_sampling_parameters_have_vllms_names():
     sampling = SamplingParams(0.7, 5, 0.9, 1.1, 3, 50, (2, 7), ("END",))
     assert vllm_sampling(sampling, seed=11, limit=20) == {
         "temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1, "min_tokens": 3, "max_tokens": 20,
-        "stop_token_ids": [2, 7], "stop": ["END"], "include_stop_str_in_output": True, "ignore_eos": True, "seed": 11,
+        "stop_token_ids": [2, 7], "stop": ["END"], "include_stop_str_in_output": True, "skip_special_tokens": False,
+        "ignore_eos": True, "seed": 11,
     }  # fmt: skip
 
 
