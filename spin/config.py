@@ -137,6 +137,7 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
         @functools.wraps(recipe_main)
         def wrapper() -> None:
             name, overrides = _read_argv(sys.argv[1:], recipe_main.__doc__)
+            _tell_of_namesake(recipe_main)
             try:
                 raw = load_config(name, overrides)
                 try:
@@ -196,6 +197,33 @@ def _other_recipe(name: str, raw: DictConfig, defaults: Mapping[str, Any]) -> st
     if not strangers or not any(key in load_recipe(recipe).DEFAULTS for key in strangers):
         return ""
     return f"\n{name} is a config for {recipe}: tune run {recipe} --config {name}"
+
+
+def _tell_of_namesake(recipe_main: Callable[..., Any]) -> None:
+    """Says on rank 0 which file runs, if the folder has another recipe of the same name.
+
+    An edited copy under its own name is a trap: on one device `tune run` takes the installed file before that of the
+    folder, torchrun and `python -m` the other way round.
+    """
+    from spin.cli.catalog import recipe_files
+
+    file = recipe_main.__globals__.get("__file__")
+    if file is None or os.environ.get("RANK", "0") != "0":
+        return
+    running = Path(file).resolve()
+    here = Path.cwd() / running.name
+    installed = recipe_files().get(running.stem)
+    if not here.is_file() or installed is None:
+        return
+    other = installed if here.resolve() == running else here
+    if other.read_bytes() == running.read_bytes():
+        return
+    print(
+        f"warning: {running} runs, not {other}. Which of the two is found depends on the launcher: give a copy of a "
+        f"recipe a name of its own, such as my_{running.name}, and start it by that.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _print_error(text: str) -> None:
