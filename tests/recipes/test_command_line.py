@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +154,21 @@ def test_sigterm_saves_and_the_same_command_goes_on(unbroken, tmp_path):
     assert "goes on from here" in output
     assert run(tmp_path, *changes).final_weights == unbroken[1]
     assert metrics_of(tmp_path) == metrics_of(unbroken[0])
+
+
+def test_a_run_whose_folder_model_and_data_have_moved_goes_on(unbroken, tmp_path):
+    """Nothing that is written knows where it lies; a sample without an id is named by its file's name and row."""
+    changes = ("max_iterations=2", "max_epochs=1")
+    code, output = interrupt(tmp_path / "before", changes, signal.SIGTERM, lambda: steps_done(tmp_path / "before") >= 1)
+    assert code == 0, output[-3000:]
+    (tmp_path / "elsewhere").mkdir()
+    after = (tmp_path / "before").rename(tmp_path / "elsewhere" / "after")
+    model = shutil.copytree(REPO / "tests" / "assets" / "tiny_lm", tmp_path / "elsewhere" / "model")
+    data = shutil.copy(REPO / "examples" / "quickstart" / "jargon_train.jsonl", tmp_path / "elsewhere")
+    places = (f"tokenizer.path={model}", f"checkpointer.checkpoint_dir={model}", f"dataset.source={data}")
+    assert run(after, *changes, *places).final_weights == unbroken[1]
+    assert metrics_of(after) == metrics_of(unbroken[0])
+    assert not list(after.rglob("*.stale*"))
 
 
 @pytest.mark.parametrize("moment", ["playing", "fitting", "second iteration"])
