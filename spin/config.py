@@ -37,7 +37,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from spin.errors import ConfigError, SpinError
+from spin.errors import ConfigError, SpinError, wants_traceback
 
 COMPONENT = "_component_"
 EXTRA = "_extra_"
@@ -147,7 +147,7 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
                     raise ConfigError(f"{origin}: {error}{_other_recipe(name, raw, defaults)}") from error
                 code = recipe_main(cfg)
             except (SpinError, InterpolationResolutionError, MissingMandatoryValue) as error:
-                if os.environ.get("SPIN_TRACEBACK") == "1":
+                if wants_traceback():
                     raise
                 _print_error(str(error))
                 sys.exit(1)
