@@ -89,7 +89,9 @@ def test_slurm_script_of_the_documentation(tmp_path, subprocess_env):
         )
     )
     commands = {
-        "srun": f'echo $$ > {tmp_path}/step\nSLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"',
+        # without the option the ranks that are left wait for one that has failed
+        "srun": f'[ "$1" = --kill-on-bad-exit=1 ] || exit 2\nshift; echo $$ > {tmp_path}/step\n'
+        'SLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"',
         "scancel": f'[ "$1 $2" = "--signal=USR1 77" ] && kill -USR1 $(cat {tmp_path}/step)',
         "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/asked',
     }
