@@ -194,7 +194,12 @@ def made(
 
 
 def step(
-    bench: PeerBench, peers: dict[str, Peer], failed: dict[str, str], mix: str, until: float = math.inf
+    bench: PeerBench,
+    peers: dict[str, Peer],
+    failed: dict[str, str],
+    mix: str,
+    until: float = math.inf,
+    on_round: Callable[[dict[str, Any]], None] = lambda section: None,
 ) -> dict[str, Any]:
     """A training step of one global batch by every arm.
 
@@ -204,6 +209,7 @@ def step(
         failed (dict[str, str]): errors of arms that failed before.
         mix (str): key of ``MIXES``.
         until (float): see :func:`rounds.race`.
+        on_round (Callable[[dict[str, Any]], None]): gets what is returned, as it is after each round.
 
     Returns:
         dict[str, Any]: the work, and for each arm the figures of all rounds or its error.
@@ -214,24 +220,29 @@ def step(
         pieces = attempt(failed, name, lambda peer=peer: best_micro_batch(bench, peer, pairs))  # type: ignore[misc]
         if pieces is not None:
             turns[name] = turn_of(bench, peer, pieces, len(pairs))
-    runs = race(turns, bench.args.rounds, failed, until)
-    runs |= {name: {"error": error} for name, error in failed.items()}
-    for name, run in runs.items():
-        run["title"] = (LORA_PEERS if isinstance(bench, LoRABench) else PEERS)[name].title
-        if "error" not in run:
-            run["micro_batch"] = peers[name].micro_batch
-            for key in ("forward_backward", "step"):
-                run[key]["pairs_per_second"] = len(pairs) / run[key]["median"]
-    return {
+    has_adapters = isinstance(bench, LoRABench)
+    work = {
         "pairs": len(pairs),
         "mean_tokens": {
             "prompt": statistics.mean(len(pair.prompt_ids) for pair in pairs),
             "real": statistics.mean(len(pair.real_ids) for pair in pairs),
             "generated": statistics.mean(len(pair.generated[0].token_ids) for pair in pairs),
         },
-        "floor_tflop": floor_of_work(bench.sizes, pairs) / 1e12,
-        "arms": runs,
+        "floor_tflop": floor_of_work(bench.sizes, pairs, frozen=has_adapters) / 1e12,
     }
+    kinds = LORA_PEERS if has_adapters else PEERS
+
+    def section(runs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        runs = runs | {name: {"error": error} for name, error in failed.items()}
+        for name, run in runs.items():
+            run["title"] = kinds[name].title
+            if "error" not in run:
+                run["micro_batch"] = peers[name].micro_batch
+                for key in ("forward_backward", "step"):
+                    run[key]["pairs_per_second"] = len(pairs) / run[key]["median"]
+        return {**work, "arms": runs}
+
+    return section(race(turns, bench.args.rounds, failed, until, lambda runs: on_round(section(runs))))
 
 
 # ------------------------------------------------------------------------------------------------------------ main
@@ -272,7 +283,7 @@ def engine_arguments(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """One part of the comparison; what exists is in the file after each section.
+    """One part of the comparison; what exists is in the file after each section, and after each round of a step.
 
     Args:
         args (argparse.Namespace): of the command line.
@@ -321,7 +332,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         peers = made(kinds, names, bench, failed)
         keep("check", results.get("check", {}) | check(bench, peers, failed))
         for mix in args.mixes:
-            keep(section, results.get(section, {}) | {mix: step(bench, peers, failed, mix, until)})
+
+            def keep_mix(figures: dict[str, Any], mix: str = mix) -> None:
+                keep(section, results.get(section, {}) | {mix: figures})
+
+            keep_mix(step(bench, peers, failed, mix, until, keep_mix))
     elif args.part == "reference":
         keep("reference", reference(bench, [name for name in names if name in PASS_TITLES], failed))
     elif args.part == "iteration":

@@ -38,7 +38,11 @@ def free() -> None:
 
 
 def race(
-    turns: dict[str, Callable[[bool], Figures]], rounds: int, failed: dict[str, str], until: float = math.inf
+    turns: dict[str, Callable[[bool], Figures]],
+    rounds: int,
+    failed: dict[str, str],
+    until: float = math.inf,
+    on_round: Callable[[dict[str, dict[str, Any]]], None] = lambda runs: None,
 ) -> dict[str, dict[str, Any]]:
     """Lets arms take turns.
 
@@ -48,6 +52,8 @@ def race(
         rounds (int): how often each takes its turn, after a first one that does not count.
         failed (dict[str, str]): errors by name; gets more.
         until (float): once ``time.monotonic()`` says so, no further round but the first that counts begins.
+        on_round (Callable[[dict[str, dict[str, Any]]], None]): gets what is returned, as it is after each round that
+            counts: a run that is killed has its rounds.
 
     Returns:
         dict[str, dict[str, Any]]: for each name and figure the values of all rounds, their median, minimum and maximum;
@@ -62,6 +68,12 @@ def race(
             print(f"round {number}, {name}: {figures}", file=sys.stderr, flush=True)
             if number > 0 and figures is not None:
                 rows[name].append(figures)
+        if number > 0:
+            on_round(_summary(rows, failed))
+    return _summary(rows, failed)
+
+
+def _summary(rows: dict[str, list[Figures]], failed: dict[str, str]) -> dict[str, dict[str, Any]]:
     return {
         name: {"error": failed[name]}
         if name in failed

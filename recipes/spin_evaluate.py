@@ -200,7 +200,8 @@ class SPINEvaluate:
                         selfplay.prove_weights(
                             generator, model, world, prompts, sampling, packing=packing, chunk_tokens=2048
                         )
-                    selfplay.play(store, mine, game, generator, team=team, on_shard=bar.update)
+                    with fail_together(world, OutputError):  # inside, each rank makes its shards by itself
+                        selfplay.play(store, mine, game, generator, team=team, on_shard=bar.update)
         if generator is not None:
             generator.close()
         model = generator = None

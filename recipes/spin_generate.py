@@ -56,7 +56,9 @@ class SPINGenerate:
 
     def __init__(self, cfg: DictConfig) -> None:
         check_run(cfg)
-        if not 0 <= cfg.worker < cfg.num_workers:
+        if cfg.num_workers < 1:
+            raise ConfigError(f"num_workers={cfg.num_workers}: expected how many machines answer, 1 or more.")
+        if type(cfg.worker) is not int or not 0 <= cfg.worker < cfg.num_workers:
             raise ConfigError(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
         self._cfg = cfg
         self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
@@ -133,7 +135,8 @@ class SPINGenerate:
                 chunk_tokens=cfg.logprob_chunk_tokens,
             )
             watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
-            selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
+            with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
+                selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
         is_stopped = any_rank(self._stop.is_asked, world)  # waits for all ranks
         if world.is_main:
             left = store.missing_shards()

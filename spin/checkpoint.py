@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 
+from spin.data.chat import ChatTokenizer
 from spin.distributed import World, beside, clean_name, fail_together, gather_objects, local_tensor, reshard
 from spin.dtypes import DTYPES
 from spin.errors import CheckpointError, ConfigError, SpinError
@@ -122,15 +123,15 @@ class SPINCheckpointer:
         least, usual = self._disk_bytes(parameters)
         if free < least:
             raise CheckpointError(
-                f"{self.output_dir}: {_gib(free)} free, but one state and one export of {parameters / 1e9:.2f}B "
-                f"parameters take {_gib(least)} to {_gib(usual)}. Free some space or change output_dir."
+                f"{self.output_dir}: {_size(free)} free, but one state and one export of {parameters:,} "
+                f"parameters take {_size(least)} to {_size(usual)}. Free some space or change output_dir."
             )
         # A new state is complete before an old one goes.
         wanted = usual * (self.keep_last + self.keep_best + 1)
         if free < wanted and self._complete() == []:
             log.warning(
-                f"{self.output_dir}: {_gib(free)} free; keep_last={self.keep_last} and keep_best={self.keep_best} with "
-                f"fp32 AdamW can need {_gib(wanted)}."
+                f"{self.output_dir}: {_size(free)} free; keep_last={self.keep_last} and keep_best={self.keep_best} "
+                f"with fp32 AdamW can need {_size(wanted)}."
             )
 
     def _disk_bytes(self, parameters: int) -> tuple[int, int]:
@@ -147,20 +148,32 @@ class SPINCheckpointer:
         """Puts the weights that the run started from into the model; see :mod:`spin.mixed_opponent`."""
         self.load_model(model, world)
 
-    def export(self, model: nn.Module, iteration: int, world: World) -> Path:
+    def export(self, model: nn.Module, iteration: int, world: World, tokenizer: object = None) -> Path:
         """Writes the model for transformers and vLLM; see :func:`spin.hf.export_hf`. Waits for a state being written.
 
         Args:
             model (nn.Module): sharded or plain.
             iteration (int): counted from 0, in the folder's name.
             world (World): the ranks.
+            tokenizer (object): the run's. Of a :class:`spin.data.ChatTokenizer` the folder gets the files, and the chat
+                template that the config put in place of the folder's own; else ``checkpoint_dir``'s.
 
         Returns:
             Path: ``output_dir/iteration_NNN/hf_model``.
         """
         self.wait()
         out_dir = self.output_dir / f"iteration_{iteration:03d}" / "hf_model"
-        return export_hf(model, self.checkpoint_dir, out_dir, self.model_type, dtype=self.export_dtype, world=world)
+        own = tokenizer if isinstance(tokenizer, ChatTokenizer) else None
+        return export_hf(
+            model,
+            self.checkpoint_dir,
+            out_dir,
+            self.model_type,
+            dtype=self.export_dtype,
+            world=world,
+            tokenizer_dir=None if own is None else own.path,
+            chat_template=None if own is None else own.chat_template,
+        )
 
     # ---- save
 
@@ -435,8 +448,8 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
 
 
 def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -518,7 +531,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: no such folder. Give a folder like checkpoints/step_00000100, auto or never.")
     file = folder / MANIFEST
     if not file.is_file():
-        raise CheckpointError(f"{folder}: no {MANIFEST}, so this is no state, or one whose saving was interrupted.")
+        states = sorted(path.name for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name))
+        hint = f" Give one of the states in it: {', '.join(states[-5:])}." if states else ""
+        raise CheckpointError(
+            f"{folder}: no {MANIFEST}, so this is no state, or one whose saving was interrupted.{hint}"
+        )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         checksum = content.pop("checksum")

@@ -36,6 +36,7 @@ _PACKAGES = {  # of torchtune's loggers, which import them when they are made: a
     "TensorBoardLogger": "tensorboard",
 }
 _LEAST_MOVED_SHARE = 0.1
+_SECTIONS = ("model", "tokenizer", "checkpointer", "dataset", "generator", "loss", "optimizer")
 _RESULTS_DEPEND_ON = (
     "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
     "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
@@ -54,6 +55,10 @@ def check_run(cfg: DictConfig) -> None:
     """
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     faults = Faults()
+    for section in _SECTIONS:
+        if plain[section] is None:
+            faults.add(f"{section}=null: expected a section with _component_; a run cannot do without it.")
+    faults.raise_if_any()
 
     def attempt(name: str, check: Callable[[], object]) -> None:
         try:
@@ -64,8 +69,18 @@ def check_run(cfg: DictConfig) -> None:
         except (TypeError, ValueError, OverflowError) as error:  # a list among numbers, infinity as a count
             faults.add(f"{name}={OmegaConf.select(cfg, name)!r}: {error}.")
 
+    for name in ("max_iterations", "max_epochs"):
+        _at_least(plain, name, 1, faults)
+    if plain["max_steps"] is not None and type(plain["max_steps"]) is not int:
+        faults.add(f"max_steps={plain['max_steps']!r}: expected a whole number, or -1 for no limit.")
+    if type(plain["seed"]) is not int:
+        faults.add(f"seed={plain['seed']!r}: expected a whole number. There is no random choice of seeds here.")
+    resume = plain["resume"]
+    if not isinstance(resume, str) or not resume:
+        faults.add(f"resume={resume!r}: expected auto (the newest state, if any), never, or a state's folder.")
     iterations = plain["max_iterations"]
-    attempt("max_iterations", lambda: SPINProgress(1, plain["max_epochs"], iterations, plain["max_steps"]))
+    if not faults.messages:
+        attempt("max_steps", lambda: SPINProgress(1, plain["max_epochs"], iterations, plain["max_steps"]))
     for section, key in (("loss", "beta"), ("optimizer", "lr")):
         value = plain[section].get(key)
         if value is None:  # its default goes with the default component
@@ -287,14 +302,14 @@ def check_unchanged(
             f"{', '.join(moved)} can change between iterations only: the run in {output_dir} is within one, whose "
             "samples are chosen and answered. Finish it first, or name the state at its start in resume=<path>."
         )
-    changed = differences(
-        {name: value for name, value in old.items() if name not in allowed},
-        {name: value for name, value in new.items() if name not in allowed},
-    )
+    missing = object()
+    names = sorted({*old, *new} - {*allowed})
+    changed = [name for name in names if old.get(name, missing) != new.get(name, missing)]
     if changed:
+        told = differences(*({name: run[name] for name in changed if name in run} for run in (old, new)))
         raise CheckpointError(
-            f"The run in {output_dir} was started with another config: {'; '.join(changed)}. Restore it, start a new "
-            "output_dir, or name what may change in resume_with_changes."
+            f"The run in {output_dir} was started with another config: {'; '.join(told)}. Restore it, start a new "
+            f"output_dir, or allow it by resume_with_changes=[{','.join([*allowed, *changed])}]."
         )
 
 

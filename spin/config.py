@@ -38,6 +38,7 @@ from omegaconf.errors import (
 )
 
 from spin.errors import ConfigError, SpinError, wants_traceback
+from spin.terminal import write_any_text
 
 COMPONENT = "_component_"
 EXTRA = "_extra_"
@@ -85,6 +86,7 @@ _DANGER = "run code, start processes, write files or read pickles"
 # Arguments of torchtune components that are themselves import paths: torchtune imports and calls what they name.
 PATH_ARGUMENTS = ("prompt_template",)
 
+_YAML_MARKS = tuple("*&!%@`|>")  # texts that begin with one of these are no plain texts in YAML
 _DOTPATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -124,7 +126,8 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
 
     Errors that a user can mend (:class:`~spin.errors.SpinError`, and values that are missing or refer to nothing) end
     the program with ``error: ...`` on stderr and exit code 1; ``SPIN_TRACEBACK=1`` shows where they were raised. Under
-    torchrun rank 0 prints the whole text and the other ranks its first line. Any other exception propagates.
+    torchrun rank 0 prints the whole text and the other ranks its first line. Ctrl-C ends it likewise, with exit code
+    130. Any other exception propagates.
 
     Args:
         defaults (dict[str, Any]): every knob of the recipe with its default; see :func:`complete`.
@@ -136,6 +139,7 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
     def decorate(recipe_main: Callable[[DictConfig], int | None]) -> Callable[[], None]:
         @functools.wraps(recipe_main)
         def wrapper() -> None:
+            write_any_text()
             name, overrides = _read_argv(sys.argv[1:], recipe_main.__doc__)
             _tell_of_namesake(recipe_main)
             try:
@@ -151,6 +155,11 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
                     raise
                 _print_error(str(error))
                 sys.exit(1)
+            except KeyboardInterrupt:
+                if wants_traceback():
+                    raise
+                _print_error("interrupted. The same command goes on from what was saved before.")
+                sys.exit(130)
             sys.exit(code)
 
         return wrapper
@@ -343,7 +352,8 @@ def _apply_override(cfg: DictConfig, override: str, faults: Faults) -> None:
         OmegaConf.update(cfg, key, value, merge=True, force_add=True)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
-        faults.add(f"override {override!r}: the value is not valid YAML: {problem}.")
+        hint = f" A text that begins so is quoted: \"{key}='{text}'\"." if text[:1] in _YAML_MARKS else ""
+        faults.add(f"override {override!r}: the value is not valid YAML: {problem}.{hint}")
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         faults.add(f"override {override!r}: {_first_line(error)}")
 
@@ -727,7 +737,8 @@ def instantiate(node: DictConfig | Mapping[str, Any] | None, *args: Any, **kwarg
         Any: the object, or None for no section.
 
     Raises:
-        ConfigError: If there is no component, it is not allowed, or the arguments do not fit its signature.
+        ConfigError: If there is no component, it is not allowed, the arguments do not fit its signature, or the file of
+            a tokenizer cannot be read.
         SpinError: If the component raises one; the message names the section.
     """
     if node is None:
@@ -775,6 +786,13 @@ def _build(
             raise
         # what a data set says of itself does not know that it is the one for validation, say
         raise type(error)(f"{where}: {error}") from error
+    except OSError as error:
+        if (
+            where.rpartition(".")[2] != "tokenizer"
+        ):  # spin's own parts tell of their files; a metrics service may be down
+            raise
+        # torchtune's tokenizers: a file that is not there, or a folder
+        raise ConfigError(f"{where}: {name} cannot be made: {error}. Check the paths of the section.") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"{where}: {name} does not take these values ({type(error).__name__}: {error}{_place_in(name, error)}). "

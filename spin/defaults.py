@@ -54,7 +54,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
     "limit_val_batches": 1.0,
     "val_check_interval": 0.5,
     "save_interval": 1.0,
-    "stop_signals": ["SIGTERM", "SIGUSR1"],
+    "stop_signals": ["SIGINT", "SIGTERM", "SIGUSR1"],
     "clip_grad_norm": 1.0,
     "on_nonfinite": "stop",
     "nonfinite_limit": 5,

@@ -214,7 +214,9 @@ def shard_model(
             "SPIN trains torchtune decoders (torchtune.modules.TransformerDecoder)."
         )
     if cpu_offload and world.device.type == "cpu":
-        raise ConfigError("cpu_offload moves parameters off the GPU, but device is cpu. Set cpu_offload=false.")
+        raise ConfigError(
+            "fsdp_cpu_offload=true moves parameters off the GPU, but device is cpu. Set fsdp_cpu_offload=false."
+        )
     ignored: set[nn.Parameter] = set()
     if world.world_size == 1 and not cpu_offload:
         frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)

@@ -150,10 +150,12 @@ def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) ->
         Estimate: all parts.
 
     Raises:
-        ConfigError: If a number of ranks cannot be, or the model is none of torchtune's decoders.
+        ConfigError: If a number cannot be, or the model is none of torchtune's decoders.
     """
     if ranks < 1 or ranks % cfg.replicas:
         raise ConfigError(f"ranks={ranks}: expected 1 or more, in multiples of replicas={cfg.replicas}.")
+    if pair_tokens is not None and pair_tokens < 1:
+        raise ConfigError(f"pair_tokens={pair_tokens}: expected the mean tokens of a pair, 1 or more.")
     shards = ranks // cfg.replicas
     dtype, compute = (training.get_dtype(name, torch.device("cpu")) for name in (cfg.dtype, cfg.compute_dtype))
     base_dtype = training.get_dtype(cfg.base_dtype, torch.device("cpu")) if "base_dtype" in cfg else dtype

@@ -50,11 +50,14 @@ class FolderLock:
         shared (bool): let others in that share it too.
 
     Raises:
-        OutputError: If another process holds it, or the folder cannot be written.
+        OutputError: If another process holds it, if the folder is none or cannot be written, or if its file system has
+            no locks.
     """
 
     def __init__(self, folder: Path, shared: bool = False) -> None:
         self._file = folder / LOCK
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder}: is a file, expected a folder to write to. Give another output_dir.")
         with writing(self._file):
             folder.mkdir(parents=True, exist_ok=True)
             self._stream = self._file.open("a+", encoding="utf-8")
@@ -68,6 +71,13 @@ class FolderLock:
                 f"{folder}: another run is writing here ({holder}). Wait for it, stop it, or give this run an "
                 "output_dir of its own."
             ) from None
+        except OSError as error:
+            self._stream.close()
+            raise OutputError(
+                f"{self._file}: cannot be locked ({error.strerror or error}), and without a lock two runs could write "
+                "here at once. Is this a network file system without locks? Mount it with them, or give an output_dir "
+                "on another one."
+            ) from error
         with writing(self._file):
             self._stream.truncate(0)
             self._stream.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -79,26 +89,36 @@ class FolderLock:
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Waits until no other process, on this host or another, is in such a block for the same path.
+def taking_turns(path: Path) -> Iterator[None]:
+    """Lets one process at a time run a block that looks at ``path`` and then changes it; others wait here.
+
+    The lock is the system's, on a hidden file beside ``path`` that stays. It ends with the process, however that ends.
 
     Args:
-        path (Path): what the block looks at and replaces; the lock is on a hidden file beside it, which stays.
+        path (Path): what the block is about; it need not exist.
 
     Yields:
-        None: the block runs alone.
+        None: no other process is in such a block for this path.
 
     Raises:
-        OutputError: If the folder cannot be written.
+        OutputError: If the lock's file cannot be made or locked.
     """
     file = path.with_name(f".{path.name}{LOCK}")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("a", encoding="utf-8")
-    with stream:  # closing it ends the lock
+        stream = file.open("a+", encoding="utf-8")
+    with stream:
         with writing(file):
             fcntl.lockf(stream, fcntl.LOCK_EX)
         yield
+
+
+def unused_name(path: Path) -> Path:
+    """Where ``path`` can be kept when something else takes its place: ``<name>.stale-0``, or the next number."""
+    n = 0
+    while (aside := path.with_name(f"{path.name}.stale-{n}")).exists():
+        n += 1
+    return aside
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -108,6 +128,21 @@ def write_json(file: Path, content: Any) -> None:
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file that a kill may have cut short, even within a character; empty ones are left out.
+
+    Only a line feed ends a line. ``str.splitlines`` also splits at characters that JSON leaves in its texts as they
+    are, such as U+2028.
+
+    Args:
+        file (Path): UTF-8; what is not becomes U+FFFD.
+
+    Returns:
+        list[str]: without their line feeds.
+    """
+    return [line.decode("utf-8", errors="replace") for line in file.read_bytes().split(b"\n") if line]
 
 
 def replace_text(file: Path, text: str) -> None:

@@ -13,7 +13,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,7 @@ _NO_CONFIG = "Every Hugging Face model has one: download the model again."
 INDEX = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
 # What an exported model needs beside weights and config, and what its licence asks to pass on.
-_COMPANIONS = (
-    "generation_config.json",
+_TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -55,10 +54,14 @@ _COMPANIONS = (
     "merges.txt",
     "*.tiktoken",
     "chat_template*",
+)
+_COMPANIONS = (
+    "generation_config.json",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
 )
+_CHAT_TEMPLATE = "chat_template.jinja"  # goes before what tokenizer_config.json has
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 _LM_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _INV_FREQ = "rotary_emb.inv_freq"  # a table that old folders hold; torchtune computes its own
@@ -613,6 +616,8 @@ def export_hf(
     dtype: torch.dtype,
     world: World,
     max_file_bytes: int = MAX_FILE_BYTES,
+    tokenizer_dir: Path | None = None,
+    chat_template: str | None = None,
 ) -> Path:
     """Writes a model as a Hugging Face folder that transformers and vLLM load: weights, config, tokenizer, licence.
 
@@ -627,6 +632,8 @@ def export_hf(
         dtype (torch.dtype): of the written weights.
         world (World): the ranks.
         max_file_bytes (int): a file ends with the layer before the one that would exceed this many bytes.
+        tokenizer_dir (Path | None): where the tokenizer's files come from; None is ``source_dir``.
+        chat_template (str | None): Jinja, in place of the one among those files.
 
     Returns:
         Path: ``out_dir``.
@@ -669,7 +676,11 @@ def export_hf(
                 _write_tensors(mine, part / names[first + world.rank])
     with fail_together(world, CheckpointError):
         if world.is_main:
-            _write_companions(source, part)
+            _write_companions(source, part, _COMPANIONS)
+            _write_companions(tokenizer_dir or source, part, _TOKENIZER_FILES)
+            if chat_template is not None:
+                (part / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+                sync(part / _CHAT_TEMPLATE)
             if len(files) > 1:
                 _write_index(part / INDEX, files, names, dtype)
             write_json(part / CONFIG, _exported_config(config, dtype, tied="output.weight" not in tensors))
@@ -704,9 +715,9 @@ def _write_index(file: Path, files: list[list[_Group]], names: list[str], dtype:
     write_json(file, {"metadata": {"total_size": elements * dtype.itemsize}, "weight_map": dict(sorted(where.items()))})
 
 
-def _write_companions(source: Path, part: Path) -> None:
+def _write_companions(source: Path, part: Path, patterns: Sequence[str]) -> None:
     for file in sorted(source.iterdir()):
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in _COMPANIONS):
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
             shutil.copyfile(file, part / file.name)
             sync(part / file.name)
 

@@ -211,13 +211,14 @@ class LoRACheckpointer(SPINCheckpointer):
             )
         super().load_state(path, model=model, optimizer=optimizer, world=world)
 
-    def export(self, model: nn.Module, iteration: int, world: World) -> Path:
+    def export(self, model: nn.Module, iteration: int, world: World, tokenizer: object = None) -> Path:
         """Writes the adapter for peft, and the merged model; waits for a state being written. Collective.
 
         Args:
             model (nn.Module): sharded or plain.
             iteration (int): counted from 0, in the folder's name.
             world (World): the ranks.
+            tokenizer (object): see :meth:`spin.checkpoint.SPINCheckpointer.export`.
 
         Returns:
             Path: ``output_dir/iteration_NNN/hf_model``, or ``adapter`` beside it without ``export_merged``.
@@ -225,4 +226,4 @@ class LoRACheckpointer(SPINCheckpointer):
         self.wait()
         out_dir = self.output_dir / f"iteration_{iteration:03d}" / "adapter"
         export_peft(model, self.checkpoint_dir, out_dir, self.model_type, world=world)
-        return super().export(model, iteration, world) if self.export_merged else out_dir
+        return super().export(model, iteration, world, tokenizer) if self.export_merged else out_dir

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from spin.data.packing import PackedRow
 from spin.distributed import World, fail_together, local_tensor
 from spin.errors import ConfigError, OutputError, SpinError, wants_traceback
-from spin.files import writing
+from spin.files import read_lines, unused_name, writing
 from spin.tables import log_table, sample_table
 
 log = logging.getLogger(__name__)
@@ -217,7 +217,7 @@ class MetricsFile:
         self._path = path
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in read_lines(path):
                 try:
                     if json.loads(line)["step"] <= from_step:
                         kept.append(line + "\n")
@@ -326,10 +326,21 @@ class RunLog:
     def _begin(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int) -> None:
         self._service = MetricService(make_logger)
         self._service.log_config(cfg)
-        self._file = MetricsFile(self._folder / "metrics.jsonl", from_step)
-        self._samples = MetricsFile(self._folder / "samples.jsonl", from_step)
+        names = ("metrics.jsonl", "samples.jsonl")
+        if cfg.get("resume") == "never":
+            self._keep_log(names)
+        self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
         with writing(self._folder / "config.yaml"):
             OmegaConf.save(cfg, self._folder / "config.yaml", resolve=True)
+
+    def _keep_log(self, names: Sequence[str]) -> None:
+        """What was asked to start anew does not go on with the files of the run before, which may have come far."""
+        for file in (self._folder / name for name in names):
+            if file.exists() and file.stat().st_size:
+                aside = unused_name(file)
+                with writing(aside):
+                    file.rename(aside)
+                log.warning(f"{file} is of a run before this one, and resume is never: kept as {aside.name}.")
 
     @property
     def has_failed(self) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 from torch import nn
@@ -37,12 +38,12 @@ def mix_references(pairs: Iterable[Pair], starts: Iterable[Pair], share: float) 
     Raises:
         StoreError: If the two are not the same pairs.
     """
-    for pair, start in zip(pairs, starts, strict=True):
-        if pair.key != start.key or len(pair.generated) != len(start.generated):
+    for pair, start in zip_longest(pairs, starts):
+        if pair is None or start is None or pair.key != start.key or len(pair.generated) != len(start.generated):
+            ours, theirs = ("nothing" if each is None else each.sample_id for each in (pair, start))
             raise StoreError(
-                f"sample {pair.sample_id} was scored by the iteration's opponent where the run's start scored "
-                f"{start.sample_id}: the two stores do not belong together. Remove the iteration's folder pairs_start; "
-                "it will be made again."
+                f"the iteration's opponent scored sample {ours} where the run's start scored {theirs}: the two stores "
+                "do not belong together. Remove the iteration's folder pairs_start; it will be made again."
             )
         yield replace(
             pair,

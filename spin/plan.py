@@ -13,6 +13,7 @@ from spin.data.order import epoch_order, iteration_items
 from spin.data.prompts import PromptDataset
 from spin.data.streams import PromptStream
 from spin.data.types import Pair
+from spin.errors import ConfigError
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,12 @@ class RunPlan:
         self._size = size = cfg.global_batch_size
         self._history = cfg.pairs.history, cfg.pairs.history_fraction
         self.steps = compute_num_steps_per_epoch(prompts.samples_per_iteration, size, cfg.limit_train_batches)
+        if self.steps < 1:
+            raise ConfigError(
+                f"global_batch_size={size}: an epoch has no step, so nothing would be trained. An iteration can play "
+                f"{prompts.samples_per_iteration} samples, and limit_train_batches is {cfg.limit_train_batches}. Lower "
+                "the batch size, add data, or raise the limit."
+            )
         per_epoch = [len(self.items(iteration)) // size for iteration in range(cfg.max_iterations)]
         self.progress = SPINProgress(per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
         self.val_every = compute_interval("val_check_interval", cfg.val_check_interval, self.steps)

@@ -145,6 +145,13 @@ def check_evaluation(cfg: DictConfig) -> None:
             for line in str(error).splitlines():
                 faults.add(prefix + line)
 
+    for name in ("candidate", "baseline", "judge", "dataset", "sampling"):
+        if cfg[name] is None:
+            faults.add(f"{name}=null: expected a section; an evaluation cannot do without it.")
+    for role in players_of(cfg):
+        if cfg[role] is not None and cfg[role].generator is None:
+            faults.add(f"{role}.generator=null: expected a section with _component_, which answers.")
+    faults.raise_if_any()
     if cfg.verdict not in evaluation.VERDICTS:
         faults.add(f"verdict={cfg.verdict!r}: expected {' or '.join(evaluation.VERDICTS)}.")
     for role in players_of(cfg):

@@ -78,8 +78,10 @@ def compute_interval(name: str, interval: int | float, steps_per_epoch: int) -> 
         int: steps, 0 for never.
 
     Raises:
-        ConfigError: If the interval is negative, a share above 1, or a share of less than one step.
+        ConfigError: If the interval is no number, negative, a share above 1, or a share of less than one step.
     """
+    if isinstance(interval, bool) or not isinstance(interval, (int, float)):
+        raise ConfigError(f"{name}={interval!r}: expected a number of batches, or a share of the epoch; 0 is never.")
     if interval < 0 or (isinstance(interval, float) and interval > 1.0):
         raise ConfigError(
             f"{name}={interval}: expected a number of batches, or a share of the epoch in [0.0, 1.0]; 0 is never."
@@ -230,6 +232,11 @@ def parse_max_time(text: str | None) -> float | None:
     """
     if text is None:
         return None
+    if isinstance(text, int) and not isinstance(text, bool):
+        raise ConfigError(
+            f"max_time={text}: expected DD:HH:MM:SS. YAML reads digits with colons as a number unless the first is 0: "
+            "put quotes around them, max_time: '10:00:00:00', and on the command line \"max_time='10:00:00:00'\"."
+        )
     parts = str(text).split(":")
     if len(parts) != 4 or not all(part.isdigit() for part in parts):
         raise ConfigError(

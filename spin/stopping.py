@@ -6,11 +6,15 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
 from spin.errors import ConfigError
 from spin.progress import RunTimer
+
+_ONE_CTRL_C_SECONDS = 1.0
+_TOLD_AT_CTRL_C = b"\nStopping when this step, or shard of answers, is done and saved; Ctrl-C again ends at once.\n"
 
 
 def parse_signals(names: Sequence[str]) -> list[signal.Signals]:
@@ -47,6 +51,7 @@ class StopRequest:
         self._signals = parse_signals(signals)
         self._timer = RunTimer(max_time)
         self._before: dict[signal.Signals, Any] = {}
+        self._interrupted_at: float | None = None  # by the first Ctrl-C
         self.is_signalled = False
 
     def install(self) -> None:
@@ -60,7 +65,22 @@ class StopRequest:
         self._before = {}
 
     def note(self, signum: int, frame: object) -> None:
-        """The signals' handler."""
+        """The signals' handler.
+
+        Args:
+            signum (int): the signal's number.
+            frame (object): where it came.
+
+        Raises:
+            KeyboardInterrupt: At a second Ctrl-C. A launcher may hand on the first one twice within a moment.
+        """
+        if signum == signal.SIGINT:
+            if self._interrupted_at is None:
+                self._interrupted_at = time.monotonic()
+                if os.environ.get("RANK", "0") == "0":
+                    os.write(2, _TOLD_AT_CTRL_C)  # print() could interrupt itself here
+            elif time.monotonic() - self._interrupted_at > _ONE_CTRL_C_SECONDS:
+                raise KeyboardInterrupt
         self.is_signalled = True
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shlex
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -160,7 +161,7 @@ def iteration_summary(
         ("checkpoint", checkpoint),
         ("pairs", folder / "pairs"),
         ("log", output / "metrics.jsonl"),
-        ("report", f"python -m spin report {output}"),
+        ("report", f"python -m spin report {shlex.quote(str(output))}"),
     ):
         lines.append(f"{label:>22}: {path}")
     return "\n".join(lines)
@@ -205,7 +206,7 @@ def closing_words(output_dir: Path, progress: SPINProgress, had_steps_left: bool
             f"The run in {output_dir} was finished before, after {progress.step} steps: nothing was left to do. "
             "output_dir=<another folder> starts a new one."
         ]
-    lines.append(f"  look at it:  python -m spin report {output_dir}")
+    lines.append(f"  look at it:  python -m spin report {shlex.quote(str(output_dir))}")
     if models:
         lines.append(f"  use it:      {models[-1]} loads in transformers and vLLM")
     if progress.step >= progress.iteration_start(progress.max_iterations):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -30,6 +31,13 @@ def get_logger(level: str = "INFO") -> logging.Logger:
         log.addHandler(logging.StreamHandler())
     log.setLevel(level if os.environ.get("RANK", "0") == "0" else "WARNING")
     return log
+
+
+def write_any_text() -> None:
+    """Lets the screen take any text: what its encoding lacks is written as ``\\xe9``, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def progress_bar(

@@ -108,13 +108,14 @@ class Watch:
         if (share := answers["truncated_share"]) > (self._limits["truncated_share"] or 1):
             found["truncated_share"] = (
                 f"{share:.1%} of the opponent's answers were cut by sampling.max_new_tokens: they may have lost their "
-                "end. Look at them in samples.jsonl; raise max_new_tokens, or train less"
+                f"end. See `python -m spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
+                "Raise max_new_tokens, or train less"
             )
         drift, limit = answers.get("length_drift", 1.0), self._limits["length_drift"]
         if limit is not None and not 1 / limit <= drift <= limit:
             found["length_drift"] = (
                 f"the opponent's answers are {drift:.2f} times as long as in iteration 0: the policy may be drifting "
-                "away in length. Look at them in samples.jsonl; lower optimizer.lr, or raise loss.beta"
+                "away in length. Look at some with `python -m spin pairs`; lower optimizer.lr, or raise loss.beta"
             )
         alarm = self._report(iteration, found)
         if alarm is not None:

@@ -16,11 +16,12 @@ from torch import nn
 from torch.distributed import checkpoint as dcp
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spin.checkpoint
 import spin.files
 from spin.checkpoint import SPINCheckpointer
+from spin.data import ChatTokenizer
 from spin.distributed import init_world, shard_model
 from spin.errors import CheckpointError, ConfigError
 from spin.files import old_of
@@ -180,7 +181,11 @@ def test_latest(checkpointer, world, tmp_path):
     assert checkpointer.latest("auto") == ten
     assert checkpointer.latest("never") is None
     assert checkpointer.latest(str(one)) == one
-    for path, message in ((tmp_path / "no", "no such folder"), (tmp_path, "no manifest.json")):
+    for path, message in (
+        (tmp_path / "no", "no such folder"),
+        (tmp_path, "no manifest.json"),
+        (one.parent, "no manifest.json.* Give one of the states in it: step_00000001, step_00000010"),
+    ):
         with pytest.raises(CheckpointError, match=message):
             checkpointer.latest(str(path))
 
@@ -530,7 +535,7 @@ def test_validate(tiny_lm, tmp_path, monkeypatch, caplog):
     good.validate()  # 0.9M parameters: a state and an export are 13 MB, three states 39 MB
     assert "can need" in caplog.text
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(CheckpointError, match="free, but one state and one export"):
+    with pytest.raises(CheckpointError, match=r"1\.0 MiB free, but one .* of 918,656 parameters take 5\.3 MiB to"):
         good.validate()
 
 
@@ -559,6 +564,24 @@ def test_load_model_and_export(tiny_lm, tmp_path, world):
     with torch.no_grad():
         theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)(ids).logits
         torch.testing.assert_close(theirs, model(ids), rtol=1e-4, atol=1e-4)
+
+
+def test_export_asks_as_the_run_did(tiny_lm, tmp_path, world):
+    """The config's chat template and tokenizer go with the model: transformers, vLLM and an evaluation render alike."""
+    from tests.families import tiny_lm_model
+
+    base, template = tmp_path / "base", "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
+    shutil.copytree(tiny_lm, base, ignore=shutil.ignore_patterns("tokenizer*"))
+    tokenizer = ChatTokenizer(tiny_lm, chat_template=template)
+    checkpointer = SPINCheckpointer(str(base), "LLAMA3_2", str(tmp_path))
+    path = checkpointer.export(tiny_lm_model(), 0, world, tokenizer)
+    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    assert ChatTokenizer(path).encode_pair(talk) == tokenizer.encode_pair(talk)
+    assert AutoTokenizer.from_pretrained(path).apply_chat_template(talk, tokenize=False) == (
+        "[user] Hello<|im_end|>[assistant] Hi<|im_end|>"
+    )
+    own = checkpointer.export(tiny_lm_model(), 0, world, ChatTokenizer(tiny_lm))
+    assert not (own / "chat_template.jinja").exists()
 
 
 def test_old_of_is_not_taken_for_a_state_of_its_own(checkpointer, world):

@@ -520,6 +520,21 @@ def test_what_a_component_raises_about_its_values_names_the_section():
         config.instantiate(cfg.optimizer, [torch.nn.Parameter(torch.ones(1))])
 
 
+def test_an_override_that_yaml_takes_for_something_else_says_how_to_quote_it(write):
+    path = write("dataset: {source: a.jsonl}")
+    with pytest.raises(ConfigError, match=r"quoted: \"dataset\.source='\*\.jsonl'\"\."):
+        config.load_config(path, ["dataset.source=*.jsonl"])
+    assert config.load_config(path, ["dataset.source='*.jsonl'"]).dataset.source == "*.jsonl"
+
+
+def test_a_tokenizers_file_that_cannot_be_read_is_told_with_its_section(tmp_path):
+    cfg = OmegaConf.create(
+        {"tokenizer": {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(tmp_path)}}
+    )
+    with pytest.raises(ConfigError, match=r"^tokenizer: torchtune\.models.*Is a directory.*Check the paths"):
+        config.instantiate(cfg.tokenizer)
+
+
 def test_what_a_component_of_your_own_raises_names_its_line(tmp_path, monkeypatch):
     """The last line of the user's package, not that of the library which it called."""
     (tmp_path / "my_losses.py").write_text(

@@ -249,7 +249,7 @@ def test_materialize_names_buffers_that_nothing_can_fill(world):
 def test_shard_model_refuses_what_it_cannot_do(world):
     with pytest.raises(ConfigError, match="no `layers`"):
         shard_model(torch.nn.Linear(2, 2), world, compute_dtype=torch.float32)
-    with pytest.raises(ConfigError, match="cpu_offload=false"):
+    with pytest.raises(ConfigError, match="Set fsdp_cpu_offload=false"):
         shard_model(build(), world, compute_dtype=torch.float32, cpu_offload=True)
 
 

@@ -182,9 +182,11 @@ def test_a_mixture_counts_as_the_longest_of_its_sources():
     assert limits == [300, None, 12]
 
 
-def test_ranks_must_fit():
+def test_numbers_that_cannot_be():
     with pytest.raises(ConfigError, match="multiples of replicas=2"):
         estimate(config("llama3_1/8B_full", "replicas=2"), ranks=3)
+    with pytest.raises(ConfigError, match="pair_tokens=-5: expected the mean tokens of a pair, 1 or more"):
+        estimate(config("llama3_1/8B_full"), pair_tokens=-5)
 
 
 def test_the_command_prints_all_parts_and_answers_a_wrong_name(capsys):

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from spin.checks import check_moved_share
+from spin.cli.runs import read_json_lines
 from spin.data import Pair, Response, pack_row
 from spin.distributed import init_world, shard_model
 from spin.loss import SPINLoss
-from spin.metrics import MetricsFile, MovedShare, PairSums, pair_metrics
+from spin.metrics import MetricsFile, MovedShare, PairSums, RunLog, pair_metrics
 from spin.optim import AdamWStochasticRounding
 
 
@@ -162,3 +164,28 @@ def test_metrics_file_forgets_what_will_be_made_again(tmp_path):
         {"step": 3, "loss": 1.5},
         {"step": 4, "loss": 9.0},
     ]
+
+
+def test_metrics_file_keeps_texts_with_line_separators_and_outlives_a_cut_character(tmp_path):
+    """JSON leaves U+2028, U+2029 and U+0085 as they are, and a kill can end a write between a character's bytes."""
+    path = tmp_path / "samples.jsonl"
+    row = {"real": "one\u2028two\u2029three\x85four"}
+    MetricsFile(path, from_step=-1).write(1, row)
+    with path.open("ab") as stream:
+        stream.write('{"step": 2, "real": "é'.encode()[:-1])  # killed while writing
+    MetricsFile(path, from_step=1).write(2, {"real": "é"})
+    assert read_json_lines(path) == [{"step": 1, **row}, {"step": 2, "real": "é"}]
+
+
+def test_starting_anew_keeps_the_log_of_the_run_before(tmp_path, caplog):
+    """With resume=auto a run without a state makes its first lines again; with never it is another run."""
+    world, section = init_world("cpu"), {"output_dir": str(tmp_path), "log_every_n_steps": 1, "resume": "auto"}
+    RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.5})
+    RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.25})
+    assert read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.25}]
+    for loss in (0.125, 1.0):
+        never = OmegaConf.create(section | {"resume": "never"})
+        RunLog(never, lambda: None, -1, world).metrics(1, {"loss": loss})
+    kept = [tmp_path / f"metrics.jsonl.stale-{n}" for n in (0, 1)] + [tmp_path / "metrics.jsonl"]
+    assert [read_json_lines(file)[0]["loss"] for file in kept] == [0.25, 0.125, 1.0]
+    assert "resume is never: kept as metrics.jsonl.stale-1" in caplog.text

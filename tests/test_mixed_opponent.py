@@ -26,6 +26,8 @@ def test_log_probs_are_mixed_by_share():
 def test_other_pairs_are_refused(other):
     with pytest.raises(StoreError, match="do not belong together"):
         list(mix_references([pair("a", -1.0, -1.0)], [other], 0.5))
+    with pytest.raises(StoreError, match="sample b where the run's start scored nothing"):
+        list(mix_references([pair("a", -1.0, -1.0), pair("b", -1.0, -1.0)], [pair("a", -1.0, -1.0)], 0.5))
 
 
 def make_model():

@@ -61,7 +61,7 @@ def test_batches_follow_the_epochs_order_and_start_anywhere():
 
 
 def test_a_run_without_a_step_is_refused():
-    with pytest.raises(ConfigError, match="an epoch has no step"):
+    with pytest.raises(ConfigError, match="global_batch_size=.*: an epoch has no step.*samples"):
         plan(prompts=PromptDataset([PROMPTS[i] for i in range(3)]))
     with pytest.raises(ConfigError, match="val_check_interval=0.1"):
         plan(val_check_interval=0.1)

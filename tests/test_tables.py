@@ -1,5 +1,7 @@
 """What a run says at its start and its end."""
 
+from pathlib import Path
+
 from spin.progress import SPINProgress
 from spin.tables import closing_words, opening_words
 
@@ -19,6 +21,7 @@ def test_a_finished_run_says_that_it_was_finished_before(tmp_path):
     progress.advance(4)
     (tmp_path / "iteration_000" / "hf_model").mkdir(parents=True)
     assert closing_words(tmp_path, progress, had_steps_left=True).startswith("Finished after 1 steps")
+    assert "spin report 'my runs/a'" in closing_words(Path("my runs/a"), progress, had_steps_left=True)  # for a shell
     text = closing_words(tmp_path, progress, had_steps_left=False)
     assert "was finished before" in text and "iteration_000/hf_model loads in transformers" in text
     assert "max_iterations=2" in text

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from spin import terminal
+from spin import config, terminal
 
 
 class Terminal(io.StringIO):
@@ -76,3 +76,19 @@ def test_other_ranks_only_warn(monkeypatch, rank, level):
     assert logging.getLogger("spin.models").getEffectiveLevel() == level
     monkeypatch.delenv("RANK", raising=False)
     terminal.get_logger("INFO")
+
+
+def test_a_screen_without_unicode_ends_nothing(monkeypatch):
+    """A cluster's Latin or ASCII locale, and an answer in another script."""
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii", write_through=True))
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", "nowhere"])
+
+    @config.parse({})
+    def main(cfg):
+        """Never runs."""
+
+    with pytest.raises(SystemExit):
+        main()
+    print("caf\xe9 \u65e5")
+    assert screen.getvalue() == b"caf\\xe9 \\u65e5\n"

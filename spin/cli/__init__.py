@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from omegaconf.errors import OmegaConfBaseException
 
 from spin.errors import SpinError, wants_traceback
+from spin.terminal import write_any_text
 
 # name: module, what it does
 COMMANDS = {
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         SpinError: If ``SPIN_TRACEBACK=1`` asks for the traceback; so for the other errors that are a user's to mend.
     """
+    write_any_text()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from spin.errors import ConfigError, OutputError
+from spin.files import read_lines
 
 _ITERATION = re.compile(r"iteration_(\d+)")
 
@@ -27,7 +28,7 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_lines(file):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:  # cut short by a kill, or being written

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 # Vocabulary files, in the order in which one is enough to tell tokenizers apart.
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
+_ANY_VOCABULARY = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _PROBE_ANSWER = "Probe"
 # What a template or a foreign tokenizer raises on a conversation that it was not made for.
 _TOKENIZER_FAULTS = (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError)
@@ -95,8 +96,9 @@ class ChatTokenizer:
         self.path = Path(path).expanduser()
         self.max_seq_len = max_seq_len
         self._tokenizer = _load_tokenizer(self.path)
-        if chat_template is not None:
-            self._tokenizer.chat_template = _read_template(chat_template)
+        self.chat_template = None if chat_template is None else _read_template(chat_template)  # not the folder's own
+        if self.chat_template is not None:
+            self._tokenizer.chat_template = self.chat_template
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"The tokenizer in {self.path} has no chat template, so turns cannot be told apart. Set "
@@ -244,39 +246,52 @@ class ChatTokenizer:
         return self._tokenizer(texts, **options, verbose=False)["input_ids"]
 
     def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
-        from jinja2.exceptions import TemplateError
+        from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-        self._check_tools(messages)
+        self._check_shown(messages)
         tools = messages[0].get("tools") if messages else None
         plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
         try:
             return self._tokenizer.apply_chat_template(
                 plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
             )
+        except TemplateSyntaxError as error:
+            raise DataError(
+                f"the chat template is not valid Jinja, line {error.lineno}: {str(error.message).rstrip('.')}. "
+                "Mend tokenizer.chat_template, or the folder's own."
+            ) from error
         except (TemplateError, *_TOKENIZER_FAULTS) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"the chat template refuses the roles {roles or 'none'}: {error}. Fix the row, or set "
+                f"the chat template refuses the roles {roles or 'none'}: {str(error).rstrip('.')}. Fix the row, or set "
                 "tokenizer.chat_template to one that knows them."
             ) from error
 
-    def _check_tools(self, messages: Sequence[ChatMessage]) -> None:
+    def _check_shown(self, messages: Sequence[ChatMessage]) -> None:
         """Refuses what the template would leave out of the prompt without a word."""
         used = {
             "tools": any("tools" in message for message in messages),
             "calls": any("tool_calls" in message for message in messages),
             "results": any(message["role"] == "tool" for message in messages),
         }
-        lost = [what for what, is_used in used.items() if is_used and what not in self._shown_of_tools]
+        lost = [what for what, is_used in used.items() if is_used and what not in self._shown]
         if lost:
             raise DataError(
                 f"the conversation has tools, and the chat template does not show their {' and '.join(lost)}: the "
                 "model would not see them. Set tokenizer.chat_template to one that does, or remove the row."
             )
+        is_told = any(message["role"] == "system" and message["content"].strip() for message in messages)
+        if is_told and "system" not in self._shown:
+            raise DataError(
+                "the conversation has a system message, and the chat template does not show it: the model would not "
+                "see it. Set tokenizer.chat_template to one that does, write it into the user's message, or remove "
+                "dataset.system_prompt or the row."
+            )
 
     @cached_property
-    def _shown_of_tools(self) -> frozenset[str]:
-        """What the template writes of a conversation with tools: ``tools`` themselves, ``calls``, ``results``."""
+    def _shown(self) -> frozenset[str]:
+        """What the template writes: ``system`` messages; of tools ``tools`` themselves, ``calls``, ``results``. A
+        system message that it refuses counts as written: what it says then tells more."""
         from jinja2.exceptions import TemplateError
 
         function: dict[str, Any] = {"name": "probe_of_a_call", "arguments": {"x": 1}}
@@ -290,12 +305,20 @@ class ChatTokenizer:
             "description": "A probe.",
             "parameters": {"type": "object"},
         }
+        system = {"role": "system", "content": "probe_of_a_system_message"}
         question = {"role": "user", "content": "Hello"}
         result = {"role": "tool", "content": "probe_of_a_result", "name": function["name"], "tool_call_id": call["id"]}
         answer = {"role": "assistant", "content": _PROBE_ANSWER}
         with_call = [question, {"role": "assistant", "content": "", "tool_calls": [call]}, result, answer]
+        marks = {
+            "system": system["content"],
+            "tools": description["name"],
+            "calls": function["name"],
+            "results": result["content"],
+        }
         text = ""
         for messages, tools in (
+            ([system, question], None),
             ([question, answer], [{"type": "function", "function": description}]),
             (with_call, None),
             ([question, answer, result, answer], None),
@@ -303,8 +326,7 @@ class ChatTokenizer:
             try:
                 text += self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
             except (TemplateError, *_TOKENIZER_FAULTS):  # it knows no such conversation
-                continue
-        marks = {"tools": description["name"], "calls": function["name"], "results": result["content"]}
+                text += marks["system"] if system in messages else ""
         return frozenset(what for what, mark in marks.items() if mark in text)
 
     def _find_eos_ids(self) -> tuple[int, ...]:
@@ -316,7 +338,19 @@ class ChatTokenizer:
                 configured += stop if isinstance(stop, list) else [stop]
                 break
         probe = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE_ANSWER}]
-        closing = self._render(probe, add_generation_prompt=False).rpartition(_PROBE_ANSWER)[2]
+        conversation, asked = (
+            self._render(probe, add_generation_prompt=False),
+            self._render(probe[:1], add_generation_prompt=True),
+        )
+        closing = conversation.rpartition(_PROBE_ANSWER)[2]
+        header = conversation.removeprefix(asked).rpartition(_PROBE_ANSWER)[0] if conversation.startswith(asked) else ""
+        if header.strip():
+            log.warning(
+                "The chat template of %s writes no generation prompt: prompts end before %r, which becomes the "
+                "beginning of every answer, of the real ones too. Set tokenizer.chat_template to one that has it.",
+                self.path,
+                header,
+            )
         closing_special = [token for token in self._encode(closing) if token in self._special_ids][:1]
         found = tuple(dict.fromkeys(int(token) for token in (*closing_special, *configured) if token is not None))
         if not found:
@@ -620,7 +654,7 @@ def _load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        if not any(path.glob("*tokenizer*")):
+        if not any(each for pattern in _ANY_VOCABULARY for each in path.glob(pattern)):
             raise DataError(
                 f"tokenizer.path={path}: no tokenizer is here. Name the model's folder, with tokenizer.json or "
                 "tokenizer.model; of a run that is iteration_NNN/hf_model."

@@ -62,17 +62,25 @@ def check_row_format(row_format: str, column_map: Mapping[str, str] | None) -> N
         column_map (Mapping[str, str] | None): column name of the format to column name of the data set.
 
     Raises:
-        ConfigError: If the format is unknown, or if ``column_map`` names a column that the format does not have.
+        ConfigError: If the format is unknown, or if ``column_map`` is no mapping or names a column that the format does
+            not have.
     """
     if row_format != "auto" and row_format not in _COLUMNS:
         raise ConfigError(f"dataset.format={row_format}: expected one of auto, {', '.join(_COLUMNS)}.")
+    if column_map is not None and not isinstance(column_map, Mapping):
+        raise ConfigError(
+            f"dataset.column_map={column_map!r}: expected the format's columns with the data set's, such as "
+            "{prompt: question, response: answer}."
+        )
     chosen = _COLUMNS.values() if row_format == "auto" else (_COLUMNS[row_format],)
     known = {column for required, optional in chosen for column in (*required, *optional)}
     unknown = [column for column in column_map or {} if column not in known]
     if unknown:
+        glued = any(":" in column for column in unknown)
+        hint = ", with a space behind the colon: '{prompt: question}'" if glued else ""
         raise ConfigError(
             f"dataset.column_map has the key {', '.join(map(repr, unknown))}; format {row_format} knows "
-            f"{', '.join(sorted(known))}. Keys are the format's columns, values are the data set's."
+            f"{', '.join(sorted(known))}. Keys are the format's columns, values are the data set's{hint}."
         )
 
 
@@ -98,6 +106,8 @@ def detect_format(data: Mapping[str, Any], column_map: Mapping[str, str] | None 
     if data.get(names.get("prompt", "prompt")) is not None and data.get("completion") is not None:
         return "prompt_response"
     found = ", ".join(str(column) for column, value in data.items() if value is not None) or "none"
+    empty = ", ".join(str(column) for column, value in data.items() if value is None)
+    found += f" (null: {empty})" if empty else ""
     expected = "; ".join(f"{' + '.join(required)} ({row_format})" for row_format, (required, _) in _COLUMNS.items())
     lost = [f"{column}: {name}" for column, name in names.items() if data.get(name) is None]
     if lost:

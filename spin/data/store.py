@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
-from spin.files import one_at_a_time, write_json, writing
+from spin.files import taking_turns, unused_name, write_json, writing
 from spin.fingerprint import file_sha256
 
 FORMAT_VERSION = 1
@@ -100,7 +100,7 @@ class PairStore:
     ) -> PairStore:
         """Opens the store if it was made from the same things, else begins a new one beside which the old one is kept.
 
-        Call it on one rank.
+        Call it on one rank. Workers may call it at once: the first begins the store, the others open it.
 
         Args:
             path (str | Path): the folder.
@@ -116,14 +116,12 @@ class PairStore:
         Raises:
             OutputError: If the folder cannot be written.
         """
-        path = Path(path)
-        fingerprint = json.loads(json.dumps(fingerprint))
-        with one_at_a_time(path):
-            return cls._open_or_create(path, fingerprint, num_shards, on_stale)
+        with taking_turns(Path(path)):
+            return cls._open_or_create(Path(path), json.loads(json.dumps(fingerprint)), num_shards, on_stale)
 
     @classmethod
     def _open_or_create(
-        cls, path: Path, fingerprint: Mapping[str, Any], num_shards: int, on_stale: Callable[[str], None] | None
+        cls, path: Path, fingerprint: dict[str, Any], num_shards: int, on_stale: Callable[[str], None] | None
     ) -> PairStore:
         if path.exists():
             try:
@@ -134,7 +132,7 @@ class PairStore:
             if not changed:
                 store._unseal_if_damaged()
                 return store
-            aside = _unused_name(path)
+            aside = unused_name(path)
             with writing(path):
                 path.rename(aside)
             if on_stale is not None:
@@ -240,7 +238,8 @@ class PairStore:
                 temporary.unlink(missing_ok=True)
 
     def seal(self, report: Mapping[str, Any] | None = None) -> None:
-        """Records the checksum of every shard, once. Call it on one rank when no shard is missing.
+        """Records the checksum of every shard, once. Call it on one rank when no shard is missing; workers may call it
+        at once.
 
         Args:
             report (Mapping[str, Any] | None): counts to keep with the store.
@@ -249,14 +248,8 @@ class PairStore:
             StoreError: If a shard is missing, or if another process has begun the store anew, from something else.
             OutputError: If the manifest cannot be written.
         """
-        missing = self.missing_shards()
-        if missing:
-            raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
-        if self.is_sealed:
-            return
-        with one_at_a_time(self.path):
-            self._check_is_still_mine()
-            self._seal(report)
+        with taking_turns(self.path):
+            self._seal(report or {})
 
     def _check_is_still_mine(self) -> None:
         """A worker with another config has moved the store aside, and what lies there now is that worker's."""
@@ -268,7 +261,17 @@ class PairStore:
                 f"{self.path.name}.stale-*."
             )
 
-    def _seal(self, report: Mapping[str, Any] | None) -> None:
+    def _seal(self, report: Mapping[str, Any]) -> None:
+        missing = self.missing_shards()
+        if missing:
+            raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
+        if self.is_sealed:
+            return
+        self._check_is_still_mine()
+        on_disk = PairStore.open(self.path).manifest
+        if on_disk["sealed"] and on_disk["fingerprint"] == self.manifest["fingerprint"]:  # by another worker
+            self.manifest = on_disk
+            return
         for leftover in self.path.glob(".*.tmp"):  # of processes that died while they wrote
             leftover.unlink()
         files = [self._shard(index) for index in range(self.num_shards)]
@@ -281,7 +284,7 @@ class PairStore:
             }
             for file in files
         ]
-        self.manifest["report"] = dict(report or {})
+        self.manifest["report"] = dict(report)
         self.manifest["sealed_at"] = time.time()
         self.manifest["sealed"] = True
         _replace_json(self.path / MANIFEST, self.manifest)
@@ -351,13 +354,15 @@ class PairStore:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """The fields in which two fingerprints differ, in words."""
-    missing = object()
-    return [
-        f"{name} is {new.get(name, 'absent')!r}, was {old.get(name, 'absent')!r}"
-        for name in sorted({*old, *new})
-        if old.get(name, missing) != new.get(name, missing)
-    ]
+    """The fields in which two fingerprints differ, in words; of sections within them only what differs."""
+    found, missing = [], object()
+    for name in sorted({*old, *new}):
+        before, now = old.get(name, missing), new.get(name, missing)
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            found += [f"{name}.{difference}" for difference in differences(before, now)]
+        elif before != now:
+            found.append(f"{name} is {new.get(name, 'absent')!r}, was {old.get(name, 'absent')!r}")
+    return found
 
 
 def _fault_of(manifest: Mapping[str, Any]) -> str | None:
@@ -419,13 +424,6 @@ def _pairs_of(table: pa.Table) -> list[Pair]:
             )
         )
     return pairs
-
-
-def _unused_name(path: Path) -> Path:
-    n = 0
-    while (aside := path.with_name(f"{path.name}.stale-{n}")).exists():
-        n += 1
-    return aside
 
 
 def _replace_json(file: Path, content: Mapping[str, Any]) -> None:

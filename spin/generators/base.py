@@ -13,6 +13,15 @@ from spin.data.types import FinishReason
 from spin.distributed import World
 from spin.errors import ConfigError, GeneratorError
 
+_NUMBERS = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "repetition_penalty": float,
+    "min_new_tokens": int,
+    "max_new_tokens": int,
+}
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -31,7 +40,7 @@ class SamplingParams:
         logprobs (bool): also return the log-prob of each token under the unaltered distribution.
 
     Raises:
-        ConfigError: If a value is outside its range.
+        ConfigError: If a value is of another kind or outside its range.
     """
 
     temperature: float = 1.0
@@ -47,6 +56,21 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        faults = [
+            f"sampling.{name}={getattr(self, name)!r}: expected a {'whole number' if kind is int else 'number'}."
+            for name, kind in _NUMBERS.items()
+            if not isinstance(getattr(self, name), int if kind is int else (int, float))
+            or isinstance(getattr(self, name), bool)
+        ]
+        if any(type(token) is not int for token in self.stop_token_ids):
+            faults.append(f"sampling.stop_token_ids={list(self.stop_token_ids)}: expected token ids, whole numbers.")
+        if not all(isinstance(text, str) and text for text in self.stop_strings):
+            faults.append(
+                f"sampling.stop_strings={list(self.stop_strings)}: expected texts that are not empty; every answer "
+                "holds an empty one. Quote numbers."
+            )
+        if faults:
+            raise ConfigError("\n".join(faults))
         faults = [
             f"sampling.{name}={getattr(self, name)}: expected {expected}."
             for name, ok, expected in (

@@ -132,9 +132,11 @@ def test_an_arm_that_fails_is_recorded_and_the_others_go_on(bench):
         def forward_backward(self, pieces, num_pairs):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
 
-    members, failed = {"ours_unshared": Large(bench), "ours": peer_arms.Ours(bench)}, {}
+    members, failed, kept = {"ours_unshared": Large(bench), "ours": peer_arms.Ours(bench)}, {}, []
     peers.check(bench, members, failed)
-    section = peers.step(bench, members, failed, "short")["arms"]
+    whole = peers.step(bench, members, failed, "short", on_round=kept.append)
+    section = whole["arms"]
+    assert kept == [whole]
     assert section["ours_unshared"] == {
         "error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
         "title": Large.title,
@@ -154,8 +156,9 @@ def test_arms_take_turns():
 
         return run
 
-    failed = {}
-    results = rounds.race({name: turn(name) for name in "abc"}, 2, failed)
+    failed, kept = {}, []
+    results = rounds.race({name: turn(name) for name in "abc"}, 2, failed, on_round=kept.append)
+    assert kept[0]["a"]["seconds"]["values"] == [4.0] and kept[1] == results  # a round is kept when it is over
     assert [name for name, _ in seen] == list("abcabcab")
     assert [first for _, first in seen] == [True] * 3 + [False] * 5
     assert results["a"]["seconds"] == {"values": [4.0, 7.0], "median": 5.5, "min": 4.0, "max": 7.0}

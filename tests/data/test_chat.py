@@ -142,6 +142,27 @@ def test_template_that_refuses_a_role(tiny_lm):
         chat.encode_pair(TALK)
     with pytest.raises(DataError, match="refuses the roles user, assistant"):
         ChatTokenizer(tiny_lm, chat_template="{{ raise_exception('never') }}")
+    with pytest.raises(DataError, match=r"not valid Jinja, line 2: .* Mend tokenizer\.chat_template"):
+        ChatTokenizer(tiny_lm, chat_template="{% for m in messages %}\n{{ m.content ")
+
+
+def test_template_that_leaves_out_system_messages(tiny_lm):
+    """It would play without the system prompt, and nobody would know. An empty one says that there is none."""
+    template = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    chat = ChatTokenizer(tiny_lm, chat_template=template)
+    with pytest.raises(DataError, match=r"has a system message, and the chat template does not show it"):
+        chat.encode_pair(TALK)
+    silent = [{"role": "system", "content": ""}, *PAIR]
+    assert chat.encode_pair(silent) == chat.encode_pair(PAIR)
+
+
+def test_template_without_a_generation_prompt_is_told(tiny_lm, caplog):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    ChatTokenizer(tiny_lm, chat_template=template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    assert "no generation prompt" not in caplog.text
+    ChatTokenizer(tiny_lm, chat_template=template)
+    assert r"writes no generation prompt: prompts end before '<|im_start|>assistant\n'" in caplog.text
 
 
 def test_stop_tokens_come_from_template_tokenizer_and_generation_config(folder, caplog):
@@ -175,7 +196,12 @@ def test_broken_and_missing_files(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no tokenizer is here. Name the model's folder"):
         ChatTokenizer(tmp_path / "empty")
-    (tmp_path / "empty" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "empty" / "tokenizer_config.json").write_text(
+        "{}"
+    )  # alone, the library says a page about sentencepiece
+    with pytest.raises(DataError, match="empty: no tokenizer is here. Name the model's folder"):
+        ChatTokenizer(tmp_path / "empty")
+    (tmp_path / "empty" / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="No tokenizer can be loaded from"):
         ChatTokenizer(tmp_path / "empty")
 

@@ -163,6 +163,15 @@ def test_faults_of_columns(row, reason):
     assert reason in str(caught.value)
 
 
+def test_columns_that_are_null_are_told_and_column_maps_of_other_forms_refused():
+    with pytest.raises(DataError, match=r"columns prompt \(null: response, source\); expected messages"):
+        row_to_messages({"prompt": "Q", "response": None, "source": None})
+    with pytest.raises(ConfigError, match=r"has the key 'prompt:question'.* with a space behind the colon"):
+        check_row_format("auto", {"prompt:question": None})  # {prompt:question} in YAML
+    with pytest.raises(ConfigError, match=r"dataset\.column_map=5: expected the format's columns"):
+        check_row_format("auto", 5)
+
+
 def test_empty_system_message_is_allowed():
     check_messages([{"role": "system", "content": ""}, USER, ASSISTANT])
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import subprocess
 import sys
 
@@ -218,6 +219,9 @@ def test_manifest_records_every_shard(tmp_path):
 
 def test_differences():
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b is 3, was 2", "c is 4, was 'absent'"]
+    old, new = {"s": {"a": 1, "b": 2}}, {"s": {"a": 1, "b": 3, "c": {}}}
+    assert differences(old, new) == ["s.b is 3, was 2", "s.c is {}, was 'absent'"]
+    assert differences({"s": {"a": 1}}, {"s": None}) == ["s is None, was {'a': 1}"]
 
 
 def test_a_store_keeps_its_number_of_shards(tmp_path):
@@ -225,3 +229,35 @@ def test_a_store_keeps_its_number_of_shards(tmp_path):
     PairStore.open_or_create(tmp_path / "s", {"opponent": "w"}, 3).write_shard(0, [])
     again = PairStore.open_or_create(tmp_path / "s", {"opponent": "w"}, 8)
     assert again.num_shards == 3 and again.missing_shards() == [1, 2]
+
+
+def open_and_seal(path, fingerprint, start, told):
+    """What each of several workers that start at once does with a store of one shard, in a process of its own."""
+    start.wait()
+    try:
+        store = PairStore.open_or_create(path, fingerprint, 1)
+        start.wait()
+        if not store.is_sealed:
+            store.write_shard(0, pairs(1))
+        start.wait()
+        store.seal()
+        told.put("sealed" if PairStore.open(path).is_sealed else "not sealed")
+    except Exception as error:
+        start.abort()
+        told.put(repr(error))
+
+
+def test_workers_that_start_and_finish_at_once_share_a_store(tmp_path):
+    """The first round finds nothing there, every later one a store of other weights, which one of them moves aside."""
+    context = multiprocessing.get_context("fork")
+    for number in range(12):
+        start, told = context.Barrier(5), context.SimpleQueue()
+        work = (tmp_path / "p", FINGERPRINT | {"opponent": f"w{number}"}, start, told)
+        workers = [context.Process(target=open_and_seal, args=work) for _ in range(5)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert [told.get() for _ in workers] == ["sealed"] * 5
+    asides = [PairStore.open(path) for path in tmp_path.glob("p.stale-*")]
+    assert sorted(store.opponent for store in asides) == sorted(f"w{number}" for number in range(11))

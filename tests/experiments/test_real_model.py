@@ -225,6 +225,7 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
 
 def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
     """As far as can be known without the model: keys, kinds, lists by iteration."""
+    from real_runs import RECIPES
     from spin_recipe import DEFAULTS
 
     from spin.checks import check_run
@@ -236,7 +237,7 @@ def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
         assert {job["seed"] for job in jobs} == set(content["forms"][form]["seeds"])
         for job in jobs:
             for stage in real_model.fill(job["stages"], job["paths"]):
-                assert stage["recipe"] in ("spin", "sft", "none")
+                assert stage["recipe"] in {*RECIPES, "none"}
                 settings = {**stage["settings"], "output_dir": str(tmp_path), "device": "cpu"}
                 overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
                 check_run(complete(load_config(job["base"], overrides), DEFAULTS))

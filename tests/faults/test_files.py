@@ -1,5 +1,6 @@
 """Output folders: in use, read-only, full; background writes that fail or die; services that are down."""
 
+import errno
 import json
 import os
 import re
@@ -78,6 +79,20 @@ def test_workers_share_and_a_run_does_not(tmp_path, subprocess_env):
     finally:
         process.kill()
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_file_in_the_folders_place_and_a_file_system_without_locks(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match="file: is a file, expected a folder"):
+        FolderLock(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    with pytest.raises(OutputError, match=r"out/\.lock: cannot be locked \(No locks available\).*another one"):
+        FolderLock(tmp_path / "out")
 
 
 # ---- full and read-only

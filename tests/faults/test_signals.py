@@ -211,6 +211,46 @@ def test_the_command_under_every_launcher(monkeypatch):
     assert command_to_continue().startswith(f"on each host: {launcher} --nnodes 4 ")
 
 
+def interrupted(out, env, is_time, *overrides):
+    """A run that gets a Ctrl-C, and its output. A shell's background jobs ignore SIGINT, as their children would."""
+    command = [sys.executable, str(REPO / "recipes" / "spin_recipe.py"), "--config", str(CONFIG)]
+    process = subprocess.Popen(
+        [*command, *tiny_overrides(out), *SHORT, *overrides],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    wait_for(process, is_time)
+    process.send_signal(signal.SIGINT)
+    return process, process.communicate(timeout=200)[0]
+
+
+def test_ctrl_c_saves(tmp_path, subprocess_env):
+    """And where it does not, stop_signals=[], it ends the run without a traceback."""
+    out = tmp_path / "out"
+    process, output = interrupted(out, subprocess_env, lambda: (out / "metrics.jsonl").exists() and metrics_of(out))
+    assert process.returncode == 0, output
+    assert "Ctrl-C again ends at once" in output and told_command(output)
+    states = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
+    assert states[-1] == f"step_{metrics_of(out)[-1]['step']:08d}"
+
+    out = tmp_path / "other"
+    process, output = interrupted(out, subprocess_env, (out / "config.yaml").exists, "stop_signals=[]")
+    assert process.returncode == 130 and "error: interrupted." in output and "Traceback" not in output
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch, capfd):
+    """One that a launcher hands on twice within a moment is one."""
+    now = 100.0
+    monkeypatch.setattr("spin.stopping.time.monotonic", lambda: now)
+    stop = StopRequest(["SIGINT"], None)
+    stop.note(signal.SIGINT, None)
+    stop.note(signal.SIGINT, None)
+    assert stop.is_asked and capfd.readouterr().err.count("Ctrl-C again ends at once") == 1
+    now = 101.5
+    with pytest.raises(KeyboardInterrupt):
+        stop.note(signal.SIGINT, None)
+
+
 def test_signals_by_name():
     assert parse_signals(["SIGTERM", "SIGUSR2"]) == [signal.SIGTERM, signal.SIGUSR2]
     for name in ("SIGKILL", "TERM", 15):
@@ -223,7 +263,7 @@ def test_signals_by_name():
     stop.release()
     assert stop.is_asked and not stop.is_out_of_time
     assert signal.getsignal(signal.SIGUSR2) == handler
-    assert spin_recipe.DEFAULTS["stop_signals"] == ["SIGTERM", "SIGUSR1"]
+    assert spin_recipe.DEFAULTS["stop_signals"] == ["SIGINT", "SIGTERM", "SIGUSR1"]
 
 
 def test_a_worker_of_spin_generate_stops_as_a_run_does(tmp_path, subprocess_env):

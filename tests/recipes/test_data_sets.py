@@ -71,7 +71,7 @@ def test_changed_weights_are_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError) as caught:
         run_with(tmp_path, {"dataset": changed}, "max_steps=2")
     message = str(caught.value)
-    assert "dataset.weights is {'slang': 0.6, 'few': 0.4}, was {'slang': 0.75, 'few': 0.25}" in message
+    assert "dataset.weights.few is 0.4, was 0.25; dataset.weights.slang is 0.6, was 0.75" in message
     assert "dataset is" not in message  # the samples are the same
     with pytest.raises(CheckpointError, match=r"^dataset\.weights can change between iterations only"):
         run_with(tmp_path, {"dataset": changed}, "max_steps=2", "resume_with_changes=[dataset.weights]")

@@ -374,6 +374,8 @@ def test_two_processes_share_the_prompts_and_find_the_same(judged, paths, tmp_pa
         ("judge.pattern=null", ["judge.pattern=None: expected a regular expression"]),
         ("dataset.streaming=true", ["dataset.streaming=true: an evaluation reads its prompts once"]),
         ("judge.pattern=A|B", ["judge.pattern='A|B': has 0 groups"]),
+        ("dataset=null", ["dataset=null: expected a section"]),
+        ("judge.generator=null", ["judge.generator=null: expected a section with _component_"]),
         ("judge.model=null", ["judge.model: not set, but judge.checkpoint_dir needs it"]),
         ("judge.tokenizer=null", ["judge.tokenizer: not set"]),
         ("baseline.checkpoint_dir=null", ["baseline.checkpoint_dir: not set. Name a Hugging Face folder"]),

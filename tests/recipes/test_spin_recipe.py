@@ -187,10 +187,16 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(whole_run, tmp_path, ste
         assert ours == theirs
 
 
+@pytest.mark.parametrize("override", ["loss.loss_type=logistik", "loss.label_smoothing=0.7"])
+def test_a_loss_that_cannot_be_is_refused_before_anything_is_played(tmp_path, override):
+    with pytest.raises(ConfigError, match=override.split("=")[0]):
+        SPINRecipe(tiny_config(tmp_path, override))
+
+
 def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path):
     short = ("max_iterations=1", "max_epochs=1")
     run(tmp_path, *short, recipe_class=stops_at(2))
-    with pytest.raises(CheckpointError, match="loss is .*0.3") as error:
+    with pytest.raises(CheckpointError, match=r"loss\.beta is 0\.3, was 0\.1") as error:
         run(tmp_path, *short, "loss.beta=0.3", "clip_grad_norm=0.5")
     assert "clip_grad_norm" in str(error.value)
     assert "seed" not in str(error.value)

@@ -5,8 +5,10 @@ import math
 import sys
 from pathlib import Path
 
+import spin_generate
 from spin_recipe import SPINRecipe
 
+from spin.config import complete
 from spin.data import PairStore
 from spin.distributed import gather_objects, shutdown
 from spin.errors import GeneratorError, NonFiniteError, SpinError
@@ -50,27 +52,32 @@ lines = (folder / "nan" / "nonfinite.jsonl").read_text().splitlines()
 assert [json.loads(line)["samples"] for line in lines] == [recipe.samples]
 assert len(set(gather_objects(str(error), world))) == 1
 
-recipe = SPINRecipe(tiny_config(folder / "generator", *SHORT))
-setup = recipe.setup
+
+def with_a_generator_that_dies(recipe):
+    setup = recipe.setup
+
+    def setup_and_replace():
+        setup()
+        stream = recipe._generator.stream
+
+        def dies(*args):
+            for number, answer in enumerate(stream(*args)):
+                if recipe._world.rank == 1 and number == 9:  # its last
+                    raise GeneratorError("The engine ended with code -9; its last words: Killed.")
+                yield answer
+
+        recipe._generator.stream = dies
+
+    recipe.setup = setup_and_replace
+    return recipe
 
 
-def setup_with_a_generator_that_dies():
-    setup()
-    stream = recipe._generator.stream
-
-    def dies(*args):
-        for number, answer in enumerate(stream(*args)):
-            if recipe._world.rank == 1 and number == 9:  # its last
-                raise GeneratorError("The engine ended with code -9; its last words: Killed.")
-            yield answer
-
-    recipe._generator.stream = dies
-
-
-recipe.setup = setup_with_a_generator_that_dies
-error = error_of(recipe)
-assert isinstance(error, GeneratorError), error
-assert str(error) == "rank 1: The engine ended with code -9; its last words: Killed.", error
-store = PairStore.open(folder / "generator" / "iteration_000" / "responses")
-assert not store.is_sealed and len(store.missing_shards()) == 1  # of two for each rank
+generate = spin_generate.SPINGenerate(complete(tiny_config(folder / "alone", *SHORT), spin_generate.DEFAULTS))
+generate.train = generate.generate
+for name, recipe in (("generator", SPINRecipe(tiny_config(folder / "generator", *SHORT))), ("alone", generate)):
+    error = error_of(with_a_generator_that_dies(recipe))
+    assert isinstance(error, GeneratorError), error
+    assert str(error) == "rank 1: The engine ended with code -9; its last words: Killed.", error
+    store = PairStore.open(folder / name / "iteration_000" / "responses")
+    assert not store.is_sealed and len(store.missing_shards()) == 1  # of two for each rank
 shutdown()
