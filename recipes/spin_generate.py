@@ -9,8 +9,8 @@ One of four:         tune run spin_generate --config llama3_2/1B_full worker=0 n
 Eight GPUs each:     tune run --nproc_per_node 8 spin_generate --config llama3_2/1B_full worker=0 num_workers=4
 
 Workers share output_dir, or their shards are copied into one folder afterwards; whoever finds all shards there seals
-the store. A worker that was killed is started again with the same command and makes what is missing. Not here: scoring
-and training.
+the store. A worker that was killed, or stopped by a signal or max_time, is started again with the same command and
+makes what is missing. All workers need the same config. Not here: scoring and training.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from torchtune import training
@@ -28,13 +29,14 @@ from spin.data import PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.prompts import check_vocabulary
 from spin.data.shards import missing_shards, open_store
 from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import barrier, fail_together, init_world, shutdown
+from spin.distributed import any_rank, fail_together, init_world, shutdown
 from spin.errors import CheckpointError, ConfigError, OutputError
 from spin.files import FolderLock
 from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, sampling_params
 from spin.models import build_model, prepare_model
 from spin.plan import RunPlan
+from spin.stopping import StopRequest, command_to_continue
 from spin.terminal import get_logger, progress_bar
 
 log = get_logger("INFO")
@@ -59,11 +61,13 @@ class SPINGenerate:
         if type(cfg.worker) is not int or not 0 <= cfg.worker < cfg.num_workers:
             raise ConfigError(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
         self._cfg = cfg
+        self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
 
     def setup(self) -> None:
         """Reads the data, then loads the opponent's weights."""
         cfg = self._cfg
         self._world = init_world(cfg.device, replicas=cfg.replicas)
+        self._stop.install()
         with fail_together(self._world, OutputError):  # other workers may be here too, a training run may not
             self._lock = FolderLock(Path(cfg.output_dir), shared=True) if self._world.is_main else None
         checkpointer = config.instantiate(cfg.checkpointer)
@@ -130,12 +134,18 @@ class SPINGenerate:
                 packing={"row_tokens": self._row_tokens},
                 chunk_tokens=cfg.logprob_chunk_tokens,
             )
+            watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
             with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
-                selfplay.play(store, mine, game, self._generator, team=self._team, on_shard=bar.update)
-        barrier(world)
+                selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
+        is_stopped = any_rank(self._stop.is_asked, world)  # waits for all ranks
         if world.is_main:
             left = store.missing_shards()
-            if left:
+            if is_stopped and any(shard in left for shard in own):
+                log.info(
+                    f"Worker {cfg.worker} stopped as asked, with whole shards kept. This command goes on from here:\n"
+                    f"{command_to_continue()}"
+                )
+            elif left:
                 log.info(
                     f"Worker {cfg.worker} is done; {len(left)} of {num_shards} shards are still missing in {folder}"
                 )
@@ -149,6 +159,7 @@ class SPINGenerate:
         shutdown()
         if self._lock is not None:
             self._lock.release()
+        self._stop.release()
 
 
 @config.parse(DEFAULTS)

@@ -91,7 +91,8 @@ class SPINRecipe:
             [per_iteration(config.plain(value), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
             for value in (cfg.loss.beta, cfg.optimizer.lr)
         )
-        config.instantiate(cfg.loss, beta=self._betas[0])  # a wrong argument must not show after hours of play
+        # made now, so that a wrong argument shows before anything is loaded, not after the first answers
+        self._losses = [config.instantiate(cfg.loss, beta=beta) for beta in self._betas]
         self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
         self._nonfinite = NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir / "nonfinite.jsonl")
         self._val_loss: float | None = None
@@ -534,7 +535,7 @@ class SPINRecipe:
 
     def _start_fitting(self, iteration: int) -> None:
         """Beta, learning rate and, unless it continues, the optimizer of an iteration."""
-        self._loss = config.instantiate(self._cfg.loss, beta=self._betas[iteration])
+        self._loss = self._losses[iteration]
         if self._progress.is_iteration_start and self._cfg.optimizer.reset_each_iteration:
             self._optimizer = self._new_optimizer()
         self._history = []

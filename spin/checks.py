@@ -202,12 +202,22 @@ def check_first_loss(
     loss, margin = expected
     if abs(metrics["loss"] - loss) <= tolerance and abs(metrics["margin"] - margin) <= tolerance:
         return
+    drifts = metrics["real_logp_drift"], metrics["generated_logp_drift"]
+    cause = (
+        f"The policy's log-probs are off the reference by {drifts[0]:.3g} nats for real and {drifts[1]:.3g} for "
+        "generated responses: something differs between the reference pass and training (dropout, precision, "
+        "another number of ranks, a changed pair store)."
+    )
+    if not any(drifts):
+        cause = (
+            "Their log-probs are equal too, so it is the loss that differs from what the config's loss gives for them, "
+            "as in a recipe whose own lines change it. If that is meant, put it into a loss of your own "
+            "(loss._component_), which this test then asks."
+        )
     raise SelfTestError(
         f"The first loss of iteration {iteration} is {metrics['loss']:.8f}, expected {loss:.8f} +- {tolerance:g}, "
-        "because policy and opponent are the same weights. The policy's log-probs are off the reference by "
-        f"{metrics['real_logp_drift']:.3g} nats for real and {metrics['generated_logp_drift']:.3g} for generated "
-        "responses: something differs between the reference pass and training (dropout, precision, another number of "
-        "ranks, a changed pair store). No weight was changed. self_test=false skips this test."
+        f"because policy and opponent are the same weights. {cause} No weight was changed. self_test=false skips this "
+        "test."
     )
 
 

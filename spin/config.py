@@ -20,6 +20,7 @@ import inspect
 import os
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from spin.errors import ConfigError, SpinError
+from spin.errors import ConfigError, SpinError, wants_traceback
 from spin.terminal import write_any_text
 
 COMPONENT = "_component_"
@@ -140,6 +141,7 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
         def wrapper() -> None:
             write_any_text()
             name, overrides = _read_argv(sys.argv[1:], recipe_main.__doc__)
+            _tell_of_namesake(recipe_main)
             try:
                 raw = load_config(name, overrides)
                 try:
@@ -149,12 +151,12 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
                     raise ConfigError(f"{origin}: {error}{_other_recipe(name, raw, defaults)}") from error
                 code = recipe_main(cfg)
             except (SpinError, InterpolationResolutionError, MissingMandatoryValue) as error:
-                if os.environ.get("SPIN_TRACEBACK") == "1":
+                if wants_traceback():
                     raise
                 _print_error(str(error))
                 sys.exit(1)
             except KeyboardInterrupt:
-                if os.environ.get("SPIN_TRACEBACK") == "1":
+                if wants_traceback():
                     raise
                 _print_error("interrupted. The same command goes on from what was saved before.")
                 sys.exit(130)
@@ -204,6 +206,33 @@ def _other_recipe(name: str, raw: DictConfig, defaults: Mapping[str, Any]) -> st
     if not strangers or not any(key in load_recipe(recipe).DEFAULTS for key in strangers):
         return ""
     return f"\n{name} is a config for {recipe}: tune run {recipe} --config {name}"
+
+
+def _tell_of_namesake(recipe_main: Callable[..., Any]) -> None:
+    """Says on rank 0 which file runs, if the folder has another recipe of the same name.
+
+    An edited copy under its own name is a trap: on one device `tune run` takes the installed file before that of the
+    folder, torchrun and `python -m` the other way round.
+    """
+    from spin.cli.catalog import recipe_files
+
+    file = recipe_main.__globals__.get("__file__")
+    if file is None or os.environ.get("RANK", "0") != "0":
+        return
+    running = Path(file).resolve()
+    here = Path.cwd() / running.name
+    installed = recipe_files().get(running.stem)
+    if not here.is_file() or installed is None:
+        return
+    other = installed if here.resolve() == running else here
+    if other.read_bytes() == running.read_bytes():
+        return
+    print(
+        f"warning: {running} runs, not {other}. Which of the two is found depends on the launcher: give a copy of a "
+        f"recipe a name of its own, such as my_{running.name}, and start it by that.",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _print_error(text: str) -> None:
@@ -308,7 +337,14 @@ def _apply_override(cfg: DictConfig, override: str, faults: Faults) -> None:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
         node = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-        if isinstance(value, str) and isinstance(node, DictConfig) and COMPONENT in node and "${" not in value:
+        is_path = isinstance(value, str) and "." in value and _DOTPATH.fullmatch(value) is not None
+        # a section without a component has the recipe's; what else stands in it is kept, as with a component
+        if (
+            isinstance(node, DictConfig)
+            and isinstance(value, str)
+            and (COMPONENT in node or is_path)
+            and "${" not in value
+        ):
             key = f"{key}.{COMPONENT}"
         parent = key.rpartition(".")[0]
         if parent and isinstance(OmegaConf.select(cfg, parent, throw_on_resolution_failure=False), str):
@@ -759,9 +795,22 @@ def _build(
         raise ConfigError(f"{where}: {name} cannot be made: {error}. Check the paths of the section.") from error
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{where}: {name} does not take these values ({type(error).__name__}: {error}). Check the section; "
-            "SPIN_TRACEBACK=1 shows where it happened."
+            f"{where}: {name} does not take these values ({type(error).__name__}: {error}{_place_in(name, error)}). "
+            "Check the section; SPIN_TRACEBACK=1 shows where it happened."
         ) from error
+
+
+def _place_in(name: str, error: BaseException) -> str:
+    """Where a component of the user's own raised, as ', at file:line': the last line that is its package's."""
+    root = name.split(".")[0]
+    if root in ALLOWED_ROOTS:
+        return ""
+    lines = [
+        f", at {frame.f_code.co_filename}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).split(".")[0] == root
+    ]
+    return lines[-1] if lines else ""
 
 
 def _build_nested(value: Any, where: str, allowed: Sequence[str]) -> Any:

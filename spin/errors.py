@@ -1,6 +1,8 @@
 """Errors whose message is written for the person at the command line: what was found, where, what was expected, and the
 remedy. The command line prints them without a traceback; anything else that escapes is a defect of this project."""
 
+import os
+
 
 class SpinError(Exception):
     """Base of every error that a user can cause and mend."""
@@ -40,3 +42,8 @@ class SelfTestError(SpinError, RuntimeError):
 
 class NonFiniteError(SpinError, RuntimeError):
     """Loss or gradient norm is NaN or infinite; no weight was changed."""
+
+
+def wants_traceback() -> bool:
+    """Whether the user asks for the tracebacks of errors that are told in a line: ``SPIN_TRACEBACK=1``."""
+    return os.environ.get("SPIN_TRACEBACK") == "1"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from spin.data.packing import PackedRow
 from spin.distributed import World, fail_together, local_tensor
-from spin.errors import ConfigError, OutputError, SpinError
+from spin.errors import ConfigError, OutputError, SpinError, wants_traceback
 from spin.files import read_lines, replace_text, unused_name, writing
 from spin.tables import log_table, sample_table
 
@@ -255,7 +255,10 @@ class MetricService:
         except ImportError as error:
             raise ConfigError(f"metric_logger: {error}") from error
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
-            log.warning(f"metric_logger cannot be started ({_told(error)}); metrics.jsonl has everything all the same.")
+            log.warning(
+                f"metric_logger cannot be started ({_told(error)}); metrics.jsonl has everything all the same.",
+                exc_info=wants_traceback(),
+            )
 
     def log_config(self, cfg: Any) -> None:
         """Hands over the run's config."""
@@ -286,7 +289,8 @@ class MetricService:
             if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
                 log.warning(
                     f"metric_logger.{method} failed ({_told(error)}), {self._failures} times so far. Training goes on; "
-                    "metrics.jsonl has everything."
+                    "metrics.jsonl has everything.",
+                    exc_info=wants_traceback(),
                 )
 
 

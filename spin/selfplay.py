@@ -31,6 +31,7 @@ from spin.generators.base import Completion, Generator, SamplingParams, Streamin
 from spin.generators.sampling import sample_seed
 from spin.reference import score_batches
 
+_GENERATOR_HAS = ("shares_policy_weights", "generate", "update_weights", "sleep", "wake", "close")
 PROBE_PROMPTS, PROBE_TOKENS = 8, 32  # answers, and tokens of each, that prove a generator's weights
 
 
@@ -83,7 +84,16 @@ def team_of(generator: Generator, world: World) -> Team:
 
     Returns:
         Team: alone in it, as a rule.
+
+    Raises:
+        GeneratorError: If it lacks something that a generator has; before any weights are handed to it.
     """
+    lacking = sorted(name for name in _GENERATOR_HAS if not hasattr(generator, name))
+    if lacking:
+        raise GeneratorError(
+            f"generator: {_name_of(generator)} has no {', '.join(lacking)}; expected what spin.generators.Generator "
+            f"has: {', '.join(sorted(_GENERATOR_HAS))}."
+        )
     size = getattr(generator, "ranks_per_engine", 1)
     if size == 1:
         return Team(world.rank, world.world_size)
@@ -96,6 +106,15 @@ def team_of(generator: Generator, world: World) -> Team:
         return any(flags)
 
     return Team(world.rank // size, world.world_size // size, world.rank % size == 0, True, agree)
+
+
+def _name_of(generator: object) -> str:
+    return f"{type(generator).__module__}.{type(generator).__qualname__}"
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"
 
 
 def num_shards(num_samples: int, prompts_per_shard: int, teams: int) -> int:
@@ -197,7 +216,7 @@ def play_fingerprint(
         "seed": game.seed,
         "iteration": game.iteration,
         "responses_per_prompt": game.responses_per_prompt,
-        "generator": f"{type(generator).__module__}.{type(generator).__qualname__}",
+        "generator": _name_of(generator),
         "generator_source": getattr(generator, "fingerprint", None),
         "compute_dtype": compute_dtype,
     }
@@ -269,9 +288,10 @@ def play(
         completions = generator.generate(
             [list(map(int, ids)) for ids, _ in asked], game.sampling, [seed for _, seed in asked]
         )
-        if len(completions) != len(asked):
+        if not isinstance(completions, Sequence) or len(completions) != len(asked):
+            given = f"{len(completions)} answers" if isinstance(completions, Sequence) else repr(completions)
             raise GeneratorError(
-                f"The generator gave {len(completions)} answers to {len(asked)} prompts; expected one each, in order."
+                f"generator: {_name_of(generator)} gave {given} to {len(asked)} prompts; expected one each, in order."
             )
         finish(shard, completions)
 
@@ -385,6 +405,11 @@ def _join(prompts: Sequence[Prompt], completions: Sequence[Completion], game: Ga
     for i, prompt in enumerate(prompts):
         answers = completions[i * count : (i + 1) * count]
         for answer in answers:
+            if not isinstance(answer, Completion):
+                raise GeneratorError(
+                    f"sample {prompt.sample_id}: the generator's answer is {_shortened(answer)}, expected a "
+                    "spin.generators.Completion of token ids and finish reason."
+                )
             ends = len(answer.token_ids) > 0 and answer.token_ids[-1] in game.sampling.stop_token_ids
             if answer.finish_reason == "length" and ends:
                 raise GeneratorError(

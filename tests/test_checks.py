@@ -1,6 +1,7 @@
 """What a resumed run may not change, key by key; checks of single values that the fuzz test does not name."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,10 @@ import spin_generate
 from omegaconf import OmegaConf
 from spin_generate import SPINGenerate
 
-from spin.checks import _RESULTS_DEPEND_ON, check_run, check_unchanged, run_fingerprint
+from spin.checks import _RESULTS_DEPEND_ON, check_first_loss, check_run, check_unchanged, run_fingerprint
 from spin.config import complete, load_config
 from spin.defaults import RECIPE_DEFAULTS
-from spin.errors import CheckpointError, ConfigError
+from spin.errors import CheckpointError, ConfigError, SelfTestError
 
 CONFIG = Path(__file__).parent / "assets" / "tiny.yaml"
 
@@ -96,3 +97,14 @@ def test_values_that_work(override):
 def test_workers_that_cannot_be(override, message):
     with pytest.raises(ConfigError, match=message):
         SPINGenerate(complete(load_config(str(CONFIG), ["output_dir=runs/none", override]), spin_generate.DEFAULTS))
+
+
+@pytest.mark.parametrize(
+    ("drift", "cause"), [(0.25, r"by 0\.25 nats for real and 0 for generated"), (0.0, r"it is the loss that differs")]
+)
+def test_a_wrong_first_loss_tells_log_probs_from_a_loss_that_the_recipe_changed(drift, cause):
+    """Twice ln 2, as of a recipe that multiplies its losses by 2; equal log-probs rule out other causes."""
+    metrics = {"loss": 2 * math.log(2), "margin": 0.0, "real_logp_drift": drift, "generated_logp_drift": 0.0}
+    with pytest.raises(SelfTestError, match=rf"is 1\.38629436, expected 0\.69314718 .*{cause}"):
+        check_first_loss(metrics, (math.log(2), 0.0), "fp32", 0)
+    check_first_loss(metrics | {"loss": math.log(2)}, (math.log(2), 0.0), "fp32", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -532,3 +533,29 @@ def test_a_tokenizers_file_that_cannot_be_read_is_told_with_its_section(tmp_path
     )
     with pytest.raises(ConfigError, match=r"^tokenizer: torchtune\.models.*Is a directory.*Check the paths"):
         config.instantiate(cfg.tokenizer)
+
+
+def test_what_a_component_of_your_own_raises_names_its_line(tmp_path, monkeypatch):
+    """The last line of the user's package, not that of the library which it called."""
+    (tmp_path / "my_losses.py").write_text(
+        "import math\n\n\nclass Loss:\n    def __init__(self, beta):\n        check(beta)\n\n\n"
+        "def check(beta):\n    math.sqrt(-beta)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cfg = OmegaConf.create({"loss": {"_component_": "my_losses.Loss"}, "allow_components": ["my_losses"]})
+    place = re.escape(f"{tmp_path}/my_losses.py:10")
+    with pytest.raises(ConfigError, match=rf"loss: my_losses.Loss .*\(ValueError: .*, at {place}\)"):
+        config.instantiate(cfg.loss, beta=1.0)
+
+
+def test_a_path_gives_a_section_its_component_whether_it_had_one_or_not(tmp_path):
+    """Both sections keep what else stands in them, in torchtune's notation."""
+    (tmp_path / "c.yaml").write_text(
+        "loss: {beta: 0.3}\noptimizer: {_component_: torch.optim.AdamW, lr: 0.1}\nlr_scheduler: {name: cosine}\n"
+    )
+    overrides = ["loss=spin.loss.TSPINLoss", "optimizer=torch.optim.SGD"]
+    cfg = config.load_config(str(tmp_path / "c.yaml"), overrides)
+    assert cfg.loss == {"_component_": "spin.loss.TSPINLoss", "beta": 0.3}
+    assert cfg.optimizer == {"_component_": "torch.optim.SGD", "lr": 0.1}
+    replaced = config.load_config(str(tmp_path / "c.yaml"), ["lr_scheduler=linear"])
+    assert replaced.lr_scheduler == "linear"  # no path: a fault that complete() reports

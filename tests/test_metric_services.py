@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from spin import config
 from spin.distributed import init_world
-from spin.metrics import RunLog
+from spin.metrics import MetricService, RunLog
 from spin.tables import log_table
 from tests.recipes.helpers import run
 
@@ -156,3 +156,20 @@ def _recorded(made_by, into):
             into.append(self)
 
     return Recorded
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_where_a_logger_of_your_own_failed_is_shown_on_request(monkeypatch, caplog, is_asked):
+    """In a line without, so that a service that is down does not fill the log."""
+    monkeypatch.setenv("SPIN_TRACEBACK", "1" if is_asked else "0")
+    service = MetricService(Broken)
+    service.log_table("samples", ROWS, 2)
+    assert caplog.text.count("metric_logger.log_table failed (RuntimeError: quota)") == 1
+    assert ('raise RuntimeError("quota")' in caplog.text) == is_asked
+
+    def cannot_start():
+        raise RuntimeError("no such place")
+
+    MetricService(cannot_start)
+    assert "cannot be started (RuntimeError: no such place)" in caplog.text
+    assert ('raise RuntimeError("no such place")' in caplog.text) == is_asked

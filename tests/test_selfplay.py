@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
+import torch
 
 from spin.data import PairStore, Prompt, PromptDataset
+from spin.distributed import World
 from spin.errors import GeneratorError
 from spin.generators import Completion, SamplingParams
-from spin.selfplay import Game, Team, deal_shards, num_shards, own_shards, play
+from spin.selfplay import Game, Team, deal_shards, num_shards, own_shards, play, team_of
 
 STOP = 9
+ALONE = World(0, 1, 0, torch.device("cpu"), None)  # one rank, without a mesh
 SAMPLING = SamplingParams(max_new_tokens=4, stop_token_ids=(STOP,))
 PROMPTS = PromptDataset([Prompt(f"s{i}", [1, i + 1], [2, STOP]) for i in range(10)])
 
@@ -140,6 +143,31 @@ def test_too_few_answers_are_refused(tmp_path):
     generator.generate = lambda prompts, sampling, seeds: [Completion([1, STOP], "stop")]
     with pytest.raises(GeneratorError, match="1 answers to 6 prompts"):
         played(tmp_path / "a", [0], generator)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        (None, r"generator: .*SeedEcho gave None to 6 prompts; expected one each"),
+        (
+            ["words"] * 6,
+            r"sample s0: the generator's answer is 'words' of type str, expected a spin.generators.Completion",
+        ),
+        ([[1, STOP]] * 6, r"sample s0: the generator's answer is \[1, 9\] of type list"),
+    ],
+)
+def test_answers_that_are_none_name_the_generator(tmp_path, answers, message):
+    generator = SeedEcho()
+    generator.generate = lambda prompts, sampling, seeds: answers
+    with pytest.raises(GeneratorError, match=message):
+        played(tmp_path / "a", [0], generator)
+
+
+def test_a_generator_that_lacks_something_is_told_what():
+    """SeedEcho has neither weights to take nor an engine to put to sleep."""
+    with pytest.raises(GeneratorError, match=r"SeedEcho has no close, sleep, update_weights, wake; expected .* wake\."):
+        team_of(SeedEcho(), ALONE)
+    assert team_of(Streaming(), ALONE).count == 1
 
 
 def test_a_truncated_answer_with_an_end_is_refused(tmp_path):

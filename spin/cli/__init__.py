@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.errors import SpinError
+from spin.errors import SpinError, wants_traceback
 from spin.terminal import write_any_text
 
 # name: module, what it does
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (SpinError, OmegaConfBaseException, OSError) as error:  # OSError: a file that may not be read
-        if os.environ.get("SPIN_TRACEBACK") == "1":
+        if wants_traceback():
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -54,6 +54,11 @@ def main(argv: Sequence[str]) -> None:
         finally:
             part.unlink(missing_ok=True)
     print(f"{arguments.name} -> {target}")
+    if target.name == source.name and target.stem in recipe_files():
+        print(
+            f"The copy has the installed recipe's name, and `tune run {target.stem}` may start either. Rename it, to "
+            f"my_{target.name} for instance, before you change it."
+        )
 
 
 def _source(name: str) -> Path:

@@ -19,7 +19,7 @@ from spin.checks import check_run
 from spin.cli.catalog import load_recipe, recipe_of
 from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
-from spin.data.prompts import check_vocabulary
+from spin.data.prompts import check_is_dataset, check_vocabulary
 from spin.data.sources import read_rows
 from spin.errors import ConfigError, DataError, SpinError
 from spin.generators import sampling_params
@@ -223,6 +223,7 @@ class Validation:
     ) -> tuple[PromptDataset | PromptStream, str]:
         read = partial(config.instantiate, section, tokenizer=tokenizer, max_seq_len=context, **options)
         data: PromptDataset | PromptStream = _built("data set", read)
+        check_is_dataset(data)
         prompts = data.window(0)
         report = prompts.report
         lines = [f"{len(prompts):,} samples of {report.rows:,} rows"]

@@ -16,7 +16,7 @@ Turns = Literal["last", "all"]
 # Columns of each format: required ones, then optional ones. The order is the order of detection.
 _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ("tools",)),
-    "sharegpt": (("conversations",), ("tools",)),
+    "sharegpt": (("conversations",), ("system", "tools")),
     "alpaca": (("instruction", "output"), ("input",)),
     "prompt_response": (("prompt", "response"), ("system", "tools")),
 }
@@ -130,10 +130,10 @@ def row_to_messages(
     Args:
         data (Mapping[str, Any]): the row.
         row_format (str): ``messages`` (list of role and content), ``sharegpt`` (``conversations``: list of from and
-            value), ``prompt_response`` (``prompt`` is a text or the list of messages so far; ``response`` or
-            ``completion`` is a text or one assistant message; optional ``system``), ``alpaca`` (``instruction``,
-            optional ``input``, ``output``; instruction and input become one user turn with an empty line between
-            them), or ``auto``. All but ``alpaca`` may have ``tools``.
+            value; optional ``system``), ``prompt_response`` (``prompt`` is a text or the list of messages so far;
+            ``response`` or ``completion`` is a text or one assistant message; optional ``system``), ``alpaca``
+            (``instruction``, optional ``input``, ``output``; instruction and input become one user turn with an empty
+            line between them), or ``auto``. All but ``alpaca`` may have ``tools``.
         column_map (Mapping[str, str] | None): column name of the format to column name of the data set, as torchtune
             writes it: ``{"prompt": "question", "response": "answer"}``.
         message_transform (MessageTransform | None): instead of a format: any torchtune transform, from a sample to
@@ -263,8 +263,9 @@ def _turn(value: object, index: int) -> ChatMessage:
             f"message {index} has the keys {found}; expected role and content, or from and value. Fix the row."
         )
     role = value[role_key]
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role.lower() not in _ROLES:  # NeMo writes User and Assistant
         raise DataError(f"message {index} has role {role!r}; expected one of {', '.join(_ROLES)}. Fix the row.")
+    role = role.lower()
     label, content = f"message {index} (role {role!r})", value.get(content_key)
     calls = parse_calls(content, label) if role == "function_call" else tool_calls(value, index)
     if calls and _ROLES[role] != "assistant":
@@ -284,12 +285,21 @@ def _turns(value: object, label: str) -> list[ChatMessage]:
     return [_turn(each, index) for index, each in enumerate(value)]
 
 
+def _with_system(messages: list[ChatMessage], data: Mapping[str, Any], names: Mapping[str, str]) -> list[ChatMessage]:
+    """The messages after the row's system column, if it has one and they do not begin with a system message."""
+    system = data.get(names.get("system", "system"))
+    if system is None or not messages or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": _text(system, "column 'system'")}, *messages]
+
+
 def _parse_messages(data: Mapping[str, Any], names: Mapping[str, str]) -> list[ChatMessage]:
     return _turns(_column(data, names, "messages"), names.get("messages", "messages"))
 
 
 def _parse_sharegpt(data: Mapping[str, Any], names: Mapping[str, str]) -> list[ChatMessage]:
-    return _turns(_column(data, names, "conversations"), names.get("conversations", "conversations"))
+    turns = _turns(_column(data, names, "conversations"), names.get("conversations", "conversations"))
+    return _with_system(turns, data, names)
 
 
 def _parse_prompt_response(data: Mapping[str, Any], names: dict[str, str]) -> list[ChatMessage]:
@@ -300,9 +310,7 @@ def _parse_prompt_response(data: Mapping[str, Any], names: dict[str, str]) -> li
         messages = [{"role": "user", "content": prompt}]
     else:
         messages = _turns(prompt, names.get("prompt", "prompt"))
-    system = data.get(names.get("system", "system"))
-    if system is not None and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(system, "column 'system'")})
+    messages = _with_system(messages, data, names)
     if isinstance(response, list) and response and isinstance(response[0], Mapping) and "type" not in response[0]:
         answer = _turns(response, names.get("response", "response"))
         if len(answer) != 1 or answer[0]["role"] != "assistant":

@@ -401,6 +401,22 @@ def prompt_dataset(
     return dataset
 
 
+def check_is_dataset(dataset: object) -> None:
+    """Checks what a data set function of the user's own has returned.
+
+    Args:
+        dataset (object): what ``dataset._component_`` gave.
+
+    Raises:
+        DataError: If it is something else than a data set of prompts.
+    """
+    if not isinstance(dataset, PromptDataset | PromptStream):
+        raise DataError(
+            f"dataset: its _component_ gave a {type(dataset).__name__}, expected a spin.data.PromptDataset, such as "
+            "PromptDataset([Prompt(sample_id, prompt_ids, real_ids), ...])."
+        )
+
+
 def check_vocabulary(
     model: nn.Module, tokenizer: PromptTokenizer, stop_token_ids: Sequence[int], *datasets: PromptDataset | PromptStream
 ) -> None:
@@ -413,11 +429,12 @@ def check_vocabulary(
         *datasets (PromptDataset | PromptStream): training and validation samples.
 
     Raises:
-        DataError: If a sample or a stop token has an id beyond the model's vocabulary.
+        DataError: If a sample or a stop token has an id beyond the model's vocabulary, or a data set is none.
     """
     rows = model.tok_embeddings.weight.shape[0]
     found = [f"stop token {token}" for token in stop_token_ids if not 0 <= token < rows]
     for dataset in datasets:
+        check_is_dataset(dataset)
         outside = dataset.first_outside(rows)
         if outside is not None:
             found.append(f"sample {outside[0]!r} has the token id {outside[1]}")

@@ -194,7 +194,8 @@ class PairStore:
             pairs (Sequence[Pair]): its content; may be empty.
 
         Raises:
-            StoreError: If a reference log-prob is not finite, naming the samples.
+            StoreError: If a reference log-prob is not finite, naming the samples, or if another process has begun the
+                store anew, from something else.
             OutputError: If it cannot be written; no part of it is left.
         """
         broken = [
@@ -231,6 +232,7 @@ class PairStore:
                     pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
                     stream.flush()
                     os.fsync(stream.fileno())
+                self._check_is_still_mine()
                 temporary.rename(file)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -243,11 +245,21 @@ class PairStore:
             report (Mapping[str, Any] | None): counts to keep with the store.
 
         Raises:
-            StoreError: If a shard is missing.
+            StoreError: If a shard is missing, or if another process has begun the store anew, from something else.
             OutputError: If the manifest cannot be written.
         """
         with taking_turns(self.path):
             self._seal(report or {})
+
+    def _check_is_still_mine(self) -> None:
+        """A worker with another config has moved the store aside, and what lies there now is that worker's."""
+        changed = differences(self.manifest["fingerprint"], PairStore.open(self.path).manifest["fingerprint"])
+        if changed:
+            raise StoreError(
+                f"{self.path}: another process has begun this store anew, from something else ({'; '.join(changed)}). "
+                "All workers of an iteration need the same config. What was made here before is kept beside it, as "
+                f"{self.path.name}.stale-*."
+            )
 
     def _seal(self, report: Mapping[str, Any]) -> None:
         missing = self.missing_shards()
@@ -255,6 +267,7 @@ class PairStore:
             raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
         if self.is_sealed:
             return
+        self._check_is_still_mine()
         on_disk = PairStore.open(self.path).manifest
         if on_disk["sealed"] and on_disk["fingerprint"] == self.manifest["fingerprint"]:  # by another worker
             self.manifest = on_disk

@@ -171,6 +171,29 @@ def test_cp_of_a_config_and_a_recipe(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my_1B.yaml", "spin_generate.py"]
 
 
+def test_a_copy_under_the_recipes_own_name_is_never_mistaken_in_silence(tmp_path, monkeypatch, capsys):
+    """Of the installed recipe and an edited copy in the folder, the launcher decides which runs: it is said which."""
+    installed, copy = REPO / "recipes" / "spin_recipe.py", tmp_path / "spin_recipe.py"
+    _, out, _ = spin(capsys, "cp", "spin_recipe", tmp_path)
+    assert "Rename it, to my_spin_recipe.py" in out
+    assert "Rename it" not in spin(capsys, "cp", "spin_recipe", tmp_path / "mine.py")[1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["spin_recipe", "--config", "there_is_none"])
+
+    def told(recipe):
+        with pytest.raises(SystemExit, match="1"):
+            load_recipe(recipe).recipe_main()
+        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+
+    assert told("spin_recipe") == told(str(copy)) == []  # the same text: it does not matter which runs
+    copy.write_text(copy.read_text() + "# edited\n")
+    (line,) = told("spin_recipe")
+    assert line.startswith(f"warning: {installed} runs, not {copy}.") and "my_spin_recipe.py" in line
+    (line,) = told(str(copy))
+    assert line.startswith(f"warning: {copy} runs, not {installed}.")
+    assert told("mine.py") == []
+
+
 def test_cp_keeps_what_is_there(tmp_path, capsys):
     target = tmp_path / "mine.yaml"
     target.write_text("precious")

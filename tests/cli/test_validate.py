@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
 from omegaconf import OmegaConf
@@ -275,3 +276,7 @@ def test_a_data_set_of_another_component_is_not_compared(validate, monkeypatch, 
     changes = [f"~dataset.{key}" for key in ("source", "limit", "max_response_tokens", "on_long_response")]
     code, out, _ = validate(*changes, "dataset._component_=my_data.make", "allow_components=[my_data]")
     assert code == 0 and "not compared" in out and "8 samples" in out, out
+    module.write_text("def make(tokenizer, max_seq_len):\n    return []\n")
+    monkeypatch.delitem(sys.modules, "my_data")
+    code, out, _ = validate(*changes, "dataset._component_=my_data.make", "allow_components=[my_data]")
+    assert code == 1 and "dataset: its _component_ gave a list" in out, out

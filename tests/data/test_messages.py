@@ -64,6 +64,33 @@ def test_system_prompt_is_put_first_unless_there_is_one():
     assert row_to_messages({"prompt": "Q", "response": "A", "system": "S"}) == [SYSTEM, USER, ASSISTANT]
 
 
+def test_a_row_of_nemo_aligner_with_capital_roles_and_a_system_column():
+    """As its chat data sets have them: roles by from, with a capital; the preamble beside the turns, empty or not."""
+    turns = [
+        {"from": "User", "value": "Q", "label": None},
+        {"from": "Assistant", "value": "A", "label": "quality:4"},
+    ]
+    row = {"mask": "User", "system": "S", "type": "VALUE_TO_TEXT", "conversations": turns}
+    assert row_to_messages(row) == [SYSTEM, USER, ASSISTANT]
+    assert row_to_messages({**row, "system": ""})[0] == {"role": "system", "content": ""}
+    assert row_to_messages({**row, "system": None}) == [USER, ASSISTANT]
+    assert row_to_messages({**row, "conversations": [{"from": "System", "value": "T"}, *turns]})[0]["content"] == "T"
+    renamed = {"preamble": "S", "conversations": turns}
+    assert row_to_messages(renamed, column_map={"system": "preamble"}) == [SYSTEM, USER, ASSISTANT]
+
+
+def test_a_row_of_preferences_reads_as_its_chosen_answer():
+    """TRL's four forms; the rejected answer is no part of the conversation."""
+    wrong = {"role": "assistant", "content": "B"}
+    to_chosen = {"response": "chosen"}
+    assert row_to_messages({"prompt": "Q", "chosen": "A", "rejected": "B"}, column_map=to_chosen) == [USER, ASSISTANT]
+    row = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [wrong]}
+    assert row_to_messages(row, column_map=to_chosen) == [USER, ASSISTANT]
+    whole = {"chosen": [USER, ASSISTANT], "rejected": [USER, wrong]}
+    for row in (whole, {"prompt": "Q", **whole}):
+        assert row_to_messages(row, column_map={"messages": "chosen"}) == [USER, ASSISTANT]
+
+
 def test_texts_are_not_touched():
     row = {"prompt": "  Q \n", "response": "\n\nA  "}
     assert [message["content"] for message in row_to_messages(row)] == ["  Q \n", "\n\nA  "]

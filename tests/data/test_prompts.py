@@ -305,3 +305,8 @@ def test_an_id_beyond_the_vocabulary_names_the_first_sample(prompts, sample, tok
 def test_a_stop_token_beyond_the_vocabulary_is_refused():
     with pytest.raises(DataError, match="stop token 10"):
         check_vocabulary(_model(10), _Tokenizer(), (9, 10), PromptDataset())
+
+
+def test_what_is_no_data_set_is_refused_by_its_type():
+    with pytest.raises(DataError, match=r"dataset: its _component_ gave a list, expected a spin.data.PromptDataset"):
+        check_vocabulary(_model(10), _Tokenizer(), (9,), [Prompt("a", [1], [2])])

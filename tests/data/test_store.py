@@ -3,6 +3,8 @@
 import json
 import math
 import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -84,6 +86,45 @@ def test_goes_on_where_it_stopped(tmp_path):
     assert sorted(path.name for path in again.path.iterdir()) == [
         "manifest.json", "shard-00000.parquet", "shard-00001.parquet", "shard-00002.parquet",
     ]  # fmt: skip
+
+
+def test_a_worker_of_another_config_does_not_mix_its_shards_with_those_of_the_others(tmp_path):
+    """The first one's store is moved aside while it is at work: its next shard, and its seal, are refused by name."""
+    first = PairStore.open_or_create(tmp_path / "p", FINGERPRINT, 2)
+    first.write_shard(0, pairs(1))
+    second = PairStore.open_or_create(tmp_path / "p", FINGERPRINT | {"seed": 2}, 2)
+    with pytest.raises(StoreError, match=r"begun this store anew, from something else \(seed is 2, was 1\)"):
+        first.write_shard(1, pairs(1))
+    assert second.missing_shards() == [0, 1]
+    assert not list(second.path.glob(".*.tmp"))
+    for shard in (0, 1):
+        second.write_shard(shard, pairs(1))
+    with pytest.raises(StoreError, match="same config"):
+        first.seal()
+    assert not PairStore.open(tmp_path / "p").is_sealed
+    assert (tmp_path / "p.stale-0" / "shard-00000.parquet").exists()
+
+
+SLOW_BEGINNING = """
+import sys, time
+import spin.data.store as store
+write = store._replace_json
+store._replace_json = lambda *args: (time.sleep(1.0), write(*args))
+print(store.PairStore.open_or_create(sys.argv[1], {"opponent": "w0"}, 2).num_shards)
+"""
+
+
+def test_machines_that_begin_a_store_at_once_share_it(tmp_path, subprocess_env):
+    """The folder is there a second before its manifest; nobody takes it for a damaged store."""
+    command = [sys.executable, "-c", SLOW_BEGINNING, str(tmp_path / "p")]
+    started = [
+        subprocess.Popen(command, env=subprocess_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    for process in started:
+        out, err = process.communicate(timeout=120)
+        assert (process.returncode, out) == (0, "2\n"), err
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["p"]
 
 
 @pytest.mark.parametrize("is_sealed", [True, False])

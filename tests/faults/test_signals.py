@@ -89,7 +89,9 @@ def test_slurm_script_of_the_documentation(tmp_path, subprocess_env):
         )
     )
     commands = {
-        "srun": f'echo $$ > {tmp_path}/step\nSLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"',
+        # without the option the ranks that are left wait for one that has failed
+        "srun": f'[ "$1" = --kill-on-bad-exit=1 ] || exit 2\nshift; echo $$ > {tmp_path}/step\n'
+        'SLURM_PROCID=0 SLURM_LOCALID=0 exec "$@"',
         "scancel": f'[ "$1 $2" = "--signal=USR1 77" ] && kill -USR1 $(cat {tmp_path}/step)',
         "scontrol": f'[ "$1" = show ] && echo 127.0.0.1 || echo "$@" >> {tmp_path}/asked',
     }
@@ -262,3 +264,23 @@ def test_signals_by_name():
     assert stop.is_asked and not stop.is_out_of_time
     assert signal.getsignal(signal.SIGUSR2) == handler
     assert spin_recipe.DEFAULTS["stop_signals"] == ["SIGINT", "SIGTERM", "SIGUSR1"]
+
+
+def test_a_worker_of_spin_generate_stops_as_a_run_does(tmp_path, subprocess_env):
+    """A signal ends it with exit code 0 and whole shards; max_time too; the command that was told makes the others."""
+    out = tmp_path / "out"
+    folder = out / "iteration_000" / "responses"
+    command = [sys.executable, str(REPO / "recipes" / "spin_generate.py"), "--config", str(CONFIG)]
+    command += [*tiny_overrides(out), "pairs.prompts_per_shard=1", "generator.batch_size=1"]
+    options = {"env": subprocess_env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, **options)
+    wait_for(process, lambda: (folder / "shard-00000.parquet").exists())
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    made = len(list(folder.glob("shard-*.parquet")))
+    done = subprocess.run([*command, "max_time=00:00:00:00"], timeout=120, **options)
+    assert done.returncode == 0 and "stopped as asked" in done.stdout, done.stdout
+    assert len(list(folder.glob("shard-*.parquet"))) == made < 20
+    done = subprocess.run(shlex.split(told_command(output)), timeout=120, **options)
+    assert done.returncode == 0 and "All 20 shards are there" in done.stdout, done.stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -179,6 +180,21 @@ def test_sigterm_saves_and_the_same_command_goes_on(unbroken, tmp_path):
     assert metrics_of(tmp_path) == metrics_of(unbroken[0])
 
 
+def test_a_run_whose_folder_model_and_data_have_moved_goes_on(unbroken, tmp_path):
+    """Nothing that is written knows where it lies; a sample without an id is named by its file's name and row."""
+    changes = ("max_iterations=2", "max_epochs=1")
+    code, output = interrupt(tmp_path / "before", changes, signal.SIGTERM, lambda: steps_done(tmp_path / "before") >= 1)
+    assert code == 0, output[-3000:]
+    (tmp_path / "elsewhere").mkdir()
+    after = (tmp_path / "before").rename(tmp_path / "elsewhere" / "after")
+    model = shutil.copytree(REPO / "tests" / "assets" / "tiny_lm", tmp_path / "elsewhere" / "model")
+    data = shutil.copy(REPO / "examples" / "quickstart" / "jargon_train.jsonl", tmp_path / "elsewhere")
+    places = (f"tokenizer.path={model}", f"checkpointer.checkpoint_dir={model}", f"dataset.source={data}")
+    assert run(after, *changes, *places).final_weights == unbroken[1]
+    assert metrics_of(after) == metrics_of(unbroken[0])
+    assert not list(after.rglob("*.stale*"))
+
+
 @pytest.mark.parametrize("moment", ["playing", "fitting", "second iteration"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(unbroken, tmp_path, moment):
     """SIGKILL after the first shard of answers, in the middle of an epoch, and in the next iteration."""
@@ -204,6 +220,8 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(unbroken, tmp_path, moment):
         (["model.vocab_size=1000"], ["knows 1024 token ids", "has 1000", "sample 'jargon-"]),
         (["global_batch_size=400"], ["global_batch_size"]),
         (["loss.beta=[0.1,0.2,0.3]"], ["loss.beta", "2 iterations"]),
+        (["loss.loss_type=logistics"], ["loss.loss_type='logistics'", "logistic"]),
+        (["loss.label_smoothing=0.5"], ["loss.label_smoothing=0.5", "[0, 0.5)"]),
     ],
     ids=lambda value: str(value[0])[:30],
 )
