@@ -22,8 +22,6 @@ them into docs/benchmarks.md. A state of the 8B has 48 GB: --parts checkpoint ne
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -43,11 +41,12 @@ from page import scaling_section
 from work import MODELS, listed
 
 from spin.files import write_json
+from spin.packages import VLLM, installed_version, installed_vllm
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("step", "checkpoint", "iteration")
 GPUS = (1, 2, 4, 8)
-PACKAGES = ("torch", "torchtune", "torchao", "transformers", "vllm")
+PACKAGES = ("torch", "torchtune", "torchao", "transformers", *VLLM)
 # of a packed row. One H200 held the 8B's step with rows of 8,192 tokens; with 6,912 the 64 pairs of each GPU are eight
 # rows of about the same length at every number of GPUs, where 8,192 makes them six or eight. vLLM needs room too.
 ROW_TOKENS = {"llama3_2_1b": 12288, "llama3_1_8b": 6912}
@@ -160,7 +159,7 @@ def _iterations(args: argparse.Namespace, model: str, gpus: int) -> list[Run]:
 
 def reason_to_skip(run: Run) -> str | None:
     """Why a run cannot be made here; None if it can."""
-    if "vllm" in run.arguments and importlib.util.find_spec("vllm") is None:
+    if "vllm" in run.arguments and installed_vllm() is None:
         return "vllm is not installed"
     return None
 
@@ -241,9 +240,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     setup = {
         "device": torch.cuda.get_device_name() if args.device != "cpu" else "CPU",
         "host_gpus": torch.cuda.device_count() if args.device != "cpu" else 0,
-        "versions": {
-            name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name) is not None
-        },
+        "versions": {name: version for name in PACKAGES if (version := installed_version(name)) is not None},
     }
     results: dict[str, Any] = {"setup": setup, "skipped": {}, "runs": {}}
     if args.out.exists():

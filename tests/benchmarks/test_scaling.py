@@ -106,7 +106,7 @@ def test_more_gpus_than_there_are(command, monkeypatch, capsys):
 
 
 def test_without_vllm_its_runs_are_left_out_with_the_reason(command, monkeypatch, tmp_path):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "vllm" else object())
+    monkeypatch.setattr(scaling, "installed_vllm", lambda: None)
     results = scaling.measure(command("--models tiny --device cpu --gpus 1 --parts iteration"))
     assert results["skipped"] == {"iteration tiny vllm tp1 1": "vllm is not installed"} and results["runs"] == {}
     assert "Not run: iteration tiny vllm tp1 1 (vllm is not installed)." in page.scaling_section([results])
