@@ -326,7 +326,7 @@ class RunLog:
         self._service.log_config(cfg)
         names = ("metrics.jsonl", "samples.jsonl")
         if cfg.get("resume") == "never":
-            self._keep_log(names)
+            self._keep_log((*names, "nonfinite.jsonl"))  # which is begun when a batch is not finite
         self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
         with writing(self._folder / "config.yaml"):
             OmegaConf.save(cfg, self._folder / "config.yaml", resolve=True)
