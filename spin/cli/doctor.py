@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
-from packaging.version import Version
 
 from spin.packages import installed_version, installed_vllm
 
@@ -99,8 +98,10 @@ def vllm() -> list[Finding]:
             Finding("vllm", _NOTE, "not installed; only VLLMGenerator needs it. docs/vllm.md says which fits torch")
         ]
     package, found = installed
+    torch = installed_version("torch")
+    if torch is None:  # which is told as a fault of its own
+        return [Finding("vllm", _OK, found)]
     wanted = [Requirement(text) for text in importlib.metadata.requires(package) or ()]
-    torch = Version(importlib.metadata.version("torch"))
     for requirement in wanted:
         holds = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
         if requirement.name == "torch" and holds and not requirement.specifier.contains(torch, prereleases=True):

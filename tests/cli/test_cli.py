@@ -325,6 +325,17 @@ def test_doctor_tells_what_is_missing_or_does_not_fit():
     assert "not installed: `pip install 'no-such-package>=2'`" in gone.text
 
 
+@pytest.mark.parametrize(("torch", "verdict"), [(None, "ok"), ("2.11.0", "ok"), ("2.13.0+cpu", "note")])
+def test_doctor_compares_vllm_with_the_torch_that_is_there(monkeypatch, torch, verdict):
+    from spin.cli import doctor
+
+    monkeypatch.setattr(doctor, "installed_vllm", lambda: ("vllm", "0.23.0"))
+    monkeypatch.setattr(doctor, "installed_version", lambda package: torch)
+    monkeypatch.setattr("importlib.metadata.requires", lambda package: ["torch==2.11.0", "numpy"])
+    (finding,) = doctor.vllm()
+    assert finding.verdict == verdict and "0.23.0" in finding.text
+
+
 def test_doctor_ends_with_1_if_something_is_missing(monkeypatch, capsys):
     from spin.cli import doctor
 
