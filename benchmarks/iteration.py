@@ -42,12 +42,12 @@ from rounds import free
 from spin_lora_recipe import SPINLoRARecipe
 from spin_recipe import SPINRecipe
 from transformers import AutoTokenizer
-from work import MIXES, MODELS, Sizes, floor_of_work, gathered, llama_config, log_normal_lengths, randomize
+from work import MIXES, MODELS, Sizes, floor_of_work, llama_config, log_normal_lengths, randomize
 
 from spin.config import complete, load_config
 from spin.data.store import PairStore
 from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
-from spin.distributed import World, init_world, materialize, shard_model, shutdown
+from spin.distributed import World, gather_objects, init_world, materialize, shard_model, shutdown
 from spin.files import write_json
 from spin.hf import export_hf
 from spin.models import build_model
@@ -220,7 +220,7 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
 
 def with_every_rank(rows: list[dict[str, Any]], world: World) -> None:
     """Puts every rank's peak of memory into rank 0's rows, and the highest in the place of its own. Collective."""
-    for row, ranks in zip(rows, zip(*gathered(rows, world), strict=True), strict=True):
+    for row, ranks in zip(rows, zip(*gather_objects(rows, world), strict=True), strict=True):
         row["peak_gib_by_rank"] = [other["peak_gib"] for other in ranks]
         for peak in ("peak_gib", "tensors_gib", "after_gib"):
             row[peak] = max(other[peak] for other in ranks)

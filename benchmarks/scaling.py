@@ -106,9 +106,7 @@ def plan(args: argparse.Namespace) -> list[Run]:
             runs += _steps(args, model, gpus)
     for model in args.models if "checkpoint" in args.parts else ():
         for gpus in args.gpus:
-            options = _shapes(args, model, args.pairs * gpus)
-            if "adamw8bit" in _optimizer(model):
-                options += ["--optimizer", "adamw8bit"]
+            options = [*_shapes(args, model, args.pairs * gpus), *_optimizer(model)]
             options += ["--rounds", "1", "--steps", "2", "--every", "2"]
             runs.append(Run("checkpoint", model, gpus, "fsdp", "checkpointing.py", tuple(options), "parent"))
     for gpus in args.gpus if "iteration" in args.parts else ():

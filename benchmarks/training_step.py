@@ -51,7 +51,6 @@ from work import (
     WEIGHT_SCALE,
     Sizes,
     floor_of_work,
-    gathered,
     listed,
     mixed_pairs,
     random_nats,
@@ -67,6 +66,7 @@ from spin.distributed import (
     accumulating,
     barrier,
     clip_grad_norm,
+    gather_objects,
     init_world,
     materialize,
     shard_model,
@@ -252,7 +252,7 @@ class Bench:
                     peaks[name].append((torch.cuda.max_memory_allocated() - others) / GIB)
                     whole[name] = max(whole[name], torch.cuda.max_memory_allocated() / GIB)
                 self.zero_grads()
-        by_rank = gathered(whole, self.world)
+        by_rank = gather_objects(whole, self.world)
         return {
             name: {"error": errors[name]}
             if name in errors

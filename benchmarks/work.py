@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torchtune.models.convert_weights import tune_to_hf
 
@@ -111,13 +110,6 @@ def randomize(model: nn.Module, world: World, seed: int = 0) -> None:
     for parameter in model.parameters():
         local = local_tensor(parameter.detach())
         local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
-
-
-def gathered(value: Any, world: World) -> list[Any]:
-    """Every rank's value, by rank. Collective."""
-    values: list[Any] = [None] * world.world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def llama_config(model: Any) -> Any:
