@@ -35,7 +35,7 @@ from spin import config, reference, selfplay
 from spin.checkpoint import reading_state
 from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
-from spin.data.filters import filter_margins, filter_pairs, left_out_by_margin
+from spin.data.filters import POLICIES, filter_margins, filter_pairs, left_out_by_margin
 from spin.data.loader import RowBatch, load_rows
 from spin.data.lookup import PairLookup, share_lookup
 from spin.data.order import history_window
@@ -475,7 +475,7 @@ class SPINRecipe:
         pairs: Iterator[Pair] = itertools.chain.from_iterable(store.pairs() for store in stores)
         if self._is_triplet:
             pairs = self._starts.pop(folder).add_to(pairs)
-        policies = {name: policy[name] for name in ("truncated", "equal_to_real", "empty")}
+        policies = {name: policy[name] for name in POLICIES}
         return filter_pairs(pairs, self._counts, **policies, whole=self._packing["triplets"])
 
     @property

@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from spin.config import Faults
-from spin.data.packing import MASK_TRUNCATED
+from spin.data.filters import POLICIES
 from spin.data.store import differences
 from spin.dtypes import TRAINED_DTYPES
 from spin.errors import CheckpointError, ConfigError, SelfTestError
@@ -144,11 +144,7 @@ def check_run(cfg: DictConfig) -> None:
                     "today's opponent and one of what the run started from, and its loss has no reference. Set "
                     f"pairs.{name}={value}."
                 )
-    for name, known in (
-        ("truncated", ("keep", MASK_TRUNCATED, "drop")),
-        ("equal_to_real", ("keep", "drop")),
-        ("empty", ("keep", "drop")),
-    ):
+    for name, known in POLICIES.items():
         if plain["pairs"][name] not in known:
             faults.add(f"pairs.{name}={plain['pairs'][name]!r}: expected {', '.join(known)}.")
     for name in ("dtype", "compute_dtype"):

@@ -14,8 +14,8 @@ from spin.data.store import PairStore
 from spin.data.types import Pair, Response
 from spin.errors import ConfigError, StoreError
 
-TRUNCATED_POLICIES = ("keep", MASK_TRUNCATED, "drop")
-KEEP_OR_DROP = ("keep", "drop")
+# what may be done with responses that may not be worth learning from, by their kind
+POLICIES = {"truncated": ("keep", MASK_TRUNCATED, "drop"), "equal_to_real": ("keep", "drop"), "empty": ("keep", "drop")}
 
 
 def filter_pairs(
@@ -46,13 +46,9 @@ def filter_pairs(
         ConfigError: If a policy is unknown.
         StoreError: If no pair is left.
     """
-    for name, policy, known in (
-        ("truncated", truncated, TRUNCATED_POLICIES),
-        ("equal_to_real", equal_to_real, KEEP_OR_DROP),
-        ("empty", empty, KEEP_OR_DROP),
-    ):
-        if policy not in known:
-            raise ConfigError(f"pairs.{name}={policy!r}: expected {', '.join(known)}.")
+    for name, policy in (("truncated", truncated), ("equal_to_real", equal_to_real), ("empty", empty)):
+        if policy not in POLICIES[name]:
+            raise ConfigError(f"pairs.{name}={policy!r}: expected {', '.join(POLICIES[name])}.")
     counts.update(responses=0, truncated=0, equal_to_real=0, empty=0, dropped=0, dropped_pairs=0)
     is_any_left = False
     for pair in pairs:
