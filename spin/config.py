@@ -787,9 +787,8 @@ def _build(
         # what a data set says of itself does not know that it is the one for validation, say
         raise type(error)(f"{where}: {error}") from error
     except OSError as error:
-        if (
-            where.rpartition(".")[2] != "tokenizer"
-        ):  # spin's own parts tell of their files; a metrics service may be down
+        # spin's own parts tell of their files; a metrics service may be down
+        if where.rpartition(".")[2] != "tokenizer":
             raise
         # torchtune's tokenizers: a file that is not there, or a folder
         raise ConfigError(f"{where}: {name} cannot be made: {error}. Check the paths of the section.") from error

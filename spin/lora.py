@@ -189,23 +189,12 @@ class LoRACheckpointer(SPINCheckpointer):
         """Saves adapter and optimizer, and the fingerprint of the base; see :meth:`SPINCheckpointer.save_state`."""
         return super().save_state(state=state | {"base": self._base}, **arguments)
 
-    def load_state(
-        self,
-        path: str | Path,
-        *,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
-        world: World,
-        new_options: bool = False,
-    ) -> None:
+    def load_state(self, path: str | Path, **arguments: Any) -> None:
         """Restores an adapter onto the base that it was trained on; see :meth:`SPINCheckpointer.load_state`.
 
         Args:
             path (str | Path): a state's folder.
-            model (nn.Module): after :meth:`load_model`.
-            optimizer (torch.optim.Optimizer | None): of the adapter's parameters.
-            world (World): the ranks.
-            new_options (bool): what ``optimizer`` was made with stands.
+            **arguments (Any): those of the full recipe; the model after :meth:`load_model`.
 
         Raises:
             CheckpointError: If the base is another one, or as in the full recipe.
@@ -216,7 +205,7 @@ class LoRACheckpointer(SPINCheckpointer):
                 f"{path}: the adapter was trained on another base than {self.checkpoint_dir} gives (fingerprint "
                 f"{str(saved)[:12]}, found {self._base[:12]}): other weights, or another base_dtype. Restore them."
             )
-        super().load_state(path, model=model, optimizer=optimizer, world=world, new_options=new_options)
+        super().load_state(path, **arguments)
 
     def export(self, model: nn.Module, iteration: int, world: World, tokenizer: object = None) -> Path:
         """Writes the adapter for peft, and the merged model; waits for a state being written. Collective.

@@ -251,15 +251,17 @@ class PairStore:
         with taking_turns(self.path):
             self._seal(report or {})
 
-    def _check_is_still_mine(self) -> None:
-        """A worker with another config has moved the store aside, and what lies there now is that worker's."""
-        changed = differences(self.manifest["fingerprint"], PairStore.open(self.path).manifest["fingerprint"])
+    def _check_is_still_mine(self) -> dict[str, Any]:
+        """The manifest on the disk, unless a worker with another config has moved the store aside and begun its own."""
+        on_disk = PairStore.open(self.path).manifest
+        changed = differences(self.manifest["fingerprint"], on_disk["fingerprint"])
         if changed:
             raise StoreError(
                 f"{self.path}: another process has begun this store anew, from something else ({'; '.join(changed)}). "
                 "All workers of an iteration need the same config. What was made here before is kept beside it, as "
                 f"{self.path.name}.stale-*."
             )
+        return on_disk
 
     def _seal(self, report: Mapping[str, Any]) -> None:
         missing = self.missing_shards()
@@ -267,9 +269,8 @@ class PairStore:
             raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
         if self.is_sealed:
             return
-        self._check_is_still_mine()
-        on_disk = PairStore.open(self.path).manifest
-        if on_disk["sealed"] and on_disk["fingerprint"] == self.manifest["fingerprint"]:  # by another worker
+        on_disk = self._check_is_still_mine()
+        if on_disk["sealed"]:  # by another worker
             self.manifest = on_disk
             return
         for leftover in self.path.glob(".*.tmp"):  # of processes that died while they wrote
