@@ -17,6 +17,7 @@ from torchtune.modules import TransformerDecoder
 from spin.adapters import quantizing_at_once
 from spin.attention import patch_attention
 from spin.config import COMPONENT, instantiate
+from spin.cpu import multiplies_bf16
 from spin.data.packing import longest_row
 from spin.distributed import World, materialize, shard_model
 from spin.errors import ConfigError
@@ -184,6 +185,11 @@ def prepare_model(
         reshard_after_forward (bool): see :func:`spin.distributed.shard_model`.
         cpu_offload (bool): see :func:`spin.distributed.shard_model`.
     """
+    if world.is_main and world.device.type == "cpu" and compute_dtype == torch.bfloat16 and not multiplies_bf16():
+        log.warning(
+            "This CPU has no instructions for bf16: torch multiplies in it many times more slowly than in fp32. Set "
+            "compute_dtype=fp32."
+        )
     # torchtune's RMSNorm gives fp32 inputs and bf16 weights to torch, which is right, and which torch remarks upon
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     patch_attention(model)

@@ -125,10 +125,13 @@ def devices() -> list[Finding]:
     except ImportError as error:
         return [*findings, Finding("torch", _FAULT, f"cannot be imported: {error}")]
     if not torch.cuda.is_available():
+        from spin.cpu import multiplies_bf16  # which imports torch
+
+        dtype = "" if multiplies_bf16() else " and compute_dtype=fp32, because this CPU has no instructions for bf16"
         built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is for CPUs"
         return [
             *findings,
-            Finding("gpu", _NOTE, f"none that torch can use ({built}); set device=cpu, or see nvidia-smi"),
+            Finding("gpu", _NOTE, f"none that torch can use ({built}); set device=cpu{dtype}, or see nvidia-smi"),
         ]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)

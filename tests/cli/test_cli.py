@@ -325,6 +325,16 @@ def test_doctor_tells_what_is_missing_or_does_not_fit():
     assert "not installed: `pip install 'no-such-package>=2'`" in gone.text
 
 
+def test_doctor_says_which_dtype_a_cpu_is_fast_in(monkeypatch):
+    from spin.cli import doctor
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for fast in (True, False):
+        monkeypatch.setattr("spin.cpu.multiplies_bf16", lambda fast=fast: fast)
+        (text,) = (finding.text for finding in doctor.devices() if finding.what == "gpu")
+        assert "device=cpu" in text and ("compute_dtype=fp32" in text) is not fast
+
+
 @pytest.mark.parametrize(("torch", "verdict"), [(None, "ok"), ("2.11.0", "ok"), ("2.13.0+cpu", "note")])
 def test_doctor_compares_vllm_with_the_torch_that_is_there(monkeypatch, torch, verdict):
     from spin.cli import doctor
