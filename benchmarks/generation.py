@@ -275,6 +275,7 @@ class TransformersContinuous(Transformers):
     """transformers' continuous batching: a paged cache, requests come and go; its manager is started untimed."""
 
     title = "transformers, continuous batching"
+    one_in = 1  # it fills places as they become free: the more requests, the better
 
     @contextmanager
     def ready(self) -> Iterator[None]:

@@ -267,7 +267,7 @@ def _scaling_goal(results: Results) -> str:
 
 
 def _with_base(runs: Results) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
-    """Step runs, each with FSDP2 on the fewest GPUs that did the same work; None for what failed."""
+    """Step runs, each with the fastest of FSDP2 on the fewest GPUs that did the same work; None for what failed."""
     steps = [run for run in runs if run["part"] == "step"]
     pairs = []
     for run in steps:
@@ -278,7 +278,8 @@ def _with_base(runs: Results) -> list[tuple[dict[str, Any], dict[str, Any] | Non
             and (other["model"], other["load"], other["replicas"]) == (run["model"], run["load"], 1)
             and _work(other) == _work(run)
         ]
-        base = min(same, key=lambda other: other["gpus"], default=None) if "result" in run else None
+        first = min(same, key=lambda other: (other["gpus"], -_pairs_per_gpu(other)), default=None)
+        base = first if "result" in run else None
         pairs.append((run, base))
     return pairs
 
@@ -308,6 +309,7 @@ def _scaling_steps(runs: Results) -> list[str]:
     rows = []
     for run, base in _with_base(runs):
         layout = "FSDP2" if run["replicas"] == 1 else f"HSDP, {run['replicas']} replicas"
+        layout += "".join(f", {option.removeprefix('--').replace('-', ' ')}" for option in run["options"])
         head = [
             run["model"],
             f"{run['gpus']}",

@@ -131,9 +131,10 @@ def _steps(args: argparse.Namespace, model: str, gpus: int) -> list[Run]:
         for replicas in (1, *([2] if args.hsdp_from and gpus >= max(2, args.hsdp_from) else [])):
             options = [*_shapes(args, model, pairs), *_optimizer(model), "--rounds", str(args.rounds)]
             options += ["--what", "optimizer_step", "--step-alone", "--arms", "compiled", "--replicas", str(replicas)]
-            form = f"{'hsdp' if replicas > 1 else 'fsdp'} {load}"
-            facts = (("replicas", replicas), ("load", load), ("pairs", pairs))
-            options += shlex.split(args.step_options)
+            more = shlex.split(args.step_options)
+            form = " ".join(["hsdp" if replicas > 1 else "fsdp", load, *more])
+            facts = (("replicas", replicas), ("load", load), ("pairs", pairs), ("options", more))
+            options += more
             runs.append(Run("step", model, gpus, form, "training_step.py", tuple(options), None, facts))
     return runs
 
@@ -163,12 +164,12 @@ def reason_to_skip(run: Run) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------------- running
-def launch(run: Run, folder: Path | None, limit_seconds: float) -> dict[str, Any]:
+def launch(run: Run, folder: Path, limit_seconds: float) -> dict[str, Any]:
     """Makes a run, in processes of their own.
 
     Args:
         run (Run): which.
-        folder (Path | None): parent of what it writes, which is removed; None: the system's folder for such files.
+        folder (Path): parent of what it writes, which is removed, but for a model that later runs take too.
         limit_seconds (float): longer ones are ended.
 
     Returns:
@@ -176,12 +177,14 @@ def launch(run: Run, folder: Path | None, limit_seconds: float) -> dict[str, Any
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTORCH_ALLOC_CONF"}  # vLLM's limit
     environment.setdefault("OMP_NUM_THREADS", "1")  # as torchrun sets it for more than one process
-    with tempfile.TemporaryDirectory(prefix="spin-scaling-", dir=folder) as work:
+    with tempfile.TemporaryDirectory(dir=folder) as work:
         out, words = Path(work) / "results.json", Path(work) / "output.txt"
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(run.gpus)]
         command = [*torchrun, str(HERE / run.script), *run.arguments, "--out", str(out)]
         if run.folder is not None:
             command += ["--folder", work if run.folder == "parent" else str(Path(work) / "run")]
+        if run.folder == "new":
+            command += ["--model-folder", str(folder / run.model)]
         began = time.perf_counter()
         with words.open("w", encoding="utf-8") as stream:
             code = _ended(command, environment, stream, limit_seconds)
@@ -253,19 +256,20 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 f"{args.out} has {run.name!r} with {' '.join(known['arguments'])}, not {' '.join(run.arguments)}. "
                 "Give the same options, or choose another --out."
             )
-    for run in runs:
-        known = results["runs"].get(run.name)
-        if known is not None and not (args.retry and "error" in known):
-            continue
-        reason = reason_to_skip(run)
-        if reason is None:
-            print(f"{run.name} ...", file=sys.stderr, flush=True)
-            results["runs"][run.name] = record = launch(run, args.folder, args.limit_seconds)
-            results["skipped"].pop(run.name, None)
-            print(f"    {record['wall_seconds']:.0f} s, {record.get('error', 'done')}", file=sys.stderr, flush=True)
-        else:
-            results["skipped"][run.name] = reason
-        write_json(args.out, results)
+    with tempfile.TemporaryDirectory(prefix="spin-scaling-", dir=args.folder) as folder:
+        for run in runs:
+            known = results["runs"].get(run.name)
+            if known is not None and not (args.retry and "error" in known):
+                continue
+            reason = reason_to_skip(run)
+            if reason is None:
+                print(f"{run.name} ...", file=sys.stderr, flush=True)
+                results["runs"][run.name] = record = launch(run, Path(folder), args.limit_seconds)
+                results["skipped"].pop(run.name, None)
+                print(f"    {record['wall_seconds']:.0f} s, {record.get('error', 'done')}", file=sys.stderr, flush=True)
+            else:
+                results["skipped"][run.name] = reason
+            write_json(args.out, results)
     return results
 
 

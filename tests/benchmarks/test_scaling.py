@@ -76,6 +76,8 @@ def test_runs_of_a_host_of_eight(command, monkeypatch):
     assert iterations == ["iteration llama3_1_8b vllm tp1 1"] + [
         f"iteration llama3_1_8b vllm tp{shared} {gpus}" for gpus in (2, 4, 8) for shared in (1, 2)
     ]
+    apart = scaling.plan(command("--parts step --models llama3_1_8b --gpus 4 --step-options=--keep-gathered"))
+    assert [run.name for run in apart] == [f"step llama3_1_8b {way} weak --keep-gathered 4" for way in ("fsdp", "hsdp")]
     words = " ".join(runs["step llama3_1_8b hsdp weak 4"].arguments)
     assert "--pairs 128 " in words and "--replicas 2" in words and "--optimizer adamw8bit" in words
     assert "--pairs 32 " in " ".join(runs["step llama3_1_8b fsdp strong 8"].arguments)
@@ -124,10 +126,11 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 
 
 # ------------------------------------------------------------------------------------------------------- tables by hand
-def step(gpus, speed=None, replicas=1, model="llama3_1_8b", load="weak", error=None):
+def step(gpus, speed=None, replicas=1, model="llama3_1_8b", load="weak", error=None, options=()):
     """A run with this many pairs per second."""
     pairs = 64 * gpus if load == "weak" else 64
     run = {"part": "step", "model": model, "gpus": gpus, "replicas": replicas, "load": load, "pairs": pairs}
+    run["options"] = list(options)
     if error:
         return run | {"error": error}
     figures = {"pairs_per_second": speed, "min_pairs_per_second": speed, "max_pairs_per_second": speed, "tflops": 500.0}
@@ -173,6 +176,14 @@ def test_the_fewest_gpus_that_hold_the_model_are_the_baseline():
     assert [cells[5] for cells in rows([small])] == ["-", "1.000 of 2 GPUs", "0.950 of 2 GPUs"]
     text = page.scaling_section([small, file(step(1, 100.0))])
     assert "measured 0.950, against 2 GPUs: fewer do not hold it, or were not measured: reached." in text
+
+
+def test_a_run_with_options_stands_beside_the_one_without():
+    """One GPU 10 pairs/s, or 12 with an option, which is then the baseline: 45 on four are 45 / 48, 36 are 0.75."""
+    fast = {"options": ["--keep-gathered"]}
+    found = rows([file(step(1, 10.0), step(1, 12.0, **fast), step(4, 36.0), step(4, 45.0, **fast))])
+    assert [cells[5] for cells in found] == ["0.833", "1.000", "0.750", "0.938"]
+    assert [cells[2] for cells in found] == ["FSDP2", "FSDP2, keep gathered"] * 2
 
 
 def test_nothing_measured_is_said():
