@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spin.config import Faults
+from spin.config import ALLOWED_ROOTS, Faults, resolve_component
 from spin.data.filters import POLICIES
 from spin.data.store import differences
 from spin.dtypes import TRAINED_DTYPES
@@ -90,6 +91,7 @@ def check_run(cfg: DictConfig) -> None:
             for entry in value if isinstance(value, list) else [value]:
                 if isinstance(entry, (int, float)) and entry <= 0:
                     faults.add(f"{section}.{key}={entry}: expected more than 0.")
+    attempt("optimizer", partial(_check_optimizer, cfg))
     attempt("sampling", lambda: SamplingParams(**plain["sampling"]))
     attempt("max_time", lambda: parse_max_time(plain["max_time"]))
     attempt("stop_signals", lambda: parse_signals(plain["stop_signals"]))
@@ -306,6 +308,17 @@ def check_unchanged(
         raise CheckpointError(
             f"The run in {output_dir} was started with another config: {'; '.join(told)}. Restore it, start a new "
             f"output_dir, or allow it by resume_with_changes=[{','.join([*allowed, *changed])}]."
+        )
+
+
+def _check_optimizer(cfg: DictConfig) -> None:
+    name = cfg.optimizer._component_
+    step = getattr(resolve_component(name, (*ALLOWED_ROOTS, *cfg.allow_components)), "step", None)
+    closure = inspect.signature(step).parameters.get("closure") if callable(step) else None
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ConfigError(
+            f"optimizer._component_={name}: its step computes the loss several times, where a batch passes through the "
+            "model once. Choose one whose step needs no closure, such as torch.optim.AdamW."
         )
 
 

@@ -55,6 +55,7 @@ def test_a_changed_section_is_told_by_what_differs_in_it():
             (f"{name}=null", f"{name}=null: expected a section with _component_")
             for name in ("model", "tokenizer", "checkpointer", "dataset", "generator", "loss", "optimizer")
         ),
+        ("optimizer._component_=torch.optim.LBFGS", r"torch\.optim\.LBFGS: .* no closure, such as torch\.optim\.AdamW"),
         ("max_epochs=1.5", r"max_epochs=1\.5: expected a whole number, 1 or more"),
         ("max_iterations=1.5", r"max_iterations=1\.5: expected a whole number, 1 or more"),
         ("max_steps=1.5", r"max_steps=1\.5: expected a whole number, or -1"),
@@ -81,7 +82,16 @@ def test_values_that_cannot_work_are_refused_by_name(override, message):
         check_run(complete(load_config(str(CONFIG), overrides), RECIPE_DEFAULTS))
 
 
-@pytest.mark.parametrize("override", ["max_steps=null", "metric_logger=null", "max_time='10:00:00:00'", "seed=-1"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "max_steps=null",
+        "metric_logger=null",
+        "max_time='10:00:00:00'",
+        "seed=-1",
+        *(f"optimizer._component_={name}" for name in ("torch.optim.RMSprop", "spin.optim.AdamW8bit")),
+    ],
+)
 def test_values_that_work(override):
     check_run(complete(load_config(str(CONFIG), ["output_dir=runs/none", override]), RECIPE_DEFAULTS))
 
