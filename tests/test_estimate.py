@@ -62,6 +62,28 @@ def test_whole_iterations_are_met_within_15_per_cent(name, repo):
     assert found.training == pytest.approx(stages["train"], rel=0.15)
 
 
+def measured_steps(repo: Path) -> dict[str, dict]:
+    """Runs of benchmarks/scaling.py: whole optimizer steps on one to four GPUs, FSDP2 and HSDP."""
+    results = json.loads((repo / "benchmarks" / "results" / "scaling_h200x4.json").read_text(encoding="utf-8"))
+    return {name: run for name, run in results["runs"].items() if run["part"] == "step"}
+
+
+def test_steps_on_several_gpus_are_met_within_4_per_cent(repo):
+    runs = measured_steps(repo)
+    assert len(runs) == 9
+    for name, run in runs.items():
+        words = run["arguments"]
+        overrides = [f"pairs.row_tokens={words[words.index('--row-tokens') + 1]}", "compile=true"]
+        overrides += [f"replicas={run['replicas']}"]
+        overrides += ["enable_activation_checkpointing=false", "fsdp_accumulate_unsharded=false"]
+        overrides += [f"fsdp_reshard_after_forward={str('--keep-gathered' not in words).lower()}"]
+        if "adamw8bit" in words:
+            overrides += ["optimizer._component_=spin.optim.AdamW8bit", "~optimizer.fused"]
+        cfg = config({"llama3_1_8b": "llama3_1/8B_full", "llama3_2_1b": "llama3_2/1B_full"}[run["model"]], *overrides)
+        measured = max(run["result"]["optimizer_step"]["runs"]["optimizer step"]["peak_gib_by_rank"])
+        assert estimate(cfg, run["gpus"], pair_tokens=755).training == pytest.approx(measured, rel=0.04), name
+
+
 def test_full_fine_tuning_by_hand():
     """Llama 3.2 1B, 1,235,814,400 weights: 4 bytes each in fp32, 4 of gradient, 8 of AdamW, 2 gathered.
 
