@@ -32,9 +32,9 @@ experiment: model $(VENV)/.experiment-stamp
 	$(BIN)/python experiments/real_data.py --out .cache/experiment
 	$(BIN)/python experiments/real_model.py --form small --model $(MODEL) --data .cache/experiment --out runs/experiment
 
-# by file: what the tests of a file share, an engine or a run, is made once
+# a file's tests stay together: what they share, an engine or a run, is made once
 test: lint
-	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadfile
+	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadgroup
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 # Before torch is imported. Small tensors gain nothing from a second thread, and wait for it where cores are shared:
@@ -14,10 +15,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
+STARTED = time.monotonic()
+MINUTES = float(os.environ.get("SPIN_TEST_MINUTES") or "inf")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, with the reason, what this machine cannot run."""
+    """Skips, with the reason, what this machine cannot run; puts slow tests last.
+
+    With ``--dist loadgroup`` a file's tests stay in one process, its slow ones in one too.
+    """
+    for item in items:
+        slow = ":slow" if "slow" in item.keywords else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.relative_to(REPO)}{slow}"))
+    items.sort(key=lambda item: "slow" in item.keywords)
     skip_model = pytest.mark.skip(reason="SPIN_REAL_MODEL is not set; `make model` fetches the model")
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
@@ -25,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip_model)
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(skip_gpu)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips slow tests once SPIN_TEST_MINUTES are up, so that a slow machine still tells what the others find."""
+    if "slow" in item.keywords and time.monotonic() - STARTED > 60 * MINUTES:
+        pytest.skip(f"slow, and the {MINUTES:g} minutes of SPIN_TEST_MINUTES are up")
 
 
 def _has_gpu() -> bool:

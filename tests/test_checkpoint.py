@@ -89,6 +89,7 @@ def test_resume_is_exact(checkpointer, world):
     assert (weights_fingerprint(model), optimizer_digest(model, optimizer)) == unbroken != saved
 
 
+@pytest.mark.slow
 def test_one_two_and_four_ranks_exchange_states(tmp_path, world, subprocess_env):
     one = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "one"))
     model = sharded(world)

@@ -50,6 +50,7 @@ def test_the_command_and_the_table_from_the_file(tmp_path, capsys, monkeypatch):
         assert generation.ARMS[name].title in printed
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM; `make vllm` installs it")
 def test_vllm_does_the_same_work(tmp_path, subprocess_env):
     """In a process of its own; heads of 32 dimensions, the smallest that vLLM takes on a CPU."""

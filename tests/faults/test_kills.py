@@ -20,6 +20,7 @@ STAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "kills", "at_least"), [(1, 36, 30), (2, 11, 8)])
 def test_killed_at_random_points(ranks, kills, at_least, tmp_path, subprocess_env):
     """Pairs, answers, metrics and exported weights are the unbroken run's, bit for bit; nothing is left lying about.
@@ -44,6 +45,7 @@ def test_killed_at_random_points(ranks, kills, at_least, tmp_path, subprocess_en
         assert {each["rank"] for each in found} == {0, 1}
 
 
+@pytest.mark.slow
 def test_two_ranks_of_tune_run_killed_and_started_again(tmp_path, subprocess_env):
     """The real command, launcher and all; the answers so far are kept, and no step is missing or there twice."""
     short = ("max_iterations=1", "max_epochs=1", "save_interval=1", "validation_dataset=null")

@@ -49,6 +49,7 @@ def told_command(output):
     return re.search(r"goes on from here:\n(.+)\n", output)[1]
 
 
+@pytest.mark.slow
 def test_one_of_two_ranks_gets_the_signal_and_both_stop(tmp_path, subprocess_env):
     """SIGUSR1, as SLURM sends it, to rank 1 alone; then the command that was told, as a shell runs it."""
     out = tmp_path / "out"
@@ -71,6 +72,7 @@ def test_one_of_two_ranks_gets_the_signal_and_both_stop(tmp_path, subprocess_env
     assert [row["step"] for row in metrics_of(out)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
 def test_slurm_script_of_the_documentation(tmp_path, subprocess_env):
     """The script as it stands in docs/reliability.md, with stand-ins for SLURM's commands and a small run.
 

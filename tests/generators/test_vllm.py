@@ -168,6 +168,7 @@ def embedded_run(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @needs_vllm
 @pytest.mark.parametrize(
     ("nproc", "tensor_parallel_size"), [(1, 1), (2, 1), (2, 2)], ids=["one rank", "two ranks", "two ranks share it"]
@@ -185,9 +186,10 @@ def test_a_run_is_the_same_whoever_generates_on_however_many_ranks(tmp_path, emb
     assert len(gaps) == 2 and max(gaps) < 1e-5
     for our_row, their_row in zip(ours, theirs, strict=True):
         assert our_row.pop("row_fill", 0) >= 0 and their_row.pop("row_fill", 0) >= 0  # rows depend on the ranks
-        assert our_row == pytest.approx(their_row, rel=1e-4, abs=1e-5)
+        assert our_row == pytest.approx(their_row, rel=1e-4, abs=1e-4)  # an answer's log-prob is rounded to 2e-5
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_adapters_are_played_as_merged_weights(tmp_path):
     """DoRA: base and adapter play iteration 1 with the embedded generator's greedy answers; the proof holds."""

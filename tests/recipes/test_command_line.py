@@ -64,6 +64,7 @@ def test_triplets_of_two_processes_are_those_of_one(tmp_path):
     assert answers[0] == answers[1] and len(answers[0]) > 1
 
 
+@pytest.mark.slow
 def test_the_gradient_does_not_depend_on_rows_or_ranks(tmp_path):
     """The same global batch in long rows, in short rows (more accumulation), and on two ranks: one gradient.
 

@@ -226,6 +226,7 @@ def test_options_start_at_ln_2(tmp_path, changes):
     assert (tmp_path / "iteration_000" / "adapter" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
 def test_compiled_layers_change_nothing_but_rounding(tiny_lm, tmp_path):
     """With everything that layers can hold: DoRA over NF4."""
     base = quantizable(tiny_lm, tmp_path / "base")
