@@ -279,12 +279,14 @@ def test_collectives_on_one_rank(world):
     distributed.barrier(world)
 
 
+@pytest.mark.slow
 def test_two_ranks(subprocess_env):
     output = run_ranks("sharding.py", subprocess_env)
     assert f"fingerprint {weights_fingerprint(build())}" in output
     assert "RANK" not in os.environ
 
 
+@pytest.mark.slow
 def test_replicas_of_two_shards(subprocess_env, tmp_path, world):
     """They compute what four shards and one rank do, and one rank can go on from their checkpoint."""
     run_ranks("replicas.py", subprocess_env, tmp_path, ranks=4)

@@ -189,6 +189,7 @@ def test_one_rank_reads_every_row_once(name, folders, world, monkeypatch):
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.slow
 def test_ranks_share_the_reading(ranks, folders, subprocess_env):
     """Three ranks have uneven shards, which cut through heads."""
     root = folders["llama2"].parent

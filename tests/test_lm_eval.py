@@ -48,6 +48,7 @@ def test_the_right_choice_is_the_rows_own_and_stands_in_every_place(asked):
     assert sorted(map(places.count, range(4))) == [25, 25, 26, 26]
 
 
+@pytest.mark.slow
 def test_lm_eval_asks_what_training_saw(repo, tiny_lm, asked, tmp_path):
     """The documented command on the test model. Expected: log-probs of each choice behind the prompt's token ids as
     spin.data.ChatTokenizer makes them, by transformers; so chat template, special tokens and weights agree."""

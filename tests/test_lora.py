@@ -68,6 +68,7 @@ def one_rank(base_dir, tmp_path_factory) -> tuple[Path, dict]:
     return folder, report
 
 
+@pytest.mark.slow
 def test_two_ranks_do_what_one_does(base_dir, one_rank, subprocess_env):
     """Base (NF4 too), first adapter, training, states that cross, exact resume, exports: see the script."""
     run_ranks("lora.py", subprocess_env, base_dir, one_rank[0])

@@ -30,6 +30,7 @@ def test_its_links_lead_somewhere(cells, repo):
                 assert (repo / "examples" / target).exists(), target
 
 
+@pytest.mark.slow
 def test_it_runs(cells, repo, tmp_path, subprocess_env):
     """From the notebook's own folder, as Jupyter starts it. No cell may need what only Jupyter knows."""
     code = [source(cell) for cell in cells if cell["cell_type"] == "code"]

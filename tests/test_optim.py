@@ -183,6 +183,7 @@ def test_resume_is_exact(name, tmp_path, world, eager):
     assert digests(model, optimizer) == unbroken != saved
 
 
+@pytest.mark.slow
 def test_two_ranks_and_one_exchange_states(tmp_path, world, subprocess_env, eager):
     """The head's one row is on the first rank alone. 8-bit AdamW steps alike on any number of ranks, bit for bit."""
     for name, (make, dtype) in OPTIMIZERS.items():

@@ -276,6 +276,7 @@ def test_a_wrong_reference_pass_is_not_timed(bench, monkeypatch):
     assert "log-probs are off by" in arms_["ours"]["error"]
 
 
+@pytest.mark.slow
 def test_whole_iterations_have_all_stages(measured):
     section = measured("iteration", "--prompts", "16")["iteration"]
     ran = set(peer_passes.ITERATION_TITLES) - skipped_here(peers.PEERS, peer_passes.ITERATION_TITLES).keys()

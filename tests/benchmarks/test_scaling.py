@@ -33,6 +33,7 @@ def command(tmp_path, monkeypatch, subprocess_env):
     return lambda words: scaling.parse_args([*shlex.split(words), "--out", str(out), "--folder", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_one_and_two_ranks_and_going_on_with_what_is_missing(command, tmp_path):
     """The run on one rank fails by its time limit, is kept beside that of two ranks, and is repeated when asked for."""
     one, two = "step tiny fsdp weak 1", "step tiny fsdp weak 2"

@@ -155,6 +155,7 @@ def test_all_sections_and_the_table_from_the_file(tmp_path, capsys, monkeypatch)
     shutdown()
 
 
+@pytest.mark.slow
 def test_two_ranks_share_the_batch(tmp_path, subprocess_env):
     """Both ranks' losses and gradients add up to those of fp32 on all pairs, which the command checks itself."""
     out = tmp_path / "results.json"

@@ -243,6 +243,7 @@ def test_a_failed_write_is_told_by_the_next_call_of_every_kind(tmp_path, world, 
         assert checkpointer.latest() == first
 
 
+@pytest.mark.slow
 def test_one_rank_fails_in_the_background_and_both_stop(tmp_path, subprocess_env):
     run_ranks("background.py", subprocess_env, tmp_path)
 
@@ -375,5 +376,6 @@ def test_no_remote_code_anywhere():
             assert "trust_remote_code=False" in call, (file, call)
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_ends_both_ranks_with_its_message(tmp_path, subprocess_env):
     run_ranks("log_faults.py", subprocess_env, tmp_path)

@@ -33,6 +33,7 @@ from tests.data.test_prompts import Letters
 from tests.recipes.helpers import CONFIG, tiny_config
 from tests.two_ranks.tiny import sharded
 
+pytestmark = pytest.mark.slow  # together: the last test counts what the others tried
 INPUTS = {
     "config": 1200, "config text": 800, "overrides": 800, "rows": 4000, "lines": 1500, "store manifest": 1000,
     "shard": 900, "state manifest": 800, "state": 200, "metadata": 800, "model folder": 600,

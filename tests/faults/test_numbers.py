@@ -150,6 +150,7 @@ def test_a_nan_reference_log_prob_is_not_sealed(tmp_path, monkeypatch):
     assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_one_of_two_ranks_has_a_nan_and_both_stop(tmp_path, subprocess_env):
     """So do a generator that dies on one of two ranks, a disk that only one sees and a shard that one cannot read: the
     same script looks at all."""

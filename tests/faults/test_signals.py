@@ -226,6 +226,7 @@ def interrupted(out, env, is_time, *overrides):
     return process, process.communicate(timeout=200)[0]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves(tmp_path, subprocess_env):
     """And where it does not, stop_signals=[], it ends the run without a traceback."""
     out = tmp_path / "out"
@@ -268,6 +269,7 @@ def test_signals_by_name():
     assert spin_recipe.DEFAULTS["stop_signals"] == ["SIGINT", "SIGTERM", "SIGUSR1"]
 
 
+@pytest.mark.slow
 def test_a_worker_of_spin_generate_stops_as_a_run_does(tmp_path, subprocess_env):
     """A signal ends it with exit code 0 and whole shards; max_time too; the command that was told makes the others."""
     out = tmp_path / "out"

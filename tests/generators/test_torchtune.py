@@ -500,6 +500,7 @@ def test_two_ranks_with_different_work(tmp_path, subprocess_env, prompts, traine
 
 
 @pytest.mark.real_model
+@pytest.mark.slow
 def test_real_model_greedy_equals_transformers(real_model):
     tokenizer = AutoTokenizer.from_pretrained(real_model)
     hf = AutoModelForCausalLM.from_pretrained(real_model, dtype=torch.float32).eval()

@@ -208,6 +208,7 @@ def test_adapters_are_played_as_merged_weights(tmp_path):
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_a_wrong_name_map_stops_the_run_before_it_plays(tmp_path):
     """The config's limit is the proof's: at 0 even rounding is too much."""
     done = command(tmp_path, *VLLM, "generator.max_logprob_gap=0")

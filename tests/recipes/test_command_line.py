@@ -25,6 +25,7 @@ def one_process(tmp_path_factory):
     return output_dir
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
     """Same answers, same order, same losses up to rounding; `tune run` from another directory; 3 shards for 2 ranks."""
     changes = ("max_iterations=2", "max_epochs=1", "limit_train_batches=2", "pairs.prompts_per_shard=3")
@@ -45,6 +46,7 @@ def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
         assert done.stderr.count(line) == 1, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_triplets_of_two_processes_are_those_of_one(tmp_path):
     """The shards of the run's first weights are lent and put back; both ranks' samples get the start's answers."""
     changes = ("loss._component_=spin.loss.TSPINLoss", "loss.beta=0.05", "max_epochs=1", "limit_train_batches=2")
@@ -86,6 +88,7 @@ def test_the_gradient_does_not_depend_on_rows_or_ranks(tmp_path):
         assert ((other - gradients[0]).norm() / gradients[0].norm()).item() < 2e-6
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_with_one(one_process, tmp_path):
     done = command(
         tmp_path, "max_iterations=2", "max_epochs=1", "limit_train_batches=2", "save_interval=1", "max_steps=3",
@@ -97,6 +100,7 @@ def test_a_run_of_two_processes_goes_on_with_one(one_process, tmp_path):
     assert losses == pytest.approx([row["loss"] for row in metrics_of(one_process) if "loss" in row], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_pairs_that_one_process_scored_are_scored_again_by_two(tmp_path):
     """Killed between scoring and the first step. Two ranks have other rows, whose log-probs round otherwise: in bf16 by
     more than the self-test of the first loss lets pass."""
@@ -131,6 +135,7 @@ def test_a_copied_and_edited_recipe_runs_where_it_lies(tmp_path):
     assert "moin" in done.stdout
 
 
+@pytest.mark.slow
 def test_generation_elsewhere_gives_the_run_that_generates_itself(one_process, tmp_path):
     """Two workers fill the store of iteration 0; the recipe finds it, generates nothing, and trains as ever."""
     changes = ("max_iterations=2", "max_epochs=1", "limit_train_batches=2")

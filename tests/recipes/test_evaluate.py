@@ -352,6 +352,7 @@ def test_several_data_sets_are_played_whole(questions, paths, tmp_path, capsys):
 # --- The command line, and what is refused ---
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_prompts_and_find_the_same(judged, paths, tmp_path):
     """As users start it; on two ranks answers lie in other shards, and are the same."""
     folder, _ = judged

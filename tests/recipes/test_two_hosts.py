@@ -6,9 +6,12 @@ import shlex
 import subprocess
 import sys
 
+import pytest
+
 from tests.recipes.helpers import CONFIG, REPO, free_port, metrics_of, tiny_overrides
 
 
+@pytest.mark.slow
 def test_the_documented_command_on_two_hosts(tmp_path, subprocess_env):
     """Both end with 0, one run is written, and only the first host's screen tells of it."""
     text = (REPO / "docs" / "many_hosts.md").read_text(encoding="utf-8")
