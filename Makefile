@@ -32,9 +32,9 @@ experiment: model $(VENV)/.experiment-stamp
 	$(BIN)/python experiments/real_data.py --out .cache/experiment
 	$(BIN)/python experiments/real_model.py --form small --model $(MODEL) --data .cache/experiment --out runs/experiment
 
-# a file's tests stay together: what they share, an engine or a run, is made once
+# test by test, not by file: slow ones come last, and which they are is known to each process alone
 test: lint
-	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist loadgroup
+	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist load
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

@@ -19,15 +19,8 @@ STARTED = time.monotonic()
 MINUTES = float(os.environ.get("SPIN_TEST_MINUTES") or "inf")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, with the reason, what this machine cannot run; puts slow tests last.
-
-    With ``--dist loadgroup`` a file's tests stay in one process, its slow ones in one too.
-    """
-    for item in items:
-        slow = ":slow" if "slow" in item.keywords else ""
-        item.add_marker(pytest.mark.xdist_group(f"{item.path.relative_to(REPO)}{slow}"))
+    """Skips, with the reason, what this machine cannot run; puts slow tests last."""
     items.sort(key=lambda item: "slow" in item.keywords)
     skip_model = pytest.mark.skip(reason="SPIN_REAL_MODEL is not set; `make model` fetches the model")
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
