@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spin.config import ALLOWED_ROOTS, Faults, resolve_component
+from spin.config import Faults, component_of
 from spin.data.filters import POLICIES
 from spin.data.store import differences
 from spin.dtypes import TRAINED_DTYPES
@@ -312,13 +312,12 @@ def check_unchanged(
 
 
 def _check_optimizer(cfg: DictConfig) -> None:
-    name = cfg.optimizer._component_
-    step = getattr(resolve_component(name, (*ALLOWED_ROOTS, *cfg.allow_components)), "step", None)
+    step = getattr(component_of(cfg, "optimizer"), "step", None)
     closure = inspect.signature(step).parameters.get("closure") if callable(step) else None
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise ConfigError(
-            f"optimizer._component_={name}: its step computes the loss several times, where a batch passes through the "
-            "model once. Choose one whose step needs no closure, such as torch.optim.AdamW."
+            f"optimizer._component_={cfg.optimizer._component_}: its step computes the loss several times, where a "
+            "batch passes through the model once. Choose one whose step needs no closure, such as torch.optim.AdamW."
         )
 
 

@@ -697,6 +697,22 @@ def resolve_component(name: str, allowed: Sequence[str] = ALLOWED_ROOTS) -> Call
     return current
 
 
+def component_of(cfg: DictConfig, section: str) -> Callable[..., Any]:
+    """The class or function that a section of a recipe's config names.
+
+    Args:
+        cfg (DictConfig): complete.
+        section (str): such as ``loss``.
+
+    Returns:
+        Callable[..., Any]: what its ``_component_`` is.
+
+    Raises:
+        ConfigError: See :func:`resolve_component`.
+    """
+    return resolve_component(cfg[section][COMPONENT], (*ALLOWED_ROOTS, *cfg[ALLOW_KEY]))
+
+
 def _import(module: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from omegaconf import DictConfig
 
-from spin.config import ALLOWED_ROOTS, resolve_component
+from spin.config import component_of
 from spin.data.prompts import PromptDataset
 from spin.data.store import MANIFEST, PairStore
 from spin.data.types import Pair, Response, TokenIds
@@ -33,8 +33,7 @@ def takes_triplets(cfg: DictConfig) -> bool:
     Returns:
         bool: from iteration 1 on, pairs are triplets.
     """
-    loss = resolve_component(cfg.loss._component_, (*ALLOWED_ROOTS, *cfg.allow_components))
-    return bool(getattr(loss, "needs_start_answers", False))
+    return bool(getattr(component_of(cfg, "loss"), "needs_start_answers", False))
 
 
 def answers_per_pair(cfg: DictConfig) -> int:
