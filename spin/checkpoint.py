@@ -12,7 +12,6 @@ Nothing in a state can run code: tensors are read with ``weights_only=True``, an
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
 import os
@@ -38,7 +37,7 @@ from spin.data.chat import ChatTokenizer
 from spin.distributed import World, beside, clean_name, fail_together, gather_objects, local_tensor, reshard
 from spin.dtypes import DTYPES
 from spin.errors import CheckpointError, ConfigError, SpinError
-from spin.files import finish_folder, part_of, start_folder, write_json
+from spin.files import finish_folder, part_of, read_json, start_folder, write_json
 from spin.fingerprint import file_sha256, json_fingerprint
 from spin.hf import check_model_type, export_hf, load_hf_weights, read_hf_config, stored_elements
 
@@ -515,7 +514,7 @@ def reading_state(file: Path) -> Iterator[None]:
 def _read_document(folder: Path) -> dict[str, Any]:
     _verify(folder / STATE, _read_manifest(folder)["files"][STATE])
     with reading_state(folder / STATE):
-        document: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        document = read_json(folder / STATE, CheckpointError, "Resume from another state.", allow_nan=True)
         if not isinstance(document["state"], dict) or not isinstance(document["optimizer"], dict | None):
             raise TypeError("no state, or a bad optimizer")
     return document
@@ -548,19 +547,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give a folder like checkpoints/step_00000100, auto or never.")
     file = folder / MANIFEST
-    if not file.is_file():
+    if not file.exists():
         states = sorted(path.name for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name))
         hint = f" Give one of the states in it: {', '.join(states[-5:])}." if states else ""
         raise CheckpointError(
             f"{folder}: no {MANIFEST}, so this is no state, or one whose saving was interrupted.{hint}"
         )
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        checksum = content.pop("checksum")
-        found = json_fingerprint(content)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{file}: damaged ({error}). Resume from another state.") from error
-    if checksum != found:
+    content = read_json(file, CheckpointError, "Resume from another state.")
+    if content.pop("checksum", None) != json_fingerprint(content):
         raise CheckpointError(f"{file}: damaged, its checksum does not match. Resume from another state.")
     if content.get("format") != FORMAT_VERSION:
         raise CheckpointError(

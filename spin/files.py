@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
+import re
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from spin.errors import OutputError
+from spin.errors import OutputError, SpinError
 
 LOCK = ".lock"
+# Limits of JSON that may come from anyone. The largest tokenizer.json in use has 35 MB, 12 levels and 31-digit numbers.
+MAX_JSON_BYTES = 128 * 2**20  # of a file, or of a line of a JSON Lines file
+MAX_JSON_DEPTH = 100
+MAX_JSON_DIGITS = 100
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (MAX_JSON_DIGITS + 1))
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
@@ -130,19 +139,196 @@ def write_json(file: Path, content: Any) -> None:
         os.fsync(stream.fileno())
 
 
-def read_lines(file: Path) -> list[str]:
-    """The lines of a text file that a kill may have cut short, even within a character; empty ones are left out.
+def open_regular(file: Path) -> BinaryIO:
+    """Opens a regular file to read bytes; what would block or never end (a pipe, ``/dev/zero``) is not opened.
+
+    Args:
+        file (Path): may be a link to a regular file.
+
+    Returns:
+        BinaryIO: at its start.
+
+    Raises:
+        OSError: If it is missing, no regular file, or cannot be read.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL in the name
+        raise OSError(str(error)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError("not a regular file")
+    return open(descriptor, "rb")
+
+
+def read_bytes(file: Path, error: type[SpinError], remedy: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
+    """Reads a file that may come from anyone.
+
+    Args:
+        file (Path): a regular file, or a link to one.
+        error (type[SpinError]): what to raise.
+        remedy (str): the last sentence of the error: what to do.
+        max_bytes (int): a larger file is not read.
+
+    Returns:
+        bytes: its content.
+
+    Raises:
+        SpinError: An ``error``, if the file is missing, no regular file, too large, or cannot be read.
+    """
+    try:
+        with open_regular(file) as stream:
+            content = stream.read(max_bytes + 1)
+    except OSError as failure:
+        raise error(f"{file}: cannot be read ({failure.strerror or failure}). {remedy}") from failure
+    if len(content) > max_bytes:
+        raise error(f"{file}: larger than {max_bytes / 2**20:g} MiB, the most that is read of such a file. {remedy}")
+    return content
+
+
+def parse_json(content: bytes, allow_nan: bool = False) -> Any:
+    """Parses JSON that may come from anyone.
+
+    Args:
+        content (bytes): UTF-8.
+        allow_nan (bool): take Python's ``NaN`` and ``Infinity``, and numbers too large for a float.
+
+    Returns:
+        Any: the value; every text in it can be encoded, and every number can be made a float.
+
+    Raises:
+        ValueError: If it is no JSON in UTF-8, is larger, deeper or has longer numbers than the limits of this module,
+            gives one key two values, or holds half a surrogate pair.
+    """
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"longer than {MAX_JSON_BYTES / 2**20:g} MiB")
+    try:
+        value = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_int=_short_int if _LONG_NUMBER.search(content) else None,
+            parse_float=None if allow_nan else _finite,
+            parse_constant=None if allow_nan else _refuse_constant,
+        )
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {line}: byte 0x{content[error.start]:02x} is not UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels") from error
+    level: list[Any] = [value]
+    for _ in range(MAX_JSON_DEPTH + 1):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            break
+    else:
+        raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
+    if _SURROGATE.search(content):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("a text holds half a surrogate pair") from error
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        for key, each in pairs:
+            if each != value[key]:
+                raise ValueError(f"the key {key[:60]!r} has two values")
+    return value
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > MAX_JSON_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits, more than {MAX_JSON_DIGITS}")
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {digits[:20]} is too large")
+    return value
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")
+
+
+def read_json(file: Path, error: type[SpinError], remedy: str, allow_nan: bool = False) -> dict[str, Any]:
+    """Reads a JSON file that may come from anyone and should hold an object.
+
+    Args:
+        file (Path): a regular file, or a link to one.
+        error (type[SpinError]): what to raise.
+        remedy (str): the last sentence of the error: what to do.
+        allow_nan (bool): as in :func:`parse_json`.
+
+    Returns:
+        dict[str, Any]: the object.
+
+    Raises:
+        SpinError: An ``error``, if the file cannot be read, is not what :func:`parse_json` takes, or holds no object.
+    """
+    content = read_bytes(file, error, remedy)
+    try:
+        value = parse_json(content, allow_nan)
+    except ValueError as fault:
+        raise error(f"{file}: not valid JSON ({fault}). {remedy}") from fault
+    if not isinstance(value, dict):
+        raise error(f"{file}: holds a JSON {type(value).__name__}, expected an object. {remedy}")
+    return value
+
+
+def read_lines(file: Path) -> Iterator[bytes]:
+    """The lines of a file that may come from anyone, or that a kill may have cut short.
 
     Only a line feed ends a line. ``str.splitlines`` also splits at characters that JSON leaves in its texts as they
     are, such as U+2028.
 
     Args:
-        file (Path): UTF-8; what is not becomes U+FFFD.
+        file (Path): a regular file, or a link to one.
 
-    Returns:
-        list[str]: without their line feeds.
+    Yields:
+        bytes: without their line feeds; of a line that is too long for :func:`parse_json` just enough to be refused.
+
+    Raises:
+        OSError: As :func:`open_regular` does.
     """
-    return [line.decode("utf-8", errors="replace") for line in file.read_bytes().split(b"\n") if line]
+    with open_regular(file) as stream:
+        while line := stream.readline(MAX_JSON_BYTES + 1):
+            rest = line
+            while rest and not rest.endswith(b"\n"):
+                rest = stream.readline(MAX_JSON_BYTES + 1)
+            yield line.removesuffix(b"\n")
+
+
+def json_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The objects of a JSON Lines file of a run; lines that are not whole (yet), or no objects, are passed over.
+
+    Args:
+        file (Path): a regular file, or a link to one.
+
+    Yields:
+        tuple[bytes, dict[str, Any]]: the line as it stands there, and the object.
+
+    Raises:
+        OSError: As :func:`open_regular` does.
+    """
+    for line in read_lines(file):
+        try:
+            row = parse_json(line, allow_nan=True)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            yield line, row
 
 
 def replace_text(file: Path, text: str) -> None:

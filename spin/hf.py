@@ -9,7 +9,6 @@ and with numbered rows where each row of a shard lies.
 from __future__ import annotations
 
 import fnmatch
-import json
 import logging
 import re
 import shutil
@@ -33,7 +32,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune
 from spin.adapters import adapted_modules, adapter_parameters, fill_nf4, nf4_of
 from spin.distributed import World, clean_name, fail_together, reshard, weight_gathers
 from spin.errors import CheckpointError, ConfigError
-from spin.files import finish_folder, part_of, start_folder, sync, write_json
+from spin.files import finish_folder, part_of, read_json, start_folder, sync, write_json
 from spin.gemma2 import swap_mlp_norms
 
 log = logging.getLogger(__name__)
@@ -168,15 +167,9 @@ def read_hf_config(checkpoint_dir: str | Path) -> dict[str, Any]:
 
 
 def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file. {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file}: not JSON ({error}). {remedy}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds a JSON {type(content).__name__}, expected an object. {remedy}")
-    return content
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file. {remedy}")
+    return read_json(file, CheckpointError, remedy, allow_nan=True)
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from spin.data.packing import PackedRow
 from spin.distributed import World, fail_together, local_tensor
 from spin.errors import ConfigError, OutputError, SpinError, wants_traceback
-from spin.files import read_lines, replace_text, unused_name, writing
+from spin.files import json_lines, replace_text, unused_name, writing
 from spin.tables import log_table, sample_table
 
 log = logging.getLogger(__name__)
@@ -216,15 +216,13 @@ class MetricsFile:
     def __init__(self, path: Path, from_step: int) -> None:
         self._path = path
         kept = []
-        if path.exists():
-            for line in read_lines(path):
-                try:
-                    if json.loads(line)["step"] <= from_step:
-                        kept.append(line + "\n")
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # a line that a kill cut short belongs to a step that will be made again
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                # a line that a kill cut short belongs to a step that will be made again
+                for line, row in json_lines(path):
+                    if isinstance(step := row.get("step"), int) and step <= from_step:
+                        kept.append(f"{line.decode()}\n")
         replace_text(path, "".join(kept))
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:

@@ -406,7 +406,7 @@ def test_damaged_newest_is_passed_over_by_auto_and_refused_by_path(damage, check
         "missing": "__0_0.distcp is missing",
         "short": r"__0_0.distcp has \d+ bytes instead of \d+",
         "no manifest": "no manifest.json",
-        "manifest": "manifest.json: damaged",
+        "manifest": "manifest.json: not valid JSON",
     }[damage]
     with pytest.raises(CheckpointError, match=message):
         checkpointer.latest(str(two))

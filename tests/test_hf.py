@@ -325,7 +325,7 @@ def _half_of_the_files(folder: Path) -> None:
     [
         (_remove_folder, "no such folder"),
         (_remove_config, "config.json: no such file"),
-        (_break_config, "config.json: not JSON"),
+        (_break_config, "config.json: not valid JSON"),
         (_list_config, "holds a JSON list"),
         (_empty_config, "no hidden_size, num_attention_heads, num_hidden_layers"),
         (_quantize, r"quantized \(gptq\)"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import spin
 from spin.cli.runs import iteration_folders, read_config, read_json_lines
+from spin.data import PairStore
 from spin.errors import OutputError
 from spin.fingerprint import file_sha256
 from spin.schedules import per_iteration
@@ -122,7 +122,7 @@ def _hashes(run: Path, last: int, model: Path) -> list[tuple[str, str]]:
         manifest = folder / "responses" / "manifest.json"
         if iteration > last or not manifest.is_file():
             continue
-        fingerprint = json.loads(manifest.read_text(encoding="utf-8"))["fingerprint"]
+        fingerprint = PairStore.open(manifest.parent).manifest["fingerprint"]
         if iteration == 0:
             rows += [(name, fingerprint[name]) for name in ("dataset", "tokenizer") if name in fingerprint]
         rows.append((f"opponent of iteration {iteration}", fingerprint["opponent"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from spin.errors import ConfigError, OutputError
-from spin.files import read_lines
+from spin.files import json_lines
 
 _ITERATION = re.compile(r"iteration_(\d+)")
 
@@ -27,15 +26,7 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         return []
-    rows = []
-    for line in read_lines(file):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:  # cut short by a kill, or being written
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    return [row for _, row in json_lines(file)]
 
 
 def read_config(run: Path) -> DictConfig | None:

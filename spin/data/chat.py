@@ -24,6 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from spin.data.messages import ChatMessage
 from spin.errors import DataError
+from spin.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -632,13 +633,9 @@ def _canonical(value: object) -> bytes:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}. Download the model again.") from error
-    return value if isinstance(value, dict) else {}
+    return read_json(path, DataError, "Download the model again.")
 
 
 def _load_tokenizer(path: Path) -> Any:

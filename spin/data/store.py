@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
-from spin.files import taking_turns, unused_name, write_json, writing
+from spin.files import read_json, taking_turns, unused_name, write_json, writing
 from spin.fingerprint import file_sha256
 
 FORMAT_VERSION = 1
@@ -70,18 +70,13 @@ class PairStore:
             StoreError: If there is no manifest, or it is damaged or of another version.
         """
         file = Path(path) / MANIFEST
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not file.exists():
             files = [file for depth in ("*", "*/*") for file in Path(path).glob(f"{depth}/{MANIFEST}")]
             below = sorted(str(file.parent.relative_to(path)) for file in files)
             hint = f" Below it there are {', '.join(below[:6])}{', ...' if len(below) > 6 else ''}." if below else ""
-            raise StoreError(f"{path}: no pair store here ({MANIFEST} is missing).{hint}") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise StoreError(
-                f"{file}: damaged manifest ({error}). Remove the folder; it will be made again."
-            ) from error
-        if not isinstance(manifest, dict) or manifest.get("format_version") != FORMAT_VERSION:
+            raise StoreError(f"{path}: no pair store here ({MANIFEST} is missing).{hint}")
+        manifest = read_json(file, StoreError, "Remove the folder; it will be made again.")
+        if manifest.get("format_version") != FORMAT_VERSION:
             raise StoreError(
                 f"{file}: expected a pair store of format {FORMAT_VERSION}. Made by another version of spin?"
             )

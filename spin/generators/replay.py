@@ -1,7 +1,6 @@
 """Answers from a file: responses that were made elsewhere, by another engine or on another cluster."""
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from spin.data.types import FinishReason
 from spin.errors import ConfigError, GeneratorError
+from spin.files import parse_json, read_lines
 from spin.generators.base import Completion, GeneratorContext, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -187,15 +187,14 @@ def _read(path: Path) -> Iterator[tuple[np.ndarray, _Answer]]:
 
 
 def _json_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                raise GeneratorError(f"{file}:{number}: not a JSON object in UTF-8 ({error}).") from error
-            yield f"{file}:{number}", row
+    try:
+        for number, line in enumerate(read_lines(file), start=1):
+            if line.strip():
+                yield f"{file}:{number}", parse_json(line, allow_nan=True)
+    except ValueError as error:
+        raise GeneratorError(f"{file}:{number}: not a JSON object in UTF-8 ({error}).") from error
+    except OSError as error:
+        raise GeneratorError(f"{file}: cannot be read ({error.strerror or error}).") from error
 
 
 def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:

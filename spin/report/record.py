@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ import pyarrow.parquet as pq
 from omegaconf import OmegaConf
 
 from spin.cli.runs import iteration_folders, model_of, read_config, read_json_lines
-from spin.errors import ConfigError
+from spin.errors import ConfigError, StoreError
+from spin.files import read_json
 
 Metrics = Mapping[str, Any]
 
@@ -166,11 +166,9 @@ def _iteration(
 def _store_seconds(manifest: Path) -> float | None:
     """From the store's beginning to its sealing; pauses between a kill and a restart are in it."""
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # not begun, or being replaced
-    if not isinstance(content, dict):
-        return None
+        content = read_json(manifest, StoreError, "")
+    except StoreError:
+        return None  # not begun
     begun, sealed = content.get("begun_at"), content.get("sealed_at")
     return float(sealed) - float(begun) if is_number(begun) and is_number(sealed) else None
 

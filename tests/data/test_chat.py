@@ -191,7 +191,7 @@ def test_broken_and_missing_files(folder, tmp_path):
         ChatTokenizer(folder(chat_template=None))
     broken = folder()
     (broken / "tokenizer.json").write_text('{"version": ')
-    with pytest.raises(DataError, match="tokenizer.json is not valid JSON"):
+    with pytest.raises(DataError, match="tokenizer.json: not valid JSON"):
         ChatTokenizer(broken)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no tokenizer is here. Name the model's folder"):
