@@ -98,6 +98,7 @@ class SPINRecipe:
         self._val_loss: float | None = None
         self._val_step = -1  # where that was measured
         self._opponent = ""
+        self._trained_in = -1  # the last iteration in which a batch moved the weights
         self._starts: dict[Path, StartAnswers] = {}  # with triplets: of this iteration's folders
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
         self._last_batch: Sequence[Pair] = []
@@ -193,7 +194,9 @@ class SPINRecipe:
                     metrics = self.train_single_step(batch)
                     stop, out_of_time = metrics.pop("stop") > 0, metrics.pop("out_of_time") > 0
                     bar.update()
-                    bar.set_postfix({k: f"{metrics[k]:.4f}" for k in ("loss", "acc", "margin") if k in metrics})
+                    bar.set_postfix(
+                        {k: f"{metrics[k]:.4f}" for k in ("loss", "total_loss", "acc", "margin") if k in metrics}
+                    )
                     is_last = progress.is_done or progress.iteration > iteration
                     if is_last or out_of_time or (self._plan.val_every and progress.step % self._plan.val_every == 0):
                         metrics.update(self.run_validation())
@@ -285,9 +288,8 @@ class SPINRecipe:
         totals = all_reduce_sums({**sums.totals(), **asked}, world)
         grad_norm = norm.item()
         finite = self._nonfinite.passes(totals["loss"], grad_norm, progress.step, batch.pairs, world)
-        metrics = pair_metrics(totals) if finite else {}
-        start = progress.iteration_start(iteration)
-        is_first = start + self._nonfinite.skipped_between(start, progress.step) == progress.step
+        metrics = pair_metrics(totals, cfg.nll_weight) if finite else {}
+        is_first = self._trained_in != iteration
         if cfg.self_test and metrics and is_first and not self._is_mixed:
             expected = loss_of_equal_models(self._loss, batch.pairs, self._packing)  # ln 2 and 0 for SPIN
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
@@ -297,6 +299,7 @@ class SPINRecipe:
         moved = MovedShare(self._model)
         if metrics:  # a batch that is left out, or whose pairs all are, moves nothing, momentum included
             self._optimizer.step()
+            self._trained_in = iteration
         self._optimizer.zero_grad(set_to_none=True)
         moved_share = moved.share(world)
         if metrics and world.is_main:
@@ -343,8 +346,7 @@ class SPINRecipe:
         )
         self._val_loss, self._val_step = metrics["val_loss"], self._progress.step
         if self._cfg.validation.spin and self._val_pairs:
-            losses, real_rewards, generated_rewards = self._margins(self._val_pairs)
-            metrics |= validation_metrics(losses, real_rewards, generated_rewards)
+            metrics |= validation_metrics(*self._margins(self._val_pairs))
         self._show_samples(list(self._val_pairs or self._last_batch)[: self._cfg.validation.table_rows])
         return metrics | {"validation_step_time": time.perf_counter() - started}
 
@@ -377,6 +379,7 @@ class SPINRecipe:
             "progress": self._progress.state_dict(),
             "total_steps": self._progress.total_steps,
             "opponent": self._opponent,
+            "trained_in": self._trained_in,
             "val_loss": self._val_loss,
             "nonfinite": self._nonfinite.skipped,
             "watch": self._watch.state_dict(),
@@ -399,6 +402,7 @@ class SPINRecipe:
             self._progress.load_state_dict(state["progress"])
             self._plan.compare_schedules(state.get("total_steps"), self._cfg.optimizer.reset_each_iteration)
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
+            self._trained_in = state.get("trained_in", self._progress.iteration - self._progress.is_iteration_start)
             self._nonfinite.skipped = state.get("nonfinite", [])
             self._watch.load_state_dict(state.get("watch", {}))
 
@@ -552,8 +556,8 @@ class SPINRecipe:
         step = progress.step - first - self._nonfinite.skipped_between(first, progress.step)
         return lr_factor(step=step, total_steps=last - first, **self._cfg.lr_scheduler)
 
-    def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Losses and rewards of scored pairs under the policy as it is now."""
+    def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses, rewards and weights of scored pairs under the policy as it is now."""
         return losses_of_pairs(self._loss, self._model, self._cut(pairs), self._world, **self._scoring)
 
     # PLUMBING: small things.
@@ -603,7 +607,7 @@ class SPINRecipe:
         """Prompt, real and generated response and margin of a few pairs, to the screen and to samples.jsonl."""
         if not pairs:
             return
-        _, real_rewards, generated_rewards = self._margins(pairs)
+        _, real_rewards, generated_rewards, _ = self._margins(pairs)
         margins = (real_rewards - generated_rewards).tolist()
         self._run_log.samples(sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step))
 

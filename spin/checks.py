@@ -92,7 +92,7 @@ def check_run(cfg: DictConfig) -> None:
                 if isinstance(entry, (int, float)) and entry <= 0:
                     faults.add(f"{section}.{key}={entry}: expected more than 0.")
     attempt("optimizer", partial(_check_optimizer, cfg))
-    attempt("sampling", lambda: SamplingParams(**plain["sampling"]))
+    attempt("sampling", lambda: _check_sampling(cfg, plain))
     attempt("max_time", lambda: parse_max_time(plain["max_time"]))
     attempt("stop_signals", lambda: parse_signals(plain["stop_signals"]))
     attempt("watch", lambda: check_limits(plain["watch"]))
@@ -308,6 +308,16 @@ def check_unchanged(
         raise CheckpointError(
             f"The run in {output_dir} was started with another config: {'; '.join(told)}. Restore it, start a new "
             f"output_dir, or allow it by resume_with_changes=[{','.join([*allowed, *changed])}]."
+        )
+
+
+def _check_sampling(cfg: DictConfig, plain: dict[str, Any]) -> None:
+    greedy, answers = SamplingParams(**plain["sampling"]).greedy_by, plain["pairs"]["responses_per_prompt"]
+    if greedy and answers != 1 and getattr(component_of(cfg, "generator"), "takes_sampling", True):
+        raise ConfigError(
+            f"pairs.responses_per_prompt={answers} with sampling.{greedy}={plain['sampling'][greedy]}: all responses to "
+            f"a prompt would be the same. Set sampling.{greedy}={getattr(SamplingParams, greedy)} to sample them, or "
+            "pairs.responses_per_prompt=1."
         )
 
 

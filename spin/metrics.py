@@ -91,14 +91,16 @@ class PairSums:
         return {**dict(zip(_SUMS, sums, strict=True)), **{name: float(n) for name, n in self._counts.items()}}
 
 
-def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
+def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[str, float]:
     """Means over the pairs of a global batch.
 
     ``loss``, ``acc`` and the ``rewards_*`` carry NeMo-Aligner's names and count pairs whose weight is not 0; rewards
-    are scaled by beta. A tie counts as wrong in ``acc``.
+    are scaled by beta. A tie counts as wrong in ``acc``. With an NLL term, ``nll_loss`` is that term before its
+    weight, and ``total_loss = loss + nll_weight * nll_loss`` what the step minimises.
 
     Args:
         totals (Mapping[str, float]): sums over all ranks.
+        nll_weight (float): weight of the real responses' mean negative log-prob per token; 0 is no such term.
 
     Returns:
         dict[str, float]: by name; empty if no pair has weight.
@@ -112,8 +114,10 @@ def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     real, generated = totals["real_rewards"] / n, totals["generated_rewards"] / n
     both = (real + generated) / 2
     spread = max(0.0, totals["squared_rewards"] - 2 * n * both**2)
+    loss, nll = totals["loss"] / n, totals["real_nll"] / n
     return {
-        "loss": totals["loss"] / n,
+        "loss": loss,
+        **({"nll_loss": nll, "total_loss": loss + nll_weight * nll} if nll_weight else {}),
         "acc": totals["acc"] / n,
         "rewards_actual_mean": real,
         "rewards_generated_mean": generated,
@@ -124,7 +128,7 @@ def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
         "truncated_share": totals["truncated"] / totals["comparisons"],
         "real_logp_drift": totals["real_drift"] / n,
         "generated_logp_drift": totals["generated_drift"] / n,
-        "real_nll": totals["real_nll"] / n,
+        "real_nll": nll,
     }
 
 
@@ -148,23 +152,30 @@ def speed_metrics(totals: Mapping[str, float], pairs: int, seconds: float) -> di
 
 
 def validation_metrics(
-    losses: torch.Tensor, real_rewards: torch.Tensor, generated_rewards: torch.Tensor
+    losses: torch.Tensor, real_rewards: torch.Tensor, generated_rewards: torch.Tensor, weights: torch.Tensor
 ) -> dict[str, float]:
     """The SPIN metrics of validation pairs, as :func:`spin.validation.losses_of_pairs` gives them.
+
+    They are means over the pairs, as in training.
 
     Args:
         losses (torch.Tensor): of each generated response, shape (c,).
         real_rewards (torch.Tensor): shape (c,).
         generated_rewards (torch.Tensor): shape (c,).
+        weights (torch.Tensor): what each comparison has of its pair, shape (c,).
 
     Returns:
-        dict[str, float]: means by name; a tie counts as wrong.
+        dict[str, float]: means by name; a tie counts as wrong. Empty if no pair has weight.
     """
-    return {
-        "val_spin_loss": losses.mean().item(),
-        "val_acc": (real_rewards > generated_rewards).double().mean().item(),
-        "val_margin": (real_rewards - generated_rewards).mean().item(),
+    total = weights.double().sum()
+    if total == 0:
+        return {}
+    values = {
+        "val_spin_loss": losses,
+        "val_acc": real_rewards > generated_rewards,
+        "val_margin": real_rewards - generated_rewards,
     }
+    return {name: (weights.double() @ each.double() / total).item() for name, each in values.items()}
 
 
 def below(name: str, metrics: Mapping[str, float]) -> dict[str, float]:

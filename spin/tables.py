@@ -132,13 +132,14 @@ def iteration_summary(
         lines.append("(at the first step model and opponent are still the same: no rewards, acc 0)")
     for name, label in (
         ("loss", "loss"),
+        ("total_loss", "loss with NLL term"),
         ("acc", "acc"),
         ("rewards_actual_mean", "reward of real"),
         ("rewards_generated_mean", "reward of generated"),
         ("avg_generated_lengths", "generated tokens"),
         ("truncated_share", "truncated share"),
     ):
-        if steps:
+        if steps and name in steps[0]:
             mean = sum(metrics[name] for metrics in steps) / len(steps)
             lines.append(
                 f"{label:>22}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step"

@@ -71,7 +71,7 @@ def losses_of_pairs(
     *,
     packing: dict[str, Any],
     chunk_tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of scored pairs under the policy as it is now. Collective.
 
     Args:
@@ -83,16 +83,17 @@ def losses_of_pairs(
         chunk_tokens (int): see :func:`spin.logprobs.response_logps`.
 
     Returns:
-        tuple[torch.Tensor, torch.Tensor, torch.Tensor]: losses, rewards of the real and of the generated responses; one
-        for every comparison in order (of a triplet one, else of every generated response), fp64, on the CPU.
+        tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: losses, rewards of the real and of the generated
+        responses, and weights, of which a pair has 1 less what masking takes away; one for every comparison in order
+        (of a triplet one, else of every generated response), on the CPU.
     """
     now = iter(score_batches(model, batches, world, packing=packing, chunk_tokens=chunk_tokens))
     found = []
     for batch in batches:
         row, policy = (_one_row(pairs, packing) for pairs in (batch, [next(now) for _ in batch]))
-        found.append(row_losses(loss, row, policy.reference_logps))
-    losses, real_rewards, generated_rewards = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return losses, real_rewards, generated_rewards
+        found.append((*row_losses(loss, row, policy.reference_logps), row.weights))
+    losses, real_rewards, generated_rewards, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return losses, real_rewards, generated_rewards, weights
 
 
 @torch.no_grad()

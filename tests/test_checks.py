@@ -96,6 +96,25 @@ def test_values_that_work(override):
     check_run(complete(load_config(str(CONFIG), ["output_dir=runs/none", override]), RECIPE_DEFAULTS))
 
 
+@pytest.mark.parametrize("key", ["temperature=0", "temperature=1.0e-6", "top_k=1", "top_p=1.0e-7"])
+def test_several_responses_to_a_prompt_are_sampled(key):
+    """Greedy ones would all be the same; a file of responses is not sampled from."""
+    name = key.partition("=")[0]
+    overrides = ["output_dir=runs/none", f"sampling.{key}", "pairs.responses_per_prompt=2"]
+    remedy = (
+        rf"responses_per_prompt=2 with sampling\.{key.replace('1.0e-', '1e-0')}.* Set sampling\.{name}=\S+ to sample"
+    )
+    with pytest.raises(ConfigError, match=remedy):
+        check_run(complete(load_config(str(CONFIG), overrides), RECIPE_DEFAULTS))
+    check_run(complete(load_config(str(CONFIG), overrides[:2]), RECIPE_DEFAULTS))
+    replay = [
+        "~generator.batch_size",
+        "generator._component_=spin.generators.ReplayGenerator",
+        "generator.path=a.jsonl",
+    ]
+    check_run(complete(load_config(str(CONFIG), [*overrides, *replay]), RECIPE_DEFAULTS))
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

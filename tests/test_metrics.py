@@ -26,7 +26,7 @@ def three_pairs():
 POLICY = torch.tensor([-9.0, -21.0, -10.0, -20.0, -12.0, -19.0])  # real, generated of each pair
 
 
-def run(rows, policy, truncated="keep", beta=0.5):
+def run(rows, policy, truncated="keep", beta=0.5, nll_weight=0.0):
     sums = [PairSums() for _ in rows]
     at = 0
     for pairs, total in zip(rows, sums, strict=True):
@@ -40,7 +40,7 @@ def run(rows, policy, truncated="keep", beta=0.5):
             *SPINLoss(beta=beta)(logps[row.real], logps[row.generated], reference[row.real], reference[row.generated]),
         )
     parts = [total.totals() for total in sums]
-    return pair_metrics({name: sum(part[name] for part in parts) for name in parts[0]})
+    return pair_metrics({name: sum(part[name] for part in parts) for name in parts[0]}, nll_weight)
 
 
 def test_by_hand():
@@ -61,6 +61,16 @@ def test_by_hand():
     assert metrics["real_logp_drift"] == pytest.approx((1 + 0 - 2) / 3)
     assert metrics["generated_logp_drift"] == pytest.approx(0.0)
     assert metrics["real_nll"] == pytest.approx((9 + 10 + 12) / 2 / 3)
+
+
+@pytest.mark.parametrize(("truncated", "nll"), [("keep", (9 + 10 + 12) / 2 / 3), ("mask", (9 + 10) / 2 / 2)])
+def test_the_nll_term_is_logged_where_there_is_one(truncated, nll):
+    """Real responses of two tokens at -9, -10 and -12 nats: the mean over the pairs with weight, per token."""
+    metrics = run([three_pairs()], POLICY, truncated, nll_weight=0.25)
+    assert metrics["nll_loss"] == pytest.approx(nll)
+    assert metrics["total_loss"] == pytest.approx(metrics["loss"] + 0.25 * nll)
+    without = run([three_pairs()], POLICY, truncated)
+    assert without == {name: value for name, value in metrics.items() if name not in ("nll_loss", "total_loss")}
 
 
 def test_rows_add_up():

@@ -33,7 +33,7 @@ def filter_pairs(
         pairs (Iterable[Pair]): what the opponent answered.
         counts (Counter[str]): filled with counts of responses by name.
         truncated (str): responses cut by the length limit: ``keep`` them as they are (no end token is added), ``mask``
-            them (in the store and the metrics, not in the loss), or ``drop`` them.
+            them (in the store, with no weight in the loss and its metrics), or ``drop`` them.
         equal_to_real (str): responses equal to the real one, which have no gradient: ``keep`` or ``drop``.
         empty (str): responses that consist of a stop token alone: ``keep`` or ``drop``. Responses without any token
             cannot be scored and are always dropped.

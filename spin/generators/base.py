@@ -86,6 +86,18 @@ class SamplingParams:
         if faults:
             raise ConfigError("\n".join(faults))
 
+    @property
+    def greedy_by(self) -> str | None:
+        """The argument, if any, that leaves nothing to chance: all answers to a prompt are then the same."""
+        for name, is_greedy in (
+            ("temperature", self.temperature < 1e-5),  # from there on vLLM takes the most probable token
+            ("top_k", self.top_k == 1),
+            ("top_p", self.top_p <= 1e-6),  # below the largest probability of any distribution over a vocabulary
+        ):
+            if is_greedy:
+                return name
+        return None
+
 
 def sampling_params(section: Mapping[str, Any], eos_ids: Sequence[int]) -> SamplingParams:
     """The config's ``sampling`` with the model's own stop tokens added.

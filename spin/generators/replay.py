@@ -62,6 +62,7 @@ class ReplayGenerator:
     """
 
     shares_policy_weights = False
+    takes_sampling = False
 
     def __init__(self, context: GeneratorContext, path: str | Path, on_missing: str = "error") -> None:
         if on_missing not in ("error", "empty"):

@@ -96,7 +96,9 @@ def charts_of(run: RunRecord) -> list[Chart]:
     equal = (LN_2, "ln 2: equal models") if run.is_logistic else None
     drift = lines(("real_logp_drift", "real"), ("generated_logp_drift", "generated"))
     found = [
-        Chart("Loss", [*lines(("loss", "training")), dots("val_spin_loss")], level=equal),
+        Chart(
+            "Loss", [*lines(("loss", "training"), ("total_loss", "with NLL term")), dots("val_spin_loss")], level=equal
+        ),
         Chart("acc: share of pairs won", [*lines(("acc", "training")), dots("val_acc")]),
         Chart("Margin: reward of real less generated", [*lines(("margin", "training")), dots("val_margin")]),
         Chart("Rewards", lines(("rewards_actual_mean", "real"), ("rewards_generated_mean", "generated"))),

@@ -462,6 +462,51 @@ def test_truncated_responses_can_be_masked_or_dropped(tmp_path, policy):
     assert all(math.isfinite(row["loss"]) for row in metrics_of(tmp_path) if "loss" in row)
 
 
+@pytest.mark.parametrize("policy", ["mask", "drop"])
+def test_validation_weighs_pairs_as_training_does(tmp_path, policy):
+    """By transformers from the export, two responses to a prompt of which some are cut: means over pairs.
+
+    A masked response takes its half of the pair out of numerator and denominator; where it is dropped, the other one
+    has all of the pair.
+    """
+    changes = ("max_iterations=1", "max_epochs=1", "validation.spin=true", 'sampling.stop_strings=[" a","in"]')
+    run(tmp_path, *changes, "pairs.responses_per_prompt=2", "sampling.max_new_tokens=8", f"pairs.truncated={policy}")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "iteration_000/hf_model", dtype=torch.float32)
+
+    def logp(prompt, response):
+        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
+        with torch.no_grad():
+            logps = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logps.gather(-1, ids[0, len(prompt) :, None]).sum().item()
+
+    found, responses = [], set()
+    for pair in PairStore.open(tmp_path / "iteration_000/validation/pairs").pairs():
+        real = 0.1 * (logp(pair.prompt_ids, pair.real_ids) - pair.reference_real_logp)
+        responses.add(sum(response.finish_reason == "stop" for response in pair.generated))
+        for response in pair.generated:
+            margin = real - 0.1 * (logp(pair.prompt_ids, response.token_ids) - response.reference_logp)
+            is_masked = policy == "mask" and response.finish_reason == "length"
+            weight = 0.0 if is_masked else 1 / len(pair.generated)
+            found.append((weight, math.log1p(math.exp(-margin)), margin > 0, margin))
+    weights, losses, wins, margins = map(np.asarray, zip(*found, strict=True))
+    assert {1, 2} <= responses
+    last = metrics_of(tmp_path)[-1]
+    assert last["val_acc"] == pytest.approx(weights @ wins / weights.sum(), abs=1e-9)
+    assert last["val_margin"] == pytest.approx(weights @ margins / weights.sum(), abs=1e-5)
+    assert last["val_spin_loss"] == pytest.approx(weights @ losses / weights.sum(), abs=1e-5)
+
+
+def test_the_nll_term_is_logged_and_changes_nothing_else_at_the_first_step(tmp_path, capsys):
+    run(tmp_path / "with", "max_steps=1", "nll_weight=0.5")
+    run(tmp_path / "without", "max_steps=1")
+    first, plain = metrics_of(tmp_path / "with")[1], metrics_of(tmp_path / "without")[1]
+    assert first["loss"] == plain["loss"] and first["nll_loss"] == first["real_nll"] == plain["real_nll"]
+    assert first["total_loss"] == pytest.approx(math.log(2) + 0.5 * first["nll_loss"], abs=1e-6)
+    assert "total_loss" not in plain and first["grad_norm"] != plain["grad_norm"]
+    assert capsys.readouterr().out.count("loss with NLL term") == 1
+    assert "with NLL term" in render(read_run(tmp_path / "with"))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -565,6 +610,46 @@ class TestFaults:
 
         with pytest.raises(SelfTestError, match="expected 0.69314718"):
             run(tmp_path, "max_iterations=1", recipe_class=Tampers)
+
+    def test_the_self_test_waits_for_the_first_batch_that_trains(self, tmp_path, whole_run):
+        """All responses but one were cut and are masked; that one is not in the first batch. Nor is the test lost, or
+        done again, where the run stops before it and after it."""
+        pairs = list(PairStore.open(whole_run[0] / "iteration_000/responses").pairs())
+        answers = [
+            {"prompt_ids": pair.prompt_ids.tolist(), "generated_ids": pair.generated[0].token_ids.tolist()}
+            for pair in pairs
+        ]
+        file = tmp_path / "answers.jsonl"
+        reasons = ["stop" if i == 7 else "length" for i in range(len(pairs))]
+        file.write_text(
+            "".join(json.dumps({**a, "finish_reason": r}) + "\n" for a, r in zip(answers, reasons, strict=True))
+        )
+        changes = (
+            "~generator.batch_size",
+            "generator._component_=spin.generators.ReplayGenerator",
+            f"generator.path={file}",
+        )
+        changes = (*changes, "pairs.truncated=mask", "max_iterations=1", "max_epochs=1", "validation_dataset=null")
+
+        def forged(*stops):
+            class Forged(*stops, SPINRecipe):
+                def _scored_pairs(self, folder):
+                    for pair in super()._scored_pairs(folder):
+                        yield replace(pair, reference_real_logp=pair.reference_real_logp - 0.01)
+
+            return Forged
+
+        run(tmp_path / "whole", *changes)
+        trained = [row["step"] for row in metrics_of(tmp_path / "whole") if "loss" in row]
+        assert len(trained) == 1 and trained[0] > 1
+        with pytest.raises(SelfTestError, match="first loss of iteration 0"):
+            run(tmp_path / "forged", *changes, recipe_class=forged())
+        run(tmp_path / "stopped", *changes, recipe_class=stops_at(trained[0] - 1))
+        with pytest.raises(SelfTestError, match="first loss of iteration 0"):
+            run(tmp_path / "stopped", *changes, recipe_class=forged())
+        run(tmp_path / "stopped", *changes, recipe_class=stops_at(trained[0]))
+        run(tmp_path / "stopped", *changes, recipe_class=forged())
+        assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
 
     def test_self_test_can_be_switched_off(self, tmp_path):
         class Tampers(SPINRecipe):
