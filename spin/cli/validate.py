@@ -237,6 +237,8 @@ class Validation:
             lines.append(f"{what}: {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
         lines += [f"left out or cut: {reason} {count:,}" for reason, count in report.counts.items()]
         lines += [f"  {example}" for example in report.examples[:3]]
+        lines += [f"read with a change: {change} {count:,}" for change, count in report.changes.items()]
+        lines += [f"not used: {', '.join(report.unused)}"] if report.unused else []
         return data, "\n".join(lines)
 
     def _parity(self, section: DictConfig, tokenizer: PromptTokenizer) -> tuple[None, str]:
@@ -286,7 +288,7 @@ def compare_ids(tokenizer: PromptTokenizer, messages: Sequence[ChatMessage]) -> 
         )
     if answer[-1] not in tokenizer.eos_ids:
         return f"the answer ends with token {answer[-1]}, expected one of {tokenizer.eos_ids}."
-    if messages[-1].get("tool_calls"):  # whose text is the template's
+    if messages[-1].get("tool_calls") or messages[-1].get("reasoning_content"):  # whose text is the template's
         return None
     found, expected = tokenizer.decode(answer[:-1]).strip(), messages[-1]["content"].strip()
     if found != expected:
@@ -335,6 +337,7 @@ def _conversations_of(options: Mapping[str, Any], transform: Any) -> Iterator[tu
                     column_map=options.get("column_map"),
                     message_transform=transform,
                     system_prompt=options.get("system_prompt"),
+                    from_arrow=row.from_arrow,
                 )
             except DataError:
                 continue

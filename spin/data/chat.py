@@ -17,6 +17,7 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -203,7 +204,16 @@ class ChatTokenizer:
             full = self._render(messages, add_generation_prompt=False)
         except DataError as error:
             return error
-        return (prompt, full) if full.startswith(prompt) else DataError(_no_prefix(prompt, full))
+        if not full.startswith(prompt):
+            return DataError(_no_prefix(prompt, full))
+        reasoning = messages[-1].get("reasoning_content", "").strip()
+        if reasoning not in full[len(prompt) :]:
+            return DataError(
+                "the real response has reasoning_content (or thinking), and the chat template does not show it: the "
+                "response would be trained without it. Set tokenizer.chat_template to one that does, write it into "
+                "the content, or remove it from the row."
+            )
+        return prompt, full
 
     def _split(
         self, prompt: str, full: str, *, prompt_ids: list[int], full_ids: list[int]
@@ -251,10 +261,15 @@ class ChatTokenizer:
 
         self._check_shown(messages)
         tools = messages[0].get("tools") if messages else None
-        plain = [{key: value for key, value in message.items() if key != "tools"} for message in messages]
+        options = self._row_options(messages[0]) if messages else {}
+        of_row = ("tools", "chat_template_kwargs")
+        plain = [{key: value for key, value in message.items() if key not in of_row} for message in messages]
+        for message in plain:
+            if "reasoning_content" in message:  # which templates read by one of three names
+                message |= dict.fromkeys(("thinking", "reasoning"), message["reasoning_content"])
         try:
             return self._tokenizer.apply_chat_template(
-                plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+                plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
         except TemplateSyntaxError as error:
             raise DataError(
@@ -267,6 +282,23 @@ class ChatTokenizer:
                 f"the chat template refuses the roles {roles or 'none'}: {str(error).rstrip('.')}. Fix the row, or set "
                 "tokenizer.chat_template to one that knows them."
             ) from error
+
+    def _row_options(self, message: ChatMessage) -> dict[str, Any]:
+        """The row's options of the template. Those that it does not read would be lost without a word."""
+        options = message.get("chat_template_kwargs") or {}
+        own = {*inspect.signature(self._tokenizer.apply_chat_template).parameters, "messages"}
+        unread = [
+            key
+            for key in options
+            if key in own or not re.search(rf"\b{re.escape(key)}\b", str(self._tokenizer.chat_template))
+        ]
+        if unread:
+            raise DataError(
+                f"chat_template_kwargs has {', '.join(unread)}, which the chat template does not read. Set "
+                "tokenizer.chat_template to one that does, or leave the column out with "
+                "dataset.column_map={chat_template_kwargs: unused}."
+            )
+        return options
 
     def _check_shown(self, messages: Sequence[ChatMessage]) -> None:
         """Refuses what the template would leave out of the prompt without a word."""
@@ -515,6 +547,12 @@ class TorchtuneTokenizer:
                 f"the conversation has tools, which {type(self._tokenizer).__name__} cannot write. Use "
                 "spin.data.ChatTokenizer with the model's chat template, or write calls into the text."
             )
+        for key in ("reasoning_content", "chat_template_kwargs"):
+            if any(key in message for message in messages):
+                raise DataError(
+                    f"the conversation has {key}, which {type(self._tokenizer).__name__} cannot write. Use "
+                    "spin.data.ChatTokenizer with the model's chat template, or remove it from the row."
+                )
         turns = [
             Message(
                 role="ipython" if message["role"] == "tool" else message["role"],

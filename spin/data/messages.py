@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spin.data.tools import check_results, parse_calls, tool_calls, tool_definitions
+from spin.data.tools import check_results, parse_calls, tool_calls, tool_definitions, without_nulls
 from spin.errors import ConfigError, DataError
 
-# role and content; an assistant's tool_calls, a tool's name and tool_call_id; in a row's first message also its tools
+# role and content; an assistant's tool_calls, reasoning_content and train (False: not to be trained on), a tool's name
+# and tool_call_id; in a row's first message also its tools and chat_template_kwargs
 ChatMessage = dict[str, Any]
 MessageTransform = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 Turns = Literal["last", "all"]
 
 # Columns of each format: required ones, then optional ones. The order is the order of detection.
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_ALWAYS = ("system", "tools", "functions", "chat_template_kwargs", "mask", "kto_tag", *_MEDIA)
+_SINGLE = ("history", "reasoning_content", "thinking")
 _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("tools",)),
-    "sharegpt": (("conversations",), ("system", "tools")),
-    "alpaca": (("instruction", "output"), ("input",)),
-    "prompt_response": (("prompt", "response"), ("system", "tools")),
+    "messages": (("messages",), _ALWAYS),
+    "sharegpt": (("conversations",), _ALWAYS),
+    "alpaca": (("instruction", "output"), ("input", *_SINGLE, *_ALWAYS)),
+    "prompt_response": (("prompt", "response"), ("label", *_SINGLE, *_ALWAYS)),
 }
 _ROLES = {
     "system": "system",
@@ -33,6 +39,20 @@ _ROLES = {
     "ipython": "tool",
     "observation": "tool",
 }
+# Names in dumps of other programs; rows that have them are counted.
+_OTHER_ROLES = {
+    "prompter": "user",
+    **dict.fromkeys(("model", "chatgpt", "bing", "bard", "bot", "chatbot", "ai", "claude"), "assistant"),
+    "tool_call": "assistant",
+    "tool_response": "tool",
+    "tool_result": "tool",
+    "function_response": "tool",
+}
+_CALL_ROLES = ("function_call", "tool_call")
+# Keys of an assistant's message: what it thought, whether it is trained on, and training of parts of it.
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+_TRAIN_KEYS = ("weight", "train", "loss", "train_on_turn", "training", "trainable")
+_PART_KEYS = ("train_detail", "training_detail")
 _ROLE_KEYS = ("role", "from")
 _CONTENT_KEYS = ("content", "value")
 _PREDECESSORS = {
@@ -54,6 +74,30 @@ _TRANSFORM_FAULTS = (
 )
 
 
+@dataclass(slots=True)
+class RowNotes:
+    """What became of a row besides its conversation.
+
+    Args:
+        changes (dict[str, None]): names of what was done to it, each once, in order.
+        used (dict[str, None]): columns that were looked at.
+        unused (dict[str, None]): columns with a value, and ``messages[].key`` for keys of messages, that were not.
+    """
+
+    changes: dict[str, None] = field(default_factory=dict)
+    used: dict[str, None] = field(default_factory=dict)
+    unused: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Context:
+    """What reading a message needs to know of its row."""
+
+    notes: RowNotes
+    from_arrow: bool = False
+    masked_roles: frozenset[str] = frozenset()  # lower case
+
+
 def check_row_format(row_format: str, column_map: Mapping[str, str] | None) -> None:
     """Check the two options that name columns, before any row is read.
 
@@ -73,14 +117,15 @@ def check_row_format(row_format: str, column_map: Mapping[str, str] | None) -> N
             "{prompt: question, response: answer}."
         )
     chosen = _COLUMNS.values() if row_format == "auto" else (_COLUMNS[row_format],)
-    known = {column for required, optional in chosen for column in (*required, *optional)}
+    known = list(dict.fromkeys(column for part in zip(*chosen, strict=True) for columns in part for column in columns))
     unknown = [column for column in column_map or {} if column not in known]
     if unknown:
         glued = any(":" in column for column in unknown)
         hint = ", with a space behind the colon: '{prompt: question}'" if glued else ""
         raise ConfigError(
             f"dataset.column_map has the key {', '.join(map(repr, unknown))}; format {row_format} knows "
-            f"{', '.join(sorted(known))}. Keys are the format's columns, values are the data set's{hint}."
+            f"{', '.join(column for column in known if column not in _MEDIA)}. Keys are the format's columns, values "
+            f"are the data set's{hint}."
         )
 
 
@@ -112,6 +157,14 @@ def detect_format(data: Mapping[str, Any], column_map: Mapping[str, str] | None 
     lost = [f"{column}: {name}" for column, name in names.items() if data.get(name) is None]
     if lost:
         remedy = f"dataset.column_map has {{{', '.join(lost)}}}, which is not among them: its values are your columns."
+    elif data.get("chosen") is not None:
+        column = "messages" if data.get("prompt") is None else "response"
+        remedy = (
+            f"These are preferences: dataset.column_map={{{column}: chosen}} takes the chosen answer for the real "
+            "response ({messages: chosen} where it holds the whole conversation)."
+        )
+    elif data.get("text") is not None:
+        remedy = "A text does not say where the prompt ends: use the data set before its template was applied."
     else:
         remedy = "Map your columns with dataset.column_map, or give a dataset.message_transform."
     raise DataError(f"columns {found}; expected {expected}. {remedy}")
@@ -124,43 +177,74 @@ def row_to_messages(
     column_map: Mapping[str, str] | None = None,
     message_transform: MessageTransform | None = None,
     system_prompt: str | None = None,
+    from_arrow: bool = False,
+    notes: RowNotes | None = None,
 ) -> list[ChatMessage]:
     """Turn a row into a checked conversation that ends with an assistant turn.
+
+    What stands before the first user's turn or behind the last assistant's has no prompt or no response: assistant
+    turns there, and user turns here, are left out.
 
     Args:
         data (Mapping[str, Any]): the row.
         row_format (str): ``messages`` (list of role and content), ``sharegpt`` (``conversations``: list of from and
-            value; optional ``system``), ``prompt_response`` (``prompt`` is a text or the list of messages so far;
-            ``response`` or ``completion`` is a text or one assistant message; optional ``system``), ``alpaca``
-            (``instruction``, optional ``input``, ``output``; instruction and input become one user turn with an empty
-            line between them), or ``auto``. All but ``alpaca`` may have ``tools``.
+            value), ``prompt_response`` (``prompt`` is a text or the list of messages so far; ``response`` or
+            ``completion`` is a text or one assistant message; optional ``history``), ``alpaca`` (``instruction``,
+            optional ``input``, ``output``, optional ``history``; instruction and input become one user turn with an
+            empty line between them), or ``auto``. All may have ``system``, ``tools`` or ``functions``,
+            ``chat_template_kwargs`` and NeMo's ``mask``. Lists may be JSON texts.
         column_map (Mapping[str, str] | None): column name of the format to column name of the data set, as torchtune
             writes it: ``{"prompt": "question", "response": "answer"}``.
         message_transform (MessageTransform | None): instead of a format: any torchtune transform, from a sample to
             ``{"messages": [torchtune.data.Message, ...]}``. Lists of role and content dictionaries are accepted too.
         system_prompt (str | None): put before conversations that have no system message.
+        from_arrow (bool): the row comes from Arrow (parquet, ``datasets``), which fills up structs with nulls: they are
+            removed from tools and calls.
+        notes (RowNotes | None): gets what was changed and what was not used.
 
     Returns:
         list[ChatMessage]: ``{"role", "content"}`` with roles system (first only), user, assistant, tool. The texts are
         those of the row, unchanged. Where tools are used: an assistant's ``tool_calls``, a tool's ``name`` and
-        ``tool_call_id``, and in the first message the row's ``tools``, all in the form that chat templates take.
+        ``tool_call_id``, and in the first message the row's ``tools``, all in the form that chat templates take. An
+        assistant's ``reasoning_content``, and ``train: False`` where the row says that it is not to be trained on; in
+        the first message the row's ``chat_template_kwargs``.
 
     Raises:
-        DataError: If the row is not such a conversation. The message does not name the row: the caller knows it.
+        DataError: If the row is not such a conversation, or if no assistant turn is to be trained on. The message does
+            not name the row: the caller knows it.
     """
+    notes = RowNotes() if notes is None else notes
+    names = dict(column_map or {})
     tools: list[dict[str, Any]] = []
+    options: dict[str, Any] = {}
     if message_transform is not None:
-        messages = _transformed(data, message_transform)
+        messages = _transformed(data, message_transform, _Context(notes, from_arrow))
     else:
         chosen = detect_format(data, column_map) if row_format == "auto" else row_format
-        messages = _PARSERS[chosen](data, dict(column_map or {}))
-        if "tools" in _COLUMNS[chosen][1]:
-            tools = tool_definitions(data.get((column_map or {}).get("tools", "tools")))
+        _refuse_columns(data, names, chosen)
+        context = _Context(notes, from_arrow, _masked_roles(data.get(names.get("mask", "mask"))))
+        messages = _with_system(_PARSERS[chosen](data, names, context), data, names, context)
+        tools = _tools(data, names, context)
+        options = _template_kwargs(data.get(names.get("chat_template_kwargs", "chat_template_kwargs")))
+        known = {names.get(column, column) for part in _COLUMNS[chosen] for column in part}
+        notes.used.update(dict.fromkeys(column for column in data if column in known))
+        notes.unused.update(dict.fromkeys(str(key) for key in data if key not in known and _is_set(data[key])))
+    messages = _without_loose_ends(messages, notes)
     if system_prompt is not None and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     check_messages(messages)
+    untrained = [message.get("train") is False for message in messages if message["role"] == "assistant"]
+    if all(untrained):
+        raise DataError(
+            f"every assistant turn is marked as not to be trained on ({', '.join(_TRAIN_KEYS[:4])} or mask), so there "
+            "is no real response. Remove the row or set dataset.on_bad_row=skip."
+        )
+    if any(untrained):
+        notes.changes["untrained_turns_skipped"] = None
     if tools:
         messages[0]["tools"] = tools
+    if options:
+        messages[0]["chat_template_kwargs"] = options
     return messages
 
 
@@ -195,8 +279,9 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
         may_be_empty = role in ("system", "tool") or message.get("tool_calls")
         if not content.strip() and not may_be_empty:
             raise DataError(f"message {index} (role {role!r}) has empty content, expected text. {remedy}")
-        if not content.isascii():
-            _check_encodable(content, index)
+        for text in (content, message.get("reasoning_content", "")):
+            if not text.isascii():
+                _check_encodable(text, index)
         previous = role
     check_results(messages)
 
@@ -207,16 +292,22 @@ def split_turns(messages: Sequence[ChatMessage], turns: str) -> list[tuple[str, 
     Args:
         messages (Sequence[ChatMessage]): a checked conversation.
         turns (str): ``last``: the last assistant turn is the real response. ``all``: every assistant turn is the real
-            response of a conversation of its own, whose prompt is everything before it.
+            response of a conversation of its own, whose prompt is everything before it. Turns with ``train: False`` are
+            none in either case; what stands behind the last real response is left out.
 
     Returns:
         list[tuple[str, list[ChatMessage]]]: suffix of the sample id and the conversation up to its real response. The
         suffix is empty for ``last``, and ``#turn0``, ``#turn1``, ... for ``all``.
     """
+    trained = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and message.get("train") is not False
+    ]
+    plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     if turns == "last":
-        return [("", list(messages))]
-    ends = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    return [(f"#turn{number}", list(messages[: end + 1])) for number, end in enumerate(ends)]
+        return [("", plain[: trained[-1] + 1])]
+    return [(f"#turn{number}", plain[: end + 1]) for number, end in enumerate(trained)]
 
 
 # --- One parser per format ---
@@ -250,7 +341,11 @@ def _kind(value: object) -> str:
     return "null" if value is None else f"of type {type(value).__name__}"
 
 
-def _turn(value: object, index: int) -> ChatMessage:
+def _is_set(value: object) -> bool:
+    return value is not None and value != "" and value != []
+
+
+def _turn(value: object, index: int, context: _Context) -> ChatMessage:
     if not isinstance(value, Mapping):
         raise DataError(f"message {index} is {_kind(value)}, expected an object with role and content. Fix the row.")
     role_key = next((key for key in _ROLE_KEYS if value.get(key) is not None), None)
@@ -262,76 +357,244 @@ def _turn(value: object, index: int) -> ChatMessage:
         raise DataError(
             f"message {index} has the keys {found}; expected role and content, or from and value. Fix the row."
         )
-    role = value[role_key]
-    if not isinstance(role, str) or role.lower() not in _ROLES:  # NeMo writes User and Assistant
-        raise DataError(f"message {index} has role {role!r}; expected one of {', '.join(_ROLES)}. Fix the row.")
-    role = role.lower()
-    label, content = f"message {index} (role {role!r})", value.get(content_key)
-    calls = parse_calls(content, label) if role == "function_call" else tool_calls(value, index)
-    if calls and _ROLES[role] != "assistant":
+    name = value[role_key]
+    known = _ROLES | _OTHER_ROLES
+    if not isinstance(name, str) or name.lower() not in known:  # NeMo writes User and Assistant
+        raise DataError(f"message {index} has role {name!r}; expected one of {', '.join(known)}. Fix the row.")
+    name = name.lower()
+    role = known[name]
+    if name in _OTHER_ROLES:
+        context.notes.changes[f"role_{name}_read_as_{role}"] = None
+    label, content = f"message {index} (role {name!r})", value.get(content_key)
+    calls = parse_calls(content, label) if name in _CALL_ROLES else tool_calls(_calling(value, context), index)
+    if calls and role != "assistant":
         raise DataError(f"{label} calls tools, which only the assistant does. Fix the row.")
+    if calls and (content is None or name in _CALL_ROLES):
+        content = ""
+    turn: ChatMessage = {"role": role, "content": _text(content, f"{label}: content")}
+    read = {role_key, content_key, "tool_calls", "function_call", *_TRAIN_KEYS}
     if calls:
-        text = "" if content is None or role == "function_call" else content
-        return {"role": "assistant", "content": _text(text, f"{label}: content"), "tool_calls": calls}
-    turn = {"role": _ROLES[role], "content": _text(content, f"{label}: content")}
-    if turn["role"] == "tool":
+        turn["tool_calls"] = calls
+    if role == "tool":
         turn |= {key: value[key] for key in ("name", "tool_call_id") if isinstance(value.get(key), str)}
+        read |= {"name", "tool_call_id"}
+    if role == "assistant":
+        reasoning = _reasoning(value, label, _REASONING_KEYS)
+        if reasoning:
+            turn["reasoning_content"] = reasoning
+        if {name, role} & context.masked_roles or not _is_trained(value, label):
+            turn["train"] = False
+        read |= set(_REASONING_KEYS)
+    for key in value:
+        if key not in read and _is_set(value[key]):
+            context.notes.unused[f"messages[].{key}"] = None
     return turn
 
 
-def _turns(value: object, label: str) -> list[ChatMessage]:
+def _calling(message: Mapping[str, Any], context: _Context) -> Mapping[str, Any]:
+    """The message's calls, without the nulls that Arrow gave their arguments."""
+    calls = {key: message[key] for key in ("tool_calls", "function_call") if message.get(key)}
+    return _pruned(calls, context) if context.from_arrow and calls else calls
+
+
+def _pruned(value: Any, context: _Context) -> Any:
+    pruned = without_nulls(value)
+    if pruned != value:
+        context.notes.changes["null_arguments_removed"] = None
+    return pruned
+
+
+def _reasoning(value: Mapping[str, Any], label: str, keys: Sequence[str]) -> str:
+    texts = {key: _text(value[key], f"{label}: {key}") for key in keys if value.get(key)}
+    if len(set(texts.values())) > 1:
+        raise DataError(f"{label} has different texts in {' and '.join(texts)}, expected one of them. Fix the row.")
+    return next(iter(texts.values()), "")
+
+
+def _is_trained(value: Mapping[str, Any], label: str) -> bool:
+    parts = [key for key in _PART_KEYS if value.get(key)]
+    if parts:
+        raise DataError(f"{label} has {parts[0]}: parts of a response cannot be left out of training. Remove the row.")
+    flags = {key: value[key] for key in _TRAIN_KEYS if value.get(key) is not None}
+    wrong = [f"{key} {flag!r:.40}" for key, flag in flags.items() if flag not in (0, 1)]
+    if wrong:
+        raise DataError(
+            f"{label} has {' and '.join(wrong)}, expected 0 or 1, false or true. SPIN does not weigh responses. Fix "
+            "the row."
+        )
+    return all(flags.values())
+
+
+def _from_json(value: object, context: _Context) -> Any:
+    """A list or an object that is stored as JSON text, parsed; anything else, also a text that is no JSON, as it is."""
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+    context.notes.changes["json_text_parsed"] = None
+    return parsed
+
+
+def _turns(value: object, label: str, context: _Context) -> list[ChatMessage]:
+    value = _from_json(value, context)
     if not isinstance(value, list):
-        raise DataError(f"{label} is {_kind(value)}, expected a list of messages. Fix the row or set dataset.format.")
-    return [_turn(each, index) for index, each in enumerate(value)]
+        as_text = ", also as valid JSON text" if isinstance(value, str) else ""
+        raise DataError(
+            f"{label} is {_kind(value)}, expected a list of messages{as_text}. Fix the row or set dataset.format."
+        )
+    return [_turn(each, index, context) for index, each in enumerate(value)]
 
 
-def _with_system(messages: list[ChatMessage], data: Mapping[str, Any], names: Mapping[str, str]) -> list[ChatMessage]:
+def _with_system(
+    messages: list[ChatMessage], data: Mapping[str, Any], names: Mapping[str, str], context: _Context
+) -> list[ChatMessage]:
     """The messages after the row's system column, if it has one and they do not begin with a system message."""
     system = data.get(names.get("system", "system"))
-    if system is None or not messages or messages[0]["role"] == "system":
+    if system is None or not messages:
         return messages
-    return [{"role": "system", "content": _text(system, "column 'system'")}, *messages]
+    system = _text(system, "column 'system'")
+    if messages[0]["role"] == "system":
+        if system.strip() not in ("", messages[0]["content"].strip()):
+            context.notes.changes["system_column_beside_system_message_left_out"] = None
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
-def _parse_messages(data: Mapping[str, Any], names: Mapping[str, str]) -> list[ChatMessage]:
-    return _turns(_column(data, names, "messages"), names.get("messages", "messages"))
+def _history(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[ChatMessage]:
+    """The turns before the prompt: pairs of a user's and an assistant's text, or messages."""
+    name = names.get("history", "history")
+    value = _from_json(data.get(name), context)
+    if not _is_set(value):
+        return []
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        return _turns(value, name, context)
+    if not isinstance(value, list) or not all(isinstance(each, list | tuple) and len(each) == 2 for each in value):
+        raise DataError(f"column {name!r} is no list of [user, assistant] pairs or of messages. {_unused(name)}")
+    return [
+        {"role": role, "content": _text(text, f"{name}: pair {index}")}
+        for index, pair in enumerate(value)
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
-def _parse_sharegpt(data: Mapping[str, Any], names: Mapping[str, str]) -> list[ChatMessage]:
-    turns = _turns(_column(data, names, "conversations"), names.get("conversations", "conversations"))
-    return _with_system(turns, data, names)
+def _answer(text: str, data: Mapping[str, Any], names: Mapping[str, str]) -> ChatMessage:
+    columns = {column: data.get(names.get(column, column)) for column in _SINGLE if column != "history"}
+    reasoning = _reasoning(columns, "the row", list(columns))
+    return {"role": "assistant", "content": text} | ({"reasoning_content": reasoning} if reasoning else {})
 
 
-def _parse_prompt_response(data: Mapping[str, Any], names: dict[str, str]) -> list[ChatMessage]:
+def _tools(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[dict[str, Any]]:
+    found = [name for name in (names.get(key, key) for key in ("tools", "functions")) if _is_set(data.get(name))]
+    if len(found) > 1:
+        raise DataError(f"the row has {' and '.join(found)}, expected one of them. {_unused('functions')}")
+    value = data[found[0]] if found else None
+    return tool_definitions(_pruned(value, context) if context.from_arrow else value)
+
+
+def _template_kwargs(value: object) -> dict[str, Any]:
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"column 'chat_template_kwargs' is no valid JSON: {error}. Fix the row.") from error
+    if not value:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise DataError(
+            f"column 'chat_template_kwargs' is {_kind(value)}, expected an object of options. "
+            f"{_unused('chat_template_kwargs')}"
+        )
+    return {key: each for key, each in value.items() if each is not None}
+
+
+def _masked_roles(value: object) -> frozenset[str]:
+    """Roles that are not trained on, by NeMo's column: a name, several with commas between, or a list."""
+    names = value.split(",") if isinstance(value, str) else value or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(
+            f"column 'mask' is {_kind(value)}, expected the role that is not trained on, such as User. "
+            f"{_unused('mask')}"
+        )
+    return frozenset(name.strip().lower() for name in names)
+
+
+def _refuse_columns(data: Mapping[str, Any], names: Mapping[str, str], row_format: str) -> None:
+    """Refuse a row whose conversation is not all of it, or no good example."""
+    for column in _MEDIA:
+        if _is_set(data.get(names.get(column, column))):
+            raise DataError(f"the row has {column}; only text is supported. Remove the row. {_unused(column)}")
+    for column in ("label", "kto_tag"):
+        if column in _COLUMNS[row_format][1] and data.get(names.get(column, column)) is False:
+            raise DataError(
+                f"{column} is false: the response is an example of what not to answer. Remove the row or set "
+                f"dataset.on_bad_row=skip. {_unused(column)}"
+            )
+
+
+def _unused(column: str) -> str:
+    return f"A column of that name with another meaning is left out with dataset.column_map={{{column}: unused}}."
+
+
+def _without_loose_ends(messages: list[ChatMessage], notes: RowNotes) -> list[ChatMessage]:
+    """The conversation from its first user turn to its last assistant turn, if others stand around them."""
+    roles = [message["role"] for message in messages]
+    start = int(roles[:1] == ["system"])
+    first = roles.index("user") if "user" in roles else 0
+    if "assistant" not in roles[first:]:
+        return messages
+    end = len(roles) - roles[::-1].index("assistant")
+    if any(role != "user" for role in roles[end:]):
+        end = len(roles)
+    if end < len(roles):
+        notes.changes["trailing_user_dropped"] = None
+    if roles[start] == "assistant" and set(roles[start:first]) <= {"assistant", "tool"} and first > start:
+        notes.changes["leading_assistant_dropped"] = None
+        return [*messages[:start], *messages[first:end]]
+    return messages[:end]
+
+
+def _parse_messages(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[ChatMessage]:
+    return _turns(_column(data, names, "messages"), names.get("messages", "messages"), context)
+
+
+def _parse_sharegpt(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[ChatMessage]:
+    return _turns(_column(data, names, "conversations"), names.get("conversations", "conversations"), context)
+
+
+def _parse_prompt_response(data: Mapping[str, Any], names: dict[str, str], context: _Context) -> list[ChatMessage]:
     if "response" not in names and data.get("response") is None and data.get("completion") is not None:
         names["response"] = "completion"
     prompt, response = _column(data, names, "prompt"), _column(data, names, "response")
     if isinstance(prompt, str):
-        messages = [{"role": "user", "content": prompt}]
+        messages: list[ChatMessage] = [{"role": "user", "content": prompt}]
     else:
-        messages = _turns(prompt, names.get("prompt", "prompt"))
-    messages = _with_system(messages, data, names)
+        messages = _turns(prompt, names.get("prompt", "prompt"), context)
+    start = int(bool(messages) and messages[0]["role"] == "system")
+    messages[start:start] = _history(data, names, context)
     if isinstance(response, list) and response and isinstance(response[0], Mapping) and "type" not in response[0]:
-        answer = _turns(response, names.get("response", "response"))
+        answer = _turns(response, names.get("response", "response"), context)
         if len(answer) != 1 or answer[0]["role"] != "assistant":
             raise DataError(
                 "the response is a list of messages, expected exactly one, of role 'assistant'. Fix the row."
             )
     else:
-        answer = [{"role": "assistant", "content": _text(response, "the response")}]
+        answer = [_answer(_text(response, "the response"), data, names)]
     return messages + answer
 
 
-def _parse_alpaca(data: Mapping[str, Any], names: Mapping[str, str]) -> list[ChatMessage]:
+def _parse_alpaca(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[ChatMessage]:
     instruction = _text(_column(data, names, "instruction"), "instruction")
-    context = data.get(names.get("input", "input"))
-    if context is not None and (text := _text(context, "input")).strip():
-        instruction = f"{instruction}\n\n{text}"
+    question = data.get(names.get("input", "input"))
+    if question is not None and (text := _text(question, "input")).strip():
+        instruction = f"{instruction}\n\n{text}" if instruction.strip() else text
     output = _text(_column(data, names, "output"), "output")
-    return [{"role": "user", "content": instruction}, {"role": "assistant", "content": output}]
+    prompt = {"role": "user", "content": instruction}
+    return [*_history(data, names, context), prompt, _answer(output, data, names)]
 
 
-_PARSERS: dict[str, Callable[[Mapping[str, Any], dict[str, str]], list[ChatMessage]]] = {
+_PARSERS: dict[str, Callable[[Mapping[str, Any], dict[str, str], _Context], list[ChatMessage]]] = {
     "messages": _parse_messages,
     "sharegpt": _parse_sharegpt,
     "prompt_response": _parse_prompt_response,
@@ -342,7 +605,7 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], dict[str, str]], list[ChatMessa
 # --- torchtune's own transforms ---
 
 
-def _transformed(data: Mapping[str, Any], transform: MessageTransform) -> list[ChatMessage]:
+def _transformed(data: Mapping[str, Any], transform: MessageTransform, context: _Context) -> list[ChatMessage]:
     label = type(transform).__name__ if not hasattr(transform, "__name__") else transform.__name__
     try:
         sample = transform(dict(data))
@@ -355,18 +618,19 @@ def _transformed(data: Mapping[str, Any], transform: MessageTransform) -> list[C
         raise DataError(
             f"dataset.message_transform {label} returned no list under 'messages'. Use a torchtune transform."
         )
-    return [_from_torchtune(message, index) for index, message in enumerate(sample["messages"])]
+    return [_from_torchtune(message, index, context) for index, message in enumerate(sample["messages"])]
 
 
-def _from_torchtune(message: Any, index: int) -> ChatMessage:
+def _from_torchtune(message: Any, index: int, context: _Context) -> ChatMessage:
     if isinstance(message, Mapping):
-        return _turn(message, index)
+        return _turn(message, index, context)
     if not hasattr(message, "role") or not hasattr(message, "text_content"):
         raise DataError(f"message {index} of the transform is {_kind(message)}, expected a torchtune.data.Message.")
     if message.contains_media or message.ipython:
         what = "holds media" if message.contains_media else "calls tools"
         raise DataError(f"message {index} {what}; only text turns are supported. Remove the row.")
-    return _turn({"role": message.role, "content": message.text_content}, index)
+    turn = {"role": message.role, "content": message.text_content, "train": not getattr(message, "masked", False)}
+    return _turn(turn, index, context)
 
 
 def _check_encodable(content: str, index: int) -> None:

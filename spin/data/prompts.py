@@ -18,7 +18,15 @@ import numpy as np
 from torch import nn
 
 from spin.data.chat import PromptTokenizer, adapt_tokenizer
-from spin.data.messages import ChatMessage, MessageTransform, Turns, check_row_format, row_to_messages, split_turns
+from spin.data.messages import (
+    ChatMessage,
+    MessageTransform,
+    RowNotes,
+    Turns,
+    check_row_format,
+    row_to_messages,
+    split_turns,
+)
 from spin.data.order import iteration_samples
 from spin.data.sources import Row, Source, describe_source, read_rows
 from spin.data.streams import PromptStream, shuffled_rows
@@ -43,12 +51,17 @@ class DatasetReport:
         counts (dict[str, int]): samples left out or shortened, by reason: ``bad_row``, ``duplicate_id``,
             ``long_prompt_drop``, ``long_prompt_cut``, ``long_response_drop``, ``long_response_cut``.
         examples (list[str]): place and reason of the first 20.
+        changes (dict[str, int]): rows that were read with a change, by its name.
+        unused (list[str]): columns that no row's conversation was made from, and ``messages[].key`` for keys of
+            messages.
     """
 
     rows: int
     samples: int
     counts: dict[str, int] = field(default_factory=dict)
     examples: list[str] = field(default_factory=list)
+    changes: dict[str, int] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +331,8 @@ def prompt_dataset(
             "its samples from the whole data set, and each epoch has an order of its own."
         )
 
+    said: set[str] = set()  # unused columns that were logged
+
     def new_intake() -> _Intake:
         return _Intake(
             _Limits(max_seq_len, max_prompt_tokens, max_response_tokens),
@@ -327,10 +342,12 @@ def prompt_dataset(
                 "long_prompt": on_long_prompt,
                 "long_response": on_long_response,
             },
+            said,
         )
 
     def games(row: Row) -> list[_Game]:
         """The conversations in a row, or the one fault that stands for it."""
+        notes = RowNotes(used={id_column: None})
         try:
             if row.error is not None:
                 raise DataError(f"{row.error} or set dataset.on_bad_row=skip.")
@@ -341,11 +358,13 @@ def prompt_dataset(
                 column_map=column_map,
                 message_transform=message_transform,
                 system_prompt=system_prompt,
+                from_arrow=row.from_arrow,
+                notes=notes,
             )
         except DataError as error:
             return [_Game(row.where, row.default_id, fault=error)]
         parts = split_turns(messages, turns)
-        return [_Game(row.where + mark, sample_id + mark, part, row=row.data) for mark, part in parts]
+        return [_Game(row.where + mark, sample_id + mark, part, row=row.data, notes=notes) for mark, part in parts]
 
     originals: dict[str, Original] = {}
 
@@ -386,7 +405,7 @@ def prompt_dataset(
 
     def samples() -> Iterator[Prompt]:
         for of_row in encoded(read_rows(source, **where)):
-            intake.rows += 1
+            intake.add_row(of_row)
             for game, ids in of_row:
                 prompt = intake.admit(game, ids)
                 if prompt is None:
@@ -458,6 +477,7 @@ class _Game:
     messages: list[ChatMessage] = field(default_factory=list)
     fault: DataError | None = None
     row: Mapping[str, Any] = field(default_factory=dict)
+    notes: RowNotes = field(default_factory=RowNotes)  # the row's
 
 
 _Encoded = tuple[_Game, "tuple[list[int], list[int]] | DataError"]
@@ -505,7 +525,7 @@ def _windows(
                         break
                     continue
                 of_row = read
-                intake.rows += 1
+                intake.add_row(of_row)
             for number, (game, ids) in enumerate(of_row):
                 if len(samples) == size:
                     left = of_row[number:]
@@ -525,8 +545,12 @@ def _windows(
 class _Intake:
     """Decides on each sample and keeps the books."""
 
-    def __init__(self, limits: _Limits, actions: Mapping[str, str]) -> None:
+    def __init__(self, limits: _Limits, actions: Mapping[str, str], said: set[str]) -> None:
         self.rows = 0
+        self._said = said
+        self._changes: Counter[str] = Counter()
+        self._used: set[str] = set()
+        self._unused: dict[str, None] = {}
         self._limits = limits
         self._actions = actions
         self._where_of: dict[str, str] = {}
@@ -534,6 +558,14 @@ class _Intake:
         self._examples: list[str] = []
         self._errors: list[str] = []
         self._error_count = 0
+
+    def add_row(self, of_row: list[_Encoded]) -> None:
+        """Count a row, and what was changed and not used of it."""
+        self.rows += 1
+        for game, _ in of_row[:1]:
+            self._changes.update(list(game.notes.changes))
+            self._used.update(game.notes.used)
+            self._unused.update(game.notes.unused)
 
     def admit(self, game: _Game, encoded: tuple[list[int], list[int]] | DataError) -> Prompt | None:
         """The sample as it enters the data set, or None if it does not."""
@@ -615,7 +647,26 @@ class _Intake:
                 done,
                 _listed(self._examples[:_SHOWN_IN_WARNING], total),
             )
-        return DatasetReport(self.rows, samples, dict(self._counts), self._examples)
+        unused = [name for name in self._unused if name not in self._used]
+        self._log_notes(label, [name for name in unused if name not in self._said])
+        self._said.update(unused)
+        return DatasetReport(self.rows, samples, dict(self._counts), self._examples, dict(self._changes), unused)
+
+    def _log_notes(self, label: str, unused: list[str]) -> None:
+        if os.environ.get("RANK", "0") != "0":
+            return
+        if self._changes:
+            changes = ", ".join(f"{name} {count}" for name, count in self._changes.items())
+            log.warning("%s: rows that were read with a change: %s", label, changes)
+        if "null_arguments_removed" in self._changes and "null_arguments_removed" not in self._said:
+            self._said.add("null_arguments_removed")
+            log.warning(
+                "%s: Arrow fills up tools and calls with nulls; they were removed, and with them any null that was "
+                "written on purpose, which cannot be told from these. JSON Lines keep theirs.",
+                label,
+            )
+        if unused:
+            log.info("%s: not used, neither in prompts nor in responses: %s", label, ", ".join(unused))
 
 
 def _label(source: Source) -> str:

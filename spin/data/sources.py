@@ -34,12 +34,14 @@ class Row:
         data (dict[str, Any]): column name to value; empty if ``error`` is set.
         default_id (str): the row's id if it has none of its own: file stem and row number.
         error (str | None): why the row could not be read, with the remedy.
+        from_arrow (bool): its structs have the keys of all rows, null where a row had none.
     """
 
     where: str
     data: dict[str, Any]
     default_id: str
     error: str | None = None
+    from_arrow: bool = False
 
 
 def read_rows(
@@ -203,9 +205,9 @@ def _not_empty(rows: Iterable[Row], label: str) -> Iterator[Row]:
         raise DataError(f"{label} has no rows. Training needs at least one.")
 
 
-def _row(value: object, where: str, default_id: str) -> Row:
+def _row(value: object, where: str, default_id: str, from_arrow: bool = False) -> Row:
     if isinstance(value, Mapping):
-        return Row(where, dict(value), default_id)
+        return Row(where, dict(value), default_id, from_arrow=from_arrow)
     return Row(
         where, {}, default_id, f"found a {type(value).__name__}, expected an object with named columns. Fix the row"
     )
@@ -300,7 +302,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         with pq.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
                 for value in batch.to_pylist():
-                    yield _row(value, f"{path.name}:row {index}", f"{path.stem}-{index}")
+                    yield _row(value, f"{path.name}:row {index}", f"{path.stem}-{index}", from_arrow=True)
                     index += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as parquet after {index} rows: {error}.") from error
@@ -357,4 +359,4 @@ def _dataset_rows(loaded: Any, label: str, split: str | None) -> Iterator[Row]:
         raise DataError(f"{label} holds the split {loaded.split}, not dataset.split={split}.")
     shown = split or (str(loaded.split) if loaded.split is not None else "all")
     stem = f"{label.rsplit('/', 1)[-1]}-{shown}"
-    return (_row(value, f"hf:{label}[{shown}]:{index}", f"{stem}-{index}") for index, value in enumerate(loaded))
+    return (_row(value, f"hf:{label}[{shown}]:{index}", f"{stem}-{index}", True) for index, value in enumerate(loaded))

@@ -12,7 +12,7 @@ _REMEDY = "Fix the row or set dataset.on_bad_row=skip."
 
 
 def tool_definitions(value: object) -> list[dict[str, Any]]:
-    """The tools of a row, from its column ``tools``.
+    """The tools of a row, from its column ``tools``, or ``functions`` as older data have it.
 
     Args:
         value (object): a list of OpenAI's function descriptions, with ``{"type": "function", "function": ...}`` around
@@ -88,6 +88,20 @@ def parse_calls(value: object, where: str) -> list[dict[str, Any]]:
             made["id"] = call["id"]
         found.append(made)
     return found
+
+
+def without_nulls(value: object) -> Any:
+    """A value without the keys that are null, at any depth. Arrow gives each row's struct the keys of all rows.
+
+    Args:
+        value (object): dictionaries, lists and scalars; nulls in lists stay.
+
+    Returns:
+        Any: the same without them.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def check_results(messages: Sequence[Mapping[str, Any]]) -> None:

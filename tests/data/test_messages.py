@@ -109,9 +109,9 @@ def test_options_that_name_columns_are_checked_before_rows():
         check_row_format("prompt_response", {"question": "prompt"})
 
 
-def test_trailing_user_turn_has_the_agreed_message():
+def test_a_conversation_without_an_answer_has_the_agreed_message():
     with pytest.raises(DataError) as caught:
-        row_to_messages({"messages": [USER, ASSISTANT, USER]})
+        row_to_messages({"messages": [USER]})
     assert str(caught.value) == (
         "last message has role 'user', expected 'assistant'. SPIN needs a real response to learn from. "
         "Fix the row or set dataset.on_bad_row=skip."
