@@ -38,7 +38,7 @@ from omegaconf.errors import (
 )
 
 from spin.errors import ConfigError, SpinError, wants_traceback
-from spin.terminal import write_any_text
+from spin.terminal import printable, write_any_text
 
 COMPONENT = "_component_"
 EXTRA = "_extra_"
@@ -238,9 +238,9 @@ def _tell_of_namesake(recipe_main: Callable[..., Any]) -> None:
 def _print_error(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     if rank == "0":
-        print(f"error: {text}", file=sys.stderr, flush=True)
+        print(f"error: {printable(text)}", file=sys.stderr, flush=True)
     else:
-        first_line = text.split("\n", 1)[0]
+        first_line = printable(text.split("\n", 1)[0])
         print(f"error (rank {rank}): {first_line}", file=sys.stderr, flush=True)
 
 

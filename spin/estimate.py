@@ -35,6 +35,7 @@ from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
 from spin.errors import ConfigError, SpinError
 from spin.flex import BLOCK
 from spin.models import build_model
+from spin.terminal import printable
 from spin.triplets import answers_per_pair
 
 _GIB = 2**30
@@ -352,7 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{arguments.config} on {arguments.ranks} GPU{'s' if arguments.ranks > 1 else ''}: an estimate\n")
         print(estimate(cfg, arguments.ranks, arguments.pair_tokens).table())
     except SpinError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     return 0
 

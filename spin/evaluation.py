@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from spin.data.messages import ChatMessage
 from spin.errors import ConfigError
+from spin.terminal import printable
 
 Place = Literal["first", "second", "tie"]  # what a judge says of two answers in the order in which it saw them
 Outcome = Literal["win", "tie", "loss"]  # for the candidate
@@ -361,7 +362,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
                 f"both orders agree on {judge['agreement_share']:.1%} of the prompts; one place wins in both on "
                 f"{judge['same_place_share']:.1%}"
             )
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _share(share: float, interval: Sequence[float]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from spin.data.types import Pair
 from spin.progress import SPINProgress
+from spin.terminal import printable
 
 _WIDTHS = {"prompt": 32, "real": 38, "generated": 38, "margin": 8}
 _MAX_LINES = 6
@@ -165,7 +166,7 @@ def iteration_summary(
         ("report", f"python -m spin report {shlex.quote(str(output))}"),
     ):
         lines.append(f"{label:>22}: {path}")
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def opening_words(progress: SPINProgress, batch_size: int, num_samples: int, num_val_samples: int) -> str:
@@ -216,7 +217,7 @@ def closing_words(output_dir: Path, progress: SPINProgress, had_steps_left: bool
 
 
 def _wrap(text: str, width: int, keep_end: bool) -> list[str]:
-    lines = textwrap.wrap(" ".join(text.split()), width) or [""]
+    lines = textwrap.wrap(printable(" ".join(text.split())), width) or [""]
     if len(lines) > _MAX_LINES and keep_end:
         lines = ["..." + lines[-_MAX_LINES][3:], *lines[1 - _MAX_LINES :]]
     elif len(lines) > _MAX_LINES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable
@@ -13,6 +14,33 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 30.0  # between two lines of a stage
+# What a terminal obeys instead of showing it (C0, DEL, C1), or what changes the order, the place or the number of the
+# characters around it without being seen: marks of direction, separators, tags, halves of surrogate pairs.
+_UNSEEN = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f"
+)
+_UNSEEN_IN_LINES, _UNSEEN_IN_A_LINE = re.compile(f"[{_UNSEEN}]"), re.compile(f"[\t\n{_UNSEEN}]")
+
+
+def printable(text: object, one_line: bool = False) -> str:
+    """Foreign text (from data, models, files, servers) as a terminal can show it.
+
+    Args:
+        text (object): what is to be shown, by its ``str``.
+        one_line (bool): escape line feeds and tabs too.
+
+    Returns:
+        str: control characters and invisible marks of direction as ``\\x1b`` or ``\\u202e``.
+    """
+    pattern = _UNSEEN_IN_A_LINE if one_line else _UNSEEN_IN_LINES
+    return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Lines of a log, with the foreign text in them escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def get_logger(level: str = "INFO") -> logging.Logger:
@@ -28,7 +56,9 @@ def get_logger(level: str = "INFO") -> logging.Logger:
     """
     log = logging.getLogger("spin")
     if not log.hasHandlers():
-        log.addHandler(logging.StreamHandler())
+        handler = logging.StreamHandler()
+        handler.setFormatter(_PrintableFormatter())
+        log.addHandler(handler)
     log.setLevel(level if os.environ.get("RANK", "0") == "0" else "WARNING")
     return log
 
@@ -56,7 +86,7 @@ def progress_bar(
         tqdm: the bar.
     """
     kind = tqdm if sys.stderr.isatty() else ProgressLines
-    return kind(iterable, desc=description, unit=unit, total=total, disable=not enabled)
+    return kind(iterable, desc=printable(description, one_line=True), unit=unit, total=total, disable=not enabled)
 
 
 class ProgressLines(tqdm):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from omegaconf.errors import OmegaConfBaseException
 
 from spin.errors import SpinError, wants_traceback
-from spin.terminal import write_any_text
+from spin.terminal import printable, write_any_text
 
 # name: module, what it does
 COMMANDS = {
@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     except (SpinError, OmegaConfBaseException, OSError) as error:  # OSError: a file that may not be read
         if wants_traceback():
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

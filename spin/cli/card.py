@@ -15,6 +15,7 @@ from spin.data import PairStore
 from spin.errors import OutputError
 from spin.fingerprint import file_sha256
 from spin.schedules import per_iteration
+from spin.terminal import printable
 
 
 def model_card(
@@ -64,7 +65,7 @@ def model_card(
         "## Hashes\n\n" + _table(("what", "hash"), _hashes(run, iteration, model)),
         f"## Config\n\n```yaml\n{OmegaConf.to_yaml(cfg)}```",
     ]
-    return "\n\n".join(sections) + "\n"
+    return printable("\n\n".join(sections) + "\n")
 
 
 def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
@@ -132,7 +133,9 @@ def _hashes(run: Path, last: int, model: Path) -> list[tuple[str, str]]:
 
 def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [names, ["---"] * len(names), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(printable(cell, one_line=True).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def _count(number: int, what: str) -> str:

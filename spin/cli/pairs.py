@@ -17,6 +17,7 @@ from spin.cli.runs import read_config
 from spin.data import ChatTokenizer, Pair, PairStore, Response, adapt_tokenizer
 from spin.errors import ConfigError, StoreError
 from spin.files import writing
+from spin.terminal import printable
 
 _QUANTILES = (0, 10, 50, 90, 100)  # per cent
 Answer = tuple[Pair, int, Response]  # a pair, the number of one of its answers, the answer
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
     store = PairStore.open(arguments.store)
     answers = [answer for answer in _answers(store) if _passes(answer, arguments)]
-    print("\n".join(summary_lines(store, answers)))
+    print(printable("\n".join(summary_lines(store, answers))))
     if not arguments.sample and arguments.export is None:
         return
     decode = _decoder(arguments.store, arguments.tokenizer)
@@ -62,9 +63,10 @@ def main(argv: Sequence[str]) -> None:
     for answer in random.Random(arguments.seed).sample(answers, min(arguments.sample, len(answers))):
         row = _row(answer, decode)
         margin = "" if row["margin"] is None else f", margin {row['margin']:.2f} nats"
-        print(f"\n--- {row['sample_id']} #{row['k']}, finish reason {row['finish_reason']}{margin}")
-        for name in ("prompt", "real", "generated"):
-            print(f"[{name}] {row[name]}")
+        sample_id = printable(row["sample_id"], one_line=True)
+        print(f"\n--- {sample_id} #{row['k']}, finish reason {row['finish_reason']}{margin}")
+        for column in ("prompt", "real", "generated"):
+            print(f"[{column}] {printable(row[column])}")
     if arguments.export:
         part = arguments.export.with_name(f".{arguments.export.name}.{os.getpid()}.tmp")
         with writing(arguments.export):

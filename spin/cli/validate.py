@@ -29,6 +29,7 @@ from spin.models import build_model
 from spin.plan import RunPlan
 from spin.players import Player, check_evaluation, players_of
 from spin.schedules import per_iteration
+from spin.terminal import printable
 
 COMPARED_ROWS = 200  # of the training set, whose token ids and texts are compared
 _SHOWN = 20
@@ -149,7 +150,7 @@ class Validation:
         except SpinError as error:
             result, text, verdict = None, str(error), "FAULT"
             self._faults += 1
-        head, *rest = text.splitlines() or [""]
+        head, *rest = printable(text).split("\n")
         print(f"{label:<16} {verdict:<6} {head}", *(f"{'':<23} {line}" for line in rest), sep="\n", flush=True)
         return result
 

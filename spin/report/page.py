@@ -10,11 +10,13 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 import spin
 from spin.report.advice import LN_2, advice
 from spin.report.charts import Chart, Series, number
 from spin.report.record import IterationRecord, RunRecord, is_number
+from spin.terminal import printable
 
 STAGES = ("play", "score", "fit", "validate")
 
@@ -46,9 +48,16 @@ def render(run: RunRecord) -> str:
 def _template() -> Template:
     loader = FileSystemLoader(Path(__file__).parent)
     # autoescape: prompts and answers are whatever people and models write
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_shown
+    )
     environment.filters["seconds"] = duration
     return environment.get_template("page.html")
+
+
+def _shown(value: Any) -> Any:
+    """Control characters and marks of direction in foreign text are to be seen; a drawing has none."""
+    return value if isinstance(value, Markup) else printable(value)
 
 
 def state_of(run: RunRecord) -> str:
@@ -121,7 +130,7 @@ def _by_source(run: RunRecord) -> list[Chart]:
     """The validation loss of each source of a mixture, as many to a chart as it has colours for."""
     prefix = "val_loss/"
     names = list(dict.fromkeys(name for row in run.rows for name in row if name.startswith(prefix)))
-    series = [Series(name.removeprefix(prefix), run.series(name), is_dots=True) for name in names]
+    series = [Series(printable(name.removeprefix(prefix)), run.series(name), is_dots=True) for name in names]
     return [Chart("Validation loss by source, nats per token", series[i : i + 3]) for i in range(0, len(series), 3)]
 
 
