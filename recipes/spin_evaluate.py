@@ -168,7 +168,7 @@ class SPINEvaluate:
         """The answers of one model, by sample: text and tokens. Those of an earlier run are used if nothing changed."""
         cfg, world = self._cfg, self._world
         plain: Any = OmegaConf.to_container(section)
-        sampling = sampling_params(plain, player.tokenizer.eos_ids)
+        sampling = sampling_params(plain, player.tokenizer.eos_ids, player.unknown_ids)
         generator = None if player.has_weights else player.generator(None, world)  # it says whose answers it gives
         fingerprint = {
             "opponent": broadcast_object(player.fingerprint(generator) if world.is_main else None, world),

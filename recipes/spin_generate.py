@@ -26,7 +26,7 @@ from torchtune import training
 from spin import config, selfplay
 from spin.checks import check_run
 from spin.data import PromptDataset, PromptStream, adapt_tokenizer
-from spin.data.prompts import check_vocabulary
+from spin.data.prompts import check_vocabulary, unknown_ids
 from spin.data.shards import missing_shards, open_store
 from spin.defaults import RECIPE_DEFAULTS
 from spin.distributed import any_rank, fail_together, init_world, shutdown
@@ -79,7 +79,8 @@ class SPINGenerate:
         source: PromptDataset | PromptStream = config.instantiate(
             cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context
         )
-        self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
+        unknown = unknown_ids(model, self._tokenizer)
+        self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids, unknown)
         check_vocabulary(model, self._tokenizer, self._sampling.stop_token_ids, source)
 
         resume_path = checkpointer.latest(cfg.resume)

@@ -40,7 +40,7 @@ from spin.data.loader import RowBatch, load_rows
 from spin.data.lookup import PairLookup, share_lookup
 from spin.data.order import history_window
 from spin.data.packing import PackedRow
-from spin.data.prompts import check_vocabulary
+from spin.data.prompts import check_vocabulary, unknown_ids
 from spin.data.shards import missing_shards, open_store, seal
 from spin.defaults import LORA_DEFAULTS
 from spin.distributed import accumulating, all_reduce_sums, clip_grad_norm, fail_together, init_world, shutdown
@@ -135,7 +135,8 @@ class SPINLoRARecipe:
         self._val_prompts: PromptDataset = PromptDataset()  # empty without a validation set
         if cfg.validation_dataset is not None:
             self._val_prompts = config.instantiate(cfg.validation_dataset, **reading)
-        self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids)
+        unknown = unknown_ids(self._model, self._tokenizer)
+        self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids, unknown)
         check_vocabulary(self._model, self._tokenizer, self._sampling.stop_token_ids, self._prompts, self._val_prompts)
 
         # ---- arithmetic

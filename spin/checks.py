@@ -315,9 +315,9 @@ def _check_sampling(cfg: DictConfig, plain: dict[str, Any]) -> None:
     greedy, answers = SamplingParams(**plain["sampling"]).greedy_by, plain["pairs"]["responses_per_prompt"]
     if greedy and answers != 1 and getattr(component_of(cfg, "generator"), "takes_sampling", True):
         raise ConfigError(
-            f"pairs.responses_per_prompt={answers} with sampling.{greedy}={plain['sampling'][greedy]}: all responses to "
-            f"a prompt would be the same. Set sampling.{greedy}={getattr(SamplingParams, greedy)} to sample them, or "
-            "pairs.responses_per_prompt=1."
+            f"pairs.responses_per_prompt={answers} with sampling.{greedy}={plain['sampling'][greedy]}: all responses "
+            f"to a prompt would be the same. Set sampling.{greedy}={getattr(SamplingParams, greedy)} to sample them, "
+            "or pairs.responses_per_prompt=1."
         )
 
 

@@ -15,7 +15,7 @@ from torchtune import training
 
 from spin import config, evaluation
 from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
-from spin.data.prompts import check_vocabulary
+from spin.data.prompts import check_vocabulary, unknown_ids
 from spin.distributed import World
 from spin.dtypes import TRAINED_DTYPES
 from spin.errors import CheckpointError, ConfigError
@@ -56,6 +56,7 @@ class Player:
         self.tokenizer: PromptTokenizer = adapt_tokenizer(config.instantiate(section.tokenizer))
         self._shape = build_model(section.model, torch.float32) if self.has_weights else None
         self.context: int = sys.maxsize if self._shape is None else self._shape.max_seq_len
+        self.unknown_ids = () if self._shape is None else unknown_ids(self._shape, self.tokenizer)
         if self._shape is not None:
             check_hf_folder(self._shape, section.checkpoint_dir, section.model_type)
 

@@ -18,8 +18,9 @@ import inspect
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _ANY_VOCABULARY = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _PROBE_ANSWER = "Probe"
+_UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # the text of an id that the tokenizer lacks
 # What a template or a foreign tokenizer raises on a conversation that it was not made for.
 _TOKENIZER_FAULTS = (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError)
 
@@ -128,6 +130,11 @@ class ChatTokenizer:
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return len(self._tokenizer)
+
+    @cached_property
+    def known_ids(self) -> frozenset[int]:
+        """The ids that have a token; a model may have more rows, and a vocabulary holes."""
+        return frozenset(self._tokenizer.get_vocab().values())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -240,11 +247,10 @@ class ChatTokenizer:
             skip_special_tokens (bool): leave out special tokens.
 
         Returns:
-            str: the text, with nothing cleaned up.
+            str: the text, with nothing cleaned up; an id that the tokenizer lacks is U+FFFD.
         """
-        return self._tokenizer.decode(
-            list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+        options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
+        return _decode_known(ids, self.known_ids, lambda known: self._tokenizer.decode(known, **options))
 
     def _encode(self, text: str) -> list[int]:
         return self._encode_all([text])[0]
@@ -452,6 +458,20 @@ class TorchtuneTokenizer:
         return max(known) + 1
 
     @cached_property
+    def known_ids(self) -> frozenset[int]:
+        """The ids that have a token; a model may have more rows, and a vocabulary holes."""
+        base = self._tokenizer
+        model = getattr(base, "tokenizer_model", base)
+        found: Iterable[int] = range(self.vocab_size)
+        if hasattr(base, "_spm_model"):
+            found = range(base._spm_model.spm_model.vocab_size())
+        elif hasattr(base, "tt_model"):
+            found = base.tt_model.tt_model._mergeable_ranks.values()
+        elif hasattr(model, "encoder"):
+            found = model.encoder.values()
+        return frozenset((*found, *self._special_names, *self._unnamed_specials()))
+
+    @cached_property
     def fingerprint(self) -> str:
         """sha256 over the class, the vocabulary, special and stop tokens, and the prompt template."""
         template = getattr(self._tokenizer, "prompt_template", None)
@@ -510,7 +530,7 @@ class TorchtuneTokenizer:
             skip_special_tokens (bool): leave out special tokens.
 
         Returns:
-            str: the text; special tokens by name.
+            str: the text; special tokens by name, an id that the tokenizer lacks as U+FFFD.
         """
         names = dict.fromkeys(self._unnamed_specials(), "") | self._special_names
         pieces: list[str] = []
@@ -528,8 +548,9 @@ class TorchtuneTokenizer:
         return [int(token) for token in found if token is not None and token >= 0]
 
     def _decode_run(self, ids: list[int]) -> str:
-        if not ids:
-            return ""
+        return _decode_known(ids, self.known_ids, self._decode_text)
+
+    def _decode_text(self, ids: list[int]) -> str:
         options = {"truncate_at_eos": False, "skip_special_tokens": False}
         accepted = inspect.signature(self._tokenizer.decode).parameters
         text = self._tokenizer.decode(ids, **{key: value for key, value in options.items() if key in accepted})
@@ -661,6 +682,12 @@ def _stop_inside(stop: str, behind: str) -> str:
         f"the real response holds the stop token {stop!r} before its end, followed by {behind[:40]!r}. Generation "
         "would end there. Fix the row or set dataset.on_bad_row=skip."
     )
+
+
+def _decode_known(ids: Iterable[int], known: Collection[int], decode: Callable[[list[int]], str]) -> str:
+    """Text of token ids of which some may not exist: some tokenizers raise an error for these, others leave them out."""
+    parts = groupby(ids, known.__contains__)
+    return "".join(decode(list(part)) if exists else _UNKNOWN * len(list(part)) for exists, part in parts)
 
 
 # --- Files ---

@@ -465,6 +465,20 @@ def check_vocabulary(
         )
 
 
+def unknown_ids(model: nn.Module, tokenizer: PromptTokenizer) -> tuple[int, ...]:
+    """The ids of a model's vocabulary that no token of the tokenizer has: padding of the vocabulary, and holes in it.
+
+    Args:
+        model (nn.Module): a torchtune decoder, on any device, with weights or without.
+        tokenizer (PromptTokenizer): its ``known_ids``, if it has any, else all ids below its ``vocab_size``.
+
+    Returns:
+        tuple[int, ...]: ascending; they are not to be sampled.
+    """
+    known = getattr(tokenizer, "known_ids", None) or range(tokenizer.vocab_size)
+    return tuple(token for token in range(model.tok_embeddings.weight.shape[0]) if token not in known)
+
+
 # --- Mechanics ---
 
 

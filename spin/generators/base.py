@@ -38,6 +38,7 @@ class SamplingParams:
         stop_token_ids (tuple[int, ...]): end the response; the stop token is part of it.
         stop_strings (tuple[str, ...]): end the response where the text first contains one; its tokens are part of it.
         logprobs (bool): also return the log-prob of each token under the unaltered distribution.
+        banned_token_ids (tuple[int, ...]): never chosen; what the model's vocabulary has beyond the tokenizer's.
 
     Raises:
         ConfigError: If a value is of another kind or outside its range.
@@ -52,10 +53,12 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     logprobs: bool = False
+    banned_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
+        object.__setattr__(self, "banned_token_ids", tuple(self.banned_token_ids))
         faults = [
             f"sampling.{name}={getattr(self, name)!r}: expected a {'whole number' if kind is int else 'number'}."
             for name, kind in _NUMBERS.items()
@@ -99,17 +102,23 @@ class SamplingParams:
         return None
 
 
-def sampling_params(section: Mapping[str, Any], eos_ids: Sequence[int]) -> SamplingParams:
+def sampling_params(
+    section: Mapping[str, Any], eos_ids: Sequence[int], unknown_ids: Sequence[int] = ()
+) -> SamplingParams:
     """The config's ``sampling`` with the model's own stop tokens added.
 
     Args:
         section (Mapping[str, Any]): arguments of :class:`SamplingParams`.
         eos_ids (Sequence[int]): the tokenizer's end-of-turn tokens.
+        unknown_ids (Sequence[int]): ids that the tokenizer lacks, see :func:`spin.data.prompts.unknown_ids`; banned,
+            unless they are stop tokens.
 
     Returns:
         SamplingParams: how the opponent answers.
     """
-    return SamplingParams(**{**section, "stop_token_ids": (*eos_ids, *section.get("stop_token_ids", ()))})
+    stops = (*eos_ids, *section.get("stop_token_ids", ()))
+    banned = tuple(token for token in unknown_ids if token not in stops)
+    return SamplingParams(**{**section, "stop_token_ids": stops, "banned_token_ids": banned})
 
 
 @dataclass(frozen=True)

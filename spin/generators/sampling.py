@@ -60,8 +60,8 @@ def sample_tokens(
     seen: torch.Tensor | None = None,
     new_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One token per row: the repetition penalty, the ban on early stops, temperature, top_k, top_p, then the inverse
-    CDF.
+    """One token per row: banned tokens, the repetition penalty, the ban on early stops, temperature, top_k, top_p, then
+    the inverse CDF.
 
     Args:
         logits (torch.Tensor): shape (n, v).
@@ -78,6 +78,8 @@ def sample_tokens(
     Raises:
         ValueError: If ``seen`` or ``new_tokens`` is needed and missing.
     """
+    if sampling.banned_token_ids:  # in a copy: log-probs are of the unaltered distribution
+        logits = logits.index_fill(1, _ids(sampling.banned_token_ids, logits.device), -torch.inf)
     is_plain = sampling.top_p == 1 and not 0 < sampling.top_k < logits.shape[-1] and sampling.repetition_penalty == 1
     kernels: Any = generation_kernels(logits.device.type)
     if is_plain and sampling.temperature > 0 and kernels:

@@ -196,21 +196,31 @@ class VLLMGenerator:
             raise GeneratorError("vLLM has no weights: wake it and update its weights before it generates.")
         engine = self._llm.llm_engine
         waiting = enumerate(requests)
-        running: dict[str, int] = {}
+        running: dict[str, tuple[int, Sequence[int], int, bool]] = {}
+
+        def ask(index: int, prompt: Sequence[int], seed: int, ban: bool = False) -> None:
+            params = self._params(prompt, seed, index, sampling, ban)
+            name = str(self._requests)
+            self._requests += 1
+            engine.add_request(name, {"type": "token", "prompt_token_ids": list(map(int, prompt))}, params)
+            running[name] = index, prompt, seed, ban
+
         try:
             while True:
                 if len(running) <= self._queue // 2:
                     for index, (prompt, seed) in islice(waiting, self._queue - len(running)):
-                        params = self._params(prompt, seed, index, sampling)
-                        name = str(self._requests)
-                        self._requests += 1
-                        engine.add_request(name, {"type": "token", "prompt_token_ids": list(map(int, prompt))}, params)
-                        running[name] = index
+                        ask(index, prompt, seed)
                 if not running:
                     return
                 for output in engine.step():
-                    if output.finished:
-                        yield running.pop(output.request_id), _completion(output, sampling)
+                    if not output.finished:
+                        continue
+                    index, prompt, seed, ban = running.pop(output.request_id)
+                    completion = _completion(output, sampling)
+                    if is_banned(completion, sampling) and not ban:
+                        ask(index, prompt, seed, ban=True)
+                    else:
+                        yield index, completion
         except GeneratorError:
             raise
         except Exception as error:
@@ -288,26 +298,43 @@ class VLLMGenerator:
             self._llm = None
             gc.collect()
 
-    def _params(self, prompt: Sequence[int], seed: int, index: int, sampling: SamplingParams) -> Any:
+    def _params(self, prompt: Sequence[int], seed: int, index: int, sampling: SamplingParams, ban: bool) -> Any:
         from vllm import SamplingParams as VLLMSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         limit = room_for(prompt, index, sampling, self.max_seq_len)
         return VLLMSamplingParams(
-            **vllm_sampling(sampling, seed, limit),
+            **vllm_sampling(sampling, seed, limit, ban),
             logprobs=0 if sampling.logprobs else None,
             detokenize=bool(sampling.stop_strings),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
 
-def vllm_sampling(sampling: SamplingParams, seed: int, limit: int) -> dict[str, Any]:
+def is_banned(completion: Completion, sampling: SamplingParams) -> bool:
+    """Whether an answer holds a token that may not be chosen, so that it is to be asked for again with these banned.
+
+    A trained model hardly ever writes one. Banning some hundred in every request would cost vLLM as much as a decode
+    step each time that a request starts or ends, and a list of the others that are allowed far more.
+
+    Args:
+        completion (Completion): the answer.
+        sampling (SamplingParams): as it was asked.
+
+    Returns:
+        bool: the same seed gives the same tokens up to the banned one.
+    """
+    return bool(sampling.banned_token_ids) and not set(sampling.banned_token_ids).isdisjoint(completion.token_ids)
+
+
+def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: bool = False) -> dict[str, Any]:
     """Sampling parameters under vLLM's names, for its engine and its server alike.
 
     Args:
         sampling (SamplingParams): how to answer.
         seed (int): of this answer.
         limit (int): tokens that it may have.
+        ban (bool): ban the banned tokens, see :func:`is_banned`.
 
     Returns:
         dict[str, Any]: JSON values.
@@ -325,6 +352,7 @@ def vllm_sampling(sampling: SamplingParams, seed: int, limit: int) -> dict[str, 
         "skip_special_tokens": False,  # a stop string may be one, and the embedded generator's text has them too
         "ignore_eos": True,  # the stop tokens say where an answer ends, as for every other generator
         "seed": seed,
+        **({"logit_bias": dict.fromkeys(sampling.banned_token_ids, -100.0)} if ban else {}),  # the server's lowest
     }
 
 

@@ -20,7 +20,7 @@ from spin.distributed import barrier, fail_together
 from spin.dtypes import DTYPES
 from spin.errors import ConfigError, GeneratorError
 from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
-from spin.generators.vllm import KNOWN, is_too_old, vllm_completion, vllm_sampling
+from spin.generators.vllm import KNOWN, is_banned, is_too_old, vllm_completion, vllm_sampling
 from spin.hf import check_model_type, export_hf
 
 log = logging.getLogger(__name__)
@@ -210,17 +210,22 @@ class VLLMServerGenerator:
         """Nothing to do: the server goes on."""
 
     # ---- the server
-    def _answer(self, prompt: list[int], seed: int, limit: int, sampling: SamplingParams) -> Completion:
+    def _answer(
+        self, prompt: list[int], seed: int, limit: int, sampling: SamplingParams, ban: bool = False
+    ) -> Completion:
         body = {
             "model": self._name,
             "prompt": prompt,
             "return_token_ids": True,
-            **vllm_sampling(sampling, seed, limit),
+            **vllm_sampling(sampling, seed, limit, ban),
             **({"logprobs": 0} if sampling.logprobs else {}),
         }
         choice = self._post("/v1/completions", body).json()["choices"][0]
         logprobs = choice["logprobs"]["token_logprobs"] if sampling.logprobs else None
-        return vllm_completion(choice.get("token_ids"), choice.get("finish_reason"), logprobs, sampling)
+        completion = vllm_completion(choice.get("token_ids"), choice.get("finish_reason"), logprobs, sampling)
+        if not ban and is_banned(completion, sampling):
+            return self._answer(prompt, seed, limit, sampling, ban=True)
+        return completion
 
     def _load_weights(self, idle: bool) -> None:
         """Has the server load the weights of ``transfer_dir`` in place."""

@@ -248,6 +248,15 @@ def test_real_tokenizer(real_model):
     assert chat.decode(real_ids) == TALK[-1]["content"] + "<|im_end|>"
 
 
+def test_ids_that_the_folders_tokenizer_lacks_are_a_placeholder(chat):
+    """transformers would leave them out."""
+    assert chat.known_ids == frozenset(range(1024))
+    real_ids = chat.encode_pair(PAIR)[1]
+    assert chat.decode([*real_ids[:-1], 1024, 99999]) == "A person.\ufffd\ufffd"
+    assert chat.decode([1024, *real_ids], skip_special_tokens=True) == "\ufffdA person."
+    assert chat.decode([]) == ""
+
+
 # --- torchtune's tokenizers, one per family ---
 
 
@@ -349,6 +358,24 @@ def test_every_family(families, family, messages):
         # The earlier answer stands in the prompt as it was learned, stop token included.
         earlier_prompt, earlier_real = adapted.encode_pair(messages[:-2])
         assert prompt_ids[: len(earlier_prompt) + len(earlier_real)] == earlier_prompt + earlier_real
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ids_that_a_tokenizer_lacks_are_a_placeholder(families, family):
+    """A model may have more rows than its tokenizer has tokens, and a vocabulary holes (Llama 3's 128011)."""
+    adapted = adapt_tokenizer(families[family][0])
+    size = adapted.vocab_size + 64
+    lacking = [token for token in range(size) if token not in adapted.known_ids]
+    assert len(lacking) >= 64 and not set(adapted.eos_ids) & set(lacking)
+    assert (128011 in lacking) == (family == "llama3")
+    real_ids = adapted.encode_pair(PAIR)[1]
+    assert adapted.known_ids.issuperset(real_ids)
+    for token in {*lacking[:300], *lacking[-300:]}:
+        assert adapted.decode([token]) == adapted.decode([token], skip_special_tokens=True) == "\ufffd"
+    text = adapted.decode([*real_ids, *lacking[:2], *real_ids])
+    assert text.count("\ufffd\ufffd") == 1 and text.count("person") == 2
+    for token in sorted(adapted.known_ids)[:300]:
+        assert isinstance(adapted.decode([token]), str)
 
 
 def test_llama3_layout(families):

@@ -126,6 +126,8 @@ def test_kernel_equals_pytorch(dtype, h, n_kv, head_dim, capacity, softcap, wind
     [
         SamplingParams(),
         SamplingParams(temperature=0.7, min_new_tokens=2, stop_token_ids=(5, 128_000)),
+        SamplingParams(banned_token_ids=(5, *range(100, 160))),
+        SamplingParams(banned_token_ids=(*range(3, 49152, 999), *range(47_000, 49_152))),  # two blocks of the kernel
     ],
 )
 @pytest.mark.parametrize("vocab_size", [160, 49152, 128256])
@@ -137,12 +139,15 @@ def test_drawn_tokens_equal_pytorchs(sampling, vocab_size, dtype):
     logits = logits.to(dtype)
     uniforms = torch.rand(200, dtype=torch.float64, generator=draw)
     uniforms[0], uniforms[1] = 0, 1 - 2**-53
-    sampling = replace(sampling, stop_token_ids=tuple(i for i in sampling.stop_token_ids if i < vocab_size))
+    stops, banned = sampling.stop_token_ids, sampling.banned_token_ids
+    sampling = replace(sampling, stop_token_ids=tuple(i for i in stops if i < vocab_size))
+    sampling = replace(sampling, banned_token_ids=tuple(i for i in banned if i < vocab_size))
     new_tokens = torch.arange(200) % 4
     expected = sample_tokens(logits, sampling, uniforms, new_tokens=new_tokens)
     got = sample_tokens(logits.cuda(), sampling, uniforms.cuda(), new_tokens=new_tokens.cuda()).cpu()
     different = (got != expected).nonzero()[:, 0].tolist()
     assert len(different) <= 1, [(i, uniforms[i].item(), got[i].item(), expected[i].item()) for i in different]
+    assert not set(got.tolist()) & set(sampling.banned_token_ids)
     if sampling.min_new_tokens:
         assert not (got[new_tokens < 2] == 5).any() and (got[new_tokens >= 2] == 5).any()
 

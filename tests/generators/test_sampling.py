@@ -1,5 +1,7 @@
 """Filters equal transformers' processors, and samples follow the exact probabilities."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -214,6 +216,23 @@ def test_bfloat16_logits_are_summed_in_float64():
     """100,000 equal tokens: a sum in bfloat16 would stop growing at 256, in float32 lose the even steps."""
     tokens = invert_cdf(torch.zeros(3, 100_000), torch.tensor([0.1, 0.5, 0.99999], dtype=torch.float64))
     assert tokens.tolist() == [10_000, 50_000, 99_999]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [SamplingParams(), SamplingParams(temperature=0), SamplingParams(temperature=0.7, top_k=7, top_p=0.9)],
+    ids=["plain", "greedy", "filtered"],
+)
+def test_banned_tokens_are_as_if_the_vocabulary_had_none_of_them(sampling):
+    """The likeliest token, one inside and the last five: the other 43 have the tokens that they would have alone."""
+    logits = _logits(n=400, v=50)
+    logits[:, 12] += 9
+    banned = (12, 30, 45, 46, 47, 48, 49)
+    others = torch.tensor([i for i in range(50) if i not in banned])
+    before, numbers = logits.clone(), _numbers(400)
+    got = sample_tokens(logits, replace(sampling, banned_token_ids=banned), numbers)
+    assert torch.equal(got, others[sample_tokens(logits[:, others], sampling, numbers)])
+    assert torch.equal(logits, before)  # log-probs are of these
 
 
 def test_token_logprobs_are_those_of_the_unaltered_distribution():

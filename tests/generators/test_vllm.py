@@ -71,6 +71,17 @@ def test_sampling_options_mean_what_they_mean_elsewhere(report, name):
 
 
 @needs_vllm
+def test_banned_tokens_are_never_written(report):
+    """Those that would be are asked for again with a bias; they begin as they did, up to the banned token."""
+    ours, embedded, banned = report["banned"]
+    assert ours == embedded
+    assert not any(set(ids) & set(banned) for ids, _ in ours + report["banned at random"][0])
+    for (ids, _), (free, _) in zip(ours, report["greedy"][0], strict=True):
+        at = next((i for i, token in enumerate(free) if token in banned), len(free))
+        assert ids[:at] == free[:at]
+
+
+@needs_vllm
 def test_one_token_to_choose_from_is_greedy(report):
     assert report["one of one"] == [report["greedy"][0]] * 2
 
@@ -294,6 +305,8 @@ def test_sampling_parameters_have_vllms_names():
         "stop_token_ids": [2, 7], "stop": ["END"], "include_stop_str_in_output": True, "ignore_eos": True, "seed": 11,
         "skip_special_tokens": False,
     }  # fmt: skip
+    biased = vllm_sampling(SamplingParams(banned_token_ids=(8, 9)), seed=11, limit=20, ban=True)
+    assert biased["logit_bias"] == {8: -100.0, 9: -100.0}
 
 
 def test_room_ends_with_the_context():

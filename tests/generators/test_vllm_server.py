@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -220,6 +221,17 @@ def test_what_is_asked_of_a_server(context, untied, tmp_path, serve):
     asked = next(body for path, body in script.asked if path == "/v1/completions")
     assert asked["prompt"] == [4, 5] and asked["seed"] == 2**63 - 1 and asked["return_token_ids"]
     assert "logprobs" not in asked
+
+
+def test_an_answer_with_a_token_that_the_tokenizer_lacks_is_asked_for_again_without(context, untied, tmp_path, serve):
+    bad = (200, {"choices": [{"token_ids": [7, 1020, 2], "finish_reason": "stop"}]})
+    script = Script(v1__completions=[bad, *Script().answers["/v1/completions"]])
+    generator = generator_of(context, untied, tmp_path, serve(script))
+    generator.update_weights([])
+    (answer,) = generator.generate([[4, 5]], replace(GREEDY, banned_token_ids=(1020, 1021)), [3])
+    assert answer.token_ids == [7, 2]
+    asked = [body for path, body in script.asked if path == "/v1/completions"]
+    assert asked[1] == asked[0] | {"logit_bias": {"1020": -100.0, "1021": -100.0}}
 
 
 def test_a_server_that_keeps_its_own_weights_is_sent_none(serve):

@@ -136,6 +136,11 @@ def main(out, model_dir):
         tokens(vllm.generate(prompts, s, seeds)) for s in (replace(RANDOM, top_k=1), replace(RANDOM, top_p=1e-6))
     ]
 
+    banned = {first[longest][0][3], first[0][0][0]}
+    for name, sampling in {"banned": GREEDY, "banned at random": RANDOM}.items():
+        report[name] = both(replace(sampling, banned_token_ids=tuple(banned)))
+    report["banned"].append(sorted(banned))
+
     # ---- stop strings: the text of its own greedy answer
     from transformers import AutoTokenizer
 
