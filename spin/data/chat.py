@@ -685,7 +685,7 @@ def _stop_inside(stop: str, behind: str) -> str:
 
 
 def _decode_known(ids: Iterable[int], known: Collection[int], decode: Callable[[list[int]], str]) -> str:
-    """Text of token ids of which some may not exist: some tokenizers raise an error for these, others leave them out."""
+    """Text of ids of which some may not exist: some tokenizers raise an error for these, others leave them out."""
     parts = groupby(ids, known.__contains__)
     return "".join(decode(list(part)) if exists else _UNKNOWN * len(list(part)) for exists, part in parts)
 
