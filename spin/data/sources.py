@@ -6,21 +6,55 @@ all of them; a source that cannot be read at all is a ``DataError``.
 
 from __future__ import annotations
 
+import bz2
+import csv
 import difflib
 import glob
+import gzip
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import logging
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import partial
+from importlib.util import find_spec
+from itertools import chain, count, islice
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
 
 from spin.errors import DataError
+from spin.files import MAX_JSON_BYTES, read_bytes
+
+log = logging.getLogger(__name__)
 
 _LINE_SUFFIXES = (".jsonl", ".ndjson")
-_SUFFIXES = (*_LINE_SUFFIXES, ".json", ".parquet")
+_TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+_TEXT_SUFFIXES = (*_LINE_SUFFIXES, ".json", *_TABLE_SUFFIXES)  # these may be compressed
+_ARROW_SUFFIXES = (".parquet", ".arrow")
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_SHOWN_SUFFIXES = (
+    f"{', '.join((*_TEXT_SUFFIXES, *_ARROW_SUFFIXES))} (or one of the first with {', '.join(_COMPRESSIONS)})"
+)
+_LIST_KEYS = ("data", "rows", "train", "examples", "samples", "items", "instances", "records")  # of a JSON object
+_READING_FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 _PARQUET_BATCH_ROWS = 1024
+_MAX_DEPTH = 3  # of folders in a folder
 _HF_PREFIX = "hf:"
+# Builders of the datasets library that read rows from files of these kinds; others unpickle, run SQL or read media.
+_FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
+# What names of files and folders say of their split, as in the datasets library.
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b")
+_SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
+_Splits = Mapping[str, Callable[[], Iterable["Row"]]]
 Source = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]]
 
 
@@ -58,13 +92,17 @@ def read_rows(
     The source is resolved at the call, its rows are read as they are asked for.
 
     Args:
-        source (Source): a JSON Lines file (``.jsonl``, ``.ndjson``), a JSON file that holds a list, a parquet file, a
-            glob pattern or folder of these (in sorted order), a folder written by ``datasets.save_to_disk``, the name
-            of a Hugging Face data set (``org/name``; ``hf:name`` says so explicitly), a list of any of these, or a
-            list of dictionaries.
-        split (str | None): split of a Hugging Face data set. None takes ``train``, or the only split there is.
-        name (str | None): configuration of a Hugging Face data set.
-        data_dir (str | None): sub-folder of a Hugging Face data set.
+        source (Source): a file of JSON Lines (``.jsonl``, ``.ndjson``), a JSON list or an object that holds one
+            (``.json``), ``.csv`` or ``.tsv`` with a header, each also compressed (``.gz``, ``.bz2``, ``.xz``,
+            ``.zst``), ``.parquet`` or ``.arrow``; a glob pattern of these (in sorted order) or a folder; a folder
+            written by ``datasets.save_to_disk``; the name of a Hugging Face data set (``org/name``; ``hf:name`` says so
+            explicitly), a list of any of these, or a list of dictionaries.
+        split (str | None): split, as ``datasets`` writes it: ``train``, ``train[:1000]``, ``train[10%:]+test``. None
+            takes ``train``, or the only split there is. A folder's splits are those that its ``README.md`` declares in
+            ``configs``, or else what the names of its files and folders say. Files that are named one by one or by a
+            glob pattern are ``train``.
+        name (str | None): configuration of a Hugging Face data set, or of a folder whose ``README.md`` declares them.
+        data_dir (str | None): sub-folder of a Hugging Face data set or of a folder.
         revision (str | None): branch, tag or commit of a Hugging Face data set.
         streaming (bool): fetch the rows of a Hugging Face data set as they are asked for, instead of downloading all
             files first, and refuse a source that can only be read whole.
@@ -74,9 +112,13 @@ def read_rows(
 
     Raises:
         DataError: If nothing lies where ``source`` points, if its kind is unknown, if an option does not apply to it,
-            or if a file cannot be read. While iterating: if the source has no rows.
+            if it has several splits and none is chosen, or if a file cannot be read. While iterating: if the source has
+            no rows.
     """
     options = {"split": split, "name": name, "data_dir": data_dir, "revision": revision}
+    wrong = [f"dataset.{key}={value!r}" for key, value in options.items() if not isinstance(value, str | None)]
+    if wrong:
+        raise DataError(f"{', '.join(wrong)}: expected a text or null.")
     if not isinstance(source, (str, Path, Sequence)):
         raise DataError(
             f"dataset.source is a {type(source).__name__}, expected a path, a data set name or a list of these."
@@ -109,7 +151,7 @@ def describe_source(source: Source, **options: str | None) -> list[Any]:
         if path is None:
             found.append("row")
         elif path.is_dir():
-            found += [[file.name, file.stat().st_size] for file in sorted(path.iterdir()) if file.is_file()]
+            found += [[str(file.relative_to(path)), file.stat().st_size] for file in _walk(path)]
         else:
             files = sorted(map(Path, glob.glob(str(path), recursive=True)))
             found += [[file.name, file.stat().st_size] for file in files] or [str(location)]
@@ -125,42 +167,200 @@ def _resolve(location: object, options: dict[str, str | None], streaming: bool =
     if text.startswith(_HF_PREFIX):
         return [_hub_rows(text.removeprefix(_HF_PREFIX), options, streaming)]
     path = Path(text).expanduser()
+    usable = ["split"]
     if path.is_dir():
         if any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
+            _refuse_options(text, options, usable, "a saved data set")
             return [_disk_rows(path, options)]
-        files = _files_of_folder(path)
+        declared = _declared_configs(path)
+        usable += ["data_dir"] if not declared else ["name"]
+        _refuse_options(text, options, usable, "a folder of files")
+        splits = _declared_splits(path, declared, options) if declared else _named_splits(path, options)
     elif path.is_file():
-        files = [path]
+        splits = {"train": [path]} | {split: [path] for split in _split_words(_stem(path))[:1]}
     elif glob.has_magic(text):
         files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
         if not files:
             raise DataError(f"No file matches dataset.source={text}. {_nearby(path)}")
+        splits = {"train": files}
     elif _could_be_hub_name(text):
         return [_hub_rows(text, options, streaming)]
     else:
         raise DataError(f"dataset.source={text} does not exist. {_nearby(path)}")
-    given = [f"dataset.{key}={value}" for key, value in options.items() if value is not None]
+    _refuse_options(text, options, usable, "a matter of files")
+    for file in (file for files in splits.values() for file in files):
+        if not _kind_of(file):
+            raise DataError(f"{file} has the suffix {file.suffix!r}, expected one of {_SHOWN_SUFFIXES}. Convert it.")
+    rows = {
+        split: partial(chain.from_iterable, _Reopened([partial(_file_rows, file, streaming) for file in files]))
+        for split, files in splits.items()
+    }
+    return [_select(text, rows, options["split"])]
+
+
+class _Reopened:
+    """Iterators that are opened anew each time that they are gone through."""
+
+    def __init__(self, openers: Sequence[Callable[[], Iterable[Row]]]) -> None:
+        self._openers = openers
+
+    def __iter__(self) -> Iterator[Iterable[Row]]:
+        return (opener() for opener in self._openers)
+
+
+def _refuse_options(text: str, options: Mapping[str, str | None], usable: Sequence[str], what: str) -> None:
+    given = [f"dataset.{key}={value}" for key, value in options.items() if value is not None and key not in usable]
     if given:
         raise DataError(
-            f"{', '.join(given)} has no meaning for {text}: it is a matter of files, not a Hugging Face data set. "
-            "Remove the option, or name the file that holds these rows."
+            f"{', '.join(given)} has no meaning for {text}: it is {what}, not a Hugging Face data set. Remove the "
+            "option, or name the file that holds these rows."
         )
-    whole = [file.name for file in files if file.suffix == ".json"] if streaming else []
-    if whole:
-        raise DataError(
-            f"{', '.join(whole)}: a JSON list can only be read whole, dataset.streaming=true reads row by row. Convert "
-            "it to JSON Lines or parquet."
-        )
-    return [_file_rows(file) for file in files]
 
 
-def _files_of_folder(path: Path) -> list[Path]:
-    files = sorted(file for file in path.iterdir() if file.is_file() and file.suffix in _SUFFIXES)
+def _select(label: str, splits: _Splits, split: str | None) -> Iterable[Row]:
+    """The rows of one split, of a part of it, or of several one behind the other."""
+    chosen = split or ("train" if "train" in splits else next(iter(splits)) if len(splits) == 1 else None)
+    if chosen is not None and chosen in splits:
+        return splits[chosen]()
+    found = f"{label} has the splits {', '.join(splits)}; found dataset.split={split}."
+    if chosen is None or _SPLIT_NAME.fullmatch(chosen):
+        raise DataError(f"{found} Set dataset.split to one of them.")
+    datasets = _datasets_library(f"dataset.split={split}")
+    try:
+        lengths = {
+            name: sum(1 for _ in rows()) if re.search(rf"\b{re.escape(name)}\b", chosen) else 0
+            for name, rows in splits.items()
+        }
+        parts = datasets.ReadInstruction.from_spec(chosen).to_absolute(lengths)
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"{found} It is no part of them: {error} An example: train[:1000].") from error
+    return chain.from_iterable(islice(splits[part.splitname](), part.from_, part.to) for part in parts)
+
+
+# --- Folders ---
+
+
+def _walk(folder: Path, depth: int = _MAX_DEPTH) -> list[Path]:
+    """The data files in a folder and those below it, sorted, without hidden ones."""
+    found = []
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith((".", "__")):
+            continue
+        if entry.is_dir() and depth:
+            found += _walk(entry, depth - 1)
+        elif entry.is_file() and _kind_of(entry):
+            found.append(entry)
+    return found
+
+
+def _named_splits(folder: Path, options: Mapping[str, str | None]) -> dict[str, list[Path]]:
+    """Splits by the names of files and folders, by the rules of the datasets library."""
+    folder = folder / (options["data_dir"] or "")
+    if not folder.is_dir():
+        raise DataError(f"dataset.data_dir={options['data_dir']}: there is no folder {folder}. {_nearby(folder)}")
+    files = _walk(folder, depth=0) or _walk(folder)
     # A .json file next to data files is more often a description of them than a part of them.
-    data_files = [file for file in files if file.suffix != ".json"] or files
+    data_files = [file for file in files if _kind_of(file) != ".json"] or files
     if not data_files:
-        raise DataError(f"{path} holds no {', '.join(_SUFFIXES)} file. {_contents(path)}")
-    return data_files
+        raise DataError(f"{folder} holds no {_SHOWN_SUFFIXES} file. {_contents(folder)}")
+    if len(data_files) < len(files):
+        log.info("%s: not read: %s", folder, ", ".join(file.name for file in files if file not in data_files))
+    kinds = sorted({_kind_of(file).replace(".ndjson", ".jsonl") for file in data_files})
+    if len(kinds) > 1:
+        raise DataError(
+            f"{folder} holds {' and '.join(kinds)} files, which may be the same rows twice. Name those to read, "
+            f"such as dataset.source={folder / '*'}{kinds[0]}."
+        )
+    names = {file: file.relative_to(folder) for file in data_files}
+    shards = {file: match[1] for file in data_files if (match := _SHARD.match(file.name))}
+    in_data = all(file.parent.name == "data" for file in data_files)
+    if in_data or any(_split_words(split) for split in shards.values()):
+        by_split = {file: [shards[file]] if file in shards else [] for file in data_files} if shards else {}
+    else:
+        by_split = {}
+    by_split = by_split or {file: _split_words("/".join(name.parts[:-1])) for file, name in names.items()}
+    if not any(by_split.values()):
+        by_split = {file: _split_words(_stem(file)) for file in data_files}
+    if not any(by_split.values()):
+        return {"train": data_files}
+    splits: dict[str, list[Path]] = {}
+    for file, found in by_split.items():
+        for split in found if len(found) == 1 else ():
+            splits.setdefault(split, []).append(file)
+    rest = [str(names[file]) for file, found in by_split.items() if len(found) != 1]
+    if rest and options["split"] is None:
+        raise DataError(
+            f"{folder}: by their names, files belong to the splits {', '.join(splits) or 'none'}, and "
+            f"{', '.join(rest[:5])} to none or several. Set dataset.split, or name the files to read, such as "
+            f"dataset.source={folder / '*'}{kinds[0]}."
+        )
+    return splits
+
+
+def _split_words(name: str) -> list[str]:
+    return [
+        split
+        for split, words in _SPLIT_WORDS.items()
+        if re.search(rf"(?:^|[-._ 0-9/])(?:{'|'.join(words)})(?:[-._ 0-9/]|$)", name)
+    ]
+
+
+def _declared_configs(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """The ``configs`` that a data repository's README.md declares, by name."""
+    readme = folder / "README.md"
+    if not readme.is_file():
+        return {}
+    import yaml
+
+    text = read_bytes(readme, DataError, "Name the files to read.", 4 * 2**20).decode("utf-8", errors="replace")
+    header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    try:
+        declared = yaml.safe_load(header[1]) if header else None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{readme}: its header is no valid YAML: {error}. Fix it, or name the files to read."
+        ) from error
+    configs = declared.get("configs") if isinstance(declared, Mapping) else None
+    if not isinstance(configs, list):
+        return {}
+    return {
+        str(each.get("config_name", "default")): each
+        for each in configs
+        if isinstance(each, Mapping) and (each.get("data_files") or each.get("data_dir"))
+    }
+
+
+def _declared_splits(
+    folder: Path, configs: Mapping[str, Mapping[str, Any]], options: Mapping[str, str | None]
+) -> dict[str, list[Path]]:
+    chosen = name = options["name"]
+    if chosen is None:
+        defaults = [each for each, value in configs.items() if value.get("default") is True or each == "default"]
+        chosen = defaults[0] if defaults else next(iter(configs)) if len(configs) == 1 else None
+    if chosen is None or chosen not in configs:
+        raise DataError(
+            f"{folder / 'README.md'} declares the configurations {', '.join(configs)}; found dataset.name={name}. Set "
+            "dataset.name to one of them."
+        )
+    given, data_dir = configs[chosen].get("data_files"), str(configs[chosen].get("data_dir") or "")
+    if not given:
+        return _named_splits(folder, {"data_dir": data_dir, "split": options["split"]})
+    if isinstance(given, list) and all(isinstance(each, Mapping) for each in given):
+        given = {str(each.get("split", "train")): each.get("path") for each in given}
+    patterns = given if isinstance(given, Mapping) else {"train": given}
+    splits: dict[str, list[Path]] = {}
+    for split, paths in patterns.items():
+        for path in paths if isinstance(paths, list) else [paths]:
+            if not isinstance(path, str) or "://" in path or PurePosixPath(path).is_absolute() or ".." in path:
+                raise DataError(
+                    f"{folder / 'README.md'} declares the file {path!r:.80}, expected a path in the folder. Name the "
+                    "files to read."
+                )
+            found = sorted(file for file in (folder / data_dir).glob(path) if file.is_file())
+            if not found:
+                raise DataError(f"{folder / 'README.md'} declares {path} for split {split}, and no file matches it.")
+            splits.setdefault(str(split), []).extend(found)
+    return splits
 
 
 def _could_be_hub_name(text: str) -> bool:
@@ -168,7 +368,7 @@ def _could_be_hub_name(text: str) -> bool:
         text.count("/") <= 1
         and not text.startswith((".", "/", "~"))
         and not text.endswith("/")
-        and Path(text).suffix not in _SUFFIXES
+        and not _kind_of(Path(text))
         and "\\" not in text
     )
 
@@ -218,29 +418,98 @@ def _memory_rows(rows: Sequence[Any]) -> Iterator[Row]:
         yield _row(value, f"dataset.source[{index}]", f"row-{index}")
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    if path.suffix == ".json":
-        return _json_rows(path)
-    if path.suffix in _LINE_SUFFIXES:
-        return _line_rows(path)
-    raise DataError(
-        f"{path} has the suffix {path.suffix!r}, expected one of {', '.join(_SUFFIXES)}. Rename or convert it."
-    )
+def _kind_of(path: Path) -> str:
+    """The suffix that says how a file is read, without that of its compression; empty if it cannot be read."""
+    name = path.name.lower()
+    compression = next((each for each in _COMPRESSIONS if name.endswith(each)), "")
+    kind = Path(name.removesuffix(compression)).suffix
+    return kind if kind in _TEXT_SUFFIXES or (kind in _ARROW_SUFFIXES and not compression) else ""
 
 
-def _line_rows(path: Path) -> Iterator[Row]:
-    # Bytes, not text: one bad byte must cost one row, and must not move the line numbers.
+def _stem(path: Path) -> str:
+    return Path(path.stem).stem if path.suffix.lower() in _COMPRESSIONS else path.stem
+
+
+def _file_rows(path: Path, streaming: bool = False) -> Iterator[Row]:
+    kind = _kind_of(path)
+    if streaming and kind == ".json":
+        raise DataError(
+            f"{path.name}: a JSON list can only be read whole, dataset.streaming=true reads row by row. Convert it to "
+            "JSON Lines or parquet."
+        )
+    if kind in _ARROW_SUFFIXES:
+        yield from _arrow_rows(path, kind[1:])
+        return
+    number = 0
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield _parse_line(line, f"{path.name}:{number}", f"{path.stem}-{number}")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        with _open_bytes(path) as stream:
+            rows = _line_rows(path, stream) if kind in _LINE_SUFFIXES else _json_rows(path, stream)
+            if kind in _TABLE_SUFFIXES:
+                rows = _table_rows(path, stream, _TABLE_SUFFIXES[kind])
+            for number, row in enumerate(rows, start=1):  # noqa: B007 - told where reading ended
+                yield row
+    except _READING_FAULTS as error:
+        behind = f" after {number} rows" if number else ""
+        raise DataError(f"{path} cannot be read{behind}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _open_bytes(path: Path) -> BinaryIO:
+    """A file's bytes, decompressed by what its name says."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        return cast("BinaryIO", io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opener = openers.get(suffix, open)
+    return cast("BinaryIO", opener(path, "rb"))
+
+
+def _line_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
+    # Bytes, not text: one bad byte must cost one row, and must not move the line numbers.
+    number = 0
+    while line := stream.readline(MAX_JSON_BYTES + 1):
+        number += 1
+        if len(line) > MAX_JSON_BYTES:
+            raise DataError(f"{path.name}:{number}: a line of more than {MAX_JSON_BYTES // 2**20} MiB. Fix the file.")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield _parse_line(line, f"{path.name}:{number}", f"{_stem(path)}-{number}")
+
+
+def _table_rows(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
+    """Rows of a CSV file with a header; all values are texts, and empty ones are null."""
+    csv.field_size_limit(MAX_JSON_BYTES)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header) or (header and not all(header)):
+            raise DataError(f"{path.name}:1: columns {header!r:.200}, expected a header of different names.")
+        line = reader.line_num
+        for cells in reader:
+            where, default_id = f"{path.name}:{line + 1}", f"{_stem(path)}-{line + 1}"
+            line = reader.line_num
+            if not cells:
+                continue
+            fault = None
+            if len(cells) != len(header):
+                fault = f"found {len(cells)} columns, expected {len(header)} as in the header. Fix the row"
+            elif not all(cell.isascii() or _is_utf8(cell) for cell in cells):
+                fault = "a byte is not UTF-8. Convert the file, for example with iconv -t utf-8"
+            data = {} if fault else {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            yield Row(where, data, default_id, fault)
+    except csv.Error as error:
+        raise DataError(f"{path.name}:{reader.line_num}: not valid CSV: {error}. Fix the file.") from error
+
+
+def _is_utf8(cell: str) -> bool:
+    try:
+        cell.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_line(line: bytes, where: str, default_id: str) -> Row:
@@ -258,21 +527,19 @@ def _parse_line(line: bytes, where: str, default_id: str) -> Row:
     return Row(where, {}, default_id, fault)
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    try:
-        raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+def _json_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
+    raw = stream.read().removeprefix(b"\xef\xbb\xbf")
     start = raw.lstrip()
-    if not start.startswith(b"["):
+    if not start:
+        return
+    if start[:1] not in (b"[", b"{"):
+        raise DataError(
+            f"{path} starts with {chr(start[0])!r}, expected a JSON list of objects or one object per line."
+        )
+    first, _, rest = start.partition(b"\n")
+    if start[:1] == b"{" and rest.strip() and _parse_line(first, "", "").error is None:
         # Many files that are called .json hold one object per line.
-        if start.startswith(b"{") and _parse_line(start.split(b"\n", 1)[0], "", "").error is None:
-            yield from _line_rows(path)
-            return
-        if start:
-            raise DataError(
-                f"{path} starts with {chr(start[0])!r}, expected a JSON list of objects or one object per line."
-            )
+        yield from _line_rows(path, io.BytesIO(raw))
         return
     try:
         items = json.loads(raw.decode("utf-8"))
@@ -289,23 +556,65 @@ def _json_rows(path: Path) -> Iterator[Row]:
         ) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not usable JSON: {error}.") from error
-    for index, value in enumerate(items):
-        yield _row(value, f"{path.name}:item {index}", f"{path.stem}-{index}")
+    for index, value in enumerate(items if isinstance(items, list) else _list_in(items, path)):
+        yield _row(value, f"{path.name}:item {index}", f"{_stem(path)}-{index}")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def _list_in(value: Mapping[str, Any], path: Path) -> list[Any]:
+    """The rows of a JSON object: the list that it holds under a name for rows, or itself."""
+    wrapped = [key for key in _LIST_KEYS if key in value]
+    if not wrapped:
+        return [value]
+    lists = [key for key in wrapped if isinstance(value[key], list) and value[key]]
+    rows = [key for key in lists if all(isinstance(each, Mapping) for each in value[key])]
+    if not lists or not rows:
+        raise DataError(
+            f"{path} starts with '{{', expected a JSON list of objects, one object per line, or an object with such a "
+            f"list under 'data'; found {', '.join(map(str, value))}."
+        )
+    if len(rows) > 1:
+        raise DataError(f"{path} holds several lists: {', '.join(rows)}. Write those to read to a file of their own.")
+    return value[rows[0]]
+
+
+def _arrow_rows(path: Path, kind: str) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     index = 0
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                for value in batch.to_pylist():
-                    yield _row(value, f"{path.name}:row {index}", f"{path.stem}-{index}", from_arrow=True)
-                    index += 1
+        with path.open("rb") as file:
+            if kind == "parquet":
+                batches: Iterable[Any] = pq.ParquetFile(file).iter_batches(batch_size=_PARQUET_BATCH_ROWS)
+            elif file.read(6) == b"ARROW1":
+                reader = pa.ipc.open_file(file)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                batches = pa.ipc.open_stream(file)
+            for batch in batches:
+                for start in range(0, batch.num_rows, _PARQUET_BATCH_ROWS):
+                    for value in _values(batch.slice(start, _PARQUET_BATCH_ROWS), path, index):
+                        yield _row(value, f"{path.name}:row {index}", f"{path.stem}-{index}", from_arrow=True)
+                        index += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as parquet after {index} rows: {error}.") from error
+        raise DataError(f"{path} cannot be read as {kind} after {index} rows: {error}.") from error
+
+
+def _values(batch: Any, path: Path, index: int) -> list[dict[str, Any]]:
+    """Rows as Python values; a value that Python has none for (a date of the year 0) is an error with its column."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError, LookupError, TypeError) as error:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column.to_pylist()
+            except (ValueError, OverflowError, LookupError, TypeError) as fault:
+                raise DataError(
+                    f"{path}: column {name!r} ({column.type}) has a value that cannot be read, in the rows from "
+                    f"{index} on: {fault}. Fix or remove the column."
+                ) from fault
+        raise DataError(f"{path}: the rows from {index} on cannot be read: {error}.") from error
 
 
 def _datasets_library(wanted_for: str) -> Any:
@@ -316,11 +625,8 @@ def _datasets_library(wanted_for: str) -> Any:
     return datasets
 
 
-def _disk_rows(path: Path, options: dict[str, str | None]) -> Iterator[Row]:
+def _disk_rows(path: Path, options: dict[str, str | None]) -> Iterable[Row]:
     datasets = _datasets_library(f"The saved data set {path}")
-    unusable = [f"dataset.{key}" for key in ("name", "data_dir", "revision") if options[key] is not None]
-    if unusable:
-        raise DataError(f"{', '.join(unusable)} has no meaning for the saved data set {path}. Remove the option.")
     try:
         loaded = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
@@ -328,8 +634,14 @@ def _disk_rows(path: Path, options: dict[str, str | None]) -> Iterator[Row]:
     return _dataset_rows(loaded, path.name, options["split"])
 
 
-def _hub_rows(hub_name: str, options: dict[str, str | None], streaming: bool) -> Iterator[Row]:
+def _hub_rows(hub_name: str, options: dict[str, str | None], streaming: bool) -> Iterable[Row]:
     datasets = _datasets_library(f"dataset.source={hub_name} (not a file, so taken as a Hugging Face data set)")
+    is_builder = hub_name.isidentifier() and find_spec(f"datasets.packaged_modules.{hub_name}") is not None
+    if is_builder and hub_name not in _FILE_BUILDERS:
+        raise DataError(
+            f"dataset.source={hub_name} is a builder of the datasets library that may unpickle or run what it "
+            f"reads, or reads no text. Expected a data set, a file or one of {', '.join(_FILE_BUILDERS)}."
+        )
     arguments: dict[str, Any] = {
         key: options[key] for key in ("name", "data_dir", "revision", "split") if options[key] is not None
     }
@@ -342,21 +654,39 @@ def _hub_rows(hub_name: str, options: dict[str, str | None], streaming: bool) ->
             f"dataset.source={hub_name} is no file here, and as a Hugging Face data set it cannot be loaded: {error} "
             f"{_nearby(Path(hub_name))}"
         ) from error
-    return _dataset_rows(loaded, hub_name, options["split"])
+    if options["split"] is None or isinstance(loaded, Mapping):
+        return _dataset_rows(loaded, hub_name, options["split"])
+    return _rows_of_split(loaded, hub_name, options["split"])
 
 
-def _dataset_rows(loaded: Any, label: str, split: str | None) -> Iterator[Row]:
+def _dataset_rows(loaded: Any, label: str, split: str | None) -> Iterable[Row]:
     """Rows of a ``datasets.Dataset``, or of the wanted split of a ``DatasetDict``."""
     if isinstance(loaded, Mapping):
-        chosen = split or ("train" if "train" in loaded else next(iter(loaded)) if len(loaded) == 1 else None)
-        if chosen not in loaded:
-            found = ", ".join(loaded)
-            raise DataError(
-                f"{label} has the splits {found}; found dataset.split={split}. Set dataset.split to one of them."
-            )
-        loaded, split = loaded[chosen], chosen
-    elif split is not None and loaded.split is not None and str(loaded.split) != split:
-        raise DataError(f"{label} holds the split {loaded.split}, not dataset.split={split}.")
-    shown = split or (str(loaded.split) if loaded.split is not None else "all")
-    stem = f"{label.rsplit('/', 1)[-1]}-{shown}"
-    return (_row(value, f"hf:{label}[{shown}]:{index}", f"{stem}-{index}", True) for index, value in enumerate(loaded))
+        return _select(label, {name: partial(_rows_of_split, loaded[name], label, name) for name in loaded}, split)
+    own = None if loaded.split is None else str(loaded.split)
+    rows = partial(_rows_of_split, loaded, label, own or "all")
+    return rows() if split is None else _select(label, {own or "train": rows}, split)
+
+
+def _rows_of_split(loaded: Any, label: str, split: str) -> Iterator[Row]:
+    stem = f"{label.rsplit('/', 1)[-1]}-{split}"
+    iterator = iter(loaded)
+    for index in count():
+        where = f"hf:{label}[{split}]:{index}"
+        try:
+            value = next(iterator)
+        except StopIteration:
+            return
+        except (ValueError, OverflowError, LookupError, TypeError, OSError) as error:
+            raise DataError(f"{where}: cannot be read: {_bad_column(loaded, index)}{error}.") from error
+        yield _row(value, where, f"{stem}-{index}", from_arrow=True)
+
+
+def _bad_column(loaded: Any, index: int) -> str:
+    """The column of a row that Python has no value for, if it can be told."""
+    for name in loaded.column_names or () if hasattr(loaded, "__getitem__") else ():
+        try:
+            loaded.select_columns([name])[index]
+        except (ValueError, OverflowError, LookupError, TypeError, OSError):
+            return f"column {name!r} has a value that Python has none for: "
+    return ""

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
 import json
-from dataclasses import dataclass, field
+import lzma
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +18,7 @@ import pytest
 
 from spin.data import ChatTokenizer, prompt_dataset
 from spin.errors import DataError
+from tests.data.test_prompts import Letters
 
 # Shows system messages, tools, calls, results, reasoning (as Qwen3 does) and an option.
 TEMPLATE = """{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}
@@ -296,6 +303,156 @@ ROWS = [
         "tools that the template does not show", {"messages": [Q, A], "tools": [TOOL]}, "would not see", template=CHATML
     ),
 ]
+
+
+@dataclass(frozen=True)
+class Files:
+    """A line of the table of files.
+
+    Args:
+        what (str): first column of the documentation.
+        files (tuple[str, ...]): name and, behind a space, the responses of its rows, one letter each; those of
+            ``README.md`` are its header.
+        text (str): the responses that are read; where it is refused, a part of the message.
+        source (str): what ``dataset.source`` names among them; empty is their folder.
+        result (str): ``read`` or ``refused``.
+        note (str): last column.
+        options (dict[str, Any]): of ``dataset``.
+    """
+
+    what: str
+    files: tuple[str, ...]
+    text: str
+    source: str = ""
+    result: str = "read"
+    note: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+CONFIGS = "configs: [{config_name: default, data_files: [{split: train, path: data/x*}, {split: test, path: data/y*}]}]"
+TWO = "configs: [{config_name: en, data_files: en/*}, {config_name: de, data_files: de/*}]"
+FILES = [
+    *(
+        Files(f"`{name}`", (f"{name} ab",), "ab", name, note=note)
+        for name, note in (
+            ("rows.jsonl", "also `.ndjson`"),
+            ("rows.jsonl.gz", "also `.bz2`, `.xz`, `.zst`; of JSON and CSV too"),
+            ("rows.ndjson.zst", ""),
+            ("rows.json", "a list, or an object that holds one under `data`, `rows`, `train`, ..."),
+            ("rows.csv", "with a header; `messages` and the like as JSON text"),
+            ("rows.tsv.xz", ""),
+            ("rows.json.bz2", ""),
+            ("rows.parquet", ""),
+            ("rows.arrow", ""),
+        )
+    ),
+    Files("other suffixes", ("rows.xlsx ab",), "has the suffix '.xlsx', expected one of", "rows.xlsx", "refused"),
+    Files("glob", ("train-1.jsonl a", "train-2.jsonl b", "test.jsonl c"), "ab", "train-*.jsonl", note="all of `train`"),
+    Files("folder", ("a.jsonl a", "b.jsonl b", "dataset_info.json", ".hidden.jsonl c"), "ab"),
+    Files("two kinds of files", ("a.jsonl a", "a.parquet a"), "may be the same rows twice", result="refused"),
+    Files("`split` of files", ("rows.jsonl abcd",), "ab", "rows.jsonl", options={"split": "train[:2]"}),
+    Files("`split` in percent", ("rows.csv abcd",), "d", "rows.csv", options={"split": "train[75%:]"}),
+    Files("splits by name", ("train.jsonl a", "test.jsonl b"), "a"),
+    Files("the other one", ("train.jsonl a", "test.jsonl b"), "b", options={"split": "test"}),
+    Files("parts of both", ("train.jsonl abc", "dev.jsonl def"), "abf", options={"split": "train[:2]+validation[-1:]"}),
+    Files("splits by folder", ("train/x.jsonl a", "train/y.jsonl b", "val/x.jsonl c"), "ab"),
+    Files("a file of no split", ("train.jsonl a", "test.jsonl b", "more.jsonl c"), "more.jsonl to none", "", "refused"),
+    Files("no `train`", ("val.jsonl a", "test.jsonl b"), "has the splits test, validation; found", result="refused"),
+    Files("an unknown split", ("rows.jsonl a",), "has the splits train", "rows.jsonl", "refused", "", {"split": "dev"}),
+    Files(
+        "a data repository's folder",
+        (
+            "data/train-00000-of-00002.parquet a",
+            "data/train-00001-of-00002.parquet b",
+            "data/test-00000-of-00001.parquet c",
+        ),
+        "ab",
+    ),
+    Files(
+        "with splits of its own",
+        ("data/train_sft-00000-of-00001.parquet a", "data/train_gen-00000-of-00001.parquet b"),
+        "has the splits train_gen, train_sft; found dataset.split=None",
+        result="refused",
+    ),
+    Files(
+        "one of them",
+        ("data/train_sft-00000-of-00001.parquet a", "data/train_gen-00000-of-00001.parquet b"),
+        "a",
+        options={"split": "train_sft"},
+    ),
+    Files("`configs` in its README.md", (f"README.md {CONFIGS}", "data/x.jsonl a", "data/y.jsonl b"), "a"),
+    Files("`name` of several", (f"README.md {TWO}", "en/x.jsonl a", "de/x.jsonl b"), "b", options={"name": "de"}),
+    Files(
+        "none named",
+        (f"README.md {TWO}", "en/x.jsonl a", "de/x.jsonl b"),
+        "declares the configurations en, de",
+        "",
+        "refused",
+    ),
+    Files(
+        "a path out of it",
+        ("README.md configs: [{data_files: ../x.jsonl}]", "x.jsonl a"),
+        "declares the file '../x.jsonl'",
+        result="refused",
+    ),
+    Files("`data_dir`", ("en/x.jsonl a", "de/x.jsonl b"), "a", options={"data_dir": "en"}),
+    Files("`save_to_disk`", ("saved ab",), "a", "saved", options={"split": "train[:1]"}),
+    Files(
+        "builders that unpickle", ("x.pkl",), "may unpickle or run what it reads", "pandas", "refused", "also sql, ..."
+    ),
+]
+
+
+def write(path: Path, letters: str) -> None:
+    """Rows with these responses, in the form that the suffix says."""
+    rows = [{"id": letter, "prompt": "Q", "response": letter} for letter in letters]
+    if path.suffix in (".gz", ".bz2", ".xz", ".zst"):
+        write(path.with_suffix(""), letters)
+        plain = path.with_suffix("").read_bytes()
+        path.with_suffix("").unlink()
+        packers = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+        path.write_bytes(packers.get(path.suffix, partial(pa.compress, codec="zstd", asbytes=True))(plain))
+    elif path.name == "README.md":
+        path.write_text(f"---\n{letters}\n---\n# Data\n")
+    elif path.suffix in (".parquet", ".arrow"):
+        table = pa.Table.from_pylist(rows)
+        if path.suffix == ".parquet":
+            return pq.write_table(table, path)
+        with pa.ipc.new_stream(path, table.schema) as stream:
+            stream.write_table(table)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps({"version": 1, "data": rows}))
+    elif path.suffix in (".csv", ".tsv"):
+        with path.open("w", newline="") as file:
+            table = csv.DictWriter(file, list(rows[0]), delimiter="," if path.suffix == ".csv" else "\t")
+            table.writeheader()
+            table.writerows(rows)
+    elif not path.suffix:
+        datasets = pytest.importorskip("datasets")
+        datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(str(path))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("case", FILES, ids=lambda case: case.what)
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+def test_every_line_of_the_table_of_files(case, streaming, tmp_path):
+    for name, _, letters in (file.partition(" ") for file in case.files):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, letters)
+    source = case.source if case.source == "pandas" else str(tmp_path / case.source)
+    options: dict[str, Any] = {"source": source, **case.options}
+    if streaming and ".json" in Path(case.source).suffixes:
+        case = replace(case, result="refused", text="a JSON list can only be read whole")
+    if streaming:
+        options |= {"streaming": True, "limit": len(case.text) if case.result == "read" else 1, "max_seq_len": 9}
+    if case.result == "refused":
+        with pytest.raises(DataError) as caught:
+            prompt_dataset(Letters(), **options).window(0)
+        assert case.text in str(caught.value)
+        return
+    data = prompt_dataset(Letters(), **options).window(0)
+    assert "".join(data.sample_ids) == case.text
 
 
 @pytest.fixture(scope="module")

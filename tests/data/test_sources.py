@@ -1,6 +1,10 @@
 """Rows of every kind of source, and what is said of those that cannot be read."""
 
+import bz2
+import gzip
 import json
+import lzma
+import pickle
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -134,11 +138,11 @@ def test_source_without_rows(tmp_path, name):
 def test_empty_folder_unknown_suffix_and_wrong_types(tmp_path):
     with pytest.raises(DataError, match="is empty"):
         read_rows(tmp_path)
-    (tmp_path / "data.csv").write_text("a,b\n")
-    with pytest.raises(DataError, match=r"holds no .jsonl.*holds: data\.csv"):
+    (tmp_path / "data.xlsx").write_text("a,b\n")
+    with pytest.raises(DataError, match=r"holds no .jsonl.*holds: data\.xlsx"):
         read_rows(tmp_path)
-    with pytest.raises(DataError, match=r"has the suffix '.csv'"):
-        read_rows(tmp_path / "data.csv")
+    with pytest.raises(DataError, match=r"has the suffix '.xlsx'"):
+        read_rows(tmp_path / "data.xlsx")
     with pytest.raises(DataError, match="is a int"):
         read_rows(5)
     with pytest.raises(DataError, match="empty list"):
@@ -147,10 +151,13 @@ def test_empty_folder_unknown_suffix_and_wrong_types(tmp_path):
         read_rows([5])
 
 
-def test_split_of_a_file_is_refused(tmp_path):
+def test_options_of_the_hub_are_refused_for_a_file(tmp_path):
     path = write_lines(tmp_path / "data.jsonl", {"a": 1})
-    with pytest.raises(DataError, match=r"dataset\.split=train has no meaning for"):
-        read_rows(path, split="train")
+    for option in ({"name": "x"}, {"data_dir": "x"}, {"revision": "x"}):
+        with pytest.raises(DataError, match=rf"dataset\.{next(iter(option))}=x has no meaning for"):
+            read_rows(path, **option)
+    with pytest.raises(DataError, match=r"dataset\.split=5: expected a text"):
+        read_rows(path, split=5)
 
 
 def test_saved_data_set_and_its_splits(tmp_path):
@@ -183,3 +190,114 @@ def test_hub_data_set_goes_to_the_datasets_library(monkeypatch):
     assert rows[0].where == "hf:org/name[train]:0"
     with pytest.raises(DataError, match="org/missing is no file here.*doesn't exist on the Hub"):
         list(read_rows("org/missing"))
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [([0, -800_000], pa.date32()), ([0, 10**15], pa.timestamp("ms")), ([0, 2**62], pa.duration("s"))],
+    ids=["date", "timestamp", "duration"],
+)
+@pytest.mark.parametrize("saved", [False, True], ids=["parquet", "save_to_disk"])
+def test_a_value_that_python_has_none_for_names_file_and_column(tmp_path, values, kind, saved):
+    table = pa.table({"prompt": ["Q", "Q"], "made": pa.array(values, kind)})
+    if saved:
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset(table).save_to_disk(str(tmp_path / "rows"))
+        where = r"hf:rows\[all\]:1: cannot be read: column 'made'"
+    else:
+        pq.write_table(table, tmp_path / "rows")
+        (tmp_path / "rows").rename(tmp_path / "rows.parquet")
+        where = r"rows\.parquet: column 'made' \(.*\) has a value that cannot be read"
+    with pytest.raises(DataError, match=where):
+        list(read_rows(tmp_path / ("rows" if saved else "rows.parquet")))
+
+
+@pytest.mark.parametrize("builder", ["pandas", "sql", "webdataset", "generator", "spark"])
+def test_builders_that_unpickle_or_run_what_they_read_are_refused(tmp_path, builder):
+    """The pickle is one that writes a file where it is read."""
+
+    class Touch:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "was_read"), "w"))
+
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.pkl").write_bytes(pickle.dumps(Touch()))
+    for source in (builder, f"hf:{builder}"):
+        with pytest.raises(DataError, match=f"dataset.source={builder} is a builder"):
+            list(read_rows(source, data_dir=str(tmp_path / "data")))
+    assert not (tmp_path / "was_read").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("prompt,response\nQ\n", "rows.csv:2: found 1 columns, expected 2"),
+        ("prompt,prompt\nQ,A\n", "rows.csv:1: columns ['prompt', 'prompt'], expected a header"),
+        ('prompt,response\nQ,"A\n', "rows.csv:2: not valid CSV"),
+        (b"prompt,response\nQ,\xff\n", "rows.csv:2: a byte is not UTF-8"),
+        ("prompt,response\nQ,\0\n", None),
+    ],
+)
+def test_faults_of_csv_name_the_line(tmp_path, content, reason):
+    (tmp_path / "rows.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
+    try:
+        rows = list(read_rows(tmp_path / "rows.csv"))
+        found = f"{rows[0].where}: {rows[0].error}"
+    except DataError as error:
+        found = str(error)
+    assert reason is None or reason in found
+
+
+def test_line_breaks_in_csv_and_its_line_numbers(tmp_path):
+    (tmp_path / "rows.csv").write_text('\ufeffprompt,response\n"a\nb",c\n\nd,\n', encoding="utf-8")
+    rows = list(read_rows(tmp_path / "rows.csv"))
+    assert [(row.where, row.data) for row in rows] == [
+        ("rows.csv:2", {"prompt": "a\nb", "response": "c"}),
+        ("rows.csv:5", {"prompt": "d", "response": None}),
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_a_compressed_file_that_was_cut_or_is_none_names_itself(tmp_path, suffix):
+    content = "".join(f'{{"a": {i}, "b": "{hash(str(i))}"}}\n' for i in range(20_000)).encode()
+    packed = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    whole = packed.get(suffix, lambda plain: pa.compress(plain, codec="zstd", asbytes=True))(content)
+    path = tmp_path / f"rows.jsonl{suffix}"
+    for broken in (whole[: len(whole) // 2], b'{"a": 1}\n', whole[:20] + b"\0" * 40 + whole[60:]):
+        path.write_bytes(broken)
+        with pytest.raises(DataError, match=rf"rows\.jsonl\{suffix}"):
+            for row in read_rows(path):
+                if row.error is not None:
+                    raise DataError(row.where)
+    path.write_bytes(whole)
+    assert list(read_rows(path))[-1].where == f"rows.jsonl{suffix}:20000"
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('{"data": [{"a": 1}]}', [1]),
+        ('{"version": "1", "data": [{"a": 1}, {"a": 2}]}', [1, 2]),
+        ('{\n "train": [{"a": 1}]}', [1]),
+        ('{"a": 1}', [1]),
+        ('{\n "a": 1\n}', [1]),
+        ('{"train": [{"a": 1}], "rows": [{"a": 2}]}', "holds several lists: rows, train"),
+        ('{\n "data": {"a": 1}}', "expected a JSON list"),
+        ('{\n "data": [1]}', "expected a JSON list"),
+    ],
+)
+def test_json_objects(tmp_path, content, found):
+    (tmp_path / "rows.json").write_text(content)
+    if isinstance(found, str):
+        with pytest.raises(DataError, match=found):
+            list(read_rows(tmp_path / "rows.json"))
+    else:
+        assert [row.data["a"] for row in read_rows(tmp_path / "rows.json")] == found
+
+
+@pytest.mark.parametrize(
+    "split", ["train[", "train[1:2", "train[a:b]", "train[:2]+dev", "train+", "[:2]", "train[:200%]"]
+)
+def test_parts_that_are_none(tmp_path, split):
+    with pytest.raises(DataError, match=r"has the splits train.*; found dataset\.split="):
+        list(read_rows(write_lines(tmp_path / "rows.jsonl", {"a": 1}), split=split))
