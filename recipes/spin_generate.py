@@ -83,7 +83,7 @@ class SPINGenerate:
         self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids, unknown)
         check_vocabulary(model, self._tokenizer, self._sampling.stop_token_ids, source)
 
-        resume_path = checkpointer.latest(cfg.resume)
+        resume_path = checkpointer.latest(cfg.resume, self._world)
         self._iteration = 0
         self._plan = RunPlan(cfg, source)
         if resume_path is not None:

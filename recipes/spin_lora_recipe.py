@@ -148,7 +148,7 @@ class SPINLoRARecipe:
             cfg, self._prompts.content_fingerprint(), self._tokenizer.fingerprint, self._prompts.settings
         )
         self._run_fingerprint["model"] = config.plain(cfg.model)  # rank and alpha
-        resume_path = self._checkpointer.latest(cfg.resume)
+        resume_path = self._checkpointer.latest(cfg.resume, self._world)
         if resume_path is not None:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
             log.info(f"Resuming at step {self._progress.step} from {resume_path}")

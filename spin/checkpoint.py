@@ -34,10 +34,30 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 
 from spin.data.chat import ChatTokenizer
-from spin.distributed import World, beside, clean_name, fail_together, gather_objects, local_tensor, reshard
+from spin.distributed import (
+    World,
+    beside,
+    broadcast_object,
+    clean_name,
+    fail_together,
+    gather_objects,
+    local_tensor,
+    reshard,
+)
 from spin.dtypes import DTYPES
 from spin.errors import CheckpointError, ConfigError, SpinError
-from spin.files import finish_folder, part_of, read_json, start_folder, write_json
+from spin.files import (
+    finish_folder,
+    is_marked,
+    is_replaceable,
+    make_way,
+    mark,
+    part_of,
+    read_json,
+    remove_folder,
+    start_folder,
+    write_json,
+)
 from spin.fingerprint import file_sha256, json_fingerprint
 from spin.hf import check_model_type, export_hf, load_hf_weights, read_hf_config, stored_elements
 
@@ -45,6 +65,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
+_STATE = "state"  # a kind of folder, see spin.files.start_folder
 _STEP_FOLDER = re.compile(r"step_(\d+)(\.old)?")
 # How an optimizer computes, not what: a resumed run follows its own config.
 _IMPLEMENTATION_OPTIONS = {"foreach", "fused", "capturable", "differentiable"}
@@ -95,6 +116,8 @@ class SPINCheckpointer:
         self._pending: Future[None] | None = None
         self._stager: StateDictStager | None = None
         self._writers_world: World | None = None
+        self._damaged: set[Path] = set()  # states that were found not to be whole
+        self._verified: Path | None = None  # the state whose files have all been read and are the manifest's
 
     @property
     def states_dir(self) -> Path:
@@ -222,11 +245,11 @@ class SPINCheckpointer:
                     tensors |= optimizer_tensors
                 if world.is_main:
                     self._clean()
-                    start_folder(folder)
+                    start_folder(folder, _STATE)
                     _write_document(part_of(folder) / STATE, document)
         except CheckpointError:
-            if world.is_main:
-                shutil.rmtree(part_of(folder), ignore_errors=True)
+            if world.is_main and is_marked(part_of(folder), _STATE):
+                remove_folder(part_of(folder))
             raise
         if not self.async_save:
             self._write(folder, tensors, about, world)
@@ -256,11 +279,17 @@ class SPINCheckpointer:
             files = {name: entry for entries in gather_objects(sums, world) for name, entry in entries.items()}
             with fail_together(world, CheckpointError, part):
                 if world.is_main:
-                    _write_manifest(part, files, sequence=self._next_sequence(), world=world, **about)
+                    states = self._complete()
+                    # Steps go back when a run resumes from an older state; the order of saving does not.
+                    sequence = max((manifest["sequence"] for _, manifest in states), default=0) + 1
+                    _write_manifest(part, files, sequence=sequence, world=world, **about)
+                    if folder in dict(states):
+                        mark(folder, _STATE)  # earlier versions did not
                     finish_folder(folder)
+                    self._damaged.discard(folder)
         except CheckpointError:
-            if world.is_main:
-                shutil.rmtree(part, ignore_errors=True)
+            if world.is_main and is_marked(part, _STATE):
+                remove_folder(part)
             raise
         if world.is_main:
             self._retire()
@@ -320,27 +349,28 @@ class SPINCheckpointer:
                         _remove(folder)
         return self.latest()
 
-    def _next_sequence(self) -> int:
-        # Steps go back when a run resumes from an older state; the order of saving does not.
-        return max((manifest["sequence"] for _, manifest in self._complete()), default=0) + 1
-
     def _clean(self) -> None:
-        """Removes what a dead process left behind; a state that it was replacing gets its name back."""
+        """Removes what a dead process left behind; a state that it was replacing gets its name back.
+
+        Other programs have checkpoints/step_N too: what has no marker is left alone.
+        """
         if not self.states_dir.is_dir():
             return
-        for part in self.states_dir.glob(".step_*.part"):
-            shutil.rmtree(part)
-        for folder in self.states_dir.iterdir():
+        for folder in [*self.states_dir.glob(".step_*.part"), *self.states_dir.glob("step_*")]:
+            if not is_marked(folder, _STATE):
+                continue
             match = _STEP_FOLDER.fullmatch(folder.name)
             if match is None:
-                continue
-            if not (folder / MANIFEST).exists():  # half deleted
-                shutil.rmtree(folder)
+                if folder.suffix == ".part":
+                    remove_folder(folder)
+            elif not (folder / MANIFEST).exists():  # half deleted
+                remove_folder(folder)
             elif match[2]:
                 current = folder.with_name(folder.name.removesuffix(match[2]))
                 if (current / MANIFEST).exists():
-                    shutil.rmtree(folder)
-                else:
+                    remove_folder(folder)
+                elif is_replaceable(current, _STATE):
+                    make_way(current, _STATE)
                     os.rename(folder, current)
 
     def _retire(self) -> None:
@@ -367,33 +397,56 @@ class SPINCheckpointer:
         # A folder's `.old` sorts after it and counts only if it is not whole.
         for folder in sorted(self.states_dir.glob("step_*")):
             match = _STEP_FOLDER.fullmatch(folder.name)
-            if match is None or match[1] in found or not (folder / MANIFEST).exists():
+            if match is None or match[1] in found or folder in self._damaged or not (folder / MANIFEST).exists():
                 continue
             try:
                 found[match[1]] = folder, _read_manifest(folder)
             except CheckpointError as error:
+                self._damaged.add(folder)
                 log.warning(f"{error} This state is passed over.")
         return sorted(found.values(), key=lambda state: state[1]["sequence"])
 
-    def latest(self, resume: str = "auto") -> Path | None:
+    def latest(self, resume: str = "auto", world: World | None = None) -> Path | None:
         """The state to resume from.
 
         Args:
             resume (str): ``auto`` for the newest whole state if there is one, ``never``, or a state's folder.
+            world (World | None): ranks that read the newest state and compare its checksums, each a part of the files;
+                where a byte has changed the state before it is taken, and a warning says so. Collective then. None
+                looks at manifests and sizes only.
 
         Returns:
             Path | None: the folder, or None to start anew.
 
         Raises:
-            CheckpointError: If a folder is given that is not a whole state.
+            CheckpointError: If a folder is given that is not a whole state; or if there are states of this run, and
+                none of them is whole.
         """
         if resume == "never":
             return None
-        if resume == "auto":
-            states = self._complete()
+        if resume != "auto":
+            _read_manifest(Path(resume))
+            return Path(resume)
+        states = self._complete()
+        if world is None:
             return states[-1][0] if states else None
-        _read_manifest(Path(resume))
-        return Path(resume)
+        states, damaged = broadcast_object((states, self._damaged), world)
+        for folder, manifest in reversed(states):
+            entries = sorted(manifest["files"].items())[world.rank :: world.world_size]
+            faults = [fault for part in gather_objects(_faults(folder, entries), world) for fault in part]
+            if not faults:
+                self._verified = folder
+                return folder
+            self._damaged.add(folder)
+            if world.is_main:
+                log.warning(f"{folder}: damaged ({'; '.join(faults)}). It is passed over for the state before it.")
+        lost = [folder.name for folder in sorted(self._damaged | damaged) if is_marked(folder, _STATE)]
+        if lost:
+            raise CheckpointError(
+                f"{self.states_dir}: none of its states is whole ({', '.join(lost)}; see the warnings above). Bring "
+                "one back from a copy, or start anew with resume=never."
+            )
+        return None
 
     def read_state(self, path: str | Path) -> dict[str, Any]:
         """Reads what was given as ``state`` to :meth:`save_state`; no tensor is touched.
@@ -436,7 +489,8 @@ class SPINCheckpointer:
         folder = Path(path)
         with fail_together(world, CheckpointError):
             entries = sorted(_read_manifest(folder)["files"].items())
-            for name, entry in entries[world.rank :: world.world_size]:
+            # `latest` has read all files of the one that it chose
+            for name, entry in entries[world.rank :: world.world_size] if folder != self._verified else ():
                 _verify(folder / name, entry)
         with fail_together(world, CheckpointError):
             metadata = _read_metadata(folder)
@@ -461,8 +515,10 @@ class SPINCheckpointer:
 
 
 def _remove(folder: Path) -> None:
+    """Deletes a state whose manifest has been read: it is one of this program, also if an earlier version saved it."""
+    mark(folder, _STATE)
     (folder / MANIFEST).unlink()  # from here on it is no state
-    shutil.rmtree(folder)
+    remove_folder(folder)
 
 
 def _size(size_bytes: float) -> str:
@@ -585,6 +641,19 @@ def _check_manifest(content: dict[str, Any]) -> None:
         raise ValueError("a bad checksum")
     if not {STATE, METADATA} <= content["files"].keys() or any(Path(name).name != name for name in content["files"]):
         raise ValueError(f"files must be in the folder, {STATE} and {METADATA} among them")
+
+
+def _faults(folder: Path, entries: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Which of a state's files are not what its manifest says."""
+    faults = []
+    for name, entry in entries:
+        try:
+            _verify(folder / name, entry)
+        except CheckpointError:
+            faults.append(f"the SHA-256 of {name} is not the manifest's")
+        except OSError as error:
+            faults.append(f"{name} cannot be read: {error.strerror or error}")
+    return faults
 
 
 def _verify(file: Path, entry: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from spin.data.filters import POLICIES
 from spin.data.store import differences
 from spin.dtypes import TRAINED_DTYPES
 from spin.errors import CheckpointError, ConfigError, SelfTestError
+from spin.files import TRANSFER, check_own_folder
 from spin.generators.base import SamplingParams
 from spin.models import AC_MODES, ATTENTION
 from spin.nonfinite import ON_NONFINITE
@@ -123,6 +124,14 @@ def check_run(cfg: DictConfig) -> None:
     ):
         _at_least(plain["pairs"], name, least, faults, "pairs.")
     _at_least(plain["validation"], "table_rows", 0, faults, "validation.")
+    transfer_dir = plain["generator"].get("transfer_dir")
+    if isinstance(transfer_dir, str) and transfer_dir:
+        names = ("output_dir", "checkpointer.checkpoint_dir", "checkpointer.output_dir", "tokenizer.path")
+        apart_from = {name: OmegaConf.select(cfg, name) for name in (*names, "generator.model_dir")}
+        attempt(
+            "generator.transfer_dir",
+            partial(check_own_folder, "generator.transfer_dir", transfer_dir, TRANSFER, apart_from),
+        )
     if not isinstance(plain["output_dir"], str) or not plain["output_dir"].strip() or "\0" in plain["output_dir"]:
         faults.add(f"output_dir={plain['output_dir']!r}: expected a folder's path.")
     if not _is_number(plain["nll_weight"]) or not 0 <= plain["nll_weight"] < math.inf:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from spin.errors import OutputError, SpinError
+from spin.errors import ConfigError, OutputError, SpinError
+
+log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+TRANSFER = "transfer_dir of a generator"  # a kind of folder, see start_folder
+MARKER = ".spin"  # in every folder that this program may delete
 # Limits of JSON that may come from anyone. The largest tokenizer.json in use has 35 MB, 12 levels and 31-digit numbers.
 MAX_JSON_BYTES = 128 * 2**20  # of a file, or of a line of a JSON Lines file
 MAX_JSON_DEPTH = 100
@@ -125,8 +130,28 @@ def taking_turns(path: Path) -> Iterator[None]:
 def unused_name(path: Path) -> Path:
     """Where ``path`` can be kept when something else takes its place: ``<name>.stale-0``, or the next number."""
     n = 0
-    while (aside := path.with_name(f"{path.name}.stale-{n}")).exists():
+    while os.path.lexists(aside := path.with_name(f"{path.name}.stale-{n}")):
         n += 1
+    return aside
+
+
+def keep_aside(path: Path, because: str) -> Path:
+    """Renames what is in the way and may not be deleted, and says so.
+
+    Args:
+        path (Path): what is in the way.
+        because (str): why it may not stay there, the end of a sentence.
+
+    Returns:
+        Path: where it is now.
+
+    Raises:
+        OutputError: If it cannot be renamed.
+    """
+    aside = unused_name(path)
+    with writing(aside):
+        os.rename(path, aside)
+    log.warning(f"{path} {because}: kept as {aside.name}.")
     return aside
 
 
@@ -372,37 +397,128 @@ def old_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.old")
 
 
-def start_folder(folder: Path) -> Path:
-    """Makes the empty folder that :func:`finish_folder` will rename to ``folder``; leftovers of a dead process go.
+def mark(folder: Path, kind: str) -> None:
+    """Writes into a folder that it is this program's, to replace and to delete."""
+    (folder / MARKER).write_text(_marker_text(kind), encoding="utf-8")
+
+
+def is_marked(folder: Path, kind: str) -> bool:
+    """Whether a folder was made by :func:`start_folder` for that purpose. A link to one was not."""
+    file = folder / MARKER
+    try:
+        return not folder.is_symlink() and file.is_file() and file.read_bytes()[:100] == _marker_text(kind).encode()
+    except OSError:
+        return False
+
+
+def is_replaceable(folder: Path, kind: str) -> bool:
+    """Whether nothing is lost if a folder of that kind takes its place: it is one, or is empty, or is not there."""
+    if not os.path.lexists(folder):
+        return True
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return is_marked(folder, kind) or not any(folder.iterdir())
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder that is known to be this program's; its marker goes last, so that it is known until then."""
+    for entry in folder.iterdir():
+        if entry.name != MARKER and not (entry.is_dir() and not entry.is_symlink()):
+            entry.unlink()
+    shutil.rmtree(folder)
+
+
+def make_way(folder: Path, kind: str) -> None:
+    """Deletes a folder that is replaceable; anything else that has its name is kept under another one.
+
+    Args:
+        folder (Path): it need not exist.
+        kind (str): what it is to be replaced by, see :func:`start_folder`.
+
+    Raises:
+        OutputError: If what is there cannot be renamed.
+    """
+    if not os.path.lexists(folder):
+        return
+    if is_replaceable(folder, kind):
+        remove_folder(folder)
+    else:
+        keep_aside(folder, f"is in the way and is not a {kind} that this program made (it has no such {MARKER} file)")
+
+
+def check_own_folder(name: str, folder: str | Path, kind: str, apart_from: Mapping[str, str | Path]) -> None:
+    """Refuses a folder that will be replaced and deleted, unless nothing can be lost by that.
+
+    Args:
+        name (str): its key in the config.
+        folder (str | Path): new, empty, or made by an earlier run for the same purpose.
+        kind (str): that purpose, see :func:`start_folder`.
+        apart_from (Mapping[str, str | Path]): folders by key, which it may neither hold nor be in.
+
+    Raises:
+        ConfigError: If it is anything else.
+    """
+    path = Path(folder)
+    resolved = path.resolve()
+    for key, other in apart_from.items():
+        if not (isinstance(other, str | Path) and str(other)):
+            continue
+        where = Path(other).resolve()
+        if resolved == where or resolved in where.parents or where in resolved.parents:
+            relation = "is" if resolved == where else "holds" if resolved in where.parents else "is in"
+            raise ConfigError(
+                f"{name}={folder}: {relation} {key} ({other}). It is replaced and deleted as a whole: give it a new "
+                "folder of its own, beside that one."
+            )
+    if not is_replaceable(resolved, kind):
+        found = "is a folder with files that this program did not put there" if path.is_dir() else "is not a folder"
+        raise ConfigError(
+            f"{name}={folder}: {found} (no {MARKER} file that says so). It would be deleted: name a new or an empty "
+            "folder."
+        )
+
+
+def _marker_text(kind: str) -> str:
+    return f"spin: {kind}\nThis folder is replaced and deleted by the program that made it.\n"
+
+
+def start_folder(folder: Path, kind: str) -> Path:
+    """Makes the folder that :func:`finish_folder` will rename to ``folder``; what a dead process left of one goes.
+
+    It is empty but for ``.spin``, by which it is known later: nothing without one is ever deleted.
 
     Args:
         folder (Path): the name to be.
+        kind (str): what it will be, such as ``state``.
 
     Returns:
         Path: where to write.
     """
     part = part_of(folder)
-    if part.exists():
-        shutil.rmtree(part)
+    make_way(part, kind)
     part.mkdir(parents=True)
+    mark(part, kind)
     return part
 
 
 def finish_folder(folder: Path) -> None:
     """Gives a finished folder its name. One that has this name already stays whole until the new one stands.
 
-    A kill between the two renames leaves the previous folder under ``old_of(folder)``.
+    A kill between the two renames leaves the previous folder under ``old_of(folder)``. What has one of these names and
+    is not of the same kind is kept aside.
 
     Args:
         folder (Path): as given to :func:`start_folder`.
     """
     part, old = part_of(folder), old_of(folder)
+    kind = (part / MARKER).read_text(encoding="utf-8").split("\n")[0].removeprefix("spin: ")
     sync(part)
-    if folder.exists():
-        if old.exists():
-            shutil.rmtree(old)
+    if is_marked(folder, kind):
+        make_way(old, kind)
         os.rename(folder, old)
+    else:
+        make_way(folder, kind)
     os.rename(part, folder)
     sync(folder.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    if is_marked(old, kind):
+        remove_folder(old)

@@ -611,6 +611,7 @@ def export_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     tokenizer_dir: Path | None = None,
     chat_template: str | None = None,
+    kind: str = "model",
 ) -> Path:
     """Writes a model as a Hugging Face folder that transformers and vLLM load: weights, config, tokenizer, licence.
 
@@ -620,13 +621,14 @@ def export_hf(
     Args:
         model (nn.Module): sharded or plain.
         source_dir (str | Path): the folder that the model was loaded from; gives config and tokenizer.
-        out_dir (str | Path): the folder to write; one that exists is replaced.
+        out_dir (str | Path): the folder to write; one of the same kind is replaced, any other kept aside.
         model_type (str): name in torchtune's ``ModelType``.
         dtype (torch.dtype): of the written weights.
         world (World): the ranks.
         max_file_bytes (int): a file ends with the layer before the one that would exceed this many bytes.
         tokenizer_dir (Path | None): where the tokenizer's files come from; None is ``source_dir``.
         chat_template (str | None): Jinja, in place of the one among those files.
+        kind (str): what the folder is for, see :func:`spin.files.start_folder`.
 
     Returns:
         Path: ``out_dir``.
@@ -644,7 +646,7 @@ def export_hf(
         config = _read_json(source / CONFIG, "The export copies it from checkpoint_dir.")
         groups = _groups(tensors, config, model_type)
         if world.is_main:
-            start_folder(out)
+            start_folder(out, kind)
     files = _split(groups, dtype, max_file_bytes)
     names = (
         ["model.safetensors"]

@@ -30,7 +30,7 @@ def export_peft(
     Args:
         model (nn.Module): sharded or plain.
         source_dir (str | Path): Hugging Face folder of the base.
-        out_dir (str | Path): the folder to write; one that exists is replaced.
+        out_dir (str | Path): the folder to write; an adapter that was exported there is replaced.
         model_type (str): name in torchtune's ``ModelType``.
         world (World): the ranks.
 
@@ -46,7 +46,7 @@ def export_peft(
     with fail_together(world, CheckpointError):
         stored = stored_rows(model, source_dir, check_model_type(model_type))
         if world.is_main:
-            start_folder(out)
+            start_folder(out, "adapter")
     weights = weight_gathers(model)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}  # by the last part of the stored name, the same in all layers

@@ -19,6 +19,7 @@ from spin.data.prompts import check_vocabulary, unknown_ids
 from spin.distributed import World
 from spin.dtypes import TRAINED_DTYPES
 from spin.errors import CheckpointError, ConfigError
+from spin.files import TRANSFER, check_own_folder
 from spin.fingerprint import file_sha256, json_fingerprint
 from spin.generators import Generator, GeneratorContext, SamplingParams
 from spin.hf import check_hf_folder, load_hf_weights, read_hf_config, weight_files
@@ -168,6 +169,10 @@ def check_evaluation(cfg: DictConfig) -> None:
             )
         if section.tokenizer is None:
             faults.add(f"{role}.tokenizer: not set. It makes the token ids that the model is asked by.")
+        transfer_dir = section.generator.get("transfer_dir")
+        if isinstance(transfer_dir, str) and transfer_dir:
+            apart_from = {"output_dir": cfg.output_dir, f"{role}.checkpoint_dir": section.checkpoint_dir}
+            attempt(partial(check_own_folder, f"{role}.generator.transfer_dir", transfer_dir, TRANSFER, apart_from))
         name = player_name(role, section)
         if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
             faults.add(f"{role}.name={name!r}: expected letters, digits, '-', '_' and '.'; it becomes a folder's name.")

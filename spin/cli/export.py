@@ -10,7 +10,7 @@ from pathlib import Path
 from spin.cli.card import model_card
 from spin.cli.runs import iteration_folders, model_of
 from spin.errors import OutputError
-from spin.files import finish_folder, start_folder, sync, writing
+from spin.files import MARKER, finish_folder, start_folder, sync, writing
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,9 +55,9 @@ def main(argv: Sequence[str]) -> None:
     if out.exists():
         raise OutputError(f"{out}: is there already. Give --out a folder that is not.")
     with writing(out):
-        part = start_folder(out)
+        part = start_folder(out, "copy of a model")
         for file in sorted(source.iterdir()):
-            if file.is_file():
+            if file.is_file() and file.name != MARKER:
                 shutil.copyfile(file, part / file.name)
         (part / "README.md").write_text(card, encoding="utf-8")
         for file in part.iterdir():

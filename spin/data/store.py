@@ -3,28 +3,39 @@
 A store is a folder of parquet shards with a ``manifest.json``. The manifest names what the store was made from (its
 fingerprint); it is written when the store is opened, and again, with every shard's checksum, when the store is sealed.
 A shard appears whole or not at all, so a store that a dead process left behind goes on where it stopped.
+
+Each shard names, in its own metadata, the store that it was made for, its number, and the SHA-256 of its rows. So it
+may come from another machine's folder, and one of other weights, sampling or data, or with an edited row, is found. It
+guards against mistakes, not against forgery.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
-from spin.files import read_json, taking_turns, unused_name, write_json, writing
-from spin.fingerprint import file_sha256
+from spin.files import keep_aside, parse_json, read_json, taking_turns, unused_name, write_json, writing
+from spin.fingerprint import file_sha256, json_fingerprint
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+_ABOUT = b"spin"  # in a shard's parquet metadata: JSON of what _about gives
 MANIFEST = "manifest.json"
 _MOST_SHARDS = 10_000_000
 
@@ -118,7 +129,7 @@ class PairStore:
     def _open_or_create(
         cls, path: Path, fingerprint: dict[str, Any], num_shards: int, on_stale: Callable[[str], None] | None
     ) -> PairStore:
-        if path.exists():
+        if (path / MANIFEST).exists() or (path.exists() and not path.is_dir()):
             try:
                 store = cls.open(path)
                 changed = differences(store.manifest["fingerprint"], fingerprint)
@@ -134,6 +145,7 @@ class PairStore:
                 on_stale(
                     f"{path} was made from something else ({'; '.join(changed)}): kept as {aside.name}, making it anew."
                 )
+        # without a manifest the folder is what a process left that died just then, or shards that were copied there
         manifest = {
             "format_version": FORMAT_VERSION,
             "fingerprint": fingerprint,
@@ -142,7 +154,7 @@ class PairStore:
             "begun_at": time.time(),  # seconds since 1970
         }
         with writing(path):
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         _replace_json(path / MANIFEST, manifest)
         return cls(path, manifest)
 
@@ -162,17 +174,47 @@ class PairStore:
         return self.manifest["fingerprint"]["opponent"]
 
     def missing_shards(self) -> list[int]:
-        """Shards that are not there or do not read back whole; damaged ones are removed."""
-        recorded = {shard["name"]: shard["sha256"] for shard in self.manifest.get("shards", [])}
+        """Shards that are not there; one that is damaged, edited or of another store is kept aside, and is missing.
+
+        Returns:
+            list[int]: ascending.
+
+        Raises:
+            StoreError: If one is of another store, and so is this whole folder by now.
+        """
         missing = []
         for index in range(self.num_shards):
             file = self._shard(index)
-            if not file.exists():
-                missing.append(index)
-            elif not self._is_whole(file, recorded.get(file.name)):
-                file.unlink()
-                missing.append(index)
+            if file.exists():
+                _, fault = self._try_to_read(index)
+                if fault is None:
+                    continue
+                self._check_is_still_mine()
+                with suppress(FileNotFoundError):  # another worker was faster
+                    keep_aside(file, f"is not used: {fault}")
+            missing.append(index)
         return missing
+
+    def faults(self) -> list[str]:
+        """Reads every shard, and compares it with the manifest and with what it says of itself.
+
+        Returns:
+            list[str]: for each shard that is missing, damaged, edited or of another store a line that says so.
+        """
+        found = ((self._shard(index), self._try_to_read(index)[1]) for index in range(self.num_shards))
+        return [f"{file}: {fault}" for file, fault in found if fault is not None]
+
+    def _recorded(self, file: Path) -> str | None:
+        """The checksum that a sealed store has of a shard."""
+        return next((shard["sha256"] for shard in self.manifest.get("shards", []) if shard["name"] == file.name), None)
+
+    def _about(self, index: int) -> dict[str, Any]:
+        """What a shard says of itself, but for its rows' checksum."""
+        return {
+            "store": json_fingerprint(self.manifest["fingerprint"]),
+            "shard": index,
+            "num_shards": self.num_shards,
+        }
 
     def _unseal_if_damaged(self) -> None:
         """A shard that is made again may come out otherwise: another engine, another version of pyarrow."""
@@ -224,6 +266,8 @@ class PairStore:
             try:
                 with temporary.open("wb") as stream:
                     table = pa.table(columns, schema=_SCHEMA)
+                    about = self._about(index) | {"rows": _rows_sha256(table)}
+                    table = table.replace_schema_metadata({_ABOUT: json.dumps(about)})
                     pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
                     stream.flush()
                     os.fsync(stream.fileno())
@@ -268,8 +312,9 @@ class PairStore:
         if on_disk["sealed"]:  # by another worker
             self.manifest = on_disk
             return
-        for leftover in self.path.glob(".*.tmp"):  # of processes that died while they wrote
-            leftover.unlink()
+        for name in (".shard-*.parquet.*.tmp", f".{MANIFEST}.*.tmp"):  # of processes that died while they wrote
+            for leftover in self.path.glob(name):
+                leftover.unlink(missing_ok=True)
         files = [self._shard(index) for index in range(self.num_shards)]
         self.manifest["shards"] = [
             {
@@ -300,22 +345,50 @@ class PairStore:
         return _pairs_of(self._read(index))
 
     def _read(self, index: int, columns: list[str] | None = None) -> pa.Table:
+        table, fault = self._try_to_read(index, columns)
+        if fault is not None:
+            remedy = "" if fault.startswith("missing") else "Remove it and start"
+            raise StoreError(
+                f"{self._shard(index)}: {fault}. {remedy or 'Start'} the run again; only this shard will be made again."
+            )
+        return table
+
+    def _try_to_read(self, index: int, columns: list[str] | None = None) -> tuple[pa.Table | None, str | None]:
+        """A shard's table, or why it cannot be used. Of some columns alone the values are not compared."""
         file = self._shard(index)
+        recorded = self._recorded(file)
         try:
             found = pq.read_schema(file)
             if not found.equals(_SCHEMA):
-                raise StoreError(f"{file}: has the columns {found.names}, expected {_SCHEMA.names}.")
+                return None, f"damaged (it has the columns {found.names}, expected {_SCHEMA.names})"
+            about = _read_about(found)
+            fault = self._fault_of_origin(index, about, is_sealed=recorded is not None)
+            if fault is not None:
+                return None, fault
             table = pq.read_table(file, columns=columns, page_checksum_verification=True)
             fault = _fault_in(table)
-            if fault is not None:
-                raise StoreError(f"{file}: damaged ({fault}). Remove it and start the run again.")
-            return table
+            if columns is None and fault is None:
+                if recorded is not None and file_sha256(file) != recorded:
+                    fault = "its bytes are not those that were sealed"
+                elif recorded is None and about is not None and about.get("rows") != _rows_sha256(table):
+                    fault = "its rows are not those that were written: they were changed since"
+            return table, None if fault is None else f"damaged ({fault})"
         except FileNotFoundError:
-            raise StoreError(f"{file}: missing. Start the run again; the shard will be made again.") from None
+            return None, "missing"
         except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text in it is not UTF-8
-            raise StoreError(
-                f"{file}: damaged ({error}). Remove it and start the run again; only this shard will be made again."
-            ) from error
+            return None, f"damaged ({error})"
+
+    def _fault_of_origin(self, index: int, about: Mapping[str, Any] | None, is_sealed: bool) -> str | None:
+        """Why a shard was not made for this place in this store, or None if it was."""
+        if about is None:  # sealed by an earlier version, whose shards did not say
+            return None if is_sealed else "of unknown origin (it does not say which store it was made for)"
+        expected = self._about(index)
+        if about.get("store") != expected["store"]:
+            return "of another store (other weights, sampling or data, or another iteration)"
+        if (about.get("shard"), about.get("num_shards")) != (index, self.num_shards):
+            found = f"number {str(about.get('shard'))[:9]!r} of {str(about.get('num_shards'))[:9]!r}"
+            return f"out of place (it was made to be {found}, not {index} of {self.num_shards})"
+        return None
 
     def count_answers(self) -> tuple[int, int, int]:
         """Answers, those of them that were cut, and the tokens of all; reads two columns of every shard.
@@ -338,15 +411,6 @@ class PairStore:
 
     def _shard(self, index: int) -> Path:
         return self.path / _shard_name(index)
-
-    @staticmethod
-    def _is_whole(file: Path, sha256: str | None) -> bool:
-        if sha256 is not None:
-            return file_sha256(file) == sha256
-        try:
-            return pq.read_table(file, page_checksum_verification=True).schema.equals(_SCHEMA)
-        except (OSError, ValueError, pa.ArrowException):
-            return False
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -391,6 +455,33 @@ def _fault_in(table: pa.Table) -> str | None:
             return f"{name} is missing in {table[name].null_count} rows"
     unknown = set(pc.unique(table["finish_reason"]).to_pylist()) - {"stop", "length"}
     return f"finish_reason is {', '.join(sorted(unknown))}" if unknown else None
+
+
+def _read_about(schema: pa.Schema) -> dict[str, Any] | None:
+    """What a shard says of itself, or None if it says nothing."""
+    try:
+        about = parse_json((schema.metadata or {})[_ABOUT])
+    except (KeyError, ValueError):
+        return None
+    return about if isinstance(about, dict) else None
+
+
+def _rows_sha256(table: pa.Table) -> str:
+    """SHA-256 of a shard's values, however they are encoded in the file."""
+    digest = hashlib.sha256()
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        digest.update(f"{name} {len(column)} {column.null_count} ".encode())
+        array = column.combine_chunks()
+        if isinstance(array, pa.ChunkedArray):  # of no chunk
+            continue
+        if pa.types.is_list(array.type):
+            digest.update(array.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+            array = array.flatten()
+        if pa.types.is_string(array.type):
+            digest.update("".join(f"{len(text or '')}:{text or ''}" for text in array.to_pylist()).encode())
+        else:  # a log-prob is finite or missing, and then NaN here
+            digest.update(array.to_numpy(zero_copy_only=False).tobytes())
+    return digest.hexdigest()
 
 
 def _pairs_of(table: pa.Table) -> list[Pair]:

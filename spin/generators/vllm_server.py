@@ -19,6 +19,7 @@ import torch
 from spin.distributed import barrier, fail_together
 from spin.dtypes import DTYPES
 from spin.errors import ConfigError, GeneratorError
+from spin.files import TRANSFER, check_own_folder
 from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
 from spin.generators.vllm import KNOWN, is_banned, is_too_old, vllm_completion, vllm_sampling
 from spin.hf import check_model_type, export_hf
@@ -47,7 +48,9 @@ class VLLMServerGenerator:
     Args:
         context (GeneratorContext): gives the policy and the ranks.
         url (str): where it listens, such as ``http://localhost:8000``; ``https`` works as well.
-        transfer_dir (str | None): folder for the weights, seen by trainer and server; None: it is sent none.
+        transfer_dir (str | None): folder for the weights, seen by trainer and server; None: it is sent none. It is
+            replaced before every iteration, so it must be new, empty, or of an earlier run, and lie beside the run's
+            folder and those of models, not in one.
         model_dir (str | None): Hugging Face folder that training starts from; gives config and tokenizer.
         model_type (str | None): layout of the weights, a name of torchtune's ``ModelType``.
         dtype (str): of the written weights: ``bf16``, ``fp16`` or ``fp32``.
@@ -87,6 +90,8 @@ class VLLMServerGenerator:
                 "generator: transfer_dir, model_dir and model_type go together: all three for a server that is sent "
                 "the policy's weights, none for one that keeps its own."
             )
+        if transfer_dir is not None and model_dir is not None:
+            check_own_folder("generator.transfer_dir", transfer_dir, TRANSFER, {"generator.model_dir": model_dir})
         if not re.match(r"https?://[^/@\s]+", url):
             raise ConfigError(f"generator.url={url!r}: expected http://host:port or https://host:port.")
         if dtype not in DTYPES:
@@ -179,7 +184,7 @@ class VLLMServerGenerator:
                 instead.
 
         Raises:
-            ConfigError: If there is no ``transfer_dir``.
+            ConfigError: If there is no ``transfer_dir``, or something in it that is not of this program.
             GeneratorError: If the server does not load them.
         """
         if self._transfer_dir is None or self._model_dir is None or self._model_type is None:
@@ -188,8 +193,16 @@ class VLLMServerGenerator:
                 "that trainer and server see."
             )
         self._has_weights = False
+        with fail_together(self._world, ConfigError):  # what was there at the start may not be what is there now
+            check_own_folder("generator.transfer_dir", self._transfer_dir, TRANSFER, {})
         export_hf(
-            self._model, self._model_dir, self._transfer_dir, self._model_type, dtype=self._dtype, world=self._world
+            self._model,
+            self._model_dir,
+            self._transfer_dir,
+            self._model_type,
+            dtype=self._dtype,
+            world=self._world,
+            kind=TRANSFER,
         )
         with fail_together(self._world, GeneratorError):
             if self._world.is_main:
