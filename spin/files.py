@@ -399,14 +399,16 @@ def old_of(folder: Path) -> Path:
 
 def mark(folder: Path, kind: str) -> None:
     """Writes into a folder that it is this program's, to replace and to delete."""
-    (folder / MARKER).write_text(_marker_text(kind), encoding="utf-8")
+    text = f"spin: {kind}\nThis file says that the folder is SPIN's; without it nothing here is replaced or deleted.\n"
+    (folder / MARKER).write_text(text, encoding="utf-8")
 
 
 def is_marked(folder: Path, kind: str) -> bool:
     """Whether a folder was made by :func:`start_folder` for that purpose. A link to one was not."""
     file = folder / MARKER
     try:
-        return not folder.is_symlink() and file.is_file() and file.read_bytes()[:100] == _marker_text(kind).encode()
+        with open_regular(file) as stream:
+            return not folder.is_symlink() and stream.readline(100) == f"spin: {kind}\n".encode()
     except OSError:
         return False
 
@@ -476,10 +478,6 @@ def check_own_folder(name: str, folder: str | Path, kind: str, apart_from: Mappi
             f"{name}={folder}: {found} (no {MARKER} file that says so). It would be deleted: name a new or an empty "
             "folder."
         )
-
-
-def _marker_text(kind: str) -> str:
-    return f"spin: {kind}\nThis folder is replaced and deleted by the program that made it.\n"
 
 
 def start_folder(folder: Path, kind: str) -> Path:

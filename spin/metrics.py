@@ -18,7 +18,7 @@ from tqdm import tqdm
 from spin.data.packing import PackedRow
 from spin.distributed import World, fail_together, local_tensor
 from spin.errors import ConfigError, OutputError, SpinError, wants_traceback
-from spin.files import json_lines, replace_text, unused_name, writing
+from spin.files import is_marked, json_lines, keep_aside, mark, replace_text, unused_name, writing
 from spin.tables import log_table, sample_table
 
 log = logging.getLogger(__name__)
@@ -213,6 +213,9 @@ class MovedShare:
         return moved_weights / sampled_weights
 
 
+_RUN = "run"  # a kind of folder, see spin.files.start_folder
+
+
 class MetricsFile:
     """One JSON object a line, each with its step: whole after a restart as if there had been none.
 
@@ -336,6 +339,12 @@ class RunLog:
         names = ("metrics.jsonl", "samples.jsonl")
         if cfg.get("resume") == "never":
             self._keep_log((*names, "nonfinite.jsonl"))  # which is begun when a batch is not finite
+        if from_step < 0 and not is_marked(self._folder, _RUN):
+            for file in (self._folder / name for name in (*names, "nonfinite.jsonl", "config.yaml")):
+                if file.is_file() and file.stat().st_size:
+                    keep_aside(file, "was there before the first run of this folder")
+        with writing(self._folder):
+            mark(self._folder, _RUN)
         self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
         with writing(self._folder / "config.yaml"):
             OmegaConf.save(cfg, self._folder / "config.yaml", resolve=True)

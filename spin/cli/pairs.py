@@ -30,7 +30,8 @@ def main(argv: Sequence[str]) -> None:
         argv (Sequence[str]): the store and options.
 
     Raises:
-        StoreError: If the store is missing or damaged, or is not scored and a margin is asked for.
+        StoreError: If the store is missing or damaged, or is not scored and a margin is asked for; with ``--check``,
+            one line for each shard that is missing, damaged, edited or of another store.
     """
     parser = argparse.ArgumentParser(
         prog="python -m spin pairs",
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("store", type=Path, help="such as runs/quickstart/iteration_000/pairs")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="show N answers, drawn at random")
+    parser.add_argument("--check", action="store_true", help="read every shard, compare checksums and origin; no more")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--min-margin", type=float, metavar="NATS")
     parser.add_argument("--max-margin", type=float, metavar="NATS")
@@ -54,6 +56,13 @@ def main(argv: Sequence[str]) -> None:
         parser.error(f"--sample {arguments.sample}: expected 0 or more")
 
     store = PairStore.open(arguments.store)
+    if arguments.check:
+        faults = store.faults()
+        if faults:
+            raise StoreError("\n".join(faults))
+        state = "sealed" if store.is_sealed else "not sealed"
+        print(f"{store.path}: {store.num_shards} shards ({state}), all whole, unchanged, and of this store")
+        return
     answers = [answer for answer in _answers(store) if _passes(answer, arguments)]
     print(printable("\n".join(summary_lines(store, answers))))
     if not arguments.sample and arguments.export is None:

@@ -13,7 +13,7 @@ import numpy as np
 from spin.data.types import Pair, Response
 from spin.distributed import World, fail_together
 from spin.errors import OutputError, StoreError
-from spin.files import writing
+from spin.files import keep_aside, writing
 
 Key = tuple[int, str]
 Item = TypeVar("Item")
@@ -76,6 +76,8 @@ class PairLookup(Mapping[Key, Pair]):
         """
         numbers = _Numbers()
         part = path.with_name(f".{path.name}.tmp")
+        if path.exists() and not _numbers_file(path).exists():
+            keep_aside(path, "is in the way of an iteration's scratch file")
         with writing(path):
             with part.open("wb") as stream:
                 for pair in pairs:

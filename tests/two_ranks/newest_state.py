@@ -1,0 +1,10 @@
+"""Two ranks look for the newest whole state, of which each reads a part. Argument: a run with states 1 (whole) to 3."""
+
+import sys
+
+from spin.checkpoint import SPINCheckpointer
+from spin.distributed import init_world, shutdown
+
+found = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1]).latest("auto", init_world("cpu"))
+assert found.name == "step_00000001", found
+shutdown()
