@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 # Before torch is imported. Small tensors gain nothing from a second thread, and wait for it where cores are shared:
@@ -15,8 +14,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 REPO = Path(__file__).resolve().parents[1]
-STARTED = time.monotonic()
-MINUTES = float(os.environ.get("SPIN_TEST_MINUTES") or "inf")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,12 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip_model)
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(skip_gpu)
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips slow tests once SPIN_TEST_MINUTES are up, so that a slow machine still tells what the others find."""
-    if "slow" in item.keywords and time.monotonic() - STARTED > 60 * MINUTES:
-        pytest.skip(f"slow, and the {MINUTES:g} minutes of SPIN_TEST_MINUTES are up")
 
 
 def _has_gpu() -> bool:
