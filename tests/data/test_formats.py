@@ -1,4 +1,7 @@
-"""What `dataset` reads, refuses and ignores: one table, which is run here row by row and printed in docs/data.md."""
+"""What `dataset` reads, refuses and ignores: one table, which is run here row by row and printed in docs/data.md.
+
+``python -m tests.data.test_formats`` prints it there anew.
+"""
 
 from __future__ import annotations
 
@@ -179,10 +182,16 @@ ROWS = [
         "an assistant's turn first",
         {"messages": [S, A2, Q, A]},
         SQA,
-        note="left out",
+        note="that turn is left out",
         changes=("leading_assistant_dropped",),
     ),
-    Case("a user's turn last", {"messages": [Q, A, Q2]}, QA, note="left out", changes=("trailing_user_dropped",)),
+    Case(
+        "a user's turn last",
+        {"messages": [Q, A, Q2]},
+        QA,
+        note="that turn is left out",
+        changes=("trailing_user_dropped",),
+    ),
     refused("no answer", {"messages": [Q]}, "last message has role 'user', expected 'assistant'"),
     Case(
         "keys that no template reads",
@@ -234,7 +243,7 @@ ROWS = [
             f"`{key}` of a message",
             {"messages": [Q, {**A, key: "T"}]},
             "user: Q | assistant: <think>\nT\n</think>\n\nA",
-            note="by the template",
+            note="the template writes it",
         )
         for key in ("reasoning_content", "thinking", "reasoning")
     ),
@@ -242,7 +251,7 @@ ROWS = [
         "`reasoning_content` or `thinking` of a row",
         {**PAIR, "thinking": "T"},
         "user: Q | assistant: <think>\nT\n</think>\n\nA",
-        note="by the template",
+        note="the template writes it",
     ),
     refused(
         "reasoning that the template does not show",
@@ -485,3 +494,58 @@ def test_every_row_of_the_table(case, tokenizers, tmp_path):
     assert as_text(tokenizer, data[0]) == case.text
     assert tuple(data.report.changes) == case.changes and tuple(data.report.unused) == case.unused
     assert (case.result == "ignored") <= bool(case.unused)
+
+
+# --- The documentation ---
+
+BEGIN, END = "<!-- tests/data/test_formats.py writes from here -->\n", "<!-- to here -->\n"
+
+
+def rendered() -> str:
+    """The tables of docs/data.md."""
+    lines = ["| files | read as |", "|---|---|"]
+    for files in FILES:
+        names = (
+            "" if files.what.startswith("`rows.") else ", ".join(f"`{file.partition(' ')[0]}`" for file in files.files)
+        )
+        options = ", ".join(f"`{key}: {value}`" for key, value in files.options.items())
+        result = "refused" if files.result == "refused" else f"rows {', '.join(files.text)}"
+        shown = ": ".join(filter(None, (files.what, ", ".join(filter(None, (names, options))))))
+        lines.append(f"| {shown} | {'; '.join(filter(None, (result, files.note)))} |")
+    lines += ["", "| rows | example | result |", "|---|---|---|"]
+    for case in ROWS:
+        shown = case.shown or f"`{as_example(case.row)}`"
+        note = case.note or (f"`{', '.join(case.changes)}` is counted" if case.changes else "")
+        options = "".join(f", `{key}: {as_example(value)}`" for key, value in case.options.items())
+        lines.append(f"| {case.what} | {shown}{options} | {'; '.join(filter(None, (case.result, note)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def as_example(value: Any) -> str:
+    """A value as YAML writes it, and a message as ``{role: content}``."""
+    if isinstance(value, dict):
+        items = dict(value)
+        if "role" in items and isinstance(items.get("content"), str):
+            items = {items.pop("role"): items.pop("content"), **items}
+        return "{" + ", ".join(f"{key}: {as_example(each)}" for key, each in items.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(as_example, value)) + "]"
+    if isinstance(value, str):
+        return value if value.replace(" ", "").isalnum() and not value.isdigit() else "'" + value + "'"
+    return json.dumps(value)
+
+
+def replaced(page: str) -> str:
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + rendered() + END + rest.partition(END)[2]
+
+
+def test_the_documentation_has_the_table(repo):
+    page = (repo / "docs/data.md").read_text(encoding="utf-8")
+    assert BEGIN in page and END in page
+    assert page == replaced(page), "run: python -m tests.data.test_formats"
+
+
+if __name__ == "__main__":
+    PAGE = Path(__file__).parents[2] / "docs/data.md"
+    PAGE.write_text(replaced(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
