@@ -180,7 +180,7 @@ class SPINEvaluate:
             "compute_dtype": cfg.compute_dtype,
         }
         player.weights = fingerprint["opponent"]
-        game = selfplay.Game(prompts, range(len(prompts)), sampling, cfg.seed)
+        game = selfplay.Game(prompts, range(len(prompts)), sampling, cfg.seed, limits=player.limits)
         num_shards = selfplay.num_shards(len(prompts), cfg.prompts_per_shard, world.world_size)
         store = open_store(folder, fingerprint, num_shards, world, log.warning)
         missing = missing_shards(store, world)

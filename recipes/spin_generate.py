@@ -74,7 +74,7 @@ class SPINGenerate:
         checkpointer.validate()
         dtype, compute_dtype = (training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
         model = build_model(cfg.model, dtype)
-        context = model.max_seq_len
+        context = self._context = model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
         source: PromptDataset | PromptStream = config.instantiate(
             cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context
@@ -114,7 +114,8 @@ class SPINGenerate:
         cfg, world = self._cfg, self._world
         samples = self._plan.samples(self._iteration)
         responses = cfg.pairs.responses_per_prompt
-        game = selfplay.Game(self._prompts, samples, self._sampling, cfg.seed, self._iteration, responses)
+        limits = selfplay.limits_of(self._model, self._context, self._tokenizer)
+        game = selfplay.Game(self._prompts, samples, self._sampling, cfg.seed, self._iteration, responses, limits)
         fingerprint = selfplay.play_fingerprint(
             game, self._opponent, self._tokenizer, self._generator, cfg.compute_dtype
         )

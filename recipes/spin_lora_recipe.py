@@ -175,6 +175,7 @@ class SPINLoRARecipe:
         engine = GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world)
         self._generator = config.instantiate(cfg.generator, context=engine)
         self._team = selfplay.team_of(self._generator, self._world)
+        self._limits = selfplay.limits_of(self._model, context, self._tokenizer)
 
         # ---- logs
         from_step = -1 if resume_path is None else self._progress.step
@@ -427,7 +428,7 @@ class SPINLoRARecipe:
     # SPIN: parts of the stages.
     def _game(self, iteration: int, prompts: PromptDataset, samples: Sequence[int]) -> selfplay.Game:
         answers = self._cfg.pairs.responses_per_prompt
-        return selfplay.Game(prompts, samples, self._sampling, self._cfg.seed, iteration, answers)
+        return selfplay.Game(prompts, samples, self._sampling, self._cfg.seed, iteration, answers, self._limits)
 
     def _play(self, games: Mapping[Path, selfplay.Game], opponent: str = "") -> bool:
         """The opponent answers the prompts of each folder; False if the run was asked to stop before all were."""

@@ -24,6 +24,7 @@ from spin.fingerprint import file_sha256, json_fingerprint
 from spin.generators import Generator, GeneratorContext, SamplingParams
 from spin.hf import check_hf_folder, load_hf_weights, read_hf_config, weight_files
 from spin.models import build_model, prepare_model
+from spin.selfplay import Limits, limits_of
 
 PLAYER_DEFAULTS: dict[str, Any] = {
     "name": None,
@@ -60,6 +61,11 @@ class Player:
         self.unknown_ids = () if self._shape is None else unknown_ids(self._shape, self.tokenizer)
         if self._shape is not None:
             check_hf_folder(self._shape, section.checkpoint_dir, section.model_type)
+
+    @property
+    def limits(self) -> Limits:
+        """What its responses must stay within."""
+        return limits_of(self._shape, self.context, self.tokenizer)
 
     def check(self, prompts: PromptDataset | PromptStream) -> None:
         """Raises DataError if the model has no embedding for a token of the prompts."""

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import heapq
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ from spin.data.prompts import PromptDataset
 from spin.data.shards import split_evenly
 from spin.data.store import PairStore
 from spin.data.types import Pair, Prompt, Response
-from spin.distributed import World, gather_objects, named_full_tensors, unsharded
+from spin.distributed import World, fail_together, gather_objects, named_full_tensors, unsharded
 from spin.errors import GeneratorError
 from spin.fingerprint import json_fingerprint
 from spin.generators.base import Completion, Generator, SamplingParams, StreamingGenerator
@@ -33,6 +36,37 @@ from spin.reference import score_batches
 
 _GENERATOR_HAS = ("shares_policy_weights", "generate", "update_weights", "sleep", "wake", "close")
 PROBE_PROMPTS, PROBE_TOKENS = 8, 32  # answers, and tokens of each, that prove a generator's weights
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every response must stay within, whoever writes it.
+
+    Args:
+        vocab_size (int): token ids are below it.
+        max_seq_len (int): tokens of prompt and response together.
+        decode (Callable[[Sequence[int]], str] | None): token ids to text, to look for stop strings; None: not looked
+            for.
+    """
+
+    vocab_size: int = 2**31  # a store keeps int32
+    max_seq_len: int = sys.maxsize
+    decode: Callable[[Sequence[int]], str] | None = None
+
+
+def limits_of(model: Any, max_seq_len: int, tokenizer: PromptTokenizer) -> Limits:
+    """The limits of a model's responses.
+
+    Args:
+        model (Any): a torchtune decoder, with weights or without; None where only the tokenizer is known.
+        max_seq_len (int): tokens of prompt and response together.
+        tokenizer (PromptTokenizer): reads stop strings.
+
+    Returns:
+        Limits: for :class:`Game`.
+    """
+    rows = tokenizer.vocab_size if model is None else model.tok_embeddings.weight.shape[0]
+    return Limits(rows, max_seq_len, tokenizer.decode)
 
 
 @dataclass(frozen=True)
@@ -46,6 +80,7 @@ class Game:
         seed (int): the run's seed.
         iteration (int): counted from 0.
         responses_per_prompt (int): responses to each prompt.
+        limits (Limits): what responses must stay within.
     """
 
     prompts: PromptDataset
@@ -54,6 +89,7 @@ class Game:
     seed: int
     iteration: int = 0
     responses_per_prompt: int = 1
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -235,7 +271,8 @@ def play(
     """Answers prompts into shards of a store. Not collective: each team or machine makes shards of its own, and as many
     as it has. Call it while the generator is :func:`awake`.
 
-    A generator that can is given all prompts at once, and a shard is written when its last answer is there.
+    A generator that can is given all prompts at once, and a shard is written when its last answer is there. Every
+    response passes :func:`check_response` when it arrives.
 
     Args:
         store (PairStore): where the responses go; its number of shards divides the samples evenly.
@@ -250,16 +287,23 @@ def play(
         GeneratorError: If the generator's answers do not fit the prompts.
     """
     team = team or Team(0, 1)
+    count = game.responses_per_prompt
     parts = split_evenly(len(game.samples), store.num_shards)
+    check = partial(check_response, generator=generator, sampling=game.sampling, limits=game.limits)
 
     def chosen(shard: int) -> list[Prompt]:
         return [game.prompts[game.samples[i]] for i in parts[shard]]
 
     def requests(shard: int) -> Iterator[tuple[Sequence[int], int]]:
         for prompt in chosen(shard):
-            for k in range(game.responses_per_prompt):
+            for k in range(count):
                 seed = sample_seed(game.seed, game.iteration, prompt.sample_id, k)
                 yield prompt.prompt_ids, seed  # type: ignore[misc]
+
+    def checked(shard: int, index: int, answer: object) -> Completion:
+        """The answer to request ``index`` of a shard."""
+        prompt = game.prompts[game.samples[parts[shard][index // count]]]
+        return check(answer, sample_id=prompt.sample_id, prompt_tokens=len(prompt.prompt_ids))
 
     def finish(shard: int, completions: Sequence[Completion]) -> None:
         played = chosen(shard)
@@ -271,12 +315,16 @@ def play(
     if isinstance(generator, StreamingGenerator):
         if not shards or team.agree(should_stop()):
             return
-        sizes = [len(parts[shard]) * game.responses_per_prompt for shard in shards]
+        sizes = [len(parts[shard]) * count for shard in shards]
         stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), game.sampling)
         with closing(stream):
             # a rank that shares its engine asks its team, which takes a while; one that does not asks at every answer
             ends_here = (lambda: False) if team.is_shared else should_stop
-            for number, completions in _in_parts(stream, sizes, ends_here):
+
+            def checked_part(part: int, index: int, answer: object) -> Completion:
+                return checked(shards[part], index, answer)
+
+            for number, completions in _in_parts(stream, sizes, checked_part, ends_here, _name_of(generator)):
                 finish(shards[number], completions)
                 if team.agree(should_stop()):
                     return
@@ -288,34 +336,151 @@ def play(
         completions = generator.generate(
             [list(map(int, ids)) for ids, _ in asked], game.sampling, [seed for _, seed in asked]
         )
-        if not isinstance(completions, Sequence) or len(completions) != len(asked):
-            given = f"{len(completions)} answers" if isinstance(completions, Sequence) else repr(completions)
-            raise GeneratorError(
-                f"generator: {_name_of(generator)} gave {given} to {len(asked)} prompts; expected one each, in order."
-            )
-        finish(shard, completions)
+        _check_number(completions, len(asked), generator)
+        finish(shard, [checked(shard, index, answer) for index, answer in enumerate(completions)])
+
+
+def _check_number(completions: object, asked: int, generator: Generator) -> None:
+    if not isinstance(completions, Sequence) or len(completions) != asked:
+        given = f"{len(completions)} responses" if isinstance(completions, Sequence) else _shortened(completions)
+        raise GeneratorError(
+            f"generator: {_name_of(generator)} gave {given} to {asked} prompts; expected one each, in order."
+        )
 
 
 def _in_parts(
-    answers: Iterable[tuple[int, Completion]], sizes: Sequence[int], should_stop: Callable[[], bool]
+    answers: Iterable[object],
+    sizes: Sequence[int],
+    check: Callable[[int, int, object], Completion],
+    should_stop: Callable[[], bool],
+    name: str,
 ) -> Iterator[tuple[int, list[Completion]]]:
     """Sorts numbered answers into consecutive parts; gives each part, in order, when it is complete. Ends early if,
     after an answer, it is asked to stop."""
     bounds = np.cumsum([0, *sizes])
     missing = list(sizes)
     found: dict[int, dict[int, Completion]] = {}
-    for index, completion in answers:
+    for item in answers:
+        if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
+            raise GeneratorError(
+                f"generator: {name} gave {_shortened(item)}, expected (number of the request, its Completion)."
+            )
+        index, completion = item
         part = int(np.searchsorted(bounds, index, side="right")) - 1
-        if not 0 <= part < len(sizes) or index in found.setdefault(part, {}):
-            raise GeneratorError(f"The generator answered request {index} twice, or none such was asked.")
-        found[part][index] = completion
+        if not 0 <= part < len(sizes) or not missing[part] or index in found.setdefault(part, {}):
+            raise GeneratorError(
+                f"generator: {name} answered request {index} twice, or none such was asked; the {sum(sizes)} requests "
+                f"are 0 to {sum(sizes) - 1}."
+            )
+        found[part][index] = check(part, index - int(bounds[part]), completion)
         missing[part] -= 1
         if not missing[part]:
             yield part, [completion for _, completion in sorted(found.pop(part).items())]
         if should_stop():
             return
     if any(missing):
-        raise GeneratorError(f"The generator left {sum(missing)} of {sum(sizes)} prompts without an answer.")
+        raise GeneratorError(f"generator: {name} left {sum(missing)} of {sum(sizes)} prompts without a response.")
+
+
+def check_response(
+    answer: object,
+    *,
+    generator: Generator,
+    sampling: SamplingParams,
+    limits: Limits,
+    sample_id: str,
+    prompt_tokens: int,
+) -> Completion:
+    """The one gate that every response passes, whoever wrote it: embedded or in-process engine, server, file, or a
+    generator of the user's own.
+
+    A response may have ``max_new_tokens``, or as many as the context leaves (that of the model or, if it is shorter,
+    the generator's ``max_seq_len``). One that stopped ends with a stop token or a stop string; one that was cut has all
+    the tokens that it may have, unless the generator has ``takes_sampling = False``: other limits cut it. Empty
+    responses pass: ``pairs.empty`` says what becomes of them.
+
+    Args:
+        answer (object): what the generator gave.
+        generator (Generator): whose response it is.
+        sampling (SamplingParams): how it was asked.
+        limits (Limits): the vocabulary, the context, and how to read stop strings.
+        sample_id (str): whose prompt it answers, for the message.
+        prompt_tokens (int): length of that prompt.
+
+    Returns:
+        Completion: the answer.
+
+    Raises:
+        GeneratorError: If it is not a completion that can be the answer; names generator, sample, what was found and
+            what was expected.
+    """
+
+    def refuse(found: str) -> GeneratorError:
+        return GeneratorError(f"generator: {_name_of(generator)}, sample {sample_id}: the response {found}")
+
+    if not isinstance(answer, Completion):
+        raise refuse(f"is {_shortened(answer)}, expected a spin.generators.Completion of token ids and finish reason.")
+    ids, reason = answer.token_ids, answer.finish_reason
+    if isinstance(ids, str | bytes) or not hasattr(ids, "__len__") or not hasattr(ids, "__getitem__"):
+        raise refuse(f"has token_ids {_shortened(ids)}, expected a list of token ids.")
+    room = min(limits.max_seq_len, getattr(generator, "max_seq_len", sys.maxsize)) - prompt_tokens
+    most = max(0, min(sampling.max_new_tokens, room))
+    if len(ids) > most:  # before anything walks over it
+        why = f"max_new_tokens={most}" if most == sampling.max_new_tokens else f"what the context leaves: {most}"
+        raise refuse(f"has {len(ids)} tokens, expected at most {why}.")
+    wrong = next((i for i, token in enumerate(ids) if not isinstance(token, Integral) or isinstance(token, bool)), None)
+    if wrong is not None:
+        raise refuse(f"has {_shortened(ids[wrong])} as token {wrong}, expected whole numbers.")
+    ids = list(map(int, ids))  # from numpy's
+    if len(ids) and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
+        wrong = next(i for i, token in enumerate(ids) if not 0 <= token < limits.vocab_size)
+        raise refuse(f"has the id {ids[wrong]} as token {wrong}, expected 0 to {limits.vocab_size - 1}.")
+    banned = set(sampling.banned_token_ids).intersection(ids)
+    if banned:
+        raise refuse(
+            f"has the id {min(banned)}, which the tokenizer lacks; it cannot be text, and is never sampled here."
+        )
+    early = set(sampling.stop_token_ids).intersection(ids[:-1])
+    if early:
+        where = next(i for i, token in enumerate(ids) if token in early)
+        raise refuse(f"has stop token {ids[where]} as token {where} of {len(ids)}, expected it at the end only.")
+    if reason not in ("stop", "length"):
+        raise refuse(f"has finish reason {_shortened(reason)}, expected stop or length.")
+    ends = len(ids) > 0 and ids[-1] in sampling.stop_token_ids
+    if reason == "length" and ends:
+        raise refuse(
+            f"has finish reason 'length' but ends with stop token {ids[-1]}, expected 'stop'. A truncated response "
+            "must not be given an end that the model did not write."
+        )
+    if reason == "length" and 0 < len(ids) < most and getattr(generator, "takes_sampling", True):
+        raise refuse(
+            f"has finish reason 'length' with {len(ids)} tokens, expected {most} then, or 'stop' with a stop token at "
+            "the end. A generator whose context is shorter says so by its attribute max_seq_len."
+        )
+    if reason == "stop" and len(ids) and not ends and not _has_stop_string(ids, sampling, limits):
+        expected = f"a stop token of {list(sampling.stop_token_ids)}"
+        if sampling.stop_strings:
+            expected += f" or a text with one of {list(sampling.stop_strings)}"
+        raise refuse(
+            f"has finish reason 'stop' but ends with token {ids[-1]}, expected {expected}. If the engine left the stop "
+            "token out, append it: SPIN scores it; if it stops at others, name them in sampling.stop_token_ids."
+        )
+    if sampling.logprobs or answer.logprobs is not None:
+        logprobs = answer.logprobs
+        if not isinstance(logprobs, Sequence) or len(logprobs) != len(ids):
+            found = f"{len(logprobs)} log-probs" if isinstance(logprobs, Sequence) else f"logprobs {logprobs!r:.60}"
+            raise refuse(f"has {found} for {len(ids)} tokens, expected one each.")
+        wrong = next((i for i, value in enumerate(logprobs) if not isinstance(value, float | int)), None)
+        if wrong is not None:
+            raise refuse(f"has {_shortened(logprobs[wrong])} as log-prob {wrong}, expected numbers.")
+    return replace(answer, token_ids=ids)
+
+
+def _has_stop_string(ids: Sequence[int], sampling: SamplingParams, limits: Limits) -> bool:
+    if not sampling.stop_strings or limits.decode is None:
+        return bool(sampling.stop_strings)
+    text = limits.decode(list(ids))
+    return any(string in text for string in sampling.stop_strings)
 
 
 def prove_weights(
@@ -355,21 +520,26 @@ def prove_weights(
         return None
     asked = [prompts[i] for i in range(min(PROBE_PROMPTS, len(prompts)))]
     tokens = min(PROBE_TOKENS, sampling.max_new_tokens)
-    answers = generator.generate(
-        [list(map(int, prompt.prompt_ids)) for prompt in asked],
-        replace(
-            sampling,
-            max_new_tokens=tokens,
-            min_new_tokens=min(tokens, sampling.min_new_tokens),
-            stop_strings=(),
-            logprobs=True,
-        ),
-        list(range(len(asked))),
+    sampling = replace(
+        sampling,
+        max_new_tokens=tokens,
+        min_new_tokens=max(1, min(tokens, sampling.min_new_tokens)),
+        stop_strings=(),
+        logprobs=True,
     )
-    mine = [
-        (Pair(f"{world.rank} {i}", 0, prompt.prompt_ids, answer.token_ids), sum(answer.logprobs or ()))
-        for i, (prompt, answer) in enumerate(zip(asked, answers, strict=True))
-    ]
+    limits = Limits(model.tok_embeddings.weight.shape[0])  # type: ignore[union-attr, index]
+    mine = []
+    with fail_together(world, GeneratorError):
+        answers = generator.generate(
+            [list(map(int, prompt.prompt_ids)) for prompt in asked], sampling, list(range(len(asked)))
+        )
+        _check_number(answers, len(asked), generator)
+        for i, (prompt, given) in enumerate(zip(asked, answers, strict=True)):
+            at: dict[str, Any] = {"sample_id": prompt.sample_id, "prompt_tokens": len(prompt.prompt_ids)}
+            answer = check_response(given, generator=generator, sampling=sampling, limits=limits, **at)
+            if not len(answer.token_ids):
+                raise GeneratorError(f"{_name_of(generator)} gave sample {prompt.sample_id} an empty response.")
+            mine.append((Pair(f"{world.rank} {i}", 0, prompt.prompt_ids, answer.token_ids), sum(answer.logprobs or ())))
     by_rank = gather_objects(mine, world)
     pairs = [pair for part in by_rank for pair, _ in part]
     with torch.no_grad():
@@ -404,18 +574,6 @@ def _join(prompts: Sequence[Prompt], completions: Sequence[Completion], game: Ga
     pairs = []
     for i, prompt in enumerate(prompts):
         answers = completions[i * count : (i + 1) * count]
-        for answer in answers:
-            if not isinstance(answer, Completion):
-                raise GeneratorError(
-                    f"sample {prompt.sample_id}: the generator's answer is {_shortened(answer)}, expected a "
-                    "spin.generators.Completion of token ids and finish reason."
-                )
-            ends = len(answer.token_ids) > 0 and answer.token_ids[-1] in game.sampling.stop_token_ids
-            if answer.finish_reason == "length" and ends:
-                raise GeneratorError(
-                    f"sample {prompt.sample_id}: the answer has finish reason 'length' but ends with stop token "
-                    f"{answer.token_ids[-1]}. A truncated answer must not be given an end that the model did not write."
-                )
         pairs.append(
             Pair(
                 sample_id=prompt.sample_id,

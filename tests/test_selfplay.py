@@ -101,7 +101,7 @@ def test_a_stream_that_is_stopped_keeps_whole_shards(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda answers: answers[:-1], "left 1 of 20 prompts"),
+        (lambda answers: answers[:-1], "left 1 of 20 prompts without a response"),
         (lambda answers: [answers[0], *answers], "answered request 19 twice"),
         (lambda answers: [(20, answers[0][1])], "request 20"),
         (lambda answers: [(-1, answers[0][1])], "request -1"),
@@ -141,19 +141,19 @@ def test_shares_are_dealt_by_the_length_of_prompts(tmp_path):
 def test_too_few_answers_are_refused(tmp_path):
     generator = SeedEcho()
     generator.generate = lambda prompts, sampling, seeds: [Completion([1, STOP], "stop")]
-    with pytest.raises(GeneratorError, match="1 answers to 6 prompts"):
+    with pytest.raises(GeneratorError, match="1 responses to 6 prompts"):
         played(tmp_path / "a", [0], generator)
 
 
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        (None, r"generator: .*SeedEcho gave None to 6 prompts; expected one each"),
+        (None, r"generator: .*SeedEcho gave None of type NoneType to 6 prompts; expected one each"),
         (
             ["words"] * 6,
-            r"sample s0: the generator's answer is 'words' of type str, expected a spin.generators.Completion",
+            r"sample s0: the response is 'words' of type str, expected a spin.generators.Completion",
         ),
-        ([[1, STOP]] * 6, r"sample s0: the generator's answer is \[1, 9\] of type list"),
+        ([[1, STOP]] * 6, r"sample s0: the response is \[1, 9\] of type list"),
     ],
 )
 def test_answers_that_are_none_name_the_generator(tmp_path, answers, message):

@@ -62,7 +62,7 @@ class ReplayGenerator:
     """
 
     shares_policy_weights = False
-    takes_sampling = False
+    takes_sampling = False  # responses may have been cut before max_new_tokens
 
     def __init__(self, context: GeneratorContext, path: str | Path, on_missing: str = "error") -> None:
         if on_missing not in ("error", "empty"):
@@ -108,15 +108,11 @@ class ReplayGenerator:
             raise GeneratorError(f"{self.path}: a replayed response has no log-probs. Set sampling.logprobs=false.")
         asked: Counter[bytes] = Counter()
         completions, missing = [], []
-        unstopped = 0
         for index, prompt in enumerate(prompts):
             key = _key(prompt)
             answers = self._answers.get(key, [])
             if asked[key] < len(answers):
                 completion = self._completion(answers[asked[key]], prompt, sampling)
-                stop_is_known = bool(sampling.stop_token_ids) and not sampling.stop_strings
-                if stop_is_known and completion.finish_reason == "stop" and completion.token_ids:
-                    unstopped += completion.token_ids[-1] not in sampling.stop_token_ids
             else:
                 missing.append((index, len(answers)))
                 completion = Completion([], "length")
@@ -127,14 +123,6 @@ class ReplayGenerator:
         if missing:
             log.warning(
                 "%s: %d of %d prompts got an empty response (on_missing=empty).", self.path, len(missing), len(prompts)
-            )
-        if unstopped:
-            log.warning(
-                "%s: %d responses have finish_reason stop but do not end with a stop token of %s. If the engine left "
-                "it out, append it to generated_ids: SPIN scores it.",
-                self.path,
-                unstopped,
-                list(sampling.stop_token_ids),
             )
         return completions
 

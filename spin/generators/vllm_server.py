@@ -13,7 +13,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import requests
 import torch
 
 from spin.distributed import barrier, fail_together
@@ -21,14 +20,19 @@ from spin.dtypes import DTYPES
 from spin.errors import ConfigError, GeneratorError
 from spin.files import TRANSFER, check_own_folder
 from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
+from spin.generators.http import Client, Reply, TimedOutError, UnavailableError
 from spin.generators.vllm import KNOWN, is_banned, is_too_old, vllm_completion, vllm_sampling
 from spin.hf import check_model_type, export_hf
 
 log = logging.getLogger(__name__)
 
-_CONNECT_SECONDS = 10.0
+_SHORT_SECONDS = 60.0  # for what a server answers at once, if timeout_seconds is not less
+_MOST_TIMEOUTS = 3  # of one request
 _PAUSE_SECONDS = 1.0  # before the first repetition; doubled each time
 _LONGEST_PAUSE_SECONDS = 30.0
+# Of a response: much more than vLLM's JSON takes for a token (its id, and its text up to three times) and beside them.
+_BYTES_PER_TOKEN, _BYTES_BESIDES = 4096, 1 << 20
+_MOST_BYTES = 16 << 20  # of a response to anything else; /metrics is the longest
 _HOW_TO_SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve <model folder> --generation-config vllm"
 
 
@@ -40,7 +44,8 @@ class VLLMServerGenerator:
     (``VLLM_SERVER_DEV_MODE=1``): keep them inside a network that you trust.
 
     A server that dies in the middle of an iteration may be started again: requests are repeated until it answers, and
-    it is given the weights anew before it answers anything. Answers that are finished are kept.
+    it is given the weights anew before it answers anything. Answers that are finished are kept. A request that is not
+    answered in time is repeated twice. Redirects are not followed, and proxies are not used.
 
     Without ``transfer_dir`` the server keeps the model that it was started with: a judge in an evaluation, never an
     opponent. Then it needs no development endpoints, and ``fingerprint`` is the name of its model.
@@ -55,7 +60,7 @@ class VLLMServerGenerator:
         model_type (str | None): layout of the weights, a name of torchtune's ``ModelType``.
         dtype (str): of the written weights: ``bf16``, ``fp16`` or ``fp32``.
         concurrency (int): requests of a rank that the server has at a time.
-        timeout_seconds (float): for one answer, or for loading weights.
+        timeout_seconds (float): for one answer from connecting to its last byte, or for loading weights.
         wait_seconds (float): how long a server that is not there is waited for, at the start and in the middle.
         max_logprob_gap (float | None): see :class:`spin.generators.VLLMGenerator`.
         api_key_env (str | None): environment variable that holds the server's API key; the key itself stands nowhere.
@@ -112,17 +117,15 @@ class VLLMServerGenerator:
         self._model_type = None if model_type is None else check_model_type(model_type)
         self._transfer_dir = None if transfer_dir is None else Path(transfer_dir)
         self._concurrency = concurrency
-        self._timeout, self._wait = (_CONNECT_SECONDS, timeout_seconds), wait_seconds
-        self._headers, self._verify = headers, verify
-        self._sessions = threading.local()
+        self._timeout, self._wait = timeout_seconds, wait_seconds
+        self._client = Client(self._url, headers, verify, concurrency)
         self._lock = threading.Lock()
         self._started: float | None = None  # when the server that has the weights was started
         self._has_weights = transfer_dir is None
         self._await_server()
         self._check_version()
-        card = self._get("/v1/models").json()["data"][0]
-        self._name = card["id"]
-        self.max_seq_len = min(context.max_seq_len, card.get("max_model_len") or context.max_seq_len)
+        self._name, longest = self._card()
+        self.max_seq_len = min(context.max_seq_len, longest or context.max_seq_len)
         if transfer_dir is None:
             self.fingerprint = f"served {self._name}"
 
@@ -174,7 +177,9 @@ class VLLMServerGenerator:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
         finally:
+            self._client.give_up()  # a stream that ends early does not wait for what it asked for
             pool.shutdown(wait=True, cancel_futures=True)
+            self._client.gave_up.clear()
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Writes the policy's weights to ``transfer_dir`` and has the server load them. Collective.
@@ -233,9 +238,18 @@ class VLLMServerGenerator:
             **vllm_sampling(sampling, seed, limit, ban),
             **({"logprobs": 0} if sampling.logprobs else {}),
         }
-        choice = self._post("/v1/completions", body).json()["choices"][0]
-        logprobs = choice["logprobs"]["token_logprobs"] if sampling.logprobs else None
-        completion = vllm_completion(choice.get("token_ids"), choice.get("finish_reason"), logprobs, sampling)
+        most = _BYTES_BESIDES + _BYTES_PER_TOKEN * limit + 16 * len(prompt)  # the prompt's ids come back
+        reply = self._persistently("POST", "/v1/completions", most_bytes=most, body=body)
+        choices = reply.json().get("choices")
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            found = f"{len(choices)} choices" if isinstance(choices, list) else f"choices {choices!r:.60}"
+            raise GeneratorError(f"{reply.what}: answered with {found}, expected one, with token_ids.")
+        tokens, logprobs = choices[0].get("token_ids"), choices[0].get("logprobs")
+        if tokens is not None and not (isinstance(tokens, list) and all(type(token) is int for token in tokens)):
+            raise GeneratorError(f"{reply.what}: answered with token_ids {tokens!r:.60}, expected whole numbers.")
+        values = logprobs.get("token_logprobs") if sampling.logprobs and isinstance(logprobs, dict) else None
+        values = values if isinstance(values, list) else None
+        completion = vllm_completion(tokens, choices[0].get("finish_reason"), values, sampling)
         if not ban and is_banned(completion, sampling):
             return self._answer(prompt, seed, limit, sampling, ban=True)
         return completion
@@ -245,7 +259,9 @@ class VLLMServerGenerator:
         started = time.perf_counter()
         assert self._transfer_dir is not None
         path = str(self._transfer_dir.resolve())
-        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": path}})
+        self._persistently(
+            "POST", "/collective_rpc", body={"method": "reload_weights", "kwargs": {"weights_path": path}}
+        )
         reset = self._persistently("POST", "/reset_prefix_cache")
         # answers that other ranks have under way, of the same weights, may hold parts of the cache
         says = reset.json() if reset.headers.get("content-type", "").startswith("application/json") else {}
@@ -266,91 +282,101 @@ class VLLMServerGenerator:
 
     def _start_time(self) -> float | None:
         """When the server's process was started, in seconds since 1970, if it says."""
-        found = re.search(r"^process_start_time_seconds (\S+)$", self._get("/metrics").text, re.MULTILINE)
-        return float(found[1]) if found else None
+        found = re.search(r"^process_start_time_seconds ([0-9.e+]+)$", self._get("/metrics").text, re.MULTILINE)
+        try:
+            return float(found[1]) if found else None
+        except ValueError:
+            return None
 
     def _check_version(self) -> None:
-        found = str(self._get("/version").json().get("version", "unknown"))
+        found = f"{self._get('/version').json().get('version', 'unknown')!s:.40}"
         if is_too_old(found):
             raise GeneratorError(f"{self._url} runs vLLM {found}, expected {KNOWN}.")
         log.info(f"{self._url} runs vLLM {found} (known: {KNOWN}).")
+
+    def _card(self) -> tuple[str, int | None]:
+        """Name and context of the model that it serves."""
+        reply = self._get("/v1/models")
+        cards = reply.json().get("data")
+        card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
+        name, longest = card.get("id"), card.get("max_model_len")
+        if not isinstance(name, str) or not (longest is None or (type(longest) is int and longest > 0)):
+            raise GeneratorError(
+                f"{reply.what}: answered {reply.text[:100]!r}, expected data with id and max_model_len."
+            )
+        return name, longest
 
     def _await_server(self) -> None:
         """Returns when the server says that it is healthy."""
         deadline, pause = time.monotonic() + self._wait, _PAUSE_SECONDS
         while True:
             try:
-                self._send("GET", "/health")
+                left = max(1.0, deadline - time.monotonic())
+                self._send("GET", "/health", seconds=min(self._timeout, _SHORT_SECONDS, left))
                 return
-            except _UnavailableError as error:
+            except UnavailableError as error:
                 if time.monotonic() + pause > deadline:
                     raise GeneratorError(
                         f"no vLLM server at {self._url} within {self._wait:g} s: {error}. Start one ({_HOW_TO_SERVE}), "
                         "or change generator.url."
                     ) from error
-            time.sleep(pause)
+            self._pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     # ---- requests
-    def _get(self, path: str) -> requests.Response:
-        return self._persistently("GET", path)
+    def _get(self, path: str) -> Reply:
+        return self._persistently("GET", path, seconds=min(self._timeout, _SHORT_SECONDS))
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> requests.Response:
-        return self._persistently("POST", path, json=body)
+    def _pause(self, seconds: float) -> None:
+        if self._client.gave_up.wait(seconds):
+            raise GeneratorError(f"{self._url}: given up, because another request failed or the run was stopped.")
 
-    def _persistently(self, method: str, path: str, **arguments: Any) -> requests.Response:
+    def _persistently(self, method: str, path: str, **arguments: Any) -> Reply:
         """A request that is repeated, after longer and longer pauses, while the server is not there."""
-        deadline, pause = None, _PAUSE_SECONDS
+        deadline, pause, timeouts = None, _PAUSE_SECONDS, 0
         while True:
             try:
                 return self._send(method, path, **arguments)
-            except _UnavailableError as error:
+            except UnavailableError as error:
+                timeouts += isinstance(error, TimedOutError)
                 deadline = deadline or time.monotonic() + self._wait
-                if time.monotonic() + pause > deadline:
+                if time.monotonic() + pause > deadline or timeouts >= _MOST_TIMEOUTS:
+                    times = f"{timeouts} times" if timeouts >= _MOST_TIMEOUTS else f"for {self._wait:g} s"
                     raise GeneratorError(
-                        f"{self._url} did not answer for {self._wait:g} s: {error}. Finished shards are on disk; start "
-                        "the server and the same command again."
+                        f"{self._url} did not answer {times}: {error}. Finished shards are on disk; start the server "
+                        "and the same command again."
                     ) from error
-                log.warning(f"{self._url}: {error}; asking again in {pause:g} s.")
-            time.sleep(pause)
+                if not self._client.gave_up.is_set():
+                    log.warning(f"{self._url}: {error}; asking again in {pause:g} s.")
+            self._pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             if path == "/v1/completions":
                 self._await_server()
                 self._ensure_weights(after_failure=True)
 
-    def _send(self, method: str, path: str, **arguments: Any) -> requests.Response:
-        """One request; ``_UnavailableError`` if a later one may succeed, ``GeneratorError`` if none will."""
-        session = self._session()
-        try:
-            # given here, because a session's own `verify` yields to REQUESTS_CA_BUNDLE
-            response = session.request(
-                method, f"{self._url}{path}", timeout=self._timeout, verify=self._verify, **arguments
-            )
-        except requests.exceptions.SSLError as error:
-            raise GeneratorError(f"{self._url}: {error}. Set generator.verify to your CA bundle.") from error
-        except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
-            raise _UnavailableError(f"{method} {path}: {type(error).__name__}") from error
-        if response.status_code in (429, 502, 503, 504):
-            raise _UnavailableError(f"{method} {path}: HTTP {response.status_code}")
-        if response.status_code in (401, 403):
-            raise GeneratorError(f"{self._url}: HTTP {response.status_code}. Name the key's variable: api_key_env.")
-        if response.status_code == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        seconds: float | None = None,
+        most_bytes: int = _MOST_BYTES,
+    ) -> Reply:
+        """One request; ``UnavailableError`` if a later one may succeed, ``GeneratorError`` if none will."""
+        reply = self._client.request(
+            method, path, body=body, seconds=self._timeout if seconds is None else seconds, most_bytes=most_bytes
+        )
+        status = reply.status
+        if status in (429, 502, 503, 504):
+            raise UnavailableError(f"{method} {path}: HTTP {status}")
+        if status in (401, 403):
+            raise GeneratorError(f"{self._url}: HTTP {status}. Name the key's variable: api_key_env.")
+        if status == 404 and path in ("/collective_rpc", "/reset_prefix_cache"):
             raise GeneratorError(
                 f"{self._url} has no {path}, which brings it the policy's weights. Start it as {_HOW_TO_SERVE}."
             )
-        if response.status_code == 500 and path == "/v1/completions":
-            raise _UnavailableError(f"{method} {path}: HTTP 500: {response.text[:200]}")  # its engine died
-        if not response.ok:
-            raise GeneratorError(f"{self._url}: {method} {path}: HTTP {response.status_code}: {response.text[:500]}")
-        return response
-
-    def _session(self) -> requests.Session:
-        """The session of this thread, which keeps its connection."""
-        if not hasattr(self._sessions, "session"):
-            session = self._sessions.session = requests.Session()
-            session.headers.update(self._headers)
-        return self._sessions.session
-
-
-class _UnavailableError(Exception):
-    """The server did not answer, or said that it cannot now."""
+        if status == 500 and path == "/v1/completions":
+            raise UnavailableError(f"{method} {path}: HTTP 500: {reply.text[:200]}")  # its engine died
+        if not 200 <= status < 300:
+            raise GeneratorError(f"{reply.what}: HTTP {status}: {reply.text[:500]}")
+        return reply

@@ -96,13 +96,6 @@ def test_long_answers_are_cut_at_the_limits(tmp_path):
     assert [c.finish_reason for c in completions] == ["length", "length"]
 
 
-def test_a_stop_token_that_was_left_out_is_mentioned(tmp_path, caplog):
-    file = _jsonl(tmp_path, {"prompt_ids": [1], "generated_ids": [5], "finish_reason": "stop"})
-    with caplog.at_level(logging.WARNING):
-        ReplayGenerator(CONTEXT, file).generate([[1]], SAMPLING, [0])
-    assert "1 responses have finish_reason stop but do not end with a stop token of [2]" in caplog.text
-
-
 def test_log_probs_cannot_be_had(path):
     with pytest.raises(GeneratorError, match="no log-probs"):
         ReplayGenerator(CONTEXT, path).generate([[7]], SamplingParams(logprobs=True), [0])
