@@ -598,7 +598,8 @@ class SPINLoRARecipe:
         raise CollapseError(f"{alarm.message} The run is {state}; the same command goes on, with what you change.")
 
     def _finish_iteration(self, iteration: int, pairs: PairLookup) -> None:
-        model_dir = self._checkpointer.export(self._model, iteration, self._world, self._tokenizer)
+        stops = self._sampling.stop_token_ids
+        model_dir = self._checkpointer.export(self._model, iteration, self._world, self._tokenizer, stops)
         checkpoint = self.save_checkpoint()
         if self._world.is_main:
             summary = iteration_summary(

@@ -19,7 +19,7 @@ import pickle
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,7 +59,16 @@ from spin.files import (
     write_json,
 )
 from spin.fingerprint import file_sha256, json_fingerprint
-from spin.hf import check_model_type, export_hf, load_hf_weights, read_hf_config, stored_elements
+from spin.hf import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIGS,
+    check_model_type,
+    export_hf,
+    load_hf_weights,
+    read_companion,
+    read_hf_config,
+    stored_elements,
+)
 
 log = logging.getLogger(__name__)
 
@@ -131,6 +140,8 @@ class SPINCheckpointer:
             CheckpointError: If the model folder is not whole, or the output folder cannot be written or is too small.
         """
         read_hf_config(self.checkpoint_dir)
+        for name in (GENERATION_CONFIG, *TOKENIZER_CONFIGS):  # which an export changes
+            read_companion(self.checkpoint_dir / name)
         parameters = stored_elements(self.checkpoint_dir)
         try:
             self.states_dir.mkdir(parents=True, exist_ok=True)
@@ -171,7 +182,14 @@ class SPINCheckpointer:
         """Puts the weights that the run started from into the model; see :mod:`spin.mixed_opponent`."""
         self.load_model(model, world)
 
-    def export(self, model: nn.Module, iteration: int, world: World, tokenizer: object = None) -> Path:
+    def export(
+        self,
+        model: nn.Module,
+        iteration: int,
+        world: World,
+        tokenizer: object = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Path:
         """Writes the model for transformers and vLLM; see :func:`spin.hf.export_hf`. Waits for a state being written.
 
         Args:
@@ -180,13 +198,14 @@ class SPINCheckpointer:
             world (World): the ranks.
             tokenizer (object): the run's. Of a :class:`spin.data.ChatTokenizer` the folder gets the files, and the chat
                 template that the config put in place of the folder's own; else ``checkpoint_dir``'s.
+            stop_ids (Sequence[int]): the run's stop tokens, see :func:`spin.hf.write_companions`; without any, the
+                tokenizer's.
 
         Returns:
             Path: ``output_dir/iteration_NNN/hf_model``.
         """
         self.wait()
         out_dir = self.output_dir / f"iteration_{iteration:03d}" / "hf_model"
-        own = tokenizer if isinstance(tokenizer, ChatTokenizer) else None
         return export_hf(
             model,
             self.checkpoint_dir,
@@ -194,9 +213,18 @@ class SPINCheckpointer:
             self.model_type,
             dtype=self.export_dtype,
             world=world,
-            tokenizer_dir=None if own is None else own.path,
-            chat_template=None if own is None else own.chat_template,
+            **self._companions(tokenizer, stop_ids),
         )
+
+    @staticmethod
+    def _companions(tokenizer: object, stop_ids: Sequence[int]) -> dict[str, Any]:
+        """Arguments of :func:`spin.hf.write_companions`."""
+        own = tokenizer if isinstance(tokenizer, ChatTokenizer) else None
+        return {
+            "tokenizer_dir": None if own is None else own.path,
+            "chat_template": None if own is None else own.chat_template,
+            "stop_ids": stop_ids or getattr(tokenizer, "eos_ids", ()),
+        }
 
     # ---- save
 

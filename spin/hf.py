@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 Tensors = dict[str, torch.Tensor]
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 _NO_CONFIG = "Every Hugging Face model has one: download the model again."
 INDEX = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
@@ -55,7 +57,7 @@ _TOKENIZER_FILES = (
     "chat_template*",
 )
 _COMPANIONS = (
-    "generation_config.json",
+    GENERATION_CONFIG,
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -611,6 +613,7 @@ def export_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     tokenizer_dir: Path | None = None,
     chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
     kind: str = "model",
 ) -> Path:
     """Writes a model as a Hugging Face folder that transformers and vLLM load: weights, config, tokenizer, licence.
@@ -628,6 +631,7 @@ def export_hf(
         max_file_bytes (int): a file ends with the layer before the one that would exceed this many bytes.
         tokenizer_dir (Path | None): where the tokenizer's files come from; None is ``source_dir``.
         chat_template (str | None): Jinja, in place of the one among those files.
+        stop_ids (Sequence[int]): see :func:`write_companions`.
         kind (str): what the folder is for, see :func:`spin.files.start_folder`.
 
     Returns:
@@ -671,11 +675,7 @@ def export_hf(
                 _write_tensors(mine, part / names[first + world.rank])
     with fail_together(world, CheckpointError):
         if world.is_main:
-            _write_companions(source, part, _COMPANIONS)
-            _write_companions(tokenizer_dir or source, part, _TOKENIZER_FILES)
-            if chat_template is not None:
-                (part / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-                sync(part / _CHAT_TEMPLATE)
+            config |= write_companions(source, part, tokenizer_dir, chat_template, stop_ids)
             if len(files) > 1:
                 _write_index(part / INDEX, files, names, dtype)
             write_json(part / CONFIG, _exported_config(config, dtype, tied="output.weight" not in tensors))
@@ -710,11 +710,110 @@ def _write_index(file: Path, files: list[list[_Group]], names: list[str], dtype:
     write_json(file, {"metadata": {"total_size": elements * dtype.itemsize}, "weight_map": dict(sorted(where.items()))})
 
 
-def _write_companions(source: Path, part: Path, patterns: Sequence[str]) -> None:
-    for file in sorted(source.iterdir()):
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
-            shutil.copyfile(file, part / file.name)
-            sync(part / file.name)
+def write_companions(
+    source: Path,
+    part: Path,
+    tokenizer_dir: Path | None = None,
+    chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Writes what a model needs beside weights and config, so that it stops where it was trained to.
+
+    ``generation_config.json`` is made if there is none. The tokenizer's EOS becomes the first stop token, which closes
+    a turn. A pad token that equals it gives way to the EOS before, if that is another one: who trains the model
+    further and masks padding by value would mask every end.
+
+    Args:
+        source (Path): the folder that the model was loaded from.
+        part (Path): the folder to write to.
+        tokenizer_dir (Path | None): where the tokenizer's files come from; None is ``source``.
+        chat_template (str | None): Jinja, in place of the one among those files.
+        stop_ids (Sequence[int]): what ended the run's responses, the token that closes a turn first; the source's own
+            stop tokens stay behind them. Without any, files are copied as they are.
+
+    Returns:
+        dict[str, Any]: what changes in ``config.json``.
+
+    Raises:
+        CheckpointError: If a file of the source is no JSON object, or cannot be written.
+    """
+    for folder, patterns in ((source, _COMPANIONS), (tokenizer_dir or source, _TOKENIZER_FILES)):
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
+                shutil.copyfile(file, part / file.name)
+                sync(part / file.name)
+    if chat_template is not None:
+        (part / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+        sync(part / _CHAT_TEMPLATE)
+    if not stop_ids:
+        return {}
+    config = read_companion(source / CONFIG)
+    generation = read_companion(part / GENERATION_CONFIG)
+    own = [token for each in (generation, config) for token in _token_ids(each.get("eos_token_id"))]
+    stops = list(dict.fromkeys([*stop_ids, *own]))
+    changed: dict[str, Any] = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    others = [token for token in own if token != stop_ids[0]]
+    if others and stop_ids[0] in (generation.get("pad_token_id"), config.get("pad_token_id")):
+        changed["pad_token_id"] = others[0]
+    if not generation:
+        generation = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+    write_json(part / GENERATION_CONFIG, generation | changed)
+    _set_eos_token(part, stop_ids[0])
+    return changed
+
+
+def read_companion(file: Path) -> dict[str, Any]:
+    """A JSON file beside a model's weights.
+
+    Args:
+        file (Path): such as ``generation_config.json``.
+
+    Returns:
+        dict[str, Any]: its content; empty if there is no such file.
+
+    Raises:
+        CheckpointError: If it is no JSON object.
+    """
+    return _read_json(file, "Download the model again.") if file.is_file() else {}
+
+
+def _token_ids(value: object) -> list[int]:
+    """What ``eos_token_id`` holds: none, one or several."""
+    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
+
+
+def _set_eos_token(part: Path, token: int) -> None:
+    """Makes a token the EOS of the tokenizer in a folder, where it has another one."""
+    text = _added_text(part, token)
+    for name in TOKENIZER_CONFIGS:
+        content = read_companion(part / name)
+        old, pad = content.get("eos_token"), content.get("pad_token")
+        if text is None or _text(old) == text or not (content or (part / "tokenizer.json").is_file()):
+            continue
+        if old is None and name != TOKENIZER_CONFIGS[0]:
+            continue
+        changed = {"eos_token": {**old, "content": text} if isinstance(old, dict) else text}
+        if _text(pad) == text and old is not None:
+            changed["pad_token"] = old
+        write_json(part / name, content | changed)
+
+
+def _text(token: Any) -> Any:
+    """A special token's text, beside which some files hold more."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added_text(part: Path, token: int) -> str | None:
+    """The text of an added token; None if the folder's files do not say, as of a token of the vocabulary proper."""
+    listed = read_companion(part / "tokenizer.json").get("added_tokens")
+    decoder = read_companion(part / TOKENIZER_CONFIGS[0]).get("added_tokens_decoder")
+    found = [
+        each
+        for each in (listed if isinstance(listed, list) else [])
+        if isinstance(each, dict) and each.get("id") == token
+    ]
+    text = _text(found[0] if found else decoder.get(str(token)) if isinstance(decoder, dict) else None)
+    return text if isinstance(text, str) else None
 
 
 def _exported_config(config: dict[str, Any], dtype: torch.dtype, tied: bool) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,14 @@ class LoRACheckpointer(SPINCheckpointer):
             )
         super().load_state(path, **arguments)
 
-    def export(self, model: nn.Module, iteration: int, world: World, tokenizer: object = None) -> Path:
+    def export(
+        self,
+        model: nn.Module,
+        iteration: int,
+        world: World,
+        tokenizer: object = None,
+        stop_ids: Sequence[int] = (),
+    ) -> Path:
         """Writes the adapter for peft, and the merged model; waits for a state being written. Collective.
 
         Args:
@@ -215,11 +223,13 @@ class LoRACheckpointer(SPINCheckpointer):
             iteration (int): counted from 0, in the folder's name.
             world (World): the ranks.
             tokenizer (object): see :meth:`spin.checkpoint.SPINCheckpointer.export`.
+            stop_ids (Sequence[int]): see :meth:`spin.checkpoint.SPINCheckpointer.export`.
 
         Returns:
             Path: ``output_dir/iteration_NNN/hf_model``, or ``adapter`` beside it without ``export_merged``.
         """
         self.wait()
         out_dir = self.output_dir / f"iteration_{iteration:03d}" / "adapter"
-        export_peft(model, self.checkpoint_dir, out_dir, self.model_type, world=world)
-        return super().export(model, iteration, world, tokenizer) if self.export_merged else out_dir
+        companions = self._companions(tokenizer, stop_ids)
+        export_peft(model, self.checkpoint_dir, out_dir, self.model_type, world=world, **companions)
+        return super().export(model, iteration, world, tokenizer, stop_ids) if self.export_merged else out_dir

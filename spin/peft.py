@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,26 @@ from spin.adapters import adapted_modules, adapter_scale, whole_magnitude
 from spin.distributed import World, clean_name, fail_together, full_tensor, reshard, weight_gathers
 from spin.errors import CheckpointError
 from spin.files import finish_folder, part_of, start_folder, sync, write_json
-from spin.hf import check_model_type, stored_rows
+from spin.hf import check_model_type, stored_rows, write_companions
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def export_peft(
-    model: nn.Module, source_dir: str | Path, out_dir: str | Path, model_type: str, *, world: World
+    model: nn.Module,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    model_type: str,
+    *,
+    world: World,
+    tokenizer_dir: Path | None = None,
+    chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
 ) -> Path:
     """Writes a model's adapters as a folder that ``peft.PeftModel.from_pretrained`` loads onto the base. Collective.
+
+    With stop tokens, tokenizer and ``generation_config.json`` lie beside them: the base's own need not stop where the
+    adapter was trained to.
 
     Rows of B and of DoRA's magnitude move as those of W do. Where a family stores several weights as one (Phi: queries,
     keys and values), their adapters become one of the sum of their ranks, whose B has blocks of zeros.
@@ -33,6 +45,9 @@ def export_peft(
         out_dir (str | Path): the folder to write; an adapter that was exported there is replaced.
         model_type (str): name in torchtune's ``ModelType``.
         world (World): the ranks.
+        tokenizer_dir (Path | None): see :func:`spin.hf.write_companions`.
+        chat_template (str | None): see :func:`spin.hf.write_companions`.
+        stop_ids (Sequence[int]): see :func:`spin.hf.write_companions`; without any there are weights alone.
 
     Returns:
         Path: ``out_dir``.
@@ -61,6 +76,8 @@ def export_peft(
             tensors |= {f"base_model.model.{target}.{part}": tensor for part, tensor in adapter.items()}
     with fail_together(world, CheckpointError):
         if world.is_main:
+            if stop_ids:
+                write_companions(Path(source_dir), part_of(out), tokenizer_dir, chat_template, stop_ids)
             _write_weights(tensors, part_of(out) / WEIGHTS)
             write_json(part_of(out) / CONFIG, _config(ranks, list(modules.values()), source_dir))
             finish_folder(out)
