@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -182,7 +183,7 @@ def open_regular(file: Path) -> BinaryIO:
         raise OSError(str(error)) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError("not a regular file")
+        raise OSError(errno.EINVAL, "not a regular file", str(file))
     return open(descriptor, "rb")
 
 
@@ -322,17 +323,16 @@ def read_lines(file: Path) -> Iterator[bytes]:
         file (Path): a regular file, or a link to one.
 
     Yields:
-        bytes: without their line feeds; of a line that is too long for :func:`parse_json` just enough to be refused.
+        bytes: without their line feeds. A line that is too long for :func:`parse_json` is the last one, and cut.
 
     Raises:
         OSError: As :func:`open_regular` does.
     """
     with open_regular(file) as stream:
         while line := stream.readline(MAX_JSON_BYTES + 1):
-            rest = line
-            while rest and not rest.endswith(b"\n"):
-                rest = stream.readline(MAX_JSON_BYTES + 1)
             yield line.removesuffix(b"\n")
+            if len(line) > MAX_JSON_BYTES:
+                return
 
 
 def json_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from spin.adapters import dequantized
 from spin.distributed import clean_name, reshard
+from spin.files import open_regular
 
 _CHUNK_ELEMENTS = 1 << 18  # 2 MiB of int64: stays in the CPU's cache
 _FILE_CHUNK_BYTES = 16 << 20
@@ -143,7 +144,7 @@ def file_sha256(path: str | Path) -> str:
         str: 64 hexadecimal digits.
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(Path(path)) as file:
         while piece := file.read(_FILE_CHUNK_BYTES):
             digest.update(piece)
     return digest.hexdigest()

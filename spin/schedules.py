@@ -26,11 +26,9 @@ def per_iteration(value: Number | Sequence[Number], iteration: int, max_iteratio
             not one of the run's. NeMo-Aligner finds a short list out only when its iteration starts; call this once for
             iteration 0 before weights are loaded.
     """
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        entries: Sequence[Number] = [value] * max_iterations
-    else:
-        entries = value
-    if len(entries) != max_iterations:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    entries: Sequence[Number] = value if is_list else [value]  # type: ignore[list-item,assignment]
+    if is_list and len(entries) != max_iterations:
         raise ConfigError(
             f"{list(entries)} has {len(entries)} values for {max_iterations} iterations. Give one number, or one for "
             "each iteration."
@@ -42,7 +40,7 @@ def per_iteration(value: Number | Sequence[Number], iteration: int, max_iteratio
             )
     if not 0 <= iteration < max_iterations:
         raise ConfigError(f"iteration {iteration} is outside this run's iterations 0 to {max_iterations - 1}.")
-    return entries[iteration]
+    return entries[iteration if is_list else 0]
 
 
 def warmup_steps(warmup: int | float, total_steps: int) -> int:

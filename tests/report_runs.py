@@ -4,7 +4,9 @@ import json
 import math
 from pathlib import Path
 
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import save
 
 from spin.data import Pair, PairStore, Response
 
@@ -69,7 +71,7 @@ def write_run(folder, iterations=2, steps=10, finished=True, changes=None, promp
             model = folder / f"iteration_{iteration:03d}" / "hf_model"
             model.mkdir(parents=True, exist_ok=True)
             (model / "config.json").write_text("{}")
-            (model / "model.safetensors").write_bytes(b"weights")
+            (model / "model.safetensors").write_bytes(save({"w": torch.zeros(1)}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
     return folder

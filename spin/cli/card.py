@@ -14,6 +14,7 @@ from spin.cli.runs import iteration_folders, read_config, read_json_lines
 from spin.data import PairStore
 from spin.errors import OutputError
 from spin.fingerprint import file_sha256
+from spin.report.record import is_number
 from spin.schedules import per_iteration
 from spin.terminal import printable
 
@@ -34,15 +35,20 @@ def model_card(
         str: Markdown with Hugging Face's YAML head.
 
     Raises:
-        OutputError: If the run's config is not there.
+        OutputError: If the run's config is not there, or not whole.
     """
     cfg = read_config(run)
     if cfg is None:
         raise OutputError(f"{run / 'config.yaml'}: missing, so it is not known how the model was made.")
+    for key, kind in (("checkpointer.checkpoint_dir", str), ("max_iterations", int)):
+        if not isinstance(found := OmegaConf.select(cfg, key), kind):
+            raise OutputError(f"{run / 'config.yaml'}: {key} is {found!r}; it is not known how the model was made.")
     base = base_model or Path(cfg.checkpointer.checkpoint_dir).name
+    sources = OmegaConf.select(cfg, "dataset.sources")
+    parts = [part for part in sources.values() if OmegaConf.is_dict(part)] if OmegaConf.is_dict(sources) else []
     source = OmegaConf.select(cfg, "dataset.source") or ", ".join(
-        f"{part.source} (weight {part.weight:g})" if "weight" in part else str(part.source)
-        for part in (OmegaConf.select(cfg, "dataset.sources") or {}).values()
+        f"{part.get('source')} (weight {part.weight})" if "weight" in part else str(part.get("source"))
+        for part in parts
     )
     head = {
         "library_name": "peft" if (model / "adapter_config.json").is_file() else "transformers",
@@ -98,18 +104,19 @@ def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
 
 def _iterations(run: Path, cfg: DictConfig, last: int) -> str:
     metrics = read_json_lines(run / "metrics.jsonl")
-    beta = OmegaConf.to_container(cfg.loss, resolve=True).get("beta")  # type: ignore[union-attr]
+    beta = OmegaConf.select(cfg, "loss.beta")
+    beta = OmegaConf.to_container(beta, resolve=True) if OmegaConf.is_config(beta) else beta
     rows = []
     for iteration in range(last + 1):
-        steps = [row for row in metrics if row.get("iteration") == iteration and "loss" in row]
-        val = [row["val_loss"] for row in metrics if row.get("iteration") == iteration and "val_loss" in row]
+        steps = [row for row in metrics if row.get("iteration") == iteration and is_number(row.get("loss"))]
+        val = [n for row in metrics if row.get("iteration") == iteration and is_number(n := row.get("val_loss"))]
         rows.append(
             (
                 str(iteration),
                 str(per_iteration(beta, iteration, cfg.max_iterations)),
                 str(len(steps)),
                 f"{steps[0]['loss']:.4f} to {steps[-1]['loss']:.4f}" if steps else "unknown",
-                f"{steps[-1]['acc']:.3f}" if steps else "unknown",
+                f"{steps[-1]['acc']:.3f}" if steps and is_number(steps[-1].get("acc")) else "unknown",
                 f"{val[-1]:.4f}" if val else "none",
             )
         )

@@ -7,10 +7,12 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from spin.cli.card import model_card
 from spin.cli.runs import iteration_folders, model_of
 from spin.errors import OutputError
-from spin.files import MARKER, finish_folder, start_folder, sync, writing
+from spin.files import MARKER, finish_folder, replace_text, start_folder, sync, writing
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,22 +47,46 @@ def main(argv: Sequence[str]) -> None:
     if iteration not in models:
         raise OutputError(f"{run}: iteration {iteration} has no model; finished are {', '.join(map(str, models))}.")
     source = models[iteration]
+    files = _files_of(source, run)
     card = model_card(run, iteration, source, base_model=arguments.base_model, license_id=arguments.license)
     if arguments.out is None:
-        with writing(source / "README.md"):
-            (source / "README.md").write_text(card, encoding="utf-8")
+        replace_text(source / "README.md", card)
         print(source)
         return
     out: Path = arguments.out
     if out.exists():
         raise OutputError(f"{out}: is there already. Give --out a folder that is not.")
+    there = next(folder for folder in out.absolute().parents if folder.is_dir())
     with writing(out):
+        size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(there).free
+        if size > free:
+            raise OutputError(f"{out}: needs {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. Make room.")
         part = start_folder(out, "copy of a model")
-        for file in sorted(source.iterdir()):
-            if file.is_file() and file.name != MARKER:
-                shutil.copyfile(file, part / file.name)
+        for file in files:
+            shutil.copyfile(file, part / file.name)
         (part / "README.md").write_text(card, encoding="utf-8")
         for file in part.iterdir():
             sync(file)
         finish_folder(out)
     print(out)
+
+
+def _files_of(model: Path, run: Path) -> list[Path]:
+    """The files of an exported model. None is a link out of the run, whose target would be published or written to."""
+    files = [file for file in sorted(model.iterdir()) if file.is_file() and file.name != MARKER]
+    for path in (model, *files):
+        if run.resolve() not in path.resolve().parents:
+            raise OutputError(
+                f"{path}: a link to {path.resolve()}, outside the run's folder. If that is meant, put a "
+                "copy in its place."
+            )
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, framework="numpy"):
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise OutputError(
+                    f"{file}: not a whole safetensors file ({error}); export another iteration."
+                ) from error
+    return files

@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from spin.errors import ConfigError, OutputError
+from spin.config import load_config
+from spin.errors import OutputError
 from spin.files import json_lines
 
 _ITERATION = re.compile(r"iteration_(\d+)")
@@ -44,13 +44,7 @@ def read_config(run: Path) -> DictConfig | None:
     file = run / "config.yaml"
     if not file.is_file():
         return None
-    try:
-        cfg = OmegaConf.load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: not valid YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(cfg, DictConfig):
-        raise ConfigError(f"{file}: the top level is a list, expected the config that the run wrote.")
-    return cfg
+    return load_config(str(file))
 
 
 def model_of(iteration: Path, adapter: bool = False) -> Path | None:

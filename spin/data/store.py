@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
-from spin.files import keep_aside, parse_json, read_json, taking_turns, unused_name, write_json, writing
+from spin.files import keep_aside, open_regular, parse_json, read_json, taking_turns, unused_name, write_json, writing
 from spin.fingerprint import file_sha256, json_fingerprint
 
 log = logging.getLogger(__name__)
@@ -358,6 +358,7 @@ class PairStore:
         file = self._shard(index)
         recorded = self._recorded(file)
         try:
+            open_regular(file).close()  # of a pipe nothing would ever come
             found = pq.read_schema(file)
             if not found.equals(_SCHEMA):
                 return None, f"damaged (it has the columns {found.names}, expected {_SCHEMA.names})"
@@ -453,6 +454,10 @@ def _fault_in(table: pa.Table) -> str | None:
     for name in table.column_names:
         if not name.startswith("reference_") and table[name].null_count:
             return f"{name} is missing in {table[name].null_count} rows"
+        if name.endswith("_ids"):
+            ids = pc.list_flatten(table[name])
+            if ids.null_count or (pc.min(ids).as_py() or 0) < 0:
+                return f"{name} holds what is no token id"
     unknown = set(pc.unique(table["finish_reason"]).to_pylist()) - {"stop", "length"}
     return f"finish_reason is {', '.join(sorted(unknown))}" if unknown else None
 

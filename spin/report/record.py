@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from spin.cli.runs import iteration_folders, model_of, read_config, read_json_lines
 from spin.errors import ConfigError, StoreError
-from spin.files import read_json
+from spin.files import open_regular, read_json
 
 Metrics = Mapping[str, Any]
 
@@ -177,13 +177,16 @@ def _count_answers(store: Path, found: IterationRecord, remarks: list[str]) -> N
     tokens = {"prompt": 0, "real": 0, "generated": 0}
     for shard in sorted(store.glob("shard-*.parquet")):
         try:
-            table = pq.read_table(shard, columns=["finish_reason", *(f"{name}_ids" for name in tokens)])
-        except (OSError, ValueError, pa.ArrowException) as error:
+            with open_regular(shard) as stream:
+                table = pq.read_table(stream, columns=["finish_reason", *(f"{name}_ids" for name in tokens)])
+            truncated = pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+            lengths = {name: pc.sum(pc.list_value_length(table[f"{name}_ids"])).as_py() or 0 for name in tokens}
+        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
             remarks.append(f"{shard}: cannot be read ({error}); its answers are not counted.")
             continue
         found.answers += table.num_rows
-        found.truncated += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
-        for name in tokens:
-            tokens[name] += pc.sum(pc.list_value_length(table[f"{name}_ids"])).as_py() or 0
+        found.truncated += truncated
+        for name, length in lengths.items():
+            tokens[name] += length
     if found.answers:
         found.mean_tokens = {name: count / found.answers for name, count in tokens.items()}

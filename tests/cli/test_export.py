@@ -4,8 +4,10 @@ import hashlib
 import shutil
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
+from safetensors.torch import save
 
 from spin.cli import main
 from spin.cli.card import model_card
@@ -99,12 +101,12 @@ def test_the_adapter_of_a_lora_run(run_folder, tmp_path):
     adapter = run_folder / "iteration_001" / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    (adapter / "adapter_model.safetensors").write_bytes(b"adapter")
+    (adapter / "adapter_model.safetensors").write_bytes(save({"w": torch.ones(1)}))
     assert main(["export", str(run_folder), "--adapter", "--out", str(tmp_path / "asked")]) == 0
     shutil.rmtree(run_folder / "iteration_001" / "hf_model")
     assert main(["export", str(run_folder), "--out", str(tmp_path / "only")]) == 0
     for out in (tmp_path / "asked", tmp_path / "only"):
-        assert (out / "adapter_model.safetensors").read_bytes() == b"adapter"
+        assert (out / "adapter_model.safetensors").read_bytes() == save({"w": torch.ones(1)})
         assert "library_name: peft" in (out / "README.md").read_text()
 
 
