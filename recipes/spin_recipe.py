@@ -48,6 +48,7 @@ from spin.errors import CollapseError, OutputError
 from spin.files import FolderLock
 from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, sampling_params
+from spin.logits_check import self_test
 from spin.logprobs import pair_objective
 from spin.loss import row_losses
 from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics, speed_metrics, validation_metrics
@@ -149,6 +150,8 @@ class SPINRecipe:
         log.info(opening_words(self._progress, *sizes))
 
         # ---- model
+        if cfg.self_test and resume_path is None:
+            self_test(cfg, self._world)
         flex = choose_attention(self._model, self._world, compute_dtype, cfg.attention)
         self._packing = row_layout(self._model, cfg, flex)
         self._scoring: dict[str, Any] = {"packing": self._packing, "chunk_tokens": cfg.logprob_chunk_tokens}

@@ -21,22 +21,47 @@ from torchtune.modules import TransformerDecoder
 Value = TypeVar("Value")
 
 
-def fix_gemma2_softcap(model: nn.Module, *, attention_cap: float = 50.0, final_cap: float = 30.0) -> bool:
+_RELEASED = (50.0, 30.0)  # attention and logits, of every released Gemma 2
+
+
+def gemma2_caps(model: nn.Module) -> tuple[float | None, float | None] | None:
+    """The soft caps with which a Gemma 2 computes: those that its builder was given.
+
+    30 and 50 are what torchtune's ``gemma2_2b``, ``gemma2_9b`` and ``gemma2_27b`` give for 50 and 30.
+
+    Args:
+        model (nn.Module): any torchtune decoder.
+
+    Returns:
+        tuple[float | None, float | None] | None: ``attn_logit_softcapping`` and ``final_logit_softcapping`` as
+        config.json names them; None for other models.
+    """
+    norm = getattr(model, "norm", None)
+    if not isinstance(norm, Gemma2FinalNorm):
+        return None
+    attention = {module.softcapping for module in model.modules() if isinstance(module, Gemma2Attention)}
+    caps = (min(attention, key=lambda cap: cap or 0.0, default=None), norm.capping_value)
+    return _RELEASED if caps == _RELEASED[::-1] else caps
+
+
+def fix_gemma2_softcap(model: nn.Module, *, attention_cap: float | None = None, final_cap: float | None = None) -> bool:
     """Move the final soft cap from the hidden state to the logits, and set both caps. Other models are left alone.
 
     A head that computes logits itself instead of calling ``model.unembed`` must apply ``final_softcap(model)``.
 
     Args:
         model (nn.Module): any torchtune decoder; calling this twice is harmless.
-        attention_cap (float): ``attn_logit_softcapping`` of config.json; the default is that of every released Gemma 2.
-        final_cap (float): ``final_logit_softcapping`` of config.json; the default is that of every released Gemma 2.
+        attention_cap (float | None): ``attn_logit_softcapping`` of config.json; None takes :func:`gemma2_caps`.
+        final_cap (float | None): ``final_logit_softcapping`` of config.json; None takes :func:`gemma2_caps`.
 
     Returns:
         bool: True if ``model`` is a Gemma 2.
     """
-    norm = getattr(model, "norm", None)
-    if not isinstance(norm, Gemma2FinalNorm):
+    caps, norm = gemma2_caps(model), getattr(model, "norm", None)
+    if caps is None or not isinstance(norm, Gemma2FinalNorm):
         return False
+    attention_cap = caps[0] if attention_cap is None else attention_cap
+    final_cap = caps[1] if final_cap is None else final_cap
     norm.capping_value = norm.logit_capping.capping_value = final_cap
     norm.forward = MethodType(_norm_without_cap, norm)
     model.unembed = MethodType(_capped_unembed, model)  # type: ignore[assignment]

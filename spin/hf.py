@@ -34,16 +34,15 @@ from spin.distributed import World, clean_name, fail_together, reshard, weight_g
 from spin.errors import CheckpointError, ConfigError
 from spin.files import finish_folder, part_of, read_json, start_folder, sync, write_json
 from spin.gemma2 import swap_mlp_norms
+from spin.hf_config import CONFIG, check_model, heads_of, settings_of, unknown_keys
+from spin.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, weight_files
 
 log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 
-CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
-_NO_CONFIG = "Every Hugging Face model has one: download the model again."
-INDEX = "model.safetensors.index.json"
 MAX_FILE_BYTES = 5 * 10**9
 # What an exported model needs beside weights and config, and what its licence asks to pass on.
 _TOKENIZER_FILES = (
@@ -63,6 +62,7 @@ _COMPANIONS = (
     "USE_POLICY*",
 )
 _CHAT_TEMPLATE = "chat_template.jinja"  # goes before what tokenizer_config.json has
+_COMPARED_ROWS = 16384  # of two matrices, at a time
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 _LM_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _INV_FREQ = "rotary_emb.inv_freq"  # a table that old folders hold; torchtune computes its own
@@ -102,18 +102,6 @@ _CONVERTERS = {
     "PHI3_MINI": _PHI,
     "PHI4": _PHI,
 }
-# The model_type of config.json that each may meet; a folder of another family would convert into nonsense or fail late.
-_FAMILY = {
-    "LLAMA2": {"llama"},
-    "LLAMA3": {"llama"},
-    "LLAMA3_2": {"llama"},
-    "MISTRAL": {"mistral", "llama"},
-    "GEMMA": {"gemma"},
-    "GEMMA2": {"gemma2"},
-    "QWEN2": {"qwen2"},
-    "PHI3_MINI": {"phi3"},
-    "PHI4": {"phi3"},
-}
 
 
 def check_model_type(model_type: str) -> str:
@@ -134,97 +122,6 @@ def check_model_type(model_type: str) -> str:
     return name
 
 
-def read_hf_config(checkpoint_dir: str | Path) -> dict[str, Any]:
-    """Reads a folder's config.json and checks that the weights it names are there, without opening them.
-
-    Args:
-        checkpoint_dir (str | Path): a Hugging Face folder.
-
-    Returns:
-        dict[str, Any]: the config.
-
-    Raises:
-        CheckpointError: If the folder, its config.json or its safetensors files are missing, broken or quantized.
-    """
-    folder = Path(checkpoint_dir)
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"{folder}: no such folder. checkpoint_dir is a Hugging Face model folder on this disk; "
-            "`tune download <repository> --output-dir <folder>` makes one."
-        )
-    models = sorted(str(path) for path in [*folder.glob("hf_model"), *folder.glob("*/hf_model")])
-    remedy = f"A run's folder; name one of its models: {', '.join(models)}." if models else _NO_CONFIG
-    config = _read_json(folder / CONFIG, remedy)
-    if "quantization_config" in config:
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else "unknown method"
-        raise CheckpointError(
-            f"{folder / CONFIG}: the weights are quantized ({method}). Full fine-tuning needs the unquantized model."
-        )
-    missing = [key for key in ("hidden_size", "num_attention_heads", "num_hidden_layers") if key not in config]
-    if missing:
-        raise CheckpointError(f"{folder / CONFIG}: no {', '.join(missing)}; this is not the config of a text decoder.")
-    weight_files(folder)
-    return config
-
-
-def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    if not file.exists():
-        raise CheckpointError(f"{file}: no such file. {remedy}")
-    return read_json(file, CheckpointError, remedy, allow_nan=True)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model of a folder.
-
-    The index names them; without one, ``model.safetensors`` alone, else all of ``model-*-of-*``, else all. So files in
-    other layouts that lie beside them (Mistral's ``consolidated.safetensors``) are left alone.
-
-    Args:
-        folder (Path): a Hugging Face folder.
-
-    Returns:
-        list[Path]: sorted by name.
-
-    Raises:
-        CheckpointError: If there is none, or one that the index names is missing.
-    """
-    index = folder / INDEX
-    if index.exists():
-        weight_map = _read_json(index, "Download the model again.").get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(n, str) for n in weight_map.values())
-        ):
-            raise CheckpointError(f"{index}: no weight_map of tensors to files. Download the model again.")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
-        outside = [file.name for file in files if file.parent != folder]
-        if outside:
-            raise CheckpointError(f"{index}: names files outside the folder: {', '.join(outside)}.")
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: {INDEX} names {len(files)} files, but {', '.join(missing)} "
-                f"{'is' if len(missing) == 1 else 'are'} missing. Download the model again."
-            )
-        return files
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    files = sorted(folder.glob("model-*-of-*.safetensors"))
-    if files:
-        announced = int(files[0].stem.rsplit("-of-", 1)[1])
-        if len(files) != announced:
-            raise CheckpointError(f"{folder}: {len(files)} of {announced} safetensors files. Download the model again.")
-        return files
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        found = f" It holds {', '.join(pickles)}, which can run code when loaded and are not read." if pickles else ""
-        raise CheckpointError(f"{folder}: no *.safetensors file.{found} Download or save the model as safetensors.")
-    return files
-
-
 @dataclass(frozen=True)
 class _Entry:
     """One tensor of a folder, from a file's header."""
@@ -243,9 +140,7 @@ def _read_headers(files: Iterable[Path]) -> dict[str, _Entry]:
                     view = tensors.get_slice(name)
                     entries[name] = _Entry(file, tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{file}: not a whole safetensors file ({error}). Download the model again."
-            ) from error
+            raise CheckpointError(broken_file(file, error)) from error
     return {name: entry for name, entry in entries.items() if _INV_FREQ not in name}
 
 
@@ -271,13 +166,7 @@ class _Group:
 
 
 def _converter_arguments(config: dict[str, Any], model_type: str) -> dict[str, Any]:
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    arguments = {
-        "num_heads": heads,
-        "num_kv_heads": config.get("num_key_value_heads") or heads,
-        "dim": width,
-        "head_dim": config.get("head_dim") or width // heads,
-    }
+    arguments = heads_of(config, model_type)
     return {name: arguments[name] for name in _CONVERTERS[model_type].takes}
 
 
@@ -320,8 +209,8 @@ class HFStream:
     def __init__(self, model: nn.Module, model_dir: str | Path, model_type: str) -> None:
         self.model_type = check_model_type(model_type)
         folder = Path(model_dir)
-        config = _read_json(folder / CONFIG, _NO_CONFIG)
-        _check_architecture(model, config, self.model_type, folder / CONFIG, warn=False)
+        config = read_config(folder / CONFIG)
+        check_model(model, config, self.model_type, folder / CONFIG)
         tensors = _named_tensors(model)
         self._converters = _CONVERTERS[self.model_type]
         self._arguments = _converter_arguments(config, self.model_type)
@@ -381,7 +270,7 @@ def stored_rows(model: nn.Module, model_dir: str | Path, model_type: str) -> dic
     Raises:
         CheckpointError: If the model and the folder's config do not belong together.
     """
-    config = _read_json(Path(model_dir) / CONFIG, _NO_CONFIG)
+    config = read_config(Path(model_dir) / CONFIG)
     arguments = _converter_arguments(config, model_type)
     found: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for group in _groups(_named_tensors(model), config, model_type):
@@ -398,46 +287,6 @@ def _named_tensors(model: nn.Module) -> Tensors:
         for part in adapter_parameters(module):
             del parameters[clean_name(f"{name}.{part}")]
     return parameters
-
-
-def _check_architecture(model: nn.Module, config: dict[str, Any], model_type: str, file: Path, warn: bool) -> None:
-    """Compares what shapes cannot tell: with other heads or rotary base, weights load and the model is wrong."""
-    found = config.get("model_type")
-    if found is not None and found not in _FAMILY[model_type]:
-        raise CheckpointError(
-            f"{file}: model_type is {found!r}, but the config's model_type {model_type} reads "
-            f"{' or '.join(sorted(_FAMILY[model_type]))}. Change checkpointer.model_type or checkpoint_dir."
-        )
-    layers = getattr(model, "layers", [])
-    attention = getattr(layers[0], "attn", None) if len(layers) else None
-    if attention is None:
-        return
-    heads = config["num_attention_heads"]
-    expected = {
-        "layers": (len(layers), config["num_hidden_layers"]),
-        "attention heads": (attention.num_heads, heads),
-        "key/value heads": (attention.num_kv_heads, config.get("num_key_value_heads") or heads),
-        "head dimension": (attention.head_dim, config.get("head_dim") or config["hidden_size"] // heads),
-    }
-    wrong = [f"{ours} {what}, {CONFIG} has {theirs}" for what, (ours, theirs) in expected.items() if ours != theirs]
-    if wrong:
-        raise CheckpointError(f"{file}: the config's model has {'; '.join(wrong)}. Use the builder of this model.")
-    # transformers 5 writes rope_parameters, transformers 4 wrote rope_theta and rope_scaling.
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta")} | (
-        config.get("rope_scaling") or {}
-    )
-    rotary = attention.pos_embeddings
-    silent = {
-        "rotary base": (getattr(rotary, "base", None), rope.get("rope_theta")),
-        "rotary scale factor": (getattr(rotary, "scale_factor", None), rope.get("factor", 1)),
-        "norm epsilon": (getattr(getattr(layers[0], "sa_norm", None), "eps", None), config.get("rms_norm_eps")),
-    }
-    for what, (ours, theirs) in silent.items():
-        if warn and ours is not None and theirs is not None and float(ours) != float(theirs):
-            log.warning(
-                f"{file}: {what} is {theirs}, but the config's model uses {ours}. Its outputs will differ from the "
-                "original's; give the model's builder the right value."
-            )
 
 
 def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: str, *, world: World) -> None:
@@ -463,10 +312,13 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
 
 
 def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: str) -> None:
-    """Checks from a folder's config and headers that a model can be filled from it; reads no weight.
+    """Checks from a folder's config and headers that a model can be filled from it, and that it computes what the
+    config says.
+
+    It reads no weight, but for an output head that is stored beside the embeddings which it may be tied to.
 
     Args:
-        model (nn.Module): sharded or plain, on any device; only names and shapes are looked at.
+        model (nn.Module): sharded or plain, on any device; only names, shapes and settings are looked at.
         checkpoint_dir (str | Path): a Hugging Face folder.
         model_type (str): name in torchtune's ``ModelType``.
 
@@ -474,7 +326,10 @@ def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: st
         CheckpointError: If the folder is not whole or does not fit the model; every tensor at fault is named.
         ConfigError: If ``model_type`` is not supported.
     """
-    _plan(model, Path(checkpoint_dir), check_model_type(model_type), warn=True)
+    folder, model_type = Path(checkpoint_dir), check_model_type(model_type)
+    plan = _plan(model, folder, model_type)
+    _check_tied_head(plan, folder, 0, 1)
+    _list_unknown_keys(plan.config, model_type, folder)
 
 
 @dataclass(frozen=True)
@@ -484,24 +339,60 @@ class _Plan:
     config: dict[str, Any]
     groups: list[_Group]
     entries: dict[str, _Entry]
-    tied_head: _Entry | None  # stored beside the embeddings that the model's output is tied to
+    head: _Entry | None  # the stored output head, if it or the embeddings may be superfluous
+    ties: tuple[bool, bool]  # whether the model, and the folder's config, tie the head to the embeddings
 
 
-def _plan(model: nn.Module, folder: Path, model_type: str, warn: bool) -> _Plan:
+def _plan(model: nn.Module, folder: Path, model_type: str) -> _Plan:
     config = read_hf_config(folder)
-    _check_architecture(model, config, model_type, folder / CONFIG, warn=warn)
+    check_model(model, config, model_type, folder / CONFIG)
     groups = _groups(_named_tensors(model), config, model_type)
     expected = {name: shape for group in groups for name, shape in group.hf.items()}
     entries = _read_headers(weight_files(folder))
-    tied_head = entries.pop(_LM_HEAD) if _LM_HEAD in entries and _LM_HEAD not in expected else None
-    _check_entries(entries, expected, folder, model_type)
-    return _Plan(config, groups, entries, tied_head)
+    fault = quantized({name: entry.dtype for name, entry in entries.items()})
+    if fault is not None:
+        raise CheckpointError(f"{folder}: {fault}")
+    ties = _LM_HEAD not in expected, settings_of(config, model_type)["tie_word_embeddings"]
+    head = entries.get(_LM_HEAD) if any(ties) else None
+    if ties[0]:
+        entries.pop(_LM_HEAD, None)
+    _check_entries(entries, expected, folder, model_type, ties)
+    if ties == (True, False) and head is None:
+        raise CheckpointError(
+            f"{folder}: no {_LM_HEAD}, and {CONFIG} does not tie it to the embeddings (tie_word_embeddings): "
+            "transformers "
+            "would make one of random numbers. If the model is a tied one, write tie_word_embeddings: true into "
+            f"{CONFIG}; "
+            "else download the model again."
+        )
+    _check_sizes(config, entries, folder)
+    return _Plan(config, groups, entries, head, ties)
+
+
+def _check_sizes(config: dict[str, Any], entries: dict[str, _Entry], folder: Path) -> None:
+    """Compares sizes in the config with the tensors: transformers would refuse the folder, and every export of it."""
+    down = entries.get("model.layers.0.mlp.down_proj.weight")
+    stored = {"vocab_size": entries[_EMBEDDINGS].shape[0], "intermediate_size": down.shape[1] if down else None}
+    for key, size in stored.items():
+        if config.get(key) is not None and size is not None and config[key] != size:
+            raise CheckpointError(
+                f"{folder / CONFIG}: {key} is {config[key]}, the stored tensors have {size}. Write {size} there, "
+                "or download "
+                "the model again."
+            )
+
+
+def _list_unknown_keys(config: dict[str, Any], model_type: str, folder: Path) -> None:
+    unknown = unknown_keys(config, model_type)
+    if unknown:
+        log.warning(f"{folder / CONFIG}: keys that are not known here, and not looked at: {', '.join(unknown)}.")
 
 
 def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None:
-    plan = _plan(model, folder, model_type, warn=world.is_main)
-    if plan.tied_head is not None:
-        _check_tied_head(plan.tied_head, plan.entries[_EMBEDDINGS], plan.config, folder, world)
+    plan = _plan(model, folder, model_type)
+    _check_tied_head(plan, folder, world.rank, world.world_size)
+    if world.is_main:
+        _list_unknown_keys(plan.config, model_type, folder)
     targets = _named_tensors(model)
     arguments = _converter_arguments(plan.config, model_type)
     with torch.no_grad():
@@ -510,26 +401,49 @@ def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None
                 _copy_rows(plan.entries[source], source, rows, targets[name])
 
 
-def _check_tied_head(head: _Entry, embeddings: _Entry, config: dict[str, Any], folder: Path, world: World) -> None:
-    """A model that ties its output to the embeddings must not drop a head that was trained apart from them.
-
-    Each rank compares its part of the rows.
+def _check_tied_head(plan: _Plan, folder: Path, rank: int, ranks: int) -> None:
+    """A head that was trained apart from the embeddings must not be dropped; nor may one be trained without a word that
+    the folder's config ties. Each rank compares its part of the rows.
     """
-    if config.get("tie_word_embeddings") is True:
+    head, embeddings = plan.head, plan.entries[_EMBEDDINGS]
+    if head is None:
         return
-    part = -(-embeddings.shape[0] // world.world_size)
-    first, end = world.rank * part, min((world.rank + 1) * part, embeddings.shape[0])
-    if head.shape != embeddings.shape or not torch.equal(
-        _read(head, _LM_HEAD, first, end), _read(embeddings, _EMBEDDINGS, first, end)
-    ):
-        raise CheckpointError(
-            f"{folder}: {_LM_HEAD} differs from {_EMBEDDINGS}, but the config's model ties the two. "
-            "Use a builder with tie_word_embeddings=False."
+    part = -(-embeddings.shape[0] // ranks)
+    first, end = rank * part, min((rank + 1) * part, embeddings.shape[0])
+    if head.shape == embeddings.shape and all(
+        torch.equal(
+            _read(head, _LM_HEAD, row, min(row + _COMPARED_ROWS, end)).float(),
+            _read(embeddings, _EMBEDDINGS, row, min(row + _COMPARED_ROWS, end)).float(),
         )
+        for row in range(first, end, _COMPARED_ROWS)
+    ):
+        return
+    model_ties, config_ties = plan.ties
+    differs = f"{folder}: {_LM_HEAD} differs from {_EMBEDDINGS}"
+    if not model_ties:
+        log.warning(
+            f"{differs}, which {CONFIG} ties (tie_word_embeddings: true). The two are trained as they are stored, as "
+            "transformers 5 loads them; transformers 4 drops the head."
+        )
+        return
+    what = "model ties the two" + (
+        f", as {CONFIG} says. transformers 5 does not tie heads that differ, transformers 4 drops them"
+        if config_ties
+        else ""
+    )
+    raise CheckpointError(
+        f"{differs}, but the config's {what}. Use a builder with tie_word_embeddings=False; or, if the head is a "
+        "left-over, "
+        "remove it from the files."
+    )
 
 
 def _check_entries(
-    entries: dict[str, _Entry], expected: dict[str, tuple[int, ...]], folder: Path, model_type: str
+    entries: dict[str, _Entry],
+    expected: dict[str, tuple[int, ...]],
+    folder: Path,
+    model_type: str,
+    ties: tuple[bool, bool],
 ) -> None:
     faults = [f"missing: {name} {list(expected[name])}" for name in expected.keys() - entries.keys()]
     faults += [
@@ -542,6 +456,12 @@ def _check_entries(
             faults.append(f"{name} in {entry.file.name} is {list(entry.shape)}, the model needs {list(expected[name])}")
         elif entry.dtype not in _DTYPES:
             faults.append(f"{name} in {entry.file.name} has dtype {entry.dtype}, expected {', '.join(sorted(_DTYPES))}")
+    if expected.keys() - entries.keys() == {_LM_HEAD} and ties == (False, True):
+        raise CheckpointError(
+            f"{folder}: no {_LM_HEAD}, because {CONFIG} ties it to the embeddings (tie_word_embeddings), but the "
+            "config's "
+            "model has one of its own. Use a builder with tie_word_embeddings=True."
+        )
     if faults:
         shown = sorted(faults)[:20]
         more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
@@ -602,6 +522,38 @@ def _read(entry: _Entry, name: str, first: int, end: int) -> torch.Tensor:
         raise CheckpointError(f"{entry.file}: cannot read {name} ({error}). Download the model again.") from error
 
 
+def from_hf_tensors(model: nn.Module, tensors: Tensors, config: dict[str, Any], model_type: str) -> None:
+    """Fills a plain model from tensors with Hugging Face names and layouts; adapters stay as they are.
+
+    Args:
+        model (nn.Module): a torchtune decoder with memory, not sharded.
+        tensors (Tensors): all of a model; an output head that ``model`` ties to its embeddings is left out.
+        config (dict[str, Any]): content of its config.json.
+        model_type (str): name in torchtune's ``ModelType``, in capitals.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    targets = _named_tensors(model)
+    if "output.weight" not in targets:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != _LM_HEAD}
+    try:
+        converted = _CONVERTERS[model_type].to_tune(tensors, **_converter_arguments(config, model_type))
+    except Exception as error:  # noqa: BLE001 - torchtune raises Exception itself for a name that it does not know
+        raise CheckpointError(f"torchtune's {model_type} converter does not take the tensors: {error}") from error
+    wrong = [
+        f"{name} {[*tensors[name].shape] if name in tensors else 'none'}"
+        for tensors, others in ((converted, targets), (targets, converted))
+        for name in tensors
+        if name not in others or tensors[name].shape != others[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"weights of {model_type} do not fit the config's model: {', '.join(wrong[:5])}.")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(converted[name])
+
+
 def export_hf(
     model: nn.Module,
     source_dir: str | Path,
@@ -647,7 +599,7 @@ def export_hf(
     tensors, gathers = _named_tensors(model), weight_gathers(model)
     part = part_of(out)
     with fail_together(world, CheckpointError):
-        config = _read_json(source / CONFIG, "The export copies it from checkpoint_dir.")
+        config = read_config(source / CONFIG, "The export copies it from checkpoint_dir.")
         groups = _groups(tensors, config, model_type)
         if world.is_main:
             start_folder(out, kind)
@@ -774,7 +726,7 @@ def read_companion(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is no JSON object.
     """
-    return _read_json(file, "Download the model again.") if file.is_file() else {}
+    return read_json(file, CheckpointError, "Download the model again.", allow_nan=True) if file.is_file() else {}
 
 
 def _token_ids(value: object) -> list[int]:

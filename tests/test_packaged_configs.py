@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from omegaconf import OmegaConf
 from spin import config
 from spin.adapters import adapted_modules, adapter_parameters, nf4_of
 from spin.hf import check_model_type
+from spin.hf_config import check_model, unknown_keys
+from spin.logits_check import compare_logits
 from spin.models import build_model
 from spin.players import check_evaluation, players_of
 
@@ -60,6 +63,67 @@ EVALUATIONS = {
     "evaluate/llama3_2_1B_gsm8k": {"candidate": 1_235_814_400, "baseline": 1_235_814_400},
     "evaluate/smollm2_135M_cpu": dict.fromkeys(("candidate", "baseline", "judge"), 134_515_008),
 }
+# What config.json of the models says in their repositories on huggingface.co, but for sizes that shapes tell.
+LLAMA3 = {
+    "model_type": "llama", "rms_norm_eps": 1e-05, "rope_theta": 500000.0, "max_position_embeddings": 131072,
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "vocab_size": 128256,
+}  # fmt: skip
+ROPE = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+QWEN = {
+    "model_type": "qwen2", "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "max_position_embeddings": 32768,
+    "hidden_act": "silu", "use_sliding_window": False, "sliding_window": 32768, "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+def sizes(width: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+    }  # fmt: skip
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "gemma2/2B": sizes(2304, 26, 8, 4) | {
+        "model_type": "gemma2", "attention_bias": False,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+        "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_theta": 10000.0,
+        "sliding_window": 4096, "cache_implementation": "hybrid",
+    },
+    "llama3_1/8B": LLAMA3 | sizes(4096, 32, 32, 8) | {
+        "rope_scaling": ROPE | {"factor": 8.0}, "tie_word_embeddings": False,
+    },
+    "llama3_2/1B": LLAMA3 | sizes(2048, 16, 32, 8) | {
+        "rope_scaling": ROPE | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 64,
+    },
+    "llama3_2/3B": LLAMA3 | sizes(3072, 28, 24, 8) | {
+        "rope_scaling": ROPE | {"factor": 32.0}, "tie_word_embeddings": True, "head_dim": 128,
+    },
+    "mistral/7B": sizes(4096, 32, 32, 8) | {
+        "model_type": "mistral", "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+        "max_position_embeddings": 32768, "hidden_act": "silu", "tie_word_embeddings": False,
+    },
+    "phi4/14B": sizes(5120, 40, 40, 10) | {
+        "model_type": "phi3", "rms_norm_eps": 1e-05, "rope_theta": 250000, "rope_scaling": None, "sliding_window": None,
+        "max_position_embeddings": 16384, "original_max_position_embeddings": 16384, "hidden_act": "silu",
+        "attention_bias": False, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "tie_word_embeddings": False,
+    },
+    "qwen2_5/0.5B": QWEN | sizes(896, 24, 14, 2) | {"tie_word_embeddings": True, "max_window_layers": 24},
+    "qwen2_5/1.5B": QWEN | sizes(1536, 28, 12, 2) | {"tie_word_embeddings": True, "max_window_layers": 21},
+    "qwen2_5/3B": QWEN | sizes(2048, 36, 16, 2) | {"tie_word_embeddings": True, "max_window_layers": 36},
+    "qwen2_5/7B": QWEN | sizes(3584, 28, 28, 4) | {"tie_word_embeddings": False, "max_window_layers": 28},
+    "smollm2/135M": sizes(576, 30, 9, 3) | {
+        "model_type": "llama", "rms_norm_eps": 1e-05, "rope_theta": 100000, "rope_scaling": None, "vocab_size": 49152,
+        "rope_interleaved": False, "is_llama_config": True,
+        "max_position_embeddings": 8192, "tie_word_embeddings": True,
+        "hidden_act": "silu", "pretraining_tp": 1, "transformers.js_config": {},
+    },
+}  # fmt: skip
 ORDER = (
     "output_dir model tokenizer checkpointer dataset generator pairs loss optimizer max_iterations metric_logger seed"
 )
@@ -116,6 +180,50 @@ def test_model_has_the_published_number_of_parameters(name):
 def test_model_type_is_one_that_weights_can_be_read_for(name):
     model_type = config.load_config(name).checkpointer.model_type
     assert check_model_type(model_type) == model_type
+
+
+def published(name: str) -> dict[str, Any]:
+    """config.json of the model that a config is for."""
+    size = re.search(r"[\d.]+[BM]", name)[0]  # type: ignore[index]
+    family = {"quickstart": "smollm2", "generate": "llama3_2"}.get(name.split("/")[0], name.split("/")[0])
+    return PUBLISHED[f"{family}/{size}"]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_model_computes_what_the_published_config_says(name):
+    model_type = config.load_config(name).checkpointer.model_type
+    check_model(model_of(name), published(name), model_type, Path("config.json"))
+    assert not unknown_keys(published(name), model_type)
+
+
+# NF4 takes weights of multiples of 16,384 numbers
+SMALL = {"num_heads": 4, "num_kv_heads": 2, "embed_dim": 256, "intermediate_dim": 512, "vocab_size": 160}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_logits_are_those_of_transformers(name, tmp_path, monkeypatch):
+    """The config's own builder and the published config.json, with every width made small."""
+    section = config.load_config(name).model
+    module, _, builder = section._component_.rpartition(".")
+    found = getattr(importlib.import_module(module), builder)
+    called = importlib.import_module(found.__module__)  # where the builder finds the component builder that it calls
+    small = SMALL | ({"head_dim": 64} if name.startswith("gemma2") else {})
+    family = "llama3_1" if name.startswith("llama3_1") else module.rpartition(".")[2].replace("qwen2_5", "qwen2")
+    if "num_layers" not in section:  # a builder that is named after a size
+        for part in (family, f"lora_{family}"):
+            whole = getattr(called, part)
+            monkeypatch.setattr(called, part, lambda *args, whole=whole, **options: whole(*args, **options | small))
+    else:
+        section = OmegaConf.merge(section, small)
+    values = published(name) | {
+        "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256, "intermediate_size": 512,
+        "vocab_size": 160, "head_dim": 64,
+    }  # fmt: skip
+    if name.startswith("gemma2"):  # torchtune divides by the root of head_dim, which is 256 in the released model
+        values["query_pre_attn_scalar"] = 64
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    report = compare_logits(section, tmp_path, config.load_config(name).checkpointer.model_type)
+    assert not report.is_fault, str(report)
 
 
 @pytest.mark.parametrize("name", EVALUATIONS)

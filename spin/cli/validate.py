@@ -21,7 +21,7 @@ from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokeni
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
 from spin.data.prompts import check_is_dataset, check_vocabulary
 from spin.data.sources import read_rows
-from spin.errors import ConfigError, DataError, SpinError
+from spin.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.generators import sampling_params
 from spin.hf import check_hf_folder
 from spin.lora import check_lora
@@ -53,18 +53,23 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="python -m spin validate",
-        usage="%(prog)s CONFIG [key=value ...] [~key ...] [--recipe NAME_OR_FILE]",
+        usage="%(prog)s CONFIG [key=value ...] [~key ...] [--recipe NAME_OR_FILE] [--logits]",
         description="Check a config, its data and its arithmetic. Loads no weights and writes nothing.",
         allow_abbrev=False,
     )
     parser.add_argument("config", help="a YAML file, or a packaged config such as llama3_2/1B_full")
     parser.add_argument("--recipe", help="the recipe whose config it is; default: the one that its header launches")
+    parser.add_argument(
+        "--logits",
+        action="store_true",
+        help="build the folder's architecture in transformers, with few layers and random weights, and compare logits",
+    )
     arguments, overrides = config.parse_overrides(parser, argv)
     log = logging.getLogger("spin.data.prompts")
     level = log.level
     log.setLevel(logging.ERROR)  # what it warns of is printed below
     try:
-        return Validation(arguments.config, overrides, arguments.recipe).run()
+        return Validation(arguments.config, overrides, arguments.recipe, arguments.logits).run()
     finally:
         log.setLevel(level)
 
@@ -76,10 +81,13 @@ class Validation:
         name (str): a file or a packaged config.
         overrides (Sequence[str]): as on a recipe's command line.
         recipe (str | None): a recipe's name or file; None takes the one that the config's header launches.
+        logits (bool): compare logits with transformers too, see :mod:`spin.logits_check`.
     """
 
-    def __init__(self, name: str, overrides: Sequence[str] = (), recipe: str | None = None) -> None:
-        self._name, self._overrides, self._recipe = name, overrides, recipe
+    def __init__(
+        self, name: str, overrides: Sequence[str] = (), recipe: str | None = None, logits: bool = False
+    ) -> None:
+        self._name, self._overrides, self._recipe, self._with_logits = name, overrides, recipe, logits
         self._faults = 0
 
     def run(self) -> int:
@@ -96,6 +104,9 @@ class Validation:
         self._check("loss, optimizer", lambda: self._parts(cfg))
         model = self._check("model", lambda: self._model(cfg))
         self._check("model folder", lambda: self._folder(cfg, model), needs={"model": model})
+        if self._with_logits:
+            folder, kind = cfg.checkpointer.checkpoint_dir, cfg.checkpointer.model_type
+            self._check("logits", lambda: self._logits(cfg.model, folder, kind), {"model": model})
         tokenizer = self._check("tokenizer", lambda: self._tokenizer(cfg))
         needs = {"tokenizer": tokenizer}
         self._check("round trip", lambda: self._round_trip(tokenizer), needs)
@@ -117,6 +128,10 @@ class Validation:
         """The checks of a config of spin_evaluate, which has two or three models and does not train."""
         for role in players_of(cfg):
             player = self._check(role, partial(self._player, role, cfg[role]))
+            section = cfg[role]
+            if self._with_logits and section.checkpoint_dir is not None:
+                shape = partial(self._logits, section.model, section.checkpoint_dir, section.model_type)
+                self._check(f"{role} logits", shape)
             if role == "judge":
                 continue  # its prompts do not exist yet
             prompts = self._check(f"{role} data", partial(self._player_data, cfg, player), {role: player})
@@ -192,6 +207,14 @@ class Validation:
     def _folder(self, cfg: DictConfig, model: torch.nn.Module) -> tuple[None, str]:
         check_hf_folder(model, cfg.checkpointer.checkpoint_dir, cfg.checkpointer.model_type)
         return None, f"{cfg.checkpointer.checkpoint_dir} holds every weight in its shape, by the headers of its files"
+
+    def _logits(self, section: DictConfig, folder: str, model_type: str) -> tuple[None, str]:
+        from spin.logits_check import compare_logits
+
+        report = compare_logits(section, folder, model_type)
+        if report.is_fault:
+            raise CheckpointError(str(report))
+        return None, str(report)
 
     def _tokenizer(self, cfg: DictConfig) -> tuple[PromptTokenizer, str]:
         tokenizer = adapt_tokenizer(_built("tokenizer", lambda: config.instantiate(cfg.tokenizer)))
