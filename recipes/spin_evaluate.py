@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spin import config, evaluation, selfplay
 from spin.data import Prompt, PromptDataset
+from spin.data.dates import fix_date
 from spin.data.shards import missing_shards, open_store, seal
 from spin.data.types import Response
 from spin.defaults import RECIPE_DEFAULTS
@@ -92,6 +93,8 @@ class SPINEvaluate:
             self._lock = FolderLock(self._output_dir) if self._world.is_main else None
         self._players = {role: Player(role, cfg[role]) for role in players_of(cfg)}
         datasets = {}
+        for player in self._players.values():
+            fix_date(player.tokenizer, self._output_dir, self._world, cfg.candidate.checkpoint_dir)
         for role in ("candidate", "baseline"):
             player = self._players[role]
             options = {"tokenizer": player.tokenizer, "max_seq_len": player.context, "keep_originals": True}

@@ -10,7 +10,8 @@ Eight GPUs each:     tune run --nproc_per_node 8 spin_generate --config llama3_2
 
 Workers share output_dir, or their shards are copied into one folder afterwards; whoever finds all shards there seals
 the store. A worker that was killed, or stopped by a signal or max_time, is started again with the same command and
-makes what is missing. All workers need the same config. Not here: scoring and training.
+makes what is missing. All workers need the same config, and without a shared output_dir tokenizer.date where the chat
+template writes the date. Not here: scoring and training.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torchtune import training
 from spin import config, selfplay
 from spin.checks import check_run
 from spin.data import PromptDataset, PromptStream, adapt_tokenizer
+from spin.data.dates import fix_date
 from spin.data.prompts import check_vocabulary, unknown_ids
 from spin.data.shards import missing_shards, open_store
 from spin.defaults import RECIPE_DEFAULTS
@@ -76,6 +78,7 @@ class SPINGenerate:
         model = build_model(cfg.model, dtype)
         context = self._context = model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
+        fix_date(self._tokenizer, Path(cfg.output_dir), self._world, cfg.resume)
         source: PromptDataset | PromptStream = config.instantiate(
             cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context
         )

@@ -35,6 +35,7 @@ from spin import config, reference, selfplay
 from spin.checkpoint import reading_state
 from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
 from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
+from spin.data.dates import fix_date
 from spin.data.filters import POLICIES, filter_margins, filter_pairs, left_out_by_margin
 from spin.data.loader import RowBatch, load_rows
 from spin.data.lookup import PairLookup, share_lookup
@@ -131,6 +132,7 @@ class SPINLoRARecipe:
             log.info(summary)
         context = self._model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
+        fix_date(self._tokenizer, self._output_dir, self._world, cfg.resume)
         reading = {"tokenizer": self._tokenizer, "max_seq_len": context}
         self._prompts: PromptDataset | PromptStream = config.instantiate(cfg.dataset, **reading)
         self._val_prompts: PromptDataset = PromptDataset()  # empty without a validation set

@@ -14,7 +14,8 @@ from torch import nn
 from torchtune import training
 
 from spin import config, evaluation
-from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
+from spin.data import ChatTokenizer, PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
+from spin.data.dates import known_date
 from spin.data.prompts import check_vocabulary, unknown_ids
 from spin.distributed import World
 from spin.dtypes import TRAINED_DTYPES
@@ -56,6 +57,10 @@ class Player:
         if self.has_weights:
             _check_folder(f"{role}.checkpoint_dir={section.checkpoint_dir}", Path(section.checkpoint_dir))
         self.tokenizer: PromptTokenizer = adapt_tokenizer(config.instantiate(section.tokenizer))
+        if isinstance(self.tokenizer, ChatTokenizer):
+            self.tokenizer.checks_reasoning = False  # nothing is trained
+            if self.tokenizer.reads_date:  # that of the run which made the model
+                self.tokenizer.date = self.tokenizer.date or known_date(section.checkpoint_dir)
         self._shape = build_model(section.model, torch.float32) if self.has_weights else None
         self.context: int = sys.maxsize if self._shape is None else self._shape.max_seq_len
         self.unknown_ids = () if self._shape is None else unknown_ids(self._shape, self.tokenizer)

@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 from spin import config, selfplay
 from spin.checks import check_run
 from spin.cli.catalog import load_recipe, recipe_of
-from spin.data import PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
+from spin.data import ChatTokenizer, PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
+from spin.data.dates import known_date
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
 from spin.data.prompts import check_is_dataset, check_vocabulary
 from spin.data.sources import read_rows
@@ -218,13 +219,20 @@ class Validation:
 
     def _tokenizer(self, cfg: DictConfig) -> tuple[PromptTokenizer, str]:
         tokenizer = adapt_tokenizer(_built("tokenizer", lambda: config.instantiate(cfg.tokenizer)))
+        if isinstance(tokenizer, ChatTokenizer) and tokenizer.reads_date:
+            tokenizer.date = tokenizer.date or known_date(cfg.resume, cfg.output_dir)
         stops = ", ".join(f"{token} {tokenizer.decode([token])!r}" for token in tokenizer.eos_ids)
         return tokenizer, f"{tokenizer.vocab_size:,} token ids; an answer ends with {stops}"
 
     def _round_trip(self, tokenizer: PromptTokenizer) -> tuple[None, str]:
         faults, others = [], []
+        asks_reasoning = isinstance(tokenizer, ChatTokenizer) and tokenizer.asks_reasoning
+        reasoning = "<think>\nA greeting.\n</think>\n\n" if asks_reasoning else ""
         for text in _PROBES:
-            messages: list[ChatMessage] = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
+            messages: list[ChatMessage] = [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": reasoning + text},
+            ]
             fault = compare_ids(tokenizer, messages)
             if fault is not None:
                 faults.append(f"{text!r}: {fault}")
@@ -232,7 +240,11 @@ class Validation:
             ("system messages", [{"role": "system", "content": "Be brief."}]),
             ("several turns", [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}]),
         ):
-            probe = [*messages, {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+            probe = [
+                *messages,
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": reasoning + "Hi"},
+            ]
             try:
                 tokenizer.encode_pair(probe)
                 others.append(f"takes {label}")
@@ -314,7 +326,10 @@ def compare_ids(tokenizer: PromptTokenizer, messages: Sequence[ChatMessage]) -> 
         return f"the answer ends with token {answer[-1]}, expected one of {tokenizer.eos_ids}."
     if messages[-1].get("tool_calls") or messages[-1].get("reasoning_content"):  # whose text is the template's
         return None
-    found, expected = tokenizer.decode(answer[:-1]).strip(), messages[-1]["content"].strip()
+    # around reasoning templates set white space of their own
+    found, expected = (
+        text.rpartition("</think>")[2].strip() for text in (tokenizer.decode(answer[:-1]), messages[-1]["content"])
+    )
     if found != expected:
         at = _first_difference(found, expected)
         back, text = found[at : at + 40], expected[at : at + 40]

@@ -13,18 +13,20 @@ Face folder, :class:`TorchtuneTokenizer` wraps any of torchtune's model tokenize
 from __future__ import annotations
 
 import copy
+import datetime
 import hashlib
 import inspect
 import json
 import logging
-import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from spin.data.messages import ChatMessage
+from spin.data.templates import ChatTemplate, TemplateFault
 from spin.errors import DataError
 from spin.files import read_json
 
@@ -33,9 +35,13 @@ log = logging.getLogger(__name__)
 # Vocabulary files, in the order in which one is enough to tell tokenizers apart.
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _ANY_VOCABULARY = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
-_PROBE_ANSWER = "Probe"
+_PROBE_QUESTION, _PROBE_ANSWER = "probe_of_a_user_message", "Probe"
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # the text of an id that the tokenizer lacks
-# What a template or a foreign tokenizer raises on a conversation that it was not made for.
+_THINK_END = "</think>"
+# Variables by which templates switch reasoning off, and what only this class may give a template.
+_THINKING_OPTIONS = ("enable_thinking", "thinking")
+_NO_OPTIONS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
+# What a foreign tokenizer raises on a conversation that it was not made for.
 _TOKENIZER_FAULTS = (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError)
 
 
@@ -82,37 +88,77 @@ class ChatTokenizer:
     transformers, a special token that is spelled out in a message becomes that token; in a real response this is an
     error where it would end the response early.
 
+    Where the generation prompt ends in something that the rendered conversation lacks there (``<think>`` of R1's
+    distilled models), the response is the answer's text behind the generation prompt: what the model writes there.
+
     Config: ``tokenizer: {_component_: spin.data.ChatTokenizer, path: /models/Llama-3.2-1B-Instruct}``.
 
     Args:
         path (str | Path): folder with the tokenizer files.
-        chat_template (str | None): Jinja text, or a file that holds it, in place of the folder's own template.
+        chat_template (str | None): Jinja text, a file that holds it, or the name of one of the folder's several
+            templates, in place of the folder's own template.
         max_seq_len (int | None): the longest prompt and response together, in tokens; None leaves it to the data set.
+        date (str | datetime.date | None): ISO; the day that a template's ``strftime_now`` tells. None is today; a
+            recipe fixes it for a run, see :func:`spin.data.dates.fix_date`.
+        template_options (Mapping[str, Any] | None): variables for the template, such as ``enable_thinking: false``.
+
+    Attributes:
+        date (str | None): as given, or as fixed for the run.
+        reads_date (bool): the template calls ``strftime_now``.
+        checks_reasoning (bool): refuse real responses without the reasoning that the template asks the model for.
+            An evaluation, which does not train on them, sets it to False.
 
     Raises:
-        DataError: If the folder is missing or broken, if there is no chat template or it fails on a user and an
-            assistant turn, or if no stop token can be found.
+        DataError: If the folder is missing or broken, if there is no chat template or several, if it fails on a user
+            and an assistant turn, exceeds the limits of :mod:`spin.data.template_worker` or leaves a turn out, if it
+            never reads an option or the date, or if no stop token can be found.
 
     Source: https://huggingface.co/docs/transformers/chat_templating
     """
 
-    def __init__(self, path: str | Path, chat_template: str | None = None, max_seq_len: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        chat_template: str | None = None,
+        max_seq_len: int | None = None,
+        date: str | datetime.date | None = None,
+        template_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path).expanduser()
         self.max_seq_len = max_seq_len
+        self.checks_reasoning = True
         self._tokenizer = _load_tokenizer(self.path)
-        self.chat_template = None if chat_template is None else _read_template(chat_template)  # not the folder's own
-        if self.chat_template is not None:
-            self._tokenizer.chat_template = self.chat_template
-        if not self._tokenizer.chat_template:
+        own = _templates_of(self._tokenizer, self.path)
+        origin = self._origin(chat_template)
+        if chat_template in own:
+            self.chat_template: str | None = own[chat_template]
+        else:
+            self.chat_template = None if chat_template is None else _read_template(chat_template, own)
+        if self.chat_template is not None:  # not the folder's own
+            own = {"default": self.chat_template}
+        if not own:
             raise DataError(
                 f"The tokenizer in {self.path} has no chat template, so turns cannot be told apart. Set "
                 "tokenizer.chat_template to a Jinja file (that of the model's instruct version), or use a torchtune "
                 "tokenizer."
             )
+        if "default" not in own:
+            raise DataError(
+                f"{origin}: several chat templates, none of them called default. Choose one: "
+                f"tokenizer.chat_template={' or '.join(own)}."
+            )
+        # transformers' rule: of several templates, tool_use is for conversations with tools
+        self._template = ChatTemplate(own["default"], origin)
+        self._tool_template = ChatTemplate(own["tool_use"], origin) if "tool_use" in own else self._template
+        self.date = _iso_date(date)
+        self._options = dict(template_options or {})
         self._special_ids = frozenset(
             index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special
         ) | frozenset(self._tokenizer.all_special_ids)
-        self.eos_ids = self._find_eos_ids()
+        self._opened, self._empty_reasoning, closing = self._probe_answer()
+        self._check_options()
+        self._shown = self._probe_shown()
+        self.eos_ids = self._find_eos_ids(closing)
         self._stop_ids = frozenset(self.eos_ids)
         if self._tokenizer.pad_token_id is not None:
             self.pad_id = int(self._tokenizer.pad_token_id)
@@ -138,7 +184,8 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over vocabulary, special tokens, stop tokens and chat template."""
+        """sha256 over vocabulary, special tokens, stop tokens, chat template and its options; the date in plain text,
+        where the template reads it."""
         digest = hashlib.sha256()
         present = [self.path / name for names in _VOCABULARY_FILES for name in names if (self.path / name).is_file()]
         for file in present:
@@ -147,8 +194,20 @@ class ChatTokenizer:
         if not present:
             digest.update(_canonical(self._tokenizer.get_vocab()))
         specials = {index: str(token) for index, token in self._tokenizer.added_tokens_decoder.items()}
-        digest.update(_canonical([specials, self.eos_ids, self.pad_id, self._tokenizer.chat_template]))
-        return digest.hexdigest()
+        template = self.chat_template or self._tokenizer.chat_template
+        options = [self._options] if self._options else []
+        digest.update(_canonical([specials, self.eos_ids, self.pad_id, template, *options]))
+        return digest.hexdigest() + (f" on {self._today()}" if self.reads_date else "")
+
+    @property
+    def asks_reasoning(self) -> bool:
+        """Whether real responses must have reasoning, because the template has the model reason."""
+        return self._empty_reasoning is not None
+
+    @property
+    def reads_date(self) -> bool:
+        """Whether the template writes the day on which it is rendered."""
+        return self._template.reads_date or self._tool_template.reads_date
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Ids of a conversation up to the place where the assistant answers.
@@ -197,7 +256,7 @@ class ChatTokenizer:
         Returns:
             list[tuple[list[int], list[int]] | DataError]: one entry per conversation, in order.
         """
-        rendered = [self._render_pair(messages) for messages in conversations]
+        rendered = self._render_pairs(conversations)
         texts = [text for pair in rendered if not isinstance(pair, DataError) for text in pair]
         ids = iter(self._encode_all(texts))
         return [
@@ -205,22 +264,83 @@ class ChatTokenizer:
             for pair in rendered
         ]
 
-    def _render_pair(self, messages: Sequence[ChatMessage]) -> tuple[str, str] | DataError:
-        try:
-            prompt = self._render(messages[:-1], add_generation_prompt=True)
-            full = self._render(messages, add_generation_prompt=False)
-        except DataError as error:
-            return error
-        if not full.startswith(prompt):
-            return DataError(_no_prefix(prompt, full))
-        reasoning = messages[-1].get("reasoning_content", "").strip()
-        if reasoning not in full[len(prompt) :]:
-            return DataError(
-                "the real response has reasoning_content (or thinking), and the chat template does not show it: the "
-                "response would be trained without it. Set tokenizer.chat_template to one that does, write it into "
-                "the content, or remove it from the row."
+    def _render_pairs(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[tuple[str, str] | DataError]:
+        """Prompt, and prompt with response, as texts."""
+        rendered = self._prompts_and_wholes(conversations)
+        # Mistral writes the system message into the last user turn, and nowhere if an answer stands behind that
+        late = [
+            number
+            for number, (messages, pair) in enumerate(zip(conversations, rendered, strict=True))
+            if not isinstance(pair, DataError) and self._response(*pair) is None and messages[0]["role"] == "system"
+        ]
+        again = self._prompts_and_wholes([_without_system(conversations[number]) for number in late])
+        found: list[tuple[str, str] | DataError] = []
+        sources = dict(zip(late, again, strict=True))
+        for number, (messages, pair) in enumerate(zip(conversations, rendered, strict=True)):
+            source = sources.get(number, pair)
+            if isinstance(pair, DataError) or isinstance(source, DataError):
+                found.append(pair if isinstance(pair, DataError) else DataError(_no_prefix(*pair)))
+                continue
+            response = self._response(*source)
+            if response is None:
+                found.append(DataError(_no_prefix(*pair)))
+                continue
+            try:
+                found.append((pair[0], pair[0] + self._with_reasoning(messages, pair[0], response)))
+            except DataError as error:
+                found.append(error)
+        return found
+
+    def _prompts_and_wholes(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[tuple[str, str] | DataError]:
+        asked = [each for messages in conversations for each in ((messages[:-1], True), (messages, False))]
+        texts = self._render_all(asked)
+        return [
+            next((each for each in pair if isinstance(each, DataError)), None) or pair  # type: ignore[misc]
+            for pair in zip(texts[::2], texts[1::2], strict=True)
+        ]
+
+    def _response(self, prompt: str, whole: str) -> str | None:
+        """What a conversation has behind its prompt, or None if it does not begin with it."""
+        if whole.startswith(prompt):
+            return whole[len(prompt) :]
+        begin = prompt.removesuffix(self._opened)
+        return whole[len(begin) :] if begin != prompt and whole.startswith(begin) else None
+
+    def _with_reasoning(self, messages: Sequence[ChatMessage], prompt: str, response: str) -> str:
+        """The response's text with the reasoning that the row has and the template may have cut off."""
+        if not self.checks_reasoning:
+            return response
+        message, content = messages[-1], messages[-1]["content"]
+        inline = content.rpartition(_THINK_END)[0].replace("<think>", "").strip()
+        reasoning = inline or str(message.get("reasoning_content") or "").strip()
+        if reasoning and reasoning not in response:
+            answer = content.rpartition(_THINK_END)[2].strip()
+            if not (inline and answer and answer in response) or prompt.rstrip().endswith(_THINK_END):
+                raise DataError(
+                    f"the real response has reasoning ({reasoning[:40]!r}), and the chat template does not show it: "
+                    f"the response would be trained without it. {self._thinking_remedy('true')}, write it into the "
+                    "content as <think>...</think>, or remove it from the row."
+                )
+            closing = response.rpartition(answer)[2]
+            opening = "<think>" if prompt.rstrip().endswith("<think>") else ""
+            text = content.strip().removeprefix(opening)
+            return (text.lstrip("\n") if prompt.endswith("\n") else text) + closing
+        empty, row_options = self._empty_reasoning, messages[0].get("chat_template_kwargs") or {}
+        if not empty and any(name in row_options for name in _THINKING_OPTIONS):
+            return response
+        if not reasoning and not message.get("tool_calls") and empty is not None and response.startswith(empty):
+            raise DataError(
+                "the chat template lets the model reason before it answers, and the real response has no reasoning: "
+                f"pairs would be told apart by that alone. {self._thinking_remedy('false')}, or give the real "
+                "responses with their reasoning (<think>...</think> in the content)."
             )
-        return prompt, full
+        return response
+
+    def _thinking_remedy(self, value: str) -> str:
+        name = next((each for each in _THINKING_OPTIONS if each in self._template.names), None)
+        if name is None:
+            return "Set tokenizer.chat_template to a template that goes with the data"
+        return f"Set tokenizer.template_options.{name}={value}"
 
     def _split(
         self, prompt: str, full: str, *, prompt_ids: list[int], full_ids: list[int]
@@ -259,80 +379,118 @@ class ChatTokenizer:
         if not texts:
             return []
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
-        # verbose: no warning about model_max_length, which is not the limit here.
-        return self._tokenizer(texts, **options, verbose=False)["input_ids"]
+        try:
+            # verbose: no warning about model_max_length, which is not the limit here.
+            return self._tokenizer(texts, **options, verbose=False)["input_ids"]
+        except Exception as error:  # the tokenizers library raises no narrower one
+            raise DataError(
+                f"The tokenizer in {self.path} cannot encode a text ({type(error).__name__}: {error}). Correct "
+                "tokenizer.json and tokenizer_config.json, or take another tokenizer."
+            ) from error
 
     def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
-        from jinja2.exceptions import TemplateError, TemplateSyntaxError
+        text = self._render_all([(messages, add_generation_prompt)])[0]
+        if isinstance(text, DataError):
+            raise text
+        return text
 
-        self._check_shown(messages)
-        tools = messages[0].get("tools") if messages else None
-        options = self._row_options(messages[0]) if messages else {}
-        of_row = ("tools", "chat_template_kwargs")
-        plain = [{key: value for key, value in message.items() if key not in of_row} for message in messages]
-        for message in plain:
-            if "reasoning_content" in message:  # which templates read by one of three names
-                message |= dict.fromkeys(("thinking", "reasoning"), message["reasoning_content"])
-        try:
-            return self._tokenizer.apply_chat_template(
-                plain, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt, **options
-            )
-        except TemplateSyntaxError as error:
-            raise DataError(
-                f"the chat template is not valid Jinja, line {error.lineno}: {str(error.message).rstrip('.')}. "
-                "Mend tokenizer.chat_template, or the folder's own."
-            ) from error
-        except (TemplateError, *_TOKENIZER_FAULTS) as error:
+    def _render_all(self, asked: Sequence[tuple[Sequence[ChatMessage], bool]]) -> list[str | DataError]:
+        """Texts of conversations, each with a generation prompt or without, or what is wrong with them."""
+        rendered: dict[int, str | TemplateFault] = {}
+        lost = [self._lost(messages) for messages, _ in asked]
+        for has_tools in (False, True):
+            numbers = [
+                number
+                for number, (messages, _) in enumerate(asked)
+                if lost[number] is None and bool(messages[0].get("tools")) is has_tools
+            ]
+            template = self._tool_template if has_tools else self._template
+            texts = self._rendered(template, [asked[number] for number in numbers], self._options)
+            rendered.update(zip(numbers, texts, strict=True))
+        return [lost[number] or self._checked(rendered[number], messages) for number, (messages, _) in enumerate(asked)]
+
+    def _rendered(
+        self,
+        template: ChatTemplate,
+        asked: Sequence[tuple[Sequence[ChatMessage], bool]],
+        options: Mapping[str, Any],
+    ) -> list[str | TemplateFault]:
+        conversations = (
+            {
+                "messages": [_for_template(message) for message in messages],
+                "tools": messages[0].get("tools"),
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
+                **(messages[0].get("chat_template_kwargs") or {}),
+            }
+            for messages, add_generation_prompt in asked
+        )
+        return template.render(conversations, {**self._tokenizer.special_tokens_map, **options}, self._today())
+
+    def _checked(self, text: str | TemplateFault, messages: Sequence[ChatMessage]) -> str | DataError:
+        where = self._template.origin
+        if isinstance(text, TemplateFault):
+            said = text.message.rstrip(".")
+            if text.kind == "syntax":
+                return DataError(
+                    f"{where}: the chat template is not valid Jinja, line {text.line}: {said}. Fix "
+                    "tokenizer.chat_template, or the folder's own."
+                )
             roles = ", ".join(message["role"] for message in messages)
-            raise DataError(
-                f"the chat template refuses the roles {roles or 'none'}: {str(error).rstrip('.')}. Fix the row, or set "
+            what = "refuses" if text.kind == "refused" else "fails on"
+            return DataError(
+                f"{where}: the chat template {what} the roles {roles}: {said}. Fix the row, or set "
                 "tokenizer.chat_template to one that knows them."
-            ) from error
+            )
+        if not text.isascii() and (surrogate := next((char for char in text if "\ud800" <= char <= "\udfff"), None)):
+            return DataError(
+                f"{where}: the chat template writes the lone surrogate {surrogate!r}, which is no valid text. Fix it, "
+                "or set tokenizer.chat_template to another one."
+            )
+        return text
 
-    def _row_options(self, message: ChatMessage) -> dict[str, Any]:
-        """The row's options of the template. Those that it does not read would be lost without a word."""
-        options = message.get("chat_template_kwargs") or {}
-        own = {*inspect.signature(self._tokenizer.apply_chat_template).parameters, "messages"}
-        unread = [
-            key
-            for key in options
-            if key in own or not re.search(rf"\b{re.escape(key)}\b", str(self._tokenizer.chat_template))
-        ]
+    def _lost(self, messages: Sequence[ChatMessage]) -> DataError | None:
+        """An error if the template silently leaves a part of the conversation out of the prompt."""
+        if not messages:
+            return DataError("the conversation has no messages before the answer. Fix the row.")
+        roles = [message["role"] for message in messages]
+        names = (self._template.names | self._tool_template.names).difference(_NO_OPTIONS)
+        unread = [key for key in messages[0].get("chat_template_kwargs") or {} if key not in names]
         if unread:
-            raise DataError(
+            return DataError(
                 f"chat_template_kwargs has {', '.join(unread)}, which the chat template does not read. Set "
                 "tokenizer.chat_template to one that does, or leave the column out with "
                 "dataset.column_map={chat_template_kwargs: unused}."
             )
-        return options
-
-    def _check_shown(self, messages: Sequence[ChatMessage]) -> None:
-        """Refuses what the template would leave out of the prompt without a word."""
         used = {
             "tools": any("tools" in message for message in messages),
             "calls": any("tool_calls" in message for message in messages),
-            "results": any(message["role"] == "tool" for message in messages),
+            "results": "tool" in roles,
         }
         lost = [what for what, is_used in used.items() if is_used and what not in self._shown]
         if lost:
-            raise DataError(
+            return DataError(
                 f"the conversation has tools, and the chat template does not show their {' and '.join(lost)}: the "
                 "model would not see them. Set tokenizer.chat_template to one that does, or remove the row."
             )
         is_told = any(message["role"] == "system" and message["content"].strip() for message in messages)
         if is_told and "system" not in self._shown:
-            raise DataError(
+            return DataError(
                 "the conversation has a system message, and the chat template does not show it: the model would not "
                 "see it. Set tokenizer.chat_template to one that does, write it into the user's message, or remove "
                 "dataset.system_prompt or the row."
             )
+        if roles.count("user") > 1 and not {"user", "assistant"} <= self._shown:
+            return DataError(
+                "the conversation has several turns, and the chat template does not show the earlier ones: the model "
+                "would not see them. Set tokenizer.chat_template to one that does, or remove the row."
+            )
+        return None
 
-    @cached_property
-    def _shown(self) -> frozenset[str]:
-        """What the template writes: ``system`` messages; of tools ``tools`` themselves, ``calls``, ``results``. A
-        system message that it refuses counts as written: what it says then tells more."""
-        from jinja2.exceptions import TemplateError
-
+    def _probe_shown(self) -> frozenset[str]:
+        """What the template writes: ``system`` messages, ``user`` and ``assistant`` turns before the answer; of tools
+        ``tools`` themselves, ``calls``, ``results``. What it refuses counts as written, but for tools: what it says
+        then tells more."""
         function: dict[str, Any] = {"name": "probe_of_a_call", "arguments": {"x": 1}}
         call: dict[str, Any] = {
             "id": "probe1234",
@@ -345,51 +503,130 @@ class ChatTokenizer:
             "parameters": {"type": "object"},
         }
         system = {"role": "system", "content": "probe_of_a_system_message"}
-        question = {"role": "user", "content": "Hello"}
-        result = {"role": "tool", "content": "probe_of_a_result", "name": function["name"], "tool_call_id": call["id"]}
-        answer = {"role": "assistant", "content": _PROBE_ANSWER}
-        with_call = [question, {"role": "assistant", "content": "", "tool_calls": [call]}, result, answer]
-        marks = {
-            "system": system["content"],
-            "tools": description["name"],
-            "calls": function["name"],
-            "results": result["content"],
+        earlier = {"role": "user", "content": "probe_of_an_earlier_message"}
+        answered = {"role": "assistant", "content": "probe_of_an_earlier_answer"}
+        question = {"role": "user", "content": _PROBE_QUESTION}
+        result: ChatMessage = {
+            "role": "tool",
+            "content": "probe_of_a_result",
+            "name": function["name"],
+            "tool_call_id": call["id"],
         }
-        text = ""
-        for messages, tools in (
-            ([system, question], None),
-            ([question, answer], [{"type": "function", "function": description}]),
-            (with_call, None),
-            ([question, answer, result, answer], None),
-        ):
-            try:
-                text += self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-            except (TemplateError, *_TOKENIZER_FAULTS):  # it knows no such conversation
-                text += marks["system"] if system in messages else ""
-        return frozenset(what for what, mark in marks.items() if mark in text)
+        answer = {"role": "assistant", "content": _PROBE_ANSWER}
+        with_call: list[ChatMessage] = [
+            question,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            result,
+            answer,
+        ]
+        with_tools: list[ChatMessage] = [{**question, "tools": [{"type": "function", "function": description}]}, answer]
+        talks = [[system, question], [earlier, answered, question], [system, earlier, answered, question]]
+        texts = self._rendered(self._template, [(messages, True) for messages in talks], self._options)
+        lost = {
+            message["role"]
+            for text, messages in zip(texts, talks, strict=True)
+            for message in messages
+            if isinstance(text, str) and message["content"] not in text
+        }
+        texts = [
+            *self._rendered(self._tool_template, [(with_tools, False)], self._options),
+            *self._rendered(
+                self._template, [(with_call, False), ([question, answer, result, answer], False)], self._options
+            ),
+        ]
+        written = "".join(text for text in texts if isinstance(text, str))
+        marks = {"tools": description["name"], "calls": function["name"], "results": result["content"]}
+        shown = {what for what, mark in marks.items() if mark in written}
+        return frozenset(shown | {"system", "user", "assistant"} - lost)
 
-    def _find_eos_ids(self) -> tuple[int, ...]:
+    def _probe_answer(self) -> tuple[str, str | None, str]:
+        """How an answer stands in the conversation: the end of the generation prompt that the conversation lacks; the
+        beginning of answers without reasoning, if such answers would give a real response away; what closes it."""
+        probe = [{"role": "user", "content": _PROBE_QUESTION}, {"role": "assistant", "content": _PROBE_ANSWER}]
+        asked: list[tuple[Sequence[ChatMessage], bool]] = [(probe[:1], True), (probe, False), (probe[:1], False)]
+        texts = self._rendered(self._template, asked, self._options)
+        whole, prompt = self._checked(texts[1], probe), self._checked(texts[0], probe[:1])
+        for text, mark, role in ((whole, _PROBE_ANSWER, "assistant"), (prompt, _PROBE_QUESTION, "user")):
+            if isinstance(text, DataError):
+                raise text
+            if mark not in text:
+                raise DataError(
+                    f"{self._template.origin}: the chat template does not show what the {role} says: it would not "
+                    "reach the model. Set tokenizer.chat_template to one that does."
+                )
+        assert isinstance(prompt, str) and isinstance(whole, str)
+        common = os.path.commonprefix([prompt, whole])
+        if len(common) < len(prompt) and common.rfind("<") > common.rfind(">"):  # within a tag
+            common = common[: common.rfind("<")]
+        begin, _, closing = whole[len(common) :].rpartition(_PROBE_ANSWER)
+        opened = prompt[len(common) :]
+        begins_answer = not begin.strip() or "think" in begin
+        if opened and (not begins_answer or _PROBE_QUESTION in opened):
+            return "", None, closing
+        if texts[2] == texts[0] and begin.strip():
+            log.warning(
+                "The chat template of %s writes no generation prompt: prompts end before %r, which becomes the "
+                "beginning of every answer, of the real ones too. Set tokenizer.chat_template to one that has it.",
+                self.path,
+                begin,
+            )
+            return opened, None, closing
+        if "think" in begin:
+            return opened, begin, closing
+        # with reasoning switched off it asks otherwise: so now the model may reason
+        for name in _THINKING_OPTIONS:
+            if name in self._template.names and name not in self._options:
+                without = self._rendered(self._template, asked[:2], self._options | {name: False})
+                if without != texts[:2]:
+                    return opened, begin, closing
+        if "<think>" in opened and _THINK_END not in opened:
+            log.warning(
+                "The chat template of %s opens a thinking block in every prompt (%r). Real responses without "
+                "reasoning are trained right behind it, and pairs may be told apart by that alone.",
+                self.path,
+                opened,
+            )
+        return opened, None, closing
+
+    def _check_options(self) -> None:
+        names = self._template.names | self._tool_template.names
+        known = sorted(names - {*_NO_OPTIONS, *self._tokenizer.special_tokens_map})
+        unknown = [str(name) for name in self._options if name not in known]
+        reads = f"; it reads {', '.join(known)}" if known else "; it reads none"
+        if unknown:
+            raise DataError(
+                f"tokenizer.template_options.{unknown[0]}: the chat template of {self.path} never reads it{reads}. "
+                "Remove it, or correct its name."
+            )
+        if self.date is not None and not self.reads_date:
+            remedy = "Set tokenizer.template_options.date_string" if "date_string" in names else "Remove it"
+            raise DataError(
+                f"tokenizer.date={self.date}: the chat template of {self.path} never asks for the date. {remedy}."
+            )
+
+    def _today(self) -> str:
+        return self.date or datetime.date.today().isoformat()
+
+    def _origin(self, chat_template: str | None) -> str:
+        """Where the template stands."""
+        if chat_template is not None:
+            return "tokenizer.chat_template" + ("" if "{" in chat_template else f"={chat_template}")
+        file = self.path / "chat_template.jinja"
+        return str(file) if file.is_file() else f"{self.path / 'tokenizer_config.json'}: chat_template"
+
+    def _find_eos_ids(self, closing: str) -> tuple[int, ...]:
         """The token that closes a turn, the tokenizer's EOS, and what the model's generation settings stop at."""
         configured = [self._tokenizer.eos_token_id]
         for file in ("generation_config.json", "config.json"):
             stop = _read_json(self.path / file).get("eos_token_id")
             if stop is not None:
-                configured += stop if isinstance(stop, list) else [stop]
+                stops = stop if isinstance(stop, list) else [stop]
+                if not all(type(each) is int and each >= 0 for each in stops):
+                    raise DataError(
+                        f"{self.path / file}: eos_token_id is {stop!r:.60}, expected a token id or a list of them."
+                    )
+                configured += stops
                 break
-        probe = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": _PROBE_ANSWER}]
-        conversation, asked = (
-            self._render(probe, add_generation_prompt=False),
-            self._render(probe[:1], add_generation_prompt=True),
-        )
-        closing = conversation.rpartition(_PROBE_ANSWER)[2]
-        header = conversation.removeprefix(asked).rpartition(_PROBE_ANSWER)[0] if conversation.startswith(asked) else ""
-        if header.strip():
-            log.warning(
-                "The chat template of %s writes no generation prompt: prompts end before %r, which becomes the "
-                "beginning of every answer, of the real ones too. Set tokenizer.chat_template to one that has it.",
-                self.path,
-                header,
-            )
         closing_special = [token for token in self._encode(closing) if token in self._special_ids][:1]
         found = tuple(dict.fromkeys(int(token) for token in (*closing_special, *configured) if token is not None))
         if not found:
@@ -672,8 +909,8 @@ def _no_prefix(prompt: str, full: str) -> str:
     return (
         f"the conversation does not begin with its own prompt: from character {at} on, the prompt has "
         f"{prompt[at : at + 40]!r}, the conversation {full[at : at + 40]!r}. The template writes something into the "
-        "prompt that training would not see (a thinking tag, for example). Set tokenizer.chat_template to one that "
-        "does not."
+        "prompt that training would not see (a closed thinking block before an answer with reasoning, for example). "
+        "Set tokenizer.template_options, or tokenizer.chat_template to one that does not."
     )
 
 
@@ -715,22 +952,88 @@ def _load_tokenizer(path: Path) -> Any:
         _read_json(path / name)  # the tokenizers library says only that "data did not match"
     try:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises no narrower one, of a regex say
         if not any(each for pattern in _ANY_VOCABULARY for each in path.glob(pattern)):
             raise DataError(
                 f"tokenizer.path={path}: no tokenizer is here. Name the model's folder, with tokenizer.json or "
                 "tokenizer.model; of a run that is iteration_NNN/hf_model."
             ) from error
-        raise DataError(f"No tokenizer can be loaded from {path}: {error}") from error
+        regex = next(_bad_regexes(_read_json(path / "tokenizer.json"), ""), None)
+        if regex is not None:
+            raise DataError(f"{path / 'tokenizer.json'}: {regex}. Correct it, or take another tokenizer.") from error
+        raise DataError(f"No tokenizer can be loaded from {path}: {type(error).__name__}: {error}") from error
 
 
-def _read_template(template: str) -> str:
+def _bad_regexes(value: Any, key: str) -> Iterator[str]:
+    """Key, pattern and fault of each regular expression in tokenizer.json that does not compile."""
+    from tokenizers import Regex
+
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _bad_regexes(item, f"{key}[{index}]")
+    for name, item in value.items() if isinstance(value, dict) else ():
+        where = f"{key}.{name}".lstrip(".")
+        if name == "Regex" and isinstance(item, str):
+            try:
+                Regex(item)
+            except Exception as error:  # the library has no narrower one
+                yield f"{where} is {item!r}, no valid regular expression ({error})"
+        elif where != "model":  # a vocabulary
+            yield from _bad_regexes(item, where)
+
+
+def _templates_of(tokenizer: Any, path: Path) -> dict[str, str]:
+    """The folder's chat templates by name; one alone is ``default``."""
+    found = tokenizer.chat_template
+    if not found:
+        return {}
+    named = found if isinstance(found, dict) else {"default": found}
+    wrong = next((name for name, text in named.items() if not isinstance(text, str)), None)
+    if wrong is not None:
+        raise DataError(
+            f"{path / 'tokenizer_config.json'}: chat_template ({wrong}) is {named[wrong]!r:.60}, expected a Jinja "
+            "text. Fix it, or set tokenizer.chat_template."
+        )
+    return named
+
+
+def _read_template(template: str, named: Iterable[str] = ()) -> str:
     # A template is recognised by its braces, since a path hardly has two in a row.
     if "{{" in template or "{%" in template:
         return template
     path = Path(template).expanduser()
     if not path.is_file():
+        known = f"; the folder's named templates are {', '.join(named)}" if named else ""
         raise DataError(
-            f"tokenizer.chat_template={template} is neither a file nor a Jinja template (no '{{{{' or '{{%' in it)."
+            f"tokenizer.chat_template={template} is neither a file nor a Jinja template (no '{{{{' or '{{%' in it)"
+            f"{known}."
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"tokenizer.chat_template={template}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+
+
+def _iso_date(date: str | datetime.date | None) -> str | None:
+    if date is None:
+        return None
+    try:
+        return datetime.date.fromisoformat(str(date)).isoformat()
+    except ValueError as error:
+        raise DataError(
+            f"tokenizer.date={date!r}: expected a day as YYYY-MM-DD, or null for that of the run's first start."
+        ) from error
+
+
+def _for_template(message: ChatMessage) -> dict[str, Any]:
+    """A message as transformers hands it to a template: without nulls, reasoning under each of its names."""
+    of_row = ("tools", "chat_template_kwargs")
+    plain = {key: value for key, value in message.items() if key not in of_row and value is not None}
+    reasoning = plain.get("reasoning_content")
+    return plain if reasoning is None else dict.fromkeys(("thinking", "reasoning"), reasoning) | plain
+
+
+def _without_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    system, first, *rest = messages
+    of_row: ChatMessage = {key: system[key] for key in ("tools", "chat_template_kwargs") if key in system}
+    return [{**first, **of_row}, *rest]

@@ -1,0 +1,91 @@
+"""One date for a run: what a chat template writes as today's stays that of the run's first start.
+
+Llama 3.1 and 3.2, SmolLM3, Granite and Mistral Small write the day into every prompt. A run that goes on the next day,
+and workers and ranks on two sides of midnight, must ask the opponent what the others ask.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+from pathlib import Path
+
+from spin.data.chat import PromptTokenizer
+from spin.distributed import World, broadcast_object, fail_together
+from spin.errors import DataError
+from spin.files import read_json, replace_text, taking_turns
+
+log = logging.getLogger(__name__)
+
+DATE_FILE = "template_date.json"
+_KIND = "spin.template_date"
+
+
+def fix_date(tokenizer: PromptTokenizer, output_dir: Path, world: World, *runs: str | Path | None) -> None:
+    """Gives a tokenizer whose template reads the date that of the run. Collective, by what rank 0 finds.
+
+    It is ``tokenizer.date`` where that is set; else that of the first of ``runs`` that has one; else what
+    ``output_dir`` keeps; else today. ``output_dir`` keeps it from then on, in ``template_date.json``.
+
+    Args:
+        tokenizer (PromptTokenizer): nothing happens if its template reads no date. Nothing has been encoded with it.
+        output_dir (Path): of the run; exists.
+        world (World): the ranks.
+        *runs (str | Path | None): folders of other runs, or checkpoints and models in them, whose date comes first; a
+            config's ``resume`` too, whose ``auto`` and ``never`` name none.
+
+    Raises:
+        DataError: If the file in ``output_dir`` holds no date.
+        OutputError: If it cannot be written.
+    """
+    if not getattr(tokenizer, "reads_date", False):
+        return
+    date = None
+    with fail_together(world, DataError):
+        if world.is_main:
+            date = _fixed(getattr(tokenizer, "date", None), output_dir, runs)
+            log.info("The chat template's date is %s (tokenizer.date; kept in %s)", date, output_dir / DATE_FILE)
+    tokenizer.date = broadcast_object(date, world)  # type: ignore[attr-defined]
+
+
+def known_date(*folders: str | Path | None) -> str | None:
+    """The date that a run keeps.
+
+    Args:
+        *folders (str | Path | None): run folders, or folders up to two levels within one: ``iteration_001/hf_model``,
+            ``checkpoints/step_00000010``.
+
+    Returns:
+        str | None: ISO; of the first folder that has one.
+
+    Raises:
+        DataError: If its file holds no date.
+    """
+    for folder in (Path(each).absolute() for each in folders if each not in (None, "auto", "never")):
+        for place in (folder, *folder.parents[:2]):
+            if (place / DATE_FILE).is_file():
+                return _read(place / DATE_FILE)
+    return None
+
+
+def _fixed(given: str | None, output_dir: Path, runs: tuple[str | Path | None, ...]) -> str:
+    file = output_dir / DATE_FILE
+    with taking_turns(file):  # workers of one run start at once
+        kept = _read(file) if file.is_file() else None
+        found = None if given else known_date(*runs)
+        date = given or found or kept or datetime.date.today().isoformat()
+        if kept is None or (found and found != kept):
+            replace_text(file, json.dumps({"kind": _KIND, "date": date}) + "\n")
+    return date
+
+
+def _read(file: Path) -> str:
+    remedy = "Write the day of the run's first start into it, or set tokenizer.date to that and remove the file."
+    content = read_json(file, DataError, remedy)
+    try:
+        if content.get("kind") == _KIND:
+            return datetime.date.fromisoformat(str(content.get("date"))).isoformat()
+    except ValueError:
+        pass
+    raise DataError(f'{file}: expected {{"kind": "{_KIND}", "date": "YYYY-MM-DD"}}. {remedy}')

@@ -1,0 +1,491 @@
+"""Chat templates in the style of the model families: what is asked, what is trained, and which are refused.
+
+The templates are small ones of our own that have the families' structure: where the system message goes, what is
+trimmed, which defaults and dates are written, what the generation prompt ends in, what becomes of reasoning. Expected
+texts are written out by hand; ``E`` is the tiny tokenizer's stop token.
+"""
+
+import json
+import logging
+import shutil
+
+import pytest
+from transformers import AutoTokenizer
+
+from spin.data.chat import ChatTokenizer
+from spin.errors import DataError
+
+E = "<|im_end|>"
+DAY = "2026-01-31"
+SYSTEM = {"role": "system", "content": "Be brief."}
+USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+AGAIN, LAST = {"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes."}
+REASONED = {"role": "assistant", "content": "<think>\nI look.\n</think>\n\nYes."}
+TALK = [SYSTEM, USER, ANSWER, AGAIN, LAST]
+
+CHATML = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+QWEN25 = "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou help.<|im_end|>\\n' }}{% endif %}" + CHATML
+ZEPHYR = (
+    "{% for m in messages %}\n{% if m.role == 'user' %}\n{{ '<|user|>\n' + m.content + eos_token }}\n"
+    "{% elif m.role == 'system' %}\n{{ '<|system|>\n' + m.content + eos_token }}\n{% else %}\n"
+    "{{ '<|assistant|>\n' + m.content + eos_token }}\n{% endif %}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+LLAMA3 = (
+    "{%- if not date_string is defined %}{% if strftime_now is defined %}"
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    "{% endif %}{% if messages[0].role == 'system' %}{% set system = messages[0].content | trim %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}"
+    "{{- '[system]Today Date: ' + date_string + ' ' + system + eos_token }}"
+    "{%- for m in messages %}{{ '[' + m.role + ']\\n\\n' + m.content | trim + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]\\n\\n' }}{% endif %}"
+)
+GRANITE = (
+    "{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set loop_messages = messages[1:] %}"
+    "{% else %}{% set system = \"Today's Date: \" + strftime_now('%B %d, %Y') + '.' %}"
+    "{% set loop_messages = messages %}{% endif %}{% if thinking %}{% set system = system + ' Think.' %}{% endif %}"
+    "{{ '[system]' + system + eos_token + '\\n' }}{% for m in loop_messages %}"
+    "{{ '[' + m.role + ']' + m.content + eos_token + '\\n' }}{% if loop.last and add_generation_prompt %}"
+    "{{ '[assistant]' }}{% endif %}{% endfor %}"
+)
+GEMMA2 = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content | trim + eos_token "
+    "+ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+GEMMA3 = (
+    "{%- if messages[0].role == 'system' %}{% set first = messages[0].content + '\\n\\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
+    "{%- for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' "
+    "+ (first if loop.first else '') }}{% if m.content is string %}{{ m.content | trim }}{% else %}"
+    "{% for part in m.content %}{{ part.text | trim }}{% endfor %}{% endif %}{{ eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+PHI3 = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}"
+)
+PHI4 = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|>' }}{% endif %}"
+)
+OLMO = (
+    "{{ '<bos>' }}{% for m in messages %}{% if m.role == 'assistant' %}{{ '<|assistant|>\\n' + m.content + eos_token }}"
+    "{% if not loop.last %}{{ '\\n' }}{% endif %}{% else %}{{ '<|' + m.role + '|>\\n' + m.content + '\\n' }}{% endif %}"
+    "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}{% endfor %}"
+)
+MISTRAL1 = (  # the system message in front of the first user turn
+    "{%- if messages[0].role == 'system' %}{% set system = messages[0].content + '\\n\\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{{ '<s>' }}"
+    "{%- for m in messages %}{% if m.role == 'user' %}{{ ' [INST] ' + (system if loop.first else '') + m.content "
+    "+ ' [/INST]' }}{% else %}{{ ' ' + m.content | trim + eos_token }}{% endif %}{% endfor %}"
+)
+MISTRAL3 = (  # in front of the last message, if that is the user's
+    "{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}"
+    "{% endif %}{{ '<s>' }}{%- for m in messages %}{% if m.role == 'user' %}{% if loop.last and system is defined %}"
+    "{{ '[INST] ' + system + '\\n\\n' + m.content + '[/INST]' }}{% else %}{{ '[INST] ' + m.content + '[/INST]' }}"
+    "{% endif %}{% elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported') }}{% endif %}{% endfor %}"
+)
+MISTRAL_SMALL = (
+    "{%- set today = strftime_now('%Y-%m-%d') %}{% if messages[0].role == 'system' %}"
+    "{% set system = messages[0].content %}{% set messages = messages[1:] %}{% else %}"
+    "{% set system = 'The current date is ' + today + '.' %}{% endif %}"
+    "{{ '<s>[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}{% for m in messages %}{% if m.role == 'user' %}"
+    "{{ '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
+R1 = (  # the prompt opens a thinking block, answers are cut behind theirs
+    "{{ '<s>' }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
+    "{{ '<User>' + m.content }}{% else %}{{ '<Assistant>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<Assistant><think>\\n' }}{% endif %}"
+)
+V31 = (  # a closed block in every prompt and answer, or with thinking an open one in the prompt alone
+    "{%- if not thinking is defined %}{% set thinking = false %}{% endif %}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}{{ '<User>' + m.content }}{% else %}"
+    "{{ '<Assistant></think>' + m.content.split('</think>')[-1] | trim + eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<Assistant>' + ('<think>' if thinking else '</think>') }}{% endif %}"
+)
+QWEN3 = (  # reasoning of the last answer stays, an empty block stands for none
+    "{%- for m in messages %}{% if m.role == 'assistant' %}{% set reasoning = m.reasoning_content or '' %}"
+    "{% set content = m.content %}{% if '</think>' in content %}"
+    "{% set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\\n') %}{% endif %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if loop.last %}{{ '<think>\\n' + reasoning + '\\n</think>\\n\\n' }}{% endif %}{{ content + '<|im_end|>\\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+    "{% endif %}"
+)
+QWEN3_THINKING = QWEN3.replace(  # of 2507: every prompt opens the block
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}",
+    "{{ '<think>\\n' }}",
+)
+SMOLLM3 = (  # reasons unless told not to; an empty block in answers only when it is told
+    "{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
+    "{{ '<|im_start|>system\\nToday Date: ' + strftime_now('%d %B %Y') + '\\nReasoning Mode: ' "
+    "+ ('/think' if enable_thinking else '/no_think') }}{% if messages[0].role == 'system' %}"
+    "{{ '\\n' + messages[0].content }}{% set messages = messages[1:] %}{% endif %}{{ '<|im_end|>\\n' }}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% else %}{% generation %}{{ '<|im_start|>assistant\\n' + ('' if enable_thinking else '<think>\\n\\n</think>\\n') "
+    "+ m.content.lstrip('\\n') + '<|im_end|>\\n' }}{% endgeneration %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' + ('' if enable_thinking else "
+    "'<think>\\n\\n</think>\\n') }}{% endif %}"
+)
+
+IM = "<|im_start|>"
+THINK = "<think>\n\n</think>"
+IN_CHATML = f"{IM}system\nBe brief.{E}\n{IM}user\nWhy?{E}\n{IM}assistant\nSo.{E}\n{IM}user\nReally?{E}\n{IM}assistant\n"
+IN_PHI3 = f"<|system|>\nBe brief.{E}\n<|user|>\nWhy?{E}\n<|assistant|>\nSo.{E}\n<|user|>\nReally?{E}\n<|assistant|>\n"
+IN_LLAMA = f" Be brief.{E}[user]\n\nWhy?{E}[assistant]\n\nSo.{E}[user]\n\nReally?{E}[assistant]\n\n"
+TURN = "<start_of_turn>"
+# template, options, the prompt before the last answer of TALK (None: refuses system messages), the response
+FAMILIES = {
+    "chatml": (CHATML, {}, IN_CHATML, "Yes."),
+    "qwen2.5": (QWEN25, {}, IN_CHATML, "Yes."),
+    "zephyr": (ZEPHYR, {}, IN_PHI3, "Yes."),
+    "llama 3": (LLAMA3, {}, "[system]Today Date: 31 Jan 2026" + IN_LLAMA, "Yes."),
+    "llama 3 with its date": (LLAMA3, {"date_string": "1 May"}, "[system]Today Date: 1 May" + IN_LLAMA, "Yes."),
+    "granite": (
+        GRANITE,
+        {},
+        f"[system]Be brief.{E}\n[user]Why?{E}\n[assistant]So.{E}\n[user]Really?{E}\n[assistant]",
+        "Yes.",
+    ),
+    "gemma 2": (GEMMA2, {}, None, "Yes."),
+    "gemma 3": (
+        GEMMA3,
+        {},
+        f"{TURN}user\nBe brief.\n\nWhy?{E}\n{TURN}model\nSo.{E}\n{TURN}user\nReally?{E}\n{TURN}model\n",
+        "Yes.",
+    ),
+    "phi 3": (PHI3, {}, IN_PHI3, "Yes."),
+    "phi 4": (
+        PHI4,
+        {},
+        f"{IM}system<|im_sep|>Be brief.{E}{IM}user<|im_sep|>Why?{E}{IM}assistant<|im_sep|>So.{E}"
+        f"{IM}user<|im_sep|>Really?{E}{IM}assistant<|im_sep|>",
+        "Yes.",
+    ),
+    "olmo": (
+        OLMO,
+        {},
+        f"<bos><|system|>\nBe brief.\n<|user|>\nWhy?\n<|assistant|>\nSo.{E}\n<|user|>\nReally?\n<|assistant|>\n",
+        "Yes.",
+    ),
+    "mistral 1": (MISTRAL1, {}, f"<s> [INST] Be brief.\n\nWhy? [/INST] So.{E} [INST] Really? [/INST]", " Yes."),
+    "mistral 3": (MISTRAL3, {}, f"<s>[INST] Why?[/INST] So.{E}[INST] Be brief.\n\nReally?[/INST]", " Yes."),
+    "mistral small": (
+        MISTRAL_SMALL,
+        {},
+        f"<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Why?[/INST]So.{E}[INST]Really?[/INST]",
+        "Yes.",
+    ),
+    "r1 distilled": (R1, {}, f"<s>Be brief.<User>Why?<Assistant>So.{E}<User>Really?<Assistant><think>\n", "Yes."),
+    "deepseek 3.1": (V31, {}, f"Be brief.<User>Why?<Assistant></think>So.{E}<User>Really?<Assistant></think>", "Yes."),
+    "qwen 3": (QWEN3, {"enable_thinking": False}, f"{IN_CHATML}{THINK}\n\n", "Yes."),
+    "smollm 3": (
+        SMOLLM3,
+        {"enable_thinking": False},
+        f"{IM}system\nToday Date: 31 January 2026\nReasoning Mode: /no_think\nBe brief.{E}\n{IM}user\nWhy?{E}\n"
+        f"{IM}assistant\n{THINK}\nSo.{E}\n{IM}user\nReally?{E}\n{IM}assistant\n{THINK}\n",
+        "Yes.",
+    ),
+}
+DATED = ("llama 3", "llama 3 with its date", "granite", "mistral small", "smollm 3")
+
+
+def family(tiny_lm, name, **changes):
+    template, options, *_ = FAMILIES[name]
+    date = {"date": DAY} if name in DATED else {}
+    return ChatTokenizer(tiny_lm, chat_template=template, **{"template_options": options, **date, **changes})
+
+
+def texts(chat, messages):
+    return tuple(map(chat.decode, chat.encode_pair(messages)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompt_and_response_of_a_family(tiny_lm, name):
+    chat = family(tiny_lm, name)
+    *_, prompt, answer = FAMILIES[name]
+    if prompt is None:
+        with pytest.raises(DataError, match="refuses the roles system, user, assistant, user"):
+            chat.encode_pair(TALK)
+    else:
+        assert texts(chat, TALK) == (prompt, answer + E)
+        assert chat.encode_prompt(TALK[:-1]) == chat.encode_pair(TALK)[0]
+    asked, response = texts(chat, TALK[1:])
+    assert response == answer + E and "Why?" in asked and "Really?" in asked
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_are_those_of_transformers(tiny_lm, name):
+    """With today's date, which is the one that transformers has."""
+    template, options, prompt, _ = FAMILIES[name]
+    chat = family(tiny_lm, name, date=None)
+    reference = AutoTokenizer.from_pretrained(str(tiny_lm))
+    for messages in (TALK, TALK[1:], TALK[1:3]):
+        if messages[0] is SYSTEM and prompt is None:
+            continue
+        expected = reference.apply_chat_template(
+            messages[:-1], chat_template=template, add_generation_prompt=True, return_dict=False, **options
+        )
+        assert chat.encode_prompt(messages[:-1]) == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_no_warning_where_nothing_is_wrong(tiny_lm, name, caplog):
+    with caplog.at_level(logging.WARNING):
+        family(tiny_lm, name)
+    expected = "opens a thinking block in every prompt" if name == "r1 distilled" else ""
+    assert expected in caplog.text and bool(caplog.text) is bool(expected)
+
+
+# --- Reasoning ---
+
+
+@pytest.mark.parametrize(("template", "option"), [(QWEN3, "enable_thinking"), (SMOLLM3, "enable_thinking")])
+def test_a_reasoning_template_and_answers_without_reasoning(tiny_lm, template, option):
+    """The opponent would reason and the data set would not: refused with both remedies, and each of them works."""
+    chat = ChatTokenizer(tiny_lm, chat_template=template)
+    for messages in (TALK, TALK[1:3]):
+        with pytest.raises(
+            DataError, match=rf"template_options\.{option}=false, or give the real responses with their"
+        ):
+            chat.encode_pair(messages)
+    assert texts(chat, [*TALK[:-1], REASONED])[1] == REASONED["content"] + E
+    assert (
+        texts(ChatTokenizer(tiny_lm, chat_template=template, template_options={option: False}), TALK)[1] == "Yes." + E
+    )
+
+
+def test_reasoning_in_a_field_of_its_own(tiny_lm):
+    answer = {**LAST, "reasoning_content": "I look."}
+    chat = ChatTokenizer(tiny_lm, chat_template=QWEN3)
+    assert texts(chat, [*TALK[:-1], answer])[1] == REASONED["content"] + E
+    with pytest.raises(DataError, match=r"has reasoning \('I look\.'\), and the chat template does not show it"):
+        ChatTokenizer(tiny_lm, chat_template=CHATML).encode_pair([*TALK[:-1], answer])
+
+
+def test_reasoning_where_the_prompt_has_closed_the_block(tiny_lm):
+    """Reasoning is switched off, and the answer has some."""
+    for template, option in ((QWEN3, "enable_thinking"), (V31, "thinking")):
+        chat = ChatTokenizer(tiny_lm, chat_template=template, template_options={option: False})
+        with pytest.raises(DataError, match=r"tokenizer\.template_options"):
+            chat.encode_pair([*TALK[:-1], REASONED])
+
+
+def test_options_of_a_row(tiny_lm):
+    """They go before the config's; where they switch reasoning off, an answer needs none."""
+    for template in (QWEN3, SMOLLM3):
+        chat = ChatTokenizer(tiny_lm, chat_template=template)
+        asked = ChatTokenizer(tiny_lm, chat_template=template, template_options={"enable_thinking": False})
+        row = [{**SYSTEM, "chat_template_kwargs": {"enable_thinking": False}}, *TALK[1:]]
+        assert chat.encode_pair(row) == asked.encode_pair(TALK)
+        row = [{**SYSTEM, "chat_template_kwargs": {"enable_thinking": True}}, *TALK[1:-1], REASONED]
+        assert asked.encode_pair(row) == chat.encode_pair([*TALK[:-1], REASONED])
+        for name in ("persona", "messages"):
+            with pytest.raises(DataError, match=f"chat_template_kwargs has {name}, which the chat template does not"):
+                chat.encode_pair([{**SYSTEM, "chat_template_kwargs": {name: []}}, *TALK[1:]])
+
+
+def test_a_template_that_only_reasons(tiny_lm):
+    chat = ChatTokenizer(tiny_lm, chat_template=QWEN3_THINKING)
+    with pytest.raises(
+        DataError, match=r"has no reasoning: .*Set tokenizer\.chat_template to a template that goes with"
+    ):
+        chat.encode_pair(TALK)
+    prompt, response = texts(chat, [*TALK[:-1], REASONED])
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+    assert response == "I look.\n</think>\n\nYes." + E
+
+
+def test_a_template_that_cuts_the_reasoning_off(tiny_lm, caplog):
+    """R1's: the row's own text stands behind the block that the prompt opens."""
+    prompt, response = texts(ChatTokenizer(tiny_lm, chat_template=R1), [USER, REASONED])
+    assert (prompt, response) == ("<s><User>Why?<Assistant><think>\n", "I look.\n</think>\n\nYes." + E)
+    chat = ChatTokenizer(tiny_lm, chat_template=V31, template_options={"thinking": True})
+    prompt, response = texts(chat, [USER, REASONED])
+    assert (prompt, response) == ("<User>Why?<Assistant><think>", "\nI look.\n</think>\n\nYes." + E)
+    with pytest.raises(DataError, match=r"template_options\.thinking=false"):
+        chat.encode_pair(TALK)
+
+
+# --- Options, dates, named templates ---
+
+
+def test_an_option_that_the_template_never_reads(tiny_lm):
+    with pytest.raises(
+        DataError, match=r"template_options\.enable_thinkin: .* never reads it; it reads enable_thinking\."
+    ):
+        ChatTokenizer(tiny_lm, chat_template=QWEN3, template_options={"enable_thinkin": False})
+    with pytest.raises(DataError, match=r"never reads it; it reads none\."):
+        ChatTokenizer(tiny_lm, template_options={"messages": []})
+
+
+def test_options_and_date_are_part_of_the_fingerprint_where_they_count(tiny_lm):
+    plain = ChatTokenizer(tiny_lm, chat_template=QWEN3)
+    without = ChatTokenizer(tiny_lm, chat_template=QWEN3, template_options={"enable_thinking": False})
+    assert plain.fingerprint != without.fingerprint and not plain.reads_date
+    days = [ChatTokenizer(tiny_lm, chat_template=LLAMA3, date=day) for day in (DAY, DAY, "2026-02-01")]
+    first, again, other = (each.fingerprint for each in days)
+    assert first == again != other and DAY in first
+
+
+def test_a_date_that_is_none_or_not_needed(tiny_lm):
+    for date in ("31.1.2026", "2026-02-30", 7):
+        with pytest.raises(DataError, match=rf"tokenizer\.date='?{date}'?: expected a day as YYYY-MM-DD"):
+            ChatTokenizer(tiny_lm, chat_template=LLAMA3, date=date)
+    with pytest.raises(DataError, match=r"never asks for the date\. Remove it"):
+        ChatTokenizer(tiny_lm, date=DAY)
+    constant = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}"
+    with pytest.raises(DataError, match=r"never asks for the date\. Set tokenizer\.template_options\.date_string"):
+        ChatTokenizer(tiny_lm, chat_template=constant + CHATML, date=DAY)
+
+
+def copied(tiny_lm, tmp_path, **changes):
+    """A copy of the tiny tokenizer with other settings."""
+    shutil.copy(tiny_lm / "tokenizer.json", tmp_path)
+    config = json.loads((tiny_lm / "tokenizer_config.json").read_text()) | changes
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def test_named_templates(tiny_lm, tmp_path):
+    named = [{"name": "rag", "template": PHI4}, {"name": "chat", "template": CHATML}]
+    folder = copied(tiny_lm, tmp_path, chat_template=named)
+    with pytest.raises(DataError, match=r"several chat templates, .* Choose one: tokenizer\.chat_template=rag or chat"):
+        ChatTokenizer(folder)
+    with pytest.raises(DataError, match=r"neither a file nor .* named templates are rag, chat"):
+        ChatTokenizer(folder, chat_template="rga")
+    chosen = ChatTokenizer(folder, chat_template="chat")
+    assert chosen.encode_pair(TALK) == ChatTokenizer(tiny_lm).encode_pair(TALK)
+    assert chosen.chat_template == CHATML  # which an export gets
+    default = copied(tiny_lm, tmp_path, chat_template=[*named, {"name": "default", "template": CHATML}])
+    assert ChatTokenizer(default).encode_pair(TALK) == chosen.encode_pair(TALK)
+
+
+# --- What does not reach the prompt ---
+
+HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("loop", "at_start", "talk"),
+    [
+        ("messages if m.role != 'user'", "does not show what the user says", None),
+        ("messages if m.role != 'assistant'", "does not show what the assistant says", None),
+        ("messages[-1:]", None, "has several turns, .* does not show the earlier ones|does not show it"),
+        ("messages if m.role != 'system'", None, "has a system message, .* does not show it"),
+        ("messages[:1] + messages[-1:]", None, "has several turns, and the chat template does not show"),
+    ],
+)
+def test_a_role_that_does_not_reach_the_prompt(tiny_lm, loop, at_start, talk):
+    template = "{% for m in " + loop + " %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + HEAD
+    if at_start is not None:
+        with pytest.raises(DataError, match=f"tokenizer.chat_template: the chat template {at_start}"):
+            ChatTokenizer(tiny_lm, chat_template=template)
+        return
+    chat = ChatTokenizer(tiny_lm, chat_template=template)
+    with pytest.raises(DataError, match=talk):
+        chat.encode_pair(TALK)
+    with pytest.raises(DataError):
+        chat.encode_prompt(TALK[:-1])
+
+
+# --- Limits and broken files ---
+
+
+@pytest.mark.parametrize(
+    ("begin", "found"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "s of processor time"),
+        ("{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "characters or fills the memory"),
+        ("{{ 'x' * 10 ** 10 }}", "characters or fills the memory"),
+        ("{{ 'x'.center(10 ** 10) }}", "characters or fills the memory"),
+        ("{{ 1 / 0 }}", "fails on the roles user, assistant: ZeroDivisionError: division by zero"),
+        ("{{ messages.nothing.at_all }}", "refuses the roles user, assistant: .*has no attribute"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on .* RecursionError"),
+        (r"{{ '\ud800' }}", r"writes the lone surrogate '\\ud800'"),
+        ("{{ messages.__class__.__mro__ }}", "refuses .* unsafe"),
+    ],
+    ids=["endless", "gigabytes", "one long text", "padding", "1/0", "undefined", "recursion", "surrogate", "escape"],
+)
+def test_a_template_that_breaks(tiny_lm, tmp_path, begin, found):
+    """Each says where the template stands; what came before and after works."""
+    folder = copied(tiny_lm, tmp_path, chat_template=begin + CHATML)
+    with pytest.raises(DataError, match=f"tokenizer_config.json: chat_template: the chat template .*{found}"):
+        ChatTokenizer(folder)
+    assert texts(ChatTokenizer(tiny_lm), TALK[1:3])[1] == "So." + E
+
+
+def test_a_template_that_breaks_on_one_row(tiny_lm):
+    """A row's fault is the row's; an endless loop is the template's, and ends the reading at once."""
+    chat = ChatTokenizer(tiny_lm, chat_template="{% if 'zero' in messages[0].content %}{{ 1 / 0 }}{% endif %}" + CHATML)
+    good, bad = chat.encode_pairs([TALK, [{"role": "user", "content": "zero"}, ANSWER]])
+    assert good == ChatTokenizer(tiny_lm).encode_pair(TALK)
+    assert isinstance(bad, DataError) and "ZeroDivisionError" in str(bad)
+    many = "{% if 'many' in messages[0].content %}{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endif %}"
+    chat = ChatTokenizer(tiny_lm, chat_template=many + CHATML)
+    with pytest.raises(DataError, match="characters or fills the memory"):
+        chat.encode_pairs([TALK, [{"role": "user", "content": "many"}, ANSWER]])
+
+
+@pytest.mark.parametrize(
+    ("template", "found"),
+    [
+        (5, r"chat_template \(default\) is 5, expected a Jinja text"),
+        ([{"name": "x"}], "No tokenizer can be loaded from"),
+    ],
+)
+def test_a_template_that_is_no_text(tiny_lm, tmp_path, template, found):
+    with pytest.raises(DataError, match=found):
+        ChatTokenizer(copied(tiny_lm, tmp_path, chat_template=template))
+
+
+def test_a_template_file_that_is_not_utf8(tiny_lm, tmp_path):
+    (tmp_path / "own.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(DataError, match=r"tokenizer\.chat_template=.*own\.jinja: not UTF-8 text"):
+        ChatTokenizer(tiny_lm, chat_template=str(tmp_path / "own.jinja"))
+
+
+@pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
+def test_a_tokenizer_with_a_bad_regex(tiny_lm, tmp_path, part):
+    folder = copied(tiny_lm, tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False}
+    replace = {"type": "Replace", "pattern": {"Regex": "(["}, "content": ""}
+    parts = {"pretokenizers": [split]} if part == "pre_tokenizer" else {"normalizers": [replace]}
+    content[part] = {"type": "Sequence", **parts}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(
+        DataError, match=rf"tokenizer\.json: {part}\.\w+\[0\]\.pattern\.Regex is '\(\[', no valid regular"
+    ):
+        ChatTokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("tokenizer.json", "model", None),
+        ("tokenizer.json", "added_tokens", 5),
+        ("tokenizer.json", "added_tokens", [{"id": -1, "content": "x"}]),
+        ("tokenizer.json", "decoder", {"type": "Nope"}),
+        ("tokenizer_config.json", "tokenizer_class", 5),
+        ("tokenizer_config.json", "eos_token", ["a"]),
+        ("tokenizer_config.json", "model_max_length", "x"),
+        ("generation_config.json", "eos_token_id", [2, "x"]),
+        ("config.json", "eos_token_id", -1),
+    ],
+)
+def test_a_tokenizer_with_a_bad_value(tiny_lm, tmp_path, file, key, value):
+    folder = copied(tiny_lm, tmp_path)
+    content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+    (folder / file).write_text(json.dumps(content | {key: value}))
+    with pytest.raises(DataError, match=str(folder)):
+        ChatTokenizer(folder).encode_pair(TALK)
