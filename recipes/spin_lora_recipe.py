@@ -56,7 +56,7 @@ from spin.loss import row_losses
 from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics, speed_metrics, validation_metrics
 from spin.mixed_opponent import mix_references, weights_of_start
 from spin.models import build_model, choose_attention, make_room, prepare_model, row_layout, training_options
-from spin.nonfinite import NonFiniteGuard
+from spin.nonfinite import NonFiniteGuard, check_last_update
 from spin.plan import RunPlan
 from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, words_of_stop
@@ -373,9 +373,11 @@ class SPINLoRARecipe:
 
         Raises:
             CheckpointError: If this state, or the last one, cannot be written.
+            NonFiniteError: If the last update left weights that are not finite, or that nothing can be computed with.
             OutputError: If a line of the log could not be: a state would go on as if it had been.
         """
         self._run_log.check()
+        self._check_last_update()
         starts_anew = self._cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
         return self._checkpointer.save_state(
             step=self._progress.step,
@@ -602,7 +604,19 @@ class SPINLoRARecipe:
         state = "back at the iteration's start" if alarm.rolls_back else f"saved at step {self._progress.step}"
         raise CollapseError(f"{alarm.message} The run is {state}; the same command goes on, with what you change.")
 
+    def _check_last_update(self) -> None:
+        """A step's loss is of the weights before it: what it left must be finite before it is saved or exported."""
+        step, values = self._progress.step, {}
+        pairs = [] if step - 1 in self._nonfinite.skipped else list(self._last_batch)[:4]
+        if self._val_step == step:
+            values = {"val_loss": self._val_loss or 0.0}
+        elif pairs:
+            _, real_rewards, generated_rewards, *_ = self._margins(pairs)
+            values = {"rewards of the last batch": (real_rewards + generated_rewards).sum().item()}
+        check_last_update(self._model, self._world, step, values)
+
     def _finish_iteration(self, iteration: int, pairs: PairLookup) -> None:
+        self._check_last_update()
         stops = self._sampling.stop_token_ids
         model_dir = self._checkpointer.export(self._model, iteration, self._world, self._tokenizer, stops)
         checkpoint = self.save_checkpoint()

@@ -42,6 +42,7 @@ from spin.distributed import (
     fail_together,
     gather_objects,
     local_tensor,
+    nonfinite_weights,
     reshard,
 )
 from spin.dtypes import DTYPES
@@ -69,6 +70,7 @@ from spin.hf import (
     read_hf_config,
     stored_elements,
 )
+from spin.nonfinite import check_weights
 
 log = logging.getLogger(__name__)
 
@@ -260,9 +262,11 @@ class SPINCheckpointer:
 
         Raises:
             CheckpointError: If a rank could not write; what was there before is still there.
+            NonFiniteError: If a weight is NaN or infinite; nothing is written then.
         """
         self.wait()
         folder = self.states_dir / f"step_{step:08d}"
+        check_weights(model, world, str(folder))
         tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
         document: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "state": state, "optimizer": None}
         about = {"step": step, "metric": metric, "anchor": anchor}
@@ -534,6 +538,12 @@ class SPINCheckpointer:
             dcp.load(targets, storage_reader=_Reader(folder, metadata))
         except dcp.CheckpointException as error:
             raise CheckpointError(f"{folder}: cannot read ({_reasons(error)}).") from error
+        broken = nonfinite_weights(model, world)
+        if broken:
+            raise CheckpointError(
+                f"{folder}: was saved with NaN or infinity in {', '.join(broken[:10])}, which no version since does. "
+                "Resume from an earlier state: resume=<path>."
+            )
         if optimizer is not None and saved is not None:
             optimizer.state.clear()
             optimizer.state.update(optimizer_state)

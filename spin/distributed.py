@@ -465,6 +465,31 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether none of a plain tensor's values is NaN or infinite, shape (); one pass, and no wait for the device."""
+    if not tensor.numel():
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    least, most = tensor.detach().aminmax()  # ten times as fast as isfinite; both are NaN if one value is
+    return least.isfinite() & most.isfinite()
+
+
+def nonfinite_weights(model: nn.Module, world: World) -> list[str]:
+    """Looks for NaN and infinity in a model's parameters. Collective: each rank looks at its shards.
+
+    Args:
+        model (nn.Module): sharded or plain. NF4 weights, which never change, are not looked at.
+        world (World): the ranks.
+
+    Returns:
+        list[str]: torchtune's names of the parameters that hold one, the same on every rank.
+    """
+    reshard(model)
+    named = {clean_name(name): local_tensor(p.detach()) for name, p in model.named_parameters() if nf4_of(p) is None}
+    flags = torch.stack([is_finite(tensor).logical_not().to(world.device) for tensor in named.values()]).int()
+    dist.all_reduce(flags)
+    return [name for name, count in zip(named, flags.tolist(), strict=True) if count]  # host/device sync
+
+
 def weight_gathers(model: nn.Module) -> dict[str, Callable[..., torch.Tensor]]:
     """Functions that gather a model's weights, by torchtune name, each when it is called. Collective then.
 

@@ -41,7 +41,7 @@ class SelfTestError(SpinError, RuntimeError):
 
 
 class NonFiniteError(SpinError, RuntimeError):
-    """Loss or gradient norm is NaN or infinite; no weight was changed."""
+    """Loss, gradient norm or weights are NaN or infinite; nothing of that was saved or exported."""
 
 
 def wants_traceback() -> bool:

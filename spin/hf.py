@@ -30,12 +30,13 @@ from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to
 from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 
 from spin.adapters import adapted_modules, adapter_parameters, fill_nf4, nf4_of
-from spin.distributed import World, clean_name, fail_together, reshard, weight_gathers
+from spin.distributed import World, clean_name, fail_together, gather_objects, is_finite, reshard, weight_gathers
 from spin.errors import CheckpointError, ConfigError
-from spin.files import finish_folder, part_of, read_json, start_folder, sync, write_json
+from spin.files import finish_folder, part_of, read_json, remove_folder, start_folder, sync, write_json
 from spin.gemma2 import swap_mlp_norms
 from spin.hf_config import CONFIG, check_model, heads_of, settings_of, unknown_keys
 from spin.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, weight_files
+from spin.nonfinite import check_weights
 
 log = logging.getLogger(__name__)
 
@@ -395,10 +396,20 @@ def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None
         _list_unknown_keys(plan.config, model_type, folder)
     targets = _named_tensors(model)
     arguments = _converter_arguments(plan.config, model_type)
+    finite: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for group in plan.groups:
             for name, (source, rows) in _row_sources(group, model_type, arguments).items():
-                _copy_rows(plan.entries[source], source, rows, targets[name])
+                seen = is_finite(_copy_rows(plan.entries[source], source, rows, targets[name]))
+                finite[source] = finite[source] & seen if source in finite else seen
+    broken = [source for source, seen in finite.items() if not seen]  # the only waits for the device
+    if broken:
+        files = ", ".join(sorted({plan.entries[source].file.name for source in broken}))
+        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
+        raise CheckpointError(
+            f"{folder}: NaN or infinity in {', '.join(broken[:10])}{more} ({files}), in the dtype that the model has "
+            "here. Such a model answers nothing: download it again, or take it from another run."
+        )
 
 
 def _check_tied_head(plan: _Plan, folder: Path, rank: int, ranks: int) -> None:
@@ -492,8 +503,12 @@ def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> d
     }
 
 
-def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tensor) -> None:
-    """Fills this rank's shard of a parameter with rows of a stored tensor, and reads no others."""
+def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Fills this rank's shard of a parameter with rows of a stored tensor, and reads no others.
+
+    Returns:
+        torch.Tensor: what it put there, before it is quantized.
+    """
     nf4, first_row = nf4_of(target), 0
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
@@ -501,15 +516,16 @@ def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tenso
         if nf4 is None:
             rows, target = rows[first_row : first_row + shape[0]], target.to_local()
     if not len(rows):  # fewer rows than ranks
-        return
+        return torch.empty(0)
     first, end = int(rows.min()), int(rows.max()) + 1
     block = _read(entry, name, first, end)
     if not torch.equal(rows, torch.arange(first, end)):  # permuted within heads; a shard may cut through one
         block = block[rows - first]
     if nf4 is not None:  # quantized as a whole, so all rows were read
-        fill_nf4(nf4, block.to(nf4.device, nf4.dtype), first_row)
-        return
-    target.copy_(block.to(target.device))  # cast there: the bus carries what the file holds
+        block = block.to(nf4.device, nf4.dtype)
+        fill_nf4(nf4, block, first_row)
+        return block
+    return target.copy_(block.to(target.device))  # cast there: the bus carries what the file holds
 
 
 def _read(entry: _Entry, name: str, first: int, end: int) -> torch.Tensor:
@@ -590,12 +606,15 @@ def export_hf(
         Path: ``out_dir``.
 
     Raises:
-        CheckpointError: If the model does not fit the source's config, or if a rank could not write.
+        CheckpointError: If the model does not fit the source's config, a weight goes beyond ``dtype``, or a rank could
+            not write. A folder that was there before still is.
+        NonFiniteError: If a weight is NaN or infinite; nothing is written then.
         ConfigError: If ``model_type`` is not supported.
     """
     model_type, source, out = check_model_type(model_type), Path(source_dir), Path(out_dir)
     if out.resolve() == source.resolve():
         raise CheckpointError(f"{out}: would replace the model that training started from. Choose another folder.")
+    check_weights(model, world, str(out))
     tensors, gathers = _named_tensors(model), weight_gathers(model)
     part = part_of(out)
     with fail_together(world, CheckpointError):
@@ -610,6 +629,7 @@ def export_hf(
         else [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     )
     to_hf = partial(_CONVERTERS[model_type].to_hf, **_converter_arguments(config, model_type))
+    too_large: list[str] = []
     # Rank r gathers file r of each round of world_size files, then all ranks write.
     for first in range(0, len(files), world.world_size):
         mine: Tensors = {}
@@ -620,11 +640,22 @@ def export_hf(
                     tensor = gathers[name](dtype)
                     if owner == world.rank:
                         whole[name] = tensor.cpu()
+                        too_large += [] if is_finite(tensor) else [name]
                 if owner == world.rank:
                     mine |= {name: tensor.contiguous() for name, tensor in to_hf(whole).items()}
         with fail_together(world, CheckpointError):
-            if mine:
+            if mine and not too_large:
                 _write_tensors(mine, part / names[first + world.rank])
+    names_too_large = [name for part_of_rank in gather_objects(too_large, world) for name in part_of_rank]
+    if names_too_large:
+        with fail_together(world, CheckpointError):
+            if world.is_main:
+                remove_folder(part)
+        raise CheckpointError(
+            f"{out}: {str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}, and the weights "
+            f"{', '.join(sorted(names_too_large))} go beyond. Nothing was replaced. Set checkpointer.export_dtype (or "
+            "the generator's dtype) to bf16 or fp32."
+        )
     with fail_together(world, CheckpointError):
         if world.is_main:
             config |= write_companions(source, part, tokenizer_dir, chat_template, stop_ids)

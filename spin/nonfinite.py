@@ -1,20 +1,62 @@
-"""What becomes of a step whose loss or gradient is NaN or infinite."""
+"""What becomes of a step whose loss or gradient is NaN or infinite, and of one that leaves such weights."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch import nn
+
 from spin.data.types import Pair
-from spin.distributed import World, fail_together
+from spin.distributed import World, fail_together, nonfinite_weights
 from spin.errors import NonFiniteError, OutputError
 from spin.metrics import MetricsFile
 
 log = logging.getLogger(__name__)
 
 ON_NONFINITE = ("stop", "skip")
+_REMEDY = (
+    "Nothing of that was saved or exported; what was before is whole. Is the learning rate too high? The same command "
+    "goes on from the last state, with what you change: optimizer.lr=... resume_with_changes=[optimizer]"
+)
+
+
+def check_weights(model: nn.Module, world: World, what: str) -> None:
+    """Refuses weights that are not finite. Collective.
+
+    Args:
+        model (nn.Module): sharded or plain.
+        world (World): the ranks.
+        what (str): what would be made of them, for the message.
+
+    Raises:
+        NonFiniteError: On all ranks, naming the tensors.
+    """
+    broken = nonfinite_weights(model, world)
+    if broken:
+        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
+        raise NonFiniteError(f"{what}: NaN or infinity in the weights {', '.join(broken[:10])}{more}. {_REMEDY}")
+
+
+def check_last_update(model: nn.Module, world: World, step: int, values: Mapping[str, float]) -> None:
+    """Refuses an update that no later loss has seen: a step's loss is that of the weights before it. Collective.
+
+    Args:
+        model (nn.Module): the policy.
+        world (World): the ranks.
+        step (int): optimizer steps so far.
+        values (Mapping[str, float]): by name, what the weights as they are now gave; the same on all ranks.
+
+    Raises:
+        NonFiniteError: On all ranks, if one of them is not finite, naming it, or the tensors that are the cause.
+    """
+    found = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if found:
+        told = f"step {step}: {', '.join(found)} after the last update"
+        check_weights(model, world, told)
+        raise NonFiniteError(f"{told}, though every weight is finite: they are too large to compute with. {_REMEDY}")
 
 
 class NonFiniteGuard:

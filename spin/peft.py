@@ -16,6 +16,7 @@ from spin.distributed import World, clean_name, fail_together, full_tensor, resh
 from spin.errors import CheckpointError
 from spin.files import finish_folder, part_of, start_folder, sync, write_json
 from spin.hf import check_model_type, stored_rows, write_companions
+from spin.nonfinite import check_weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -54,8 +55,10 @@ def export_peft(
 
     Raises:
         CheckpointError: If the model does not fit the source's config, or the folder cannot be written.
+        NonFiniteError: If a weight is NaN or infinite; nothing is written then.
     """
     out = Path(out_dir)
+    check_weights(model, world, str(out))
     reshard(model)
     modules = {clean_name(name): module for name, module in adapted_modules(model).items()}
     with fail_together(world, CheckpointError):

@@ -1,0 +1,187 @@
+"""Weights that are not finite: noticed when they are loaded, after the last update, and before anything is exported."""
+
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from spin_lora_recipe import SPINLoRARecipe
+from spin_recipe import SPINRecipe
+
+from spin.checkpoint import SPINCheckpointer
+from spin.distributed import init_world
+from spin.errors import CheckpointError, NonFiniteError
+from spin.models import build_model, prepare_model
+from tests.quantizable import QUANTIZED, quantizable
+from tests.recipes import test_spin_lora_recipe as lora
+from tests.recipes.helpers import REPO, command, run, tiny_config
+
+SHORT = ("max_iterations=1", "max_epochs=1", "lr_scheduler.warmup=0", "optimizer.weight_decay=0")
+NO_VALIDATION = (*SHORT, "validation_dataset=null")
+
+
+def runs_of(recipe):
+    """The test config of a recipe, and how it is run."""
+    return (lora.lora_config, lora.run) if recipe is SPINLoRARecipe else (tiny_config, run)
+
+
+def saved(folder):
+    """What a run has left for others to load."""
+    return sorted(str(p.relative_to(folder)) for p in folder.glob("*/*") if p.name in ("hf_model", "adapter")) + sorted(
+        path.name for path in (folder / "checkpoints").iterdir()
+    )
+
+
+# ---- the last update
+
+
+def test_a_step_far_too_large_exports_nothing_and_says_so(tmp_path):
+    """The weights are finite; what they give is not."""
+    done = command(
+        tmp_path, *NO_VALIDATION, "optimizer.lr=1e9", "max_steps=1",
+        program=[sys.executable, str(REPO / "recipes" / "spin_recipe.py")],
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "error: step 1: rewards of the last batch is nan after the last update" in done.stderr
+    assert saved(tmp_path) == []
+
+
+def test_a_lora_step_far_too_large(tmp_path):
+    with pytest.raises(
+        NonFiniteError, match=r"step 1: rewards of the last batch is .*resume_with_changes=\[optimizer\]"
+    ):
+        lora.run(tmp_path, *NO_VALIDATION, "optimizer.lr=1e20", "max_steps=1")
+    assert saved(tmp_path) == []
+
+
+def test_the_validation_loss_counts_too(tmp_path):
+    with pytest.raises(NonFiniteError, match="step 1: val_loss is nan after the last update, though every weight is"):
+        run(tmp_path, *SHORT, "optimizer.lr=1e9", "max_steps=1")
+    assert saved(tmp_path) == []
+
+
+class Poisons(SPINRecipe):
+    """Writes NaN into one tensor after its second step, which no loss of a row needs to see."""
+
+    def train_single_step(self, batch):
+        metrics = super().train_single_step(batch)
+        if self._progress.step == 2:
+            with torch.no_grad():
+                self._model.tok_embeddings.weight[-1, -1] = math.nan  # a token that no text has
+        return metrics
+
+
+def test_the_tensors_are_named_and_the_last_good_state_is_kept(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 2: .*NaN or infinity in the weights tok_embeddings\.weight\."):
+        run(tmp_path, *NO_VALIDATION, "save_interval=1", "checkpointer.keep_last=1", recipe_class=Poisons)
+    assert saved(tmp_path) == ["step_00000001"]
+    with pytest.raises(NonFiniteError, match=r"NaN or infinity in the weights tok_embeddings\.weight\."):
+        run(tmp_path, *NO_VALIDATION, "max_steps=2", recipe_class=Poisons)
+    assert saved(tmp_path) == ["step_00000001"]
+    recipe = run(tmp_path, *NO_VALIDATION)  # and the run can go on from there
+    assert recipe._progress.step == 5
+    assert saved(tmp_path)[-1] == "step_00000005" and "iteration_000/hf_model" in saved(tmp_path)
+
+
+def test_a_batch_that_is_left_out_is_not_taken_for_the_weights(tmp_path):
+    """``on_nonfinite: skip`` with a last batch that has no finite loss: the weights are those of before, and good."""
+
+    class LastBatch(SPINRecipe):
+        def _margins(self, pairs):
+            raise AssertionError("the batch that was left out was asked again")
+
+        def _pair_losses(self, row, logps):
+            losses, *rest = super()._pair_losses(row, logps)
+            return losses * math.nan if self._progress.step == 4 else losses, *rest
+
+    run(
+        tmp_path, *NO_VALIDATION, "on_nonfinite=skip", "save_interval=5", "validation.table_rows=0",
+        recipe_class=LastBatch,
+    )  # fmt: skip
+    assert "iteration_000/hf_model" in saved(tmp_path)
+
+
+# ---- exports
+
+
+@pytest.fixture
+def model(tiny_lm):
+    """The trained tiny model, and the ranks."""
+    world = init_world("cpu")
+    model = build_model(tiny_config("unused").model, torch.float32)
+    prepare_model(model, world, compute_dtype=torch.float32)
+    SPINCheckpointer(str(tiny_lm), "LLAMA3_2", "unused").load_model(model, world)
+    return model, world
+
+
+def test_fp16_that_cannot_hold_a_weight_is_refused_by_name_and_the_old_export_stands(model, tiny_lm, tmp_path):
+    model, world = model
+    checkpointer = SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path), export_dtype="fp16")
+    out = checkpointer.export(model, 0, world)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with torch.no_grad():
+        model.layers[1].mlp.w2.weight[3, 5] = 65504.0  # the largest that it holds
+    checkpointer.export(model, 1, world)
+    with torch.no_grad():
+        model.layers[1].mlp.w2.weight[3, 5] = -65520.0
+        model.norm.scale[0] = 1e5
+    with pytest.raises(
+        CheckpointError, match=r"float16 ends at 6\.55e\+04, .*layers\.1\.mlp\.w2\.weight, norm\.scale go"
+    ):
+        checkpointer.export(model, 0, world)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in out.parent.iterdir()] == ["hf_model"]
+    SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path), export_dtype="bf16").export(model, 0, world)
+    checkpointer.close()
+
+
+# ---- loading
+
+
+def poisoned(tiny_lm, folder, value=math.nan):
+    """A copy of a model folder with one number that is none."""
+    if not folder.exists():
+        shutil.copytree(tiny_lm, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][1, 2] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("recipe", [SPINRecipe, SPINLoRARecipe])
+def test_a_model_folder_with_nan_is_refused_before_any_answer(tmp_path, tiny_lm, recipe, value):
+    config_of, _ = runs_of(recipe)
+    folder = poisoned(tiny_lm, tmp_path / "model", value)
+    started = recipe(config_of(tmp_path / "out", *SHORT, f"checkpointer.checkpoint_dir={folder}"))
+    with pytest.raises(
+        CheckpointError, match=rf"{folder}: NaN or infinity in model\.layers\.2\.mlp\.up_proj\.weight \(model\.safetens"
+    ):
+        started.setup()
+    assert not (tmp_path / "out" / "iteration_000").exists()
+
+
+def test_a_base_that_is_quantized_is_looked_at_before(tmp_path, tiny_lm):
+    folder = poisoned(tiny_lm, quantizable(tiny_lm, tmp_path / "model"))
+    started = SPINLoRARecipe(lora.lora_config(tmp_path, *QUANTIZED, f"checkpointer.checkpoint_dir={folder}"))
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in model\.layers\.2\.mlp\.up_proj\.weight"):
+        started.setup()
+
+
+def test_a_state_of_an_earlier_version_with_nan_is_refused(model, tmp_path, monkeypatch):
+    """Such a state was saved before weights were looked at."""
+    model, world = model
+    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), async_save=False)
+    with torch.no_grad():
+        model.norm.scale[0] = math.inf
+    arguments = {"model": model, "optimizer": None, "world": world}
+    with pytest.raises(NonFiniteError, match=r"step_00000001: NaN or infinity in the weights norm\.scale\."):
+        checkpointer.save_state(step=1, state={}, **arguments)
+    assert list(checkpointer.states_dir.glob("*")) == []
+    with monkeypatch.context() as patch:
+        patch.setattr("spin.checkpoint.check_weights", lambda *_: None)
+        path = checkpointer.save_state(step=1, state={}, **arguments)
+    with pytest.raises(CheckpointError, match=r"step_00000001: was saved with NaN or infinity in norm\.scale"):
+        checkpointer.load_state(path, **arguments)
