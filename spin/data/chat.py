@@ -421,7 +421,7 @@ class ChatTokenizer:
                 "tools": messages[0].get("tools"),
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
-                **(messages[0].get("chat_template_kwargs") or {}),
+                **self._row_options(messages),
             }
             for messages, add_generation_prompt in asked
         )
@@ -449,13 +449,19 @@ class ChatTokenizer:
             )
         return text
 
+    def _row_options(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
+        """Those of the row's own options that the template reads."""
+        names = (self._template.names | self._tool_template.names).difference(_NO_OPTIONS)
+        given = messages[0].get("chat_template_kwargs") or {}
+        return {key: value for key, value in given.items() if key in names}
+
     def _lost(self, messages: Sequence[ChatMessage]) -> DataError | None:
         """An error if the template silently leaves a part of the conversation out of the prompt."""
         if not messages:
             return DataError("the conversation has no messages before the answer. Fix the row.")
         roles = [message["role"] for message in messages]
-        names = (self._template.names | self._tool_template.names).difference(_NO_OPTIONS)
-        unread = [key for key in messages[0].get("chat_template_kwargs") or {} if key not in names]
+        given, read = messages[0].get("chat_template_kwargs") or {}, self._row_options(messages)
+        unread = [key for key, value in given.items() if key not in read and value not in (None, "", [], {})]
         if unread:
             return DataError(
                 f"chat_template_kwargs has {', '.join(unread)}, which the chat template does not read. Set "

@@ -158,10 +158,12 @@ def detect_format(data: Mapping[str, Any], column_map: Mapping[str, str] | None 
     if lost:
         remedy = f"dataset.column_map has {{{', '.join(lost)}}}, which is not among them: its values are your columns."
     elif data.get("chosen") is not None:
-        column = "messages" if data.get("prompt") is None else "response"
+        is_whole = isinstance(data["chosen"], list) and len(data["chosen"]) > 1
+        answer = "output" if data.get("instruction") is not None else "response"
+        question = "" if "prompt" in data or answer == "output" else "prompt: ..., "
+        mapping = "messages: chosen" if is_whole else f"{question}{answer}: chosen"
         remedy = (
-            f"These are preferences: dataset.column_map={{{column}: chosen}} takes the chosen answer for the real "
-            "response ({messages: chosen} where it holds the whole conversation)."
+            f"These are preferences: dataset.column_map={{{mapping}}} takes the chosen answer for the real response."
         )
     elif data.get("text") is not None:
         remedy = "A text does not say where the prompt ends: use the data set before its template was applied."
@@ -223,7 +225,7 @@ def row_to_messages(
         chosen = detect_format(data, column_map) if row_format == "auto" else row_format
         _refuse_columns(data, names, chosen)
         context = _Context(notes, from_arrow, _masked_roles(data.get(names.get("mask", "mask"))))
-        messages = _with_system(_PARSERS[chosen](data, names, context), data, names, context)
+        messages = _with_system(_PARSERS[chosen](data, names, context), data, names, context, chosen)
         tools = _tools(data, names, context)
         options = _template_kwargs(data.get(names.get("chat_template_kwargs", "chat_template_kwargs")))
         known = {names.get(column, column) for part in _COLUMNS[chosen] for column in part}
@@ -342,7 +344,7 @@ def _kind(value: object) -> str:
 
 
 def _is_set(value: object) -> bool:
-    return value is not None and value != "" and value != []
+    return value is not None and value != "" and value != [] and value != {}
 
 
 def _turn(value: object, index: int, context: _Context) -> ChatMessage:
@@ -411,6 +413,14 @@ def _reasoning(value: Mapping[str, Any], label: str, keys: Sequence[str]) -> str
     return next(iter(texts.values()), "")
 
 
+def _is_message_list(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, Mapping) and any(key in each for key in _ROLE_KEYS) for each in value)
+    )
+
+
 def _is_trained(value: Mapping[str, Any], label: str) -> bool:
     parts = [key for key in _PART_KEYS if value.get(key)]
     if parts:
@@ -448,13 +458,19 @@ def _turns(value: object, label: str, context: _Context) -> list[ChatMessage]:
 
 
 def _with_system(
-    messages: list[ChatMessage], data: Mapping[str, Any], names: Mapping[str, str], context: _Context
+    messages: list[ChatMessage],
+    data: Mapping[str, Any],
+    names: Mapping[str, str],
+    context: _Context,
+    row_format: str,
 ) -> list[ChatMessage]:
     """The messages after the row's system column, if it has one and they do not begin with a system message."""
     system = data.get(names.get("system", "system"))
     if system is None or not messages:
         return messages
     system = _text(system, "column 'system'")
+    if not system and row_format == "alpaca":  # LLaMA-Factory writes it for none
+        return messages
     if messages[0]["role"] == "system":
         if system.strip() not in ("", messages[0]["content"].strip()):
             context.notes.changes["system_column_beside_system_message_left_out"] = None
@@ -522,6 +538,12 @@ def _masked_roles(value: object) -> frozenset[str]:
 
 def _refuse_columns(data: Mapping[str, Any], names: Mapping[str, str], row_format: str) -> None:
     """Refuse a row whose conversation is not all of it, or no good example."""
+    marks = [key for key, off in (("weight", 0), ("train", False), ("loss", False)) if data.get(key) is off]
+    if marks and row_format in ("alpaca", "prompt_response") and marks[0] not in names.values():
+        raise DataError(
+            f"{marks[0]} is {json.dumps(data[marks[0]])}: the response is marked as not to be trained on. Remove the "
+            "row or set dataset.on_bad_row=skip."
+        )
     for column in _MEDIA:
         if _is_set(data.get(names.get(column, column))):
             raise DataError(f"the row has {column}; only text is supported. Remove the row. {_unused(column)}")
@@ -567,6 +589,11 @@ def _parse_prompt_response(data: Mapping[str, Any], names: dict[str, str], conte
     if "response" not in names and data.get("response") is None and data.get("completion") is not None:
         names["response"] = "completion"
     prompt, response = _column(data, names, "prompt"), _column(data, names, "response")
+    stored = RowNotes()
+    parsed = _from_json(prompt, _Context(stored))
+    if stored.changes and _is_message_list(parsed):  # a text that is JSON without being messages stays a text
+        prompt, response = parsed, _from_json(response, context)
+        context.notes.changes.update(stored.changes)
     if isinstance(prompt, str):
         messages: list[ChatMessage] = [{"role": "user", "content": prompt}]
     else:

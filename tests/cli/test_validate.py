@@ -280,3 +280,12 @@ def test_a_data_set_of_another_component_is_not_compared(validate, monkeypatch, 
     monkeypatch.delitem(sys.modules, "my_data")
     code, out, _ = validate(*changes, "dataset._component_=my_data.make", "allow_components=[my_data]")
     assert code == 1 and "dataset: its _component_ gave a list" in out, out
+
+
+def test_what_was_changed_and_not_used_is_shown(validate, tmp_path):
+    turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}]
+    rows = [{"id": str(number), "messages": turns, "score": 1} for number in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, out, _ = validate(f"dataset.source={tmp_path / 'rows.jsonl'}")
+    assert code == 0, out
+    assert "read with a change: trailing_user_dropped 20" in out and "not used: score" in out

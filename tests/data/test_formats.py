@@ -9,6 +9,7 @@ import bz2
 import csv
 import gzip
 import json
+import logging
 import lzma
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from spin.data import ChatTokenizer, prompt_dataset
+from spin.data import ChatTokenizer, mixed_prompt_dataset, prompt_dataset
 from spin.errors import DataError
 from tests.data.test_prompts import Letters
 
@@ -117,6 +118,7 @@ ROWS = [
         {"instruction": "Q2", "output": "A2", "system": "S", "history": [["Q", "A"]]},
         f"system: S | {HQA}",
     ),
+    Case("LLaMA-Factory: empty ones", {"instruction": "Q", "output": "A", "system": "", "history": []}, QA),
     Case("`history` of pairs", {"prompt": "Q2", "response": "A2", "history": [["Q", "A"]]}, HQA),
     Case("`history` of messages", {"prompt": "Q2", "response": "A2", "history": [Q, A]}, HQA),
     refused("`history` of another form", {**PAIR, "history": ["Q", "A"]}, "'history' is no list of [user, assistant]"),
@@ -127,6 +129,13 @@ ROWS = [
         HQA,
         changes=("json_text_parsed",),
     ),
+    Case(
+        "both of TRL's lists as JSON text",
+        {"prompt": json.dumps([Q]), "completion": json.dumps([A])},
+        QA,
+        changes=("json_text_parsed",),
+    ),
+    Case("a prompt that is other JSON", {"prompt": '["Q"]', "response": "[1]"}, 'user: ["Q"] | assistant: [1]'),
     refused("lists as Python text", {"messages": "[{'role': 'user'}]"}, "expected a list of messages, also as valid"),
     Case(
         "your own names, by `column_map`",
@@ -166,6 +175,9 @@ ROWS = [
     refused("KTO, undesirable", {"prompt": "Q", "completion": "A", "label": False}, "an example of what not to answer"),
     refused("KTO of LLaMA-Factory", {"messages": [Q, A], "kto_tag": False}, "an example of what not to answer"),
     refused("rendered `text`", {"text": "### Human: Q ### Assistant: A"}, "A text does not say where the prompt ends"),
+    refused(
+        "a row's `weight: 0`, `train: false`", {**PAIR, "weight": 0}, "the response is marked as not to be trained on"
+    ),
     # messages
     Case(
         "roles of other programs",
@@ -265,7 +277,7 @@ ROWS = [
     # options of the template
     Case(
         "SmolTalk2's `chat_template_kwargs`",
-        {"messages": [Q, A], "chat_template_kwargs": {"persona": "Ann", "other": None}},
+        {"messages": [Q, A], "chat_template_kwargs": {"persona": "Ann", "other": None, "more": []}},
         f"system: You are Ann | {QA}",
         note="the row's options of the template",
     ),
@@ -494,6 +506,71 @@ def test_every_row_of_the_table(case, tokenizers, tmp_path):
     assert as_text(tokenizer, data[0]) == case.text
     assert tuple(data.report.changes) == case.changes and tuple(data.report.unused) == case.unused
     assert (case.result == "ignored") <= bool(case.unused)
+
+
+def test_what_was_changed_and_not_used_is_said_once_for_a_data_set(source, caplog):
+    def row(number):
+        return {"id": str(number), "messages": [Q, {**A, "name": "Ann"}, Q2], "score": number, "source": None}
+
+    rows = [row(number) for number in range(6)]
+    rows[5]["source"] = "web"
+    with caplog.at_level(logging.INFO):
+        data = prompt_dataset(Letters(), source=source(*rows))
+    assert data.report.changes == {"trailing_user_dropped": 6}
+    assert data.report.unused == ["messages[].name", "score", "source"]
+    lines = [record.getMessage().partition(": ")[2] for record in caplog.records]
+    assert lines == [
+        "rows that were read with a change: trailing_user_dropped 6",
+        "not used, neither in prompts nor in responses: messages[].name, score, source",
+    ]
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        stream = prompt_dataset(Letters(), source=source(*rows), streaming=True, limit=2, max_seq_len=9)
+        reports = [stream.window(iteration).report for iteration in range(3)]
+    assert [report.changes for report in reports] == [{"trailing_user_dropped": 2}] * 3
+    said = [record.getMessage().partition("responses: ")[2] for record in caplog.records]
+    assert [names for names in said if names] == ["messages[].name, score", "source"]  # the last row's comes later
+    mixture = mixed_prompt_dataset(Letters(), sources={"x": {"source": source(*rows)}, "y": {"source": [PAIR]}})
+    assert mixture.report.changes == {"trailing_user_dropped": 6}
+    assert mixture.report.unused == ["x: messages[].name", "x: score", "x: source"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "save_to_disk", "repository"])
+def test_nulls_of_arrow_are_removed_at_any_depth_and_in_the_response(kind, tokenizers, tmp_path, caplog):
+    """The repository is one of the hub: the datasets library makes Arrow of whatever it holds."""
+
+    def row(number, name, properties, arguments):
+        function = {"name": name, "parameters": {"type": "object", "properties": properties}}
+        call = {"id": "c", "type": "function", "function": {"name": name, "arguments": arguments}}
+        turns = [Q, said("assistant", None, tool_calls=[call]), said("tool", "R", tool_call_id="c")]
+        return {"id": number, "messages": [*turns, A], "tools": [{"type": "function", "function": function}]}
+
+    rows = [
+        row(0, "f", {"city": {"type": "string", "enum": ["x", "y"]}}, {"city": {"name": "Rome"}}),
+        row(1, "g", {"n": {"type": "integer", "minimum": 1}}, {"n": 2, "city": {"code": 3}}),
+    ]
+    table, source = pa.Table.from_pylist(rows), str(tmp_path / f"rows.{kind}")
+    if kind == "parquet":
+        pq.write_table(table, source)
+    elif kind == "arrow":
+        with pa.ipc.new_file(source, table.schema) as file:
+            file.write_table(table)
+    elif kind == "save_to_disk":
+        pytest.importorskip("datasets").Dataset(table).save_to_disk(source)
+    else:
+        (tmp_path / "folder").mkdir()
+        pq.write_table(table, tmp_path / "folder" / "train.parquet")
+        source = f"hf:{tmp_path / 'folder'}"
+    tokenizer = tokenizers[TEMPLATE]
+    with caplog.at_level(logging.WARNING):
+        data = prompt_dataset(tokenizer, source=source, turns="all")
+    assert caplog.text.count("with them any null that was written on purpose") == 1
+    shown = [as_text(tokenizer, sample) for sample in data]
+    assert not any("null" in text for text in shown)
+    responses = [tokenizer.decode(sample.real_ids) for sample in data]
+    assert responses[0] == '<call>f {"city": {"name": "Rome"}}</call><|im_end|>'
+    assert responses[2] == '<call>g {"city": {"code": 3}, "n": 2}</call><|im_end|>' and len(responses) == 4
+    assert json.dumps(rows[0]["tools"]) in shown[0]
 
 
 # --- The documentation ---

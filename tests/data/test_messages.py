@@ -210,7 +210,21 @@ def test_transform_that_returns_something_else():
 # Keys and values near those of real rows, so that the fuzz reaches the parsers and not only the detection.
 _scalars = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4) | st.just("user")
 _turns = st.dictionaries(
-    st.sampled_from(["role", "content", "from", "value", "type", "text", "tool_calls", "function_call"]),
+    st.sampled_from(
+        [
+            "role",
+            "content",
+            "from",
+            "value",
+            "type",
+            "text",
+            "tool_calls",
+            "function_call",
+            "weight",
+            "train",
+            "thinking",
+        ]
+    ),
     _scalars | st.sampled_from(["user", "assistant", "gpt", "human", "system", "tool", "function_call", "[]", "{}"]),
     max_size=3,
 )
@@ -228,6 +242,14 @@ _rows = st.dictionaries(
             "output",
             "system",
             "tools",
+            "functions",
+            "history",
+            "thinking",
+            "chat_template_kwargs",
+            "mask",
+            "label",
+            "kto_tag",
+            "images",
             "id",
         ]
     ),
@@ -237,12 +259,18 @@ _rows = st.dictionaries(
 
 
 @settings(max_examples=400, deadline=None, database=None)
-@given(row=_rows, row_format=st.sampled_from(["auto", "messages", "sharegpt", "prompt_response", "alpaca"]))
-def test_any_row_parses_or_is_a_data_error(row, row_format):
+@given(
+    row=_rows,
+    row_format=st.sampled_from(["auto", "messages", "sharegpt", "prompt_response", "alpaca"]),
+    from_arrow=st.booleans(),
+)
+def test_any_row_parses_or_is_a_data_error(row, row_format, from_arrow):
     try:
-        messages = row_to_messages(row, row_format=row_format, system_prompt="S")
+        messages = row_to_messages(row, row_format=row_format, system_prompt="S", from_arrow=from_arrow)
     except DataError as error:
         assert str(error)
         return
+    for _, part in (*split_turns(messages, "last"), *split_turns(messages, "all")):
+        assert part[-1]["role"] == "assistant" and not any("train" in message for message in part)
     assert messages[-1]["role"] == "assistant"
     assert all(isinstance(message["content"], str) for message in messages)
