@@ -28,7 +28,7 @@ from typing import Any, Protocol, runtime_checkable
 from spin.data.messages import ChatMessage
 from spin.data.templates import ChatTemplate, TemplateFault
 from spin.errors import DataError
-from spin.files import read_json
+from spin.files import read_bytes, read_json
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ _ANY_VOCABULARY = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken
 _PROBE_QUESTION, _PROBE_ANSWER = "probe_of_a_user_message", "Probe"
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # the text of an id that the tokenizer lacks
 _THINK_END = "</think>"
+_MAX_TEMPLATE_BYTES = 1 << 20
 # Variables by which templates switch reasoning off, and what only this class may give a template.
 _THINKING_OPTIONS = ("enable_thinking", "thinking")
 _NO_OPTIONS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
@@ -312,8 +313,10 @@ class ChatTokenizer:
             return response
         message, content = messages[-1], messages[-1]["content"]
         inline = content.rpartition(_THINK_END)[0].replace("<think>", "").strip()
-        reasoning = inline or str(message.get("reasoning_content") or "").strip()
-        if reasoning and reasoning not in response:
+        separate = str(message.get("reasoning_content") or "").strip()
+        reasoning = inline or separate
+        is_cut = inline not in response and content.strip() not in response  # the tags may be part of a plain text
+        if is_cut or separate not in response:
             answer = content.rpartition(_THINK_END)[2].strip()
             if not (inline and answer and answer in response) or prompt.rstrip().endswith(_THINK_END):
                 raise DataError(
@@ -328,7 +331,7 @@ class ChatTokenizer:
         empty, row_options = self._empty_reasoning, messages[0].get("chat_template_kwargs") or {}
         if not empty and any(name in row_options for name in _THINKING_OPTIONS):
             return response
-        if not reasoning and not message.get("tool_calls") and empty is not None and response.startswith(empty):
+        if not reasoning and empty is not None and response.startswith(empty):
             raise DataError(
                 "the chat template lets the model reason before it answers, and the real response has no reasoning: "
                 f"pairs would be told apart by that alone. {self._thinking_remedy('false')}, or give the real "
@@ -579,6 +582,13 @@ class ChatTokenizer:
             return opened, None, closing
         if "think" in begin:
             return opened, begin, closing
+        if begin.strip():  # gpt-oss: the channel that the model chooses
+            log.warning(
+                "The chat template of %s begins every real response with %r, behind its generation prompt. Where the "
+                "model begins otherwise (in another channel, say), pairs may be told apart by that alone.",
+                self.path,
+                begin,
+            )
         # with reasoning switched off it asks otherwise: so now the model may reason
         for name in _THINKING_OPTIONS:
             if name in self._template.names and name not in self._options:
@@ -954,6 +964,9 @@ def _load_tokenizer(path: Path) -> Any:
             f"tokenizer.path={path} is no folder. Download the model first (tune download org/name --output-dir ...) "
             "and name the folder with tokenizer.json or tokenizer.model."
         )
+    for file in (path / "chat_template.jinja", *path.glob("chat_templates/*.jinja")):
+        if file.is_file():
+            _read_jinja(file, str(file))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         _read_json(path / name)  # the tokenizers library says only that "data did not match"
     try:
@@ -967,7 +980,22 @@ def _load_tokenizer(path: Path) -> Any:
         regex = next(_bad_regexes(_read_json(path / "tokenizer.json"), ""), None)
         if regex is not None:
             raise DataError(f"{path / 'tokenizer.json'}: {regex}. Correct it, or take another tokenizer.") from error
-        raise DataError(f"No tokenizer can be loaded from {path}: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"No tokenizer can be loaded from {_damaged_file(path)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _damaged_file(path: Path) -> Path:
+    """Which of a folder's files no tokenizer can be made from; the folder itself if it has no tokenizer.json."""
+    from tokenizers import Tokenizer
+
+    if not (path / "tokenizer.json").is_file():
+        return path
+    try:
+        Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception:  # the library raises no narrower one
+        return path / "tokenizer.json"
+    return path / "tokenizer_config.json"
 
 
 def _bad_regexes(value: Any, key: str) -> Iterator[str]:
@@ -1014,10 +1042,15 @@ def _read_template(template: str, named: Iterable[str] = ()) -> str:
             f"tokenizer.chat_template={template} is neither a file nor a Jinja template (no '{{{{' or '{{%' in it)"
             f"{known}."
         )
+    return _read_jinja(path, f"tokenizer.chat_template={template}")
+
+
+def _read_jinja(file: Path, label: str) -> str:
+    content = read_bytes(file, DataError, "Name a Jinja file.", max_bytes=_MAX_TEMPLATE_BYTES)
     try:
-        return path.read_text(encoding="utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"tokenizer.chat_template={template}: not UTF-8 text ({error}). Save it as UTF-8.") from error
+        raise DataError(f"{label}: not UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
 def _iso_date(date: str | datetime.date | None) -> str | None:

@@ -133,6 +133,10 @@ class _Worker:
                 found = process.stdout.readline()
             except BrokenPipeError:
                 found = ""
+            except BaseException:  # Ctrl-C: its answer would be taken for that to the next request
+                process.kill()
+                process.wait()
+                raise
             if found.endswith("\n"):
                 return 0, json.loads(found)
             process.kill()

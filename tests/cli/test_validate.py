@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from spin.cli import main
 from spin.cli.validate import compare_ids, plan_lines
 from spin.data import ChatTokenizer
+from tests.data.test_chat_templates import CHATML, QWEN3
 from tests.recipes.helpers import CONFIG, REPO, tiny_config, tiny_overrides
 
 
@@ -45,6 +46,26 @@ def test_a_config_that_works(validate):
     assert "validation every 2 steps; state every 2 steps; 6 validation samples" in out
     assert "918,656 parameters" in out and "vocabulary 1,024" in out and "2 '<|im_end|>'" in out
     assert "jargon_train.jsonl:1: the real response has 83 tokens" in out  # what is cut is said
+
+
+def test_a_template_that_has_the_model_reason(validate, tmp_path):
+    """Answers without reasoning are a fault of the data, and the remedy that is named works."""
+    (tmp_path / "reasons.jinja").write_text(QWEN3)
+    template = f"tokenizer.chat_template={tmp_path / 'reasons.jinja'}"
+    code, out, _ = validate(template)
+    assert code == 1 and verdicts(out)["data"] == "FAULT" and verdicts(out)["round trip"] == "ok"
+    assert "Set tokenizer.template_options.enable_thinking=false, or give the real responses with their" in out
+    code, out, _ = validate(template, "tokenizer.template_options.enable_thinking=false")
+    assert code == 0 and set(verdicts(out).values()) == {"ok"}
+    code, out, _ = validate(template, "tokenizer.template_options.enable_thinkin=false")
+    assert code == 1 and verdicts(out)["tokenizer"] == "FAULT" and "it reads enable_thinking." in out
+
+
+def test_a_template_that_ignores_the_user(validate, tmp_path):
+    (tmp_path / "deaf.jinja").write_text(CHATML.replace("m.content", "(m.content if m.role != 'user' else '')"))
+    code, out, _ = validate(f"tokenizer.chat_template={tmp_path / 'deaf.jinja'}")
+    assert code == 1 and verdicts(out)["tokenizer"] == "FAULT"
+    assert "does not show what the user says" in out
 
 
 def changed_config(tmp_path, dataset):

@@ -8,6 +8,7 @@ texts are written out by hand; ``E`` is the tiny tokenizer's stop token.
 import json
 import logging
 import shutil
+import signal
 
 import pytest
 from transformers import AutoTokenizer
@@ -238,6 +239,19 @@ def test_prompts_are_those_of_transformers(tiny_lm, name):
         assert chat.encode_prompt(messages[:-1]) == expected
 
 
+def test_a_response_that_begins_behind_the_generation_prompt(tiny_lm, caplog):
+    """gpt-oss: the prompt ends before the channel. It has a generation prompt, and the warning does not deny it."""
+    template = (
+        "{% for m in messages %}{{ '<|start|>' + m.role + ('<|channel|>final' if m.role == 'assistant' else '') "
+        "+ '<|message|>' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+    )
+    chat = ChatTokenizer(tiny_lm, chat_template=template)
+    assert texts(chat, TALK)[1] == "<|channel|>final<|message|>Yes." + E
+    assert "begins every real response with '<|channel|>final<|message|>'" in caplog.text
+    assert "no generation prompt" not in caplog.text
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_no_warning_where_nothing_is_wrong(tiny_lm, name, caplog):
     with caplog.at_level(logging.WARNING):
@@ -292,6 +306,12 @@ def test_options_of_a_row(tiny_lm):
         for name in ("persona", "messages"):
             with pytest.raises(DataError, match=f"chat_template_kwargs has {name}, which the chat template does not"):
                 chat.encode_pair([{**SYSTEM, "chat_template_kwargs": {name: []}}, *TALK[1:]])
+
+
+def test_tags_that_are_part_of_a_text(tiny_lm):
+    text = {"role": "assistant", "content": "Write <think>a</think>, then </think>"}
+    for template in (CHATML, LLAMA3, GEMMA3):
+        assert texts(ChatTokenizer(tiny_lm, chat_template=template), [USER, text])[1] == text["content"] + E
 
 
 def test_a_template_that_only_reasons(tiny_lm):
@@ -400,11 +420,13 @@ def test_a_role_that_does_not_reach_the_prompt(tiny_lm, loop, at_start, talk):
 
 # --- Limits and broken files ---
 
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
 
 @pytest.mark.parametrize(
     ("begin", "found"),
     [
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "s of processor time"),
+        (ENDLESS, "s of processor time"),
         ("{% for a in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "characters or fills the memory"),
         ("{{ 'x' * 10 ** 10 }}", "characters or fills the memory"),
         ("{{ 'x'.center(10 ** 10) }}", "characters or fills the memory"),
@@ -436,6 +458,23 @@ def test_a_template_that_breaks_on_one_row(tiny_lm):
         chat.encode_pairs([TALK, [{"role": "user", "content": "many"}, ANSWER]])
 
 
+def test_ctrl_c_while_a_template_renders(tiny_lm):
+    """What it would have rendered is not taken for the next conversation."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handler = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ChatTokenizer(tiny_lm, chat_template=ENDLESS + CHATML)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
+    assert texts(ChatTokenizer(tiny_lm, chat_template=PHI4), TALK)[1] == "Yes." + E
+
+
 @pytest.mark.parametrize(
     ("template", "found"),
     [
@@ -452,6 +491,13 @@ def test_a_template_file_that_is_not_utf8(tiny_lm, tmp_path):
     (tmp_path / "own.jinja").write_bytes(b"\xff\xfe{{ messages }}")
     with pytest.raises(DataError, match=r"tokenizer\.chat_template=.*own\.jinja: not UTF-8 text"):
         ChatTokenizer(tiny_lm, chat_template=str(tmp_path / "own.jinja"))
+
+
+def test_a_folders_template_file_that_is_not_utf8(tiny_lm, tmp_path):
+    folder = copied(tiny_lm, tmp_path)
+    (folder / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    with pytest.raises(DataError, match=r"/chat_template\.jinja: not UTF-8 text"):
+        ChatTokenizer(folder)
 
 
 @pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
@@ -487,5 +533,6 @@ def test_a_tokenizer_with_a_bad_value(tiny_lm, tmp_path, file, key, value):
     folder = copied(tiny_lm, tmp_path)
     content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
     (folder / file).write_text(json.dumps(content | {key: value}))
-    with pytest.raises(DataError, match=str(folder)):
+    where = folder if key == "model_max_length" else folder / file
+    with pytest.raises(DataError, match=str(where)):
         ChatTokenizer(folder).encode_pair(TALK)
