@@ -212,11 +212,14 @@ def _draw(
     top = tl.load(tops + row * blocks + part, mask=part < blocks, other=-1e30)
     weight = tl.load(totals + row * blocks + part, mask=part < blocks, other=0.0)
     highest = tl.max(top, 0)
-    cumulative = tl.cumsum(weight * tl.exp(top - highest).to(tl.float64), 0)
+    weight = weight * tl.exp(top - highest).to(tl.float64)
+    cumulative = tl.cumsum(weight, 0)
     total = tl.max(cumulative, 0)
     target = tl.load(uniforms + row) * total
     target = tl.where(target < total, target, total - total * 2.220446049250313e-16)  # 2^-52
     chosen = tl.minimum(tl.sum((cumulative <= target).to(tl.int32), 0), blocks - 1)
+    # Sums of a scan differ by their rounding: where all blocks behind are banned, it is the last that is not.
+    chosen = tl.max(tl.where((weight > 0) & (part <= chosen), part, 0), 0)
     before = tl.max(tl.where(part < chosen, cumulative, 0.0), 0)
 
     place = tl.arange(0, block)

@@ -20,7 +20,7 @@ from spin.cli.catalog import load_recipe, recipe_of
 from spin.data import ChatTokenizer, PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
 from spin.data.dates import known_date
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
-from spin.data.prompts import check_is_dataset, check_vocabulary
+from spin.data.prompts import check_is_dataset, check_vocabulary, unknown_ids
 from spin.data.sources import read_rows
 from spin.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.generators import sampling_params
@@ -298,7 +298,8 @@ class Validation:
     ) -> tuple[None, str]:
         stop_ids = sampling_params(cfg.sampling, tokenizer.eos_ids).stop_token_ids
         check_vocabulary(model, tokenizer, stop_ids, *datasets)
-        return None, "the model has an embedding for every token of the data"
+        text, unknown = "the model has an embedding for every token of the data", len(unknown_ids(model, tokenizer))
+        return None, text + (f"; {unknown:,} of its ids have no token and are never sampled" if unknown else "")
 
 
 def compare_ids(tokenizer: PromptTokenizer, messages: Sequence[ChatMessage]) -> str | None:

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from spin.checkpoint import SPINCheckpointer
-from spin.data import ChatTokenizer
+from spin.data import ChatTokenizer, adapt_tokenizer
+from spin.distributed import init_world, shutdown
 from spin.errors import CheckpointError
+from tests.families import tiny_lm_model
 from tests.recipes import test_spin_lora_recipe as lora
 from tests.recipes.helpers import run
 
@@ -155,6 +157,27 @@ def test_a_file_that_an_export_could_not_change_is_refused_before_weights_load(t
     (base / name).write_text("[1, 2")
     with pytest.raises(CheckpointError, match=f"{name}: not valid JSON"):
         SPINCheckpointer(str(base), "LLAMA3_2", str(tmp_path / "run")).validate()
+
+
+def test_a_torchtune_tokenizers_stop_tokens_are_exported_too(tiny_lm, tmp_path):
+    """Qwen's closes a turn with <|im_end|>; the folder's own EOS is <|endoftext|>, and its files are what is copied."""
+    from torchtune.models.qwen2 import qwen2_tokenizer
+
+    base = base_model(tiny_lm, tmp_path / "base")
+    vocabulary = json.loads((base / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in vocabulary["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(merges) + "\n")
+    files = (str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), str(base / "tokenizer.json"))
+    tokenizer = adapt_tokenizer(qwen2_tokenizer(*files))
+    checkpointer = SPINCheckpointer(str(base), "LLAMA3_2", str(tmp_path / "run"))
+    world = init_world("cpu")
+    try:
+        folder = checkpointer.export(tiny_lm_model(), 0, world, tokenizer)
+    finally:
+        shutdown()
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == [END, ENDOFTEXT]
+    assert AutoTokenizer.from_pretrained(folder).eos_token == "<|im_end|>"
 
 
 @pytest.mark.slow
