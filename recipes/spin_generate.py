@@ -120,7 +120,7 @@ class SPINGenerate:
         limits = selfplay.limits_of(self._model, self._context, self._tokenizer)
         game = selfplay.Game(self._prompts, samples, self._sampling, cfg.seed, self._iteration, responses, limits)
         fingerprint = selfplay.play_fingerprint(
-            game, self._opponent, self._tokenizer, self._generator, cfg.compute_dtype
+            game, self._opponent, self._tokenizer, self._generator, cfg.compute_dtype, config.plain(cfg.model)
         )
         folder = Path(cfg.output_dir) / f"iteration_{self._iteration:03d}" / "responses"
         teams = cfg.num_workers * self._team.count

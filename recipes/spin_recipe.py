@@ -433,7 +433,8 @@ class SPINRecipe:
     def _play(self, games: Mapping[Path, selfplay.Game], opponent: str = "") -> bool:
         """The opponent answers the prompts of each folder; False if the run was asked to stop before all were."""
         cfg, world = self._cfg, self._world
-        answered_by = (opponent or self._opponent, self._tokenizer, self._generator, cfg.compute_dtype)
+        player = (opponent or self._opponent, self._tokenizer, self._generator)
+        answered_by = (*player, cfg.compute_dtype, config.plain(cfg.model))
         report: dict[str, float] | None = None
         with ExitStack() as until_all_are_played:
             for folder, game in games.items():
@@ -516,6 +517,7 @@ class SPINRecipe:
         num_pairs = len(batches) * cfg.global_batch_size
         made_as: dict[str, Any] = {"num_ranks": world.world_size, "compiled": cfg.compile, **self._scoring}
         made_as |= {"compute_dtype": cfg.compute_dtype, "float8": cfg.enable_float8_training}
+        made_as["model"] = config.plain(cfg.model)
         fingerprint = reference.score_fingerprint(opponent=opponent, batches=batches, **made_as)
         num_shards = math.ceil(num_pairs / cfg.pairs.prompts_per_shard)
         store = open_store(path, fingerprint, num_shards, world, log.warning)

@@ -42,8 +42,9 @@ _SECTIONS = ("model", "tokenizer", "checkpointer", "dataset", "generator", "loss
 _RESULTS_DEPEND_ON = (
     "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
     "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
-    "enable_float8_training",
+    "enable_float8_training", "model",
 )  # fmt: skip
+_RECORDED_LATER = ("model", "base_dtype", "generator")  # states of earlier versions lack them
 
 
 def check_run(cfg: DictConfig) -> None:
@@ -276,6 +277,8 @@ def run_fingerprint(
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     return {
         **{key: plain[key] for key in _RESULTS_DEPEND_ON},
+        **({"base_dtype": plain["base_dtype"]} if "base_dtype" in plain else {}),
+        "generator": {"_component_": (plain["generator"] or {}).get("_component_")},  # its other keys are its speed
         **{f"dataset.{key}": value for key, value in dataset_settings.items()},
         "dataset": dataset,
         "tokenizer": tokenizer,
@@ -310,7 +313,13 @@ def check_unchanged(
             "samples are chosen and answered. Finish it first, or name the state at its start in resume=<path>."
         )
     missing = object()
-    names = sorted({*old, *new} - {*allowed})
+    unknown = [name for name in _RECORDED_LATER if name in new and name not in old]
+    if unknown:
+        log.warning(
+            f"{output_dir}: the state is of an earlier version, which did not record {', '.join(unknown)}: whether "
+            "that is what the run was started with is not known, and is taken to be so."
+        )
+    names = sorted({*old, *new} - {*allowed, *unknown})
     changed = [name for name in names if old.get(name, missing) != new.get(name, missing)]
     if changed:
         told = differences(*({name: run[name] for name in changed if name in run} for run in (old, new)))

@@ -504,8 +504,8 @@ def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> d
 
 
 def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Fills this rank's shard of a parameter with rows of a stored tensor, and reads no others; what it put there, before
-    it is quantized."""
+    """Fills this rank's shard of a parameter with rows of a stored tensor, and reads no others; gives what it put
+    there, before it is quantized."""
     nf4, first_row = nf4_of(target), 0
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)

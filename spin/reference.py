@@ -85,6 +85,7 @@ def score_fingerprint(
     num_ranks: int = 1,
     chunk_tokens: int = 2048,
     compiled: bool = False,
+    model: Any = None,
 ) -> dict[str, Any]:
     """Everything that reference log-probs depend on, by name; down to how they are rounded, which in bf16 is more than
     the self-test of an iteration's first loss lets pass.
@@ -98,6 +99,7 @@ def score_fingerprint(
         num_ranks (int): ranks that share the rows, which decides what stands in one row.
         chunk_tokens (int): see :func:`spin.logprobs.response_logps`.
         compiled (bool): the layers are compiled.
+        model (Any): the config's section of that name, see :func:`spin.selfplay.play_fingerprint`.
 
     Returns:
         dict[str, Any]: JSON values.
@@ -118,6 +120,7 @@ def score_fingerprint(
         "num_ranks": num_ranks,
         "chunk_tokens": chunk_tokens,
         "compiled": compiled,
+        "model": model,
     }
 
 

@@ -228,7 +228,7 @@ def awake(generator: Generator, model: nn.Module) -> Iterator[None]:
 
 
 def play_fingerprint(
-    game: Game, opponent: str, tokenizer: PromptTokenizer, generator: Generator, compute_dtype: str
+    game: Game, opponent: str, tokenizer: PromptTokenizer, generator: Generator, compute_dtype: str, model: Any = None
 ) -> dict[str, Any]:
     """Everything that the opponent's answers depend on, by name.
 
@@ -238,12 +238,14 @@ def play_fingerprint(
         tokenizer (PromptTokenizer): with its chat template.
         generator (Generator): the opponent; its ``fingerprint``, if it has one, stands for what it reads.
         compute_dtype (str): precision of its arithmetic.
+        model (Any): the config's section of that name: the same weights answer otherwise with another rotary base.
 
     Returns:
         dict[str, Any]: JSON values.
     """
     return {
         "opponent": opponent,
+        "model": model,
         "dataset": game.prompts.fingerprint(),
         **{f"dataset.{key}": value for key, value in game.prompts.settings.items()},
         "samples": json_fingerprint(list(game.samples)),
