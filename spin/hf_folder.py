@@ -102,8 +102,8 @@ def read_hf_config(checkpoint_dir: str | Path) -> dict[str, Any]:
                 f"{folder}: {kind}, expected a folder. {_gguf(folder) or 'Name the folder it is in.'}"
             )
         raise CheckpointError(
-            f"{folder}: no such folder. checkpoint_dir is a Hugging Face model folder on this disk; "
-            "`tune download <repository> --output-dir <folder>` makes one."
+            f"{folder}: no such folder. checkpoint_dir is a Hugging Face model folder on this disk: of a download "
+            "(`tune download <repository> --output-dir <folder>`), or iteration_NNN/hf_model of a run."
         )
     if not (folder / CONFIG).exists():
         raise CheckpointError(f"{folder / CONFIG}: no such file. {_other_kind(folder) or _NO_CONFIG}")

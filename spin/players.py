@@ -55,7 +55,10 @@ class Player:
         self.has_weights = section.checkpoint_dir is not None
         self.weights: str | None = None
         if self.has_weights:
-            _check_folder(f"{role}.checkpoint_dir={section.checkpoint_dir}", Path(section.checkpoint_dir))
+            try:
+                read_hf_config(section.checkpoint_dir)
+            except CheckpointError as error:
+                raise CheckpointError(f"{role}.checkpoint_dir={section.checkpoint_dir}: {error}") from error
         self.tokenizer: PromptTokenizer = adapt_tokenizer(config.instantiate(section.tokenizer))
         if isinstance(self.tokenizer, ChatTokenizer):
             self.tokenizer.checks_reasoning = False  # nothing is trained
@@ -98,26 +101,6 @@ class Player:
         """What the section's ``generator`` names."""
         context = GeneratorContext(model, world.device, self.context, self.tokenizer.decode, world)
         return config.instantiate(self.section.generator, context=context)
-
-
-def _check_folder(label: str, folder: Path) -> None:
-    """Raises CheckpointError if a folder is no model's; a run's folder is told where its models are."""
-    remedy = (
-        "Name a Hugging Face folder: a model that was downloaded, or iteration_NNN/hf_model of a run that has finished "
-        "that iteration."
-    )
-    if not folder.is_dir():
-        raise CheckpointError(f"{label}: no such folder. {remedy}")
-    if (folder / "config.json").is_file():
-        return
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{label}: an adapter without its base. Name the merged model, which a LoRA run exports beside it as "
-            "hf_model (checkpointer.export_merged=true)."
-        )
-    found = sorted(str(path.relative_to(folder)) for path in [*folder.glob("hf_model"), *folder.glob("*/hf_model")])
-    here = f"It holds {', '.join(found)}: name one of these." if found else remedy
-    raise CheckpointError(f"{label}: no model is here (config.json is missing). {here}")
 
 
 def players_of(cfg: DictConfig) -> tuple[str, ...]:

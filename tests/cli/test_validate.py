@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -24,7 +25,9 @@ def validate(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("spin.hf._read", refuse)
 
     def run(*changes, config=CONFIG):
-        code = main(["validate", str(config), *tiny_overrides(tmp_path / "out"), *changes])
+        options = [change for change in changes if change.startswith("--")]
+        changes = [change for change in changes if change not in options]
+        code = main(["validate", str(config), *tiny_overrides(tmp_path / "out"), *changes, *options])
         out, err = capsys.readouterr()
         assert not (tmp_path / "out").exists() and "Traceback" not in err
         return code, out, err
@@ -66,6 +69,41 @@ def test_a_template_that_ignores_the_user(validate, tmp_path):
     code, out, _ = validate(f"tokenizer.chat_template={tmp_path / 'deaf.jinja'}")
     assert code == 1 and verdicts(out)["tokenizer"] == "FAULT"
     assert "does not show what the user says" in out
+
+
+@pytest.fixture
+def folder_of(tmp_path):
+    """The test model's folder with another config.json."""
+
+    def make(**changes):
+        folder = shutil.copytree(REPO / "tests/assets/tiny_lm", tmp_path / "model")
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+        return f"checkpointer.checkpoint_dir={folder}"
+
+    return make
+
+
+def test_logits_are_compared_with_transformers(validate):
+    code, out, err = validate("--logits")
+    assert code == 0 and err == "" and verdicts(out)["logits"] == "ok" and len(verdicts(out)) == 12
+    assert "largest difference to the logits of transformers" in out and "layers 0, 1, " in out
+    code, out, _ = validate("--logits", config=CONFIG.with_name("tiny_lora.yaml"))
+    assert code == 0 and verdicts(out)["logits"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type is 'yarn'"),
+        ({"rope_theta": 500000.0}, "rope_theta is 500000.0, the model computes with rope_base 10000"),
+        ({"rms_norm_eps": 0.01}, "rms_norm_eps is 0.01, the model computes with norm_eps 1e-05"),
+    ],
+)
+def test_a_folder_whose_logits_would_be_wrong(changes, key, validate, folder_of):
+    code, out, _ = validate("--logits", folder_of(**changes))
+    assert code == 1 and verdicts(out)["model folder"] == verdicts(out)["logits"] == "FAULT"
+    assert key in out and "expected 0.001 at most" in out
 
 
 def changed_config(tmp_path, dataset):

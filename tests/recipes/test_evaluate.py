@@ -408,17 +408,20 @@ def test_exact_match_needs_no_judge(paths):
 
 
 def test_folders_that_are_no_model_are_named_before_anything_runs(paths, tmp_path):
-    with pytest.raises(CheckpointError, match="baseline.checkpoint_dir=no_such_folder: no such folder"):
+    with pytest.raises(CheckpointError, match="baseline.checkpoint_dir=no_such_folder: no_such_folder: no such folder"):
         evaluate(tmp_path, *paths, "baseline.checkpoint_dir=no_such_folder")
     run = tmp_path / "run"
     (run / "iteration_000" / "hf_model").mkdir(parents=True)
     (run / "iteration_000" / "adapter").mkdir()
     (run / "iteration_000" / "adapter" / "adapter_config.json").write_text("{}")
     for folder, message in (
-        (run, "config.json is missing.*It holds iteration_000/hf_model: name one of these"),
-        (run / "iteration_000", "config.json is missing.*It holds hf_model: name one of these"),
-        (run / "iteration_000" / "adapter", "an adapter without its base. Name the merged model"),
-        (run / "iteration_000" / "hf_model", "config.json is missing.*Name a Hugging Face folder"),
+        (run, "config.json: no such file. A run's folder; name one of its models: .*iteration_000/hf_model"),
+        (run / "iteration_000", "config.json: no such file. A run's folder; name one of its models: .*hf_model"),
+        (run / "iteration_000" / "adapter", "An adapter of peft, without its base. Merge it"),
+        (
+            run / "iteration_000" / "hf_model",
+            "Nothing in this folder is a model's. checkpoint_dir is a folder with config.json",
+        ),
     ):
         with pytest.raises(CheckpointError, match=message):
             evaluate(tmp_path, *paths, f"baseline.checkpoint_dir={folder}", "baseline.tokenizer.path=" + str(folder))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from spin.data import PairStore
 from spin.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError, StoreError
 from spin.fingerprint import weights_fingerprint
 from spin.report import read_run, render
-from tests.recipes.helpers import metrics_of, run, tiny_config
+from tests.recipes.helpers import REPO, metrics_of, run, tiny_config
 
 
 class Recorder(SPINRecipe):
@@ -662,6 +663,18 @@ class TestFaults:
         with pytest.raises(SelfTestError):
             run(tmp_path / "on", *changes, recipe_class=Tampers)
         run(tmp_path / "off", *changes, "self_test=false", recipe_class=Tampers)
+
+    def test_the_self_test_compares_logits_before_weights_are_loaded(self, tmp_path, monkeypatch, caplog):
+        monkeypatch.setattr("spin.hf._read", lambda *_: pytest.fail("read a weight"))
+        folder = shutil.copytree(REPO / "tests/assets/tiny_lm", tmp_path / "model")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "linear", "factor": 4.0}}))
+        with pytest.raises(CheckpointError, match=r"rope_scaling.rope_type is 'linear' with {'factor': 4.0}"):
+            run(tmp_path / "out", f"checkpointer.checkpoint_dir={folder}")
+        # what no key tells: a model whose norm is not the one that config.json means
+        monkeypatch.setattr("torchtune.modules.RMSNorm.forward", lambda self, x: x * self.scale)
+        with pytest.raises(CheckpointError, match="largest difference to the logits of transformers .*0.001 at most"):
+            run(tmp_path / "out")
 
     def test_a_loss_that_is_not_finite_stops_before_the_update(self, tmp_path):
         class Poisoned(SPINRecipe):
