@@ -329,7 +329,7 @@ class ChatTokenizer:
             text = content.strip().removeprefix(opening)
             return (text.lstrip("\n") if prompt.endswith("\n") else text) + closing
         empty, row_options = self._empty_reasoning, messages[0].get("chat_template_kwargs") or {}
-        if not empty and any(name in row_options for name in _THINKING_OPTIONS):
+        if not empty and any(row_options.get(name) is False for name in _THINKING_OPTIONS):
             return response
         if not reasoning and empty is not None and response.startswith(empty):
             raise DataError(
@@ -512,8 +512,12 @@ class ChatTokenizer:
             "parameters": {"type": "object"},
         }
         system = {"role": "system", "content": "probe_of_a_system_message"}
-        earlier = {"role": "user", "content": "probe_of_an_earlier_message"}
-        answered = {"role": "assistant", "content": "probe_of_an_earlier_answer"}
+        # long enough for templates that shorten messages, or show the last few only
+        earlier = [
+            {"role": role, "content": f"probe_{number} {'word ' * 400}of_{role}"}
+            for number in range(8)
+            for role in ("user", "assistant")
+        ]
         question = {"role": "user", "content": _PROBE_QUESTION}
         result: ChatMessage = {
             "role": "tool",
@@ -529,7 +533,7 @@ class ChatTokenizer:
             answer,
         ]
         with_tools: list[ChatMessage] = [{**question, "tools": [{"type": "function", "function": description}]}, answer]
-        talks = [[system, question], [earlier, answered, question], [system, earlier, answered, question]]
+        talks = [[system, question], [*earlier, question], [system, *earlier, question]]
         texts = self._rendered(self._template, [(messages, True) for messages in talks], self._options)
         lost = {
             message["role"]

@@ -305,7 +305,10 @@ def test_options_of_a_row(tiny_lm):
         assert asked.encode_pair(row) == chat.encode_pair([*TALK[:-1], REASONED])
         for name in ("persona", "messages"):
             with pytest.raises(DataError, match=f"chat_template_kwargs has {name}, which the chat template does not"):
-                chat.encode_pair([{**SYSTEM, "chat_template_kwargs": {name: []}}, *TALK[1:]])
+                chat.encode_pair([{**SYSTEM, "chat_template_kwargs": {name: "Ann"}}, *TALK[1:]])
+        for row in ({"enable_thinking": True}, {}):
+            with pytest.raises(DataError, match="the real response has no reasoning"):
+                chat.encode_pair([{**SYSTEM, "chat_template_kwargs": row}, *TALK[1:]])
 
 
 def test_tags_that_are_part_of_a_text(tiny_lm):
@@ -403,6 +406,7 @@ HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
         ("messages[-1:]", None, "has several turns, .* does not show the earlier ones|does not show it"),
         ("messages if m.role != 'system'", None, "has a system message, .* does not show it"),
         ("messages[:1] + messages[-1:]", None, "has several turns, and the chat template does not show"),
+        ("messages[-6:]", None, "has several turns, and the chat template does not show|does not show it"),
     ],
 )
 def test_a_role_that_does_not_reach_the_prompt(tiny_lm, loop, at_start, talk):
@@ -416,6 +420,12 @@ def test_a_role_that_does_not_reach_the_prompt(tiny_lm, loop, at_start, talk):
         chat.encode_pair(TALK)
     with pytest.raises(DataError):
         chat.encode_prompt(TALK[:-1])
+
+
+def test_a_template_that_shortens_messages(tiny_lm):
+    chat = ChatTokenizer(tiny_lm, chat_template=CHATML.replace("m.content", "m.content[:1000]"))
+    with pytest.raises(DataError, match="has several turns, and the chat template does not show the earlier ones"):
+        chat.encode_pair(TALK[1:])
 
 
 # --- Limits and broken files ---
