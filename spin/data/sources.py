@@ -40,6 +40,17 @@ _SHOWN_SUFFIXES = (
 )
 _LIST_KEYS = ("data", "rows", "train", "examples", "samples", "items", "instances", "records")  # of a JSON object
 _READING_FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+# What the datasets library raises on damaged files, and for values that Python has none for.
+_LIBRARY_FAULTS = (
+    OSError,
+    ValueError,
+    OverflowError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    MemoryError,
+)
 _PARQUET_BATCH_ROWS = 1024
 _MAX_DEPTH = 3  # of folders in a folder
 _HF_PREFIX = "hf:"
@@ -128,7 +139,10 @@ def read_rows(
     locations = [source] if isinstance(source, (str, Path)) else list(source)
     if not locations:
         raise DataError("dataset.source is an empty list. Name at least one file or data set.")
-    readers = [reader for location in locations for reader in _resolve(location, options, streaming)]
+    try:
+        readers = [reader for location in locations for reader in _resolve(location, options, streaming)]
+    except OSError as error:  # no right to look into a folder, a name that is too long
+        raise DataError(f"dataset.source={source} cannot be read: {error}.") from error
     return _not_empty((row for reader in readers for row in reader), ", ".join(str(each) for each in locations))
 
 
@@ -315,7 +329,7 @@ def _declared_configs(folder: Path) -> dict[str, Mapping[str, Any]]:
     text = read_bytes(readme, DataError, "Name the files to read.", 4 * 2**20).decode("utf-8", errors="replace")
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
     try:
-        declared = yaml.safe_load(header[1]) if header else None
+        declared = yaml.safe_load(header[1]) if header and "configs" in header[1] else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DataError(
             f"{readme}: its header is no valid YAML: {error}. Fix it, or name the files to read."
@@ -330,6 +344,15 @@ def _declared_configs(folder: Path) -> dict[str, Mapping[str, Any]]:
     }
 
 
+def _declared_path(folder: Path, path: object) -> str:
+    if not isinstance(path, str) or "://" in path or PurePosixPath(path).is_absolute() or ".." in path or "\0" in path:
+        raise DataError(
+            f"{folder / 'README.md'} declares the path {path!r:.80}, expected one in the folder. Name the "
+            "files to read."
+        )
+    return path
+
+
 def _declared_splits(
     folder: Path, configs: Mapping[str, Mapping[str, Any]], options: Mapping[str, str | None]
 ) -> dict[str, list[Path]]:
@@ -342,7 +365,8 @@ def _declared_splits(
             f"{folder / 'README.md'} declares the configurations {', '.join(configs)}; found dataset.name={name}. Set "
             "dataset.name to one of them."
         )
-    given, data_dir = configs[chosen].get("data_files"), str(configs[chosen].get("data_dir") or "")
+    given, data_dir = configs[chosen].get("data_files"), configs[chosen].get("data_dir")
+    data_dir = _declared_path(folder, data_dir) if data_dir else ""
     if not given:
         return _named_splits(folder, {"data_dir": data_dir, "split": options["split"]})
     if isinstance(given, list) and all(isinstance(each, Mapping) for each in given):
@@ -351,15 +375,15 @@ def _declared_splits(
     splits: dict[str, list[Path]] = {}
     for split, paths in patterns.items():
         for path in paths if isinstance(paths, list) else [paths]:
-            if not isinstance(path, str) or "://" in path or PurePosixPath(path).is_absolute() or ".." in path:
+            pattern = Path(glob.escape(str(folder / data_dir))) / _declared_path(folder, path)
+            found = [file for file in map(Path, sorted(glob.glob(str(pattern), recursive=True))) if file.is_file()]
+            readable = [file for file in found if _kind_of(file)]
+            if not readable:
                 raise DataError(
-                    f"{folder / 'README.md'} declares the file {path!r:.80}, expected a path in the folder. Name the "
-                    "files to read."
+                    f"{folder / 'README.md'} declares {path} for split {split}, and no {_SHOWN_SUFFIXES} file matches "
+                    "it. Name the files to read."
                 )
-            found = sorted(file for file in (folder / data_dir).glob(path) if file.is_file())
-            if not found:
-                raise DataError(f"{folder / 'README.md'} declares {path} for split {split}, and no file matches it.")
-            splits.setdefault(str(split), []).extend(found)
+            splits.setdefault(str(split), []).extend(readable)
     return splits
 
 
@@ -593,11 +617,12 @@ def _arrow_rows(path: Path, kind: str) -> Iterator[Row]:
                 file.seek(0)
                 batches = pa.ipc.open_stream(file)
             for batch in batches:
+                batch.validate(full=True)  # offsets of a damaged file would be read as they are
                 for start in range(0, batch.num_rows, _PARQUET_BATCH_ROWS):
                     for value in _values(batch.slice(start, _PARQUET_BATCH_ROWS), path, index):
                         yield _row(value, f"{path.name}:row {index}", f"{path.stem}-{index}", from_arrow=True)
                         index += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, SystemError, MemoryError) as error:
         raise DataError(f"{path} cannot be read as {kind} after {index} rows: {error}.") from error
 
 
@@ -629,8 +654,12 @@ def _disk_rows(path: Path, options: dict[str, str | None]) -> Iterable[Row]:
     datasets = _datasets_library(f"The saved data set {path}")
     try:
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as a saved data set: {error}") from error
+        for each in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
+            each.data.validate(full=True)  # offsets of a damaged file would be read as they are
+    except _LIBRARY_FAULTS as error:
+        raise DataError(
+            f"{path} cannot be read as a saved data set ({type(error).__name__}: {error}). Save it again."
+        ) from error
     return _dataset_rows(loaded, path.name, options["split"])
 
 
@@ -677,7 +706,7 @@ def _rows_of_split(loaded: Any, label: str, split: str) -> Iterator[Row]:
             value = next(iterator)
         except StopIteration:
             return
-        except (ValueError, OverflowError, LookupError, TypeError, OSError) as error:
+        except _LIBRARY_FAULTS as error:
             raise DataError(f"{where}: cannot be read: {_bad_column(loaded, index)}{error}.") from error
         yield _row(value, where, f"{stem}-{index}", from_arrow=True)
 
@@ -687,6 +716,6 @@ def _bad_column(loaded: Any, index: int) -> str:
     for name in loaded.column_names or () if hasattr(loaded, "__getitem__") else ():
         try:
             loaded.select_columns([name])[index]
-        except (ValueError, OverflowError, LookupError, TypeError, OSError):
+        except _LIBRARY_FAULTS:
             return f"column {name!r} has a value that Python has none for: "
     return ""

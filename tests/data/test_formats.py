@@ -413,7 +413,7 @@ FILES = [
     Files(
         "a path out of it",
         ("README.md configs: [{data_files: ../x.jsonl}]", "x.jsonl a"),
-        "declares the file '../x.jsonl'",
+        "declares the path '../x.jsonl'",
         result="refused",
     ),
     Files("`data_dir`", ("en/x.jsonl a", "de/x.jsonl b"), "a", options={"data_dir": "en"}),

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import pickle
+from random import Random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -301,3 +302,69 @@ def test_json_objects(tmp_path, content, found):
 def test_parts_that_are_none(tmp_path, split):
     with pytest.raises(DataError, match=r"has the splits train.*; found dataset\.split="):
         list(read_rows(write_lines(tmp_path / "rows.jsonl", {"a": 1}), split=split))
+
+
+def declared(folder, header):
+    """The responses that are read of a folder with this header in its README.md."""
+    write_lines(folder / "en" / "deep" / "x.jsonl", {"a": 1})
+    (folder / "README.md").write_text(f"---\n{header}\n---\n# Data\n")
+    return [row.data["a"] for row in read_rows(folder)]
+
+
+@pytest.mark.parametrize("path", ["en/**", "**/*", "en/deep/x.jsonl", "en/deep/*", "**/x.jsonl", "**x.jsonl"])
+def test_patterns_of_a_data_repository(tmp_path, path):
+    (tmp_path / "en" / "deep").mkdir(parents=True)
+    if path == "**x.jsonl":
+        write_lines(tmp_path / "x.jsonl", {"a": 1})
+    assert declared(tmp_path, f"configs: [{{config_name: default, data_files: '{path}'}}]") == [1]
+    assert declared(tmp_path, f"configs: [{{data_files: [{{split: train, path: ['{path}']}}]}}]") == [1]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "configs: [{data_files: 5}]",
+        "configs: [{data_files: {train: null}}]",
+        "configs: [{data_files: '.'}]",
+        "configs: [{data_files: 'a[.jsonl'}]",
+        "configs: [{data_files: '/etc/*'}]",
+        "configs: [{data_dir: '../', data_files: x.jsonl}]",
+        "configs: [{data_dir: /etc}]",
+        "configs: [{data_files: 'http://x/y.jsonl'}]",
+        "configs: &x [{data_files: *x}]",
+        "configs: !!python/object/apply:os.system ['false']",
+        "configs: [",
+        "configs: " + "[" * 3000,
+    ],
+)
+def test_a_readme_that_declares_no_file_of_the_folder_is_named(tmp_path, header):
+    (tmp_path / "en" / "deep").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"README\.md"):
+        declared(tmp_path, header)
+
+
+@pytest.mark.parametrize("header", ["configs: 5", "configs: {a: b}", "license: mit", "x: 2026-99-99", ""])
+def test_a_readme_that_declares_nothing_is_no_matter(tmp_path, header):
+    (tmp_path / "en" / "deep").mkdir(parents=True)
+    assert declared(tmp_path, header) == [1]
+
+
+def test_damaged_arrow_files_are_errors_with_their_name(tmp_path):
+    """Offsets of texts that were changed would read memory of others; 300 files with 1 to 8 bytes changed."""
+    rows = [{"id": str(i), "messages": [{"role": "user", "content": "Q" * i}]} for i in range(8)]
+    table, random = pa.Table.from_pylist(rows), Random(0)
+    with pa.ipc.new_stream(tmp_path / "rows.arrow", table.schema) as stream:
+        stream.write_table(table)
+    whole = (tmp_path / "rows.arrow").read_bytes()
+    refused = 0
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(random.randint(1, 8)):
+            content[random.randrange(len(content))] = random.randrange(256)
+        (tmp_path / "rows.arrow").write_bytes(content)
+        try:
+            list(read_rows(tmp_path / "rows.arrow"))
+        except DataError as error:
+            assert "rows.arrow" in str(error)
+            refused += 1
+    assert refused > 50
