@@ -1,6 +1,7 @@
 # make quickstart   two rounds of self-play of a small model on this machine's CPU
 # make test         everything that CI checks: format, lint, types, tests
 # make lint         the same without the tests
+# make audit        bandit on the code, pip-audit on what is installed
 # make experiment   self-play against supervised fine-tuning, small, on this machine's CPU: docs/experiments/real_model.md
 # make model        the quickstart's model alone, in .cache/quickstart
 # make vllm         vLLM for this machine's CPU, so that its tests run
@@ -22,7 +23,7 @@ export OMP_NUM_THREADS = $(THREADS)
 export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart experiment test lint model vllm clean
+.PHONY: quickstart experiment test lint audit model vllm clean
 .DELETE_ON_ERROR:
 
 quickstart: model
@@ -35,6 +36,11 @@ experiment: model $(VENV)/.experiment-stamp
 # test by test, not by file: slow ones come last, and which they are is known to each process alone
 test: lint
 	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist load
+
+# what bandit finds fails; pip-audit says of how many packages it got an answer
+audit: $(VENV)/.stamp
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive spin recipes
+	$(BIN)/python .ci/audit.py
 
 lint: $(VENV)/.stamp
 	$(BIN)/ruff check .

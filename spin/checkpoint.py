@@ -15,7 +15,7 @@ import inspect
 import logging
 import math
 import os
-import pickle
+import pickle  # nosec B403
 import re
 import shutil
 import tempfile

@@ -677,7 +677,7 @@ def _hub_rows(hub_name: str, options: dict[str, str | None], streaming: bool) ->
     if streaming:
         arguments["streaming"] = True
     try:
-        loaded = datasets.load_dataset(hub_name, **arguments)
+        loaded = datasets.load_dataset(hub_name, **arguments)  # nosec B615
     except (OSError, ValueError, RuntimeError) as error:  # not found, no network, unknown configuration or split
         raise DataError(
             f"dataset.source={hub_name} is no file here, and as a Hugging Face data set it cannot be loaded: {error} "

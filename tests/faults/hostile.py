@@ -92,7 +92,7 @@ def bend_bytes(content, rng):
 def bend_text(file, rng):
     """A JSON, JSON Lines or YAML file with a value of another kind, or damaged bytes."""
     content = file.read_bytes()
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 or b"*a" in content:
         return bend_bytes(content, rng)
     if file.suffix == ".yaml":
         if rng.random() < 0.2:
@@ -208,7 +208,13 @@ def damage(run, rng, outside):
             bend_table(file, rng)
         else:
             file.write_bytes(bend_text(file, rng))
-    except (OSError, ValueError, pa.ArrowException, yaml.YAMLError):  # was damaged before, beyond what these can read
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+        pa.ArrowException,
+        yaml.YAMLError,
+    ):  # was damaged before, beyond what these can read
         file.write_bytes(bend_bytes(file.read_bytes(), rng))
     return f"{file.relative_to(run)!s}: bent"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spin.cli import main
-from tests.faults.hostile import commands_on, hostile_run, snapshot, time_limit, write_whole_run
+from tests.faults.hostile import Hang, commands_on, hostile_run, snapshot, time_limit, write_whole_run
 
 FOLDERS = 60  # in the default tests; attack_counts.py takes as many as are asked for
 
@@ -37,9 +37,8 @@ def check_folder(whole, folder, seed):
         before = snapshot(run.parent)
         try:
             _, text = look(argv)
-        except BaseException as error:
-            error.add_note(f"seed {seed}: {damages}, {argv}")
-            raise
+        except (Exception, Hang) as error:
+            raise AssertionError(f"seed {seed}: {damages}, {argv}: {type(error).__name__}: {error}") from error
         assert not [c for c in text if c in "\x1b\r\x07\x9b\u202e\u2066"], (seed, damages, argv)
         after = snapshot(run.parent)
         changed = [path for path in {*before, *after} if before.get(path) != after.get(path)]
