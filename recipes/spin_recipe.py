@@ -119,7 +119,7 @@ class SPINRecipe:
             self._lock = FolderLock(self._output_dir) if self._world.is_main else None
         self._watch = Watch(cfg.watch, self._world.is_main)
         self._checkpointer = config.instantiate(cfg.checkpointer)
-        self._checkpointer.validate()
+        self._checkpointer.validate(cfg.max_iterations)
         dtype, compute_dtype = (training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
 
         # ---- data

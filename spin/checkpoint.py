@@ -76,6 +76,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"
+_EXPORTS = {"iteration_*/hf_model": "model", "iteration_*/adapter": "adapter"}  # and their kinds
 _STATE = "state"  # a kind of folder, see spin.files.start_folder
 _STEP_FOLDER = re.compile(r"step_(\d+)(\.old)?")
 # How an optimizer computes, not what: a resumed run follows its own config.
@@ -93,6 +94,7 @@ class SPINCheckpointer:
         keep_best (int): number of states of lowest validation loss to keep beside them.
         export_dtype (str): ``bf16``, ``fp32`` or ``fp16``.
         async_save (bool): write states while training goes on. Costs as much CPU memory as a rank's part of a state.
+        keep_exports (int | None): number of newest iterations whose exports to keep; None keeps all.
 
     Raises:
         ConfigError: If an argument cannot be.
@@ -107,6 +109,7 @@ class SPINCheckpointer:
         keep_best: int = 0,
         export_dtype: str = "bf16",
         async_save: bool = True,
+        keep_exports: int | None = None,
     ) -> None:
         if keep_last < 1:
             raise ConfigError(
@@ -114,6 +117,8 @@ class SPINCheckpointer:
             )
         if keep_best < 0:
             raise ConfigError(f"checkpointer.keep_best is {keep_best}, expected 0 or more.")
+        if keep_exports is not None and (type(keep_exports) is not int or keep_exports < 1):
+            raise ConfigError(f"checkpointer.keep_exports is {keep_exports!r}, expected 1 or more, or null for all.")
         if export_dtype not in DTYPES:
             raise ConfigError(f"checkpointer.export_dtype is {export_dtype!r}, expected {', '.join(DTYPES)}.")
         self.checkpoint_dir = Path(checkpoint_dir)
@@ -121,6 +126,7 @@ class SPINCheckpointer:
         self.output_dir = Path(output_dir)
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.keep_exports = keep_exports
         self.export_dtype = DTYPES[export_dtype]
         self.async_save = async_save
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spin-checkpoint")
@@ -135,8 +141,11 @@ class SPINCheckpointer:
         """The folder of all states."""
         return self.output_dir / "checkpoints"
 
-    def validate(self) -> None:
+    def validate(self, iterations: int = 1) -> None:
         """Checks, before any weight is loaded, that loading and saving can work.
+
+        Args:
+            iterations (int): of the run, each of which exports.
 
         Raises:
             CheckpointError: If the model folder is not whole, or the output folder cannot be written or is too small.
@@ -156,25 +165,48 @@ class SPINCheckpointer:
                 f"{self.states_dir}: cannot write ({error.strerror or error}). Change output_dir."
             ) from error
         free = shutil.disk_usage(self.states_dir).free
-        least, usual = self._disk_bytes(parameters)
-        if free < least:
+        least, usual, export = self._disk_bytes(parameters)
+        # A new export or state is complete before an old one goes.
+        kept = iterations if self.keep_exports is None else min(iterations, self.keep_exports + 1)
+        exports = max(1, kept - len({folder.parent for _, folder in self._exports()}))
+        what = f"one state and {exports} export{'s' if exports > 1 else ''}"
+        if free < least + exports * export:
             raise CheckpointError(
-                f"{self.output_dir}: {_size(free)} free, but one state and one export of {parameters:,} "
-                f"parameters take {_size(least)} to {_size(usual)}. Free some space or change output_dir."
+                f"{self.output_dir}: {_size(free)} free, but {what} of {parameters:,} parameters take "
+                f"{_size(least + exports * export)} to {_size(usual + exports * export)}. Free some space, change "
+                "output_dir, or keep fewer exports (checkpointer.keep_exports=1)."
             )
-        # A new state is complete before an old one goes.
-        wanted = usual * (self.keep_last + self.keep_best + 1)
+        wanted = usual * (self.keep_last + self.keep_best + 1) + exports * export
         if free < wanted and self._complete() == []:
             log.warning(
                 f"{self.output_dir}: {_size(free)} free; keep_last={self.keep_last} and keep_best={self.keep_best} "
-                f"with fp32 AdamW can need {_size(wanted)}."
+                f"with fp32 AdamW and {exports} export{'s' if exports > 1 else ''} can need {_size(wanted)}."
             )
 
-    def _disk_bytes(self, parameters: int) -> tuple[int, int]:
-        """What one state and one export of so many parameters take: the least, and with fp32 AdamW."""
-        export = parameters * self.export_dtype.itemsize
+    def _disk_bytes(self, parameters: int) -> tuple[int, int, int]:
+        """What a state of so many parameters takes at least, and with fp32 AdamW; and what an export does."""
         # AdamW keeps two moments per weight: 4 bytes for bf16 weights and 8-bit moments, 12 by default.
-        return parameters * 4 + export, parameters * 12 + export
+        return parameters * 4, parameters * 12, parameters * self.export_dtype.itemsize
+
+    def _exports(self) -> list[tuple[int, Path]]:
+        """The exports in the run's folder that this program made, with their iterations."""
+        found = [(folder, kind) for name, kind in _EXPORTS.items() for folder in self.output_dir.glob(name)]
+        return [
+            (int(folder.parent.name.removeprefix("iteration_")), folder)
+            for folder, kind in found
+            if folder.parent.name.removeprefix("iteration_").isdecimal() and is_marked(folder, kind)
+        ]
+
+    def _retire_exports(self, iteration: int, world: World) -> None:
+        """Removes the exports of iterations before those that are kept; never the model that training starts from."""
+        if self.keep_exports is None or not world.is_main:
+            return
+        for number, folder in self._exports():
+            if number <= iteration - self.keep_exports and folder.resolve() != self.checkpoint_dir.resolve():
+                try:
+                    remove_folder(folder)
+                except OSError as error:
+                    log.warning(f"{folder}: cannot remove this old export ({error}).")
 
     def load_model(self, model: nn.Module, world: World) -> None:
         """Fills the model from ``checkpoint_dir``; see :func:`spin.hf.load_hf_weights`."""
@@ -208,7 +240,7 @@ class SPINCheckpointer:
         """
         self.wait()
         out_dir = self.output_dir / f"iteration_{iteration:03d}" / "hf_model"
-        return export_hf(
+        export_hf(
             model,
             self.checkpoint_dir,
             out_dir,
@@ -217,6 +249,8 @@ class SPINCheckpointer:
             world=world,
             **self._companions(tokenizer, stop_ids),
         )
+        self._retire_exports(iteration, world)
+        return out_dir
 
     @staticmethod
     def _companions(tokenizer: object, stop_ids: Sequence[int]) -> dict[str, Any]:

@@ -152,6 +152,7 @@ class LoRACheckpointer(SPINCheckpointer):
         export_dtype (str): of the merged model: ``bf16``, ``fp32`` or ``fp16``; the adapter keeps its own.
         export_merged (bool): write the merged model after each iteration, beside the adapter.
         async_save (bool): write states while training goes on. Costs as much CPU memory as a rank's part of a state.
+        keep_exports (int | None): number of newest iterations whose exports to keep; None keeps all.
 
     Raises:
         ConfigError: If an argument cannot be.
@@ -167,15 +168,18 @@ class LoRACheckpointer(SPINCheckpointer):
         export_dtype: str = "bf16",
         export_merged: bool = True,
         async_save: bool = True,
+        keep_exports: int | None = None,
     ) -> None:
-        super().__init__(checkpoint_dir, model_type, output_dir, keep_last, keep_best, export_dtype, async_save)
+        super().__init__(
+            checkpoint_dir, model_type, output_dir, keep_last, keep_best, export_dtype, async_save, keep_exports
+        )
         self.export_merged = export_merged
         self._base = ""
 
-    def _disk_bytes(self, parameters: int) -> tuple[int, int]:
+    def _disk_bytes(self, parameters: int) -> tuple[int, int, int]:
         # adapters are a few per cent of the base at most
         merged = parameters * self.export_dtype.itemsize if self.export_merged else 0
-        return merged, merged + parameters * 12 // 50
+        return 0, parameters * 12 // 50, merged
 
     def load_model(self, model: nn.Module, world: World) -> None:
         """Fills the frozen base from ``checkpoint_dir``, and notes what it is; adapters are left as they are."""
@@ -232,4 +236,7 @@ class LoRACheckpointer(SPINCheckpointer):
         out_dir = self.output_dir / f"iteration_{iteration:03d}" / "adapter"
         companions = self._companions(tokenizer, stop_ids)
         export_peft(model, self.checkpoint_dir, out_dir, self.model_type, world=world, **companions)
-        return super().export(model, iteration, world, tokenizer, stop_ids) if self.export_merged else out_dir
+        if self.export_merged:
+            return super().export(model, iteration, world, tokenizer, stop_ids)
+        self._retire_exports(iteration, world)
+        return out_dir
