@@ -32,12 +32,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from spin import config, evaluation, selfplay
+from spin.checks import inputs_of_config, inputs_of_files
 from spin.data import Prompt, PromptDataset
 from spin.data.dates import fix_date
 from spin.data.shards import missing_shards, open_store, seal
 from spin.data.types import Response
 from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import barrier, broadcast_object, fail_together, init_world, shutdown
+from spin.distributed import barrier, broadcast_object, check_ranks_agree, fail_together, init_world, shutdown
 from spin.errors import DataError, OutputError
 from spin.files import FolderLock, replace_text, writing
 from spin.generators import sampling_params
@@ -65,6 +66,7 @@ DEFAULTS: dict[str, Any] = {
     "prompts_per_shard": 64,
     "compute_dtype": "bf16",
     "device": None,
+    "distributed_timeout_seconds": RECIPE_DEFAULTS["distributed_timeout_seconds"],
     "seed": 42,
     "allow_components": [],
 }
@@ -88,7 +90,7 @@ class SPINEvaluate:
     def setup(self) -> None:
         """Reads the data as each model sees them, and checks the folders; loads no weights."""
         cfg = self._cfg
-        self._world = init_world(cfg.device)
+        self._world = init_world(cfg.device, **inputs_of_config(cfg))
         with fail_together(self._world, OutputError):
             self._lock = FolderLock(self._output_dir) if self._world.is_main else None
         self._players = {role: Player(role, cfg[role]) for role in players_of(cfg)}
@@ -113,6 +115,9 @@ class SPINEvaluate:
         self._sample_ids = self._prompts["candidate"].sample_ids
         if not self._sample_ids:
             raise DataError("no prompt fits both models. Raise dataset.max_prompt_tokens, or choose other data.")
+        for role, player in self._players.items():
+            read = {f"dataset of {role}": self._prompts.get(role), f"tokenizer of {role}": player.tokenizer}
+            check_ranks_agree(inputs_of_files(read, player.section, f" of {role}"), self._world)
         self._references = self._right_answers() if cfg.verdict == "exact_match" else {}
 
     def evaluate(self) -> dict[str, Any]:

@@ -25,13 +25,13 @@ from omegaconf import DictConfig
 from torchtune import training
 
 from spin import config, selfplay
-from spin.checks import check_run
+from spin.checks import check_run, inputs_of_config, inputs_of_files
 from spin.data import PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.dates import fix_date
 from spin.data.prompts import check_vocabulary, unknown_ids
 from spin.data.shards import missing_shards, open_store
 from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import any_rank, fail_together, init_world, shutdown
+from spin.distributed import any_rank, check_ranks_agree, fail_together, init_world, shutdown
 from spin.errors import CheckpointError, ConfigError, OutputError
 from spin.files import FolderLock
 from spin.fingerprint import weights_fingerprint
@@ -68,7 +68,7 @@ class SPINGenerate:
     def setup(self) -> None:
         """Reads the data, then loads the opponent's weights."""
         cfg = self._cfg
-        self._world = init_world(cfg.device, replicas=cfg.replicas)
+        self._world = init_world(cfg.device, replicas=cfg.replicas, **inputs_of_config(cfg))
         self._stop.install()
         with fail_together(self._world, OutputError):  # other workers may be here too, a training run may not
             self._lock = FolderLock(Path(cfg.output_dir), shared=True) if self._world.is_main else None
@@ -85,6 +85,8 @@ class SPINGenerate:
         unknown = unknown_ids(model, self._tokenizer)
         self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids, unknown)
         check_vocabulary(model, self._tokenizer, self._sampling.stop_token_ids, source)
+        read = {"dataset": source, "tokenizer": self._tokenizer}
+        check_ranks_agree(inputs_of_files(read, cfg.checkpointer), self._world)
 
         resume_path = checkpointer.latest(cfg.resume, self._world)
         self._iteration = 0

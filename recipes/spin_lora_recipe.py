@@ -33,7 +33,15 @@ from torchtune import training
 
 from spin import config, reference, selfplay
 from spin.checkpoint import reading_state
-from spin.checks import check_first_loss, check_moved_share, check_run, check_unchanged, run_fingerprint
+from spin.checks import (
+    check_first_loss,
+    check_moved_share,
+    check_run,
+    check_unchanged,
+    inputs_of_config,
+    inputs_of_files,
+    run_fingerprint,
+)
 from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.dates import fix_date
 from spin.data.filters import POLICIES, filter_margins, filter_pairs, left_out_by_margin
@@ -44,7 +52,15 @@ from spin.data.packing import PackedRow
 from spin.data.prompts import check_vocabulary, unknown_ids
 from spin.data.shards import missing_shards, open_store, seal
 from spin.defaults import LORA_DEFAULTS
-from spin.distributed import accumulating, all_reduce_sums, clip_grad_norm, fail_together, init_world, shutdown
+from spin.distributed import (
+    accumulating,
+    all_reduce_sums,
+    check_ranks_agree,
+    clip_grad_norm,
+    fail_together,
+    init_world,
+    shutdown,
+)
 from spin.errors import CollapseError, OutputError
 from spin.files import FolderLock
 from spin.fingerprint import weights_fingerprint
@@ -113,7 +129,9 @@ class SPINLoRARecipe:
     def setup(self) -> None:
         """Reads the data and checks the arithmetic, then loads weights and restores the newest state."""
         cfg = self._cfg
-        self._world = init_world(cfg.device, replicas=cfg.replicas, deterministic=cfg.deterministic)
+        self._world = init_world(
+            cfg.device, replicas=cfg.replicas, deterministic=cfg.deterministic, **inputs_of_config(cfg)
+        )
         self._stop.install()
         self._bar = partial(progress_bar, enabled=self._world.is_main)
         with fail_together(self._world, OutputError):  # before anything in the folder is touched
@@ -141,6 +159,9 @@ class SPINLoRARecipe:
         unknown = unknown_ids(self._model, self._tokenizer)
         self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids, unknown)
         check_vocabulary(self._model, self._tokenizer, self._sampling.stop_token_ids, self._prompts, self._val_prompts)
+
+        read = {"dataset": self._prompts, "validation_dataset": self._val_prompts, "tokenizer": self._tokenizer}
+        check_ranks_agree(inputs_of_files(read, cfg.checkpointer), self._world)
 
         # ---- arithmetic
         self._plan = RunPlan(cfg, self._prompts, self._val_prompts.samples_per_iteration)

@@ -71,6 +71,7 @@ from spin.hf import (
     stored_elements,
 )
 from spin.nonfinite import check_weights
+from spin.ranks import set_stage
 
 log = logging.getLogger(__name__)
 
@@ -298,6 +299,7 @@ class SPINCheckpointer:
             CheckpointError: If a rank could not write; what was there before is still there.
             NonFiniteError: If a weight is NaN or infinite; nothing is written then.
         """
+        set_stage("saving a checkpoint")
         self.wait()
         folder = self.states_dir / f"step_{step:08d}"
         check_weights(model, world, str(folder))
@@ -552,6 +554,7 @@ class SPINCheckpointer:
         Raises:
             CheckpointError: If a file is damaged, or if the state does not fit the model or the optimizer.
         """
+        set_stage("loading a checkpoint")
         folder = Path(path)
         with fail_together(world, CheckpointError):
             entries = sorted(_read_manifest(folder)["files"].items())

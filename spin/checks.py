@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
+import json
 import logging
 import math
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +25,9 @@ from spin.data.store import differences
 from spin.dtypes import TRAINED_DTYPES
 from spin.errors import CheckpointError, ConfigError, SelfTestError
 from spin.files import TRANSFER, check_own_folder
+from spin.fingerprint import file_sha256, json_fingerprint
 from spin.generators.base import SamplingParams
+from spin.hf_folder import weight_files
 from spin.models import AC_MODES, ATTENTION
 from spin.nonfinite import ON_NONFINITE
 from spin.progress import SPINProgress, compute_interval, compute_limit_batches, parse_max_time
@@ -189,6 +196,102 @@ def check_run(cfg: DictConfig) -> None:
     if plain["validation"]["spin"] and plain["validation_dataset"] is None:
         faults.add("validation.spin=true needs a validation_dataset.")
     faults.raise_if_any()
+
+
+_COMPARED_BY_CONTENT = {"source", "path", "data_dir", "data_files", "checkpoint_dir", "model_dir"}
+_OF_ONE_RANK = {"url", "verify", "api_key_env"}  # each rank may ask a server of its own
+_SECRET = re.compile(r"(api_?key|secret|password|passwd|credentials?|auth_token|access_token)$", re.IGNORECASE)
+
+
+def inputs_of_config(cfg: DictConfig) -> dict[str, Any]:
+    """What all ranks of a run must have alike before anything is read: config, code, versions.
+
+    Left out is what a host may have in its own place and is compared by content later (:func:`inputs_of_files`), a
+    server's address, and the metric logger, which is rank 0's.
+
+    Args:
+        cfg (DictConfig): complete.
+
+    Returns:
+        dict[str, Any]: ``inputs`` and ``timeout_seconds``, arguments of :func:`spin.distributed.init_world`.
+
+    Raises:
+        ConfigError: If ``distributed_timeout_seconds`` cannot be.
+    """
+    seconds = cfg.distributed_timeout_seconds
+    if not _is_number(seconds) or not 1 <= seconds <= 86400:
+        raise ConfigError(f"distributed_timeout_seconds={seconds!r}: expected 1 to 86400 seconds.")
+    found: dict[str, str] = {}
+
+    def walk(value: Any, name: str, last: str) -> None:
+        if last in _COMPARED_BY_CONTENT | _OF_ONE_RANK or name == "metric_logger":
+            return
+        if isinstance(value, dict) and value:
+            for key, part in value.items():
+                walk(part, f"{name}.{key}" if name else str(key), str(key))
+            return
+        text = json.dumps(value, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        if _SECRET.search(last):
+            text = f"(not shown, {digest})"
+        found[name] = text if len(text) <= 100 else f"{text[:80]}... ({digest})"
+
+    walk(OmegaConf.to_container(cfg, resolve=True), "", "")
+    package = Path(__file__).parent
+    code = [[str(file.relative_to(package)), file_sha256(file)] for file in sorted(package.rglob("*.py"))]
+    found["code of spin"] = json_fingerprint(code)[:12]
+    recipe = getattr(sys.modules["__main__"], "__file__", None)
+    if recipe is not None and Path(recipe).is_file():
+        found[f"code of {Path(recipe).name}"] = file_sha256(recipe)[:12]
+    for name in ("torch", "torchtune", "torchao", "transformers"):
+        found[f"version of {name}"] = importlib.metadata.version(name)
+    return {"inputs": found, "timeout_seconds": float(seconds)}
+
+
+def inputs_of_files(read: Mapping[str, Any], weights: DictConfig, of: str = "") -> dict[str, str]:
+    """What all ranks of a run must have read alike: data, tokenizer, and the files of the weights.
+
+    Files of up to 64 MiB are hashed whole, larger ones by size, header and 1,024 places; a value that was changed by
+    hand in between is not seen there, other weights are.
+
+    Args:
+        read (Mapping[str, Any]): data sets and tokenizers, by name; those that are None are left out.
+        weights (DictConfig): a config section; the folder is its ``checkpoint_dir``, if it has one.
+        of (str): whose weights, for the message.
+
+    Returns:
+        dict[str, str]: for :func:`spin.distributed.check_ranks_agree`.
+
+    Raises:
+        CheckpointError: If there are no weights, or a file cannot be read.
+    """
+    found = {}
+    for name, what in read.items():
+        if what is not None:
+            whole = getattr(what, "content_fingerprint", None)
+            found[f"content of {name}"] = (whole() if callable(whole) else str(what.fingerprint))[:12]
+    folder = weights.get("checkpoint_dir")
+    if folder is not None and Path(folder).is_dir():
+        files = [*weight_files(Path(folder)), *Path(folder).glob("config.json")]
+        try:
+            found |= {f"weights{of}: {file.name}": _sampled_digest(file) for file in files}
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be read ({error}).") from error
+    return found
+
+
+def _sampled_digest(file: Path) -> str:
+    size = file.stat().st_size
+    if size <= 64 << 20:
+        return f"{size} bytes, {file_sha256(file)[:12]}"
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        header = int.from_bytes(stream.read(8), "little")
+        digest.update(stream.read(min(header, 64 << 20)))
+        for place in range(1024):
+            stream.seek(size * place // 1024)
+            digest.update(stream.read(4096))
+    return f"{size} bytes, {digest.hexdigest()[:12]}"
 
 
 def check_first_loss(

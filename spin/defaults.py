@@ -80,6 +80,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
     "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "${output_dir}/logs"},
     "log_every_n_steps": 1,
     "device": None,
+    "distributed_timeout_seconds": 300,
     "replicas": 1,
     "fsdp_reshard_after_forward": True,
     "fsdp_accumulate_unsharded": False,

@@ -8,7 +8,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -26,11 +26,20 @@ from torch.distributed.tensor import DTensor
 
 from spin.adapters import adapted_modules, adapter_parameters, allocate_nf4, dequantized, merged_weight, nf4_of
 from spin.errors import ConfigError, SpinError
+from spin.ranks import Heartbeat, compare_ranks, end_with_launcher, set_stage
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _KEPT = "_spin_unsharded"  # set on the root while `unsharded` holds the parameters
 _RESHARD = "_spin_reshard_after_forward"  # set on each sharded module: as it was given to `fully_shard`
-_TIMEOUT_SECONDS = 8 * 3600  # of a rank for another: ranks generate without talking to each other
+# A rank that is stopped or gone is found by its heartbeat; time-outs of collectives are for one that lives and hangs.
+# Tensors are exchanged by ranks that do the same at the same time; before objects are, ranks may generate for hours.
+_DEVICE_TIMEOUT, _OBJECT_TIMEOUT = timedelta(minutes=30), timedelta(hours=8)
+_START_TIMEOUT = timedelta(minutes=10)  # of the first rank for the last
+SILENCE_SECONDS = 300.0
+
+_STORE: Any = None  # of the ranks, while there is a process group of several
+_HEARTBEAT: Heartbeat | None = None
+_MEETINGS = 0  # keys of the store are used once; ranks count alike
 
 Row = TypeVar("Row")
 
@@ -81,23 +90,29 @@ def init_world(
     *,
     replicas: int = 1,
     deterministic: bool = False,
+    inputs: Mapping[str, str] | None = None,
+    timeout_seconds: float = SILENCE_SECONDS,
 ) -> World:
     """Joins the process group that torchrun announces, or make one of size one.
 
     Without torchrun the group lives in memory and opens no port. A second call in a process describes the group that is
-    there already.
+    there already. With several ranks, one that falls silent ends the others, see :class:`spin.ranks.Heartbeat`, and
+    under torchrun a rank ends with its launcher.
 
     Args:
         device (str | None): ``cpu``, ``cuda`` or None for CUDA where there is a GPU.
         replicas (int): number of replicas of the sharded model (HSDP); 1 shards over all ranks.
         deterministic (bool): see :func:`use_deterministic_kernels`.
+        inputs (Mapping[str, str] | None): what must be equal on all ranks, see :func:`spin.ranks.compare_ranks`;
+            compared before anything else is done together.
+        timeout_seconds (float): silence of a rank that the others endure.
 
     Returns:
         World: rank, device and mesh of this process.
 
     Raises:
         ConfigError: If ``device`` is unknown or not there, if ``replicas`` does not divide the number of processes, or
-            if the process already has a group for another kind of device.
+            if the process already has a group for another kind of device, or if the ranks' inputs differ.
     """
     device_type = _device_type(device)
     if deterministic:
@@ -119,11 +134,10 @@ def init_world(
     if not dist.is_initialized():
         # CPU tensors have their own backend on GPUs too: objects and checkpoints travel without touching the GPU.
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"
-        timeout = timedelta(seconds=_TIMEOUT_SECONDS)
         if under_torchrun:
-            dist.init_process_group(backend, timeout=timeout)
+            _meet(backend, inputs or {}, timeout_seconds)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=_DEVICE_TIMEOUT)
     elif device_type == "cuda" and "nccl" not in dist.get_backend_config():
         raise ConfigError(
             f"device is cuda, but this process already has a process group with backend {dist.get_backend()}. "
@@ -141,7 +155,42 @@ def init_world(
     else:
         shape = (replicas, world_size // replicas)
         mesh = init_device_mesh(device_type, shape, mesh_dim_names=("replicate", "shard"))
-    return World(dist.get_rank(), world_size, local_rank, here, mesh)
+    objects = dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT) if world_size > 1 else None
+    return World(dist.get_rank(), world_size, local_rank, here, mesh, objects)
+
+
+def _meet(backend: str, inputs: Mapping[str, str], timeout_seconds: float) -> None:
+    """Joins the other ranks at their store, compares inputs, and makes the process group."""
+    global _HEARTBEAT, _STORE, _MEETINGS  # noqa: PLW0603 - one process group a process
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_launcher()
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")  # NCCL's flight recorder: the last collectives of a hang
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=_START_TIMEOUT))
+    _MEETINGS += 1
+    _STORE = dist.PrefixStore(f"spin/{_MEETINGS}", store)
+    if world_size > 1:
+        _HEARTBEAT = Heartbeat(_STORE.clone(), rank, world_size, timeout_seconds)
+        compare_ranks(_STORE, rank, world_size, inputs, "start", _START_TIMEOUT)
+        _HEARTBEAT.start()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_DEVICE_TIMEOUT)
+    set_stage("reading data and checking")
+
+
+def check_ranks_agree(inputs: Mapping[str, str], world: World) -> None:
+    """Refuses, on all ranks alike, ranks that have read different things. Collective.
+
+    Args:
+        inputs (Mapping[str, str]): what must be equal, by name.
+        world (World): the ranks.
+
+    Raises:
+        ConfigError: If they differ, with each difference, its ranks and their hosts.
+    """
+    global _MEETINGS  # noqa: PLW0603
+    if world.world_size > 1 and _STORE is not None:
+        _MEETINGS += 1
+        compare_ranks(_STORE, world.rank, world.world_size, inputs, f"inputs/{_MEETINGS}", _OBJECT_TIMEOUT)
 
 
 def _keep_freed_memory() -> None:
@@ -397,6 +446,7 @@ def accumulating(
     Yields:
         Iterator[Row]: the rows, once.
     """
+    set_stage("training step")
     modules = sharded_modules(model)
     is_complete = False
 
@@ -602,7 +652,7 @@ def beside(world: World) -> World:
     Returns:
         World: carries objects over the CPU, whatever the main thread does at the time.
     """
-    return replace(world, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=_TIMEOUT_SECONDS)))
+    return replace(world, group=dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT))
 
 
 def gather_objects(obj: Any, world: World) -> list[Any]:
@@ -615,7 +665,7 @@ def gather_objects(obj: Any, world: World) -> list[Any]:
 def broadcast_object(obj: Any, world: World) -> Any:
     """Rank 0's object on every rank."""
     objects = [obj if world.is_main else None]
-    dist.broadcast_object_list(objects, src=0)
+    dist.broadcast_object_list(objects, src=0, group=world.group)
     return objects[0]
 
 
@@ -624,11 +674,15 @@ def barrier(world: World) -> None:
     if world.device.type == "cuda":
         dist.barrier(device_ids=[world.local_rank])
     else:
-        dist.barrier()
+        dist.barrier(group=world.group)
 
 
 def shutdown() -> None:
     """Leaves the process group, if there is one."""
+    global _HEARTBEAT, _STORE  # noqa: PLW0603
+    if _HEARTBEAT is not None:
+        _HEARTBEAT.stop()
+    _HEARTBEAT = _STORE = None
     if dist.is_initialized():
         dist.destroy_process_group()
         # Gloo's threads drop the last collective's tensors after it is over, and need the interpreter's lock for that.

@@ -37,6 +37,7 @@ from spin.gemma2 import swap_mlp_norms
 from spin.hf_config import CONFIG, check_model, heads_of, settings_of, unknown_keys
 from spin.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, weight_files
 from spin.nonfinite import check_weights
+from spin.ranks import set_stage
 
 log = logging.getLogger(__name__)
 
@@ -307,6 +308,7 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
             weight has been read by then. If it is so for one rank, then it is raised on all.
         ConfigError: If ``model_type`` is not supported.
     """
+    set_stage("loading weights")
     model_type = check_model_type(model_type)
     with fail_together(world, CheckpointError):
         _load(model, Path(checkpoint_dir), model_type, world)
@@ -608,6 +610,7 @@ def export_hf(
         NonFiniteError: If a weight is NaN or infinite; nothing is written then.
         ConfigError: If ``model_type`` is not supported.
     """
+    set_stage("exporting a model")
     model_type, source, out = check_model_type(model_type), Path(source_dir), Path(out_dir)
     if out.resolve() == source.resolve():
         raise CheckpointError(f"{out}: would replace the model that training started from. Choose another folder.")

@@ -17,6 +17,7 @@ from spin.errors import CheckpointError
 from spin.files import finish_folder, part_of, start_folder, sync, write_json
 from spin.hf import check_model_type, stored_rows, write_companions
 from spin.nonfinite import check_weights
+from spin.ranks import set_stage
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -57,6 +58,7 @@ def export_peft(
         CheckpointError: If the model does not fit the source's config, or the folder cannot be written.
         NonFiniteError: If a weight is NaN or infinite; nothing is written then.
     """
+    set_stage("exporting an adapter")
     out = Path(out_dir)
     check_weights(model, world, str(out))
     reshard(model)

@@ -24,6 +24,7 @@ from spin.data.types import Pair
 from spin.distributed import World, any_rank, fail_together, gather_objects, reshard
 from spin.errors import CheckpointError, OutputError
 from spin.logprobs import response_logps
+from spin.ranks import set_stage
 
 
 def score_batches(
@@ -51,6 +52,7 @@ def score_batches(
     Returns:
         list[Pair]: the pairs of all batches in order, scored.
     """
+    set_stage("scoring responses")
     keys: list[tuple[tuple[int, str], int]] = []
     logps: list[torch.Tensor] = []
     for batch in load_rows(batches, world, packing, num_workers):

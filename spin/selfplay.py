@@ -32,6 +32,7 @@ from spin.errors import GeneratorError
 from spin.fingerprint import json_fingerprint
 from spin.generators.base import Completion, Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
+from spin.ranks import set_stage
 from spin.reference import score_batches
 
 _GENERATOR_HAS = ("shares_policy_weights", "generate", "update_weights", "sleep", "wake", "close")
@@ -217,6 +218,7 @@ def awake(generator: Generator, model: nn.Module) -> Iterator[None]:
     Yields:
         None: the generator is ready.
     """
+    set_stage("giving the generator its weights")
     generator.wake()
     if not generator.shares_policy_weights:
         generator.update_weights(named_full_tensors(model))
@@ -288,6 +290,7 @@ def play(
     Raises:
         GeneratorError: If the generator's answers do not fit the prompts.
     """
+    set_stage("generating responses")
     team = team or Team(0, 1)
     count = game.responses_per_prompt
     parts = split_evenly(len(game.samples), store.num_shards)

@@ -15,6 +15,7 @@ from spin.data.types import Pair
 from spin.distributed import World, all_reduce_sums
 from spin.logprobs import response_logps
 from spin.loss import row_losses
+from spin.ranks import set_stage
 from spin.reference import score_batches
 
 
@@ -34,6 +35,7 @@ def validation_loss(
     Returns:
         dict[str, float]: ``val_loss`` over all, and ``val_loss/<source>`` of each source of a mixture.
     """
+    set_stage("validation")
     names = ["", *prompts.count_sources(())]  # the first counts all
     nats, tokens = (torch.zeros(len(names), dtype=torch.float64, device=world.device) for _ in range(2))
     for batch in batches:
