@@ -382,9 +382,7 @@ def check_model(model: nn.Module, config: dict[str, Any], model_type: str, file:
     if not len(layers) or getattr(layers[0], "attn", None) is None:
         return
     asked = Asked(model, config, model_type)
-    wrong = _wrong_shapes(layers, asked)
-    if wrong:
-        raise CheckpointError(f"{file}: the config's model has {'; '.join(wrong)}. Use the builder of this model.")
+    check_shapes(layers, asked, file)
     faults = [
         *_rotary_faults(layers, asked, layout.halves),
         *_window_faults(layers, asked),
@@ -473,7 +471,17 @@ def _context(model: nn.Module) -> int:
     return min(limit for limit in limits if isinstance(limit, int))
 
 
-def _wrong_shapes(layers: Any, asked: Asked) -> list[str]:
+def check_shapes(layers: Any, asked: Asked, file: Path) -> None:
+    """Compares the number of layers, and each layer's heads.
+
+    Args:
+        layers (Any): of a torchtune decoder.
+        asked (Asked): what the config asks for.
+        file (Path): the config.json.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
     expected = {
         "layers": ([len(layers)], asked.num_layers),
         "attention heads": ([layer.attn.num_heads for layer in layers], asked.heads["num_heads"]),
@@ -488,7 +496,8 @@ def _wrong_shapes(layers: Any, asked: Asked) -> list[str]:
     types = asked.values.get("layer_types")
     if types is not None and len(types) != asked.num_layers:
         wrong.append(f"{len(layers)} layers, layer_types in {CONFIG} has {len(types)} entries")
-    return wrong
+    if wrong:
+        raise CheckpointError(f"{file}: the config's model has {'; '.join(wrong)}. Use the builder of this model.")
 
 
 # ---- rotary embedding

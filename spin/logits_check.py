@@ -26,7 +26,7 @@ from spin.distributed import World, fail_together
 from spin.errors import CheckpointError
 from spin.gemma2 import fix_gemma2_softcap
 from spin.hf import check_model_type, from_hf_tensors
-from spin.hf_config import CONFIG, Asked, check_model
+from spin.hf_config import CONFIG, Asked, check_model, check_shapes
 from spin.hf_folder import read_config
 from spin.models import build_model
 
@@ -105,6 +105,7 @@ def compare_logits(
         torch.manual_seed(0)
         model = _build(section)
         asked = Asked(model, content, model_type)
+        check_shapes(model.layers, asked, file)
         layers = _shrink(model, asked, max_parameters)
         windows = _windows(model, asked, layers)
         twin = _twin(content, asked, layers, windows, file)

@@ -213,6 +213,21 @@ def test_what_changes_no_logits_passes(name, changes, folder_of, caplog):
     assert not report.is_fault, str(report)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2**50}, "2 layers, config.json has"),
+        ({"num_attention_heads": 2, "head_dim": 16}, "4 attention heads, config.json has 2"),
+        ({"hidden_size": 128, "head_dim": 16}, "do not fit the config's model"),
+        ({"intermediate_size": 64}, "do not fit the config's model"),
+        ({"hidden_act": "swoosh"}, "transformers cannot build this model"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made_is_an_error_too(changes, message, folder_of):
+    with pytest.raises(CheckpointError, match=message):
+        compare_logits(section_of("llama2"), folder_of("llama2", **changes), "LLAMA2")
+
+
 def test_all_differences_are_in_one_error(folder_of):
     with pytest.raises(CheckpointError) as caught:
         check("llama2", folder_of("llama2", rms_norm_eps=1e-6, rope_theta=5e5, hidden_act="gelu", logit_scale=2.0))
