@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from spin import config, evaluation, selfplay
 from spin.checks import inputs_of_config, inputs_of_files
@@ -175,7 +175,7 @@ class SPINEvaluate:
     ) -> dict[str, tuple[str, Response]]:
         """The answers of one model, by sample: text and tokens. Those of an earlier run are used if nothing changed."""
         cfg, world = self._cfg, self._world
-        plain: Any = OmegaConf.to_container(section)
+        plain: Any = config.plain(section)
         sampling = sampling_params(plain, player.tokenizer.eos_ids, player.unknown_ids)
         generator = None if player.has_weights else player.generator(None, world)  # it says whose answers it gives
         fingerprint = {
@@ -330,7 +330,7 @@ class SPINEvaluate:
                 "equal_answers": len(rows) - len(verdicts),
                 **evaluation.bias_summary(verdicts),
             }
-        return summary | {"sampling": OmegaConf.to_container(cfg.sampling), "seed": cfg.seed}
+        return summary | {"sampling": config.plain(cfg.sampling), "seed": cfg.seed}
 
 
 @config.parse(DEFAULTS)

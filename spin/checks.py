@@ -53,6 +53,66 @@ _RESULTS_DEPEND_ON = (
 )  # fmt: skip
 _RECORDED_LATER = ("model", "base_dtype", "generator")  # states of earlier versions lack them
 
+# What numbers may be, from the least to the most, by the end of the key's path. An int counts, a float measures; the
+# most is far above what makes sense, and below what takes a machine down before its own check.
+_RANGES: dict[str, tuple[int, int] | tuple[float, float]] = {
+    "max_iterations": (1, 10_000),
+    "max_epochs": (1, 10_000),
+    "max_steps": (-1, 10**9),
+    "seed": (-(2**63), 2**63 - 1),
+    "global_batch_size": (1, 2**20),
+    "logprob_chunk_tokens": (1, 2**24),
+    "log_every_n_steps": (1, 10**9),
+    "replicas": (1, 2**16),
+    "num_workers": (0, 4096),
+    "nonfinite_limit": (1, 10**9),
+    "ac_option": (1, 10_000),
+    "pairs.responses_per_prompt": (1, 1024),
+    "pairs.history": (0, 10_000),
+    "prompts_per_shard": (1, 2**20),
+    "pairs.row_tokens": (1, 2**24),
+    "pairs.row_multiple": (1, 2**16),
+    "validation.table_rows": (0, 10_000),
+    "watch.window": (1, 10**6),
+    "sampling.max_new_tokens": (1, 2**24),
+    "sampling.min_new_tokens": (0, 2**24),
+    "sampling.top_k": (0, 2**31 - 1),
+    "sampling.temperature": (0.0, 1e3),
+    "sampling.repetition_penalty": (0.0, 1e3),
+    "loss.beta": (0.0, 1e6),
+    "optimizer.lr": (0.0, 1e10),
+    "nll_weight": (0.0, 1e6),
+    "limit_train_batches": (0.0, 1e9),
+    "limit_val_batches": (0.0, 1e9),
+    "val_check_interval": (0.0, 1e9),
+    "save_interval": (0.0, 1e9),
+    "lr_scheduler.warmup": (0.0, 1e9),
+    # of the components that come with this package, and of torchtune's models
+    "checkpointer.keep_last": (1, 10**6),
+    "checkpointer.keep_best": (0, 10**6),
+    "dataset.limit": (1, 10**12),
+    "dataset.shuffle_buffer": (0, 10**9),
+    "generator.batch_size": (1, 2**16),
+    "generator.prefill_batch": (1, 2**16),
+    "generator.concurrency": (1, 2**16),
+    "generator.timeout_seconds": (0.0, 1e7),
+    "generator.wait_seconds": (0.0, 1e7),
+    "generator.max_model_len": (1, 2**24),
+    "model.vocab_size": (1, 2**24),
+    "model.num_layers": (1, 1024),
+    "model.num_heads": (1, 2**16),
+    "model.num_kv_heads": (1, 2**16),
+    "model.head_dim": (1, 2**16),
+    "model.embed_dim": (1, 2**20),
+    "model.intermediate_dim": (1, 2**22),
+    "model.max_seq_len": (1, 2**24),
+    "model.lora_rank": (1, 2**16),
+}
+_MOST = 2**63 - 1  # of any other number
+_MAY_BE_NULL = (
+    "max_steps", "ac_option", "dataset.limit", "generator.prefill_batch", "generator.max_model_len", "model",
+)  # fmt: skip
+
 
 def check_run(cfg: DictConfig) -> None:
     """Checks the values of a recipe's config against each other.
@@ -79,12 +139,7 @@ def check_run(cfg: DictConfig) -> None:
         except (TypeError, ValueError, OverflowError) as error:  # a list among numbers, infinity as a count
             faults.add(f"{name}={OmegaConf.select(cfg, name)!r}: {error}.")
 
-    for name in ("max_iterations", "max_epochs"):
-        _at_least(plain, name, 1, faults)
-    if plain["max_steps"] is not None and type(plain["max_steps"]) is not int:
-        faults.add(f"max_steps={plain['max_steps']!r}: expected a whole number, or -1 for no limit.")
-    if type(plain["seed"]) is not int:
-        faults.add(f"seed={plain['seed']!r}: expected a whole number. There is no random choice of seeds here.")
+    check_ranges(plain, faults)
     resume = plain["resume"]
     if not isinstance(resume, str) or not resume:
         faults.add(f"resume={resume!r}: expected auto (the newest state, if any), never, or a state's folder.")
@@ -95,7 +150,7 @@ def check_run(cfg: DictConfig) -> None:
         value = plain[section].get(key)
         if value is None:  # its default goes with the default component
             faults.add(f"{section}.{key}: missing, expected a number, or a list of one per iteration.")
-        elif isinstance(iterations, int) and iterations > 0:
+        elif isinstance(iterations, int) and 0 < iterations <= _RANGES["max_iterations"][1]:
             attempt(f"{section}.{key}", partial(per_iteration, value, 0, iterations))
             for entry in value if isinstance(value, list) else [value]:
                 if isinstance(entry, (int, float)) and entry <= 0:
@@ -114,24 +169,6 @@ def check_run(cfg: DictConfig) -> None:
             faults.add(f"{name}={value}: a float is a share in [0.0, 1.0]; write an int to count batches.")
     for name in ("val_check_interval", "save_interval"):
         attempt(name, partial(compute_interval, name, plain[name], 1_000_000_000))
-    for name, least in (
-        ("global_batch_size", 1),
-        ("logprob_chunk_tokens", 1),
-        ("log_every_n_steps", 1),
-        ("replicas", 1),
-        ("num_workers", 0),
-        ("nonfinite_limit", 1),
-    ):
-        _at_least(plain, name, least, faults)
-    for name, least in (
-        ("responses_per_prompt", 1),
-        ("history", 0),
-        ("prompts_per_shard", 1),
-        ("row_tokens", 1),
-        ("row_multiple", 1),
-    ):
-        _at_least(plain["pairs"], name, least, faults, "pairs.")
-    _at_least(plain["validation"], "table_rows", 0, faults, "validation.")
     transfer_dir = plain["generator"].get("transfer_dir")
     if isinstance(transfer_dir, str) and transfer_dir:
         names = ("output_dir", "checkpointer.checkpoint_dir", "checkpointer.output_dir", "tokenizer.path")
@@ -456,7 +493,35 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _at_least(section: dict[str, Any], name: str, least: int, faults: Faults, prefix: str = "") -> None:
-    value = section[name]
-    if type(value) is not int or value < least:
-        faults.add(f"{prefix}{name}={value!r}: expected a whole number, {least} or more.")
+def check_ranges(values: Any, faults: Faults, path: str = "") -> None:
+    """Notes every number of a config that is out of its range, at any depth.
+
+    Args:
+        values (Any): the config, or a part of it, as plain containers.
+        faults (Faults): takes them.
+        path (str): of the part.
+    """
+    if isinstance(values, Mapping):
+        for key, item in values.items():
+            check_ranges(item, faults, f"{path}.{key}" if path else str(key))
+        return
+    if isinstance(values, list):
+        for item in values:
+            check_ranges(item, faults, path)
+        return
+    keys = path.split(".")
+    name = next((name for count in (2, 1) if (name := ".".join(keys[-count:])) in _RANGES), "")
+    bounds = _RANGES.get(name)
+    if values is None and (name in _MAY_BE_NULL or name.partition(".")[0] in _MAY_BE_NULL):
+        return
+    if bounds is not None and isinstance(bounds[0], int):
+        if type(values) is not int or values < bounds[0]:
+            expected = "or -1 for no limit" if bounds[0] == -1 else f"{bounds[0]:,} or more"
+            faults.add(f"{path}={values!r:.100}: expected a whole number, {expected}.")
+        elif values > bounds[1]:
+            faults.add(f"{path}={values!r:.100}: expected a whole number, at most {bounds[1]:,}.")
+    elif _is_number(values):
+        least, most = bounds or (-_MOST, _MOST)
+        # infinity may stand for no limit where there is none of ours
+        if not (least <= values <= most or (bounds is None and values in (math.inf, -math.inf))):
+            faults.add(f"{path}={values!r:.100}: expected a number from {least:g} to {most:g}.")

@@ -3,9 +3,12 @@
 Three rules that torchtune's own parser does not have:
 
 - Every key must be known. A typo is an error with the nearest match, and all faults are reported at once.
-- A ``_component_`` must live under an allowed package. This is checked on its text, before anything is imported, in
-  every section of the config whether the recipe uses it or not.
+- A ``_component_`` must be something that its section may hold (:mod:`spin.components`). This is checked on its text,
+  before anything is imported, in every section of the config whether the recipe uses it or not.
 - ``--config`` takes a file or the name of a packaged config, from any directory.
+
+A file may come from anywhere: its size, depth, aliases and ``${...}`` are limited before they take memory, and what
+comes from the environment is not written down.
 
 Importing this module imports neither torch nor torchtune; they load when a component is looked up.
 """
@@ -13,10 +16,11 @@ Importing this module imports neither torch nor torchtune; they load when a comp
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import functools
-import importlib
 import inspect
+import io
 import os
 import re
 import sys
@@ -24,12 +28,12 @@ import traceback
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import Container, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationResolutionError,
     InterpolationToMissingValueError,
@@ -37,57 +41,44 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from spin import redact
+from spin.components import (
+    ALLOW_KEY,
+    DOTPATH,
+    HOW_TO_ALLOW,
+    KINDS,
+    ROOTS,
+    Kind,
+    environment_packages,
+    kind_at,
+    nearest_of,
+    package_problem,
+    refusal,
+    resolve_component,
+)
 from spin.errors import ConfigError, SpinError, wants_traceback
 from spin.terminal import printable, write_any_text
 
 COMPONENT = "_component_"
 EXTRA = "_extra_"
-ALLOW_KEY = "allow_components"
 MISSING = "???"
 _KNOWN = " Known keys: "
-
-ALLOWED_ROOTS: tuple[str, ...] = ("torch", "torchtune", "torchao", "torchdata", "spin")
-
-# Names under the allowed packages that run code, start processes, write files or read pickles. Each covers what lies
-# below it, and is compared with the path as written and with the place where the object is really defined.
-DENIED = (
-    "spin.config",
-    "torch.classes",
-    "torch.compile",
-    "torch.compiler",
-    "torch.distributed",
-    "torch.export",
-    "torch.from_file",
-    "torch.fx",
-    "torch.hub",
-    "torch.jit",
-    "torch.library",
-    "torch.load",
-    "torch.multiprocessing",
-    "torch.onnx",
-    "torch.ops",
-    "torch.package",
-    "torch.save",
-    "torch.serialization",
-    "torch.storage",
-    "torch.testing",
-    "torch.utils.benchmark",
-    "torch.utils.bottleneck",
-    "torch.utils.collect_env",
-    "torch.utils.cpp_extension",
-    "torch.utils.hipify",
-    "torch.utils.model_zoo",
-    "torchtune.config",
-    "torchtune.training.checkpointing._utils.safe_torch_load",
-)
-
-_DANGER = "run code, start processes, write files or read pickles"
 
 # Arguments of torchtune components that are themselves import paths: torchtune imports and calls what they name.
 PATH_ARGUMENTS = ("prompt_template",)
 
-_YAML_MARKS = tuple("*&!%@`|>")  # texts that begin with one of these are no plain texts in YAML
-_DOTPATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_FROM_OUTSIDE = "allow_components_from_outside"  # flag of a config whose list is not the file's own
+_PATH_KEY = re.compile(r"(?:.*_)?(?:dir|path|file|folder)|source|resume")  # keys that hold a path, or a list of them
+_VARIABLE = re.compile(r"\$(\w+)")
+
+_MOST_BYTES = 1 << 20  # of a file
+_MOST_NODES = 10_000  # of a file, aliases counted as often as they are used
+_MOST_DEPTH = 50
+_MOST_DIGITS = 30
+_MOST_INTERPOLATION = 2_000  # characters of a text with ${...}
+_MOST_RESOLVED = 2_000_000  # characters of a resolved config; 100 more for a value, 1000 for a reference
+_INTEGER = re.compile(r"[-+]?(0x[\da-fA-F_]+|0[ob]?[\d_]+|[\d_:]+)")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Faults:
@@ -274,8 +265,50 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
         ConfigError: If the file is missing, unreadable or not a YAML mapping, or an override has no such form.
     """
     path = find_config(name_or_path)
+    cfg = read_yaml(path)
+    stated = OmegaConf.to_container(cfg).pop(ALLOW_KEY, None)  # type: ignore[union-attr,call-arg,arg-type]
+    if ALLOW_KEY in cfg:
+        cfg[ALLOW_KEY] = []
+    faults = Faults()
+    with _bounded():
+        for override in overrides:
+            _apply_override(cfg, override, faults)
+    if any(override.startswith(f"{ALLOW_KEY}=") for override in overrides):
+        cfg._set_flag(_FROM_OUTSIDE, True)
+    allowed = [*plain(cfg.get(ALLOW_KEY) or []), *environment_packages()]
+    more = [name for name in stated if name not in allowed] if isinstance(stated, list) else [stated]
+    if stated is not None and more:
+        names = ",".join(map(str, more))
+        faults.add(f"{path}: {ALLOW_KEY}: found {stated!r:.200}. {_not_from_a_file(names)}")
+    faults.raise_if_any()
+    return cfg
+
+
+def _not_from_a_file(names: str) -> str:
+    how = HOW_TO_ALLOW.format(names, names)
+    return f"A config cannot allow what it names itself. If you trust the code, say so {how}."
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Reads a YAML file as a config, within limits; nothing is resolved.
+
+    Args:
+        path (Path): the file.
+
+    Returns:
+        DictConfig: what it says.
+
+    Raises:
+        ConfigError: If it is unreadable, larger or deeper than a config can be, or not a YAML mapping.
+    """
     try:
-        cfg = OmegaConf.load(path)
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(f"{path}: more than {_MOST_BYTES:,} bytes, which no config has.")
+        text = content.decode("utf-8")
+        _check_yaml(text, f"{path}:")
+        cfg = OmegaConf.load(io.StringIO(text))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
@@ -286,15 +319,74 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
         raise ConfigError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
         raise ConfigError(f"{path}: {_first_line(error)}") from error
     if not isinstance(cfg, DictConfig):
         raise ConfigError(f"{path}: the top level is a list, expected 'key: value' lines.")
-    faults = Faults()
-    for override in overrides:
-        _apply_override(cfg, override, faults)
-    faults.raise_if_any()
     return cfg
+
+
+@dataclass
+class _Open:
+    """A mapping or list that :func:`_check_yaml` is in."""
+
+    is_mapping: bool
+    anchor: str | None
+    is_key: bool
+    size: int = 1
+    key: str | None = None
+    index: int = 0
+
+    def close(self, is_key: bool, size: int, name: str) -> None:
+        """Takes a value, or the key of one."""
+        self.size += size
+        self.key = name if is_key else None
+        self.index += 1
+
+
+def _check_yaml(text: str, where: str) -> None:
+    """Goes through the events of a YAML text, which take no memory; raises ConfigError for what would take much."""
+    sizes: dict[str, int] = {}  # by anchor
+    stack: list[_Open] = []
+
+    def fault(event: yaml.Event, problem: str) -> ConfigError:
+        keys = "".join(
+            f".{frame.key}" if frame.is_mapping else f"[{frame.index}]" for frame in stack if frame.key or frame.index
+        )
+        line = f"{event.start_mark.line + 1}: " if where else ""  # an override has one
+        return ConfigError(f"{where}{line}{keys.lstrip('.')[:200]}: {problem}".lstrip(": "))
+
+    for event in yaml.parse(text, Loader=_LOADER):
+        is_key = bool(stack) and stack[-1].is_mapping and stack[-1].key is None
+        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+            stack.append(_Open(isinstance(event, yaml.MappingStartEvent), event.anchor, is_key))
+            if len(stack) > _MOST_DEPTH:
+                raise fault(event, f"more than {_MOST_DEPTH} levels deep, expected a config.")
+            continue
+        name = "?"
+        if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+            frame = stack.pop()
+            size, anchor, is_key = frame.size, frame.anchor, frame.is_key
+        elif isinstance(event, yaml.ScalarEvent):
+            size, anchor, name = 1, event.anchor, event.value or "?"
+            if event.implicit[0] and len(name) > _MOST_DIGITS and _INTEGER.fullmatch(name):
+                raise fault(event, f"found a number of {len(name)} digits, expected at most {_MOST_DIGITS}.")
+            if "${" in name and len(name) > _MOST_INTERPOLATION:
+                raise fault(event, f"a text with ${{...}} has at most {_MOST_INTERPOLATION} characters.")
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise fault(event, f"the alias *{event.anchor} stands within what it names, or before it.")
+            size, anchor = sizes[event.anchor], None
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        if stack:
+            if stack[-1].size + size > _MOST_NODES:
+                raise fault(event, f"more than {_MOST_NODES:,} values, aliases counted. Write less into a config.")
+            stack[-1].close(is_key, size, name)
 
 
 def find_config(name_or_path: str) -> Path:
@@ -332,12 +424,12 @@ def _apply_override(cfg: DictConfig, override: str, faults: Faults) -> None:
         return
     key, equals, text = override.partition("=")
     if not equals or not key:
-        faults.add(f"override {override!r}: expected key=value, or ~key to remove a key.")
+        faults.add(f"override {override!r:.200}: expected key=value, or ~key to remove a key.")
         return
     try:
-        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+        value = _override_value(text)
         node = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
-        is_path = isinstance(value, str) and "." in value and _DOTPATH.fullmatch(value) is not None
+        is_path = isinstance(value, str) and "." in value and DOTPATH.fullmatch(value) is not None
         # a section without a component has the recipe's; what else stands in it is kept, as with a component
         if (
             isinstance(node, DictConfig)
@@ -352,10 +444,19 @@ def _apply_override(cfg: DictConfig, override: str, faults: Faults) -> None:
         OmegaConf.update(cfg, key, value, merge=True, force_add=True)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
-        hint = f" A text that begins so is quoted: \"{key}='{text}'\"." if text[:1] in _YAML_MARKS else ""
-        faults.add(f"override {override!r}: the value is not valid YAML: {problem}.{hint}")
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        faults.add(f"override {override!r}: {_first_line(error)}")
+        faults.add(f"override {override!r:.200}: the value is not valid YAML: {problem}. Quote a text that begins so.")
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        faults.add(f"override {override!r:.200}: {_first_line(error)}")
+
+
+def _override_value(text: str) -> Any:
+    """The value of an override: YAML for lists, maps, quoted texts, numbers, booleans, null; else as it was typed."""
+    is_yaml = text[:1] in tuple("[{\"'")
+    if not is_yaml and (re.search(r"(^|\s)#|[:?-]\s|\n|:$", text) or text[:1] in tuple("&*!%@`|>,")):
+        return text  # no number; YAML would cut a comment off, or find a map
+    _check_yaml(text, "")
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    return text if isinstance(value, str) and not is_yaml else value
 
 
 def _remove(cfg: DictConfig, key: str, faults: Faults) -> None:
@@ -400,13 +501,174 @@ def complete(cfg: DictConfig, defaults: dict[str, Any]) -> DictConfig:
     merged = _merge(raw, defaults)
     for path in _missing_values(merged):
         faults.add(f"{path}: not set. It has no default; add it to the config or the command line.")
-    plain = _resolve(OmegaConf.create(merged), faults)
-    _check_section(plain, defaults, "", defaults, faults)
-    allowed = _check_allowed(plain, faults)
-    for path, node in _component_nodes(plain):
-        _check_arguments(path, node, allowed, faults)
+    merged = _with_paths(merged, _expanded)
+    whole = OmegaConf.create(merged)
+    resolved, is_whole = _resolve(whole, faults)
+    from_environment = _from_environment(merged, whole) if is_whole else []
+    values: dict[str, Any] = _with_paths(resolved, os.path.expanduser)
+    _remember_secrets(values)
+    _check_section(values, defaults, "", defaults, faults)
+    own = _check_allowed(values, bool(cfg._get_flag(_FROM_OUTSIDE)), faults)
+    for path, node, within in _component_nodes(values):
+        _check_arguments(path, node, kind_at(path, within), own, faults)
     faults.raise_if_any()
-    return OmegaConf.create(plain)
+    result = OmegaConf.create(escaped(values), flags={_FROM_OUTSIDE: bool(cfg._get_flag(_FROM_OUTSIDE))})
+    for keys, text in from_environment:
+        if plain(_parent_of(whole, keys)[keys[-1]]) == _parent_of(values, keys)[keys[-1]]:  # no ~ in the variable
+            _parent_of(result, keys)[keys[-1]] = text
+    return result
+
+
+def escaped(value: Any) -> Any:
+    """Containers whose texts stay as they are in a config, ``${`` too."""
+    return _map_texts(value, lambda text: re.sub(r"(\\*)\$\{", r"\1\1\\${", text))
+
+
+def shown(cfg: DictConfig) -> DictConfig:
+    """A complete config as others may see it: without secrets and values of the environment.
+
+    Args:
+        cfg (DictConfig): as :func:`complete` returns it.
+
+    Returns:
+        DictConfig: a copy.
+    """
+    result = OmegaConf.create(escaped(plain(cfg)))
+    for keys, text in _from_environment(OmegaConf.to_container(cfg, resolve=False), cfg):
+        _parent_of(result, keys)[keys[-1]] = escaped(text)
+    result = OmegaConf.create(escaped(redact.redacted(plain(result))))
+    if "output_dir" in cfg:
+        result.output_dir = escaped(cfg.output_dir)  # where torchtune's loggers write
+    return result
+
+
+def holds_secrets(cfg: DictConfig) -> bool:
+    """Whether a complete config has what others may not read: secrets, or values of the environment."""
+    values = plain(cfg)
+    return redact.redacted(values) != values or bool(_from_environment(OmegaConf.to_container(cfg, resolve=False), cfg))
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _map_texts(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(item, change) for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _with_paths(value: Any, change: Callable[[str], str]) -> Any:
+    """Containers with the texts of path keys changed."""
+    if isinstance(value, list):
+        return [_with_paths(item, change) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    return {
+        key: _map_texts(item, change)
+        if isinstance(item, str | list) and isinstance(key, str) and _PATH_KEY.fullmatch(key)
+        else _with_paths(item, change)
+        for key, item in value.items()
+    }
+
+
+def _expanded(path: str) -> str:
+    """A path without ``~``, and ``$HOME/x`` as ``${oc.env:HOME}/x``; a variable that is not set stays as typed."""
+    with_variables = _VARIABLE.sub(lambda name: f"${{oc.env:{name[1]}}}" if name[1] in os.environ else name[0], path)
+    return os.path.expanduser(with_variables)
+
+
+def _texts(value: Any, keys: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Every text with ``${`` in containers, with the keys that lead to it."""
+    if isinstance(value, Mapping | list):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _texts(item, (*keys, key))
+    elif isinstance(value, str) and "${" in value:
+        yield keys, value
+
+
+def _parent_of(cfg: Any, keys: Sequence[Any]) -> Any:
+    for key in keys[:-1]:
+        cfg = cfg[key]
+    return cfg
+
+
+def _from_environment(raw: Any, cfg: DictConfig) -> list[tuple[tuple[Any, ...], str]]:
+    """The texts of a config, unresolved, whose values come from the environment, with the keys that lead to them."""
+    used: list[str] = []
+    found = []
+
+    def watched(evaluate: Callable[..., Any], cfg: Container, **arguments: Any) -> Any:
+        value = evaluate(cfg, **arguments)
+        if arguments["inter_type"] == "oc.env":
+            used.append(arguments["inter_args"][0])
+            if redact.is_secret_variable(used[-1]):
+                redact.remember(value)
+        return value
+
+    with _around("_evaluate_custom_resolver", watched):
+        for keys, text in _texts(raw):
+            used.clear()
+            plain(_parent_of(cfg, keys)[keys[-1]])
+            if used:
+                found.append((keys, text))
+    return found
+
+
+@contextlib.contextmanager
+def _around(method: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Lets a function see each call of a method by which OmegaConf resolves: it has no hook for that."""
+    original = getattr(Container, method)
+    setattr(Container, method, lambda *args, **kwargs: wrapper(original, *args, **kwargs))
+    try:
+        yield
+    finally:
+        setattr(Container, method, original)
+
+
+def _remember_secrets(value: Any, is_secret: bool = False) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _remember_secrets(item, is_secret or redact.is_secret_key(str(key)))
+    elif isinstance(value, list):
+        for item in value:
+            _remember_secrets(item, is_secret)
+    elif is_secret and not (isinstance(value, str) and "${" in value):
+        redact.remember(value)
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[Callable[[Any], None]]:
+    """Limits what the ``${...}`` of a config may grow to: doubled a few times, a text fills any memory."""
+    left = _MOST_RESOLVED
+
+    def spend(value: Any, cost: int = 100) -> None:
+        nonlocal left
+        left -= cost + (len(value) if isinstance(value, str) else 0)
+        if left < 0:
+            raise ConfigError(f"stands for more than {_MOST_RESOLVED:,} characters, through ${{...}} of ${{...}}")
+
+    def counted(resolve: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        node = resolve(*args, **kwargs)
+        spend(None if node is None or isinstance(node, Container) else node._value(), cost=1000)
+        return node
+
+    with _around("_resolve_interpolation_from_parse_tree", counted):
+        yield spend
+
+
+def _contents(value: Any, spend: Callable[[Any], None]) -> Any:
+    """``OmegaConf.to_container(value, resolve=True)`` within limits."""
+    spend(value)
+    if isinstance(value, DictConfig):
+        return {
+            key: MISSING if OmegaConf.is_missing(value, key) else _contents(value[key], spend)
+            for key in value  # type: ignore[arg-type]
+        }
+    if isinstance(value, ListConfig):
+        return [
+            MISSING if OmegaConf.is_missing(value, index) else _contents(value[index], spend)
+            for index in range(len(value))
+        ]
+    return value
 
 
 def _merge(value: Any, default: Any) -> Any:
@@ -432,16 +694,23 @@ def _strip_extra(default: Any) -> Any:
     return _merge({}, default) if isinstance(default, Mapping) else default
 
 
-def _resolve(cfg: DictConfig, faults: Faults) -> dict[str, Any]:
-    """The config as plain containers, without ``${...}`` unless that is a fault."""
+def _resolve(cfg: DictConfig, faults: Faults) -> tuple[dict[str, Any], bool]:
+    """The config as plain containers, without ``${...}`` unless that is a fault, and whether it is none."""
+    values: dict[str, Any] = {}
+    at = ""
     try:
-        return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+        with _bounded() as spend:
+            for key in cfg:
+                at = str(key)
+                values[at] = MISSING if OmegaConf.is_missing(cfg, key) else _contents(cfg[key], spend)
+        return values, True
     except InterpolationToMissingValueError:
         pass  # the missing value is a fault of its own
-    except OmegaConfBaseException as error:
-        where = f"{error.full_key}: " if error.full_key else ""
-        faults.add(f"{where}{_first_line(error)}. Check what stands between ${{ and }}.")
-    return OmegaConf.to_container(cfg, resolve=False)  # type: ignore[return-value]
+    except (OmegaConfBaseException, ConfigError, RecursionError) as error:
+        where = getattr(error, "full_key", None) or at
+        problem = _first_line(error).removeprefix("ConfigError raised while resolving interpolation: ")
+        faults.add(f"{where}: {problem}. Check what stands between ${{ and }}.")
+    return OmegaConf.to_container(cfg, resolve=False), False  # type: ignore[return-value]
 
 
 def _check_section(
@@ -503,17 +772,10 @@ def _missing_values(value: Any, path: str = "") -> Iterator[str]:
         yield path
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    """' Did you mean ...?', or nothing."""
-    by_lower_case = {candidate.lower(): candidate for candidate in known}
-    nearest = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
-    return f" Did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""
-
-
 def _did_you_mean(key: str, known: Sequence[str], top: Mapping[str, Any] | None = None) -> str:
     """The nearest sibling, else the same name in another section, else what is known."""
     siblings = [name for name in known if name not in (COMPONENT, EXTRA)]
-    nearest = _nearest(key, siblings)
+    nearest = nearest_of(key, siblings)
     if nearest:
         return nearest
     elsewhere = [
@@ -526,16 +788,16 @@ def _did_you_mean(key: str, known: Sequence[str], top: Mapping[str, Any] | None 
     return f"{_KNOWN}{', '.join(siblings)}." if siblings else ""
 
 
-def _check_arguments(path: str, node: Mapping[str, Any], allowed: Sequence[str], faults: Faults) -> None:
+def _check_arguments(path: str, node: Mapping[str, Any], kind: Kind, own: Sequence[str], faults: Faults) -> None:
     """Notes keys of a component's section that neither its signature nor the recipe knows."""
     name = node[COMPONENT]
-    if _refusal(name, allowed) is not None:
-        return  # reported by the allow-list check; never imported
+    if refusal(name, kind, own) is not None:
+        return  # reported by _check_allowed; never imported
     try:
-        component = resolve_component(name, allowed)
+        component = resolve_component(name, own, kind)
         for argument in PATH_ARGUMENTS:
-            if isinstance(node.get(argument), str) and _refusal(node[argument], allowed) is None:
-                resolve_component(node[argument], allowed)
+            if isinstance(node.get(argument), str) and refusal(node[argument], KINDS[argument], own) is None:
+                resolve_component(node[argument], own, KINDS[argument])
     except ConfigError as error:
         faults.add(f"{path}: {error}")
         return
@@ -584,117 +846,55 @@ def _is_of(value: Any, kind: type) -> bool:
 # --- 4. Components ---
 
 
-def _check_allowed(plain: Mapping[str, Any], faults: Faults) -> tuple[str, ...]:
-    allowed = _allowed_roots(plain.get(ALLOW_KEY), faults)
-    for path, node in _component_nodes(plain):
+def _check_allowed(values: Mapping[str, Any], from_outside: bool, faults: Faults) -> tuple[str, ...]:
+    """Notes what sections may not hold; returns the packages of the user's own."""
+    own = _own_packages(values.get(ALLOW_KEY), from_outside, faults)
+    for path, node, within in _component_nodes(values):
         for key in (COMPONENT, *PATH_ARGUMENTS):
-            if node.get(key) == MISSING:
+            value = node.get(key)
+            if value == MISSING:
                 continue  # reported as a missing value
-            if key == COMPONENT or isinstance(node.get(key), str):
-                reason = _refusal(node[key], allowed)
+            if key == COMPONENT or isinstance(value, str):
+                reason = refusal(value, kind_at(path, within) if key == COMPONENT else KINDS[key], own)
                 if reason is not None:
                     faults.add(f"{path}.{key}: {reason}" if path else f"{key}: {reason}")
-    return allowed
+    return own
 
 
-def _allowed_roots(extra: Any, faults: Faults | None = None) -> tuple[str, ...]:
-    if extra is None:
-        return ALLOWED_ROOTS
-    if not isinstance(extra, list | tuple):
-        if faults is not None:
-            faults.add(f"{ALLOW_KEY}: found {extra!r}, expected a list of package names such as [my_package].")
-        return ALLOWED_ROOTS
-    accepted = []
-    for name in extra:
-        if not isinstance(name, str) or not _DOTPATH.fullmatch(name):
-            problem = "is not the name of a package"
-        elif name.split(".")[0] in sys.stdlib_module_names:
-            problem = "belongs to Python itself, which no config may call"
-        else:
-            accepted.append(name)
-            continue
-        if faults is not None:
-            faults.add(f"{ALLOW_KEY}: {name!r} {problem}. Name packages of your own, such as [my_package].")
-    return ALLOWED_ROOTS + tuple(accepted)
+def _own_packages(given: Any, from_outside: bool, faults: Faults) -> tuple[str, ...]:
+    """The user's own packages: of the environment, and of ``allow_components`` if it does not come from a file."""
+    try:
+        own = environment_packages()
+    except ConfigError as error:
+        faults.add(str(error))
+        own = ()
+    if given is None:
+        return own
+    if not isinstance(given, list | tuple):
+        faults.add(f"{ALLOW_KEY}: found {given!r}, expected a list of package names such as [my_package].")
+        return own
+    faults.messages += [f"{ALLOW_KEY}: {problem}" for name in given if (problem := package_problem(name)) is not None]
+    accepted = tuple(name for name in given if package_problem(name) is None)
+    more = [name for name in accepted if name not in own]
+    if more and not from_outside:
+        faults.add(f"{ALLOW_KEY}: found {given!r}. {_not_from_a_file(','.join(more))}")
+        return own
+    return (*own, *more)
 
 
-def _component_nodes(value: Any, path: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every mapping that has ``_component_``, at any depth, with its dotted path."""
+def _component_nodes(
+    value: Any, path: str = "", within: str | None = None
+) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+    """Every mapping that has ``_component_``, at any depth, with its path and that of the component around it."""
     if isinstance(value, Mapping):
-        if COMPONENT in value:
-            yield path, value
+        is_component = COMPONENT in value
+        if is_component:
+            yield path, value, within
         for key, item in value.items():
-            yield from _component_nodes(item, f"{path}.{key}" if path else str(key))
+            yield from _component_nodes(item, f"{path}.{key}" if path else str(key), path if is_component else within)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _component_nodes(item, f"{path}[{index}]")
-
-
-def _below(path: str, roots: Sequence[str]) -> bool:
-    return any(path == root or path.startswith(f"{root}.") for root in roots)
-
-
-def _refusal(name: Any, allowed: Sequence[str]) -> str | None:
-    """Why the text of a component is refused, or None. Imports nothing."""
-    if not isinstance(name, str) or not _DOTPATH.fullmatch(name) or "." not in name:
-        return f"found {name!r}, expected a dotted path such as torchtune.models.llama3_2.llama3_2_1b."
-    if not _below(name, allowed):
-        root = name.split(".")[0]
-        remedy = (
-            "It belongs to Python itself, which no config may call."
-            if root in sys.stdlib_module_names
-            else f"If you trust it, add {ALLOW_KEY}: [{root}]."
-        )
-        return f"{name} is not under an allowed package ({', '.join(allowed)}). {remedy}"
-    if _below(name, DENIED):
-        return f"{name} is not allowed: it can {_DANGER}."
-    if any(part.startswith("_") for part in name.split(".")[1:]):
-        return f"{name} is not allowed: private names are no components."
-    return None
-
-
-def resolve_component(name: str, allowed: Sequence[str] = ALLOWED_ROOTS) -> Callable[..., Any]:
-    """The class or function that a dotted path names.
-
-    The path may pass only through modules and classes of its own package, and what it ends at must be defined in an
-    allowed package, so ``torch.os.system`` fails although ``torch`` is allowed.
-
-    Args:
-        name (str): dotted path.
-        allowed (Sequence[str]): packages that may be imported.
-
-    Returns:
-        Callable[..., Any]: the object.
-
-    Raises:
-        ConfigError: If the path is refused, does not exist, or ends at something that cannot be called.
-    """
-    reason = _refusal(name, allowed)
-    if reason is not None:
-        raise ConfigError(reason)
-    root, *parts = name.split(".")
-    if root not in ALLOWED_ROOTS and os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as torchtune does: a user's package may lie where the program was started
-    current: Any = _import(root, name)
-    reached = root
-    for part in parts:
-        parent, reached = reached, f"{reached}.{part}"
-        if isinstance(current, ModuleType) and not hasattr(current, part):
-            current = _import_below(current, parent, part, name)
-        elif not hasattr(current, part):
-            raise ConfigError(f"{name}: {parent} has no {part!r}.{_nearest(part, _public(current))}")
-        else:
-            current = getattr(current, part)
-        home = current.__name__ if isinstance(current, ModuleType) else getattr(current, "__module__", None)
-        scope = [root] if isinstance(current, ModuleType) else allowed
-        if not isinstance(home, str) or not _below(home, scope):
-            raise ConfigError(f"{name} is not allowed: {reached} is {home or type(current).__name__}, outside {root}.")
-    if isinstance(current, ModuleType) or not callable(current):
-        raise ConfigError(f"{name} is a {type(current).__name__}, expected a class or a function.")
-    home = f"{current.__module__}.{getattr(current, '__qualname__', '')}"
-    if _below(home, DENIED):
-        raise ConfigError(f"{name} is not allowed: it is {home}, which can {_DANGER}.")
-    return current
+            yield from _component_nodes(item, f"{path}[{index}]", within)
 
 
 def component_of(cfg: DictConfig, section: str) -> Callable[..., Any]:
@@ -708,41 +908,23 @@ def component_of(cfg: DictConfig, section: str) -> Callable[..., Any]:
         Callable[..., Any]: what its ``_component_`` is.
 
     Raises:
-        ConfigError: See :func:`resolve_component`.
+        ConfigError: See :func:`spin.components.resolve_component`.
     """
-    return resolve_component(cfg[section][COMPONENT], (*ALLOWED_ROOTS, *cfg[ALLOW_KEY]))
+    return resolve_component(cfg[section][COMPONENT], _own_packages_of(cfg), kind_at(section))
 
 
-def _import(module: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ConfigError(f"{name}: cannot import {module}: {error}.") from error
-
-
-def _import_below(package: ModuleType, parent: str, part: str, name: str) -> ModuleType:
-    module = f"{parent}.{part}"
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name == module or not hasattr(package, "__path__"):
-            raise ConfigError(f"{name}: {parent} has no {part!r}.{_nearest(part, _public(package))}") from error
-        raise ConfigError(
-            f"{name}: importing {module} needs the package {error.name!r}, which is not installed."
-        ) from error
-    except ImportError as error:
-        raise ConfigError(f"{name}: cannot import {module}: {error}.") from error
-
-
-def _public(value: Any) -> list[str]:
-    return [attribute for attribute in dir(value) if not attribute.startswith("_")]
+def _own_packages_of(cfg: DictConfig) -> tuple[str, ...]:
+    faults = Faults()
+    own = _own_packages(plain(cfg.get(ALLOW_KEY)), bool(cfg._get_flag(_FROM_OUTSIDE)), faults)
+    faults.raise_if_any()
+    return own
 
 
 def instantiate(node: DictConfig | Mapping[str, Any] | None, *args: Any, **kwargs: Any) -> Any:
     """Builds what a section's ``_component_`` names, nested components first; otherwise as torchtune's function.
 
-    The recipe's own keys (listed under ``_extra_`` by :func:`complete`) are left out. ``allow_components`` is read from
-    the config that the section belongs to.
+    The recipe's own keys (listed under ``_extra_`` by :func:`complete`) are left out. What it may be is decided by
+    the section's place in its config; see :mod:`spin.components`.
 
     Args:
         node (DictConfig | Mapping[str, Any] | None): the section.
@@ -760,33 +942,37 @@ def instantiate(node: DictConfig | Mapping[str, Any] | None, *args: Any, **kwarg
     if node is None:
         return None
     where = "config"
-    allowed = ALLOWED_ROOTS
-    plain: Any = node
+    own: tuple[str, ...] = ()
+    values: Any = node
     if isinstance(node, DictConfig):
         where = str(node._get_full_key(None)) or where
         root = node._get_root()
-        extra = root.get(ALLOW_KEY) if isinstance(root, DictConfig) else None
-        allowed = _allowed_roots(OmegaConf.to_container(extra) if isinstance(extra, ListConfig) else extra)
-        plain = OmegaConf.to_container(node, resolve=True)
-    if not isinstance(plain, Mapping) or COMPONENT not in plain:
-        raise ConfigError(f"{where}: found {plain!r}, expected a section with {COMPONENT}.")
-    return _build(plain, where, allowed, args, kwargs)
+        own = _own_packages_of(root) if isinstance(root, DictConfig) else environment_packages()
+        values = plain(node)
+    if not isinstance(values, Mapping) or COMPONENT not in values:
+        raise ConfigError(f"{where}: found {values!r}, expected a section with {COMPONENT}.")
+    return _build(values, where, kind_at(where), own, args, kwargs)
 
 
 def _build(
-    node: Mapping[str, Any], where: str, allowed: Sequence[str], args: Sequence[Any], supplied: dict[str, Any]
+    node: Mapping[str, Any],
+    where: str,
+    kind: Kind,
+    own: Sequence[str],
+    args: Sequence[Any],
+    supplied: dict[str, Any],
 ) -> Any:
     name = node[COMPONENT]
     try:
-        component = resolve_component(name, allowed)
+        component = resolve_component(name, own, kind)
         for argument in PATH_ARGUMENTS:
             if isinstance(node.get(argument), str):
-                resolve_component(node[argument], allowed)
+                resolve_component(node[argument], own, KINDS[argument])
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     left_out = {COMPONENT, EXTRA, *node.get(EXTRA, []), *supplied}
     kwargs = {
-        key: _build_nested(value, f"{where}.{key}", allowed) for key, value in node.items() if key not in left_out
+        key: _build_nested(value, f"{where}.{key}", where, own) for key, value in node.items() if key not in left_out
     }
     kwargs.update(supplied)
     try:
@@ -818,7 +1004,7 @@ def _build(
 def _place_in(name: str, error: BaseException) -> str:
     """Where a component of the user's own raised, as ', at file:line': the last line that is its package's."""
     root = name.split(".")[0]
-    if root in ALLOWED_ROOTS:
+    if root in ROOTS:
         return ""
     lines = [
         f", at {frame.f_code.co_filename}:{line}"
@@ -828,15 +1014,15 @@ def _place_in(name: str, error: BaseException) -> str:
     return lines[-1] if lines else ""
 
 
-def _build_nested(value: Any, where: str, allowed: Sequence[str]) -> Any:
+def _build_nested(value: Any, where: str, within: str, own: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
         if COMPONENT in value:
-            return _build(value, where, allowed, (), {})
-        return {key: _build_nested(item, f"{where}.{key}", allowed) for key, item in value.items()}
+            return _build(value, where, kind_at(where, within), own, (), {})
+        return {key: _build_nested(item, f"{where}.{key}", within, own) for key, item in value.items()}
     if isinstance(value, list):
-        return [_build_nested(item, f"{where}[{index}]", allowed) for index, item in enumerate(value)]
+        return [_build_nested(item, f"{where}[{index}]", within, own) for index, item in enumerate(value)]
     return value
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).split("\n", 1)[0].rstrip(".")
+    return str(error).split("\n", 1)[0][:500].rstrip(".")

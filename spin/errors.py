@@ -3,9 +3,15 @@ remedy. The command line prints them without a traceback; anything else that esc
 
 import os
 
+from spin.redact import hide
+
 
 class SpinError(Exception):
-    """Base of every error that a user can cause and mend."""
+    """Base of every error that a user can cause and mend. Its text shows no secret of the config."""
+
+    def __str__(self) -> str:
+        """The message."""
+        return hide(super().__str__())
 
 
 class ConfigError(SpinError, ValueError):

@@ -356,12 +356,13 @@ def json_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, row
 
 
-def replace_text(file: Path, text: str) -> None:
+def replace_text(file: Path, text: str, private: bool = False) -> None:
     """Writes a text file that appears whole: temporary name, fsync, rename.
 
     Args:
         file (Path): its folder exists; a file that is there is replaced.
         text (str): the content.
+        private (bool): nobody but its owner may read it.
 
     Raises:
         OutputError: If it cannot be written; what was there before stays.
@@ -370,6 +371,8 @@ def replace_text(file: Path, text: str) -> None:
     with writing(file):
         try:
             with open(temporary, "w", encoding="utf-8") as stream:
+                if private:
+                    os.fchmod(stream.fileno(), 0o600)
                 stream.write(text)
                 stream.flush()
                 os.fsync(stream.fileno())

@@ -15,10 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
+from spin import config
 from spin.data.packing import PackedRow
 from spin.distributed import World, fail_together, local_tensor
 from spin.errors import ConfigError, OutputError, SpinError, wants_traceback
 from spin.files import is_marked, json_lines, keep_aside, mark, replace_text, unused_name, writing
+from spin.redact import hide
 from spin.tables import log_table, sample_table
 
 log = logging.getLogger(__name__)
@@ -314,7 +316,7 @@ class RunLog:
     the run before a state is saved whose log would lack the line.
 
     Args:
-        cfg (DictConfig): the run's, written down as it is.
+        cfg (DictConfig): the run's, written down as it is; for its owner alone if it has secrets.
         make_logger (Callable[[], Any]): see :class:`MetricService`.
         from_step (int): see :class:`MetricsFile`.
         world (World): the ranks; on others than 0 nothing happens.
@@ -335,7 +337,7 @@ class RunLog:
 
     def _begin(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int) -> None:
         self._service = MetricService(make_logger)
-        self._service.log_config(cfg)
+        self._service.log_config(config.shown(cfg))  # which torchtune's loggers write to a file and send away
         names = ("metrics.jsonl", "samples.jsonl")
         if cfg.get("resume") == "never":
             self._keep_log((*names, "nonfinite.jsonl"))  # which is begun when a batch is not finite
@@ -347,7 +349,7 @@ class RunLog:
             mark(self._folder, _RUN)
         self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
         with writing(self._folder / "config.yaml"):
-            OmegaConf.save(cfg, self._folder / "config.yaml", resolve=True)
+            replace_text(self._folder / "config.yaml", OmegaConf.to_yaml(cfg), private=config.holds_secrets(cfg))
 
     def _keep_log(self, names: Sequence[str]) -> None:
         """What was asked to start anew does not go on with the files of the run before, which may have come far."""
@@ -399,4 +401,4 @@ class RunLog:
 
 
 def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".split("\n", 1)[0]
+    return hide(f"{type(error).__name__}: {error}".split("\n", 1)[0])

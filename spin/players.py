@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import nn
 from torchtune import training
 
 from spin import config, evaluation
+from spin.checks import check_ranges
 from spin.data import ChatTokenizer, PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
 from spin.data.dates import known_date
 from spin.data.prompts import check_vocabulary, unknown_ids
@@ -86,7 +87,7 @@ class Player:
             return str(getattr(generator, "fingerprint", self.name))
         folder = Path(self.section.checkpoint_dir)
         files = {file.name: file_sha256(file) for file in weight_files(folder)}
-        shape = OmegaConf.to_container(self.section.model)
+        shape = config.plain(self.section.model)
         return json_fingerprint([files, read_hf_config(folder), shape])
 
     def load(self, world: World, compute_dtype: str) -> nn.Module:
@@ -184,7 +185,7 @@ def check_evaluation(cfg: DictConfig) -> None:
         for name in ("pattern", "reference_pattern"):
             if cfg.exact_match[name] is not None:
                 attempt(partial(evaluation.check_pattern, f"exact_match.{name}", str(cfg.exact_match[name])))
-    data: Any = OmegaConf.to_container(cfg.dataset)
+    data: Any = config.plain(cfg.dataset)
     if data.get("streaming"):
         faults.add("dataset.streaming=true: an evaluation reads its prompts once. Use dataset.limit alone.")
     sources = data.get("sources")
@@ -194,8 +195,7 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"{', '.join(shares) or 'dataset.samples'}: an evaluation plays every sample once. Remove it, and set "
             "limit in a source to take fewer of its samples."
         )
-    if type(cfg.prompts_per_shard) is not int or cfg.prompts_per_shard < 1:
-        faults.add(f"prompts_per_shard={cfg.prompts_per_shard!r}: expected a whole number, 1 or more.")
+    check_ranges(config.plain(cfg), faults)
     if cfg.compute_dtype not in TRAINED_DTYPES:
         faults.add(f"compute_dtype={cfg.compute_dtype!r}: expected {' or '.join(TRAINED_DTYPES)}.")
     faults.raise_if_any()

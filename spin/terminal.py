@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from spin.redact import hide
+
 LINE_SECONDS = 30.0  # between two lines of a stage
 # What a terminal obeys instead of showing it (C0, DEL, C1), or what changes the order, the place or the number of the
 # characters around it without being seen: marks of direction, separators, tags, halves of surrogate pairs.
@@ -58,9 +60,15 @@ def get_logger(level: str = "INFO") -> logging.Logger:
     if not log.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(_PrintableFormatter())
+        handler.addFilter(_hide_secrets)
         log.addHandler(handler)
     log.setLevel(level if os.environ.get("RANK", "0") == "0" else "WARNING")
     return log
+
+
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = hide(record.getMessage()), ()
+    return True
 
 
 def write_any_text() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +41,13 @@ DEFAULTS: dict[str, Any] = {
 VALID = """\
 output_dir: out
 model:
-  _component_: torch.nn.Linear
-  in_features: 2
-  out_features: 3
+  _component_: torchtune.models.llama2.llama2
+  vocab_size: 32
+  num_layers: 1
+  num_heads: 2
+  num_kv_heads: 1
+  embed_dim: 8
+  max_seq_len: 16
 """
 
 
@@ -72,13 +77,10 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def completed(text: str = VALID, *overrides: str, defaults: dict[str, Any] = DEFAULTS) -> DictConfig:
-    cfg = OmegaConf.create(text)
-    assert isinstance(cfg, DictConfig)
-    faults = config.Faults()
-    for override in overrides:
-        config._apply_override(cfg, override, faults)
-    faults.raise_if_any()
-    return config.complete(cfg, defaults)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        return config.complete(config.load_config(file.name, overrides), defaults)
 
 
 # --- Files and overrides ---
@@ -95,33 +97,30 @@ def test_overrides_are_typed_as_yaml(write):
     path = write(VALID)
     cfg = config.load_config(
         path,
-        ["a=1", "b=1e-7", "c=true", "d=null", "e=[1,2]", "f={g: 2}", "h.i=x=y=z", "j=", "model.out_features=5"],
+        ["a=1", "b=1e-7", "c=true", "d=null", "e=[1,2]", "f={g: 2}", "h.i=x=y=z", "j=", "model.num_layers=5"],
     )
     assert (cfg.a, cfg.b, cfg.c, cfg.d, cfg.e, cfg.f.g, cfg.h.i) == (1, 1e-7, True, None, [1, 2], 2, "x=y=z")
     assert cfg.j in ("", None)
-    assert cfg.model == {"_component_": "torch.nn.Linear", "in_features": 2, "out_features": 5}
+    assert cfg.model._component_ == "torchtune.models.llama2.llama2" and cfg.model.num_layers == 5
 
 
 @given(st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False))
 def test_override_value_survives(value):
     """repr of a number or bool, given on the command line, comes back as that value."""
-    cfg = OmegaConf.create({})
-    faults = config.Faults()
-    config._apply_override(cfg, f"section.key={value!r}", faults)
-    assert not faults.messages
+    cfg = completed("", f"section.key={value!r}", defaults={"section": {}})
     assert cfg.section.key == value and type(cfg.section.key) is type(value)
 
 
 def test_override_of_a_section_by_a_path_replaces_its_component(write):
-    cfg = config.load_config(write(VALID), ["model=torch.nn.Bilinear"])
-    assert cfg.model._component_ == "torch.nn.Bilinear" and cfg.model.in_features == 2
+    cfg = config.load_config(write(VALID), ["model=torchtune.models.mistral.mistral"])
+    assert cfg.model._component_ == "torchtune.models.mistral.mistral" and cfg.model.num_heads == 2
 
 
 def test_tilde_removes(write):
-    cfg = config.load_config(write(VALID), ["~model.in_features", "~output_dir"])
-    assert cfg == {"model": {"_component_": "torch.nn.Linear", "out_features": 3}}
-    with pytest.raises(ConfigError, match="in_feature.*no such key to remove.*Did you mean 'in_features'"):
-        config.load_config(write(VALID), ["~model.in_feature"])
+    cfg = config.load_config(write(VALID), ["~model.num_heads", "~output_dir"])
+    assert list(cfg) == ["model"] and "num_heads" not in cfg.model and cfg.model.num_layers == 1
+    with pytest.raises(ConfigError, match="num_head.*no such key to remove.*Did you mean 'num_heads'"):
+        config.load_config(write(VALID), ["~model.num_head"])
 
 
 def test_malformed_overrides_are_all_reported(write):
@@ -219,7 +218,7 @@ def test_unknown_keys_get_suggestions():
     with pytest.raises(ConfigError, match=r"optimizer\.reset_each_iter: .*Did you mean 'reset_each_iteration'"):
         completed(VALID, "optimizer.reset_each_iter=true")
     with pytest.raises(ConfigError, match=r"lr_scheduler\._component_: unknown key"):
-        completed(VALID, "lr_scheduler._component_=torch.nn.Linear")
+        completed(VALID, "lr_scheduler._component_=torch.optim.SGD")
 
 
 def test_all_faults_are_reported_at_once():
@@ -265,6 +264,7 @@ def test_values_that_are_fine():
 
 # --- Components ---
 
+LOGGER = "torchtune.training.metric_logging.WandBLogger"
 ATTACKS = [
     "os.system",
     "subprocess.Popen",
@@ -309,7 +309,7 @@ def test_attacks_are_refused(attack, place, evil):
     host = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "x"}
     section, value = {
         "section": ("model", node),
-        "nested": ("model", {"_component_": "torch.nn.Sequential", "args": node}),
+        "nested": ("metric_logger", {"_component_": LOGGER, "name": node}),
         "list": ("validation_dataset", [{"a": [node]}]),
         "unused": ("metadata", {"never": {"read": node}}),
         "template": ("model", {**host, "prompt_template": attack}),
@@ -325,7 +325,7 @@ def test_attacks_are_refused_by_instantiate(attack, evil):
     """Also where nobody called complete() before."""
     for node in (
         {"_component_": attack},
-        {"_component_": "torch.nn.Sequential", "a": {"_component_": attack}},
+        {"_component_": LOGGER, "a": {"_component_": attack}},
         {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "x", "prompt_template": attack},
     ):
         with pytest.raises(ConfigError):
@@ -337,17 +337,22 @@ def test_components_in_lists_that_nothing_uses_are_refused_before_anything_is_im
     defaults = {"unused": [], "name": "", "key": 0}
     cfg = OmegaConf.create({"unused": [{"x": {"_component_": "evil_package.run"}}], "name": "${key}", "key": 1})
     with pytest.raises(
-        ConfigError, match=r"unused\[0\]\.x\._component_: evil_package\.run.*allow_components: \[evil_pa"
+        ConfigError, match=r"unused\[0\]\.x\._component_: evil_package\.run.*allow_components=\[evil_pa"
     ):
         config.complete(cfg, defaults)
     assert not evil.exists()
 
 
 def test_attack_by_override_and_by_interpolation(evil):
-    with pytest.raises(ConfigError, match="evil_package.run is not under an allowed package"):
+    with pytest.raises(ConfigError, match="evil_package.run is not allowed here"):
         completed(VALID, "model=evil_package.run")
-    with pytest.raises(ConfigError, match="evil_package.run is not under an allowed package"):
-        completed(VALID, "metadata.x=evil_package", "model=torch.nn.Linear", "model._component_=${metadata.x}.run")
+    with pytest.raises(ConfigError, match="evil_package.run is not allowed here"):
+        completed(
+            VALID,
+            "metadata.x=evil_package",
+            "model=torchtune.models.llama2.llama2",
+            "model._component_=${metadata.x}.run",
+        )
     assert not evil.exists()
 
 
@@ -376,33 +381,36 @@ def test_allow_components_takes_packages_of_the_user_only(name):
 def test_component_that_does_not_exist_gets_a_suggestion():
     with pytest.raises(ConfigError, match=r"optimizer: torch\.optim\.AdamWW: torch\.optim has no 'AdamWW'.*'AdamW'"):
         completed(VALID, "optimizer=torch.optim.AdamWW")
-    with pytest.raises(ConfigError, match=r"torch\.optum\.AdamW: torch has no 'optum'\. Did you mean 'optim'"):
+    with pytest.raises(
+        ConfigError, match=r"torch\.optum\.AdamW is not allowed here.* Did you mean 'torch.optim.AdamW'"
+    ):
         completed(VALID, "optimizer=torch.optum.AdamW")
 
 
 def test_instantiate_leaves_out_the_recipes_own_keys():
     cfg = completed(VALID, "optimizer.lr=[1e-6,2e-6]")
     model = config.instantiate(cfg.model)
-    assert model.weight.shape == (3, 2)
+    assert model.tok_embeddings.weight.shape == (32, 8)
     optimizer = config.instantiate(cfg.optimizer, model.parameters(), lr=3e-6, fused=False)
     assert optimizer.defaults["lr"] == 3e-6 and "reset_each_iteration" not in optimizer.defaults
     assert cfg.optimizer.lr == [1e-6, 2e-6]
 
 
-def test_instantiate_builds_nested_components():
-    node = {
-        "_component_": "torch.nn.TransformerEncoder",
-        "encoder_layer": {"_component_": "torch.nn.TransformerEncoderLayer", "d_model": 8, "nhead": 2},
-        "num_layers": 2,
-    }
-    encoder = config.instantiate(OmegaConf.create(node))
-    assert len(encoder.layers) == 2 and encoder.layers[0].linear1.in_features == 8
+def test_instantiate_builds_nested_components(tmp_path, monkeypatch):
+    text = "def outer(inner):\n    return [inner]\n\n\ndef inner(x):\n    return x + 1\n"
+    (tmp_path / "my_nested.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", "other_package,my_nested")
+    node = {"_component_": "my_nested.outer", "inner": {"_component_": "my_nested.inner", "x": 2}}
+    assert config.instantiate(OmegaConf.create(node)) == [3]
     assert config.instantiate(None) is None
 
 
 def test_instantiate_explains_arguments_that_do_not_fit():
-    cfg = OmegaConf.create({"model": {"_component_": "torch.nn.Linear", "in_features": 2}})
-    with pytest.raises(ConfigError, match=r"model: torch\.nn\.Linear: missing a required argument: 'out_features'"):
+    cfg = OmegaConf.create({"model": {"_component_": "torchtune.models.llama2.llama2", "num_layers": 2}})
+    with pytest.raises(
+        ConfigError, match=r"model: torchtune\.models\.llama2\.llama2: missing a required argument: 'vocab_size'"
+    ):
         config.instantiate(cfg.model)
     with pytest.raises(ConfigError, match="expected a section with _component_"):
         config.instantiate(OmegaConf.create({"model": {"a": 1}}).model)
@@ -522,8 +530,9 @@ def test_what_a_component_raises_about_its_values_names_the_section():
 
 def test_an_override_that_yaml_takes_for_something_else_says_how_to_quote_it(write):
     path = write("dataset: {source: a.jsonl}")
-    with pytest.raises(ConfigError, match=r"quoted: \"dataset\.source='\*\.jsonl'\"\."):
-        config.load_config(path, ["dataset.source=*.jsonl"])
+    with pytest.raises(ConfigError, match=r"not valid YAML: .*Quote a text that begins so"):
+        config.load_config(path, ["dataset.source=[a.jsonl"])
+    assert config.load_config(path, ["dataset.source=*.jsonl"]).dataset.source == "*.jsonl"
     assert config.load_config(path, ["dataset.source='*.jsonl'"]).dataset.source == "*.jsonl"
 
 
@@ -542,7 +551,8 @@ def test_what_a_component_of_your_own_raises_names_its_line(tmp_path, monkeypatc
         "def check(beta):\n    math.sqrt(-beta)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    cfg = OmegaConf.create({"loss": {"_component_": "my_losses.Loss"}, "allow_components": ["my_losses"]})
+    monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", "my_losses")
+    cfg = OmegaConf.create({"loss": {"_component_": "my_losses.Loss"}})
     place = re.escape(f"{tmp_path}/my_losses.py:10")
     with pytest.raises(ConfigError, match=rf"loss: my_losses.Loss .*\(ValueError: .*, at {place}\)"):
         config.instantiate(cfg.loss, beta=1.0)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import spin
 from spin.cli.runs import iteration_folders, read_config, read_json_lines
+from spin.config import plain
 from spin.data import PairStore
 from spin.errors import OutputError
 from spin.fingerprint import file_sha256
@@ -69,7 +70,7 @@ def model_card(
         "stand); acc the share of pairs whose real answer gained more than the generated one, at the last step; "
         "validation loss the mean negative log-prob per token of real answers, in nats.",
         "## Hashes\n\n" + _table(("what", "hash"), _hashes(run, iteration, model)),
-        f"## Config\n\n```yaml\n{OmegaConf.to_yaml(cfg)}```",
+        f"## Config\n\n```yaml\n{yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True)}```",
     ]
     return printable("\n\n".join(sections) + "\n")
 
@@ -104,8 +105,7 @@ def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
 
 def _iterations(run: Path, cfg: DictConfig, last: int) -> str:
     metrics = read_json_lines(run / "metrics.jsonl")
-    beta = OmegaConf.select(cfg, "loss.beta")
-    beta = OmegaConf.to_container(beta, resolve=True) if OmegaConf.is_config(beta) else beta
+    beta = plain(OmegaConf.select(cfg, "loss.beta"))
     rows = []
     for iteration in range(last + 1):
         steps = [row for row in metrics if row.get("iteration") == iteration and is_number(row.get("loss"))]

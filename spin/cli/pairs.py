@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from omegaconf import OmegaConf
 
 from spin import config
 from spin.cli.runs import read_config
-from spin.data import ChatTokenizer, Pair, PairStore, Response, adapt_tokenizer
+from spin.data import ChatTokenizer, Pair, PairStore, Response
 from spin.errors import ConfigError, StoreError
 from spin.files import writing
 from spin.terminal import printable
@@ -50,7 +51,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--max-length", type=int, metavar="TOKENS", help="of the generated response")
     parser.add_argument("--finish", choices=("stop", "length"), help="length: answers that the limit cut")
     parser.add_argument("--export", type=Path, metavar="FILE.jsonl", help="write the answers as JSON Lines")
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the tokenizer of the run's config")
+    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's, if it is a ChatTokenizer")
+    parser.add_argument("--trust", action="store_true", help="take that tokenizer from another user's run too")
     arguments = parser.parse_args(list(argv))
     if arguments.sample < 0:
         parser.error(f"--sample {arguments.sample}: expected 0 or more")
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     print(printable("\n".join(summary_lines(store, answers))))
     if not arguments.sample and arguments.export is None:
         return
-    decode = _decoder(arguments.store, arguments.tokenizer)
+    decode = _decoder(arguments.store, arguments.tokenizer, arguments.trust)
     rows = [_row(answer, decode) for answer in answers] if arguments.export else []
     for answer in random.Random(arguments.seed).sample(answers, min(arguments.sample, len(answers))):
         row = _row(answer, decode)
@@ -170,13 +172,29 @@ def _between(value: float, least: float | None, most: float | None) -> bool:
     return (least is None or value >= least) and (most is None or value <= most)
 
 
-def _decoder(store: Path, folder: Path | None) -> Callable[[Sequence[int]], str]:
+def _decoder(store: Path, folder: Path | None, trust: bool) -> Callable[[Sequence[int]], str]:
+    """The tokenizer that was given, else the ChatTokenizer of the run around a store; nothing else is built."""
     if folder is not None:
         return ChatTokenizer(folder).decode
     for parent in store.resolve().parents:
         cfg = read_config(parent)
-        if cfg is not None:
-            return adapt_tokenizer(config.instantiate(cfg.tokenizer)).decode
+        if cfg is None:
+            continue
+        section = config.plain(cfg).get("tokenizer")
+        section = section if isinstance(section, dict) else {}
+        file = parent / "config.yaml"
+        if section.get(config.COMPONENT) != "spin.data.ChatTokenizer" or not isinstance(section.get("path"), str):
+            raise ConfigError(
+                f"{file}: tokenizer is no spin.data.ChatTokenizer with a path, and looking at a run builds nothing "
+                "else. Give --tokenizer FOLDER, a Hugging Face folder with the same tokenizer."
+            )
+        if not trust and any(path.stat().st_uid != os.getuid() for path in (parent, file)):
+            raise ConfigError(
+                f"{parent}: belongs to another user, so the tokenizer that its config names ({section['path']}) is not "
+                "opened. Give --tokenizer FOLDER, or --trust if you trust that user."
+            )
+        path = OmegaConf.create({"path": section["path"]}).path  # of the environment, perhaps
+        return ChatTokenizer(path).decode
     raise ConfigError(f"{store}: no config.yaml of a run in the folders above it. Give --tokenizer.")
 
 

@@ -6,11 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from spin.config import load_config
+from spin import config
 from spin.errors import OutputError
 from spin.files import json_lines
+from spin.redact import redacted
 
 _ITERATION = re.compile(r"iteration_(\d+)")
 
@@ -30,7 +31,7 @@ def read_json_lines(file: Path) -> list[dict[str, Any]]:
 
 
 def read_config(run: Path) -> DictConfig | None:
-    """The config that a run was started with.
+    """The config that a run was started with, as text: ``${...}`` is not resolved, secrets are left out.
 
     Args:
         run (Path): the run's output_dir.
@@ -39,12 +40,13 @@ def read_config(run: Path) -> DictConfig | None:
         DictConfig | None: None before the run has written it.
 
     Raises:
-        ConfigError: If the file is no YAML mapping, for example because it is being written.
+        ConfigError: If the file is no YAML mapping, for example because it is being written, or too large for one.
     """
     file = run / "config.yaml"
     if not file.is_file():
         return None
-    return load_config(str(file))
+    content = OmegaConf.to_container(config.read_yaml(file), resolve=False)
+    return OmegaConf.create(config.escaped(redacted(content)))
 
 
 def model_of(iteration: Path, adapter: bool = False) -> Path | None:

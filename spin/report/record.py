@@ -11,8 +11,8 @@ from typing import Any, TypeGuard
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from omegaconf import OmegaConf
 
+from spin import config
 from spin.cli.runs import iteration_folders, model_of, read_config, read_json_lines
 from spin.errors import ConfigError, StoreError
 from spin.files import open_regular, read_json
@@ -123,7 +123,7 @@ def read_run(path: Path) -> RunRecord:
         cfg = read_config(path)
     except ConfigError as error:
         remarks.append(str(error))
-    plain: dict[str, Any] = {} if cfg is None else OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    plain: dict[str, Any] = {} if cfg is None else config.plain(cfg)
     metrics_file = path / "metrics.jsonl"
     by_step = {row["step"]: row for row in read_json_lines(metrics_file) if isinstance(row.get("step"), int)}
     rows = [by_step[step] for step in sorted(by_step)]
