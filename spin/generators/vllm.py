@@ -36,11 +36,22 @@ INSTALL = (
     "pip install 'spin-torchtune[vllm]' (vllm 0.20.2 to 0.26.0 with torch 2.11, 0.27 to 0.31 with torch 2.13), or on a "
     "CPU see docs/vllm.md"
 )
-# What this class decides itself; anything else of vLLM's EngineArgs may stand under `engine`.
+# What this class decides itself, of vLLM's EngineArgs
 _OWN_ARGUMENTS = {
     "model", "tokenizer", "dtype", "max_model_len", "tensor_parallel_size", "distributed_executor_backend",
     "gpu_memory_utilization", "enable_sleep_mode", "load_format", "generation_config", "trust_remote_code",
     "logprobs_mode", "seed", "skip_tokenizer_init",
+}  # fmt: skip
+# What may stand under `engine`. Others name code that vLLM imports (worker_cls, logits_processors, plugins, the backend of
+# compilation_config, connectors), models and files, or are of no use here.
+_ENGINE_ARGUMENTS = {
+    "async_scheduling", "attention_backend", "block_size", "calculate_kv_scales", "cpu_offload_gb", "cuda_graph_sizes",
+    "cudagraph_capture_sizes", "disable_cascade_attn", "disable_custom_all_reduce", "disable_log_stats",
+    "enable_chunked_prefill", "enable_expert_parallel", "enable_prefix_caching", "kv_cache_dtype",
+    "kv_cache_memory_bytes", "kv_sharing_fast_prefill", "long_prefill_token_threshold", "max_cudagraph_capture_size",
+    "max_long_partial_prefills", "max_num_batched_tokens", "max_num_partial_prefills", "max_num_seqs",
+    "max_parallel_loading_workers", "num_gpu_blocks_override", "prefix_caching_hash_algo", "quantization",
+    "scheduling_policy", "stream_interval", "swap_space",
 }  # fmt: skip
 _QUEUE = 4  # requests in the engine's hands, in multiples of the sequences that it runs at a time
 
@@ -97,7 +108,7 @@ class VLLMGenerator:
         max_logprob_gap (float | None): nats per token by which its log-probs may differ from the trainer's after an
             update of the weights; None asks for no proof.
         enforce_eager (bool): no CUDA graphs and no compilation: starts sooner, generates slower.
-        engine (Mapping[str, Any] | None): further arguments of vLLM's ``LLM``.
+        engine (Mapping[str, Any] | None): further arguments of vLLM's ``LLM``: sizes and switches, nothing that names code.
 
     Raises:
         ConfigError: If vLLM is missing or too old, or an argument cannot be.
@@ -134,6 +145,11 @@ class VLLMGenerator:
         if wrong:
             raise ConfigError(
                 f"generator.engine may not set {', '.join(wrong)}: the generator's own keys or the recipe decide that."
+            )
+        unknown = sorted(set(map(str, engine or {})) - _ENGINE_ARGUMENTS)
+        if unknown:
+            raise ConfigError(
+                f"generator.engine may not set {', '.join(unknown)}: expected {', '.join(sorted(_ENGINE_ARGUMENTS))}."
             )
         self.ranks_per_engine = tensor_parallel_size
         self.max_logprob_gap = max_logprob_gap

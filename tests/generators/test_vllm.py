@@ -275,6 +275,8 @@ def test_spin_imports_without_vllm(subprocess_env):
         ({"dtype": "int8"}, "generator.dtype='int8'"),
         ({"tensor_parallel_size": 2}, "generator.tensor_parallel_size=2"),
         ({"engine": {"trust_remote_code": True}}, "may not set trust_remote_code"),
+        ({"engine": {"worker_extension_cls": "evil.Worker"}}, "may not set worker_extension_cls: expected async_sched"),
+        ({"engine": {"compilation_config": {"backend": "evil.compile"}}}, "may not set compilation_config"),
     ],
 )
 def test_arguments_that_cannot_be_are_refused_before_an_engine_starts(monkeypatch, arguments, message):
