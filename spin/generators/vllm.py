@@ -42,8 +42,8 @@ _OWN_ARGUMENTS = {
     "gpu_memory_utilization", "enable_sleep_mode", "load_format", "generation_config", "trust_remote_code",
     "logprobs_mode", "seed", "skip_tokenizer_init",
 }  # fmt: skip
-# What may stand under `engine`. Others name code that vLLM imports (worker_cls, logits_processors, plugins, the backend of
-# compilation_config, connectors), models and files, or are of no use here.
+# What may stand under `engine`. Others name code that vLLM imports (worker_cls, logits_processors, plugins, connectors,
+# the backend of compilation_config), models and files, or are of no use here.
 _ENGINE_ARGUMENTS = {
     "async_scheduling", "attention_backend", "block_size", "calculate_kv_scales", "cpu_offload_gb", "cuda_graph_sizes",
     "cudagraph_capture_sizes", "disable_cascade_attn", "disable_custom_all_reduce", "disable_log_stats",
@@ -108,7 +108,7 @@ class VLLMGenerator:
         max_logprob_gap (float | None): nats per token by which its log-probs may differ from the trainer's after an
             update of the weights; None asks for no proof.
         enforce_eager (bool): no CUDA graphs and no compilation: starts sooner, generates slower.
-        engine (Mapping[str, Any] | None): further arguments of vLLM's ``LLM``: sizes and switches, nothing that names code.
+        engine (Mapping[str, Any] | None): further arguments of vLLM's ``LLM``: sizes and switches.
 
     Raises:
         ConfigError: If vLLM is missing or too old, or an argument cannot be.
