@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +252,8 @@ def weight_files(folder: Path) -> list[Path]:
         outside = [file.name for file in files if file.parent != folder]
         if outside:
             raise CheckpointError(f"{index}: names files outside the folder: {', '.join(outside)}.")
-        missing = [file.name for file in files if not file.is_file()]
+        # unlike Path.is_file, no error for a name that is too long for a file
+        missing = [file.name[:100] for file in files if not os.path.isfile(file)]
         if missing:
             raise CheckpointError(
                 f"{folder}: {INDEX} names {len(files)} files, but {', '.join(missing)} "

@@ -160,8 +160,8 @@ def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
     Returns:
         list[float]: two or more, ascending.
     """
-    if high <= low:
-        pad = abs(low) * 0.1 or 1.0
+    if high - low < 1e-300:  # a quarter of less may be 0
+        pad = abs(low) * 0.1 if abs(low) > 1e-290 else 1.0
         low, high = low - pad, high + pad
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))

@@ -98,8 +98,8 @@ class RunRecord:
         return max((row["step"] for row in self.rows), default=0)
 
     def series(self, name: str) -> list[tuple[float, float]]:
-        """A metric by step; values that are not finite are left out."""
-        return [(row["step"], float(row[name])) for row in self.rows if is_number(row.get(name))]
+        """A metric by step; values that are not finite, or beyond drawing, are left out."""
+        return [(row["step"], float(n)) for row in self.rows if is_number(n := row.get(name)) and abs(n) < 1e100]
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -1,16 +1,23 @@
 """Commands that look at a run's folder of someone else: exit code 0 or an error in a line, in bounded time."""
 
 import io
+import json
 import os
 import random
 import shutil
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import spin_recipe
 
 from spin.cli import main
+from spin.errors import CheckpointError
+from spin.hf import read_hf_config
 from tests.faults.hostile import Hang, commands_on, hostile_run, snapshot, time_limit, write_whole_run
+from tests.recipes.helpers import CONFIG, tiny_overrides
+from tests.report_runs import write_run
 
 FOLDERS = 60  # in the default tests; attack_counts.py takes as many as are asked for
 
@@ -90,3 +97,24 @@ def test_a_file_without_end(whole, tmp_path, name):
     os.truncate(run / name, 2**42)
     look(["report", str(run)])
     look(["export", str(run)])
+
+
+@pytest.mark.parametrize(
+    "values", [(5e-324, 0.0), (1e308, -1e308), (1e308, 1e308), (0.0, 0.0), (-5e-324, 5e-324)], ids=str
+)
+def test_numbers_at_the_ends_of_what_a_float_can_be(tmp_path, values):
+    run = write_run(tmp_path, iterations=1, changes=lambda step: {"loss": values[step % 2], "val_loss": values[0]})
+    assert look(["report", str(run)])[0] == 0
+    assert "nan" not in (run / "report.html").read_text().lower().replace("nanum", "")
+
+
+def test_a_name_that_is_too_long_for_a_file(tmp_path, tiny_lm, capsys, monkeypatch):
+    """In an index, and as a path in a config."""
+    model = Path(shutil.copytree(tiny_lm, tmp_path / "model"))
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "é" * 3000}}))
+    with pytest.raises(CheckpointError, match="is missing"):
+        read_hf_config(model)
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", str(CONFIG), *tiny_overrides(tmp_path / ("é" * 300))])
+    with pytest.raises(SystemExit) as end:
+        spin_recipe.recipe_main()
+    assert end.value.code == 1 and "a path that no file system takes" in capsys.readouterr().err
