@@ -622,6 +622,7 @@ class TestFaults:
         ]
         file = tmp_path / "answers.jsonl"
         reasons = ["stop" if i == 7 else "length" for i in range(len(pairs))]
+        answers[7]["generated_ids"][-1] = 2  # what ends a response
         file.write_text(
             "".join(json.dumps({**a, "finish_reason": r}) + "\n" for a, r in zip(answers, reasons, strict=True))
         )
