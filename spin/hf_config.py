@@ -804,7 +804,7 @@ def _foreign_faults(asked: Asked) -> list[str]:
             if value:
                 faults.append(f"{key} is true, the model's attention is causal.")
             continue
-        if key in known or value is None:
+        if key in known or (value is None and key != "is_causal"):  # transformers takes null for false
             continue
         if key == "layer_types":
             neutral = all(kind == "full_attention" for kind in value) or asked.family in ("mistral", "phi3")

@@ -156,6 +156,7 @@ REFUSED = [
     ("llama2", {"use_qk_norm": True}, "use_qk_norm is True"),
     ("llama2", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]"),
     ("llama2", {"is_causal": False}, "is_causal is False"),
+    ("llama2", {"is_causal": None}, "is_causal is None"),
     ("llama2", {"head_dim": 32}, "16 head dimension, config.json has 32"),
     ("gemma", {"head_dim": None}, "32 head dimension, config.json has 16"),
     ("llama2", {"vocab_size": 200}, "vocab_size is 200, the stored tensors have 160"),
