@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import errno
 import functools
 import inspect
 import io
@@ -146,11 +145,6 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
                 if wants_traceback():
                     raise
                 _print_error(str(error))
-                sys.exit(1)
-            except OSError as error:
-                if error.errno != errno.ENAMETOOLONG or wants_traceback():
-                    raise
-                _print_error(f"{error.filename}: a path that no file system takes ({error.strerror}). Shorten it.")
                 sys.exit(1)
             except KeyboardInterrupt:
                 if wants_traceback():

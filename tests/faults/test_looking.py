@@ -117,4 +117,4 @@ def test_a_name_that_is_too_long_for_a_file(tmp_path, tiny_lm, capsys, monkeypat
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", str(CONFIG), *tiny_overrides(tmp_path / ("é" * 300))])
     with pytest.raises(SystemExit) as end:
         spin_recipe.recipe_main()
-    assert end.value.code == 1 and "a path that no file system takes" in capsys.readouterr().err
+    assert end.value.code == 1 and "File name too long" in capsys.readouterr().err
