@@ -25,9 +25,7 @@ def validate(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("spin.hf._read", refuse)
 
     def run(*changes, config=CONFIG):
-        options = [change for change in changes if change.startswith("--")]
-        changes = [change for change in changes if change not in options]
-        code = main(["validate", str(config), *tiny_overrides(tmp_path / "out"), *changes, *options])
+        code = main(["validate", str(config), *tiny_overrides(tmp_path / "out"), *changes])
         out, err = capsys.readouterr()
         assert not (tmp_path / "out").exists() and "Traceback" not in err
         return code, out, err
