@@ -38,8 +38,8 @@ class LimitedVLLM(VLLMGenerator):
 
     limits: Sequence[int] = ()
 
-    def _params(self, prompt: Sequence[int], seed: int, index: int, sampling: SamplingParams) -> Any:
-        return super()._params(prompt, seed, index, replace(sampling, max_new_tokens=self.limits[index]))
+    def _params(self, prompt: Sequence[int], seed: int, index: int, sampling: SamplingParams, ban: bool) -> Any:
+        return super()._params(prompt, seed, index, replace(sampling, max_new_tokens=self.limits[index]), ban)
 
 
 class Engines:

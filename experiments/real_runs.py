@@ -42,7 +42,7 @@ class KeepsNothing(SPINCheckpointer):
         """Nothing; where a state would be."""
         return self.states_dir / f"step_{step:08d}"
 
-    def export(self, model: torch.nn.Module, iteration: int, world: Any, tokenizer: object = None) -> Path:
+    def export(self, model: torch.nn.Module, iteration: int, world: Any, *of_tokenizer: object) -> Path:
         """Nothing; where a model would be."""
         return self.output_dir / f"iteration_{iteration:03d}" / "hf_model"
 

@@ -11,7 +11,10 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 # the test config of adapters, over the tiny model of the benchmarks
-ADAPTERS = ["model.num_layers=2", "model.embed_dim=64", "model.intermediate_dim=128"]
+ADAPTERS = [
+    "model.num_layers=2", "model.embed_dim=64", "model.intermediate_dim=128", "model.rope_base=500000",
+    "model.scale_factor=32",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("adapters", [False, True])

@@ -297,7 +297,7 @@ def test_shards(store, seed):
     shard = path / "shard-00001.parquet"
     if rng.random() < 0.6:
         shard.write_bytes(bent_bytes(files[shard.name], rng))
-    else:
+    elif rng.random() < 0.8:  # the rest stay as they are
         table = pq.read_table(shard)
         name = rng.choice(table.column_names)
         kind = rng.choice([pa.string(), pa.int32(), pa.float64(), pa.list_(pa.int32()), table.schema.field(name).type])
