@@ -206,7 +206,8 @@ class PairStore:
 
     def _recorded(self, file: Path) -> str | None:
         """The checksum that a sealed store has of a shard."""
-        return next((shard["sha256"] for shard in self.manifest.get("shards", []) if shard["name"] == file.name), None)
+        shards = self.manifest["shards"] if self.is_sealed else []  # whose form was checked when it was opened
+        return next((shard["sha256"] for shard in shards if shard["name"] == file.name), None)
 
     def _about(self, index: int) -> dict[str, Any]:
         """What a shard says of itself, but for its rows' checksum."""

@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import signal
-import subprocess
+import subprocess  # nosec B404
 import sys
 import threading
 from collections.abc import Iterable, Mapping
@@ -149,7 +149,7 @@ class _Worker:
 
     def _start(self) -> subprocess.Popen[str]:
         file = str(Path(__file__).with_name("template_worker.py"))
-        return subprocess.Popen(
+        return subprocess.Popen(  # nosec B603
             [sys.executable, "-I", "-c", _PROGRAM.format(path=sys.path, file=file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

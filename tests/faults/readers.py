@@ -6,6 +6,7 @@ import logging
 import random
 import shutil
 import sys
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ def damage(file: Path, rng: random.Random) -> None:
             RecursionError,
             pa.ArrowException,
             yaml.YAMLError,
+            zlib.error,
         ):  # damaged beyond that
             file.write_bytes(bend_bytes(file.read_bytes(), rng))
 
