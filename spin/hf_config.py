@@ -457,8 +457,8 @@ class Asked:
             rope.setdefault("rope_theta", self.values["rope_theta"] or 10_000.0)
             rope.setdefault("partial_rotary_factor", self.values["partial_rotary_factor"] or 1.0)
             original = self.values.get("original_max_position_embeddings")
-            if self.family == "phi3" and original is not None:
-                rope["original_max_position_embeddings"] = original
+            if original is not None and where == key and rope["rope_type"] in ("llama3", "yarn", "longrope"):
+                rope["original_max_position_embeddings"] = original  # beside the parameters it goes first
             rope.setdefault("original_max_position_embeddings", original or self.values["max_position_embeddings"])
             ropes[None if where == key else where.removeprefix(f"{key}.")] = (where, rope)
         return ropes

@@ -106,6 +106,7 @@ WRONG = [
      original_max_position_embeddings=8192), "high_freq_factor is 8.0, the model computes with high_freq_factor 4"),
     ("llama3_2", rope_scaling(**LLAMA3, original_max_position_embeddings=64),
      "original_max_position_embeddings is 64, the model computes with old_context_len 8192"),
+    ("llama3_1", {"original_max_position_embeddings": 64}, "original_max_position_embeddings is 64, the model"),
     ("llama2", rope_scaling(**LLAMA3, original_max_position_embeddings=64), "rope_scaling.rope_type is 'llama3'"),
     ("phi3", {"sliding_window": 32}, "is 32 in 2 of 2 layers, the model's see all, and its context is 128"),
     ("mistral", {"sliding_window": 32}, "Build it with max_seq_len=32"),
