@@ -195,7 +195,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
             for row in batch.to_pylist():
                 yield f"{file}: row {number}", row
                 number += 1
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, OverflowError, SystemError, MemoryError, pa.ArrowException) as error:  # or no UTF-8
         raise GeneratorError(f"{file}: not a readable parquet file ({error}).") from error
 
 

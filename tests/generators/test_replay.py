@@ -131,6 +131,12 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "x.parquet").write_text("no parquet")
     with pytest.raises(GeneratorError, match="x.parquet: not a readable parquet file"):
         ReplayGenerator(CONTEXT, tmp_path / "x.parquet")
+    rows = {"prompt_ids": [[1]], "generated_ids": [[2]], "finish_reason": ["stop"]}
+    pq.write_table(pa.table(rows), tmp_path / "y.parquet", use_dictionary=False, compression="none")
+    content = (tmp_path / "y.parquet").read_bytes().replace(b"stop", b"\xf2top")
+    (tmp_path / "y.parquet").write_bytes(content)
+    with pytest.raises(GeneratorError, match="y.parquet: not a readable parquet file .*utf-8"):
+        ReplayGenerator(CONTEXT, tmp_path / "y.parquet")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(GeneratorError, match="no responses in it"):
         ReplayGenerator(CONTEXT, tmp_path / "empty.jsonl")
