@@ -67,6 +67,9 @@ _KNOWN = " Known keys: "
 # Arguments of torchtune components that are themselves import paths: torchtune imports and calls what they name.
 PATH_ARGUMENTS = ("prompt_template",)
 
+# Arguments of components that may be lists of one value for each iteration.
+PER_ITERATION = ("beta", "lr")
+
 _FROM_OUTSIDE = "allow_components_from_outside"  # flag of a config whose list is not the file's own
 _PATH_KEY = re.compile(r"(?:.*_)?(?:dir|path|file|folder)|source|resume")  # keys that hold a path, or a list of them
 _VARIABLE = re.compile(r"\$(\w+)")
@@ -275,7 +278,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
             _apply_override(cfg, override, faults)
     if any(override.startswith(f"{ALLOW_KEY}=") for override in overrides):
         cfg._set_flag(_FROM_OUTSIDE, True)
-    allowed = [*plain(cfg.get(ALLOW_KEY) or []), *environment_packages()]
+    given = plain(cfg.get(ALLOW_KEY))
+    allowed = [*(given if isinstance(given, list) else []), *environment_packages()]
     more = [name for name in stated if name not in allowed] if isinstance(stated, list) else [stated]
     if stated is not None and more:
         names = ",".join(map(str, more))
@@ -742,7 +746,7 @@ def _check_value(path: str, value: Any, default: Any, top: Mapping[str, Any], fa
             _check_section(value, default, f"{path}.", top, faults)
         elif value is not None or COMPONENT not in default:
             faults.add(f"{path}: found {value!r}, expected a section with keys {_names(default)}.")
-    elif value is not None and (kind := _kind(default)) != _kind(value):
+    elif (value is not None or isinstance(default, bool)) and (kind := _kind(default)) != _kind(value):
         unquoted = kind == "text" and isinstance(value, bool)
         hint = " Quote it: YAML reads on, off, yes and no as booleans." if unquoted else ""
         faults.add(f"{path}: found {value!r}, expected a {kind} such as {default!r}.{hint}")
@@ -814,9 +818,10 @@ def _check_arguments(path: str, node: Mapping[str, Any], kind: Kind, own: Sequen
         if key not in known and key not in (COMPONENT, EXTRA):
             faults.add(f"{path}.{key}: {name} has no such parameter.{_did_you_mean(str(key), known)}")
     for key, kinds in _simple_parameters(component).items():
-        # a list may be one value for each iteration, which the recipe takes apart
-        if key in node and key not in node.get(EXTRA, []) and not isinstance(node[key], list | Mapping):
+        if key in node and key not in node.get(EXTRA, []):
             value = node[key]
+            if isinstance(value, list) and key in PER_ITERATION:
+                continue  # one value for each iteration, which the recipe takes apart
             if value != MISSING and not any(_is_of(value, kind) for kind in kinds):
                 expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
                 faults.add(f"{path}.{key}: found {value!r}, {name} expects {expected}.")

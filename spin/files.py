@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, TextIO, cast
 
 from spin.errors import ConfigError, OutputError, SpinError
 
@@ -75,7 +75,7 @@ class FolderLock:
             raise OutputError(f"{folder}: is a file, expected a folder to write to. Give another output_dir.")
         with writing(self._file):
             folder.mkdir(parents=True, exist_ok=True)
-            self._stream = self._file.open("a+", encoding="utf-8")
+            self._stream = open_own(self._file, "a+")
         try:
             fcntl.lockf(self._stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -121,7 +121,7 @@ def taking_turns(path: Path) -> Iterator[None]:
     file = path.with_name(f".{path.name}{LOCK}")
     with writing(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        stream = file.open("a+", encoding="utf-8")
+        stream = open_own(file, "a+")
     with stream:
         with writing(file):
             fcntl.lockf(stream, fcntl.LOCK_EX)
@@ -158,11 +158,54 @@ def keep_aside(path: Path, because: str) -> Path:
 
 def write_json(file: Path, content: Any) -> None:
     """Writes JSON and waits until it is on the disk."""
-    with open(file, "w", encoding="utf-8") as stream:
+    with open_new(file) as stream:
         json.dump(content, stream, indent=2)
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def open_new(file: Path, mode: str = "x") -> IO[Any]:
+    """Makes a file to write; what has its name already, a link to somebody's file perhaps, is deleted first.
+
+    Args:
+        file (Path): a temporary name, which another may have guessed.
+        mode (str): ``x`` for text in UTF-8, ``xb`` for bytes.
+
+    Returns:
+        IO[Any]: empty.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    file.unlink(missing_ok=True)
+    return open(file, mode, encoding=None if "b" in mode else "utf-8")
+
+
+def open_own(file: Path, mode: str) -> TextIO:
+    """Opens a text file that a run goes on with; not a link, which could lead to any file, and no pipe or device.
+
+    Args:
+        file (Path): made if it is not there.
+        mode (str): ``a`` or ``a+``.
+
+    Returns:
+        TextIO: UTF-8.
+
+    Raises:
+        OSError: If it is a link or no regular file, or cannot be opened.
+    """
+
+    def opener(path: str, flags: int) -> int:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return descriptor
+
+    if file.is_symlink():
+        raise OSError(errno.ELOOP, "a link; what it leads to may be somebody's", str(file))
+    return cast(TextIO, open(file, mode, encoding="utf-8", opener=opener))
 
 
 def open_regular(file: Path) -> BinaryIO:
@@ -370,7 +413,7 @@ def replace_text(file: Path, text: str, private: bool = False) -> None:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with writing(file):
         try:
-            with open(temporary, "w", encoding="utf-8") as stream:
+            with open_new(temporary) as stream:
                 if private:
                     os.fchmod(stream.fileno(), 0o600)
                 stream.write(text)

@@ -19,7 +19,7 @@ from spin import config
 from spin.data.packing import PackedRow
 from spin.distributed import World, fail_together, local_tensor
 from spin.errors import ConfigError, OutputError, SpinError, wants_traceback
-from spin.files import is_marked, json_lines, keep_aside, mark, replace_text, unused_name, writing
+from spin.files import is_marked, json_lines, keep_aside, mark, open_own, replace_text, unused_name, writing
 from spin.redact import hide
 from spin.tables import log_table, sample_table
 
@@ -243,7 +243,7 @@ class MetricsFile:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a step; an :class:`~spin.errors.OutputError` if it cannot."""
-        with writing(self._path), self._path.open("a", encoding="utf-8") as stream:
+        with writing(self._path), open_own(self._path, "a") as stream:
             stream.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")
 
 

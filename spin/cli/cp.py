@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from spin.cli.catalog import recipe_files
 from spin.config import configs_root, packaged_configs
 from spin.errors import ConfigError, OutputError
-from spin.files import writing
+from spin.files import open_new, writing
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     with writing(target):
         try:
-            shutil.copyfile(source, part)
+            with open_new(part, "xb") as stream:
+                stream.write(source.read_bytes())
             part.rename(target)
         finally:
             part.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from spin.cli.card import model_card
 from spin.cli.runs import iteration_folders, model_of
 from spin.errors import OutputError
 from spin.files import MARKER, finish_folder, replace_text, start_folder, sync, writing
+from spin.terminal import printable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     card = model_card(run, iteration, source, base_model=arguments.base_model, license_id=arguments.license)
     if arguments.out is None:
         replace_text(source / "README.md", card)
-        print(source)
+        print(printable(source))
         return
     out: Path = arguments.out
     if out.exists():
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         for file in part.iterdir():
             sync(file)
         finish_folder(out)
-    print(out)
+    print(printable(out))
 
 
 def _files_of(model: Path, run: Path) -> list[Path]:

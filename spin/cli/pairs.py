@@ -17,7 +17,7 @@ from spin import config
 from spin.cli.runs import read_config
 from spin.data import ChatTokenizer, Pair, PairStore, Response
 from spin.errors import ConfigError, StoreError
-from spin.files import writing
+from spin.files import replace_text
 from spin.terminal import printable
 
 _QUANTILES = (0, 10, 50, 90, 100)  # per cent
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         if faults:
             raise StoreError("\n".join(faults))
         state = "sealed" if store.is_sealed else "not sealed"
-        print(f"{store.path}: {store.num_shards} shards ({state}), all whole, unchanged, and of this store")
+        print(f"{printable(store.path)}: {store.num_shards} shards ({state}), all whole, unchanged, and of this store")
         return
     answers = [answer for answer in _answers(store) if _passes(answer, arguments)]
     print(printable("\n".join(summary_lines(store, answers))))
@@ -79,14 +79,8 @@ def main(argv: Sequence[str]) -> None:
         for column in ("prompt", "real", "generated"):
             print(f"[{column}] {printable(row[column])}")
     if arguments.export:
-        part = arguments.export.with_name(f".{arguments.export.name}.{os.getpid()}.tmp")
-        with writing(arguments.export):
-            try:
-                part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-                part.rename(arguments.export)
-            finally:
-                part.unlink(missing_ok=True)
-        print(f"\n{len(rows)} answers -> {arguments.export}")
+        replace_text(arguments.export, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        print(f"\n{len(rows)} answers -> {printable(arguments.export)}")
 
 
 def summary_lines(store: PairStore, answers: Sequence[Answer]) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from spin.files import writing
+from spin.files import replace_text
 from spin.report import read_run, render
+from spin.terminal import printable
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,11 +27,5 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(list(argv))
     page = render(read_run(arguments.run))
     out: Path = arguments.out or arguments.run / "report.html"
-    part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with writing(out):
-        try:
-            part.write_text(page, encoding="utf-8")
-            part.rename(out)
-        finally:
-            part.unlink(missing_ok=True)
-    print(out)
+    replace_text(out, page)
+    print(printable(out))

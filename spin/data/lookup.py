@@ -13,7 +13,7 @@ import numpy as np
 from spin.data.types import Pair, Response
 from spin.distributed import World, fail_together
 from spin.errors import OutputError, StoreError
-from spin.files import keep_aside, writing
+from spin.files import keep_aside, open_new, writing
 
 Key = tuple[int, str]
 Item = TypeVar("Item")
@@ -79,12 +79,13 @@ class PairLookup(Mapping[Key, Pair]):
         if path.exists() and not _numbers_file(path).exists():
             keep_aside(path, "is in the way of an iteration's scratch file")
         with writing(path):
-            with part.open("wb") as stream:
+            with open_new(part, "xb") as stream:
                 for pair in pairs:
                     for ids in (pair.prompt_ids, pair.real_ids, *(response.token_ids for response in pair.generated)):
                         stream.write(np.asarray(ids, np.int32).data)
                     numbers.add(pair)
-            np.savez(_numbers_file(part), **numbers.arrays())  # type: ignore[arg-type]
+            with open_new(_numbers_file(part), "xb") as stream:
+                np.savez(stream, **numbers.arrays())  # type: ignore[arg-type]
             _numbers_file(part).rename(_numbers_file(path))
             part.rename(path)
 

@@ -29,7 +29,17 @@ import pyarrow.parquet as pq
 
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
-from spin.files import keep_aside, open_regular, parse_json, read_json, taking_turns, unused_name, write_json, writing
+from spin.files import (
+    keep_aside,
+    open_new,
+    open_regular,
+    parse_json,
+    read_json,
+    taking_turns,
+    unused_name,
+    write_json,
+    writing,
+)
 from spin.fingerprint import file_sha256, json_fingerprint
 
 log = logging.getLogger(__name__)
@@ -265,7 +275,7 @@ class PairStore:
         temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
         with writing(file):
             try:
-                with temporary.open("wb") as stream:
+                with open_new(temporary, "xb") as stream:
                     table = pa.table(columns, schema=_SCHEMA)
                     about = self._about(index) | {"rows": _rows_sha256(table)}
                     table = table.replace_schema_metadata({_ABOUT: json.dumps(about)})

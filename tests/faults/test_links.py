@@ -1,0 +1,101 @@
+"""Links and modules left where this program writes or is started: no file of the user is lost, no code runs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from spin.cli import main
+from spin.data import Pair, PairStore, Response
+from spin.errors import ConfigError, OutputError
+from spin.files import FolderLock, taking_turns
+from spin.metrics import MetricsFile
+from tests.faults.hostile import write_whole_run
+from tests.recipes.helpers import REPO, tiny_config
+
+LURES = ("yaml", "torch", "numpy", "tqdm", "omegaconf", "jinja2", "pyarrow")
+
+
+@pytest.fixture
+def precious(tmp_path):
+    file = tmp_path / "precious"
+    file.write_text("mine")
+    return file
+
+
+def test_a_link_under_a_temporary_name_is_not_followed(tmp_path, precious):
+    """The name of a temporary file can be guessed: links under all of them cost their maker nothing."""
+    run = write_whole_run(tmp_path / "whole")
+    store = next(run.rglob("pairs/manifest.json")).parent
+    for file in (run / "report.html", run / "mine.jsonl", run / "mine.yaml"):
+        (file.parent / f".{file.name}.{os.getpid()}.tmp").symlink_to(precious)
+    for argv in (
+        ["report", str(run)],
+        ["pairs", str(store), "--export", str(run / "mine.jsonl"), "--tokenizer", str(REPO / "tests/assets/tiny_lm")],
+        ["cp", "llama3_2/1B_full", str(run / "mine.yaml")],
+    ):
+        assert main(argv) == 0
+        assert precious.read_text() == "mine", argv
+    new = tmp_path / "store"
+    new.mkdir()
+    for name in ("manifest.json", "shard-00000.parquet"):
+        (new / f".{name}.{os.getpid()}.tmp").symlink_to(precious)
+    made = PairStore.open_or_create(new, {"opponent": "x"}, 1)
+    made.write_shard(0, [Pair("a", 0, [1], [2], generated=[Response([3], "stop")])])
+    assert precious.read_text() == "mine" and made.read_shard(0)
+
+
+def test_locks_and_metrics_are_no_links_and_no_pipes(tmp_path, precious):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".lock").symlink_to(precious)
+    (tmp_path / ".b.lock").symlink_to(precious)
+    (tmp_path / "c").mkdir()
+    os.mkfifo(tmp_path / "c" / ".lock")
+    with pytest.raises(OutputError, match=r"a/\.lock: cannot write \(a link"):
+        FolderLock(tmp_path / "a")
+    with pytest.raises(OutputError, match="a link"), taking_turns(tmp_path / "b"):
+        pass
+    with pytest.raises(OutputError, match="not a regular file"):
+        FolderLock(tmp_path / "c")
+    log = MetricsFile(tmp_path / "metrics.jsonl", from_step=0)
+    (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+    (tmp_path / "metrics.jsonl").symlink_to(precious)
+    with pytest.raises(OutputError, match="a link"):
+        log.write(1, {"loss": 1.0})
+    assert precious.read_text() == "mine"
+
+
+def test_modules_of_the_folder_where_a_command_is_started_are_not_imported(tmp_path):
+    """`cd somebodys_run; python -m spin report .`: the folder may hold a yaml.py."""
+    for name in LURES:
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "recipes")])}
+    for argv in (["report", "."], ["ls"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "spin", *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
+        )
+        assert "Traceback" not in done.stderr and not (tmp_path / "imported").exists(), done.stderr
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.norm_eps=[1]", "model.norm_eps={a: 1}", "model.scale_factor=[[1]]", "model.rope_base={}",
+        "compile=null", "fsdp_reshard_after_forward=null", "allow_components=5", "allow_components=true",
+        "optimizer.weight_decay=[0.1]",
+    ],
+)  # fmt: skip
+def test_lists_maps_and_nulls_for_numbers_are_faults_with_their_key(tmp_path, override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        tiny_config(tmp_path, override)
+
+
+@pytest.mark.parametrize("value", ["1e38", "[1e38]", "1e300", ".inf", "[.nan]", "[[1.0]]", "{a: 1}"])
+def test_learning_rates_that_no_optimizer_takes(tmp_path, value):
+    from spin.checks import check_run
+
+    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
+        check_run(tiny_config(tmp_path, f"optimizer.lr={value}"))
+    assert OmegaConf.select(tiny_config(tmp_path, "optimizer.lr=[1e-4,1e-5]"), "optimizer.lr") == [1e-4, 1e-5]
