@@ -464,7 +464,7 @@ class ChatTokenizer:
             return DataError("the conversation has no messages before the answer. Fix the row.")
         roles = [message["role"] for message in messages]
         given, read = messages[0].get("chat_template_kwargs") or {}, self._row_options(messages)
-        unread = [key for key, value in given.items() if key not in read and value not in (None, "", [], {})]
+        unread = [key for key, value in given.items() if key not in read and value not in (None, False, "", [], {})]
         if unread:
             return DataError(
                 f"chat_template_kwargs has {', '.join(unread)}, which the chat template does not read. Set "

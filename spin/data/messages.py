@@ -223,6 +223,8 @@ def row_to_messages(
         messages = _transformed(data, message_transform, _Context(notes, from_arrow))
     else:
         chosen = detect_format(data, column_map) if row_format == "auto" else row_format
+        if data.get("system") is None and data.get("system_prompt") and "system_prompt" not in names.values():
+            names.setdefault("system", "system_prompt")
         _refuse_columns(data, names, chosen)
         context = _Context(notes, from_arrow, _masked_roles(data.get(names.get("mask", "mask"))))
         messages = _with_system(_PARSERS[chosen](data, names, context), data, names, context, chosen)
@@ -465,10 +467,11 @@ def _with_system(
     row_format: str,
 ) -> list[ChatMessage]:
     """The messages after the row's system column, if it has one and they do not begin with a system message."""
-    system = data.get(names.get("system", "system"))
+    column = names.get("system", "system")
+    system = data.get(column)
     if system is None or not messages:
         return messages
-    system = _text(system, "column 'system'")
+    system = _text(system, f"column {column!r}")
     if not system and row_format == "alpaca":  # LLaMA-Factory writes it for none
         return messages
     if messages[0]["role"] == "system":

@@ -508,8 +508,9 @@ def _table_rows(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
-        header = next(reader, [])
-        if len(set(header)) < len(header) or (header and not all(header)):
+        # pandas writes its index under an empty name, and reads it back under this one
+        header = [name or f"Unnamed: {index}" for index, name in enumerate(next(reader, []))]
+        if len(set(header)) < len(header):
             raise DataError(f"{path.name}:1: columns {header!r:.200}, expected a header of different names.")
         line = reader.line_num
         for cells in reader:

@@ -97,6 +97,11 @@ ROWS = [
     # columns
     Case("OpenAI, TRL, Tulu, SmolTalk: messages", {"messages": [S, Q, A]}, SQA),
     Case("`messages` and a `system` column", {"system": "S", "messages": [Q, A]}, SQA),
+    Case("OpenOrca: a `system_prompt` column", {"system_prompt": "S", **PAIR}, SQA, note="an empty one is none"),
+    Case(
+        "`system_prompt` beside `system`", {"system": "S", "system_prompt": "T", **PAIR}, SQA, unused=("system_prompt",)
+    ),
+    Case("an empty `system_prompt`", {"system_prompt": "", **PAIR}, QA),
     Case(
         "a `system` column beside a system message",
         {"system": "T", "messages": [S, Q, A]},
@@ -277,7 +282,7 @@ ROWS = [
     # options of the template
     Case(
         "SmolTalk2's `chat_template_kwargs`",
-        {"messages": [Q, A], "chat_template_kwargs": {"persona": "Ann", "other": None, "more": []}},
+        {"messages": [Q, A], "chat_template_kwargs": {"persona": "Ann", "other": None, "more": [], "off": False}},
         f"system: You are Ann | {QA}",
         note="the row's options of the template",
     ),

@@ -11,8 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spin.data import prompt_dataset
 from spin.data.sources import read_rows
 from spin.errors import DataError
+from tests.data.test_prompts import Letters
+from tests.data.test_prompts import Letters
 
 
 def write_lines(path, *rows):
@@ -256,6 +259,13 @@ def test_line_breaks_in_csv_and_its_line_numbers(tmp_path):
         ("rows.csv:2", {"prompt": "a\nb", "response": "c"}),
         ("rows.csv:5", {"prompt": "d", "response": None}),
     ]
+
+
+def test_the_index_that_pandas_writes_into_csv_is_a_column_that_is_not_used(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame([{"prompt": "Q", "response": "A"}, {"prompt": "Q2", "response": "A2"}]).to_csv(tmp_path / "x.csv")
+    data = prompt_dataset(Letters(), source=str(tmp_path / "x.csv"))
+    assert len(data) == 2 and data.report.unused == ["Unnamed: 0"]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
