@@ -15,7 +15,6 @@ from spin.data import prompt_dataset
 from spin.data.sources import read_rows
 from spin.errors import DataError
 from tests.data.test_prompts import Letters
-from tests.data.test_prompts import Letters
 
 
 def write_lines(path, *rows):
