@@ -980,6 +980,11 @@ def _build(
         key: _build_nested(value, f"{where}.{key}", where, own) for key, value in node.items() if key not in left_out
     }
     kwargs.update(supplied)
+    if kind is KINDS["tokenizer"]:
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken keeps copies by path, of files that have changed since
+        for key, value in kwargs.items():
+            if isinstance(value, str) and _PATH_KEY.fullmatch(key) and "://" in value:
+                raise ConfigError(f"{where}.{key}: found {value!r:.100}, expected a path; nothing is downloaded.")
     try:
         inspect.signature(component).bind(*args, **kwargs)
     except TypeError as error:

@@ -1,5 +1,6 @@
 """Links and modules left where this program writes or is started: no file of the user is lost, no code runs."""
 
+import base64
 import os
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from spin.cli import main
+from spin.config import instantiate
 from spin.data import Pair, PairStore, Response
 from spin.errors import ConfigError, OutputError
 from spin.files import FolderLock, taking_turns
@@ -99,3 +101,19 @@ def test_learning_rates_that_no_optimizer_takes(tmp_path, value):
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         check_run(tiny_config(tmp_path, f"optimizer.lr={value}"))
     assert OmegaConf.select(tiny_config(tmp_path, "optimizer.lr=[1e-4,1e-5]"), "optimizer.lr") == [1e-4, 1e-5]
+
+
+def test_a_tokenizer_is_read_from_its_file_alone(tmp_path, monkeypatch):
+    """tiktoken would fetch an address, and go on with its copy of a file that was changed."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
+    node = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "http://127.0.0.1:9/tokenizer.model"}
+    cfg = OmegaConf.create({"tokenizer": node})
+    with pytest.raises(ConfigError, match=r"tokenizer\.path: found 'http.*expected a path"):
+        instantiate(cfg.tokenizer)
+    file = tmp_path / "tokenizer.model"
+    cfg.tokenizer.path = str(file)
+    sizes = []
+    for count in (256, 255):
+        file.write_text("".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(count)))
+        sizes.append(instantiate(cfg.tokenizer).base_vocab_size)
+    assert sizes == [256, 255] and not (tmp_path / "cache").exists()
