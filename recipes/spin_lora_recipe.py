@@ -73,6 +73,7 @@ from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics, spee
 from spin.mixed_opponent import mix_references, weights_of_start
 from spin.models import build_model, choose_attention, make_room, prepare_model, row_layout, training_options
 from spin.nonfinite import NonFiniteGuard, check_last_update
+from spin.optim import optimizer_step
 from spin.plan import RunPlan
 from spin.schedules import lr_factor, per_iteration
 from spin.stopping import StopRequest, words_of_stop
@@ -332,7 +333,7 @@ class SPINLoRARecipe:
             group["lr"] = lr
         moved = MovedShare(self._model)
         if metrics:  # a batch that is left out, or whose pairs all are, moves nothing, momentum included
-            self._optimizer.step()
+            optimizer_step(self._optimizer)
             self._trained_in = iteration
         self._optimizer.zero_grad(set_to_none=True)
         moved_share = moved.share(world)

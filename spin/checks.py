@@ -224,6 +224,7 @@ def check_run(cfg: DictConfig) -> None:
     if isinstance(plain["validation_dataset"], dict) and plain["validation_dataset"].get("streaming"):
         faults.add("validation_dataset.streaming=true: a validation set is the same each time. Use its limit alone.")
     logger = str(plain["metric_logger"].get("_component_")).rpartition(".")[2] if plain["metric_logger"] else ""
+    _check_logger(plain["metric_logger"] or {}, faults)
     package = _PACKAGES.get(logger)
     if package is not None and importlib.util.find_spec(package) is None:
         faults.add(
@@ -233,6 +234,24 @@ def check_run(cfg: DictConfig) -> None:
     if plain["validation"]["spin"] and plain["validation_dataset"] is None:
         faults.add("validation.spin=true needs a validation_dataset.")
     faults.raise_if_any()
+
+
+def _check_logger(section: Mapping[str, Any], faults: Faults) -> None:
+    """A service's library takes further settings: among them programs to run and servers that get the key."""
+    for key, value in section.items():
+        items = value if isinstance(value, list) else [value]
+        if key not in ("_component_", "_extra_") and (
+            key == "settings" or any(isinstance(item, dict | list) for item in items)
+        ):
+            faults.add(
+                f"metric_logger.{key}: found {value!r:.80}, expected a number, a text, a switch or a list of them."
+            )
+    name = section.get("filename")
+    if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.(txt|log)", name)):
+        faults.add(
+            f"metric_logger.filename={name!r}: lines are appended to it; expected a name such as log.txt, without a "
+            "folder (that is log_dir)."
+        )
 
 
 _COMPARED_BY_CONTENT = {"source", "path", "data_dir", "data_files", "checkpoint_dir", "model_dir"}

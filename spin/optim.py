@@ -231,6 +231,31 @@ class AdamWStochasticRounding(_ShardedAdamW):
             )
 
 
+def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
+    """Updates the weights; an optimizer that cannot update such weights at all says so in its first step.
+
+    Args:
+        optimizer (torch.optim.Optimizer): with gradients.
+
+    Raises:
+        ConfigError: If the first step fails, unless for want of memory, the device or another rank.
+    """
+    is_first = not optimizer.state
+    try:
+        optimizer.step()
+    except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
+        not_its_own = (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError)
+        if not is_first or isinstance(error, not_its_own) or "out of memory" in str(error):
+            raise
+        kind = type(optimizer)
+        problem = str(error).strip().split("\n", 1)[0][:300].rstrip(".")
+        raise ConfigError(
+            f"optimizer: {kind.__module__}.{kind.__name__} cannot update the model's weights: {problem}. No checkpoint "
+            "was written of it. Check the section, or choose another, such as torch.optim.AdamW; SPIN_TRACEBACK=1 shows "
+            "where it happened."
+        ) from error
+
+
 def _block_size(parameter: torch.Tensor) -> int:
     """Values that share a scale, all in one row; 0 for a parameter whose moments are not quantized."""
     block = math.gcd(math.prod(parameter.shape[1:]), _MAX_BLOCK)
