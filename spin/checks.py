@@ -224,7 +224,8 @@ def check_run(cfg: DictConfig) -> None:
     if isinstance(plain["validation_dataset"], dict) and plain["validation_dataset"].get("streaming"):
         faults.add("validation_dataset.streaming=true: a validation set is the same each time. Use its limit alone.")
     logger = str(plain["metric_logger"].get("_component_")).rpartition(".")[2] if plain["metric_logger"] else ""
-    _check_logger(plain["metric_logger"] or {}, faults)
+    if str((plain["metric_logger"] or {}).get("_component_")).startswith("torchtune."):  # not one of the user's own
+        _check_logger(plain["metric_logger"], faults)
     package = _PACKAGES.get(logger)
     if package is not None and importlib.util.find_spec(package) is None:
         faults.add(

@@ -250,9 +250,9 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
         kind = type(optimizer)
         problem = str(error).strip().split("\n", 1)[0][:300].rstrip(".")
         raise ConfigError(
-            f"optimizer: {kind.__module__}.{kind.__name__} cannot update the model's weights: {problem}. No checkpoint "
-            "was written of it. Check the section, or choose another, such as torch.optim.AdamW; SPIN_TRACEBACK=1 shows "
-            "where it happened."
+            f"optimizer: {kind.__module__}.{kind.__name__} cannot update the model's weights: {problem}. No "
+            "checkpoint was written of it. Check the section, or choose another, such as torch.optim.AdamW; "
+            "SPIN_TRACEBACK=1 shows where it happened."
         ) from error
 
 
