@@ -637,6 +637,12 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], dict[str, str], _Context], list
 
 def _transformed(data: Mapping[str, Any], transform: MessageTransform, context: _Context) -> list[ChatMessage]:
     label = type(transform).__name__ if not hasattr(transform, "__name__") else transform.__name__
+    # torchtune's own transforms load an image from wherever the row says: a file of this machine, any address
+    columns = getattr(transform, "column_map", None) or getattr(transform, "_column_map", None) or {}
+    if type(transform).__module__.startswith("torchtune.") and (
+        _is_set(data.get(columns.get("image", "image"))) or _has_image(data)
+    ):
+        raise DataError("the row has an image; only text is supported, and nothing was loaded. Remove the row.")
     try:
         sample = transform(dict(data))
     except _TRANSFORM_FAULTS as error:
@@ -649,6 +655,13 @@ def _transformed(data: Mapping[str, Any], transform: MessageTransform, context: 
             f"dataset.message_transform {label} returned no list under 'messages'. Use a torchtune transform."
         )
     return [_from_torchtune(message, index, context) for index, message in enumerate(sample["messages"])]
+
+
+def _has_image(value: object) -> bool:
+    """Whether a content list anywhere in a row has an image, as OpenAI writes it."""
+    if isinstance(value, Mapping):
+        return value.get("type") == "image_url" or any(map(_has_image, value.values()))
+    return isinstance(value, list) and any(map(_has_image, value))
 
 
 def _from_torchtune(message: Any, index: int, context: _Context) -> ChatMessage:

@@ -201,6 +201,24 @@ def test_torchtune_transforms():
         row_to_messages(openai, message_transform=ShareGPTToMessages())
 
 
+def test_torchtune_transforms_load_no_image():
+    """They would open what the row names, a file of this machine or any address, before anything could refuse it."""
+    from torchtune.data import InputOutputToMessages, OpenAIToMessages, ShareGPTToMessages
+
+    address = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
+    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
+    for row, transform in (
+        ({"messages": [{"role": "user", "content": [address]}, ASSISTANT]}, OpenAIToMessages()),
+        ({"conversations": turns, "image": "/etc/hostname"}, ShareGPTToMessages(image_tag="<image>")),
+        (
+            {"input": "Q", "output": "A", "picture": "/etc/hostname"},
+            InputOutputToMessages(column_map={"input": "input", "output": "output", "image": "picture"}),
+        ),
+    ):
+        with pytest.raises(DataError, match="has an image; only text is supported, and nothing was loaded"):
+            row_to_messages(row, message_transform=transform)
+
+
 def test_transform_that_returns_something_else():
     for returned in (None, {"tokens": [1]}, {"messages": [5]}):
         with pytest.raises(DataError, match="transform"):
