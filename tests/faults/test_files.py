@@ -165,19 +165,18 @@ def test_the_earlier_state_outlives_a_disk_that_fills_up_later(tmp_path):
 
 @pytest.mark.parametrize("name", ["config.yaml", "samples.jsonl", "metrics.jsonl"])
 def test_other_files_are_named_too(tmp_path, name):
-    """/dev/full takes no byte, and a folder's name is taken."""
+    """A folder has the name."""
 
     class Full(SPINRecipe):
         def setup(self):
             super().setup()
             if name != "config.yaml":
                 (tmp_path / name).unlink()
-                (tmp_path / name).symlink_to("/dev/full")
+                (tmp_path / name).mkdir()
 
     if name == "config.yaml":
         (tmp_path / name).mkdir()
-    reason = "Is a directory" if name == "config.yaml" else "No space left on device"
-    with pytest.raises(OutputError, match=rf"{name}: cannot write \({reason}\)"):
+    with pytest.raises(OutputError, match=rf"{name}: cannot write \(Is a directory\)"):
         run(tmp_path, "max_iterations=1", "max_epochs=1", recipe_class=Full)
 
 

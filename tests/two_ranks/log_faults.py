@@ -15,14 +15,14 @@ SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null")
 folder = Path(sys.argv[1])
 
 
-class DiskFills(SPINRecipe):
-    """/dev/full takes no byte: from the second step on, metrics.jsonl is there."""
+class NameIsTaken(SPINRecipe):
+    """From the second step on a folder has the name of metrics.jsonl."""
 
     def _log(self, metrics):
         file = self._output_dir / "metrics.jsonl"
         if self._progress.step == 2 and self._world.is_main:
             file.rename(file.with_suffix(".kept"))
-            file.symlink_to("/dev/full")
+            file.mkdir()
         super()._log(metrics)
 
 
@@ -43,16 +43,17 @@ def error_of(recipe):
 for save_interval, ends_after in ((0, 3), (1, 2)):  # a step's collective takes it along, or the next state does
     output = folder / f"save_every_{save_interval}"
     changes = (*SHORT, f"save_interval={save_interval}")
-    recipe = DiskFills(tiny_config(output, *changes))
+    recipe = NameIsTaken(tiny_config(output, *changes))
     message = error_of(recipe)
-    assert message.startswith(f"rank 0: {output}/metrics.jsonl: cannot write (No space left on device)."), message
+    assert message.startswith(f"rank 0: {output}/metrics.jsonl: cannot write (Is a directory)."), message
     assert recipe._progress.step == ends_after
     states = sorted(path.name for path in (output / "checkpoints").glob("step_*"))
     assert states == ["step_00000001"] * save_interval, states  # none whose log lacks a line
     if recipe._world.is_main:
+        (output / "metrics.jsonl").rmdir()
         (output / "metrics.kept").replace(output / "metrics.jsonl")
     barrier(recipe._world)
-    recipe = SPINRecipe(tiny_config(output, *changes))  # there is space again
+    recipe = SPINRecipe(tiny_config(output, *changes))  # the folder is gone
     recipe.setup()
     recipe.train()
     recipe._checkpointer.close()
