@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import json
 import logging
 import math
@@ -154,15 +155,6 @@ def keep_aside(path: Path, because: str) -> Path:
         os.rename(path, aside)
     log.warning(f"{path} {because}: kept as {aside.name}.")
     return aside
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Writes JSON and waits until it is on the disk."""
-    with open_new(file) as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def open_new(file: Path, mode: str = "x") -> IO[Any]:
@@ -399,29 +391,69 @@ def json_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             yield line, row
 
 
-def replace_text(file: Path, text: str, private: bool = False) -> None:
-    """Writes a text file that appears whole: temporary name, fsync, rename.
+@contextmanager
+def atomic_write(file: Path, mode: str = "x", private: bool = False) -> Iterator[IO[Any]]:
+    """Writes a file that appears whole or not at all: temporary name, fsync, rename.
 
     Args:
         file (Path): its folder exists; a file that is there is replaced.
-        text (str): the content.
+        mode (str): ``x`` for text in UTF-8, ``xb`` for bytes.
         private (bool): nobody but its owner may read it.
+
+    Yields:
+        IO[Any]: what to write to; it gets its name if the block ends without an error.
 
     Raises:
         OutputError: If it cannot be written; what was there before stays.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with writing(file):
+        for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
+            if not _is_alive(leftover.name.split(".")[-2]):  # it was killed while it wrote
+                leftover.unlink(missing_ok=True)
         try:
-            with open_new(temporary) as stream:
+            with open_new(temporary, mode) as stream:
                 if private:
                     os.fchmod(stream.fileno(), 0o600)
-                stream.write(text)
+                yield stream
                 stream.flush()
                 os.fsync(stream.fileno())
             temporary.rename(file)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def replace_text(file: Path, text: str, private: bool = False) -> None:
+    """Writes a text file that appears whole; see :func:`atomic_write`.
+
+    Args:
+        file (Path): its folder exists; a file that is there is replaced.
+        text (str): the content.
+        private (bool): nobody but its owner may read it.
+    """
+    with atomic_write(file, private=private) as stream:
+        stream.write(text)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Writes a JSON file that appears whole; see :func:`atomic_write`.
+
+    Args:
+        file (Path): its folder exists; a file that is there is replaced.
+        content (Any): what JSON can hold.
+    """
+    text = json.dumps(content, indent=2)
+    replace_text(file, text + "\n")
 
 
 def sync(path: Path) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from spin.cli.catalog import recipe_files
 from spin.config import configs_root, packaged_configs
 from spin.errors import ConfigError, OutputError
-from spin.files import open_new, writing
+from spin.files import atomic_write, writing
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,14 +44,8 @@ def main(argv: Sequence[str]) -> None:
         raise OutputError(f"{target.parent}: no such folder. Make it, or give --make-parents.")
     if target.exists() and not arguments.force:
         raise OutputError(f"{target}: is there already. Choose another name, or give --force to replace it.")
-    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    with writing(target):
-        try:
-            with open_new(part, "xb") as stream:
-                stream.write(source.read_bytes())
-            part.rename(target)
-        finally:
-            part.unlink(missing_ok=True)
+    with atomic_write(target, "xb") as stream:
+        stream.write(source.read_bytes())
     print(f"{arguments.name} -> {target}")
     if target.name == source.name and target.stem in recipe_files():
         print(

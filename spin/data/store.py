@@ -15,7 +15,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,8 +29,8 @@ import pyarrow.parquet as pq
 from spin.data.types import Pair, Response
 from spin.errors import StoreError
 from spin.files import (
+    atomic_write,
     keep_aside,
-    open_new,
     open_regular,
     parse_json,
     read_json,
@@ -165,7 +164,7 @@ class PairStore:
         }
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        _replace_json(path / MANIFEST, manifest)
+        write_json(path / MANIFEST, manifest)
         return cls(path, manifest)
 
     @property
@@ -232,7 +231,7 @@ class PairStore:
         if self.is_sealed and self.missing_shards():
             self.manifest = {name: self.manifest[name] for name in ("format_version", "fingerprint", "num_shards")}
             self.manifest["sealed"] = False
-            _replace_json(self.path / MANIFEST, self.manifest)
+            write_json(self.path / MANIFEST, self.manifest)
 
     def write_shard(self, index: int, pairs: Sequence[Pair]) -> None:
         """Writes a shard: temporary name, fsync, rename.
@@ -272,20 +271,12 @@ class PairStore:
             "opponent": [self.opponent] * len(rows),
         }
         file = self._shard(index)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-        with writing(file):
-            try:
-                with open_new(temporary, "xb") as stream:
-                    table = pa.table(columns, schema=_SCHEMA)
-                    about = self._about(index) | {"rows": _rows_sha256(table)}
-                    table = table.replace_schema_metadata({_ABOUT: json.dumps(about)})
-                    pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-                self._check_is_still_mine()
-                temporary.rename(file)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with atomic_write(file, "xb") as stream:
+            table = pa.table(columns, schema=_SCHEMA)
+            about = self._about(index) | {"rows": _rows_sha256(table)}
+            table = table.replace_schema_metadata({_ABOUT: json.dumps(about)})
+            pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
+            self._check_is_still_mine()
 
     def seal(self, report: Mapping[str, Any] | None = None) -> None:
         """Records the checksum of every shard, once. Call it on one rank when no shard is missing; workers may call it
@@ -339,7 +330,7 @@ class PairStore:
         self.manifest["report"] = dict(report)
         self.manifest["sealed_at"] = time.time()
         self.manifest["sealed"] = True
-        _replace_json(self.path / MANIFEST, self.manifest)
+        write_json(self.path / MANIFEST, self.manifest)
 
     def read_shard(self, index: int) -> list[Pair]:
         """The pairs of a shard, token ids as views on one array.
@@ -527,13 +518,3 @@ def _pairs_of(table: pa.Table) -> list[Pair]:
             )
         )
     return pairs
-
-
-def _replace_json(file: Path, content: Mapping[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with writing(file):
-        try:
-            write_json(temporary, content)
-            temporary.rename(file)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -108,8 +108,8 @@ def test_a_worker_of_another_config_does_not_mix_its_shards_with_those_of_the_ot
 SLOW_BEGINNING = """
 import sys, time
 import spin.data.store as store
-write = store._replace_json
-store._replace_json = lambda *args: (time.sleep(1.0), write(*args))
+write = store.write_json
+store.write_json = lambda *args: (time.sleep(1.0), write(*args))
 print(store.PairStore.open_or_create(sys.argv[1], {"opponent": "w0"}, 2).num_shards)
 """
 
