@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from spin.core.ranks import World
 from spin.data import PackedRow, Pair, pack_batch, pack_row, plan_rows
-from spin.data.packing import padded_length
-from spin.distributed import World
-from spin.logprobs import pair_objective, response_logps
 from spin.loss import SPINLoss
+from spin.pairs.packing import padded_length
+from spin.reference.logprobs import pair_objective, response_logps
 
 LOSS = SPINLoss(beta=0.1)
 ROW_MULTIPLE = 128  # tokens; FlexAttention takes whole blocks

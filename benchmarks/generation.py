@@ -41,11 +41,12 @@ from torch import nn
 from vllm_arms import close_engines, engines_of, vllm_arms
 from work import MODELS, hf_twin, listed, log_normal_lengths, randomize
 
-from spin.distributed import World, init_world, materialize, shard_model, shutdown
-from spin.files import write_json
+from spin.core.files import write_json
+from spin.core.ranks import World, init_world, shutdown
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator
-from spin.models import build_model, prepare_model
-from spin.selfplay import awake
+from spin.generators.engines import awake
+from spin.model.build import build_model, prepare_model
+from spin.model.sharding import materialize, shard_model
 
 GIB = 2**30
 PROMPT_TOKENS = (50, 350)  # shortest and longest
@@ -625,7 +626,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _vllm_version() -> str | None:
-    from spin.errors import ConfigError
+    from spin.core.errors import ConfigError
     from spin.generators.vllm import vllm_version
 
     try:

@@ -44,13 +44,14 @@ from spin_recipe import SPINRecipe
 from transformers import AutoTokenizer
 from work import MIXES, MODELS, Sizes, floor_of_work, llama_config, log_normal_lengths, randomize
 
-from spin.config import complete, load_config
-from spin.data.store import PairStore
-from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
-from spin.distributed import World, gather_objects, init_world, materialize, shard_model, shutdown
-from spin.files import write_json
-from spin.hf import export_hf
-from spin.models import build_model
+from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
+from spin.config.parse import complete, load_config
+from spin.core.files import write_json
+from spin.core.ranks import World, gather_objects, init_world, shutdown
+from spin.model.build import build_model
+from spin.model.hf import export_hf
+from spin.model.sharding import materialize, shard_model
+from spin.pairs.store import PairStore
 
 GIB = 2**30
 REPO = Path(__file__).resolve().parents[1]

@@ -2,7 +2,7 @@
 
 Random weights and tokens, nothing is read but the config: two optimizer steps over the rows of a batch of pairs of a
 given mean length, then answers to as many prompts of the greatest length as the generator takes at a time. Prints both
-peaks of torch's allocator beside :func:`spin.estimate.estimate`, and writes them as JSON.
+peaks of torch's allocator beside :func:`spin.cli.estimate.estimate`, and writes them as JSON.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch import nn
 from torchtune import training
 
 from spin import config
-from spin.adapters import fill_nf4, nf4_of
+from spin.cli.estimate import estimate
+from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
+from spin.core.ranks import init_world, shutdown
 from spin.data import Pair
-from spin.data.packing import pack_batch
-from spin.data.types import Response
-from spin.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
-from spin.distributed import accumulating, clip_grad_norm, init_world, shutdown
-from spin.estimate import estimate
 from spin.generators import GeneratorContext, TorchtuneGenerator, sampling_params
-from spin.logprobs import pair_objective
-from spin.lora import init_adapters, prepare_adapters, trainable
-from spin.models import build_model, choose_attention, prepare_model, row_layout, training_options
+from spin.model.adapters import fill_nf4, nf4_of
+from spin.model.build import build_model, choose_attention, prepare_model, row_layout, training_options
+from spin.model.lora import init_adapters, prepare_adapters, trainable
+from spin.model.sharding import accumulating, clip_grad_norm
+from spin.pairs.packing import pack_batch
+from spin.reference.logprobs import pair_objective
+from spin.types import Response
 
 GIB = 2**30
 

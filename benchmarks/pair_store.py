@@ -49,9 +49,9 @@ def run(num_pairs: int, folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from spin.data import Pair, PairStore, Response, epoch_order
-    from spin.data.filters import filter_pairs
-    from spin.data.lookup import LazySequence, PairLookup
-    from spin.data.shards import split_evenly
+    from spin.pairs.filters import filter_pairs
+    from spin.pairs.lookup import LazySequence, PairLookup
+    from spin.pairs.shards import split_evenly
 
     num_shards = -(-num_pairs // PAIRS_PER_SHARD)
     parts = split_evenly(num_pairs, num_shards)

@@ -29,7 +29,7 @@ from training_step import Bench
 from work import heads_of, hf_twin, randomize
 
 from spin.data import PackedRow, Pair
-from spin.distributed import (
+from spin.model.sharding import (
     clean_name,
     clip_grad_norm,
     full_tensor,
@@ -38,7 +38,7 @@ from spin.distributed import (
     reshard,
     shard_model,
 )
-from spin.logprobs import linear_logprob, pair_objective, segment_sums
+from spin.reference.logprobs import linear_logprob, pair_objective, segment_sums
 
 BETA = LOSS.beta
 MAX_NORM = 1.0  # gradients are clipped to this norm, which every recipe and trainer here does by default

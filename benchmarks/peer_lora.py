@@ -21,10 +21,10 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import disable_adapter
 from work import llama_config
 
-from spin.distributed import clean_name, local_tensor, materialize, shard_model
-from spin.lora import prepare_adapters
-from spin.models import build_model
-from spin.peft import export_peft
+from spin.checkpoint.peft import export_peft
+from spin.model.build import build_model
+from spin.model.lora import prepare_adapters
+from spin.model.sharding import clean_name, local_tensor, materialize, shard_model
 
 # of configs/llama3_1/8B_lora.yaml
 ADAPTERS = {

@@ -22,7 +22,7 @@ from training_step import WORKERS
 from work import hf_twin
 
 from spin.data import Pair, PairStore, Response
-from spin.reference import score_batches
+from spin.reference.stage import score_batches
 
 HERE = Path(__file__).parent
 BATCHES = 4  # global batches of the reference pass

@@ -39,10 +39,11 @@ from training_step import ceilings
 from training_step import parse_args as training_arguments
 from work import MIXES, MODELS, floor_of_work, listed
 
+from spin.core.files import write_json
+from spin.core.packages import installed_version
+from spin.core.ranks import shutdown
 from spin.data import Pair
-from spin.distributed import local_tensor, shutdown
-from spin.files import write_json
-from spin.packages import installed_version
+from spin.model.sharding import local_tensor
 
 GIB = 2**30
 PARTS = ("step", "reference", "generation", "iteration", "lora8b")

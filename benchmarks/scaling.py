@@ -40,8 +40,8 @@ import torch
 from page import scaling_section
 from work import MODELS, listed
 
-from spin.files import write_json
-from spin.packages import VLLM, installed_version, installed_vllm
+from spin.core.files import write_json
+from spin.core.packages import VLLM, installed_version, installed_vllm
 
 HERE = Path(__file__).resolve().parent
 PARTS = ("step", "checkpoint", "iteration")
@@ -55,7 +55,7 @@ LARGE = "llama3_1_8b"
 # as configs/llama3_1/8B_full.yaml, but with AdamW's moments in 8 bits and without activation checkpointing
 LARGE_OVERRIDES = (
     "checkpointer.model_type=LLAMA3", "fsdp_reshard_after_forward=true", "fsdp_accumulate_unsharded=false",
-    "optimizer._component_=spin.optim.AdamW8bit", "~optimizer.fused",
+    "optimizer._component_=spin.training.AdamW8bit", "~optimizer.fused",
 )  # fmt: skip
 ERROR = re.compile(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception): .*)$", re.MULTILINE)
 

@@ -58,25 +58,16 @@ from work import (
     randomize,
 )
 
+from spin.config.defaults import RECIPE_DEFAULTS
+from spin.core.files import write_json
+from spin.core.ranks import World, barrier, gather_objects, init_world, shutdown
 from spin.data import Pair, pack_row
-from spin.data.loader import load_rows
-from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import (
-    World,
-    accumulating,
-    barrier,
-    clip_grad_norm,
-    gather_objects,
-    init_world,
-    materialize,
-    shard_model,
-    shutdown,
-)
-from spin.files import write_json
-from spin.logprobs import pair_objective, response_logps
-from spin.models import build_model, choose_attention, prepare_model
-from spin.optim import AdamW8bit
-from spin.reference import score_batches
+from spin.model.build import build_model, choose_attention, prepare_model
+from spin.model.sharding import accumulating, clip_grad_norm, materialize, shard_model
+from spin.pairs.loader import load_rows
+from spin.reference.logprobs import pair_objective, response_logps
+from spin.reference.stage import score_batches
+from spin.training.optim import AdamW8bit
 
 WHAT = ("ladder", "optimizer_step", "reference", "scaling", "head", "profile")
 GIB = 2**30

@@ -23,9 +23,9 @@ import torch
 from rounds import free
 from work import llama_config
 
-from spin.distributed import named_full_tensors
 from spin.generators import GeneratorContext, SamplingParams, VLLMGenerator
-from spin.selfplay import awake
+from spin.generators.engines import awake
+from spin.model.sharding import named_full_tensors
 
 GIB = 2**30
 MAX_MODEL_LEN = 2048

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torchtune.models.convert_weights import tune_to_hf
 
+from spin.core.ranks import World
 from spin.data import Pair, Response
-from spin.distributed import World, local_tensor, named_full_tensors
+from spin.model.sharding import local_tensor, named_full_tensors
 
 # mean tokens of prompt, real and generated responses
 MIXES = {"short": (199, 278, 278), "long": (498, 288, 287), "third": (131, 288, 209)}

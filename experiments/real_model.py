@@ -24,7 +24,7 @@ import yaml
 from real_pool import run_jobs
 from real_report import write_report
 
-from spin.files import write_json
+from spin.core.files import write_json
 
 PLAN = Path(__file__).with_suffix(".yaml")
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spin.files import write_json
+from spin.core.files import write_json
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 # column head, measurement, format; arrows say which way is better

@@ -18,17 +18,17 @@ from omegaconf import DictConfig
 from real_metrics import chosen_right, classifier_accuracy, distinct_share, repeated_share, says_number
 from spin_recipe import DEFAULTS, SPINRecipe
 
-from spin import selfplay
-from spin.checkpoint import SPINCheckpointer
-from spin.config import complete, load_config
+from spin.checkpoint.states import SPINCheckpointer
+from spin.config.parse import complete, load_config
 from spin.data import Pair, prompt_dataset
-from spin.data.loader import RowBatch
-from spin.distributed import accumulating, clip_grad_norm
-from spin.generators.base import Completion
+from spin.generators.engines import awake
+from spin.generators.generator import Completion
 from spin.generators.sampling import sample_seed
-from spin.logprobs import pair_objective
-from spin.reference import score_batches
-from spin.schedules import lr_factor
+from spin.model.sharding import accumulating, clip_grad_norm
+from spin.pairs.loader import RowBatch
+from spin.reference.logprobs import pair_objective
+from spin.reference.stage import score_batches
+from spin.training.schedules import lr_factor
 
 SUM_TOKENS = 48  # of an answer to a sum
 TARGET_KL = 5.0  # nats an answer
@@ -98,7 +98,7 @@ class MeasuredSPIN(SPINRecipe):
     def _measure(self) -> dict[str, Any]:
         prompts = [self._val_prompts[i] for i in range(self._plan.num_val_samples)]
         sums = list(self._questions["sums"])
-        with selfplay.awake(self._generator, self._model):
+        with awake(self._generator, self._model):
             answers = self._answer(prompts, self._sampling)
             # greedy, as one answers a sum
             short = replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=SUM_TOKENS)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from spin.files import write_json
+from spin.core.files import write_json
 from spin.loss import SPINLoss
 
 OUT = Path(__file__).parents[1] / "docs" / "experiments"

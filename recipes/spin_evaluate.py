@@ -31,19 +31,23 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from spin import config, evaluation, selfplay
-from spin.checks import inputs_of_config, inputs_of_files
+from spin import config
+from spin.config.defaults import RECIPE_DEFAULTS
+from spin.core.errors import DataError, OutputError
+from spin.core.files import FolderLock, replace_text, writing
+from spin.core.ranks import barrier, broadcast_object, check_ranks_agree, fail_together, init_world, shutdown
+from spin.core.terminal import get_logger, progress_bar
 from spin.data import Prompt, PromptDataset
 from spin.data.dates import fix_date
-from spin.data.shards import missing_shards, open_store, seal
-from spin.data.types import Response
-from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import barrier, broadcast_object, check_ranks_agree, fail_together, init_world, shutdown
-from spin.errors import DataError, OutputError
-from spin.files import FolderLock, replace_text, writing
+from spin.evaluation import verdicts
+from spin.evaluation.models import PLAYER_DEFAULTS, Player, check_evaluation, players_of
 from spin.generators import sampling_params
-from spin.players import PLAYER_DEFAULTS, Player, check_evaluation, players_of
-from spin.terminal import get_logger, progress_bar
+from spin.generators import stage as selfplay
+from spin.generators.engines import awake, team_of
+from spin.pairs.shards import missing_shards, open_store, seal
+from spin.reference.generator_check import prove_weights
+from spin.run.resume import inputs_of_config, inputs_of_files
+from spin.types import Response
 
 log = get_logger("INFO")
 
@@ -59,8 +63,8 @@ DEFAULTS: dict[str, Any] = {
         "tokenizer": None,
         "sampling": RECIPE_DEFAULTS["sampling"] | {"temperature": 0.0, "max_new_tokens": 512},
         "system_prompt": None,
-        "template": evaluation.DEFAULT_TEMPLATE,
-        "pattern": evaluation.DEFAULT_PATTERN,
+        "template": verdicts.DEFAULT_TEMPLATE,
+        "pattern": verdicts.DEFAULT_PATTERN,
     },
     "exact_match": {"pattern": None, "column": None, "reference_pattern": None},
     "prompts_per_shard": 64,
@@ -151,7 +155,7 @@ class SPINEvaluate:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             replace_text(folder / "rows.jsonl", lines)
             replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-            print(evaluation.summary_table(summary), f"rows and summary: {folder}", sep="\n\n", flush=True)
+            print(verdicts.summary_table(summary), f"rows and summary: {folder}", sep="\n\n", flush=True)
         barrier(self._world)
         if summary["win_rate"] is None:
             example = json.dumps(next(row["judge_texts"][0] for row in rows if row["outcome"] is None))
@@ -197,17 +201,15 @@ class SPINEvaluate:
                 log.info(f"{player.name}: {len(missing)} of {store.num_shards} shards of answers to make")
             model = player.load(world, cfg.compute_dtype) if player.has_weights else None
             generator = generator or player.generator(model, world)
-            team = selfplay.team_of(generator, world)
+            team = team_of(generator, world)
             mine = selfplay.own_shards(missing, store, game, team)
             own = math.ceil(len(prompts) * len(mine) / store.num_shards)  # about so many prompts
             with progress_bar(player.name, "prompt", own, enabled=world.is_main) as bar:
                 # a generator without weights answers by itself
-                with nullcontext() if model is None else selfplay.awake(generator, model):
+                with nullcontext() if model is None else awake(generator, model):
                     if model is not None:
                         packing = {"row_tokens": min(8192, player.context)}
-                        selfplay.prove_weights(
-                            generator, model, world, prompts, sampling, packing=packing, chunk_tokens=2048
-                        )
+                        prove_weights(generator, model, world, prompts, sampling, packing=packing, chunk_tokens=2048)
                     with fail_together(world, OutputError):  # inside, each rank makes its shards by itself
                         selfplay.play(store, mine, game, generator, team=team, on_shard=bar.update)
         if generator is not None:
@@ -227,8 +229,8 @@ class SPINEvaluate:
         messages = self._originals[sample_id].messages
         row: dict[str, Any] = {
             "sample_id": sample_id,
-            "prompt": evaluation.conversation_text(messages[:-1]),
-            "reference": evaluation.message_text(messages[-1]),
+            "prompt": verdicts.conversation_text(messages[:-1]),
+            "reference": verdicts.message_text(messages[-1]),
         }
         for role in ("candidate", "baseline"):
             text, response = answers[role][sample_id]
@@ -248,8 +250,8 @@ class SPINEvaluate:
                 row |= {"judge_texts": [], "verdicts": [], "outcome": "tie"}
                 continue
             said = [texts[f"{row['sample_id']}#{first}"][0] for first in ("candidate", "baseline")]
-            verdicts = [evaluation.read_verdict(text, cfg.pattern) for text in said]
-            row |= {"judge_texts": said, "verdicts": verdicts, "outcome": evaluation.outcome_of(*verdicts)}
+            found = [verdicts.read_verdict(text, cfg.pattern) for text in said]
+            row |= {"judge_texts": said, "verdicts": found, "outcome": verdicts.outcome_of(*found)}
 
     def _questions(self, rows: Iterable[dict[str, Any]]) -> Iterable[Prompt]:
         """What the judge is asked, as token ids: each pair of answers in both orders."""
@@ -259,7 +261,7 @@ class SPINEvaluate:
         for row in rows:
             for first, second in (("candidate", "baseline"), ("baseline", "candidate")):
                 fields = {"prompt": row["prompt"], "reference": row["reference"]}
-                text = evaluation.fill_template(cfg.template, first=row[first], second=row[second], **fields)
+                text = verdicts.fill_template(cfg.template, first=row[first], second=row[second], **fields)
                 ids = judge.tokenizer.encode_prompt([*system, {"role": "user", "content": text}])
                 if len(ids) > room:
                     raise DataError(
@@ -275,9 +277,9 @@ class SPINEvaluate:
         for row in rows:
             row["right_answer"] = self._references[row["sample_id"]]
             for role in ("candidate", "baseline"):
-                row[f"{role}_answer"] = evaluation.extract(row[role], self._cfg.exact_match.pattern)
+                row[f"{role}_answer"] = verdicts.extract(row[role], self._cfg.exact_match.pattern)
                 row[f"{role}_right"] = row[f"{role}_answer"] == row["right_answer"]
-            row["outcome"] = evaluation.outcome_of_match(row["candidate_right"], row["baseline_right"])
+            row["outcome"] = verdicts.outcome_of_match(row["candidate_right"], row["baseline_right"])
 
     def _right_answers(self) -> dict[str, str]:
         """The right answer to each sample, from the real response or a column of its own."""
@@ -290,9 +292,9 @@ class SPINEvaluate:
             )
         for sample_id in self._sample_ids:
             original = self._originals[sample_id]
-            last = evaluation.message_text(original.messages[-1])
+            last = verdicts.message_text(original.messages[-1])
             text = last if section.column is None else original.row.get(section.column)
-            answer = None if text is None else evaluation.extract(str(text), section.reference_pattern)
+            answer = None if text is None else verdicts.extract(str(text), section.reference_pattern)
             if answer is None:
                 faults.append(f"{sample_id!r} has {text!r:.60}")
             else:
@@ -319,16 +321,16 @@ class SPINEvaluate:
                 "truncated_share": sum(row[f"{role}_finish"] == "length" for row in rows) / len(rows),
             }
             if cfg.verdict == "exact_match":
-                summary[role] |= evaluation.accuracy_summary([row[f"{role}_right"] for row in rows])
-        summary |= {"verdict": cfg.verdict, **evaluation.win_summary([row["outcome"] for row in rows])}
+                summary[role] |= verdicts.accuracy_summary([row[f"{role}_right"] for row in rows])
+        summary |= {"verdict": cfg.verdict, **verdicts.win_summary([row["outcome"] for row in rows])}
         if cfg.verdict == "judge":
             judge = self._players["judge"]
-            verdicts = [tuple(row["verdicts"]) for row in rows if row["verdicts"]]
+            found = [tuple(row["verdicts"]) for row in rows if row["verdicts"]]
             summary["judge"] = {
                 "name": judge.name,
                 "weights": judge.weights,
-                "equal_answers": len(rows) - len(verdicts),
-                **evaluation.bias_summary(verdicts),
+                "equal_answers": len(rows) - len(found),
+                **verdicts.bias_summary(found),
             }
         return summary | {"sampling": config.plain(cfg.sampling), "seed": cfg.seed}
 

@@ -24,22 +24,26 @@ from typing import Any
 from omegaconf import DictConfig
 from torchtune import training
 
-from spin import config, selfplay
-from spin.checks import check_run, inputs_of_config, inputs_of_files
+from spin import config
+from spin.config.checks import check_run
+from spin.config.defaults import RECIPE_DEFAULTS
+from spin.core.errors import CheckpointError, ConfigError, OutputError
+from spin.core.files import FolderLock
+from spin.core.ranks import any_rank, check_ranks_agree, fail_together, init_world, shutdown
+from spin.core.terminal import get_logger, progress_bar
 from spin.data import PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.dates import fix_date
-from spin.data.prompts import check_vocabulary, unknown_ids
-from spin.data.shards import missing_shards, open_store
-from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import any_rank, check_ranks_agree, fail_together, init_world, shutdown
-from spin.errors import CheckpointError, ConfigError, OutputError
-from spin.files import FolderLock
-from spin.fingerprint import weights_fingerprint
+from spin.data.read import check_vocabulary, unknown_ids
 from spin.generators import GeneratorContext, sampling_params
-from spin.models import build_model, prepare_model
-from spin.plan import RunPlan
-from spin.stopping import StopRequest, command_to_continue
-from spin.terminal import get_logger, progress_bar
+from spin.generators import stage as selfplay
+from spin.generators.engines import awake, team_of
+from spin.model.build import build_model, prepare_model
+from spin.model.fingerprint import weights_fingerprint
+from spin.pairs.shards import missing_shards, open_store
+from spin.reference.generator_check import prove_weights
+from spin.run.plan import RunPlan
+from spin.run.resume import inputs_of_config, inputs_of_files
+from spin.run.stopping import StopRequest, command_to_continue
 
 log = get_logger("INFO")
 
@@ -109,7 +113,7 @@ class SPINGenerate:
             cfg.generator,
             context=GeneratorContext(model, self._world.device, context, self._tokenizer.decode, self._world),
         )
-        self._team = selfplay.team_of(self._generator, self._world)
+        self._team = team_of(self._generator, self._world)
         self._row_tokens = min(cfg.pairs.row_tokens, context)
         self._model = model
         self._opponent = weights_fingerprint(model)
@@ -131,8 +135,8 @@ class SPINGenerate:
         own = [shard for shard in missing_shards(store, world) if shard % cfg.num_workers == cfg.worker]
         mine = selfplay.own_shards(own, store, game, self._team)
         bar = progress_bar(f"worker {cfg.worker}", "prompt", math.ceil(len(samples) / teams), enabled=world.is_main)
-        with bar, selfplay.awake(self._generator, self._model):
-            selfplay.prove_weights(
+        with bar, awake(self._generator, self._model):
+            prove_weights(
                 self._generator,
                 self._model,
                 world,

@@ -31,57 +31,49 @@ import torch
 from omegaconf import DictConfig
 from torchtune import training
 
-from spin import config, reference, selfplay
-from spin.checkpoint import reading_state
-from spin.checks import (
-    check_first_loss,
-    check_moved_share,
-    check_run,
-    check_unchanged,
-    inputs_of_config,
-    inputs_of_files,
-    run_fingerprint,
-)
+from spin import config
+from spin.checkpoint.states import reading_state
+from spin.config.checks import check_run
+from spin.config.defaults import LORA_DEFAULTS
+from spin.core.errors import CollapseError, OutputError
+from spin.core.files import FolderLock
+from spin.core.ranks import all_reduce_sums, check_ranks_agree, fail_together, init_world, shutdown
+from spin.core.terminal import get_logger, progress_bar
 from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.dates import fix_date
-from spin.data.filters import POLICIES, filter_margins, filter_pairs, left_out_by_margin
-from spin.data.loader import RowBatch, load_rows
-from spin.data.lookup import PairLookup, share_lookup
 from spin.data.order import history_window
-from spin.data.packing import PackedRow
-from spin.data.prompts import check_vocabulary, unknown_ids
-from spin.data.shards import missing_shards, open_store, seal
-from spin.defaults import LORA_DEFAULTS
-from spin.distributed import (
-    accumulating,
-    all_reduce_sums,
-    check_ranks_agree,
-    clip_grad_norm,
-    fail_together,
-    init_world,
-    shutdown,
-)
-from spin.errors import CollapseError, OutputError
-from spin.files import FolderLock
-from spin.fingerprint import weights_fingerprint
+from spin.data.read import check_vocabulary, unknown_ids
 from spin.generators import GeneratorContext, sampling_params
-from spin.logits_check import self_test
-from spin.logprobs import pair_objective
-from spin.lora import check_lora, init_adapters, prepare_adapters, trainable
+from spin.generators import stage as selfplay
+from spin.generators.engines import awake, team_of
+from spin.generators.mixed_opponent import mix_references, weights_of_start
+from spin.generators.triplets import StartAnswers, answers_per_pair
 from spin.loss import row_losses
-from spin.metrics import MovedShare, PairSums, RunLog, below, pair_metrics, speed_metrics, validation_metrics
-from spin.mixed_opponent import mix_references, weights_of_start
-from spin.models import build_model, choose_attention, make_room, prepare_model, row_layout, training_options
-from spin.nonfinite import NonFiniteGuard, check_last_update
-from spin.optim import optimizer_step
-from spin.plan import RunPlan
-from spin.schedules import lr_factor, per_iteration
-from spin.stopping import StopRequest, words_of_stop
-from spin.tables import closing_words, iteration_summary, opening_words, sample_rows
-from spin.terminal import get_logger, progress_bar
-from spin.triplets import StartAnswers, answers_per_pair
-from spin.validation import loss_of_equal_models, losses_of_pairs, validation_loss
-from spin.watch import Alarm, Watch, answer_metrics
+from spin.model.build import build_model, choose_attention, make_room, prepare_model, row_layout, training_options
+from spin.model.fingerprint import weights_fingerprint
+from spin.model.logits_check import self_test
+from spin.model.lora import check_lora, init_adapters, prepare_adapters, trainable
+from spin.model.sharding import accumulating, clip_grad_norm
+from spin.pairs.filters import POLICIES, filter_margins, filter_pairs, left_out_by_margin
+from spin.pairs.loader import RowBatch, load_rows
+from spin.pairs.lookup import PairLookup, share_lookup
+from spin.pairs.packing import PackedRow
+from spin.pairs.shards import missing_shards, open_store, seal
+from spin.reference import stage as reference
+from spin.reference.generator_check import prove_weights
+from spin.reference.logprobs import pair_objective
+from spin.run.log import RunLog
+from spin.run.messages import closing_words, iteration_summary, opening_words, sample_rows
+from spin.run.plan import RunPlan
+from spin.run.resume import check_unchanged, inputs_of_config, inputs_of_files, run_fingerprint
+from spin.run.stopping import StopRequest, words_of_stop
+from spin.training.metrics import MovedShare, PairSums, below, pair_metrics, speed_metrics, validation_metrics
+from spin.training.nonfinite import NonFiniteGuard, check_last_update
+from spin.training.optim import optimizer_step
+from spin.training.schedules import lr_factor, per_iteration
+from spin.training.selftest import check_first_loss, check_moved_share
+from spin.training.validation import loss_of_equal_models, losses_of_pairs, validation_loss
+from spin.training.watch import Alarm, Watch, answer_metrics
 
 log = get_logger("INFO")
 
@@ -200,7 +192,7 @@ class SPINLoRARecipe:
             )
         engine = GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world)
         self._generator = config.instantiate(cfg.generator, context=engine)
-        self._team = selfplay.team_of(self._generator, self._world)
+        self._team = team_of(self._generator, self._world)
         self._limits = selfplay.limits_of(self._model, context, self._tokenizer)
 
         # ---- logs
@@ -473,10 +465,10 @@ class SPINLoRARecipe:
                 if store.is_sealed and not missing:
                     continue
                 if report is None:  # the generator is woken, and its weights are proved, once for all
-                    until_all_are_played.enter_context(selfplay.awake(self._generator, self._model))
+                    until_all_are_played.enter_context(awake(self._generator, self._model))
                     probe = (self._prompts.window(self._progress.iteration), self._sampling)
                     options = {"as_in_training": cfg.compile, **self._scoring}
-                    gap = selfplay.prove_weights(self._generator, self._model, world, *probe, **options)
+                    gap = prove_weights(self._generator, self._model, world, *probe, **options)
                     report = {} if gap is None else {"generator/logprob_gap": gap}
                 mine = selfplay.own_shards(missing, store, game, self._team)
                 bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(game.samples) / self._team.count))

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spin.errors import ConfigError
+from spin.core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from spin.data.packing import PackedRow
+    from spin.pairs.packing import PackedRow
 
 LOSS_TYPES = ("logistic", "hinge", "exponential", "correlation")
 _ALIASES = {"sigmoid": "logistic"}
@@ -124,7 +124,7 @@ class TSPINLoss(SPINLoss):
         Equation 7 of https://arxiv.org/abs/2601.08198.
     """
 
-    needs_start_answers = True  # a recipe that sees this adds them to its pairs, see spin.triplets
+    needs_start_answers = True  # a recipe that sees this adds them to its pairs, see spin.generators.triplets
 
     def __init__(
         self,

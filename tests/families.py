@@ -26,8 +26,8 @@ from torchtune.models.qwen2 import lora_qwen2, qwen2
 from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import TransformerDecoder
 
-from spin.adapters import adapted_modules, adapter_parameters, patch_dora, patch_nf4
-from spin.gemma2 import swap_mlp_norms
+from spin.model.adapters import adapted_modules, adapter_parameters, patch_dora, patch_nf4
+from spin.model.gemma2 import swap_mlp_norms
 
 VOCAB_SIZE = 160
 MAX_SEQ_LEN = 128

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from spin.config import complete, load_config, packaged_configs
-from spin.data.mixed_datasets import _check_sources
-from spin.defaults import RECIPE_DEFAULTS
+from spin.config.defaults import RECIPE_DEFAULTS
+from spin.config.parse import complete, load_config, packaged_configs
+from spin.data.mixture import _check_sources
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [*REPO.glob("*.md"), *REPO.glob("docs/*.md"), *REPO.glob("examples/**/*.md")]

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from spin.checks import check_run
 from spin.cli import main
-from spin.cli.catalog import load_recipe
-from spin.config import complete, load_config
-from spin.players import check_evaluation
+from spin.config.catalog import load_recipe
+from spin.config.checks import check_run
+from spin.config.parse import complete, load_config
+from spin.evaluation.models import check_evaluation
 from tests.recipes.helpers import CONFIG, REPO, run, tiny_overrides
 
 PAGES = sorted([*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.md")])

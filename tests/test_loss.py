@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
+from spin.core.errors import ConfigError
 from spin.data import Pair, Response
-from spin.data.packing import pack_row
-from spin.errors import ConfigError
 from spin.loss import SPINLoss, TSPINLoss, row_losses
+from spin.pairs.packing import pack_row
 
 
 def _arguments(inputs, requires_grad=False):

@@ -141,7 +141,11 @@ def test_tune_run_from_any_directory(kind, wheel, checkout, environment, elsewhe
     """One process: a packaged config is looked up, and a wrong name is answered. Two: torchrun finds the module too."""
     environment.install(*(["--editable", str(checkout)] if kind == "editable" else [str(wheel)]))
     found = run(
-        [str(environment.python), "-c", "import spin, spin.config as c; print(spin.__file__, c.packaged_configs())"],
+        [
+            str(environment.python),
+            "-c",
+            "import spin, spin.config.parse as c; print(spin.__file__, c.packaged_configs())",
+        ],
         cwd=elsewhere,
         env=user_env,
     )

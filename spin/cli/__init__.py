@@ -15,15 +15,15 @@ from collections.abc import Sequence
 
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.errors import SpinError, wants_traceback
-from spin.terminal import printable, write_any_text
+from spin.core.errors import SpinError, wants_traceback
+from spin.core.terminal import printable, write_any_text
 
 # name: module, what it does
 COMMANDS = {
     "ls": ("spin.cli.ls", "list recipes and configs"),
     "cp": ("spin.cli.cp", "copy a recipe or a config, to edit it"),
     "validate": ("spin.cli.validate", "check a config, its data and its arithmetic; loads no weights"),
-    "estimate": ("spin.estimate", "say what memory and time a config will take"),
+    "estimate": ("spin.cli.estimate", "say what memory and time a config will take"),
     "pairs": ("spin.cli.pairs", "look at a pair store, filter and export it"),
     "report": ("spin.cli.report", "make an HTML file of a run's curves and answers"),
     "export": ("spin.cli.export", "make a Hugging Face folder with a model card"),

@@ -10,14 +10,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import spin
-from spin.cli.runs import iteration_folders, read_config, read_json_lines
-from spin.config import plain
+from spin.config.parse import plain
+from spin.core.errors import OutputError
+from spin.core.files import file_sha256
+from spin.core.terminal import printable
 from spin.data import PairStore
-from spin.errors import OutputError
-from spin.fingerprint import file_sha256
 from spin.report.record import is_number
-from spin.schedules import per_iteration
-from spin.terminal import printable
+from spin.run.folder import iteration_folders, read_config, read_json_lines
+from spin.training.schedules import per_iteration
 
 
 def model_card(

@@ -7,10 +7,10 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from spin.cli.catalog import recipe_files
-from spin.config import configs_root, packaged_configs
-from spin.errors import ConfigError, OutputError
-from spin.files import atomic_write, writing
+from spin.config.catalog import recipe_files
+from spin.config.parse import configs_root, packaged_configs
+from spin.core.errors import ConfigError, OutputError
+from spin.core.files import atomic_write, writing
 
 
 def main(argv: Sequence[str]) -> None:

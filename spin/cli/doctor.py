@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 
-from spin.packages import installed_version, installed_vllm
+from spin.core.packages import installed_version, installed_vllm
 
 DISTRIBUTION = "spin-torchtune"
 _OK, _FAULT, _NOTE = "ok", "FAULT", "note"
@@ -118,14 +118,16 @@ def devices() -> list[Finding]:
     findings.append(
         Finding("c++", _OK, compiler)
         if compiler
-        else Finding("c++", _NOTE, "no compiler; compile=true and spin.optim's optimizers need one (apt install g++)")
+        else Finding(
+            "c++", _NOTE, "no compiler; compile=true and spin.training's optimizers need one (apt install g++)"
+        )
     )
     try:
         import torch
     except ImportError as error:
         return [*findings, Finding("torch", _FAULT, f"cannot be imported: {error}")]
     if not torch.cuda.is_available():
-        from spin.cpu import multiplies_bf16  # which imports torch
+        from spin.core.dtypes import multiplies_bf16  # which imports torch
 
         dtype = "" if multiplies_bf16() else " and compute_dtype=fp32, because this CPU has no instructions for bf16"
         built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is for CPUs"

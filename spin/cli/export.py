@@ -10,10 +10,10 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from spin.cli.card import model_card
-from spin.cli.runs import iteration_folders, model_of
-from spin.errors import OutputError
-from spin.files import MARKER, finish_folder, replace_text, start_folder, sync, writing
-from spin.terminal import printable
+from spin.core.errors import OutputError
+from spin.core.files import MARKER, finish_folder, replace_text, start_folder, sync, writing
+from spin.core.terminal import printable
+from spin.run.folder import iteration_folders, model_of
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from spin.cli.catalog import configs, recipe_files
+from spin.config.catalog import configs, recipe_files
 
 
 def main(argv: Sequence[str]) -> None:

@@ -14,11 +14,11 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from spin import config
-from spin.cli.runs import read_config
+from spin.core.errors import ConfigError, StoreError
+from spin.core.files import replace_text
+from spin.core.terminal import printable
 from spin.data import ChatTokenizer, Pair, PairStore, Response
-from spin.errors import ConfigError, StoreError
-from spin.files import replace_text
-from spin.terminal import printable
+from spin.run.folder import read_config
 
 _QUANTILES = (0, 10, 50, 90, 100)  # per cent
 Answer = tuple[Pair, int, Response]  # a pair, the number of one of its answers, the answer

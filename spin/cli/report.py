@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spin.files import replace_text
+from spin.core.files import replace_text
+from spin.core.terminal import printable
 from spin.report import read_run, render
-from spin.terminal import printable
 
 
 def main(argv: Sequence[str]) -> None:

@@ -14,23 +14,24 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from spin import config, selfplay
-from spin.checks import check_run
-from spin.cli.catalog import load_recipe, recipe_of
+from spin import config
+from spin.config.catalog import load_recipe, recipe_of
+from spin.config.checks import check_run
+from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
+from spin.core.terminal import printable
 from spin.data import ChatTokenizer, PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
 from spin.data.dates import known_date
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
-from spin.data.prompts import check_is_dataset, check_vocabulary, unknown_ids
+from spin.data.read import check_is_dataset, check_vocabulary, unknown_ids
 from spin.data.sources import read_rows
-from spin.errors import CheckpointError, ConfigError, DataError, SpinError
+from spin.evaluation.models import Player, check_evaluation, players_of
 from spin.generators import sampling_params
-from spin.hf import check_hf_folder
-from spin.lora import check_lora
-from spin.models import build_model
-from spin.plan import RunPlan
-from spin.players import Player, check_evaluation, players_of
-from spin.schedules import per_iteration
-from spin.terminal import printable
+from spin.generators import stage as selfplay
+from spin.model.build import build_model
+from spin.model.hf import check_hf_folder
+from spin.model.lora import check_lora
+from spin.run.plan import RunPlan
+from spin.training.schedules import per_iteration
 
 COMPARED_ROWS = 200  # of the training set, whose token ids and texts are compared
 _SHOWN = 20
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         help="build the folder's architecture in transformers, with few layers and random weights, and compare logits",
     )
     arguments, overrides = config.parse_overrides(parser, argv)
-    log = logging.getLogger("spin.data.prompts")
+    log = logging.getLogger("spin.data.read")
     level = log.level
     log.setLevel(logging.ERROR)  # what it warns of is printed below
     try:
@@ -82,7 +83,7 @@ class Validation:
         name (str): a file or a packaged config.
         overrides (Sequence[str]): as on a recipe's command line.
         recipe (str | None): a recipe's name or file; None takes the one that the config's header launches.
-        logits (bool): compare logits with transformers too, see :mod:`spin.logits_check`.
+        logits (bool): compare logits with transformers too, see :mod:`spin.model.logits_check`.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class Validation:
         return None, f"{cfg.checkpointer.checkpoint_dir} holds every weight in its shape, by the headers of its files"
 
     def _logits(self, section: DictConfig, folder: str, model_type: str) -> tuple[None, str]:
-        from spin.logits_check import compare_logits
+        from spin.model.logits_check import compare_logits
 
         report = compare_logits(section, folder, model_type)
         if report.is_fault:

@@ -2,13 +2,13 @@
 
 from spin.data.chat import ChatTokenizer, PromptTokenizer, TorchtuneTokenizer, adapt_tokenizer
 from spin.data.collate import spin_custom_collate
-from spin.data.mixed_datasets import MixedPromptDataset, mix_datasets, mixed_prompt_dataset
+from spin.data.mixture import MixedPromptDataset, mix_datasets, mixed_prompt_dataset
 from spin.data.order import epoch_order, history_window, iteration_items, iteration_samples
-from spin.data.packing import PackedRow, pack_batch, pack_row, plan_rows
-from spin.data.prompts import PromptDataset, prompt_dataset
-from spin.data.store import PairStore
-from spin.data.streams import PromptStream
-from spin.data.types import Pair, Prompt, Response
+from spin.data.read import PromptDataset, prompt_dataset
+from spin.data.stream import PromptStream
+from spin.pairs.packing import PackedRow, pack_batch, pack_row, plan_rows
+from spin.pairs.store import PairStore
+from spin.types import Pair, Prompt, Response
 
 __all__ = [
     "ChatTokenizer",

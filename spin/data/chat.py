@@ -25,10 +25,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from spin.core.errors import DataError
+from spin.core.files import read_bytes, read_json
 from spin.data.messages import ChatMessage
 from spin.data.templates import ChatTemplate, TemplateFault
-from spin.errors import DataError
-from spin.files import read_bytes, read_json
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from spin.errors import DataError
+from spin.core.errors import DataError
 
 _KEYS = ("input_ids", "mask", "context_ids", "answer_ids")
 

@@ -11,10 +11,10 @@ import json
 import logging
 from pathlib import Path
 
+from spin.core.errors import DataError
+from spin.core.files import read_json, replace_text, taking_turns
+from spin.core.ranks import World, broadcast_object, fail_together
 from spin.data.chat import PromptTokenizer
-from spin.distributed import World, broadcast_object, fail_together
-from spin.errors import DataError
-from spin.files import read_json, replace_text, taking_turns
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from spin.core.errors import ConfigError, DataError
 from spin.data.tools import check_results, parse_calls, tool_calls, tool_definitions, without_nulls
-from spin.errors import ConfigError, DataError
 
 # role and content; an assistant's tool_calls, reasoning_content and train (False: not to be trained on), a tool's name
 # and tool_call_id; in a row's first message also its tools and chat_template_kwargs

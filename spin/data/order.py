@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from spin.errors import ConfigError
+from spin.core.errors import ConfigError
 
 
 def permutation(n: int, *key: object) -> np.ndarray:

@@ -25,8 +25,8 @@ from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-from spin.errors import DataError
-from spin.files import MAX_JSON_BYTES, read_bytes
+from spin.core.errors import DataError
+from spin.core.files import MAX_JSON_BYTES, read_bytes
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spin.core.errors import DataError
 from spin.data.template_worker import CLOCK, CPU_SECONDS, MEMORY_BYTES
-from spin.errors import DataError
 
 _BATCH_CHARS = 1 << 22  # of JSON in one request
 # The parent's import path as it is: the worker's own folder has a types.py.

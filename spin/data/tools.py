@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spin.errors import DataError
+from spin.core.errors import DataError
 
 _REMEDY = "Fix the row or set dataset.on_bad_row=skip."
 

@@ -1,6 +1,6 @@
 """Who plays the opponent: backends behind one interface."""
 
-from spin.generators.base import (
+from spin.generators.generator import (
     Completion,
     Generator,
     GeneratorContext,

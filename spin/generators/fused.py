@@ -30,7 +30,7 @@ def fused(model: nn.Module, kernels: ModuleType) -> Iterator[None]:
 
     Args:
         model (nn.Module): a torchtune decoder.
-        kernels (ModuleType): see :func:`spin.attention.generation_kernels`.
+        kernels (ModuleType): see :func:`spin.model.attention.generation_kernels`.
 
     Yields:
         None: the kernels are in place.

@@ -20,8 +20,8 @@ from typing import Any
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 
-from spin.errors import GeneratorError
-from spin.files import parse_json
+from spin.core.errors import GeneratorError
+from spin.core.files import parse_json
 
 _CONNECT_SECONDS = 10.0
 

@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from spin.data.types import FinishReason
-from spin.errors import ConfigError, GeneratorError
-from spin.files import parse_json, read_lines
-from spin.generators.base import Completion, GeneratorContext, SamplingParams
+from spin.core.errors import ConfigError, GeneratorError
+from spin.core.files import parse_json, read_lines
+from spin.generators.generator import Completion, GeneratorContext, SamplingParams
+from spin.types import FinishReason
 
 log = logging.getLogger(__name__)
 

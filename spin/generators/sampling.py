@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from spin.attention import generation_kernels
-from spin.generators.base import SamplingParams
+from spin.generators.generator import SamplingParams
+from spin.model.attention import generation_kernels
 
 _BLOCK = 256  # tokens
 

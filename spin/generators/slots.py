@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from spin.attention import attach_kv, detach_kv, reattach_kv
-from spin.gemma2 import final_softcap, softcap
-from spin.generators.base import SamplingParams
+from spin.generators.generator import SamplingParams
 from spin.generators.sampling import sample_tokens, token_logprobs
+from spin.model.attention import attach_kv, detach_kv, reattach_kv
+from spin.model.gemma2 import final_softcap, softcap
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class StepPlan:
         lag (int): launches that may be under way before the tokens of the first are read. With 1, a row that stops runs
             one step more, whose token is dropped.
         capture (bool): replay the steps of each size as a CUDA graph; needs ``sizes``.
-        kernel (bool): attend with the kernel that needs no length, see :func:`spin.attention.generation_kernels`.
+        kernel (bool): attend with the kernel that needs no length, see :func:`spin.model.attention.generation_kernels`.
     """
 
     sizes: tuple[int, ...] = ()

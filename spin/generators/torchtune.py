@@ -13,16 +13,16 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from spin.attention import generation_kernels, patch_attention
-from spin.data.types import FinishReason
-from spin.distributed import clean_name, hooks_off, unsharded
-from spin.dtypes import DTYPES
-from spin.errors import ConfigError, GeneratorError
-from spin.float8 import float8_off
-from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order
+from spin.core.dtypes import DTYPES
+from spin.core.errors import ConfigError, GeneratorError
 from spin.generators.fused import fused
+from spin.generators.generator import Completion, GeneratorContext, SamplingParams, answer_in_order
 from spin.generators.sampling import uniforms
 from spin.generators.slots import Chosen, Slots, StepPlan
+from spin.model.attention import generation_kernels, patch_attention
+from spin.model.float8 import float8_off
+from spin.model.sharding import clean_name, hooks_off, unsharded
+from spin.types import FinishReason
 
 log = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from spin.dtypes import DTYPES
-from spin.errors import ConfigError, GeneratorError
-from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
-from spin.hf import HFStream
-from spin.packages import installed_vllm
+from spin.core.dtypes import DTYPES
+from spin.core.errors import ConfigError, GeneratorError
+from spin.core.packages import installed_vllm
+from spin.generators.generator import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
+from spin.model.hf import HFStream
 
 log = logging.getLogger(__name__)
 

@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 
-from spin.distributed import barrier, fail_together
-from spin.dtypes import DTYPES
-from spin.errors import ConfigError, GeneratorError
-from spin.files import TRANSFER, check_own_folder
-from spin.generators.base import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
+from spin.core.dtypes import DTYPES
+from spin.core.errors import ConfigError, GeneratorError
+from spin.core.files import TRANSFER, check_own_folder
+from spin.core.ranks import barrier, fail_together
+from spin.generators.generator import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
 from spin.generators.http import Client, Reply, TimedOutError, UnavailableError
 from spin.generators.vllm import KNOWN, is_banned, is_too_old, vllm_completion, vllm_sampling
-from spin.hf import check_model_type, export_hf
+from spin.model.hf import check_model_type, export_hf
 
 log = logging.getLogger(__name__)
 

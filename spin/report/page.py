@@ -13,10 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 import spin
+from spin.core.terminal import printable
 from spin.report.advice import LN_2, advice
 from spin.report.charts import Chart, Series, number
 from spin.report.record import IterationRecord, RunRecord, is_number
-from spin.terminal import printable
 
 STAGES = ("play", "score", "fit", "validate")
 

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spin import config
-from spin.cli.runs import iteration_folders, model_of, read_config, read_json_lines
-from spin.errors import ConfigError, StoreError
-from spin.files import open_regular, read_json
+from spin.core.errors import ConfigError, StoreError
+from spin.core.files import open_regular, read_json
+from spin.run.folder import iteration_folders, model_of, read_config, read_json_lines
 
 Metrics = Mapping[str, Any]
 

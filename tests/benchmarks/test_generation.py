@@ -14,7 +14,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))  # as when one of them runs
 
 import generation  # noqa: E402
 
-from spin.distributed import shutdown  # noqa: E402
+from spin.core.ranks import shutdown  # noqa: E402
 
 TINY = ["--model", "tiny", "--device", "cpu", "--requests", "12", "--batch-size", "4", "--rounds", "1"]
 

@@ -19,7 +19,7 @@ import peer_trl  # noqa: E402
 import peers  # noqa: E402
 import rounds  # noqa: E402
 
-from spin.distributed import shutdown  # noqa: E402
+from spin.core.ranks import shutdown  # noqa: E402
 
 TINY = ["--model", "tiny", "--device", "cpu", "--rounds", "1"]
 needs_trl = pytest.mark.skipif(peer_trl.TRL.skip_reason(on_gpu=False) is not None, reason="no TRL")

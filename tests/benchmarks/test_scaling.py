@@ -17,8 +17,8 @@ import scaling  # noqa: E402
 import training_step  # noqa: E402
 from work import MODELS  # noqa: E402
 
-from spin.checks import check_run  # noqa: E402
-from spin.distributed import shutdown  # noqa: E402
+from spin.config.checks import check_run  # noqa: E402
+from spin.core.ranks import shutdown  # noqa: E402
 
 TINY = "--models tiny --device cpu --pairs 8 --rounds 1 --hsdp-from 0"
 
@@ -96,7 +96,7 @@ def test_the_larger_models_iteration_is_a_config_that_runs(command, monkeypatch,
     cfg = iteration.make_config(args, tmp_path, tmp_path / "model", MODELS[args.model], on_gpu=True)
     check_run(cfg)
     assert cfg.model["_component_"].endswith("llama3_1_8b") and cfg.checkpointer.model_type == "LLAMA3"
-    assert cfg.optimizer["_component_"] == "spin.optim.AdamW8bit" and cfg.generator.tensor_parallel_size == 2
+    assert cfg.optimizer["_component_"] == "spin.training.AdamW8bit" and cfg.generator.tensor_parallel_size == 2
     assert cfg.pairs.row_tokens == 6144 and cfg.global_batch_size == 128
 
 

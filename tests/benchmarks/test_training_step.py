@@ -19,9 +19,9 @@ import arms  # noqa: E402
 import training_step  # noqa: E402
 import work  # noqa: E402
 
+from spin.core.ranks import shutdown  # noqa: E402
 from spin.data import pack_row  # noqa: E402
-from spin.distributed import shutdown  # noqa: E402
-from spin.logprobs import pair_objective, response_logps  # noqa: E402
+from spin.reference.logprobs import pair_objective, response_logps  # noqa: E402
 
 
 @pytest.fixture

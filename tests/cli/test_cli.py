@@ -9,8 +9,8 @@ import pytest
 import spin_recipe
 
 from spin.cli import COMMANDS, main
-from spin.cli.catalog import configs, load_recipe, recipe_files, recipe_of
-from spin.config import load_config, packaged_configs
+from spin.config.catalog import configs, load_recipe, recipe_files, recipe_of
+from spin.config.parse import load_config, packaged_configs
 from spin.data import PairStore
 from tests.report_runs import write_run, write_store
 
@@ -77,11 +77,11 @@ def test_every_command_has_help_and_refuses_unknown_options(capsys, name):
 
 
 def test_estimate_is_imported_when_it_is_called_only(monkeypatch, capsys):
-    """The command hands its arguments to spin.estimate.main and returns its code."""
+    """The command hands its arguments to spin.cli.estimate.main and returns its code."""
     asked = []
-    module = type(sys)("spin.estimate")
+    module = type(sys)("spin.cli.estimate")
     module.main = lambda argv: asked.append(argv) or 3
-    monkeypatch.setitem(sys.modules, "spin.estimate", module)
+    monkeypatch.setitem(sys.modules, "spin.cli.estimate", module)
     assert spin(capsys, "estimate", "--config", "x")[0] == 3
     assert asked == [["--config", "x"]]
 
@@ -330,7 +330,7 @@ def test_doctor_says_which_dtype_a_cpu_is_fast_in(monkeypatch):
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for fast in (True, False):
-        monkeypatch.setattr("spin.cpu.multiplies_bf16", lambda fast=fast: fast)
+        monkeypatch.setattr("spin.core.dtypes.multiplies_bf16", lambda fast=fast: fast)
         (text,) = (finding.text for finding in doctor.devices() if finding.what == "gpu")
         assert "device=cpu" in text and ("compute_dtype=fp32" in text) is not fast
 

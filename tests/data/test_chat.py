@@ -9,8 +9,8 @@ import shutil
 import pytest
 from transformers import AutoTokenizer
 
+from spin.core.errors import DataError
 from spin.data.chat import ChatTokenizer, PromptTokenizer, TorchtuneTokenizer, adapt_tokenizer
-from spin.errors import DataError
 
 END, START, ENDOFTEXT = 2, 1, 0  # the tiny model's <|im_end|>, <|im_start|>, <|endoftext|>
 TALK = [

@@ -13,8 +13,8 @@ import signal
 import pytest
 from transformers import AutoTokenizer
 
+from spin.core.errors import DataError
 from spin.data.chat import ChatTokenizer
-from spin.errors import DataError
 
 E = "<|im_end|>"
 DAY = "2026-01-31"

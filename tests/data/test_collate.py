@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from spin.core.errors import DataError
 from spin.data.collate import spin_custom_collate
-from spin.errors import DataError
 
 ORACLES = json.loads((Path(__file__).parents[1] / "oracles" / "spin_oracles.json").read_text())
 ORACLE = ORACLES["nemo_spin_custom_collate"]

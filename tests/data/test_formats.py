@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spin.core.errors import DataError
 from spin.data import ChatTokenizer, mixed_prompt_dataset, prompt_dataset
-from spin.errors import DataError
-from tests.data.test_prompts import Letters
+from tests.data.test_read import Letters
 
 # Shows system messages, tools, calls, results, reasoning (as Qwen3 does) and an option.
 TEMPLATE = """{%- if tools %}{{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}{%- endif %}

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spin.core.errors import ConfigError, DataError
 from spin.data.messages import check_messages, check_row_format, detect_format, row_to_messages, split_turns
-from spin.errors import ConfigError, DataError
 
 USER = {"role": "user", "content": "Q"}
 ASSISTANT = {"role": "assistant", "content": "A"}

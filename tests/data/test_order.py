@@ -2,8 +2,8 @@
 
 import pytest
 
+from spin.core.errors import ConfigError
 from spin.data import epoch_order, history_window, iteration_samples
-from spin.errors import ConfigError
 
 
 def test_an_epoch_visits_every_pair_once():

@@ -11,10 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from spin.core.errors import DataError
 from spin.data import prompt_dataset
 from spin.data.sources import read_rows
-from spin.errors import DataError
-from tests.data.test_prompts import Letters
+from tests.data.test_read import Letters
 
 
 def write_lines(path, *rows):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from spin.core.errors import DataError
 from spin.data.chat import ChatTokenizer
 from spin.data.messages import row_to_messages, split_turns
-from spin.data.prompts import prompt_dataset
-from spin.errors import DataError
+from spin.data.read import prompt_dataset
 
 # In the manner of Qwen 2.5: JSON between tags, results in a user turn, adjacent ones together.
 TAGGED = """{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n' }}

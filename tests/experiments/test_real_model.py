@@ -229,8 +229,8 @@ def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
     from real_runs import RECIPES
     from spin_recipe import DEFAULTS
 
-    from spin.checks import check_run
-    from spin.config import complete, load_config
+    from spin.config.checks import check_run
+    from spin.config.parse import complete, load_config
 
     content = real_model.read_plan(real_model.PLAN, tiny_lm, data)
     for form in content["forms"]:
@@ -249,9 +249,9 @@ def test_a_supervised_step_is_the_mean_over_the_answers_tokens(tmp_path, tiny_lm
     from real_runs import MeasuredSFT
     from spin_recipe import DEFAULTS
 
-    from spin.config import complete, load_config
+    from spin.config.parse import complete, load_config
     from spin.data import Pair
-    from spin.logprobs import response_logps
+    from spin.reference.logprobs import response_logps
 
     content = real_model.read_plan(plan(tmp_path / "plan.yaml", sft=[{"recipe": "sft"}]), tiny_lm, data)
     (job,) = real_model.make_jobs(content, "small", [], [], tmp_path)

@@ -23,17 +23,20 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO), str(REPO / "recipes")]
 
 AREAS = {  # of the tests: files and folders, and a pattern of their names
-    "kill points": ("tests/faults/test_kills.py tests/test_checkpoint.py tests/test_hf.py", "kill or interrupt"),
+    "kill points": (
+        "tests/faults/test_kills.py tests/checkpoint/test_states.py tests/model/test_hf.py",
+        "kill or interrupt",
+    ),
     "full disks, locks, signals": ("tests/faults/test_files.py tests/faults/test_signals.py", ""),
     "worlds changed between restarts": (
-        "tests/faults tests/test_checks.py tests/data/test_store.py",
+        "tests/faults tests/config/test_checks.py tests/pairs/test_store.py",
         "chang or resume or fingerprint or damaged",
     ),
     "hostile servers": ("tests/faults/test_servers.py tests/generators/test_vllm_server.py", ""),
     "responses": ("tests/faults/test_responses.py", ""),
     "numbers": ("tests/faults/test_numbers.py", ""),
-    "ranks that differ": ("tests/faults tests/test_distributed.py", "rank"),
-    "components": ("tests/test_config.py", "attack or refused or component"),
+    "ranks that differ": ("tests/faults tests/model/test_sharding.py", "rank"),
+    "components": ("tests/config/test_parse.py", "attack or refused or component"),
     "folders of others": ("tests/faults/test_ownership.py tests/faults/test_shards.py tests/faults/test_states.py", ""),
     "terminals": ("tests/faults/test_terminals.py", ""),
 }  # fmt: skip

@@ -40,10 +40,10 @@ from torch.optim.optimizer import (  # noqa: E402
 from torchtune.modules import TransformerDecoder  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402, F401
 
-import spin.checkpoint  # noqa: E402, F401
+import spin.checkpoint.states  # noqa: E402, F401
 import spin.data  # noqa: E402, F401
 import spin.generators  # noqa: E402, F401
-from spin.fingerprint import file_sha256  # noqa: E402
+from spin.core.files import file_sha256  # noqa: E402
 from tests.recipes.helpers import CONFIG, metrics_of, tiny_overrides  # noqa: E402
 
 STAGES = {

@@ -18,19 +18,19 @@ import spin_recipe
 import torch
 import yaml
 
-from spin.checkpoint import SPINCheckpointer
-from spin.checks import check_run
-from spin.config import complete, load_config
+from spin.checkpoint.states import SPINCheckpointer
+from spin.config.checks import check_run
+from spin.config.parse import complete, load_config
+from spin.core.errors import SpinError
+from spin.core.files import file_sha256, json_fingerprint
+from spin.core.ranks import init_world
 from spin.data import ChatTokenizer, Pair, PairStore, Response, prompt_dataset
-from spin.distributed import init_world
-from spin.errors import SpinError
-from spin.fingerprint import file_sha256, json_fingerprint
 from spin.generators import GeneratorContext, SamplingParams, VLLMServerGenerator
 from spin.generators.replay import ReplayGenerator
-from spin.hf import read_hf_config, stored_elements
-from spin.metrics import MetricsFile
+from spin.model.hf import read_hf_config, stored_elements
 from spin.report import read_run, render
-from tests.data.test_prompts import Letters
+from spin.run.log import MetricsFile
+from tests.data.test_read import Letters
 from tests.faults.hostile import VALUES, bend, bend_bytes, bend_table, bend_text, time_limit
 from tests.faults.test_servers import USUAL, Server, headers
 from tests.recipes.helpers import CONFIG, REPO

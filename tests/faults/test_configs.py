@@ -15,10 +15,10 @@ import spin_recipe
 import yaml
 from omegaconf import OmegaConf
 
-from spin.checks import check_run
 from spin.cli import main
-from spin.config import complete, instantiate, load_config, shown
-from spin.errors import ConfigError
+from spin.config.checks import check_run
+from spin.config.parse import complete, instantiate, load_config, shown
+from spin.core.errors import ConfigError
 from tests.recipes.helpers import CONFIG, run, tiny_overrides
 
 # Each has done something in an attack, or could: run a file, unpickle, load a library, write, start, download.
@@ -44,13 +44,15 @@ DANGEROUS = (
     "torchtune.datasets.chat_dataset",
     "torchtune.data.load_image", "torchtune.models.convert_weights.get_mapped_key",
     "torchtune.models.phi3.phi3_hf_to_tune",
-    "torchao.quantization.quantize_", "torchdata.nodes.Loader", "spin.cli.catalog.load_recipe", "spin.cli.cp.main",
+    "torchao.quantization.quantize_", "torchdata.nodes.Loader", "spin.config.catalog.load_recipe", "spin.cli.cp.main",
     "spin.cli.main",
-    "spin.cli.export.main", "spin.files.write_json", "spin.files.replace_text", "spin.files.FolderLock",
-    "spin.config.instantiate",
-    "spin.config.load_config", "spin.components.resolve_component", "spin.data.store.PairStore.open_or_create",
-    "spin.data.PairStore.open_or_create", "spin.data.PairStore", "spin.data.sources.read_rows", "spin.hf.export_hf",
-    "spin.checkpoint.os.system", "spin.generators.replay.json.loads", "spin_recipe.recipe_main", "dangerous.run",
+    "spin.cli.export.main", "spin.core.files.write_json", "spin.core.files.replace_text", "spin.core.files.FolderLock",
+    "spin.config.parse.instantiate",
+    "spin.config.parse.load_config", "spin.config.components.resolve_component",
+    "spin.pairs.store.PairStore.open_or_create",
+    "spin.data.PairStore.open_or_create", "spin.data.PairStore", "spin.data.sources.read_rows",
+    "spin.model.hf.export_hf",
+    "spin.checkpoint.states.os.system", "spin.generators.replay.json.loads", "spin_recipe.recipe_main", "dangerous.run",
 )  # fmt: skip
 SECTIONS = (
     "model", "tokenizer", "checkpointer", "dataset", "validation_dataset", "generator", "loss", "optimizer",

@@ -6,7 +6,7 @@ import pytest
 from spin_lora_recipe import SPINLoRARecipe
 from spin_recipe import SPINRecipe
 
-from spin.errors import CheckpointError, ConfigError
+from spin.core.errors import CheckpointError, ConfigError
 from tests.recipes import test_spin_lora_recipe as lora
 from tests.recipes.helpers import run, tiny_config
 

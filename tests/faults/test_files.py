@@ -15,12 +15,12 @@ import pytest
 import torch
 from spin_recipe import SPINRecipe
 
-import spin.checkpoint
-from spin.checkpoint import SPINCheckpointer
-from spin.distributed import init_world
-from spin.errors import CheckpointError, ConfigError, OutputError, StoreError
-from spin.files import FolderLock
-from spin.fingerprint import weights_fingerprint
+import spin.checkpoint.states
+from spin.checkpoint.states import SPINCheckpointer
+from spin.core.errors import CheckpointError, ConfigError, OutputError, StoreError
+from spin.core.files import FolderLock
+from spin.core.ranks import init_world
+from spin.model.fingerprint import weights_fingerprint
 from tests.recipes.helpers import REPO, command, metrics_of, run, tiny_config
 from tests.torchrun import run_ranks
 from tests.two_ranks.tiny import build, sharded, train
@@ -34,7 +34,7 @@ SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null")
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from spin.files import FolderLock
+from spin.core.files import FolderLock
 lock = FolderLock(Path(sys.argv[1]), shared=len(sys.argv) > 2)
 child = os.fork()  # inherits every file that is open, as an engine's worker does, and outlives its parent
 if child:
@@ -191,13 +191,13 @@ def world():
 def test_training_goes_on_while_a_state_is_written(tmp_path, world, monkeypatch):
     """The weights of the moment of saving are written, whatever is trained before the writer gets to them."""
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
-    may_write, original = threading.Event(), spin.checkpoint._save_tensors
+    may_write, original = threading.Event(), spin.checkpoint.states._save_tensors
 
     def held_up(*args):
         assert may_write.wait(60)
         original(*args)
 
-    monkeypatch.setattr(spin.checkpoint, "_save_tensors", held_up)
+    monkeypatch.setattr(spin.checkpoint.states, "_save_tensors", held_up)
     model = sharded(world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in (1, 2):  # the second copy goes into the memory of the first
@@ -229,7 +229,7 @@ def test_a_failed_write_is_told_by_the_next_call_of_every_kind(tmp_path, world, 
         checkpointer.wait()
         assert not checkpointer.has_failed
         with monkeypatch.context() as patch:
-            patch.setattr(spin.checkpoint, "file_sha256", fail)
+            patch.setattr(spin.checkpoint.states, "file_sha256", fail)
             checkpointer.save_state(step=2, **arguments)
             calls = {
                 "wait": checkpointer.wait,

@@ -20,16 +20,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from spin.checkpoint import SPINCheckpointer, _read_metadata
-from spin.checks import check_run
-from spin.config import complete, load_config
+from spin.checkpoint.states import SPINCheckpointer, _read_metadata
+from spin.config.checks import check_run
+from spin.config.parse import complete, load_config
+from spin.core.errors import SpinError
+from spin.core.files import file_sha256, json_fingerprint
+from spin.core.ranks import init_world
 from spin.data import Pair, PairStore, Prompt, PromptDataset, Response, prompt_dataset
-from spin.distributed import init_world
-from spin.errors import SpinError
-from spin.fingerprint import file_sha256, json_fingerprint
-from spin.hf import read_hf_config, stored_elements
-from spin.plan import RunPlan
-from tests.data.test_prompts import Letters
+from spin.model.hf import read_hf_config, stored_elements
+from spin.run.plan import RunPlan
+from tests.data.test_read import Letters
 from tests.recipes.helpers import CONFIG, tiny_config
 from tests.two_ranks.tiny import sharded
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spin.errors import CheckpointError
-from spin.fingerprint import file_sha256, json_fingerprint
+from spin.core.errors import CheckpointError
+from spin.core.files import file_sha256, json_fingerprint
 from tests.recipes import test_spin_lora_recipe as lora
 from tests.recipes.helpers import metrics_of, run
 

@@ -7,16 +7,16 @@ import shutil
 import pytest
 import torch
 
-from spin.checkpoint import SPINCheckpointer
+from spin.checkpoint.states import SPINCheckpointer
 from spin.cli import main
+from spin.core.errors import SpinError
+from spin.core.ranks import init_world
 from spin.data import PairStore
 from spin.data.chat import ChatTokenizer
-from spin.distributed import init_world
-from spin.errors import SpinError
-from spin.generators.base import GeneratorContext
+from spin.generators.generator import GeneratorContext
 from spin.generators.replay import ReplayGenerator
-from spin.hf import read_hf_config
-from spin.metrics import MetricsFile
+from spin.model.hf import read_hf_config
+from spin.run.log import MetricsFile
 from tests.report_runs import write_run
 from tests.two_ranks.tiny import sharded
 

@@ -9,11 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from spin.cli import main
-from spin.config import instantiate
+from spin.config.parse import instantiate
+from spin.core.errors import ConfigError, OutputError
+from spin.core.files import FolderLock, taking_turns
 from spin.data import Pair, PairStore, Response
-from spin.errors import ConfigError, OutputError
-from spin.files import FolderLock, taking_turns
-from spin.metrics import MetricsFile
+from spin.run.log import MetricsFile
 from tests.faults.hostile import write_whole_run
 from tests.recipes.helpers import REPO, tiny_config
 
@@ -96,7 +96,7 @@ def test_lists_maps_and_nulls_for_numbers_are_faults_with_their_key(tmp_path, ov
 
 @pytest.mark.parametrize("value", ["1e38", "[1e38]", "1e300", ".inf", "[.nan]", "[[1.0]]", "{a: 1}"])
 def test_learning_rates_that_no_optimizer_takes(tmp_path, value):
-    from spin.checks import check_run
+    from spin.config.checks import check_run
 
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
         check_run(tiny_config(tmp_path, f"optimizer.lr={value}"))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from spin_recipe import SPINRecipe
 
+from spin.core.errors import ConfigError, NonFiniteError, SelfTestError, StoreError
+from spin.core.ranks import init_world
 from spin.data import Pair, PairStore
-from spin.distributed import init_world
-from spin.errors import ConfigError, NonFiniteError, SelfTestError, StoreError
-from spin.fingerprint import weights_fingerprint
-from spin.nonfinite import NonFiniteGuard
+from spin.model.fingerprint import weights_fingerprint
+from spin.training.nonfinite import NonFiniteGuard
 from tests.recipes.helpers import metrics_of, run, tiny_config
 from tests.torchrun import run_ranks
 
@@ -129,13 +129,13 @@ def test_unknown_action(tmp_path):
 
 def test_a_nan_reference_log_prob_is_not_sealed(tmp_path, monkeypatch):
     """The store names the sample, stays unsealed, and the next run, whose numbers are sound, makes the shard."""
-    import spin.reference
+    import spin.reference.stage
 
-    original = spin.reference._with_scores
+    original = spin.reference.stage._with_scores
 
     poor = run(tmp_path / "a", *SHORT, "max_steps=1")._prompts.sample_ids[6]
     monkeypatch.setattr(
-        spin.reference,
+        spin.reference.stage,
         "_with_scores",
         lambda pair, logps: original(pair, [math.nan, *logps[1:]] if pair.sample_id == poor else logps),
     )

@@ -6,10 +6,10 @@ import shutil
 import pytest
 from spin_recipe import SPINRecipe
 
-from spin.checkpoint import SPINCheckpointer
-from spin.distributed import init_world
-from spin.errors import ConfigError
-from spin.files import finish_folder, start_folder
+from spin.checkpoint.states import SPINCheckpointer
+from spin.core.errors import ConfigError
+from spin.core.files import finish_folder, start_folder
+from spin.core.ranks import init_world
 from tests.generators.test_vllm_server import Script, context, generator_of, serve, untied  # noqa: F401 - fixtures
 from tests.recipes.helpers import run, tiny_config
 from tests.two_ranks.tiny import sharded

@@ -9,7 +9,7 @@ import sys
 import pytest
 from spin_recipe import SPINRecipe
 
-from spin.errors import ConfigError
+from spin.core.errors import ConfigError
 from tests.recipes.helpers import REPO, run, tiny_config
 
 

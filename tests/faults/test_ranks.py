@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from spin.checkpoint import SPINCheckpointer
+from spin.checkpoint.states import SPINCheckpointer
 from tests.faults.test_signals import ranks_of, wait_for
 from tests.recipes.helpers import CONFIG, metrics_of, tiny_overrides
 from tests.torchrun import FOLDER, run_ranks

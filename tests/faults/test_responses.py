@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from spin.core.errors import GeneratorError
 from spin.data import PairStore, Prompt, PromptDataset
-from spin.errors import GeneratorError
 from spin.generators import Completion, GeneratorContext, ReplayGenerator, SamplingParams
-from spin.selfplay import Game, Limits, play
+from spin.generators.stage import Game, Limits, play
 
 STOP, VOCAB, MOST = 9, 50, 6
 SAMPLING = SamplingParams(max_new_tokens=MOST, stop_token_ids=(STOP,))

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from spin.core.errors import GeneratorError
 from spin.data import PairStore, Prompt, PromptDataset
-from spin.errors import GeneratorError
 from spin.generators import GeneratorContext, SamplingParams, VLLMServerGenerator
-from spin.selfplay import Game, Limits, play
+from spin.generators.stage import Game, Limits, play
 
 STOP = 9
 SAMPLING = SamplingParams(max_new_tokens=6, stop_token_ids=(STOP,))

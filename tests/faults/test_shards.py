@@ -10,9 +10,9 @@ import pytest
 import spin_generate
 
 from spin.cli import pairs as spin_pairs
-from spin.config import complete, load_config
+from spin.config.parse import complete, load_config
+from spin.core.errors import StoreError
 from spin.data import Pair, PairStore, Response
-from spin.errors import StoreError
 from tests.recipes.helpers import CONFIG, metrics_of, run, tiny_overrides
 
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "generator.batch_size=20")
@@ -238,7 +238,7 @@ def spin_pairs_sha(file):
 
 KILLED = """
 import os, sys
-import spin.data.store as store
+import spin.pairs.store as store
 store.write_json = lambda *args: os._exit(9)
 store.PairStore.open_or_create(sys.argv[1], {"opponent": "w0"}, 2)
 """

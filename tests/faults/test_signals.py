@@ -14,9 +14,9 @@ import pytest
 import spin_recipe
 from spin_recipe import SPINRecipe
 
-import spin.checkpoint
-from spin.errors import ConfigError
-from spin.stopping import StopRequest, command_to_continue, parse_signals
+import spin.checkpoint.states
+from spin.core.errors import ConfigError
+from spin.run.stopping import StopRequest, command_to_continue, parse_signals
 from tests.faults.test_kills import descendants
 from tests.recipes.helpers import CONFIG, REPO, metrics_of, run, tiny_overrides
 
@@ -132,7 +132,7 @@ class SignalledAt(SPINRecipe):
 @pytest.mark.parametrize("async_save", ["true", "false"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_second_sigterm_while_saving(unbroken, tmp_path, monkeypatch, when, async_save):
-    original, signals = spin.checkpoint._save_tensors, []
+    original, signals = spin.checkpoint.states._save_tensors, []
 
     def interrupted(*args):
         if when == "after":
@@ -145,7 +145,7 @@ def test_a_second_sigterm_while_saving(unbroken, tmp_path, monkeypatch, when, as
     changes = ("max_iterations=1", "max_epochs=2", f"checkpointer.async_save={async_save}")
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(spin.checkpoint, "_save_tensors", interrupted)
+        patch.setattr(spin.checkpoint.states, "_save_tensors", interrupted)
         stopped = run(tmp_path, *changes, recipe_class=SignalledAt)
     assert signals and stopped._progress.step == 3
     assert (tmp_path / "checkpoints" / "step_00000003" / "manifest.json").exists()
@@ -244,7 +244,7 @@ def test_ctrl_c_saves(tmp_path, subprocess_env):
 def test_a_second_ctrl_c_ends_at_once(monkeypatch, capfd):
     """One that a launcher hands on twice within a moment is one."""
     now = 100.0
-    monkeypatch.setattr("spin.stopping.time.monotonic", lambda: now)
+    monkeypatch.setattr("spin.run.stopping.time.monotonic", lambda: now)
     stop = StopRequest(["SIGINT"], None)
     stop.note(signal.SIGINT, None)
     stop.note(signal.SIGINT, None)

@@ -6,10 +6,10 @@ import shutil
 import pytest
 import spin_generate
 
-from spin.checkpoint import SPINCheckpointer
-from spin.config import complete, load_config
-from spin.distributed import init_world
-from spin.errors import CheckpointError
+from spin.checkpoint.states import SPINCheckpointer
+from spin.config.parse import complete, load_config
+from spin.core.errors import CheckpointError
+from spin.core.ranks import init_world
 from tests.recipes.helpers import CONFIG, metrics_of, run, tiny_overrides
 from tests.torchrun import run_ranks
 

@@ -10,10 +10,10 @@ from transformers import AutoTokenizer
 
 from spin import config
 from spin.cli import main
+from spin.core.terminal import get_logger, printable
 from spin.data import Pair, PairStore, Response
-from spin.evaluation import summary_table
-from spin.tables import iteration_summary, sample_table
-from spin.terminal import get_logger, printable
+from spin.evaluation.verdicts import summary_table
+from spin.run.messages import iteration_summary, sample_table
 from tests.recipes.helpers import CONFIG, tiny_overrides
 from tests.report_runs import write_run
 

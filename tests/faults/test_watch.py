@@ -5,11 +5,11 @@ import json
 import pytest
 from spin_recipe import SPINRecipe
 
+from spin.config.defaults import RECIPE_DEFAULTS
+from spin.core.errors import CheckpointError, CollapseError, ConfigError
+from spin.core.ranks import init_world
 from spin.data import Pair, PairStore, Response
-from spin.defaults import RECIPE_DEFAULTS
-from spin.distributed import init_world
-from spin.errors import CheckpointError, CollapseError, ConfigError
-from spin.watch import LIMITS, Watch, answer_metrics, check_limits
+from spin.training.watch import LIMITS, Watch, answer_metrics, check_limits
 from tests.recipes.helpers import metrics_of, run
 from tests.recipes.test_spin_recipe import stops_at
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from spin_lora_recipe import SPINLoRARecipe
 from spin_recipe import SPINRecipe
 
-from spin.checkpoint import SPINCheckpointer
-from spin.distributed import init_world
-from spin.errors import CheckpointError, NonFiniteError
-from spin.models import build_model, prepare_model
+from spin.checkpoint.states import SPINCheckpointer
+from spin.core.errors import CheckpointError, NonFiniteError
+from spin.core.ranks import init_world
+from spin.model.build import build_model, prepare_model
 from tests.quantizable import QUANTIZED, quantizable
 from tests.recipes import test_spin_lora_recipe as lora
 from tests.recipes.helpers import REPO, command, run, tiny_config
@@ -181,7 +181,7 @@ def test_a_state_of_an_earlier_version_with_nan_is_refused(model, tmp_path, monk
         checkpointer.save_state(step=1, state={}, **arguments)
     assert list(checkpointer.states_dir.glob("*")) == []
     with monkeypatch.context() as patch:
-        patch.setattr("spin.checkpoint.check_weights", lambda *_: None)
+        patch.setattr("spin.checkpoint.states.check_weights", lambda *_: None)
         path = checkpointer.save_state(step=1, state={}, **arguments)
     with pytest.raises(CheckpointError, match=r"step_00000001: was saved with NaN or infinity in norm\.scale"):
         checkpointer.load_state(path, **arguments)

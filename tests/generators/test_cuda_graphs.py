@@ -12,13 +12,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spin.attention import generation_kernels, patch_attention
-from spin.gemma2 import fix_gemma2_softcap
-from spin.generators.base import GeneratorContext, SamplingParams
 from spin.generators.fused import fused
+from spin.generators.generator import GeneratorContext, SamplingParams
 from spin.generators.sampling import sample_tokens
 from spin.generators.slots import Slots
 from spin.generators.torchtune import TorchtuneGenerator
+from spin.model.attention import generation_kernels, patch_attention
+from spin.model.gemma2 import fix_gemma2_softcap
 from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE
 
 pytestmark = pytest.mark.gpu
@@ -96,7 +96,7 @@ def _recorded(generator):
     ],
 )
 def test_kernel_equals_pytorch(dtype, h, n_kv, head_dim, capacity, softcap, window):
-    from spin.generation_kernels import attend_slots
+    from spin.model.decode_kernels import attend_slots
 
     draw = torch.Generator("cuda").manual_seed(0)
     n, slots = 5, 7
@@ -346,9 +346,10 @@ def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpoi
     """FSDP2 on one rank in bf16, as recipes prepare a model: recorded without a complaint, and fit for training."""
     from torchtune.training import apply_selective_activation_checkpointing
 
-    from spin.distributed import init_world, shard_model, shutdown
-    from spin.models import _compile_layers
-    from spin.selfplay import awake
+    from spin.core.ranks import init_world, shutdown
+    from spin.generators.engines import awake
+    from spin.model.build import _compile_layers
+    from spin.model.sharding import shard_model
 
     world = init_world("cuda")
     try:

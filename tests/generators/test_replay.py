@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from spin.errors import ConfigError, GeneratorError
-from spin.generators.base import Generator, GeneratorContext, SamplingParams
+from spin.core.errors import ConfigError, GeneratorError
+from spin.generators.generator import Generator, GeneratorContext, SamplingParams
 from spin.generators.replay import ReplayGenerator
 
 CONTEXT = GeneratorContext(None, torch.device("cpu"), 16, lambda ids: "".join(chr(97 + i % 26) for i in ids))

@@ -13,7 +13,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from spin.generators.base import SamplingParams
+from spin.generators.generator import SamplingParams
 from spin.generators.sampling import (
     ban_early_stops,
     invert_cdf,

@@ -18,11 +18,11 @@ from torchtune.modules import TransformerDecoder
 from torchtune.training import apply_selective_activation_checkpointing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spin.errors import ConfigError, GeneratorError
-from spin.gemma2 import fix_gemma2_softcap
-from spin.generators.base import Generator, GeneratorContext, SamplingParams
+from spin.core.errors import ConfigError, GeneratorError
+from spin.generators.generator import Generator, GeneratorContext, SamplingParams
 from spin.generators.slots import StepPlan
 from spin.generators.torchtune import TorchtuneGenerator
+from spin.model.gemma2 import fix_gemma2_softcap
 from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE, load_llama_weights
 from tests.generators.conftest import TEXTS
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from spin.core.errors import ConfigError, GeneratorError
 from spin.data import PairStore
-from spin.errors import ConfigError, GeneratorError
 from spin.generators import GeneratorContext, SamplingParams, VLLMGenerator, VLLMServerGenerator
 from spin.generators import vllm as vllm_module
-from spin.generators.base import room_for
+from spin.generators.generator import room_for
 from spin.generators.vllm import INSTALL, vllm_sampling, vllm_version
 from tests.recipes.helpers import REPO, command, metrics_of
 
@@ -286,7 +286,7 @@ def test_arguments_that_cannot_be_are_refused_before_an_engine_starts(monkeypatc
 
 
 def test_a_server_needs_an_address_and_its_key(monkeypatch):
-    from spin.distributed import init_world, shutdown
+    from spin.core.ranks import init_world, shutdown
 
     there = GeneratorContext(_Model(), torch.device("cpu"), 64, lambda ids: "", init_world("cpu"))
     try:

@@ -17,13 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torchtune.models.llama3_2 import llama3_2
 
-from spin.distributed import init_world, shutdown
-from spin.errors import ConfigError, GeneratorError
+from spin.core.errors import ConfigError, GeneratorError
+from spin.core.ranks import init_world, shutdown
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator, VLLMServerGenerator
 from spin.generators import vllm_server as module
-from spin.hf import load_hf_weights
-from spin.models import prepare_model
-from spin.selfplay import awake, prove_weights
+from spin.generators.engines import awake
+from spin.model.build import prepare_model
+from spin.model.hf import load_hf_weights
+from spin.reference.generator_check import prove_weights
 from tests.generators.vllm_engine import Prompts
 from tests.recipes.helpers import free_port
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from spin.distributed import init_world, shard_model, shutdown
-from spin.generators.base import GeneratorContext, SamplingParams
+from spin.core.ranks import init_world, shutdown
+from spin.generators.generator import GeneratorContext, SamplingParams
 from spin.generators.torchtune import TorchtuneGenerator
+from spin.model.sharding import shard_model
 from tests.families import tiny_lm_model
 
 folder = Path(sys.argv[1])

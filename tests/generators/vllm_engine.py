@@ -19,15 +19,16 @@ sys.path[:0] = [str(REPO), str(REPO / "recipes")]
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
+from spin.core.errors import SpinError  # noqa: E402
+from spin.core.ranks import init_world, shutdown  # noqa: E402
 from spin.data import PromptDataset  # noqa: E402
-from spin.data.types import Prompt  # noqa: E402
-from spin.distributed import init_world, named_full_tensors, shutdown  # noqa: E402
-from spin.errors import SpinError  # noqa: E402
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator, VLLMGenerator  # noqa: E402
 from spin.generators import vllm as vllm_module  # noqa: E402
-from spin.hf import load_hf_weights  # noqa: E402
-from spin.models import build_model, prepare_model  # noqa: E402
-from spin.selfplay import prove_weights  # noqa: E402
+from spin.model.build import build_model, prepare_model  # noqa: E402
+from spin.model.hf import load_hf_weights  # noqa: E402
+from spin.model.sharding import named_full_tensors  # noqa: E402
+from spin.reference.generator_check import prove_weights  # noqa: E402
+from spin.types import Prompt  # noqa: E402
 from tests.recipes.helpers import tiny_config  # noqa: E402
 
 ENGINE = {"kv_cache_memory_bytes": 64 << 20, "block_size": 32}

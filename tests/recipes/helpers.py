@@ -9,8 +9,8 @@ from pathlib import Path
 
 import spin_recipe
 
-from spin.config import complete, load_config
-from spin.fingerprint import weights_fingerprint
+from spin.config.parse import complete, load_config
+from spin.model.fingerprint import weights_fingerprint
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "tests" / "assets" / "tiny.yaml"

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from spin_recipe import SPINRecipe
 
-from spin.distributed import full_tensor
+from spin.model.sharding import full_tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.recipes.helpers import tiny_config  # noqa: E402

@@ -4,10 +4,10 @@ import pytest
 import spin_recipe
 from omegaconf import OmegaConf
 
-from spin.config import complete
+from spin.config.parse import complete
+from spin.core.errors import CheckpointError, ConfigError
 from spin.data import PairStore
-from spin.errors import CheckpointError, ConfigError
-from spin.progress import SPINProgress
+from spin.run.progress import SPINProgress
 from tests.recipes.helpers import REPO, metrics_of, run, tiny_config
 
 TRAIN, VAL = (str(REPO / f"examples/quickstart/jargon_{part}.jsonl") for part in ("train", "val"))

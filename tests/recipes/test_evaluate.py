@@ -9,12 +9,12 @@ import spin_evaluate
 import torch
 from safetensors.torch import load_file, save_file
 
-from spin import evaluation
 from spin.cli import main
-from spin.config import complete, load_config
+from spin.config.parse import complete, load_config
+from spin.core.errors import CheckpointError, ConfigError, DataError, OutputError
 from spin.data import ChatTokenizer, PairStore
-from spin.errors import CheckpointError, ConfigError, DataError, OutputError
-from spin.players import Player, check_evaluation
+from spin.evaluation import verdicts
+from spin.evaluation.models import Player, check_evaluation
 from tests.generators import test_vllm_server as false_servers
 from tests.recipes.helpers import REPO, command
 
@@ -81,8 +81,8 @@ def test_verdicts_are_what_the_judge_wrote(judged):
     assert len(rows) == summary["samples"] == 12
     pattern = configured(folder, "candidate.checkpoint_dir=x").judge.pattern
     for row in rows:
-        assert row["verdicts"] == [evaluation.read_verdict(text, pattern) for text in row["judge_texts"]]
-        assert row["outcome"] == evaluation.outcome_of(*row["verdicts"])
+        assert row["verdicts"] == [verdicts.read_verdict(text, pattern) for text in row["judge_texts"]]
+        assert row["outcome"] == verdicts.outcome_of(*row["verdicts"])
     outcomes = [row["outcome"] for row in rows]
     assert set(outcomes) >= {"tie", "loss"}, "the tiny judge decides nothing, so this test shows nothing"
     for name, outcome in (("wins", "win"), ("ties", "tie"), ("losses", "loss"), ("unreadable", None)):
@@ -279,7 +279,7 @@ def questions(tmp_path_factory, judged):
     expected, lines = [], []
     for i, (row, (candidate, baseline)) in enumerate(zip(rows, firsts, strict=True)):
         right = (candidate, baseline, "zebra")[i % 3]
-        same = evaluation.canonical(candidate) == evaluation.canonical(baseline)
+        same = verdicts.canonical(candidate) == verdicts.canonical(baseline)
         expected.append("tie" if same or right == "zebra" else "win" if right == candidate else "loss")
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": f"#### {right}."}]
         lines.append(json.dumps({"id": row["sample_id"], "messages": messages, "right": right.upper()}) + "\n")
@@ -306,7 +306,7 @@ def test_exact_match_with_known_answers(questions, paths, tmp_path, capsys, refe
     for role in ROLES:
         right = sum(row[f"{role}_right"] for row in rows)
         assert 4 <= right < 12 and summary[role]["accuracy"] == right / 12
-        assert summary[role]["accuracy_interval"] == list(evaluation.wilson_interval(right, 12))
+        assert summary[role]["accuracy_interval"] == list(verdicts.wilson_interval(right, 12))
     assert summary["wins"] == expected.count("win") and summary["losses"] == expected.count("loss")
     out = capsys.readouterr().out
     assert f"accuracy {summary['candidate']['accuracy']:.1%}" in out and "judge" not in out

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin import config
 from spin.cli import main
+from spin.core.ranks import init_world, shutdown
 from spin.data import PairStore
-from spin.distributed import init_world, shutdown
-from spin.hf import load_hf_weights
-from spin.models import build_model, prepare_model
+from spin.model.build import build_model, prepare_model
+from spin.model.hf import load_hf_weights
 from tests.recipes.helpers import REPO, metrics_of
 
 ROWS = 1088  # of the embeddings: more than the tokenizer has tokens, as Qwen's and Phi's

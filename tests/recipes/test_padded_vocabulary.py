@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spin.config import complete, load_config
+from spin.config.parse import complete, load_config
 from spin.data import PairStore
 from tests.generators.test_vllm import VLLM
 from tests.recipes.helpers import CONFIG, REPO, command, run, tiny_overrides

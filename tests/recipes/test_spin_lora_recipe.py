@@ -15,16 +15,16 @@ import torch
 from spin_lora_recipe import SPINLoRARecipe
 from transformers import AutoModelForCausalLM
 
-from spin.adapters import adapted_modules
-from spin.config import complete, load_config
+from spin.config.parse import complete, load_config
+from spin.core.errors import CheckpointError, ConfigError
 from spin.data import PairStore
-from spin.data.packing import pack_batch
-from spin.distributed import named_full_tensors
-from spin.errors import CheckpointError, ConfigError
-from spin.fingerprint import weights_fingerprint
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator
-from spin.logprobs import response_logps
-from spin.models import build_model
+from spin.model.adapters import adapted_modules
+from spin.model.build import build_model
+from spin.model.fingerprint import weights_fingerprint
+from spin.model.sharding import named_full_tensors
+from spin.pairs.packing import pack_batch
+from spin.reference.logprobs import response_logps
 from tests.quantizable import QUANTIZED, quantizable
 from tests.recipes.helpers import command, metrics_of, tiny_config, tiny_overrides
 

@@ -14,9 +14,9 @@ import torch
 from spin_recipe import SPINRecipe
 from transformers import AutoModelForCausalLM
 
+from spin.core.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError, StoreError
 from spin.data import PairStore
-from spin.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError, StoreError
-from spin.fingerprint import weights_fingerprint
+from spin.model.fingerprint import weights_fingerprint
 from spin.report import read_run, render
 from tests.recipes.helpers import REPO, metrics_of, run, tiny_config
 
@@ -666,7 +666,7 @@ class TestFaults:
         run(tmp_path / "off", *changes, "self_test=false", recipe_class=Tampers)
 
     def test_the_self_test_compares_logits_before_weights_are_loaded(self, tmp_path, monkeypatch, caplog):
-        monkeypatch.setattr("spin.hf._read", lambda *_: pytest.fail("read a weight"))
+        monkeypatch.setattr("spin.model.hf._read", lambda *_: pytest.fail("read a weight"))
         folder = shutil.copytree(REPO / "tests/assets/tiny_lm", tmp_path / "model")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "linear", "factor": 4.0}}))

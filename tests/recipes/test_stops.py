@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from spin.checkpoint import SPINCheckpointer
+from spin.checkpoint.states import SPINCheckpointer
+from spin.core.errors import CheckpointError
+from spin.core.ranks import init_world, shutdown
 from spin.data import ChatTokenizer, adapt_tokenizer
-from spin.distributed import init_world, shutdown
-from spin.errors import CheckpointError
 from tests.families import tiny_lm_model
 from tests.recipes import test_spin_lora_recipe as lora
 from tests.recipes.helpers import run

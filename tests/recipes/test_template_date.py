@@ -12,9 +12,9 @@ import pytest
 import spin_evaluate
 import spin_generate
 
-from spin.config import complete, load_config
+from spin.config.parse import complete, load_config
+from spin.core.errors import CheckpointError, DataError
 from spin.data import ChatTokenizer, PairStore
-from spin.errors import CheckpointError, DataError
 from tests.recipes.helpers import CONFIG, REPO, command, metrics_of, run, tiny_overrides
 
 TEMPLATE = (

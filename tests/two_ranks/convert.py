@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import build
 
-import spin.hf
-from spin.distributed import barrier, init_world, materialize, shard_model, shutdown
-from spin.errors import CheckpointError
-from spin.fingerprint import weights_fingerprint
-from spin.hf import export_hf, load_hf_weights
+import spin.model.hf
+from spin.core.errors import CheckpointError
+from spin.core.ranks import barrier, init_world, shutdown
+from spin.model.fingerprint import weights_fingerprint
+from spin.model.hf import export_hf, load_hf_weights
+from spin.model.sharding import materialize, shard_model
 
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 world = init_world("cpu")
@@ -55,7 +56,7 @@ if world.rank == 1:
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    spin.hf.save_file = fail
+    spin.model.hf.save_file = fail
 try:
     export_hf(model, source, out.with_name("second"), "LLAMA3_2", dtype=torch.float32, world=world, max_file_bytes=1)
 except CheckpointError as error:

@@ -7,8 +7,8 @@ import sys
 import torch
 from tiny import sharded, train
 
-from spin.checkpoint import SPINCheckpointer
-from spin.distributed import init_world
+from spin.checkpoint.states import SPINCheckpointer
+from spin.core.ranks import init_world
 
 output_dir, module, function = sys.argv[1:]
 world = init_world("cpu")

@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-import spin.hf
-from spin.distributed import all_reduce_sums, init_world, materialize, shard_model, shutdown
-from spin.fingerprint import weights_fingerprint
+import spin.model.hf
+from spin.core.ranks import all_reduce_sums, init_world, shutdown
+from spin.model.fingerprint import weights_fingerprint
+from spin.model.sharding import materialize, shard_model
 from tests.families import FAMILIES
 
 world = init_world("cpu")
-read, bytes_read = spin.hf._read, 0
+read, bytes_read = spin.model.hf._read, 0
 
 
 def counting_read(*args):
@@ -25,13 +26,13 @@ def counting_read(*args):
     return piece
 
 
-spin.hf._read = counting_read
+spin.model.hf._read = counting_read
 for family, model_type in (argument.split("=") for argument in sys.argv[2:]):
     folder, bytes_read = Path(sys.argv[1]) / family, 0
     model = FAMILIES[family]().to("meta")
     shard_model(model, world, compute_dtype=torch.float32)
     materialize(model, world)
-    spin.hf.load_hf_weights(model, folder, model_type, world=world)
+    spin.model.hf.load_hf_weights(model, folder, model_type, world=world)
     assert weights_fingerprint(model) == weights_fingerprint(FAMILIES[family]()), family
 
     stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from spin_recipe import SPINRecipe
 
-from spin.distributed import barrier, gather_objects, shutdown
-from spin.errors import OutputError
+from spin.core.errors import OutputError
+from spin.core.ranks import barrier, gather_objects, shutdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.recipes.helpers import metrics_of, tiny_config  # noqa: E402

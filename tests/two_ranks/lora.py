@@ -14,10 +14,12 @@ from torch import nn
 from torch.nn import functional as F
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 
-from spin.distributed import World, accumulating, init_world, named_full_tensors, shutdown
-from spin.fingerprint import weights_fingerprint
-from spin.lora import LoRACheckpointer, init_adapters, prepare_adapters, trainable
-from spin.models import prepare_model
+from spin.checkpoint.lora import LoRACheckpointer
+from spin.core.ranks import World, init_world, shutdown
+from spin.model.build import prepare_model
+from spin.model.fingerprint import weights_fingerprint
+from spin.model.lora import init_adapters, prepare_adapters, trainable
+from spin.model.sharding import accumulating, named_full_tensors
 
 SHAPE = {
     "vocab_size": 97,

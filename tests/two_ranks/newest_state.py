@@ -2,8 +2,8 @@
 
 import sys
 
-from spin.checkpoint import SPINCheckpointer
-from spin.distributed import init_world, shutdown
+from spin.checkpoint.states import SPINCheckpointer
+from spin.core.ranks import init_world, shutdown
 
 found = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1]).latest("auto", init_world("cpu"))
 assert found.name == "step_00000001", found

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from spin.checkpoint import SPINCheckpointer
-from spin.distributed import gather_objects, init_world, shutdown
-from spin.fingerprint import weights_fingerprint
-from spin.optim import AdamW8bit, AdamWStochasticRounding
+from spin.checkpoint.states import SPINCheckpointer
+from spin.core.ranks import gather_objects, init_world, shutdown
+from spin.model.fingerprint import weights_fingerprint
+from spin.training.optim import AdamW8bit, AdamWStochasticRounding
 from tests.two_ranks.small import small, train
 from tests.two_ranks.tiny import optimizer_digest
 

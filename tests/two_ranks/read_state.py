@@ -5,9 +5,9 @@ import sys
 import torch
 from tiny import optimizer_digest, sharded
 
-from spin.checkpoint import SPINCheckpointer
-from spin.distributed import init_world, shutdown
-from spin.fingerprint import weights_fingerprint
+from spin.checkpoint.states import SPINCheckpointer
+from spin.core.ranks import init_world, shutdown
+from spin.model.fingerprint import weights_fingerprint
 
 world = init_world("cpu")
 model = sharded(world)

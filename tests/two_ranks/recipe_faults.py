@@ -9,13 +9,13 @@ from pathlib import Path
 import spin_generate
 from spin_recipe import SPINRecipe
 
-from spin.config import complete
+from spin.config.parse import complete
+from spin.core.errors import GeneratorError, NonFiniteError, SpinError, StoreError
+from spin.core.ranks import barrier, gather_objects, shutdown
 from spin.data import PairStore
-from spin.data.lookup import share_lookup
-from spin.data.shards import missing_shards
-from spin.distributed import barrier, gather_objects, shutdown
-from spin.errors import GeneratorError, NonFiniteError, SpinError, StoreError
-from spin.fingerprint import weights_fingerprint
+from spin.model.fingerprint import weights_fingerprint
+from spin.pairs.lookup import share_lookup
+from spin.pairs.shards import missing_shards
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.recipes.helpers import tiny_config  # noqa: E402

@@ -8,9 +8,10 @@ import sys
 import torch
 from tiny import backward, build, gradients, optimizer_digest, rows_reduced, sharded
 
-from spin.checkpoint import SPINCheckpointer
-from spin.distributed import World, all_reduce_sums, clip_grad_norm, init_world, shutdown
-from spin.fingerprint import weights_fingerprint
+from spin.checkpoint.states import SPINCheckpointer
+from spin.core.ranks import World, all_reduce_sums, init_world, shutdown
+from spin.model.fingerprint import weights_fingerprint
+from spin.model.sharding import clip_grad_norm
 
 worlds = [init_world("cpu", replicas=replicas) for replicas in (1, 2)]
 rows = 3 * worlds[0].world_size

@@ -6,7 +6,8 @@ from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 
-from spin.distributed import (
+from spin.core.errors import CheckpointError
+from spin.core.ranks import (
     World,
     all_reduce_sums,
     any_rank,
@@ -15,12 +16,10 @@ from spin.distributed import (
     fail_together,
     gather_objects,
     init_world,
-    shard_model,
     shutdown,
-    unsharded,
 )
-from spin.errors import CheckpointError
-from spin.fingerprint import weights_fingerprint
+from spin.model.fingerprint import weights_fingerprint
+from spin.model.sharding import shard_model, unsharded
 
 world = init_world("cpu")
 assert (world.world_size, world.mesh.mesh_dim_names) == (2, ("shard",))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from spin.distributed import World, shard_model
+from spin.core.ranks import World
+from spin.model.sharding import shard_model
 
 WIDTH, ROWS = 256, 33
 

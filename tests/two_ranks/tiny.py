@@ -8,8 +8,9 @@ from torch.nn import functional as F
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
-from spin.distributed import World, accumulating, clean_name, shard_model
-from spin.fingerprint import json_fingerprint
+from spin.core.files import json_fingerprint
+from spin.core.ranks import World
+from spin.model.sharding import accumulating, clean_name, shard_model
 
 VOCAB_SIZE = 97  # neither this nor most other sizes can be halved: shards are uneven
 

@@ -12,9 +12,9 @@ import spin_generate
 import spin_lora_recipe
 import spin_recipe
 
-from spin.config import complete, load_config
-from spin.distributed import shutdown
-from spin.errors import ConfigError
+from spin.config.parse import complete, load_config
+from spin.core.errors import ConfigError
+from spin.core.ranks import shutdown
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests.recipes.helpers import REPO, tiny_overrides  # noqa: E402

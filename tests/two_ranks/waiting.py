@@ -6,8 +6,8 @@ import time
 
 import torch.distributed as dist
 
-from spin.distributed import any_rank, barrier, init_world
-from spin.ranks import set_stage
+from spin.core.heartbeat import set_stage
+from spin.core.ranks import any_rank, barrier, init_world
 
 world = init_world("cpu", timeout_seconds=float(sys.argv[1]))
 set_stage(f"dance of rank {world.rank}")

@@ -1,0 +1,146 @@
+"""Adapters as the peft library reads them: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+
+from spin.core.errors import CheckpointError
+from spin.core.files import finish_folder, part_of, start_folder, sync, write_json
+from spin.core.heartbeat import set_stage
+from spin.core.ranks import World, fail_together
+from spin.model.adapters import adapted_modules, adapter_scale, whole_magnitude
+from spin.model.hf import check_model_type, stored_rows, write_companions
+from spin.model.sharding import check_weights, clean_name, full_tensor, reshard, weight_gathers
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def export_peft(
+    model: nn.Module,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    model_type: str,
+    *,
+    world: World,
+    tokenizer_dir: Path | None = None,
+    chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
+) -> Path:
+    """Writes a model's adapters as a folder that ``peft.PeftModel.from_pretrained`` loads onto the base. Collective.
+
+    With stop tokens, tokenizer and ``generation_config.json`` lie beside them: the base's own need not stop where the
+    adapter was trained to.
+
+    Rows of B and of DoRA's magnitude move as those of W do. Where a family stores several weights as one (Phi: queries,
+    keys and values), their adapters become one of the sum of their ranks, whose B has blocks of zeros.
+
+    Args:
+        model (nn.Module): sharded or plain.
+        source_dir (str | Path): Hugging Face folder of the base.
+        out_dir (str | Path): the folder to write; an adapter that was exported there is replaced.
+        model_type (str): name in torchtune's ``ModelType``.
+        world (World): the ranks.
+        tokenizer_dir (Path | None): see :func:`spin.model.hf.write_companions`.
+        chat_template (str | None): see :func:`spin.model.hf.write_companions`.
+        stop_ids (Sequence[int]): see :func:`spin.model.hf.write_companions`; without any there are weights alone.
+
+    Returns:
+        Path: ``out_dir``.
+
+    Raises:
+        CheckpointError: If the model does not fit the source's config, or the folder cannot be written.
+        NonFiniteError: If a weight is NaN or infinite; nothing is written then.
+    """
+    set_stage("exporting an adapter")
+    out = Path(out_dir)
+    check_weights(model, world, str(out))
+    reshard(model)
+    modules = {clean_name(name): module for name, module in adapted_modules(model).items()}
+    with fail_together(world, CheckpointError):
+        stored = stored_rows(model, source_dir, check_model_type(model_type))
+        if world.is_main:
+            start_folder(out, "adapter")
+    weights = weight_gathers(model)
+    tensors: dict[str, torch.Tensor] = {}
+    ranks: dict[str, int] = {}  # by the last part of the stored name, the same in all layers
+    for stored_name, sources in stored.items():
+        parts = [(name.removesuffix(".weight"), rows) for name, rows in sources if name.endswith(".weight")]
+        if not any(name in modules for name, _ in parts):
+            continue
+        adapter = _stored_adapter(parts, modules, weights)
+        target = stored_name.removesuffix(".weight")
+        ranks[target.rsplit(".", 1)[-1]] = adapter["lora_A.weight"].shape[0]
+        if world.is_main:
+            tensors |= {f"base_model.model.{target}.{part}": tensor for part, tensor in adapter.items()}
+    with fail_together(world, CheckpointError):
+        if world.is_main:
+            if stop_ids:
+                write_companions(Path(source_dir), part_of(out), tokenizer_dir, chat_template, stop_ids)
+            _write_weights(tensors, part_of(out) / WEIGHTS)
+            write_json(part_of(out) / CONFIG, _config(ranks, list(modules.values()), source_dir))
+            finish_folder(out)
+    return out
+
+
+def _stored_adapter(
+    parts: list[tuple[str, torch.Tensor]], modules: dict[str, Any], weights: dict[str, Any]
+) -> dict[str, torch.Tensor]:
+    """The adapter of one stored weight, on the CPU, made of those of the torchtune weights in it. Collective."""
+    adapted = [(modules[name], rows) for name, rows in parts if name in modules]
+    lora_a = torch.cat([full_tensor(module.lora_a.weight.detach()).cpu() for module, _ in adapted])
+    lora_b = lora_a.new_zeros(sum(len(rows) for _, rows in parts), lora_a.shape[0])
+    column = 0
+    for module, rows in adapted:
+        block = full_tensor(module.lora_b.weight.detach()).cpu()  # (out, rank)
+        lora_b[rows, column : column + block.shape[1]] = block
+        column += block.shape[1]
+    tensors = {"lora_A.weight": lora_a, "lora_B.weight": lora_b}
+    if any(hasattr(module, "magnitude") for module, _ in adapted):
+        # in float32 whatever the adapter has: bf16 would scale each row by up to 0.4 % more or less
+        magnitude = torch.zeros(lora_b.shape[0], dtype=torch.promote_types(lora_a.dtype, torch.float32))
+        for name, rows in parts:
+            if name in modules:
+                magnitude[rows] = whole_magnitude(modules[name], full_tensor).cpu().to(magnitude.dtype)
+            else:  # stored with one that has an adapter, and keeps its norms
+                magnitude[rows] = weights[f"{name}.weight"](torch.float32).norm(dim=1).cpu().to(magnitude.dtype)
+        tensors["lora_magnitude_vector"] = magnitude
+    return tensors
+
+
+def _config(ranks: dict[str, int], modules: list[Any], source_dir: str | Path) -> dict[str, Any]:
+    rank = min(ranks.values())
+    scale = adapter_scale(modules[0])
+    others = {target: found for target, found in ranks.items() if found != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(source_dir),
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "rank_pattern": others,
+        "alpha_pattern": {target: scale * found for target, found in others.items()},
+        "target_modules": sorted(ranks),
+        "use_dora": hasattr(modules[0], "magnitude"),
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _write_weights(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
+        sync(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: cannot write ({error}). Is the disk full?") from error

@@ -1,0 +1,362 @@
+"""What a config needs, in GiB on each GPU, before anything is loaded: from shapes on the meta device, by arithmetic.
+
+The peak of training is where the output layer works on a row: everything that the layers keep for backward is there,
+the gradients of the rows before, and the head's own. So
+
+    training = weights + gathered copy + gradients + optimizer + activations + head
+
+and, while the opponent plays, ``weights + gathered copy + optimizer + cache``. The activations of a compiled layer are
+counted tensor by tensor; the rest is exact. Measured peaks (torch's allocator, without the CUDA context) are in
+tests/cli/test_estimate.py.
+
+    python -m spin.cli.estimate --config llama3_1/8B_lora
+    python -m spin.cli.estimate --config llama3_1/8B_full --ranks 8 pairs.row_tokens=12288
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import training
+
+from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
+from spin.config.parse import complete, load_config
+from spin.core.errors import ConfigError, SpinError
+from spin.core.terminal import printable
+from spin.generators.triplets import answers_per_pair
+from spin.model.adapters import adapted_modules, adapter_parameters, nf4_of
+from spin.model.build import build_model
+from spin.pairs.packing import longest_row, padded_length, plan_rows
+from spin.pairs.row_mask import BLOCK
+
+_GIB = 2**30
+# Bytes of optimizer state for a trained weight, by class; others are taken for AdamW.
+_OPTIMIZER_BYTES = {"AdamW8bit": 2, "AdamWStochasticRounding": 8, "AdamW": 8, "Adam": 8, "RMSprop": 4, "SGD": 0}
+# NF4: half a byte, a scale of one byte for 64 weights, a factor for 16,384.
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
+_NF4_WORKSPACE_BYTES = 2  # for each number that NF4 stands for, while a product is computed with them
+# Kept by eager layers for every tensor that compiled ones keep: 24.3 - 13.0 GiB against 20.6 - 13.0 (Llama 3.2 1B).
+_EAGER_FACTOR = 1.45
+_CACHE_STEP_TOKENS = 256
+_SPREAD = 0.5  # of the logarithm of pairs' lengths, as in conversations
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory on each GPU, and disk, of a config; all in GiB.
+
+    Args:
+        weights (float): this rank's shards as they are stored, frozen ones included.
+        gathered (float): copies in the compute dtype that stay from forward to backward.
+        gradients (float): of what is trained.
+        optimizer (float): its state.
+        activations (float): what layers keep for backward over one row.
+        head (float): logits of a chunk, and the sum of the output weight's gradient if it is trained.
+        workspace (float): dequantized NF4, or DoRA's norms, of the largest weight.
+        cache (float): keys and values while the opponent plays; 0 if that happens in an engine of its own.
+        playing_copy (float): the gathered model while the opponent plays.
+        pair_store (float): on disk, for each iteration, at most.
+        state (float): on disk, for each resumable state.
+        export (float): on disk, for each iteration.
+        row_tokens (int): length of the row that was counted.
+        trained (int): parameters that are trained.
+        frozen (int): parameters that are not.
+    """
+
+    weights: float
+    gathered: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    workspace: float
+    cache: float
+    playing_copy: float
+    pair_store: float
+    state: float
+    export: float
+    row_tokens: int
+    trained: int
+    frozen: int
+
+    @property
+    def training(self) -> float:
+        """Peak of an optimizer step."""
+        return (
+            self.weights
+            + self.gathered
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.head
+            + self.workspace
+        )
+
+    @property
+    def playing(self) -> float:
+        """Peak while the opponent plays; the optimizer of the iteration before is still there."""
+        return self.weights + self.playing_copy + self.optimizer + self.cache + self.workspace
+
+    @property
+    def peak(self) -> float:
+        """The larger of both."""
+        return max(self.training, self.playing)
+
+    def table(self) -> str:
+        """Every part, and what it belongs to, a line each."""
+        rows: list[tuple[str, float | None, float | None]] = [
+            ("weights", self.weights, self.weights),
+            ("gathered copy", self.gathered, self.playing_copy),
+            ("gradients", self.gradients, None),
+            ("optimizer", self.optimizer, self.optimizer),
+            (f"activations of a row of {self.row_tokens:,} tokens", self.activations, None),
+            ("output layer", self.head, None),
+            ("workspace", self.workspace, self.workspace),
+            ("key-value cache", None, self.cache),
+            ("peak", self.training, self.playing),
+        ]
+        lines = [f"{'GiB on each GPU':<44}{'training':>10}{'playing':>10}"]
+        for name, *values in rows:
+            cells = "".join(f"{'-' if value is None else f'{value:.1f}':>10}" for value in values)
+            lines.append(f"{name:<44}{cells}")
+        lines += [
+            "and about 1 GiB for CUDA itself",
+            "",
+            f"{self.trained:,} parameters are trained, {self.frozen:,} frozen",
+            f"on disk: {self.pair_store:.2f} GiB of pairs at most and {self.export:.2f} GiB of exports each iteration, "
+            f"{self.state:.2f} GiB each state",
+        ]
+        return "\n".join(lines)
+
+
+def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) -> Estimate:
+    """Adds up what a config needs. Nothing is read but the config.
+
+    Args:
+        cfg (DictConfig): complete, of the full or the LoRA recipe.
+        ranks (int): GPUs.
+        pair_tokens (int | None): mean tokens of a pair, prompt and responses; gives the rows that a batch of such pairs
+            is packed into. None takes the longest row that there can be.
+
+    Returns:
+        Estimate: all parts.
+
+    Raises:
+        ConfigError: If a number cannot be, or the model is none of torchtune's decoders.
+    """
+    if ranks < 1 or ranks % cfg.replicas:
+        raise ConfigError(f"ranks={ranks}: expected 1 or more, in multiples of replicas={cfg.replicas}.")
+    if pair_tokens is not None and pair_tokens < 1:
+        raise ConfigError(f"pair_tokens={pair_tokens}: expected the mean tokens of a pair, 1 or more.")
+    shards = ranks // cfg.replicas
+    dtype, compute = (training.get_dtype(name, torch.device("cpu")) for name in (cfg.dtype, cfg.compute_dtype))
+    base_dtype = training.get_dtype(cfg.base_dtype, torch.device("cpu")) if "base_dtype" in cfg else dtype
+    model = build_model(cfg.model, base_dtype)
+    shapes = _Shapes(model)
+    trained, base = _split(model)
+    trained_count = sum(weight.numel() for weight in trained)
+
+    weights = trained_count * dtype.itemsize + sum(map(_stored_bytes, base))
+    # alone, frozen weights that need no cast are used where they are
+    whole_base = sum(
+        _gathered_bytes(weight, compute)
+        for weight in base
+        if ranks > 1 or not (weight.dtype == compute or nf4_of(weight) is not None)
+    )
+    playing_copy = trained_count * compute.itemsize + whole_base
+    gathered = playing_copy
+    if cfg.fsdp_reshard_after_forward:  # the root stays, and two layers: one that computes, one that is on its way
+        in_layers = 1 - shapes.root_parameters / shapes.parameters
+        gathered *= shapes.root_parameters / shapes.parameters + in_layers * min(1.0, 2 / shapes.layers)
+    # whole ones are reduced after the last row's head, so they do not stand beside the shards'
+    gradients = trained_count * 4 / (1 if cfg.fsdp_accumulate_unsharded else shards)
+    state_bytes = _OPTIMIZER_BYTES.get(cfg.optimizer._component_.rsplit(".", 1)[-1], 8)
+    if cfg.optimizer.get("momentum"):
+        state_bytes += 4
+    on_gpu = 0 if cfg.fsdp_cpu_offload else 1
+    row = _row_tokens(cfg, ranks, pair_tokens)
+
+    return Estimate(
+        weights=on_gpu * weights / shards / _GIB,
+        gathered=gathered / _GIB,
+        gradients=on_gpu * gradients / _GIB,
+        optimizer=on_gpu * trained_count * state_bytes / shards / _GIB,
+        activations=_activations(cfg, shapes, row, compute) / _GIB,
+        head=_head(cfg, shapes, compute, is_trained=not base) / _GIB,
+        workspace=_workspace(model) / _GIB,
+        cache=_cache(cfg, model, shapes, compute) / _GIB,
+        playing_copy=playing_copy / _GIB,
+        pair_store=_pair_store(cfg, model, pair_tokens) / _GIB,
+        state=trained_count * (dtype.itemsize + state_bytes) / _GIB,
+        export=_export(cfg, model, trained_count if base else 0, dtype) / _GIB,
+        row_tokens=row,
+        trained=trained_count,
+        frozen=sum(weight.numel() for weight in base),
+    )
+
+
+class _Shapes:
+    """The numbers of a decoder that activations and caches follow from."""
+
+    def __init__(self, model: Any) -> None:
+        layer = model.layers[0]
+        attention, mlp = layer.attn, layer.mlp
+        self.layers = len(model.layers)
+        self.width = model.tok_embeddings.weight.shape[1]
+        self.vocab = model.tok_embeddings.weight.shape[0]
+        self.queries = attention.num_heads * attention.head_dim
+        self.keys = attention.num_kv_heads * attention.head_dim
+        self.hidden = mlp.w1.weight.shape[0]
+        self.norms = sum(hasattr(layer, name) and not isinstance(getattr(layer, name), nn.Identity) for name in _NORMS)
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.root_parameters = self.parameters - sum(p.numel() for p in model.layers.parameters())
+
+    @property
+    def kept_by_layer(self) -> int:
+        """Elements for each token: in and out of each norm, q and attention's output, k, v, and three of the MLP."""
+        return 2 * self.norms * self.width + 2 * self.queries + 2 * self.keys + 3 * self.hidden
+
+
+_NORMS = ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale")
+
+
+def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trained and frozen parameters: adapters and base, or all and none."""
+    parts = [part for module in adapted_modules(model).values() for part in adapter_parameters(module).values()]
+    if not parts:
+        return list(model.parameters()), []
+    return parts, [parameter for parameter in model.parameters() if all(parameter is not part for part in parts)]
+
+
+def _stored_bytes(weight: torch.Tensor) -> float:
+    return weight.numel() * (_NF4_BYTES if nf4_of(weight) is not None else weight.dtype.itemsize)
+
+
+def _gathered_bytes(weight: torch.Tensor, compute: torch.dtype) -> float:
+    return _stored_bytes(weight) if nf4_of(weight) is not None else weight.numel() * compute.itemsize
+
+
+def _row_tokens(cfg: DictConfig, ranks: int, pair_tokens: int | None) -> int:
+    multiple = math.lcm(cfg.pairs.row_multiple, BLOCK)  # as FlexAttention needs
+    if pair_tokens is None:
+        limits = (_data_limit(cfg, "max_prompt_tokens"), _data_limit(cfg, "max_response_tokens"))
+        generated = answers_per_pair(cfg) * cfg.sampling.max_new_tokens
+        longest_pair = sum(limits) + generated if None not in limits else 0
+        return longest_row(longest_pair, cfg.pairs.row_tokens, multiple)
+    spread = NormalDist(math.log(pair_tokens) - _SPREAD**2 / 2, _SPREAD)  # of the logarithm; its mean is pair_tokens
+    size = cfg.global_batch_size
+    lengths = [max(1, round(math.exp(spread.inv_cdf((i + 0.5) / size)))) for i in range(size)]
+    rows = plan_rows(lengths, cfg.pairs.row_tokens, ranks, multiple)
+    longest = max(sum(lengths[i] for i in pairs) for rank in rows for pairs in rank)
+    return padded_length(longest, cfg.pairs.row_tokens, multiple)
+
+
+def _activations(cfg: DictConfig, shapes: _Shapes, row: int, compute: torch.dtype) -> float:
+    layer = shapes.kept_by_layer * (1.0 if cfg.compile else _EAGER_FACTOR)
+    around = 4 * shapes.width  # embeddings, last hidden state, what the head takes of it, and its gradient
+    if not cfg.enable_activation_checkpointing:
+        elements = shapes.layers * layer
+    else:  # inputs of the layers that are checkpointed, and one of them in full, with gradients of about the same size
+        every = cfg.ac_option if cfg.ac_mode == "selective" else 1
+        checkpointed = shapes.layers // every
+        elements = checkpointed * shapes.width + (shapes.layers - checkpointed) * layer + 2 * layer
+    return float(row * (elements + around) * compute.itemsize)
+
+
+def _head(cfg: DictConfig, shapes: _Shapes, compute: torch.dtype, is_trained: bool) -> float:
+    logits = cfg.logprob_chunk_tokens * shapes.vocab * compute.itemsize
+    return float(logits + (shapes.vocab * shapes.width * 4 if is_trained else 0))  # summed in fp32
+
+
+def _workspace(model: nn.Module) -> float:
+    quantized = [weight.numel() for weight in model.parameters() if nf4_of(weight) is not None]
+    doras = [module.weight.numel() for module in adapted_modules(model).values() if hasattr(module, "magnitude")]
+    # DoRA's norms: the weight and its merged form in fp32
+    return max([0.0, *(n * _NF4_WORKSPACE_BYTES for n in quantized), *(n * 8.0 for n in doras)])
+
+
+def _data_limit(cfg: DictConfig, key: str) -> Any:
+    """A limit of the data set; of a mixture's sources the largest, and of their numbers of samples the sum."""
+    sources = cfg.dataset.get("sources")
+    if not sources:
+        return cfg.dataset.get(key)
+    limits = [source.get(key, (cfg.dataset.get("common") or {}).get(key)) for source in sources.values()]
+    if None in limits:
+        return None
+    return sum(limits) if key == "limit" else max(limits)
+
+
+def _longest_sequence(cfg: DictConfig, model: Any) -> int:
+    prompt = _data_limit(cfg, "max_prompt_tokens") or model.max_seq_len
+    return int(min(model.max_seq_len, prompt + cfg.sampling.max_new_tokens))
+
+
+def _cache(cfg: DictConfig, model: nn.Module, shapes: _Shapes, compute: torch.dtype) -> float:
+    if cfg.generator._component_.rsplit(".", 1)[-1] != "TorchtuneGenerator":
+        return 0.0
+    batch = cfg.generator.get("batch_size", 32)
+    capacity = math.ceil(_longest_sequence(cfg, model) / _CACHE_STEP_TOKENS) * _CACHE_STEP_TOKENS
+    keys_and_values = batch * capacity * shapes.layers * 2 * shapes.keys * compute.itemsize
+    return float(keys_and_values + batch * shapes.vocab * (compute.itemsize + 4))  # and logits of a step
+
+
+def _pair_store(cfg: DictConfig, model: Any, pair_tokens: int | None) -> float:
+    """Answers, answers with log-probs, and rows to look them up: three times the token ids, 4 bytes each."""
+    samples = cfg.dataset.get("samples") or _data_limit(cfg, "limit") or 0
+    if pair_tokens is None:
+        prompt, real = (_data_limit(cfg, f"max_{part}_tokens") or model.max_seq_len for part in ("prompt", "response"))
+        pair_tokens = prompt + real + answers_per_pair(cfg) * cfg.sampling.max_new_tokens
+    return float(samples * (3 * 4 * pair_tokens + 300))
+
+
+def _export(cfg: DictConfig, model: nn.Module, adapter: int, dtype: torch.dtype) -> float:
+    itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}[cfg.checkpointer.get("export_dtype", "bf16")]
+    merged = cfg.checkpointer.get("export_merged", True)
+    plain = sum(parameter.numel() for parameter in model.parameters()) - adapter
+    return float(plain * itemsize * merged + adapter * dtype.itemsize)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: prints the table of a config.
+
+    Args:
+        argv (Sequence[str] | None): arguments; None takes those of the process.
+
+    Returns:
+        int: exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog="spin estimate",
+        description="Memory that a config needs on each GPU, and disk, before anything is loaded.",
+        usage="%(prog)s --config NAME_OR_FILE [--ranks N] [--pair-tokens N] [key=value ...]",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as llama3_1/8B_lora")
+    parser.add_argument("--ranks", type=int, default=1, help="number of GPUs")
+    parser.add_argument("--pair-tokens", type=int, help="mean tokens of a pair: prompt, real and generated response")
+    arguments, overrides = parser.parse_known_args(None if argv is None else list(argv))
+    try:
+        raw = load_config(arguments.config, overrides)
+        if "candidate" in raw:
+            raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
+        is_lora = "lora" in str(raw.get("model", {}).get("_component_"))
+        cfg = complete(raw, LORA_DEFAULTS if is_lora else RECIPE_DEFAULTS)
+        print(f"{arguments.config} on {arguments.ranks} GPU{'s' if arguments.ranks > 1 else ''}: an estimate\n")
+        print(estimate(cfg, arguments.ranks, arguments.pair_tokens).table())
+    except SpinError as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

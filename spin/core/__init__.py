@@ -1,0 +1,1 @@
+"""Errors, files, ranks and the terminal: what every other folder needs."""

@@ -1,0 +1,18 @@
+"""The names of floating-point formats in configs."""
+
+from __future__ import annotations
+
+import torch
+
+# of copies of weights, of exports and of caches
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# that the policy is trained in; fp16 would need its loss scaled
+TRAINED_DTYPES = ("fp32", "bf16")
+
+
+def multiplies_bf16() -> bool:
+    """Whether torch has a fast bf16 matrix product on this CPU; without one it multiplies element by element."""
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except AttributeError:  # torch was built without oneDNN
+        return False

@@ -1,0 +1,123 @@
+"""What a run shows while it runs: a bar on a terminal, a plain line now and then in a log file, one rank alone."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+from spin.core.redact import hide
+
+LINE_SECONDS = 30.0  # between two lines of a stage
+# What a terminal obeys instead of showing it (C0, DEL, C1), or what changes the order, the place or the number of the
+# characters around it without being seen: marks of direction, separators, tags, halves of surrogate pairs.
+_UNSEEN = (
+    "\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f"
+)
+_UNSEEN_IN_LINES, _UNSEEN_IN_A_LINE = re.compile(f"[{_UNSEEN}]"), re.compile(f"[\t\n{_UNSEEN}]")
+
+
+def printable(text: object, one_line: bool = False) -> str:
+    """Foreign text (from data, models, files, servers) as a terminal can show it.
+
+    Args:
+        text (object): what is to be shown, by its ``str``.
+        one_line (bool): escape line feeds and tabs too.
+
+    Returns:
+        str: control characters and invisible marks of direction as ``\\x1b`` or ``\\u202e``.
+    """
+    pattern = _UNSEEN_IN_A_LINE if one_line else _UNSEEN_IN_LINES
+    return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+class _PrintableFormatter(logging.Formatter):
+    """Lines of a log, with the foreign text in them escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def get_logger(level: str = "INFO") -> logging.Logger:
+    """The logger of this package and its recipes; other ranks than 0 only warn.
+
+    torchtune's is one for all of its modules, and the last of them that is imported sets its level.
+
+    Args:
+        level (str): of rank 0.
+
+    Returns:
+        logging.Logger: writes to stderr, unless the program has set up logging of its own.
+    """
+    log = logging.getLogger("spin")
+    if not log.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(_PrintableFormatter())
+        handler.addFilter(_hide_secrets)
+        log.addHandler(handler)
+    log.setLevel(level if os.environ.get("RANK", "0") == "0" else "WARNING")
+    return log
+
+
+def _hide_secrets(record: logging.LogRecord) -> bool:
+    record.msg, record.args = hide(record.getMessage()), ()
+    return True
+
+
+def write_any_text() -> None:
+    """Lets the screen take any text: what its encoding lacks is written as ``\\xe9``, and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def progress_bar(
+    description: str, unit: str, total: int | None = None, iterable: Iterable[Any] | None = None, enabled: bool = True
+) -> tqdm:
+    """A progress bar, or plain lines where stderr is no terminal.
+
+    Args:
+        description (str): what is being done.
+        unit (str): what is counted, in the singular.
+        total (int | None): how many there are.
+        iterable (Iterable[Any] | None): counted as it is iterated over; else call ``update``.
+        enabled (bool): False shows nothing, for ranks other than 0.
+
+    Returns:
+        tqdm: the bar.
+    """
+    kind = tqdm if sys.stderr.isatty() else ProgressLines
+    return kind(iterable, desc=printable(description, one_line=True), unit=unit, total=total, disable=not enabled)
+
+
+class ProgressLines(tqdm):
+    """A tqdm that writes whole lines: one at the start, one every ``LINE_SECONDS``, one at the end.
+
+    Args:
+        *args (Any): tqdm's.
+        **kwargs (Any): tqdm's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._next_line = 0.0
+        line = "{desc}: {n_fmt}/{total_fmt} {unit} in {elapsed}, {rate_noinv_fmt}{postfix}"
+        super().__init__(*args, **kwargs, leave=False, bar_format=line)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Writes a line if it is time for one; tqdm asks with an empty text when the bar is closed."""
+        now = time.monotonic()
+        if now < self._next_line and msg != "":
+            return
+        self._next_line = now + LINE_SECONDS
+        self.fp.write(f"{self}\n")
+        self.fp.flush()
+
+    def clear(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is taken back that was written."""

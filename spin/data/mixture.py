@@ -1,0 +1,298 @@
+"""Several data sets in one: each with a share of every iteration, or each with a fraction of its rows."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import inspect
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from spin.config.parse import Faults
+from spin.core.errors import ConfigError, DataError
+from spin.data.chat import adapt_tokenizer
+from spin.data.order import permutation
+from spin.data.read import DatasetReport, Original, PromptDataset, prompt_dataset
+from spin.types import Prompt
+
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what every metrics service takes
+_WEIGHT = "weight"
+_WEIGHT_RULE = "expected a number above 0. To play nothing of a source, leave it out."
+_FROM_RECIPE = ("tokenizer", "max_seq_len", "keep_originals")
+
+
+class MixedPromptDataset(PromptDataset):
+    """Data sets of which every iteration plays their shares, to the sample.
+
+    A sample's id is ``<source>/<its id there>``. Of ``n`` samples that an iteration needs, a source gives ``n`` times
+    its share (rounded by largest remainder), drawn anew in each iteration. A source that has fewer gives all of them,
+    and copies for the rest: these have ids of their own (``#copy1``, ...), so the opponent answers each afresh.
+
+    Samples lie in an order in which every first part has about the shares.
+
+    Args:
+        parts (Mapping[str, PromptDataset]): by name.
+        weights (Mapping[str, float] | None): by the same names, of any sum; None takes the sizes, so that all samples
+            are played alike.
+        samples (int | None): samples of an iteration at most; None is as many as the weights allow without copies.
+
+    Raises:
+        ConfigError: If a weight is not above 0, if ``samples`` is not, or if the weights leave no sample.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, PromptDataset], weights: Mapping[str, float] | None = None, samples: int | None = None
+    ) -> None:
+        empty = [name for name, part in parts.items() if not len(part)]
+        if empty or not parts:
+            raise ConfigError(f"dataset.sources: no sample in {', '.join(empty) or 'no source'}. Leave it out.")
+        given = weights or {name: len(part) for name, part in parts.items()}
+        # as written: 0.1 is a tenth
+        exact = {name: Fraction(str(weight)) for name, weight in given.items() if _is_positive(weight)}
+        if len(exact) < len(parts):
+            wrong = ", ".join(f"{name}: {weight!r}" for name, weight in given.items() if name not in exact)
+            raise ConfigError(f"dataset.sources: found the weights {wrong}: {_WEIGHT_RULE}")
+        self._shares = {name: exact[name] / sum(exact.values()) for name in parts}
+        most = min(math.floor(len(part) / self._shares[name]) for name, part in parts.items())
+        _check_samples(samples)
+        self._most = most if samples is None else samples
+        quotas = self._quotas(self._most)
+        copies = {name: max(1, math.ceil(quotas[name] / len(part))) for name, part in parts.items()}
+        sizes = [copies[name] * len(part) for name, part in parts.items()]
+        # sample k of a source belongs where it is the source's turn for the k-th time
+        turns = [(np.arange(size) + 0.5) / float(self._shares[name]) for name, size in zip(parts, sizes, strict=True)]
+        order = np.argsort(np.concatenate(turns), kind="stable")
+        bounds = np.cumsum(sizes)[:-1]
+        # the places of each source's samples among all, copy after copy
+        self._places = dict(zip(parts, np.split(np.argsort(order), bounds), strict=True))
+
+        def mixed() -> Iterator[Prompt]:
+            names = list(parts)
+            owners, starts = np.searchsorted(bounds, order, side="right"), np.array([0, *bounds])
+            for owner, k in zip(owners.tolist(), (order - starts[owners]).tolist(), strict=True):
+                name = names[owner]
+                copy, index = divmod(k, len(parts[name]))
+                prompt = parts[name][index]
+                mark = f"#copy{copy}" if copy else ""
+                sample_id = f"{name}/{prompt.sample_id}{mark}"
+                if prompt.sample_id in parts[name].originals:
+                    originals[sample_id] = parts[name].originals[prompt.sample_id]
+                yield Prompt(sample_id, prompt.prompt_ids, prompt.real_ids)
+
+        originals: dict[str, Original] = {}
+        super().__init__(mixed(), _joined({name: part.report for name, part in parts.items()}))
+        self.originals = originals
+        self._sizes = {name: len(part) for name, part in parts.items()}
+        self._content = {name: part.fingerprint() for name, part in parts.items()}
+        self.settings = {"weights": {name: float(share) for name, share in self._shares.items()}, "samples": samples}
+
+    @property
+    def samples_per_iteration(self) -> int:
+        """Samples that an iteration can play at most."""
+        return self._most
+
+    def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
+        """The samples that an iteration plays: of each source its share, no copy of one that was not drawn itself.
+
+        Args:
+            num_needed (int): steps of an epoch times the global batch size.
+            seed (int): the run's seed.
+            iteration (int): counted from 0.
+
+        Returns:
+            list[int]: ``num_needed`` indices, the sources mixed.
+        """
+        chosen: list[int] = []
+        for name, quota in self._quotas(num_needed).items():
+            size, places = self._sizes[name], self._places[name]
+            passes = (
+                places[copy * size + permutation(size, seed, "samples", name, copy, iteration)]
+                for copy in range(len(places) // size)
+            )
+            chosen += np.concatenate(list(passes))[:quota].tolist()
+        return [chosen[i] for i in permutation(len(chosen), seed, "mixture", iteration)]
+
+    def count_sources(self, sample_ids: Iterable[str]) -> dict[str, float]:
+        """How many samples come from each source.
+
+        Args:
+            sample_ids (Iterable[str]): of samples of this data set.
+
+        Returns:
+            dict[str, float]: by the source's name, 0 included.
+        """
+        counts = Counter(sample_id.partition("/")[0] for sample_id in sample_ids)
+        return {name: float(counts[name]) for name in self._shares}
+
+    def content_fingerprint(self) -> str:
+        """Hash of the sources' samples, whatever their weights."""
+        digest = hashlib.sha256()
+        for name, content in self._content.items():
+            digest.update(f"{name}:{content}".encode())
+        return digest.hexdigest()
+
+    def _quotas(self, num_samples: int) -> dict[str, int]:
+        """How many of so many samples each source gives; where remainders are equal, the first one gets more."""
+        wanted = {name: share * num_samples for name, share in self._shares.items()}
+        quotas = {name: math.floor(value) for name, value in wanted.items()}
+        by_remainder = sorted(wanted, key=lambda name: quotas[name] - wanted[name])
+        for name in by_remainder[: num_samples - sum(quotas.values())]:
+            quotas[name] += 1
+        return quotas
+
+
+def mixed_prompt_dataset(
+    tokenizer: Any,
+    *,
+    sources: Mapping[str, Mapping[str, Any]],
+    common: Mapping[str, Any] | None = None,
+    samples: int | None = None,
+    max_seq_len: int | None = None,
+    keep_originals: bool = False,
+) -> MixedPromptDataset:
+    """Read several supervised data sets and mix them: for a config's ``dataset`` or ``validation_dataset``.
+
+    Args:
+        tokenizer (Any): a ``PromptTokenizer`` or a torchtune model tokenizer; the recipe supplies it.
+        sources (Mapping[str, Mapping[str, Any]]): name to the arguments of ``prompt_dataset``, and ``weight``, for
+            all or for none.
+        common (Mapping[str, Any] | None): arguments of ``prompt_dataset`` for every source that does not give them.
+        samples (int | None): samples of an iteration at most, with copies where a source has too few; None is as many
+            as the weights allow without copies.
+        max_seq_len (int | None): see ``prompt_dataset``.
+        keep_originals (bool): see ``prompt_dataset``.
+
+    Returns:
+        MixedPromptDataset: the samples of all.
+
+    Raises:
+        ConfigError: If a source, its name, its arguments or its weight cannot work; all faults are named.
+        DataError: If a source cannot be read; the message names it.
+    """
+    tokenizer = adapt_tokenizer(tokenizer)
+    common = common or {}
+    _check_sources(sources, common, samples)
+    weights = {name: options[_WEIGHT] for name, options in sources.items() if _WEIGHT in options}
+    parts: dict[str, PromptDataset] = {}
+    for name, options in sources.items():
+        arguments = {key: value for key, value in {**common, **options}.items() if key != _WEIGHT}
+        try:
+            part = prompt_dataset(tokenizer, max_seq_len=max_seq_len, keep_originals=keep_originals, **arguments)
+        except (ConfigError, DataError) as error:
+            raise type(error)(f"dataset.sources.{name}: {error}") from error
+        assert isinstance(part, PromptDataset)  # streams were refused
+        parts[name] = part
+    return MixedPromptDataset(parts, weights, samples)
+
+
+def mix_datasets(
+    datasets: Mapping[str, Sequence[Any]], fractions: Mapping[str, float], seed: int | None = None
+) -> list[Any]:
+    """The first ``int(fraction * len)`` rows of each data set, one after the other, then shuffled.
+
+    Rows are taken from the front, not drawn: the mix of the SPIN authors' scripts, and with their seed (42) its very
+    order.
+
+    Args:
+        datasets (Mapping[str, Sequence[Any]]): name to rows.
+        fractions (Mapping[str, float]): name to fraction of the data set's rows, in the order in which they are joined.
+            More than 1 takes all rows, once.
+        seed (int | None): shuffles the joined rows; None leaves them in order.
+
+    Returns:
+        list[Any]: the rows.
+
+    Raises:
+        ConfigError: If a fraction is negative, or if a name has no data set.
+
+    Source: uclaml/SPIN, spin/alignment/data.py, mix_datasets.
+    """
+    if any(fraction < 0 for fraction in fractions.values()):
+        raise ConfigError("Dataset fractions cannot be negative.")
+    unknown = [name for name in fractions if name not in datasets]
+    if unknown:
+        raise ConfigError(
+            f"No data set is named {', '.join(map(repr, unknown))}; found {', '.join(datasets) or 'none'}."
+        )
+    rows: list[Any] = []
+    for name, fraction in fractions.items():
+        source = datasets[name]
+        rows.extend(source[index] for index in range(min(int(fraction * len(source)), len(source))))
+    if seed is None:
+        return rows
+    # The permutation of datasets.Dataset.shuffle(seed).
+    return [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))]
+
+
+def _check_sources(sources: Any, common: Any, samples: Any) -> None:
+    if not isinstance(sources, Mapping) or not sources or not isinstance(common, Mapping):
+        raise ConfigError(
+            "dataset.sources: expected a name for each source with its arguments below, such as "
+            "{chat: {source: chat.jsonl, weight: 0.7}}."
+        )
+    faults = Faults()
+    known = [name for name in inspect.signature(prompt_dataset).parameters if name not in _FROM_RECIPE]
+    for where, options in (("common", common), *((f"sources.{name}", options) for name, options in sources.items())):
+        if not isinstance(options, Mapping):
+            faults.add(f"dataset.{where}: found {options!r}, expected arguments of prompt_dataset.")
+            continue
+        allowed = known if where == "common" else [*known, _WEIGHT]
+        for key in options:
+            if key not in allowed:
+                nearest = difflib.get_close_matches(str(key), allowed, n=1)
+                hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Known keys: {', '.join(allowed)}."
+                faults.add(f"dataset.{where}.{key}: unknown key. {hint}")
+        if options.get("streaming"):
+            faults.add(f"dataset.{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
+        if where != "common" and "source" not in {**common, **options}:
+            faults.add(f"dataset.{where}: has no source.")
+    for name, options in sources.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            faults.add(f"dataset.sources.{name}: a name has letters, digits, dots, dashes and underscores only.")
+        if isinstance(options, Mapping) and _WEIGHT in options and not _is_positive(options[_WEIGHT]):
+            faults.add(f"dataset.sources.{name}.{_WEIGHT}={options[_WEIGHT]!r}: {_WEIGHT_RULE}")
+    without = [
+        str(name) for name, options in sources.items() if isinstance(options, Mapping) and _WEIGHT not in options
+    ]
+    if without and len(without) < len(sources):
+        faults.add(f"dataset.sources: {', '.join(without)} without a {_WEIGHT}, others with one. Give it to all.")
+    try:
+        _check_samples(samples)
+    except ConfigError as error:
+        faults.add(str(error))
+    faults.raise_if_any()
+
+
+def _check_samples(samples: Any) -> None:
+    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
+        raise ConfigError(f"dataset.samples={samples!r}: expected a whole number above 0, or null.")
+
+
+def _is_positive(weight: object) -> bool:
+    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
+
+
+def _joined(reports: Mapping[str, DatasetReport]) -> DatasetReport:
+    counts: Counter[str] = Counter()
+    changes: Counter[str] = Counter()
+    examples: list[str] = []
+    unused: list[str] = []
+    for name, report in reports.items():
+        counts.update(report.counts)
+        changes.update(report.changes)
+        unused += [f"{name}: {column}" for column in report.unused]
+        examples += [f"{name}: {example}" for example in report.examples]
+    return DatasetReport(
+        rows=sum(report.rows for report in reports.values()),
+        samples=sum(report.samples for report in reports.values()),
+        counts=dict(counts),
+        examples=examples,
+        changes=dict(changes),
+        unused=unused,
+    )

@@ -1,0 +1,137 @@
+"""A data set that is read as it is played: every iteration gets the next samples of the source, and only those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from spin.core.errors import DataError
+from spin.data.order import iteration_samples, permutation
+from spin.data.sources import Row
+
+if TYPE_CHECKING:
+    from spin.data.read import PromptDataset
+
+
+class PromptStream:
+    """Prompts and real responses, of which one iteration's are in memory: ``prompt_dataset`` with ``streaming: true``.
+
+    What an iteration plays follows from the source and the iteration alone, so a restart reads up to there again, and
+    an uninterrupted run reads nothing twice. Of iterations before the newest, only the samples' ids are kept.
+
+    Args:
+        windows (Callable[[], Iterator[PromptDataset]]): opens the source at its beginning, and gives the samples of
+            iteration 0, 1, ... without end.
+        samples_per_iteration (int): samples of each of these.
+        longest (int): greatest length of prompt and real response together, in tokens.
+        settings (Mapping[str, Any]): what decides which samples come, by key of the config; JSON values.
+    """
+
+    def __init__(
+        self,
+        windows: Callable[[], Iterator[PromptDataset]],
+        samples_per_iteration: int,
+        longest: int,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.samples_per_iteration = samples_per_iteration
+        self.longest = longest
+        self.settings = settings
+        self._open = windows
+        self._windows = windows()
+        self._newest: PromptDataset | None = None
+        self._next = 0  # the iteration whose samples come next
+        self._ids: dict[int, list[str]] = {}  # by iteration
+        self._vocab_size: int | None = None
+
+    def window(self, iteration: int) -> PromptDataset:
+        """The samples that an iteration may play.
+
+        Args:
+            iteration (int): counted from 0.
+
+        Returns:
+            PromptDataset: ``samples_per_iteration`` of them, with unique ids.
+
+        Raises:
+            DataError: If the source cannot be read or has too few samples, if a row of it cannot be used and no option
+                allows for it, or if a token is beyond the vocabulary of :meth:`first_outside`.
+        """
+        if self._newest is not None and iteration == self._next - 1:
+            return self._newest
+        if iteration < self._next:
+            self._windows, self._next = self._open(), 0
+        while self._next <= iteration:
+            self._newest = None  # so that no two windows are in memory
+            self._newest = next(self._windows)
+            self._ids[self._next] = self._newest.sample_ids
+            self._next += 1
+        assert self._newest is not None
+        outside = None if self._vocab_size is None else self._newest.first_outside(self._vocab_size)
+        if outside is not None:
+            raise DataError(
+                f"sample {outside[0]!r} of iteration {iteration} has the token id {outside[1]}, beyond the model's "
+                f"vocabulary of {self._vocab_size}."
+            )
+        return self._newest
+
+    def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
+        """The samples that an iteration plays.
+
+        Args:
+            num_needed (int): steps of an epoch times the global batch size.
+            seed (int): the run's seed.
+            iteration (int): counted from 0.
+
+        Returns:
+            list[int]: ``num_needed`` indices into the iteration's window.
+        """
+        return iteration_samples(self.samples_per_iteration, num_needed, seed, iteration)
+
+    def sample_id(self, iteration: int, index: int) -> str:
+        """Id of a sample of an iteration's window."""
+        if iteration not in self._ids:
+            self.window(iteration)
+        return self._ids[iteration][index]
+
+    def first_outside(self, vocab_size: int) -> tuple[str, int] | None:
+        """See :meth:`spin.data.PromptDataset.first_outside`: looks at the first iteration's samples now, and makes
+        :meth:`window` look at each later one's."""
+        found = self.window(0).first_outside(vocab_size)
+        self._vocab_size = vocab_size
+        return found
+
+    def count_sources(self, sample_ids: Iterable[str]) -> dict[str, float]:
+        """Empty, as of every data set that is no mixture."""
+        return {}
+
+    def content_fingerprint(self) -> str:
+        """The same for all: what is read cannot be known before it is, :attr:`settings` say where it comes from."""
+        return "streamed"
+
+
+def shuffled_rows(rows: Iterable[Row], buffer: int, seed: int, pass_number: int) -> Iterator[Row]:
+    """Rows in another order, a block of consecutive rows at a time.
+
+    A block's order depends on its number, not on what was read before. So the place in the stream is the number of
+    rows that were taken, which the usual shuffle buffer (a random one of the next n) does not offer.
+
+    Args:
+        rows (Iterable[Row]): in the order of the source.
+        buffer (int): rows of a block, the most that are in memory; 0 or 1 leaves the order.
+        seed (int): decides the order.
+        pass_number (int): how often the source was read before; each pass has an order of its own.
+
+    Yields:
+        Row: the same rows.
+    """
+    if buffer < 2:
+        yield from rows
+        return
+    rows = iter(rows)
+    number = 0
+    while block := list(islice(rows, buffer)):
+        for index in permutation(len(block), seed, "rows", pass_number, number).tolist():
+            yield block[index]
+        number += 1

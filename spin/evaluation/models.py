@@ -1,0 +1,201 @@
+"""The models of an evaluation: who answers, who judges, and what their sections of the config must hold."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import training
+
+from spin import config
+from spin.config.checks import check_ranges
+from spin.core.dtypes import TRAINED_DTYPES
+from spin.core.errors import CheckpointError, ConfigError
+from spin.core.files import TRANSFER, check_own_folder, file_sha256, json_fingerprint
+from spin.core.ranks import World
+from spin.data import ChatTokenizer, PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
+from spin.data.dates import known_date
+from spin.data.read import check_vocabulary, unknown_ids
+from spin.evaluation import verdicts
+from spin.generators import Generator, GeneratorContext, SamplingParams
+from spin.generators.stage import Limits, limits_of
+from spin.model.build import build_model, prepare_model
+from spin.model.hf import check_hf_folder, load_hf_weights, read_hf_config, weight_files
+
+PLAYER_DEFAULTS: dict[str, Any] = {
+    "name": None,
+    "checkpoint_dir": None,
+    "model_type": None,
+    "model": None,
+    "tokenizer": {"_component_": "spin.data.ChatTokenizer"},
+    "generator": {"_component_": "spin.generators.TorchtuneGenerator"},
+}
+
+
+class Player:
+    """A model that answers or judges: tokenizer and shape now, weights when it is its turn.
+
+    Args:
+        role (str): ``candidate``, ``baseline`` or ``judge``.
+        section (DictConfig): the config's section of that name.
+
+    Raises:
+        CheckpointError: If its folder is not there, or does not hold the section's ``model``.
+        DataError: If its tokenizer cannot be used.
+    """
+
+    def __init__(self, role: str, section: DictConfig) -> None:
+        self.role, self.section = role, section
+        self.name = player_name(role, section)
+        self.has_weights = section.checkpoint_dir is not None
+        self.weights: str | None = None
+        if self.has_weights:
+            try:
+                read_hf_config(section.checkpoint_dir)
+            except CheckpointError as error:
+                raise CheckpointError(f"{role}.checkpoint_dir={section.checkpoint_dir}: {error}") from error
+        self.tokenizer: PromptTokenizer = adapt_tokenizer(config.instantiate(section.tokenizer))
+        if isinstance(self.tokenizer, ChatTokenizer):
+            self.tokenizer.checks_reasoning = False  # nothing is trained
+            if self.tokenizer.reads_date:  # that of the run which made the model
+                self.tokenizer.date = self.tokenizer.date or known_date(section.checkpoint_dir)
+        self._shape = build_model(section.model, torch.float32) if self.has_weights else None
+        self.context: int = sys.maxsize if self._shape is None else self._shape.max_seq_len
+        self.unknown_ids = () if self._shape is None else unknown_ids(self._shape, self.tokenizer)
+        if self._shape is not None:
+            check_hf_folder(self._shape, section.checkpoint_dir, section.model_type)
+
+    @property
+    def limits(self) -> Limits:
+        """What its responses must stay within."""
+        return limits_of(self._shape, self.context, self.tokenizer)
+
+    def check(self, prompts: PromptDataset | PromptStream) -> None:
+        """Raises DataError if the model has no embedding for a token of the prompts."""
+        if self._shape is not None:
+            check_vocabulary(self._shape, self.tokenizer, self.tokenizer.eos_ids, prompts)
+
+    def fingerprint(self, generator: Generator | None) -> str:
+        """Whose answers these are: a hash of the weights' files, or what a generator without weights says of itself."""
+        if not self.has_weights:
+            return str(getattr(generator, "fingerprint", self.name))
+        folder = Path(self.section.checkpoint_dir)
+        files = {file.name: file_sha256(file) for file in weight_files(folder)}
+        shape = config.plain(self.section.model)
+        return json_fingerprint([files, read_hf_config(folder), shape])
+
+    def load(self, world: World, compute_dtype: str) -> nn.Module:
+        """The model, sharded over the ranks, with the folder's weights."""
+        dtype = training.get_dtype(compute_dtype, world.device)  # nothing is trained: no fp32 master weights
+        model = build_model(self.section.model, dtype)
+        prepare_model(model, world, compute_dtype=dtype)
+        load_hf_weights(model, self.section.checkpoint_dir, self.section.model_type, world=world)
+        return model
+
+    def generator(self, model: nn.Module | None, world: World) -> Generator:
+        """What the section's ``generator`` names."""
+        context = GeneratorContext(model, world.device, self.context, self.tokenizer.decode, world)
+        return config.instantiate(self.section.generator, context=context)
+
+
+def players_of(cfg: DictConfig) -> tuple[str, ...]:
+    """The sections of an evaluation's config that hold a model which is used."""
+    return ("candidate", "baseline", "judge") if cfg.verdict == "judge" else ("candidate", "baseline")
+
+
+def player_name(role: str, section: DictConfig) -> str:
+    """The name of a model in tables and folders: its own, or that of its folder (``iteration_001`` for an export)."""
+    if section.name is not None:
+        return str(section.name)
+    if section.checkpoint_dir is None:
+        return role
+    folder = Path(section.checkpoint_dir)
+    return folder.parent.name if folder.name in ("hf_model", "adapter") else folder.name
+
+
+def _sections(value: object) -> list[tuple[str, dict[str, Any]]]:
+    """The sections of a section, if it is one."""
+    return [(name, part) for name, part in value.items() if isinstance(part, dict)] if isinstance(value, dict) else []
+
+
+def check_evaluation(cfg: DictConfig) -> None:
+    """Checks the values of the config against each other; all faults are in one error.
+
+    Args:
+        cfg (DictConfig): complete.
+
+    Raises:
+        ConfigError: If anything cannot work.
+    """
+    faults = config.Faults()
+
+    def attempt(check: Callable[[], object], prefix: str = "") -> None:
+        try:
+            check()
+        except ConfigError as error:
+            for line in str(error).splitlines():
+                faults.add(prefix + line)
+
+    for name in ("candidate", "baseline", "judge", "dataset", "sampling"):
+        if cfg[name] is None:
+            faults.add(f"{name}=null: expected a section; an evaluation cannot do without it.")
+    for role in players_of(cfg):
+        if cfg[role] is not None and cfg[role].generator is None:
+            faults.add(f"{role}.generator=null: expected a section with _component_, which answers.")
+    faults.raise_if_any()
+    if cfg.verdict not in verdicts.VERDICTS:
+        faults.add(f"verdict={cfg.verdict!r}: expected {' or '.join(verdicts.VERDICTS)}.")
+    for role in players_of(cfg):
+        section = cfg[role]
+        own_weights = section.checkpoint_dir is not None
+        for name in ("model_type", "model"):
+            if own_weights and section[name] is None:
+                faults.add(f"{role}.{name}: not set, but {role}.checkpoint_dir needs it to be loaded.")
+        if not own_weights and section.generator["_component_"] == PLAYER_DEFAULTS["generator"]["_component_"]:
+            faults.add(
+                f"{role}.checkpoint_dir: not set. Name a Hugging Face folder, such as "
+                "runs/mine/iteration_001/hf_model, or a generator that has answers of its own."
+            )
+        if section.tokenizer is None:
+            faults.add(f"{role}.tokenizer: not set. It makes the token ids that the model is asked by.")
+        transfer_dir = section.generator.get("transfer_dir")
+        if isinstance(transfer_dir, str) and transfer_dir:
+            apart_from = {"output_dir": cfg.output_dir, f"{role}.checkpoint_dir": section.checkpoint_dir}
+            attempt(partial(check_own_folder, f"{role}.generator.transfer_dir", transfer_dir, TRANSFER, apart_from))
+        name = player_name(role, section)
+        if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
+            faults.add(f"{role}.name={name!r}: expected letters, digits, '-', '_' and '.'; it becomes a folder's name.")
+    if player_name("candidate", cfg.candidate) == player_name("baseline", cfg.baseline):
+        faults.add(
+            f"candidate and baseline are both called {player_name('candidate', cfg.candidate)!r}. Set candidate.name "
+            "or baseline.name; answers are kept by name."
+        )
+    attempt(lambda: SamplingParams(**cfg.sampling))
+    if cfg.verdict == "judge":
+        attempt(lambda: SamplingParams(**cfg.judge.sampling), prefix="judge.")
+        attempt(lambda: verdicts.check_template(cfg.judge.template))
+        attempt(lambda: verdicts.check_pattern("judge.pattern", cfg.judge.pattern))
+    else:
+        for name in ("pattern", "reference_pattern"):
+            if cfg.exact_match[name] is not None:
+                attempt(partial(verdicts.check_pattern, f"exact_match.{name}", str(cfg.exact_match[name])))
+    data: Any = config.plain(cfg.dataset)
+    if data.get("streaming"):
+        faults.add("dataset.streaming=true: an evaluation reads its prompts once. Use dataset.limit alone.")
+    sources = data.get("sources")
+    shares = [f"dataset.sources.{name}.weight" for name, part in _sections(sources) if "weight" in part]
+    if shares or data.get("samples") is not None:
+        faults.add(
+            f"{', '.join(shares) or 'dataset.samples'}: an evaluation plays every sample once. Remove it, and set "
+            "limit in a source to take fewer of its samples."
+        )
+    check_ranges(config.plain(cfg), faults)
+    if cfg.compute_dtype not in TRAINED_DTYPES:
+        faults.add(f"compute_dtype={cfg.compute_dtype!r}: expected {' or '.join(TRAINED_DTYPES)}.")
+    faults.raise_if_any()

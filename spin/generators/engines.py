@@ -1,0 +1,98 @@
+"""Groups of ranks that share a generation engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from spin.core.errors import GeneratorError
+from spin.core.heartbeat import set_stage
+from spin.core.ranks import World
+from spin.generators.generator import Generator
+from spin.model.sharding import named_full_tensors, unsharded
+
+_GENERATOR_HAS = ("shares_policy_weights", "generate", "update_weights", "sleep", "wake", "close")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The ranks that share one engine, among all engines.
+
+    Args:
+        index (int): number of this engine.
+        count (int): how many engines there are.
+        writes (bool): this rank is the one of its team that writes what the engine answers.
+        is_shared (bool): there are other ranks in it.
+        agree (Callable[[bool], bool]): true if it is true on any rank of the team; collective within the team.
+    """
+
+    index: int
+    count: int
+    writes: bool = True
+    is_shared: bool = False
+    agree: Callable[[bool], bool] = bool
+
+
+def team_of(generator: Generator, world: World) -> Team:
+    """The team of this rank. Collective if an engine spans several ranks.
+
+    Args:
+        generator (Generator): its ``ranks_per_engine``, 1 if it has none, consecutive ranks share an engine.
+        world (World): the ranks.
+
+    Returns:
+        Team: alone in it, as a rule.
+
+    Raises:
+        GeneratorError: If it lacks something that a generator has; before any weights are handed to it.
+    """
+    lacking = sorted(name for name in _GENERATOR_HAS if not hasattr(generator, name))
+    if lacking:
+        raise GeneratorError(
+            f"generator: {name_of(generator)} has no {', '.join(lacking)}; expected what spin.generators.Generator "
+            f"has: {', '.join(sorted(_GENERATOR_HAS))}."
+        )
+    size = getattr(generator, "ranks_per_engine", 1)
+    if size == 1:
+        return Team(world.rank, world.world_size)
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.world_size, size)]
+    group = groups[world.rank // size]
+
+    def agree(flag: bool) -> bool:
+        flags: list[Any] = [None] * size
+        dist.all_gather_object(flags, flag, group=group)
+        return any(flags)
+
+    return Team(world.rank // size, world.world_size // size, world.rank % size == 0, True, agree)
+
+
+@contextmanager
+def awake(generator: Generator, model: nn.Module) -> Iterator[None]:
+    """Gives a generator the policy's weights for the time of a block. Collective at entry, not inside.
+
+    Args:
+        generator (Generator): the opponent.
+        model (nn.Module): the policy, sharded or plain. A generator that runs it in place finds it gathered; another
+            one is handed its tensors one at a time.
+
+    Yields:
+        None: the generator is ready.
+    """
+    set_stage("giving the generator its weights")
+    generator.wake()
+    if not generator.shares_policy_weights:
+        generator.update_weights(named_full_tensors(model))
+    try:
+        with unsharded(model) if generator.shares_policy_weights else nullcontext():
+            yield
+    finally:
+        generator.sleep()
+
+
+def name_of(generator: object) -> str:
+    return f"{type(generator).__module__}.{type(generator).__qualname__}"

@@ -1,0 +1,419 @@
+"""The first stage of an iteration: the opponent plays, that is, it answers every prompt.
+
+Its answers fill a pair store shard by shard. A shard's content depends on the seed, the iteration and its samples, not
+on the rank that makes it or on what was there before, so a run that was killed makes the missing shards and goes on.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import chain
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from spin.core.errors import GeneratorError
+from spin.core.files import json_fingerprint
+from spin.core.heartbeat import set_stage
+from spin.data.chat import PromptTokenizer
+from spin.data.read import PromptDataset
+from spin.generators.engines import Team, name_of
+from spin.generators.generator import Completion, Generator, SamplingParams, StreamingGenerator
+from spin.generators.sampling import sample_seed
+from spin.pairs.shards import split_evenly
+from spin.pairs.store import PairStore
+from spin.types import Pair, Prompt, Response
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What every response must stay within, whoever writes it.
+
+    Args:
+        vocab_size (int): token ids are below it.
+        max_seq_len (int): tokens of prompt and response together.
+        decode (Callable[[Sequence[int]], str] | None): token ids to text, to look for stop strings; None: not looked
+            for.
+    """
+
+    vocab_size: int = 2**31  # a store keeps int32
+    max_seq_len: int = sys.maxsize
+    decode: Callable[[Sequence[int]], str] | None = None
+
+
+def limits_of(model: Any, max_seq_len: int, tokenizer: PromptTokenizer) -> Limits:
+    """The limits of a model's responses.
+
+    Args:
+        model (Any): a torchtune decoder, with weights or without; None where only the tokenizer is known.
+        max_seq_len (int): tokens of prompt and response together.
+        tokenizer (PromptTokenizer): reads stop strings.
+
+    Returns:
+        Limits: for :class:`Game`.
+    """
+    rows = tokenizer.vocab_size if model is None else model.tok_embeddings.weight.shape[0]
+    return Limits(rows, max_seq_len, tokenizer.decode)
+
+
+@dataclass(frozen=True)
+class Game:
+    """What an opponent is asked, and how it is to answer.
+
+    Args:
+        prompts (PromptDataset): the data set.
+        samples (Sequence[int]): which of its samples are played, in order.
+        sampling (SamplingParams): how they are answered.
+        seed (int): the run's seed.
+        iteration (int): counted from 0.
+        responses_per_prompt (int): responses to each prompt.
+        limits (Limits): what responses must stay within.
+    """
+
+    prompts: PromptDataset
+    samples: Sequence[int]
+    sampling: SamplingParams
+    seed: int
+    iteration: int = 0
+    responses_per_prompt: int = 1
+    limits: Limits = field(default_factory=Limits)
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"
+
+
+def num_shards(num_samples: int, prompts_per_shard: int, teams: int) -> int:
+    """Shards of a store of answers: as many for each team, as far as there are samples.
+
+    Args:
+        num_samples (int): prompts to play.
+        prompts_per_shard (int): prompts of a shard at most.
+        teams (int): engines that play.
+
+    Returns:
+        int: 1 or more.
+    """
+    needed = math.ceil(num_samples / prompts_per_shard)
+    return max(1, min(num_samples, math.ceil(needed / teams) * teams))
+
+
+def deal_shards(costs: Mapping[int, int], teams: int) -> list[list[int]]:
+    """Deals shards to teams so that all have about the same to do: the dearest first, to whoever has least.
+
+    Args:
+        costs (Mapping[int, int]): tokens of each shard, by its number.
+        teams (int): how many engines there are.
+
+    Returns:
+        list[list[int]]: shards of each team, ascending.
+    """
+    loads = [(0, team) for team in range(teams)]
+    dealt: list[list[int]] = [[] for _ in range(teams)]
+    for shard in sorted(costs, key=lambda shard: (-costs[shard], shard)):
+        load, team = heapq.heappop(loads)
+        dealt[team].append(shard)
+        heapq.heappush(loads, (load + costs[shard], team))
+    return [sorted(shards) for shards in dealt]
+
+
+def own_shards(shards: Sequence[int], store: PairStore, game: Game, team: Team) -> list[int]:
+    """The shards that this rank's team makes. No rank need be asked: all come to the same deal.
+
+    Args:
+        shards (Sequence[int]): all that are to be made.
+        store (PairStore): where they will go.
+        game (Game): what is asked; an answer counts as long as it may be.
+        team (Team): whose share.
+
+    Returns:
+        list[int]: ascending.
+    """
+    parts = split_evenly(len(game.samples), store.num_shards)
+    most = game.sampling.max_new_tokens
+    costs = {shard: sum(len(game.prompts[game.samples[i]].prompt_ids) + most for i in parts[shard]) for shard in shards}
+    return deal_shards(costs, team.count)[team.index]
+
+
+def play_fingerprint(
+    game: Game, opponent: str, tokenizer: PromptTokenizer, generator: Generator, compute_dtype: str, model: Any = None
+) -> dict[str, Any]:
+    """Everything that the opponent's answers depend on, by name.
+
+    Args:
+        game (Game): what is asked.
+        opponent (str): fingerprint of the weights.
+        tokenizer (PromptTokenizer): with its chat template.
+        generator (Generator): the opponent; its ``fingerprint``, if it has one, stands for what it reads.
+        compute_dtype (str): precision of its arithmetic.
+        model (Any): the config's section of that name: the same weights answer otherwise with another rotary base.
+
+    Returns:
+        dict[str, Any]: JSON values.
+    """
+    return {
+        "opponent": opponent,
+        "model": model,
+        "dataset": game.prompts.fingerprint(),
+        **{f"dataset.{key}": value for key, value in game.prompts.settings.items()},
+        "samples": json_fingerprint(list(game.samples)),
+        "tokenizer": tokenizer.fingerprint,
+        "sampling": asdict(game.sampling),
+        "seed": game.seed,
+        "iteration": game.iteration,
+        "responses_per_prompt": game.responses_per_prompt,
+        "generator": name_of(generator),
+        "generator_source": getattr(generator, "fingerprint", None),
+        "compute_dtype": compute_dtype,
+    }
+
+
+def play(
+    store: PairStore,
+    shards: Sequence[int],
+    game: Game,
+    generator: Generator,
+    *,
+    team: Team | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_shard: Callable[[int], None] = lambda prompts_done: None,
+) -> None:
+    """Answers prompts into shards of a store. Not collective: each team or machine makes shards of its own, and as many
+    as it has. Call it while the generator is :func:`awake`.
+
+    A generator that can is given all prompts at once, and a shard is written when its last answer is there. Every
+    response passes :func:`check_response` when it arrives.
+
+    Args:
+        store (PairStore): where the responses go; its number of shards divides the samples evenly.
+        shards (Sequence[int]): the shards to make.
+        game (Game): what is asked.
+        generator (Generator): the opponent.
+        team (Team | None): the ranks that share the generator's engine; None: this rank alone.
+        should_stop (Callable[[], bool]): asked after every answer, or after every shard.
+        on_shard (Callable[[int], None]): told the number of prompts after every shard.
+
+    Raises:
+        GeneratorError: If the generator's answers do not fit the prompts.
+    """
+    set_stage("generating responses")
+    team = team or Team(0, 1)
+    count = game.responses_per_prompt
+    parts = split_evenly(len(game.samples), store.num_shards)
+    check = partial(check_response, generator=generator, sampling=game.sampling, limits=game.limits)
+
+    def chosen(shard: int) -> list[Prompt]:
+        return [game.prompts[game.samples[i]] for i in parts[shard]]
+
+    def requests(shard: int) -> Iterator[tuple[Sequence[int], int]]:
+        for prompt in chosen(shard):
+            for k in range(count):
+                seed = sample_seed(game.seed, game.iteration, prompt.sample_id, k)
+                yield prompt.prompt_ids, seed  # type: ignore[misc]
+
+    def checked(shard: int, index: int, answer: object) -> Completion:
+        """The answer to request ``index`` of a shard."""
+        prompt = game.prompts[game.samples[parts[shard][index // count]]]
+        return check(answer, sample_id=prompt.sample_id, prompt_tokens=len(prompt.prompt_ids))
+
+    def finish(shard: int, completions: Sequence[Completion]) -> None:
+        played = chosen(shard)
+        pairs = _join(played, completions, game)
+        if team.writes:
+            store.write_shard(shard, pairs)
+        on_shard(len(played))
+
+    if isinstance(generator, StreamingGenerator):
+        if not shards or team.agree(should_stop()):
+            return
+        sizes = [len(parts[shard]) * count for shard in shards]
+        stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), game.sampling)
+        with closing(stream):
+            # a rank that shares its engine asks its team, which takes a while; one that does not asks at every answer
+            ends_here = (lambda: False) if team.is_shared else should_stop
+
+            def checked_part(part: int, index: int, answer: object) -> Completion:
+                return checked(shards[part], index, answer)
+
+            for number, completions in _in_parts(stream, sizes, checked_part, ends_here, name_of(generator)):
+                finish(shards[number], completions)
+                if team.agree(should_stop()):
+                    return
+        return
+    for shard in shards:
+        if should_stop():
+            return
+        asked = list(requests(shard))
+        completions = generator.generate(
+            [list(map(int, ids)) for ids, _ in asked], game.sampling, [seed for _, seed in asked]
+        )
+        _check_number(completions, len(asked), generator)
+        finish(shard, [checked(shard, index, answer) for index, answer in enumerate(completions)])
+
+
+def _check_number(completions: object, asked: int, generator: Generator) -> None:
+    if not isinstance(completions, Sequence) or len(completions) != asked:
+        given = f"{len(completions)} responses" if isinstance(completions, Sequence) else _shortened(completions)
+        raise GeneratorError(
+            f"generator: {name_of(generator)} gave {given} to {asked} prompts; expected one each, in order."
+        )
+
+
+def _in_parts(
+    answers: Iterable[object],
+    sizes: Sequence[int],
+    check: Callable[[int, int, object], Completion],
+    should_stop: Callable[[], bool],
+    name: str,
+) -> Iterator[tuple[int, list[Completion]]]:
+    """Sorts numbered answers into consecutive parts; gives each part, in order, when it is complete. Ends early if,
+    after an answer, it is asked to stop."""
+    bounds = np.cumsum([0, *sizes])
+    missing = list(sizes)
+    found: dict[int, dict[int, Completion]] = {}
+    for item in answers:
+        if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
+            raise GeneratorError(
+                f"generator: {name} gave {_shortened(item)}, expected (number of the request, its Completion)."
+            )
+        index, completion = item
+        part = int(np.searchsorted(bounds, index, side="right")) - 1
+        if not 0 <= part < len(sizes) or not missing[part] or index in found.setdefault(part, {}):
+            raise GeneratorError(
+                f"generator: {name} answered request {index} twice, or none such was asked; the {sum(sizes)} requests "
+                f"are 0 to {sum(sizes) - 1}."
+            )
+        found[part][index] = check(part, index - int(bounds[part]), completion)
+        missing[part] -= 1
+        if not missing[part]:
+            yield part, [completion for _, completion in sorted(found.pop(part).items())]
+        if should_stop():
+            return
+    if any(missing):
+        raise GeneratorError(f"generator: {name} left {sum(missing)} of {sum(sizes)} prompts without a response.")
+
+
+def check_response(
+    answer: object,
+    *,
+    generator: Generator,
+    sampling: SamplingParams,
+    limits: Limits,
+    sample_id: str,
+    prompt_tokens: int,
+) -> Completion:
+    """The one gate that every response passes, whoever wrote it: embedded or in-process engine, server, file, or a
+    generator of the user's own.
+
+    A response may have ``max_new_tokens``, or as many as the context leaves (that of the model or, if it is shorter,
+    the generator's ``max_seq_len``). One that stopped ends with a stop token or a stop string; one that was cut has all
+    the tokens that it may have, unless the generator has ``takes_sampling = False``: other limits cut it. Empty
+    responses pass: ``pairs.empty`` says what becomes of them.
+
+    Args:
+        answer (object): what the generator gave.
+        generator (Generator): whose response it is.
+        sampling (SamplingParams): how it was asked.
+        limits (Limits): the vocabulary, the context, and how to read stop strings.
+        sample_id (str): whose prompt it answers, for the message.
+        prompt_tokens (int): length of that prompt.
+
+    Returns:
+        Completion: the answer.
+
+    Raises:
+        GeneratorError: If it is not a completion that can be the answer; names generator, sample, what was found and
+            what was expected.
+    """
+
+    def refuse(found: str) -> GeneratorError:
+        return GeneratorError(f"generator: {name_of(generator)}, sample {sample_id}: the response {found}")
+
+    if not isinstance(answer, Completion):
+        raise refuse(f"is {_shortened(answer)}, expected a spin.generators.Completion of token ids and finish reason.")
+    ids, reason = answer.token_ids, answer.finish_reason
+    if isinstance(ids, str | bytes) or not hasattr(ids, "__len__") or not hasattr(ids, "__getitem__"):
+        raise refuse(f"has token_ids {_shortened(ids)}, expected a list of token ids.")
+    room = min(limits.max_seq_len, getattr(generator, "max_seq_len", sys.maxsize)) - prompt_tokens
+    most = max(0, min(sampling.max_new_tokens, room))
+    if len(ids) > most:  # before anything walks over it
+        why = f"max_new_tokens={most}" if most == sampling.max_new_tokens else f"what the context leaves: {most}"
+        raise refuse(f"has {len(ids)} tokens, expected at most {why}.")
+    wrong = next((i for i, token in enumerate(ids) if not isinstance(token, Integral) or isinstance(token, bool)), None)
+    if wrong is not None:
+        raise refuse(f"has {_shortened(ids[wrong])} as token {wrong}, expected whole numbers.")
+    ids = list(map(int, ids))  # from numpy's
+    if len(ids) and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
+        wrong = next(i for i, token in enumerate(ids) if not 0 <= token < limits.vocab_size)
+        raise refuse(f"has the id {ids[wrong]} as token {wrong}, expected 0 to {limits.vocab_size - 1}.")
+    banned = set(sampling.banned_token_ids).intersection(ids)
+    if banned:
+        raise refuse(
+            f"has the id {min(banned)}, which the tokenizer lacks; it cannot be text, and is never sampled here."
+        )
+    early = set(sampling.stop_token_ids).intersection(ids[:-1])
+    if early:
+        where = next(i for i, token in enumerate(ids) if token in early)
+        raise refuse(f"has stop token {ids[where]} as token {where} of {len(ids)}, expected it at the end only.")
+    if reason not in ("stop", "length"):
+        raise refuse(f"has finish reason {_shortened(reason)}, expected stop or length.")
+    ends = len(ids) > 0 and ids[-1] in sampling.stop_token_ids
+    if reason == "length" and ends:
+        raise refuse(
+            f"has finish reason 'length' but ends with stop token {ids[-1]}, expected 'stop'. A truncated response "
+            "must not be given an end that the model did not write."
+        )
+    if reason == "length" and 0 < len(ids) < most and getattr(generator, "takes_sampling", True):
+        raise refuse(
+            f"has finish reason 'length' with {len(ids)} tokens, expected {most} then, or 'stop' with a stop token at "
+            "the end. A generator whose context is shorter says so by its attribute max_seq_len."
+        )
+    if reason == "stop" and len(ids) and not ends and not _has_stop_string(ids, sampling, limits):
+        expected = f"a stop token of {list(sampling.stop_token_ids)}"
+        if sampling.stop_strings:
+            expected += f" or a text with one of {list(sampling.stop_strings)}"
+        raise refuse(
+            f"has finish reason 'stop' but ends with token {ids[-1]}, expected {expected}. If the engine left the stop "
+            "token out, append it: SPIN scores it; if it stops at others, name them in sampling.stop_token_ids."
+        )
+    if sampling.logprobs or answer.logprobs is not None:
+        logprobs = answer.logprobs
+        if not isinstance(logprobs, Sequence) or len(logprobs) != len(ids):
+            found = f"{len(logprobs)} log-probs" if isinstance(logprobs, Sequence) else f"logprobs {logprobs!r:.60}"
+            raise refuse(f"has {found} for {len(ids)} tokens, expected one each.")
+        wrong = next((i for i, value in enumerate(logprobs) if not isinstance(value, float | int)), None)
+        if wrong is not None:
+            raise refuse(f"has {_shortened(logprobs[wrong])} as log-prob {wrong}, expected numbers.")
+    return replace(answer, token_ids=ids)
+
+
+def _has_stop_string(ids: Sequence[int], sampling: SamplingParams, limits: Limits) -> bool:
+    if not sampling.stop_strings or limits.decode is None:
+        return bool(sampling.stop_strings)
+    text = limits.decode(list(ids))
+    return any(string in text for string in sampling.stop_strings)
+
+
+def _join(prompts: Sequence[Prompt], completions: Sequence[Completion], game: Game) -> list[Pair]:
+    count = game.responses_per_prompt
+    pairs = []
+    for i, prompt in enumerate(prompts):
+        answers = completions[i * count : (i + 1) * count]
+        pairs.append(
+            Pair(
+                sample_id=prompt.sample_id,
+                iteration=game.iteration,
+                prompt_ids=prompt.prompt_ids,
+                real_ids=prompt.real_ids,
+                generated=[Response(answer.token_ids, answer.finish_reason) for answer in answers],
+            )
+        )
+    return pairs

@@ -1,0 +1,223 @@
+"""From a model builder in a config to a sharded model that is ready for its weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+
+from spin.config.parse import COMPONENT, instantiate
+from spin.core.dtypes import multiplies_bf16
+from spin.core.errors import ConfigError
+from spin.core.ranks import World
+from spin.generators.triplets import takes_triplets
+from spin.model.adapters import quantizing_at_once
+from spin.model.attention import patch_attention
+from spin.model.flex import unfit_for_flex
+from spin.model.float8 import convert_float8
+from spin.model.gemma2 import fix_gemma2_softcap
+from spin.model.sharding import materialize, shard_model
+from spin.pairs.packing import longest_row
+from spin.pairs.row_mask import BLOCK
+
+ATTENTION = ("auto", "flex", "dense")
+AC_MODES = ("full", "selective")
+
+log = logging.getLogger(__name__)
+
+
+def build_model(section: DictConfig, dtype: torch.dtype) -> nn.Module:
+    """Builds a model on the meta device: its shapes, no memory.
+
+    Args:
+        section (DictConfig): the config's ``model``, any torchtune builder.
+        dtype (torch.dtype): of the master weights.
+
+    Returns:
+        nn.Module: a torchtune ``TransformerDecoder``.
+
+    Raises:
+        ConfigError: If it builds something else.
+    """
+    try:
+        with torch.device("meta"), training.set_default_dtype(dtype), quantizing_at_once():
+            model = instantiate(section)
+    # a size below zero, or one that does not fit another; NF4 takes multiples of 16,384
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"model: {section.get(COMPONENT)} does not take these sizes ({error}).") from error
+    if not isinstance(model, TransformerDecoder):
+        raise ConfigError(
+            f"model: {section.get(COMPONENT)} makes a {type(model).__name__}, expected a torchtune TransformerDecoder."
+        )
+    return model
+
+
+def choose_attention(model: nn.Module, world: World, compute_dtype: torch.dtype, asked: str = "auto") -> bool:
+    """Whether packed rows go through FlexAttention; says so in the log.
+
+    Args:
+        model (nn.Module): a torchtune decoder.
+        world (World): where it computes.
+        compute_dtype (torch.dtype): of the arithmetic.
+        asked (str): ``auto`` takes FlexAttention where it can; ``flex`` insists; ``dense`` is PyTorch's attention with
+            the row's whole mask, whose memory and time grow with the square of the row's length.
+
+    Returns:
+        bool: True for FlexAttention.
+
+    Raises:
+        ConfigError: If ``flex`` is asked for and impossible, or ``asked`` is something else.
+    """
+    if asked not in ATTENTION:
+        raise ConfigError(f"attention={asked!r}: expected {', '.join(ATTENTION)}.")
+    reason = unfit_for_flex(model, world.device, compute_dtype)
+    if asked == "flex" and reason is not None:
+        raise ConfigError(f"attention=flex cannot work here: {reason}. Set attention=dense, or auto.")
+    if world.is_main:
+        if reason is None and asked != "dense":
+            log.info("attention: FlexAttention over the blocks of packed rows")
+        else:
+            log.info(
+                f"attention: dense masks, because {reason if asked == 'auto' else 'attention=dense was asked for'}"
+            )
+    return reason is None and asked != "dense"
+
+
+def window_of(model: nn.Module) -> int | None:
+    """The sliding window of a model's layers in positions (one size at most), or None if all see everything.
+
+    Args:
+        model (nn.Module): a torchtune decoder.
+
+    Returns:
+        int | None: positions.
+    """
+    found = (getattr(module, "sliding_window_size", None) for module in model.modules())
+    windows = {size for size in found if size is not None}
+    if len(windows) > 1:
+        raise ConfigError(f"layers with sliding windows of {sorted(windows)} positions; packed rows know one size.")
+    return windows.pop() if windows else None
+
+
+def row_layout(model: nn.Module, cfg: DictConfig, flex: bool) -> dict[str, Any]:
+    """How pairs are packed into rows that a model takes.
+
+    Args:
+        model (nn.Module): a torchtune decoder.
+        cfg (DictConfig): the run's, complete.
+        flex (bool): rows go through FlexAttention, see :func:`choose_attention`.
+
+    Returns:
+        dict[str, Any]: arguments of :func:`spin.pairs.packing.pack_batch`.
+    """
+    return {
+        "row_tokens": cfg.pairs.row_tokens,
+        "row_multiple": math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
+        "truncated": cfg.pairs.truncated,
+        "triplets": takes_triplets(cfg),
+        "flex": flex,
+        "window": window_of(model),
+    }
+
+
+def make_room(model: nn.Module, longest_pair: int, packing: Mapping[str, Any]) -> None:
+    """Lets a model take rows that are longer than its context; no position in them is beyond it.
+
+    Args:
+        model (nn.Module): torchtune checks a row's length against its ``max_seq_len``, which is raised.
+        longest_pair (int): tokens of the longest pair, with the longest responses that it can have.
+        packing (Mapping[str, Any]): from :func:`row_layout`.
+    """
+    longest = longest_row(longest_pair, packing["row_tokens"], packing["row_multiple"])
+    model.max_seq_len = max(model.max_seq_len, longest)  # type: ignore[assignment, call-overload]
+
+
+def training_options(cfg: DictConfig) -> dict[str, Any]:
+    """What a recipe's config says of how its model is wrapped: memory against time.
+
+    Args:
+        cfg (DictConfig): complete.
+
+    Returns:
+        dict[str, Any]: arguments of :func:`prepare_model`.
+    """
+    return {
+        "activation_checkpointing": cfg.enable_activation_checkpointing,
+        "ac_mode": cfg.ac_mode,
+        "ac_option": cfg.ac_option,
+        "compile_layers": cfg.compile,
+        "float8": cfg.enable_float8_training,
+        "reshard_after_forward": cfg.fsdp_reshard_after_forward,
+        "cpu_offload": cfg.fsdp_cpu_offload,
+    }
+
+
+def prepare_model(
+    model: nn.Module,
+    world: World,
+    *,
+    compute_dtype: torch.dtype,
+    activation_checkpointing: bool = False,
+    ac_mode: str = "full",
+    ac_option: int | None = None,
+    compile_layers: bool = False,
+    float8: bool = False,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+) -> None:
+    """Patches, wraps and shards a model that stands on the meta device, and gives its shards memory.
+
+    Args:
+        model (nn.Module): from :func:`build_model`; weights are to be loaded afterwards.
+        world (World): the ranks.
+        compute_dtype (torch.dtype): of forward and backward.
+        activation_checkpointing (bool): compute layers' activations again in backward; less memory, more time.
+        ac_mode (str): ``full``: of every layer; ``selective``: of every ``ac_option``-th.
+        ac_option (int | None): 1 or more, with ``selective``.
+        compile_layers (bool): ``torch.compile`` each layer as a whole, once for each length of a row.
+        float8 (bool): products of the layers in float8, see :func:`spin.model.float8.convert_float8`.
+        reshard_after_forward (bool): see :func:`spin.model.sharding.shard_model`.
+        cpu_offload (bool): see :func:`spin.model.sharding.shard_model`.
+    """
+    if world.is_main and world.device.type == "cpu" and compute_dtype == torch.bfloat16 and not multiplies_bf16():
+        log.warning(
+            "This CPU has no instructions for bf16: torch multiplies in it many times more slowly than in fp32. Set "
+            "compute_dtype=fp32."
+        )
+    # torchtune's RMSNorm gives fp32 inputs and bf16 weights to torch, which is right, and which torch remarks upon
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    patch_attention(model)
+    fix_gemma2_softcap(model)
+    if float8:
+        convert_float8(model, world.device)
+    if activation_checkpointing:
+        training.apply_selective_activation_checkpointing(model, ac_mode, ac_option)
+    if compile_layers:
+        _compile_layers(model)
+    shard_model(
+        model,
+        world,
+        compute_dtype=compute_dtype,
+        reshard_after_forward=reshard_after_forward,
+        cpu_offload=cpu_offload,
+    )
+    materialize(model, world, cpu_offload=cpu_offload)
+
+
+def _compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compiles the forward of each layer: one program without breaks, shared by all layers that are alike.
+
+    What FSDP2 does before and after a layer stays outside, because it hangs on the module and not on its forward.
+    """
+    # one program for each length, with and without gradients, and for each kind of layer (Gemma 2 has two)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False, backend=backend)

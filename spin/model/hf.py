@@ -1,0 +1,809 @@
+"""Hugging Face folders in and out.
+
+Reading, a rank takes only the rows of its shards, one tensor at a time; writing, it holds its shards, one layer, and
+one output file. Names and layouts are torchtune's own converters' business; this module asks them with meta tensors
+what a folder must contain, so that every fault of a folder is known from its headers, before a byte of weights is read,
+and with numbered rows where each row of a shard lies.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
+from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
+from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to_hf
+from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
+
+from spin.core.errors import CheckpointError, ConfigError
+from spin.core.files import finish_folder, part_of, read_json, remove_folder, start_folder, sync, write_json
+from spin.core.heartbeat import set_stage
+from spin.core.ranks import World, fail_together, gather_objects
+from spin.model.adapters import adapted_modules, adapter_parameters, fill_nf4, nf4_of
+from spin.model.gemma2 import swap_mlp_norms
+from spin.model.hf_config import CONFIG, check_model, heads_of, settings_of, unknown_keys
+from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, weight_files
+from spin.model.sharding import check_weights, clean_name, is_finite, reshard, weight_gathers
+
+log = logging.getLogger(__name__)
+
+Tensors = dict[str, torch.Tensor]
+
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
+MAX_FILE_BYTES = 5 * 10**9
+# What an exported model needs beside weights and config, and what its licence asks to pass on.
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+)
+_COMPANIONS = (
+    GENERATION_CONFIG,
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+_CHAT_TEMPLATE = "chat_template.jinja"  # goes before what tokenizer_config.json has
+_COMPARED_ROWS = 16384  # of two matrices, at a time
+_DTYPES = {"F64", "F32", "F16", "BF16"}
+_LM_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+_INV_FREQ = "rotary_emb.inv_freq"  # a table that old folders hold; torchtune computes its own
+
+
+@dataclass(frozen=True)
+class _Converters:
+    to_tune: Callable[..., Tensors]
+    to_hf: Callable[..., Tensors]
+    takes: tuple[str, ...] = ("num_heads", "num_kv_heads", "dim", "head_dim")
+    merges: bool = False  # several torchtune tensors of a layer make one stored tensor
+
+
+def _gemma2_to_tune(tensors: Tensors, **shape: Any) -> Tensors:
+    return swap_mlp_norms(gemma2_hf_to_tune(tensors, **shape))
+
+
+def _gemma2_to_hf(tensors: Tensors, **shape: Any) -> Tensors:
+    return gemma2_tune_to_hf(swap_mlp_norms(tensors), **shape)
+
+
+def _phi3_to_hf(tensors: Tensors, **shape: Any) -> Tensors:
+    return phi3_tune_to_hf(tensors)
+
+
+_LLAMA = _Converters(hf_to_tune, tune_to_hf)
+_PHI = _Converters(phi3_hf_to_tune, _phi3_to_hf, takes=("num_heads", "num_kv_heads", "dim"), merges=True)
+# By the names of torchtune.training.checkpointing.ModelType.
+_CONVERTERS = {
+    "LLAMA2": _LLAMA,
+    "LLAMA3": _LLAMA,
+    "LLAMA3_2": _LLAMA,
+    "MISTRAL": _LLAMA,
+    "GEMMA": _LLAMA,
+    "GEMMA2": _Converters(_gemma2_to_tune, _gemma2_to_hf),
+    "QWEN2": _Converters(qwen2_hf_to_tune, qwen2_tune_to_hf),
+    "PHI3_MINI": _PHI,
+    "PHI4": _PHI,
+}
+
+
+def check_model_type(model_type: str) -> str:
+    """The canonical spelling of a model type.
+
+    Args:
+        model_type (str): name in torchtune's ``ModelType``, in any case.
+
+    Returns:
+        str: upper case.
+
+    Raises:
+        ConfigError: If SPIN cannot convert weights of this type.
+    """
+    name = str(model_type).upper()
+    if name not in _CONVERTERS:
+        raise ConfigError(f"model_type is {model_type!r}, expected one of {', '.join(_CONVERTERS)}.")
+    return name
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a folder, from a file's header."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _read_headers(files: Iterable[Path]) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a dict
+                    view = tensors.get_slice(name)
+                    entries[name] = _Entry(file, tuple(view.get_shape()), view.get_dtype())
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(broken_file(file, error)) from error
+    return {name: entry for name, entry in entries.items() if _INV_FREQ not in name}
+
+
+def stored_elements(checkpoint_dir: str | Path) -> int:
+    """Counts the elements of all tensors of a folder, from the headers.
+
+    Args:
+        checkpoint_dir (str | Path): a Hugging Face folder.
+
+    Returns:
+        int: the number of parameters, tied ones as often as they are stored.
+    """
+    entries = _read_headers(weight_files(Path(checkpoint_dir))).values()
+    return sum(torch.Size(entry.shape).numel() for entry in entries)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Tensors that convert together: a layer, or one tensor outside the layers."""
+
+    tune: tuple[str, ...]
+    hf: dict[str, tuple[int, ...]]  # name to shape
+
+
+def _converter_arguments(config: dict[str, Any], model_type: str) -> dict[str, Any]:
+    arguments = heads_of(config, model_type)
+    return {name: arguments[name] for name in _CONVERTERS[model_type].takes}
+
+
+def _groups(tensors: Tensors, config: dict[str, Any], model_type: str, by_layer: bool = True) -> list[_Group]:
+    """What a folder of this model must hold, by asking the converter with meta tensors."""
+    named: dict[str, list[str]] = {}
+    for name in tensors:
+        layer = re.match(r"layers\.\d+\.", name) if by_layer else None
+        named.setdefault(layer.group() if layer else name, []).append(name)
+    arguments = _converter_arguments(config, model_type)
+    groups = []
+    for names in named.values():
+        meta = {name: torch.empty(tensors[name].shape, device="meta") for name in names}
+        try:
+            converted = _CONVERTERS[model_type].to_hf(meta, **arguments)
+        except Exception as error:  # noqa: BLE001 - torchtune raises Exception itself for a name that it does not know
+            raise CheckpointError(
+                f"torchtune's {model_type} converter does not accept the model's {', '.join(names)}: {error} "
+                f"Do the model's builder, model_type and {CONFIG} belong together?"
+            ) from error
+        groups.append(_Group(tuple(names), {name: tuple(tensor.shape) for name, tensor in converted.items()}))
+    return groups
+
+
+class HFStream:
+    """Gives a torchtune model's tensors Hugging Face names and layouts as they come, for engines that load those.
+
+    It holds one tensor at a time, or one layer's where a family stores several of torchtune's tensors as one (Phi).
+
+    Args:
+        model (nn.Module): sharded or plain; only names and shapes are looked at.
+        model_dir (str | Path): Hugging Face folder with the model's config.json.
+        model_type (str): name in torchtune's ``ModelType``.
+
+    Raises:
+        CheckpointError: If the model and the folder's config do not belong together.
+        ConfigError: If ``model_type`` is not supported.
+    """
+
+    def __init__(self, model: nn.Module, model_dir: str | Path, model_type: str) -> None:
+        self.model_type = check_model_type(model_type)
+        folder = Path(model_dir)
+        config = read_config(folder / CONFIG)
+        check_model(model, config, self.model_type, folder / CONFIG)
+        tensors = _named_tensors(model)
+        self._converters = _CONVERTERS[self.model_type]
+        self._arguments = _converter_arguments(config, self.model_type)
+        self._groups = _groups(tensors, config, self.model_type, by_layer=self._converters.merges)
+        # a model that ties its output, in a folder that stores it twice
+        self._repeats_head = "output.weight" not in tensors and not config.get("tie_word_embeddings", True)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the stream, by Hugging Face name."""
+        shapes = {name: shape for group in self._groups for name, shape in group.hf.items()}
+        return shapes | ({_LM_HEAD: shapes[_EMBEDDINGS]} if self._repeats_head else {})
+
+    def convert(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Renames and lays out tensors.
+
+        Args:
+            named_tensors (Iterable[tuple[str, torch.Tensor]]): every parameter once, whole, by torchtune name.
+
+        Yields:
+            tuple[str, torch.Tensor]: Hugging Face name and tensor.
+
+        Raises:
+            CheckpointError: If a name is unknown or did not come.
+        """
+        group_of = {name: group for group in self._groups for name in group.tune}
+        waiting: dict[str, Tensors] = {}  # by the group's first name
+        for name, tensor in named_tensors:
+            group = group_of.pop(name, None)
+            if group is None:
+                raise CheckpointError(f"the model has no parameter {name!r} left to convert: each must come once.")
+            ready = waiting.setdefault(group.tune[0], {})
+            ready[name] = tensor
+            if len(ready) < len(group.tune):
+                continue
+            del waiting[group.tune[0]]
+            for hf_name, converted in self._converters.to_hf(ready, **self._arguments).items():
+                yield hf_name, converted
+                if hf_name == _EMBEDDINGS and self._repeats_head:
+                    yield _LM_HEAD, converted
+        if group_of:
+            raise CheckpointError(f"{', '.join(sorted(group_of)[:5])} did not come: every parameter must, once.")
+
+
+def stored_rows(model: nn.Module, model_dir: str | Path, model_type: str) -> dict[str, list[tuple[str, torch.Tensor]]]:
+    """Where a Hugging Face folder stores the rows of a model's weights.
+
+    Args:
+        model (nn.Module): sharded or plain; only names and shapes are looked at.
+        model_dir (str | Path): Hugging Face folder with the model's config.json.
+        model_type (str): name in torchtune's ``ModelType``.
+
+    Returns:
+        dict[str, list[tuple[str, torch.Tensor]]]: by stored name, the torchtune weights that it is made of, and for
+        each of their rows its row in the stored tensor, int64.
+
+    Raises:
+        CheckpointError: If the model and the folder's config do not belong together.
+    """
+    config = read_config(Path(model_dir) / CONFIG)
+    arguments = _converter_arguments(config, model_type)
+    found: dict[str, list[tuple[str, torch.Tensor]]] = {}
+    for group in _groups(_named_tensors(model), config, model_type):
+        for name, (source, rows) in _row_sources(group, model_type, arguments).items():
+            found.setdefault(source, []).append((name, rows))
+    return found
+
+
+def _named_tensors(model: nn.Module) -> Tensors:
+    """The weights that a folder holds: all parameters but those of adapters."""
+    reshard(model)
+    parameters = {clean_name(name): parameter.detach() for name, parameter in model.named_parameters()}
+    for name, module in adapted_modules(model).items():
+        for part in adapter_parameters(module):
+            del parameters[clean_name(f"{name}.{part}")]
+    return parameters
+
+
+def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: str, *, world: World) -> None:
+    """Fills a torchtune model from a Hugging Face folder.
+
+    Every rank reads the rows of its own shards from the files, so no weight is sent; values are cast to the model's
+    dtype. Collective.
+
+    Args:
+        model (nn.Module): sharded or plain, with memory (see :func:`spin.model.sharding.materialize`).
+        checkpoint_dir (str | Path): a Hugging Face folder.
+        model_type (str): name in torchtune's ``ModelType``.
+        world (World): the ranks.
+
+    Raises:
+        CheckpointError: If the folder is not whole or does not fit the model; every tensor at fault is named, and no
+            weight has been read by then. If it is so for one rank, then it is raised on all.
+        ConfigError: If ``model_type`` is not supported.
+    """
+    set_stage("loading weights")
+    model_type = check_model_type(model_type)
+    with fail_together(world, CheckpointError):
+        _load(model, Path(checkpoint_dir), model_type, world)
+
+
+def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: str) -> None:
+    """Checks from a folder's config and headers that a model can be filled from it, and that it computes what the
+    config says.
+
+    It reads no weight, but for an output head that is stored beside the embeddings which it may be tied to.
+
+    Args:
+        model (nn.Module): sharded or plain, on any device; only names, shapes and settings are looked at.
+        checkpoint_dir (str | Path): a Hugging Face folder.
+        model_type (str): name in torchtune's ``ModelType``.
+
+    Raises:
+        CheckpointError: If the folder is not whole or does not fit the model; every tensor at fault is named.
+        ConfigError: If ``model_type`` is not supported.
+    """
+    folder, model_type = Path(checkpoint_dir), check_model_type(model_type)
+    plan = _plan(model, folder, model_type)
+    _check_tied_head(plan, folder, 0, 1)
+    _list_unknown_keys(plan.config, model_type, folder)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What of a folder goes where."""
+
+    config: dict[str, Any]
+    groups: list[_Group]
+    entries: dict[str, _Entry]
+    head: _Entry | None  # the stored output head, if it or the embeddings may be superfluous
+    ties: tuple[bool, bool]  # whether the model, and the folder's config, tie the head to the embeddings
+
+
+def _plan(model: nn.Module, folder: Path, model_type: str) -> _Plan:
+    config = read_hf_config(folder)
+    check_model(model, config, model_type, folder / CONFIG)
+    groups = _groups(_named_tensors(model), config, model_type)
+    expected = {name: shape for group in groups for name, shape in group.hf.items()}
+    entries = _read_headers(weight_files(folder))
+    fault = quantized({name: entry.dtype for name, entry in entries.items()})
+    if fault is not None:
+        raise CheckpointError(f"{folder}: {fault}")
+    ties = _LM_HEAD not in expected, settings_of(config, model_type)["tie_word_embeddings"]
+    head = entries.get(_LM_HEAD) if any(ties) else None
+    if ties[0]:
+        entries.pop(_LM_HEAD, None)
+    _check_entries(entries, expected, folder, model_type, ties)
+    if ties == (True, False) and head is None:
+        raise CheckpointError(
+            f"{folder}: no {_LM_HEAD}, and {CONFIG} does not tie it to the embeddings (tie_word_embeddings): "
+            "transformers "
+            "would make one of random numbers. If the model is a tied one, write tie_word_embeddings: true into "
+            f"{CONFIG}; "
+            "else download the model again."
+        )
+    _check_sizes(config, entries, folder)
+    return _Plan(config, groups, entries, head, ties)
+
+
+def _check_sizes(config: dict[str, Any], entries: dict[str, _Entry], folder: Path) -> None:
+    """Compares sizes in the config with the tensors: transformers would refuse the folder, and every export of it."""
+    down = entries.get("model.layers.0.mlp.down_proj.weight")
+    stored = {"vocab_size": entries[_EMBEDDINGS].shape[0], "intermediate_size": down.shape[1] if down else None}
+    for key, size in stored.items():
+        if config.get(key) is not None and size is not None and config[key] != size:
+            raise CheckpointError(
+                f"{folder / CONFIG}: {key} is {config[key]}, the stored tensors have {size}. Write {size} there, "
+                "or download "
+                "the model again."
+            )
+
+
+def _list_unknown_keys(config: dict[str, Any], model_type: str, folder: Path) -> None:
+    unknown = unknown_keys(config, model_type)
+    if unknown:
+        log.warning(f"{folder / CONFIG}: keys that are not known here, and not looked at: {', '.join(unknown)}.")
+
+
+def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None:
+    plan = _plan(model, folder, model_type)
+    _check_tied_head(plan, folder, world.rank, world.world_size)
+    if world.is_main:
+        _list_unknown_keys(plan.config, model_type, folder)
+    targets = _named_tensors(model)
+    arguments = _converter_arguments(plan.config, model_type)
+    finite: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for group in plan.groups:
+            for name, (source, rows) in _row_sources(group, model_type, arguments).items():
+                seen = is_finite(_copy_rows(plan.entries[source], source, rows, targets[name]))
+                finite[source] = finite[source] & seen if source in finite else seen
+    broken = [source for source, seen in finite.items() if not seen]  # the only waits for the device
+    if broken:
+        files = ", ".join(sorted({plan.entries[source].file.name for source in broken}))
+        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
+        raise CheckpointError(
+            f"{folder}: NaN or infinity in {', '.join(broken[:10])}{more} ({files}), in the dtype that the model has "
+            "here. Such a model answers nothing: download it again, or take it from another run."
+        )
+
+
+def _check_tied_head(plan: _Plan, folder: Path, rank: int, ranks: int) -> None:
+    """A head that was trained apart from the embeddings must not be dropped; nor may one be trained without a word that
+    the folder's config ties. Each rank compares its part of the rows.
+    """
+    head, embeddings = plan.head, plan.entries[_EMBEDDINGS]
+    if head is None:
+        return
+    part = -(-embeddings.shape[0] // ranks)
+    first, end = rank * part, min((rank + 1) * part, embeddings.shape[0])
+    if head.shape == embeddings.shape and all(
+        torch.equal(
+            _read(head, _LM_HEAD, row, min(row + _COMPARED_ROWS, end)).float(),
+            _read(embeddings, _EMBEDDINGS, row, min(row + _COMPARED_ROWS, end)).float(),
+        )
+        for row in range(first, end, _COMPARED_ROWS)
+    ):
+        return
+    model_ties, config_ties = plan.ties
+    differs = f"{folder}: {_LM_HEAD} differs from {_EMBEDDINGS}"
+    if not model_ties:
+        log.warning(
+            f"{differs}, which {CONFIG} ties (tie_word_embeddings: true). The two are trained as they are stored, as "
+            "transformers 5 loads them; transformers 4 drops the head."
+        )
+        return
+    what = "model ties the two" + (
+        f", as {CONFIG} says. transformers 5 does not tie heads that differ, transformers 4 drops them"
+        if config_ties
+        else ""
+    )
+    raise CheckpointError(
+        f"{differs}, but the config's {what}. Use a builder with tie_word_embeddings=False; or, if the head is a "
+        "left-over, "
+        "remove it from the files."
+    )
+
+
+def _check_entries(
+    entries: dict[str, _Entry],
+    expected: dict[str, tuple[int, ...]],
+    folder: Path,
+    model_type: str,
+    ties: tuple[bool, bool],
+) -> None:
+    faults = [f"missing: {name} {list(expected[name])}" for name in expected.keys() - entries.keys()]
+    faults += [
+        f"unexpected: {name} {list(entries[name].shape)} in {entries[name].file.name}"
+        for name in entries.keys() - expected.keys()
+    ]
+    for name in expected.keys() & entries.keys():
+        entry = entries[name]
+        if entry.shape != expected[name]:
+            faults.append(f"{name} in {entry.file.name} is {list(entry.shape)}, the model needs {list(expected[name])}")
+        elif entry.dtype not in _DTYPES:
+            faults.append(f"{name} in {entry.file.name} has dtype {entry.dtype}, expected {', '.join(sorted(_DTYPES))}")
+    if expected.keys() - entries.keys() == {_LM_HEAD} and ties == (False, True):
+        raise CheckpointError(
+            f"{folder}: no {_LM_HEAD}, because {CONFIG} ties it to the embeddings (tie_word_embeddings), but the "
+            "config's "
+            "model has one of its own. Use a builder with tie_word_embeddings=True."
+        )
+    if faults:
+        shown = sorted(faults)[:20]
+        more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
+        raise CheckpointError(
+            f"{folder} does not fit the config's model ({model_type}):\n  "
+            + "\n  ".join(shown + more)
+            + "\nDo the model's builder, model_type and checkpoint_dir belong together?"
+        )
+
+
+def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> dict[str, tuple[str, torch.Tensor]]:
+    """For each torchtune tensor of a group, the stored tensor that it comes from, and which row of it each row is.
+
+    Converters rename, cut and permute rows, and leave columns alone. So one that is given tensors of a single column,
+    which hold the numbers of their rows, tells where each row goes, whatever it does.
+    """
+    sources = list(group.hf)
+    numbered = {}
+    for i, (source, shape) in enumerate(group.hf.items()):
+        rows = torch.arange(i << 32, (i << 32) + shape[0])  # tensor and row in one number
+        numbered[source] = rows.view(-1, *[1] * (len(shape) - 1))
+    # Beside head_dim, `dim` serves as the number of columns alone.
+    single_column = {"dim": 1} if "head_dim" in arguments else {}
+    converted = _CONVERTERS[model_type].to_tune(numbered, **arguments | single_column)
+    return {
+        name: (sources[int(numbers.flatten()[0]) >> 32], numbers.flatten() & 0xFFFFFFFF)
+        for name, numbers in converted.items()
+    }
+
+
+def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Fills this rank's shard of a parameter with rows of a stored tensor, and reads no others; gives what it put
+    there, before it is quantized."""
+    nf4, first_row = nf4_of(target), 0
+    if isinstance(target, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        first_row = offset[0]
+        if nf4 is None:
+            rows, target = rows[first_row : first_row + shape[0]], target.to_local()
+    if not len(rows):  # fewer rows than ranks
+        return torch.empty(0)
+    first, end = int(rows.min()), int(rows.max()) + 1
+    block = _read(entry, name, first, end)
+    if not torch.equal(rows, torch.arange(first, end)):  # permuted within heads; a shard may cut through one
+        block = block[rows - first]
+    if nf4 is not None:  # quantized as a whole, so all rows were read
+        block = block.to(nf4.device, nf4.dtype)
+        fill_nf4(nf4, block, first_row)
+        return block
+    return target.copy_(block.to(target.device))  # cast there: the bus carries what the file holds
+
+
+def _read(entry: _Entry, name: str, first: int, end: int) -> torch.Tensor:
+    """Rows ``first`` to ``end`` of a stored tensor; the file's other bytes stay on disk."""
+    try:
+        with safe_open(entry.file, framework="pt") as tensors:
+            rows: torch.Tensor = tensors.get_slice(name)[first:end]
+            return rows
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{entry.file}: cannot read {name} ({error}). Download the model again.") from error
+
+
+def from_hf_tensors(model: nn.Module, tensors: Tensors, config: dict[str, Any], model_type: str) -> None:
+    """Fills a plain model from tensors with Hugging Face names and layouts; adapters stay as they are.
+
+    Args:
+        model (nn.Module): a torchtune decoder with memory, not sharded.
+        tensors (Tensors): all of a model; an output head that ``model`` ties to its embeddings is left out.
+        config (dict[str, Any]): content of its config.json.
+        model_type (str): name in torchtune's ``ModelType``, in capitals.
+
+    Raises:
+        CheckpointError: If they do not fit.
+    """
+    targets = _named_tensors(model)
+    if "output.weight" not in targets:
+        tensors = {name: tensor for name, tensor in tensors.items() if name != _LM_HEAD}
+    try:
+        converted = _CONVERTERS[model_type].to_tune(tensors, **_converter_arguments(config, model_type))
+    except Exception as error:  # noqa: BLE001 - torchtune raises Exception itself for a name that it does not know
+        raise CheckpointError(f"torchtune's {model_type} converter does not take the tensors: {error}") from error
+    wrong = [
+        f"{name} {[*tensors[name].shape] if name in tensors else 'none'}"
+        for tensors, others in ((converted, targets), (targets, converted))
+        for name in tensors
+        if name not in others or tensors[name].shape != others[name].shape
+    ]
+    if wrong:
+        raise CheckpointError(f"weights of {model_type} do not fit the config's model: {', '.join(wrong[:5])}.")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(converted[name])
+
+
+def export_hf(
+    model: nn.Module,
+    source_dir: str | Path,
+    out_dir: str | Path,
+    model_type: str,
+    *,
+    dtype: torch.dtype,
+    world: World,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    tokenizer_dir: Path | None = None,
+    chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
+    kind: str = "model",
+) -> Path:
+    """Writes a model as a Hugging Face folder that transformers and vLLM load: weights, config, tokenizer, licence.
+
+    The folder appears at once when it is complete; all ranks write files side by side, on a file system that they
+    share. Collective.
+
+    Args:
+        model (nn.Module): sharded or plain.
+        source_dir (str | Path): the folder that the model was loaded from; gives config and tokenizer.
+        out_dir (str | Path): the folder to write; one of the same kind is replaced, any other kept aside.
+        model_type (str): name in torchtune's ``ModelType``.
+        dtype (torch.dtype): of the written weights.
+        world (World): the ranks.
+        max_file_bytes (int): a file ends with the layer before the one that would exceed this many bytes.
+        tokenizer_dir (Path | None): where the tokenizer's files come from; None is ``source_dir``.
+        chat_template (str | None): Jinja, in place of the one among those files.
+        stop_ids (Sequence[int]): see :func:`write_companions`.
+        kind (str): what the folder is for, see :func:`spin.core.files.start_folder`.
+
+    Returns:
+        Path: ``out_dir``.
+
+    Raises:
+        CheckpointError: If the model does not fit the source's config, a weight goes beyond ``dtype``, or a rank could
+            not write. A folder that was there before still is.
+        NonFiniteError: If a weight is NaN or infinite; nothing is written then.
+        ConfigError: If ``model_type`` is not supported.
+    """
+    set_stage("exporting a model")
+    model_type, source, out = check_model_type(model_type), Path(source_dir), Path(out_dir)
+    if out.resolve() == source.resolve():
+        raise CheckpointError(f"{out}: would replace the model that training started from. Choose another folder.")
+    check_weights(model, world, str(out))
+    tensors, gathers = _named_tensors(model), weight_gathers(model)
+    part = part_of(out)
+    with fail_together(world, CheckpointError):
+        config = read_config(source / CONFIG, "The export copies it from checkpoint_dir.")
+        groups = _groups(tensors, config, model_type)
+        if world.is_main:
+            start_folder(out, kind)
+    files = _split(groups, dtype, max_file_bytes)
+    names = (
+        ["model.safetensors"]
+        if len(files) == 1
+        else [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    )
+    to_hf = partial(_CONVERTERS[model_type].to_hf, **_converter_arguments(config, model_type))
+    too_large: list[str] = []
+    # Rank r gathers file r of each round of world_size files, then all ranks write.
+    for first in range(0, len(files), world.world_size):
+        mine: Tensors = {}
+        for owner, file in enumerate(files[first : first + world.world_size]):
+            for group in file:
+                whole = {}
+                for name in group.tune:
+                    tensor = gathers[name](dtype)
+                    if owner == world.rank:
+                        whole[name] = tensor.cpu()
+                        too_large += [] if is_finite(tensor) else [name]
+                if owner == world.rank:
+                    mine |= {name: tensor.contiguous() for name, tensor in to_hf(whole).items()}
+        with fail_together(world, CheckpointError):
+            if mine and not too_large:
+                _write_tensors(mine, part / names[first + world.rank])
+    names_too_large = [name for part_of_rank in gather_objects(too_large, world) for name in part_of_rank]
+    if names_too_large:
+        with fail_together(world, CheckpointError):
+            if world.is_main:
+                remove_folder(part)
+        raise CheckpointError(
+            f"{out}: {str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}, and the weights "
+            f"{', '.join(sorted(names_too_large))} go beyond. Nothing was replaced. Set checkpointer.export_dtype (or "
+            "the generator's dtype) to bf16 or fp32."
+        )
+    with fail_together(world, CheckpointError):
+        if world.is_main:
+            config |= write_companions(source, part, tokenizer_dir, chat_template, stop_ids)
+            if len(files) > 1:
+                _write_index(part / INDEX, files, names, dtype)
+            write_json(part / CONFIG, _exported_config(config, dtype, tied="output.weight" not in tensors))
+            finish_folder(out)
+    return out
+
+
+def _split(groups: list[_Group], dtype: torch.dtype, max_file_bytes: int) -> list[list[_Group]]:
+    files: list[list[_Group]] = []
+    room = 0
+    for group in groups:
+        size = sum(torch.Size(shape).numel() for shape in group.hf.values()) * dtype.itemsize
+        if not files or size > room:
+            files.append([])
+            room = max_file_bytes
+        files[-1].append(group)
+        room -= size
+    return files
+
+
+def _write_tensors(tensors: Tensors, file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+        sync(file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: cannot write ({error}). Is the disk full?") from error
+
+
+def _write_index(file: Path, files: list[list[_Group]], names: list[str], dtype: torch.dtype) -> None:
+    where = {hf: name for name, groups in zip(names, files, strict=True) for group in groups for hf in group.hf}
+    elements = sum(torch.Size(shape).numel() for groups in files for group in groups for shape in group.hf.values())
+    write_json(file, {"metadata": {"total_size": elements * dtype.itemsize}, "weight_map": dict(sorted(where.items()))})
+
+
+def write_companions(
+    source: Path,
+    part: Path,
+    tokenizer_dir: Path | None = None,
+    chat_template: str | None = None,
+    stop_ids: Sequence[int] = (),
+) -> dict[str, Any]:
+    """Writes what a model needs beside weights and config, so that it stops where it was trained to.
+
+    ``generation_config.json`` is made if there is none. The tokenizer's EOS becomes the first stop token, which closes
+    a turn. A pad token that equals it gives way to the EOS before, if that is another one: who trains the model
+    further and masks padding by value would mask every end.
+
+    Args:
+        source (Path): the folder that the model was loaded from.
+        part (Path): the folder to write to.
+        tokenizer_dir (Path | None): where the tokenizer's files come from; None is ``source``.
+        chat_template (str | None): Jinja, in place of the one among those files.
+        stop_ids (Sequence[int]): what ended the run's responses, the token that closes a turn first; the source's own
+            stop tokens stay behind them. Without any, files are copied as they are.
+
+    Returns:
+        dict[str, Any]: what changes in ``config.json``.
+
+    Raises:
+        CheckpointError: If a file of the source is no JSON object, or cannot be written.
+    """
+    for folder, patterns in ((source, _COMPANIONS), (tokenizer_dir or source, _TOKENIZER_FILES)):
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
+                shutil.copyfile(file, part / file.name)
+                sync(part / file.name)
+    if chat_template is not None:
+        (part / _CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+        sync(part / _CHAT_TEMPLATE)
+    if not stop_ids:
+        return {}
+    config = read_companion(source / CONFIG)
+    generation = read_companion(part / GENERATION_CONFIG)
+    own = [token for each in (generation, config) for token in _token_ids(each.get("eos_token_id"))]
+    stops = list(dict.fromkeys([*stop_ids, *own]))
+    changed: dict[str, Any] = {"eos_token_id": stops if len(stops) > 1 else stops[0]}
+    others = [token for token in own if token != stop_ids[0]]
+    if others and stop_ids[0] in (generation.get("pad_token_id"), config.get("pad_token_id")):
+        changed["pad_token_id"] = others[0]
+    if not generation:
+        generation = {key: config[key] for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+    write_json(part / GENERATION_CONFIG, generation | changed)
+    _set_eos_token(part, stop_ids[0])
+    return changed
+
+
+def read_companion(file: Path) -> dict[str, Any]:
+    """A JSON file beside a model's weights.
+
+    Args:
+        file (Path): such as ``generation_config.json``.
+
+    Returns:
+        dict[str, Any]: its content; empty if there is no such file.
+
+    Raises:
+        CheckpointError: If it is no JSON object.
+    """
+    return read_json(file, CheckpointError, "Download the model again.", allow_nan=True) if file.is_file() else {}
+
+
+def _token_ids(value: object) -> list[int]:
+    """What ``eos_token_id`` holds: none, one or several."""
+    return [token for token in (value if isinstance(value, list) else [value]) if type(token) is int]
+
+
+def _set_eos_token(part: Path, token: int) -> None:
+    """Makes a token the EOS of the tokenizer in a folder, where it has another one."""
+    text = _added_text(part, token)
+    for name in TOKENIZER_CONFIGS:
+        content = read_companion(part / name)
+        old, pad = content.get("eos_token"), content.get("pad_token")
+        if text is None or _text(old) == text or not (content or (part / "tokenizer.json").is_file()):
+            continue
+        if old is None and name != TOKENIZER_CONFIGS[0]:
+            continue
+        changed = {"eos_token": {**old, "content": text} if isinstance(old, dict) else text}
+        if _text(pad) == text and old is not None:
+            changed["pad_token"] = old
+        write_json(part / name, content | changed)
+
+
+def _text(token: Any) -> Any:
+    """A special token's text, beside which some files hold more."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _added_text(part: Path, token: int) -> str | None:
+    """The text of an added token; None if the folder's files do not say, as of a token of the vocabulary proper."""
+    listed = read_companion(part / "tokenizer.json").get("added_tokens")
+    decoder = read_companion(part / TOKENIZER_CONFIGS[0]).get("added_tokens_decoder")
+    found = [
+        each
+        for each in (listed if isinstance(listed, list) else [])
+        if isinstance(each, dict) and each.get("id") == token
+    ]
+    text = _text(found[0] if found else decoder.get(str(token)) if isinstance(decoder, dict) else None)
+    return text if isinstance(text, str) else None
+
+
+def _exported_config(config: dict[str, Any], dtype: torch.dtype, tied: bool) -> dict[str, Any]:
+    # auto_map names code files of the source, which are not copied: transformers' own classes load the model.
+    exported = {key: value for key, value in config.items() if key not in ("auto_map", "_name_or_path")}
+    name = str(dtype).removeprefix("torch.")
+    # `torch_dtype` is what transformers 4 and vLLM read, `dtype` what transformers 5 writes.
+    return (
+        exported | {"torch_dtype": name, "tie_word_embeddings": tied} | ({"dtype": name} if "dtype" in config else {})
+    )

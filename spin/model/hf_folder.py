@@ -1,0 +1,331 @@
+"""What lies in a model folder: its config, the files of its weights, or something else that looks like a model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from spin.core.errors import CheckpointError
+from spin.core.files import read_json
+from spin.model.hf_config import CONFIG, DEFAULTS, check_values
+
+INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+_AGAIN = "Download the model again."
+_NO_CONFIG = f"Every Hugging Face model has one: {_AGAIN[0].lower()}{_AGAIN[1:]}"
+_RESAVE = (
+    "python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained({arguments})"
+    '.save_pretrained("OUT")\''
+)
+_FAMILIES = f"SPIN trains what torchtune 0.6.1 builds: model_type {', '.join(DEFAULTS)}. Choose such a model."
+# How a quantized model becomes one that can be trained, by a part of the method's name.
+_UNQUANTIZED = {
+    "mxfp4": "transformers writes it in bf16 with quantization_config=Mxfp4Config(dequantize=True)",
+    "fp8": "transformers writes it in bf16 with quantization_config=FineGrainedFP8Config(dequantize=True)",
+    "bitsandbytes": "transformers writes it in bf16 with model.dequantize() before save_pretrained",
+    "compressed": "transformers writes it in bf16 with quantization_config=CompressedTensorsConfig("
+    "run_compressed=False)",
+}
+
+
+def read_config(file: Path, remedy: str = _NO_CONFIG) -> dict[str, Any]:
+    """Reads a config.json and checks the types and ranges of its values.
+
+    Args:
+        file (Path): the config.json.
+        remedy (str): what to do if there is none, or it cannot be read.
+
+    Returns:
+        dict[str, Any]: the config.
+
+    Raises:
+        CheckpointError: If it is missing or broken, of a model that SPIN cannot train, or has values that no model has.
+    """
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file. {remedy}")
+    config = read_json(file, CheckpointError, remedy, allow_nan=True)
+    fault = _unfit(config)
+    if fault is not None:
+        raise CheckpointError(f"{file}: {fault}")
+    missing = [key for key in ("hidden_size", "num_attention_heads", "num_hidden_layers") if key not in config]
+    if missing:
+        raise CheckpointError(f"{file}: no {', '.join(missing)}; this is not the config of a text decoder. {_FAMILIES}")
+    check_values(config, file)
+    return config
+
+
+def _unfit(config: dict[str, Any]) -> str | None:
+    """Why a config's model cannot be trained, whatever its numbers are."""
+    quantization = config.get("quantization_config") or config.get("compression_config") or config.get("quantization")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        name = str(method or ("MLX" if "quantization" in config else "unknown method"))[:40]
+        return f"the weights are quantized ({name}). {_unquantize(name)}"
+    family, architectures = config.get("model_type"), config.get("architectures") or []
+    known = [str(each) for each in architectures] if isinstance(architectures, list) else []
+    said = f" ({', '.join(known[:3])})" if known else ""
+    if isinstance(family, str) and family not in DEFAULTS:
+        inside = " It is a model of several parts (text, images, sound)." if "text_config" in config else ""
+        return f"model_type is {family[:60]!r}{said}.{inside} {_FAMILIES}"
+    if any("For" in each for each in known) and not any("ForCausalLM" in each for each in known):
+        return (
+            f"architectures is {', '.join(known[:3])}, which does not write text: its head is another one. "
+            "Name a folder of a ...ForCausalLM model."
+        )
+    return None
+
+
+def _unquantize(method: str) -> str:
+    way = next((text for part, text in _UNQUANTIZED.items() if part in method.lower().replace("_", "")), None)
+    original = "Use the unquantized original, which most repositories name (base_model, or the name without the suffix)"
+    return f"SPIN trains unquantized weights. {original}" + (f"; or {way}." if way else ".")
+
+
+def read_hf_config(checkpoint_dir: str | Path) -> dict[str, Any]:
+    """Reads a folder's config.json and checks that the weights it names are there, without opening them.
+
+    Args:
+        checkpoint_dir (str | Path): a Hugging Face folder.
+
+    Returns:
+        dict[str, Any]: the config.
+
+    Raises:
+        CheckpointError: If the folder, its config.json or its safetensors files are missing, broken or quantized, or it
+            is a folder of another kind.
+    """
+    folder = Path(checkpoint_dir)
+    if not folder.is_dir():
+        if folder.exists():
+            kind = "a GGUF file" if folder.suffix == ".gguf" else "a file"
+            raise CheckpointError(
+                f"{folder}: {kind}, expected a folder. {_gguf(folder) or 'Name the folder it is in.'}"
+            )
+        raise CheckpointError(
+            f"{folder}: no such folder. checkpoint_dir is a Hugging Face model folder on this disk: of a download "
+            "(`tune download <repository> --output-dir <folder>`), or iteration_NNN/hf_model of a run."
+        )
+    if not (folder / CONFIG).exists():
+        raise CheckpointError(f"{folder / CONFIG}: no such file. {_other_kind(folder) or _NO_CONFIG}")
+    config = read_config(folder / CONFIG)
+    weight_files(folder)
+    return config
+
+
+def _gguf(path: Path) -> str | None:
+    if path.suffix != ".gguf":
+        return None
+    return (
+        f"{path.name} is GGUF, llama.cpp's format. Use the original's folder with safetensors; or write one, which "
+        "is as "
+        "exact as the GGUF: " + _RESAVE.format(arguments=f'"{path.parent}", gguf_file="{path.name}"')
+    )
+
+
+def _names(folder: Path, *patterns: str) -> list[str]:
+    return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
+
+
+def _other_kind(folder: Path) -> str | None:
+    """What a folder is that is not a Hugging Face model's, and what to do; None if nothing is known of it."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _adapter(folder)
+    gguf = _names(folder, "*.gguf")
+    if gguf:
+        return _gguf(folder / gguf[0])
+    if _names(folder, "consolidated*.pth") or (folder / "params.json").is_file():
+        parent = folder.parent
+        if (parent / CONFIG).is_file():
+            return (
+                f"These are the original's own files (params.json); the Hugging Face model is {parent}: name that one."
+            )
+        if _names(folder, "consolidated*.safetensors"):
+            return (
+                "These are Mistral's own files (params.json, consolidated.safetensors). Download the repository's "
+                "config.json and model-*.safetensors, which hold the same weights."
+            )
+        return (
+            "These are Meta's own files (params.json, consolidated.*.pth). Use the Hugging Face repository of the "
+            "model, "
+            "or convert them: python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir "
+            f"{folder} --output_dir OUT"
+        )
+    if (folder / "model_index.json").is_file():
+        return "A diffusers pipeline, which makes images. " + _FAMILIES
+    if _names(folder, ".metadata", "*.distcp"):
+        return (
+            "A state of torch.distributed.checkpoint, not a model folder. Of a run of SPIN the models are in "
+            "iteration_NNN/hf_model; its state is for resume."
+        )
+    if _names(folder, "global_step*", "zero_to_fp32.py"):
+        return "A DeepSpeed checkpoint. Write the model with save_pretrained first (zero_to_fp32.py gives its weights)."
+    if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
+        found = sorted(str(path.parent) for path in folder.glob(f"snapshots/*/{CONFIG}"))
+        return f"A folder of the Hugging Face cache: name the snapshot in it{': ' + ', '.join(found) if found else ''}."
+    models = sorted(str(path) for path in [*folder.glob("hf_model"), *folder.glob("*/hf_model")])
+    if models:
+        return f"A run's folder; name one of its models: {', '.join(models)}."
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))
+    if inside:
+        return f"Name the folder of a model in it: {', '.join(inside[:10])}."
+    others = _names(folder, "*.safetensors")
+    if others:
+        return None
+    foreign = _other_weights(folder)
+    return (
+        foreign or "Nothing in this folder is a model's. checkpoint_dir is a folder with config.json and safetensors."
+    )
+
+
+def _adapter(folder: Path) -> str:
+    try:
+        base = read_json(folder / ADAPTER_CONFIG, CheckpointError, "").get("base_model_name_or_path")
+    except CheckpointError:
+        base = None
+    of = f" of {base[:200]!r}" if isinstance(base, str) and base else ""
+    return (
+        f"An adapter of peft{of}, without its base. Merge it into the base: python -c 'from peft import "
+        f'AutoPeftModelForCausalLM as M; M.from_pretrained("{folder}").merge_and_unload().save_pretrained("OUT")\' and '
+        "name OUT; of a LoRA run of SPIN the merged model is hf_model beside it (checkpointer.export_merged=true)."
+    )
+
+
+def _other_weights(folder: Path) -> str | None:
+    """Weights in a folder that has no safetensors of a model."""
+    gguf = _names(folder, "*.gguf")
+    if gguf:
+        return _gguf(folder / gguf[0])
+    if _names(folder, "adapter_model*.safetensors"):
+        return _adapter(folder)
+    if _names(folder, "consolidated*.safetensors"):
+        return (
+            "It holds consolidated.safetensors, Mistral's own layout. Download the repository's "
+            "model-*.safetensors too, "
+            "which hold the same weights."
+        )
+    if _names(folder, "consolidated*.pth"):
+        return (
+            "It holds consolidated.*.pth, Meta's own layout. Download the repository's *.safetensors, which hold "
+            "the same "
+            "weights, or convert them with python -m transformers.models.llama.convert_llama_weights_to_hf."
+        )
+    pickles = _names(folder, "*.bin", "*.pt", "*.pth", "*.ckpt")
+    if pickles:
+        shown = ", ".join(pickles[:5]) + (", ..." if len(pickles) > 5 else "")
+        return (
+            f"It holds {shown}, which can run code when loaded and are not read. Download the repository's "
+            "safetensors, or "
+            "write them: " + _RESAVE.format(arguments=f'"{folder}"')
+        )
+    frameworks = _names(folder, "*.h5", "*.msgpack", "*.onnx", "onnx", "*.npz", "*.tflite", "*.mlpackage")
+    if frameworks:
+        return f"It holds {', '.join(frameworks)}, of another framework. Download the repository's *.safetensors."
+    return None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model of a folder.
+
+    The index names them; without one, ``model.safetensors`` alone, else all of ``model-*-of-*``, else all. So files in
+    other layouts that lie beside them (Mistral's ``consolidated.safetensors``) are left alone.
+
+    Args:
+        folder (Path): a Hugging Face folder.
+
+    Returns:
+        list[Path]: sorted by name.
+
+    Raises:
+        CheckpointError: If there is none, or one that the index names is missing.
+    """
+    index = folder / INDEX
+    if index.exists():
+        weight_map = read_json(index, CheckpointError, _AGAIN, allow_nan=True).get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(n, str) for n in weight_map.values())
+        ):
+            raise CheckpointError(f"{index}: no weight_map of tensors to files. {_AGAIN}")
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        outside = [file.name for file in files if file.parent != folder]
+        if outside:
+            raise CheckpointError(f"{index}: names files outside the folder: {', '.join(outside)}.")
+        # unlike Path.is_file, no error for a name that is too long for a file
+        missing = [file.name[:100] for file in files if not os.path.isfile(file)]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: {INDEX} names {len(files)} files, but {', '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing. {_AGAIN}"
+            )
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    files = sorted(folder.glob("model-*-of-*.safetensors"))
+    if files:
+        announced = files[0].stem.rsplit("-of-", 1)[1]
+        if announced != f"{len(files):0{len(announced)}d}":
+            raise CheckpointError(f"{folder}: {len(files)} of {announced.lstrip('0')} safetensors files. {_AGAIN}")
+        return files
+    files = [
+        path
+        for path in sorted(folder.glob("*.safetensors"))
+        if not path.name.startswith(("adapter_model", "consolidated"))
+    ]
+    if not files:
+        found = _other_weights(folder)
+        raise CheckpointError(
+            f"{folder}: no *.safetensors file of a model. {found or 'Download or save the model as safetensors.'}"
+        )
+    return files
+
+
+def quantized(tensors: dict[str, str]) -> str | None:
+    """Whether stored tensors are those of a quantized model, which config.json did not say.
+
+    Args:
+        tensors (dict[str, str]): safetensors' names of dtypes, by tensor.
+
+    Returns:
+        str | None: what they are and what to do, or None.
+    """
+    endings = {
+        ".qweight": "gptq or awq",
+        ".qzeros": "gptq or awq",
+        ".weight_packed": "compressed-tensors",
+        ".weight_scale_inv": "fp8",
+        ".weight_scale": "fp8",
+        ".absmax": "bitsandbytes",
+        ".quant_map": "bitsandbytes",
+        "_blocks": "mxfp4",
+    }
+    for name, dtype in tensors.items():
+        method = next((method for ending, method in endings.items() if name.endswith(ending)), None)
+        if method is None and dtype.startswith("F8"):
+            method = "fp8"
+        if method is None and name.endswith(".scales") and dtype not in ("F32", "F64"):
+            method = "gptq, awq or MLX"
+        if method is not None:
+            return f"the weights are quantized ({method}; {name} is {dtype}). {_unquantize(method)}"
+    return None
+
+
+def broken_file(file: Path, error: object) -> str:
+    """What is wrong with a safetensors file that cannot be opened, and what to do.
+
+    Args:
+        file (Path): the file.
+        error (object): what safetensors said.
+
+    Returns:
+        str: a message that begins with the file's name.
+    """
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(42)
+    except OSError:
+        head = b""
+    if head.startswith(b"version https://git-lfs"):
+        return f"{file}: a pointer of Git LFS in place of the file. Run `git lfs pull` in the folder."
+    return f"{file}: not a whole safetensors file ({error}). {_AGAIN}"

@@ -1,0 +1,293 @@
+"""Whether a config's model computes the logits of its folder's own architecture, by computing both.
+
+transformers builds the architecture from the folder's config.json with a few layers and random weights; the weights go
+through the converters with which a run reads a folder; then both compute logits in float32 for the same tokens. No
+weight of the folder is read, and width, heads, positions and windows are its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune.modules import TransformerDecoder
+
+from spin import config
+from spin.core.errors import CheckpointError
+from spin.core.ranks import World, fail_together
+from spin.model.adapters import adapted_modules, adapter_parameters, nf4_of, patch_dora
+from spin.model.attention import patch_attention
+from spin.model.build import build_model
+from spin.model.gemma2 import fix_gemma2_softcap
+from spin.model.hf import check_model_type, from_hf_tensors
+from spin.model.hf_config import CONFIG, Asked, check_model, check_shapes
+from spin.model.hf_folder import read_config
+
+log = logging.getLogger(__name__)
+
+TOKENS = 64
+MAX_PARAMETERS = 900_000_000  # of one of the two copies, 4 bytes each
+SELF_TEST_PARAMETERS = 80_000_000  # what a recipe compares at its start: a few seconds
+_VOCABULARY = 512
+_TOLERANCE = 1e-3  # logits have a standard deviation of about 1.5; float32 leaves 1e-5
+
+
+@dataclass(frozen=True)
+class LogitsReport:
+    """What came out.
+
+    Args:
+        difference (float): largest absolute difference of two logits.
+        tokens (int): compared positions.
+        layers (tuple[int, ...]): which layers of the model were compared.
+        parameters (int): of the small model.
+    """
+
+    difference: float
+    tokens: int
+    layers: tuple[int, ...]
+    parameters: int
+
+    @property
+    def is_fault(self) -> bool:
+        """True if the difference is more than float32 explains."""
+        return not self.difference <= _TOLERANCE  # NaN is one
+
+    def __str__(self) -> str:
+        layers = ", ".join(map(str, self.layers))
+        found = (
+            f"largest difference to the logits of transformers {self.difference:.2g} in float32, over "
+            f"{self.tokens} tokens "
+            f"(random weights, layers {layers}, {self.parameters:,} parameters)"
+        )
+        if not self.is_fault:
+            return found
+        return (
+            f"{found}; expected {_TOLERANCE} at most. The model section does not build what {CONFIG} describes, or "
+            "transformers reads it otherwise: compare the two, and the arguments of the builder."
+        )
+
+
+class TooLargeError(CheckpointError):
+    """A model whose few layers are more than the comparison may take."""
+
+
+def compare_logits(
+    section: DictConfig, checkpoint_dir: str | Path, model_type: str, max_parameters: int = MAX_PARAMETERS
+) -> LogitsReport:
+    """Compares the logits of a config's model with those of transformers' model of the folder.
+
+    Args:
+        section (DictConfig): the config's ``model``, any torchtune builder.
+        checkpoint_dir (str | Path): Hugging Face folder with the model's config.json.
+        model_type (str): name in torchtune's ``ModelType``.
+        max_parameters (int): of the model of one or two layers, at most.
+
+    Returns:
+        LogitsReport: the largest difference.
+
+    Raises:
+        CheckpointError: If transformers cannot build the folder's architecture, or its weights do not fit the model; a
+            ``TooLargeError`` if it is too large.
+        ConfigError: If the section builds no torchtune decoder.
+    """
+    model_type = check_model_type(model_type)
+    file = Path(checkpoint_dir) / CONFIG
+    content = read_config(file)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = _build(section)
+        asked = Asked(model, content, model_type)
+        check_shapes(model.layers, asked, file)
+        layers = _shrink(model, asked, max_parameters)
+        windows = _windows(model, asked, layers)
+        twin = _twin(content, asked, layers, windows, file)
+        _fill(model, twin, content, model_type)
+        differences = [
+            _difference(model, twin, ids, positions)
+            for ids, positions in _inputs(model.tok_embeddings.num_embeddings, asked.context, any(windows))
+        ]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    worst = max(differences, key=lambda value: math.inf if math.isnan(value) else value)
+    return LogitsReport(worst, len(differences) * min(TOKENS, asked.context), tuple(layers), parameters)
+
+
+def _build(section: DictConfig) -> TransformerDecoder:
+    """The section's model on the meta device, without NF4: 4 bits compute other logits, as they should."""
+    plain = DictConfig(config.plain(section) | {"quantize_base": False})
+    if section.get("quantize_base"):
+        return build_model(plain, torch.float32)
+    model = build_model(section, torch.float32)
+    quantizes = any(nf4_of(parameter) is not None for parameter in model.parameters())  # qlora_llama3_1_8b and so on
+    return build_model(plain, torch.float32) if quantizes else model
+
+
+def _shrink(model: Any, asked: Asked, max_parameters: int) -> list[int]:
+    """Leaves one layer of each kind, two at least, and a small vocabulary, which changes nothing but the size."""
+    kinds: dict[Any, int] = {}
+    ours = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
+    for index, kind in enumerate(zip(ours, asked.windows(), asked.layer_types(), strict=True)):
+        kinds.setdefault(kind, index)
+    layers = sorted(kinds.values())
+    if len(layers) == 1 and len(model.layers) > 1:
+        layers = [0, 1]
+    vocabulary = model.tok_embeddings.num_embeddings
+    model.tok_embeddings.num_embeddings = min(_VOCABULARY, vocabulary)
+    for part in (model.tok_embeddings, model.output):
+        for module in part.modules() if isinstance(part, nn.Module) else ():  # a tied output is none
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if parameter.shape[0] == vocabulary:
+                    module.register_parameter(name, nn.Parameter(parameter[:_VOCABULARY].detach()))
+    outside = sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith("layers."))
+    largest = max(sum(parameter.numel() for parameter in layer.parameters()) for layer in model.layers)
+    while len(layers) > len(kinds) and outside + len(layers) * largest > max_parameters:
+        layers.pop()
+    if outside + len(layers) * largest > max_parameters:
+        raise TooLargeError(
+            f"{len(layers)} layers of the model have {outside + len(layers) * largest:,} parameters, more than "
+            f"{max_parameters:,}, of which logits are compared"
+        )
+    model.layers = nn.ModuleList(model.layers[index] for index in layers)
+    return layers
+
+
+def _windows(model: Any, asked: Asked, layers: list[int]) -> list[int | None]:
+    """Sets windows that a run can reach to a few positions, in the model; returns those of transformers.
+
+    Equal ones stay equal, and others in their order.
+    """
+
+    def reached(window: int | None) -> int | None:
+        return window if window is not None and window < asked.context else None
+
+    theirs = [reached(asked.windows()[index]) for index in layers]
+    ours = [reached(getattr(layer.attn, "sliding_window_size", None)) for layer in model.layers]
+    sizes = sorted({window for window in (*theirs, *ours) if window is not None})
+    small = {size: min(size, 8 * (place + 1)) for place, size in enumerate(sizes)}
+    for layer, window in zip(model.layers, ours, strict=True):
+        if hasattr(layer.attn, "sliding_window_size"):
+            layer.attn.sliding_window_size = None if window is None else small[window]
+    return [None if window is None else small[window] for window in theirs]
+
+
+def _twin(content: dict[str, Any], asked: Asked, layers: list[int], windows: list[int | None], file: Path) -> nn.Module:
+    """transformers' model of the folder's config with the chosen layers, random weights, in float32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    left_out = ("auto_map", "torch_dtype", "dtype", "num_hidden_layers", "layer_types", "vocab_size", "_name_or_path")
+    small = {key: value for key, value in content.items() if key not in left_out and not key.endswith("_token_id")}
+    small |= {
+        "num_hidden_layers": len(layers),
+        "vocab_size": _VOCABULARY if content.get("vocab_size") is None else min(_VOCABULARY, content["vocab_size"]),
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    if "sliding_window" in asked.values:
+        found = {window for window in windows if window is not None}
+        if found:
+            small["sliding_window"] = found.pop()
+        if asked.family in ("qwen2", "gemma2"):
+            small["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
+            if asked.family == "qwen2":
+                small["use_sliding_window"] = any(windows)
+    name = small.pop("model_type", asked.family)
+    try:
+        # a copy: the classes change the objects in it
+        made = AutoConfig.for_model(name, **json.loads(json.dumps(small)))
+        made.tie_word_embeddings = asked.values["tie_word_embeddings"]
+        twin = AutoModelForCausalLM.from_config(made, attn_implementation="eager", dtype=torch.float32)
+    except Exception as error:  # noqa: BLE001 - whatever transformers says of a config that it does not take
+        raise CheckpointError(
+            f"{file}: transformers cannot build this model ({type(error).__name__}: {error})."
+        ) from error
+    _randomize(twin)
+    return twin.eval()
+
+
+@torch.no_grad()
+def _randomize(model: nn.Module) -> None:
+    """Weights that make every part count: scores of about 2, soft caps that bend, norms and biases of their own."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+        else:  # norms around what they are set to, biases around 0
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+
+
+def _fill(model: TransformerDecoder, twin: nn.Module, content: dict[str, Any], model_type: str) -> None:
+    """Gives the model its memory and the twin's weights, patched as a run patches it; adapters do nothing."""
+    patch_attention(model)
+    fix_gemma2_softcap(model)
+    patch_dora(model)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "rope_init"):
+            with torch.device("cpu"):
+                module.rope_init()
+    for module in adapted_modules(model).values():
+        for parameter in adapter_parameters(module).values():
+            nn.init.zeros_(parameter)
+    from_hf_tensors(model, dict(twin.state_dict()), content, model_type)
+    model.eval()
+
+
+def _inputs(vocabulary: int, context: int, windowed: bool) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Token ids and positions, shape (1, s): a text from position 0 on, and without a window one with jumps.
+
+    Far positions show what slow frequencies, long and short factors do.
+    """
+    count = min(TOKENS, context)
+    ids = torch.randint(0, vocabulary, (1, count))
+    near = torch.arange(count)[None]
+    if windowed or context <= TOKENS:
+        return [(ids, near)]
+    return [(ids, near), (ids, torch.linspace(0, min(context, 65536) - 1, count).long()[None])]
+
+
+@torch.no_grad()
+def _difference(model: nn.Module, twin: nn.Module, ids: torch.Tensor, positions: torch.Tensor) -> float:
+    ours = model(ids, input_pos=positions)
+    # without a mask of ones transformers takes jumps of the position for borders of packed sequences
+    try:
+        theirs = twin(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits
+    except Exception as error:  # noqa: BLE001 - as in _twin
+        raise CheckpointError(
+            f"{CONFIG}: transformers cannot compute this model ({type(error).__name__}: {error})."
+        ) from error
+    return float((ours - theirs).abs().max())
+
+
+def self_test(cfg: DictConfig, world: World) -> None:
+    """What a run compares before it loads weights, where that takes about a second; says in the log what it found.
+
+    Args:
+        cfg (DictConfig): the run's, complete.
+        world (World): the ranks; the first one computes.
+
+    Raises:
+        CheckpointError: If logits differ, or cannot be compared.
+    """
+    with fail_together(world, CheckpointError):
+        if not world.is_main:
+            return
+        folder, model_type = cfg.checkpointer.checkpoint_dir, check_model_type(cfg.checkpointer.model_type)
+        file = Path(folder) / CONFIG
+        check_model(build_model(cfg.model, torch.float32), read_config(file), model_type, file)  # names the key
+        try:
+            report = compare_logits(cfg.model, folder, model_type, SELF_TEST_PARAMETERS)
+        except TooLargeError as error:
+            log.info(
+                f"self-test: no comparison with transformers: {error}. `python -m spin validate --logits` makes it."
+            )
+            return
+        if report.is_fault:
+            raise CheckpointError(f"{folder}: {report}")
+        log.info(f"self-test: {report}")

@@ -1,0 +1,132 @@
+"""Training adapters over a frozen base: what the LoRA recipe does that the full one does not.
+
+During a run nothing is merged and there is no second model: the opponent of an iteration is the base with the adapter
+as it is at the iteration's start, and generation and the reference pass run with just that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from spin.config.parse import Faults
+from spin.core.dtypes import TRAINED_DTYPES
+from spin.core.errors import ConfigError
+from spin.core.ranks import World
+from spin.model.adapters import adapted_modules, adapter_parameters, nf4_of, patch_dora, patch_nf4
+from spin.model.sharding import clean_name
+
+
+def check_lora(cfg: DictConfig) -> None:
+    """Checks what the LoRA recipe's config has beside or without the full recipe's.
+
+    Args:
+        cfg (DictConfig): complete.
+
+    Raises:
+        ConfigError: If anything cannot work, with every fault in a line of its own.
+    """
+    faults = Faults()
+    if cfg.base_dtype not in TRAINED_DTYPES:
+        faults.add(f"base_dtype={cfg.base_dtype!r}: expected {' or '.join(TRAINED_DTYPES)}, of the frozen weights.")
+    if cfg.enable_float8_training:
+        faults.add("enable_float8_training=true: adapters and their frozen base do not multiply in float8. Set false.")
+    if cfg.model.get("lora_dropout"):
+        faults.add(
+            f"model.lora_dropout={cfg.model.lora_dropout}: policy and opponent would drop different weights, and the "
+            "first loss of an iteration would not be that of two equal models. Set 0."
+        )
+    if cfg.model.get("apply_lora_to_output"):
+        faults.add("model.apply_lora_to_output=true: the fused head takes a plain weight. Set false.")
+    if cfg.replicas > 1 and cfg.model.get("quantize_base"):
+        faults.add(f"replicas={cfg.replicas} with an NF4 base: torchao gathers NF4 in one dimension only. Set 1.")
+    if cfg.fsdp_cpu_offload and cfg.model.get("quantize_base"):
+        faults.add("fsdp_cpu_offload=true with an NF4 base is not supported: it is small already. Set false.")
+    faults.raise_if_any()
+
+
+def prepare_adapters(model: nn.Module, dtype: torch.dtype, world: World) -> str:
+    """Freezes all but the adapters, which get a dtype of their own.
+
+    Args:
+        model (nn.Module): from :func:`spin.model.build.build_model`, on the meta device.
+        dtype (torch.dtype): of the adapters' master weights.
+        world (World): the ranks, among which NF4 weights are split by whole blocks.
+
+    Returns:
+        str: one line for the log that says how much is trained.
+
+    Raises:
+        ConfigError: If the model has no adapter, or one that cannot be trained.
+    """
+    adapted = adapted_modules(model)
+    if not adapted:
+        raise ConfigError(
+            f"model: {type(model).__name__} has no adapter. Name one of torchtune's lora_* or qlora_* builders, e.g. "
+            "torchtune.models.llama3_2.lora_llama3_2_1b, or use spin_recipe for full fine-tuning."
+        )
+    if "output" in adapted:
+        raise ConfigError("model.apply_lora_to_output=true: the fused head takes a plain weight. Set false.")
+    if any(isinstance(module.dropout, nn.Dropout) for module in adapted.values()):
+        raise ConfigError("model: adapters with dropout would make policy and opponent differ. Set lora_dropout=0.")
+    ranks = world.mesh.size(world.mesh.ndim - 1)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        nf4 = nf4_of(parameter)
+        if nf4 is not None and (parameter.shape[0] % ranks or nf4.quantization_factor.numel() % ranks):
+            block = nf4.block_size * nf4.scaler_block_size
+            raise ConfigError(
+                f"{name} {list(parameter.shape)} has {parameter.numel() // block} NF4 blocks of {block} weights, which "
+                f"{ranks} ranks cannot share evenly. Use another number of GPUs, or quantize_base=false."
+            )
+    for module in adapted.values():
+        for parameter in adapter_parameters(module).values():
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(True)
+    patch_dora(model)
+    patch_nf4(model)
+    # torchtune's hook of NF4 models makes `state_dict` copy all weights to the CPU in bf16
+    model._state_dict_hooks.clear()
+    trained = sum(parameter.numel() for parameter in trainable(model))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"parameters: {trained:,} trainable ({trained / total:.2%}) in {len(adapted)} adapters, "
+        f"{total - trained:,} frozen"
+    )
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the optimizer updates."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def init_adapters(model: nn.Module, seed: int) -> None:
+    """Adapters that change nothing yet: A uniform in +-1/sqrt(in), B and DoRA's magnitude (its change) zero.
+
+    The numbers depend on the seed and the module's name only, not on the number of ranks. No collective.
+
+    Args:
+        model (nn.Module): after :func:`prepare_adapters`, with memory.
+        seed (int): the run's seed.
+
+    Source:
+        LoRA (arXiv 2106.09685), section 4.1, with the bounds of its code and of torchtune's ``LoRALinear``.
+    """
+    for name, module in adapted_modules(model).items():
+        for part, parameter in adapter_parameters(module).items():
+            if part != "lora_a.weight":
+                parameter.zero_()
+                continue
+            digest = hashlib.sha256(f"{seed} {clean_name(name)} {part}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            bound = 1 / math.sqrt(module.in_dim)
+            whole = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator).to(parameter.device)
+            if isinstance(parameter, DTensor):
+                whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.copy_(whole)

@@ -1,0 +1,67 @@
+"""From pairs to the rows of each optimizer step, packed by worker threads while the device computes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torchdata.nodes import IterableWrapper, ParallelMapper, PinMemory
+
+from spin.core.ranks import World
+from spin.pairs.packing import PackedRow, loss_weight, pack_batch
+from spin.types import Pair
+
+
+@dataclass(frozen=True)
+class RowBatch:
+    """One global batch, packed.
+
+    Args:
+        pairs (Sequence[Pair]): the global batch, the same on every rank.
+        rows (list[PackedRow]): this rank's rows of it, equally many on every rank; on the CPU.
+        weight (float): what the summed loss of the global batch is divided by, see
+            :func:`spin.pairs.packing.loss_weight`.
+    """
+
+    pairs: Sequence[Pair]
+    rows: list[PackedRow]
+    weight: float
+
+    def pin_memory(self) -> RowBatch:
+        """The batch with its rows in pinned memory."""
+        return replace(self, rows=[row.pin_memory() for row in self.rows])
+
+
+def load_rows(
+    batches: Iterable[Sequence[Pair]], world: World, packing: Mapping[str, Any], num_workers: int = 0
+) -> Iterator[RowBatch]:
+    """Packs this rank's rows of each global batch, in order.
+
+    Workers are threads: pairs are read where they are, and what packing costs (some milliseconds a batch) passes while
+    the device computes. Their rows come in pinned memory if the rank computes on a GPU. Nothing here needs saving: the
+    order of batches is a function of the seed, and a resumed run starts with a later batch.
+
+    Args:
+        batches (Iterable[Sequence[Pair]]): global batches; read ahead by a few with workers.
+        world (World): whose rows, and on which device they will be needed.
+        packing (Mapping[str, Any]): arguments of :func:`spin.pairs.packing.pack_batch`.
+        num_workers (int): threads that pack ahead; 0 packs when asked.
+
+    Yields:
+        RowBatch: one for every global batch.
+    """
+
+    def packed(pairs: Sequence[Pair]) -> RowBatch:
+        rows = pack_batch(pairs, rank=world.rank, num_ranks=world.world_size, **packing)
+        weight = loss_weight(pairs, packing.get("truncated", "keep"), packing.get("triplets", False))
+        return RowBatch(pairs, rows, weight)
+
+    if num_workers == 0:
+        yield from map(packed, batches)
+        return
+    node: Any = ParallelMapper(IterableWrapper(batches), packed, num_workers=num_workers, in_order=True)
+    if world.device.type == "cuda":
+        node = PinMemory(node)
+    node.reset()
+    yield from node  # its threads end with it, also when the caller stops early

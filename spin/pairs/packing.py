@@ -1,0 +1,393 @@
+"""Packed rows: whole pairs side by side, every prompt computed once for all of its responses.
+
+A row is ``[prompt | real | generated ...] [prompt | real | generated ...] ... padding``. The positions of every
+response start at the length of its prompt. A token attends causally to its own segment and, in a response, to the whole
+prompt; so two responses never see each other, nor do two pairs. The first token of a response is predicted by the last
+prompt token, whose hidden state is therefore used once per response.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+
+from spin.pairs.row_mask import FlexMask, RowBlocks, Segment, is_hopper, row_block_mask, row_blocks
+from spin.types import Pair
+
+MASK_TRUNCATED = "mask"
+# Rows come in these shares of row_tokens, so that compiled layers meet few shapes. They are dense near 1, where rows
+# are that share a batch evenly: n full rows and a bit more become n + 1 rows of at least n / (n + 1).
+ROW_SHARES = (1, 15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 1 / 2)
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """Whole pairs in one sequence of s tokens with m responses, n response tokens and c comparisons of two responses.
+
+    Args:
+        tokens (torch.Tensor): token ids, int64, shape (s,); 0 in padding.
+        positions (torch.Tensor): position ids, int32, shape (s,).
+        own_start (torch.Tensor): where the segment of each token starts, int32, shape (s,); padding tokens stand alone.
+        prompt_start (torch.Tensor): where the prompt of each response token starts, int32, shape (s,).
+        prompt_end (torch.Tensor): where it ends (exclusive), int32, shape (s,); equals ``prompt_start`` where there is
+            none.
+        predictors (torch.Tensor): index of the token whose hidden state predicts each response token, int64, shape
+            (n,).
+        targets (torch.Tensor): the response tokens, int64, shape (n,).
+        segments (torch.Tensor): response that each of them belongs to, int64, shape (n,).
+        response_lengths (torch.Tensor): tokens of each response, int64, shape (m,).
+        reference_logps (torch.Tensor): the opponent's summed log-probs, float64, shape (m,); NaN until scored.
+        real (torch.Tensor): response that is real in each comparison, int64, shape (c,).
+        generated (torch.Tensor): response that is generated in each comparison, int64, shape (c,).
+        truncated (torch.Tensor): the generated response was cut by the length limit, bool, shape (c,).
+        weights (torch.Tensor): share of each comparison in the loss of its pair, float32, shape (c,); a pair's sum to
+            1, or less where truncated responses are masked.
+        used_tokens (int): tokens of the row that are not padding.
+        pair_responses (list[tuple[tuple[int, str], int, int]]): key, first response and number of responses of each
+            pair.
+        bounds (list[int]): where the tokens of each response start among the n response tokens, and where the last
+            ones stop: m + 1 numbers.
+        start (torch.Tensor | None): in rows of triplets, the response in each comparison's pair of what the run
+            started from, int64, shape (c,); None in rows without them.
+        blocks (RowBlocks | None): block structure of the mask for FlexAttention; None: the mask is dense.
+        window_blocks (RowBlocks | None): the same within the sliding window.
+        window (int | None): sliding window of some of the model's layers, in positions.
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    own_start: torch.Tensor
+    prompt_start: torch.Tensor
+    prompt_end: torch.Tensor
+    predictors: torch.Tensor
+    targets: torch.Tensor
+    segments: torch.Tensor
+    response_lengths: torch.Tensor
+    reference_logps: torch.Tensor
+    real: torch.Tensor
+    generated: torch.Tensor
+    truncated: torch.Tensor
+    weights: torch.Tensor
+    used_tokens: int
+    pair_responses: list[tuple[tuple[int, str], int, int]]
+    bounds: list[int]
+    start: torch.Tensor | None = None
+    blocks: RowBlocks | None = None
+    window_blocks: RowBlocks | None = None
+    window: int | None = None
+
+    @property
+    def num_responses(self) -> int:
+        """Responses in the row, real and generated."""
+        return self.response_lengths.numel()
+
+    def to(self, device: torch.device) -> PackedRow:
+        """The row with its tensors on a device; from pinned memory nobody waits for the copies."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedRow:
+        """The row with its tensors in pinned memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedRow:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        changed |= {name: value.map(change) for name, value in values.items() if isinstance(value, RowBlocks)}
+        return replace(self, **changed)
+
+    def attention_mask(self) -> torch.Tensor | FlexMask:
+        """What a model patched by :func:`spin.model.attention.patch_attention` takes as ``mask`` for this row.
+
+        Returns:
+            torch.Tensor | FlexMask: for FlexAttention if the row has blocks, else :meth:`dense_mask` as (1, s, s).
+        """
+        if self.blocks is None:
+            return self.dense_mask()[None]
+        bounds = (self.own_start, self.prompt_start, self.prompt_end)
+        windowed = None
+        if self.window_blocks is not None:
+            windowed = row_block_mask(self.window_blocks, *bounds, self.positions, self.window)
+        return FlexMask(row_block_mask(self.blocks, *bounds), windowed, is_hopper(self.tokens.device))
+
+    def dense_mask(self) -> torch.Tensor:
+        """Which token attends to which: bool, shape (s, s), True where row attends to column."""
+        index = torch.arange(self.tokens.numel(), device=self.tokens.device, dtype=torch.int32)
+        query, key = index[:, None], index[None, :]
+        own = (key >= self.own_start[:, None]) & (key <= query)
+        prompt = (key >= self.prompt_start[:, None]) & (key < self.prompt_end[:, None])
+        return own | prompt
+
+
+def pack_row(
+    pairs: Sequence[Pair],
+    length: int | None = None,
+    truncated: str = "keep",
+    *,
+    triplets: bool = False,
+    flex: bool = False,
+    window: int | None = None,
+) -> PackedRow:
+    """Lays pairs out in a row.
+
+    Args:
+        pairs (Sequence[Pair]): what goes into the row, in order; may be empty, then the row is padding.
+        length (int | None): tokens of the row; None is as many as the pairs need (at least 1).
+        truncated (str): ``mask`` gives comparisons with a truncated response the weight 0; anything else leaves them.
+        triplets (bool): the second of two generated responses is the start's: no comparison of its own, but a part of
+            the first's. See :mod:`spin.generators.triplets`.
+        flex (bool): describe the mask in blocks, for FlexAttention; ``length`` must be a multiple of 128.
+        window (int | None): with ``flex``, also describe it within a sliding window of this many positions.
+
+    Returns:
+        PackedRow: on the CPU.
+
+    Raises:
+        ValueError: If the pairs do not fit, a prompt or response is empty, only some of the pairs are triplets, or the
+            length does not suit ``flex``.
+    """
+    used = sum(pair.num_tokens for pair in pairs)
+    length = max(1, used) if length is None else length
+    if triplets and len({len(pair.generated) for pair in pairs}) > 1:
+        raise ValueError("Pairs and triplets in one row: expected a start's response in all or in none.")
+    if used > length:
+        raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit into a row of {length} tokens.")
+    tokens = np.zeros(length, np.int64)
+    positions = np.zeros(length, np.int32)
+    own_start = np.arange(length, dtype=np.int32)
+    prompt_start = np.zeros(length, np.int32)
+    prompt_end = np.zeros(length, np.int32)
+    predictors: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    lengths: list[int] = []
+    references: list[float] = []
+    real: list[int] = []
+    generated: list[int] = []
+    was_cut: list[bool] = []
+    weights: list[float] = []
+    start: list[int] = []
+    pair_responses = []
+    segments: list[Segment] = []
+    at = 0
+    for pair in pairs:
+        prompt = slice(at, at + len(pair.prompt_ids))
+        if prompt.stop == prompt.start:
+            raise ValueError(f"sample {pair.sample_id}: the prompt has no tokens.")
+        tokens[prompt] = pair.prompt_ids
+        positions[prompt] = np.arange(len(pair.prompt_ids))
+        own_start[prompt] = prompt.start
+        segments.append(Segment(prompt.start, prompt.stop))
+        at = prompt.stop
+        first = len(lengths)
+        responses = [
+            (pair.real_ids, pair.reference_real_logp),
+            *((response.token_ids, response.reference_logp) for response in pair.generated),
+        ]
+        for ids, reference in responses:
+            if len(ids) == 0:
+                raise ValueError(f"sample {pair.sample_id}: a response has no tokens.")
+            own = slice(at, at + len(ids))
+            tokens[own] = ids
+            positions[own] = np.arange(len(ids)) + len(pair.prompt_ids)
+            own_start[own] = own.start
+            prompt_start[own], prompt_end[own] = prompt.start, prompt.stop
+            segments.append(Segment(own.start, own.stop, prompt.start, prompt.stop))
+            predictors.append(np.concatenate(([prompt.stop - 1], np.arange(own.start, own.stop - 1))))
+            targets.append(np.asarray(ids, np.int64))
+            lengths.append(len(ids))
+            references.append(math.nan if reference is None else reference)
+            at = own.stop
+        pair_responses.append((pair.key, first, len(responses)))
+        shares = _shares(pair, truncated, triplets)
+        for k, (response, share) in enumerate(zip(pair.generated, shares, strict=False), start=1):
+            real.append(first)
+            generated.append(first + k)
+            was_cut.append(response.finish_reason == "length")
+            weights.append(share)
+        if len(shares) < len(pair.generated):
+            start.append(first + 2)
+    return PackedRow(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        own_start=torch.from_numpy(own_start),
+        prompt_start=torch.from_numpy(prompt_start),
+        prompt_end=torch.from_numpy(prompt_end),
+        predictors=torch.from_numpy(
+            np.concatenate(predictors).astype(np.int64) if predictors else np.zeros(0, np.int64)
+        ),
+        targets=torch.from_numpy(np.concatenate(targets) if targets else np.zeros(0, np.int64)),
+        segments=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)),
+        response_lengths=torch.tensor(lengths, dtype=torch.int64),
+        reference_logps=torch.tensor(references, dtype=torch.float64),
+        real=torch.tensor(real, dtype=torch.int64),
+        generated=torch.tensor(generated, dtype=torch.int64),
+        truncated=torch.tensor(was_cut, dtype=torch.bool),
+        weights=torch.tensor(weights, dtype=torch.float32),
+        used_tokens=used,
+        pair_responses=pair_responses,
+        bounds=[0, *np.cumsum(lengths, dtype=np.int64).tolist()],
+        start=torch.tensor(start, dtype=torch.int64) if start else None,
+        blocks=row_blocks(segments, length) if flex else None,
+        window_blocks=row_blocks(segments, length, window) if flex and window is not None else None,
+        window=window,
+    )
+
+
+def row_lengths(row_tokens: int, row_multiple: int = 1) -> list[int]:
+    """The lengths that rows are padded to, ascending: at most eight.
+
+    Args:
+        row_tokens (int): tokens of a row at most; the longest length, up to rounding.
+        row_multiple (int): every length is a multiple of this.
+
+    Returns:
+        list[int]: tokens.
+    """
+    return sorted({math.ceil(row_tokens * share / row_multiple) * row_multiple for share in ROW_SHARES})
+
+
+def padded_length(used: int, row_tokens: int, row_multiple: int = 1) -> int:
+    """The length of a row that holds ``used`` tokens.
+
+    Args:
+        used (int): tokens.
+        row_tokens (int): see :func:`row_lengths`.
+        row_multiple (int): see :func:`row_lengths`.
+
+    Returns:
+        int: the next of :func:`row_lengths`; above them, for a pair that is longer than a row, the next quarter of
+        ``row_tokens``.
+    """
+    for length in row_lengths(row_tokens, row_multiple):
+        if used <= length:
+            return length
+    quarter = math.ceil(row_tokens / 4 / row_multiple) * row_multiple
+    return math.ceil(used / quarter) * quarter
+
+
+def longest_row(longest_pair: int, row_tokens: int, row_multiple: int = 1) -> int:
+    """The length of the longest row that there can be.
+
+    Args:
+        longest_pair (int): tokens of the longest pair, with the longest responses that it can have.
+        row_tokens (int): see :func:`row_lengths`.
+        row_multiple (int): see :func:`row_lengths`.
+
+    Returns:
+        int: tokens.
+    """
+    return padded_length(max(row_tokens, longest_pair), row_tokens, row_multiple)
+
+
+def plan_rows(
+    lengths: Sequence[int], row_tokens: int, num_ranks: int = 1, row_multiple: int = 1
+) -> list[list[list[int]]]:
+    """Which pair goes into which row of which rank.
+
+    Fills rows evenly (longest pair first, into the emptiest row), and deals them so that the n-th rows of all ranks are
+    about equally long. Every rank gets the same number of rows, as sharded forwards need: the fewest that hold the
+    pairs, or one or two more if that leaves less padding; rows may be empty when there are fewer pairs than rows. A
+    pair longer than ``row_tokens`` gets a row of its own. The plan depends on the arguments only.
+
+    Args:
+        lengths (Sequence[int]): tokens of each pair.
+        row_tokens (int): tokens of a row at most.
+        num_ranks (int): ranks that share the rows.
+        row_multiple (int): see :func:`row_lengths`.
+
+    Returns:
+        list[list[list[int]]]: ``plan[rank][row]`` holds indices into ``lengths``, ascending.
+    """
+    # There must be so many: a pair that is longer than a row takes one, and two of more than half a row share none.
+    by_tokens = sum(min(length, row_tokens) for length in lengths) / row_tokens
+    per_rank = max(1, math.ceil(max(by_tokens, sum(2 * length > row_tokens for length in lengths)) / num_ranks))
+    while not _fits(*(plan := _spread(lengths, per_rank * num_ranks)), row_tokens):
+        per_rank += 1
+
+    def padded(plan: tuple[list[list[int]], list[int]]) -> int:
+        return sum(padded_length(max(1, load), row_tokens, row_multiple) for load in plan[1])
+
+    others = (_spread(lengths, (per_rank + more) * num_ranks) for more in (1, 2))
+    rows, loads = min((plan, *(other for other in others if _fits(*other, row_tokens))), key=padded)
+    by_load = sorted(range(len(rows)), key=lambda row: (-loads[row], row))
+    return [[sorted(rows[row]) for row in by_load[rank::num_ranks]] for rank in range(num_ranks)]
+
+
+def _spread(lengths: Sequence[int], num_rows: int) -> tuple[list[list[int]], list[int]]:
+    """Indices and tokens of each row, longest first into the emptiest."""
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    loads = [0] * num_rows
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        emptiest = loads.index(min(loads))
+        rows[emptiest].append(i)
+        loads[emptiest] += lengths[i]
+    return rows, loads
+
+
+def _fits(rows: list[list[int]], loads: list[int], row_tokens: int) -> bool:
+    return all(load <= row_tokens or len(row) == 1 for row, load in zip(rows, loads, strict=True))
+
+
+def pack_batch(
+    pairs: Sequence[Pair],
+    *,
+    row_tokens: int,
+    row_multiple: int = 1,
+    rank: int = 0,
+    num_ranks: int = 1,
+    truncated: str = "keep",
+    triplets: bool = False,
+    flex: bool = False,
+    window: int | None = None,
+) -> list[PackedRow]:
+    """The rows of one rank for a global batch of pairs.
+
+    Args:
+        pairs (Sequence[Pair]): the global batch, the same on every rank.
+        row_tokens (int): tokens of a row at most.
+        row_multiple (int): every row's length is a multiple of this; FlexAttention needs one of 128.
+        rank (int): whose rows.
+        num_ranks (int): ranks that share the batch.
+        truncated (str): see :func:`pack_row`.
+        triplets (bool): see :func:`pack_row`.
+        flex (bool): see :func:`pack_row`.
+        window (int | None): see :func:`pack_row`.
+
+    Returns:
+        list[PackedRow]: equally many on every rank.
+    """
+    plan = plan_rows([pair.num_tokens for pair in pairs], row_tokens, num_ranks, row_multiple)[rank]
+    rows = []
+    for indices in plan:
+        chosen = [pairs[i] for i in indices]
+        used = max(1, sum(pair.num_tokens for pair in chosen))
+        length = padded_length(used, row_tokens, row_multiple)
+        rows.append(pack_row(chosen, length, truncated, triplets=triplets, flex=flex, window=window))
+    return rows
+
+
+def loss_weight(pairs: Sequence[Pair], truncated: str = "keep", triplets: bool = False) -> float:
+    """How many pairs a global batch's loss is divided by: their number, less what masking takes away.
+
+    Args:
+        pairs (Sequence[Pair]): the global batch.
+        truncated (str): see :func:`pack_row`.
+        triplets (bool): see :func:`pack_row`.
+
+    Returns:
+        float: the sum of the weights of all comparisons.
+    """
+    if truncated != MASK_TRUNCATED:
+        return float(sum(bool(pair.generated) for pair in pairs))
+    return sum(sum(_shares(pair, truncated, triplets)) for pair in pairs)
+
+
+def _shares(pair: Pair, truncated: str, triplets: bool) -> list[float]:
+    """What each comparison of a pair has of its loss; a triplet is one comparison."""
+    cut = [response.finish_reason == "length" and truncated == MASK_TRUNCATED for response in pair.generated]
+    if triplets and len(cut) == 2:
+        return [0.0 if any(cut) else 1.0]
+    return [0.0 if was_cut else 1.0 / len(cut) for was_cut in cut]

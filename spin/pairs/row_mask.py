@@ -1,0 +1,183 @@
+"""Which tokens of a packed row see which: block lists and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # tokens; FlexAttention's kernels take whole blocks
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens of a row that attend causally to each other and to all of their prompt.
+
+    Args:
+        start (int): first token.
+        stop (int): one after the last token.
+        prompt_start (int): first token of the prompt; equals ``prompt_stop`` where the segment is itself a prompt.
+        prompt_stop (int): one after the prompt's last token.
+    """
+
+    start: int
+    stop: int
+    prompt_start: int = 0
+    prompt_stop: int = 0
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """Which blocks attend to which: the block tensors of a ``BlockMask``, int32.
+
+    A partial block needs the mask inside, a full one is seen by all of its queries. ``*_num_blocks`` have shape
+    (1, 1, nb) and ``*_indices`` (1, 1, nb, nb), of which the first ``num_blocks`` entries of a line count.
+
+    Args:
+        kv_num_blocks (torch.Tensor): partial key blocks of each query block.
+        kv_indices (torch.Tensor): which.
+        full_kv_num_blocks (torch.Tensor): full key blocks of each query block.
+        full_kv_indices (torch.Tensor): which.
+        q_num_blocks (torch.Tensor): partial query blocks of each key block, for backward.
+        q_indices (torch.Tensor): which.
+        full_q_num_blocks (torch.Tensor): full query blocks of each key block.
+        full_q_indices (torch.Tensor): which.
+    """
+
+    kv_num_blocks: torch.Tensor
+    kv_indices: torch.Tensor
+    full_kv_num_blocks: torch.Tensor
+    full_kv_indices: torch.Tensor
+    q_num_blocks: torch.Tensor
+    q_indices: torch.Tensor
+    full_q_num_blocks: torch.Tensor
+    full_q_indices: torch.Tensor
+
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RowBlocks:
+        """The same with ``change`` applied to every tensor."""
+        return RowBlocks(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class FlexMask:
+    """What the layers of a model get as ``mask`` for a packed row.
+
+    Args:
+        causal (BlockMask): own segment causally, and the prompt.
+        windowed (BlockMask | None): the same within a sliding window, for layers that have one.
+        hopper (bool): it is for an H100, H200 or the like.
+    """
+
+    causal: BlockMask
+    windowed: BlockMask | None = None
+    hopper: bool = False
+
+
+def row_blocks(segments: Sequence[Segment], length: int, window: int | None = None) -> RowBlocks:
+    """Block structure of a packed row. Tokens behind the last segment are padding and attend to themselves.
+
+    Args:
+        segments (Sequence[Segment]): in order, without gaps.
+        length (int): tokens of the row, a multiple of ``BLOCK``.
+        window (int | None): a token sees keys less than this many positions before it; None: all.
+
+    Returns:
+        RowBlocks: on the CPU.
+
+    Raises:
+        ValueError: If ``length`` is not a multiple of ``BLOCK``.
+    """
+    if length % BLOCK:
+        raise ValueError(f"A row of {length} tokens is no multiple of {BLOCK}; FlexAttention needs whole blocks.")
+    blocks = length // BLOCK
+    seen = np.zeros((blocks, blocks), bool)
+    full = np.ones((blocks, blocks), bool)  # until a query is met that does not see the whole block
+    reach = length if window is None else window
+    for segment in segments:
+        for block in range(segment.start // BLOCK, _ceil(segment.stop)):
+            first = max(segment.start, block * BLOCK)
+            last = min(segment.stop, (block + 1) * BLOCK) - 1
+            # Query q sees keys [own, q] and [shared, prompt_stop); own and shared grow with q.
+            own, shared = _starts(segment, first, reach)
+            seen[block, own // BLOCK : last // BLOCK + 1] = True
+            if shared < segment.prompt_stop:
+                seen[block, shared // BLOCK : _ceil(segment.prompt_stop)] = True
+            # Seen by all queries from first to last: [own of last, first] and [shared of last, prompt_stop).
+            own, shared = _starts(segment, last, reach)
+            by_all = np.zeros(blocks, bool)
+            if segment.prompt_stop == own and shared < own:  # the prompt goes over into the response
+                own = shared
+            by_all[_ceil(own) : (first + 1) // BLOCK] = True
+            by_all[_ceil(shared) : segment.prompt_stop // BLOCK] = True
+            full[block] &= by_all
+    used = segments[-1].stop if segments else 0
+    padded = np.arange(used // BLOCK, blocks)
+    seen[padded, padded] = True
+    full[padded] = False
+    partial = seen & ~full
+    return RowBlocks(*_lists(partial), *_lists(full), *_lists(partial.T), *_lists(full.T))
+
+
+def _starts(segment: Segment, query: int, reach: int) -> tuple[int, int]:
+    """The first key of its own segment, and of its prompt, that a query sees."""
+    own = max(segment.start, query - reach + 1)
+    shared = max(segment.prompt_start, segment.prompt_stop + query - segment.start - reach + 1)
+    return own, shared
+
+
+def _ceil(tokens: int) -> int:
+    return -(-tokens // BLOCK)
+
+
+def _lists(blocks: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many entries of each line are True, and which, ascending, the others behind them."""
+    counts = blocks.sum(1, dtype=np.int32)
+    indices = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)
+    return torch.from_numpy(counts)[None, None], torch.from_numpy(indices)[None, None]
+
+
+def row_block_mask(
+    blocks: RowBlocks,
+    own_start: torch.Tensor,
+    prompt_start: torch.Tensor,
+    prompt_stop: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    window: int | None = None,
+) -> BlockMask:
+    """The BlockMask of a packed row, on the device of its tensors.
+
+    Args:
+        blocks (RowBlocks): from :func:`row_blocks`.
+        own_start (torch.Tensor): where the segment of each token starts, int32, shape (s,).
+        prompt_start (torch.Tensor): where its prompt starts, int32, shape (s,).
+        prompt_stop (torch.Tensor): one after its prompt's end, int32, shape (s,); equals ``prompt_start`` for none.
+        positions (torch.Tensor | None): position of each token, int32, shape (s,); needed with a window.
+        window (int | None): as given to :func:`row_blocks`.
+
+    Returns:
+        BlockMask: for one sequence of s tokens and any number of heads.
+    """
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        own = (k >= own_start[q]) & (k <= q)
+        prompt = (k >= prompt_start[q]) & (k < prompt_stop[q])
+        return own | prompt
+
+    def sees_in_window(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return sees(b, h, q, k) & (positions[q] - positions[k] < window)  # type: ignore[index]
+
+    length = own_start.numel()
+    return BlockMask(
+        seq_lengths=(length, length),
+        **{f.name: getattr(blocks, f.name) for f in fields(blocks)},
+        BLOCK_SIZE=(BLOCK, BLOCK),
+        mask_mod=sees if window is None else sees_in_window,
+    )
+
+
+def is_hopper(device: torch.device) -> bool:
+    """True for an H100, an H200 and their like."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

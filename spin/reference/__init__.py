@@ -1,0 +1,1 @@
+"""The opponent's log-probs of all responses, computed once and cached on disk."""

@@ -1,0 +1,105 @@
+"""Checks that a generator samples from the weights it was given, by the log-probs of its responses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from spin.core.errors import GeneratorError
+from spin.core.ranks import World, fail_together, gather_objects
+from spin.data.read import PromptDataset
+from spin.generators.generator import Generator, SamplingParams
+from spin.generators.stage import Limits, _check_number, check_response, name_of
+from spin.reference.stage import score_batches
+from spin.types import Pair
+
+PROBE_PROMPTS, PROBE_TOKENS = 8, 32  # answers, and tokens of each, that prove a generator's weights
+
+
+def prove_weights(
+    generator: Generator,
+    model: nn.Module,
+    world: World,
+    prompts: PromptDataset,
+    sampling: SamplingParams,
+    *,
+    packing: dict[str, Any],
+    chunk_tokens: int,
+    as_in_training: bool = False,
+) -> float | None:
+    """Compares a generator's log-probs of its own answers with the policy's. Collective; call it while it is awake.
+
+    A wrong name map, a tensor that did not arrive, or a cache that was made under other weights shows here and nowhere
+    else. The prompts are the same in every iteration, so that a stale cache would be met.
+
+    Args:
+        generator (Generator): its ``max_logprob_gap`` (nats per token) is the limit; without one nothing is done.
+        model (nn.Module): the policy.
+        world (World): the ranks; every engine is asked.
+        prompts (PromptDataset): the first few are used.
+        sampling (SamplingParams): how to answer.
+        packing (dict[str, Any]): see :func:`spin.reference.stage.score_batches`.
+        chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
+        as_in_training (bool): see :func:`spin.reference.stage.score_batches`.
+
+    Returns:
+        float | None: the mean gap in nats per token over all engines, or None.
+
+    Raises:
+        GeneratorError: If an engine's mean gap exceeds the limit.
+    """
+    limit = getattr(generator, "max_logprob_gap", None)
+    if limit is None:
+        return None
+    asked = [prompts[i] for i in range(min(PROBE_PROMPTS, len(prompts)))]
+    tokens = min(PROBE_TOKENS, sampling.max_new_tokens)
+    sampling = replace(
+        sampling,
+        max_new_tokens=tokens,
+        min_new_tokens=max(1, min(tokens, sampling.min_new_tokens)),
+        stop_strings=(),
+        logprobs=True,
+    )
+    limits = Limits(model.tok_embeddings.weight.shape[0])  # type: ignore[union-attr, index]
+    mine = []
+    with fail_together(world, GeneratorError):
+        answers = generator.generate(
+            [list(map(int, prompt.prompt_ids)) for prompt in asked], sampling, list(range(len(asked)))
+        )
+        _check_number(answers, len(asked), generator)
+        for i, (prompt, given) in enumerate(zip(asked, answers, strict=True)):
+            at: dict[str, Any] = {"sample_id": prompt.sample_id, "prompt_tokens": len(prompt.prompt_ids)}
+            answer = check_response(given, generator=generator, sampling=sampling, limits=limits, **at)
+            if not len(answer.token_ids):
+                raise GeneratorError(f"{name_of(generator)} gave sample {prompt.sample_id} an empty response.")
+            mine.append((Pair(f"{world.rank} {i}", 0, prompt.prompt_ids, answer.token_ids), sum(answer.logprobs or ())))
+    by_rank = gather_objects(mine, world)
+    pairs = [pair for part in by_rank for pair, _ in part]
+    with torch.no_grad():
+        scored = iter(
+            score_batches(
+                model,
+                [pairs],
+                world,
+                packing=packing,
+                chunk_tokens=chunk_tokens,
+                as_in_training=as_in_training,
+            )
+        )
+    gaps = []
+    for part in by_rank:
+        differences = [
+            abs(logp - (next(scored).reference_real_logp or 0.0)) / len(pair.real_ids) for pair, logp in part
+        ]
+        gaps.append(sum(differences) / len(differences))
+    worst = max(range(len(gaps)), key=gaps.__getitem__)
+    if not gaps[worst] <= limit:  # NaN is not below it either
+        raise GeneratorError(
+            f"{type(generator).__name__} on rank {worst}: its log-probs differ from the policy's by {gaps[worst]:.4g} "
+            f"nats per token on average, expected at most {limit:g} (generator.max_logprob_gap). It does not have the "
+            "policy's weights, or computes in another precision. Nothing was generated."
+        )
+    return sum(gaps) / len(gaps)

@@ -1,0 +1,197 @@
+"""The second stage of an iteration, reference log-probs: the opponent scores both responses of its pairs.
+
+At the start of an iteration the policy is the opponent, so there is no second model: the policy's own forward, without
+gradient, over the very rows that the first epoch will train on. That is why the first loss of an iteration is exactly
+that of two equal models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from spin.core.errors import CheckpointError, OutputError
+from spin.core.heartbeat import set_stage
+from spin.core.ranks import World, any_rank, fail_together, gather_objects
+from spin.model.sharding import reshard
+from spin.pairs.loader import load_rows
+from spin.pairs.shards import missing_shards, split_evenly
+from spin.pairs.store import PairStore
+from spin.reference.logprobs import response_logps
+from spin.types import Pair
+
+
+def score_batches(
+    model: nn.Module,
+    batches: Sequence[Sequence[Pair]],
+    world: World,
+    *,
+    packing: dict[str, Any],
+    chunk_tokens: int = 2048,
+    as_in_training: bool = False,
+    num_workers: int = 0,
+) -> list[Pair]:
+    """Fills in the reference log-probs of pairs. Collective: every rank scores its rows and gets all pairs.
+
+    Args:
+        model (nn.Module): the policy, while it is the opponent.
+        batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
+        world (World): the ranks.
+        packing (dict[str, Any]): arguments of :func:`spin.pairs.packing.pack_batch`, the same as in training.
+        chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`; the same as in training.
+        as_in_training (bool): record a graph that nobody will use. Compiled layers need that to be the policy's equal:
+            torch.compile makes another program for inference, which rounds differently.
+        num_workers (int): threads that pack rows ahead.
+
+    Returns:
+        list[Pair]: the pairs of all batches in order, scored.
+    """
+    set_stage("scoring responses")
+    keys: list[tuple[tuple[int, str], int]] = []
+    logps: list[torch.Tensor] = []
+    for batch in load_rows(batches, world, packing, num_workers):
+        for row in batch.rows:
+            with torch.set_grad_enabled(as_in_training):
+                logps.append(response_logps(model, row.to(world.device), chunk_tokens).detach())
+            keys.extend((key, count) for key, _, count in row.pair_responses)
+    if as_in_training:
+        reshard(model)  # no backward will
+    values = iter(torch.cat(logps).tolist() if logps else [])  # the only wait for the device
+    mine = {key: [next(values) for _ in range(count)] for key, count in keys}
+    scores: dict[tuple[int, str], list[float]] = {}
+    for part in gather_objects(mine, world):
+        scores.update(part)
+    return [_with_scores(pair, scores[pair.key]) for batch in batches for pair in batch]
+
+
+def _with_scores(pair: Pair, logps: Sequence[float]) -> Pair:
+    generated = [
+        replace(response, reference_logp=logp) for response, logp in zip(pair.generated, logps[1:], strict=True)
+    ]
+    return replace(pair, reference_real_logp=logps[0], generated=generated)
+
+
+def score_fingerprint(
+    *,
+    opponent: str,
+    batches: Sequence[Sequence[Pair]],
+    packing: Mapping[str, Any],
+    compute_dtype: str,
+    float8: bool = False,
+    num_ranks: int = 1,
+    chunk_tokens: int = 2048,
+    compiled: bool = False,
+    model: Any = None,
+) -> dict[str, Any]:
+    """Everything that reference log-probs depend on, by name; down to how they are rounded, which in bf16 is more than
+    the self-test of an iteration's first loss lets pass.
+
+    Args:
+        opponent (str): fingerprint of the weights.
+        batches (Sequence[Sequence[Pair]]): the pairs in the order of the first epoch.
+        packing (Mapping[str, Any]): how they are packed into rows.
+        compute_dtype (str): precision of the arithmetic.
+        float8 (bool): the layers multiply in float8.
+        num_ranks (int): ranks that share the rows, which decides what stands in one row.
+        chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
+        compiled (bool): the layers are compiled.
+        model (Any): the config's section of that name, see :func:`spin.generators.stage.play_fingerprint`.
+
+    Returns:
+        dict[str, Any]: JSON values.
+    """
+    digest = hashlib.sha256()
+    for batch in batches:
+        for pair in batch:
+            digest.update(repr(pair.key).encode())
+            for ids in (pair.prompt_ids, pair.real_ids, *(response.token_ids for response in pair.generated)):
+                digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())
+        digest.update(b"batch")
+    return {
+        "opponent": opponent,
+        "pairs": digest.hexdigest(),
+        "packing": dict(packing),
+        "compute_dtype": compute_dtype,
+        "float8": float8,
+        "num_ranks": num_ranks,
+        "chunk_tokens": chunk_tokens,
+        "compiled": compiled,
+        "model": model,
+    }
+
+
+def score(
+    store: PairStore,
+    batches: Sequence[Sequence[Pair]],
+    model: nn.Module,
+    world: World,
+    *,
+    packing: dict[str, Any],
+    chunk_tokens: int,
+    as_in_training: bool = False,
+    num_workers: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_shard: Callable[[int], None] = lambda pairs_done: None,
+) -> None:
+    """Scores pairs into the missing shards of a store. Collective.
+
+    Args:
+        store (PairStore): where the scored pairs go.
+        batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
+        model (nn.Module): the policy, while it is the opponent.
+        world (World): the ranks.
+        packing (dict[str, Any]): as in training, see :func:`score_batches`.
+        chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
+        as_in_training (bool): see :func:`score_batches`.
+        num_workers (int): see :func:`score_batches`.
+        should_stop (Callable[[], bool]): asked before every shard; all ranks stop if it says so on one.
+        on_shard (Callable[[int], None]): told the number of pairs after every shard.
+    """
+    shards = split_evenly(len(batches), store.num_shards)
+    for shard in missing_shards(store, world):
+        if any_rank(should_stop(), world):
+            return
+        chosen = [batches[i] for i in shards[shard]]
+        pairs = score_batches(
+            model,
+            chosen,
+            world,
+            packing=packing,
+            chunk_tokens=chunk_tokens,
+            as_in_training=as_in_training,
+            num_workers=num_workers,
+        )
+        with fail_together(world, OutputError):
+            if world.is_main:
+                store.write_shard(shard, pairs)
+        on_shard(len(pairs))
+
+
+def open_scored(path: Path, opponent: str) -> PairStore:
+    """Opens the store of pairs that an iteration is trained on.
+
+    Args:
+        path (Path): the store's folder.
+        opponent (str): fingerprint of the weights that scored them.
+
+    Returns:
+        PairStore: whole.
+
+    Raises:
+        CheckpointError: If it is not complete, or another opponent's. The one that could complete it is gone.
+    """
+    store = PairStore.open(path)
+    if not store.is_sealed or store.opponent != opponent:
+        raise CheckpointError(
+            f"{path}: not the pairs that this run was trained on (the store is "
+            f"{'of another opponent' if store.is_sealed else 'not complete'}), and the opponent that could make "
+            "them anew is gone. Resume from a checkpoint at the iteration's start: resume=<path>."
+        )
+    return store

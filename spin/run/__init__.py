@@ -1,0 +1,1 @@
+"""Plan, progress, stop and log of a run."""

@@ -1,0 +1,94 @@
+"""What a run's folder holds, read without starting anything; a run that is still writing, or was killed, is fine."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from spin import config
+from spin.core.errors import OutputError
+from spin.core.files import json_lines
+from spin.core.redact import redacted
+
+_ITERATION = re.compile(r"iteration_(\d+)")
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON Lines file; lines that are not whole (yet) are passed over.
+
+    Args:
+        file (Path): may be missing.
+
+    Returns:
+        list[dict[str, Any]]: in the order of the file.
+    """
+    if not file.is_file():
+        return []
+    return [row for _, row in json_lines(file)]
+
+
+def read_config(run: Path) -> DictConfig | None:
+    """The config that a run was started with, as text: ``${...}`` is not resolved, secrets are left out.
+
+    Args:
+        run (Path): the run's output_dir.
+
+    Returns:
+        DictConfig | None: None before the run has written it.
+
+    Raises:
+        ConfigError: If the file is no YAML mapping, for example because it is being written, or too large for one.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        return None
+    content = OmegaConf.to_container(config.read_yaml(file), resolve=False)
+    return OmegaConf.create(config.escaped(redacted(content)))
+
+
+def model_of(iteration: Path, adapter: bool = False) -> Path | None:
+    """The model that an iteration has exported.
+
+    Args:
+        iteration (Path): the iteration's folder.
+        adapter (bool): the adapter of a LoRA run, rather than the merged model.
+
+    Returns:
+        Path | None: ``hf_model``, or ``adapter`` if that is asked for or all there is; None if there is neither.
+    """
+    for name, head in (("hf_model", "config.json"), ("adapter", "adapter_config.json")):
+        folder = iteration / name
+        if (name == "adapter" or not adapter) and (folder / head).is_file() and any(folder.glob("*.safetensors")):
+            return folder
+    return None
+
+
+def iteration_folders(run: Path) -> dict[int, Path]:
+    """The folders of a run's iterations, by number.
+
+    Args:
+        run (Path): the run's output_dir.
+
+    Returns:
+        dict[int, Path]: ascending.
+
+    Raises:
+        OutputError: If this is no run's folder.
+    """
+    if not run.is_dir():
+        raise OutputError(f"{run}: no such folder; expected the output_dir of a run.")
+    folders = [(match, path) for path in sorted(run.iterdir()) if (match := _ITERATION.fullmatch(path.name))]
+    results = sorted(str(path.relative_to(run)) for path in run.glob("*_vs_*/summary.json"))
+    if not folders and results and not (run / "metrics.jsonl").exists():
+        raise OutputError(
+            f"{run}: an evaluation's folder, expected the output_dir of a run. Its results are in "
+            f"{', '.join(results)}, and prompt by prompt in rows.jsonl beside it."
+        )
+    if not folders and not (run / "metrics.jsonl").exists():
+        raise OutputError(
+            f"{run}: neither metrics.jsonl nor a folder iteration_000 is here; expected the output_dir of a run."
+        )
+    return {int(match[1]): path for match, path in folders}

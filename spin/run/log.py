@@ -1,0 +1,210 @@
+"""Run outputs, written by rank 0: metrics.jsonl, samples.jsonl, config.yaml and the metric logger."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from spin import config
+from spin.core.errors import ConfigError, OutputError, SpinError, wants_traceback
+from spin.core.files import is_marked, json_lines, keep_aside, mark, open_own, replace_text, unused_name, writing
+from spin.core.ranks import World, fail_together
+from spin.core.redact import hide
+from spin.run.messages import log_table, sample_table
+
+log = logging.getLogger(__name__)
+
+
+_RUN = "run"  # a kind of folder, see spin.core.files.start_folder
+
+
+class MetricService:
+    """A metric logger that may be down: what it raises is a warning, and training goes on.
+
+    Nothing is lost by that: ``metrics.jsonl`` has every step.
+
+    Args:
+        make (Callable[[], Any]): makes a logger with torchtune's methods ``log_config``, ``log_dict`` and ``close``.
+
+    Raises:
+        ConfigError: If the logger's package is not installed.
+    """
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._logger: Any = None
+        self._failures = 0
+        try:
+            self._logger = make()
+        except SpinError:
+            raise
+        except ImportError as error:
+            raise ConfigError(f"metric_logger: {error}") from error
+        except Exception as error:  # noqa: BLE001 - a service's library may raise anything
+            log.warning(
+                f"metric_logger cannot be started ({_told(error)}); metrics.jsonl has everything all the same.",
+                exc_info=wants_traceback(),
+            )
+
+    def log_config(self, cfg: Any) -> None:
+        """Hands over the run's config."""
+        self._try("log_config", cfg)
+
+    def log_dict(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hands over a step's metrics."""
+        self._try("log_dict", metrics, step=step)
+
+    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """Hands over a table, if the logger can take one; see :func:`spin.run.messages.log_table`."""
+        self._attempt("log_table", lambda: log_table(self._logger, name, rows, step))
+
+    def close(self) -> None:
+        """Ends the logger, which may send what it has kept."""
+        self._try("close")
+
+    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
+        self._attempt(method, lambda: getattr(self._logger, method)(*args, **kwargs))
+
+    def _attempt(self, method: str, call: Callable[[], object]) -> None:
+        if self._logger is None:
+            return
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - a service's library may raise anything
+            self._failures += 1
+            if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
+                log.warning(
+                    f"metric_logger.{method} failed ({_told(error)}), {self._failures} times so far. Training goes on; "
+                    "metrics.jsonl has everything.",
+                    exc_info=wants_traceback(),
+                )
+
+
+class RunLog:
+    """What a run tells: ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml`` and the metric logger. Rank 0 does.
+
+    A line that cannot be written must end all ranks, which wait for rank 0 in other places. So it is not an error at
+    once: nothing more is written, ``has_failed`` rides on a collective that the run has anyway, and :meth:`check` ends
+    the run before a state is saved whose log would lack the line.
+
+    Args:
+        cfg (DictConfig): the run's, written down as it is; for its owner alone if it has secrets.
+        make_logger (Callable[[], Any]): see :class:`MetricService`.
+        from_step (int): see :class:`MetricsFile`.
+        world (World): the ranks; on others than 0 nothing happens.
+
+    Raises:
+        ConfigError: On all ranks, if the logger's package is not installed.
+        OutputError: On all ranks, if a file cannot be begun.
+    """
+
+    def __init__(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int, world: World) -> None:
+        self._folder = Path(cfg.output_dir)
+        self._every = cfg.log_every_n_steps
+        self._world = world
+        self._failure: OutputError | None = None
+        with fail_together(world, OutputError):
+            if world.is_main:
+                self._begin(cfg, make_logger, from_step)
+
+    def _begin(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int) -> None:
+        self._service = MetricService(make_logger)
+        self._service.log_config(config.shown(cfg))  # which torchtune's loggers write to a file and send away
+        names = ("metrics.jsonl", "samples.jsonl")
+        if cfg.get("resume") == "never":
+            self._keep_log((*names, "nonfinite.jsonl"))  # which is begun when a batch is not finite
+        if from_step < 0 and not is_marked(self._folder, _RUN):
+            for file in (self._folder / name for name in (*names, "nonfinite.jsonl", "config.yaml")):
+                if file.is_file() and file.stat().st_size:
+                    keep_aside(file, "was there before the first run of this folder")
+        with writing(self._folder):
+            mark(self._folder, _RUN)
+        self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
+        with writing(self._folder / "config.yaml"):
+            replace_text(self._folder / "config.yaml", OmegaConf.to_yaml(cfg), private=config.holds_secrets(cfg))
+
+    def _keep_log(self, names: Sequence[str]) -> None:
+        """What was asked to start anew does not go on with the files of the run before, which may have come far."""
+        for file in (self._folder / name for name in names):
+            if file.exists() and file.stat().st_size:
+                aside = unused_name(file)
+                with writing(aside):
+                    file.rename(aside)
+                log.warning(f"{file} is of a run before this one, and resume is never: kept as {aside.name}.")
+
+    @property
+    def has_failed(self) -> bool:
+        """A line could not be written; known on rank 0 alone."""
+        return self._failure is not None
+
+    def check(self) -> None:
+        """Ends the run, on all ranks with one message, if a line could not be written. Collective."""
+        with fail_together(self._world, OutputError):
+            if self._failure is not None:
+                raise self._failure
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A step's metrics; the logger gets every ``log_every_n_steps``-th and each with a validation."""
+        if self._world.is_main:
+            self._write(self._file, step, metrics)
+            if step % self._every == 0 or "val_loss" in metrics:
+                self._service.log_dict(metrics, step=step)
+
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Responses of one step, from :func:`spin.run.messages.sample_rows`, to the file and the screen."""
+        if self._world.is_main and rows:
+            for row in rows:
+                self._write(self._samples, row["step"], row)
+            self._service.log_table("samples", rows, rows[0]["step"])
+            tqdm.write(sample_table(rows))
+
+    def _write(self, file: MetricsFile, step: int, content: Mapping[str, Any]) -> None:
+        if self._failure is not None:
+            return
+        try:
+            file.write(step, content)
+        except OutputError as error:
+            self._failure = error
+
+    def close(self) -> None:
+        """Ends the metric logger."""
+        if self._world.is_main:
+            self._service.close()
+
+
+def _told(error: Exception) -> str:
+    return hide(f"{type(error).__name__}: {error}".split("\n", 1)[0])
+
+
+class MetricsFile:
+    """One JSON object a line, each with its step: whole after a restart as if there had been none.
+
+    Args:
+        path (Path): the file; lines of steps after ``from_step`` are removed, for they will be made again.
+        from_step (int): steps that the resumed state has behind it.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+
+    def __init__(self, path: Path, from_step: int) -> None:
+        self._path = path
+        kept = []
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                # a line that a kill cut short belongs to a step that will be made again
+                for line, row in json_lines(path):
+                    if isinstance(step := row.get("step"), int) and step <= from_step:
+                        kept.append(f"{line.decode()}\n")
+        replace_text(path, "".join(kept))
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends a step; an :class:`~spin.core.errors.OutputError` if it cannot."""
+        with writing(self._path), open_own(self._path, "a") as stream:
+            stream.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")

@@ -1,0 +1,229 @@
+"""What a person reads: answers side by side, in the terminal and in metrics services, and the sum of an iteration."""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spin.core.terminal import printable
+from spin.run.progress import SPINProgress
+from spin.types import Pair
+
+_WIDTHS = {"prompt": 32, "real": 38, "generated": 38, "margin": 8}
+_MAX_LINES = 6
+
+
+def sample_rows(
+    pairs: Sequence[Pair], margins: Sequence[float], decode: Callable[[Sequence[int]], str], step: int
+) -> list[dict[str, Any]]:
+    """One row per comparison: per generated response, or per triplet, whose first response is today's opponent's.
+
+    Args:
+        pairs (Sequence[Pair]): the pairs to show.
+        margins (Sequence[float]): reward of the real less that of the generated response, for every comparison.
+        decode (Callable[[Sequence[int]], str]): token ids to text.
+        step (int): optimizer steps so far.
+
+    Returns:
+        list[dict[str, Any]]: step, sample_id, iteration, prompt, real, generated, finish_reason and margin.
+    """
+    compared = 1 if len(margins) == len(pairs) else None
+    answers = [(pair, response) for pair in pairs for response in pair.generated[:compared]]
+    return [
+        {
+            "step": step,
+            "sample_id": pair.sample_id,
+            "iteration": pair.iteration,
+            "prompt": decode(list(map(int, pair.prompt_ids))),
+            "real": decode(list(map(int, pair.real_ids))),
+            "generated": decode(list(map(int, response.token_ids))),
+            "finish_reason": response.finish_reason,
+            "margin": margin,
+        }
+        for (pair, response), margin in zip(answers, margins, strict=True)
+    ]
+
+
+def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of :func:`sample_rows` as a table of text; long cells are cut."""
+    lines = ["margin: reward of the real less that of the generated answer"]
+    lines += [_line({name: name for name in _WIDTHS}), "-+-".join("-" * width for width in _WIDTHS.values())]
+    for row in rows:
+        # of a long prompt the end says most: it is what was asked last
+        cells = {name: _wrap(row[name], width, name == "prompt") for name, width in _WIDTHS.items() if name != "margin"}
+        cells["margin"] = [f"{row['margin']:+.3f}"]
+        for i in range(max(map(len, cells.values()))):
+            lines.append(_line({name: cell[i] if i < len(cell) else "" for name, cell in cells.items()}))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def log_table(logger: Any, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """Hands a table to a metric logger, in the form that its service has for tables.
+
+    W&B, MLflow and Comet have tables, TensorBoard shows text. A logger of your own gets the rows if it has a method
+    ``log_table(name, rows, step)``. To others nothing is said.
+
+    Args:
+        logger (Any): one of torchtune's, or any other.
+        name (str): of the table.
+        rows (Sequence[Mapping[str, Any]]): all with the same columns; texts and numbers.
+        step (int): optimizer steps so far.
+    """
+    from torchtune.training import metric_logging
+
+    columns = list(rows[0])
+    cells = [[row[column] for column in columns] for row in rows]
+    file = f"{name}/step_{step:08d}"
+    if callable(getattr(logger, "log_table", None)):
+        logger.log_table(name, rows, step)
+    elif isinstance(logger, metric_logging.WandBLogger) and logger._wandb.run:
+        table = logger._wandb.Table(columns=columns, data=cells)
+        logger._wandb.log({name: table, "global_step": step})
+    elif isinstance(logger, metric_logging.MLFlowLogger) and logger._mlflow.active_run():
+        by_column = {column: [row[column] for row in rows] for column in columns}
+        logger._mlflow.log_table(by_column, artifact_file=f"{file}.json", run_id=logger._run_id)
+    elif isinstance(logger, metric_logging.CometLogger) and logger.experiment is not None:
+        logger.experiment.log_table(f"{file}.csv", tabular_data=cells, headers=columns)
+    elif isinstance(logger, metric_logging.TensorBoardLogger) and logger._writer is not None:
+        logger._writer.add_text(name, _markdown(columns, cells), global_step=step)
+
+
+def _markdown(columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
+    """A table whose cells hold any text: no character of it is taken for markup."""
+
+    def cell(value: Any) -> str:
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        escaped = re.sub(r"([\\`*_{}\[\]()#+\-.!|])", r"\\\1", html.escape(text, quote=False))
+        return escaped.replace("\r", "").replace("\n", "<br>")
+
+    lines = [columns, ["---"] * len(columns), *(map(cell, row) for row in cells)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def iteration_summary(
+    iteration: int,
+    history: Sequence[Mapping[str, float]],
+    val_loss_before: float | None,
+    folder: Path,
+    model_dir: Path,
+    checkpoint: Path,
+) -> str:
+    """What an iteration did, and where its results are.
+
+    Args:
+        iteration (int): counted from 0.
+        history (Sequence[Mapping[str, float]]): metrics of its steps since the run was started.
+        val_loss_before (float | None): validation loss when the iteration began.
+        folder (Path): the iteration's folder.
+        model_dir (Path): the exported model.
+        checkpoint (Path): the resumable state.
+
+    Returns:
+        str: a few lines.
+    """
+    steps = [metrics for metrics in history if "loss" in metrics]
+    lines = [f"\n=== Iteration {iteration}: {len(history)} steps ==="]
+    if steps and abs(steps[0].get("margin", 1.0)) < 1e-4:
+        lines.append("(at the first step model and opponent are still the same: no rewards, acc 0)")
+    for name, label in (
+        ("loss", "loss"),
+        ("total_loss", "loss with NLL term"),
+        ("acc", "acc"),
+        ("rewards_actual_mean", "reward of real"),
+        ("rewards_generated_mean", "reward of generated"),
+        ("avg_generated_lengths", "generated tokens"),
+        ("truncated_share", "truncated share"),
+    ):
+        if steps and name in steps[0]:
+            mean = sum(metrics[name] for metrics in steps) / len(steps)
+            lines.append(
+                f"{label:>22}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step"
+            )
+    for metrics in (each for each in history if "margin_dropped" in each):
+        dropped, pairs = metrics["margin_dropped"], metrics["margin_dropped_pairs"]
+        lines.append(f"{'left out by margin':>22}: {dropped:.0f} answers, {pairs:.0f} pairs")
+    for name, label, before in (
+        ("val_loss", "validation loss", val_loss_before),
+        ("val_spin_loss", "validation SPIN loss", None),
+        ("val_acc", "validation acc", None),
+    ):
+        values = [metrics[name] for metrics in history if name in metrics]
+        if values:
+            start = "" if before is None else f"{before:9.4f} before      "
+            lines.append(f"{label:>22}: {start}{values[-1]:9.4f} after")
+    output = folder.parent
+    for label, path in (
+        ("model", model_dir),
+        ("checkpoint", checkpoint),
+        ("pairs", folder / "pairs"),
+        ("log", output / "metrics.jsonl"),
+        ("report", f"python -m spin report {shlex.quote(str(output))}"),
+    ):
+        lines.append(f"{label:>22}: {path}")
+    return printable("\n".join(lines))
+
+
+def opening_words(progress: SPINProgress, batch_size: int, num_samples: int, num_val_samples: int) -> str:
+    """What a run is going to do, in a line.
+
+    Args:
+        progress (SPINProgress): of the run.
+        batch_size (int): prompts of a step.
+        num_samples (int): samples that an iteration can play.
+        num_val_samples (int): validation samples.
+
+    Returns:
+        str: the line.
+    """
+    steps = [progress.steps_in_epoch(iteration) for iteration in range(progress.max_iterations)]
+    per_epoch = str(steps[0]) if len(set(steps)) == 1 else f"({', then '.join(map(str, steps))})"
+    return (
+        f"{num_samples:,} samples, {num_val_samples:,} for validation. {progress.max_iterations} iterations: in each "
+        f"the model answers prompts, scores its own and the real answers, and trains {progress.max_epochs} x "
+        f"{per_epoch} steps of {batch_size} pairs; {progress.total_steps} steps in all, {progress.step} done."
+    )
+
+
+def closing_words(output_dir: Path, progress: SPINProgress, had_steps_left: bool) -> str:
+    """What there is when a run has ended, and what can be done with it.
+
+    Args:
+        output_dir (Path): the run's folder.
+        progress (SPINProgress): at its end.
+        had_steps_left (bool): whether this start of the program trained at all.
+
+    Returns:
+        str: a few lines.
+    """
+    models = sorted(output_dir.glob("iteration_*/hf_model"))
+    lines = [f"Finished after {progress.step} steps; everything is in {output_dir}"]
+    if not had_steps_left:
+        lines = [
+            f"The run in {output_dir} was finished before, after {progress.step} steps: nothing was left to do. "
+            "output_dir=<another folder> starts a new one."
+        ]
+    lines.append(f"  look at it:  python -m spin report {shlex.quote(str(output_dir))}")
+    if models:
+        lines.append(f"  use it:      {models[-1]} loads in transformers and vLLM")
+    if progress.step >= progress.iteration_start(progress.max_iterations):
+        lines.append(f"  go on:       the same command with max_iterations={progress.max_iterations + 1}")
+    return "\n".join(lines)
+
+
+def _wrap(text: str, width: int, keep_end: bool) -> list[str]:
+    lines = textwrap.wrap(printable(" ".join(text.split())), width) or [""]
+    if len(lines) > _MAX_LINES and keep_end:
+        lines = ["..." + lines[-_MAX_LINES][3:], *lines[1 - _MAX_LINES :]]
+    elif len(lines) > _MAX_LINES:
+        lines = [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1][: width - 3] + "..."]
+    return lines
+
+
+def _line(cells: Mapping[str, str]) -> str:
+    return " | ".join(f"{cells[name]:<{width}}" for name, width in _WIDTHS.items())

@@ -1,0 +1,123 @@
+"""What a run is going to do, from its config and the size of its data: samples, steps, intervals."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+
+from omegaconf import DictConfig
+
+from spin.core.errors import ConfigError
+from spin.data.order import epoch_order, iteration_items
+from spin.data.read import PromptDataset
+from spin.data.stream import PromptStream
+from spin.pairs.lookup import LazySequence
+from spin.run.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
+from spin.types import Pair
+
+log = logging.getLogger(__name__)
+
+
+class RunPlan:
+    """The arithmetic of a run. Nothing in it changes while the run goes on but ``progress``.
+
+    ``steps`` counts those of an epoch over an iteration's own samples (history adds to that), ``val_every`` and
+    ``save_every`` those between two validations or states (0 for never), ``num_val_samples`` what a validation takes.
+
+    Args:
+        cfg (DictConfig): the run's, complete and checked.
+        prompts (PromptDataset | PromptStream): training samples.
+        num_val_prompts (int): validation samples there are.
+
+    Raises:
+        ConfigError: If there would be no step, or an interval is less than one.
+    """
+
+    def __init__(self, cfg: DictConfig, prompts: PromptDataset | PromptStream, num_val_prompts: int = 0) -> None:
+        self._prompts, self._seed = prompts, cfg.seed
+        self._size = size = cfg.global_batch_size
+        self._history = cfg.pairs.history, cfg.pairs.history_fraction
+        self.steps = compute_num_steps_per_epoch(prompts.samples_per_iteration, size, cfg.limit_train_batches)
+        if self.steps < 1:
+            raise ConfigError(
+                f"global_batch_size={size}: an epoch has no step, so nothing would be trained. An iteration can play "
+                f"{prompts.samples_per_iteration} samples, and limit_train_batches is {cfg.limit_train_batches}. Lower "
+                "the batch size, add data, or raise the limit."
+            )
+        per_epoch = [len(self.items(iteration)) // size for iteration in range(cfg.max_iterations)]
+        self.progress = SPINProgress(per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
+        self.val_every = compute_interval("val_check_interval", cfg.val_check_interval, self.steps)
+        self.save_every = compute_interval("save_interval", cfg.save_interval, self.steps)
+        val_batches = compute_limit_batches(math.ceil(num_val_prompts / size), cfg.limit_val_batches)
+        self.num_val_samples = min(num_val_prompts, val_batches * size)
+
+    def samples(self, iteration: int) -> list[int]:
+        """The samples of the data set that an iteration's opponent answers."""
+        return self._prompts.iteration_samples(self.steps * self._size, self._seed, iteration)
+
+    def items(self, iteration: int) -> list[tuple[int, int]]:
+        """What an iteration trains on, as (iteration whose opponent answered, sample of the data set)."""
+        return iteration_items(self.samples, iteration, *self._history)
+
+    def lr_span(self, anew: bool, total_steps: int | None = None) -> tuple[int, int]:
+        """Where the learning rate's schedule begins and ends now.
+
+        Args:
+            anew (bool): each iteration has a schedule of its own, see ``optimizer.reset_each_iteration``.
+            total_steps (int | None): of the run; None for those that it has.
+
+        Returns:
+            tuple[int, int]: its first step, and the step after its last.
+        """
+        progress = self.progress
+        last = progress.total_steps if total_steps is None else total_steps
+        if not anew:
+            return 0, last
+        return progress.iteration_start(progress.iteration), min(last, progress.iteration_start(progress.iteration + 1))
+
+    def compare_schedules(self, total_steps: int | None, anew: bool) -> None:
+        """Warns if a state was saved in the middle of a schedule that has another end now.
+
+        Args:
+            total_steps (int | None): of the run that saved the state; None if it did not say.
+            anew (bool): see :meth:`lr_span`.
+        """
+        if total_steps is None or self.progress.is_done:
+            return
+        (first, last), (_, before) = self.lr_span(anew), self.lr_span(anew, total_steps)
+        if last != before and first < self.progress.step:
+            log.warning(
+                f"The learning rate's schedule ends at step {last} now; when the state was saved it ended at step "
+                f"{before}. From here on the rate is another one than in a run with these settings from the start. "
+                "Was max_steps or max_iterations changed?"
+            )
+
+    def batches(
+        self, pairs: Mapping[tuple[int, str], Pair], iteration: int, epoch: int, start: int = 0
+    ) -> Sequence[list[Pair]]:
+        """Global batches of an epoch from a step on, each looked up when it is asked for.
+
+        Args:
+            pairs (Mapping[tuple[int, str], Pair]): by (iteration whose opponent answered, the sample's id); one that is
+                not there, because it was dropped, is missing from its batch.
+            iteration (int): counted from 0.
+            epoch (int): counted from 0 within the iteration.
+            start (int): the first step, counted from 0 within the epoch.
+
+        Returns:
+            Sequence[list[Pair]]: one for each step.
+        """
+        items, size = self.items(iteration), self._size
+        visited = self.progress.steps_in_epoch(iteration) * size
+        # shares of history: what is in whole batches of the first epoch is scored
+        if epoch > 0 and visited < len(items):
+            items = [items[i] for i in epoch_order(len(items), self._seed, iteration, epoch=0)[:visited]]
+        order = epoch_order(len(items), self._seed, iteration, epoch)
+
+        def batch(step: int) -> list[Pair]:
+            chosen = (items[i] for i in order[step * size : (step + 1) * size])
+            keys = [(played, self._prompts.sample_id(played, sample)) for played, sample in chosen]
+            return [pairs[key] for key in keys if key in pairs]
+
+        return LazySequence(batch, range(start, self.progress.steps_in_epoch(iteration)))

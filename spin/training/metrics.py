@@ -1,0 +1,206 @@
+"""Metrics of a step: sums over the rows of a rank, added up over ranks in one all-reduce, then means."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from spin.core.ranks import World
+from spin.model.sharding import local_tensor
+from spin.pairs.packing import PackedRow
+
+log = logging.getLogger(__name__)
+
+_SUMS = (
+    "weight",
+    "loss",
+    "acc",
+    "real_rewards",
+    "generated_rewards",
+    "squared_rewards",
+    "real_drift",
+    "generated_drift",
+    "real_nll",
+    "generated_tokens",
+    "truncated",
+)
+
+
+class PairSums:
+    """Adds up what the metrics of a batch of pairs are made of; one host/device sync, in :meth:`totals`."""
+
+    def __init__(self) -> None:
+        self._total: torch.Tensor | None = None
+        self._counts = {"comparisons": 0, "tokens": 0, "positions": 0}
+
+    @torch.no_grad()
+    def add(
+        self,
+        row: PackedRow,
+        logps: torch.Tensor,
+        losses: torch.Tensor,
+        real_rewards: torch.Tensor,
+        generated_rewards: torch.Tensor,
+    ) -> None:
+        """Adds a row.
+
+        Args:
+            row (PackedRow): the row.
+            logps (torch.Tensor): the policy's summed log-probs, shape (m,).
+            losses (torch.Tensor): of each comparison, shape (c,).
+            real_rewards (torch.Tensor): shape (c,).
+            generated_rewards (torch.Tensor): shape (c,).
+        """
+        weights = row.weights.double()
+        drift = logps.double() - row.reference_logps  # (m,)
+        lengths = row.response_lengths.double()
+        values = {
+            "weight": weights,
+            "loss": weights * losses,
+            "acc": weights * (real_rewards > generated_rewards),
+            "real_rewards": weights * real_rewards,
+            "generated_rewards": weights * generated_rewards,
+            "squared_rewards": weights * (real_rewards.double() ** 2 + generated_rewards.double() ** 2),
+            "real_drift": weights * drift[row.real],
+            "generated_drift": weights * drift[row.generated],
+            "real_nll": weights * -(logps.double() / lengths)[row.real],
+            "generated_tokens": lengths[row.generated],
+            "truncated": row.truncated,
+        }
+        sums = torch.stack([values[name].double().sum() for name in _SUMS])
+        self._total = sums if self._total is None else self._total + sums
+        self._counts["comparisons"] += row.weights.numel()
+        self._counts["tokens"] += row.used_tokens
+        self._counts["positions"] += row.tokens.numel()
+
+    def totals(self) -> dict[str, float]:
+        """The sums of this rank, by name; waits for the device."""
+        sums = [0.0] * len(_SUMS) if self._total is None else self._total.tolist()
+        return {**dict(zip(_SUMS, sums, strict=True)), **{name: float(n) for name, n in self._counts.items()}}
+
+
+def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[str, float]:
+    """Means over the pairs of a global batch.
+
+    ``loss``, ``acc`` and the ``rewards_*`` carry NeMo-Aligner's names and count pairs whose weight is not 0; rewards
+    are scaled by beta. A tie counts as wrong in ``acc``. With an NLL term, ``nll_loss`` is that term before its
+    weight, and ``total_loss = loss + nll_weight * nll_loss`` what the step minimises.
+
+    Args:
+        totals (Mapping[str, float]): sums over all ranks.
+        nll_weight (float): weight of the real responses' mean negative log-prob per token; 0 is no such term.
+
+    Returns:
+        dict[str, float]: by name; empty if no pair has weight.
+
+    Source:
+        ``megatron_gpt_spin_model.py`` of https://github.com/NVIDIA/NeMo-Aligner for the names.
+    """
+    n = totals["weight"]
+    if n == 0:
+        return {}
+    real, generated = totals["real_rewards"] / n, totals["generated_rewards"] / n
+    both = (real + generated) / 2
+    spread = max(0.0, totals["squared_rewards"] - 2 * n * both**2)
+    loss, nll = totals["loss"] / n, totals["real_nll"] / n
+    return {
+        "loss": loss,
+        **({"nll_loss": nll, "total_loss": loss + nll_weight * nll} if nll_weight else {}),
+        "acc": totals["acc"] / n,
+        "rewards_actual_mean": real,
+        "rewards_generated_mean": generated,
+        "rewards_all_mean": both,
+        "rewards_all_std": math.sqrt(spread / max(1.0, 2 * n - 1)),
+        "margin": real - generated,
+        "avg_generated_lengths": totals["generated_tokens"] / totals["comparisons"],
+        "truncated_share": totals["truncated"] / totals["comparisons"],
+        "real_logp_drift": totals["real_drift"] / n,
+        "generated_logp_drift": totals["generated_drift"] / n,
+        "real_nll": nll,
+    }
+
+
+def speed_metrics(totals: Mapping[str, float], pairs: int, seconds: float) -> dict[str, float]:
+    """How fast a step was, and how full its rows.
+
+    Args:
+        totals (Mapping[str, float]): sums over all ranks.
+        pairs (int): of the global batch.
+        seconds (float): that the step took.
+
+    Returns:
+        dict[str, float]: by name.
+    """
+    return {
+        "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
+        "step_time": seconds,
+        "pairs_per_second": pairs / seconds,
+        "tokens_per_second": totals["tokens"] / seconds,
+    }
+
+
+def validation_metrics(
+    losses: torch.Tensor, real_rewards: torch.Tensor, generated_rewards: torch.Tensor, weights: torch.Tensor
+) -> dict[str, float]:
+    """The SPIN metrics of validation pairs, as :func:`spin.training.validation.losses_of_pairs` gives them.
+
+    They are means over the pairs, as in training.
+
+    Args:
+        losses (torch.Tensor): of each generated response, shape (c,).
+        real_rewards (torch.Tensor): shape (c,).
+        generated_rewards (torch.Tensor): shape (c,).
+        weights (torch.Tensor): what each comparison has of its pair, shape (c,).
+
+    Returns:
+        dict[str, float]: means by name; a tie counts as wrong. Empty if no pair has weight.
+    """
+    total = weights.double().sum()
+    if total == 0:
+        return {}
+    values = {
+        "val_spin_loss": losses,
+        "val_acc": real_rewards > generated_rewards,
+        "val_margin": real_rewards - generated_rewards,
+    }
+    return {name: (weights.double() @ each.double() / total).item() for name, each in values.items()}
+
+
+def below(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of the parts of something under its name, ``<name>/<part>``, as metrics services group them."""
+    return {f"{name}/{part}": value for part, value in metrics.items()}
+
+
+class MovedShare:
+    """The share of weights that an optimizer step really changes, from a sample of every parameter.
+
+    Made before the step, asked after it. At SPIN's learning rates a step on pure bf16 weights rounds back to where it
+    started almost everywhere.
+
+    Args:
+        model (nn.Module): the policy; every rank samples its own shards.
+        per_parameter (int): weights sampled of each parameter, at most.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, per_parameter: int = 1024) -> None:
+        self._sample = []  # views: the step changes weights in place
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                flat = local_tensor(parameter).detach().view(-1)
+                stride = flat.numel() // per_parameter | 1  # odd, so that a sample is not all of one column
+                self._sample.append(flat[::stride][:per_parameter])
+        self._before = torch.cat(self._sample)
+
+    def share(self, world: World) -> float:
+        """Moved weights per sampled weight, over all ranks: one all-reduce, and one wait for the step to be done."""
+        moved = torch.cat(self._sample) != self._before
+        counts = torch.stack((moved.sum(), moved.new_full((), moved.numel(), dtype=torch.int64))).to(world.device)
+        dist.all_reduce(counts)
+        moved_weights, sampled_weights = counts.tolist()  # host/device sync
+        return moved_weights / sampled_weights

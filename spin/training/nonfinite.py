@@ -1,0 +1,99 @@
+"""What becomes of a step whose loss or gradient is NaN or infinite, and of one that leaves such weights."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from spin.core.errors import NonFiniteError, OutputError
+from spin.core.ranks import World, fail_together
+from spin.model.sharding import NONFINITE_REMEDY, check_weights
+from spin.run.log import MetricsFile
+from spin.types import Pair
+
+log = logging.getLogger(__name__)
+
+ON_NONFINITE = ("stop", "skip")
+
+
+def check_last_update(model: nn.Module, world: World, step: int, values: Mapping[str, float]) -> None:
+    """Refuses an update that no later loss has seen: a step's loss is that of the weights before it. Collective.
+
+    Args:
+        model (nn.Module): the policy.
+        world (World): the ranks.
+        step (int): optimizer steps so far.
+        values (Mapping[str, float]): by name, what the weights as they are now gave; the same on all ranks.
+
+    Raises:
+        NonFiniteError: On all ranks, if one of them is not finite, naming it, or the tensors that are the cause.
+    """
+    found = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    if found:
+        told = f"step {step}: {', '.join(found)} after the last update"
+        check_weights(model, world, told)
+        raise NonFiniteError(
+            f"{told}, though every weight is finite: they are too large to compute with. {NONFINITE_REMEDY}"
+        )
+
+
+class NonFiniteGuard:
+    """Stops the run before the update, or leaves the batch out and gives up after some in a row.
+
+    Args:
+        action (str): ``stop`` or ``skip``.
+        limit (int): with ``skip``, batches in a row after which the run stops.
+        file (Path): where the samples of each such batch are written, one JSON line a batch.
+    """
+
+    def __init__(self, action: str, limit: int, file: Path) -> None:
+        self._action, self._limit, self._file = action, limit, file
+        self._lines: MetricsFile | None = None
+        self.skipped: list[int] = []  # steps; the state
+
+    def skipped_between(self, first: int, end: int) -> int:
+        """Batches left out from step ``first`` to before step ``end``."""
+        return sum(first <= each < end for each in self.skipped)
+
+    def passes(self, loss: float, grad_norm: float, step: int, batch: Sequence[Pair], world: World) -> bool:
+        """Whether a step may update. The numbers are the same on every rank, so all ranks decide alike.
+
+        Args:
+            loss (float): the batch's summed loss.
+            grad_norm (float): norm of its gradient.
+            step (int): optimizer steps so far.
+            batch (Sequence[Pair]): the global batch.
+            world (World): the ranks, the first of which writes the file.
+
+        Returns:
+            bool: False if the batch is to be left out: neither optimizer nor schedule moves.
+
+        Raises:
+            NonFiniteError: If the run must stop, naming the batch's samples; no weight was changed.
+            OutputError: On all ranks, if the file cannot be written.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return True
+        samples = [pair.sample_id for pair in batch]
+        with fail_together(world, OutputError):
+            if world.is_main:
+                self._lines = self._lines or MetricsFile(self._file, from_step=step - 1)
+                self._lines.write(step, {"loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})
+        found = f"step {step}: loss sum {loss}, gradient norm {grad_norm}."
+        where = f"Samples of the batch, also in {self._file}: {', '.join(samples)}."
+        if self._action == "stop":
+            raise NonFiniteError(f"{found} No weight was changed. {where}")
+        self.skipped.append(step)
+        in_a_row = sum(step - each == i for i, each in enumerate(reversed(self.skipped)))
+        if in_a_row >= self._limit:
+            raise NonFiniteError(
+                f"{found} {in_a_row} batches in a row were not finite, which is nonfinite_limit. No weight was changed "
+                f"in them. {where}"
+            )
+        if world.is_main:
+            log.warning(f"{found} The batch is left out ({len(self.skipped)} so far). {where}")
+        return False

@@ -1,0 +1,200 @@
+"""The collapse watch: what a policy looks like that self-play is ruining, and what to do about it.
+
+Four things are known to go wrong. Real responses become unlikely (only the margin is trained, so both rewards may
+fall); answers no longer end; answers become much longer or shorter; and the game is won, so that nothing is learned
+from it any more. The first and the last show in a step's metrics, the others in an iteration's answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spin.core.errors import CollapseError, ConfigError, StoreError
+from spin.core.ranks import World, broadcast_object, fail_together
+from spin.pairs.store import MANIFEST, PairStore
+
+log = logging.getLogger(__name__)
+
+ACTIONS = ("warn", "stop", "rollback")
+_IN_STEPS = ("real_logp_drift", "acc", "margin")
+_IN_ANSWERS = ("truncated_share", "length_drift")
+LIMITS = _IN_STEPS + _IN_ANSWERS
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A limit that was passed and is to end the run.
+
+    Args:
+        rolls_back (bool): the iteration's steps are to be undone.
+        message (str): what was found, and what to do.
+    """
+
+    rolls_back: bool
+    message: str
+
+
+def check_limits(watch: Mapping[str, Any]) -> None:
+    """Checks the config's ``watch`` section.
+
+    Args:
+        watch (Mapping[str, Any]): ``window``, and ``limit`` and ``action`` for each name in ``LIMITS``.
+
+    Raises:
+        ConfigError: If a value cannot work.
+    """
+    faults = []
+    if not (type(watch["window"]) is int and watch["window"] > 0):
+        faults.append(f"watch.window={watch['window']!r}: expected steps, 1 or more.")
+    for name in LIMITS:
+        limit, action = watch[name]["limit"], watch[name]["action"]
+        if action not in ACTIONS:
+            faults.append(f"watch.{name}.action={action!r}: expected {', '.join(ACTIONS)}.")
+        least = 1 if name == "length_drift" else 0
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= least):
+            faults.append(f"watch.{name}.limit={limit!r}: expected more than {least}, or null for no limit.")
+    if faults:
+        raise ConfigError("\n".join(faults))
+
+
+class Watch:
+    """Compares an iteration's numbers with their limits. The numbers are the same on every rank, so the answers are.
+
+    Args:
+        watch (Mapping[str, Any]): see :func:`check_limits`.
+        is_main (bool): this rank prints the warnings.
+    """
+
+    def __init__(self, watch: Mapping[str, Any], is_main: bool) -> None:
+        self._limits = {name: watch[name]["limit"] for name in LIMITS}
+        self._actions = {name: watch[name]["action"] for name in LIMITS}
+        self._is_main = is_main
+        self._recent = {name: deque[float](maxlen=watch["window"]) for name in _IN_STEPS}
+        self._warned: set[tuple[int, str]] = set()
+        self.metrics: dict[str, float] = {}  # of the iteration's answers, for the log
+
+    @property
+    def can_roll_back(self) -> bool:
+        """A limit rolls back, so the state at an iteration's start is needed until its end."""
+        return any(self._limits[name] is not None and self._actions[name] == "rollback" for name in _IN_STEPS)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last steps' values, and the answers' metrics; JSON values."""
+        return {"recent": {name: list(values) for name, values in self._recent.items()}, "metrics": self.metrics}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes a saved state; one without values is that of an older version."""
+        for name, values in state.get("recent", {}).items():
+            self._recent[name].extend(values)
+        self.metrics = dict(state.get("metrics", {}))
+
+    def start(self, iteration: int, answers: Mapping[str, float]) -> None:
+        """Looks at an iteration's answers, before anything is trained on them.
+
+        Args:
+            iteration (int): counted from 0.
+            answers (Mapping[str, float]): from :func:`answer_metrics`.
+
+        Raises:
+            CollapseError: If a limit was passed whose action is not ``warn``.
+        """
+        self.metrics = {name: value for name, value in answers.items() if name == "length_drift"}
+        found = {}
+        if (share := answers["truncated_share"]) > (self._limits["truncated_share"] or 1):
+            found["truncated_share"] = (
+                f"{share:.1%} of the opponent's answers were cut by sampling.max_new_tokens: they may have lost their "
+                f"end. See `python -m spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
+                "Raise max_new_tokens, or train less"
+            )
+        drift, limit = answers.get("length_drift", 1.0), self._limits["length_drift"]
+        if limit is not None and not 1 / limit <= drift <= limit:
+            found["length_drift"] = (
+                f"the opponent's answers are {drift:.2f} times as long as in iteration 0: the policy may be drifting "
+                "away in length. Look at some with `python -m spin pairs`; lower optimizer.lr, or raise loss.beta"
+            )
+        alarm = self._report(iteration, found)
+        if alarm is not None:
+            raise CollapseError(f"{alarm.message} Nothing was trained on these answers yet.")
+
+    def step(self, iteration: int, step_in_iteration: int, metrics: Mapping[str, float]) -> Alarm | None:
+        """Looks at the mean of the last steps, once an iteration has as many.
+
+        Args:
+            iteration (int): counted from 0.
+            step_in_iteration (int): steps of the iteration so far, this one included.
+            metrics (Mapping[str, float]): of the step; one without comparisons is passed over.
+
+        Returns:
+            Alarm | None: set if a limit was passed whose action is not ``warn``.
+        """
+        for name, values in self._recent.items():
+            if step_in_iteration == 1:
+                values.clear()
+            if name in metrics:
+                values.append(metrics[name])
+        means = {name: sum(v) / len(v) for name, v in self._recent.items() if len(v) == v.maxlen}
+        if len(means) < len(self._recent):
+            return None
+        steps = f"mean of {self._recent['acc'].maxlen} steps"
+        found = {}
+        if self._passes("real_logp_drift", -means["real_logp_drift"]):
+            found["real_logp_drift"] = (
+                f"real responses have lost {-means['real_logp_drift']:.1f} nats against the iteration's start ({steps}"
+                "): the policy unlearns what it should learn. Raise nll_weight, or lower optimizer.lr"
+            )
+        if self._passes("acc", means["acc"]):
+            found["acc"] = (
+                f"acc is {means['acc']:.3f} ({steps}): the policy tells nearly every real answer from its own. Little "
+                "is left to learn in this iteration; use fewer epochs, or raise loss.beta"
+            )
+        if self._passes("margin", means["margin"]):
+            found["margin"] = (
+                f"the margin is {means['margin']:.2f} ({steps}): the loss is flat there. Use fewer epochs, or lower "
+                "loss.beta or optimizer.lr"
+            )
+        return self._report(iteration, found)
+
+    def _passes(self, name: str, value: float) -> bool:
+        return self._limits[name] is not None and value > self._limits[name]
+
+    def _report(self, iteration: int, found: Mapping[str, str]) -> Alarm | None:
+        ending = [name for name in found if self._actions[name] != "warn"]
+        if ending:
+            rolls_back = any(self._actions[name] == "rollback" for name in ending)
+            name = ending[0]
+            limit = f"watch.{name}.limit={self._limits[name]}"
+            return Alarm(rolls_back, f"Iteration {iteration}: {found[name]}. ({limit}, action {self._actions[name]})")
+        for name, text in found.items():
+            if (iteration, name) not in self._warned and self._is_main:
+                log.warning(f"Iteration {iteration}: {text}. (watch.{name}.limit={self._limits[name]})")
+            self._warned.add((iteration, name))
+        return None
+
+
+def answer_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, float]:
+    """How an iteration's answers end and how long they are, from its store. Collective.
+
+    Args:
+        folder (Path): the iteration's folder, with its store of answers.
+        first_folder (Path): that of iteration 0; its store may be gone.
+        world (World): the ranks.
+
+    Returns:
+        dict[str, float]: ``truncated_share``, and ``length_drift``, the mean length over that of iteration 0, where
+        that one is known.
+    """
+    metrics: dict[str, float] = {}
+    with fail_together(world, StoreError):
+        if world.is_main:
+            count, truncated, tokens = PairStore.open(folder / "responses").count_answers()
+            metrics["truncated_share"] = truncated / max(1, count)
+            if tokens and (first_folder / "responses" / MANIFEST).exists():
+                first_count, _, first_tokens = PairStore.open(first_folder / "responses").count_answers()
+                if first_tokens:
+                    metrics["length_drift"] = (tokens / count) / (first_tokens / first_count)
+    return broadcast_object(metrics, world)

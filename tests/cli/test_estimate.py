@@ -1,0 +1,222 @@
+"""Estimates of memory: against measured peaks, and against what PyTorch holds on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from spin.cli.estimate import _data_limit, estimate, main
+from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
+from spin.config.parse import complete, load_config, packaged_configs
+from spin.core.errors import ConfigError
+from spin.core.ranks import init_world
+from spin.model.build import build_model, prepare_model
+from spin.model.lora import prepare_adapters, trainable
+
+GIB = 2**30
+# Peaks of forward and backward without AdamW, GiB a GPU, bf16 compute, compiled layers, layers kept gathered; 64 pairs
+# of 755 tokens on average. torch 2.11, benchmarks/training_step.py, on an H100 (1B) and on two H200 (8B).
+MEASURED = [
+    ("llama3_2/1B_full", 1, 2048, 15.2),
+    ("llama3_2/1B_full", 1, 4096, 17.7),
+    ("llama3_2/1B_full", 1, 8192, 20.6),
+    ("llama3_2/1B_full", 1, 12288, 27.7),
+    ("llama3_2/1B_full", 1, 16384, 32.5),
+    ("llama3_2/1B_full", 1, 32768, 42.0),
+    ("llama3_1/8B_full", 2, 8192, 73.8),
+    ("llama3_1/8B_full", 2, 12288, 99.6),
+]
+# whole iterations with embedded generators, benchmarks/iteration.py
+ITERATIONS = {"llama3_1/8B_full": "full", "llama3_1/8B_lora": "lora", "llama3_1/8B_qlora": "qlora"}
+
+
+def measured_iteration(name: str, repo: Path) -> tuple[list[str], dict[str, float]]:
+    """The overrides of the run, and the peak of tensors in GiB by stage of its second iteration."""
+    file = repo / "benchmarks" / "results" / f"h200_8b_{ITERATIONS[name]}_iteration.json"
+    results = json.loads(file.read_text(encoding="utf-8"))
+    assert results["setup"]["config"] == name
+    stages = {row["stage"]: row["tensors_gib"] for row in results["stages"] if row["iteration"] == 1}
+    return results["setup"]["overrides"], stages
+
+
+def config(name: str, *overrides: str) -> DictConfig:
+    return complete(load_config(name, overrides), LORA_DEFAULTS if "lora" in name else RECIPE_DEFAULTS)
+
+
+@pytest.mark.parametrize(("name", "ranks", "row_tokens", "measured"), MEASURED)
+def test_measured_peaks_are_met_within_15_per_cent(name, ranks, row_tokens, measured):
+    changes = ("enable_activation_checkpointing=false", "fsdp_reshard_after_forward=false", "compile=true")
+    cfg = config(name, f"pairs.row_tokens={row_tokens}", *changes)
+    found = estimate(cfg, ranks, pair_tokens=755)
+    assert found.training - found.optimizer == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ITERATIONS)
+def test_whole_iterations_are_met_within_15_per_cent(name, repo):
+    overrides, stages = measured_iteration(name, repo)
+    found = estimate(config(name, *overrides), pair_tokens=755)
+    assert found.training == pytest.approx(stages["train"], rel=0.15)
+
+
+def measured_steps(repo: Path) -> dict[str, dict]:
+    """Runs of benchmarks/scaling.py: whole optimizer steps on one to four GPUs, FSDP2 and HSDP."""
+    results = json.loads((repo / "benchmarks" / "results" / "scaling_h200x4.json").read_text(encoding="utf-8"))
+    return {name: run for name, run in results["runs"].items() if run["part"] == "step"}
+
+
+def test_steps_on_several_gpus_are_met_within_4_per_cent(repo):
+    runs = measured_steps(repo)
+    assert len(runs) == 9
+    for name, run in runs.items():
+        words = run["arguments"]
+        overrides = [f"pairs.row_tokens={words[words.index('--row-tokens') + 1]}", "compile=true"]
+        overrides += [f"replicas={run['replicas']}"]
+        overrides += ["enable_activation_checkpointing=false", "fsdp_accumulate_unsharded=false"]
+        overrides += [f"fsdp_reshard_after_forward={str('--keep-gathered' not in words).lower()}"]
+        if "adamw8bit" in words:
+            overrides += ["optimizer._component_=spin.training.AdamW8bit", "~optimizer.fused"]
+        cfg = config({"llama3_1_8b": "llama3_1/8B_full", "llama3_2_1b": "llama3_2/1B_full"}[run["model"]], *overrides)
+        measured = max(run["result"]["optimizer_step"]["runs"]["optimizer step"]["peak_gib_by_rank"])
+        assert estimate(cfg, run["gpus"], pair_tokens=755).training == pytest.approx(measured, rel=0.04), name
+
+
+def test_full_fine_tuning_by_hand():
+    """Llama 3.2 1B, 1,235,814,400 weights: 4 bytes each in fp32, 4 of gradient, 8 of AdamW, 2 gathered.
+
+    A layer keeps 2 * 2 * 2048 of norms, 2 * 2048 of q and attention, 2 * 512 of k and v, 3 * 8192 of the MLP: 37,888
+    numbers a token, times 16 layers, and 4 * 2048 around them. The head: 2048 * 128,256 logits in bf16, and the
+    weight's gradient in fp32. The cache: 256 slots of 1,536 tokens, 16 layers, k and v of 512, bf16; a step's logits.
+    """
+    found = estimate(config("llama3_2/1B_full"))
+    n = 1_235_814_400
+    assert (found.trained, found.frozen, found.row_tokens) == (n, 0, 12288)
+    expected = {
+        "weights": 4 * n,
+        "gradients": 4 * n,
+        "optimizer": 8 * n,
+        "gathered": 2 * n,
+        "activations": 12288 * (16 * 37_888 + 4 * 2048) * 2,
+        "head": 2048 * 128_256 * 2 + 128_256 * 2048 * 4,
+        "cache": 256 * 1536 * 16 * 2 * 512 * 2 + 256 * 128_256 * 6,
+        "state": 12 * n,
+        "export": 2 * n,
+    }
+    assert {name: getattr(found, name) * GIB for name in expected} == pytest.approx(expected)
+    assert found.peak == found.training == pytest.approx(sum(expected[k] for k in list(expected)[:6]) / GIB)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("base_dtype=bf16", "compute_dtype=bf16"),
+        ("base_dtype=fp32", "compute_dtype=bf16", "model.use_dora=true"),
+        ("base_dtype=bf16", "compute_dtype=bf16", "model.num_kv_heads=4", "model.quantize_base=true"),
+    ],
+)
+def test_weights_are_what_pytorch_holds(changes, repo, tmp_path):
+    """The bytes of a prepared model's storages, its NF4 parts one by one, and of AdamW's state after a step."""
+    overrides = [f"output_dir={tmp_path}", "optimizer._component_=torch.optim.AdamW", *changes]
+    cfg = complete(load_config(str(repo / "tests/assets/tiny_lora.yaml"), overrides), LORA_DEFAULTS)
+    found = estimate(cfg)
+    base_dtype = torch.bfloat16 if cfg.base_dtype == "bf16" else torch.float32
+    world = init_world("cpu")
+    model = build_model(cfg.model, base_dtype)
+    prepare_adapters(model, torch.float32, world)
+    prepare_model(model, world, compute_dtype=torch.bfloat16)
+    held = 0
+    for parameter in model.parameters():
+        local = getattr(parameter, "_local_tensor", parameter)
+        parts = [local]
+        if hasattr(local, "quantized_data"):
+            parts = [local.quantized_data, local.quantized_scalers, local.quantization_factor]
+        held += sum(part.numel() * part.element_size() for part in parts)
+    assert found.weights * GIB == pytest.approx(held, rel=2e-3)  # NF4's factor may be in bf16
+    trained = sum(parameter.numel() for parameter in trainable(model))
+    optimizer = torch.optim.AdamW(trainable(model))
+    for parameter in trainable(model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = sum(
+        value.numel() * 4 for state in optimizer.state.values() for key, value in state.items() if key != "step"
+    )
+    assert found.optimizer * GIB == moments == 8 * trained
+    assert found.gradients * GIB == 4 * trained
+
+
+def test_a_frozen_base_has_no_gradient_no_state_and_no_second_copy():
+    """LoRA of Llama 3.1 8B on one GPU: 15 GiB of base in bf16, used where it is; NF4: a third of that."""
+    lora, qlora = (estimate(config(f"llama3_1/8B_{kind}")) for kind in ("lora", "qlora"))
+    assert lora.frozen == qlora.frozen == 8_030_261_248
+    assert 15.0 < lora.weights < 15.3 and 5.2 < qlora.weights < 6.2
+    for found in (lora, qlora):
+        assert found.gathered < 0.1 and found.playing_copy < 0.1
+        assert found.gradients + found.optimizer + found.state < 1.5
+        assert found.peak < 79
+    several = estimate(config("llama3_1/8B_lora"), ranks=8)
+    assert several.weights == pytest.approx(lora.weights / 8) and several.playing_copy > 14.9
+
+
+def test_more_of_a_knob_is_more_memory_where_it_should_be():
+    base = estimate(config("llama3_1/8B_lora"))
+    assert estimate(config("llama3_1/8B_lora", "pairs.row_tokens=16384")).activations > 1.9 * base.activations
+    assert estimate(config("llama3_1/8B_lora", "generator.batch_size=128")).cache == pytest.approx(2 * base.cache)
+    assert estimate(config("llama3_1/8B_lora", "logprob_chunk_tokens=4096")).head == pytest.approx(2 * base.head)
+    assert estimate(config("llama3_1/8B_lora", "model.lora_rank=32")).optimizer == pytest.approx(2 * base.optimizer)
+    flipped = str(not config("llama3_1/8B_lora").enable_activation_checkpointing).lower()
+    other = estimate(config("llama3_1/8B_lora", f"enable_activation_checkpointing={flipped}")).activations
+    assert (other < base.activations) == (flipped == "true")
+
+
+TRAINING = [name for name in packaged_configs() if not name.startswith(("generate/", "evaluate/"))]
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_every_config_has_an_estimate(name, repo):
+    """Those of the LoRA recipe state it in their header."""
+    found = estimate(config(name))
+    assert found.training > found.weights + found.activations > found.weights > 0
+    assert found.playing >= found.weights + found.cache
+    if name.endswith("lora"):
+        header = (repo / "configs" / f"{name}.yaml").read_text(encoding="utf-8").split("\n\n", 1)[0]
+        if name in ITERATIONS:
+            peak = max(measured_iteration(name, repo)[1].values())
+            assert f"(the peak measured on one NVIDIA H200: {peak:.1f} GiB of tensors)" in header
+        else:
+            assert "an ESTIMATE (not measured)" in header
+        assert f"One GPU: about {found.peak:.0f} GiB" in header
+        assert f"{found.activations:.1f} GiB a row of {found.row_tokens} tokens" in header
+
+
+def test_a_mixture_counts_as_the_longest_of_its_sources():
+    cfg = OmegaConf.create(
+        {
+            "dataset": {
+                "common": {"max_prompt_tokens": 100, "limit": 5},
+                "sources": {"a": {"max_prompt_tokens": 300, "limit": 7}, "b": {"max_response_tokens": 9}},
+            }
+        }
+    )
+    limits = [_data_limit(cfg, key) for key in ("max_prompt_tokens", "max_response_tokens", "limit")]
+    assert limits == [300, None, 12]
+
+
+def test_numbers_that_cannot_be():
+    with pytest.raises(ConfigError, match="multiples of replicas=2"):
+        estimate(config("llama3_1/8B_full", "replicas=2"), ranks=3)
+    with pytest.raises(ConfigError, match="pair_tokens=-5: expected the mean tokens of a pair, 1 or more"):
+        estimate(config("llama3_1/8B_full"), pair_tokens=-5)
+
+
+def test_the_command_prints_all_parts_and_answers_a_wrong_name(capsys):
+    assert main(["--config", "llama3_1/8B_lora", "--ranks", "2", "--pair-tokens", "755", "pairs.row_tokens=4096"]) == 0
+    text = capsys.readouterr().out
+    for part in ("weights", "gradients", "optimizer", "activations", "key-value cache", "peak", "on disk", "frozen"):
+        assert part in text
+    assert main(["--config", "evaluate/llama3_2_1B"]) == 1
+    assert "estimates are of training" in capsys.readouterr().err
+    assert main(["--config", "llama3_1/8B_lor"]) == 1
+    assert "Did you mean llama3_1/8B_lora" in capsys.readouterr().err

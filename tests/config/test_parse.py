@@ -1,0 +1,571 @@
+"""spin/config/parse.py: files and overrides, unknown keys, and components that must never be imported."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from spin import config
+from spin.config.defaults import RECIPE_DEFAULTS
+from spin.core.errors import ConfigError, DataError
+
+TINY = "tests/assets/tiny.yaml"
+DEFAULTS: dict[str, Any] = {
+    "output_dir": "???",
+    "model": {"_component_": "???"},
+    "optimizer": {
+        "_component_": "torch.optim.AdamW",
+        "lr": 5e-7,
+        "fused": True,
+        "_extra_": {"reset_each_iteration": True},
+    },
+    "lr_scheduler": {"name": "linear", "warmup": 0.1},
+    "validation_dataset": None,
+    "metadata": {},
+    "max_iterations": 3,
+    "clip_grad_norm": 1.0,
+    "resume": "auto",
+    "compile": False,
+    "log_dir": "${output_dir}/logs",
+    "allow_components": [],
+}
+VALID = """\
+output_dir: out
+model:
+  _component_: torchtune.models.llama2.llama2
+  vocab_size: 32
+  num_layers: 1
+  num_heads: 2
+  num_kv_heads: 1
+  embed_dim: 8
+  max_seq_len: 16
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(text: str, name: str = "config.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write_file
+
+
+@pytest.fixture
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An importable module ``evil_package`` that leaves a file behind when it is imported."""
+    marker = tmp_path / "imported"
+    package = tmp_path / "site" / "evil_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        f"from pathlib import Path\nPath({str(marker)!r}).touch()\ndef run(value=1):\n    return value\n"
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.delitem(sys.modules, "evil_package", raising=False)
+    yield marker
+    sys.modules.pop("evil_package", None)
+
+
+def completed(text: str = VALID, *overrides: str, defaults: dict[str, Any] = DEFAULTS) -> DictConfig:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(text)
+        file.flush()
+        return config.complete(config.load_config(file.name, overrides), defaults)
+
+
+# --- Files and overrides ---
+
+
+def test_import_is_light():
+    """`spin_recipe --config typo` answers at once: torch loads only when a component is looked up."""
+    code = "import sys, spin.config.parse; sys.exit('torch' in sys.modules or 'torchtune' in sys.modules)"
+    repo = Path(config.__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=repo).returncode == 0
+
+
+def test_overrides_are_typed_as_yaml(write):
+    path = write(VALID)
+    cfg = config.load_config(
+        path,
+        ["a=1", "b=1e-7", "c=true", "d=null", "e=[1,2]", "f={g: 2}", "h.i=x=y=z", "j=", "model.num_layers=5"],
+    )
+    assert (cfg.a, cfg.b, cfg.c, cfg.d, cfg.e, cfg.f.g, cfg.h.i) == (1, 1e-7, True, None, [1, 2], 2, "x=y=z")
+    assert cfg.j in ("", None)
+    assert cfg.model._component_ == "torchtune.models.llama2.llama2" and cfg.model.num_layers == 5
+
+
+@given(st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False))
+def test_override_value_survives(value):
+    """repr of a number or bool, given on the command line, comes back as that value."""
+    cfg = completed("", f"section.key={value!r}", defaults={"section": {}})
+    assert cfg.section.key == value and type(cfg.section.key) is type(value)
+
+
+def test_override_of_a_section_by_a_path_replaces_its_component(write):
+    cfg = config.load_config(write(VALID), ["model=torchtune.models.mistral.mistral"])
+    assert cfg.model._component_ == "torchtune.models.mistral.mistral" and cfg.model.num_heads == 2
+
+
+def test_tilde_removes(write):
+    cfg = config.load_config(write(VALID), ["~model.num_heads", "~output_dir"])
+    assert list(cfg) == ["model"] and "num_heads" not in cfg.model and cfg.model.num_layers == 1
+    with pytest.raises(ConfigError, match="num_head.*no such key to remove.*Did you mean 'num_heads'"):
+        config.load_config(write(VALID), ["~model.num_head"])
+
+
+def test_malformed_overrides_are_all_reported(write):
+    with pytest.raises(ConfigError) as error:
+        config.load_config(write(VALID), ["lonely", "=1", "a=[1,", "b=${"])
+    assert str(error.value).startswith("4 faults")
+    for override in ("lonely", "=1", "a=[1,", "b=${"):
+        assert repr(override) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [("a: 1\nb: [1, 2\n", 3), ("a: 1\nb: 2\n\ta: 3\n", 3), ("a: 1\na: 2\n", 2), ("x: 1\n y: 2\n", 2)],
+    ids=["unclosed", "tab", "duplicate", "indent"],
+)
+def test_yaml_error_names_file_and_line(write, text, line):
+    path = write(text)
+    with pytest.raises(ConfigError) as error:
+        config.load_config(path)
+    assert f"{path}:{line}:" in str(error.value) and "not valid YAML" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"\xff\xfe\x00", "YAML|UTF-8"), (b"- a\n- b\n", "top level is a list")]
+)
+def test_file_that_is_no_config(tmp_path, content, message):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        config.load_config(str(path))
+
+
+def test_folder_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder"):
+        config.load_config(str(tmp_path))
+
+
+def test_packaged_names(tmp_path, monkeypatch):
+    """A packaged name works from any directory, with or without .yaml; a file of that name goes first."""
+    monkeypatch.chdir(tmp_path)
+    assert "llama3_2/1B_full" in config.packaged_configs()
+    packaged = config.load_config("llama3_2/1B_full")
+    assert packaged == config.load_config("llama3_2/1B_full.yaml") and "model" in packaged
+    (tmp_path / "llama3_2").mkdir()
+    (tmp_path / "llama3_2" / "1B_full.yaml").write_text("mine: true\n")
+    assert config.load_config("llama3_2/1B_full.yaml") == {"mine": True}
+
+
+def test_missing_config_suggests_packaged_names():
+    with pytest.raises(ConfigError, match=r"'llama3_2/1B_ful' not found.*Did you mean llama3_2/1B_full"):
+        config.load_config("llama3_2/1B_ful")
+    with pytest.raises(ConfigError, match="not found"):
+        config.load_config("../spin/core/errors.py/none")
+
+
+# --- Completing ---
+
+
+def test_defaults_are_merged_below_and_interpolations_resolved():
+    cfg = completed(VALID, "lr_scheduler.warmup=5", "optimizer.lr=[1e-6,2e-6]")
+    assert cfg.lr_scheduler == {"name": "linear", "warmup": 5}
+    assert cfg.optimizer.lr == [1e-6, 2e-6] and cfg.optimizer.reset_each_iteration is True
+    assert OmegaConf.to_container(cfg)["log_dir"] == "out/logs"
+    assert DEFAULTS["lr_scheduler"] == {"name": "linear", "warmup": 0.1}, "defaults must not be changed"
+
+
+def test_completing_twice_changes_nothing():
+    """A config that a run has written down is a config that a run can read."""
+    cfg = completed()
+    assert config.complete(cfg, DEFAULTS) == cfg
+
+
+def test_default_arguments_belong_to_the_default_component():
+    """AdamW's fused=True must not reach SGD, but the recipe's own keys stay."""
+    cfg = completed(VALID, "optimizer=torch.optim.SGD", "optimizer.momentum=0.9")
+    assert cfg.optimizer._component_ == "torch.optim.SGD"
+    assert "fused" not in cfg.optimizer and cfg.optimizer.reset_each_iteration is True
+
+
+def test_typo_in_a_component_gets_a_suggestion():
+    defaults = {"loss": {"_component_": "spin.loss.SPINLoss", "beta": 0.1}}
+    with pytest.raises(
+        ConfigError, match=r"loss\.betta: spin\.loss\.SPINLoss has no such parameter\. Did you mean 'beta'"
+    ):
+        completed("loss: {betta: 0.2}", defaults=defaults)
+
+
+def test_unknown_keys_get_suggestions():
+    with pytest.raises(ConfigError, match=r"max_iteratons: unknown key\. Did you mean 'max_iterations'"):
+        completed(VALID, "max_iteratons=2")
+    with pytest.raises(ConfigError, match=r"lr_scheduler\.warmpu: unknown key\. Did you mean 'warmup'"):
+        completed(VALID, "lr_scheduler.warmpu=2")
+    with pytest.raises(ConfigError, match=r"fused: unknown key\. Did you mean 'optimizer\.fused'"):
+        completed(VALID, "fused=true")
+    with pytest.raises(ConfigError, match=r"optimizer\.reset_each_iter: .*Did you mean 'reset_each_iteration'"):
+        completed(VALID, "optimizer.reset_each_iter=true")
+    with pytest.raises(ConfigError, match=r"lr_scheduler\._component_: unknown key"):
+        completed(VALID, "lr_scheduler._component_=torch.optim.SGD")
+
+
+def test_all_faults_are_reported_at_once():
+    with pytest.raises(ConfigError) as error:
+        completed("model: {_component_: os.system, command: x}\nresum: auto\ncompile: 3\noptimizer: {learning_rate: 1}")
+    text = str(error.value)
+    assert text.startswith("5 faults:")
+    for part in (
+        "output_dir: not set",
+        "model._component_: os.system",
+        "resum:",
+        "compile:",
+        "optimizer.learning_rate:",
+    ):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_iterations=two", "max_iterations: found 'two', expected a number such as 3"),
+        ("max_iterations=true", "max_iterations: found True, expected a number"),
+        ("compile=1", "compile: found 1, expected a bool"),
+        ("resume=off", r"resume: found False, expected a text .*Quote it"),
+        ("lr_scheduler=cosine", "lr_scheduler: found 'cosine', expected a section with keys name, warmup"),
+        ("lr_scheduler=null", "lr_scheduler: found None, expected a section"),
+        ("allow_components=my_package", r"allow_components: .*expected a list"),
+        ("log_dir=${nowhere}", "log_dir: .*nowhere"),
+        ("resume=???", "resume: not set"),
+    ],
+)
+def test_wrong_values(override, message):
+    with pytest.raises(ConfigError, match=message):
+        completed(VALID, override)
+
+
+def test_values_that_are_fine():
+    cfg = completed(
+        VALID, "max_iterations=2.5", "clip_grad_norm=null", "metadata.any.name=1", "validation_dataset=null"
+    )
+    assert cfg.clip_grad_norm is None and cfg.metadata.any.name == 1
+
+
+# --- Components ---
+
+LOGGER = "torchtune.training.metric_logging.WandBLogger"
+ATTACKS = [
+    "os.system",
+    "subprocess.Popen",
+    "builtins.eval",
+    "evil_package.run",
+    "torch.hub.load",
+    "torch.load",
+    "torch.serialization.load",
+    "torch.os.system",
+    "torch.utils.cpp_extension.load_inline",
+    "torch.compile",
+    "torch.distributed.run.main",
+    "torch.multiprocessing.spawn",
+    "torch.utils.data.dataloader.os.system",
+    "torch.storage.UntypedStorage.from_file",
+    "torch.from_file",
+    "torch.UntypedStorage.from_file",
+    "torch.FloatStorage.from_file",
+    "torch._C._jit_init",
+    "torchtune.config.instantiate",
+    "torchtune.training.safe_torch_load",
+    "torchtune.training.checkpointing._checkpointer.torch.load",
+    "torchtune.data.importlib.import_module",
+    "spin.config.parse.importlib.import_module",
+    "spin.core.errors.__builtins__.eval",
+    "spinx.errors.SpinError",
+    "torch",
+    "torch.nn",
+    "torch.float32",
+    "torch..nn.Linear",
+    "torch.nn.Linear()",
+    "../evil_package.run",
+    "",
+]
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("place", ["section", "nested", "list", "unused", "template"])
+def test_attacks_are_refused(attack, place, evil):
+    """RELIABILITY 23: refused wherever it stands, and nothing outside the allowed packages is imported."""
+    node = {"_component_": attack}
+    host = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "x"}
+    section, value = {
+        "section": ("model", node),
+        "nested": ("metric_logger", {"_component_": LOGGER, "name": node}),
+        "list": ("validation_dataset", [{"a": [node]}]),
+        "unused": ("metadata", {"never": {"read": node}}),
+        "template": ("model", {**host, "prompt_template": attack}),
+    }[place]
+    cfg = OmegaConf.merge(OmegaConf.create(VALID), {section: value})
+    with pytest.raises(ConfigError):
+        config.complete(cfg, DEFAULTS)
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_attacks_are_refused_by_instantiate(attack, evil):
+    """Also where nobody called complete() before."""
+    for node in (
+        {"_component_": attack},
+        {"_component_": LOGGER, "a": {"_component_": attack}},
+        {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "x", "prompt_template": attack},
+    ):
+        with pytest.raises(ConfigError):
+            config.instantiate(OmegaConf.create({"model": node}).model)
+    assert not evil.exists()
+
+
+def test_components_in_lists_that_nothing_uses_are_refused_before_anything_is_imported(evil):
+    defaults = {"unused": [], "name": "", "key": 0}
+    cfg = OmegaConf.create({"unused": [{"x": {"_component_": "evil_package.run"}}], "name": "${key}", "key": 1})
+    with pytest.raises(
+        ConfigError, match=r"unused\[0\]\.x\._component_: evil_package\.run.*allow_components=\[evil_pa"
+    ):
+        config.complete(cfg, defaults)
+    assert not evil.exists()
+
+
+def test_attack_by_override_and_by_interpolation(evil):
+    with pytest.raises(ConfigError, match="evil_package.run is not allowed here"):
+        completed(VALID, "model=evil_package.run")
+    with pytest.raises(ConfigError, match="evil_package.run is not allowed here"):
+        completed(
+            VALID,
+            "metadata.x=evil_package",
+            "model=torchtune.models.llama2.llama2",
+            "model._component_=${metadata.x}.run",
+        )
+    assert not evil.exists()
+
+
+def test_user_package_is_allowed_by_name(evil):
+    cfg = completed(VALID, "allow_components=[evil_package]", "validation_dataset={_component_: evil_package.run}")
+    assert config.instantiate(cfg.validation_dataset, value=7) == 7
+    assert evil.exists(), "the module is really the one that was asked for"
+    with pytest.raises(ConfigError, match="evil_package.Path is not allowed"):
+        completed(VALID, "allow_components=[evil_package]", "validation_dataset={_component_: evil_package.Path}")
+
+
+def test_user_package_is_found_where_the_program_started(tmp_path, monkeypatch):
+    (tmp_path / "my_local_parts.py").write_text("def part():\n    return 'mine'\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    cfg = completed(VALID, "allow_components=[my_local_parts]", "validation_dataset={_component_: my_local_parts.part}")
+    assert config.instantiate(cfg.validation_dataset) == "mine"
+
+
+@pytest.mark.parametrize("name", ["os", "subprocess", "builtins", "importlib.util", "not a name", "3"])
+def test_allow_components_takes_packages_of_the_user_only(name):
+    with pytest.raises(ConfigError, match="allow_components"):
+        completed(VALID, f"allow_components=['{name}']")
+
+
+def test_component_that_does_not_exist_gets_a_suggestion():
+    with pytest.raises(ConfigError, match=r"optimizer: torch\.optim\.AdamWW: torch\.optim has no 'AdamWW'.*'AdamW'"):
+        completed(VALID, "optimizer=torch.optim.AdamWW")
+    with pytest.raises(
+        ConfigError, match=r"torch\.optum\.AdamW is not allowed here.* Did you mean 'torch.optim.AdamW'"
+    ):
+        completed(VALID, "optimizer=torch.optum.AdamW")
+
+
+def test_instantiate_leaves_out_the_recipes_own_keys():
+    cfg = completed(VALID, "optimizer.lr=[1e-6,2e-6]")
+    model = config.instantiate(cfg.model)
+    assert model.tok_embeddings.weight.shape == (32, 8)
+    optimizer = config.instantiate(cfg.optimizer, model.parameters(), lr=3e-6, fused=False)
+    assert optimizer.defaults["lr"] == 3e-6 and "reset_each_iteration" not in optimizer.defaults
+    assert cfg.optimizer.lr == [1e-6, 2e-6]
+
+
+def test_instantiate_builds_nested_components(tmp_path, monkeypatch):
+    text = "def outer(inner):\n    return [inner]\n\n\ndef inner(x):\n    return x + 1\n"
+    (tmp_path / "my_nested.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", "other_package,my_nested")
+    node = {"_component_": "my_nested.outer", "inner": {"_component_": "my_nested.inner", "x": 2}}
+    assert config.instantiate(OmegaConf.create(node)) == [3]
+    assert config.instantiate(None) is None
+
+
+def test_instantiate_explains_arguments_that_do_not_fit():
+    cfg = OmegaConf.create({"model": {"_component_": "torchtune.models.llama2.llama2", "num_layers": 2}})
+    with pytest.raises(
+        ConfigError, match=r"model: torchtune\.models\.llama2\.llama2: missing a required argument: 'vocab_size'"
+    ):
+        config.instantiate(cfg.model)
+    with pytest.raises(ConfigError, match="expected a section with _component_"):
+        config.instantiate(OmegaConf.create({"model": {"a": 1}}).model)
+
+
+# --- The command line ---
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Runs a recipe_main under parse() as `python recipe.py ARGS`; returns exit code and stderr."""
+
+    def run(recipe_main, *argv: str):
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
+        with pytest.raises(SystemExit) as stop:
+            config.parse(DEFAULTS)(recipe_main)()
+        return stop.value.code, capsys.readouterr().err
+
+    return run
+
+
+def test_parse_hands_over_the_completed_config(run_main, write):
+    seen = []
+    path = write(VALID)
+    for argv in (["--config", path, "max_iterations=7"], [f"--config={path}", "max_iterations=7"]):
+        code, _ = run_main(lambda cfg: seen.append(cfg.max_iterations), *argv)
+        assert not code
+    assert seen == [7, 7]
+    assert run_main(lambda cfg: 3, "--config", path)[0] == 3
+
+
+def test_parse_prints_errors_without_a_traceback(run_main, write):
+    def fail(cfg):
+        raise DataError("train.jsonl:3: no answer.")
+
+    path = write(VALID)
+    assert run_main(fail, "--config", path) == (1, "error: train.jsonl:3: no answer.\n")
+    code, text = run_main(fail, "--config", path, "compille=true")
+    assert code == 1 and text.startswith(
+        f"error: {path} with overrides: compille: unknown key. Did you mean 'compile'?"
+    )
+    assert run_main(lambda cfg: cfg.nothing_here and None, "--config", write("output_dir: ${x}\n"))[0] == 1
+
+
+def test_faults_of_a_recipes_own_checks_are_listed(run_main, write):
+    def check(cfg):
+        faults = config.Faults()
+        faults.add("first\nwith a second line")
+        faults.add("second")
+        faults.raise_if_any()
+
+    code, text = run_main(check, "--config", write(VALID))
+    assert code == 1
+    assert text.endswith("2 faults:\n  - first\n    with a second line\n  - second\n")
+
+
+def test_only_rank_0_prints_the_whole_error(run_main, write, monkeypatch):
+    path = write("a: 1\nb: 2\noutput_dir: x\n")
+    monkeypatch.setenv("RANK", "1")
+    code, text = run_main(lambda cfg: 0, "--config", path)
+    assert code == 1 and text == f"error (rank 1): {path}: 2 faults:\n"
+
+
+def test_other_exceptions_and_the_debug_switch_propagate(write, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", write(VALID)])
+
+    def fail(cfg):
+        raise KeyError("a defect")
+
+    with pytest.raises(KeyError):
+        config.parse(DEFAULTS)(fail)()
+    monkeypatch.setenv("SPIN_TRACEBACK", "1")
+    with pytest.raises(DataError):
+        config.parse(DEFAULTS)(lambda cfg: (_ for _ in ()).throw(DataError("x")))()
+
+
+def test_unknown_option_and_missing_config_are_usage_errors(run_main, write):
+    code, text = run_main(lambda cfg: 0, "--config", write(VALID), "--lr", "3")
+    assert code == 2 and "--lr" in text and "key=value" in text
+    assert run_main(lambda cfg: 0)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "checkpointer.keep_last=two",
+            "checkpointer.keep_last: found 'two', spin.checkpoint.SPINCheckpointer expects int",
+        ),
+        ("checkpointer.async_save=1", "async_save: found 1, .* expects bool"),
+        ("model.num_layers=2.5", "model.num_layers: found 2.5, .* expects int"),
+        ("model.norm_eps=small", "model.norm_eps: found 'small', .* expects float"),
+        ("dataset.limit=many", "dataset.limit: found 'many', .* expects int or null"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named_before_anything_is_loaded(override, message, repo):
+    with pytest.raises(ConfigError, match=message):
+        config.complete(config.load_config(str(repo / TINY), ["output_dir=out", override]), RECIPE_DEFAULTS)
+
+
+@pytest.mark.parametrize(
+    "override", ["dataset.limit=null", "loss.beta=[0.1,0.2]", "optimizer.lr=1", "model.norm_eps=1"]
+)
+def test_arguments_of_the_right_kind_pass(override, repo):
+    config.complete(config.load_config(str(repo / TINY), ["output_dir=out", override]), RECIPE_DEFAULTS)
+
+
+def test_what_a_component_raises_about_its_values_names_the_section():
+    import torch
+
+    cfg = OmegaConf.create({"optimizer": {"_component_": "torch.optim.AdamW", "lr": -1.0}})
+    with pytest.raises(
+        ConfigError, match=r"optimizer: torch.optim.AdamW does not take these values \(ValueError: Inva"
+    ):
+        config.instantiate(cfg.optimizer, [torch.nn.Parameter(torch.ones(1))])
+
+
+def test_an_override_that_yaml_takes_for_something_else_says_how_to_quote_it(write):
+    path = write("dataset: {source: a.jsonl}")
+    with pytest.raises(ConfigError, match=r"not valid YAML: .*Quote a text that begins so"):
+        config.load_config(path, ["dataset.source=[a.jsonl"])
+    assert config.load_config(path, ["dataset.source=*.jsonl"]).dataset.source == "*.jsonl"
+    assert config.load_config(path, ["dataset.source='*.jsonl'"]).dataset.source == "*.jsonl"
+
+
+def test_a_tokenizers_file_that_cannot_be_read_is_told_with_its_section(tmp_path):
+    cfg = OmegaConf.create(
+        {"tokenizer": {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": str(tmp_path)}}
+    )
+    with pytest.raises(ConfigError, match=r"^tokenizer: torchtune\.models.*Is a directory.*Check the paths"):
+        config.instantiate(cfg.tokenizer)
+
+
+def test_what_a_component_of_your_own_raises_names_its_line(tmp_path, monkeypatch):
+    """The last line of the user's package, not that of the library which it called."""
+    (tmp_path / "my_losses.py").write_text(
+        "import math\n\n\nclass Loss:\n    def __init__(self, beta):\n        check(beta)\n\n\n"
+        "def check(beta):\n    math.sqrt(-beta)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", "my_losses")
+    cfg = OmegaConf.create({"loss": {"_component_": "my_losses.Loss"}})
+    place = re.escape(f"{tmp_path}/my_losses.py:10")
+    with pytest.raises(ConfigError, match=rf"loss: my_losses.Loss .*\(ValueError: .*, at {place}\)"):
+        config.instantiate(cfg.loss, beta=1.0)
+
+
+def test_a_path_gives_a_section_its_component_whether_it_had_one_or_not(tmp_path):
+    """Both sections keep what else stands in them, in torchtune's notation."""
+    (tmp_path / "c.yaml").write_text(
+        "loss: {beta: 0.3}\noptimizer: {_component_: torch.optim.AdamW, lr: 0.1}\nlr_scheduler: {name: cosine}\n"
+    )
+    overrides = ["loss=spin.loss.TSPINLoss", "optimizer=torch.optim.SGD"]
+    cfg = config.load_config(str(tmp_path / "c.yaml"), overrides)
+    assert cfg.loss == {"_component_": "spin.loss.TSPINLoss", "beta": 0.3}
+    assert cfg.optimizer == {"_component_": "torch.optim.SGD", "lr": 0.1}
+    replaced = config.load_config(str(tmp_path / "c.yaml"), ["lr_scheduler=linear"])
+    assert replaced.lr_scheduler == "linear"  # no path: a fault that complete() reports

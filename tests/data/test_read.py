@@ -1,0 +1,312 @@
+"""The data set that a config names: what is kept, what is refused, and what is said about it."""
+
+import logging
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from spin.core.errors import ConfigError, DataError
+from spin.data.chat import ChatTokenizer
+from spin.data.read import PromptDataset, check_vocabulary, prompt_dataset
+from spin.types import Prompt
+
+
+class Letters:
+    """A tokenizer that can be counted by hand: one token a character, ``<`` before the answer, 0 as stop token."""
+
+    eos_ids = (0,)
+    pad_id = 0
+    vocab_size = 256
+    max_seq_len = None
+    fingerprint = "letters"
+
+    def encode_prompt(self, messages):
+        return [ord(char) for char in "".join(message["content"] for message in messages) + "<"]
+
+    def encode_pair(self, messages):
+        if "?" in messages[-1]["content"]:
+            raise DataError("the template refuses question marks.")
+        return self.encode_prompt(messages[:-1]), [*map(ord, messages[-1]["content"]), 0]
+
+    def decode(self, ids, skip_special_tokens=False):
+        return "".join(chr(token) for token in ids if token)
+
+
+def pair(prompt="ab", response="xy", **more):
+    return {"prompt": prompt, "response": response, **more}
+
+
+def text(ids):
+    return "".join(chr(token) if token else "." for token in ids)
+
+
+def test_samples_in_order_with_ids(source):
+    path = source(pair(id="one"), pair("cd", "z", id=7), pair("ef", "z"), pair("gh", "z", id=None))
+    dataset = prompt_dataset(Letters(), source=path)
+    assert dataset.sample_ids == ["one", "7", "data-3", "data-4"]
+    assert dataset[0] == Prompt("one", [97, 98, 60], [120, 121, 0])
+    assert dataset[-1].prompt_ids == [103, 104, 60]
+    assert [prompt.sample_id for prompt in dataset] == dataset.sample_ids
+    assert dataset.prompt_lengths.tolist() == [3, 3, 3, 3]
+    assert dataset.real_lengths.tolist() == [3, 2, 2, 2]
+    assert dataset.lengths.tolist() == [6, 5, 5, 5]
+    assert (dataset.report.rows, dataset.report.samples, dataset.report.counts) == (4, 4, {})
+    with pytest.raises(IndexError):
+        dataset[4]
+
+
+def test_originals_are_kept_on_request_and_of_kept_samples_only(source):
+    path = source(
+        pair(id="one", solution="7"), pair(id="bad", response="?"), pair("long" * 9, id="long"), pair(id="two")
+    )
+    options = {"source": path, "on_bad_row": "skip", "on_long_prompt": "drop", "max_prompt_tokens": 9}
+    dataset = prompt_dataset(Letters(), **options, keep_originals=True)
+    assert list(dataset.originals) == dataset.sample_ids == ["one", "two"]
+    original = dataset.originals["one"]
+    assert original.messages == [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "xy"}]
+    assert original.row["solution"] == "7"
+    assert prompt_dataset(Letters(), **options).originals == {}
+
+
+def test_options_reach_the_row_parser(source):
+    path = source({"q": "ab", "a": "xy", "key": "k"})
+    dataset = prompt_dataset(
+        Letters(), source=path, column_map={"prompt": "q", "response": "a"}, system_prompt="S", id_column="key"
+    )
+    assert dataset.sample_ids == ["k"] and text(dataset[0].prompt_ids) == "Sab<"
+
+
+def test_message_transform_takes_the_place_of_the_format(source):
+    def transform(row):
+        return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": "z"}]}
+
+    path = source({"q": "ab"})
+    assert text(prompt_dataset(Letters(), source=path, message_transform=transform)[0].prompt_ids) == "ab<"
+    for options in ({"column_map": {"prompt": "q"}}, {"format": "alpaca"}):
+        with pytest.raises(ConfigError, match="takes the place of"):
+            prompt_dataset(Letters(), source=path, message_transform=transform, **options)
+
+
+def test_all_turns_are_games_of_their_own(source):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    row = {"id": "m", "messages": [{"role": role, "content": content} for role, content in turns]}
+    dataset = prompt_dataset(Letters(), source=source(row), turns="all")
+    games = [(prompt.sample_id, text(prompt.prompt_ids), text(prompt.real_ids)) for prompt in dataset]
+    assert games == [("m#turn0", "a<", "b."), ("m#turn1", "abc<", "d.")]
+    last = prompt_dataset(Letters(), source=source(row))
+    assert [(prompt.sample_id, text(prompt.real_ids)) for prompt in last] == [("m", "d.")]
+
+
+def test_all_bad_rows_are_reported_at_once_with_place_reason_and_remedy(source):
+    path = source(pair(), '{"prompt": ', pair(response=""), pair(response="why?"), {"messages": 5}, pair(id=[1]))
+    with pytest.raises(DataError) as caught:
+        prompt_dataset(Letters(), source=path)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"5 samples in 6 rows of {path} cannot be used:"
+    assert lines[1].startswith("  data.jsonl:2: not valid JSON") and "on_bad_row=skip" in lines[1]
+    assert lines[2].startswith("  data.jsonl:3: message 1 (role 'assistant') has empty content")
+    assert lines[3] == "  data.jsonl:4: the template refuses question marks."
+    assert lines[4].startswith("  data.jsonl:5: messages is of type int")
+    assert lines[5].startswith("  data.jsonl:6: column 'id' holds [1]")
+
+
+def test_list_of_bad_rows_stops_at_twenty(source):
+    with pytest.raises(DataError) as caught:
+        prompt_dataset(Letters(), source=source(*[pair(response="")] * 23, pair()))
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("23 samples in 24 rows") and len(lines) == 22
+    assert lines[20].startswith("  data.jsonl:20:") and lines[21] == "  ... and 3 more"
+
+
+def test_skipped_rows_are_counted_and_named(source, caplog):
+    path = source(pair(), "broken", pair(response=""), pair("cd"))
+    with caplog.at_level(logging.WARNING):
+        dataset = prompt_dataset(Letters(), source=path, on_bad_row="skip")
+    assert dataset.sample_ids == ["data-1", "data-4"]
+    assert dataset.report.counts == {"bad_row": 2}
+    assert dataset.report.examples[0].startswith("data.jsonl:2: not valid JSON")
+    assert "2 samples from 4 rows; left out or cut: bad_row 2" in caplog.text
+    assert "data.jsonl:3: message 1" in caplog.text
+
+
+def test_all_rows_bad_is_an_error_even_when_skipped(source):
+    with pytest.raises(DataError, match=r"No sample is left of 2 rows of .* \(bad_row 2\):\n  data\.jsonl:1: "):
+        prompt_dataset(Letters(), source=source("x", "y"), on_bad_row="skip")
+
+
+def test_duplicate_ids_name_both_places(source):
+    path = source(pair(id="a"), pair(id="b"), pair("cd", id="a"))
+    with pytest.raises(DataError, match=r"data\.jsonl:3: id 'a' is taken by data\.jsonl:1\. Give each row an id"):
+        prompt_dataset(Letters(), source=path)
+    dataset = prompt_dataset(Letters(), source=path, on_bad_row="skip")
+    assert dataset.sample_ids == ["a", "b"] and dataset.report.counts == {"duplicate_id": 1}
+
+
+def test_named_id_column_must_be_there(source):
+    with pytest.raises(DataError, match="column 'key' is empty or missing; found columns prompt, response"):
+        prompt_dataset(Letters(), source=source(pair()), id_column="key")
+
+
+# The prompt "abcdef<" has 7 tokens, the response "vwxyz" and its stop token 6.
+LONG = pair("abcdef", "vwxyz")
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_seq_len": 7}, r"the prompt has 7 tokens, at most 6 fit \(max_seq_len=7, less one for the response\)"),
+        ({"max_prompt_tokens": 5}, r"the prompt has 7 tokens, at most 5 fit \(dataset.max_prompt_tokens=5\)"),
+        ({"max_seq_len": 12}, r"real response has 6 tokens, at most 5 fit \(max_seq_len=12, less 7 of the prompt\)"),
+        ({"max_response_tokens": 4}, r"real response has 6 tokens, at most 4 fit \(dataset.max_response_tokens=4\)"),
+        ({"max_response_tokens": 5, "max_seq_len": 10}, r"at most 3 fit \(max_seq_len=10, less 7 of the prompt\)"),
+    ],
+)
+def test_limits_are_errors_by_default(source, limits, message):
+    with pytest.raises(DataError, match=message) as caught:
+        prompt_dataset(Letters(), source=source(pair(), LONG), **limits)
+    assert "data.jsonl:2" in str(caught.value) and "=drop or cut" in str(caught.value)
+
+
+def test_a_sample_that_just_fits_is_kept(source):
+    dataset = prompt_dataset(Letters(), source=source(LONG), max_seq_len=13)
+    assert dataset.lengths.tolist() == [13] and dataset.report.counts == {}
+    dataset = prompt_dataset(Letters(), source=source(LONG), max_prompt_tokens=7, max_response_tokens=6)
+    assert dataset.lengths.tolist() == [13]
+
+
+def test_long_samples_are_dropped_or_cut(source):
+    path = source(pair(), LONG)
+    dropped = prompt_dataset(Letters(), source=path, max_seq_len=7, on_long_prompt="drop")
+    assert dropped.sample_ids == ["data-1"] and dropped.report.counts == {"long_prompt_drop": 1}
+    cut = prompt_dataset(
+        Letters(), source=path, max_seq_len=9, max_prompt_tokens=5, on_long_prompt="cut", on_long_response="cut"
+    )
+    assert (text(cut[1].prompt_ids), text(cut[1].real_ids)) == ("cdef<", "vwxy")  # the prompt's end, no stop token
+    assert cut.report.counts == {"long_prompt_cut": 1, "long_response_cut": 1}
+    assert cut.lengths.max() == 9
+
+
+def test_tokenizers_limit_counts_when_the_recipe_gives_none(source):
+    tokenizer = Letters()
+    tokenizer.max_seq_len = 7
+    with pytest.raises(DataError, match="max_seq_len=7"):
+        prompt_dataset(tokenizer, source=source(LONG))
+    assert len(prompt_dataset(tokenizer, source=source(LONG), max_seq_len=50)) == 1
+
+
+def test_limit_stops_reading(source):
+    path = source(pair(), pair("cd"), "broken")
+    dataset = prompt_dataset(Letters(), source=path, limit=2)
+    assert len(dataset) == 2 and dataset.report.rows == 2
+
+
+def test_impossible_options_are_reported_together(source):
+    with pytest.raises(ConfigError) as caught:
+        prompt_dataset(
+            Letters(),
+            source="unread",
+            on_long_prompt="trim",
+            turns="first",
+            limit=0,
+            max_seq_len=8,
+            max_prompt_tokens=8,
+        )
+    assert str(caught.value).splitlines() == [
+        "dataset.on_long_prompt=trim: expected error or drop or cut.",
+        "dataset.turns=first: expected last or all.",
+        "dataset.limit=0: expected a whole number of 1 or more, or null.",
+        "dataset.max_prompt_tokens=8 leaves no room for a response in max_seq_len=8; expected at most 7.",
+    ]
+    with pytest.raises(ConfigError, match=r"max_seq_len=long: expected a whole number of 2 or more"):
+        prompt_dataset(Letters(), source="unread", max_seq_len="long", max_prompt_tokens=3)
+    with pytest.raises(ConfigError, match=r"dataset\.format=chatml"):
+        prompt_dataset(Letters(), source="unread", format="chatml")
+
+
+def test_fingerprint_follows_ids_tokens_and_their_border(source):
+    def fingerprint(*prompts):
+        return PromptDataset(Prompt(*prompt) for prompt in prompts).fingerprint()
+
+    base = fingerprint(("a", [1, 2], [3]), ("b", [4], [5]))
+    assert base == fingerprint(("a", [1, 2], [3]), ("b", [4], [5]))
+    assert base != fingerprint(("b", [4], [5]), ("a", [1, 2], [3]))
+    assert base != fingerprint(("a", [1, 2], [3]), ("c", [4], [5]))
+    assert base != fingerprint(("a", [1], [2, 3]), ("b", [4], [5]))
+    assert base != fingerprint(("a", [1, 2], [3]), ("b", [4], [6]))
+
+
+def test_data_set_made_by_hand():
+    dataset = PromptDataset([Prompt("a", [1], [2])])
+    assert len(dataset) == 1 and dataset.report.samples == 1
+    assert len(PromptDataset()) == 0
+    with pytest.raises(DataError, match="two samples have the id 'a'"):
+        PromptDataset([Prompt("a", [1], [2]), Prompt("a", [1], [2])])
+
+
+def test_storage_is_flat_and_building_is_quick():
+    """20 000 rows of 60 tokens in 5 s on a slow core, at 4 bytes a token: no object per token is kept."""
+    rows = [pair("ab" * 15, "xy" * 15, id=index) for index in range(20_000)]
+    start = time.perf_counter()
+    dataset = prompt_dataset(Letters(), source=rows)
+    assert time.perf_counter() - start < 5
+    assert len(dataset) == 20_000
+    arrays = [value for value in vars(dataset).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) < 20_000 * (62 * 4 + 2 * 8) + 100
+
+
+def test_with_the_tiny_models_tokenizer(source, tiny_lm):
+    chat = ChatTokenizer(tiny_lm)
+    path = source(pair("What is a bug?", "A fault."), pair("Stop?", "no<|im_end|>yes"), pair("And?", "Ok."))
+    dataset = prompt_dataset(chat, source=path, on_bad_row="skip", max_seq_len=64)
+    assert dataset.sample_ids == ["data-1", "data-3"]
+    assert "holds the stop token" in dataset.report.examples[0]
+    assert chat.decode(dataset[1].prompt_ids) == "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+    assert chat.decode(dataset[1].real_ids) == "Ok.<|im_end|>"
+
+
+# --- Token ids and the model's vocabulary ---
+
+
+class _Tokenizer:
+    vocab_size = 12
+
+
+def _model(rows):
+    model = torch.nn.Module()
+    with torch.device("meta"):
+        model.tok_embeddings = torch.nn.Embedding(rows, 4)
+    return model
+
+
+def test_ids_within_the_vocabulary_pass():
+    """Ids 0 to 9 in a vocabulary of 10, although the tokenizer knows 12."""
+    dataset = PromptDataset([Prompt("a", [0, 9], [3]), Prompt("b", [1], [9])])
+    check_vocabulary(_model(10), _Tokenizer(), (9,), dataset, PromptDataset())
+
+
+@pytest.mark.parametrize(
+    ("prompts", "sample", "token"),
+    [
+        ([Prompt("a", [1], [2]), Prompt("b", [1, 10], [2]), Prompt("c", [11], [2])], "b", 10),
+        ([Prompt("a", [1], [2, 11]), Prompt("b", [10], [2])], "a", 11),
+        ([Prompt("a", [-1], [2])], "a", -1),
+    ],
+)
+def test_an_id_beyond_the_vocabulary_names_the_first_sample(prompts, sample, token):
+    with pytest.raises(DataError) as error:
+        check_vocabulary(_model(10), _Tokenizer(), (), PromptDataset(), PromptDataset(prompts))
+    text = str(error.value)
+    assert f"sample {sample!r} has the token id {token}" in text
+    assert "knows 12 token ids" in text and "vocabulary has 10 (ids 0 to 9)" in text and "vocab_size" in text
+
+
+def test_a_stop_token_beyond_the_vocabulary_is_refused():
+    with pytest.raises(DataError, match="stop token 10"):
+        check_vocabulary(_model(10), _Tokenizer(), (9, 10), PromptDataset())
+
+
+def test_what_is_no_data_set_is_refused_by_its_type():
+    with pytest.raises(DataError, match=r"dataset: its _component_ gave a list, expected a spin.data.PromptDataset"):
+        check_vocabulary(_model(10), _Tokenizer(), (9,), [Prompt("a", [1], [2])])

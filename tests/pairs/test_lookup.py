@@ -1,0 +1,97 @@
+"""Pairs by key from a scratch file: what was written, in any order, and in little memory."""
+
+import numpy as np
+import pytest
+
+from spin.core.errors import OutputError, StoreError
+from spin.core.ranks import init_world
+from spin.data import Pair, Response
+from spin.pairs.lookup import LazySequence, PairLookup, share_lookup
+
+
+def pairs(n):
+    """Pairs of 0 to 2 responses, unscored ones among them; ids that are not ASCII."""
+    return [
+        Pair(
+            f"ü{i % 7}" if i < 7 else f"s{i}",
+            i % 3,
+            np.arange(i % 5 + 1, dtype=np.int32),
+            np.arange(3, dtype=np.int32) + i,
+            [
+                Response(np.full(k + 1, i, np.int32), "length" if (i + k) % 2 else "stop", None if i % 4 else -k - 0.1)
+                for k in range(i % 3)
+            ],
+            None if i % 4 else -1.5 * i,
+        )
+        for i in range(n)
+    ]
+
+
+def plain(pair):
+    ids = lambda x: np.asarray(x).tolist()  # noqa: E731
+    answers = [(ids(each.token_ids), each.finish_reason, each.reference_logp) for each in pair.generated]
+    return pair.key, ids(pair.prompt_ids), ids(pair.real_ids), answers, pair.reference_real_logp
+
+
+def test_pairs_come_back_in_any_order(tmp_path):
+    expected = pairs(50)
+    lookup = share_lookup(tmp_path / "rows", iter(expected), init_world("cpu"))
+    assert list(lookup) == [pair.key for pair in expected]
+    for i in np.random.default_rng(0).permutation(50):
+        assert plain(lookup[expected[i].key]) == plain(expected[i])
+    assert (0, "nobody") not in lookup and (1, "ü0") not in lookup and (0, "ü0") in lookup
+    with pytest.raises(KeyError):
+        lookup[5, "s5"]
+
+
+def test_an_empty_lookup(tmp_path):
+    PairLookup.write(tmp_path / "rows", [])
+    assert len(PairLookup(tmp_path / "rows")) == 0 and (0, "a") not in PairLookup(tmp_path / "rows")
+
+
+def test_equal_hashes_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("spin.pairs.lookup.hash", lambda key: len(key[1]) if key[1:] else 0, raising=False)
+    expected = pairs(20)
+    PairLookup.write(tmp_path / "rows", expected)
+    lookup = PairLookup(tmp_path / "rows")
+    assert [plain(lookup[pair.key]) for pair in expected] == [plain(pair) for pair in expected]
+    assert (0, "s99") not in lookup
+
+
+def test_two_pairs_of_one_key_are_refused(tmp_path):
+    PairLookup.write(tmp_path / "rows", [*pairs(9), pairs(9)[4]])
+    with pytest.raises(StoreError, match=r"sample \(1, 'ü4'\) is there twice"):
+        PairLookup(tmp_path / "rows")
+
+
+def test_a_file_that_was_cut_is_named(tmp_path):
+    PairLookup.write(tmp_path / "rows", pairs(9))
+    lookup = PairLookup(tmp_path / "rows")
+    with (tmp_path / "rows").open("r+b") as stream:
+        stream.truncate(20)
+    with pytest.raises(StoreError, match="rows: ends too early"):
+        lookup[pairs(9)[8].key]
+
+
+def test_replaced_and_removed_files_can_still_be_read(tmp_path):
+    PairLookup.write(tmp_path / "rows", pairs(9))
+    lookup = PairLookup(tmp_path / "rows")
+    PairLookup.write(tmp_path / "rows", pairs(3))
+    assert len(PairLookup(tmp_path / "rows")) == 3
+    lookup.remove()
+    assert plain(lookup[pairs(9)[8].key]) == plain(pairs(9)[8])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(OutputError, match="no/rows: cannot write .No such file"):
+        PairLookup.write(tmp_path / "no" / "rows", pairs(1))
+
+
+def test_lazy_sequence_keeps_nothing():
+    made = []
+    lazy = LazySequence(lambda i: made.append(i) or 10 * i, range(2, 5))
+    assert len(lazy) == 3 and lazy[1] == 30 and list(lazy) == [20, 30, 40]
+    assert made == [3, 2, 3, 4]
+    with pytest.raises(IndexError):
+        lazy[3]

@@ -1,0 +1,301 @@
+"""Packed, prefix-shared rows equal separate forwards: log-probs and gradients, in float64, on torchtune models."""
+
+import dataclasses
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spin.data import Pair, Response, pack_batch, pack_row, plan_rows
+from spin.loss import TSPINLoss, row_losses
+from spin.model.attention import patch_attention
+from spin.model.gemma2 import final_softcap, fix_gemma2_softcap, softcap
+from spin.pairs import packing
+from spin.pairs.packing import loss_weight, padded_length, row_lengths
+from spin.reference.logprobs import pair_objective, replaced_unembed, response_logps
+from tests.families import FAMILIES
+
+
+def make_pairs(num, responses, seed=0, vocab=64, longest=12):
+    rng = random.Random(seed)
+
+    def ids(least=1):
+        return [rng.randrange(1, vocab) for _ in range(rng.randint(least, longest))]
+
+    return [
+        Pair(
+            sample_id=f"s{i}",
+            iteration=0,
+            prompt_ids=ids(),
+            real_ids=ids(),
+            generated=[Response(ids(), "stop" if rng.random() < 0.5 else "length", -1.5 * k) for k in range(responses)],
+            reference_real_logp=-2.5,
+        )
+        for i in range(num)
+    ]
+
+
+def separate_logps(model, pairs):
+    """Every response in a forward of its own: [prompt | response], plain causal mask, full logits."""
+    logps = []
+    for pair in pairs:
+        for ids in (pair.real_ids, *(response.token_ids for response in pair.generated)):
+            tokens = torch.tensor([[*pair.prompt_ids, *ids]])
+            with replaced_unembed(model, lambda hidden: model.output(model.norm(hidden))):
+                logits = model(tokens)
+            logits = softcap(logits, final_softcap(model))[0, len(pair.prompt_ids) - 1 : -1]
+            logps.append(logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None]).sum())
+    return torch.stack(logps)
+
+
+def gradients(model, logps):
+    coefficients = torch.linspace(-1, 1, logps.numel(), dtype=logps.dtype)
+    return torch.autograd.grad((logps * coefficients).sum(), list(model.parameters()))
+
+
+@pytest.mark.usefixtures("float64_throughout")
+@pytest.mark.parametrize("responses", [1, 2, 3])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_packed_equals_separate(family, responses):
+    model = FAMILIES[family]().double()
+    patch_attention(model)
+    fix_gemma2_softcap(model)
+    pairs = make_pairs(3, responses, vocab=model.tok_embeddings.num_embeddings)
+    length = sum(pair.num_tokens for pair in pairs) + 5
+    packed = response_logps(model, pack_row(pairs, length), chunk_tokens=7)
+    separate = separate_logps(model, pairs)
+    assert packed.dtype == torch.float64
+    torch.testing.assert_close(packed, separate, rtol=1e-10, atol=1e-10)
+    for name, ours, theirs in zip(
+        dict(model.named_parameters()), gradients(model, packed), gradients(model, separate), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_nothing_leaks_between_responses_or_pairs():
+    """Change every token of one response: its own log-prob moves, no other does, bit for bit."""
+    model = FAMILIES["llama3_2"]().double()
+    patch_attention(model)
+    pairs = make_pairs(3, 2)
+    before = response_logps(model, pack_row(pairs, 128))
+    changed = 0
+    for i, pair in enumerate(pairs):
+        for k in range(3):
+            ids = [token % 63 + 1 for token in (pair.real_ids if k == 0 else pair.generated[k - 1].token_ids)]
+            if k == 0:
+                other = dataclasses.replace(pair, real_ids=ids)
+            else:
+                generated = list(pair.generated)
+                generated[k - 1] = Response(ids, "stop")
+                other = dataclasses.replace(pair, generated=generated)
+            after = response_logps(model, pack_row([*pairs[:i], other, *pairs[i + 1 :]], 128))
+            moved = (after != before).nonzero().flatten().tolist()
+            assert moved == [3 * i + k]
+            changed += 1
+    assert changed == 9
+
+
+def test_gradient_does_not_flow_into_other_segments():
+    """The log-prob of one response has no gradient at the embeddings of any token outside its prompt and itself."""
+    model = FAMILIES["llama3_2"]().double()
+    patch_attention(model)
+    row = pack_row(make_pairs(2, 1), 96)
+    embeddings = model.tok_embeddings(row.tokens[None]).detach().requires_grad_()
+    model.tok_embeddings.forward = lambda tokens: embeddings
+    logps = response_logps(model, row)
+    starts = row.own_start.tolist()
+    for response, segment_start in enumerate(sorted({s for s in starts if row.prompt_end[s] > row.prompt_start[s]})):
+        grad = torch.autograd.grad(logps[response], embeddings, retain_graph=True)[0][0]
+        touched = set(grad.abs().sum(-1).nonzero().flatten().tolist())
+        prompt = set(range(int(row.prompt_start[segment_start]), int(row.prompt_end[segment_start])))
+        own = {i for i, start in enumerate(starts) if start == segment_start}
+        assert touched <= prompt | own
+        assert prompt <= touched
+
+
+def test_layout_by_hand():
+    """Prompt 11 12, real 21, generated 31 32, in a row of 7: positions restart at 2 for each response."""
+    pair = Pair("a", 3, [11, 12], [21], [Response([31, 32], "length", -4.0)], -3.0)
+    row = pack_row([pair], 7)
+    assert row.tokens.tolist() == [11, 12, 21, 31, 32, 0, 0]
+    assert row.positions.tolist() == [0, 1, 2, 2, 3, 0, 0]
+    assert row.predictors.tolist() == [1, 1, 3]
+    assert row.targets.tolist() == [21, 31, 32]
+    assert row.segments.tolist() == [0, 1, 1]
+    assert row.response_lengths.tolist() == [1, 2]
+    assert row.reference_logps.tolist() == [-3.0, -4.0]
+    assert (row.real.tolist(), row.generated.tolist(), row.truncated.tolist()) == ([0], [1], [True])
+    assert row.weights.tolist() == [1.0]
+    assert row.used_tokens == 5
+    assert row.pair_responses == [((3, "a"), 0, 2)]
+    expected = [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 1, 0, 0, 0],
+        [1, 1, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]
+    assert row.dense_mask().int().tolist() == expected
+
+
+def test_masked_truncated_responses_weigh_nothing():
+    pair = Pair("a", 0, [1], [2], [Response([3], "length"), Response([4], "stop")])
+    assert pack_row([pair]).weights.tolist() == [0.5, 0.5]
+    assert pack_row([pair], truncated="mask").weights.tolist() == [0.0, 0.5]
+    assert loss_weight([pair, pair]) == 2.0
+    assert loss_weight([pair, pair], "mask") == 1.0
+
+
+def test_the_starts_answer_is_no_comparison_of_its_own():
+    """A triplet weighs as much as a pair; masked, it does not if either of its generated responses was cut."""
+    triplets = [
+        Pair("a", 1, [1], [2], [Response([3], "stop", -1.0), Response([4, 5], "stop", -2.0)], -3.0),
+        Pair("b", 1, [1], [2], [Response([3], "stop", -1.0), Response([4], "length", -2.0)], -3.0),
+    ]
+    row = pack_row(triplets, triplets=True)
+    assert (row.real.tolist(), row.generated.tolist(), row.start.tolist()) == ([0, 3], [1, 4], [2, 5])
+    assert (row.weights.tolist(), row.truncated.tolist()) == ([1.0, 1.0], [False, False])
+    assert pack_row(triplets, truncated="mask", triplets=True).weights.tolist() == [1.0, 0.0]
+    assert (loss_weight(triplets, "keep", True), loss_weight(triplets, "mask", True)) == (2.0, 1.0)
+    first = [dataclasses.replace(pair, generated=pair.generated[:1]) for pair in triplets]  # iteration 0
+    assert pack_row(first, triplets=True).start is None and pack_row(triplets).start is None
+    with pytest.raises(ValueError, match="Pairs and triplets in one row"):
+        pack_row([triplets[0], first[1]], triplets=True)
+
+
+@pytest.mark.usefixtures("float64_throughout")
+def test_triplets_through_the_fused_head_have_the_gradient_of_padded_sequences():
+    """T-SPIN's loss and gradient in packed rows, chunk by chunk, against each response in a forward of its own."""
+    model = FAMILIES["llama3_2"]().double()
+    patch_attention(model)
+    pairs = make_pairs(4, 2, vocab=model.tok_embeddings.num_embeddings)
+    loss = TSPINLoss(beta=0.3, start_weight=0.4)
+    row = pack_row(pairs, sum(pair.num_tokens for pair in pairs) + 5, triplets=True)
+
+    def objective(logps):
+        return (row_losses(loss, row, logps)[0] * row.weights).sum()
+
+    total, _ = pair_objective(model, row, objective, chunk_tokens=40)
+    ours = torch.autograd.grad(total, list(model.parameters()))
+    real, generated, start = separate_logps(model, pairs).view(-1, 3).unbind(1)
+    expected = -(F.logsigmoid(0.3 * (real - generated)) + 0.4 * F.logsigmoid(0.3 * (generated - start))).sum()
+    theirs = torch.autograd.grad(expected, list(model.parameters()))
+    torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-10)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_an_empty_row_is_padding_that_still_has_a_gradient():
+    model = FAMILIES["llama3_2"]()
+    patch_attention(model)
+    row = pack_row([], 8)
+    logps = response_logps(model, row)
+    assert logps.numel() == 0
+    logps.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("pair", "word"),
+    [(Pair("x", 0, [], [1]), "prompt"), (Pair("x", 0, [1], []), "response")],
+)
+def test_empty_segments_are_refused(pair, word):
+    with pytest.raises(ValueError, match=f"sample x.*{word}"):
+        pack_row([pair])
+
+
+def test_pairs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        pack_row(make_pairs(4, 1), 8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 700), max_size=60),
+    row_tokens=st.integers(64, 2048),
+    num_ranks=st.integers(1, 5),
+)
+def test_plan_places_every_pair_once(lengths, row_tokens, num_ranks):
+    plan = plan_rows(lengths, row_tokens, num_ranks)
+    assert len(plan) == num_ranks
+    assert len({len(rows) for rows in plan}) == 1
+    rows = [row for rank in plan for row in rank]
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    assert all(sum(lengths[i] for i in row) <= row_tokens or len(row) == 1 for row in rows)
+    assert plan == plan_rows(lengths, row_tokens, num_ranks)
+
+
+def test_pairs_longer_than_a_row_leave_no_row_empty():
+    """16 pairs of 1.25 rows take a row each, though they have the tokens of 20; so does a pair of ten rows."""
+    assert plan_rows([1250] * 16, 1000) == [[[i] for i in range(16)]]
+    assert plan_rows([10_000, 100, 100, 100], 1000) == [[[0], [1, 2, 3]]]
+    assert [len(rank) for rank in plan_rows([1250] * 16, 1000, num_ranks=3)] == [6, 6, 6]
+
+
+def test_a_plan_of_many_pairs_that_share_no_row_is_found_at_once(monkeypatch):
+    """Of 400 pairs of 0.6 rows no two fit into one: the number of rows is known, not found by trying 240 to 400."""
+    tried = []
+    spread = packing._spread
+    monkeypatch.setattr(packing, "_spread", lambda lengths, rows: tried.append(rows) or spread(lengths, rows))
+    assert len(plan_rows([600] * 400, 1000)[0]) == 400
+    assert tried == [400, 401, 402]
+
+
+def test_plan_is_balanced():
+    """64 pairs of log-normal lengths in rows of 8192: rows differ by a few percent."""
+    lengths = np.random.default_rng(0).lognormal(6.3, 0.6, 64).astype(int).clip(16).tolist()
+    for num_ranks in (1, 2):
+        loads = [sum(lengths[i] for i in row) for rank in plan_rows(lengths, 8192, num_ranks) for row in rank]
+        assert min(loads) / max(loads) > 0.9
+        assert len(loads) <= -(-sum(lengths) // 8192) + num_ranks
+
+
+def test_ranks_share_a_batch():
+    pairs = make_pairs(9, 1)
+    whole = pack_batch(pairs, row_tokens=64, row_multiple=16)
+    halves = [pack_batch(pairs, row_tokens=64, row_multiple=16, rank=rank, num_ranks=2) for rank in range(2)]
+    keys = lambda rows: sorted(key for row in rows for key, _, _ in row.pair_responses)  # noqa: E731
+    assert keys(whole) == keys([*halves[0], *halves[1]]) == sorted(pair.key for pair in pairs)
+    assert len(halves[0]) == len(halves[1])
+    assert all(row.tokens.numel() % 16 == 0 for row in whole)
+
+
+@pytest.mark.parametrize(("row_tokens", "row_multiple"), [(8192, 128), (12288, 128), (512, 32), (1000, 16), (100, 128)])
+def test_rows_have_few_lengths_each_of_which_holds_its_tokens(row_tokens, row_multiple):
+    lengths = row_lengths(row_tokens, row_multiple)
+    assert len(lengths) <= 8
+    assert lengths[-1] >= row_tokens
+    padded = [padded_length(used, row_tokens, row_multiple) for used in range(1, 3 * row_tokens)]
+    assert all(length >= used and length % row_multiple == 0 for used, length in enumerate(padded, start=1))
+    assert set(padded[:row_tokens]) == set(lengths)
+    assert padded == sorted(padded)  # the recipe takes the length of the longest pair for the longest row
+    longest = max(length - used for used, length in enumerate(padded[row_tokens:], start=row_tokens + 1))
+    assert longest < row_tokens / 4 + row_multiple  # a pair longer than a row
+
+
+@pytest.mark.parametrize("row_tokens", [8192, 12288])
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("means", [(199, 278, 278), (498, 288, 287), (131, 288, 209)])
+def test_rows_of_64_realistic_pairs_are_full(means, num_ranks, row_tokens):
+    """Log-normal lengths (sigma 0.6) of 64 pairs, 20 batches: mean fill, number of shapes, balance of the ranks."""
+    rng = np.random.default_rng(0)
+    fills, shapes, imbalance = [], set(), []
+    for _ in range(20):
+        drawn = [np.exp(rng.normal(np.log(mean) - 0.18, 0.6, 64)).clip(8, 2048).astype(int) for mean in means]
+        lengths = sum(drawn).tolist()
+        plan = plan_rows(lengths, row_tokens, num_ranks, 128)
+        used = [[sum(lengths[i] for i in row) for row in rank] for rank in plan]
+        padded = [[padded_length(tokens, row_tokens, 128) for tokens in rank] for rank in used]
+        assert len({len(rank) for rank in plan}) == 1
+        fills.append(sum(map(sum, used)) / sum(map(sum, padded)))
+        shapes.update(length for rank in padded for length in rank)
+        imbalance.append(max(map(sum, used)) / np.mean([sum(rank) for rank in used]))
+    assert np.mean(fills) >= 0.93
+    assert len(shapes) <= 8
+    assert np.mean(imbalance) < 1.03

@@ -1,0 +1,100 @@
+"""The arithmetic of a run, from a config: samples, steps, intervals, and the batches of an epoch."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from spin.core.errors import ConfigError
+from spin.data import Pair, Prompt, PromptDataset, epoch_order, iteration_samples
+from spin.run.plan import RunPlan
+
+PROMPTS = PromptDataset([Prompt(f"s{i}", [1, i + 1], [2, 0]) for i in range(23)])
+
+
+def plan(num_val=0, prompts=PROMPTS, **changes):
+    """Batches of 4: 23 samples make 5, of which a share of 0.6 is 3, which take 12 samples."""
+    values = {
+        "seed": 7,
+        "global_batch_size": 4,
+        "limit_train_batches": 0.6,
+        "limit_val_batches": 1.0,
+        "max_iterations": 3,
+        "max_epochs": 2,
+        "max_steps": -1,
+        "val_check_interval": 0.34,
+        "save_interval": 2,
+        "pairs": {"history": 0, "history_fraction": 1.0},
+    }
+    return RunPlan(OmegaConf.create(values | changes), prompts, num_val)
+
+
+def test_steps_and_intervals():
+    """0.34 of 3 steps is 1. Six validation samples are 2 batches, of which a limit of 1 leaves 4 samples."""
+    made = plan(num_val=6)
+    assert (made.steps, made.val_every, made.save_every, made.num_val_samples) == (3, 1, 2, 6)
+    assert made.progress.total_steps == 3 * 2 * 3
+    assert plan(num_val=6, limit_val_batches=1).num_val_samples == 4
+    assert plan(num_val=6, limit_val_batches=-1).num_val_samples == 6
+    assert plan(num_val=6, limit_val_batches=0).num_val_samples == plan().num_val_samples == 0
+
+
+def test_history_makes_epochs_longer():
+    """Half of an iteration's 12 samples are 6: 12, then 18 and 18 items, in 3, 4 and 4 whole batches."""
+    made = plan(pairs={"history": 1, "history_fraction": 0.5})
+    assert [len(made.items(iteration)) for iteration in range(3)] == [12, 18, 18]
+    assert [made.progress.steps_in_epoch(iteration) for iteration in range(3)] == [3, 4, 4]
+    assert made.samples(1) == iteration_samples(23, 12, 7, 1)
+    assert made.items(1) == [(0, sample) for sample in made.samples(0)[:6]] + [
+        (1, sample) for sample in made.samples(1)
+    ]
+
+
+def test_batches_follow_the_epochs_order_and_start_anywhere():
+    made = plan()
+    pairs = {(1, f"s{i}"): Pair(f"s{i}", 1, [1], [2]) for i in range(23)}
+    batches = made.batches(pairs, 1, epoch=1)
+    ids = [pair.sample_id for batch in batches for pair in batch]
+    assert [len(batch) for batch in batches] == [4, 4, 4]
+    assert ids == [f"s{made.samples(1)[i]}" for i in epoch_order(12, 7, 1, 1)]
+    assert list(made.batches(pairs, 1, epoch=1, start=1)) == list(batches)[1:]
+    dropped = pairs.pop((1, ids[5]))
+    assert [len(batch) for batch in made.batches(pairs, 1, epoch=1)] == [4, 3, 4]
+    assert dropped not in made.batches(pairs, 1, epoch=1)[1]
+
+
+def test_every_epoch_visits_what_the_first_one_did():
+    """18 items make 4 batches of 4: the two that the first epoch leaves out are not scored, so no epoch may ask for
+    them."""
+    made = plan(pairs={"history": 1, "history_fraction": 0.5})
+    pairs = {(played, f"s{i}"): Pair(f"s{i}", played, [1], [2]) for played in (0, 1) for i in range(23)}
+    scored = {pair.key: pair for batch in made.batches(pairs, 1, epoch=0) for pair in batch}
+    epochs = [[pair.key for batch in made.batches(pairs, 1, epoch) for pair in batch] for epoch in range(3)]
+    assert [sorted(keys) for keys in epochs] == [sorted(scored)] * 3 and len(scored) == 16
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [len(batch) for batch in made.batches(scored, 1, epoch=1)] == [4, 4, 4, 4]
+
+
+def test_a_run_without_a_step_is_refused():
+    with pytest.raises(ConfigError, match="global_batch_size=.*: an epoch has no step.*samples"):
+        plan(prompts=PromptDataset([PROMPTS[i] for i in range(3)]))
+    with pytest.raises(ConfigError, match="val_check_interval=0.1"):
+        plan(val_check_interval=0.1)
+
+
+def test_a_schedule_that_had_another_end_is_told(caplog):
+    """Six steps an iteration, 18 in all; the state was saved after two steps."""
+    made = plan()
+    made.progress.advance(4)
+    made.progress.advance(4)
+    assert made.lr_span(anew=True) == (0, 6) and made.lr_span(anew=False) == (0, 18)
+    for total_steps, anew in ((18, True), (12, True), (18, False), (None, False)):
+        made.compare_schedules(total_steps, anew)
+    assert not caplog.records
+    made.compare_schedules(2, anew=True)
+    made.compare_schedules(12, anew=False)
+    first, second = caplog.messages
+    assert "ends at step 6 now" in first and "ended at step 2" in first and "max_steps" in first
+    assert "ends at step 18 now" in second and "ended at step 12" in second
+    for _ in range(4):
+        made.progress.advance(4)
+    made.compare_schedules(6, anew=True)
+    assert len(caplog.messages) == 2, "iteration 1 begins with a schedule of its own"

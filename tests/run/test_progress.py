@@ -1,0 +1,141 @@
+"""Steps, limits and intervals against NeMo-Aligner's (tests/oracles/spin_oracles.json), and progress against its
+trace."""
+
+import pytest
+
+from spin.core.errors import CheckpointError, ConfigError
+from spin.run.progress import (
+    RunTimer,
+    SPINProgress,
+    compute_interval,
+    compute_limit_batches,
+    compute_num_steps_per_epoch,
+    parse_max_time,
+)
+
+
+def test_steps_per_epoch_match_nemo(oracles):
+    for case in oracles["nemo_steps_and_limits"]["num_steps_per_epoch"]:
+        steps = compute_num_steps_per_epoch(
+            case["total_samples"], case["global_batch_size"], case["limit_train_batches"]
+        )
+        assert steps == case["steps_per_epoch"], case
+
+
+def test_limits_match_nemo(oracles):
+    for case in oracles["nemo_steps_and_limits"]["limit_batches"]:
+        assert compute_limit_batches(case["number_of_batches"], case["limit_batches"]) == case["result"], case
+
+
+def test_none_is_no_limit_and_other_types_are_refused():
+    assert compute_limit_batches(7, None) == compute_limit_batches(7, -1) == 7
+    with pytest.raises(ConfigError, match="str"):
+        compute_limit_batches(7, "3")
+    with pytest.raises(ConfigError, match="-2: expected a number of batches, or -1 for no limit"):
+        compute_limit_batches(7, -2)
+
+
+def test_progress_follows_nemos_trace(oracles):
+    trace = oracles["nemo_loop_trace"]
+    config, steps = trace["config"], trace["trace"]["steps"]
+    progress = SPINProgress(
+        compute_num_steps_per_epoch(config["total_samples"], config["global_batch_size"]),
+        config["max_epochs"],
+        config["max_iterations"],
+    )
+    assert progress.total_steps == trace["trace"]["max_steps"] == len(steps)
+    for expected in steps:
+        assert (progress.epoch, progress.iteration) == (expected["epoch"], expected["iteration"])
+        progress.advance(config["global_batch_size"])
+        assert progress.consumed_samples == expected["consumed_samples"]
+    assert progress.is_done
+    last = trace["trace"]["saves"][-1]
+    state = progress.state_dict()
+    assert {name: state[name] for name in ("step", "consumed_samples", "epoch", "iteration")} == {
+        name: last[name] for name in ("step", "consumed_samples", "epoch", "iteration")
+    }
+
+
+def test_position_is_a_function_of_the_step():
+    """3 steps an epoch, 2 epochs, 2 iterations: by the formulas epoch = s // 3 % 2, iteration = s // 3 // 2."""
+    progress = SPINProgress(3, 2, 2, 100)
+    for step in range(12):
+        progress.step = step
+        assert progress.epoch == step // 3 % 2
+        assert progress.iteration == step // 3 // 2
+        assert progress.step_in_epoch == step % 3
+        assert progress.is_iteration_start == (step in (0, 6))
+    progress.step = 12
+    assert (progress.epoch, progress.iteration, progress.is_done) == (0, 2, True)
+
+
+def test_longer_epochs_in_later_iterations():
+    """Iteration 0 has epochs of 2 steps, iterations 1 and 2 of 4 (with the pairs before): 2*2 + 4*2 + 4*2 = 20."""
+    progress = SPINProgress([2, 4, 4], 2, 3)
+    assert progress.total_steps == 20
+    seen = []
+    while not progress.is_done:
+        seen.append((progress.iteration, progress.epoch, progress.step_in_epoch))
+        progress.advance(1)
+    assert seen == [(i, e, s) for i, n in enumerate([2, 4, 4]) for e in range(2) for s in range(n)]
+
+
+def test_max_steps_ends_the_run_early():
+    progress = SPINProgress(5, 2, 2, 7)
+    assert progress.total_steps == 7
+    for _ in range(7):
+        progress.advance(4)
+    assert progress.is_done
+    assert not progress.is_after_last
+
+
+def test_state_round_trip():
+    progress = SPINProgress(5, 2, 2)
+    for _ in range(13):
+        progress.advance(4)
+    again = SPINProgress(5, 2, 2)
+    again.load_state_dict(progress.state_dict())
+    assert (again.step, again.consumed_samples, again.epoch, again.iteration) == (13, 52, 0, 1)
+
+
+def test_a_state_of_other_arithmetic_is_refused():
+    progress = SPINProgress(5, 2, 2)
+    progress.step = 13
+    with pytest.raises(CheckpointError, match="iteration"):
+        SPINProgress(20, 2, 2).load_state_dict(progress.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        ((0, 2, 2), "no step"),
+        (([3, 0], 2, 2), "no step"),
+        (([3], 2, 2), "steps_per_epoch"),
+        ((3, 0, 2), "max_epochs"),
+        ((3, 2, 0), "max_iterations"),
+        ((3, 2, 2, 0), "max_steps"),
+    ],
+)
+def test_refuses_a_run_without_steps(arguments, word):
+    with pytest.raises(ConfigError, match=word):
+        SPINProgress(*arguments)
+
+
+def test_intervals():
+    assert compute_interval("save_interval", 0.4, 5) == 2
+    assert compute_interval("save_interval", 3, 5) == 3
+    assert compute_interval("save_interval", 0, 5) == 0
+    for bad in (0.1, -1, 1.5):
+        with pytest.raises(ConfigError, match="save_interval"):
+            compute_interval("save_interval", bad, 5)
+
+
+def test_max_time():
+    assert parse_max_time("01:02:03:04") == 86400 + 2 * 3600 + 3 * 60 + 4
+    assert parse_max_time(None) is None
+    for bad in ("10:00", "1h", "00:00:00:-1", 5):
+        with pytest.raises(ConfigError, match="DD:HH:MM:SS"):
+            parse_max_time(bad)
+    assert RunTimer("00:00:00:00").is_over
+    assert not RunTimer("00:01:00:00").is_over
+    assert not RunTimer(None).is_over

@@ -1,0 +1,205 @@
+"""Metrics of a batch, by hand and against torch; the share of weights moved; the metrics file after a restart."""
+
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from spin.core.ranks import init_world
+from spin.data import Pair, Response, pack_row
+from spin.loss import SPINLoss
+from spin.model.sharding import shard_model
+from spin.run.folder import read_json_lines
+from spin.run.log import MetricsFile, RunLog
+from spin.training.metrics import MovedShare, PairSums, pair_metrics
+from spin.training.optim import AdamWStochasticRounding
+from spin.training.selftest import check_moved_share
+
+
+def three_pairs():
+    """Reference sums -10 and -20; generated responses of 2, 3 and 4 tokens, the last truncated."""
+    return [
+        Pair(f"s{i}", 0, [1, 2], [3, 4], [Response([5] * (i + 2), "length" if i == 2 else "stop", -20.0)], -10.0)
+        for i in range(3)
+    ]
+
+
+POLICY = torch.tensor([-9.0, -21.0, -10.0, -20.0, -12.0, -19.0])  # real, generated of each pair
+
+
+def run(rows, policy, truncated="keep", beta=0.5, nll_weight=0.0):
+    sums = [PairSums() for _ in rows]
+    at = 0
+    for pairs, total in zip(rows, sums, strict=True):
+        row = pack_row(pairs, 64, truncated)
+        logps = policy[at : at + row.num_responses]
+        at += row.num_responses
+        reference = row.reference_logps.float()
+        total.add(
+            row,
+            logps,
+            *SPINLoss(beta=beta)(logps[row.real], logps[row.generated], reference[row.real], reference[row.generated]),
+        )
+    parts = [total.totals() for total in sums]
+    return pair_metrics({name: sum(part[name] for part in parts) for name in parts[0]}, nll_weight)
+
+
+def test_by_hand():
+    """beta 0.5; real rewards 0.5, 0, -1; generated rewards -0.5, 0, 0.5; margins 1, 0, -1.5; a tie is wrong."""
+    metrics = run([three_pairs()], POLICY)
+    real, generated = torch.tensor([0.5, 0.0, -1.0]), torch.tensor([-0.5, 0.0, 0.5])
+    assert metrics["acc"] == pytest.approx(1 / 3)
+    assert metrics["rewards_actual_mean"] == pytest.approx(real.mean().item())
+    assert metrics["rewards_generated_mean"] == pytest.approx(generated.mean().item())
+    both = torch.cat((real, generated))
+    assert metrics["rewards_all_mean"] == pytest.approx(both.mean().item())
+    assert metrics["rewards_all_std"] == pytest.approx(both.std().item())
+    assert metrics["margin"] == pytest.approx(-0.5 / 3)
+    expected = torch.nn.functional.softplus(-torch.tensor([1.0, 0.0, -1.5])).mean().item()
+    assert metrics["loss"] == pytest.approx(expected)
+    assert metrics["avg_generated_lengths"] == 3.0
+    assert metrics["truncated_share"] == pytest.approx(1 / 3)
+    assert metrics["real_logp_drift"] == pytest.approx((1 + 0 - 2) / 3)
+    assert metrics["generated_logp_drift"] == pytest.approx(0.0)
+    assert metrics["real_nll"] == pytest.approx((9 + 10 + 12) / 2 / 3)
+
+
+@pytest.mark.parametrize(("truncated", "nll"), [("keep", (9 + 10 + 12) / 2 / 3), ("mask", (9 + 10) / 2 / 2)])
+def test_the_nll_term_is_logged_where_there_is_one(truncated, nll):
+    """Real responses of two tokens at -9, -10 and -12 nats: the mean over the pairs with weight, per token."""
+    metrics = run([three_pairs()], POLICY, truncated, nll_weight=0.25)
+    assert metrics["nll_loss"] == pytest.approx(nll)
+    assert metrics["total_loss"] == pytest.approx(metrics["loss"] + 0.25 * nll)
+    without = run([three_pairs()], POLICY, truncated)
+    assert without == {name: value for name, value in metrics.items() if name not in ("nll_loss", "total_loss")}
+
+
+def test_rows_add_up():
+    pairs = three_pairs()
+    one, three = run([pairs], POLICY), run([[pair] for pair in pairs], POLICY)
+    assert one == pytest.approx(three)
+
+
+def test_masked_pairs_count_in_lengths_only():
+    metrics = run([three_pairs()], POLICY, truncated="mask")
+    assert metrics["acc"] == pytest.approx(1 / 2)
+    assert metrics["margin"] == pytest.approx(0.5)
+    assert metrics["avg_generated_lengths"] == 3.0
+    assert metrics["truncated_share"] == pytest.approx(1 / 3)
+
+
+def test_several_responses_share_their_pairs_weight():
+    """One pair with margins 1 and 0 and one pair with margin -1: the mean over pairs is (0.5 - 1) / 2."""
+    pairs = [
+        Pair("a", 0, [1], [2], [Response([3], "stop", 0.0), Response([4], "stop", 0.0)], 0.0),
+        Pair("b", 0, [1], [2], [Response([3], "stop", 0.0)], 0.0),
+    ]
+    metrics = run([pairs], torch.tensor([0.0, -1.0, 0.0, 0.0, 1.0]), beta=1.0)
+    assert metrics["margin"] == pytest.approx(-0.25)
+
+
+def test_no_pair_has_weight():
+    assert pair_metrics(PairSums().totals()) == {}
+
+
+def moved_by_one_step(dtype, make) -> float:
+    """Of random weights of scale 0.02, by a step at learning rate 5e-7."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False), torch.nn.Linear(256, 16, bias=False)).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    moved = MovedShare(model)
+    model(torch.randn(64, 256, dtype=dtype)).sum().backward()
+    with torch.compiler.set_stance("force_eager"):
+        make(model.parameters(), lr=5e-7).step()
+    return moved.share(init_world("cpu"))
+
+
+def test_bf16_weights_hardly_move_at_spins_learning_rate(caplog):
+    """A step of 5e-7 moves a bf16 weight w if it is half the spacing or more, which lies between w / 256 and w / 128.
+
+    So of random weights of scale 0.02 it moves those below 1.3e-4 to 2.6e-4, about 1 %. Rounded at random it moves a
+    typical weight, whose spacing is 1.2e-4, with probability 0.4 %, and the few small ones more often: some 2 %.
+    """
+    nearest = moved_by_one_step(torch.bfloat16, torch.optim.AdamW)
+    at_random = moved_by_one_step(torch.bfloat16, AdamWStochasticRounding)
+    fp32 = moved_by_one_step(torch.float32, torch.optim.AdamW)
+    assert 0.005 < nearest < 0.02 < at_random < 0.04
+    assert fp32 > 0.95
+
+    warned: set[int] = set()
+    check_moved_share(fp32, 5e-7, "fp32", False, 0, warned)
+    check_moved_share(at_random, 5e-7, "bf16", True, 0, warned)
+    check_moved_share(0.0, 0.0, "bf16", False, 0, warned)  # the first step of a warm-up
+    assert not caplog.records
+    for iteration in (0, 0, 1, 1):
+        check_moved_share(nearest, 5e-7, "bf16", False, iteration, warned)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert "A step of iteration 1 at learning rate 5e-07 changed 1.3% of the weights (dtype=bf16)" in caplog.text
+    assert "Set dtype=fp32, or optimizer._component_=spin.training.AdamWStochasticRounding" in caplog.text
+    check_moved_share(0.05, 5e-7, "fp32", True, 2, warned)  # there is nothing to round in fp32
+    assert "see grad_norm" in caplog.text
+
+
+def test_moved_share_counts_shards_and_skips_what_is_frozen():
+    """2 of 6 trained weights change; a sample of an even number of columns reaches all of them."""
+    world = init_world("cpu")
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
+    model.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    shard_model(model, world, compute_dtype=torch.float32)
+    moved = MovedShare(model)
+    with torch.no_grad():
+        model.layers[0].bias.add_(1)
+        model.frozen.weight.add_(1)
+    assert moved.share(world) == 2 / 6
+
+    model = torch.nn.Linear(64, 64, bias=False)
+    moved = MovedShare(model, per_parameter=63)
+    with torch.no_grad():
+        model.weight[:, :32] += 1
+    assert moved.share(world) == pytest.approx(0.5, abs=0.02)
+
+
+def test_metrics_file_forgets_what_will_be_made_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, from_step=-1)
+    for step in range(1, 6):
+        file.write(step, {"loss": step / 2})
+    with path.open("a") as stream:
+        stream.write('{"step": 6, "lo')  # killed while writing
+    MetricsFile(path, from_step=3).write(4, {"loss": 9.0})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 1.0},
+        {"step": 3, "loss": 1.5},
+        {"step": 4, "loss": 9.0},
+    ]
+
+
+def test_metrics_file_keeps_texts_with_line_separators_and_outlives_a_cut_character(tmp_path):
+    """JSON leaves U+2028, U+2029 and U+0085 as they are, and a kill can end a write between a character's bytes."""
+    path = tmp_path / "samples.jsonl"
+    row = {"real": "one\u2028two\u2029three\x85four"}
+    MetricsFile(path, from_step=-1).write(1, row)
+    with path.open("ab") as stream:
+        stream.write('{"step": 2, "real": "é'.encode()[:-1])  # killed while writing
+    MetricsFile(path, from_step=1).write(2, {"real": "é"})
+    assert read_json_lines(path) == [{"step": 1, **row}, {"step": 2, "real": "é"}]
+
+
+def test_starting_anew_keeps_the_log_of_the_run_before(tmp_path, caplog):
+    """With resume=auto a run without a state makes its first lines again; with never it is another run."""
+    world, section = init_world("cpu"), {"output_dir": str(tmp_path), "log_every_n_steps": 1, "resume": "auto"}
+    RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.5})
+    RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.25})
+    assert read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.25}]
+    (tmp_path / "nonfinite.jsonl").write_text('{"step": 1}\n')
+    for loss in (0.125, 1.0):
+        never = OmegaConf.create(section | {"resume": "never"})
+        RunLog(never, lambda: None, -1, world).metrics(1, {"loss": loss})
+    kept = [tmp_path / f"metrics.jsonl.stale-{n}" for n in (0, 1)] + [tmp_path / "metrics.jsonl"]
+    assert [read_json_lines(file)[0]["loss"] for file in kept] == [0.25, 0.125, 1.0]
+    assert "resume is never: kept as metrics.jsonl.stale-1" in caplog.text
+    assert not (tmp_path / "nonfinite.jsonl").exists() and (tmp_path / "nonfinite.jsonl.stale-0").exists()
