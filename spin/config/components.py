@@ -120,7 +120,7 @@ KINDS: dict[str, Kind] = {
         _is_optimizer,
     ),
     "checkpointer": Kind(
-        "a checkpointer", ("spin.checkpoint.SPINCheckpointer", "spin.checkpoint.states.LoRACheckpointer")
+        "a checkpointer", ("spin.checkpoint.SPINCheckpointer", "spin.checkpoint.LoRACheckpointer")
     ),
     "metric_logger": Kind(
         "a metric logger of torchtune",

@@ -92,7 +92,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
 
 # Adapters start at zero and are scaled by alpha / rank: they take ten times the learning rate of full fine-tuning.
 LORA_DEFAULTS: dict[str, Any] = RECIPE_DEFAULTS | {
-    "checkpointer": {"_component_": "spin.checkpoint.states.LoRACheckpointer"},
+    "checkpointer": {"_component_": "spin.checkpoint.LoRACheckpointer"},
     "optimizer": RECIPE_DEFAULTS["optimizer"] | {"lr": 5e-6},
     "base_dtype": "bf16",
 }
