@@ -119,9 +119,7 @@ KINDS: dict[str, Kind] = {
         ("torch.optim", "torchao.optim"),
         _is_optimizer,
     ),
-    "checkpointer": Kind(
-        "a checkpointer", ("spin.checkpoint.SPINCheckpointer", "spin.checkpoint.LoRACheckpointer")
-    ),
+    "checkpointer": Kind("a checkpointer", ("spin.checkpoint.SPINCheckpointer", "spin.checkpoint.LoRACheckpointer")),
     "metric_logger": Kind(
         "a metric logger of torchtune",
         tuple(
