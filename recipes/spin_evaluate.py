@@ -34,8 +34,8 @@ from omegaconf import DictConfig
 from spin import config
 from spin.config.defaults import RECIPE_DEFAULTS
 from spin.core.errors import DataError, OutputError
-from spin.core.files import FolderLock, replace_text, writing
-from spin.core.ranks import barrier, broadcast_object, check_ranks_agree, fail_together, init_world, shutdown
+from spin.core.files import FolderLock, as_output_error, replace_text
+from spin.core.ranks import barrier, broadcast_object, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
 from spin.core.terminal import get_logger, progress_bar
 from spin.data import Prompt, PromptDataset
 from spin.data.dates import fix_date
@@ -95,7 +95,7 @@ class SPINEvaluate:
         """Reads the data as each model sees them, and checks the folders; loads no weights."""
         cfg = self._cfg
         self._world = init_world(cfg.device, **inputs_of_config(cfg))
-        with fail_together(self._world, OutputError):
+        with raise_on_all_ranks(self._world, OutputError):
             self._lock = FolderLock(self._output_dir) if self._world.is_main else None
         self._players = {role: Player(role, cfg[role]) for role in players_of(cfg)}
         datasets = {}
@@ -150,7 +150,7 @@ class SPINEvaluate:
         # --- 3. Results ---
         summary = self._summary(rows)
         if self._world.is_main:
-            with writing(folder):
+            with as_output_error(folder):
                 folder.mkdir(parents=True, exist_ok=True)
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             replace_text(folder / "rows.jsonl", lines)
@@ -210,7 +210,7 @@ class SPINEvaluate:
                     if model is not None:
                         packing = {"row_tokens": min(8192, player.context)}
                         prove_weights(generator, model, world, prompts, sampling, packing=packing, chunk_tokens=2048)
-                    with fail_together(world, OutputError):  # inside, each rank makes its shards by itself
+                    with raise_on_all_ranks(world, OutputError):  # inside, each rank makes its shards by itself
                         selfplay.play(store, mine, game, generator, team=team, on_shard=bar.update)
         if generator is not None:
             generator.close()

@@ -29,7 +29,7 @@ from spin.config.checks import check_run
 from spin.config.defaults import RECIPE_DEFAULTS
 from spin.core.errors import CheckpointError, ConfigError, OutputError
 from spin.core.files import FolderLock
-from spin.core.ranks import any_rank, check_ranks_agree, fail_together, init_world, shutdown
+from spin.core.ranks import any_rank, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
 from spin.core.terminal import get_logger, progress_bar
 from spin.data import PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.dates import fix_date
@@ -43,7 +43,7 @@ from spin.pairs.shards import missing_shards, open_store
 from spin.reference.generator_check import prove_weights
 from spin.run.plan import RunPlan
 from spin.run.resume import inputs_of_config, inputs_of_files
-from spin.run.stopping import StopRequest, command_to_continue
+from spin.run.stopping import StopRequest, resume_command
 
 log = get_logger("INFO")
 
@@ -74,7 +74,7 @@ class SPINGenerate:
         cfg = self._cfg
         self._world = init_world(cfg.device, replicas=cfg.replicas, **inputs_of_config(cfg))
         self._stop.install()
-        with fail_together(self._world, OutputError):  # other workers may be here too, a training run may not
+        with raise_on_all_ranks(self._world, OutputError):  # other workers may be here too, a training run may not
             self._lock = FolderLock(Path(cfg.output_dir), shared=True) if self._world.is_main else None
         checkpointer = config.instantiate(cfg.checkpointer)
         checkpointer.validate()
@@ -146,7 +146,9 @@ class SPINGenerate:
                 chunk_tokens=cfg.logprob_chunk_tokens,
             )
             watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
-            with fail_together(world, OutputError):  # inside, ranks make as many shards as they have, each for itself
+            with raise_on_all_ranks(
+                world, OutputError
+            ):  # inside, ranks make as many shards as they have, each for itself
                 selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
         is_stopped = any_rank(self._stop.is_asked, world)  # waits for all ranks
         if world.is_main:
@@ -154,7 +156,7 @@ class SPINGenerate:
             if is_stopped and any(shard in left for shard in own):
                 log.info(
                     f"Worker {cfg.worker} stopped as asked, with whole shards kept. This command goes on from here:\n"
-                    f"{command_to_continue()}"
+                    f"{resume_command()}"
                 )
             elif left:
                 log.info(

@@ -37,7 +37,7 @@ from spin.config.checks import check_run
 from spin.config.defaults import LORA_DEFAULTS
 from spin.core.errors import CollapseError, OutputError
 from spin.core.files import FolderLock
-from spin.core.ranks import all_reduce_sums, check_ranks_agree, fail_together, init_world, shutdown
+from spin.core.ranks import all_reduce_sums, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
 from spin.core.terminal import get_logger, progress_bar
 from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
 from spin.data.dates import fix_date
@@ -63,10 +63,10 @@ from spin.reference import stage as reference
 from spin.reference.generator_check import prove_weights
 from spin.reference.logprobs import pair_objective
 from spin.run.log import RunLog
-from spin.run.messages import closing_words, iteration_summary, opening_words, sample_rows
+from spin.run.messages import finish_message, iteration_summary, sample_rows, start_message
 from spin.run.plan import RunPlan
 from spin.run.resume import check_unchanged, inputs_of_config, inputs_of_files, run_fingerprint
-from spin.run.stopping import StopRequest, words_of_stop
+from spin.run.stopping import StopRequest, resume_hint
 from spin.training.metrics import MovedShare, PairSums, below, pair_metrics, speed_metrics, validation_metrics
 from spin.training.nonfinite import NonFiniteGuard, check_last_update
 from spin.training.optim import optimizer_step
@@ -127,7 +127,7 @@ class SPINLoRARecipe:
         )
         self._stop.install()
         self._bar = partial(progress_bar, enabled=self._world.is_main)
-        with fail_together(self._world, OutputError):  # before anything in the folder is touched
+        with raise_on_all_ranks(self._world, OutputError):  # before anything in the folder is touched
             self._lock = FolderLock(self._output_dir) if self._world.is_main else None
         self._watch = Watch(cfg.watch, self._world.is_main)
         self._checkpointer = config.instantiate(cfg.checkpointer)
@@ -169,7 +169,7 @@ class SPINLoRARecipe:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
             log.info(f"Resuming at step {self._progress.step} from {resume_path}")
         sizes = cfg.global_batch_size, self._prompts.samples_per_iteration, self._plan.num_val_samples
-        log.info(opening_words(self._progress, *sizes))
+        log.info(start_message(self._progress, *sizes))
 
         # ---- model
         if cfg.self_test and resume_path is None:
@@ -240,7 +240,7 @@ class SPINLoRARecipe:
                 bar.close()
             # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
             self._finish_iteration(iteration, pairs)
-        log.info(closing_words(self._output_dir, progress, had_steps_left))
+        log.info(finish_message(self._output_dir, progress, had_steps_left))
 
     def augment_dataloader(self, iteration: int) -> PairLookup | None:
         """The pairs of an iteration, made now or found on disk: the opponent's answers and its log-probs of all
@@ -473,7 +473,7 @@ class SPINLoRARecipe:
                 mine = selfplay.own_shards(missing, store, game, self._team)
                 bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(game.samples) / self._team.count))
                 # inside, ranks make as many shards as they have, each for itself
-                with bar, fail_together(world, OutputError):
+                with bar, raise_on_all_ranks(world, OutputError):
                     watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
                     selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
                 if not seal(store, world, self._stop.is_asked, report):
@@ -605,7 +605,7 @@ class SPINLoRARecipe:
     def _say_how_to_continue(self) -> None:
         self._checkpointer.wait()
         self._run_log.check()
-        log.info(words_of_stop(self._progress.step, self._cfg.resume))
+        log.info(resume_hint(self._progress.step, self._cfg.resume))
 
     def _give_up(self, alarm: Alarm, iteration: int, pairs: PairLookup, is_last: bool) -> None:
         """Ends the run at a limit of the collapse watch, with what it has, or as if the iteration had not begun."""

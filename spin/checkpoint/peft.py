@@ -14,7 +14,7 @@ from torch import nn
 from spin.core.errors import CheckpointError
 from spin.core.files import finish_folder, part_of, start_folder, sync, write_json
 from spin.core.heartbeat import set_stage
-from spin.core.ranks import World, fail_together
+from spin.core.ranks import World, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_scale, whole_magnitude
 from spin.model.hf import check_model_type, stored_rows, write_companions
 from spin.model.sharding import check_weights, clean_name, full_tensor, reshard, weight_gathers
@@ -63,7 +63,7 @@ def export_peft(
     check_weights(model, world, str(out))
     reshard(model)
     modules = {clean_name(name): module for name, module in adapted_modules(model).items()}
-    with fail_together(world, CheckpointError):
+    with raise_on_all_ranks(world, CheckpointError):
         stored = stored_rows(model, source_dir, check_model_type(model_type))
         if world.is_main:
             start_folder(out, "adapter")
@@ -79,7 +79,7 @@ def export_peft(
         ranks[target.rsplit(".", 1)[-1]] = adapter["lora_A.weight"].shape[0]
         if world.is_main:
             tensors |= {f"base_model.model.{target}.{part}": tensor for part, tensor in adapter.items()}
-    with fail_together(world, CheckpointError):
+    with raise_on_all_ranks(world, CheckpointError):
         if world.is_main:
             if stop_ids:
                 write_companions(Path(source_dir), part_of(out), tokenizer_dir, chat_template, stop_ids)

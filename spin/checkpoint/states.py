@@ -50,7 +50,7 @@ from spin.core.files import (
     write_json,
 )
 from spin.core.heartbeat import set_stage
-from spin.core.ranks import World, beside, broadcast_object, fail_together, gather_objects
+from spin.core.ranks import World, broadcast_object, gather_objects, raise_on_all_ranks, with_own_process_group
 from spin.data.chat import ChatTokenizer
 from spin.model.hf import (
     GENERATION_CONFIG,
@@ -299,7 +299,7 @@ class SPINCheckpointer:
         document: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "state": state, "optimizer": None}
         about = {"step": step, "metric": metric, "anchor": anchor}
         try:
-            with fail_together(world, CheckpointError, part_of(folder)):
+            with raise_on_all_ranks(world, CheckpointError, part_of(folder)):
                 if optimizer is not None:
                     optimizer_tensors, document["optimizer"] = _describe_optimizer(model, optimizer)
                     tensors |= optimizer_tensors
@@ -318,7 +318,7 @@ class SPINCheckpointer:
         if self._stager is None or self._writers_world is None:
             # not DefaultStager, which wraps it: torch 2.11's works for one state only
             self._stager = StateDictStager(pin_memory=on_gpu)
-            self._writers_world = beside(world)
+            self._writers_world = with_own_process_group(world)
         copies = self._stager.stage(tensors, non_blocking=on_gpu)
         if on_gpu:
             torch.cuda.synchronize()
@@ -330,14 +330,14 @@ class SPINCheckpointer:
         part = part_of(folder)
         try:
             _save_tensors(tensors, part, world)
-            with fail_together(world, CheckpointError, part):
+            with raise_on_all_ranks(world, CheckpointError, part):
                 # Who wrote a file checks it in: its bytes are still in this host's cache.
                 own = sorted(part.glob(f"__{world.rank}_*")) + (
                     [part / METADATA, part / STATE] if world.is_main else []
                 )
                 sums = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in own}
             files = {name: entry for entries in gather_objects(sums, world) for name, entry in entries.items()}
-            with fail_together(world, CheckpointError, part):
+            with raise_on_all_ranks(world, CheckpointError, part):
                 if world.is_main:
                     states = self._complete()
                     # Steps go back when a run resumes from an older state; the order of saving does not.
@@ -395,7 +395,7 @@ class SPINCheckpointer:
             CheckpointError: If there is no state of ``step``, and then nothing is removed; or if one could not be.
         """
         self.wait()
-        with fail_together(world, CheckpointError):
+        with raise_on_all_ranks(world, CheckpointError):
             if world.is_main:
                 states = self._complete()
                 if step > 0 and step not in {manifest["step"] for _, manifest in states}:
@@ -548,12 +548,12 @@ class SPINCheckpointer:
         """
         set_stage("loading a checkpoint")
         folder = Path(path)
-        with fail_together(world, CheckpointError):
+        with raise_on_all_ranks(world, CheckpointError):
             entries = sorted(_read_manifest(folder)["files"].items())
             # `latest` has read all files of the one that it chose
             for name, entry in entries[world.rank :: world.world_size] if folder != self._verified else ():
                 _verify(folder / name, entry)
-        with fail_together(world, CheckpointError):
+        with raise_on_all_ranks(world, CheckpointError):
             metadata = _read_metadata(folder)
             targets = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
             saved = _read_document(folder)["optimizer"]

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.core.errors import SpinError, wants_traceback
-from spin.core.terminal import printable, write_any_text
+from spin.core.errors import SpinError, show_traceback
+from spin.core.terminal import escape_unencodable_output, printable
 
 # name: module, what it does
 COMMANDS = {
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         SpinError: If ``SPIN_TRACEBACK=1`` asks for the traceback; so for the other errors that are a user's to mend.
     """
-    write_any_text()
+    escape_unencodable_output()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (SpinError, OmegaConfBaseException, OSError) as error:  # OSError: a file that may not be read
-        if wants_traceback():
+        if show_traceback():
             raise
         print(f"error: {printable(error)}", file=sys.stderr)
         return 1

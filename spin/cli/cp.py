@@ -10,7 +10,7 @@ from pathlib import Path
 from spin.config.catalog import recipe_files
 from spin.config.parse import configs_root, packaged_configs
 from spin.core.errors import ConfigError, OutputError
-from spin.core.files import atomic_write, writing
+from spin.core.files import as_output_error, atomic_write
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     elif not target.suffix:
         target = target.with_name(target.name + source.suffix)
     if arguments.make_parents:
-        with writing(target.parent):
+        with as_output_error(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
     elif not target.parent.is_dir():
         raise OutputError(f"{target.parent}: no such folder. Make it, or give --make-parents.")

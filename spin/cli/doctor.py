@@ -127,9 +127,9 @@ def devices() -> list[Finding]:
     except ImportError as error:
         return [*findings, Finding("torch", _FAULT, f"cannot be imported: {error}")]
     if not torch.cuda.is_available():
-        from spin.core.dtypes import multiplies_bf16  # which imports torch
+        from spin.core.dtypes import has_fast_bf16  # which imports torch
 
-        dtype = "" if multiplies_bf16() else " and compute_dtype=fp32, because this CPU has no instructions for bf16"
+        dtype = "" if has_fast_bf16() else " and compute_dtype=fp32, because this CPU has no instructions for bf16"
         built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is for CPUs"
         return [
             *findings,

@@ -56,8 +56,8 @@ from spin.config.components import (
     resolve_component,
 )
 from spin.core import redact
-from spin.core.errors import ConfigError, SpinError, wants_traceback
-from spin.core.terminal import printable, write_any_text
+from spin.core.errors import ConfigError, SpinError, show_traceback
+from spin.core.terminal import escape_unencodable_output, printable
 
 COMPONENT = "_component_"
 EXTRA = "_extra_"
@@ -134,7 +134,7 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
     def decorate(recipe_main: Callable[[DictConfig], int | None]) -> Callable[[], None]:
         @functools.wraps(recipe_main)
         def wrapper() -> None:
-            write_any_text()
+            escape_unencodable_output()
             name, overrides = _read_argv(sys.argv[1:], recipe_main.__doc__)
             _tell_of_namesake(recipe_main)
             try:
@@ -146,12 +146,12 @@ def parse(defaults: dict[str, Any]) -> Callable[[Callable[[DictConfig], int | No
                     raise ConfigError(f"{origin}: {error}{_other_recipe(name, raw, defaults)}") from error
                 code = recipe_main(cfg)
             except (SpinError, InterpolationResolutionError, MissingMandatoryValue) as error:
-                if wants_traceback():
+                if show_traceback():
                     raise
                 _print_error(str(error))
                 sys.exit(1)
             except KeyboardInterrupt:
-                if wants_traceback():
+                if show_traceback():
                     raise
                 _print_error("interrupted. The same command goes on from what was saved before.")
                 sys.exit(130)

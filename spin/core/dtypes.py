@@ -10,7 +10,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAINED_DTYPES = ("fp32", "bf16")
 
 
-def multiplies_bf16() -> bool:
+def has_fast_bf16() -> bool:
     """Whether torch has a fast bf16 matrix product on this CPU; without one it multiplies element by element."""
     try:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -50,6 +50,6 @@ class NonFiniteError(SpinError, RuntimeError):
     """Loss, gradient norm or weights are NaN or infinite; nothing of that was saved or exported."""
 
 
-def wants_traceback() -> bool:
+def show_traceback() -> bool:
     """Whether the user asks for the tracebacks of errors that are told in a line: ``SPIN_TRACEBACK=1``."""
     return os.environ.get("SPIN_TRACEBACK") == "1"

@@ -35,7 +35,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def as_output_error(path: Path) -> Iterator[None]:
     """Turns what the system says about a write into an error that names the file and the remedy.
 
     Args:
@@ -75,7 +75,7 @@ class FolderLock:
         self._file = folder / LOCK
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder}: is a file, expected a folder to write to. Give another output_dir.")
-        with writing(self._file):
+        with as_output_error(self._file):
             folder.mkdir(parents=True, exist_ok=True)
             self._stream = open_own(self._file, "a+")
         try:
@@ -95,7 +95,7 @@ class FolderLock:
                 "here at once. Is this a network file system without locks? Mount it with them, or give an output_dir "
                 "on another one."
             ) from error
-        with writing(self._file):
+        with as_output_error(self._file):
             self._stream.truncate(0)
             self._stream.write(f"process {os.getpid()} on {socket.gethostname()}")
             self._stream.flush()
@@ -106,7 +106,7 @@ class FolderLock:
 
 
 @contextmanager
-def taking_turns(path: Path) -> Iterator[None]:
+def file_lock(path: Path) -> Iterator[None]:
     """Lets one process at a time run a block that looks at ``path`` and then changes it; others wait here.
 
     The lock is the system's, on a hidden file beside ``path`` that stays. It ends with the process, however that ends.
@@ -121,16 +121,16 @@ def taking_turns(path: Path) -> Iterator[None]:
         OutputError: If the lock's file cannot be made or locked.
     """
     file = path.with_name(f".{path.name}{LOCK}")
-    with writing(file):
+    with as_output_error(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         stream = open_own(file, "a+")
     with stream:
-        with writing(file):
+        with as_output_error(file):
             fcntl.lockf(stream, fcntl.LOCK_EX)
         yield
 
 
-def unused_name(path: Path) -> Path:
+def next_backup_name(path: Path) -> Path:
     """Where ``path`` can be kept when something else takes its place: ``<name>.stale-0``, or the next number."""
     n = 0
     while os.path.lexists(aside := path.with_name(f"{path.name}.stale-{n}")):
@@ -151,8 +151,8 @@ def keep_aside(path: Path, because: str) -> Path:
     Raises:
         OutputError: If it cannot be renamed.
     """
-    aside = unused_name(path)
-    with writing(aside):
+    aside = next_backup_name(path)
+    with as_output_error(aside):
         os.rename(path, aside)
     log.warning(f"{path} {because}: kept as {aside.name}.")
     return aside
@@ -408,7 +408,7 @@ def atomic_write(file: Path, mode: str = "x", private: bool = False) -> Iterator
         OutputError: If it cannot be written; what was there before stays.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with writing(file):
+    with as_output_error(file):
         for leftover in file.parent.glob(f".{glob.escape(file.name)}.*.tmp"):
             if not _is_alive(leftover.name.split(".")[-2]):  # it was killed while it wrote
                 leftover.unlink(missing_ok=True)

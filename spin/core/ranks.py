@@ -221,7 +221,7 @@ def _device_type(device: str | None) -> str:
 
 
 @contextmanager
-def fail_together(world: World, kind: type[SpinError], path: Path | None = None) -> Iterator[None]:
+def raise_on_all_ranks(world: World, kind: type[SpinError], path: Path | None = None) -> Iterator[None]:
     """Runs a block that can fail on one rank alone, such as a write: if it fails on any, it fails on all.
 
     Without it the other ranks would wait in the next collective until its time-out. Collective at the end of the block;
@@ -279,7 +279,7 @@ def any_rank(flag: bool, world: World) -> bool:
     return all_reduce_sums({"flag": float(flag)}, world)["flag"] > 0
 
 
-def beside(world: World) -> World:
+def with_own_process_group(world: World) -> World:
     """The same ranks with a process group of their own, for the collectives of another thread. Collective.
 
     Args:

@@ -71,7 +71,7 @@ def _hide_secrets(record: logging.LogRecord) -> bool:
     return True
 
 
-def write_any_text() -> None:
+def escape_unencodable_output() -> None:
     """Lets the screen take any text: what its encoding lacks is written as ``\\xe9``, and ends nothing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

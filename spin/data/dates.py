@@ -12,8 +12,8 @@ import logging
 from pathlib import Path
 
 from spin.core.errors import DataError
-from spin.core.files import read_json, replace_text, taking_turns
-from spin.core.ranks import World, broadcast_object, fail_together
+from spin.core.files import file_lock, read_json, replace_text
+from spin.core.ranks import World, broadcast_object, raise_on_all_ranks
 from spin.data.chat import PromptTokenizer
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def fix_date(tokenizer: PromptTokenizer, output_dir: Path, world: World, *runs: 
     if not getattr(tokenizer, "reads_date", False):
         return
     date = None
-    with fail_together(world, DataError):
+    with raise_on_all_ranks(world, DataError):
         if world.is_main:
             date = _fixed(getattr(tokenizer, "date", None), output_dir, runs)
             log.info("The chat template's date is %s (tokenizer.date; kept in %s)", date, output_dir / DATE_FILE)
@@ -71,7 +71,7 @@ def known_date(*folders: str | Path | None) -> str | None:
 
 def _fixed(given: str | None, output_dir: Path, runs: tuple[str | Path | None, ...]) -> str:
     file = output_dir / DATE_FILE
-    with taking_turns(file):  # workers of one run start at once
+    with file_lock(file):  # workers of one run start at once
         kept = _read(file) if file.is_file() else None
         found = None if given else known_date(*runs)
         date = given or found or kept or datetime.date.today().isoformat()

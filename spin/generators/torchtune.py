@@ -21,7 +21,7 @@ from spin.generators.sampling import uniforms
 from spin.generators.slots import Chosen, Slots, StepPlan
 from spin.model.attention import generation_kernels, patch_attention
 from spin.model.float8 import float8_off
-from spin.model.sharding import clean_name, hooks_off, unsharded
+from spin.model.sharding import clean_name, unsharded, without_fsdp_hooks
 from spin.types import FinishReason
 
 log = logging.getLogger(__name__)
@@ -425,7 +425,7 @@ def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
         module.forward = module._checkpoint_wrapped_module.__call__
     try:
         # Compiled layers would be compiled again for every length of the cache.
-        with torch.compiler.set_stance("force_eager"), float8_off(model), hooks_off(model), small_modules:
+        with torch.compiler.set_stance("force_eager"), float8_off(model), without_fsdp_hooks(model), small_modules:
             yield
     finally:
         for module, forward in wrappers.items():

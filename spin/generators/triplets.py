@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from spin.config.parse import component_of
 from spin.core.errors import StoreError
-from spin.core.ranks import World, broadcast_object, fail_together
+from spin.core.ranks import World, broadcast_object, raise_on_all_ranks
 from spin.data.read import PromptDataset
 from spin.pairs.store import MANIFEST, PairStore
 from spin.types import Pair, Response, TokenIds
@@ -77,7 +77,7 @@ class StartAnswers:
             StoreError: If these are damaged.
         """
         missing: list[int] = []
-        with fail_together(world, StoreError):
+        with raise_on_all_ranks(world, StoreError):
             if world.is_main:
                 for sample in samples:
                     prompt = prompts[sample]

@@ -18,7 +18,7 @@ import torch
 from spin.core.dtypes import DTYPES
 from spin.core.errors import ConfigError, GeneratorError
 from spin.core.files import TRANSFER, check_own_folder
-from spin.core.ranks import barrier, fail_together
+from spin.core.ranks import barrier, raise_on_all_ranks
 from spin.generators.generator import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
 from spin.generators.http import Client, Reply, TimedOutError, UnavailableError
 from spin.generators.vllm import KNOWN, is_banned, is_too_old, vllm_completion, vllm_sampling
@@ -198,7 +198,7 @@ class VLLMServerGenerator:
                 "that trainer and server see."
             )
         self._has_weights = False
-        with fail_together(self._world, ConfigError):  # what was there at the start may not be what is there now
+        with raise_on_all_ranks(self._world, ConfigError):  # what was there at the start may not be what is there now
             check_own_folder("generator.transfer_dir", self._transfer_dir, TRANSFER, {})
         export_hf(
             self._model,
@@ -209,7 +209,7 @@ class VLLMServerGenerator:
             world=self._world,
             kind=TRANSFER,
         )
-        with fail_together(self._world, GeneratorError):
+        with raise_on_all_ranks(self._world, GeneratorError):
             if self._world.is_main:
                 self._await_server()
                 self._load_weights(idle=True)

@@ -15,7 +15,7 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 
 from spin.config.parse import COMPONENT, instantiate
-from spin.core.dtypes import multiplies_bf16
+from spin.core.dtypes import has_fast_bf16
 from spin.core.errors import ConfigError
 from spin.core.ranks import World
 from spin.generators.triplets import takes_triplets
@@ -187,7 +187,7 @@ def prepare_model(
         reshard_after_forward (bool): see :func:`spin.model.sharding.shard_model`.
         cpu_offload (bool): see :func:`spin.model.sharding.shard_model`.
     """
-    if world.is_main and world.device.type == "cpu" and compute_dtype == torch.bfloat16 and not multiplies_bf16():
+    if world.is_main and world.device.type == "cpu" and compute_dtype == torch.bfloat16 and not has_fast_bf16():
         log.warning(
             "This CPU has no instructions for bf16: torch multiplies in it many times more slowly than in fp32. Set "
             "compute_dtype=fp32."

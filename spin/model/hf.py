@@ -32,7 +32,7 @@ from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.files import finish_folder, part_of, read_json, remove_folder, start_folder, sync, write_json
 from spin.core.heartbeat import set_stage
-from spin.core.ranks import World, fail_together, gather_objects
+from spin.core.ranks import World, gather_objects, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_parameters, fill_nf4, nf4_of
 from spin.model.gemma2 import swap_mlp_norms
 from spin.model.hf_config import CONFIG, check_model, heads_of, settings_of, unknown_keys
@@ -310,7 +310,7 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
     """
     set_stage("loading weights")
     model_type = check_model_type(model_type)
-    with fail_together(world, CheckpointError):
+    with raise_on_all_ranks(world, CheckpointError):
         _load(model, Path(checkpoint_dir), model_type, world)
 
 
@@ -617,7 +617,7 @@ def export_hf(
     check_weights(model, world, str(out))
     tensors, gathers = _named_tensors(model), weight_gathers(model)
     part = part_of(out)
-    with fail_together(world, CheckpointError):
+    with raise_on_all_ranks(world, CheckpointError):
         config = read_config(source / CONFIG, "The export copies it from checkpoint_dir.")
         groups = _groups(tensors, config, model_type)
         if world.is_main:
@@ -643,12 +643,12 @@ def export_hf(
                         too_large += [] if is_finite(tensor) else [name]
                 if owner == world.rank:
                     mine |= {name: tensor.contiguous() for name, tensor in to_hf(whole).items()}
-        with fail_together(world, CheckpointError):
+        with raise_on_all_ranks(world, CheckpointError):
             if mine and not too_large:
                 _write_tensors(mine, part / names[first + world.rank])
     names_too_large = [name for part_of_rank in gather_objects(too_large, world) for name in part_of_rank]
     if names_too_large:
-        with fail_together(world, CheckpointError):
+        with raise_on_all_ranks(world, CheckpointError):
             if world.is_main:
                 remove_folder(part)
         raise CheckpointError(
@@ -656,7 +656,7 @@ def export_hf(
             f"{', '.join(sorted(names_too_large))} go beyond. Nothing was replaced. Set checkpointer.export_dtype (or "
             "the generator's dtype) to bf16 or fp32."
         )
-    with fail_together(world, CheckpointError):
+    with raise_on_all_ranks(world, CheckpointError):
         if world.is_main:
             config |= write_companions(source, part, tokenizer_dir, chat_template, stop_ids)
             if len(files) > 1:

@@ -21,7 +21,7 @@ from torchtune.modules import TransformerDecoder
 
 from spin import config
 from spin.core.errors import CheckpointError
-from spin.core.ranks import World, fail_together
+from spin.core.ranks import World, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_parameters, nf4_of, patch_dora
 from spin.model.attention import patch_attention
 from spin.model.build import build_model
@@ -275,7 +275,7 @@ def self_test(cfg: DictConfig, world: World) -> None:
     Raises:
         CheckpointError: If logits differ, or cannot be compared.
     """
-    with fail_together(world, CheckpointError):
+    with raise_on_all_ranks(world, CheckpointError):
         if not world.is_main:
             return
         folder, model_type = cfg.checkpointer.checkpoint_dir, check_model_type(cfg.checkpointer.model_type)

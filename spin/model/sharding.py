@@ -195,7 +195,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def hooks_off(model: nn.Module) -> Iterator[None]:
+def without_fsdp_hooks(model: nn.Module) -> Iterator[None]:
     """Runs forwards without FSDP2's hooks, for use inside :func:`unsharded`: there they have nothing to gather.
 
     They would make streams wait for each other, which no CUDA graph may record, and cost a decode step on a CPU a few

@@ -11,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 
 from spin.core.errors import OutputError, StoreError
-from spin.core.files import keep_aside, open_new, writing
-from spin.core.ranks import World, fail_together
+from spin.core.files import as_output_error, keep_aside, open_new
+from spin.core.ranks import World, raise_on_all_ranks
 from spin.types import Pair, Response
 
 Key = tuple[int, str]
@@ -78,7 +78,7 @@ class PairLookup(Mapping[Key, Pair]):
         part = path.with_name(f".{path.name}.tmp")
         if path.exists() and not _numbers_file(path).exists():
             keep_aside(path, "is in the way of an iteration's scratch file")
-        with writing(path):
+        with as_output_error(path):
             with open_new(part, "xb") as stream:
                 for pair in pairs:
                     for ids in (pair.prompt_ids, pair.real_ids, *(response.token_ids for response in pair.generated)):
@@ -149,10 +149,10 @@ def share_lookup(path: Path, pairs: Iterable[Pair], world: World) -> PairLookup:
         OutputError: On all ranks, if the file cannot be written.
         StoreError: On all ranks, if one cannot read it, or if two pairs have one key.
     """
-    with fail_together(world, OutputError):
+    with raise_on_all_ranks(world, OutputError):
         if world.is_main:
             PairLookup.write(path, pairs)
-    with fail_together(world, StoreError):
+    with raise_on_all_ranks(world, StoreError):
         lookup = PairLookup(path)
     return lookup
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from spin.core.errors import OutputError, StoreError
-from spin.core.ranks import World, any_rank, broadcast_object, fail_together
+from spin.core.ranks import World, any_rank, broadcast_object, raise_on_all_ranks
 from spin.pairs.store import PairStore
 
 
@@ -24,7 +24,7 @@ def open_store(
 ) -> PairStore:
     """Opens or begins a store on rank 0 and hands it to all ranks. Collective."""
     store = None
-    with fail_together(world, OutputError):
+    with raise_on_all_ranks(world, OutputError):
         if world.is_main:
             store = PairStore.open_or_create(path, fingerprint, num_shards, on_stale)
     return broadcast_object(store, world)
@@ -44,7 +44,7 @@ def missing_shards(store: PairStore, world: World) -> list[int]:
         StoreError: On all ranks, if a shard cannot be read, or a damaged one not removed.
     """
     missing: list[int] = []
-    with fail_together(world, StoreError):
+    with raise_on_all_ranks(world, StoreError):
         if world.is_main:
             missing = store.missing_shards()
     return broadcast_object(missing, world)
@@ -68,7 +68,7 @@ def seal(store: PairStore, world: World, is_asked_to_stop: bool, report: Mapping
     """
     if any_rank(is_asked_to_stop, world):  # waits for all ranks
         return False
-    with fail_together(world, OutputError):
+    with raise_on_all_ranks(world, OutputError):
         if world.is_main:
             store.seal(report)
     return True

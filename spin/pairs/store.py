@@ -28,17 +28,17 @@ import pyarrow.parquet as pq
 
 from spin.core.errors import StoreError
 from spin.core.files import (
+    as_output_error,
     atomic_write,
+    file_lock,
     file_sha256,
     json_fingerprint,
     keep_aside,
+    next_backup_name,
     open_regular,
     parse_json,
     read_json,
-    taking_turns,
-    unused_name,
     write_json,
-    writing,
 )
 from spin.types import Pair, Response
 
@@ -132,7 +132,7 @@ class PairStore:
         Raises:
             OutputError: If the folder cannot be written.
         """
-        with taking_turns(Path(path)):
+        with file_lock(Path(path)):
             return cls._open_or_create(Path(path), json.loads(json.dumps(fingerprint)), num_shards, on_stale)
 
     @classmethod
@@ -148,8 +148,8 @@ class PairStore:
             if not changed:
                 store._unseal_if_damaged()
                 return store
-            aside = unused_name(path)
-            with writing(path):
+            aside = next_backup_name(path)
+            with as_output_error(path):
                 path.rename(aside)
             if on_stale is not None:
                 on_stale(
@@ -163,7 +163,7 @@ class PairStore:
             "sealed": False,
             "begun_at": time.time(),  # seconds since 1970
         }
-        with writing(path):
+        with as_output_error(path):
             path.mkdir(parents=True, exist_ok=True)
         write_json(path / MANIFEST, manifest)
         return cls(path, manifest)
@@ -290,7 +290,7 @@ class PairStore:
             StoreError: If a shard is missing, or if another process has begun the store anew, from something else.
             OutputError: If the manifest cannot be written.
         """
-        with taking_turns(self.path):
+        with file_lock(self.path):
             self._seal(report or {})
 
     def _check_is_still_mine(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spin.core.errors import GeneratorError
-from spin.core.ranks import World, fail_together, gather_objects
+from spin.core.ranks import World, gather_objects, raise_on_all_ranks
 from spin.data.read import PromptDataset
 from spin.generators.generator import Generator, SamplingParams
 from spin.generators.stage import Limits, _check_number, check_response, name_of
@@ -65,7 +65,7 @@ def prove_weights(
     )
     limits = Limits(model.tok_embeddings.weight.shape[0])  # type: ignore[union-attr, index]
     mine = []
-    with fail_together(world, GeneratorError):
+    with raise_on_all_ranks(world, GeneratorError):
         answers = generator.generate(
             [list(map(int, prompt.prompt_ids)) for prompt in asked], sampling, list(range(len(asked)))
         )

@@ -19,7 +19,7 @@ from torch import nn
 
 from spin.core.errors import CheckpointError, OutputError
 from spin.core.heartbeat import set_stage
-from spin.core.ranks import World, any_rank, fail_together, gather_objects
+from spin.core.ranks import World, any_rank, gather_objects, raise_on_all_ranks
 from spin.model.sharding import reshard
 from spin.pairs.loader import load_rows
 from spin.pairs.shards import missing_shards, split_evenly
@@ -168,7 +168,7 @@ def score(
             as_in_training=as_in_training,
             num_workers=num_workers,
         )
-        with fail_together(world, OutputError):
+        with raise_on_all_ranks(world, OutputError):
             if world.is_main:
                 store.write_shard(shard, pairs)
         on_shard(len(pairs))

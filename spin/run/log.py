@@ -12,9 +12,18 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from spin import config
-from spin.core.errors import ConfigError, OutputError, SpinError, wants_traceback
-from spin.core.files import is_marked, json_lines, keep_aside, mark, open_own, replace_text, unused_name, writing
-from spin.core.ranks import World, fail_together
+from spin.core.errors import ConfigError, OutputError, SpinError, show_traceback
+from spin.core.files import (
+    as_output_error,
+    is_marked,
+    json_lines,
+    keep_aside,
+    mark,
+    next_backup_name,
+    open_own,
+    replace_text,
+)
+from spin.core.ranks import World, raise_on_all_ranks
 from spin.core.redact import hide
 from spin.run.messages import log_table, sample_table
 
@@ -47,8 +56,8 @@ class MetricService:
             raise ConfigError(f"metric_logger: {error}") from error
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
             log.warning(
-                f"metric_logger cannot be started ({_told(error)}); metrics.jsonl has everything all the same.",
-                exc_info=wants_traceback(),
+                f"metric_logger cannot be started ({_one_line(error)}); metrics.jsonl has everything all the same.",
+                exc_info=show_traceback(),
             )
 
     def log_config(self, cfg: Any) -> None:
@@ -79,9 +88,9 @@ class MetricService:
             self._failures += 1
             if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
                 log.warning(
-                    f"metric_logger.{method} failed ({_told(error)}), {self._failures} times so far. Training goes on; "
-                    "metrics.jsonl has everything.",
-                    exc_info=wants_traceback(),
+                    f"metric_logger.{method} failed ({_one_line(error)}), {self._failures} times so far. "
+                    "Training continues; metrics.jsonl has everything.",
+                    exc_info=show_traceback(),
                 )
 
 
@@ -108,7 +117,7 @@ class RunLog:
         self._every = cfg.log_every_n_steps
         self._world = world
         self._failure: OutputError | None = None
-        with fail_together(world, OutputError):
+        with raise_on_all_ranks(world, OutputError):
             if world.is_main:
                 self._begin(cfg, make_logger, from_step)
 
@@ -122,18 +131,18 @@ class RunLog:
             for file in (self._folder / name for name in (*names, "nonfinite.jsonl", "config.yaml")):
                 if file.is_file() and file.stat().st_size:
                     keep_aside(file, "was there before the first run of this folder")
-        with writing(self._folder):
+        with as_output_error(self._folder):
             mark(self._folder, _RUN)
         self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
-        with writing(self._folder / "config.yaml"):
+        with as_output_error(self._folder / "config.yaml"):
             replace_text(self._folder / "config.yaml", OmegaConf.to_yaml(cfg), private=config.holds_secrets(cfg))
 
     def _keep_log(self, names: Sequence[str]) -> None:
         """What was asked to start anew does not go on with the files of the run before, which may have come far."""
         for file in (self._folder / name for name in names):
             if file.exists() and file.stat().st_size:
-                aside = unused_name(file)
-                with writing(aside):
+                aside = next_backup_name(file)
+                with as_output_error(aside):
                     file.rename(aside)
                 log.warning(f"{file} is of a run before this one, and resume is never: kept as {aside.name}.")
 
@@ -144,7 +153,7 @@ class RunLog:
 
     def check(self) -> None:
         """Ends the run, on all ranks with one message, if a line could not be written. Collective."""
-        with fail_together(self._world, OutputError):
+        with raise_on_all_ranks(self._world, OutputError):
             if self._failure is not None:
                 raise self._failure
 
@@ -177,7 +186,7 @@ class RunLog:
             self._service.close()
 
 
-def _told(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return hide(f"{type(error).__name__}: {error}".split("\n", 1)[0])
 
 
@@ -195,7 +204,7 @@ class MetricsFile:
     def __init__(self, path: Path, from_step: int) -> None:
         self._path = path
         kept = []
-        with writing(path):
+        with as_output_error(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 # a line that a kill cut short belongs to a step that will be made again
@@ -206,5 +215,5 @@ class MetricsFile:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends a step; an :class:`~spin.core.errors.OutputError` if it cannot."""
-        with writing(self._path), open_own(self._path, "a") as stream:
+        with as_output_error(self._path), open_own(self._path, "a") as stream:
             stream.write(json.dumps({"step": step, **metrics}, ensure_ascii=False) + "\n")

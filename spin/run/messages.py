@@ -169,7 +169,7 @@ def iteration_summary(
     return printable("\n".join(lines))
 
 
-def opening_words(progress: SPINProgress, batch_size: int, num_samples: int, num_val_samples: int) -> str:
+def start_message(progress: SPINProgress, batch_size: int, num_samples: int, num_val_samples: int) -> str:
     """What a run is going to do, in a line.
 
     Args:
@@ -190,7 +190,7 @@ def opening_words(progress: SPINProgress, batch_size: int, num_samples: int, num
     )
 
 
-def closing_words(output_dir: Path, progress: SPINProgress, had_steps_left: bool) -> str:
+def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: bool) -> str:
     """What there is when a run has ended, and what can be done with it.
 
     Args:

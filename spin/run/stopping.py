@@ -94,7 +94,7 @@ class StopRequest:
         return self.is_signalled or self.is_out_of_time
 
 
-def command_to_continue(resume: str = "auto") -> str:
+def resume_command(resume: str = "auto") -> str:
     """The command that this process was started with, as a shell takes it, so that it goes on from the newest state.
 
     Args:
@@ -118,14 +118,14 @@ def command_to_continue(resume: str = "auto") -> str:
     return where + shlex.join([*launcher, *arguments])
 
 
-def words_of_stop(step: int, resume: str = "auto") -> str:
+def resume_hint(step: int, resume: str = "auto") -> str:
     """What a run says that was asked to stop.
 
     Args:
         step (int): optimizer steps so far.
-        resume (str): see :func:`command_to_continue`.
+        resume (str): see :func:`resume_command`.
 
     Returns:
         str: two lines, the second of which goes on.
     """
-    return f"Stopped at step {step} as asked. This command goes on from here:\n{command_to_continue(resume)}"
+    return f"Stopped at step {step} as asked. This command goes on from here:\n{resume_command(resume)}"

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from spin.core.errors import NonFiniteError, OutputError
-from spin.core.ranks import World, fail_together
+from spin.core.ranks import World, raise_on_all_ranks
 from spin.model.sharding import NONFINITE_REMEDY, check_weights
 from spin.run.log import MetricsFile
 from spin.types import Pair
@@ -79,7 +79,7 @@ class NonFiniteGuard:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True
         samples = [pair.sample_id for pair in batch]
-        with fail_together(world, OutputError):
+        with raise_on_all_ranks(world, OutputError):
             if world.is_main:
                 self._lines = self._lines or MetricsFile(self._file, from_step=step - 1)
                 self._lines.write(step, {"loss": str(loss), "grad_norm": str(grad_norm), "samples": samples})

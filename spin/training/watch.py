@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.core.errors import CollapseError, ConfigError, StoreError
-from spin.core.ranks import World, broadcast_object, fail_together
+from spin.core.ranks import World, broadcast_object, raise_on_all_ranks
 from spin.pairs.store import MANIFEST, PairStore
 
 log = logging.getLogger(__name__)
@@ -189,7 +189,7 @@ def answer_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, 
         that one is known.
     """
     metrics: dict[str, float] = {}
-    with fail_together(world, StoreError):
+    with raise_on_all_ranks(world, StoreError):
         if world.is_main:
             count, truncated, tokens = PairStore.open(folder / "responses").count_answers()
             metrics["truncated_share"] = truncated / max(1, count)

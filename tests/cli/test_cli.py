@@ -330,7 +330,7 @@ def test_doctor_says_which_dtype_a_cpu_is_fast_in(monkeypatch):
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for fast in (True, False):
-        monkeypatch.setattr("spin.core.dtypes.multiplies_bf16", lambda fast=fast: fast)
+        monkeypatch.setattr("spin.core.dtypes.has_fast_bf16", lambda fast=fast: fast)
         (text,) = (finding.text for finding in doctor.devices() if finding.what == "gpu")
         assert "device=cpu" in text and ("compute_dtype=fp32" in text) is not fast
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from spin.core.dtypes import multiplies_bf16
+from spin.core.dtypes import has_fast_bf16
 from spin.core.ranks import init_world
 from spin.model import build as models
 
@@ -19,9 +19,9 @@ MODEL = OmegaConf.create({"_component_": "torchtune.models.llama2.llama2", **SIZ
 def test_a_cpu_without_avx512_has_no_fast_product():
     flags = INFO.read_text().split()
     if "avx512bw" not in flags:
-        assert not multiplies_bf16()
+        assert not has_fast_bf16()
     elif {"avx512_bf16", "amx_bf16"} & set(flags):
-        assert multiplies_bf16()
+        assert has_fast_bf16()
 
 
 def test_a_torch_without_onednn_has_none(monkeypatch):
@@ -29,7 +29,7 @@ def test_a_torch_without_onednn_has_none(monkeypatch):
         pass
 
     monkeypatch.setattr(torch.ops, "mkldnn", Nothing())
-    assert not multiplies_bf16()
+    assert not has_fast_bf16()
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_a_torch_without_onednn_has_none(monkeypatch):
     [(torch.bfloat16, False, True), (torch.bfloat16, True, False), (torch.float32, False, False)],
 )
 def test_a_model_that_would_be_slow_says_so(monkeypatch, caplog, compute_dtype, fast, warned):
-    monkeypatch.setattr(models, "multiplies_bf16", lambda: fast)
+    monkeypatch.setattr(models, "has_fast_bf16", lambda: fast)
     model = models.build_model(MODEL, torch.float32)
     models.prepare_model(model, init_world("cpu"), compute_dtype=compute_dtype)
     assert ("Set compute_dtype=fp32" in caplog.text) is warned

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from spin.cli import main
 from spin.config.parse import instantiate
 from spin.core.errors import ConfigError, OutputError
-from spin.core.files import FolderLock, taking_turns
+from spin.core.files import FolderLock, file_lock
 from spin.data import Pair, PairStore, Response
 from spin.run.log import MetricsFile
 from tests.faults.hostile import write_whole_run
@@ -57,7 +57,7 @@ def test_locks_and_metrics_are_no_links_and_no_pipes(tmp_path, precious):
     os.mkfifo(tmp_path / "c" / ".lock")
     with pytest.raises(OutputError, match=r"a/\.lock: cannot write \(a link"):
         FolderLock(tmp_path / "a")
-    with pytest.raises(OutputError, match="a link"), taking_turns(tmp_path / "b"):
+    with pytest.raises(OutputError, match="a link"), file_lock(tmp_path / "b"):
         pass
     with pytest.raises(OutputError, match="not a regular file"):
         FolderLock(tmp_path / "c")

@@ -16,7 +16,7 @@ from spin_recipe import SPINRecipe
 
 import spin.checkpoint.states
 from spin.core.errors import ConfigError
-from spin.run.stopping import StopRequest, command_to_continue, parse_signals
+from spin.run.stopping import StopRequest, parse_signals, resume_command
 from tests.faults.test_kills import descendants
 from tests.recipes.helpers import CONFIG, REPO, metrics_of, run, tiny_overrides
 
@@ -203,14 +203,14 @@ def test_sigterm_while_generating_or_scoring_keeps_what_is_done(unbroken, tmp_pa
 
 def test_the_command_under_every_launcher(monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "-m", "spin_recipe", "--config", "a b.yaml", "resume=never"])
-    assert command_to_continue() == "python -u -m spin_recipe --config 'a b.yaml' resume=never"
-    assert command_to_continue("never").endswith(" resume=never resume=auto")
+    assert resume_command() == "python -u -m spin_recipe --config 'a b.yaml' resume=never"
+    assert resume_command("never").endswith(" resume=never resume=auto")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     launcher = f"{sys.executable} -m torch.distributed.run"
-    assert command_to_continue().startswith(f"{launcher} --standalone --nproc_per_node 8 -m spin_recipe --config")
+    assert resume_command().startswith(f"{launcher} --standalone --nproc_per_node 8 -m spin_recipe --config")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "4")
-    assert command_to_continue().startswith(f"on each host: {launcher} --nnodes 4 ")
+    assert resume_command().startswith(f"on each host: {launcher} --nnodes 4 ")
 
 
 def interrupted(out, env, is_time, *overrides):

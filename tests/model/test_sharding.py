@@ -262,14 +262,14 @@ def test_named_full_tensors_are_whole(world):
 
 
 def test_fail_together_passes_good_blocks_and_names_the_cause(world):
-    with distributed.fail_together(world, CheckpointError):
+    with distributed.raise_on_all_ranks(world, CheckpointError):
         pass
     with pytest.raises(CheckpointError, match="disk on fire") as caught:
-        with distributed.fail_together(world, CheckpointError):
+        with distributed.raise_on_all_ranks(world, CheckpointError):
             raise OSError("disk on fire")
     assert isinstance(caught.value.__cause__, OSError)
     with pytest.raises(ZeroDivisionError):  # a defect stays what it is
-        with distributed.fail_together(world, CheckpointError):
+        with distributed.raise_on_all_ranks(world, CheckpointError):
             1 / 0  # noqa: B018
 
 

@@ -13,9 +13,9 @@ from spin.core.ranks import (
     any_rank,
     barrier,
     broadcast_object,
-    fail_together,
     gather_objects,
     init_world,
+    raise_on_all_ranks,
     shutdown,
 )
 from spin.model.fingerprint import weights_fingerprint
@@ -70,7 +70,7 @@ assert all_reduce_sums(one_sided, world)["b"] == 11.0
 assert any_rank(world.rank == 1, world) and not any_rank(False, world)
 assert gather_objects(world.rank, world) == [0, 1] and broadcast_object(world.rank, world) == 0
 try:
-    with fail_together(world, CheckpointError):
+    with raise_on_all_ranks(world, CheckpointError):
         if world.rank == 1:
             raise OSError("no space left")
 except CheckpointError as error:
