@@ -24,7 +24,7 @@ from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
 from spin.core.ranks import init_world, shutdown
 from spin.data import Pair
 from spin.generators import GeneratorContext, TorchtuneGenerator, sampling_params
-from spin.model.adapters import fill_nf4, nf4_of
+from spin.model.adapters import as_nf4, fill_nf4
 from spin.model.build import build_model, choose_attention, prepare_model, row_layout, training_options
 from spin.model.lora import init_adapters, prepare_adapters, trainable
 from spin.model.sharding import accumulating, clip_grad_norm
@@ -39,7 +39,7 @@ def fill(model: nn.Module) -> None:
     """Random weights; NF4 ones as the quantized form of such."""
     with torch.no_grad():
         for parameter in model.parameters():
-            nf4 = nf4_of(parameter)
+            nf4 = as_nf4(parameter)
             if nf4 is not None:
                 fill_nf4(nf4, torch.randn(parameter.shape, dtype=nf4.dtype, device=nf4.device) * 0.02, 0)
             elif parameter.dim() > 1:

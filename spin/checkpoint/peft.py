@@ -15,7 +15,7 @@ from spin.core.errors import CheckpointError
 from spin.core.files import finish_folder, part_of, start_folder, sync, write_json
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, raise_on_all_ranks
-from spin.model.adapters import adapted_modules, adapter_scale, whole_magnitude
+from spin.model.adapters import adapted_modules, adapter_scale, full_magnitude
 from spin.model.hf import check_model_type, stored_rows, write_companions
 from spin.model.sharding import check_weights, clean_name, full_tensor, reshard, weight_gathers
 
@@ -107,7 +107,7 @@ def _stored_adapter(
         magnitude = torch.zeros(lora_b.shape[0], dtype=torch.promote_types(lora_a.dtype, torch.float32))
         for name, rows in parts:
             if name in modules:
-                magnitude[rows] = whole_magnitude(modules[name], full_tensor).cpu().to(magnitude.dtype)
+                magnitude[rows] = full_magnitude(modules[name], full_tensor).cpu().to(magnitude.dtype)
             else:  # stored with one that has an adapter, and keeps its norms
                 magnitude[rows] = weights[f"{name}.weight"](torch.float32).norm(dim=1).cpu().to(magnitude.dtype)
         tensors["lora_magnitude_vector"] = magnitude

@@ -33,7 +33,7 @@ from spin.config.parse import complete, load_config
 from spin.core.errors import ConfigError, SpinError
 from spin.core.terminal import printable
 from spin.generators.triplets import answers_per_pair
-from spin.model.adapters import adapted_modules, adapter_parameters, nf4_of
+from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
 from spin.pairs.packing import longest_row, padded_length, plan_rows
 from spin.pairs.row_mask import BLOCK
@@ -170,7 +170,7 @@ def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) ->
     whole_base = sum(
         _gathered_bytes(weight, compute)
         for weight in base
-        if ranks > 1 or not (weight.dtype == compute or nf4_of(weight) is not None)
+        if ranks > 1 or not (weight.dtype == compute or as_nf4(weight) is not None)
     )
     playing_copy = trained_count * compute.itemsize + whole_base
     gathered = playing_copy
@@ -238,11 +238,11 @@ def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 
 def _stored_bytes(weight: torch.Tensor) -> float:
-    return weight.numel() * (_NF4_BYTES if nf4_of(weight) is not None else weight.dtype.itemsize)
+    return weight.numel() * (_NF4_BYTES if as_nf4(weight) is not None else weight.dtype.itemsize)
 
 
 def _gathered_bytes(weight: torch.Tensor, compute: torch.dtype) -> float:
-    return _stored_bytes(weight) if nf4_of(weight) is not None else weight.numel() * compute.itemsize
+    return _stored_bytes(weight) if as_nf4(weight) is not None else weight.numel() * compute.itemsize
 
 
 def _row_tokens(cfg: DictConfig, ranks: int, pair_tokens: int | None) -> int:
@@ -278,7 +278,7 @@ def _head(cfg: DictConfig, shapes: _Shapes, compute: torch.dtype, is_trained: bo
 
 
 def _workspace(model: nn.Module) -> float:
-    quantized = [weight.numel() for weight in model.parameters() if nf4_of(weight) is not None]
+    quantized = [weight.numel() for weight in model.parameters() if as_nf4(weight) is not None]
     doras = [module.weight.numel() for module in adapted_modules(model).values() if hasattr(module, "magnitude")]
     # DoRA's norms: the weight and its merged form in fp32
     return max([0.0, *(n * _NF4_WORKSPACE_BYTES for n in quantized), *(n * 8.0 for n in doras)])

@@ -112,7 +112,7 @@ def patch_dora(model: nn.Module) -> None:
             module.forward = MethodType(_dora_forward, module)
 
 
-def whole_magnitude(module: Any, gather: Gather = lambda tensor: tensor) -> torch.Tensor:
+def full_magnitude(module: Any, gather: Gather = lambda tensor: tensor) -> torch.Tensor:
     """DoRA's m.
 
     Args:
@@ -264,7 +264,7 @@ def _(
     return table.new_empty(2 * data.numel())
 
 
-def nf4_of(tensor: torch.Tensor) -> NF4Tensor | None:
+def as_nf4(tensor: torch.Tensor) -> NF4Tensor | None:
     """The NF4 tensor that a parameter is, or that its shard on this rank is.
 
     Args:
@@ -286,7 +286,7 @@ def dequantized(tensor: torch.Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: sharded like ``tensor``; ``tensor`` itself if it is not NF4.
     """
-    nf4 = nf4_of(tensor)
+    nf4 = as_nf4(tensor)
     if nf4 is None:
         return tensor
     values = _values(nf4)
@@ -304,7 +304,7 @@ def allocate_nf4(tensor: torch.Tensor, device: torch.device) -> None:
         tensor (torch.Tensor): after ``to_empty``; left alone if it is not NF4.
         device (torch.device): where it lives.
     """
-    nf4 = nf4_of(tensor)
+    nf4 = as_nf4(tensor)
     if nf4 is not None:
         for name in _NF4_PARTS:
             part = getattr(nf4, name)

@@ -21,7 +21,7 @@ from spin.core.ranks import World
 from spin.generators.triplets import takes_triplets
 from spin.model.adapters import quantizing_at_once
 from spin.model.attention import patch_attention
-from spin.model.flex import unfit_for_flex
+from spin.model.flex import flex_unsupported_reason
 from spin.model.float8 import convert_float8
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.model.sharding import materialize, shard_model
@@ -78,7 +78,7 @@ def choose_attention(model: nn.Module, world: World, compute_dtype: torch.dtype,
     """
     if asked not in ATTENTION:
         raise ConfigError(f"attention={asked!r}: expected {', '.join(ATTENTION)}.")
-    reason = unfit_for_flex(model, world.device, compute_dtype)
+    reason = flex_unsupported_reason(model, world.device, compute_dtype)
     if asked == "flex" and reason is not None:
         raise ConfigError(f"attention=flex cannot work here: {reason}. Set attention=dense, or auto.")
     if world.is_main:

@@ -71,7 +71,7 @@ def attend(
 _compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
-def unfit_for_flex(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
+def flex_unsupported_reason(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a model cannot train with FlexAttention, or None if it can.
 
     Args:

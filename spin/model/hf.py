@@ -33,7 +33,7 @@ from spin.core.errors import CheckpointError, ConfigError
 from spin.core.files import finish_folder, part_of, read_json, remove_folder, start_folder, sync, write_json
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, gather_objects, raise_on_all_ranks
-from spin.model.adapters import adapted_modules, adapter_parameters, fill_nf4, nf4_of
+from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, fill_nf4
 from spin.model.gemma2 import swap_mlp_norms
 from spin.model.hf_config import CONFIG, check_model, heads_of, settings_of, unknown_keys
 from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, weight_files
@@ -508,7 +508,7 @@ def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> d
 def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Fills this rank's shard of a parameter with rows of a stored tensor, and reads no others; gives what it put
     there, before it is quantized."""
-    nf4, first_row = nf4_of(target), 0
+    nf4, first_row = as_nf4(target), 0
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
         first_row = offset[0]

@@ -22,7 +22,7 @@ from torchtune.modules import TransformerDecoder
 from spin import config
 from spin.core.errors import CheckpointError
 from spin.core.ranks import World, raise_on_all_ranks
-from spin.model.adapters import adapted_modules, adapter_parameters, nf4_of, patch_dora
+from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, patch_dora
 from spin.model.attention import patch_attention
 from spin.model.build import build_model
 from spin.model.gemma2 import fix_gemma2_softcap
@@ -125,7 +125,7 @@ def _build(section: DictConfig) -> TransformerDecoder:
     if section.get("quantize_base"):
         return build_model(plain, torch.float32)
     model = build_model(section, torch.float32)
-    quantizes = any(nf4_of(parameter) is not None for parameter in model.parameters())  # qlora_llama3_1_8b and so on
+    quantizes = any(as_nf4(parameter) is not None for parameter in model.parameters())  # qlora_llama3_1_8b and so on
     return build_model(plain, torch.float32) if quantizes else model
 
 

@@ -18,7 +18,7 @@ from spin.config.parse import Faults
 from spin.core.dtypes import TRAINED_DTYPES
 from spin.core.errors import ConfigError
 from spin.core.ranks import World
-from spin.model.adapters import adapted_modules, adapter_parameters, nf4_of, patch_dora, patch_nf4
+from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, patch_dora, patch_nf4
 from spin.model.sharding import clean_name
 
 
@@ -77,7 +77,7 @@ def prepare_adapters(model: nn.Module, dtype: torch.dtype, world: World) -> str:
     ranks = world.mesh.size(world.mesh.ndim - 1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
-        nf4 = nf4_of(parameter)
+        nf4 = as_nf4(parameter)
         if nf4 is not None and (parameter.shape[0] % ranks or nf4.quantization_factor.numel() % ranks):
             block = nf4.block_size * nf4.scaler_block_size
             raise ConfigError(

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from spin.core.errors import ConfigError, NonFiniteError
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import Row, World
-from spin.model.adapters import adapted_modules, adapter_parameters, allocate_nf4, dequantized, merged_weight, nf4_of
+from spin.model.adapters import adapted_modules, adapter_parameters, allocate_nf4, as_nf4, dequantized, merged_weight
 
 NONFINITE_REMEDY = (
     "Nothing of that was saved or exported; what was before is whole. Is the learning rate too high? The same command "
@@ -73,7 +73,7 @@ def shard_model(
     ignored: set[nn.Parameter] = set()
     if world.world_size == 1 and not cpu_offload:
         frozen = (parameter for parameter in model.parameters() if not parameter.requires_grad)
-        ignored = {weight for weight in frozen if weight.dtype == compute_dtype or nf4_of(weight) is not None}
+        ignored = {weight for weight in frozen if weight.dtype == compute_dtype or as_nf4(weight) is not None}
     sharded = (parameter for parameter in model.parameters() if parameter not in ignored)
     stored_dtypes = {parameter.dtype for parameter in sharded if parameter.is_floating_point()}
     mp_policy = MixedPrecisionPolicy(
@@ -336,7 +336,7 @@ def nonfinite_weights(model: nn.Module, world: World) -> list[str]:
         list[str]: torchtune's names of the parameters that hold one, the same on every rank.
     """
     reshard(model)
-    named = {clean_name(name): local_tensor(p.detach()) for name, p in model.named_parameters() if nf4_of(p) is None}
+    named = {clean_name(name): local_tensor(p.detach()) for name, p in model.named_parameters() if as_nf4(p) is None}
     flags = torch.stack([is_finite(tensor).logical_not().to(world.device) for tensor in named.values()]).int()
     dist.all_reduce(flags)
     return [name for name, count in zip(named, flags.tolist(), strict=True) if count]  # host/device sync

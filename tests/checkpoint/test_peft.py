@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from spin.checkpoint.peft import export_peft
 from spin.core.ranks import init_world
-from spin.model.adapters import adapted_modules, adapter_parameters, whole_magnitude
+from spin.model.adapters import adapted_modules, adapter_parameters, full_magnitude
 from spin.model.sharding import reshard
 from tests.families import FAMILIES, hf_twin, lora_model
 from tests.model.test_hf import MODEL_TYPES
@@ -81,7 +81,7 @@ def test_the_magnitudes_of_a_bf16_adapter_are_not_rounded(tmp_path):
     folder = export_peft(model, tmp_path / "base", tmp_path / "adapter", "LLAMA3_2", world=init_world("cpu"))
     tensors = load_file(folder / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_magnitude_vector"
-    torch.testing.assert_close(tensors[name], whole_magnitude(model.layers[1].mlp.w2), rtol=1e-6, atol=0)
+    torch.testing.assert_close(tensors[name], full_magnitude(model.layers[1].mlp.w2), rtol=1e-6, atol=0)
     assert tensors[name.replace("magnitude_vector", "A.weight")].dtype == torch.bfloat16
 
 

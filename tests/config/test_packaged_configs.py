@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from spin import config
 from spin.evaluation.models import check_evaluation, players_of
-from spin.model.adapters import adapted_modules, adapter_parameters, nf4_of
+from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
 from spin.model.hf import check_model_type
 from spin.model.hf_config import check_model, unknown_keys
@@ -324,7 +324,7 @@ def test_a_config_for_adapters_is_the_full_one_with_adapters(name):
     model = model_of(name)
     weights = [p for n, p in model.layers.named_parameters() if n.endswith("proj.weight") or "mlp.w" in n]
     frozen = [weight for weight in weights if weight.shape[0] > 16 and weight.shape[1] > 16]
-    assert all((nf4_of(weight) is not None) == (kind == "qlora") for weight in frozen)
+    assert all((as_nf4(weight) is not None) == (kind == "qlora") for weight in frozen)
 
 
 def test_every_full_config_has_one_for_adapters():

@@ -15,10 +15,10 @@ from spin.model.adapters import (
     adapted_modules,
     dequantized,
     fill_nf4,
+    full_magnitude,
     merged_weight,
     patch_dora,
     patch_nf4,
-    whole_magnitude,
 )
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.gemma2 import fix_gemma2_softcap
@@ -113,7 +113,7 @@ def test_a_small_step_of_the_magnitude_shows_in_bf16():
     nn.init.constant_(module.magnitude, 0.005)
     module.to(torch.bfloat16)
     norms = module.weight.detach().float().norm(dim=1)
-    torch.testing.assert_close(whole_magnitude(module) - norms, torch.full((16,), 0.005), rtol=4e-3, atol=1e-6)
+    torch.testing.assert_close(full_magnitude(module) - norms, torch.full((16,), 0.005), rtol=4e-3, atol=1e-6)
     assert norms.min() > 0.4 and norms.max() < 1
     rounded = (norms + 0.005).bfloat16().float() - norms
     assert (rounded - 0.005).abs().max() > 0.001

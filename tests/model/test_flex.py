@@ -9,7 +9,7 @@ from spin.core.errors import ConfigError
 from spin.data import Pair, Response, pack_batch, pack_row
 from spin.model.attention import patch_attention
 from spin.model.build import _compile_layers, choose_attention, window_of
-from spin.model.flex import unfit_for_flex
+from spin.model.flex import flex_unsupported_reason
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.pairs.row_mask import BLOCK, Segment, row_blocks
 from spin.reference.logprobs import pair_objective, response_logps
@@ -146,12 +146,12 @@ def test_dense_where_flex_cannot_and_says_so(caplog):
 
 def test_reasons_against_flex():
     cuda, model = torch.device("cuda"), prepared("llama3_2")
-    assert unfit_for_flex(model, cuda, torch.bfloat16) is None
-    assert "fp32 compute" in unfit_for_flex(model, cuda, torch.float32)
+    assert flex_unsupported_reason(model, cuda, torch.bfloat16) is None
+    assert "fp32 compute" in flex_unsupported_reason(model, cuda, torch.float32)
     model.layers[1].attn.head_dim = 8
-    assert "layers.1.attn has heads of 8 dimensions" in unfit_for_flex(model, cuda, torch.bfloat16)
+    assert "layers.1.attn has heads of 8 dimensions" in flex_unsupported_reason(model, cuda, torch.bfloat16)
     model.layers[0].attn.attn_dropout = 0.1
-    assert "layers.0.attn has attn_dropout=0.1" in unfit_for_flex(model, cuda, torch.bfloat16)
+    assert "layers.0.attn has attn_dropout=0.1" in flex_unsupported_reason(model, cuda, torch.bfloat16)
 
 
 def relative(a, b):
