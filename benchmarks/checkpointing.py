@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             step()
             if number % args.every == 0 and mode is not None:
                 began = time.perf_counter()
-                savers[mode].save_state(step=1, model=model, optimizer=optimizer, state={}, world=world)
+                savers[mode].save(step=1, model=model, optimizer=optimizer, state={}, world=world)
                 blocked[mode].append(time.perf_counter() - began)
         if mode is not None:
             savers[mode].wait()
@@ -103,9 +103,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if state is None:
         raise SystemExit(f"{run} has no complete state although saving raised nothing.")
     optimizer.zero_grad(set_to_none=True)
-    restore_seconds = bench.seconds(
-        lambda: savers["sync"].load_state(state, model=model, optimizer=optimizer, world=world)
-    )
+    restore_seconds = bench.seconds(lambda: savers["sync"].load(state, model=model, optimizer=optimizer, world=world))
     if world.is_main:
         llama_config(model).save_pretrained(source)
     barrier(world)

@@ -38,9 +38,9 @@ Report = Callable[[dict[str, Any]], None]
 class KeepsNothing(SPINCheckpointer):
     """Writes neither states nor models: a run of the experiment is short, and what it leaves behind is its figures."""
 
-    def save_state(self, *, step: int, **state: Any) -> Path:
+    def save(self, *, step: int, **state: Any) -> Path:
         """Nothing; where a state would be."""
-        return self.states_dir / f"step_{step:08d}"
+        return self.checkpoints_dir / f"step_{step:08d}"
 
     def export(self, model: torch.nn.Module, iteration: int, world: Any, *of_tokenizer: object) -> Path:
         """Nothing; where a model would be."""

@@ -108,7 +108,7 @@ class SPINGenerate:
         if resume_path is None:
             checkpointer.load_model(model, self._world)
         else:
-            checkpointer.load_state(resume_path, model=model, optimizer=None, world=self._world)
+            checkpointer.load(resume_path, model=model, optimizer=None, world=self._world)
         self._generator = config.instantiate(
             cfg.generator,
             context=GeneratorContext(model, self._world.device, context, self._tokenizer.decode, self._world),

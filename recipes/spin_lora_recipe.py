@@ -32,7 +32,7 @@ from omegaconf import DictConfig
 from torchtune import training
 
 from spin import config
-from spin.checkpoint.states import reading_state
+from spin.checkpoint.states import as_checkpoint_error
 from spin.config.checks import check_run
 from spin.config.defaults import LORA_DEFAULTS
 from spin.core.errors import CollapseError, OutputError
@@ -187,9 +187,7 @@ class SPINLoRARecipe:
             starts_anew = cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
             optimizer = None if starts_anew else self._optimizer
             changed = {"new_options": "optimizer" in cfg.resume_with_changes}
-            self._checkpointer.load_state(
-                resume_path, model=self._model, optimizer=optimizer, world=self._world, **changed
-            )
+            self._checkpointer.load(resume_path, model=self._model, optimizer=optimizer, world=self._world, **changed)
         engine = GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world)
         self._generator = config.instantiate(cfg.generator, context=engine)
         self._team = team_of(self._generator, self._world)
@@ -392,7 +390,7 @@ class SPINLoRARecipe:
         self._run_log.check()
         self._check_last_update()
         starts_anew = self._cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
-        return self._checkpointer.save_state(
+        return self._checkpointer.save(
             step=self._progress.step,
             model=self._model,
             optimizer=None if starts_anew else self._optimizer,
@@ -425,7 +423,7 @@ class SPINLoRARecipe:
             CheckpointError: If something that the results depend on has changed and is not named in
                 ``resume_with_changes``.
         """
-        with reading_state(self._output_dir / "checkpoints"):
+        with as_checkpoint_error(self._output_dir / "checkpoints"):
             allowed, within = self._cfg.resume_with_changes, not state["progress"].get("is_iteration_start", True)
             check_unchanged(state["run"], self._run_fingerprint, allowed, self._output_dir, within)
             self._progress.load_state_dict(state["progress"])

@@ -69,12 +69,12 @@ class LoRACheckpointer(SPINCheckpointer):
         """Adapters that change nothing: the base alone. Which numbers their other half has does not matter."""
         init_adapters(model, seed=0)
 
-    def save_state(self, *, state: dict[str, Any], **arguments: Any) -> Path:
-        """Saves adapter and optimizer, and the fingerprint of the base; see :meth:`SPINCheckpointer.save_state`."""
-        return super().save_state(state=state | {"base": self._base}, **arguments)
+    def save(self, *, state: dict[str, Any], **arguments: Any) -> Path:
+        """Saves adapter and optimizer, and the fingerprint of the base; see :meth:`SPINCheckpointer.save`."""
+        return super().save(state=state | {"base": self._base}, **arguments)
 
-    def load_state(self, path: str | Path, **arguments: Any) -> None:
-        """Restores an adapter onto the base that it was trained on; see :meth:`SPINCheckpointer.load_state`.
+    def load(self, path: str | Path, **arguments: Any) -> None:
+        """Restores an adapter onto the base that it was trained on; see :meth:`SPINCheckpointer.load`.
 
         Args:
             path (str | Path): a state's folder.
@@ -89,7 +89,7 @@ class LoRACheckpointer(SPINCheckpointer):
                 f"{path}: the adapter was trained on another base than {self.checkpoint_dir} gives (fingerprint "
                 f"{str(saved)[:12]}, found {self._base[:12]}): other weights, or another base_dtype. Restore them."
             )
-        super().load_state(path, **arguments)
+        super().load(path, **arguments)
 
     def export(
         self,

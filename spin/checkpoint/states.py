@@ -129,7 +129,7 @@ class SPINCheckpointer:
         self._verified: Path | None = None  # the state whose files have all been read and are the manifest's
 
     @property
-    def states_dir(self) -> Path:
+    def checkpoints_dir(self) -> Path:
         """The folder of all states."""
         return self.output_dir / "checkpoints"
 
@@ -147,16 +147,16 @@ class SPINCheckpointer:
             read_companion(self.checkpoint_dir / name)
         parameters = stored_elements(self.checkpoint_dir)
         try:
-            self.states_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.states_dir) as probe:
+            self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.checkpoints_dir) as probe:
                 probe.write(b"spin")
                 probe.flush()
                 os.fsync(probe.fileno())
         except OSError as error:
             raise CheckpointError(
-                f"{self.states_dir}: cannot write ({error.strerror or error}). Change output_dir."
+                f"{self.checkpoints_dir}: cannot write ({error.strerror or error}). Change output_dir."
             ) from error
-        free = shutil.disk_usage(self.states_dir).free
+        free = shutil.disk_usage(self.checkpoints_dir).free
         least, usual, export = self._disk_bytes(parameters)
         # A new export or state is complete before an old one goes.
         kept = iterations if self.keep_exports is None else min(iterations, self.keep_exports + 1)
@@ -257,7 +257,7 @@ class SPINCheckpointer:
 
     # ---- save
 
-    def save_state(
+    def save(
         self,
         *,
         step: int,
@@ -273,7 +273,7 @@ class SPINCheckpointer:
         Every rank writes its own shards, to a file system that all ranks share. A state of the same step is replaced.
         With ``async_save`` this returns when everything is copied to CPU memory, and a thread of each rank writes; the
         state has its name, and counts, when all have written. Whatever goes wrong there is raised by the next call of
-        :meth:`wait`, :meth:`save_state`, :meth:`export` or :meth:`close`. Collective.
+        :meth:`wait`, :meth:`save`, :meth:`export` or :meth:`close`. Collective.
 
         Args:
             step (int): optimizer steps so far; names the folder.
@@ -293,7 +293,7 @@ class SPINCheckpointer:
         """
         set_stage("saving a checkpoint")
         self.wait()
-        folder = self.states_dir / f"step_{step:08d}"
+        folder = self.checkpoints_dir / f"step_{step:08d}"
         check_weights(model, world, str(folder))
         tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(model).items()}
         document: dict[str, Any] = {"format": FORMAT_VERSION, "step": step, "state": state, "optimizer": None}
@@ -400,7 +400,7 @@ class SPINCheckpointer:
                 states = self._complete()
                 if step > 0 and step not in {manifest["step"] for _, manifest in states}:
                     raise CheckpointError(
-                        f"{because} {self.states_dir}: cannot go back to step {step}, whose state is not there (it is "
+                        f"{because} {self.checkpoints_dir}: cannot go back to step {step}, whose state is not there (it is "
                         "kept for as long as it is needed if a limit could roll back when it was saved). No state was "
                         "removed; the same command goes on from the newest, with what you change.".lstrip()
                     )
@@ -414,9 +414,9 @@ class SPINCheckpointer:
 
         Other programs have checkpoints/step_N too: what has no marker is left alone.
         """
-        if not self.states_dir.is_dir():
+        if not self.checkpoints_dir.is_dir():
             return
-        for folder in [*self.states_dir.glob(".step_*.part"), *self.states_dir.glob("step_*")]:
+        for folder in [*self.checkpoints_dir.glob(".step_*.part"), *self.checkpoints_dir.glob("step_*")]:
             if not is_marked(folder, _STATE):
                 continue
             match = _STEP_FOLDER.fullmatch(folder.name)
@@ -455,7 +455,7 @@ class SPINCheckpointer:
         """The whole states with their manifests, oldest first."""
         found: dict[str, tuple[Path, dict[str, Any]]] = {}
         # A folder's `.old` sorts after it and counts only if it is not whole.
-        for folder in sorted(self.states_dir.glob("step_*")):
+        for folder in sorted(self.checkpoints_dir.glob("step_*")):
             match = _STEP_FOLDER.fullmatch(folder.name)
             if match is None or match[1] in found or folder in self._damaged or not (folder / MANIFEST).exists():
                 continue
@@ -503,13 +503,13 @@ class SPINCheckpointer:
         lost = [folder.name for folder in sorted(self._damaged | damaged) if is_marked(folder, _STATE)]
         if lost:
             raise CheckpointError(
-                f"{self.states_dir}: none of its states is whole ({', '.join(lost)}; see the warnings above). Bring "
+                f"{self.checkpoints_dir}: none of its states is whole ({', '.join(lost)}; see the warnings above). Bring "
                 "one back from a copy, or start anew with resume=never."
             )
         return None
 
     def read_state(self, path: str | Path) -> dict[str, Any]:
-        """Reads what was given as ``state`` to :meth:`save_state`; no tensor is touched.
+        """Reads what was given as ``state`` to :meth:`save`; no tensor is touched.
 
         Args:
             path (str | Path): a state's folder.
@@ -523,7 +523,7 @@ class SPINCheckpointer:
         state: dict[str, Any] = _read_document(Path(path))["state"]
         return state
 
-    def load_state(
+    def load(
         self,
         path: str | Path,
         *,
@@ -611,7 +611,7 @@ def _write_document(file: Path, document: dict[str, Any]) -> None:
 
 
 @contextmanager
-def reading_state(file: Path) -> Iterator[None]:
+def as_checkpoint_error(file: Path) -> Iterator[None]:
     """Turns what Python says about a document that lacks something into an error that names the file.
 
     Args:
@@ -636,7 +636,7 @@ def reading_state(file: Path) -> Iterator[None]:
 
 def _read_document(folder: Path) -> dict[str, Any]:
     _verify(folder / STATE, _read_manifest(folder)["files"][STATE])
-    with reading_state(folder / STATE):
+    with as_checkpoint_error(folder / STATE):
         document = read_json(folder / STATE, CheckpointError, "Resume from another state.", allow_nan=True)
         if not isinstance(document["state"], dict) or not isinstance(document["optimizer"], dict | None):
             raise TypeError("no state, or a bad optimizer")
@@ -684,7 +684,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{file}: format {content.get('format')}, this version of SPIN reads {FORMAT_VERSION}. "
             "Resume with the version that wrote it."
         )
-    with reading_state(file):
+    with as_checkpoint_error(file):
         _check_manifest(content)
     faults = []
     for name, entry in content["files"].items():

@@ -61,13 +61,13 @@ def fresh(world):
 def save(checkpointer, world, step: int, model=None, **arguments) -> Path:
     model = model if model is not None else sharded(world)
     defaults = {"optimizer": None, "state": {"step": step}}
-    path = checkpointer.save_state(step=step, model=model, world=world, **(defaults | arguments))
+    path = checkpointer.save(step=step, model=model, world=world, **(defaults | arguments))
     checkpointer.wait()
     return path
 
 
 def names(checkpointer) -> list[str]:
-    return sorted(entry.name for entry in checkpointer.states_dir.iterdir())
+    return sorted(entry.name for entry in checkpointer.checkpoints_dir.iterdir())
 
 
 # ---- exactness
@@ -84,7 +84,7 @@ def test_resume_is_exact(checkpointer, world):
     unbroken = weights_fingerprint(model), optimizer_digest(model, optimizer)
 
     model, optimizer = fresh(world)
-    checkpointer.load_state(path, model=model, optimizer=optimizer, world=world)
+    checkpointer.load(path, model=model, optimizer=optimizer, world=world)
     assert (weights_fingerprint(model), optimizer_digest(model, optimizer)) == saved
     train(model, optimizer, world, range(3, 6))
     assert (weights_fingerprint(model), optimizer_digest(model, optimizer)) == unbroken != saved
@@ -100,12 +100,12 @@ def test_one_two_and_four_ranks_exchange_states(tmp_path, world, subprocess_env)
     save(one, world, 3, model, optimizer=optimizer, state=state)
 
     run_ranks("resume.py", subprocess_env, tmp_path)
-    run_ranks("read_state.py", subprocess_env, tmp_path / "two", ranks=4)
+    run_ranks("read_checkpoint.py", subprocess_env, tmp_path / "two", ranks=4)
 
     two = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "two"))
     path = two.latest()
     model, optimizer = fresh(world)
-    two.load_state(path, model=model, optimizer=optimizer, world=world)
+    two.load(path, model=model, optimizer=optimizer, world=world)
     expected = two.read_state(path)
     assert {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)} == expected
 
@@ -119,7 +119,7 @@ def test_wrappers_and_sharding_do_not_show_in_a_state(checkpointer, world):
     path = save(checkpointer, world, 1, model, optimizer=optimizer)
     plain = build()
     plain_optimizer = adamw(plain)
-    checkpointer.load_state(path, model=plain, optimizer=plain_optimizer, world=world)
+    checkpointer.load(path, model=plain, optimizer=plain_optimizer, world=world)
     assert weights_fingerprint(plain) == weights_fingerprint(model)
     assert optimizer_digest(plain, plain_optimizer) == optimizer_digest(model, optimizer)
 
@@ -142,7 +142,7 @@ def test_optimizers_without_state_and_with_other_state(checkpointer, world):
         path = save(checkpointer, world, 2, model, optimizer=optimizer)
         other, _ = fresh(world)
         other_optimizer = make(other.parameters())
-        checkpointer.load_state(path, model=other, optimizer=other_optimizer, world=world)
+        checkpointer.load(path, model=other, optimizer=other_optimizer, world=world)
         train(model, optimizer, world, range(2, 4))
         train(other, other_optimizer, world, range(2, 4))
         assert weights_fingerprint(other) == weights_fingerprint(model)
@@ -154,7 +154,7 @@ def test_hyperparameters_come_back_but_not_how_they_are_computed(checkpointer, w
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, betas=(0.1, 0.2), foreach=True)
     path = save(checkpointer, world, 1, model, optimizer=optimizer)
     other = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
-    checkpointer.load_state(path, model=model, optimizer=other, world=world)
+    checkpointer.load(path, model=model, optimizer=other, world=world)
     group = other.param_groups[0]
     assert (group["lr"], group["betas"], group["foreach"]) == (0.5, (0.1, 0.2), False)
 
@@ -166,7 +166,7 @@ def test_new_options_stand_but_what_an_optimizer_counts_in_them_comes_back(check
     train(model, optimizer, world, range(2))
     path = save(checkpointer, world, 2, model, optimizer=optimizer)
     other = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.7)
-    checkpointer.load_state(path, model=model, optimizer=other, world=world, new_options=True)
+    checkpointer.load(path, model=model, optimizer=other, world=world, new_options=True)
     group = other.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["weight_sum"]) == (0.1, 0.7, 3.0)
     assert {int(state["step"]) for state in other.state.values()} == {2}
@@ -175,7 +175,7 @@ def test_new_options_stand_but_what_an_optimizer_counts_in_them_comes_back(check
 def test_state_without_optimizer_leaves_a_fresh_one(checkpointer, world):
     path = save(checkpointer, world, 1)
     model, optimizer = fresh(world)
-    checkpointer.load_state(path, model=model, optimizer=optimizer, world=world)
+    checkpointer.load(path, model=model, optimizer=optimizer, world=world)
     assert not optimizer.state and weights_fingerprint(model) == weights_fingerprint(build())
 
 
@@ -285,7 +285,7 @@ def test_killed_at_a_write_point(module, function, when, step, checkpointer, wor
     is_new |= step == 1 and when == "after" and function == "finish_folder"
     assert checkpointer.read_state(path) == {"save": 2 if is_new else 1}
     model, _ = fresh(world)
-    checkpointer.load_state(path, model=model, optimizer=None, world=world)
+    checkpointer.load(path, model=model, optimizer=None, world=world)
     assert weights_fingerprint(model) == weights_fingerprint(build())
 
     save(checkpointer, world, 3, state={"save": 3})
@@ -308,7 +308,7 @@ def test_killed_between_rename_and_removal(step, checkpointer, world, monkeypatc
     assert os.rename is original
     assert checkpointer.read_state(checkpointer.latest()) == {"save": 2}
     save(checkpointer, world, 3)
-    assert len(names(checkpointer)) == 2 and not list(checkpointer.states_dir.glob("*.old"))
+    assert len(names(checkpointer)) == 2 and not list(checkpointer.checkpoints_dir.glob("*.old"))
 
 
 @pytest.mark.parametrize(
@@ -323,10 +323,10 @@ def test_process_really_killed(module, function, tmp_path, world, subprocess_env
     assert subprocess.run(command, env=subprocess_env, capture_output=True, timeout=120).returncode == 9
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
     assert [name for name in names(checkpointer) if not name.startswith(".")] == ["step_00000001"]
-    assert (checkpointer.states_dir / ".step_00000002.part").is_dir()
+    assert (checkpointer.checkpoints_dir / ".step_00000002.part").is_dir()
     path = checkpointer.latest()
     model, optimizer = fresh(world)
-    checkpointer.load_state(path, model=model, optimizer=optimizer, world=world)
+    checkpointer.load(path, model=model, optimizer=optimizer, world=world)
     assert checkpointer.read_state(path) == {"step": 1}
     save(checkpointer, world, 2)
     assert names(checkpointer) == ["step_00000001", "step_00000002"]
@@ -381,7 +381,7 @@ def test_flipped_byte_is_named(name, checkpointer, world):
     path = save(checkpointer, world, 2)
     flip(path / name)
     with pytest.raises(CheckpointError, match=f"{name}: damaged"):
-        checkpointer.load_state(path, model=sharded(world), optimizer=None, world=world)
+        checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
     if name in ("state.json", "manifest.json"):
         with pytest.raises(CheckpointError, match=f"{name}: damaged"):
             checkpointer.read_state(path)
@@ -430,7 +430,7 @@ def test_other_model_is_refused_and_every_difference_named(checkpointer, world):
     other.extra = nn.Linear(2, 2, bias=False)
     del other.layers[1].mlp_norm.scale
     with pytest.raises(CheckpointError) as caught:
-        checkpointer.load_state(path, model=other, optimizer=None, world=world)
+        checkpointer.load(path, model=other, optimizer=None, world=world)
     for fault in (
         "the state has no model.extra.weight",
         "the model has no model.layers.1.mlp_norm.scale",
@@ -443,11 +443,11 @@ def test_other_optimizer_is_refused(checkpointer, world):
     model = sharded(world)
     path = save(checkpointer, world, 1, model, optimizer=adamw(model))
     with pytest.raises(CheckpointError, match=r"saved with torch.optim.adamw.AdamW, .* is torch.optim.sgd.SGD"):
-        checkpointer.load_state(path, model=model, optimizer=torch.optim.SGD(model.parameters()), world=world)
+        checkpointer.load(path, model=model, optimizer=torch.optim.SGD(model.parameters()), world=world)
     parameters = list(model.parameters())
     split = torch.optim.AdamW([{"params": parameters[:1]}, {"params": parameters[1:]}])
     with pytest.raises(CheckpointError, match="parameter groups"):
-        checkpointer.load_state(path, model=model, optimizer=split, world=world)
+        checkpointer.load(path, model=model, optimizer=split, world=world)
 
 
 # ---- hostile files
@@ -480,11 +480,11 @@ def test_malicious_metadata_runs_no_code(checkpointer, world, tmp_path):
     (path / ".metadata").write_bytes(pickle.dumps(Attack(mark)))
     reseal(path)
     with pytest.raises(CheckpointError, match=r"\.metadata: asks for posix\.mkdir"):
-        checkpointer.load_state(path, model=sharded(world), optimizer=None, world=world)
+        checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
     (path / ".metadata").write_bytes(b"not a pickle")
     reseal(path)
     with pytest.raises(CheckpointError, match="damaged"):
-        checkpointer.load_state(path, model=sharded(world), optimizer=None, world=world)
+        checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
     assert not mark.exists()
 
 
@@ -498,7 +498,7 @@ def test_malicious_tensor_file_runs_no_code(checkpointer, world, tmp_path):
     (path / "__0_0.distcp").write_bytes((content * (size // len(content) + 1))[:size])
     reseal(path)
     with pytest.raises(CheckpointError):
-        checkpointer.load_state(path, model=sharded(world), optimizer=None, world=world)
+        checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
     assert not mark.exists()
 
 
@@ -513,7 +513,7 @@ def test_objects_among_the_tensors_are_refused(checkpointer, world, tmp_path):
     reseal(path)
     shutil.rmtree(mark, ignore_errors=True)
     with pytest.raises(CheckpointError, match=r"BytesStorageMetadata|are not tensors"):
-        checkpointer.load_state(path, model=sharded(world), optimizer=None, world=world)
+        checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
     assert not mark.exists()
 
 
@@ -537,7 +537,7 @@ def test_impossible_arguments(arguments, message):
 def test_validate(tiny_lm, tmp_path, monkeypatch, caplog):
     good = SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path / "run"))
     good.validate()
-    assert not caplog.records and not list(good.states_dir.iterdir())
+    assert not caplog.records and not list(good.checkpoints_dir.iterdir())
 
     with pytest.raises(CheckpointError, match="no such folder"):
         SPINCheckpointer(str(tmp_path / "no"), "LLAMA3_2", str(tmp_path / "run")).validate()

@@ -232,7 +232,7 @@ def _state_readers(folder: Path) -> dict[str, Reader]:
         "val_loss": 1.0,
         "run": {},
     }
-    path = checkpointer.save_state(step=3, model=sharded(world), optimizer=None, state=saved, world=world)
+    path = checkpointer.save(step=3, model=sharded(world), optimizer=None, state=saved, world=world)
     checkpointer.close()
     files = {file.name: file.read_bytes() for file in path.iterdir()}
     model = sharded(world)
@@ -241,7 +241,7 @@ def _state_readers(folder: Path) -> dict[str, Reader]:
         place = checkpointer.latest(str(folder))
         checkpointer.read_state(place)
         if rng.random() < 0.2:
-            checkpointer.load_state(place, model=model, optimizer=None, world=world)
+            checkpointer.load(place, model=model, optimizer=None, world=world)
 
     def seal(folder: Path) -> None:
         file = folder / "manifest.json"

@@ -203,7 +203,7 @@ def test_training_goes_on_while_a_state_is_written(tmp_path, world, monkeypatch)
     for step in (1, 2):  # the second copy goes into the memory of the first
         train(model, optimizer, world, range(step))
         saved = weights_fingerprint(model)
-        path = checkpointer.save_state(step=step, model=model, optimizer=optimizer, state={}, world=world)
+        path = checkpointer.save(step=step, model=model, optimizer=optimizer, state={}, world=world)
         assert not path.exists()
         train(model, optimizer, world, range(3))
         assert weights_fingerprint(model) != saved
@@ -211,7 +211,7 @@ def test_training_goes_on_while_a_state_is_written(tmp_path, world, monkeypatch)
         checkpointer.wait()
         may_write.clear()
         other = build()
-        checkpointer.load_state(path, model=other, optimizer=None, world=world)
+        checkpointer.load(path, model=other, optimizer=None, world=world)
         assert weights_fingerprint(other) == saved
     may_write.set()
     checkpointer.close()
@@ -221,26 +221,26 @@ def test_a_failed_write_is_told_by_the_next_call_of_every_kind(tmp_path, world, 
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for number, call in enumerate(("wait", "close", "export", "save_state", "roll_back")):
+    for number, call in enumerate(("wait", "close", "export", "save", "roll_back")):
         checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / call))
         model = sharded(world)
         arguments = {"model": model, "optimizer": None, "state": {}, "world": world}
-        first = checkpointer.save_state(step=1, **arguments)
+        first = checkpointer.save(step=1, **arguments)
         checkpointer.wait()
         assert not checkpointer.has_failed
         with monkeypatch.context() as patch:
             patch.setattr(spin.checkpoint.states, "file_sha256", fail)
-            checkpointer.save_state(step=2, **arguments)
+            checkpointer.save(step=2, **arguments)
             calls = {
                 "wait": checkpointer.wait,
                 "close": checkpointer.close,
                 "export": lambda: checkpointer.export(model, 0, world),  # noqa: B023
-                "save_state": lambda: checkpointer.save_state(step=3, **arguments),  # noqa: B023
+                "save": lambda: checkpointer.save(step=3, **arguments),  # noqa: B023
                 "roll_back": lambda: checkpointer.roll_back(0, world),  # noqa: B023
             }
             with pytest.raises(CheckpointError, match=r"step_00000002\.part: cannot write .*No space left on device"):
                 calls[call]()
-        assert [path.name for path in checkpointer.states_dir.iterdir()] == [first.name], number
+        assert [path.name for path in checkpointer.checkpoints_dir.iterdir()] == [first.name], number
         assert checkpointer.latest() == first
 
 
@@ -256,9 +256,9 @@ def test_an_anchor_stays_until_the_next(tmp_path, world):
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=1)
     model = sharded(world)
     for step in range(1, 7):
-        checkpointer.save_state(step=step, model=model, optimizer=None, state={}, world=world, anchor=step in (2, 5))
+        checkpointer.save(step=step, model=model, optimizer=None, state={}, world=world, anchor=step in (2, 5))
         checkpointer.wait()
-        names = sorted(int(path.name.removeprefix("step_")) for path in checkpointer.states_dir.iterdir())
+        names = sorted(int(path.name.removeprefix("step_")) for path in checkpointer.checkpoints_dir.iterdir())
         assert names == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6]}[step]
     assert checkpointer.roll_back(5, world).name == "step_00000005"
     with pytest.raises(CheckpointError, match="Too far. .*checkpoints: cannot go back to step 4"):

@@ -323,7 +323,7 @@ def state(tmp_path_factory):
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path_factory.mktemp("state")))
     saved = {"progress": {"step": 3, "consumed_samples": 12}, "total_steps": 20, "opponent": "w", "val_loss": 1.0}
     saved["run"] = {}
-    path = checkpointer.save_state(step=3, model=sharded(world), optimizer=None, state=saved, world=world)
+    path = checkpointer.save(step=3, model=sharded(world), optimizer=None, state=saved, world=world)
     checkpointer.close()
     return checkpointer, path, {file.name: file.read_bytes() for file in path.iterdir()}
 

@@ -43,7 +43,7 @@ def readers(tiny_lm, tmp_path):
     """Each JSON file that a run or a command reads, with what reads it."""
     world = init_world("cpu")
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "run"))
-    state = checkpointer.save_state(step=1, model=sharded(world), optimizer=None, state={}, world=world)
+    state = checkpointer.save(step=1, model=sharded(world), optimizer=None, state={}, world=world)
     checkpointer.close()
     store = PairStore.open_or_create(tmp_path / "store", {"opponent": "a"}, 1)
     model = shutil.copytree(tiny_lm, tmp_path / "model")

@@ -154,21 +154,21 @@ def test_states_of_earlier_versions_without_a_marker_are_still_replaced_and_reti
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=1)
     arguments = {"model": sharded(init_world("cpu")), "optimizer": None, "state": {}, "world": init_world("cpu")}
     for step in (1, 1, 2):
-        path = checkpointer.save_state(step=step, **arguments)
+        path = checkpointer.save(step=step, **arguments)
         checkpointer.wait()
         (path / ".spin").unlink()
-    assert [folder.name for folder in checkpointer.states_dir.iterdir()] == ["step_00000002"]
+    assert [folder.name for folder in checkpointer.checkpoints_dir.iterdir()] == ["step_00000002"]
     checkpointer.close()
 
 
 def test_what_a_dead_process_left_is_removed_if_it_is_marked(tmp_path):
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
     arguments = {"model": sharded(init_world("cpu")), "optimizer": None, "state": {}, "world": init_world("cpu")}
-    first = checkpointer.save_state(step=1, **arguments)
+    first = checkpointer.save(step=1, **arguments)
     checkpointer.wait()
     shutil.copytree(first, first.with_name(".step_00000009.part"))
     shutil.copytree(first, first.with_name("step_00000008"))
     (first.with_name("step_00000008") / "manifest.json").unlink()  # half deleted
-    checkpointer.save_state(step=2, **arguments)
+    checkpointer.save(step=2, **arguments)
     checkpointer.close()
-    assert sorted(path.name for path in checkpointer.states_dir.iterdir()) == ["step_00000001", "step_00000002"]
+    assert sorted(path.name for path in checkpointer.checkpoints_dir.iterdir()) == ["step_00000001", "step_00000002"]

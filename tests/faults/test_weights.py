@@ -178,10 +178,10 @@ def test_a_state_of_an_earlier_version_with_nan_is_refused(model, tmp_path, monk
         model.norm.scale[0] = math.inf
     arguments = {"model": model, "optimizer": None, "world": world}
     with pytest.raises(NonFiniteError, match=r"step_00000001: NaN or infinity in the weights norm\.scale\."):
-        checkpointer.save_state(step=1, state={}, **arguments)
-    assert list(checkpointer.states_dir.glob("*")) == []
+        checkpointer.save(step=1, state={}, **arguments)
+    assert list(checkpointer.checkpoints_dir.glob("*")) == []
     with monkeypatch.context() as patch:
         patch.setattr("spin.checkpoint.states.check_weights", lambda *_: None)
-        path = checkpointer.save_state(step=1, state={}, **arguments)
+        path = checkpointer.save(step=1, state={}, **arguments)
     with pytest.raises(CheckpointError, match=r"step_00000001: was saved with NaN or infinity in norm\.scale"):
-        checkpointer.load_state(path, **arguments)
+        checkpointer.load(path, **arguments)

@@ -87,7 +87,7 @@ def test_a_resumed_run_is_the_unbroken_one(kind, base_dir, one_rank, world):
     model = runs.adapted(kind, world, saver)
     assert weights_fingerprint(model) == report["start"]
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    saver.load_state(report["state"], model=model, optimizer=optimizer, world=world)
+    saver.load(report["state"], model=model, optimizer=optimizer, world=world)
     assert weights_fingerprint(model) == report["saved"] != report["start"]
     runs.train(model, optimizer, world, range(2, 3))
     assert weights_fingerprint(model) == report["end"] != report["saved"]
@@ -116,7 +116,7 @@ def test_the_merged_export_is_the_adapted_model(kind, base_dir, one_rank, world)
     saver = runs.checkpointer(base_dir, one_rank[0] / "one" / kind)
     model = runs.adapted(kind, world, saver)
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    saver.load_state(report["state"], model=model, optimizer=optimizer, world=world)
+    saver.load(report["state"], model=model, optimizer=optimizer, world=world)
     runs.train(model, optimizer, world, range(2, 3))
     ids = torch.arange(3, 23)[None]
     theirs = AutoModelForCausalLM.from_pretrained(one_rank[0] / "one" / kind / "iteration_000" / "hf_model")
@@ -140,7 +140,7 @@ def test_another_base_is_refused(base_dir, one_rank, tmp_path, world):
     saver = runs.checkpointer(tmp_path / "other", tmp_path)
     adapted = runs.adapted("dora", world, saver)
     with pytest.raises(CheckpointError, match="trained on another base"):
-        saver.load_state(one_rank[1]["dora"]["state"], model=adapted, optimizer=None, world=world)
+        saver.load(one_rank[1]["dora"]["state"], model=adapted, optimizer=None, world=world)
 
 
 def test_adapters_depend_on_the_seed_and_the_module(base_dir, tmp_path, world):
@@ -244,5 +244,5 @@ def test_a_state_of_full_fine_tuning_still_holds_every_weight(tmp_path, world):
 
     model = llama3_2(**runs.SHAPE)
     saver = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), async_save=False)
-    path = saver.save_state(step=1, model=model, optimizer=None, state={}, world=world)
+    path = saver.save(step=1, model=model, optimizer=None, state={}, world=world)
     assert set(_read_metadata(path).state_dict_metadata) == {f"model.{name}" for name in model.state_dict()}

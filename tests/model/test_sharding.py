@@ -295,7 +295,7 @@ def test_replicas_of_two_shards(subprocess_env, tmp_path, world):
     path = checkpointer.latest()
     model = sharded(world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    checkpointer.load_state(path, model=model, optimizer=optimizer, world=world)
+    checkpointer.load(path, model=model, optimizer=optimizer, world=world)
     state = checkpointer.read_state(path)
     assert weights_fingerprint(model) == state["weights"] != weights_fingerprint(build())
     assert optimizer_digest(model, optimizer) == state["optimizer"]

@@ -170,14 +170,14 @@ def test_resume_is_exact(name, tmp_path, world, eager):
     optimizer = make(model.parameters())
     train(model, optimizer, range(3))
     saved = digests(model, optimizer)
-    path = checkpointer.save_state(step=3, model=model, optimizer=optimizer, state={}, world=world)
+    path = checkpointer.save(step=3, model=model, optimizer=optimizer, state={}, world=world)
     train(model, optimizer, range(3, 6))
     unbroken = digests(model, optimizer)
     checkpointer.wait()
 
     model = small(world, dtype)
     optimizer = make(model.parameters())
-    checkpointer.load_state(path, model=model, optimizer=optimizer, world=world)
+    checkpointer.load(path, model=model, optimizer=optimizer, world=world)
     assert digests(model, optimizer) == saved
     train(model, optimizer, range(3, 6))
     assert digests(model, optimizer) == unbroken != saved
@@ -191,7 +191,7 @@ def test_two_ranks_and_one_exchange_states(tmp_path, world, subprocess_env, eage
         model = small(world, dtype)
         optimizer = make(model.parameters())
         train(model, optimizer, range(2))
-        one.save_state(step=2, model=model, optimizer=optimizer, state=digests(model, optimizer), world=world)
+        one.save(step=2, model=model, optimizer=optimizer, state=digests(model, optimizer), world=world)
         one.wait()
 
     run_ranks("optimizers.py", subprocess_env, tmp_path)
@@ -201,7 +201,7 @@ def test_two_ranks_and_one_exchange_states(tmp_path, world, subprocess_env, eage
         path = two.latest()
         model = small(world, dtype)
         optimizer = make(model.parameters())
-        two.load_state(path, model=model, optimizer=optimizer, world=world)
+        two.load(path, model=model, optimizer=optimizer, world=world)
         assert digests(model, optimizer) == two.read_state(path), name
         if name == "AdamW8bit":
             alone = small(world, dtype)

@@ -17,7 +17,7 @@ checkpointer = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1])
 
 
 def save(step):
-    checkpointer.save_state(step=step, model=model, optimizer=optimizer, state={}, world=world)
+    checkpointer.save(step=step, model=model, optimizer=optimizer, state={}, world=world)
 
 
 train(model, optimizer, world, range(1))
@@ -40,11 +40,11 @@ except CheckpointError as error:
 else:
     raise AssertionError("nobody was told")
 barrier(world)
-assert [entry.name for entry in checkpointer.states_dir.iterdir()] == ["step_00000001"]
+assert [entry.name for entry in checkpointer.checkpoints_dir.iterdir()] == ["step_00000001"]
 spin.checkpoint.states.file_sha256 = original
 barrier(world)
 save(4)
 checkpointer.close()
 barrier(world)
-assert sorted(entry.name for entry in checkpointer.states_dir.iterdir()) == ["step_00000001", "step_00000004"]
+assert sorted(entry.name for entry in checkpointer.checkpoints_dir.iterdir()) == ["step_00000001", "step_00000004"]
 shutdown()

@@ -84,7 +84,7 @@ def run(kind: str, base_dir: Path, folder: Path, world: World) -> dict:
     report = {"start": weights_fingerprint(model), "base": weights_fingerprint(model, frozen_only=True)}
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
     train(model, optimizer, world, range(2))
-    report["state"] = str(saver.save_state(step=2, model=model, optimizer=optimizer, state={}, world=world))
+    report["state"] = str(saver.save(step=2, model=model, optimizer=optimizer, state={}, world=world))
     report["saved"] = weights_fingerprint(model)
     train(model, optimizer, world, range(2, 3))
     report["end"] = weights_fingerprint(model)
@@ -110,7 +110,7 @@ def main() -> None:
         for path, saved, end in ((one["state"], one["saved"], None), (two["state"], two["saved"], two["end"])):
             model = adapted(kind, world, saver)
             optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-            saver.load_state(path, model=model, optimizer=optimizer, world=world)
+            saver.load(path, model=model, optimizer=optimizer, world=world)
             assert weights_fingerprint(model) == saved, (kind, path)
             train(model, optimizer, world, range(2, 3))
             assert end is None or weights_fingerprint(model) == end, kind

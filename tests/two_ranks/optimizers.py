@@ -37,19 +37,19 @@ def main(folder: Path) -> None:
         path = one.latest("auto")
         model = small(world, dtype)
         optimizer = make(model.parameters())
-        one.load_state(path, model=model, optimizer=optimizer, world=world)
+        one.load(path, model=model, optimizer=optimizer, world=world)
         assert digests(model, optimizer) == one.read_state(path), name
 
         two = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "two" / name))
         train(model, optimizer, range(2, 4))
         state = digests(model, optimizer)
-        path = two.save_state(step=4, model=model, optimizer=optimizer, state=state, world=world)
+        path = two.save(step=4, model=model, optimizer=optimizer, state=state, world=world)
         train(model, optimizer, range(4, 6))
         unbroken = digests(model, optimizer)
         two.wait()
         model = small(world, dtype)
         optimizer = make(model.parameters())
-        two.load_state(path, model=model, optimizer=optimizer, world=world)
+        two.load(path, model=model, optimizer=optimizer, world=world)
         train(model, optimizer, range(4, 6))
         assert digests(model, optimizer) == unbroken != state, name
 

@@ -57,6 +57,6 @@ assert rows_reduced(sharded(worlds[1])) == [False, False, True]  # between repli
 
 state = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}
 checkpointer = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1])
-checkpointer.save_state(step=1, model=model, optimizer=optimizer, state=state, world=world)
+checkpointer.save(step=1, model=model, optimizer=optimizer, state=state, world=world)
 checkpointer.close()
 shutdown()

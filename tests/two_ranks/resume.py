@@ -30,7 +30,7 @@ def fresh():
 one = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "one"))
 model, optimizer = fresh()
 path = one.latest("auto")
-one.load_state(path, model=model, optimizer=optimizer, world=world)
+one.load(path, model=model, optimizer=optimizer, world=world)
 state = one.read_state(path)
 assert weights_fingerprint(model) == state["weights"]
 assert optimizer_digest(model, optimizer) == state["optimizer"]
@@ -38,14 +38,14 @@ assert optimizer_digest(model, optimizer) == state["optimizer"]
 two = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "two"))
 train(model, optimizer, world, range(3, 5))
 state = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}
-path = two.save_state(step=5, model=model, optimizer=optimizer, state=state, world=world)
+path = two.save(step=5, model=model, optimizer=optimizer, state=state, world=world)
 two.wait()
 files = json.loads((path / "manifest.json").read_text())["files"]
 assert set(files) == {".metadata", "state.json", "__0_0.distcp", "__1_0.distcp"}, files
 train(model, optimizer, world, range(5, 8))
 unbroken = weights_fingerprint(model), optimizer_digest(model, optimizer)
 model, optimizer = fresh()
-two.load_state(path, model=model, optimizer=optimizer, world=world)
+two.load(path, model=model, optimizer=optimizer, world=world)
 train(model, optimizer, world, range(5, 8))
 assert (weights_fingerprint(model), optimizer_digest(model, optimizer)) == unbroken
 
@@ -58,12 +58,12 @@ if world.rank == 1:
 
     spin.checkpoint.states.file_sha256 = fail
 try:
-    two.save_state(step=8, model=model, optimizer=optimizer, state={}, world=world)
+    two.save(step=8, model=model, optimizer=optimizer, state={}, world=world)
     two.wait()
 except CheckpointError as error:
     assert "rank 1: " in str(error) and "No space left" in str(error), error
 else:
     raise AssertionError("saved without space")
 barrier(world)  # rank 0 removes the part
-assert [entry.name for entry in two.states_dir.iterdir()] == ["step_00000005"]
+assert [entry.name for entry in two.checkpoints_dir.iterdir()] == ["step_00000005"]
 shutdown()

@@ -17,7 +17,7 @@ with torch.no_grad():
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 checkpointer = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1])
 path = checkpointer.latest()
-checkpointer.load_state(path, model=model, optimizer=optimizer, world=world)
+checkpointer.load(path, model=model, optimizer=optimizer, world=world)
 found = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}
 assert found == checkpointer.read_state(path)
 shutdown()
