@@ -400,9 +400,9 @@ class SPINCheckpointer:
                 states = self._complete()
                 if step > 0 and step not in {manifest["step"] for _, manifest in states}:
                     raise CheckpointError(
-                        f"{because} {self.checkpoints_dir}: cannot go back to step {step}, whose state is not there (it is "
-                        "kept for as long as it is needed if a limit could roll back when it was saved). No state was "
-                        "removed; the same command goes on from the newest, with what you change.".lstrip()
+                        f"{because} {self.checkpoints_dir}: cannot go back to step {step}, whose checkpoint is "
+                        "not there (it is kept only if a limit could roll back when it was saved). No checkpoint was "
+                        "removed; the same command, with what you change, resumes from the newest.".lstrip()
                     )
                 for folder, manifest in reversed(states):
                     if manifest["step"] > step:
@@ -503,8 +503,8 @@ class SPINCheckpointer:
         lost = [folder.name for folder in sorted(self._damaged | damaged) if is_marked(folder, _STATE)]
         if lost:
             raise CheckpointError(
-                f"{self.checkpoints_dir}: none of its states is whole ({', '.join(lost)}; see the warnings above). Bring "
-                "one back from a copy, or start anew with resume=never."
+                f"{self.checkpoints_dir}: every checkpoint is damaged ({', '.join(lost)}; see the warnings above). "
+                "Restore one from a copy, or start a new run with resume=never."
             )
         return None
 

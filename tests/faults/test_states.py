@@ -76,7 +76,7 @@ def test_where_none_is_whole_nothing_is_begun_over_them(runs, tmp_path):
     for state, name in zip(states, ("__0_0.distcp", "manifest.json", "state.json"), strict=True):
         flip(state / name)
     before = (tmp_path / "out" / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match="none of its states is whole .*step_00000001, .*resume=never"):
+    with pytest.raises(CheckpointError, match="every checkpoint is damaged .*step_00000001, .*resume=never"):
         run(tmp_path / "out", *SHORT)
     assert (tmp_path / "out" / "metrics.jsonl").read_bytes() == before
     assert sorted((tmp_path / "out" / "checkpoints").iterdir()) == states
