@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torchtune import training
 
 from spin import config
 from spin.config.checks import check_run
 from spin.config.defaults import RECIPE_DEFAULTS
+from spin.core.dtypes import torch_dtype
 from spin.core.errors import CheckpointError, ConfigError, OutputError
 from spin.core.files import FolderLock
 from spin.core.ranks import any_rank, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
@@ -78,7 +78,7 @@ class SPINGenerate:
             self._lock = FolderLock(Path(cfg.output_dir), shared=True) if self._world.is_main else None
         checkpointer = config.instantiate(cfg.checkpointer)
         checkpointer.validate()
-        dtype, compute_dtype = (training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
+        dtype, compute_dtype = (torch_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
         model = build_model(cfg.model, dtype)
         context = self._context = model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))

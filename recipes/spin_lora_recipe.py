@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torchtune import training
 
 from spin import config
 from spin.checkpoint.states import as_checkpoint_error
 from spin.config.checks import check_run
 from spin.config.defaults import LORA_DEFAULTS
+from spin.core.dtypes import torch_dtype
 from spin.core.errors import CollapseError, OutputError
 from spin.core.files import FolderLock
 from spin.core.ranks import all_reduce_sums, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
@@ -133,7 +133,7 @@ class SPINLoRARecipe:
         self._checkpointer = config.instantiate(cfg.checkpointer)
         self._checkpointer.validate(cfg.max_iterations)
         dtype, base_dtype, compute_dtype = (
-            training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.base_dtype, cfg.compute_dtype)
+            torch_dtype(name, self._world.device) for name in (cfg.dtype, cfg.base_dtype, cfg.compute_dtype)
         )
 
         # ---- data

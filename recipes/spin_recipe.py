@@ -29,12 +29,12 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torchtune import training
 
 from spin import config
 from spin.checkpoint.states import as_checkpoint_error
 from spin.config.checks import check_run
 from spin.config.defaults import RECIPE_DEFAULTS
+from spin.core.dtypes import torch_dtype
 from spin.core.errors import CollapseError, OutputError
 from spin.core.files import FolderLock
 from spin.core.ranks import all_reduce_sums, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
@@ -131,7 +131,7 @@ class SPINRecipe:
         self._watch = Watch(cfg.watch, self._world.is_main)
         self._checkpointer = config.instantiate(cfg.checkpointer)
         self._checkpointer.validate(cfg.max_iterations)
-        dtype, compute_dtype = (training.get_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
+        dtype, compute_dtype = (torch_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
 
         # ---- data
         self._model = build_model(cfg.model, dtype)  # no memory yet

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torchtune import training
 
 from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
 from spin.config.parse import complete, load_config
+from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError, SpinError
 from spin.core.terminal import printable
 from spin.generators.triplets import answers_per_pair
@@ -158,8 +158,8 @@ def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) ->
     if pair_tokens is not None and pair_tokens < 1:
         raise ConfigError(f"pair_tokens={pair_tokens}: expected the mean tokens of a pair, 1 or more.")
     shards = ranks // cfg.replicas
-    dtype, compute = (training.get_dtype(name, torch.device("cpu")) for name in (cfg.dtype, cfg.compute_dtype))
-    base_dtype = training.get_dtype(cfg.base_dtype, torch.device("cpu")) if "base_dtype" in cfg else dtype
+    dtype, compute = (torch_dtype(name, torch.device("cpu")) for name in (cfg.dtype, cfg.compute_dtype))
+    base_dtype = torch_dtype(cfg.base_dtype, torch.device("cpu")) if "base_dtype" in cfg else dtype
     model = build_model(cfg.model, base_dtype)
     shapes = _Shapes(model)
     trained, base = _split(model)

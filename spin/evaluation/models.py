@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torchtune import training
 
 from spin import config
 from spin.config.checks import check_ranges
-from spin.core.dtypes import TRAINED_DTYPES
+from spin.core.dtypes import TRAINED_DTYPES, torch_dtype
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.files import TRANSFER, check_own_folder, file_sha256, json_fingerprint
 from spin.core.ranks import World
@@ -92,7 +91,7 @@ class Player:
 
     def load(self, world: World, compute_dtype: str) -> nn.Module:
         """The model, sharded over the ranks, with the folder's weights."""
-        dtype = training.get_dtype(compute_dtype, world.device)  # nothing is trained: no fp32 master weights
+        dtype = torch_dtype(compute_dtype, world.device)  # nothing is trained: no fp32 master weights
         model = build_model(self.section.model, dtype)
         prepare_model(model, world, compute_dtype=dtype)
         load_hf_weights(model, self.section.checkpoint_dir, self.section.model_type, world=world)

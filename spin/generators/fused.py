@@ -7,11 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchtune.models.gemma.rms_norm import GemmaRMSNorm
-from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
-from torchtune.models.phi3._position_embeddings import Phi3RotaryPositionalEmbeddings
-from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
-from torchtune.modules import FeedForward, RMSNorm, RotaryPositionalEmbeddings
+
+from spin.model.torchtune import (
+    FeedForward,
+    GemmaRMSNorm,
+    Llama3ScaledRoPE,
+    Phi3RotaryPositionalEmbeddings,
+    Qwen2RotaryPositionalEmbeddings,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+)
 
 _ROTARY: dict[type, dict[str, bool]] = {
     RotaryPositionalEmbeddings: {"interleaved": True},

@@ -22,8 +22,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torchao.dtypes import nf4tensor
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
-from torchtune.modules.low_precision import FrozenNF4Linear
-from torchtune.modules.peft import DoRALinear, LoRALinear
+
+from spin.model.torchtune import DoRALinear, FrozenNF4Linear, LoRALinear
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
 

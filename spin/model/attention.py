@@ -15,11 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchtune.models.gemma2._attention import Gemma2Attention
-from torchtune.modules import MultiHeadAttention, TransformerCrossAttentionLayer, TransformerSelfAttentionLayer
 
 from spin.core.errors import ConfigError
 from spin.model.flex import attend
+from spin.model.torchtune import (
+    Gemma2Attention,
+    MultiHeadAttention,
+    TransformerCrossAttentionLayer,
+    TransformerSelfAttentionLayer,
+)
 from spin.pairs.row_mask import FlexMask
 
 _KV = "spin_kv"  # the attribute of an attention module that holds its KVSlots during generation

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torchtune import training
-from torchtune.modules import TransformerDecoder
 
 from spin.config.parse import COMPONENT, instantiate
 from spin.core.dtypes import has_fast_bf16
@@ -25,6 +23,7 @@ from spin.model.flex import flex_unsupported_reason
 from spin.model.float8 import convert_float8
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.model.sharding import materialize, shard_model
+from spin.model.torchtune import TransformerDecoder, apply_selective_activation_checkpointing, set_default_dtype
 from spin.pairs.packing import longest_row
 from spin.pairs.row_mask import BLOCK
 
@@ -48,7 +47,7 @@ def build_model(section: DictConfig, dtype: torch.dtype) -> nn.Module:
         ConfigError: If it builds something else.
     """
     try:
-        with torch.device("meta"), training.set_default_dtype(dtype), quantizing_at_once():
+        with torch.device("meta"), set_default_dtype(dtype), quantizing_at_once():
             model = instantiate(section)
     # a size below zero, or one that does not fit another; NF4 takes multiples of 16,384
     except (RuntimeError, AssertionError) as error:
@@ -199,7 +198,7 @@ def prepare_model(
     if float8:
         convert_float8(model, world.device)
     if activation_checkpointing:
-        training.apply_selective_activation_checkpointing(model, ac_mode, ac_option)
+        apply_selective_activation_checkpointing(model, ac_mode, ac_option)
     if compile_layers:
         _compile_layers(model)
     shard_model(

@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torchtune.models.gemma2._attention import Gemma2Attention
-from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
-from torchtune.modules import TransformerDecoder
+
+from spin.model.torchtune import Gemma2Attention, Gemma2FinalNorm, TransformerDecoder
 
 Value = TypeVar("Value")
 

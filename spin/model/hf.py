@@ -24,10 +24,6 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
-from torchtune.models.gemma2._convert_weights import gemma2_hf_to_tune, gemma2_tune_to_hf
-from torchtune.models.phi3._convert_weights import phi3_hf_to_tune, phi3_tune_to_hf
-from torchtune.models.qwen2._convert_weights import qwen2_hf_to_tune, qwen2_tune_to_hf
 
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.files import finish_folder, part_of, read_json, remove_folder, start_folder, sync, write_json
@@ -38,6 +34,16 @@ from spin.model.gemma2 import swap_mlp_norms
 from spin.model.hf_config import CONFIG, check_model, heads_of, settings_of, unknown_keys
 from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, weight_files
 from spin.model.sharding import check_weights, clean_name, is_finite, reshard, weight_gathers
+from spin.model.torchtune import (
+    gemma2_hf_to_tune,
+    gemma2_tune_to_hf,
+    hf_to_tune,
+    phi3_hf_to_tune,
+    phi3_tune_to_hf,
+    qwen2_hf_to_tune,
+    qwen2_tune_to_hf,
+    tune_to_hf,
+)
 
 log = logging.getLogger(__name__)
 

@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
-from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 
 from spin.core.errors import CheckpointError
 from spin.model.gemma2 import gemma2_caps
+from spin.model.torchtune import GemmaNormEmbeddings, GemmaRMSNorm
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torchtune.modules import TransformerDecoder
 
 from spin import config
 from spin.core.errors import CheckpointError
@@ -29,6 +28,7 @@ from spin.model.gemma2 import fix_gemma2_softcap
 from spin.model.hf import check_model_type, from_hf_tensors
 from spin.model.hf_config import CONFIG, Asked, check_model, check_shapes
 from spin.model.hf_folder import read_config
+from spin.model.torchtune import TransformerDecoder
 
 log = logging.getLogger(__name__)
 
