@@ -31,7 +31,7 @@ from spin.core.errors import CheckpointError, ConfigError, OutputError
 from spin.core.files import FolderLock
 from spin.core.ranks import any_rank, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
 from spin.core.terminal import get_logger, progress_bar
-from spin.data import PromptDataset, PromptStream, adapt_tokenizer
+from spin.data import PromptSource, adapt_tokenizer
 from spin.data.dates import fix_date
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.generators import GeneratorContext, sampling_params
@@ -83,9 +83,7 @@ class SPINGenerate:
         context = self._context = model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
         fix_date(self._tokenizer, Path(cfg.output_dir), self._world, cfg.resume)
-        source: PromptDataset | PromptStream = config.instantiate(
-            cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context
-        )
+        source: PromptSource = config.instantiate(cfg.dataset, tokenizer=self._tokenizer, max_seq_len=context)
         unknown = unknown_ids(model, self._tokenizer)
         self._sampling = sampling_params(cfg.sampling, self._tokenizer.eos_ids, unknown)
         check_vocabulary(model, self._tokenizer, self._sampling.stop_token_ids, source)

@@ -39,7 +39,7 @@ from spin.core.errors import CollapseError, OutputError
 from spin.core.files import FolderLock
 from spin.core.ranks import all_reduce_sums, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
 from spin.core.terminal import get_logger, progress_bar
-from spin.data import Pair, PairStore, PromptDataset, PromptStream, adapt_tokenizer
+from spin.data import Pair, PairStore, PromptDataset, PromptSource, adapt_tokenizer
 from spin.data.dates import fix_date
 from spin.data.order import history_window
 from spin.data.read import check_vocabulary, unknown_ids
@@ -139,7 +139,7 @@ class SPINRecipe:
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
         fix_date(self._tokenizer, self._output_dir, self._world, cfg.resume)
         reading = {"tokenizer": self._tokenizer, "max_seq_len": context}
-        self._prompts: PromptDataset | PromptStream = config.instantiate(cfg.dataset, **reading)
+        self._prompts: PromptSource = config.instantiate(cfg.dataset, **reading)
         self._val_prompts: PromptDataset = PromptDataset()  # empty without a validation set
         if cfg.validation_dataset is not None:
             self._val_prompts = config.instantiate(cfg.validation_dataset, **reading)

@@ -19,10 +19,11 @@ from spin.config.catalog import load_recipe, recipe_of
 from spin.config.checks import check_run
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.terminal import printable
-from spin.data import ChatTokenizer, PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
+from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
+from spin.data.dataset import check_is_dataset
 from spin.data.dates import known_date
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
-from spin.data.read import check_is_dataset, check_vocabulary, unknown_ids
+from spin.data.read import check_vocabulary, unknown_ids
 from spin.data.sources import read_rows
 from spin.evaluation.models import Player, check_evaluation, players_of
 from spin.generators import sampling_params
@@ -147,10 +148,10 @@ class Validation:
         source = section.checkpoint_dir if player.has_weights else section.generator[config.COMPONENT]
         return player, f"{player.name}, from {source}: every weight in its shape; an answer ends with {stops}"
 
-    def _player_data(self, cfg: DictConfig, player: Player) -> tuple[PromptDataset | PromptStream, str]:
+    def _player_data(self, cfg: DictConfig, player: Player) -> tuple[PromptSource, str]:
         return self._data(cfg.dataset, player.tokenizer, player.context, keep_originals=True)
 
-    def _player_vocabulary(self, player: Player, prompts: PromptDataset | PromptStream) -> tuple[None, str]:
+    def _player_vocabulary(self, player: Player, prompts: PromptSource) -> tuple[None, str]:
         player.check(prompts)
         return None, "the model has an embedding for every token of the data"
 
@@ -257,9 +258,9 @@ class Validation:
 
     def _data(
         self, section: DictConfig, tokenizer: PromptTokenizer, context: int | None, **options: bool
-    ) -> tuple[PromptDataset | PromptStream, str]:
+    ) -> tuple[PromptSource, str]:
         read = partial(config.instantiate, section, tokenizer=tokenizer, max_seq_len=context, **options)
-        data: PromptDataset | PromptStream = _built("data set", read)
+        data: PromptSource = _built("data set", read)
         check_is_dataset(data)
         prompts = data.window(0)
         report = prompts.report
@@ -388,12 +389,12 @@ def _conversations_of(options: Mapping[str, Any], transform: Any) -> Iterator[tu
         return
 
 
-def plan_lines(cfg: DictConfig, prompts: PromptDataset | PromptStream, num_val_prompts: int) -> list[str]:
+def plan_lines(cfg: DictConfig, prompts: PromptSource, num_val_prompts: int) -> list[str]:
     """Steps, iterations, intervals and shards of a run, in words.
 
     Args:
         cfg (DictConfig): complete and checked.
-        prompts (PromptDataset | PromptStream): training samples.
+        prompts (PromptSource): training samples.
         num_val_prompts (int): validation samples.
 
     Returns:

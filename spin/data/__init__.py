@@ -1,11 +1,14 @@
 """From a data set to pairs in packed rows."""
 
-from spin.data.chat import ChatTokenizer, PromptTokenizer, TorchtuneTokenizer, adapt_tokenizer
+from spin.data.chat import ChatTokenizer
 from spin.data.collate import spin_custom_collate
+from spin.data.dataset import PromptDataset, PromptSource
 from spin.data.mixture import MixedPromptDataset, mix_datasets, mixed_prompt_dataset
 from spin.data.order import epoch_order, history_window, iteration_items, iteration_samples
-from spin.data.read import PromptDataset, prompt_dataset
+from spin.data.read import prompt_dataset
 from spin.data.stream import PromptStream
+from spin.data.tokenizer import PromptTokenizer
+from spin.data.torchtune_tokenizer import TorchtuneTokenizer, adapt_tokenizer
 from spin.pairs.packing import PackedRow, pack_batch, pack_row, plan_rows
 from spin.pairs.store import PairStore
 from spin.types import Pair, Prompt, Response
@@ -18,6 +21,7 @@ __all__ = [
     "PairStore",
     "Prompt",
     "PromptDataset",
+    "PromptSource",
     "PromptStream",
     "PromptTokenizer",
     "Response",

@@ -1,34 +1,21 @@
-"""Conversations to token ids: what the opponent is asked, and what the real response is.
-
-Two adapters with one interface, :class:`PromptTokenizer`: :class:`ChatTokenizer` renders the chat template of a Hugging
-Face folder, :class:`TorchtuneTokenizer` wraps any of torchtune's model tokenizers. Both promise the same three things:
-
-- The prompt ids of :meth:`~PromptTokenizer.encode_pair` are those of :meth:`~PromptTokenizer.encode_prompt`, so that
-  training scores the response after exactly the tokens that the opponent saw.
-- The real response ends with one stop token, the one that the model itself writes at the end of a turn, and holds no
-  other. Nothing that a template puts behind it (ChatML's newline) is part of the response.
-- Nothing is truncated or masked here, by value or otherwise: a pad token that equals EOS never hides an EOS.
-"""
+"""The tokenizer and chat template of a Hugging Face folder."""
 
 from __future__ import annotations
 
-import copy
 import datetime
 import hashlib
-import inspect
-import json
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from spin.core.errors import DataError
 from spin.core.files import read_bytes, read_json
 from spin.data.messages import ChatMessage
 from spin.data.templates import ChatTemplate, TemplateFault
+from spin.data.tokenizer import NO_RESPONSE, Encoded, canonical_json, decode_known, early_stop, prompt_mismatch
 
 log = logging.getLogger(__name__)
 
@@ -36,49 +23,11 @@ log = logging.getLogger(__name__)
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 _ANY_VOCABULARY = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 _PROBE_QUESTION, _PROBE_ANSWER = "probe_of_a_user_message", "Probe"
-_UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # the text of an id that the tokenizer lacks
 _THINK_END = "</think>"
 _MAX_TEMPLATE_BYTES = 1 << 20
 # Variables by which templates switch reasoning off, and what only this class may give a template.
 _THINKING_OPTIONS = ("enable_thinking", "thinking")
 _NO_OPTIONS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
-# What a foreign tokenizer raises on a conversation that it was not made for.
-_TOKENIZER_FAULTS = (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError)
-
-
-@runtime_checkable
-class PromptTokenizer(Protocol):
-    """From a conversation to token ids and back.
-
-    Attributes:
-        eos_ids (tuple[int, ...]): every token that ends a response, the one that closes a turn first.
-        pad_id (int): fills a batch; may equal a stop token.
-        vocab_size (int): one more than the largest id that this tokenizer knows; a model may have more rows.
-        max_seq_len (int | None): the length of prompt and response together that a data set must keep to, in tokens.
-        fingerprint (str): changes whenever the same conversation could get other ids.
-    """
-
-    eos_ids: tuple[int, ...]
-    pad_id: int
-    max_seq_len: int | None
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Ids of a conversation up to the place where the assistant answers."""
-        ...
-
-    def encode_pair(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
-        """Prompt ids and real response ids of a conversation that ends with an assistant turn."""
-        ...
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of token ids."""
-        ...
 
 
 class ChatTokenizer:
@@ -193,11 +142,11 @@ class ChatTokenizer:
             digest.update(f"{file.name}:{file.stat().st_size}:".encode())
             digest.update(file.read_bytes())
         if not present:
-            digest.update(_canonical(self._tokenizer.get_vocab()))
+            digest.update(canonical_json(self._tokenizer.get_vocab()))
         specials = {index: str(token) for index, token in self._tokenizer.added_tokens_decoder.items()}
         template = self.chat_template or self._tokenizer.chat_template
         options = [self._options] if self._options else []
-        digest.update(_canonical([specials, self.eos_ids, self.pad_id, template, *options]))
+        digest.update(canonical_json([specials, self.eos_ids, self.pad_id, template, *options]))
         return digest.hexdigest() + (f" on {self._today()}" if self.reads_date else "")
 
     @property
@@ -211,52 +160,19 @@ class ChatTokenizer:
         return self._template.reads_date or self._tool_template.reads_date
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Ids of a conversation up to the place where the assistant answers.
-
-        Args:
-            messages (Sequence[ChatMessage]): the conversation without the answer.
-
-        Returns:
-            list[int]: token ids, the assistant's header last.
-
-        Raises:
-            DataError: If the template refuses the conversation.
-        """
         return self._encode(self._render(messages, add_generation_prompt=True))
 
-    def encode_pair(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
-        """Prompt ids and real response ids of a conversation that ends with an assistant turn.
-
-        The response ids are the rest of the whole conversation's ids where these begin with the prompt's ids, and the
-        ids of the response text alone where a token would reach across the border. The response is cut behind its
-        first stop token; where the template writes none, one is appended.
-
-        Args:
-            messages (Sequence[ChatMessage]): the conversation, the real response last.
-
-        Returns:
-            tuple[list[int], list[int]]: prompt ids and response ids, the latter closed by a stop token.
-
-        Raises:
-            DataError: If the template refuses the conversation, if the rendered conversation does not begin with the
-                rendered prompt, if the response holds a stop token before its end, or if it is empty.
-        """
+    def encode_pair(self, messages: Sequence[ChatMessage]) -> Encoded:
+        # The response is the rest of the conversation's ids where these begin with the prompt's ids, and the ids of
+        # the response text alone where a token would reach across the border. The response ends with its first stop
+        # token; where the template writes none, one is appended.
         pair = self.encode_pairs([messages])[0]
         if isinstance(pair, DataError):
             raise pair
         return pair
 
-    def encode_pairs(
-        self, conversations: Sequence[Sequence[ChatMessage]]
-    ) -> list[tuple[list[int], list[int]] | DataError]:
-        """Many conversations at once, on all cores: :meth:`encode_pair` for each, with errors returned, not raised.
-
-        Args:
-            conversations (Sequence[Sequence[ChatMessage]]): each with the real response last.
-
-        Returns:
-            list[tuple[list[int], list[int]] | DataError]: one entry per conversation, in order.
-        """
+    def encode_pairs(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[Encoded | DataError]:
+        """Many conversations at once, on all cores: :meth:`encode_pair` for each, with errors returned, not raised."""
         rendered = self._render_pairs(conversations)
         texts = [text for pair in rendered if not isinstance(pair, DataError) for text in pair]
         ids = iter(self._encode_all(texts))
@@ -280,11 +196,11 @@ class ChatTokenizer:
         for number, (messages, pair) in enumerate(zip(conversations, rendered, strict=True)):
             source = sources.get(number, pair)
             if isinstance(pair, DataError) or isinstance(source, DataError):
-                found.append(pair if isinstance(pair, DataError) else DataError(_no_prefix(*pair)))
+                found.append(pair if isinstance(pair, DataError) else DataError(prompt_mismatch(*pair)))
                 continue
             response = self._response(*source)
             if response is None:
-                found.append(DataError(_no_prefix(*pair)))
+                found.append(DataError(prompt_mismatch(*pair)))
                 continue
             try:
                 found.append((pair[0], pair[0] + self._with_reasoning(messages, pair[0], response)))
@@ -345,9 +261,7 @@ class ChatTokenizer:
             return "Set tokenizer.chat_template to a template that goes with the data"
         return f"Set tokenizer.template_options.{name}={value}"
 
-    def _split(
-        self, prompt: str, full: str, *, prompt_ids: list[int], full_ids: list[int]
-    ) -> tuple[list[int], list[int]] | DataError:
+    def _split(self, prompt: str, full: str, *, prompt_ids: list[int], full_ids: list[int]) -> Encoded | DataError:
         if full_ids[: len(prompt_ids)] == prompt_ids:
             rest = full_ids[len(prompt_ids) :]
         else:
@@ -359,21 +273,12 @@ class ChatTokenizer:
             response_ids = rest[: end + 1]
             behind = self.decode(rest[end + 1 :], skip_special_tokens=True).strip()
             if behind:
-                return DataError(_stop_inside(self.decode([rest[end]]), behind))
-        return (prompt_ids, response_ids) if len(response_ids) > 1 else DataError(_NO_RESPONSE)
+                return DataError(early_stop(self.decode([rest[end]]), behind))
+        return (prompt_ids, response_ids) if len(response_ids) > 1 else DataError(NO_RESPONSE)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of token ids.
-
-        Args:
-            ids (Sequence[int]): token ids.
-            skip_special_tokens (bool): leave out special tokens.
-
-        Returns:
-            str: the text, with nothing cleaned up; an id that the tokenizer lacks is U+FFFD.
-        """
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
-        return _decode_known(ids, self.known_ids, lambda known: self._tokenizer.decode(known, **options))
+        return decode_known(ids, self.known_ids, lambda known: self._tokenizer.decode(known, **options))
 
     def _encode(self, text: str) -> list[int]:
         return self._encode_all([text])[0]
@@ -663,295 +568,7 @@ class ChatTokenizer:
         return found
 
 
-class TorchtuneTokenizer:
-    """Any of torchtune's model tokenizers (``tokenize_messages``), with its prompt template.
-
-    Checked with Llama 2, Llama 3, Qwen 2.5, Mistral, Gemma, Phi 3 and Phi 4. Around their differences:
-
-    - They are always asked to close turns, because Mistral, Gemma, Llama 2 and Phi 4 otherwise leave out the EOS of
-      *earlier* assistant turns too; what they put behind the last answer is learned from a probe and taken off.
-    - ``max_seq_len`` would overwrite the last token by EOS; it is lifted, and long rows are the data set's to handle.
-    - Phi 3 closes a turn with ``<|end|>``, which its ``stop_tokens`` lack; it is a stop token here.
-    - Without ``prompt_template``, Gemma's turns are bare text; for a chat model prefer :class:`ChatTokenizer`. The same
-      holds where a family's official template adds a default system prompt (Qwen) or a date (Llama 3.1 and later), and
-      for Phi 4, whose vocabulary torchtune splits by another pattern, so that ids differ from the model's own.
-
-    Args:
-        tokenizer (Any): a torchtune ``ModelTokenizer``.
-
-    Raises:
-        DataError: If the object is no such tokenizer, if its tokens of a conversation do not begin with those of its
-            prompt, or if it has no stop token.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        if not callable(getattr(tokenizer, "tokenize_messages", None)):
-            raise DataError(
-                f"tokenizer is a {type(tokenizer).__name__} without tokenize_messages, expected a torchtune model "
-                "tokenizer or spin.data.ChatTokenizer. For a Hugging Face folder use spin.data.ChatTokenizer."
-            )
-        self.max_seq_len = getattr(tokenizer, "max_seq_len", None)
-        self._tokenizer = copy.copy(tokenizer)
-        self._tokenizer.max_seq_len = None
-        parameters = inspect.signature(tokenizer.tokenize_messages).parameters
-        self._close_turns = {name: True for name in ("add_end_tokens", "add_eos") if name in parameters}
-        self._special_names = {
-            int(index): text for text, index in (getattr(tokenizer, "special_tokens", None) or {}).items()
-        }
-        self._closing = self._probe_closing()
-        self.eos_ids = self._find_eos_ids()
-        self._stop_ids = frozenset(self.eos_ids)
-        pad_id = getattr(tokenizer, "pad_id", None)
-        self.pad_id = self.eos_ids[0] if pad_id is None or pad_id < 0 else int(pad_id)
-        # Written behind the real response: the closing up to its stop token, or a stop token if there is none in it.
-        stop = next((index for index, token in enumerate(self._closing) if token in self._stop_ids), None)
-        self._written_closing = self._closing[: stop + 1] if stop is not None else [*self._closing, self.eos_ids[0]]
-
-    @cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest id, special tokens included."""
-        encoder = getattr(self._tokenizer, "encoder", None) or {}
-        known = (*self._special_names, *encoder.values(), int(getattr(self._tokenizer, "vocab_size", 0)) - 1)
-        return max(known) + 1
-
-    @cached_property
-    def known_ids(self) -> frozenset[int]:
-        """The ids that have a token; a model may have more rows, and a vocabulary holes."""
-        base = self._tokenizer
-        model = getattr(base, "tokenizer_model", base)
-        found: Iterable[int] = range(self.vocab_size)
-        if hasattr(base, "_spm_model"):
-            found = range(base._spm_model.spm_model.vocab_size())
-        elif hasattr(base, "tt_model"):
-            found = base.tt_model.tt_model._mergeable_ranks.values()
-        elif hasattr(model, "encoder"):
-            found = model.encoder.values()
-        return frozenset((*found, *self._special_names, *self._unnamed_specials()))
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over the class, the vocabulary, special and stop tokens, and the prompt template."""
-        template = getattr(self._tokenizer, "prompt_template", None)
-        shown = [type(template).__qualname__, getattr(template, "template", None)]
-        digest = hashlib.sha256(
-            _canonical([type(self._tokenizer).__qualname__, self._special_names, self.eos_ids, self._closing, shown])
-        )
-        for part in self._vocabulary():
-            digest.update(part)
-        return digest.hexdigest()
-
-    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Ids of a conversation up to the place where the assistant answers.
-
-        Args:
-            messages (Sequence[ChatMessage]): the conversation without the answer.
-
-        Returns:
-            list[int]: token ids, the assistant's header last.
-
-        Raises:
-            DataError: If the tokenizer refuses the conversation.
-        """
-        return self._open(self._tokens([*messages, {"role": "assistant", "content": ""}]))
-
-    def encode_pair(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
-        """Prompt ids and real response ids of a conversation that ends with an assistant turn.
-
-        Args:
-            messages (Sequence[ChatMessage]): the conversation, the real response last.
-
-        Returns:
-            tuple[list[int], list[int]]: prompt ids and response ids, the latter closed by a stop token.
-
-        Raises:
-            DataError: If the tokenizer refuses the conversation, if the tokens of the conversation do not begin with
-                those of the prompt, if the response holds a stop token before its end, or if it is empty.
-        """
-        prompt_ids = self.encode_prompt(messages[:-1])
-        full_ids = self._open(self._tokens(messages))
-        if full_ids[: len(prompt_ids)] != prompt_ids:
-            raise DataError(_no_prefix(self.decode(prompt_ids), self.decode(full_ids)))
-        body = full_ids[len(prompt_ids) :]
-        end = next((index for index, token in enumerate(body) if token in self._stop_ids), None)
-        if end is not None:
-            raise DataError(_stop_inside(self.decode([body[end]]), self.decode(body[end + 1 :])))
-        if not body:
-            raise DataError(_NO_RESPONSE)
-        return prompt_ids, [*body, *self._written_closing]
-
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of token ids.
-
-        Args:
-            ids (Sequence[int]): token ids.
-            skip_special_tokens (bool): leave out special tokens.
-
-        Returns:
-            str: the text; special tokens by name, an id that the tokenizer lacks as U+FFFD.
-        """
-        names = dict.fromkeys(self._unnamed_specials(), "") | self._special_names
-        pieces: list[str] = []
-        run: list[int] = []
-        for token in ids:
-            if token not in names:
-                run.append(int(token))
-                continue
-            pieces += [self._decode_run(run), "" if skip_special_tokens else names[token]]
-            run = []
-        return "".join([*pieces, self._decode_run(run)])
-
-    def _unnamed_specials(self) -> Iterable[int]:
-        found = (getattr(self._tokenizer, name, None) for name in ("bos_id", "eos_id"))
-        return [int(token) for token in found if token is not None and token >= 0]
-
-    def _decode_run(self, ids: list[int]) -> str:
-        return _decode_known(ids, self.known_ids, self._decode_text)
-
-    def _decode_text(self, ids: list[int]) -> str:
-        options = {"truncate_at_eos": False, "skip_special_tokens": False}
-        accepted = inspect.signature(self._tokenizer.decode).parameters
-        text = self._tokenizer.decode(ids, **{key: value for key, value in options.items() if key in accepted})
-        if isinstance(text, str):
-            return text
-        # torchtune's GPT-2 base (Phi 4) returns the vocabulary's spelling of each token instead of text.
-        to_byte = self._tokenizer.tokenizer_model.byte_decoder
-        return bytes(to_byte[char] for piece in text if piece for char in piece).decode("utf-8", errors="replace")
-
-    def _tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
-        from torchtune.data import Message
-
-        if any("tool_calls" in message or "tools" in message for message in messages):
-            raise DataError(
-                f"the conversation has tools, which {type(self._tokenizer).__name__} cannot write. Use "
-                "spin.data.ChatTokenizer with the model's chat template, or write calls into the text."
-            )
-        for key in ("reasoning_content", "chat_template_kwargs"):
-            if any(key in message for message in messages):
-                raise DataError(
-                    f"the conversation has {key}, which {type(self._tokenizer).__name__} cannot write. Use "
-                    "spin.data.ChatTokenizer with the model's chat template, or remove it from the row."
-                )
-        turns = [
-            Message(
-                role="ipython" if message["role"] == "tool" else message["role"],
-                content=message["content"],
-                masked=message["role"] != "assistant",
-            )
-            for message in messages
-        ]
-        try:
-            ids, _ = self._tokenizer.tokenize_messages(turns, **self._close_turns)
-        except _TOKENIZER_FAULTS as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise DataError(
-                f"{type(self._tokenizer).__name__} refuses the roles {roles}: {error}. Fix the row or set another "
-                "tokenizer.prompt_template."
-            ) from error
-        if any(token is None for token in ids):
-            raise DataError(
-                f"{type(self._tokenizer).__name__} has no id for a part of the text. Use spin.data.ChatTokenizer for "
-                "this model."
-            )
-        return ids
-
-    def _open(self, ids: list[int]) -> list[int]:
-        """Take off what stands behind the last answer."""
-        count = len(self._closing)
-        if count and ids[-count:] != self._closing:
-            raise DataError(
-                f"{type(self._tokenizer).__name__} closes this conversation with {self.decode(ids[-count:])!r}, "
-                f"expected {self.decode(self._closing)!r}. Use spin.data.ChatTokenizer for this model."
-            )
-        return ids[: len(ids) - count]
-
-    def _probe_closing(self) -> list[int]:
-        """The tokens behind an answer: the longest common end of a conversation with an empty answer and two others."""
-        question = {"role": "user", "content": "Hello"}
-        tails = [
-            self._tokens([question, {"role": "assistant", "content": answer}])[::-1] for answer in ("", "A", "be 7")
-        ]
-        count = 0
-        for tokens in zip(*tails, strict=False):
-            if len(set(tokens)) > 1:
-                break
-            count += 1
-        return tails[0][:count][::-1]
-
-    def _find_eos_ids(self) -> tuple[int, ...]:
-        stop = [*(getattr(self._tokenizer, "stop_tokens", None) or []), getattr(self._tokenizer, "eos_id", None)]
-        turn_end = [token for token in self._closing if token in self._special_names or token in stop][:1]
-        found = tuple(dict.fromkeys(int(token) for token in (*turn_end, *stop) if token is not None and token >= 0))
-        if not found:
-            raise DataError(
-                f"{type(self._tokenizer).__name__} has neither stop_tokens nor eos_id. SPIN must score where answers "
-                "end."
-            )
-        return found
-
-    def _vocabulary(self) -> list[bytes]:
-        """The vocabulary of each of torchtune's base tokenizers, or the ids of a probe text."""
-        base = self._tokenizer
-        if hasattr(base, "_spm_model"):
-            return [base._spm_model.spm_model.serialized_model_proto()]
-        if hasattr(base, "tt_model"):
-            ranks = base.tt_model.tt_model._mergeable_ranks
-            return [b"%d:%b" % (rank, token) for token, rank in sorted(ranks.items(), key=lambda item: item[1])]
-        base = getattr(base, "tokenizer_model", base)
-        if hasattr(base, "encoder") and hasattr(base, "bpe_ranks"):
-            return [_canonical(base.encoder), _canonical([" ".join(merge) for merge in base.bpe_ranks])]
-        return [_canonical(self._tokens([{"role": "user", "content": "".join(map(chr, range(32, 1024)))}]))]
-
-
-def adapt_tokenizer(tokenizer: Any) -> PromptTokenizer:
-    """The interface of this module for whatever a config's ``tokenizer`` section made.
-
-    Args:
-        tokenizer (Any): a :class:`PromptTokenizer`, which is returned as it is, or a torchtune model tokenizer.
-
-    Returns:
-        PromptTokenizer: the tokenizer itself or a :class:`TorchtuneTokenizer` around it.
-
-    Raises:
-        DataError: If it is neither.
-    """
-    if callable(getattr(tokenizer, "encode_pair", None)):
-        return tokenizer
-    return TorchtuneTokenizer(tokenizer)
-
-
-# --- Messages of errors that both adapters raise ---
-
-_NO_RESPONSE = "the real response has no tokens but its stop token. Fix the row or set dataset.on_bad_row=skip."
-
-
-def _no_prefix(prompt: str, full: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
-    return (
-        f"the conversation does not begin with its own prompt: from character {at} on, the prompt has "
-        f"{prompt[at : at + 40]!r}, the conversation {full[at : at + 40]!r}. The template writes something into the "
-        "prompt that training would not see (a closed thinking block before an answer with reasoning, for example). "
-        "Set tokenizer.template_options, or tokenizer.chat_template to one that does not."
-    )
-
-
-def _stop_inside(stop: str, behind: str) -> str:
-    return (
-        f"the real response holds the stop token {stop!r} before its end, followed by {behind[:40]!r}. Generation "
-        "would end there. Fix the row or set dataset.on_bad_row=skip."
-    )
-
-
-def _decode_known(ids: Iterable[int], known: Collection[int], decode: Callable[[list[int]], str]) -> str:
-    """Text of ids of which some may not exist: some tokenizers raise an error for these, others leave them out."""
-    parts = groupby(ids, known.__contains__)
-    return "".join(decode(list(part)) if exists else _UNKNOWN * len(list(part)) for exists, part in parts)
-
-
 # --- Files ---
-
-
-def _canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from spin.core.errors import DataError
 from spin.core.files import file_lock, read_json, replace_text
 from spin.core.ranks import World, broadcast_object, raise_on_all_ranks
-from spin.data.chat import PromptTokenizer
+from spin.data.tokenizer import PromptTokenizer
 
 log = logging.getLogger(__name__)
 

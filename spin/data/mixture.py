@@ -16,9 +16,10 @@ import numpy as np
 
 from spin.config.parse import Faults
 from spin.core.errors import ConfigError, DataError
-from spin.data.chat import adapt_tokenizer
+from spin.data.dataset import DatasetReport, Original, PromptDataset
 from spin.data.order import permutation
-from spin.data.read import DatasetReport, Original, PromptDataset, prompt_dataset
+from spin.data.read import prompt_dataset
+from spin.data.torchtune_tokenizer import adapt_tokenizer
 from spin.types import Prompt
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what every metrics service takes
@@ -94,20 +95,10 @@ class MixedPromptDataset(PromptDataset):
 
     @property
     def samples_per_iteration(self) -> int:
-        """Samples that an iteration can play at most."""
         return self._most
 
     def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
-        """The samples that an iteration plays: of each source its share, no copy of one that was not drawn itself.
-
-        Args:
-            num_needed (int): steps of an epoch times the global batch size.
-            seed (int): the run's seed.
-            iteration (int): counted from 0.
-
-        Returns:
-            list[int]: ``num_needed`` indices, the sources mixed.
-        """
+        # of each source its share, and no copy of a sample that was not drawn itself
         chosen: list[int] = []
         for name, quota in self._quotas(num_needed).items():
             size, places = self._sizes[name], self._places[name]
@@ -119,19 +110,10 @@ class MixedPromptDataset(PromptDataset):
         return [chosen[i] for i in permutation(len(chosen), seed, "mixture", iteration)]
 
     def count_sources(self, sample_ids: Iterable[str]) -> dict[str, float]:
-        """How many samples come from each source.
-
-        Args:
-            sample_ids (Iterable[str]): of samples of this data set.
-
-        Returns:
-            dict[str, float]: by the source's name, 0 included.
-        """
         counts = Counter(sample_id.partition("/")[0] for sample_id in sample_ids)
         return {name: float(counts[name]) for name in self._shares}
 
     def content_fingerprint(self) -> str:
-        """Hash of the sources' samples, whatever their weights."""
         digest = hashlib.sha256()
         for name, content in self._content.items():
             digest.update(f"{name}:{content}".encode())

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
-from types import MappingProxyType
 from typing import Any, Literal, TypeGuard
 
-import numpy as np
 from torch import nn
 
 from spin.core.errors import ConfigError, DataError
-from spin.data.chat import PromptTokenizer, adapt_tokenizer
+from spin.data.dataset import DatasetReport, Original, PromptDataset, PromptSource, check_is_dataset
 from spin.data.messages import (
     ChatMessage,
     MessageTransform,
@@ -28,9 +23,10 @@ from spin.data.messages import (
     row_to_messages,
     split_turns,
 )
-from spin.data.order import iteration_samples
 from spin.data.sources import Row, Source, describe_source, read_rows
 from spin.data.stream import PromptStream, shuffled_rows
+from spin.data.tokenizer import PromptTokenizer
+from spin.data.torchtune_tokenizer import adapt_tokenizer
 from spin.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -39,196 +35,6 @@ LongAction = Literal["error", "drop", "cut"]
 _SHOWN = 20
 _SHOWN_IN_WARNING = 5  # what was asked to be left out; the report has more
 _CHUNK_ROWS = 512
-
-
-@dataclass(frozen=True)
-class DatasetReport:
-    """What became of the rows of a data set.
-
-    Args:
-        rows (int): rows read.
-        samples (int): samples kept; with ``turns=all`` a row can make several.
-        counts (dict[str, int]): samples left out or shortened, by reason: ``bad_row``, ``duplicate_id``,
-            ``long_prompt_drop``, ``long_prompt_cut``, ``long_response_drop``, ``long_response_cut``.
-        examples (list[str]): place and reason of the first 20.
-        changes (dict[str, int]): rows that were read with a change, by its name.
-        unused (list[str]): columns that no row's conversation was made from, and ``messages[].key`` for keys of
-            messages.
-    """
-
-    rows: int
-    samples: int
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: list[str] = field(default_factory=list)
-    changes: dict[str, int] = field(default_factory=dict)
-    unused: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Original:
-    """What a sample was before it became token ids.
-
-    Args:
-        messages (list[ChatMessage]): the conversation, the real response last.
-        row (Mapping[str, Any]): the row that it comes from, column name to value.
-    """
-
-    messages: list[ChatMessage]
-    row: Mapping[str, Any]
-
-
-class PromptDataset:
-    """Prompts and real responses as token ids, in flat arrays: 4 bytes a token and no Python object per token.
-
-    ``originals`` holds what the samples were made of, by id, if :func:`prompt_dataset` was asked to keep it.
-
-    Args:
-        prompts (Iterable[Prompt]): the samples, with unique ids.
-        report (DatasetReport | None): how they came about; None writes one that names nothing.
-
-    Raises:
-        DataError: If two samples have one id.
-    """
-
-    settings: Mapping[str, Any] = MappingProxyType({})  # what else decides which samples are played, by config key
-
-    def __init__(self, prompts: Iterable[Prompt] = (), report: DatasetReport | None = None) -> None:
-        self.sample_ids: list[str] = []
-        prompt_tokens, real_tokens = array("i"), array("i")
-        prompt_offsets, real_offsets = array("q", [0]), array("q", [0])
-        for prompt in prompts:
-            self.sample_ids.append(prompt.sample_id)
-            prompt_tokens.extend(prompt.prompt_ids)
-            prompt_offsets.append(len(prompt_tokens))
-            real_tokens.extend(prompt.real_ids)
-            real_offsets.append(len(real_tokens))
-        self._prompt_tokens = np.frombuffer(prompt_tokens, dtype=np.int32)  # (sum of prompt lengths,)
-        self._prompt_offsets = np.frombuffer(prompt_offsets, dtype=np.int64)  # (n + 1,)
-        self._real_tokens = np.frombuffer(real_tokens, dtype=np.int32)  # (sum of response lengths,)
-        self._real_offsets = np.frombuffer(real_offsets, dtype=np.int64)  # (n + 1,)
-        if len(set(self.sample_ids)) != len(self.sample_ids):
-            double = next(each for each, count in Counter(self.sample_ids).items() if count > 1)
-            raise DataError(f"two samples have the id {double!r}, expected unique ids.")
-        self.report = report or DatasetReport(rows=len(self), samples=len(self))
-        self.originals: dict[str, Original] = {}
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    def __getitem__(self, index: int) -> Prompt:
-        index = range(len(self))[index]  # IndexError beyond the end; negative from the end
-        begin, end = self._prompt_offsets[index : index + 2]
-        real_begin, real_end = self._real_offsets[index : index + 2]
-        return Prompt(
-            self.sample_ids[index],
-            self._prompt_tokens[begin:end].tolist(),
-            self._real_tokens[real_begin:real_end].tolist(),
-        )
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return (self[index] for index in range(len(self)))
-
-    @property
-    def prompt_lengths(self) -> np.ndarray:
-        """Tokens of each prompt, shape (n,) int64."""
-        return np.diff(self._prompt_offsets)
-
-    @property
-    def real_lengths(self) -> np.ndarray:
-        """Tokens of each real response, its stop token included, shape (n,) int64."""
-        return np.diff(self._real_offsets)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each prompt and real response together, shape (n,) int64."""
-        return self.prompt_lengths + self.real_lengths
-
-    @property
-    def longest(self) -> int:
-        """Greatest length of prompt and real response together, in tokens; 0 if there is no sample."""
-        return int(self.lengths.max(initial=0))
-
-    @property
-    def samples_per_iteration(self) -> int:
-        """Samples that an iteration can play at most."""
-        return len(self)
-
-    def window(self, iteration: int) -> PromptDataset:
-        """The samples that an iteration may play: here, in each the same ones.
-
-        Args:
-            iteration (int): counted from 0.
-
-        Returns:
-            PromptDataset: what :meth:`iteration_samples` counts through.
-        """
-        return self
-
-    def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
-        """The samples that an iteration plays.
-
-        Args:
-            num_needed (int): steps of an epoch times the global batch size.
-            seed (int): the run's seed.
-            iteration (int): counted from 0.
-
-        Returns:
-            list[int]: ``num_needed`` indices into the iteration's window.
-        """
-        return iteration_samples(len(self), num_needed, seed, iteration)
-
-    def sample_id(self, iteration: int, index: int) -> str:
-        """Id of a sample of an iteration's window."""
-        return self.sample_ids[index]
-
-    def count_sources(self, sample_ids: Iterable[str]) -> dict[str, float]:
-        """How many samples come from each source of a mixture.
-
-        Args:
-            sample_ids (Iterable[str]): of samples of this data set.
-
-        Returns:
-            dict[str, float]: by the source's name; empty here, where there are no names.
-        """
-        return {}
-
-    def first_outside(self, vocab_size: int) -> tuple[str, int] | None:
-        """The first sample with a token id that is none of a vocabulary.
-
-        Args:
-            vocab_size (int): ids from 0 to one less are of the vocabulary.
-
-        Returns:
-            tuple[str, int] | None: the sample's id and the token id, or None if there is no such sample.
-        """
-        found = []
-        for tokens, offsets in (
-            (self._prompt_tokens, self._prompt_offsets),
-            (self._real_tokens, self._real_offsets),
-        ):
-            outside = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[:1]
-            for position in outside.tolist():
-                sample = int(np.searchsorted(offsets, position, side="right")) - 1
-                found.append((sample, int(tokens[position])))
-        if not found:
-            return None
-        sample, token = min(found, key=lambda each: each[0])  # of equal ones the prompt's
-        return self.sample_ids[sample], token
-
-    def fingerprint(self) -> str:
-        """Hash of what training sees of this data set.
-
-        Returns:
-            str: sha256 over the ids and tokens of all samples in their order.
-        """
-        digest = hashlib.sha256(json.dumps(self.sample_ids).encode())
-        for values in (self._prompt_offsets, self._prompt_tokens, self._real_offsets, self._real_tokens):
-            digest.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
-        return digest.hexdigest()
-
-    def content_fingerprint(self) -> str:
-        """Hash of the samples without what :attr:`settings` says."""
-        return self.fingerprint()
 
 
 def prompt_dataset(
@@ -256,7 +62,7 @@ def prompt_dataset(
     shuffle_seed: int = 0,
     max_seq_len: int | None = None,
     keep_originals: bool = False,
-) -> PromptDataset | PromptStream:
+) -> PromptSource:
     """Read a supervised data set and tokenize it: what a config's ``dataset`` section names.
 
     A sample's id is the row's own where it has one, else file stem and row number; it decides the sample's random
@@ -295,7 +101,7 @@ def prompt_dataset(
         keep_originals (bool): keep messages and row of each sample too, for those who judge answers by their text.
 
     Returns:
-        PromptDataset | PromptStream: the samples in the order of the source; ``report`` says what was left out. With
+        PromptSource: the samples in the order of the source; ``report`` says what was left out. With
         ``streaming``, the source of each iteration's samples, of which nothing has been read.
 
     Raises:
@@ -420,24 +226,8 @@ def prompt_dataset(
     return dataset
 
 
-def check_is_dataset(dataset: object) -> None:
-    """Checks what a data set function of the user's own has returned.
-
-    Args:
-        dataset (object): what ``dataset._component_`` gave.
-
-    Raises:
-        DataError: If it is something else than a data set of prompts.
-    """
-    if not isinstance(dataset, PromptDataset | PromptStream):
-        raise DataError(
-            f"dataset: its _component_ gave a {type(dataset).__name__}, expected a spin.data.PromptDataset, such as "
-            "PromptDataset([Prompt(sample_id, prompt_ids, real_ids), ...])."
-        )
-
-
 def check_vocabulary(
-    model: nn.Module, tokenizer: PromptTokenizer, stop_token_ids: Sequence[int], *datasets: PromptDataset | PromptStream
+    model: nn.Module, tokenizer: PromptTokenizer, stop_token_ids: Sequence[int], *datasets: PromptSource
 ) -> None:
     """Checks that the model has an embedding for every token that it will meet; a tokenizer may know more.
 
@@ -445,7 +235,7 @@ def check_vocabulary(
         model (nn.Module): a torchtune decoder, on any device, with weights or without.
         tokenizer (PromptTokenizer): what made the token ids.
         stop_token_ids (Sequence[int]): these are looked up among the model's logits.
-        *datasets (PromptDataset | PromptStream): training and validation samples.
+        *datasets (PromptSource): training and validation samples.
 
     Raises:
         DataError: If a sample or a stop token has an id beyond the model's vocabulary, or a data set is none.

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from spin.core.errors import DataError
+from spin.data.dataset import PromptDataset
 from spin.data.order import iteration_samples, permutation
 from spin.data.sources import Row
-
-if TYPE_CHECKING:
-    from spin.data.read import PromptDataset
 
 
 class PromptStream:
@@ -46,18 +44,6 @@ class PromptStream:
         self._vocab_size: int | None = None
 
     def window(self, iteration: int) -> PromptDataset:
-        """The samples that an iteration may play.
-
-        Args:
-            iteration (int): counted from 0.
-
-        Returns:
-            PromptDataset: ``samples_per_iteration`` of them, with unique ids.
-
-        Raises:
-            DataError: If the source cannot be read or has too few samples, if a row of it cannot be used and no option
-                allows for it, or if a token is beyond the vocabulary of :meth:`first_outside`.
-        """
         if self._newest is not None and iteration == self._next - 1:
             return self._newest
         if iteration < self._next:
@@ -77,37 +63,23 @@ class PromptStream:
         return self._newest
 
     def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
-        """The samples that an iteration plays.
-
-        Args:
-            num_needed (int): steps of an epoch times the global batch size.
-            seed (int): the run's seed.
-            iteration (int): counted from 0.
-
-        Returns:
-            list[int]: ``num_needed`` indices into the iteration's window.
-        """
         return iteration_samples(self.samples_per_iteration, num_needed, seed, iteration)
 
     def sample_id(self, iteration: int, index: int) -> str:
-        """Id of a sample of an iteration's window."""
         if iteration not in self._ids:
             self.window(iteration)
         return self._ids[iteration][index]
 
     def first_outside(self, vocab_size: int) -> tuple[str, int] | None:
-        """See :meth:`spin.data.PromptDataset.first_outside`: looks at the first iteration's samples now, and makes
-        :meth:`window` look at each later one's."""
         found = self.window(0).first_outside(vocab_size)
         self._vocab_size = vocab_size
         return found
 
     def count_sources(self, sample_ids: Iterable[str]) -> dict[str, float]:
-        """Empty, as of every data set that is no mixture."""
         return {}
 
     def content_fingerprint(self) -> str:
-        """The same for all: what is read cannot be known before it is, :attr:`settings` say where it comes from."""
+        """Constant: a stream's content is unknown before it is read."""
         return "streamed"
 
 

@@ -18,7 +18,7 @@ from spin.core.dtypes import TRAINED_DTYPES, torch_dtype
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.files import TRANSFER, check_own_folder, file_sha256, json_fingerprint
 from spin.core.ranks import World
-from spin.data import ChatTokenizer, PromptDataset, PromptStream, PromptTokenizer, adapt_tokenizer
+from spin.data import ChatTokenizer, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dates import known_date
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.evaluation import verdicts
@@ -75,7 +75,7 @@ class Player:
         """What its responses must stay within."""
         return limits_of(self._shape, self.context, self.tokenizer)
 
-    def check(self, prompts: PromptDataset | PromptStream) -> None:
+    def check(self, prompts: PromptSource) -> None:
         """Raises DataError if the model has no embedding for a token of the prompts."""
         if self._shape is not None:
             check_vocabulary(self._shape, self.tokenizer, self.tokenizer.eos_ids, prompts)

@@ -22,8 +22,8 @@ import numpy as np
 from spin.core.errors import GeneratorError
 from spin.core.files import json_fingerprint
 from spin.core.heartbeat import set_stage
-from spin.data.chat import PromptTokenizer
-from spin.data.read import PromptDataset
+from spin.data.dataset import PromptDataset
+from spin.data.tokenizer import PromptTokenizer
 from spin.generators.engines import Team, name_of
 from spin.generators.generator import Completion, Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from spin.config.parse import component_of
 from spin.core.errors import StoreError
 from spin.core.ranks import World, broadcast_object, raise_on_all_ranks
-from spin.data.read import PromptDataset
+from spin.data.dataset import PromptDataset
 from spin.pairs.store import MANIFEST, PairStore
 from spin.types import Pair, Response, TokenIds
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from spin.core.errors import GeneratorError
 from spin.core.ranks import World, gather_objects, raise_on_all_ranks
-from spin.data.read import PromptDataset
+from spin.data.dataset import PromptDataset
 from spin.generators.generator import Generator, SamplingParams
 from spin.generators.stage import Limits, _check_number, check_response, name_of
 from spin.reference.stage import score_batches

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from omegaconf import DictConfig
 
 from spin.core.errors import ConfigError
+from spin.data.dataset import PromptSource
 from spin.data.order import epoch_order, iteration_items
-from spin.data.read import PromptDataset
-from spin.data.stream import PromptStream
 from spin.pairs.lookup import LazySequence
 from spin.run.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.types import Pair
@@ -27,14 +26,14 @@ class RunPlan:
 
     Args:
         cfg (DictConfig): the run's, complete and checked.
-        prompts (PromptDataset | PromptStream): training samples.
+        prompts (PromptSource): training samples.
         num_val_prompts (int): validation samples there are.
 
     Raises:
         ConfigError: If there would be no step, or an interval is less than one.
     """
 
-    def __init__(self, cfg: DictConfig, prompts: PromptDataset | PromptStream, num_val_prompts: int = 0) -> None:
+    def __init__(self, cfg: DictConfig, prompts: PromptSource, num_val_prompts: int = 0) -> None:
         self._prompts, self._seed = prompts, cfg.seed
         self._size = size = cfg.global_batch_size
         self._history = cfg.pairs.history, cfg.pairs.history_fraction

@@ -10,7 +10,7 @@ from torch import nn
 
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, all_reduce_sums
-from spin.data.read import PromptDataset
+from spin.data.dataset import PromptDataset
 from spin.loss import row_losses
 from spin.pairs.loader import RowBatch
 from spin.pairs.packing import PackedRow, pack_row

@@ -10,7 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from spin.core.errors import DataError
-from spin.data.chat import ChatTokenizer, PromptTokenizer, TorchtuneTokenizer, adapt_tokenizer
+from spin.data.chat import ChatTokenizer
+from spin.data.tokenizer import PromptTokenizer
+from spin.data.torchtune_tokenizer import TorchtuneTokenizer, adapt_tokenizer
 
 END, START, ENDOFTEXT = 2, 1, 0  # the tiny model's <|im_end|>, <|im_start|>, <|endoftext|>
 TALK = [

@@ -9,7 +9,8 @@ import torch
 
 from spin.core.errors import ConfigError, DataError
 from spin.data.chat import ChatTokenizer
-from spin.data.read import PromptDataset, check_vocabulary, prompt_dataset
+from spin.data.dataset import PromptDataset
+from spin.data.read import check_vocabulary, prompt_dataset
 from spin.types import Prompt
 
 

@@ -1,0 +1,112 @@
+"""Conversations to token ids: the interface that the two adapters share, and what both of them need.
+
+:class:`~spin.data.ChatTokenizer` renders the chat template of a Hugging Face folder,
+:class:`~spin.data.TorchtuneTokenizer` wraps any of torchtune's model tokenizers. Both promise the same three things:
+
+- The prompt ids of :meth:`~PromptTokenizer.encode_pair` are those of :meth:`~PromptTokenizer.encode_prompt`, so that
+  training scores the response after exactly the tokens that the opponent saw.
+- The real response ends with one stop token, the one that the model itself writes at the end of a turn, and holds no
+  other. Nothing that a template puts behind it (ChatML's newline) is part of the response.
+- Nothing is truncated or masked here, by value or otherwise: a pad token that equals EOS never hides an EOS.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import groupby
+from typing import Protocol, runtime_checkable
+
+from spin.data.messages import ChatMessage
+
+Encoded = tuple[list[int], list[int]]  # ids of a prompt and of its real response
+
+NO_RESPONSE = "the real response has no tokens but its stop token. Fix the row or set dataset.on_bad_row=skip."
+
+
+@runtime_checkable
+class PromptTokenizer(Protocol):
+    """From a conversation to token ids and back.
+
+    Attributes:
+        eos_ids (tuple[int, ...]): every token that ends a response, the one that closes a turn first.
+        pad_id (int): fills a batch; may equal a stop token.
+        vocab_size (int): one more than the largest id that this tokenizer knows; a model may have more rows.
+        max_seq_len (int | None): the length of prompt and response together that a data set must keep to, in tokens.
+        fingerprint (str): changes whenever the same conversation could get other ids.
+    """
+
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    max_seq_len: int | None
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
+        """Ids of a conversation up to the place where the assistant responds.
+
+        Args:
+            messages (Sequence[ChatMessage]): the conversation without the response.
+
+        Returns:
+            list[int]: token ids, the assistant's header last.
+
+        Raises:
+            DataError: If the template or the tokenizer refuses the conversation.
+        """
+        ...
+
+    def encode_pair(self, messages: Sequence[ChatMessage]) -> Encoded:
+        """Prompt ids and real response ids of a conversation.
+
+        Args:
+            messages (Sequence[ChatMessage]): the conversation, the real response last.
+
+        Returns:
+            Encoded: prompt ids and response ids, the latter closed by a stop token.
+
+        Raises:
+            DataError: If the template or the tokenizer refuses the conversation, if it does not begin with its own
+                prompt, if the response holds a stop token before its end, or if it is empty.
+        """
+        ...
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of token ids, with nothing cleaned up; an id that the tokenizer lacks is U+FFFD."""
+        ...
+
+
+def prompt_mismatch(prompt: str, full: str) -> str:
+    """The message for a conversation that does not begin with its own prompt."""
+    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    return (
+        f"the conversation does not begin with its own prompt: from character {at} on, the prompt has "
+        f"{prompt[at : at + 40]!r}, the conversation {full[at : at + 40]!r}. The template writes something into the "
+        "prompt that training would not see (a closed thinking block before a response with reasoning, for example). "
+        "Set tokenizer.template_options, or tokenizer.chat_template to one that does not."
+    )
+
+
+def early_stop(stop: str, behind: str) -> str:
+    """The message for a real response that holds a stop token before its end."""
+    return (
+        f"the real response holds the stop token {stop!r} before its end, followed by {behind[:40]!r}. Generation "
+        "would end there. Fix the row or set dataset.on_bad_row=skip."
+    )
+
+
+def decode_known(ids: Iterable[int], known: Collection[int], decode: Callable[[list[int]], str]) -> str:
+    """Text of ids of which some may not exist: some tokenizers raise an error for these, others leave them out."""
+    parts = groupby(ids, known.__contains__)
+    return "".join(
+        decode(list(part)) if exists else "\N{REPLACEMENT CHARACTER}" * len(list(part)) for exists, part in parts
+    )
+
+
+def canonical_json(value: object) -> bytes:
+    """Equal bytes for equal values, for hashes."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()
