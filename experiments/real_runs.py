@@ -20,9 +20,8 @@ from spin_recipe import DEFAULTS, SPINRecipe
 
 from spin.checkpoint.states import SPINCheckpointer
 from spin.config.parse import complete, load_config
-from spin.data import Pair, prompt_dataset
+from spin.data import Pair, Response, prompt_dataset
 from spin.generators.engines import awake
-from spin.generators.generator import Completion
 from spin.generators.sampling import sample_seed
 from spin.model.sharding import accumulating, clip_grad_norm
 from spin.pairs.loader import RowBatch
@@ -125,7 +124,7 @@ class MeasuredSPIN(SPINRecipe):
             "example": {"prompt": prompts[0].sample_id, "real": real[0], "generated": generated[0]},
         }
 
-    def _answer(self, prompts: Sequence[Any], sampling: Any) -> list[Completion]:
+    def _answer(self, prompts: Sequence[Any], sampling: Any) -> list[Response]:
         """One answer to each prompt; the same random numbers in every iteration and arm of a seed."""
         return self._generator.generate(
             [list(map(int, prompt.prompt_ids)) for prompt in prompts],

@@ -40,7 +40,7 @@ from spin.core.terminal import get_logger, progress_bar
 from spin.data import Prompt, PromptDataset
 from spin.data.dates import fix_date
 from spin.evaluation import verdicts
-from spin.evaluation.models import PLAYER_DEFAULTS, Player, check_evaluation, players_of
+from spin.evaluation.models import EVAL_MODEL_DEFAULTS, EvalModel, check_evaluation, eval_model_roles
 from spin.generators import sampling_params
 from spin.generators import stage as selfplay
 from spin.generators.engines import awake, team_of
@@ -53,12 +53,12 @@ log = get_logger("INFO")
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": "???",
-    "candidate": PLAYER_DEFAULTS,
-    "baseline": PLAYER_DEFAULTS,
+    "candidate": EVAL_MODEL_DEFAULTS,
+    "baseline": EVAL_MODEL_DEFAULTS,
     "dataset": {"_component_": "spin.data.prompt_dataset"},
     "sampling": RECIPE_DEFAULTS["sampling"],
     "verdict": "judge",
-    "judge": PLAYER_DEFAULTS
+    "judge": EVAL_MODEL_DEFAULTS
     | {
         "tokenizer": None,
         "sampling": RECIPE_DEFAULTS["sampling"] | {"temperature": 0.0, "max_new_tokens": 512},
@@ -97,15 +97,15 @@ class SPINEvaluate:
         self._world = init_world(cfg.device, **inputs_of_config(cfg))
         with raise_on_all_ranks(self._world, OutputError):
             self._lock = FolderLock(self._output_dir) if self._world.is_main else None
-        self._players = {role: Player(role, cfg[role]) for role in players_of(cfg)}
+        self._models = {role: EvalModel(role, cfg[role]) for role in eval_model_roles(cfg)}
         datasets = {}
-        for player in self._players.values():
-            fix_date(player.tokenizer, self._output_dir, self._world, cfg.candidate.checkpoint_dir)
+        for model in self._models.values():
+            fix_date(model.tokenizer, self._output_dir, self._world, cfg.candidate.checkpoint_dir)
         for role in ("candidate", "baseline"):
-            player = self._players[role]
-            options = {"tokenizer": player.tokenizer, "max_seq_len": player.context, "keep_originals": True}
+            model = self._models[role]
+            options = {"tokenizer": model.tokenizer, "max_seq_len": model.context, "keep_originals": True}
             datasets[role] = config.instantiate(cfg.dataset, **options)
-            player.check(datasets[role])
+            model.check(datasets[role])
         # a sample that is too long for one of them is left out for both
         shared = set(datasets["candidate"].sample_ids) & set(datasets["baseline"].sample_ids)
         left_out = len(datasets["candidate"]) + len(datasets["baseline"]) - 2 * len(shared)
@@ -119,9 +119,9 @@ class SPINEvaluate:
         self._sample_ids = self._prompts["candidate"].sample_ids
         if not self._sample_ids:
             raise DataError("no prompt fits both models. Raise dataset.max_prompt_tokens, or choose other data.")
-        for role, player in self._players.items():
-            read = {f"dataset of {role}": self._prompts.get(role), f"tokenizer of {role}": player.tokenizer}
-            check_ranks_agree(inputs_of_files(read, player.section, f" of {role}"), self._world)
+        for role, model in self._models.items():
+            read = {f"dataset of {role}": self._prompts.get(role), f"tokenizer of {role}": model.tokenizer}
+            check_ranks_agree(inputs_of_files(read, model.section, f" of {role}"), self._world)
         self._references = self._right_answers() if cfg.verdict == "exact_match" else {}
 
     def evaluate(self) -> dict[str, Any]:
@@ -134,12 +134,12 @@ class SPINEvaluate:
             DataError: If not one verdict of the judge can be read.
         """
         cfg = self._cfg
-        candidate, baseline = self._players["candidate"], self._players["baseline"]
+        candidate, baseline = self._models["candidate"], self._models["baseline"]
         folder = self._output_dir / f"{candidate.name}_vs_{baseline.name}"
         # --- 1. Both models answer every prompt ---
         answers = {
-            role: self._play(player, self._prompts[role], cfg.sampling, self._output_dir / "answers" / player.name)
-            for role, player in (("candidate", candidate), ("baseline", baseline))
+            role: self._play(model, self._prompts[role], cfg.sampling, self._output_dir / "answers" / model.name)
+            for role, model in (("candidate", candidate), ("baseline", baseline))
         }
         rows = [self._row(sample_id, answers) for sample_id in self._sample_ids]
         # --- 2. Verdicts ---
@@ -175,40 +175,40 @@ class SPINEvaluate:
     # --- Answers ---
 
     def _play(
-        self, player: Player, prompts: PromptDataset, section: DictConfig, folder: Path
+        self, who: EvalModel, prompts: PromptDataset, section: DictConfig, folder: Path
     ) -> dict[str, tuple[str, Response]]:
         """The answers of one model, by sample: text and tokens. Those of an earlier run are used if nothing changed."""
         cfg, world = self._cfg, self._world
         plain: Any = config.plain(section)
-        sampling = sampling_params(plain, player.tokenizer.eos_ids, player.unknown_ids)
-        generator = None if player.has_weights else player.generator(None, world)  # it says whose answers it gives
+        sampling = sampling_params(plain, who.tokenizer.eos_ids, who.unknown_ids)
+        generator = None if who.has_weights else who.generator(None, world)  # it says whose answers it gives
         fingerprint = {
-            "opponent": broadcast_object(player.fingerprint(generator) if world.is_main else None, world),
+            "opponent": broadcast_object(who.fingerprint(generator) if world.is_main else None, world),
             "prompts": prompts.fingerprint(),
-            "tokenizer": player.tokenizer.fingerprint,
+            "tokenizer": who.tokenizer.fingerprint,
             "sampling": asdict(sampling),
             "seed": cfg.seed,
-            "generator": player.section.generator["_component_"],
+            "generator": who.section.generator["_component_"],
             "compute_dtype": cfg.compute_dtype,
         }
-        player.weights = fingerprint["opponent"]
-        game = selfplay.Game(prompts, range(len(prompts)), sampling, cfg.seed, limits=player.limits)
+        who.weights = fingerprint["opponent"]
+        game = selfplay.Game(prompts, range(len(prompts)), sampling, cfg.seed, limits=who.limits)
         num_shards = selfplay.num_shards(len(prompts), cfg.prompts_per_shard, world.world_size)
         store = open_store(folder, fingerprint, num_shards, world, log.warning)
         missing = missing_shards(store, world)
         if missing:
             if world.is_main:
-                log.info(f"{player.name}: {len(missing)} of {store.num_shards} shards of answers to make")
-            model = player.load(world, cfg.compute_dtype) if player.has_weights else None
-            generator = generator or player.generator(model, world)
+                log.info(f"{who.name}: {len(missing)} of {store.num_shards} shards of answers to make")
+            model = who.load(world, cfg.compute_dtype) if who.has_weights else None
+            generator = generator or who.generator(model, world)
             team = team_of(generator, world)
             mine = selfplay.own_shards(missing, store, game, team)
             own = math.ceil(len(prompts) * len(mine) / store.num_shards)  # about so many prompts
-            with progress_bar(player.name, "prompt", own, enabled=world.is_main) as bar:
+            with progress_bar(who.name, "prompt", own, enabled=world.is_main) as bar:
                 # a generator without weights answers by itself
                 with nullcontext() if model is None else awake(generator, model):
                     if model is not None:
-                        packing = {"row_tokens": min(8192, player.context)}
+                        packing = {"row_tokens": min(8192, who.context)}
                         prove_weights(generator, model, world, prompts, sampling, packing=packing, chunk_tokens=2048)
                     with raise_on_all_ranks(world, OutputError):  # inside, each rank makes its shards by itself
                         selfplay.play(store, mine, game, generator, team=team, on_shard=bar.update)
@@ -219,7 +219,7 @@ class SPINEvaluate:
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
         seal(store, world, is_asked_to_stop=False)
-        decode = player.tokenizer.decode
+        decode = who.tokenizer.decode
         found = ((pair.sample_id, pair.generated[0]) for pair in store.pairs())
         return {key: (decode(list(map(int, r.token_ids)), skip_special_tokens=True), r) for key, r in found}
 
@@ -239,7 +239,7 @@ class SPINEvaluate:
 
     def _judge(self, rows: list[dict[str, Any]], folder: Path) -> None:
         """Adds the judge's texts, its verdicts and the outcome to each row; equal answers are a tie unasked."""
-        cfg, judge = self._cfg.judge, self._players["judge"]
+        cfg, judge = self._cfg.judge, self._models["judge"]
         asked = [row for row in rows if row["candidate"] != row["baseline"]]
         prompts = PromptDataset(self._questions(asked)) if asked else PromptDataset()
         if len(prompts):
@@ -255,7 +255,7 @@ class SPINEvaluate:
 
     def _questions(self, rows: Iterable[dict[str, Any]]) -> Iterable[Prompt]:
         """What the judge is asked, as token ids: each pair of answers in both orders."""
-        cfg, judge = self._cfg.judge, self._players["judge"]
+        cfg, judge = self._cfg.judge, self._models["judge"]
         room = judge.context - cfg.sampling.max_new_tokens
         system = [] if cfg.system_prompt is None else [{"role": "system", "content": cfg.system_prompt}]
         for row in rows:
@@ -312,11 +312,11 @@ class SPINEvaluate:
         cfg = self._cfg
         summary: dict[str, Any] = {}
         for role in ("candidate", "baseline"):
-            player = self._players[role]
+            model = self._models[role]
             summary[role] = {
-                "name": player.name,
-                "checkpoint_dir": player.section.checkpoint_dir,
-                "weights": player.weights,
+                "name": model.name,
+                "checkpoint_dir": model.section.checkpoint_dir,
+                "weights": model.weights,
                 "mean_tokens": sum(row[f"{role}_tokens"] for row in rows) / len(rows),
                 "truncated_share": sum(row[f"{role}_finish"] == "length" for row in rows) / len(rows),
             }
@@ -324,7 +324,7 @@ class SPINEvaluate:
                 summary[role] |= verdicts.accuracy_summary([row[f"{role}_right"] for row in rows])
         summary |= {"verdict": cfg.verdict, **verdicts.win_summary([row["outcome"] for row in rows])}
         if cfg.verdict == "judge":
-            judge = self._players["judge"]
+            judge = self._models["judge"]
             found = [tuple(row["verdicts"]) for row in rows if row["verdicts"]]
             summary["judge"] = {
                 "name": judge.name,

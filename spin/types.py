@@ -30,17 +30,20 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """One answer of the opponent.
+    """One response to one prompt, as a generator returns it and a pair keeps it.
 
     Args:
-        token_ids (TokenIds): as written by the model, stop token included if it wrote one.
-        finish_reason (FinishReason): ``stop`` if the model ended the answer, ``length`` if the limit did.
+        token_ids (TokenIds): as the model wrote them, stop token included if it wrote one.
+        finish_reason (FinishReason): ``stop`` if the model ended the response, ``length`` if the limit did.
         reference_logp (float | None): the opponent's summed log-prob in nats; None until scored.
+        logprobs (Sequence[float] | None): the generator's, per token, in nats, under the unaltered distribution; None
+            unless asked for. Not stored.
     """
 
     token_ids: TokenIds
     finish_reason: FinishReason
     reference_logp: float | None = None
+    logprobs: Sequence[float] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)

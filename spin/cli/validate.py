@@ -25,7 +25,7 @@ from spin.data.dates import known_date
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.data.sources import read_rows
-from spin.evaluation.models import Player, check_evaluation, players_of
+from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles
 from spin.generators import sampling_params
 from spin.generators import stage as selfplay
 from spin.model.build import build_model
@@ -129,30 +129,30 @@ class Validation:
 
     def _run_evaluation(self, cfg: DictConfig) -> int:
         """The checks of a config of spin_evaluate, which has two or three models and does not train."""
-        for role in players_of(cfg):
-            player = self._check(role, partial(self._player, role, cfg[role]))
+        for role in eval_model_roles(cfg):
+            model = self._check(role, partial(self._eval_model, role, cfg[role]))
             section = cfg[role]
             if self._with_logits and section.checkpoint_dir is not None:
                 shape = partial(self._logits, section.model, section.checkpoint_dir, section.model_type)
                 self._check(f"{role} logits", shape)
             if role == "judge":
                 continue  # its prompts do not exist yet
-            prompts = self._check(f"{role} data", partial(self._player_data, cfg, player), {role: player})
-            needs = {role: player, "data": prompts}
-            self._check("vocabulary", partial(self._player_vocabulary, player, prompts), needs)
+            prompts = self._check(f"{role} data", partial(self._eval_data, cfg, model), {role: model})
+            needs = {role: model, "data": prompts}
+            self._check("vocabulary", partial(self._eval_vocabulary, model, prompts), needs)
         return self._conclude()
 
-    def _player(self, role: str, section: DictConfig) -> tuple[Player, str]:
-        player = _built(role, lambda: Player(role, section))
-        stops = ", ".join(f"{token} {player.tokenizer.decode([token])!r}" for token in player.tokenizer.eos_ids)
-        source = section.checkpoint_dir if player.has_weights else section.generator[config.COMPONENT]
-        return player, f"{player.name}, from {source}: every weight in its shape; an answer ends with {stops}"
+    def _eval_model(self, role: str, section: DictConfig) -> tuple[EvalModel, str]:
+        model = _built(role, lambda: EvalModel(role, section))
+        stops = ", ".join(f"{token} {model.tokenizer.decode([token])!r}" for token in model.tokenizer.eos_ids)
+        source = section.checkpoint_dir if model.has_weights else section.generator[config.COMPONENT]
+        return model, f"{model.name}, from {source}: every weight in its shape; an answer ends with {stops}"
 
-    def _player_data(self, cfg: DictConfig, player: Player) -> tuple[PromptSource, str]:
-        return self._data(cfg.dataset, player.tokenizer, player.context, keep_originals=True)
+    def _eval_data(self, cfg: DictConfig, model: EvalModel) -> tuple[PromptSource, str]:
+        return self._data(cfg.dataset, model.tokenizer, model.context, keep_originals=True)
 
-    def _player_vocabulary(self, player: Player, prompts: PromptSource) -> tuple[None, str]:
-        player.check(prompts)
+    def _eval_vocabulary(self, model: EvalModel, prompts: PromptSource) -> tuple[None, str]:
+        model.check(prompts)
         return None, "the model has an embedding for every token of the data"
 
     def _check(

@@ -27,7 +27,7 @@ from spin.generators.stage import Limits, limits_of
 from spin.model.build import build_model, prepare_model
 from spin.model.hf import check_hf_folder, load_hf_weights, read_hf_config, weight_files
 
-PLAYER_DEFAULTS: dict[str, Any] = {
+EVAL_MODEL_DEFAULTS: dict[str, Any] = {
     "name": None,
     "checkpoint_dir": None,
     "model_type": None,
@@ -37,7 +37,7 @@ PLAYER_DEFAULTS: dict[str, Any] = {
 }
 
 
-class Player:
+class EvalModel:
     """A model that answers or judges: tokenizer and shape now, weights when it is its turn.
 
     Args:
@@ -51,7 +51,7 @@ class Player:
 
     def __init__(self, role: str, section: DictConfig) -> None:
         self.role, self.section = role, section
-        self.name = player_name(role, section)
+        self.name = eval_model_name(role, section)
         self.has_weights = section.checkpoint_dir is not None
         self.weights: str | None = None
         if self.has_weights:
@@ -103,12 +103,12 @@ class Player:
         return config.instantiate(self.section.generator, context=context)
 
 
-def players_of(cfg: DictConfig) -> tuple[str, ...]:
+def eval_model_roles(cfg: DictConfig) -> tuple[str, ...]:
     """The sections of an evaluation's config that hold a model which is used."""
     return ("candidate", "baseline", "judge") if cfg.verdict == "judge" else ("candidate", "baseline")
 
 
-def player_name(role: str, section: DictConfig) -> str:
+def eval_model_name(role: str, section: DictConfig) -> str:
     """The name of a model in tables and folders: its own, or that of its folder (``iteration_001`` for an export)."""
     if section.name is not None:
         return str(section.name)
@@ -144,19 +144,19 @@ def check_evaluation(cfg: DictConfig) -> None:
     for name in ("candidate", "baseline", "judge", "dataset", "sampling"):
         if cfg[name] is None:
             faults.add(f"{name}=null: expected a section; an evaluation cannot do without it.")
-    for role in players_of(cfg):
+    for role in eval_model_roles(cfg):
         if cfg[role] is not None and cfg[role].generator is None:
             faults.add(f"{role}.generator=null: expected a section with _component_, which answers.")
     faults.raise_if_any()
     if cfg.verdict not in verdicts.VERDICTS:
         faults.add(f"verdict={cfg.verdict!r}: expected {' or '.join(verdicts.VERDICTS)}.")
-    for role in players_of(cfg):
+    for role in eval_model_roles(cfg):
         section = cfg[role]
         own_weights = section.checkpoint_dir is not None
         for name in ("model_type", "model"):
             if own_weights and section[name] is None:
                 faults.add(f"{role}.{name}: not set, but {role}.checkpoint_dir needs it to be loaded.")
-        if not own_weights and section.generator["_component_"] == PLAYER_DEFAULTS["generator"]["_component_"]:
+        if not own_weights and section.generator["_component_"] == EVAL_MODEL_DEFAULTS["generator"]["_component_"]:
             faults.add(
                 f"{role}.checkpoint_dir: not set. Name a Hugging Face folder, such as "
                 "runs/mine/iteration_001/hf_model, or a generator that has answers of its own."
@@ -167,13 +167,14 @@ def check_evaluation(cfg: DictConfig) -> None:
         if isinstance(transfer_dir, str) and transfer_dir:
             apart_from = {"output_dir": cfg.output_dir, f"{role}.checkpoint_dir": section.checkpoint_dir}
             attempt(partial(check_own_folder, f"{role}.generator.transfer_dir", transfer_dir, TRANSFER, apart_from))
-        name = player_name(role, section)
+        name = eval_model_name(role, section)
         if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
             faults.add(f"{role}.name={name!r}: expected letters, digits, '-', '_' and '.'; it becomes a folder's name.")
-    if player_name("candidate", cfg.candidate) == player_name("baseline", cfg.baseline):
+    name = eval_model_name("candidate", cfg.candidate)
+    if name == eval_model_name("baseline", cfg.baseline):
         faults.add(
-            f"candidate and baseline are both called {player_name('candidate', cfg.candidate)!r}. Set candidate.name "
-            "or baseline.name; answers are kept by name."
+            f"candidate and baseline are both called {name!r}. Set candidate.name or baseline.name; responses are kept "
+            "by name."
         )
     attempt(lambda: SamplingParams(**cfg.sampling))
     if cfg.verdict == "judge":

@@ -1,7 +1,6 @@
 """Who plays the opponent: backends behind one interface."""
 
 from spin.generators.generator import (
-    Completion,
     Generator,
     GeneratorContext,
     SamplingParams,
@@ -12,9 +11,10 @@ from spin.generators.replay import ReplayGenerator
 from spin.generators.torchtune import TorchtuneGenerator
 from spin.generators.vllm import VLLMGenerator
 from spin.generators.vllm_server import VLLMServerGenerator
+from spin.types import Response
 
 __all__ = [
-    "Completion",
+    "Response",
     "Generator",
     "GeneratorContext",
     "ReplayGenerator",

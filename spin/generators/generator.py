@@ -11,7 +11,7 @@ from torch import nn
 
 from spin.core.errors import ConfigError, GeneratorError
 from spin.core.ranks import World
-from spin.types import FinishReason
+from spin.types import Response
 
 _NUMBERS = {
     "temperature": float,
@@ -122,21 +122,6 @@ def sampling_params(
 
 
 @dataclass(frozen=True)
-class Completion:
-    """One answer to one prompt.
-
-    Args:
-        token_ids (list[int]): as written, stop token included if there is one.
-        finish_reason (FinishReason): ``stop`` or ``length``.
-        logprobs (list[float] | None): per token, in nats, under the unaltered distribution; None unless asked for.
-    """
-
-    token_ids: list[int]
-    finish_reason: FinishReason
-    logprobs: list[float] | None = None
-
-
-@dataclass(frozen=True)
 class GeneratorContext:
     """What a recipe hands to the generator that the config names.
 
@@ -162,8 +147,8 @@ class Generator(Protocol):
 
     shares_policy_weights: bool
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """Answers prompts. A completion depends on its prompt, ``sampling`` and its seed only.
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
+        """Answers prompts. A response depends on its prompt, ``sampling`` and its seed only.
 
         Args:
             prompts (list[list[int]]): token ids.
@@ -171,7 +156,7 @@ class Generator(Protocol):
             seeds (list[int]): one for each prompt, in [0, 2**63).
 
         Returns:
-            list[Completion]: one for each prompt, in order.
+            list[Response]: one for each prompt, in order.
 
         Raises:
             GeneratorError: If the engine fails, or a prompt leaves no room for a response.
@@ -204,7 +189,7 @@ class StreamingGenerator(Generator, Protocol):
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
-    ) -> Iterator[tuple[int, Completion]]:
+    ) -> Iterator[tuple[int, Response]]:
         """Answers prompts in bulk.
 
         Args:
@@ -213,7 +198,7 @@ class StreamingGenerator(Generator, Protocol):
             sampling (SamplingParams): how to answer.
 
         Returns:
-            Iterator[tuple[int, Completion]]: number of the request and its answer, in the order in which they are
+            Iterator[tuple[int, Response]]: number of the request and its answer, in the order in which they are
             finished; a Python generator, which the caller closes to give up what runs.
 
         Raises:
@@ -222,9 +207,9 @@ class StreamingGenerator(Generator, Protocol):
         ...
 
 
-def answer_in_order(
+def generate_in_order(
     generator: StreamingGenerator, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
-) -> list[Completion]:
+) -> list[Response]:
     """What ``generate`` is where there is ``stream``.
 
     Args:
@@ -234,7 +219,7 @@ def answer_in_order(
         seeds (Sequence[int]): one for each prompt.
 
     Returns:
-        list[Completion]: one for each prompt, in order.
+        list[Response]: one for each prompt, in order.
 
     Raises:
         GeneratorError: If the numbers of prompts and seeds differ, or as ``stream``.
@@ -245,7 +230,7 @@ def answer_in_order(
     return [done[index] for index in range(len(prompts))]
 
 
-def room_for(prompt: Sequence[int], index: int, sampling: SamplingParams, max_seq_len: int) -> int:
+def max_response_tokens(prompt: Sequence[int], index: int, sampling: SamplingParams, max_seq_len: int) -> int:
     """How many tokens the answer to a prompt may have.
 
     Args:

@@ -15,8 +15,8 @@ import torch
 
 from spin.core.errors import ConfigError, GeneratorError
 from spin.core.files import parse_json, read_lines
-from spin.generators.generator import Completion, GeneratorContext, SamplingParams
-from spin.types import FinishReason
+from spin.generators.generator import GeneratorContext, SamplingParams
+from spin.types import FinishReason, Response
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class ReplayGenerator:
                 digest.update(np.asarray(answer.token_ids, np.int32).tobytes())
         return digest.hexdigest()
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
         """One response per prompt, in order, cut at ``max_new_tokens`` and at ``max_seq_len`` (finish reason
         ``length``).
 
@@ -98,7 +98,7 @@ class ReplayGenerator:
             seeds (list[int]): not looked at.
 
         Returns:
-            list[Completion]: as many as prompts.
+            list[Response]: as many as prompts.
 
         Raises:
             GeneratorError: If a prompt is not in the file, or is asked for more often than the file has responses to
@@ -107,24 +107,24 @@ class ReplayGenerator:
         if sampling.logprobs:
             raise GeneratorError(f"{self.path}: a replayed response has no log-probs. Set sampling.logprobs=false.")
         asked: Counter[bytes] = Counter()
-        completions, missing = [], []
+        responses, missing = [], []
         for index, prompt in enumerate(prompts):
             key = _key(prompt)
             answers = self._answers.get(key, [])
             if asked[key] < len(answers):
-                completion = self._completion(answers[asked[key]], prompt, sampling)
+                response = self._response(answers[asked[key]], prompt, sampling)
             else:
                 missing.append((index, len(answers)))
-                completion = Completion([], "length")
+                response = Response([], "length")
             asked[key] += 1
-            completions.append(completion)
+            responses.append(response)
         if missing and self._on_missing == "error":
             raise GeneratorError(self._missing_message(prompts, missing))
         if missing:
             log.warning(
                 "%s: %d of %d prompts got an empty response (on_missing=empty).", self.path, len(missing), len(prompts)
             )
-        return completions
+        return responses
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Ignored, and not iterated: the answers are fixed."""
@@ -138,13 +138,13 @@ class ReplayGenerator:
     def close(self) -> None:
         """Nothing to do."""
 
-    def _completion(self, answer: _Answer, prompt: Sequence[int], sampling: SamplingParams) -> Completion:
+    def _response(self, answer: _Answer, prompt: Sequence[int], sampling: SamplingParams) -> Response:
         room = max(0, min(sampling.max_new_tokens, self._context.max_seq_len - len(prompt)))
         token_ids = answer.token_ids[:room].tolist()
         if len(answer.token_ids) > room:
-            return Completion(token_ids, "length")
+            return Response(token_ids, "length")
         stopped = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
-        return Completion(token_ids, answer.finish_reason or ("stop" if stopped else "length"))
+        return Response(token_ids, answer.finish_reason or ("stop" if stopped else "length"))
 
     def _missing_message(self, prompts: list[list[int]], missing: list[tuple[int, int]]) -> str:
         shown = "; ".join(

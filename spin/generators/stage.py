@@ -25,7 +25,7 @@ from spin.core.heartbeat import set_stage
 from spin.data.dataset import PromptDataset
 from spin.data.tokenizer import PromptTokenizer
 from spin.generators.engines import Team, name_of
-from spin.generators.generator import Completion, Generator, SamplingParams, StreamingGenerator
+from spin.generators.generator import Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
 from spin.pairs.shards import split_evenly
 from spin.pairs.store import PairStore
@@ -219,12 +219,12 @@ def play(
                 seed = sample_seed(game.seed, game.iteration, prompt.sample_id, k)
                 yield prompt.prompt_ids, seed  # type: ignore[misc]
 
-    def checked(shard: int, index: int, answer: object) -> Completion:
+    def checked(shard: int, index: int, answer: object) -> Response:
         """The answer to request ``index`` of a shard."""
         prompt = game.prompts[game.samples[parts[shard][index // count]]]
         return check(answer, sample_id=prompt.sample_id, prompt_tokens=len(prompt.prompt_ids))
 
-    def finish(shard: int, completions: Sequence[Completion]) -> None:
+    def finish(shard: int, completions: Sequence[Response]) -> None:
         played = chosen(shard)
         pairs = _join(played, completions, game)
         if team.writes:
@@ -240,7 +240,7 @@ def play(
             # a rank that shares its engine asks its team, which takes a while; one that does not asks at every answer
             ends_here = (lambda: False) if team.is_shared else should_stop
 
-            def checked_part(part: int, index: int, answer: object) -> Completion:
+            def checked_part(part: int, index: int, answer: object) -> Response:
                 return checked(shards[part], index, answer)
 
             for number, completions in _in_parts(stream, sizes, checked_part, ends_here, name_of(generator)):
@@ -270,19 +270,19 @@ def _check_number(completions: object, asked: int, generator: Generator) -> None
 def _in_parts(
     answers: Iterable[object],
     sizes: Sequence[int],
-    check: Callable[[int, int, object], Completion],
+    check: Callable[[int, int, object], Response],
     should_stop: Callable[[], bool],
     name: str,
-) -> Iterator[tuple[int, list[Completion]]]:
+) -> Iterator[tuple[int, list[Response]]]:
     """Sorts numbered answers into consecutive parts; gives each part, in order, when it is complete. Ends early if,
     after an answer, it is asked to stop."""
     bounds = np.cumsum([0, *sizes])
     missing = list(sizes)
-    found: dict[int, dict[int, Completion]] = {}
+    found: dict[int, dict[int, Response]] = {}
     for item in answers:
         if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
             raise GeneratorError(
-                f"generator: {name} gave {_shortened(item)}, expected (number of the request, its Completion)."
+                f"generator: {name} gave {_shortened(item)}, expected (number of the request, its Response)."
             )
         index, completion = item
         part = int(np.searchsorted(bounds, index, side="right")) - 1
@@ -309,7 +309,7 @@ def check_response(
     limits: Limits,
     sample_id: str,
     prompt_tokens: int,
-) -> Completion:
+) -> Response:
     """The one gate that every response passes, whoever wrote it: embedded or in-process engine, server, file, or a
     generator of the user's own.
 
@@ -327,7 +327,7 @@ def check_response(
         prompt_tokens (int): length of that prompt.
 
     Returns:
-        Completion: the answer.
+        Response: the answer.
 
     Raises:
         GeneratorError: If it is not a completion that can be the answer; names generator, sample, what was found and
@@ -337,8 +337,8 @@ def check_response(
     def refuse(found: str) -> GeneratorError:
         return GeneratorError(f"generator: {name_of(generator)}, sample {sample_id}: the response {found}")
 
-    if not isinstance(answer, Completion):
-        raise refuse(f"is {_shortened(answer)}, expected a spin.generators.Completion of token ids and finish reason.")
+    if not isinstance(answer, Response):
+        raise refuse(f"is {_shortened(answer)}, expected a spin.generators.Response of token ids and finish reason.")
     ids, reason = answer.token_ids, answer.finish_reason
     if isinstance(ids, str | bytes) or not hasattr(ids, "__len__") or not hasattr(ids, "__getitem__"):
         raise refuse(f"has token_ids {_shortened(ids)}, expected a list of token ids.")
@@ -402,7 +402,7 @@ def _has_stop_string(ids: Sequence[int], sampling: SamplingParams, limits: Limit
     return any(string in text for string in sampling.stop_strings)
 
 
-def _join(prompts: Sequence[Prompt], completions: Sequence[Completion], game: Game) -> list[Pair]:
+def _join(prompts: Sequence[Prompt], completions: Sequence[Response], game: Game) -> list[Pair]:
     count = game.responses_per_prompt
     pairs = []
     for i, prompt in enumerate(prompts):

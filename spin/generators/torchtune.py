@@ -16,13 +16,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from spin.core.dtypes import DTYPES
 from spin.core.errors import ConfigError, GeneratorError
 from spin.generators.fused import fused
-from spin.generators.generator import Completion, GeneratorContext, SamplingParams, answer_in_order
+from spin.generators.generator import GeneratorContext, SamplingParams, generate_in_order
 from spin.generators.sampling import uniforms
 from spin.generators.slots import Chosen, Slots, StepPlan
 from spin.model.attention import generation_kernels, patch_attention
 from spin.model.float8 import float8_off
 from spin.model.sharding import clean_name, unsharded, without_fsdp_hooks
-from spin.types import FinishReason
+from spin.types import FinishReason, Response
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class TorchtuneGenerator:
     """Generates with the policy's own weights on the policy's own device; nothing is copied between iterations.
 
     Prompts are answered a few batches at a time, the longest first. A row that finishes leaves its slot to the next
-    prompt at once, so no row waits for the longest. A completion depends on its prompt, the sampling parameters and
+    prompt at once, so no row waits for the longest. A response depends on its prompt, the sampling parameters and
     its seed (up to the rounding of other batch shapes), not on batch size, order or rank. All ranks must call
     ``generate`` together, if need be with no prompts: the weights are gathered once; after that ranks do not wait for
     each other.
@@ -87,8 +87,8 @@ class TorchtuneGenerator:
         self._slots: Slots | None = None
         self._max_seq_len = min(context.max_seq_len, getattr(context.model, "max_seq_len", context.max_seq_len))
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """One completion per prompt, in order. ``max_new_tokens`` is cut where the context ends (finish reason
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
+        """One response per prompt, in order. ``max_new_tokens`` is cut where the context ends (finish reason
         ``length``).
 
         Args:
@@ -97,17 +97,17 @@ class TorchtuneGenerator:
             seeds (list[int]): one per prompt, see ``spin.generators.sampling.sample_seed``.
 
         Returns:
-            list[Completion]: as many as prompts.
+            list[Response]: as many as prompts.
 
         Raises:
             GeneratorError: If a prompt is empty or leaves no room for a token, if the numbers of prompts and seeds
                 differ, or if memory does not suffice for one sequence.
         """
-        return answer_in_order(self, prompts, sampling, seeds)
+        return generate_in_order(self, prompts, sampling, seeds)
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
-    ) -> Iterator[tuple[int, Completion]]:
+    ) -> Iterator[tuple[int, Response]]:
         """Answers prompts without emptying the batch in between; close it if you stop early.
 
         Args:
@@ -115,7 +115,7 @@ class TorchtuneGenerator:
             sampling (SamplingParams): how to choose tokens and when to stop.
 
         Yields:
-            tuple[int, Completion]: number of the request and its answer, as they are finished.
+            tuple[int, Response]: number of the request and its answer, as they are finished.
 
         Raises:
             GeneratorError: As ``generate``.
@@ -126,9 +126,9 @@ class TorchtuneGenerator:
             try:
                 while left:
                     try:
-                        for index, completion in self._run(list(left.values()), sampling):
+                        for index, response in self._run(list(left.values()), sampling):
                             del left[index]
-                            yield index, completion
+                            yield index, response
                     except torch.OutOfMemoryError as error:
                         shortage = str(error)  # without its traceback, which holds the tensors
                     else:
@@ -206,7 +206,7 @@ class TorchtuneGenerator:
         """How many tokens the response to prompt ``index`` may have."""
         return min(sampling.max_new_tokens, self._max_seq_len - len(prompt))
 
-    def _run(self, waiting: list["_Request"], sampling: SamplingParams) -> Iterator[tuple[int, Completion]]:
+    def _run(self, waiting: list["_Request"], sampling: SamplingParams) -> Iterator[tuple[int, Response]]:
         most = min(self.batch_size, len(waiting))
         slots = self._slots_for(sampling, most, max(len(request.prompt) + request.limit for request in waiting))
         slots.attach()
@@ -315,8 +315,8 @@ class _Run:
         # A token of text has at least one byte; 16 more for tokens without text (special ones, parts of a character).
         self.tail = max((len(text.encode()) for text in self.sampling.stop_strings), default=0) + 16
 
-    def loop(self) -> Iterator[tuple[int, Completion]]:
-        """Completions by request index, until every request is done."""
+    def loop(self) -> Iterator[tuple[int, Response]]:
+        """Responses by request index, until every request is done."""
         while self.waiting or self.live or self.launched:
             group = min(self.prefill_batch, len(self.waiting))
             if self.waiting and self.most - self.live >= group:
@@ -359,8 +359,8 @@ class _Run:
                 if row.chosen == row.request.limit:
                     self._leave(row)  # whatever its last token will be
 
-    def _read(self) -> Iterator[tuple[int, Completion]]:
-        """Hand the tokens of the oldest launch to their rows; rows that end leave, and their completions are given."""
+    def _read(self) -> Iterator[tuple[int, Response]]:
+        """Hand the tokens of the oldest launch to their rows; rows that end leave, and their responses are given."""
         rows, chosen = self.launched.popleft()
         tokens, logprobs = chosen.read()
         for place, row in enumerate(rows):
@@ -374,7 +374,7 @@ class _Run:
                 row.ended = True
                 self._leave(row)
                 logprobs_of_row = row.logprobs if self.sampling.logprobs else None
-                yield row.request.index, Completion(row.tokens, reason, logprobs_of_row)
+                yield row.request.index, Response(row.tokens, reason, logprobs=logprobs_of_row)
 
     def _leave(self, row: _Row) -> None:
         if row.slot < len(self.rows) and self.rows[row.slot] is row:

@@ -25,8 +25,9 @@ from torch import nn
 from spin.core.dtypes import DTYPES
 from spin.core.errors import ConfigError, GeneratorError
 from spin.core.packages import installed_vllm
-from spin.generators.generator import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
+from spin.generators.generator import GeneratorContext, SamplingParams, generate_in_order, max_response_tokens
 from spin.model.hf import HFStream
+from spin.types import Response
 
 log = logging.getLogger(__name__)
 
@@ -174,8 +175,8 @@ class VLLMGenerator:
         self._queue = _QUEUE * self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self.sleep()
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """One completion per prompt, in order; see :meth:`stream`.
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
+        """One response per prompt, in order; see :meth:`stream`.
 
         Args:
             prompts (list[list[int]]): token ids.
@@ -183,19 +184,19 @@ class VLLMGenerator:
             seeds (list[int]): one per prompt.
 
         Returns:
-            list[Completion]: as many as prompts.
+            list[Response]: as many as prompts.
 
         Raises:
             GeneratorError: If the numbers of prompts and seeds differ, a prompt leaves no room for an answer, or the
                 engine fails.
         """
         for index, prompt in enumerate(prompts):
-            room_for(prompt, index, sampling, self.max_seq_len)  # before anything is asked
-        return answer_in_order(self, prompts, sampling, seeds)
+            max_response_tokens(prompt, index, sampling, self.max_seq_len)  # before anything is asked
+        return generate_in_order(self, prompts, sampling, seeds)
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
-    ) -> Iterator[tuple[int, Completion]]:
+    ) -> Iterator[tuple[int, Response]]:
         """Answers prompts in bulk, with continuous batching; prompts that share a beginning share its computation.
 
         Args:
@@ -203,7 +204,7 @@ class VLLMGenerator:
             sampling (SamplingParams): how to answer.
 
         Yields:
-            tuple[int, Completion]: number of the request and its answer, as they are finished.
+            tuple[int, Response]: number of the request and its answer, as they are finished.
 
         Raises:
             GeneratorError: If a prompt leaves no room for an answer, or the engine fails.
@@ -232,11 +233,11 @@ class VLLMGenerator:
                     if not output.finished:
                         continue
                     index, prompt, seed, ban = running.pop(output.request_id)
-                    completion = _completion(output, sampling)
-                    if is_banned(completion, sampling) and not ban:
+                    response = _response(output, sampling)
+                    if is_banned(response, sampling) and not ban:
                         ask(index, prompt, seed, ban=True)
                     else:
-                        yield index, completion
+                        yield index, response
         except GeneratorError:
             raise
         except Exception as error:
@@ -318,7 +319,7 @@ class VLLMGenerator:
         from vllm import SamplingParams as VLLMSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        limit = room_for(prompt, index, sampling, self.max_seq_len)
+        limit = max_response_tokens(prompt, index, sampling, self.max_seq_len)
         return VLLMSamplingParams(
             **vllm_sampling(sampling, seed, limit, ban),
             logprobs=0 if sampling.logprobs else None,
@@ -327,20 +328,20 @@ class VLLMGenerator:
         )
 
 
-def is_banned(completion: Completion, sampling: SamplingParams) -> bool:
+def is_banned(response: Response, sampling: SamplingParams) -> bool:
     """Whether an answer holds a token that may not be chosen, so that it is to be asked for again with these banned.
 
     A trained model hardly ever writes one. Banning some hundred in every request would cost vLLM as much as a decode
     step each time that a request starts or ends, and a list of the others that are allowed far more.
 
     Args:
-        completion (Completion): the answer.
+        response (Response): the answer.
         sampling (SamplingParams): as it was asked.
 
     Returns:
         bool: the same seed gives the same tokens up to the banned one.
     """
-    return bool(sampling.banned_token_ids) and not set(sampling.banned_token_ids).isdisjoint(completion.token_ids)
+    return bool(sampling.banned_token_ids) and not set(sampling.banned_token_ids).isdisjoint(response.token_ids)
 
 
 def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: bool = False) -> dict[str, Any]:
@@ -372,9 +373,9 @@ def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: bool = F
     }
 
 
-def vllm_completion(
+def vllm_response(
     tokens: Sequence[int] | None, reason: str | None, logprobs: Sequence[float] | None, sampling: SamplingParams
-) -> Completion:
+) -> Response:
     """An answer of vLLM's engine or server.
 
     Args:
@@ -384,7 +385,7 @@ def vllm_completion(
         sampling (SamplingParams): as it was asked.
 
     Returns:
-        Completion: one whose last token is a stop token has stopped, though the limit was reached in the same step.
+        Response: one whose last token is a stop token has stopped, though the limit was reached in the same step.
 
     Raises:
         GeneratorError: If there are no token ids, or it ended otherwise than by a stop or the limit.
@@ -395,15 +396,17 @@ def vllm_completion(
             "expected stop or length, with token ids."
         )
     stopped = reason == "stop" or (len(tokens) > 0 and tokens[-1] in sampling.stop_token_ids)
-    return Completion(list(tokens), "stop" if stopped else "length", None if logprobs is None else list(logprobs))
+    return Response(
+        list(tokens), "stop" if stopped else "length", logprobs=None if logprobs is None else list(logprobs)
+    )
 
 
-def _completion(output: Any, sampling: SamplingParams) -> Completion:
+def _response(output: Any, sampling: SamplingParams) -> Response:
     answer = output.outputs[0]
     logprobs = None
     if sampling.logprobs:
         logprobs = [entry[token].logprob for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)]
-    return vllm_completion(answer.token_ids, answer.finish_reason, logprobs, sampling)
+    return vllm_response(answer.token_ids, answer.finish_reason, logprobs, sampling)
 
 
 class _Load:

@@ -19,10 +19,11 @@ from spin.core.dtypes import DTYPES
 from spin.core.errors import ConfigError, GeneratorError
 from spin.core.files import TRANSFER, check_own_folder
 from spin.core.ranks import barrier, raise_on_all_ranks
-from spin.generators.generator import Completion, GeneratorContext, SamplingParams, answer_in_order, room_for
+from spin.generators.generator import GeneratorContext, SamplingParams, generate_in_order, max_response_tokens
 from spin.generators.http import Client, Reply, TimedOutError, UnavailableError
-from spin.generators.vllm import KNOWN, is_banned, is_too_old, vllm_completion, vllm_sampling
+from spin.generators.vllm import KNOWN, is_banned, is_too_old, vllm_response, vllm_sampling
 from spin.model.hf import check_model_type, export_hf
+from spin.types import Response
 
 log = logging.getLogger(__name__)
 
@@ -129,8 +130,8 @@ class VLLMServerGenerator:
         if transfer_dir is None:
             self.fingerprint = f"served {self._name}"
 
-    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Completion]:
-        """One completion per prompt, in order; see :meth:`stream`.
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
+        """One response per prompt, in order; see :meth:`stream`.
 
         Args:
             prompts (list[list[int]]): token ids.
@@ -138,17 +139,17 @@ class VLLMServerGenerator:
             seeds (list[int]): one per prompt.
 
         Returns:
-            list[Completion]: as many as prompts.
+            list[Response]: as many as prompts.
 
         Raises:
             GeneratorError: If the numbers of prompts and seeds differ, a prompt leaves no room for an answer, or the
                 server fails for good.
         """
-        return answer_in_order(self, prompts, sampling, seeds)
+        return generate_in_order(self, prompts, sampling, seeds)
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
-    ) -> Iterator[tuple[int, Completion]]:
+    ) -> Iterator[tuple[int, Response]]:
         """Answers prompts, many at a time; the server batches them and shares what prompts have in common.
 
         Args:
@@ -156,7 +157,7 @@ class VLLMServerGenerator:
             sampling (SamplingParams): how to answer.
 
         Yields:
-            tuple[int, Completion]: number of the request and its answer, as they are finished.
+            tuple[int, Response]: number of the request and its answer, as they are finished.
 
         Raises:
             GeneratorError: If a prompt leaves no room for an answer, or the server fails for good.
@@ -165,12 +166,12 @@ class VLLMServerGenerator:
             raise GeneratorError("the server has no weights of the policy: update them before it generates.")
         self._ensure_weights()
         waiting = enumerate(requests)
-        running: dict[Future[Completion], int] = {}
+        running: dict[Future[Response], int] = {}
         pool = ThreadPoolExecutor(self._concurrency, thread_name_prefix="vllm-request")
         try:
             while True:
                 for index, (prompt, seed) in islice(waiting, 2 * self._concurrency - len(running)):
-                    limit = room_for(prompt, index, sampling, self.max_seq_len)
+                    limit = max_response_tokens(prompt, index, sampling, self.max_seq_len)
                     running[pool.submit(self._answer, list(map(int, prompt)), seed, limit, sampling)] = index
                 if not running:
                     return
@@ -230,7 +231,7 @@ class VLLMServerGenerator:
     # ---- the server
     def _answer(
         self, prompt: list[int], seed: int, limit: int, sampling: SamplingParams, ban: bool = False
-    ) -> Completion:
+    ) -> Response:
         body = {
             "model": self._name,
             "prompt": prompt,
@@ -249,10 +250,10 @@ class VLLMServerGenerator:
             raise GeneratorError(f"{reply.what}: answered with token_ids {tokens!r:.60}, expected whole numbers.")
         values = logprobs.get("token_logprobs") if sampling.logprobs and isinstance(logprobs, dict) else None
         values = values if isinstance(values, list) else None
-        completion = vllm_completion(tokens, choices[0].get("finish_reason"), values, sampling)
-        if not ban and is_banned(completion, sampling):
+        response = vllm_response(tokens, choices[0].get("finish_reason"), values, sampling)
+        if not ban and is_banned(response, sampling):
             return self._answer(prompt, seed, limit, sampling, ban=True)
-        return completion
+        return response
 
     def _load_weights(self, idle: bool) -> None:
         """Has the server load the weights of ``transfer_dir`` in place."""

@@ -14,7 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from spin import config
-from spin.evaluation.models import check_evaluation, players_of
+from spin.evaluation.models import check_evaluation, eval_model_roles
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
 from spin.model.hf import check_model_type
@@ -230,11 +230,11 @@ def test_logits_are_those_of_transformers(name, tmp_path, monkeypatch):
 def test_evaluations_pass_their_checks_and_have_the_published_models(name):
     cfg = config.complete(config.load_config(name), recipe_defaults(name))
     check_evaluation(cfg)
-    for role in players_of(cfg):
+    for role in eval_model_roles(cfg):
         model = build_model(cfg[role].model, torch.float32)
         assert sum(parameter.numel() for parameter in model.parameters()) == EVALUATIONS[name][role]
         assert check_model_type(cfg[role].model_type) == cfg[role].model_type
-    assert set(players_of(cfg)) == EVALUATIONS[name].keys()
+    assert set(eval_model_roles(cfg)) == EVALUATIONS[name].keys()
 
 
 def test_the_judge_may_be_a_server_as_the_header_says(repo):

@@ -9,7 +9,7 @@ import torch
 
 from spin.core.errors import GeneratorError
 from spin.data import PairStore, Prompt, PromptDataset
-from spin.generators import Completion, GeneratorContext, ReplayGenerator, SamplingParams
+from spin.generators import GeneratorContext, ReplayGenerator, Response, SamplingParams
 from spin.generators.stage import Game, Limits, play
 
 STOP, VOCAB, MOST = 9, 50, 6
@@ -27,7 +27,7 @@ class Own:
         self.bad = bad
 
     def generate(self, prompts, sampling, seeds):
-        good = Completion([1, STOP], "stop", [-1.0, -0.5] if sampling.logprobs else None)
+        good = Response([1, STOP], "stop", logprobs=[-1.0, -0.5] if sampling.logprobs else None)
         return [good, self.bad, *[good] * (len(prompts) - 2)]
 
     def update_weights(self, named_tensors):
@@ -53,29 +53,29 @@ def play_with(tmp_path, generator, limits=LIMITS, sampling=SAMPLING):
 
 
 BAD = {
-    "too long": (Completion([1] * 400, "length"), "has 400 tokens, expected at most max_new_tokens=6"),
-    "enormous": (Completion(range(10**15), "length"), "has 1000000000000000 tokens, expected at most"),
-    "float": (Completion([1, 2.5, STOP], "stop"), "has 2.5 of type float as token 1, expected whole numbers"),
-    "whole float": (Completion([1.0, STOP], "stop"), "has 1.0 of type float as token 0"),
-    "bool": (Completion([True, STOP], "stop"), "has True of type bool as token 0"),
-    "none": (Completion([None, STOP], "stop"), "has None of type NoneType as token 0"),
-    "text": (Completion("words", "stop"), "has token_ids 'words' of type str"),
-    "number": (Completion(7, "stop"), "has token_ids 7 of type int"),
-    "floats of numpy": (Completion(np.array([1.0, 9.0]), "stop"), "as token 0, expected whole numbers"),
-    "tensor": (Completion(torch.tensor([1, 9]), "stop"), "as token 0, expected whole numbers"),
-    "nested": (Completion([[1], STOP], "stop"), r"has \[1\] of type list as token 0"),
-    "beyond": (Completion([VOCAB, STOP], "stop"), "has the id 50 as token 0, expected 0 to 49"),
-    "huge": (Completion([10**30, STOP], "stop"), "has the id 1000000000000000000000000000000 as token 0"),
-    "negative": (Completion([1, -1, STOP], "stop"), "has the id -1 as token 1, expected 0 to 49"),
-    "middle": (Completion([1, STOP, 2, STOP], "stop"), "has stop token 9 as token 1 of 4, expected it at the end only"),
-    "cut but ends": (Completion([1, STOP], "length"), "'length' but ends with stop token 9"),
-    "cut early": (Completion([1, 2], "length"), "'length' with 2 tokens, expected 6 then"),
-    "stop without": (Completion([1, 2], "stop"), r"'stop' but ends with token 2, expected a stop token of \[9\]"),
-    "reason": (Completion([1, STOP], "eos"), "has finish reason 'eos' of type str, expected stop or length"),
-    "no reason": (Completion([1, STOP], None), "has finish reason None"),
-    "few log-probs": (Completion([1, STOP], "stop", [-1.0]), "has 1 log-probs for 2 tokens"),
-    "text log-prob": (Completion([1, STOP], "stop", ["a", -1.0]), "has 'a' of type str as log-prob 0"),
-    "a dict": ({"token_ids": [1, STOP]}, "is .* of type dict, expected a spin.generators.Completion"),
+    "too long": (Response([1] * 400, "length"), "has 400 tokens, expected at most max_new_tokens=6"),
+    "enormous": (Response(range(10**15), "length"), "has 1000000000000000 tokens, expected at most"),
+    "float": (Response([1, 2.5, STOP], "stop"), "has 2.5 of type float as token 1, expected whole numbers"),
+    "whole float": (Response([1.0, STOP], "stop"), "has 1.0 of type float as token 0"),
+    "bool": (Response([True, STOP], "stop"), "has True of type bool as token 0"),
+    "none": (Response([None, STOP], "stop"), "has None of type NoneType as token 0"),
+    "text": (Response("words", "stop"), "has token_ids 'words' of type str"),
+    "number": (Response(7, "stop"), "has token_ids 7 of type int"),
+    "floats of numpy": (Response(np.array([1.0, 9.0]), "stop"), "as token 0, expected whole numbers"),
+    "tensor": (Response(torch.tensor([1, 9]), "stop"), "as token 0, expected whole numbers"),
+    "nested": (Response([[1], STOP], "stop"), r"has \[1\] of type list as token 0"),
+    "beyond": (Response([VOCAB, STOP], "stop"), "has the id 50 as token 0, expected 0 to 49"),
+    "huge": (Response([10**30, STOP], "stop"), "has the id 1000000000000000000000000000000 as token 0"),
+    "negative": (Response([1, -1, STOP], "stop"), "has the id -1 as token 1, expected 0 to 49"),
+    "middle": (Response([1, STOP, 2, STOP], "stop"), "has stop token 9 as token 1 of 4, expected it at the end only"),
+    "cut but ends": (Response([1, STOP], "length"), "'length' but ends with stop token 9"),
+    "cut early": (Response([1, 2], "length"), "'length' with 2 tokens, expected 6 then"),
+    "stop without": (Response([1, 2], "stop"), r"'stop' but ends with token 2, expected a stop token of \[9\]"),
+    "reason": (Response([1, STOP], "eos"), "has finish reason 'eos' of type str, expected stop or length"),
+    "no reason": (Response([1, STOP], None), "has finish reason None"),
+    "few log-probs": (Response([1, STOP], "stop", logprobs=[-1.0]), "has 1 log-probs for 2 tokens"),
+    "text log-prob": (Response([1, STOP], "stop", logprobs=["a", -1.0]), "has 'a' of type str as log-prob 0"),
+    "a dict": ({"token_ids": [1, STOP]}, "is .* of type dict, expected a spin.generators.Response"),
 }
 
 
@@ -93,11 +93,11 @@ def test_a_response_that_cannot_be_is_refused_by_name(tmp_path, kind, bad):
 @pytest.mark.parametrize(
     ("answer", "ids"),
     [
-        (Completion([1, 2, 3, 4, 5, 6], "length"), [1, 2, 3, 4, 5, 6]),
-        (Completion([1, 2, 3, 4, 5, STOP], "stop"), [1, 2, 3, 4, 5, STOP]),
-        (Completion([], "length"), []),
-        (Completion(np.array([1, STOP], np.int64), "stop"), [1, STOP]),
-        (Completion([np.int32(VOCAB - 1), STOP], "stop", np.array([-1.0, 0.0]).tolist()), [VOCAB - 1, STOP]),
+        (Response([1, 2, 3, 4, 5, 6], "length"), [1, 2, 3, 4, 5, 6]),
+        (Response([1, 2, 3, 4, 5, STOP], "stop"), [1, 2, 3, 4, 5, STOP]),
+        (Response([], "length"), []),
+        (Response(np.array([1, STOP], np.int64), "stop"), [1, STOP]),
+        (Response([np.int32(VOCAB - 1), STOP], "stop", logprobs=np.array([-1.0, 0.0]).tolist()), [VOCAB - 1, STOP]),
     ],
 )
 def test_good_responses_pass(tmp_path, answer, ids):
@@ -106,7 +106,7 @@ def test_good_responses_pass(tmp_path, answer, ids):
 
 def test_the_context_limits_a_response_as_well(tmp_path):
     """5 tokens of context leave 3 to a prompt of 2: the model's own context, or that of a generator."""
-    short, long = Completion([1, 2, 3], "length"), Completion([1, 2, 3, 4], "length")
+    short, long = Response([1, 2, 3], "length"), Response([1, 2, 3, 4], "length")
     own = Own(short)
     own.max_seq_len = 5
     for generator, limits in ((Own(short), Limits(VOCAB, 5)), (own, LIMITS)):
@@ -119,26 +119,26 @@ def test_the_context_limits_a_response_as_well(tmp_path):
 
 def test_a_stop_string_ends_a_response(tmp_path):
     sampling = SamplingParams(max_new_tokens=MOST, stop_token_ids=(STOP,), stop_strings=("cd",))
-    assert play_with(tmp_path, Own(Completion([1, 2, 3], "stop")), sampling=sampling)[1] == [1, 2, 3]  # "bcd"
+    assert play_with(tmp_path, Own(Response([1, 2, 3], "stop")), sampling=sampling)[1] == [1, 2, 3]  # "bcd"
     with pytest.raises(GeneratorError, match=r"ends with token 4, expected .* or a text with one of \['cd'\]"):
-        play_with(tmp_path / "b", Own(Completion([1, 2, 4], "stop")), sampling=sampling)
+        play_with(tmp_path / "b", Own(Response([1, 2, 4], "stop")), sampling=sampling)
 
 
 def test_log_probs_that_were_asked_for_must_come(tmp_path):
     sampling = SamplingParams(max_new_tokens=MOST, stop_token_ids=(STOP,), logprobs=True)
     with pytest.raises(GeneratorError, match="has logprobs None for 2 tokens, expected one each"):
-        play_with(tmp_path, Own(Completion([1, STOP], "stop")), sampling=sampling)
+        play_with(tmp_path, Own(Response([1, STOP], "stop")), sampling=sampling)
 
 
 def test_a_stream_gives_numbered_answers_only(tmp_path):
-    good = Completion([1, STOP], "stop")
+    good = Response([1, STOP], "stop")
 
     def endless():
         while True:
             yield 0, good
 
     for given, message in (
-        (lambda: [good], "gave Completion.*, expected .number of the request, its Completion"),
+        (lambda: [good], "gave Response.*, expected .number of the request, its Response"),
         (lambda: [(0.0, good)], "gave .0.0"),
         (lambda: [(True, good)], "gave .True"),
         (lambda: [(math.inf, good)], "gave .inf"),

@@ -49,8 +49,8 @@ def many(prompts):
     return [(prompts[i % 9] + long[i:])[: 2 + 37 * i % 99] for i in range(90)]
 
 
-def _ids(completions):
-    return [completion.token_ids for completion in completions]
+def _ids(responses):
+    return [response.token_ids for response in responses]
 
 
 def _same(got, expected, model, prompts):
@@ -253,10 +253,10 @@ def test_families(name, caplog):
         got = generator.generate(prompts, sampling, [0] * 7)
     assert not caplog.records, caplog.text
     assert _recorded(generator) == [3]
-    for prompt, completion in zip(prompts, got, strict=True):
+    for prompt, response in zip(prompts, got, strict=True):
         with torch.no_grad():
-            logits = model(torch.tensor([prompt + completion.token_ids], device="cuda"))[0, len(prompt) - 1 : -1]
-        chosen = logits.gather(1, torch.tensor(completion.token_ids, device="cuda")[:, None])[:, 0]
+            logits = model(torch.tensor([prompt + response.token_ids], device="cuda"))[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(response.token_ids, device="cuda")[:, None])[:, 0]
         gap = (logits.amax(-1) - chosen).max().item()
         assert gap < TIE, f"prompt of {len(prompt)} tokens: a token {gap:.4f} below the best"
 

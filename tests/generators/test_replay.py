@@ -45,19 +45,19 @@ def _jsonl(tmp_path, *rows):
     return file
 
 
-def _ids(completions):
-    return [completion.token_ids for completion in completions]
+def _ids(responses):
+    return [response.token_ids for response in responses]
 
 
 def test_answers_by_prompt_in_order_of_k(path):
     generator = ReplayGenerator(CONTEXT, path)
     assert isinstance(generator, Generator) and not generator.shares_policy_weights
     for _ in range(2):  # a second call, or a restart, starts from k = 0 again
-        completions = generator.generate([[5, 6], [7], [5, 6], [5]], SAMPLING, [4, 3, 2, 1])
-        assert _ids(completions) == [[8, 2], [1, 1, 1], [9, 2], [6, 2]]
+        responses = generator.generate([[5, 6], [7], [5, 6], [5]], SAMPLING, [4, 3, 2, 1])
+        assert _ids(responses) == [[8, 2], [1, 1, 1], [9, 2], [6, 2]]
         # the last two finish reasons are not in the file: no stop token, stop token
-        assert [c.finish_reason for c in completions] == ["stop", "length", "stop", "stop"]
-        assert [c.logprobs for c in completions] == [None] * 4
+        assert [c.finish_reason for c in responses] == ["stop", "length", "stop", "stop"]
+        assert [c.logprobs for c in responses] == [None] * 4
 
 
 def test_update_weights_is_not_iterated(path):
@@ -82,18 +82,18 @@ def test_missing_prompts_are_counted_and_shown(path):
 def test_missing_prompts_can_be_empty_answers(path, caplog):
     generator = ReplayGenerator(CONTEXT, path, on_missing="empty")
     with caplog.at_level(logging.WARNING):
-        completions = generator.generate([[0, 1], [7]], SAMPLING, [0, 0])
-    assert _ids(completions) == [[], [1, 1, 1]]
+        responses = generator.generate([[0, 1], [7]], SAMPLING, [0, 0])
+    assert _ids(responses) == [[], [1, 1, 1]]
     assert "1 of 2 prompts got an empty response" in caplog.text
 
 
 def test_long_answers_are_cut_at_the_limits(tmp_path):
     rows = [{"prompt_ids": [1] * n, "generated_ids": [*range(5, 10), 2], "finish_reason": "stop"} for n in (2, 12)]
     generator = ReplayGenerator(CONTEXT, _jsonl(tmp_path, *rows))
-    completions = generator.generate([[1] * 2, [1] * 12], SamplingParams(max_new_tokens=5, stop_token_ids=(2,)), [0, 0])
+    responses = generator.generate([[1] * 2, [1] * 12], SamplingParams(max_new_tokens=5, stop_token_ids=(2,)), [0, 0])
     # 12 + 4 = max_seq_len
-    assert _ids(completions) == [[5, 6, 7, 8, 9], [5, 6, 7, 8]]
-    assert [c.finish_reason for c in completions] == ["length", "length"]
+    assert _ids(responses) == [[5, 6, 7, 8, 9], [5, 6, 7, 8]]
+    assert [c.finish_reason for c in responses] == ["length", "length"]
 
 
 def test_log_probs_cannot_be_had(path):

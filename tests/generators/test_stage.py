@@ -7,7 +7,7 @@ import torch
 from spin.core.errors import GeneratorError
 from spin.core.ranks import World
 from spin.data import PairStore, Prompt, PromptDataset
-from spin.generators import Completion, SamplingParams
+from spin.generators import Response, SamplingParams
 from spin.generators.engines import Team, team_of
 from spin.generators.stage import Game, deal_shards, num_shards, own_shards, play
 
@@ -27,7 +27,7 @@ class SeedEcho:
 
     def generate(self, prompts, sampling, seeds):
         self.calls.append(prompts)
-        return [Completion([seed % 7 + 1, seed // 7 % 7 + 1, STOP], "stop") for seed in seeds]
+        return [Response([seed % 7 + 1, seed // 7 % 7 + 1, STOP], "stop") for seed in seeds]
 
 
 def played(path, shards, generator=None, **kwargs):
@@ -141,7 +141,7 @@ def test_shares_are_dealt_by_the_length_of_prompts(tmp_path):
 
 def test_too_few_answers_are_refused(tmp_path):
     generator = SeedEcho()
-    generator.generate = lambda prompts, sampling, seeds: [Completion([1, STOP], "stop")]
+    generator.generate = lambda prompts, sampling, seeds: [Response([1, STOP], "stop")]
     with pytest.raises(GeneratorError, match="1 responses to 6 prompts"):
         played(tmp_path / "a", [0], generator)
 
@@ -152,7 +152,7 @@ def test_too_few_answers_are_refused(tmp_path):
         (None, r"generator: .*SeedEcho gave None of type NoneType to 6 prompts; expected one each"),
         (
             ["words"] * 6,
-            r"sample s0: the response is 'words' of type str, expected a spin.generators.Completion",
+            r"sample s0: the response is 'words' of type str, expected a spin.generators.Response",
         ),
         ([[1, STOP]] * 6, r"sample s0: the response is \[1, 9\] of type list"),
     ],
@@ -173,7 +173,7 @@ def test_a_generator_that_lacks_something_is_told_what():
 
 def test_a_truncated_answer_with_an_end_is_refused(tmp_path):
     generator = SeedEcho()
-    generator.generate = lambda prompts, sampling, seeds: [Completion([1, STOP], "length") for _ in prompts]
+    generator.generate = lambda prompts, sampling, seeds: [Response([1, STOP], "length") for _ in prompts]
     with pytest.raises(GeneratorError, match="did not write"):
         played(tmp_path / "a", [0], generator)
     assert PairStore.open(tmp_path / "a").missing_shards() == [0, 1, 2]

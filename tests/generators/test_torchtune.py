@@ -51,8 +51,8 @@ class StaticGenerator(TorchtuneGenerator):
         return StepPlan(sizes=tuple(sorted(sizes)), length_step=32, lag=1)
 
 
-def _ids(completions):
-    return [completion.token_ids for completion in completions]
+def _ids(responses):
+    return [response.token_ids for response in responses]
 
 
 def _hf_greedy(hf_model, prompt, new_tokens, **arguments):
@@ -71,13 +71,13 @@ def _hf_greedy(hf_model, prompt, new_tokens, **arguments):
 def test_greedy_equals_transformers(make, hf_model, prompts, static):
     generator = make(batch_size=4, static=static)
     assert isinstance(generator, Generator) and generator.shares_policy_weights
-    completions = generator.generate(
+    responses = generator.generate(
         prompts, SamplingParams(temperature=0, max_new_tokens=60, stop_token_ids=(EOS,)), [0] * len(prompts)
     )
-    assert _ids(completions) == [_hf_greedy(hf_model, prompt, 60) for prompt in prompts]
-    for completion in completions:
-        assert completion.finish_reason == ("stop" if completion.token_ids[-1] == EOS else "length")
-    assert {completion.finish_reason for completion in completions} == {"stop", "length"}
+    assert _ids(responses) == [_hf_greedy(hf_model, prompt, 60) for prompt in prompts]
+    for response in responses:
+        assert response.finish_reason == ("stop" if response.token_ids[-1] == EOS else "length")
+    assert {response.finish_reason for response in responses} == {"stop", "length"}
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -85,9 +85,9 @@ def test_penalty_and_minimum_equal_transformers(make, hf_model, prompts, static)
     sampling = SamplingParams(
         temperature=0, max_new_tokens=40, min_new_tokens=30, repetition_penalty=1.3, stop_token_ids=(EOS,)
     )
-    completions = make(batch_size=3, static=static).generate(prompts, sampling, [0] * len(prompts))
+    responses = make(batch_size=3, static=static).generate(prompts, sampling, [0] * len(prompts))
     expected = [_hf_greedy(hf_model, p, 40, repetition_penalty=1.3, min_new_tokens=30) for p in prompts]
-    assert _ids(completions) == expected
+    assert _ids(responses) == expected
 
 
 @pytest.mark.parametrize("kind", [TorchtuneGenerator, StaticGenerator])
@@ -100,12 +100,12 @@ def test_cached_greedy_equals_full_forwards(name, kind):
     draw = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, VOCAB_SIZE, (n,), generator=draw).tolist() for n in (3, 30, 12, 1, 18)]
     got = generator.generate(prompts, SamplingParams(temperature=0, max_new_tokens=20), [0] * 5)
-    for prompt, completion in zip(prompts, got, strict=True):
-        whole = torch.tensor([prompt + completion.token_ids])
+    for prompt, response in zip(prompts, got, strict=True):
+        whole = torch.tensor([prompt + response.token_ids])
         with torch.no_grad():
             expected = model(whole)[0, len(prompt) - 1 : -1].argmax(-1)
-        assert completion.token_ids == expected.tolist()
-        assert len(completion.token_ids) == 20
+        assert response.token_ids == expected.tolist()
+        assert len(response.token_ids) == 20
 
 
 @pytest.mark.parametrize(
@@ -145,13 +145,13 @@ def test_batch_and_order_do_not_matter(make, prompts, sampling):
 @pytest.mark.parametrize("static", [False, True])
 def test_log_probs_are_those_of_the_unaltered_distribution(make, model, prompts, static):
     sampling = SamplingParams(temperature=0.5, top_k=5, max_new_tokens=12, repetition_penalty=1.2, logprobs=True)
-    completions = make(batch_size=4, static=static).generate(prompts, sampling, list(range(len(prompts))))
-    for prompt, completion in zip(prompts, completions, strict=True):
+    responses = make(batch_size=4, static=static).generate(prompts, sampling, list(range(len(prompts))))
+    for prompt, response in zip(prompts, responses, strict=True):
         with torch.no_grad():
-            logps = model(torch.tensor([prompt + completion.token_ids]))[0].log_softmax(-1)
+            logps = model(torch.tensor([prompt + response.token_ids]))[0].log_softmax(-1)
         rows = logps[len(prompt) - 1 : -1]
-        expected = rows.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4)
+        expected = rows.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(response.logprobs), expected, rtol=1e-4, atol=1e-4)
     plain = make().generate(prompts[:1], SamplingParams(max_new_tokens=2), [0])
     assert plain[0].logprobs is None
 
@@ -166,8 +166,8 @@ def test_cache_grows_and_long_rows_are_right(make, hf_model, tokenizer):
 
 
 def test_cache_dtype(make, prompts):
-    completions = make(cache_dtype="bf16").generate(prompts, SamplingParams(temperature=0, max_new_tokens=5), [0] * 9)
-    assert all(len(completion.token_ids) == 5 for completion in completions)
+    responses = make(cache_dtype="bf16").generate(prompts, SamplingParams(temperature=0, max_new_tokens=5), [0] * 9)
+    assert all(len(response.token_ids) == 5 for response in responses)
 
 
 # --- where a response ends ---
@@ -290,7 +290,7 @@ def test_a_step_late_costs_no_step_at_the_limit(make, model, prompts):
 
     model.forward = noted
     got = make(static=True, prefill_batch=5).generate(prompts[:5], SamplingParams(max_new_tokens=4), [0] * 5)
-    assert [len(completion.token_ids) for completion in got] == [4] * 5
+    assert [len(response.token_ids) for response in got] == [4] * 5
     assert sizes == [5] * 4
 
 

@@ -16,7 +16,7 @@ from spin.core.errors import ConfigError, GeneratorError
 from spin.data import PairStore
 from spin.generators import GeneratorContext, SamplingParams, VLLMGenerator, VLLMServerGenerator
 from spin.generators import vllm as vllm_module
-from spin.generators.generator import room_for
+from spin.generators.generator import max_response_tokens
 from spin.generators.vllm import INSTALL, vllm_sampling, vllm_version
 from tests.recipes.helpers import REPO, command, metrics_of
 
@@ -313,9 +313,9 @@ def test_sampling_parameters_have_vllms_names():
 
 def test_room_ends_with_the_context():
     sampling = SamplingParams(max_new_tokens=10)
-    assert room_for(range(5), 0, sampling, 64) == 10
-    assert room_for(range(60), 0, sampling, 64) == 4
+    assert max_response_tokens(range(5), 0, sampling, 64) == 10
+    assert max_response_tokens(range(60), 0, sampling, 64) == 4
     with pytest.raises(GeneratorError, match="prompt 3 has 64 tokens"):
-        room_for(range(64), 3, sampling, 64)
+        max_response_tokens(range(64), 3, sampling, 64)
     with pytest.raises(GeneratorError, match="prompt 3 is empty"):
-        room_for(np.zeros(0, np.int32), 3, sampling, 64)
+        max_response_tokens(np.zeros(0, np.int32), 3, sampling, 64)

@@ -44,8 +44,8 @@ def error_of(function):
     return None
 
 
-def tokens(completions):
-    return [[list(c.token_ids), c.finish_reason] for c in completions]
+def tokens(responses):
+    return [[list(c.token_ids), c.finish_reason] for c in responses]
 
 
 class Prompts(PromptDataset):
@@ -159,16 +159,16 @@ def main(out, model_dir):
     backwards = vllm.generate(prompts[::-1], RANDOM, seeds[::-1])[::-1]
     alone = [vllm.generate([p], RANDOM, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
     other = vllm.generate(prompts, RANDOM, [seed + 1 for seed in seeds])
-    cached, completion = [], vllm_module._completion
+    cached, response = [], vllm_module._response
 
     def watched(output, sampling):
         cached.append(output.num_cached_tokens)
-        return completion(output, sampling)
+        return response(output, sampling)
 
-    vllm_module._completion = watched
+    vllm_module._response = watched
     fresh = rng.integers(5, 1000, 80).tolist()
     same_prompt = vllm.generate([fresh] * 4, RANDOM, seeds[:4])
-    vllm_module._completion = completion
+    vllm_module._response = response
     report["cached prompt tokens"] = sorted(cached)
     report["random"] = {
         "any order": tokens(samples) == tokens(backwards),

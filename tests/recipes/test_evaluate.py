@@ -14,7 +14,7 @@ from spin.config.parse import complete, load_config
 from spin.core.errors import CheckpointError, ConfigError, DataError, OutputError
 from spin.data import ChatTokenizer, PairStore
 from spin.evaluation import verdicts
-from spin.evaluation.models import Player, check_evaluation
+from spin.evaluation.models import EvalModel, check_evaluation
 from tests.generators import test_vllm_server as false_servers
 from tests.recipes.helpers import REPO, command
 
@@ -220,7 +220,7 @@ def test_what_is_finished_is_not_made_again(copied, paths, monkeypatch):
     folder, summary = copied
     before = written(folder)
     rows = (folder / "trained_vs_start" / "rows.jsonl").read_bytes()
-    monkeypatch.setattr(Player, "load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(EvalModel, "load", lambda *args: pytest.fail("weights were loaded"))
     assert evaluate(folder, *paths) == summary
     assert written(folder) == before
     assert (folder / "trained_vs_start" / "rows.jsonl").read_bytes() == rows
@@ -232,8 +232,8 @@ def test_a_killed_evaluation_makes_what_is_missing_and_nothing_else(copied, path
     lost = {"answers/trained/shard-00001.parquet", "trained_vs_start/judgements/shard-00002.parquet"}
     for name in lost:
         (folder / name).unlink()
-    loaded, load = [], Player.load
-    monkeypatch.setattr(Player, "load", lambda self, *args: loaded.append(self.role) or load(self, *args))
+    loaded, load = [], EvalModel.load
+    monkeypatch.setattr(EvalModel, "load", lambda self, *args: loaded.append(self.role) or load(self, *args))
     assert evaluate(folder, *paths) == summary
     assert loaded == ["candidate", "judge"]
     after = written(folder)
@@ -313,7 +313,7 @@ def test_exact_match_with_known_answers(questions, paths, tmp_path, capsys, refe
 
 
 def test_a_right_answer_that_is_missing_is_found_before_anything_is_generated(questions, paths, tmp_path, monkeypatch):
-    monkeypatch.setattr(Player, "load", lambda *args: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(EvalModel, "load", lambda *args: pytest.fail("weights were loaded"))
     for key, message in (
         ("exact_match.column=solution", "column=solution: no row has it; found the columns id, messages"),
         (r"exact_match.reference_pattern='= (\d+)'", "12 samples have no right answer in the real response"),
