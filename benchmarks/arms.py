@@ -18,7 +18,7 @@ from torch import nn
 from spin.core.ranks import World
 from spin.data import PackedRow, Pair, pack_batch, pack_row, plan_rows
 from spin.loss import SPINLoss
-from spin.pairs.packing import padded_length
+from spin.pairs.packing import RowLayout, padded_length
 from spin.reference.logprobs import pair_objective, response_logps
 
 LOSS = SPINLoss(beta=0.1)
@@ -51,9 +51,9 @@ class Layout:
         """Every row's length is a multiple of this."""
         return ROW_MULTIPLE if self.flex else CPU_ROW_MULTIPLE
 
-    def packing(self, row_tokens: int) -> dict[str, Any]:
-        """Arguments of :func:`spin.data.pack_batch` besides pairs and ranks."""
-        return {"row_tokens": row_tokens, "row_multiple": self.row_multiple, "flex": self.flex}
+    def rows(self, row_tokens: int) -> RowLayout:
+        """Of rows with this many tokens."""
+        return RowLayout(row_tokens, self.row_multiple, flex=self.flex)
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ def separate_rows(pairs: Sequence[Pair], layout: Layout) -> list[PackedRow]:
         ]
         used = max(1, sum(lengths[i] for i in indices))
         length = padded_length(used, layout.row_tokens, layout.row_multiple)
-        rows.append(pack_row(singles, length, flex=layout.flex))
+        rows.append(pack_row(singles, length, layout.rows(length)))
     return rows
 
 
@@ -163,7 +163,7 @@ def separate_loss(model: nn.Module, row: PackedRow, chunk_tokens: int) -> torch.
 def shared_rows(pairs: Sequence[Pair], layout: Layout) -> list[PackedRow]:
     """The product's rows: a prompt once for all responses to it."""
     world = layout.world
-    return pack_batch(pairs, rank=world.rank, num_ranks=world.world_size, **layout.packing(layout.row_tokens))
+    return pack_batch(pairs, layout.rows(layout.row_tokens), world.rank, world.world_size)
 
 
 def long_rows(pairs: Sequence[Pair], layout: Layout) -> list[PackedRow]:

@@ -77,7 +77,7 @@ def measure(cfg: Any, pair_tokens: int) -> dict[str, float]:
         print(prepare_adapters(model, dtype, world))
     context = model.max_seq_len
     flex = choose_attention(model, world, compute, cfg.attention)
-    packing = row_layout(model, cfg, flex)
+    layout = row_layout(model, cfg, flex)
     model.max_seq_len = max(context, 2 * cfg.pairs.row_tokens)
     prepare_model(model, world, compute_dtype=compute, **training_options(cfg))
     fill(model)
@@ -85,7 +85,7 @@ def measure(cfg: Any, pair_tokens: int) -> dict[str, float]:
         init_adapters(model, cfg.seed)
     optimizer = config.instantiate(cfg.optimizer, trainable(model), lr=1e-6)
     vocab = model.tok_embeddings.weight.shape[0]
-    rows = pack_batch(make_pairs(cfg.global_batch_size, pair_tokens, vocab), **packing)
+    rows = pack_batch(make_pairs(cfg.global_batch_size, pair_tokens, vocab), layout)
 
     def peak() -> float:
         if not on_gpu:

@@ -51,7 +51,7 @@ def our_pass(bench: PeerBench, pairs: Sequence[Pair]) -> Logps:
         bench.model(arm.variant),
         [pairs[start : start + size] for start in range(0, len(pairs), size)],
         bench.world,
-        packing=bench.layout.packing(bench.layout.long_row_tokens),
+        layout=bench.layout.rows(bench.layout.long_row_tokens),
         chunk_tokens=bench.layout.chunk_tokens,
         as_in_training=bench.is_compiled(arm.variant),
         num_workers=WORKERS,

@@ -65,6 +65,7 @@ from spin.data import Pair, pack_row
 from spin.model.build import build_model, choose_attention, prepare_model
 from spin.model.sharding import accumulating, clip_grad_norm, materialize, shard_model
 from spin.pairs.loader import load_rows
+from spin.pairs.packing import RowLayout
 from spin.reference.logprobs import pair_objective, response_logps
 from spin.reference.stage import score_batches
 from spin.training.optim import AdamW8bit
@@ -437,11 +438,11 @@ def reference(bench: Bench, name: str) -> dict[str, Any]:
     arm = ARMS[name]
     batches = [bench.mixed_pairs("short", seed=seed) for seed in range(4)]
     row_tokens = bench.layout.long_row_tokens if name == "long" else bench.layout.row_tokens
-    packing = bench.layout.packing(row_tokens)
+    layout = bench.layout.rows(row_tokens)
     optimizer = bench.optimizer(arm)
 
     def epoch() -> None:
-        for batch in load_rows(batches, bench.world, packing, WORKERS):
+        for batch in load_rows(batches, bench.world, layout, WORKERS):
             bench.optimizer_step(arm, batch.rows, len(batch.pairs), optimizer)
 
     def score() -> None:
@@ -449,7 +450,7 @@ def reference(bench: Bench, name: str) -> dict[str, Any]:
             bench.model(arm.variant),
             batches,
             bench.world,
-            packing=packing,
+            layout=layout,
             chunk_tokens=bench.layout.chunk_tokens,
             as_in_training=bench.is_compiled(arm.variant),  # as the recipe does
             num_workers=WORKERS,
@@ -548,7 +549,7 @@ def head(bench: Bench) -> dict[str, Any]:
     pairs = random_pairs([1] * num, [[length, length]] * num, bench.sizes.vocab_size, bench.nats)
     used = sum(pair.num_tokens for pair in pairs)
     # no dense mask, which would count as memory
-    row = pack_row(pairs, -(-used // ROW_MULTIPLE) * ROW_MULTIPLE, flex=True).to(bench.world.device)
+    row = pack_row(pairs, -(-used // ROW_MULTIPLE) * ROW_MULTIPLE, RowLayout(flex=True)).to(bench.world.device)
     model = Head(bench.sizes, row.tokens.numel(), bench.world.device, bench.compute_dtype)
     chunk = bench.layout.chunk_tokens
 

@@ -139,7 +139,7 @@ class MeasuredSPIN(SPINRecipe):
             self._model,
             self._cut(pairs),
             self._world,
-            packing=self._packing,
+            layout=self._layout,
             chunk_tokens=self._cfg.logprob_chunk_tokens,
         )
         return {pair.sample_id: (pair.reference_real_logp or 0.0) / len(pair.real_ids) for pair in scored}

@@ -44,6 +44,7 @@ from spin.evaluation.models import EVAL_MODEL_DEFAULTS, EvalModel, check_evaluat
 from spin.generators import sampling_params
 from spin.generators import stage as selfplay
 from spin.generators.engines import awake, team_of
+from spin.pairs.packing import RowLayout
 from spin.pairs.shards import missing_shards, open_store, seal
 from spin.reference.generator_check import prove_weights
 from spin.run.resume import inputs_of_config, inputs_of_files
@@ -208,8 +209,8 @@ class SPINEvaluate:
                 # a generator without weights answers by itself
                 with nullcontext() if model is None else awake(generator, model):
                     if model is not None:
-                        packing = {"row_tokens": min(8192, who.context)}
-                        prove_weights(generator, model, world, prompts, sampling, packing=packing, chunk_tokens=2048)
+                        layout = RowLayout(min(8192, who.context))
+                        prove_weights(generator, model, world, prompts, sampling, layout=layout, chunk_tokens=2048)
                     with raise_on_all_ranks(world, OutputError):  # inside, each rank makes its shards by itself
                         selfplay.play(store, mine, game, generator, team=team, on_shard=bar.update)
         if generator is not None:

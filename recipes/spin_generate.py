@@ -39,6 +39,7 @@ from spin.generators import stage as selfplay
 from spin.generators.engines import awake, team_of
 from spin.model.build import build_model, prepare_model
 from spin.model.fingerprint import weights_fingerprint
+from spin.pairs.packing import RowLayout
 from spin.pairs.shards import missing_shards, open_store
 from spin.reference.generator_check import prove_weights
 from spin.run.plan import RunPlan
@@ -140,7 +141,7 @@ class SPINGenerate:
                 world,
                 self._prompts,
                 self._sampling,
-                packing={"row_tokens": self._row_tokens},
+                layout=RowLayout(self._row_tokens),
                 chunk_tokens=cfg.logprob_chunk_tokens,
             )
             watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}

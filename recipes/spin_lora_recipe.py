@@ -175,10 +175,10 @@ class SPINLoRARecipe:
         if cfg.self_test and resume_path is None:
             self_test(cfg, self._world)
         flex = choose_attention(self._model, self._world, compute_dtype, cfg.attention)
-        self._packing = row_layout(self._model, cfg, flex)
-        self._scoring: dict[str, Any] = {"packing": self._packing, "chunk_tokens": cfg.logprob_chunk_tokens}
+        self._layout = row_layout(self._model, cfg, flex)
+        self._scoring: dict[str, Any] = {"layout": self._layout, "chunk_tokens": cfg.logprob_chunk_tokens}
         longest = max(self._prompts.longest, self._val_prompts.longest)
-        make_room(self._model, longest + answers_per_pair(cfg) * self._sampling.max_new_tokens, self._packing)
+        make_room(self._model, longest + answers_per_pair(cfg) * self._sampling.max_new_tokens, self._layout)
         prepare_model(self._model, self._world, compute_dtype=compute_dtype, **training_options(cfg))
         self._optimizer = self._new_optimizer()
         self._checkpointer.load_model(self._model, self._world)  # the base, which no state holds
@@ -267,7 +267,7 @@ class SPINLoRARecipe:
                 if not self._score_as(self._opponent, folder / "margins", batches):
                     return None
                 scored = PairStore.open(folder / "margins").pairs()
-                kept = filter_margins(scored, self._counts, *limits, self._packing["triplets"])
+                kept = filter_margins(scored, self._counts, *limits, self._layout.triplets)
                 answers = share_lookup(folder / "rows", kept, self._world)
             if not self._score(folder, self._plan.batches(answers, iteration, epoch=0)):
                 return None
@@ -316,7 +316,7 @@ class SPINLoRARecipe:
         metrics = pair_metrics(totals, cfg.nll_weight) if finite else {}
         is_first = self._trained_in != iteration
         if cfg.self_test and metrics and is_first and not self._is_mixed:
-            expected = loss_of_equal_models(self._loss, batch.pairs, self._packing)  # ln 2 and 0 for SPIN
+            expected = loss_of_equal_models(self._loss, batch.pairs, self._layout)  # ln 2 and 0 for SPIN
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
         lr = self._lrs[iteration] * self._lr_factor()
         for group in self._optimizer.param_groups:
@@ -508,12 +508,12 @@ class SPINLoRARecipe:
         if self._is_triplet:
             pairs = self._starts.pop(folder).add_to(pairs)
         policies = {name: policy[name] for name in POLICIES}
-        return filter_pairs(pairs, self._counts, **policies, whole=self._packing["triplets"])
+        return filter_pairs(pairs, self._counts, **policies, whole=self._layout.triplets)
 
     @property
     def _is_triplet(self) -> bool:
         """Answers of what the run started from take part; in iteration 0 those are the opponent's own."""
-        return self._packing["triplets"] and self._progress.iteration > 0
+        return self._layout.triplets and self._progress.iteration > 0
 
     @property
     def _is_mixed(self) -> bool:
@@ -553,7 +553,7 @@ class SPINLoRARecipe:
 
     def _rows(self, batches: Iterable[list[Pair]]) -> Iterator[RowBatch]:
         """This rank's rows of each batch, packed while the device computes."""
-        return load_rows(batches, self._world, self._packing, self._cfg.num_workers)
+        return load_rows(batches, self._world, self._layout, self._cfg.num_workers)
 
     def _pair_losses(self, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses, real and generated rewards of a row's comparisons, each of shape (c,)."""

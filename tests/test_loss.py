@@ -9,7 +9,7 @@ import torch
 from spin.core.errors import ConfigError
 from spin.data import Pair, Response
 from spin.loss import SPINLoss, TSPINLoss, row_losses
-from spin.pairs.packing import pack_row
+from spin.pairs.packing import RowLayout, pack_row
 
 
 def _arguments(inputs, requires_grad=False):
@@ -132,7 +132,7 @@ def test_triplets_by_the_formula(loss_type, function):
 def test_a_rows_triplets_are_one_comparison_each():
     pairs = [Pair(name, 1, [1, 2], [3, 4], [Response([5], "stop"), Response([6], "stop")]) for name in "ab"]
     logps = torch.tensor([-3.0, -1.0, -2.0, -4.0, -4.0, -1.0], dtype=torch.float64)
-    losses, _, _ = row_losses(TSPINLoss(beta=2.0), pack_row(pairs, triplets=True), logps)
+    losses, _, _ = row_losses(TSPINLoss(beta=2.0), pack_row(pairs, layout=RowLayout(triplets=True)), logps)
     margins = torch.tensor([-2.0, 1.0, 0.0, -3.0], dtype=torch.float64)  # -3 + 1, -1 + 2, -4 + 4, -4 + 1
     terms = torch.log1p(torch.exp(-2 * margins))
     torch.testing.assert_close(losses, terms[0::2] + 0.1 * terms[1::2], rtol=1e-14, atol=0)

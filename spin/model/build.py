@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from spin.model.float8 import convert_float8
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.model.sharding import materialize, shard_model
 from spin.model.torchtune import TransformerDecoder, apply_selective_activation_checkpointing, set_default_dtype
-from spin.pairs.packing import longest_row
+from spin.pairs.packing import RowLayout, longest_row
 from spin.pairs.row_mask import BLOCK
 
 ATTENTION = ("auto", "flex", "dense")
@@ -106,7 +106,7 @@ def window_of(model: nn.Module) -> int | None:
     return windows.pop() if windows else None
 
 
-def row_layout(model: nn.Module, cfg: DictConfig, flex: bool) -> dict[str, Any]:
+def row_layout(model: nn.Module, cfg: DictConfig, flex: bool) -> RowLayout:
     """How pairs are packed into rows that a model takes.
 
     Args:
@@ -115,27 +115,27 @@ def row_layout(model: nn.Module, cfg: DictConfig, flex: bool) -> dict[str, Any]:
         flex (bool): rows go through FlexAttention, see :func:`choose_attention`.
 
     Returns:
-        dict[str, Any]: arguments of :func:`spin.pairs.packing.pack_batch`.
+        RowLayout: of training, reference and validation alike.
     """
-    return {
-        "row_tokens": cfg.pairs.row_tokens,
-        "row_multiple": math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
-        "truncated": cfg.pairs.truncated,
-        "triplets": takes_triplets(cfg),
-        "flex": flex,
-        "window": window_of(model),
-    }
+    return RowLayout(
+        row_tokens=cfg.pairs.row_tokens,
+        row_multiple=math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
+        truncated=cfg.pairs.truncated,
+        triplets=takes_triplets(cfg),
+        flex=flex,
+        window=window_of(model),
+    )
 
 
-def make_room(model: nn.Module, longest_pair: int, packing: Mapping[str, Any]) -> None:
+def make_room(model: nn.Module, longest_pair: int, layout: RowLayout) -> None:
     """Lets a model take rows that are longer than its context; no position in them is beyond it.
 
     Args:
         model (nn.Module): torchtune checks a row's length against its ``max_seq_len``, which is raised.
         longest_pair (int): tokens of the longest pair, with the longest responses that it can have.
-        packing (Mapping[str, Any]): from :func:`row_layout`.
+        layout (RowLayout): of the rows.
     """
-    longest = longest_row(longest_pair, packing["row_tokens"], packing["row_multiple"])
+    longest = longest_row(longest_pair, layout.row_tokens, layout.row_multiple)
     model.max_seq_len = max(model.max_seq_len, longest)  # type: ignore[assignment, call-overload]
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torchdata.nodes import IterableWrapper, ParallelMapper, PinMemory
 
 from spin.core.ranks import World
-from spin.pairs.packing import PackedRow, loss_weight, pack_batch
+from spin.pairs.packing import PackedRow, RowLayout, loss_weight, pack_batch
 from spin.types import Pair
 
 
@@ -34,7 +34,7 @@ class RowBatch:
 
 
 def load_rows(
-    batches: Iterable[Sequence[Pair]], world: World, packing: Mapping[str, Any], num_workers: int = 0
+    batches: Iterable[Sequence[Pair]], world: World, layout: RowLayout, num_workers: int = 0
 ) -> Iterator[RowBatch]:
     """Packs this rank's rows of each global batch, in order.
 
@@ -45,7 +45,7 @@ def load_rows(
     Args:
         batches (Iterable[Sequence[Pair]]): global batches; read ahead by a few with workers.
         world (World): whose rows, and on which device they will be needed.
-        packing (Mapping[str, Any]): arguments of :func:`spin.pairs.packing.pack_batch`.
+        layout (RowLayout): how they are packed.
         num_workers (int): threads that pack ahead; 0 packs when asked.
 
     Yields:
@@ -53,9 +53,8 @@ def load_rows(
     """
 
     def packed(pairs: Sequence[Pair]) -> RowBatch:
-        rows = pack_batch(pairs, rank=world.rank, num_ranks=world.world_size, **packing)
-        weight = loss_weight(pairs, packing.get("truncated", "keep"), packing.get("triplets", False))
-        return RowBatch(pairs, rows, weight)
+        rows = pack_batch(pairs, layout, world.rank, world.world_size)
+        return RowBatch(pairs, rows, loss_weight(pairs, layout))
 
     if num_workers == 0:
         yield from map(packed, batches)

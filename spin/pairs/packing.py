@@ -25,6 +25,31 @@ ROW_SHARES = (1, 15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 1 / 2)
 
 
 @dataclass(frozen=True)
+class RowLayout:
+    """How pairs are packed into rows. Log-probs depend on it by rounding, so it is part of a pair store's fingerprint.
+
+    Args:
+        row_tokens (int): tokens of a row at most; a longer pair gets a row of its own.
+        row_multiple (int): every row's length is a multiple of this; FlexAttention needs one of 128.
+        truncated (str): ``mask`` gives comparisons with a truncated response the weight 0; anything else leaves them.
+        triplets (bool): the second of two generated responses is the start's: no comparison of its own, but a part of
+            the first's. See :mod:`spin.generators.triplets`.
+        flex (bool): rows describe their mask in blocks, for FlexAttention; else it is dense.
+        window (int | None): sliding window of some of the model's layers, in positions.
+    """
+
+    row_tokens: int = 8192
+    row_multiple: int = 1
+    truncated: str = "keep"
+    triplets: bool = False
+    flex: bool = False
+    window: int | None = None
+
+
+_DEFAULT_LAYOUT = RowLayout()
+
+
+@dataclass(frozen=True)
 class PackedRow:
     """Whole pairs in one sequence of s tokens with m responses, n response tokens and c comparisons of two responses.
 
@@ -122,36 +147,24 @@ class PackedRow:
         return own | prompt
 
 
-def pack_row(
-    pairs: Sequence[Pair],
-    length: int | None = None,
-    truncated: str = "keep",
-    *,
-    triplets: bool = False,
-    flex: bool = False,
-    window: int | None = None,
-) -> PackedRow:
+def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout = _DEFAULT_LAYOUT) -> PackedRow:
     """Lays pairs out in a row.
 
     Args:
         pairs (Sequence[Pair]): what goes into the row, in order; may be empty, then the row is padding.
         length (int | None): tokens of the row; None is as many as the pairs need (at least 1).
-        truncated (str): ``mask`` gives comparisons with a truncated response the weight 0; anything else leaves them.
-        triplets (bool): the second of two generated responses is the start's: no comparison of its own, but a part of
-            the first's. See :mod:`spin.generators.triplets`.
-        flex (bool): describe the mask in blocks, for FlexAttention; ``length`` must be a multiple of 128.
-        window (int | None): with ``flex``, also describe it within a sliding window of this many positions.
+        layout (RowLayout): its ``row_tokens`` and ``row_multiple`` do not matter here.
 
     Returns:
         PackedRow: on the CPU.
 
     Raises:
         ValueError: If the pairs do not fit, a prompt or response is empty, only some of the pairs are triplets, or the
-            length does not suit ``flex``.
+            length is no multiple of 128 and the layout is ``flex``.
     """
     used = sum(pair.num_tokens for pair in pairs)
     length = max(1, used) if length is None else length
-    if triplets and len({len(pair.generated) for pair in pairs}) > 1:
+    if layout.triplets and len({len(pair.generated) for pair in pairs}) > 1:
         raise ValueError("Pairs and triplets in one row: expected a start's response in all or in none.")
     if used > length:
         raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit into a row of {length} tokens.")
@@ -171,6 +184,7 @@ def pack_row(
     start: list[int] = []
     pair_responses = []
     segments: list[Segment] = []
+    window = layout.window
     at = 0
     for pair in pairs:
         prompt = slice(at, at + len(pair.prompt_ids))
@@ -201,7 +215,7 @@ def pack_row(
             references.append(math.nan if reference is None else reference)
             at = own.stop
         pair_responses.append((pair.key, first, len(responses)))
-        shares = _shares(pair, truncated, triplets)
+        shares = _shares(pair, layout)
         for k, (response, share) in enumerate(zip(pair.generated, shares, strict=False), start=1):
             real.append(first)
             generated.append(first + k)
@@ -230,8 +244,8 @@ def pack_row(
         pair_responses=pair_responses,
         bounds=[0, *np.cumsum(lengths, dtype=np.int64).tolist()],
         start=torch.tensor(start, dtype=torch.int64) if start else None,
-        blocks=row_blocks(segments, length) if flex else None,
-        window_blocks=row_blocks(segments, length, window) if flex and window is not None else None,
+        blocks=row_blocks(segments, length) if layout.flex else None,
+        window_blocks=row_blocks(segments, length, window) if layout.flex and window is not None else None,
         window=window,
     )
 
@@ -331,63 +345,46 @@ def _fits(rows: list[list[int]], loads: list[int], row_tokens: int) -> bool:
     return all(load <= row_tokens or len(row) == 1 for row, load in zip(rows, loads, strict=True))
 
 
-def pack_batch(
-    pairs: Sequence[Pair],
-    *,
-    row_tokens: int,
-    row_multiple: int = 1,
-    rank: int = 0,
-    num_ranks: int = 1,
-    truncated: str = "keep",
-    triplets: bool = False,
-    flex: bool = False,
-    window: int | None = None,
-) -> list[PackedRow]:
+def pack_batch(pairs: Sequence[Pair], layout: RowLayout, rank: int = 0, num_ranks: int = 1) -> list[PackedRow]:
     """The rows of one rank for a global batch of pairs.
 
     Args:
         pairs (Sequence[Pair]): the global batch, the same on every rank.
-        row_tokens (int): tokens of a row at most.
-        row_multiple (int): every row's length is a multiple of this; FlexAttention needs one of 128.
+        layout (RowLayout): of the rows.
         rank (int): whose rows.
         num_ranks (int): ranks that share the batch.
-        truncated (str): see :func:`pack_row`.
-        triplets (bool): see :func:`pack_row`.
-        flex (bool): see :func:`pack_row`.
-        window (int | None): see :func:`pack_row`.
 
     Returns:
         list[PackedRow]: equally many on every rank.
     """
-    plan = plan_rows([pair.num_tokens for pair in pairs], row_tokens, num_ranks, row_multiple)[rank]
+    size = (layout.row_tokens, layout.row_multiple)
+    plan = plan_rows([pair.num_tokens for pair in pairs], layout.row_tokens, num_ranks, layout.row_multiple)[rank]
     rows = []
     for indices in plan:
         chosen = [pairs[i] for i in indices]
         used = max(1, sum(pair.num_tokens for pair in chosen))
-        length = padded_length(used, row_tokens, row_multiple)
-        rows.append(pack_row(chosen, length, truncated, triplets=triplets, flex=flex, window=window))
+        rows.append(pack_row(chosen, padded_length(used, *size), layout))
     return rows
 
 
-def loss_weight(pairs: Sequence[Pair], truncated: str = "keep", triplets: bool = False) -> float:
+def loss_weight(pairs: Sequence[Pair], layout: RowLayout) -> float:
     """How many pairs a global batch's loss is divided by: their number, less what masking takes away.
 
     Args:
         pairs (Sequence[Pair]): the global batch.
-        truncated (str): see :func:`pack_row`.
-        triplets (bool): see :func:`pack_row`.
+        layout (RowLayout): of its rows.
 
     Returns:
         float: the sum of the weights of all comparisons.
     """
-    if truncated != MASK_TRUNCATED:
+    if layout.truncated != MASK_TRUNCATED:
         return float(sum(bool(pair.generated) for pair in pairs))
-    return sum(sum(_shares(pair, truncated, triplets)) for pair in pairs)
+    return sum(sum(_shares(pair, layout)) for pair in pairs)
 
 
-def _shares(pair: Pair, truncated: str, triplets: bool) -> list[float]:
+def _shares(pair: Pair, layout: RowLayout) -> list[float]:
     """What each comparison of a pair has of its loss; a triplet is one comparison."""
-    cut = [response.finish_reason == "length" and truncated == MASK_TRUNCATED for response in pair.generated]
-    if triplets and len(cut) == 2:
+    cut = [response.finish_reason == "length" and layout.truncated == MASK_TRUNCATED for response in pair.generated]
+    if layout.triplets and len(cut) == 2:
         return [0.0 if any(cut) else 1.0]
     return [0.0 if was_cut else 1.0 / len(cut) for was_cut in cut]

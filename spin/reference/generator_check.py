@@ -13,6 +13,7 @@ from spin.core.ranks import World, gather_objects, raise_on_all_ranks
 from spin.data.dataset import PromptDataset
 from spin.generators.generator import Generator, SamplingParams
 from spin.generators.stage import Limits, _check_number, check_response, name_of
+from spin.pairs.packing import RowLayout
 from spin.reference.stage import score_batches
 from spin.types import Pair
 
@@ -26,7 +27,7 @@ def prove_weights(
     prompts: PromptDataset,
     sampling: SamplingParams,
     *,
-    packing: dict[str, Any],
+    layout: RowLayout,
     chunk_tokens: int,
     as_in_training: bool = False,
 ) -> float | None:
@@ -41,7 +42,7 @@ def prove_weights(
         world (World): the ranks; every engine is asked.
         prompts (PromptDataset): the first few are used.
         sampling (SamplingParams): how to answer.
-        packing (dict[str, Any]): see :func:`spin.reference.stage.score_batches`.
+        layout (RowLayout): see :func:`spin.reference.stage.score_batches`.
         chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
         as_in_training (bool): see :func:`spin.reference.stage.score_batches`.
 
@@ -84,7 +85,7 @@ def prove_weights(
                 model,
                 [pairs],
                 world,
-                packing=packing,
+                layout=layout,
                 chunk_tokens=chunk_tokens,
                 as_in_training=as_in_training,
             )

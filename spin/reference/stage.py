@@ -8,8 +8,8 @@ that of two equal models.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, any_rank, gather_objects, raise_on_all_ranks
 from spin.model.sharding import reshard
 from spin.pairs.loader import load_rows
+from spin.pairs.packing import RowLayout
 from spin.pairs.shards import missing_shards, split_evenly
 from spin.pairs.store import PairStore
 from spin.reference.logprobs import response_logps
@@ -33,7 +34,7 @@ def score_batches(
     batches: Sequence[Sequence[Pair]],
     world: World,
     *,
-    packing: dict[str, Any],
+    layout: RowLayout,
     chunk_tokens: int = 2048,
     as_in_training: bool = False,
     num_workers: int = 0,
@@ -44,7 +45,7 @@ def score_batches(
         model (nn.Module): the policy, while it is the opponent.
         batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
         world (World): the ranks.
-        packing (dict[str, Any]): arguments of :func:`spin.pairs.packing.pack_batch`, the same as in training.
+        layout (RowLayout): how they are packed into rows, the same as in training.
         chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`; the same as in training.
         as_in_training (bool): record a graph that nobody will use. Compiled layers need that to be the policy's equal:
             torch.compile makes another program for inference, which rounds differently.
@@ -56,7 +57,7 @@ def score_batches(
     set_stage("scoring responses")
     keys: list[tuple[tuple[int, str], int]] = []
     logps: list[torch.Tensor] = []
-    for batch in load_rows(batches, world, packing, num_workers):
+    for batch in load_rows(batches, world, layout, num_workers):
         for row in batch.rows:
             with torch.set_grad_enabled(as_in_training):
                 logps.append(response_logps(model, row.to(world.device), chunk_tokens).detach())
@@ -82,7 +83,7 @@ def score_fingerprint(
     *,
     opponent: str,
     batches: Sequence[Sequence[Pair]],
-    packing: Mapping[str, Any],
+    layout: RowLayout,
     compute_dtype: str,
     float8: bool = False,
     num_ranks: int = 1,
@@ -96,7 +97,7 @@ def score_fingerprint(
     Args:
         opponent (str): fingerprint of the weights.
         batches (Sequence[Sequence[Pair]]): the pairs in the order of the first epoch.
-        packing (Mapping[str, Any]): how they are packed into rows.
+        layout (RowLayout): how they are packed into rows.
         compute_dtype (str): precision of the arithmetic.
         float8 (bool): the layers multiply in float8.
         num_ranks (int): ranks that share the rows, which decides what stands in one row.
@@ -117,7 +118,7 @@ def score_fingerprint(
     return {
         "opponent": opponent,
         "pairs": digest.hexdigest(),
-        "packing": dict(packing),
+        "packing": asdict(layout),
         "compute_dtype": compute_dtype,
         "float8": float8,
         "num_ranks": num_ranks,
@@ -133,7 +134,7 @@ def score(
     model: nn.Module,
     world: World,
     *,
-    packing: dict[str, Any],
+    layout: RowLayout,
     chunk_tokens: int,
     as_in_training: bool = False,
     num_workers: int = 0,
@@ -147,7 +148,7 @@ def score(
         batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
         model (nn.Module): the policy, while it is the opponent.
         world (World): the ranks.
-        packing (dict[str, Any]): as in training, see :func:`score_batches`.
+        layout (RowLayout): as in training, see :func:`score_batches`.
         chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
         as_in_training (bool): see :func:`score_batches`.
         num_workers (int): see :func:`score_batches`.
@@ -163,7 +164,7 @@ def score(
             model,
             chosen,
             world,
-            packing=packing,
+            layout=layout,
             chunk_tokens=chunk_tokens,
             as_in_training=as_in_training,
             num_workers=num_workers,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from spin.core.ranks import World, all_reduce_sums
 from spin.data.dataset import PromptDataset
 from spin.loss import row_losses
 from spin.pairs.loader import RowBatch
-from spin.pairs.packing import PackedRow, pack_row
+from spin.pairs.packing import PackedRow, RowLayout, pack_row
 from spin.reference.logprobs import response_logps
 from spin.reference.stage import score_batches
 from spin.types import Pair
@@ -71,7 +71,7 @@ def losses_of_pairs(
     batches: Sequence[Sequence[Pair]],
     world: World,
     *,
-    packing: dict[str, Any],
+    layout: RowLayout,
     chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss of scored pairs under the policy as it is now. Collective.
@@ -81,7 +81,7 @@ def losses_of_pairs(
         model (nn.Module): the policy.
         batches (Sequence[Sequence[Pair]]): pairs with reference log-probs.
         world (World): the ranks.
-        packing (dict[str, Any]): see :func:`spin.reference.stage.score_batches`.
+        layout (RowLayout): see :func:`spin.reference.stage.score_batches`.
         chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
 
     Returns:
@@ -89,33 +89,33 @@ def losses_of_pairs(
         responses, and weights, of which a pair has 1 less what masking takes away; one for every comparison in order
         (of a triplet one, else of every generated response), on the CPU.
     """
-    now = iter(score_batches(model, batches, world, packing=packing, chunk_tokens=chunk_tokens))
+    now = iter(score_batches(model, batches, world, layout=layout, chunk_tokens=chunk_tokens))
     found = []
     for batch in batches:
-        row, policy = (_one_row(pairs, packing) for pairs in (batch, [next(now) for _ in batch]))
+        row, policy = (_one_row(pairs, layout) for pairs in (batch, [next(now) for _ in batch]))
         found.append((*row_losses(loss, row, policy.reference_logps), row.weights))
     losses, real_rewards, generated_rewards, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
     return losses, real_rewards, generated_rewards, weights
 
 
 @torch.no_grad()
-def loss_of_equal_models(loss: nn.Module, pairs: Sequence[Pair], packing: Mapping[str, Any]) -> tuple[float, float]:
+def loss_of_equal_models(loss: nn.Module, pairs: Sequence[Pair], layout: RowLayout) -> tuple[float, float]:
     """What a batch's loss and margin are when the policy is the opponent: ln 2 and 0 for the logistic SPIN loss.
 
     Args:
         loss (nn.Module): such as :class:`spin.loss.SPINLoss`.
         pairs (Sequence[Pair]): a global batch with reference log-probs, of which some have weight.
-        packing (Mapping[str, Any]): see :func:`spin.reference.stage.score_batches`.
+        layout (RowLayout): see :func:`spin.reference.stage.score_batches`.
 
     Returns:
         tuple[float, float]: means over the pairs: the loss, and the real's less the generated response's reward.
     """
-    row = _one_row(pairs, packing)
+    row = _one_row(pairs, layout)
     losses, real_rewards, generated_rewards = row_losses(loss, row, row.reference_logps)
     weights = row.weights.double() / row.weights.double().sum()
     return (weights @ losses).item(), (weights @ (real_rewards - generated_rewards)).item()
 
 
-def _one_row(pairs: Sequence[Pair], packing: Mapping[str, Any]) -> PackedRow:
+def _one_row(pairs: Sequence[Pair], layout: RowLayout) -> PackedRow:
     """All pairs side by side, however many tokens they have: not for a model."""
-    return pack_row(pairs, truncated=packing.get("truncated", "keep"), triplets=packing.get("triplets", False))
+    return pack_row(pairs, layout=replace(layout, flex=False))

@@ -24,6 +24,7 @@ from spin.generators import vllm_server as module
 from spin.generators.engines import awake
 from spin.model.build import prepare_model
 from spin.model.hf import load_hf_weights
+from spin.pairs.packing import RowLayout
 from spin.reference.generator_check import prove_weights
 from tests.generators.vllm_engine import Prompts
 from tests.recipes.helpers import free_port
@@ -119,7 +120,7 @@ def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle
         with awake(generator, context.model):
             gap = prove_weights(
                 generator, context.model, context.world, Prompts(prompts), GREEDY,
-                packing={"row_tokens": 512}, chunk_tokens=512,
+                layout=RowLayout(512), chunk_tokens=512,
             )  # fmt: skip
             assert gap < 1e-5
             stream = generator.stream(((ids, 0) for ids in prompts), GREEDY)

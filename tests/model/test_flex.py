@@ -11,6 +11,7 @@ from spin.model.attention import patch_attention
 from spin.model.build import _compile_layers, choose_attention, window_of
 from spin.model.flex import flex_unsupported_reason
 from spin.model.gemma2 import fix_gemma2_softcap
+from spin.pairs.packing import RowLayout
 from spin.pairs.row_mask import BLOCK, Segment, row_blocks
 from spin.reference.logprobs import pair_objective, response_logps
 from tests.families import FAMILIES
@@ -44,7 +45,7 @@ def test_blocks_are_those_of_the_mask(window):
         pairs = random_pairs(rng, int(rng.integers(0, 5)), 300, int(rng.integers(1, 4)))
         used = sum(pair.num_tokens for pair in pairs)
         length = max(1, -(-used // BLOCK) + int(rng.integers(0, 2))) * BLOCK
-        row = pack_row(pairs, length, flex=True, window=window)
+        row = pack_row(pairs, length, RowLayout(flex=True, window=window))
         mask = row.dense_mask()
         blocks = row.blocks
         if window is not None:
@@ -63,7 +64,7 @@ def test_blocks_are_those_of_the_mask(window):
 def test_blocks_equal_torchs_own_and_most_full_ones_are_found():
     """A prompt of 300 tokens and responses of 400 and 200: as create_block_mask finds by looking everywhere."""
     pair = Pair("a", 0, range(1, 301), range(1, 401), [Response(range(1, 201), "stop", -1.0)], -1.0)
-    row = pack_row([pair], 1024, flex=True)
+    row = pack_row([pair], 1024, RowLayout(flex=True))
     mask = row.attention_mask().causal
     torchs = create_block_mask(mask.mask_mod, None, None, 1024, 1024, device="cpu")
     assert torch.equal(mask.to_dense(), torchs.to_dense())
@@ -97,8 +98,8 @@ def prepared(family, longest_row=1024):
 
 def rows_of(model, flex, device=CPU, seed=0, row_tokens=512, responses=1):
     pairs = random_pairs(np.random.default_rng(seed), 12, 40, responses)
-    packing = {"row_tokens": row_tokens, "row_multiple": BLOCK, "flex": flex, "window": window_of(model)}
-    return [row.to(device) for row in pack_batch(pairs, **packing)]
+    layout = RowLayout(row_tokens, BLOCK, flex=flex, window=window_of(model))
+    return [row.to(device) for row in pack_batch(pairs, layout)]
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

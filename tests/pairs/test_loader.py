@@ -9,9 +9,10 @@ import torch
 from spin.core.ranks import World
 from spin.data import pack_batch
 from spin.pairs.loader import load_rows
+from spin.pairs.packing import RowLayout
 from tests.pairs.test_packing import make_pairs
 
-PACKING = {"row_tokens": 128, "row_multiple": 32, "truncated": "mask"}
+LAYOUT = RowLayout(128, 32, truncated="mask")
 
 
 def world(rank=0, world_size=1):
@@ -26,10 +27,10 @@ def batches(num):
 def test_rows_are_those_of_pack_batch_in_order(num_workers):
     given = batches(8)
     for rank in range(2):
-        got = list(load_rows(iter(given), world(rank, 2), PACKING, num_workers))
+        got = list(load_rows(iter(given), world(rank, 2), LAYOUT, num_workers))
         assert [batch.pairs for batch in got] == given
         for batch, pairs in zip(got, given, strict=True):
-            rows = pack_batch(pairs, rank=rank, num_ranks=2, **PACKING)
+            rows = pack_batch(pairs, LAYOUT, rank, 2)
             assert len(batch.rows) == len(rows)
             for row, expected in zip(batch.rows, rows, strict=True):
                 assert torch.equal(row.tokens, expected.tokens)
@@ -46,7 +47,7 @@ def test_workers_pack_while_the_caller_is_busy():
             read.append(i)
             yield pairs
 
-    loader = load_rows(watched(), world(), PACKING, num_workers=1)
+    loader = load_rows(watched(), world(), LAYOUT, num_workers=1)
     next(loader)
     deadline = time.monotonic() + 20
     while len(read) < 2 and time.monotonic() < deadline:
@@ -58,7 +59,7 @@ def test_workers_pack_while_the_caller_is_busy():
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_threads_end_when_the_caller_stops_early(num_workers):
     before = threading.active_count()
-    for _ in load_rows(batches(20), world(), PACKING, num_workers):
+    for _ in load_rows(batches(20), world(), LAYOUT, num_workers):
         break
     deadline = time.monotonic() + 20
     while threading.active_count() > before and time.monotonic() < deadline:
@@ -73,4 +74,4 @@ def test_an_error_while_packing_reaches_the_caller(num_workers):
         raise ValueError("row 7 of the store is damaged")
 
     with pytest.raises(ValueError, match="row 7 of the store is damaged"):
-        list(load_rows(broken(), world(), PACKING, num_workers))
+        list(load_rows(broken(), world(), LAYOUT, num_workers))

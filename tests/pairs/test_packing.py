@@ -2,6 +2,7 @@
 
 import dataclasses
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from spin.loss import TSPINLoss, row_losses
 from spin.model.attention import patch_attention
 from spin.model.gemma2 import final_softcap, fix_gemma2_softcap, softcap
 from spin.pairs import packing
-from spin.pairs.packing import loss_weight, padded_length, row_lengths
+from spin.pairs.packing import RowLayout, loss_weight, padded_length, row_lengths
 from spin.reference.logprobs import pair_objective, replaced_unembed, response_logps
 from tests.families import FAMILIES
+
+MASK, TRIPLETS = RowLayout(truncated="mask"), RowLayout(triplets=True)
 
 
 def make_pairs(num, responses, seed=0, vocab=64, longest=12):
@@ -147,9 +150,9 @@ def test_layout_by_hand():
 def test_masked_truncated_responses_weigh_nothing():
     pair = Pair("a", 0, [1], [2], [Response([3], "length"), Response([4], "stop")])
     assert pack_row([pair]).weights.tolist() == [0.5, 0.5]
-    assert pack_row([pair], truncated="mask").weights.tolist() == [0.0, 0.5]
-    assert loss_weight([pair, pair]) == 2.0
-    assert loss_weight([pair, pair], "mask") == 1.0
+    assert pack_row([pair], layout=MASK).weights.tolist() == [0.0, 0.5]
+    assert loss_weight([pair, pair], RowLayout()) == 2.0
+    assert loss_weight([pair, pair], MASK) == 1.0
 
 
 def test_the_starts_answer_is_no_comparison_of_its_own():
@@ -158,15 +161,15 @@ def test_the_starts_answer_is_no_comparison_of_its_own():
         Pair("a", 1, [1], [2], [Response([3], "stop", -1.0), Response([4, 5], "stop", -2.0)], -3.0),
         Pair("b", 1, [1], [2], [Response([3], "stop", -1.0), Response([4], "length", -2.0)], -3.0),
     ]
-    row = pack_row(triplets, triplets=True)
+    row = pack_row(triplets, layout=TRIPLETS)
     assert (row.real.tolist(), row.generated.tolist(), row.start.tolist()) == ([0, 3], [1, 4], [2, 5])
     assert (row.weights.tolist(), row.truncated.tolist()) == ([1.0, 1.0], [False, False])
-    assert pack_row(triplets, truncated="mask", triplets=True).weights.tolist() == [1.0, 0.0]
-    assert (loss_weight(triplets, "keep", True), loss_weight(triplets, "mask", True)) == (2.0, 1.0)
+    assert pack_row(triplets, layout=replace(TRIPLETS, truncated="mask")).weights.tolist() == [1.0, 0.0]
+    assert (loss_weight(triplets, TRIPLETS), loss_weight(triplets, replace(TRIPLETS, truncated="mask"))) == (2.0, 1.0)
     first = [dataclasses.replace(pair, generated=pair.generated[:1]) for pair in triplets]  # iteration 0
-    assert pack_row(first, triplets=True).start is None and pack_row(triplets).start is None
+    assert pack_row(first, layout=TRIPLETS).start is None and pack_row(triplets).start is None
     with pytest.raises(ValueError, match="Pairs and triplets in one row"):
-        pack_row([triplets[0], first[1]], triplets=True)
+        pack_row([triplets[0], first[1]], layout=TRIPLETS)
 
 
 @pytest.mark.usefixtures("float64_throughout")
@@ -176,7 +179,7 @@ def test_triplets_through_the_fused_head_have_the_gradient_of_padded_sequences()
     patch_attention(model)
     pairs = make_pairs(4, 2, vocab=model.tok_embeddings.num_embeddings)
     loss = TSPINLoss(beta=0.3, start_weight=0.4)
-    row = pack_row(pairs, sum(pair.num_tokens for pair in pairs) + 5, triplets=True)
+    row = pack_row(pairs, sum(pair.num_tokens for pair in pairs) + 5, TRIPLETS)
 
     def objective(logps):
         return (row_losses(loss, row, logps)[0] * row.weights).sum()
@@ -258,8 +261,8 @@ def test_plan_is_balanced():
 
 def test_ranks_share_a_batch():
     pairs = make_pairs(9, 1)
-    whole = pack_batch(pairs, row_tokens=64, row_multiple=16)
-    halves = [pack_batch(pairs, row_tokens=64, row_multiple=16, rank=rank, num_ranks=2) for rank in range(2)]
+    whole = pack_batch(pairs, RowLayout(64, 16))
+    halves = [pack_batch(pairs, RowLayout(64, 16), rank, 2) for rank in range(2)]
     keys = lambda rows: sorted(key for row in rows for key, _, _ in row.pair_responses)  # noqa: E731
     assert keys(whole) == keys([*halves[0], *halves[1]]) == sorted(pair.key for pair in pairs)
     assert len(halves[0]) == len(halves[1])

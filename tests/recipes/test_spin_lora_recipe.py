@@ -119,7 +119,7 @@ def test_another_adapter_is_another_reference(dora_run):
     """The reference pass runs with the adapter as it is: change one, and the log-probs change."""
     _, recipe = dora_run
     pairs = list(PairStore.open(dora_run[0] / "iteration_001" / "pairs").pairs())[:2]
-    row = pack_batch(pairs, **recipe._packing)[0]
+    row = pack_batch(pairs, recipe._layout)[0]
     with torch.no_grad():
         before = response_logps(recipe._model, row)
         module = next(iter(adapted_modules(recipe._model).values()))

@@ -7,6 +7,7 @@ from spin.data import pack_row
 from spin.loss import SPINLoss
 from spin.model.attention import patch_attention
 from spin.model.gemma2 import fix_gemma2_softcap
+from spin.pairs.packing import RowLayout
 from spin.reference import logprobs
 from spin.reference.logprobs import linear_logprob, output_weight, pair_objective, response_logps, segment_sums
 from tests.families import FAMILIES
@@ -153,7 +154,7 @@ def float64_model(family):
 @pytest.mark.parametrize("family", ["llama3_2", "qwen2_5", "gemma2"])  # tied, untied, capped
 def test_the_fused_head_gives_value_and_gradient_of_the_objective(family, chunk_tokens):
     model = float64_model(family)
-    row = pack_row(make_pairs(5, 2, vocab=150), 256, "mask")
+    row = pack_row(make_pairs(5, 2, vocab=150), 256, RowLayout(truncated="mask"))
     fused, logps = pair_objective(model, row, row_objective(row), chunk_tokens)
     expected_logps = response_logps(model, row)
     expected = row_objective(row)(expected_logps)

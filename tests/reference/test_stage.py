@@ -1,6 +1,7 @@
 """What reference log-probs depend on."""
 
 from spin.data import Pair, Response
+from spin.pairs.packing import RowLayout
 from spin.reference.stage import score_fingerprint
 
 STOP = 9
@@ -12,7 +13,7 @@ def test_score_fingerprint_sees_every_token_and_the_order():
         Pair("cut", 0, [1], [2, STOP], [Response([3, 3], "length"), Response([4, STOP], "stop")]),
         Pair("equal", 0, [1], [2, STOP], [Response([2, STOP], "stop")]),
     ]
-    base = {"opponent": "w", "packing": {"row_tokens": 8}, "compute_dtype": "fp32"}
+    base = {"opponent": "w", "layout": RowLayout(8), "compute_dtype": "fp32"}
     prints = {
         score_fingerprint(batches=batches, **base)["pairs"]
         for batches in (

@@ -10,6 +10,7 @@ from spin.core.ranks import init_world
 from spin.data import Pair, Response, pack_row
 from spin.loss import SPINLoss
 from spin.model.sharding import shard_model
+from spin.pairs.packing import RowLayout
 from spin.run.folder import read_json_lines
 from spin.run.log import MetricsFile, RunLog
 from spin.training.metrics import MovedShare, PairSums, pair_metrics
@@ -32,7 +33,7 @@ def run(rows, policy, truncated="keep", beta=0.5, nll_weight=0.0):
     sums = [PairSums() for _ in rows]
     at = 0
     for pairs, total in zip(rows, sums, strict=True):
-        row = pack_row(pairs, 64, truncated)
+        row = pack_row(pairs, 64, RowLayout(truncated=truncated))
         logps = policy[at : at + row.num_responses]
         at += row.num_responses
         reference = row.reference_logps.float()
