@@ -22,7 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,15 +46,12 @@ from spin.data.read import check_vocabulary, unknown_ids
 from spin.generators import GeneratorContext, sampling_params
 from spin.generators import stage as selfplay
 from spin.generators.engines import awake, team_of
-from spin.generators.mixed_opponent import mix_references, weights_of_start
-from spin.generators.triplets import StartAnswers, answers_per_pair
-from spin.loss import row_losses
 from spin.model.build import build_model, choose_attention, make_room, prepare_model, row_layout, training_options
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.logits_check import self_test
 from spin.model.lora import check_lora, init_adapters, prepare_adapters, trainable
 from spin.model.sharding import accumulating, clip_grad_norm
-from spin.pairs.filters import POLICIES, filter_margins, filter_pairs, left_out_by_margin
+from spin.pairs.filters import POLICIES, filter_pairs
 from spin.pairs.loader import RowBatch, load_rows
 from spin.pairs.lookup import PairLookup, share_lookup
 from spin.pairs.packing import PackedRow
@@ -111,7 +108,6 @@ class SPINLoRARecipe:
         self._val_step = -1  # where that was measured
         self._opponent = ""
         self._trained_in = -1  # the last iteration in which a batch moved the weights
-        self._starts: dict[Path, StartAnswers] = {}  # with triplets: of this iteration's folders
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
         self._last_batch: Sequence[Pair] = []
         self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
@@ -178,7 +174,7 @@ class SPINLoRARecipe:
         self._layout = row_layout(self._model, cfg, flex)
         self._scoring: dict[str, Any] = {"layout": self._layout, "chunk_tokens": cfg.logprob_chunk_tokens}
         longest = max(self._prompts.longest, self._val_prompts.longest)
-        make_room(self._model, longest + answers_per_pair(cfg) * self._sampling.max_new_tokens, self._layout)
+        make_room(self._model, longest + cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens, self._layout)
         prepare_model(self._model, self._world, compute_dtype=compute_dtype, **training_options(cfg))
         self._optimizer = self._new_optimizer()
         self._checkpointer.load_model(self._model, self._world)  # the base, which no state holds
@@ -257,18 +253,10 @@ class SPINLoRARecipe:
             games = {folder: self._game(iteration, self._prompts.window(iteration), self._plan.samples(iteration))}
             if with_val:
                 games[val_folder] = self._game(iteration, self._val_prompts, range(self._plan.num_val_samples))
-            if not (self._play(games) and self._play_start(games)):
+            if not self._play(games):
                 return None
             self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
-            limits = (self._cfg.pairs.min_margin, self._cfg.pairs.max_margin)
-            if limits != (None, None):  # scored to be filtered; what is left is scored in the rows that it trains in
-                batches = self._plan.batches(answers, iteration, epoch=0)
-                if not self._score_as(self._opponent, folder / "margins", batches):
-                    return None
-                scored = PairStore.open(folder / "margins").pairs()
-                kept = filter_margins(scored, self._counts, *limits, self._layout.triplets)
-                answers = share_lookup(folder / "rows", kept, self._world)
             if not self._score(folder, self._plan.batches(answers, iteration, epoch=0)):
                 return None
             if with_val and not self._score(
@@ -276,8 +264,9 @@ class SPINLoRARecipe:
             ):
                 return None
         if with_val:
-            self._val_pairs = list(self._scored_pairs(val_folder))
-        return share_lookup(folder / "rows", self._scored_pairs(folder), self._world)
+            self._val_pairs = list(reference.open_scored(val_folder / "pairs", self._opponent).pairs())
+        scored = reference.open_scored(folder / "pairs", self._opponent).pairs()
+        return share_lookup(folder / "rows", scored, self._world)
 
     def train_single_step(self, batch: RowBatch) -> dict[str, float]:
         """One optimizer step over a global batch of pairs; every rank takes its rows of it.
@@ -315,7 +304,7 @@ class SPINLoRARecipe:
         finite = self._nonfinite.passes(totals["loss"], grad_norm, progress.step, batch.pairs, world)
         metrics = pair_metrics(totals, cfg.nll_weight) if finite else {}
         is_first = self._trained_in != iteration
-        if cfg.self_test and metrics and is_first and not self._is_mixed:
+        if cfg.self_test and metrics and is_first:
             expected = loss_of_equal_models(self._loss, batch.pairs, self._layout)  # ln 2 and 0 for SPIN
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
         lr = self._lrs[iteration] * self._lr_factor()
@@ -448,10 +437,10 @@ class SPINLoRARecipe:
         answers = self._cfg.pairs.responses_per_prompt
         return selfplay.Game(prompts, samples, self._sampling, self._cfg.seed, iteration, answers, self._limits)
 
-    def _play(self, games: Mapping[Path, selfplay.Game], opponent: str = "") -> bool:
+    def _play(self, games: Mapping[Path, selfplay.Game]) -> bool:
         """The opponent answers the prompts of each folder; False if the run was asked to stop before all were."""
         cfg, world = self._cfg, self._world
-        player = (opponent or self._opponent, self._tokenizer, self._generator)
+        player = (self._opponent, self._tokenizer, self._generator)
         answered_by = (*player, cfg.compute_dtype, config.plain(cfg.model))
         report: dict[str, float] | None = None
         with ExitStack() as until_all_are_played:
@@ -478,26 +467,6 @@ class SPINLoRARecipe:
                     return False
         return True
 
-    def _play_start(self, games: Mapping[Path, selfplay.Game]) -> bool:
-        """For triplets, the run's first weights answer what they did not in iteration 0; False if asked to stop."""
-        if not self._is_triplet:
-            return True
-        lacking = {}
-        for folder, game in games.items():
-            self._starts[folder] = StartAnswers(self._output_dir, folder)
-            missing = self._starts[folder].missing(game.prompts, game.samples, self._world)
-            if missing:
-                lacking[folder / "start"] = self._game(0, game.prompts, missing)
-        if not lacking:
-            return True
-        with self._first_weights() as start:
-            return self._play(lacking, opponent=start)
-
-    def _first_weights(self) -> AbstractContextManager[str]:
-        """Lends the model the run's first weights for the time of a block; gives their fingerprint. Collective."""
-        load_start = partial(self._checkpointer.load_start, self._model, self._world)
-        return weights_of_start(self._model, load_start, self._opponent)
-
     def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
         policy = self._cfg.pairs
@@ -505,51 +474,24 @@ class SPINLoRARecipe:
         stores = [PairStore.open(place / "responses") for place in (*map(self._folder, earlier), folder)]
         self._counts: Counter[str] = Counter()
         pairs: Iterator[Pair] = itertools.chain.from_iterable(store.pairs() for store in stores)
-        if self._is_triplet:
-            pairs = self._starts.pop(folder).add_to(pairs)
         policies = {name: policy[name] for name in POLICIES}
-        return filter_pairs(pairs, self._counts, **policies, whole=self._layout.triplets)
-
-    @property
-    def _is_triplet(self) -> bool:
-        """Answers of what the run started from take part; in iteration 0 those are the opponent's own."""
-        return self._layout.triplets and self._progress.iteration > 0
-
-    @property
-    def _is_mixed(self) -> bool:
-        """The opponent is a mixture with what the run started from; in iteration 0 that is the policy itself."""
-        return self._cfg.pairs.start_share > 0 and self._progress.iteration > 0
+        return filter_pairs(pairs, self._counts, **policies)
 
     def _score(self, folder: Path, batches: Sequence[list[Pair]]) -> bool:
         """The opponent scores all responses; False if the run was asked to stop before all were scored."""
-        if not self._score_as(self._opponent, folder / "pairs", batches):
-            return False
-        if not self._is_mixed:
-            return True
-        with self._first_weights() as start:
-            return self._score_as(start, folder / "pairs_start", batches)
-
-    def _score_as(self, opponent: str, path: Path, batches: Sequence[list[Pair]]) -> bool:
-        """The weights in place score all responses; False if the run was asked to stop before."""
         cfg, world = self._cfg, self._world
         num_pairs = len(batches) * cfg.global_batch_size
         made_as: dict[str, Any] = {"num_ranks": world.world_size, "compiled": cfg.compile, **self._scoring}
         made_as |= {"compute_dtype": cfg.compute_dtype, "float8": cfg.enable_float8_training}
         made_as["model"] = config.plain(cfg.model)
-        fingerprint = reference.score_fingerprint(opponent=opponent, batches=batches, **made_as)
+        fingerprint = reference.score_fingerprint(opponent=self._opponent, batches=batches, **made_as)
         num_shards = math.ceil(num_pairs / cfg.pairs.prompts_per_shard)
-        store = open_store(path, fingerprint, num_shards, world, log.warning)
-        with self._bar(f"{path.parent.name} reference log-probs", "pair", num_pairs) as bar:
+        store = open_store(folder / "pairs", fingerprint, num_shards, world, log.warning)
+        with self._bar(f"{folder.name} reference log-probs", "pair", num_pairs) as bar:
             watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
             options = {"as_in_training": cfg.compile, "num_workers": cfg.num_workers, **self._scoring}
             reference.score(store, batches, self._model, world, **options, **watched)
         return seal(store, world, self._stop.is_asked, self._counts)
-
-    def _scored_pairs(self, folder: Path) -> Iterator[Pair]:
-        pairs = reference.open_scored(folder / "pairs", self._opponent).pairs()
-        if not self._is_mixed:
-            return pairs
-        return mix_references(pairs, PairStore.open(folder / "pairs_start").pairs(), self._cfg.pairs.start_share)
 
     def _rows(self, batches: Iterable[list[Pair]]) -> Iterator[RowBatch]:
         """This rank's rows of each batch, packed while the device computes."""
@@ -557,7 +499,8 @@ class SPINLoRARecipe:
 
     def _pair_losses(self, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses, real and generated rewards of a row's comparisons, each of shape (c,)."""
-        return row_losses(self._loss, row, logps)
+        real, generated, references = row.real, row.generated, row.reference_logps
+        return self._loss(logps[real], logps[generated], references[real], references[generated])
 
     def _objective(self, row: PackedRow, scale: float, logps: torch.Tensor) -> torch.Tensor:
         """What a row adds to the objective; every term looks at one pair only."""
@@ -575,7 +518,6 @@ class SPINLoRARecipe:
         self._val_loss_before = self._val_loss
         # what is known of the iteration's play goes into the line of its first step
         report = PairStore.open(self._folder(iteration) / "responses").manifest.get("report", {})
-        report |= left_out_by_margin(self._folder(iteration) / "pairs")
         self._play_metrics = dict(report) if self._progress.is_iteration_start else {}
 
     def _lr_factor(self) -> float:

@@ -1,5 +1,4 @@
-"""SPINLoss against what the reference implementations returned (tests/oracles/spin_oracles.json), TSPINLoss against its
-formula."""
+"""SPINLoss against what the reference implementations returned (tests/oracles/spin_oracles.json)."""
 
 import math
 
@@ -7,9 +6,7 @@ import pytest
 import torch
 
 from spin.core.errors import ConfigError
-from spin.data import Pair, Response
-from spin.loss import SPINLoss, TSPINLoss, row_losses
-from spin.pairs.packing import RowLayout, pack_row
+from spin.loss import SPINLoss
 
 
 def _arguments(inputs, requires_grad=False):
@@ -99,46 +96,3 @@ def test_large_margins_do_not_overflow():
 def test_refuses_bad_arguments(kwargs, word):
     with pytest.raises(ConfigError, match=word):
         SPINLoss(**kwargs)
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "function"),
-    [("logistic", lambda z: math.log1p(math.exp(-z))), ("exponential", lambda z: math.exp(-z))],
-)
-def test_triplets_by_the_formula(loss_type, function):
-    """l(a (real - generated)) + b l(a (generated - start)), the gradient by differences; references do not matter."""
-    real, generated, start = (torch.tensor(x, dtype=torch.float64) for x in ([-3.0, -4.0], [-1.0, -4.5], [-2.0, -1.0]))
-    nan = torch.full((2,), math.nan, dtype=torch.float64)
-    loss = TSPINLoss(beta=0.7, loss_type=loss_type, start_weight=0.3)
-
-    def by_hand(real, generated, start):
-        return function(0.7 * (real - generated)) + 0.3 * function(0.7 * (generated - start))
-
-    policy = [x.clone().requires_grad_() for x in (real, generated, start)]
-    losses, real_rewards, generated_rewards = loss(*policy[:2], nan, nan, policy_start_logps=policy[2])
-    values = list(zip(real.tolist(), generated.tolist(), start.tolist(), strict=True))
-    assert losses.tolist() == pytest.approx([by_hand(*each) for each in values], rel=1e-14)
-    assert (real_rewards - generated_rewards).tolist() == pytest.approx([0.7 * -2.0, 0.7 * 0.5])
-    losses.sum().backward()
-    step = 1e-6
-    for i, logps in enumerate(policy):
-        for n, each in enumerate(values):
-            up, down = (by_hand(*(x + sign * step * (j == i) for j, x in enumerate(each))) for sign in (1, -1))
-            assert logps.grad[n].item() == pytest.approx((up - down) / (2 * step), rel=1e-6)
-    losses, _, _ = loss(real, generated, nan, nan)  # iteration 0
-    assert losses.tolist() == pytest.approx([function(0.7 * (r - g)) for r, g, _ in values], rel=1e-14)
-
-
-def test_a_rows_triplets_are_one_comparison_each():
-    pairs = [Pair(name, 1, [1, 2], [3, 4], [Response([5], "stop"), Response([6], "stop")]) for name in "ab"]
-    logps = torch.tensor([-3.0, -1.0, -2.0, -4.0, -4.0, -1.0], dtype=torch.float64)
-    losses, _, _ = row_losses(TSPINLoss(beta=2.0), pack_row(pairs, layout=RowLayout(triplets=True)), logps)
-    margins = torch.tensor([-2.0, 1.0, 0.0, -3.0], dtype=torch.float64)  # -3 + 1, -1 + 2, -4 + 4, -4 + 1
-    terms = torch.log1p(torch.exp(-2 * margins))
-    torch.testing.assert_close(losses, terms[0::2] + 0.1 * terms[1::2], rtol=1e-14, atol=0)
-
-
-@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf")])
-def test_refuses_a_bad_weight_of_the_start(weight):
-    with pytest.raises(ConfigError, match="start_weight"):
-        TSPINLoss(start_weight=weight)

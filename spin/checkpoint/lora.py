@@ -13,7 +13,6 @@ from spin.checkpoint.states import SPINCheckpointer
 from spin.core.errors import CheckpointError
 from spin.core.ranks import World
 from spin.model.fingerprint import weights_fingerprint
-from spin.model.lora import init_adapters
 
 
 class LoRACheckpointer(SPINCheckpointer):
@@ -64,10 +63,6 @@ class LoRACheckpointer(SPINCheckpointer):
         """Fills the frozen base from ``checkpoint_dir``, and notes what it is; adapters are left as they are."""
         super().load_model(model, world)
         self._base = weights_fingerprint(model, frozen_only=True)
-
-    def load_start(self, model: nn.Module, world: World) -> None:
-        """Adapters that change nothing: the base alone. Which numbers their other half has does not matter."""
-        init_adapters(model, seed=0)
 
     def save(self, *, state: dict[str, Any], **arguments: Any) -> Path:
         """Saves adapter and optimizer, and the fingerprint of the base; see :meth:`SPINCheckpointer.save`."""

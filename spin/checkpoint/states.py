@@ -204,10 +204,6 @@ class SPINCheckpointer:
         """Fills the model from ``checkpoint_dir``; see :func:`spin.model.hf.load_hf_weights`."""
         load_hf_weights(model, self.checkpoint_dir, self.model_type, world=world)
 
-    def load_start(self, model: nn.Module, world: World) -> None:
-        """Puts the weights that the run started from into the model; see :mod:`spin.generators.mixed_opponent`."""
-        self.load_model(model, world)
-
     def export(
         self,
         model: nn.Module,

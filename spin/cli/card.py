@@ -91,7 +91,6 @@ def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
         "samples of an iteration, streamed": "dataset.limit" if OmegaConf.select(cfg, "dataset.streaming") else "",
         "answers to a prompt": "pairs.responses_per_prompt",
         "earlier iterations trained on": "pairs.history",
-        "share of the start in the opponent": "pairs.start_share",
         "weight of the real answers' log-prob": "nll_weight",
     }
     unused = {"answers to a prompt": 1}

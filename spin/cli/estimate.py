@@ -32,7 +32,6 @@ from spin.config.parse import complete, load_config
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError, SpinError
 from spin.core.terminal import printable
-from spin.generators.triplets import answers_per_pair
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
 from spin.pairs.packing import longest_row, padded_length, plan_rows
@@ -249,7 +248,7 @@ def _row_tokens(cfg: DictConfig, ranks: int, pair_tokens: int | None) -> int:
     multiple = math.lcm(cfg.pairs.row_multiple, BLOCK)  # as FlexAttention needs
     if pair_tokens is None:
         limits = (_data_limit(cfg, "max_prompt_tokens"), _data_limit(cfg, "max_response_tokens"))
-        generated = answers_per_pair(cfg) * cfg.sampling.max_new_tokens
+        generated = cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
         longest_pair = sum(limits) + generated if None not in limits else 0
         return longest_row(longest_pair, cfg.pairs.row_tokens, multiple)
     spread = NormalDist(math.log(pair_tokens) - _SPREAD**2 / 2, _SPREAD)  # of the logarithm; its mean is pair_tokens
@@ -314,7 +313,7 @@ def _pair_store(cfg: DictConfig, model: Any, pair_tokens: int | None) -> float:
     samples = cfg.dataset.get("samples") or _data_limit(cfg, "limit") or 0
     if pair_tokens is None:
         prompt, real = (_data_limit(cfg, f"max_{part}_tokens") or model.max_seq_len for part in ("prompt", "response"))
-        pair_tokens = prompt + real + answers_per_pair(cfg) * cfg.sampling.max_new_tokens
+        pair_tokens = prompt + real + cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
     return float(samples * (3 * 4 * pair_tokens + 300))
 
 

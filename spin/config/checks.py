@@ -19,7 +19,6 @@ from spin.core.dtypes import TRAINED_DTYPES
 from spin.core.errors import ConfigError
 from spin.core.files import TRANSFER, check_own_folder
 from spin.generators.generator import SamplingParams
-from spin.generators.triplets import takes_triplets
 from spin.model.build import AC_MODES, ATTENTION
 from spin.pairs.filters import POLICIES
 from spin.run.progress import SPINProgress, compute_interval, compute_limit_batches, parse_max_time
@@ -166,25 +165,9 @@ def check_run(cfg: DictConfig) -> None:
         faults.add(f"output_dir={plain['output_dir']!r}: expected a folder's path.")
     if not _is_number(plain["nll_weight"]) or not 0 <= plain["nll_weight"] < math.inf:
         faults.add(f"nll_weight={plain['nll_weight']!r}: expected 0 or more.")
-    for name in ("history_fraction", "start_share"):
-        share = plain["pairs"][name]
-        if not _is_number(share) or not 0 <= share <= 1:
-            faults.add(f"pairs.{name}={share}: expected a share in [0, 1].")
-    least, most = (plain["pairs"][name] for name in ("min_margin", "max_margin"))
-    for name, margin in (("min_margin", least), ("max_margin", most)):
-        if margin is not None and not (_is_number(margin) and math.isfinite(margin)):
-            faults.add(f"pairs.{name}={margin!r}: expected nats per token, or null for no limit.")
-    if _is_number(least) and _is_number(most) and least > most:
-        faults.add(f"pairs.min_margin={least} is above pairs.max_margin={most}: no pair can pass.")
-    if takes_triplets(cfg):
-        loss = plain["loss"]["_component_"]
-        for name, value in (("responses_per_prompt", 1), ("history", 0), ("start_share", 0)):
-            if plain["pairs"][name] != value:
-                faults.add(
-                    f"pairs.{name}={plain['pairs'][name]} with loss._component_={loss}: a triplet has one answer of "
-                    "today's opponent and one of what the run started from, and its loss has no reference. Set "
-                    f"pairs.{name}={value}."
-                )
+    share = plain["pairs"]["history_fraction"]
+    if not _is_number(share) or not 0 <= share <= 1:
+        faults.add(f"pairs.history_fraction={share}: expected a share in [0, 1].")
     for name, known in POLICIES.items():
         if plain["pairs"][name] not in known:
             faults.add(f"pairs.{name}={plain['pairs'][name]!r}: expected {', '.join(known)}.")

@@ -112,7 +112,7 @@ KINDS: dict[str, Kind] = {
         "a generator of spin.generators",
         tuple(f"spin.generators.{name}Generator" for name in ("Replay", "Torchtune", "VLLM", "VLLMServer")),
     ),
-    "loss": Kind("a loss", ("spin.loss.SPINLoss", "spin.loss.TSPINLoss", "torchtune.rlhf.loss.DPOLoss")),
+    "loss": Kind("a loss", ("spin.loss.SPINLoss", "torchtune.rlhf.loss.DPOLoss")),
     "optimizer": Kind(
         "an optimizer",
         ("spin.training.AdamW8bit", "spin.training.AdamWStochasticRounding"),

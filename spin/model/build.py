@@ -16,7 +16,6 @@ from spin.config.parse import COMPONENT, instantiate
 from spin.core.dtypes import has_fast_bf16
 from spin.core.errors import ConfigError
 from spin.core.ranks import World
-from spin.generators.triplets import takes_triplets
 from spin.model.adapters import quantizing_at_once
 from spin.model.attention import patch_attention
 from spin.model.flex import flex_unsupported_reason
@@ -121,7 +120,6 @@ def row_layout(model: nn.Module, cfg: DictConfig, flex: bool) -> RowLayout:
         row_tokens=cfg.pairs.row_tokens,
         row_multiple=math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
         truncated=cfg.pairs.truncated,
-        triplets=takes_triplets(cfg),
         flex=flex,
         window=window_of(model),
     )

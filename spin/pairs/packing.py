@@ -32,8 +32,6 @@ class RowLayout:
         row_tokens (int): tokens of a row at most; a longer pair gets a row of its own.
         row_multiple (int): every row's length is a multiple of this; FlexAttention needs one of 128.
         truncated (str): ``mask`` gives comparisons with a truncated response the weight 0; anything else leaves them.
-        triplets (bool): the second of two generated responses is the start's: no comparison of its own, but a part of
-            the first's. See :mod:`spin.generators.triplets`.
         flex (bool): rows describe their mask in blocks, for FlexAttention; else it is dense.
         window (int | None): sliding window of some of the model's layers, in positions.
     """
@@ -41,7 +39,6 @@ class RowLayout:
     row_tokens: int = 8192
     row_multiple: int = 1
     truncated: str = "keep"
-    triplets: bool = False
     flex: bool = False
     window: int | None = None
 
@@ -76,8 +73,6 @@ class PackedRow:
             pair.
         bounds (list[int]): where the tokens of each response start among the n response tokens, and where the last
             ones stop: m + 1 numbers.
-        start (torch.Tensor | None): in rows of triplets, the response in each comparison's pair of what the run
-            started from, int64, shape (c,); None in rows without them.
         blocks (RowBlocks | None): block structure of the mask for FlexAttention; None: the mask is dense.
         window_blocks (RowBlocks | None): the same within the sliding window.
         window (int | None): sliding window of some of the model's layers, in positions.
@@ -100,7 +95,6 @@ class PackedRow:
     used_tokens: int
     pair_responses: list[tuple[tuple[int, str], int, int]]
     bounds: list[int]
-    start: torch.Tensor | None = None
     blocks: RowBlocks | None = None
     window_blocks: RowBlocks | None = None
     window: int | None = None
@@ -159,13 +153,11 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout
         PackedRow: on the CPU.
 
     Raises:
-        ValueError: If the pairs do not fit, a prompt or response is empty, only some of the pairs are triplets, or the
-            length is no multiple of 128 and the layout is ``flex``.
+        ValueError: If the pairs do not fit, a prompt or response is empty, or the length is
+            no multiple of 128 and the layout is ``flex``.
     """
     used = sum(pair.num_tokens for pair in pairs)
     length = max(1, used) if length is None else length
-    if layout.triplets and len({len(pair.generated) for pair in pairs}) > 1:
-        raise ValueError("Pairs and triplets in one row: expected a start's response in all or in none.")
     if used > length:
         raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit into a row of {length} tokens.")
     tokens = np.zeros(length, np.int64)
@@ -181,7 +173,6 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout
     generated: list[int] = []
     was_cut: list[bool] = []
     weights: list[float] = []
-    start: list[int] = []
     pair_responses = []
     segments: list[Segment] = []
     window = layout.window
@@ -216,13 +207,11 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout
             at = own.stop
         pair_responses.append((pair.key, first, len(responses)))
         shares = _shares(pair, layout)
-        for k, (response, share) in enumerate(zip(pair.generated, shares, strict=False), start=1):
+        for k, (response, share) in enumerate(zip(pair.generated, shares, strict=True), start=1):
             real.append(first)
             generated.append(first + k)
             was_cut.append(response.finish_reason == "length")
             weights.append(share)
-        if len(shares) < len(pair.generated):
-            start.append(first + 2)
     return PackedRow(
         tokens=torch.from_numpy(tokens),
         positions=torch.from_numpy(positions),
@@ -243,7 +232,6 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout
         used_tokens=used,
         pair_responses=pair_responses,
         bounds=[0, *np.cumsum(lengths, dtype=np.int64).tolist()],
-        start=torch.tensor(start, dtype=torch.int64) if start else None,
         blocks=row_blocks(segments, length) if layout.flex else None,
         window_blocks=row_blocks(segments, length, window) if layout.flex and window is not None else None,
         window=window,
@@ -383,8 +371,6 @@ def loss_weight(pairs: Sequence[Pair], layout: RowLayout) -> float:
 
 
 def _shares(pair: Pair, layout: RowLayout) -> list[float]:
-    """What each comparison of a pair has of its loss; a triplet is one comparison."""
+    """What each comparison of a pair has of its loss."""
     cut = [response.finish_reason == "length" and layout.truncated == MASK_TRUNCATED for response in pair.generated]
-    if layout.triplets and len(cut) == 2:
-        return [0.0 if any(cut) else 1.0]
     return [0.0 if was_cut else 1.0 / len(cut) for was_cut in cut]

@@ -54,7 +54,6 @@ def _of_iteration(run: RunRecord, iteration: IterationRecord) -> list[str]:
     if (
         steps
         and run.is_logistic
-        and not (run.has_mixed_opponents and iteration.number > 0)
         and steps[0]["step"] == _first_step(run, iteration)
         and abs(steps[0]["loss"] - LN_2) > 1e-3
     ):

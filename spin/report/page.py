@@ -160,8 +160,7 @@ def _table_row(iteration: IterationRecord) -> dict[str, Any]:
         "margin": last("margin"),
         "drift": f"{last('real_logp_drift')} / {last('generated_logp_drift')}" if steps else "",
         "val_loss": last("val_loss"),
-        "answers": f"{iteration.answers or ''}"
-        + (f" ({iteration.left_out:.0f} left out by margin)" if iteration.left_out is not None else ""),
+        "answers": f"{iteration.answers or ''}",
         "truncated": f"{iteration.truncated / iteration.answers:.0%}" if iteration.answers else "",
         "tokens": " / ".join(f"{value:.0f}" for value in iteration.mean_tokens.values()),
         "seconds": [iteration.seconds.get(stage) for stage in STAGES],

@@ -30,7 +30,6 @@ class IterationRecord:
         seconds (dict[str, float]): wall-clock time of the stages that are known.
         answers (int): responses of the opponent on disk.
         truncated (int): those of them that the length limit cut.
-        left_out (float | None): those that the limits of their margin left out; None where there are no limits.
         mean_tokens (dict[str, float]): mean length of ``prompt``, ``real`` and ``generated``.
         is_exported (bool): its model is there, so it is finished.
         samples (list[dict[str, Any]]): the answers shown at its last validation.
@@ -41,7 +40,6 @@ class IterationRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     answers: int = 0
     truncated: int = 0
-    left_out: float | None = None
     mean_tokens: dict[str, float] = field(default_factory=dict)
     is_exported: bool = False
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -84,13 +82,6 @@ class RunRecord:
             return True
         known = loss.get("_component_", "spin.loss.SPINLoss") == "spin.loss.SPINLoss"
         return known and loss.get("loss_type", "logistic") in ("logistic", "sigmoid")
-
-    @property
-    def has_mixed_opponents(self) -> bool:
-        """From iteration 1 on, the opponent is a mixture with the run's start, so the first loss is not ln 2."""
-        pairs = self.config.get("pairs")
-        share = pairs.get("start_share") if isinstance(pairs, dict) else None
-        return is_number(share) and share > 0
 
     @property
     def last_step(self) -> int:
@@ -144,7 +135,6 @@ def _iteration(
     own = [row for row in rows if row.get("iteration") == number]
     found.steps = [row for row in own if is_number(row.get("loss"))]
     if own:
-        found.left_out = next((n for row in own if is_number(n := row.get("margin_dropped"))), None)
         for stage, name in (("fit", "step_time"), ("validate", "validation_step_time")):
             found.seconds[stage] = sum(row[name] for row in own if is_number(row.get(name)))
         shown = [row for row in samples if own[0]["step"] <= row["step"] <= own[-1]["step"]]
@@ -154,10 +144,9 @@ def _iteration(
         found.samples = list({(str(row.get("sample_id")), str(row.get("generated"))): row for row in latest}.values())
     if folder is not None:
         for stage, name in (("play", "responses"), ("score", "pairs")):
-            # pairs_start: scored by what the run started from, with pairs.start_share
-            parts = [_store_seconds(folder / part / "manifest.json") for part in (name, f"{name}_start")]
-            if parts[0] is not None:
-                found.seconds[stage] = parts[0] + (parts[1] or 0.0)
+            seconds = _store_seconds(folder / name / "manifest.json")
+            if seconds is not None:
+                found.seconds[stage] = seconds
         _count_answers(folder / "responses", found, remarks)
         found.is_exported = model_of(folder) is not None
     return found

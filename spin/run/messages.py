@@ -21,7 +21,7 @@ _MAX_LINES = 6
 def sample_rows(
     pairs: Sequence[Pair], margins: Sequence[float], decode: Callable[[Sequence[int]], str], step: int
 ) -> list[dict[str, Any]]:
-    """One row per comparison: per generated response, or per triplet, whose first response is today's opponent's.
+    """One row per comparison: per generated response.
 
     Args:
         pairs (Sequence[Pair]): the pairs to show.
@@ -32,8 +32,7 @@ def sample_rows(
     Returns:
         list[dict[str, Any]]: step, sample_id, iteration, prompt, real, generated, finish_reason and margin.
     """
-    compared = 1 if len(margins) == len(pairs) else None
-    answers = [(pair, response) for pair in pairs for response in pair.generated[:compared]]
+    answers = [(pair, response) for pair in pairs for response in pair.generated]
     return [
         {
             "step": step,
@@ -145,9 +144,6 @@ def iteration_summary(
             lines.append(
                 f"{label:>22}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step"
             )
-    for metrics in (each for each in history if "margin_dropped" in each):
-        dropped, pairs = metrics["margin_dropped"], metrics["margin_dropped_pairs"]
-        lines.append(f"{'left out by margin':>22}: {dropped:.0f} answers, {pairs:.0f} pairs")
     for name, label, before in (
         ("val_loss", "validation loss", val_loss_before),
         ("val_spin_loss", "validation SPIN loss", None),

@@ -11,7 +11,6 @@ from torch import nn
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, all_reduce_sums
 from spin.data.dataset import PromptDataset
-from spin.loss import row_losses
 from spin.pairs.loader import RowBatch
 from spin.pairs.packing import PackedRow, RowLayout, pack_row
 from spin.reference.logprobs import response_logps
@@ -87,13 +86,13 @@ def losses_of_pairs(
     Returns:
         tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: losses, rewards of the real and of the generated
         responses, and weights, of which a pair has 1 less what masking takes away; one for every comparison in order
-        (of a triplet one, else of every generated response), on the CPU.
+        (of every generated response), on the CPU.
     """
     now = iter(score_batches(model, batches, world, layout=layout, chunk_tokens=chunk_tokens))
     found = []
     for batch in batches:
         row, policy = (_one_row(pairs, layout) for pairs in (batch, [next(now) for _ in batch]))
-        found.append((*row_losses(loss, row, policy.reference_logps), row.weights))
+        found.append((*_losses(loss, row, policy.reference_logps), row.weights))
     losses, real_rewards, generated_rewards, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
     return losses, real_rewards, generated_rewards, weights
 
@@ -111,7 +110,7 @@ def loss_of_equal_models(loss: nn.Module, pairs: Sequence[Pair], layout: RowLayo
         tuple[float, float]: means over the pairs: the loss, and the real's less the generated response's reward.
     """
     row = _one_row(pairs, layout)
-    losses, real_rewards, generated_rewards = row_losses(loss, row, row.reference_logps)
+    losses, real_rewards, generated_rewards = _losses(loss, row, row.reference_logps)
     weights = row.weights.double() / row.weights.double().sum()
     return (weights @ losses).item(), (weights @ (real_rewards - generated_rewards)).item()
 
@@ -119,3 +118,8 @@ def loss_of_equal_models(loss: nn.Module, pairs: Sequence[Pair], layout: RowLayo
 def _one_row(pairs: Sequence[Pair], layout: RowLayout) -> PackedRow:
     """All pairs side by side, however many tokens they have: not for a model."""
     return pack_row(pairs, layout=replace(layout, flex=False))
+
+
+def _losses(loss: nn.Module, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    real, generated, references = row.real, row.generated, row.reference_logps
+    return loss(logps[real], logps[generated], references[real], references[generated])

@@ -563,9 +563,9 @@ def test_a_path_gives_a_section_its_component_whether_it_had_one_or_not(tmp_path
     (tmp_path / "c.yaml").write_text(
         "loss: {beta: 0.3}\noptimizer: {_component_: torch.optim.AdamW, lr: 0.1}\nlr_scheduler: {name: cosine}\n"
     )
-    overrides = ["loss=spin.loss.TSPINLoss", "optimizer=torch.optim.SGD"]
+    overrides = ["loss=torchtune.rlhf.loss.DPOLoss", "optimizer=torch.optim.SGD"]
     cfg = config.load_config(str(tmp_path / "c.yaml"), overrides)
-    assert cfg.loss == {"_component_": "spin.loss.TSPINLoss", "beta": 0.3}
+    assert cfg.loss == {"_component_": "torchtune.rlhf.loss.DPOLoss", "beta": 0.3}
     assert cfg.optimizer == {"_component_": "torch.optim.SGD", "lr": 0.1}
     replaced = config.load_config(str(tmp_path / "c.yaml"), ["lr_scheduler=linear"])
     assert replaced.lr_scheduler == "linear"  # no path: a fault that complete() reports

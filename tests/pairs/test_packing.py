@@ -2,25 +2,22 @@
 
 import dataclasses
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spin.data import Pair, Response, pack_batch, pack_row, plan_rows
-from spin.loss import TSPINLoss, row_losses
 from spin.model.attention import patch_attention
 from spin.model.gemma2 import final_softcap, fix_gemma2_softcap, softcap
 from spin.pairs import packing
 from spin.pairs.packing import RowLayout, loss_weight, padded_length, row_lengths
-from spin.reference.logprobs import pair_objective, replaced_unembed, response_logps
+from spin.reference.logprobs import replaced_unembed, response_logps
 from tests.families import FAMILIES
 
-MASK, TRIPLETS = RowLayout(truncated="mask"), RowLayout(triplets=True)
+MASK = RowLayout(truncated="mask")
 
 
 def make_pairs(num, responses, seed=0, vocab=64, longest=12):
@@ -153,45 +150,6 @@ def test_masked_truncated_responses_weigh_nothing():
     assert pack_row([pair], layout=MASK).weights.tolist() == [0.0, 0.5]
     assert loss_weight([pair, pair], RowLayout()) == 2.0
     assert loss_weight([pair, pair], MASK) == 1.0
-
-
-def test_the_starts_answer_is_no_comparison_of_its_own():
-    """A triplet weighs as much as a pair; masked, it does not if either of its generated responses was cut."""
-    triplets = [
-        Pair("a", 1, [1], [2], [Response([3], "stop", -1.0), Response([4, 5], "stop", -2.0)], -3.0),
-        Pair("b", 1, [1], [2], [Response([3], "stop", -1.0), Response([4], "length", -2.0)], -3.0),
-    ]
-    row = pack_row(triplets, layout=TRIPLETS)
-    assert (row.real.tolist(), row.generated.tolist(), row.start.tolist()) == ([0, 3], [1, 4], [2, 5])
-    assert (row.weights.tolist(), row.truncated.tolist()) == ([1.0, 1.0], [False, False])
-    assert pack_row(triplets, layout=replace(TRIPLETS, truncated="mask")).weights.tolist() == [1.0, 0.0]
-    assert (loss_weight(triplets, TRIPLETS), loss_weight(triplets, replace(TRIPLETS, truncated="mask"))) == (2.0, 1.0)
-    first = [dataclasses.replace(pair, generated=pair.generated[:1]) for pair in triplets]  # iteration 0
-    assert pack_row(first, layout=TRIPLETS).start is None and pack_row(triplets).start is None
-    with pytest.raises(ValueError, match="Pairs and triplets in one row"):
-        pack_row([triplets[0], first[1]], layout=TRIPLETS)
-
-
-@pytest.mark.usefixtures("float64_throughout")
-def test_triplets_through_the_fused_head_have_the_gradient_of_padded_sequences():
-    """T-SPIN's loss and gradient in packed rows, chunk by chunk, against each response in a forward of its own."""
-    model = FAMILIES["llama3_2"]().double()
-    patch_attention(model)
-    pairs = make_pairs(4, 2, vocab=model.tok_embeddings.num_embeddings)
-    loss = TSPINLoss(beta=0.3, start_weight=0.4)
-    row = pack_row(pairs, sum(pair.num_tokens for pair in pairs) + 5, TRIPLETS)
-
-    def objective(logps):
-        return (row_losses(loss, row, logps)[0] * row.weights).sum()
-
-    total, _ = pair_objective(model, row, objective, chunk_tokens=40)
-    ours = torch.autograd.grad(total, list(model.parameters()))
-    real, generated, start = separate_logps(model, pairs).view(-1, 3).unbind(1)
-    expected = -(F.logsigmoid(0.3 * (real - generated)) + 0.4 * F.logsigmoid(0.3 * (generated - start))).sum()
-    theirs = torch.autograd.grad(expected, list(model.parameters()))
-    torch.testing.assert_close(total, expected, rtol=1e-10, atol=1e-10)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 def test_an_empty_row_is_padding_that_still_has_a_gradient():

@@ -12,7 +12,6 @@ import pytest
 import torch
 from spin_recipe import SPINRecipe
 
-from spin.data import PairStore
 from tests.recipes.helpers import CONFIG, REPO, command, metrics_of, run, tiny_config, tiny_overrides
 
 SHORT = ("max_iterations=1", "max_epochs=1", "limit_train_batches=2")
@@ -44,26 +43,6 @@ def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
     assert "\r" not in done.stderr
     for line in ("Finished after 4 steps", "iteration_000 answers: 0/", "iteration 1, epoch 0: 2/2 step"):
         assert done.stderr.count(line) == 1, done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_triplets_of_two_processes_are_those_of_one(tmp_path):
-    """The shards of the run's first weights are lent and put back; both ranks' samples get the start's answers."""
-    changes = ("loss._component_=spin.loss.TSPINLoss", "loss.beta=0.05", "max_epochs=1", "limit_train_batches=2")
-    changes += ("validation_dataset=null",)
-    done = command(tmp_path / "two", *changes, nproc=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    run(tmp_path / "one", *changes)
-    ours, theirs = metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one")
-    for name in ("loss", "margin", "real_nll"):
-        assert [row[name] for row in ours if name in row] == pytest.approx(
-            [row[name] for row in theirs if name in row], rel=1e-4
-        )
-    answers = [
-        {pair.sample_id: bytes(pair.generated[0].token_ids) for pair in PairStore.open(folder).pairs()}
-        for folder in (tmp_path / name / "iteration_001/start/responses" for name in ("two", "one"))
-    ]
-    assert answers[0] == answers[1] and len(answers[0]) > 1
 
 
 @pytest.mark.slow

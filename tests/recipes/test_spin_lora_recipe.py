@@ -129,39 +129,6 @@ def test_another_adapter_is_another_reference(dora_run):
         assert torch.equal(response_logps(recipe._model, row), before)
 
 
-def test_the_start_in_later_opponents_is_the_base_alone(tmp_path):
-    recipe = run(tmp_path, "pairs.start_share=0.5", "max_epochs=1", "max_iterations=2", "limit_train_batches=1.0")
-    first, policy, start = (
-        {pair.sample_id: pair.reference_real_logp for pair in PairStore.open(tmp_path / name).pairs()}
-        for name in ("iteration_000/pairs", "iteration_001/pairs", "iteration_001/pairs_start")
-    )
-    assert start == pytest.approx(first, abs=1e-3)  # adapters that change nothing, whichever
-    assert all(abs(policy[name] - start[name]) > 1e-3 for name in start)
-    assert recipe._opponent == PairStore.open(tmp_path / "iteration_001/pairs").opponent
-
-
-def test_triplets_with_adapters_take_the_bases_answers(tmp_path):
-    changes = (
-        "loss._component_=spin.loss.TSPINLoss", "loss.beta=0.05", "max_epochs=1", "limit_train_batches=3",
-        "save_interval=1",
-    )  # fmt: skip
-    whole = run(tmp_path / "a", *changes)
-    first = {p.sample_id: p for p in PairStore.open(tmp_path / "a/iteration_000/responses").pairs()}
-    extra = {p.sample_id: p for p in PairStore.open(tmp_path / "a/iteration_001/start/responses").pairs()}
-    for pair in PairStore.open(tmp_path / "a/iteration_001/pairs").pairs():
-        own, start = (list(response.token_ids) for response in pair.generated)
-        assert start == list((extra | first)[pair.sample_id].generated[0].token_ids)
-        assert own != start  # the adapter has learned
-    run(tmp_path / "all", "max_iterations=1", "max_epochs=1", "max_steps=1")
-    base = {p.sample_id: p for p in PairStore.open(tmp_path / "all/iteration_000/responses").pairs()}
-    assert extra and all(
-        list(pair.generated[0].token_ids) == list(base[name].generated[0].token_ids) for name, pair in extra.items()
-    )
-    run(tmp_path / "b", *changes, recipe_class=stops_at(5))
-    assert run(tmp_path / "b", *changes).final_weights == whole.final_weights
-    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
-
-
 def test_the_embedded_generator_plays_with_the_adapter(dora_run):
     """Its greedy tokens are those of a generator that was given merged tensors, and of transformers on the export."""
     output_dir, recipe = dora_run

@@ -1,6 +1,5 @@
 """The recipe as a whole on a small trained model: the loop's order, restarts, options, exports, and refusals."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -14,7 +13,7 @@ import torch
 from spin_recipe import SPINRecipe
 from transformers import AutoModelForCausalLM
 
-from spin.core.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError, StoreError
+from spin.core.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError
 from spin.data import PairStore
 from spin.model.fingerprint import weights_fingerprint
 from spin.report import read_run, render
@@ -255,178 +254,6 @@ def test_history_mixes_in_the_iteration_before_under_todays_opponent(tmp_path):
         assert recipe.weights_at[store.opponent] == steps
     rows = {row["step"]: row for row in metrics_of(tmp_path)}
     assert [rows[step]["loss"] for step in (1, 3, 6)] == pytest.approx([math.log(2)] * 3, abs=1e-6)
-
-
-class NotesPairs(SPINRecipe):
-    """Keeps the first batch of every iteration as it is trained on."""
-
-    def train_single_step(self, batch):
-        if self._progress.is_iteration_start:
-            self.__dict__.setdefault("first_batches", []).append(batch.pairs)
-        return super().train_single_step(batch)
-
-
-def test_the_start_has_a_share_in_later_opponents(tmp_path):
-    """Iteration 0's opponent is the start, so its log-probs of the real responses come again in iteration 1."""
-    changes = ("pairs.start_share=0.25", "max_epochs=1", "validation.spin=true")
-    recipe = run(tmp_path / "a", *changes, recipe_class=NotesPairs)
-    assert not (tmp_path / "a/iteration_000/pairs_start").exists()
-    stores = {
-        name: PairStore.open(tmp_path / "a" / name)
-        for name in ("iteration_000/pairs", "iteration_001/pairs", "iteration_001/pairs_start")
-    }
-    first, policy, start = ({pair.sample_id: pair for pair in store.pairs()} for store in stores.values())
-    assert stores["iteration_000/pairs"].opponent == stores["iteration_001/pairs_start"].opponent
-    assert stores["iteration_001/pairs"].opponent != stores["iteration_001/pairs_start"].opponent
-    for name, pair in start.items():
-        assert pair.reference_real_logp == pytest.approx(first[name].reference_real_logp, abs=1e-3)
-    for pair in recipe.first_batches[1]:
-        ours, theirs = policy[pair.sample_id], start[pair.sample_id]
-        assert pair.reference_real_logp == 0.75 * ours.reference_real_logp + 0.25 * theirs.reference_real_logp
-        logps = [each.generated[0].reference_logp for each in (pair, ours, theirs)]
-        assert logps[0] == 0.75 * logps[1] + 0.25 * logps[2] != logps[1]
-    rows = {row["step"]: row for row in metrics_of(tmp_path / "a")}
-    assert rows[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert rows[6]["loss"] != pytest.approx(math.log(2), abs=1e-4)  # the policy is not the mixture
-
-    run(tmp_path / "b", *changes, recipe_class=stops_at(7))
-    resumed = run(tmp_path / "b", *changes)
-    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
-    assert resumed.final_weights == recipe.final_weights
-
-
-TSPIN = (
-    "loss._component_=spin.loss.TSPINLoss", "loss.beta=0.05", "max_epochs=1", "limit_train_batches=3",
-    "validation.spin=true", "save_interval=1",
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tspin_run(tmp_path_factory):
-    """3 batches of 4 of 20 samples: each iteration plays other ones, some of which iteration 0 did not."""
-    output_dir = tmp_path_factory.mktemp("tspin")
-    return output_dir, run(output_dir, *TSPIN, recipe_class=NotesPairs)
-
-
-def test_triplets_have_the_starts_answers(tspin_run, tmp_path):
-    output_dir, recipe = tspin_run
-    first = {pair.sample_id: pair for pair in PairStore.open(output_dir / "iteration_000/responses").pairs()}
-    extra = PairStore.open(output_dir / "iteration_001/start/responses")
-    assert extra.opponent == PairStore.open(output_dir / "iteration_000/responses").opponent
-    extra = {pair.sample_id: pair for pair in extra.pairs()}
-    triplets = list(PairStore.open(output_dir / "iteration_001/pairs").pairs())
-    played = {pair.sample_id for pair in triplets}
-    assert 0 < len(extra) < len(played) == 12 and extra.keys() == played - first.keys()
-    for pair in triplets:
-        own, start = pair.generated
-        assert list(start.token_ids) == list((extra | first)[pair.sample_id].generated[0].token_ids)
-        assert start.reference_logp is not None and list(own.token_ids) != list(start.token_ids)
-    assert not (output_dir / "iteration_001/validation/start").exists(), "iteration 0 answered all of them"
-    answers = PairStore.open(output_dir / "iteration_001/validation/pairs").pairs()
-    assert all(len(pair.generated) == 2 for pair in answers)
-
-    # what iteration 0 did not play is answered as iteration 0 would have
-    run(tmp_path, "max_iterations=1", "max_epochs=1", "max_steps=1")
-    whole = {pair.sample_id: pair for pair in PairStore.open(tmp_path / "iteration_000/responses").pairs()}
-    for name, pair in extra.items():
-        assert list(pair.generated[0].token_ids) == list(whole[name].generated[0].token_ids)
-
-
-def test_the_first_loss_of_triplets_is_that_of_their_log_probs(tspin_run):
-    """The self-test of every iteration has passed; by hand, from the store."""
-    output_dir, recipe = tspin_run
-    rows = {row["step"]: row for row in metrics_of(output_dir)}
-    assert all(len(pair.generated) == 1 for pair in recipe.first_batches[0])
-    for step, batch in zip((1, 4), recipe.first_batches, strict=True):
-        losses, margins = [], []
-        for pair in batch:
-            real, generated, *start = (
-                0.05 * logp for logp in (pair.reference_real_logp, *(r.reference_logp for r in pair.generated))
-            )
-            terms = [real - generated, *(generated - logp for logp in start)]
-            losses.append(sum(w * math.log1p(math.exp(-z)) for w, z in zip((1, 0.1), terms, strict=False)))
-            margins.append(terms[0])
-        assert rows[step]["loss"] == pytest.approx(sum(losses) / 4, abs=1e-6)
-        assert rows[step]["margin"] == pytest.approx(sum(margins) / 4, abs=1e-6)
-        assert rows[step]["real_logp_drift"] == 0.0
-    assert rows[6]["real_logp_drift"] != 0.0
-
-
-def test_references_that_are_not_the_policys_stop_a_run_of_triplets(tmp_path):
-    class Forged(SPINRecipe):
-        """Its store says of the real answers what nobody computed."""
-
-        def _scored_pairs(self, folder):
-            for pair in super()._scored_pairs(folder):
-                yield dataclasses.replace(pair, reference_real_logp=pair.reference_real_logp + 0.01)
-
-    with pytest.raises(SelfTestError, match="first loss of iteration 0"):
-        run(tmp_path, *TSPIN, "max_iterations=1", recipe_class=Forged)
-
-
-class StopsAsTheStartPlays(SPINRecipe):
-    """Is asked to stop while the run's first weights stand in the policy's place."""
-
-    def _play(self, games, opponent=""):
-        if opponent:
-            self._stop.note(15, None)
-        return super()._play(games, opponent)
-
-
-@pytest.mark.parametrize("recipe_class", [StopsAsTheStartPlays, stops_at(5)])
-def test_a_stopped_run_of_triplets_goes_on_as_if_it_had_not_stopped(tspin_run, tmp_path, recipe_class):
-    output_dir, recipe = tspin_run
-    run(tmp_path, *TSPIN, recipe_class=recipe_class)
-    assert not (tmp_path / "iteration_001/hf_model").exists()
-    resumed = run(tmp_path, *TSPIN)
-    assert metrics_of(tmp_path) == metrics_of(output_dir)
-    assert resumed.final_weights == recipe.final_weights
-
-
-def test_pairs_are_left_out_by_margin(tmp_path, capsys):
-    """The middle third of the opponent's margins per token is trained on, scored in its own rows; also after a stop."""
-    changes = ("max_epochs=1", "validation_dataset=null", "save_interval=1")
-    run(tmp_path / "all", *changes, "max_iterations=1", "max_steps=1")
-
-    def margins(store):
-        return {
-            pair.sample_id: pair.reference_real_logp / len(pair.real_ids)
-            - pair.generated[0].reference_logp / len(pair.generated[0].token_ids)
-            for pair in PairStore.open(store).pairs()
-        }
-
-    low, high = np.quantile(list(margins(tmp_path / "all/iteration_000/pairs").values()), [0.33, 0.67])
-    limits = (f"pairs.min_margin={low}", f"pairs.max_margin={high}")
-    whole = run(tmp_path / "a", *changes, *limits, recipe_class=NotesAllPairs)
-    printed = capsys.readouterr().out
-    for iteration in (0, 1):
-        folder = tmp_path / "a" / f"iteration_{iteration:03d}"
-        found = margins(folder / "margins")
-        kept = {name for name, margin in found.items() if low <= margin <= high}
-        assert len(found) == 20 and 0 < len(kept) < 20
-        assert whole.trained_on[iteration] == margins(folder / "pairs").keys() == kept
-        rows = [row for row in metrics_of(tmp_path / "a") if row["iteration"] == iteration]
-        assert rows[0]["margin_dropped_pairs"] == 20 - len(kept)
-        assert next(row for row in rows if "loss" in row)["real_logp_drift"] == 0.0
-        assert f"left out by margin: {20 - len(kept)} answers, {20 - len(kept)} pairs" in printed
-        assert f"20 ({20 - len(kept)} left out by margin)" in render(read_run(tmp_path / "a"))
-    run(tmp_path / "b", *changes, *limits, recipe_class=stops_at(7))
-    assert run(tmp_path / "b", *changes, *limits).final_weights == whole.final_weights
-    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
-
-
-class NotesAllPairs(SPINRecipe):
-    """Notes what each iteration trains on."""
-
-    def train_single_step(self, batch):
-        notes = self.__dict__.setdefault("trained_on", {})
-        notes.setdefault(self._progress.iteration, set()).update(pair.sample_id for pair in batch.pairs)
-        return super().train_single_step(batch)
-
-
-def test_margins_that_leave_no_pair_end_the_run(tmp_path):
-    with pytest.raises(StoreError, match="No pair is left of 20: the opponent's margins are .* pairs.max_margin -50"):
-        run(tmp_path, "pairs.max_margin=-50.0", "max_iterations=1", "validation_dataset=null")
 
 
 def test_answers_from_a_store_are_played_back(tmp_path):

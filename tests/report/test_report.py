@@ -95,11 +95,6 @@ def test_time_by_stage(run_folder, page):
     seconds = read_run(run_folder).iterations[0].seconds
     assert seconds == {"fit": 20.0, "validate": 1.5, "play": 65.0}
     assert "1 min 05 s" in render(read_run(run_folder))
-    for name, seconds in (("pairs", 10), ("pairs_start", 12)):  # scored by both parts of a mixed opponent
-        folder = run_folder / "iteration_001" / name
-        folder.mkdir()
-        (folder / "manifest.json").write_text(json.dumps({"begun_at": 1000.0, "sealed_at": 1000.0 + seconds}))
-    assert read_run(run_folder).iterations[1].seconds["score"] == 22.0
 
 
 # --- Runs that are not whole ---
@@ -197,14 +192,6 @@ def test_a_good_run_gets_no_advice(tmp_path):
     folder = write_run(tmp_path, iterations=1, steps=10)
     shutil.rmtree(folder / "iteration_000" / "responses")  # half of its answers are cut
     assert advice(read_run(folder)) == []
-
-
-def test_a_mixed_opponent_is_not_measured_by_ln_2(tmp_path):
-    """Of iteration 1: in iteration 0 the opponent is the policy, and a first loss that is off is a fault still."""
-    changes = {"pairs": {"start_share": 0.3}}
-    folder = write_run(tmp_path, iterations=2, steps=10, changes=lambda step: {"loss": 0.5}, config=changes)
-    told = [text for text in advice(read_run(folder)) if "first loss" in text]
-    assert len(told) == 1 and told[0].startswith("Iteration 0")
 
 
 def test_validation_by_source(tmp_path):
