@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# This package on NVIDIA GPUs. CI has no Docker and does not build this file; tests/test_dockerfile.py reads it.
+# This package on NVIDIA GPUs. CI has no Docker and does not build this file.
 #
 #   docker build --tag spin .
 #   docker build --tag spin-vllm --build-arg EXTRAS=vllm .

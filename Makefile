@@ -1,6 +1,7 @@
 # make quickstart   two rounds of self-play of a small model on this machine's CPU
-# make test         everything that CI checks: format, lint, types, tests
-# make lint         the same without the tests
+# make test         format, lint, types, and the tests that take less than ten seconds each: minutes
+# make test-all     the same, and then the slow tests: whole runs, kills, several ranks, vLLM
+# make lint         format, lint and types alone
 # make audit        bandit on the code, pip-audit on what is installed
 # make experiment   self-play against supervised fine-tuning, small, on this machine's CPU: docs/experiments/real_model.md
 # make model        the quickstart's model alone, in .cache/quickstart
@@ -23,7 +24,7 @@ export OMP_NUM_THREADS = $(THREADS)
 export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart experiment test lint audit model vllm clean
+.PHONY: quickstart experiment test test-slow test-all lint audit model vllm clean
 .DELETE_ON_ERROR:
 
 quickstart: model
@@ -33,9 +34,17 @@ experiment: model $(VENV)/.experiment-stamp
 	$(BIN)/python experiments/real_data.py --out .cache/experiment
 	$(BIN)/python experiments/real_model.py --form small --model $(MODEL) --data .cache/experiment --out runs/experiment
 
-# test by test, not by file: slow ones come last, and which they are is known to each process alone
+# worksteal: neighbours, which share runs by fixtures, go to one process
+PYTEST = SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal
+
 test: lint
-	SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist load
+	$(PYTEST) -m "not slow"
+
+test-slow: $(VENV)/.stamp
+	$(PYTEST) -m slow
+
+test-all: test
+	$(MAKE) test-slow
 
 # what bandit finds fails; pip-audit says of how many packages it got an answer
 audit: $(VENV)/.stamp

@@ -17,8 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, with the reason, what this machine cannot run; puts slow tests last."""
-    items.sort(key=lambda item: "slow" in item.keywords)
+    """Skips, with the reason, what this machine cannot run."""
     skip_model = pytest.mark.skip(reason="SPIN_REAL_MODEL is not set; `make model` fetches the model")
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:

@@ -136,6 +136,7 @@ def test_sdist_holds_the_licence_and_the_sources(sdist):
     assert "configs/llama3_2/1B_full.yaml" in names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_tune_run_from_any_directory(kind, wheel, checkout, environment, elsewhere, user_env):
     """One process: a packaged config is looked up, and a wrong name is answered. Two: torchrun finds the module too."""
@@ -144,7 +145,7 @@ def test_tune_run_from_any_directory(kind, wheel, checkout, environment, elsewhe
         [
             str(environment.python),
             "-c",
-            "import spin, spin.config.parse as c; print(spin.__file__, c.packaged_configs())",
+            "import spin, spin.config as c; print(spin.__file__, c.packaged_configs())",
         ],
         cwd=elsewhere,
         env=user_env,

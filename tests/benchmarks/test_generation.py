@@ -2,19 +2,13 @@
 
 import importlib.util
 import json
-import subprocess
 import sys
-from pathlib import Path
 
+import generation
 import pytest
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "benchmarks"))  # as when one of them runs
-
-import generation  # noqa: E402
-
-from spin.core.ranks import shutdown  # noqa: E402
+from spin.core.ranks import shutdown
 
 TINY = ["--model", "tiny", "--device", "cpu", "--requests", "12", "--batch-size", "4", "--rounds", "1"]
 
@@ -52,16 +46,11 @@ def test_the_command_and_the_table_from_the_file(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM; `make vllm` installs it")
-def test_vllm_does_the_same_work(tmp_path, subprocess_env):
+def test_vllm_does_the_same_work(measured_by):
     """In a process of its own; heads of 32 dimensions, the smallest that vLLM takes on a CPU."""
-    out, arms = tmp_path / "results.json", ["embedded", "vllm", "vllm_bare", "vllm_bare_seeded"]
+    arms = ["embedded", "vllm", "vllm_bare", "vllm_bare_seeded"]
     work = ["--model", "small", "--device", "cpu", "--requests", "4", "--max-new-tokens", "16", "--rounds", "1"]
-    done = subprocess.run(
-        [sys.executable, "benchmarks/generation.py", *work, "--arms", ",".join(arms), "--out", str(out)],
-        cwd=REPO, env=subprocess_env, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads(out.read_text(encoding="utf-8"))
+    results, _ = measured_by("benchmarks/generation.py", *work, "--arms", ",".join(arms))
     assert results["check"] == {"embedded": {"float32": 1.0}, "vllm": {"float32": 1.0}}
     assert {name: run["useful_tokens"] for name, run in results["arms"].items()} == dict.fromkeys(
         arms, results["arms"]["embedded"]["useful_tokens"]

@@ -4,22 +4,17 @@ import importlib.util
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import peer_arms
+import peer_lora
+import peer_passes
+import peer_trl
+import peers
 import pytest
+import rounds
 import torch
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "benchmarks"))  # as when one of them runs
-
-import peer_arms  # noqa: E402
-import peer_lora  # noqa: E402
-import peer_passes  # noqa: E402
-import peer_trl  # noqa: E402
-import peers  # noqa: E402
-import rounds  # noqa: E402
-
-from spin.core.ranks import shutdown  # noqa: E402
+from spin.core.ranks import shutdown
 
 TINY = ["--model", "tiny", "--device", "cpu", "--rounds", "1"]
 needs_trl = pytest.mark.skipif(peer_trl.TRL.skip_reason(on_gpu=False) is not None, reason="no TRL")
@@ -52,6 +47,7 @@ def skipped_here(kinds, names):
     return {name: reason for name in names if (reason := kinds[name].skip_reason(on_gpu=False))}
 
 
+@pytest.mark.slow
 def test_every_arm_that_runs_here_agrees_with_fp32(measured):
     results = measured("step", "--mixes", "third")
     assert results["skipped"] == skipped_here(peers.PEERS, peers.DEFAULT_ARMS)
@@ -68,6 +64,7 @@ def test_every_arm_that_runs_here_agrees_with_fp32(measured):
     assert results["setup"]["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_adapters_agree_with_fp32(measured, monkeypatch):
     if importlib.util.find_spec("peft") is not None:
         # the arm tells peft so itself; here the test's end takes it back
@@ -286,6 +283,7 @@ def test_whole_iterations_have_all_stages(measured):
         assert run["seconds"]["median"] == pytest.approx(sum(stage["median"] for stage in run["stages"].values()))
 
 
+@pytest.mark.slow
 def test_generation_is_the_other_benchmark(measured):
     section = measured("generation", "--prompts", "4", "--engines", "embedded,transformers")["generation"]
     assert section["check"] == {"embedded": {"float32": 1.0}, "transformers": {"float32": 1.0}}

@@ -1,24 +1,18 @@
-"""Runs on several numbers of ranks, going on with what is missing, and the tables by hand."""
+"""Runs on several numbers of ranks, and those that are missing when it is started again."""
 
 import json
 import shlex
-import sys
-from pathlib import Path
 
+import checkpointing
+import iteration
+import page
 import pytest
+import scaling
+import training_step
+from work import MODELS
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "benchmarks"))  # as when one of them runs
-
-import checkpointing  # noqa: E402
-import iteration  # noqa: E402
-import page  # noqa: E402
-import scaling  # noqa: E402
-import training_step  # noqa: E402
-from work import MODELS  # noqa: E402
-
-from spin.config.checks import check_run  # noqa: E402
-from spin.core.ranks import shutdown  # noqa: E402
+from spin.config.checks import check_run
+from spin.core.ranks import shutdown
 
 TINY = "--models tiny --device cpu --pairs 8 --rounds 1 --hsdp-from 0"
 
@@ -124,92 +118,3 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 """
     assert scaling.error_in(output) == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
     assert scaling.error_in("a\nKilled\n") == "Killed"
-
-
-# ------------------------------------------------------------------------------------------------------- tables by hand
-def step(gpus, speed=None, replicas=1, model="llama3_1_8b", load="weak", error=None, options=()):
-    """A run with this many pairs per second."""
-    pairs = 64 * gpus if load == "weak" else 64
-    run = {"part": "step", "model": model, "gpus": gpus, "replicas": replicas, "load": load, "pairs": pairs}
-    run["options"] = list(options)
-    if error:
-        return run | {"error": error}
-    figures = {"pairs_per_second": speed, "min_pairs_per_second": speed, "max_pairs_per_second": speed, "tflops": 500.0}
-    memory = {"peak_gib_by_rank": [30.0 + rank for rank in range(gpus)]}
-    result = {
-        "ceilings": {"matmul_tflops": 750.0},
-        "optimizer_step": {"runs": {"optimizer step": figures | memory}},
-    }
-    return run | {"result": result}
-
-
-def file(*runs):
-    setup = {"device": "Some GPU", "host_gpus": 8, "versions": {"torch": "2.0"}}
-    return {"setup": setup, "skipped": {}, "runs": {str(number): run for number, run in enumerate(runs)}}
-
-
-def rows(results):
-    """Cells of the tables' lines."""
-    lines = page.scaling_section(results).splitlines()
-    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and "---" not in line][1:]
-
-
-def test_shares_of_linear_by_hand():
-    """One GPU 10 pairs/s: 19 on two are 19 / 20; 76 and 74 on eight are 0.95 and 0.925 of 80. 40 on eight with the same
-    64 pairs in all are 0.5 of 80, by that work's own run on one GPU, which had 10."""
-    runs = [step(1, 10.0), step(2, 19.0), step(4, error="torch.OutOfMemoryError: large"), step(8, 76.0)]
-    runs += [step(8, 74.0, replicas=2), step(1, 10.0, load="strong"), step(8, 40.0, load="strong")]
-    found = rows([file(*runs)])
-    assert [cells[5] for cells in found] == ["1.000", "0.950", "-", "0.950", "0.925", "1.000", "0.500"]
-    assert found[2][4] == "torch.OutOfMemoryError: large"
-    assert found[3][:5] == ["llama3_1_8b", "8", "FSDP2", "512", "76 (76 to 76)"]
-    assert found[4][2] == "HSDP, 2 replicas" and found[6][3] == "64 in all"
-    assert found[0][8] == "30" and found[3][8] == "30 to 37"
-    text = page.scaling_section([file(*runs)])
-    assert "measured 0.950, against one GPU: reached." in text
-    assert "the 8B's step on 4; the 1B's step on 1, 2, 4, 8;" in text
-    assert "measured 0.875, against one GPU: not reached." in page.scaling_section([file(step(1, 10.0), step(8, 70.0))])
-
-
-def test_the_fewest_gpus_that_hold_the_model_are_the_baseline():
-    """Two GPUs 18 pairs/s, eight 68.4: 8.55 a GPU against 9. Another host's run is none of this one's business."""
-    small = file(step(1, error="out of memory"), step(2, 18.0), step(8, 68.4))
-    assert [cells[5] for cells in rows([small])] == ["-", "1.000 of 2 GPUs", "0.950 of 2 GPUs"]
-    text = page.scaling_section([small, file(step(1, 100.0))])
-    assert "measured 0.950, against 2 GPUs: fewer do not hold it, or were not measured: reached." in text
-
-
-def test_a_run_with_options_stands_beside_the_one_without():
-    """One GPU 10 pairs/s, or 12 with an option, which is then the baseline: 45 on four are 45 / 48, 36 are 0.75."""
-    fast = {"options": ["--keep-gathered"]}
-    found = rows([file(step(1, 10.0), step(1, 12.0, **fast), step(4, 36.0), step(4, 45.0, **fast))])
-    assert [cells[5] for cells in found] == ["0.833", "1.000", "0.750", "0.938"]
-    assert [cells[2] for cells in found] == ["FSDP2", "FSDP2, keep gathered"] * 2
-
-
-def test_nothing_measured_is_said():
-    text = page.scaling_section([])
-    assert "eight GPUs, the pairs on each GPU the same; not measured." in text
-    assert "the 8B's iteration on 1, 2, 4, 8." in text
-    alone = page.scaling_section([file(step(8, 70.0))])
-    assert "; not measured." in alone, "eight GPUs alone say nothing about scaling"
-
-
-def test_checkpoints_and_iterations_by_hand():
-    """512 prompts of 256 tokens in 4 s are 32,768 tokens/s; the last iteration has 4 + 2 + 6 + 8 s; peaks over it."""
-    saved = {"setup": {"state_gb": 48.2}, "async": {"blocked_seconds": 3.0}, "sync": {"blocked_seconds": 20.0},
-             "restore_seconds": 15.0, "export_seconds": 9.0}  # fmt: skip
-    checkpoint = {"part": "checkpoint", "model": "llama3_1_8b", "gpus": 2, "result": saved}
-
-    def stage(number, name, seconds, *peaks):
-        return {"iteration": number, "stage": name, "seconds": seconds, "peak_gib_by_rank": list(peaks)}
-
-    stages = [stage(-1, "start", 99.0, 1.0, 1.0), stage(0, "generate", 50.0, 200.0, 200.0)]
-    stages += [stage(1, "generate", 4.0, 70.0, 60.0), stage(1, "reference log-probs", 2.0, 50.0, 50.0)]
-    stages += [stage(1, "train", 6.0, 65.0, 90.0), stage(1, "save and export", 8.0, 40.0, 40.0)]
-    whole = {"part": "iteration", "model": "llama3_1_8b", "gpus": 2, "generator": "vllm", "tensor_parallel": 2,
-             "prompts": 512, "result": {"stages": stages, "setup": {"generated_tokens": 256.0}}}  # fmt: skip
-    text = page.scaling_section([file(checkpoint, whole)])
-    assert "| llama3_1_8b | 2 | 48.2 | 3 | 20 | 15 | 9 |" in text
-    assert "| llama3_1_8b | 2 | vllm, 2 ranks share one | 512 | 32,768 | 4 | 2 | 6 | 8 | 20 | 70 to 90 |" in text
-    assert "the 8B's checkpoints on 1, 4, 8; the 8B's iteration on 1, 4, 8." in text

@@ -1,27 +1,21 @@
 """The benchmark's count of work, its arms' gradients, and its command on a tiny model."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
+import arms
 import numpy as np
 import pytest
 import torch
+import training_step
+import work
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "benchmarks"))  # as when one of them runs
-
-import arms  # noqa: E402
-import training_step  # noqa: E402
-import work  # noqa: E402
-
-from spin.core.ranks import shutdown  # noqa: E402
-from spin.data import pack_row  # noqa: E402
-from spin.reference.logprobs import pair_objective, response_logps  # noqa: E402
+from spin.core.ranks import shutdown
+from spin.data import pack_row
+from spin.reference.logprobs import pair_objective, response_logps
 
 
 @pytest.fixture
@@ -156,17 +150,11 @@ def test_all_sections_and_the_table_from_the_file(tmp_path, capsys, monkeypatch)
 
 
 @pytest.mark.slow
-def test_two_ranks_share_the_batch(tmp_path, subprocess_env):
+def test_two_ranks_share_the_batch(measured_by):
     """Both ranks' losses and gradients add up to those of fp32 on all pairs, which the command checks itself."""
-    out = tmp_path / "results.json"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = ["--model", "tiny", "--rounds", "1", "--what", "ladder", "--arms", "padded,long", "--out", str(out)]
-    done = subprocess.run(
-        [*launcher, str(REPO / "benchmarks/training_step.py"), "--device", "cpu", *arguments],
-        env=subprocess_env, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
-    results = json.loads(out.read_text(encoding="utf-8"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = ["--model", "tiny", "--device", "cpu", "--rounds", "1", "--what", "ladder", "--arms", "padded,long"]
+    results, printed = measured_by(*launcher, "benchmarks/training_step.py", *arguments)
     assert results["setup"]["devices"] == 2
     assert results["check"]["long"]["gradient_deviation"] < 1e-5
-    assert done.stdout.count("**Forward and backward**") == 1
+    assert printed.count("**Forward and backward**") == 1

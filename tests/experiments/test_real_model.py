@@ -320,6 +320,7 @@ def test_figures_are_replaced_and_the_text_around_them_stays():
     assert "one" not in again and again.count("two") == 1 and again.endswith("More by hand.\n")
 
 
+@pytest.mark.slow
 def test_an_iteration_that_ends_at_a_target_learns_no_more(tmp_path, tiny_lm, data, monkeypatch):
     """Two steps: a target that is never met changes nothing, one that is met at once takes the second step away."""
     import real_runs

@@ -19,7 +19,7 @@ from tests.faults.hostile import Hang, commands_on, hostile_run, snapshot, time_
 from tests.recipes.helpers import CONFIG, tiny_overrides
 from tests.report_runs import write_run
 
-FOLDERS = 60  # in the default tests; attack_counts.py takes as many as are asked for
+FOLDERS = 60
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from tests.faults.test_signals import ranks_of, wait_for
 from tests.recipes.helpers import CONFIG, metrics_of, tiny_overrides
 from tests.torchrun import FOLDER, run_ranks
 
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
@@ -84,7 +85,6 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(waiting):
     wait_until(lambda: not any(map(is_alive, pids.values())), seconds=2)
 
 
-@pytest.mark.slow
 def test_a_rank_of_a_run_is_stopped_and_the_run_goes_on_from_its_checkpoint(tmp_path, subprocess_env):
     """By the recipe's command line; a rank that merely works is not taken for a silent one."""
     out = tmp_path / "out"

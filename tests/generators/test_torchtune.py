@@ -481,6 +481,7 @@ def test_update_weights_checks_names_and_shapes(make, model):
 # --- sharded ---
 
 
+@pytest.mark.slow
 def test_two_ranks_with_different_work(tmp_path, subprocess_env, prompts, trained, make):
     """FSDP2 on 2 ranks in float32, 6 prompts against none, then all on one: the tokens of the plain model."""
     sampling = {"temperature": 0.9, "max_new_tokens": 12, "stop_token_ids": [EOS]}

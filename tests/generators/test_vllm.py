@@ -20,7 +20,13 @@ from spin.generators.generator import max_response_tokens
 from spin.generators.vllm import INSTALL, vllm_sampling, vllm_version
 from tests.recipes.helpers import REPO, command, metrics_of
 
-needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM; `make vllm` installs it")
+
+def needs_vllm(test):
+    """Its start alone takes longer than ten seconds."""
+    has_none = importlib.util.find_spec("vllm") is None
+    return pytest.mark.slow(pytest.mark.skipif(has_none, reason="no vLLM; `make vllm` installs it")(test))
+
+
 VLLM = [
     "generator=spin.generators.VLLMGenerator",
     "~generator.batch_size",

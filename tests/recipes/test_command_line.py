@@ -156,6 +156,7 @@ def steps_done(output_dir):
     return len(metrics_of(output_dir)) - 1 if (output_dir / "metrics.jsonl").exists() else -1
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(unbroken, tmp_path):
     changes = ("max_iterations=2", "max_epochs=1")
     code, output = interrupt(tmp_path, changes, signal.SIGTERM, lambda: steps_done(tmp_path) >= 1)
@@ -165,6 +166,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(unbroken, tmp_path):
     assert metrics_of(tmp_path) == metrics_of(unbroken[0])
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_model_and_data_have_moved_goes_on(unbroken, tmp_path):
     """Nothing that is written knows where it lies; a sample without an id is named by its file's name and row."""
     changes = ("max_iterations=2", "max_epochs=1")
@@ -180,6 +182,7 @@ def test_a_run_whose_folder_model_and_data_have_moved_goes_on(unbroken, tmp_path
     assert not list(after.rglob("*.stale*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["playing", "fitting", "second iteration"])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(unbroken, tmp_path, moment):
     """SIGKILL after the first shard of answers, in the middle of an epoch, and in the next iteration."""

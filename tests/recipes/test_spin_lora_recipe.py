@@ -160,6 +160,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(dora_run, tmp_path, step
     assert resumed.final_weights == recipe.final_weights
 
 
+@pytest.mark.slow
 def test_qlora_trains_and_resumes(tiny_lm, tmp_path):
     """NF4 base of bf16, fp32 adapters. Iterations start at ln 2; the stopped run is the other one, bit for bit."""
     base = quantizable(tiny_lm, tmp_path / "base")

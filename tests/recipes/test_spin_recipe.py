@@ -377,6 +377,7 @@ def test_row_length_and_batch_plan_do_not_change_the_gradient(tmp_path):
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_per_layer_compile_changes_nothing_but_rounding(tmp_path):
     changes = (
         "max_steps=2",

@@ -123,6 +123,7 @@ def test_an_evaluation_asks_with_the_date_of_the_run(tmp_path, template, tiny_lm
         assert days_in(tmp_path / "out/answers" / name, tiny_lm) == {"2026-01-31"}
 
 
+@pytest.mark.slow
 def test_ranks_on_two_sides_of_midnight(tmp_path, template, tiny_lm):
     """Each rank has a day of its own; rank 0's counts."""
     script = tmp_path / "ranks.py"

@@ -1,0 +1,98 @@
+"""The import floors of spin/. ``python tests/test_floors.py`` prints the drawing that CONTRIBUTING.md shows."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+FLOORS = (
+    ("core",),
+    ("loss", "types"),
+    ("pairs", "config"),
+    ("data", "model"),
+    ("generators", "checkpoint", "run"),
+    ("reference", "evaluation", "report"),
+    ("training",),
+    ("cli", "recipes"),
+)
+FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+# arrows that still go up or sideways, by module; to be empty
+NOT_YET = {
+    "spin.config.checks": {"generators", "model", "pairs", "run", "training"},
+    "spin.loss": {"pairs"},
+    "spin.model.build": {"generators"},
+}
+CIRCLES = {"spin.config.catalog", "spin.data.stream"}  # of two modules each; to be empty
+
+
+def module_name(file: Path) -> str:
+    return ".".join(file.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_name(file): file for folder in ("spin", "recipes") for file in (REPO / folder).rglob("*.py")}
+
+
+def imports_of(module: str) -> set[str]:
+    """Modules of spin that one imports, wherever in its text."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "spin":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & MODULES.keys()
+    return found - {module}
+
+
+IMPORTS = {module: imports_of(module) for module in MODULES}
+
+
+def part_of(module: str) -> str:
+    """The folder, or file, of spin/ that a module belongs to."""
+    return module.split(".")[1] if module.startswith("spin.") else module.split(".")[0]
+
+
+def draw() -> str:
+    """Each folder with the folders that it imports from, top floor first."""
+    lines = []
+    for floor, parts in reversed(list(enumerate(FLOORS))):
+        for part in parts:
+            below = {part_of(name) for module in MODULES if part_of(module) == part for name in IMPORTS[module]}
+            below = sorted(below & FLOOR_OF.keys() - {part}, key=lambda name: (-FLOOR_OF[name], name))
+            suffix = ".py" if part in ("loss", "types") else "/"
+            lines.append(f"{floor}  {part + suffix:<12}" + (f" <- {', '.join(below)}" if below else ""))
+    return "\n".join(lines)
+
+
+def test_spin_holds_folders_and_four_files():
+    files = {path.name for path in (REPO / "spin").iterdir() if path.is_file()}
+    assert files == {"__init__.py", "__main__.py", "loss.py", "types.py", "py.typed"}
+    assert {part_of(module) for module in MODULES} - {"spin", "__main__"} == FLOOR_OF.keys()
+
+
+def test_imports_go_down():
+    up = {
+        module: {part_of(name) for name in names if FLOOR_OF[part_of(name)] >= FLOOR_OF[part_of(module)]}
+        - {part_of(module)}
+        for module, names in ((m, n - {"spin"}) for m, n in IMPORTS.items() if part_of(m) in FLOOR_OF)
+    }
+    assert {module: parts for module, parts in up.items() if parts} == NOT_YET
+
+
+def test_no_modules_import_in_a_circle():
+    allowed = {module: names - {"spin"} for module, names in IMPORTS.items() if module not in CIRCLES}
+    try:
+        TopologicalSorter(allowed).prepare()
+    except CycleError as error:
+        raise AssertionError(" <- ".join(error.args[1])) from None
+
+
+def test_the_drawing_is_true():
+    drawn = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8").split("```\n7  cli/", 1)
+    assert len(drawn) == 2 and f"7  cli/{drawn[1].split('```')[0]}".strip() == draw(), draw()
+
+
+if __name__ == "__main__":
+    print(draw())
