@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         help="build the folder's architecture in transformers, with few layers and random weights, and compare logits",
     )
     arguments, overrides = config.parse_overrides(parser, argv)
-    log = logging.getLogger("spin.data.read")
+    log = logging.getLogger("spin.data.samples")
     level = log.level
     log.setLevel(logging.ERROR)  # what it warns of is printed below
     try:
@@ -273,7 +273,7 @@ class Validation:
         lines += [f"of {needed:,} that an iteration can play: {', '.join(shares)}"] if shares else []
         for what, lengths in (("prompts", prompts.prompt_lengths), ("real responses", prompts.real_lengths)):
             lines.append(f"{what}: {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
-        lines += [f"left out or cut: {reason} {count:,}" for reason, count in report.counts.items()]
+        lines += [f"left out or truncated: {reason} {count:,}" for reason, count in report.counts.items()]
         lines += [f"  {example}" for example in report.examples[:3]]
         lines += [f"read with a change: {change} {count:,}" for change, count in report.changes.items()]
         lines += [f"not used: {', '.join(report.unused)}"] if report.unused else []

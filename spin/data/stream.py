@@ -9,7 +9,9 @@ from typing import Any
 from spin.core.errors import DataError
 from spin.data.dataset import PromptDataset
 from spin.data.order import iteration_samples, permutation
+from spin.data.samples import MAX_FINDINGS, EncodedRow, SampleFilter
 from spin.data.sources import Row
+from spin.types import Prompt
 
 
 class PromptStream:
@@ -83,20 +85,48 @@ class PromptStream:
         return "streamed"
 
 
+def iteration_windows(
+    rows: Iterator[EncodedRow | None], new_filter: Callable[[], SampleFilter], size: int
+) -> Iterator[PromptDataset]:
+    """Consecutive windows of an endless stream of rows, where None marks the end of the source."""
+    left: EncodedRow = []  # of a row whose first conversations filled the window before
+    while True:
+        window, repeats, ends = new_filter(), frozenset[str](), 0
+        samples: list[Prompt] = []
+        while len(samples) < size:
+            if left:
+                of_row, left = left, []
+            elif (read := next(rows)) is not None:
+                of_row = read
+                window.count_row(of_row)
+            else:
+                window.raise_errors()
+                ends, repeats = ends + 1, frozenset(prompt.sample_id for prompt in samples)
+                if ends == 2:  # the whole source was read for this window
+                    break
+                continue
+            for number, (conversation, ids) in enumerate(of_row):
+                if len(samples) == size:
+                    left = of_row[number:]
+                    break
+                if conversation.sample_id not in repeats and (prompt := window.accept(conversation, ids)) is not None:
+                    samples.append(prompt)
+            window.raise_errors(at_least=MAX_FINDINGS)  # not after the whole of a source of bad rows
+        report = window.report(len(samples))
+        if len(samples) < size:
+            raise DataError(
+                f"{window.label} has {len(samples)} usable samples, dataset.limit={size} asks for more in each "
+                f"iteration. Set dataset.limit={len(samples)} or less."
+            )
+        yield PromptDataset(samples, report)
+
+
 def shuffled_rows(rows: Iterable[Row], buffer: int, seed: int, pass_number: int) -> Iterator[Row]:
     """Rows in another order, a block of consecutive rows at a time.
 
     A block's order depends on its number, not on what was read before. So the place in the stream is the number of
-    rows that were taken, which the usual shuffle buffer (a random one of the next n) does not offer.
-
-    Args:
-        rows (Iterable[Row]): in the order of the source.
-        buffer (int): rows of a block, the most that are in memory; 0 or 1 leaves the order.
-        seed (int): decides the order.
-        pass_number (int): how often the source was read before; each pass has an order of its own.
-
-    Yields:
-        Row: the same rows.
+    rows that were taken, which the usual shuffle buffer (a random one of the next n) does not offer. With a buffer of
+    0 or 1 the order stays; each pass over the source has an order of its own.
     """
     if buffer < 2:
         yield from rows

@@ -90,7 +90,7 @@ def test_message_transform_takes_the_place_of_the_format(source):
             prompt_dataset(Letters(), source=path, message_transform=transform, **options)
 
 
-def test_all_turns_are_games_of_their_own(source):
+def test_all_turns_are_conversations_of_their_own(source):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     row = {"id": "m", "messages": [{"role": role, "content": content} for role, content in turns]}
     dataset = prompt_dataset(Letters(), source=source(row), turns="all")
@@ -113,12 +113,17 @@ def test_all_bad_rows_are_reported_at_once_with_place_reason_and_remedy(source):
     assert lines[5].startswith("  data.jsonl:6: column 'id' holds [1]")
 
 
-def test_list_of_bad_rows_stops_at_twenty(source):
+def test_equal_faults_are_one_line_with_their_first_places_and_at_most_twenty_are_shown(source):
     with pytest.raises(DataError) as caught:
-        prompt_dataset(Letters(), source=source(*[pair(response="")] * 23, pair()))
+        prompt_dataset(Letters(), source=source(*[pair(response="")] * 23, pair(), pair(response="?")))
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("23 samples in 24 rows") and len(lines) == 22
-    assert lines[20].startswith("  data.jsonl:20:") and lines[21] == "  ... and 3 more"
+    assert lines[0].startswith("24 samples in 25 rows") and len(lines) == 3
+    assert lines[1].startswith("  data.jsonl:1, data.jsonl:2, data.jsonl:3 and 20 more: message 1 (role 'assistant')")
+    assert lines[2].startswith("  data.jsonl:25: the template refuses")
+    with pytest.raises(DataError) as caught:
+        prompt_dataset(Letters(), source=source(*[pair(id=[number]) for number in range(23)]))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 22 and lines[20].startswith("  data.jsonl:20: ") and lines[21] == "  ... and 3 more"
 
 
 def test_skipped_rows_are_counted_and_named(source, caplog):
@@ -128,12 +133,12 @@ def test_skipped_rows_are_counted_and_named(source, caplog):
     assert dataset.sample_ids == ["data-1", "data-4"]
     assert dataset.report.counts == {"bad_row": 2}
     assert dataset.report.examples[0].startswith("data.jsonl:2: not valid JSON")
-    assert "2 samples from 4 rows; left out or cut: bad_row 2" in caplog.text
+    assert "2 samples from 4 rows; left out or truncated: bad_row 2" in caplog.text
     assert "data.jsonl:3: message 1" in caplog.text
 
 
 def test_all_rows_bad_is_an_error_even_when_skipped(source):
-    with pytest.raises(DataError, match=r"No sample is left of 2 rows of .* \(bad_row 2\):\n  data\.jsonl:1: "):
+    with pytest.raises(DataError, match=r"No sample is left of 2 rows of .* \(bad_row 2\):\n  data\.jsonl:1, data\.jsonl:2: "):
         prompt_dataset(Letters(), source=source("x", "y"), on_bad_row="skip")
 
 
