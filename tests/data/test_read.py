@@ -138,7 +138,7 @@ def test_skipped_rows_are_counted_and_named(source, caplog):
 
 
 def test_all_rows_bad_is_an_error_even_when_skipped(source):
-    with pytest.raises(DataError, match=r"No sample is left of 2 rows of .* \(bad_row 2\):\n  data\.jsonl:1, data\.jsonl:2: "):
+    with pytest.raises(DataError, match=r"No sample is left of 2 rows of .* \(bad_row 2\):\n  data\.jsonl:1, data"):
         prompt_dataset(Letters(), source=source("x", "y"), on_bad_row="skip")
 
 
