@@ -54,11 +54,9 @@ def real_model() -> Path:
 @pytest.fixture
 def subprocess_env() -> dict[str, str]:
     """Environment for a command that imports this checkout, one thread a process, no launcher variables."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    env = {key: value for key, value in os.environ.items() if key not in launcher}
-    inherited = env.get("PYTHONPATH")
-    paths = [str(REPO), str(REPO / "recipes"), *([inherited] if inherited else [])]
-    return {**env, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    from tests.recipes.helpers import environment
+
+    return environment()
 
 
 @pytest.fixture(scope="session")

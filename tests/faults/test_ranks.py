@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from spin.checkpoint.states import SPINCheckpointer
-from tests.faults.test_signals import ranks_of, wait_for
-from tests.recipes.helpers import CONFIG, metrics_of, tiny_overrides
+from tests.recipes.helpers import command, command_line, metrics_of, ranks_of, start, steps_done, wait_for
 from tests.torchrun import FOLDER, run_ranks
 
 pytestmark = pytest.mark.slow
@@ -27,13 +25,6 @@ def is_alive(pid):
         return False
 
 
-def wait_until(is_time, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not is_time():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_ranks_that_were_given_different_things_refuse_alike(tmp_path, subprocess_env):
     """Config values, weights, data, tokenizer; before anything is written."""
     output = run_ranks("unlike.py", subprocess_env, tmp_path)
@@ -41,15 +32,13 @@ def test_ranks_that_were_given_different_things_refuse_alike(tmp_path, subproces
 
 
 @pytest.fixture
-def waiting(subprocess_env, tmp_path):
+def waiting(tmp_path):
     """Two ranks that wait for each other: the launcher, their process ids, and where their output goes."""
     log = tmp_path / "log"
     with log.open("wb") as out:
-        command = [*TORCHRUN, str(FOLDER / "waiting.py"), "3"]
-        process = subprocess.Popen(command, env=subprocess_env, stdout=out, stderr=out)
+        process = start([*TORCHRUN, str(FOLDER / "waiting.py"), "3"], stdout=out, stderr=out)
     wait_for(process, lambda: log.read_text().count("ready") == 2)
-    pids = {int(rank): int(pid) for rank, pid in re.findall(r"ready (\d) (\d+)", log.read_text())}
-    assert len(pids) == 2, log.read_text()
+    pids = ranks_of(process)
     yield process, pids, log
     for pid in (process.pid, *pids.values()):
         if is_alive(pid):
@@ -57,42 +46,46 @@ def waiting(subprocess_env, tmp_path):
     process.wait()
 
 
+def wait_until_dead(*pids, seconds=60):
+    deadline = time.monotonic() + seconds
+    while any(map(is_alive, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("silent", [0, 1])
 def test_a_rank_that_is_stopped_ends_the_others_by_name(waiting, silent):
     process, pids, log = waiting
     os.kill(pids[silent], signal.SIGSTOP)
-    started = time.monotonic()
-    wait_until(lambda: not is_alive(pids[1 - silent]))
-    assert time.monotonic() - started < 30
+    wait_until_dead(pids[1 - silent], seconds=30)
     who = rf"error \(rank {1 - silent}\): rank {silent} \(host \S+, process {pids[silent]}\)"
     what = rf" has been silent for [34] s.*Its last stage: dance of rank {silent}\."
     assert re.search(who + what, log.read_text()), log.read_text()
     process.kill()  # else it waits 30 seconds for the stopped one
-    wait_until(lambda: not is_alive(pids[silent]), seconds=5)
+    wait_until_dead(pids[silent], seconds=5)
 
 
 def test_a_launcher_that_is_stopped_ends_its_ranks(waiting):
     """It holds the store that the ranks meet at."""
     process, pids, log = waiting
     os.kill(process.pid, signal.SIGSTOP)
-    wait_until(lambda: not any(map(is_alive, pids.values())))
+    wait_until_dead(*pids.values())
     assert "the store of the ranks at" in log.read_text()
 
 
 def test_a_launcher_that_is_killed_takes_its_ranks_along(waiting):
     process, pids, _ = waiting
     process.kill()
-    wait_until(lambda: not any(map(is_alive, pids.values())), seconds=2)
+    wait_until_dead(*pids.values(), seconds=2)
 
 
-def test_a_rank_of_a_run_is_stopped_and_the_run_goes_on_from_its_checkpoint(tmp_path, subprocess_env):
+def test_a_rank_of_a_run_is_stopped_and_the_run_goes_on_from_its_checkpoint(tmp_path):
     """By the recipe's command line; a rank that merely works is not taken for a silent one."""
     out = tmp_path / "out"
-    command = [*TORCHRUN, "-m", "spin_recipe", "--config", str(CONFIG), *tiny_overrides(out)]
-    command += ["max_iterations=1", "max_epochs=1", "save_interval=1", "validation_dataset=null"]
-    command += ["distributed_timeout_seconds=4"]
-    process = subprocess.Popen(command, env=subprocess_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for(process, lambda: (out / "metrics.jsonl").exists() and len(metrics_of(out)) >= 2)
+    changes = ["max_iterations=1", "max_epochs=1", "save_interval=1", "validation_dataset=null"]
+    changes += ["distributed_timeout_seconds=4"]
+    process = start(command_line(out, *changes, nproc=2))
+    wait_for(process, lambda: steps_done(out) >= 2)
     stopped = ranks_of(process)[1]
     os.kill(stopped, signal.SIGSTOP)
     output, _ = process.communicate(timeout=120)
@@ -100,6 +93,6 @@ def test_a_rank_of_a_run_is_stopped_and_the_run_goes_on_from_its_checkpoint(tmp_
     assert re.search(r"error \(rank 0\): rank 1 \(host \S+, process \d+\) has been silent", output), output[-3000:]
     checkpointer = SPINCheckpointer(str(tmp_path), "LLAMA3_2", str(out))
     assert checkpointer.latest() is not None
-    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=240)
+    done = command(out, *changes, nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [row["step"] for row in metrics_of(out)] == [1, 2, 3, 4, 5]

@@ -4,11 +4,8 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import spin_recipe
@@ -17,8 +14,22 @@ from spin_recipe import SPINRecipe
 import spin.checkpoint.states
 from spin.core.errors import ConfigError
 from spin.run.stopping import StopRequest, parse_signals, resume_command
-from tests.faults.test_kills import descendants
-from tests.recipes.helpers import CONFIG, REPO, metrics_of, run, tiny_overrides
+from tests.recipes.helpers import (
+    CONFIG,
+    REPO,
+    command,
+    command_line,
+    environment,
+    free_port,
+    metrics_of,
+    ranks_of,
+    run,
+    signalled,
+    start,
+    steps_done,
+    tiny_overrides,
+    wait_for,
+)
 
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null")
 
@@ -29,51 +40,32 @@ def unbroken(tmp_path_factory):
     return output_dir, run(output_dir, "max_iterations=1", "max_epochs=2")
 
 
-def wait_for(process, is_time):
-    deadline = time.monotonic() + 200
-    while not is_time() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def ranks_of(process):
-    """Ranks of a torchrun, by number."""
-    found = {}
-    for pid in descendants(process.pid):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
-        found |= {int(each.removeprefix("RANK=")): pid for each in environment if each.startswith("RANK=")}
-    return found
-
-
 def told_command(output):
     return re.search(r"goes on from here:\n(.+)\n", output)[1]
 
 
 @pytest.mark.slow
-def test_one_of_two_ranks_gets_the_signal_and_both_stop(tmp_path, subprocess_env):
-    """SIGUSR1, as SLURM sends it, to rank 1 alone; then the command that was told, as a shell runs it."""
+def test_one_of_two_ranks_gets_the_signal_and_both_stop(tmp_path):
+    """SIGUSR1, as SLURM sends it, to rank 1 alone; then the command that was shown, as a shell runs it."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "torchtune._cli.tune", "run", "--nproc_per_node", "2", "spin_recipe"]
-    command += ["--config", str(CONFIG), *tiny_overrides(out), *SHORT]
-    process = subprocess.Popen(
-        command, env=subprocess_env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
-    )
-    wait_for(process, lambda: (out / "metrics.jsonl").exists() and metrics_of(out))
+    words = command_line(out, *SHORT, nproc=2)
+    process = start(words, cwd=tmp_path)
+    wait_for(process, lambda: steps_done(out))
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output[-3000:]
-    done = len(metrics_of(out))
+    done = steps_done(out)
     assert 1 <= done < 5
     assert (out / "checkpoints" / f"step_{done:08d}" / "manifest.json").exists()
     again = told_command(output)
-    assert shlex.split(again)[-len(command[8:]) :] == command[8:] and "--nproc_per_node 2" in again
-    finished = subprocess.run(again, shell=True, env=subprocess_env, capture_output=True, text=True, timeout=240)
+    assert shlex.split(again)[-len(words[7:]) :] == words[7:] and "--nproc_per_node 2" in again
+    finished = subprocess.run(again, shell=True, env=environment(), capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr[-3000:]
     assert [row["step"] for row in metrics_of(out)] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.slow
-def test_slurm_script_of_the_documentation(tmp_path, subprocess_env):
+def test_slurm_script_of_the_documentation(tmp_path):
     """The script as it stands in docs/reliability.md, with stand-ins for SLURM's commands and a small run.
 
     SLURM signals the script; the script the step; the run saves and ends; the job is queued again. The second job ends
@@ -82,9 +74,7 @@ def test_slurm_script_of_the_documentation(tmp_path, subprocess_env):
     script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.+?)```", (REPO / "docs/reliability.md").read_text(), re.S)[1]
     arguments = shlex.join(["--config", str(CONFIG), *tiny_overrides(tmp_path / "out"), *SHORT])
     assert script.count("--config llama3_1/8B_full output_dir=$HOME/spin") == 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        script = script.replace("MASTER_PORT=29500", f"MASTER_PORT={probe.getsockname()[1]}")
+    script = script.replace("MASTER_PORT=29500", f"MASTER_PORT={free_port()}")
     (tmp_path / "job.sh").write_text(
         script.replace("--config llama3_1/8B_full output_dir=$HOME/spin", arguments).replace(
             " python ", f" {sys.executable} "
@@ -101,17 +91,14 @@ def test_slurm_script_of_the_documentation(tmp_path, subprocess_env):
     for name, text in commands.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
-    env = subprocess_env | {
+    env = environment() | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "77", "SLURM_NTASKS": "1", "SLURM_JOB_NODELIST": "here",
     }  # fmt: skip
     job = ["bash", str(tmp_path / "job.sh")]
-    process = subprocess.Popen(job, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     out = tmp_path / "out"
-    wait_for(process, lambda: (out / "metrics.jsonl").exists() and metrics_of(out))
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output[-3000:]
+    code, output = signalled(job, signal.SIGUSR1, lambda: steps_done(out), env=env)
+    assert code == 0, output[-3000:]
     assert (tmp_path / "asked").read_text() == "requeue 77\n"
     assert 1 <= len(metrics_of(out)) < 5
     done = subprocess.run(job, env=env, capture_output=True, text=True, timeout=240)
@@ -213,32 +200,26 @@ def test_the_command_under_every_launcher(monkeypatch):
     assert resume_command().startswith(f"on each host: {launcher} --nnodes 4 ")
 
 
-def interrupted(out, env, is_time, *overrides):
-    """A run that gets a Ctrl-C, and its output. A shell's background jobs ignore SIGINT, as their children would."""
-    command = [sys.executable, str(REPO / "recipes" / "spin_recipe.py"), "--config", str(CONFIG)]
-    process = subprocess.Popen(
-        [*command, *tiny_overrides(out), *SHORT, *overrides],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )  # fmt: skip
-    wait_for(process, is_time)
-    process.send_signal(signal.SIGINT)
-    return process, process.communicate(timeout=200)[0]
-
-
 @pytest.mark.slow
-def test_ctrl_c_saves(tmp_path, subprocess_env):
-    """And where it does not, stop_signals=[], it ends the run without a traceback."""
-    out = tmp_path / "out"
-    process, output = interrupted(out, subprocess_env, lambda: (out / "metrics.jsonl").exists() and metrics_of(out))
-    assert process.returncode == 0, output
-    assert "Ctrl-C again ends at once" in output and told_command(output)
-    states = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
-    assert states[-1] == f"step_{metrics_of(out)[-1]['step']:08d}"
+@pytest.mark.parametrize("stops", [True, False])
+def test_ctrl_c(tmp_path, stops):
+    """It saves; with stop_signals=[] it ends the run without a traceback.
 
-    out = tmp_path / "other"
-    process, output = interrupted(out, subprocess_env, (out / "config.yaml").exists, "stop_signals=[]")
-    assert process.returncode == 130 and "error: interrupted." in output and "Traceback" not in output
+    A shell's background jobs ignore SIGINT, as their children would.
+    """
+    out = tmp_path / "out"
+    program = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
+    words = command_line(out, *SHORT, *([] if stops else ["stop_signals=[]"]), program=program)
+    moment = (lambda: steps_done(out)) if stops else (out / "config.yaml").exists
+    unignored = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    code, output = signalled(words, signal.SIGINT, moment, **unignored)
+    if stops:
+        assert code == 0, output
+        assert "Ctrl-C again ends at once" in output and told_command(output)
+        states = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
+        assert states[-1] == f"step_{metrics_of(out)[-1]['step']:08d}"
+    else:
+        assert code == 130 and "error: interrupted." in output and "Traceback" not in output
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch, capfd):
@@ -270,21 +251,18 @@ def test_signals_by_name():
 
 
 @pytest.mark.slow
-def test_a_worker_of_spin_generate_stops_as_a_run_does(tmp_path, subprocess_env):
-    """A signal ends it with exit code 0 and whole shards; max_time too; the command that was told makes the others."""
+def test_a_worker_of_spin_generate_stops_as_a_run_does(tmp_path):
+    """A signal ends it with exit code 0 and whole shards; max_time too; the command that was shown makes the others."""
     out = tmp_path / "out"
     folder = out / "iteration_000" / "responses"
-    command = [sys.executable, str(REPO / "recipes" / "spin_generate.py"), "--config", str(CONFIG)]
-    command += [*tiny_overrides(out), "pairs.prompts_per_shard=1", "generator.batch_size=1"]
-    options = {"env": subprocess_env, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, **options)
-    wait_for(process, lambda: (folder / "shard-00000.parquet").exists())
-    process.send_signal(signal.SIGUSR1)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    program = [sys.executable, str(REPO / "recipes" / "spin_generate.py")]
+    few = ("pairs.prompts_per_shard=1", "generator.batch_size=1")
+    words = command_line(out, *few, program=program)
+    code, output = signalled(words, signal.SIGUSR1, (folder / "shard-00000.parquet").exists)
+    assert code == 0, output
     made = len(list(folder.glob("shard-*.parquet")))
-    done = subprocess.run([*command, "max_time=00:00:00:00"], timeout=120, **options)
-    assert done.returncode == 0 and "stopped as asked" in done.stdout, done.stdout
+    done = command(out, *few, "max_time=00:00:00:00", program=program)
+    assert done.returncode == 0 and "stopped as asked" in done.stderr, done.stderr
     assert len(list(folder.glob("shard-*.parquet"))) == made < 20
-    done = subprocess.run(shlex.split(told_command(output)), timeout=120, **options)
-    assert done.returncode == 0 and "All 20 shards are there" in done.stdout, done.stdout
+    output, _ = start(shlex.split(told_command(output))).communicate(timeout=120)
+    assert "All 20 shards are there" in output, output

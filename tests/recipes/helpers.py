@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import spin_recipe
@@ -14,6 +16,7 @@ from spin.model.fingerprint import weights_fingerprint
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "tests" / "assets" / "tiny.yaml"
+TINY_LORA = CONFIG.with_name("tiny_lora.yaml")
 # not the same in two runs
 TIMES = ("step_time", "pairs_per_second", "tokens_per_second", "validation_step_time")
 
@@ -28,19 +31,31 @@ def tiny_overrides(output_dir):
     ]
 
 
-def tiny_config(output_dir, *overrides):
+def tiny_config(output_dir, *overrides, config=CONFIG):
     """The test config, complete, as the command line would hand it to the recipe."""
-    return complete(load_config(str(CONFIG), [*tiny_overrides(output_dir), *overrides]), spin_recipe.DEFAULTS)
+    return complete(load_config(str(config), [*tiny_overrides(output_dir), *overrides]), spin_recipe.DEFAULTS)
 
 
-def run(output_dir, *overrides, recipe_class=spin_recipe.SPINRecipe):
+def run(output_dir, *overrides, recipe_class=spin_recipe.SPINRecipe, config=CONFIG):
     """One run from start to end in this process."""
-    recipe = recipe_class(tiny_config(output_dir, *overrides))
+    recipe = recipe_class(tiny_config(output_dir, *overrides, config=config))
     recipe.setup()
     recipe.train()
     recipe.final_weights = weights_fingerprint(recipe._model)
     recipe.cleanup()
     return recipe
+
+
+def stops_at(step, recipe_class=spin_recipe.SPINRecipe):
+    """A recipe that is asked to stop, as by SIGTERM, after a number of steps."""
+
+    class StopsAt(recipe_class):
+        def train_single_step(self, batch):
+            if self._progress.step + 1 == step:
+                self._stop.note(signal.SIGTERM, None)
+            return super().train_single_step(batch)
+
+    return StopsAt
 
 
 def metrics_of(output_dir, with_times=False):
@@ -57,21 +72,66 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def command(output_dir, *overrides, recipe="spin_recipe", nproc=1, config=CONFIG, cwd=None, program=None, timeout=240):
-    """One run by the command line, ``tune run`` unless a program is given; the finished process."""
+def command_line(output_dir, *overrides, recipe="spin_recipe", nproc=1, config=CONFIG, program=None):
+    """``tune run``, unless a program is given, with the paths of the test model and data."""
+    tune = [sys.executable, "-m", "torchtune._cli.tune", "run"]
+    ranks = ["--nproc_per_node", str(nproc)] if nproc > 1 else []
     base = tiny_overrides(output_dir) if recipe != "spin_evaluate" else [f"output_dir={output_dir}"]
-    launcher = [sys.executable, "-m", "torchtune._cli.tune", "run"]
-    if nproc > 1:
-        launcher += ["--nproc_per_node", str(nproc)]
-    launcher = program or [*launcher, recipe]
-    env = {
-        k: v
-        for k, v in os.environ.items()
-        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    }
-    env["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "recipes"), env.get("PYTHONPATH", "")])
-    env["OMP_NUM_THREADS"] = "1"
-    return subprocess.run(
-        [*launcher, "--config", str(config), *base, *overrides],
-        cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout,
-    )  # fmt: skip
+    return [*(program or [*tune, *ranks, recipe]), "--config", str(config), *base, *overrides]
+
+
+def environment():
+    """For a command that imports this checkout: one thread a process, no launcher's variables."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in launcher}
+    paths = [str(REPO), str(REPO / "recipes"), *filter(None, [env.get("PYTHONPATH")])]
+    return {**env, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+
+
+def command(output_dir, *overrides, cwd=None, timeout=240, **how):
+    """One run by the command line; the finished process."""
+    words = command_line(output_dir, *overrides, **how)
+    return subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def start(words, **options):
+    """A process whose stdout and stderr are one text, the one that ``communicate`` gives."""
+    options = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
+    return subprocess.Popen(words, **options)
+
+
+def wait_for(process, moment, seconds=200):
+    """Until a process is so far, or has ended."""
+    deadline = time.monotonic() + seconds
+    while not moment() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def signalled(words, signal_number, moment, **options):
+    """Starts a process and signals it at a moment: its exit code, and what it wrote."""
+    process = start(words, **options)
+    wait_for(process, moment)
+    process.send_signal(signal_number)
+    output, _ = process.communicate(timeout=200)
+    return process.returncode, output
+
+
+def steps_done(output_dir):
+    """Lines of metrics.jsonl so far."""
+    return len(metrics_of(output_dir)) if (output_dir / "metrics.jsonl").exists() else 0
+
+
+def descendants(pid):
+    """Processes below a process, deepest first."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [each for child in map(int, children) for each in (*descendants(child), child)]
+
+
+def ranks_of(process):
+    """Process ids of a launcher's ranks, by rank."""
+    found = {}
+    for pid in descendants(process.pid):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        found |= {int(each.removeprefix("RANK=")): pid for each in variables if each.startswith("RANK=")}
+    return found

@@ -1,19 +1,30 @@
 """The recipes as users start them: `tune run`, one and two processes, a copied file, and errors without a traceback."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+import spin_generate
+import spin_recipe
 import torch
 from spin_recipe import SPINRecipe
 
-from tests.recipes.helpers import CONFIG, REPO, command, metrics_of, run, tiny_config, tiny_overrides
+from tests.recipes.helpers import (
+    REPO,
+    command,
+    command_line,
+    environment,
+    metrics_of,
+    run,
+    signalled,
+    steps_done,
+    tiny_config,
+)
 
+RECIPE = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
 SHORT = ("max_iterations=1", "max_epochs=1", "limit_train_batches=2")
 
 
@@ -58,7 +69,7 @@ def test_the_gradient_does_not_depend_on_rows_or_ranks(tmp_path):
         done = subprocess.run(
             [*torchrun, str(ranks), script, str(tmp_path / name), str(tmp_path / f"{name}_run")]
             + [f"pairs.row_tokens={row_tokens}"],
-            env=_env(), capture_output=True, text=True, timeout=240,
+            env=environment(), capture_output=True, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         parts = torch.load(tmp_path / name, weights_only=True)
@@ -130,48 +141,24 @@ def test_generation_elsewhere_gives_the_run_that_generates_itself(one_process, t
     assert metrics_of(tmp_path) == metrics_of(one_process)
 
 
-def interrupt(output_dir, changes, signal_number, is_time):
-    """Starts the recipe and sends it a signal as soon as ``is_time()``; its exit code and output."""
-    process = subprocess.Popen(
-        [sys.executable, str(REPO / "recipes" / "spin_recipe.py"), "--config", str(CONFIG)]
-        + [*tiny_overrides(output_dir), *changes],
-        env=_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not is_time() and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal_number)
-    output, _ = process.communicate(timeout=120)
-    return process.returncode, output
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("unbroken")
     return output_dir, run(output_dir, "max_iterations=2", "max_epochs=1").final_weights
 
 
-def steps_done(output_dir):
-    return len(metrics_of(output_dir)) - 1 if (output_dir / "metrics.jsonl").exists() else -1
+def signalled_at(step, output_dir, changes, signal_number):
+    """The recipe's command, signalled when a step's metrics are written: exit code and output."""
+    words = command_line(output_dir, *changes, program=RECIPE)
+    return signalled(words, signal_number, lambda: steps_done(output_dir) > step)  # there is a line for step 0
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(unbroken, tmp_path):
-    changes = ("max_iterations=2", "max_epochs=1")
-    code, output = interrupt(tmp_path, changes, signal.SIGTERM, lambda: steps_done(tmp_path) >= 1)
-    assert code == 0, output[-3000:]
-    assert "goes on from here" in output
-    assert run(tmp_path, *changes).final_weights == unbroken[1]
-    assert metrics_of(tmp_path) == metrics_of(unbroken[0])
-
-
-@pytest.mark.slow
-def test_a_run_whose_folder_model_and_data_have_moved_goes_on(unbroken, tmp_path):
+def test_a_stopped_run_goes_on_where_its_folder_model_and_data_have_moved_to(unbroken, tmp_path):
     """Nothing that is written knows where it lies; a sample without an id is named by its file's name and row."""
     changes = ("max_iterations=2", "max_epochs=1")
-    code, output = interrupt(tmp_path / "before", changes, signal.SIGTERM, lambda: steps_done(tmp_path / "before") >= 1)
-    assert code == 0, output[-3000:]
+    code, output = signalled_at(1, tmp_path / "before", changes, signal.SIGTERM)
+    assert code == 0 and "goes on from here" in output, output[-3000:]
     (tmp_path / "elsewhere").mkdir()
     after = (tmp_path / "before").rename(tmp_path / "elsewhere" / "after")
     model = shutil.copytree(REPO / "tests" / "assets" / "tiny_lm", tmp_path / "elsewhere" / "model")
@@ -183,62 +170,44 @@ def test_a_run_whose_folder_model_and_data_have_moved_goes_on(unbroken, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["playing", "fitting", "second iteration"])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(unbroken, tmp_path, moment):
-    """SIGKILL after the first shard of answers, in the middle of an epoch, and in the next iteration."""
-    moments = {
-        "playing": lambda: (tmp_path / "iteration_000" / "responses" / "shard-00000.parquet").exists(),
-        "fitting": lambda: steps_done(tmp_path) >= 3,
-        "second iteration": lambda: steps_done(tmp_path) >= 6,
-    }
+def test_a_killed_run_goes_on_as_if_it_had_not_been(unbroken, tmp_path):
+    """SIGKILL in the second iteration; tests/faults/test_kills.py kills everywhere else."""
     changes = ("max_iterations=2", "max_epochs=1")
-    code, output = interrupt(tmp_path, changes, signal.SIGKILL, moments[moment])
+    code, output = signalled_at(6, tmp_path, changes, signal.SIGKILL)
     assert code == -signal.SIGKILL, output[-3000:]
     assert run(tmp_path, *changes).final_weights == unbroken[1]
     assert metrics_of(tmp_path) == metrics_of(unbroken[0])
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("program", "changes", "words"),
     [
-        (["loss.betta=0.1"], ["betta", "beta"]),
-        (["generator._component_=os.system"], ["os.system"]),
-        (["model.max_seq_len=24"], ["dataset", "max_seq_len=24", "jargon_train.jsonl:"]),
-        (["checkpointer.checkpoint_dir=/nowhere"], ["/nowhere"]),
-        (["model.vocab_size=1000"], ["knows 1024 token ids", "has 1000", "sample 'jargon-"]),
-        (["global_batch_size=400"], ["global_batch_size"]),
-        (["loss.beta=[0.1,0.2,0.3]"], ["loss.beta", "2 iterations"]),
-        (["loss.loss_type=logistics"], ["loss.loss_type='logistics'", "logistic"]),
-        (["loss.label_smoothing=0.5"], ["loss.label_smoothing=0.5", "[0, 0.5)"]),
+        (spin_recipe, "loss.betta=0.1", ["betta", "beta"]),
+        (spin_recipe, "generator._component_=os.system", ["os.system"]),
+        (spin_recipe, "model.max_seq_len=24", ["dataset", "max_seq_len=24", "jargon_train.jsonl:"]),
+        (spin_recipe, "checkpointer.checkpoint_dir=/nowhere", ["/nowhere"]),
+        (spin_recipe, "model.vocab_size=1000", ["knows 1024 token ids", "has 1000", "sample 'jargon-"]),
+        (spin_generate, "model.vocab_size=1000", ["knows 1024 token ids"]),
+        (spin_recipe, "global_batch_size=400", ["global_batch_size"]),
+        (spin_recipe, "loss.beta=[0.1,0.2,0.3]", ["loss.beta", "2 iterations"]),
+        (spin_recipe, "loss.loss_type=logistics", ["loss.loss_type='logistics'", "logistic"]),
+        (spin_recipe, "loss.label_smoothing=0.5", ["loss.label_smoothing=0.5", "[0, 0.5)"]),
     ],
-    ids=lambda value: str(value[0])[:30],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_users_mistake_is_told_without_a_traceback(tmp_path, changes, words):
-    program = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
-    done = command(tmp_path / "out", *changes, program=program)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    for word in words:
-        assert word in done.stderr, done.stderr[-2000:]
+def test_a_users_mistake_is_an_error_without_a_traceback(tmp_path, monkeypatch, capsys, program, changes, words):
+    monkeypatch.setattr(sys, "argv", command_line(tmp_path / "out", changes, program=["recipe.py"]))
+    with pytest.raises(SystemExit) as end:
+        program.recipe_main()
+    err = capsys.readouterr().err
+    assert end.value.code == 1 and "Traceback" not in err
+    assert all(word in err for word in words), err
     assert not (tmp_path / "out" / "iteration_000").exists()
 
 
-def test_spin_generate_refuses_ids_beyond_the_vocabulary(tmp_path):
-    program = [sys.executable, str(REPO / "recipes" / "spin_generate.py")]
-    done = command(tmp_path / "out", "model.vocab_size=1000", program=program)
-    assert done.returncode == 1
-    assert "knows 1024 token ids" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_an_empty_data_set_is_refused(tmp_path):
+def test_so_it_is_in_a_process_of_its_own(tmp_path):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
-    program = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
-    done = command(tmp_path / "out", f"dataset.source={empty}", program=program)
+    done = command(tmp_path / "out", f"dataset.source={empty}", program=RECIPE)
     assert done.returncode == 1
-    assert "empty.jsonl" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def _env():
-    return {**os.environ, "PYTHONPATH": f"{REPO}:{REPO / 'recipes'}", "OMP_NUM_THREADS": "1"}
+    assert "empty.jsonl" in done.stderr and "Traceback" not in done.stderr

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from tests.recipes.helpers import CONFIG, REPO, free_port, metrics_of, tiny_overrides
+from tests.recipes.helpers import CONFIG, REPO, environment, free_port, metrics_of, start, tiny_overrides
 
 
 @pytest.mark.slow
-def test_the_documented_command_on_two_hosts(tmp_path, subprocess_env):
+def test_the_documented_command_on_two_hosts(tmp_path):
     """Both end with 0, one run is written, and only the first host's screen tells of it."""
     text = (REPO / "docs" / "many_hosts.md").read_text(encoding="utf-8")
     documented = re.search(r"^torchrun .*$", text, flags=re.MULTILINE)[0]
@@ -26,10 +26,8 @@ def test_the_documented_command_on_two_hosts(tmp_path, subprocess_env):
         words[words.index("--master_port") + 1] = port
         words[words.index("--config") + 1] = str(CONFIG)
         words[-1:] = [*tiny_overrides(tmp_path / "out"), "max_iterations=1", "max_epochs=1", "limit_train_batches=2"]
-        env = {**subprocess_env, "GLOO_SOCKET_IFNAME": "lo"}
-        hosts.append(
-            subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
+        env = {**environment(), "GLOO_SOCKET_IFNAME": "lo"}
+        hosts.append(start(words, cwd=tmp_path, env=env, stderr=subprocess.PIPE))
     try:
         ends = [host.communicate(timeout=120) for host in hosts]
     finally:
