@@ -42,17 +42,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a command; an error that its user can mend is a line on stderr, without a traceback.
-
-    Args:
-        argv (Sequence[str]): the command and its arguments.
-
-    Returns:
-        int: the exit code.
-
-    Raises:
-        SpinError: If ``SPIN_TRACEBACK=1`` asks for the traceback; so for the other errors that are a user's to mend.
-    """
+    """Runs a command; an error that its user can mend is a line on stderr, without a traceback."""
     escape_unencodable_output()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if argv else sys.stderr)

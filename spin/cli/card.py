@@ -23,21 +23,7 @@ from spin.training.schedules import per_iteration
 def model_card(
     run: Path, iteration: int, model: Path, base_model: str | None = None, license_id: str | None = None
 ) -> str:
-    """Writes a model card.
-
-    Args:
-        run (Path): the run's output_dir.
-        iteration (int): whose model it is, counted from 0.
-        model (Path): the exported folder.
-        base_model (str | None): Hugging Face id of the model that training started from.
-        license_id (str | None): of the exported model.
-
-    Returns:
-        str: Markdown with Hugging Face's YAML head.
-
-    Raises:
-        OutputError: If the run's config is not there, or not whole.
-    """
+    """Writes a model card."""
     cfg = read_config(run)
     if cfg is None:
         raise OutputError(f"{run / 'config.yaml'}: missing, so it is not known how the model was made.")

@@ -14,15 +14,7 @@ from spin.core.files import as_output_error, atomic_write
 
 
 def main(argv: Sequence[str]) -> None:
-    """Copies a packaged recipe or config.
-
-    Args:
-        argv (Sequence[str]): name, destination and options.
-
-    Raises:
-        ConfigError: If there is no recipe or config of that name.
-        OutputError: If the destination is there already, or cannot be written.
-    """
+    """Copies a packaged recipe or config."""
     parser = argparse.ArgumentParser(
         prog="python -m spin cp", description="Copy a recipe or a config, to edit it.", allow_abbrev=False
     )

@@ -21,13 +21,7 @@ _OK, _FAULT, _NOTE = "ok", "FAULT", "note"
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's.
-
-    Args:
-        what (str): what was looked at.
-        verdict (str): ``ok``; ``FAULT``, which keeps runs from working; ``note``, which does not.
-        text (str): what was found, and what to do.
-    """
+    """One line of the doctor's."""
 
     what: str
     verdict: str
@@ -35,14 +29,7 @@ class Finding:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Looks at the environment.
-
-    Args:
-        argv (Sequence[str]): none.
-
-    Returns:
-        int: 1 if something that every run needs is missing or does not fit.
-    """
+    """Looks at the environment."""
     parser = argparse.ArgumentParser(
         prog="python -m spin doctor", description="Say what is installed, and what is missing or does not fit."
     )
@@ -73,14 +60,7 @@ def packages() -> list[Finding]:
 
 
 def check_requirement(requirement: Requirement) -> Finding:
-    """Compares what is installed with what is wanted.
-
-    Args:
-        requirement (Requirement): of one package.
-
-    Returns:
-        Finding: a fault says how to install what fits.
-    """
+    """Compares what is installed with what is wanted."""
     remedy = f"`pip install '{requirement.name}{requirement.specifier}'`"
     found = installed_version(requirement.name)
     if found is None:

@@ -138,20 +138,7 @@ class Estimate:
 
 
 def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) -> Estimate:
-    """Adds up what a config needs. Nothing is read but the config.
-
-    Args:
-        cfg (DictConfig): complete, of the full or the LoRA recipe.
-        ranks (int): GPUs.
-        pair_tokens (int | None): mean tokens of a pair, prompt and responses; gives the rows that a batch of such pairs
-            is packed into. None takes the longest row that there can be.
-
-    Returns:
-        Estimate: all parts.
-
-    Raises:
-        ConfigError: If a number cannot be, or the model is none of torchtune's decoders.
-    """
+    """Adds up what a config needs. Nothing is read but the config."""
     if ranks < 1 or ranks % cfg.replicas:
         raise ConfigError(f"ranks={ranks}: expected 1 or more, in multiples of replicas={cfg.replicas}.")
     if pair_tokens is not None and pair_tokens < 1:
@@ -325,14 +312,7 @@ def _export(cfg: DictConfig, model: nn.Module, adapter: int, dtype: torch.dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: prints the table of a config.
-
-    Args:
-        argv (Sequence[str] | None): arguments; None takes those of the process.
-
-    Returns:
-        int: exit status.
-    """
+    """The command line: prints the table of a config."""
     parser = argparse.ArgumentParser(
         prog="spin estimate",
         description="Memory that a config needs on each GPU, and disk, before anything is loaded.",

@@ -17,14 +17,7 @@ from spin.run.folder import iteration_folders, model_of
 
 
 def main(argv: Sequence[str]) -> None:
-    """Adds a model card to an iteration's model, or copies both elsewhere.
-
-    Args:
-        argv (Sequence[str]): the run and options.
-
-    Raises:
-        OutputError: If the iteration has no model, or the folder cannot be written.
-    """
+    """Adds a model card to an iteration's model, or copies both elsewhere."""
     parser = argparse.ArgumentParser(
         prog="python -m spin export",
         description="Write a model card (README.md) beside an iteration's Hugging Face model; with --out copy both.",

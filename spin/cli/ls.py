@@ -9,11 +9,7 @@ from spin.config.catalog import configs, recipe_files
 
 
 def main(argv: Sequence[str]) -> None:
-    """Lists recipes, each with the configs that are for it.
-
-    Args:
-        argv (Sequence[str]): none.
-    """
+    """Lists recipes, each with the configs that are for it."""
     parser = argparse.ArgumentParser(prog="python -m spin ls", description="List recipes and configs.")
     parser.parse_args(list(argv))
     known = configs()

@@ -25,15 +25,7 @@ Answer = tuple[Pair, int, Response]  # a pair, the number of one of its answers,
 
 
 def main(argv: Sequence[str]) -> None:
-    """Shows, filters and exports a pair store.
-
-    Args:
-        argv (Sequence[str]): the store and options.
-
-    Raises:
-        StoreError: If the store is missing or damaged, or is not scored and a margin is asked for; with ``--check``,
-            one line for each shard that is missing, damaged, edited or of another store.
-    """
+    """Shows, filters and exports a pair store."""
     parser = argparse.ArgumentParser(
         prog="python -m spin pairs",
         description="Count a pair store's answers, show a sample of them, export them as JSON Lines.",
@@ -84,15 +76,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def summary_lines(store: PairStore, answers: Sequence[Answer]) -> list[str]:
-    """Counts and lengths.
-
-    Args:
-        store (PairStore): where the answers lie.
-        answers (Sequence[Answer]): those that are to be counted.
-
-    Returns:
-        list[str]: one line each.
-    """
+    """Counts and lengths."""
     present = store.num_shards - len(_missing(store))
     state = "sealed" if store.is_sealed else "not sealed: still being made, or its run ended"
     lines = [f"{store.path}: {present} of {store.num_shards} shards, {state}", f"opponent        {store.opponent}"]
@@ -121,14 +105,7 @@ def summary_lines(store: PairStore, answers: Sequence[Answer]) -> list[str]:
 
 
 def margin_of(answer: Answer) -> float | None:
-    """The opponent's log-prob of the real less that of the generated response, in nats.
-
-    Args:
-        answer (Answer): one answer.
-
-    Returns:
-        float | None: None if the store is not scored.
-    """
+    """The opponent's log-prob of the real less that of the generated response, in nats."""
     pair, _, response = answer
     if pair.reference_real_logp is None or response.reference_logp is None:
         return None

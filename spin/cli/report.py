@@ -12,11 +12,7 @@ from spin.report import read_run, render
 
 
 def main(argv: Sequence[str]) -> None:
-    """Writes a run's report, as far as the run has come.
-
-    Args:
-        argv (Sequence[str]): the run and options.
-    """
+    """Writes a run's report, as far as the run has come."""
     parser = argparse.ArgumentParser(
         prog="python -m spin report",
         description="Make one HTML file of a run: curves, answers, advice. While it runs or afterwards.",

@@ -46,14 +46,7 @@ _PROBES = (
 
 
 def main(argv: Sequence[str]) -> int:
-    """Checks a config, its model folder, its tokenizer, its data and its arithmetic; loads no weights.
-
-    Args:
-        argv (Sequence[str]): the config, overrides and options.
-
-    Returns:
-        int: 0 if a run with this config can start, 1 if not.
-    """
+    """Checks a config, its model folder, its tokenizer, its data and its arithmetic; loads no weights."""
     parser = argparse.ArgumentParser(
         prog="python -m spin validate",
         usage="%(prog)s CONFIG [key=value ...] [~key ...] [--recipe NAME_OR_FILE] [--logits]",
@@ -78,14 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class Validation:
-    """The checks of a config, in the order in which a run would meet the faults.
-
-    Args:
-        name (str): a file or a packaged config.
-        overrides (Sequence[str]): as on a recipe's command line.
-        recipe (str | None): a recipe's name or file; None takes the one that the config's header launches.
-        logits (bool): compare logits with transformers too, see :mod:`spin.model.logits_check`.
-    """
+    """The checks of a config, in the order in which a run would meet the faults."""
 
     def __init__(
         self, name: str, overrides: Sequence[str] = (), recipe: str | None = None, logits: bool = False
@@ -94,11 +80,7 @@ class Validation:
         self._faults = 0
 
     def run(self) -> int:
-        """Runs all checks; one that needs what another one could not give is passed over, and said to be.
-
-        Returns:
-            int: 0 if nothing is wrong, 1 otherwise.
-        """
+        """Runs all checks; one that needs what another one could not give is passed over, and said to be."""
         cfg = self._check("config", self._complete)
         if cfg is None:
             return self._conclude()
@@ -305,15 +287,7 @@ class Validation:
 
 
 def compare_ids(tokenizer: PromptTokenizer, messages: Sequence[ChatMessage]) -> str | None:
-    """Whether training sees the prompt that generation is given, and whether the answer survives tokenization.
-
-    Args:
-        tokenizer (PromptTokenizer): what is checked.
-        messages (Sequence[ChatMessage]): a conversation, the real response last.
-
-    Returns:
-        str | None: what is wrong, or None.
-    """
+    """Whether training sees the prompt that generation is given, and whether the answer survives tokenization."""
     try:
         asked = tokenizer.encode_prompt(messages[:-1])
         trained, answer = tokenizer.encode_pair(messages)
@@ -345,14 +319,7 @@ def _first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def conversations(section: DictConfig) -> Iterator[tuple[str, list[ChatMessage]]]:
-    """The conversations of a data set that can be read; what is wrong with others the data check says.
-
-    Args:
-        section (DictConfig): the config's ``dataset``.
-
-    Yields:
-        tuple[str, list[ChatMessage]]: place and messages.
-    """
+    """The conversations of a data set that can be read; what is wrong with others the data check says."""
     component = section[config.COMPONENT].rpartition(".")[2]
     if component == "prompt_dataset":
         yield from _conversations_of(config.plain(section), config.instantiate(section.get("message_transform")))
@@ -390,19 +357,7 @@ def _conversations_of(options: Mapping[str, Any], transform: Any) -> Iterator[tu
 
 
 def plan_lines(cfg: DictConfig, prompts: PromptSource, num_val_prompts: int) -> list[str]:
-    """Steps, iterations, intervals and shards of a run, in words.
-
-    Args:
-        cfg (DictConfig): complete and checked.
-        prompts (PromptSource): training samples.
-        num_val_prompts (int): validation samples.
-
-    Returns:
-        list[str]: one line each.
-
-    Raises:
-        ConfigError: If there would be no step, or an interval is less than one.
-    """
+    """Steps, iterations, intervals and shards of a run, in words."""
     plan = RunPlan(cfg, prompts, num_val_prompts)
     progress, iterations = plan.progress, range(cfg.max_iterations)
     per_epoch = [progress.steps_in_epoch(i) for i in iterations]

@@ -38,16 +38,7 @@ EVAL_MODEL_DEFAULTS: dict[str, Any] = {
 
 
 class EvalModel:
-    """A model that answers or judges: tokenizer and shape now, weights when it is its turn.
-
-    Args:
-        role (str): ``candidate``, ``baseline`` or ``judge``.
-        section (DictConfig): the config's section of that name.
-
-    Raises:
-        CheckpointError: If its folder is not there, or does not hold the section's ``model``.
-        DataError: If its tokenizer cannot be used.
-    """
+    """A model that answers or judges: tokenizer and shape now, weights when it is its turn."""
 
     def __init__(self, role: str, section: DictConfig) -> None:
         self.role, self.section = role, section
@@ -124,14 +115,7 @@ def _sections(value: object) -> list[tuple[str, dict[str, Any]]]:
 
 
 def check_evaluation(cfg: DictConfig) -> None:
-    """Checks the values of the config against each other; all faults are in one error.
-
-    Args:
-        cfg (DictConfig): complete.
-
-    Raises:
-        ConfigError: If anything cannot work.
-    """
+    """Checks the values of the config against each other; all faults are in one error."""
     faults = config.Faults()
 
     def attempt(check: Callable[[], object], prefix: str = "") -> None:

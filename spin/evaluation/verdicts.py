@@ -50,14 +50,7 @@ DEFAULT_PATTERN = r"\[\[([ABC])\]\]"
 
 
 def check_template(template: object) -> None:
-    """Checks a judge's template.
-
-    Args:
-        template (object): a text with ``{first}`` and ``{second}``, and as a rule ``{prompt}`` and ``{reference}``.
-
-    Raises:
-        ConfigError: If it is no text, lacks one of the answers, or has a field that is none.
-    """
+    """Checks a judge's template."""
     if not isinstance(template, str):
         raise ConfigError(f"judge.template={template!r}: expected a text with {{first}} and {{second}}.")
     found = _FIELD.findall(template)
@@ -73,15 +66,7 @@ def check_template(template: object) -> None:
 
 
 def check_pattern(name: str, pattern: object) -> None:
-    """Checks a regular expression that takes something out of a text.
-
-    Args:
-        name (str): its key in the config, for the message.
-        pattern (object): the expression.
-
-    Raises:
-        ConfigError: If it is no valid expression or has not exactly one group.
-    """
+    """Checks a regular expression that takes something out of a text."""
     if not isinstance(pattern, str):
         raise ConfigError(f"{name}={pattern!r}: expected a regular expression with one group.")
     try:
@@ -95,28 +80,12 @@ def check_pattern(name: str, pattern: object) -> None:
 
 
 def fill_template(template: str, **fields: str) -> str:
-    """Puts texts into a judge's template, in one pass: braces inside a text stay as they are.
-
-    Args:
-        template (str): see :func:`check_template`.
-        **fields (str): ``prompt``, ``first``, ``second``, ``reference``.
-
-    Returns:
-        str: what the judge is asked.
-    """
+    """Puts texts into a judge's template, in one pass: braces inside a text stay as they are."""
     return _FIELD.sub(lambda match: fields[match[1]], template)
 
 
 def conversation_text(messages: Sequence[ChatMessage]) -> str:
-    """A prompt as a judge reads it.
-
-    Args:
-        messages (Sequence[ChatMessage]): the conversation without the answer.
-
-    Returns:
-        str: the user's text where it stands alone; else every turn under its role, with its calls, and above them
-        the tools that there are.
-    """
+    """A prompt as a judge reads it."""
     if [message["role"] for message in messages] == ["user"] and "tools" not in messages[0]:
         return messages[0]["content"]
     tools = messages[0].get("tools") if messages else None
@@ -126,28 +95,13 @@ def conversation_text(messages: Sequence[ChatMessage]) -> str:
 
 
 def message_text(message: ChatMessage) -> str:
-    """What a message says, and the tools that it calls as JSON.
-
-    Args:
-        message (ChatMessage): one turn.
-
-    Returns:
-        str: the content, and a line for each call.
-    """
+    """What a message says, and the tools that it calls as JSON."""
     calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n".join(([message["content"]] if message["content"] else []) + calls)
 
 
 def read_verdict(text: str, pattern: str) -> Place | None:
-    """What a judge decided.
-
-    Args:
-        text (str): what it wrote.
-        pattern (str): one group that takes ``A`` (the first answer), ``B`` (the second) or ``C`` (a tie).
-
-    Returns:
-        Place | None: by the last match, since a judge thinks first; None if there is no such letter.
-    """
+    """What a judge decided."""
     found = re.findall(pattern, text)
     return _PLACES.get(found[-1].upper()) if found else None
 
@@ -156,13 +110,6 @@ def outcome_of(candidate_first: Place | None, baseline_first: Place | None) -> O
     """What two verdicts on one pair of answers, shown in both orders, amount to.
 
     A win or a loss takes both: a judge that goes by the place names another winner in the other order, which is a tie.
-
-    Args:
-        candidate_first (Place | None): the verdict that saw the candidate's answer first.
-        baseline_first (Place | None): the verdict that saw it second.
-
-    Returns:
-        Outcome | None: None if one of them could not be read.
     """
     if candidate_first is None or baseline_first is None:
         return None
@@ -175,28 +122,13 @@ def outcome_of(candidate_first: Place | None, baseline_first: Place | None) -> O
 
 
 def extract(text: str, pattern: str | None) -> str | None:
-    """The part of a text that is compared.
-
-    Args:
-        text (str): an answer.
-        pattern (str | None): one group; None takes the whole text.
-
-    Returns:
-        str | None: the last match in the form of :func:`canonical`; None if there is none.
-    """
+    """The part of a text that is compared."""
     found = [text] if pattern is None else re.findall(pattern, text)
     return canonical(found[-1]) if found else None
 
 
 def canonical(text: str) -> str:
-    """A text without what does not matter: case, white space, punctuation at its ends, the spelling of a number.
-
-    Args:
-        text (str): any.
-
-    Returns:
-        str: ``1,000.0`` and ``$1000.`` give ``1000``.
-    """
+    """A text without what does not matter: case, white space, punctuation at its ends, the spelling of a number."""
     text = " ".join(text.split()).casefold().strip(" .,;:!?\"'`*$")
     if not _NUMBER.fullmatch(text):
         return text
@@ -205,15 +137,7 @@ def canonical(text: str) -> str:
 
 
 def outcome_of_match(candidate: bool, baseline: bool) -> Outcome:
-    """The outcome for the candidate where answers are right or wrong.
-
-    Args:
-        candidate (bool): its answer is right.
-        baseline (bool): the other's is.
-
-    Returns:
-        Outcome: a tie if both are, or neither is.
-    """
+    """The outcome for the candidate where answers are right or wrong."""
     if candidate == baseline:
         return "tie"
     return "win" if candidate else "loss"
@@ -245,31 +169,14 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """How likely wins and losses are to differ this much if both models are equally good.
-
-    Args:
-        wins (int): samples on which one is better.
-        losses (int): samples on which the other is; ties say nothing.
-
-    Returns:
-        float: two-sided p-value of the exact sign test (with right and wrong answers: McNemar's).
-    """
+    """How likely wins and losses are to differ this much if both models are equally good."""
     n = wins + losses
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**n)
 
 
 def win_summary(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
-    """Counts, win rate and how sure it is.
-
-    Args:
-        outcomes (Sequence[Outcome | None]): one for each sample; None where no verdict could be read.
-
-    Returns:
-        dict[str, Any]: ``samples``, ``wins``, ``ties``, ``losses``, ``unreadable``; ``win_rate`` counts a tie as half
-        and leaves out what was unreadable; ``win_rate_interval`` of 95 %; ``sign_test_p``. These are None if nothing
-        was readable.
-    """
+    """Counts, win rate and how sure it is."""
     counts = Counter(outcomes)
     wins, ties, losses = counts["win"], counts["tie"], counts["loss"]
     n = wins + ties + losses
@@ -286,17 +193,7 @@ def win_summary(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
 
 
 def bias_summary(verdicts: Sequence[tuple[Place | None, Place | None]]) -> dict[str, Any]:
-    """How far a judge goes by the place of an answer.
-
-    Args:
-        verdicts (Sequence[tuple[Place | None, Place | None]]): both verdicts on each pair of answers, in either order.
-
-    Returns:
-        dict[str, Any]: ``asked``: verdicts; ``unreadable`` among them; ``first_share``: of those that name a winner,
-        the share that names the first answer (0.5 without bias); ``same_place_share``: of the pairs with two readable
-        verdicts, those in which one place won in both orders; ``agreement_share``: those in which one answer won, or
-        both verdicts are ties.
-    """
+    """How far a judge goes by the place of an answer."""
     said = Counter(place for pair in verdicts for place in pair)
     named = said["first"] + said["second"]
     both = [pair for pair in verdicts if None not in pair]
@@ -312,14 +209,7 @@ def bias_summary(verdicts: Sequence[tuple[Place | None, Place | None]]) -> dict[
 
 
 def accuracy_summary(right: Sequence[bool]) -> dict[str, Any]:
-    """Accuracy of one model.
-
-    Args:
-        right (Sequence[bool]): one for each sample, at least one.
-
-    Returns:
-        dict[str, Any]: ``accuracy`` and its ``accuracy_interval`` of 95 %.
-    """
+    """Accuracy of one model."""
     return {
         "accuracy": sum(right) / len(right),
         "accuracy_interval": list(wilson_interval(sum(right), len(right))),
@@ -327,14 +217,7 @@ def accuracy_summary(right: Sequence[bool]) -> dict[str, Any]:
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """The summary as a person reads it.
-
-    Args:
-        summary (Mapping[str, Any]): what the recipe writes to ``summary.json``.
-
-    Returns:
-        str: a few lines.
-    """
+    """The summary as a person reads it."""
     candidate, baseline = summary["candidate"], summary["baseline"]
     width = max(len(candidate["name"]), len(baseline["name"]))
     lines = [f"\n=== {candidate['name']} against {baseline['name']}, {summary['samples']} prompts ==="]

@@ -31,15 +31,7 @@ _NORMS: dict[type, float] = {RMSNorm: 0.0, GemmaRMSNorm: 1.0}  # what is added t
 def fused(model: nn.Module, kernels: ModuleType) -> Iterator[None]:
     """Runs the small modules of a torchtune decoder as one kernel each; others, and subclasses, are left alone.
 
-    Forwards are for ``torch.no_grad()``.
-
-    Args:
-        model (nn.Module): a torchtune decoder.
-        kernels (ModuleType): see :func:`spin.model.attention.generation_kernels`.
-
-    Yields:
-        None: the kernels are in place.
-    """
+    Forwards are for ``torch.no_grad()``."""
     replaced = []
     for module in model.modules():
         forward = _forward_of(module, kernels)

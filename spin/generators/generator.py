@@ -1,4 +1,4 @@
-"""The generator interface: whoever answers prompts with token ids can play the opponent."""
+"""The generator interface: whatever responds to prompts with token ids can be the opponent."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from spin.core.errors import ConfigError, GeneratorError
 from spin.core.ranks import World
 from spin.types import Response
 
-_NUMBERS = {
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "repetition_penalty": float,
-    "min_new_tokens": int,
-    "max_new_tokens": int,
+_RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
+    "temperature": (float, lambda value: value >= 0, "0 (greedy) or more"),
+    "top_k": (int, lambda value: value >= 0, "0 (off) or more"),
+    "top_p": (float, lambda value: 0 < value <= 1, "a probability in (0, 1]"),
+    "repetition_penalty": (float, lambda value: value > 0, "more than 0; 1 is off"),
+    "max_new_tokens": (int, lambda value: value >= 1, "1 or more"),
+    "min_new_tokens": (int, lambda value: value >= 0, "0 to max_new_tokens"),
 }
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the opponent answers. The defaults are the model's own distribution, unaltered.
+    """How responses are sampled. The defaults are the model's own distribution, unaltered.
 
     Args:
         temperature (float): 0 is greedy.
@@ -34,7 +34,7 @@ class SamplingParams:
         repetition_penalty (float): divides positive and multiplies negative logits of tokens that stand in the prompt
             or the response so far (CTRL, arXiv 1909.05858); 1 is off.
         min_new_tokens (int): no stop token, and no end by a stop string, before this many tokens.
-        max_new_tokens (int): the response is cut here, finish reason ``length``.
+        max_new_tokens (int): the response is truncated here, finish reason ``length``.
         stop_token_ids (tuple[int, ...]): end the response; the stop token is part of it.
         stop_strings (tuple[str, ...]): end the response where the text first contains one; its tokens are part of it.
         logprobs (bool): also return the log-prob of each token under the unaltered distribution.
@@ -56,50 +56,36 @@ class SamplingParams:
     banned_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "stop_strings", tuple(self.stop_strings))
-        object.__setattr__(self, "banned_token_ids", tuple(self.banned_token_ids))
-        faults = [
-            f"sampling.{name}={getattr(self, name)!r}: expected a {'whole number' if kind is int else 'number'}."
-            for name, kind in _NUMBERS.items()
-            if not isinstance(getattr(self, name), int if kind is int else (int, float))
-            or isinstance(getattr(self, name), bool)
-        ]
+        for name in ("stop_token_ids", "stop_strings", "banned_token_ids"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        faults = []
+        for name, (kind, is_allowed, expected) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, float) if kind is float else int) or isinstance(value, bool):
+                faults.append(f"{name}={value!r}: expected a {'whole number' if kind is int else 'number'}.")
+            elif not is_allowed(value):
+                faults.append(f"{name}={value}: expected {expected}.")
+        if not faults and self.min_new_tokens > self.max_new_tokens:
+            faults.append(f"min_new_tokens={self.min_new_tokens}: expected 0 to max_new_tokens.")
         if any(type(token) is not int for token in self.stop_token_ids):
-            faults.append(f"sampling.stop_token_ids={list(self.stop_token_ids)}: expected token ids, whole numbers.")
+            faults.append(f"stop_token_ids={list(self.stop_token_ids)}: expected token ids, whole numbers.")
         if not all(isinstance(text, str) and text for text in self.stop_strings):
             faults.append(
-                f"sampling.stop_strings={list(self.stop_strings)}: expected texts that are not empty; every answer "
-                "holds an empty one. Quote numbers."
+                f"stop_strings={list(self.stop_strings)}: expected texts that are not empty; every response holds an "
+                "empty one. Quote numbers."
             )
         if faults:
-            raise ConfigError("\n".join(faults))
-        faults = [
-            f"sampling.{name}={getattr(self, name)}: expected {expected}."
-            for name, ok, expected in (
-                ("temperature", self.temperature >= 0, "0 (greedy) or more"),
-                ("top_k", self.top_k >= 0, "0 (off) or more"),
-                ("top_p", 0 < self.top_p <= 1, "a share in (0, 1]"),
-                ("repetition_penalty", self.repetition_penalty > 0, "more than 0; 1 is off"),
-                ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-                ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
-            )
-            if not ok
-        ]
-        if faults:
-            raise ConfigError("\n".join(faults))
+            raise ConfigError("\n".join(f"sampling.{fault}" for fault in faults))
 
     @property
     def greedy_by(self) -> str | None:
-        """The argument, if any, that leaves nothing to chance: all answers to a prompt are then the same."""
-        for name, is_greedy in (
-            ("temperature", self.temperature < 1e-5),  # from there on vLLM takes the most probable token
-            ("top_k", self.top_k == 1),
-            ("top_p", self.top_p <= 1e-6),  # below the largest probability of any distribution over a vocabulary
-        ):
-            if is_greedy:
-                return name
-        return None
+        """The argument, if any, that leaves nothing to chance: all responses to a prompt are then the same."""
+        greedy = {
+            "temperature": self.temperature < 1e-5,  # from there on vLLM takes the most probable token
+            "top_k": self.top_k == 1,
+            "top_p": self.top_p <= 1e-6,  # below the largest probability of any distribution over a vocabulary
+        }
+        return next((name for name, is_greedy in greedy.items() if is_greedy), None)
 
 
 def sampling_params(
@@ -114,7 +100,7 @@ def sampling_params(
             unless they are stop tokens.
 
     Returns:
-        SamplingParams: how the opponent answers.
+        SamplingParams: how responses are sampled.
     """
     stops = (*eos_ids, *section.get("stop_token_ids", ()))
     banned = tuple(token for token in unknown_ids if token not in stops)
@@ -142,17 +128,17 @@ class GeneratorContext:
 
 @runtime_checkable
 class Generator(Protocol):
-    """Answers prompts. A recipe calls ``generate`` once per shard of prompts, and ``update_weights`` before an
+    """Responds to prompts. A recipe calls ``generate`` once per shard of prompts, and ``update_weights`` before an
     iteration unless ``shares_policy_weights`` says that the generator runs the policy itself."""
 
     shares_policy_weights: bool
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
-        """Answers prompts. A response depends on its prompt, ``sampling`` and its seed only.
+        """Responds to prompts. A response depends on its prompt, ``sampling`` and its seed only.
 
         Args:
             prompts (list[list[int]]): token ids.
-            sampling (SamplingParams): how to answer.
+            sampling (SamplingParams): how to choose tokens and when to stop.
             seeds (list[int]): one for each prompt, in [0, 2**63).
 
         Returns:
@@ -164,25 +150,32 @@ class Generator(Protocol):
         ...
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Takes the policy's weights, by torchtune parameter name, one tensor at a time."""
+        """Takes the policy's weights: every parameter once, by torchtune name, one full tensor at a time.
+
+        Args:
+            named_tensors (Iterable[tuple[str, torch.Tensor]]): reading it is collective.
+
+        Raises:
+            GeneratorError: If a tensor is missing, unknown or of another shape, or the engine does not take it.
+        """
         ...
 
     def sleep(self) -> None:
-        """Gives device memory back while the policy trains."""
+        """Frees device memory while the policy trains."""
         ...
 
     def wake(self) -> None:
-        """Makes ready for ``generate`` again."""
+        """Prepares for ``generate`` after :meth:`sleep`."""
         ...
 
     def close(self) -> None:
-        """Ends the engine."""
+        """Shuts the engine down."""
         ...
 
 
 @runtime_checkable
 class StreamingGenerator(Generator, Protocol):
-    """A generator that takes all of a rank's prompts at once and hands out answers as they are finished.
+    """A generator that takes all of a rank's prompts at once and yields responses as they are finished.
 
     Its engine then never runs empty between shards of prompts. A recipe prefers ``stream`` where there is one.
     """
@@ -190,16 +183,16 @@ class StreamingGenerator(Generator, Protocol):
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
     ) -> Iterator[tuple[int, Response]]:
-        """Answers prompts in bulk.
+        """Responds to prompts in bulk.
 
         Args:
             requests (Iterable[tuple[Sequence[int], int]]): token ids of a prompt and its seed; read as far ahead as
                 the engine is busy.
-            sampling (SamplingParams): how to answer.
+            sampling (SamplingParams): how to choose tokens and when to stop.
 
         Returns:
-            Iterator[tuple[int, Response]]: number of the request and its answer, in the order in which they are
-            finished; a Python generator, which the caller closes to give up what runs.
+            Iterator[tuple[int, Response]]: number of the request and its response, in the order in which they are
+            finished; a Python generator, which the caller closes to abort what runs.
 
         Raises:
             GeneratorError: As ``generate``.
@@ -210,20 +203,7 @@ class StreamingGenerator(Generator, Protocol):
 def generate_in_order(
     generator: StreamingGenerator, prompts: Sequence[Sequence[int]], sampling: SamplingParams, seeds: Sequence[int]
 ) -> list[Response]:
-    """What ``generate`` is where there is ``stream``.
-
-    Args:
-        generator (StreamingGenerator): answers.
-        prompts (Sequence[Sequence[int]]): token ids.
-        sampling (SamplingParams): how to answer.
-        seeds (Sequence[int]): one for each prompt.
-
-    Returns:
-        list[Response]: one for each prompt, in order.
-
-    Raises:
-        GeneratorError: If the numbers of prompts and seeds differ, or as ``stream``.
-    """
+    """``generate`` by ``stream``: responses in the order of the prompts."""
     if len(prompts) != len(seeds):
         raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
     done = dict(generator.stream(zip(prompts, seeds, strict=True), sampling))
@@ -231,19 +211,9 @@ def generate_in_order(
 
 
 def max_response_tokens(prompt: Sequence[int], index: int, sampling: SamplingParams, max_seq_len: int) -> int:
-    """How many tokens the answer to a prompt may have.
+    """How many tokens the response to a prompt may have: ``max_new_tokens`` unless the context ends before.
 
-    Args:
-        prompt (Sequence[int]): token ids.
-        index (int): number of the request, for the message.
-        sampling (SamplingParams): gives ``max_new_tokens``.
-        max_seq_len (int): of prompt and answer together.
-
-    Returns:
-        int: 1 or more; ``max_new_tokens`` unless the context ends before.
-
-    Raises:
-        GeneratorError: If the prompt is empty or leaves no room.
+    Raises GeneratorError if the prompt is empty or leaves no room; ``index`` names it in the message.
     """
     if not len(prompt):
         raise GeneratorError(f"prompt {index} is empty. A prompt needs at least one token.")

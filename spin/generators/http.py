@@ -36,14 +36,7 @@ class TimedOutError(UnavailableError):
 
 @dataclass(frozen=True)
 class Reply:
-    """A response, read to its end.
-
-    Args:
-        status (int): HTTP's.
-        headers (Mapping[str, str]): by name, in any case.
-        body (bytes): as sent.
-        what (str): server, method and path, for messages.
-    """
+    """A response, read to its end; ``what`` names server, method and path for messages."""
 
     status: int
     headers: Mapping[str, str]
@@ -56,14 +49,7 @@ class Reply:
         return self.body.decode("utf-8", errors="replace")
 
     def json(self) -> dict[str, Any]:
-        """The body as a JSON object.
-
-        Returns:
-            dict[str, Any]: what it holds.
-
-        Raises:
-            GeneratorError: If it is none.
-        """
+        """The body as a JSON object; GeneratorError if it is none."""
         try:
             value = parse_json(self.body, allow_nan=True)
         except ValueError as error:
@@ -76,11 +62,7 @@ class Reply:
 class Client:
     """Talks to one server, from any number of threads.
 
-    Args:
-        url (str): ``http`` or ``https``, host, port, and a path if there is one.
-        headers (Mapping[str, str]): sent with every request.
-        verify (bool | str): check an ``https`` server's certificate; a path names a CA bundle or a folder of them.
-        connections (int): kept open at most.
+    ``verify`` checks an ``https`` server's certificate; a path names a CA bundle or a folder of them.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str], verify: bool | str = True, connections: int = 1) -> None:
@@ -96,37 +78,26 @@ class Client:
         self._url, self._prefix = url.rstrip("/"), (parsed.path or "").rstrip("/")
         # what a compressed body needs in memory cannot be known before
         self._headers = {"Accept-Encoding": "identity", **headers}
-        self._under_way: set[_Deadline] = set()
-        self.gave_up = threading.Event()  # while it is set, nothing is asked
+        self._running: set[_Deadline] = set()
+        self.aborted = threading.Event()  # while it is set, nothing is asked
 
     def request(
         self, method: str, path: str, *, seconds: float, most_bytes: int, body: Mapping[str, Any] | None = None
     ) -> Reply:
-        """One request.
+        """One request; ``seconds`` count from connecting to the last byte, ``most_bytes`` limits the response.
 
-        Args:
-            method (str): HTTP's.
-            path (str): below the server's address.
-            seconds (float): from connecting to the last byte of the response.
-            most_bytes (int): of the response.
-            body (Mapping[str, Any] | None): sent as JSON.
-
-        Returns:
-            Reply: whatever its status, unless that is a redirect.
-
-        Raises:
-            UnavailableError: If there is no whole response; TimedOutError if there was not enough time for it.
-            GeneratorError: If the response is larger, compressed, or a redirect, or the certificate is not valid.
+        Raises UnavailableError if there is no complete response, TimedOutError if there was not enough time for it, and
+        GeneratorError if it is larger, compressed, or a redirect, or the certificate is not valid.
         """
         what = f"{self._url}: {method} {path}"
         headers, data = self._headers, None
         if body is not None:
             headers, data = {**headers, "Content-Type": "application/json"}, json.dumps(body).encode()
         deadline = _CURRENT.deadline = _Deadline(seconds)
-        self._under_way.add(deadline)
+        self._running.add(deadline)
         try:
-            if self.gave_up.is_set():
-                raise UnavailableError(f"{method} {path}: given up")
+            if self.aborted.is_set():
+                raise UnavailableError(f"{method} {path}: aborted")
             timeout = urllib3.Timeout(connect=min(_CONNECT_SECONDS, seconds), read=seconds)
             response = self._pool.urlopen(
                 method, self._prefix + path, body=data, headers=headers, timeout=timeout,
@@ -150,13 +121,13 @@ class Client:
             raise UnavailableError(f"{method} {path}: {type(error).__name__}") from error
         finally:
             deadline.cancel()
-            self._under_way.discard(deadline)
+            self._running.discard(deadline)
         return Reply(response.status, response.headers, content, what)
 
-    def give_up(self) -> None:
-        """Ends what is under way, as if its time were up, and lets nothing else begin until ``gave_up`` is cleared."""
-        self.gave_up.set()
-        for deadline in list(self._under_way):
+    def abort(self) -> None:
+        """Ends running requests, as if their time were up, and lets none begin until ``aborted`` is cleared."""
+        self.aborted.set()
+        for deadline in list(self._running):
             deadline.end()
 
     def _read(self, response: Any, what: str, most_bytes: int) -> bytes:

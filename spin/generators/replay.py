@@ -1,4 +1,4 @@
-"""Answers from a file: responses that were made elsewhere, by another engine or on another cluster."""
+"""Responses from a file: made elsewhere, by another engine or on another cluster."""
 
 import hashlib
 import logging
@@ -25,7 +25,7 @@ _REASONS = get_args(FinishReason)
 
 
 @dataclass(frozen=True)
-class _Answer:
+class _Recorded:
     k: int
     token_ids: np.ndarray
     finish_reason: FinishReason | None
@@ -41,20 +41,21 @@ class ReplayGenerator:
     - a parquet file with these columns, or a folder of such files: a pair store.
 
     Token ids only: text, encoded again, need not give back the ids that the model wrote. The stop token belongs to
-    ``generated_ids``. Without a finish reason, a response that ends with a stop token stopped, any other was cut.
+    ``generated_ids``. Without a finish reason, a response that ends with a stop token stopped, any other was truncated.
 
     Several responses to a prompt are ordered by k, then by their place in the file. In one call of ``generate`` the
-    i-th request for a prompt gets its i-th response; the next call starts with the first again. So the answers depend
-    neither on earlier calls nor on a restart, and seeds are not looked at.
+    i-th request for a prompt gets its i-th response; the next call starts with the first again. So responses depend
+    neither on earlier calls nor on a restart, and seeds are ignored. They are truncated at ``max_new_tokens`` and at
+    ``max_seq_len``.
 
-    The answers are fixed: ``update_weights`` changes nothing. From the second iteration on they are not the opponent's
-    own; reference log-probs still are today's opponent's.
+    The responses are fixed: ``update_weights`` changes nothing. From the second iteration on they are not the
+    opponent's own; reference log-probs still are the current opponent's.
 
     Args:
         context (GeneratorContext): gives ``max_seq_len`` and, for messages, ``decode``.
         path (str | Path): the file or folder.
         on_missing (str): ``error``, or ``empty``: a prompt without a response left gets an empty one, which the recipe
-            treats like any empty answer.
+            treats like any empty response.
 
     Raises:
         ConfigError: If ``on_missing`` is unknown.
@@ -62,7 +63,7 @@ class ReplayGenerator:
     """
 
     shares_policy_weights = False
-    takes_sampling = False  # responses may have been cut before max_new_tokens
+    takes_sampling = False  # responses may have been truncated before max_new_tokens
 
     def __init__(self, context: GeneratorContext, path: str | Path, on_missing: str = "error") -> None:
         if on_missing not in ("error", "empty"):
@@ -70,56 +71,44 @@ class ReplayGenerator:
         self.path = Path(path)
         self._context = context
         self._on_missing = on_missing
-        self._answers: dict[bytes, list[_Answer]] = {}
-        for prompt, answer in _read(self.path):
-            self._answers.setdefault(_key(prompt), []).append(answer)
-        if not self._answers:
+        self._recorded: dict[bytes, list[_Recorded]] = {}
+        for prompt, recorded in _read(self.path):
+            self._recorded.setdefault(_key(prompt), []).append(recorded)
+        if not self._recorded:
             raise GeneratorError(f"{self.path}: no responses in it.")
-        for answers in self._answers.values():
-            answers.sort(key=lambda answer: answer.k)  # stable: the file's order within the same k
-        self.fingerprint = self._fingerprint()  # tells a store of these answers from one of another file's
-
-    def _fingerprint(self) -> str:
         digest = hashlib.sha256()
-        for key, answers in self._answers.items():
+        for key, found in self._recorded.items():
+            found.sort(key=lambda recorded: recorded.k)  # stable: the file's order within the same k
             digest.update(len(key).to_bytes(8, "little") + key)
-            for answer in answers:
-                digest.update(f"{answer.k} {answer.finish_reason} {len(answer.token_ids)} ".encode())
-                digest.update(np.asarray(answer.token_ids, np.int32).tobytes())
-        return digest.hexdigest()
+            for recorded in found:
+                digest.update(f"{recorded.k} {recorded.finish_reason} {len(recorded.token_ids)} ".encode())
+                digest.update(recorded.token_ids.tobytes())
+        self.fingerprint = digest.hexdigest()  # tells a store of these responses from one of another file's
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
-        """One response per prompt, in order, cut at ``max_new_tokens`` and at ``max_seq_len`` (finish reason
-        ``length``).
-
-        Args:
-            prompts (list[list[int]]): token ids.
-            sampling (SamplingParams): only ``max_new_tokens`` and ``stop_token_ids`` matter.
-            seeds (list[int]): not looked at.
-
-        Returns:
-            list[Response]: as many as prompts.
-
-        Raises:
-            GeneratorError: If a prompt is not in the file, or is asked for more often than the file has responses to
-                it, and ``on_missing`` is ``error``; if log-probs are asked for.
-        """
         if sampling.logprobs:
             raise GeneratorError(f"{self.path}: a replayed response has no log-probs. Set sampling.logprobs=false.")
         asked: Counter[bytes] = Counter()
         responses, missing = [], []
         for index, prompt in enumerate(prompts):
             key = _key(prompt)
-            answers = self._answers.get(key, [])
-            if asked[key] < len(answers):
-                response = self._response(answers[asked[key]], prompt, sampling)
+            found = self._recorded.get(key, [])
+            if asked[key] < len(found):
+                responses.append(self._response(found[asked[key]], prompt, sampling))
             else:
-                missing.append((index, len(answers)))
-                response = Response([], "length")
+                responses.append(Response([], "length"))
+                missing.append((index, len(found)))
             asked[key] += 1
-            responses.append(response)
         if missing and self._on_missing == "error":
-            raise GeneratorError(self._missing_message(prompts, missing))
+            shown = "; ".join(
+                f"prompt {index} ({len(prompts[index])} tokens, {self._context.decode(prompts[index])[:60]!r}) has {n}"
+                for index, n in missing[:3]
+            )
+            raise GeneratorError(
+                f"{self.path}: {len(missing)} of {len(prompts)} requests have no response left, e.g. {shown}. Prompts "
+                "are matched by their exact token ids: make the file with the same tokenizer, chat template and number "
+                "of responses per prompt, or set generator.on_missing=empty."
+            )
         if missing:
             log.warning(
                 "%s: %d of %d prompts got an empty response (on_missing=empty).", self.path, len(missing), len(prompts)
@@ -127,42 +116,27 @@ class ReplayGenerator:
         return responses
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Ignored, and not iterated: the answers are fixed."""
+        """Ignored, and not iterated: the responses are fixed."""
 
     def sleep(self) -> None:
-        """Nothing to do."""
+        """Does nothing, like ``wake`` and ``close``."""
 
-    def wake(self) -> None:
-        """Nothing to do."""
+    wake = close = sleep
 
-    def close(self) -> None:
-        """Nothing to do."""
-
-    def _response(self, answer: _Answer, prompt: Sequence[int], sampling: SamplingParams) -> Response:
+    def _response(self, recorded: _Recorded, prompt: Sequence[int], sampling: SamplingParams) -> Response:
         room = max(0, min(sampling.max_new_tokens, self._context.max_seq_len - len(prompt)))
-        token_ids = answer.token_ids[:room].tolist()
-        if len(answer.token_ids) > room:
+        token_ids = recorded.token_ids[:room].tolist()
+        if len(recorded.token_ids) > room:
             return Response(token_ids, "length")
         stopped = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
-        return Response(token_ids, answer.finish_reason or ("stop" if stopped else "length"))
-
-    def _missing_message(self, prompts: list[list[int]], missing: list[tuple[int, int]]) -> str:
-        shown = "; ".join(
-            f"prompt {index} ({len(prompts[index])} tokens, {self._context.decode(prompts[index])[:60]!r}) has {found}"
-            for index, found in missing[:3]
-        )
-        return (
-            f"{self.path}: {len(missing)} of {len(prompts)} requests have no response left, e.g. {shown}. Prompts are "
-            "matched by their exact token ids: make the file with the same tokenizer, chat template and number of "
-            "responses per prompt, or set generator.on_missing=empty."
-        )
+        return Response(token_ids, recorded.finish_reason or ("stop" if stopped else "length"))
 
 
 def _key(prompt: Sequence[int] | np.ndarray) -> bytes:
     return np.asarray(prompt, dtype=np.int32).tobytes()
 
 
-def _read(path: Path) -> Iterator[tuple[np.ndarray, _Answer]]:
+def _read(path: Path) -> Iterator[tuple[np.ndarray, _Recorded]]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise GeneratorError(
@@ -199,7 +173,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
         raise GeneratorError(f"{file}: not a readable parquet file ({error}).") from error
 
 
-def _checked(where: str, row: Any) -> tuple[np.ndarray, _Answer]:
+def _checked(where: str, row: Any) -> tuple[np.ndarray, _Recorded]:
     if not isinstance(row, dict) or any(row.get(name) is None for name in _COLUMNS):
         found = f"the fields {sorted(row)}" if isinstance(row, dict) else type(row).__name__
         raise GeneratorError(
@@ -216,4 +190,4 @@ def _checked(where: str, row: Any) -> tuple[np.ndarray, _Answer]:
     if k is not None and type(k) is not int:
         raise GeneratorError(f"{where}: k is {k!r}, expected the number of the response.")
     token_ids = np.asarray(row["generated_ids"], dtype=np.int32)
-    return np.asarray(row["prompt_ids"], dtype=np.int32), _Answer(k or 0, token_ids, reason)
+    return np.asarray(row["prompt_ids"], dtype=np.int32), _Recorded(k or 0, token_ids, reason)

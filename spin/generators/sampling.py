@@ -17,32 +17,14 @@ _BLOCK = 256  # tokens
 
 
 def sample_seed(seed: int, iteration: int, sample_id: str, k: int) -> int:
-    """The seed of one response.
-
-    Args:
-        seed (int): the run's seed.
-        iteration (int): the iteration whose opponent answers.
-        sample_id (str): the sample of the data set.
-        k (int): number of the response among those to the same prompt.
-
-    Returns:
-        int: in [0, 2**63), the same on every machine and Python.
-    """
+    """The seed of response ``k`` to a sample, in [0, 2**63), the same on every machine and Python."""
     name = f"{seed}\x1f{iteration}\x1f{k}\x1f{sample_id}"  # the id comes last: it alone could contain the separator
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def uniforms(seed: int, start: int, n: int) -> np.ndarray:
-    """Numbers ``start`` to ``start + n - 1`` of the stream of ``seed``. Any part of a stream can be had without the
-    rest.
-
-    Args:
-        seed (int): key of the stream, in [0, 2**64).
-        start (int): number of the first token.
-        n (int): how many.
-
-    Returns:
-        np.ndarray: float64 in [0, 1), shape (n,).
+    """Numbers ``start`` to ``start + n - 1`` of the stream of ``seed``: float64 in [0, 1), shape (n,). Any part of a
+    stream can be computed without the rest.
 
     Source:
         Salmon et al. 2011, Parallel random numbers: as easy as 1, 2, 3 (Philox); one counter step gives four numbers.
@@ -61,22 +43,11 @@ def sample_tokens(
     new_tokens: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token per row: banned tokens, the repetition penalty, the ban on early stops, temperature, top_k, top_p, then
-    the inverse CDF.
+    the inverse CDF. (n, v) logits -> (n,) token ids, int64.
 
-    Args:
-        logits (torch.Tensor): shape (n, v).
-        sampling (SamplingParams): temperature 0 takes the most probable token and reads no uniform number.
-        uniforms (torch.Tensor): float64 in [0, 1), shape (n,).
-        seen (torch.Tensor | None): bool, shape (n, v), True for tokens of the prompt and the response so far; needed if
-            the repetition penalty is not 1.
-        new_tokens (torch.Tensor | None): tokens that each response has so far, shape (n,); needed if ``min_new_tokens``
-            is not 0.
-
-    Returns:
-        torch.Tensor: token ids, int64, shape (n,).
-
-    Raises:
-        ValueError: If ``seen`` or ``new_tokens`` is needed and missing.
+    ``uniforms`` are float64 in [0, 1), shape (n,). ``seen`` marks tokens of the prompt and the response so far, bool,
+    shape (n, v); the repetition penalty needs it. ``new_tokens`` counts the tokens of each response so far, shape (n,);
+    ``min_new_tokens`` needs it.
     """
     if sampling.banned_token_ids:  # in a copy: log-probs are of the unaltered distribution
         logits = logits.index_fill(1, _ids(sampling.banned_token_ids, logits.device), -torch.inf)
@@ -109,38 +80,19 @@ def sample_tokens(
 
 @cache
 def _ids(tokens: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Made once: a recorded step cannot send anything to the device."""
+    """Made once: a captured step cannot send anything to the device."""
     return torch.tensor(tokens, dtype=torch.int64, device=device)
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Positive logits of seen tokens are divided by the penalty, negative ones multiplied (arXiv 1909.05858).
-
-    Args:
-        logits (torch.Tensor): shape (n, v).
-        seen (torch.Tensor): bool, shape (n, v).
-        penalty (float): more than 1 makes repetition less probable.
-
-    Returns:
-        torch.Tensor: shape (n, v).
-    """
+    """Positive logits of seen tokens are divided by the penalty, negative ones multiplied (arXiv 1909.05858)."""
     return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def ban_early_stops(
     logits: torch.Tensor, new_tokens: torch.Tensor, min_new_tokens: int, stop_token_ids: tuple[int, ...]
 ) -> torch.Tensor:
-    """Stop tokens get probability 0 in rows that are shorter than the minimum.
-
-    Args:
-        logits (torch.Tensor): shape (n, v).
-        new_tokens (torch.Tensor): tokens so far, shape (n,).
-        min_new_tokens (int): the first token that may be a stop token is the one after so many.
-        stop_token_ids (tuple[int, ...]): what to ban.
-
-    Returns:
-        torch.Tensor: shape (n, v).
-    """
+    """Stop tokens get probability 0 in rows that are shorter than the minimum."""
     early = new_tokens < min_new_tokens
     banned = logits.clone()
     for token in stop_token_ids:  # a few columns, rather than a mask of the vocabulary made on the host
@@ -149,29 +101,13 @@ def ban_early_stops(
 
 
 def keep_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """All but the k most probable tokens get probability 0; tokens equal to the k-th stay.
-
-    Args:
-        logits (torch.Tensor): shape (n, v).
-        k (int): 1 or more.
-
-    Returns:
-        torch.Tensor: shape (n, v).
-    """
+    """All but the k most probable tokens get probability 0; tokens equal to the k-th stay."""
     kth = logits.topk(min(k, logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < kth, -torch.inf)
 
 
 def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """The smallest set of most probable tokens whose probabilities add up to p or more stays (arXiv 1904.09751).
-
-    Args:
-        logits (torch.Tensor): shape (n, v).
-        p (float): in (0, 1).
-
-    Returns:
-        torch.Tensor: shape (n, v).
-    """
+    """The smallest set of most probable tokens whose probabilities add up to p or more stays (arXiv 1904.09751)."""
     ordered, order = logits.sort(descending=True, dim=-1, stable=True)
     probs = ordered.softmax(-1)
     drop = probs.cumsum(-1) - probs >= p  # those before it are enough already; never true for the first
@@ -181,12 +117,7 @@ def keep_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 def invert_cdf(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """The first token, by id, at which the cumulative probability exceeds the uniform number.
 
-    Args:
-        logits (torch.Tensor): float32, shape (n, v); minus infinity is probability 0.
-        uniforms (torch.Tensor): float64 in [0, 1), shape (n,).
-
-    Returns:
-        torch.Tensor: token ids, int64, shape (n,).
+    ``logits`` are float32, (n, v), minus infinity for probability 0; ``uniforms`` float64 in [0, 1), (n,).
     """
     n, v = logits.shape
     weights = logits.softmax(-1)
@@ -217,14 +148,6 @@ def _first_above(cumulative: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Log-probs of chosen tokens under the unaltered distribution.
-
-    Args:
-        logits (torch.Tensor): as the model gave them, shape (n, v).
-        tokens (torch.Tensor): int64, shape (n,).
-
-    Returns:
-        torch.Tensor: nats, float32, shape (n,).
-    """
+    """Log-probs of chosen tokens under the unaltered distribution."""
     logits = logits.float()
     return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)

@@ -1,7 +1,7 @@
 """The device's side of the embedded generator: sequences in slots, and the step that gives each of them one more token.
 
 Nothing here waits for the device, so that the host can be a step ahead of it. On a GPU a step is hundreds of small
-kernels, which the host would launch more slowly than the GPU runs them; so the steps of each size are recorded as CUDA
+kernels, which the host would launch more slowly than the GPU runs them; so the steps of each size are captured as CUDA
 graphs. A graph reads and writes fixed addresses: all state is made once and changed in place.
 """
 
@@ -30,23 +30,17 @@ _PREFILL_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
 
 @dataclass(frozen=True)
 class StepPlan:
-    """How decode steps run. The default suits a CPU: exactly the rows and keys there are, and every token read at once.
+    """How decode steps run. The default suits a CPU: exactly the rows and keys there are, every token read at once."""
 
-    Args:
-        sizes (tuple[int, ...]): numbers of rows that a step may have, ascending, the last one all slots; slots without
-            a sequence compute something that nobody reads. Empty: any number.
-        length_step (int): a step attends to a multiple of this many keys.
-        lag (int): launches that may be under way before the tokens of the first are read. With 1, a row that stops runs
-            one step more, whose token is dropped.
-        capture (bool): replay the steps of each size as a CUDA graph; needs ``sizes``.
-        kernel (bool): attend with the kernel that needs no length, see :func:`spin.model.attention.generation_kernels`.
-    """
-
+    # Numbers of rows that a step may have, ascending, the last one all slots; slots without a sequence compute
+    # something that nobody reads. Empty: any number.
     sizes: tuple[int, ...] = ()
-    length_step: int = 1
+    length_step: int = 1  # a step attends to a multiple of this many keys
+    # Launches that may be running before the tokens of the first are read. With 1, a row that stops runs one step more,
+    # whose token is dropped.
     lag: int = 0
-    capture: bool = False
-    kernel: bool = False
+    capture: bool = False  # replay the steps of each size as a CUDA graph; needs ``sizes``
+    kernel: bool = False  # attend with the kernel that needs no length, see spin.model.attention.generation_kernels
 
     def rows(self, n: int) -> int:
         """How many rows a step takes when slots 0 to n - 1 hold sequences."""
@@ -58,11 +52,9 @@ class StepPlan:
 
 
 class Chosen:
-    """Tokens of one launch on their way to the host.
+    """Tokens of one launch on their way to the host: int64, shape (n,), and their log-probs in nats, float32, (n,).
 
-    Args:
-        tokens (torch.Tensor): int64, shape (n,); may change as soon as this returns.
-        logprobs (torch.Tensor | None): nats, float32, shape (n,).
+    Both may change as soon as this returns.
     """
 
     def __init__(self, tokens: torch.Tensor, logprobs: torch.Tensor | None) -> None:
@@ -82,16 +74,10 @@ class Chosen:
 
 
 class Slots:
-    """Sequences in slots, with the cache and all that choosing tokens needs. Use it inside :meth:`attached`.
+    """Sequences in slots, with the cache and all that choosing tokens needs. Forwards use it after :meth:`attach`.
 
-    Args:
-        model (Any): a patched torchtune decoder whose parameters are gathered.
-        sampling (SamplingParams): the same for all sequences.
-        slots (int): how many sequences fit.
-        capacity (int): tokens of the longest sequence there can be.
-        plan (StepPlan): how steps run.
-        device (torch.device): where.
-        cache_dtype (torch.dtype | None): of the cache; None takes the dtype of the keys.
+    ``model`` is a patched torchtune decoder whose parameters are gathered; ``capacity`` is the longest sequence in tokens;
+    ``cache_dtype`` None takes the dtype of the keys.
     """
 
     def __init__(
@@ -129,7 +115,7 @@ class Slots:
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._captures = plan.capture
         if plan.capture:
-            self._stream = _recording_stream(device)
+            self._stream = _capture_stream(device)
             self._pool = torch.cuda.graph_pool_handle()
         # Slots without a sequence write to the cache too, anywhere in it, so it has its full size at once.
         self.view = attach_kv(
@@ -138,16 +124,7 @@ class Slots:
         detach_kv(model)
 
     def fits(self, sampling: SamplingParams, slots: int, capacity: int) -> bool:
-        """Whether these slots, graphs included, serve other requests just as well.
-
-        Args:
-            sampling (SamplingParams): how they are answered.
-            slots (int): sequences at a time.
-            capacity (int): tokens of the longest.
-
-        Returns:
-            bool: False too if the weights have moved to other addresses.
-        """
+        """Whether these slots and graphs serve other requests too; not if the weights have moved to other addresses."""
         return (
             sampling == self.sampling
             and slots <= self.slots
@@ -167,13 +144,7 @@ class Slots:
     def prefill(self, slots: Sequence[int], prompts: Sequence[list[int]], numbers: Sequence[np.ndarray]) -> Chosen:
         """Reads prompts into free slots and chooses the first token of each.
 
-        Args:
-            slots (Sequence[int]): where the sequences go.
-            prompts (Sequence[list[int]]): their token ids.
-            numbers (Sequence[np.ndarray]): uniform numbers for their tokens, float64 in [0, 1).
-
-        Returns:
-            Chosen: a token for each prompt.
+        ``numbers`` are the uniform numbers of each response's tokens, float64 in [0, 1).
         """
         n, longest = len(slots), max(map(len, prompts))
         self._make_room(longest + 1)
@@ -200,21 +171,16 @@ class Slots:
         return Chosen(*self._choose(logits, where))
 
     def step(self, n: int, length: int) -> Chosen:
-        """One more token for the sequences in slots 0 to n - 1.
+        """One more token for the sequences in slots 0 to n - 1, and perhaps for slots above.
 
-        Args:
-            n (int): the highest slot with a sequence, and 1.
-            length (int): keys of the longest sequence, the one that this step writes included.
-
-        Returns:
-            Chosen: a token for each slot, n or more.
+        ``length`` counts the keys of the longest sequence, including the one that this step writes.
         """
         size = (self.plan.rows(n), self.plan.length(length, self.capacity))
         self._make_room(length if self.plan.kernel else size[1])
         if size in self._graphs:
             self._graphs[size].replay()
         elif self._captures:
-            # The first step of a size runs as it is, on the stream that records: compilation of kernels and
+            # The first step of a size runs as it is, on the stream that captures: compilation of kernels and
             # workspaces of libraries have no place in a graph.
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
@@ -226,13 +192,7 @@ class Slots:
         return Chosen(self._last[: size[0]], None if self._logprobs is None else self._logprobs[: size[0]])
 
     def move(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
-        """Copies sequences to other slots.
-
-        Args:
-            sources (Sequence[int]): their slots.
-            targets (Sequence[int]): as many others, none of them a source.
-            length (int): tokens of the longest.
-        """
+        """Copies sequences of at most ``length`` tokens to other slots, none of which is a source."""
         source, target = self._send(torch.tensor(sources)), self._send(torch.tensor(targets))
         self.view.move(source, target, length)
         for state in (self._last, self._positions, self._counts, self._numbers, self._seen):
@@ -240,7 +200,7 @@ class Slots:
                 state[target] = state[source]
 
     def _advance(self, n: int, length: int) -> None:
-        """The device's work of a step, without a single wait: it may be recorded."""
+        """The device's work of a step, without a single wait: it may be captured."""
         positions = self._positions[:n]
         self.view.decode(positions, length)
         mask = None if self.plan.kernel else self._indices[:length] <= positions[:, None, None]  # (n, 1, length)
@@ -254,15 +214,7 @@ class Slots:
         return logits if cap is None else softcap(logits.float(), cap)
 
     def _choose(self, logits: torch.Tensor, where: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A token for each row, which becomes the newest of its slot.
-
-        Args:
-            logits (torch.Tensor): shape (n, v).
-            where (slice | torch.Tensor): the rows' slots.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor | None]: token ids, and log-probs if they are asked for, shape (n,).
-        """
+        """A token for each row, which becomes the newest of its slot: (n, v) -> ids and perhaps log-probs, (n,)."""
         rows, counts = self._rows[where], self._counts[where]
         # Slots without a sequence count on, and stay inside what there is.
         numbers = self._numbers[rows, counts.clamp(max=self._numbers.shape[1] - 1)]
@@ -280,19 +232,19 @@ class Slots:
         return tokens, logprobs
 
     def _capture(self, size: tuple[int, int]) -> None:
-        """Records the step of a size; recording runs nothing."""
+        """Captures the step of a size; capturing runs nothing."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # thread_local: what other threads do to the GPU (a checkpoint that is still being written) is no fault.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 self._advance(*size)
         except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # an end of recording that fails leaves the other one
+            torch.cuda.set_stream(stream)  # a capture that fails to end leaves the other one
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self._captures = False
             log.warning(
-                "Decode steps of %d sequences cannot be recorded as a CUDA graph (%s); going on without, more slowly.",
+                "Decode steps of %d sequences cannot be captured as a CUDA graph (%s); continuing without, more slowly.",
                 size[0],
                 str(error).strip().split("\n")[0],
             )
@@ -300,8 +252,7 @@ class Slots:
             self._graphs[size] = graph
 
     def _make_room(self, length: int) -> None:
-        """Capacity for ``length`` tokens: half as much again when it grows, never more than the longest row can
-        need."""
+        """Capacity for ``length`` tokens; it grows by half, up to what the longest row can need."""
         if length > self.view.capacity:
             steps = -(-max(length, self.view.capacity * 3 // 2) // _STEP)
             self.view.grow(max(length, min(steps * _STEP, self.capacity)))
@@ -312,7 +263,7 @@ class Slots:
 
 
 @cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for the process: libraries keep a workspace for every stream that they have seen."""
     return torch.cuda.Stream(device)
 

@@ -1,4 +1,4 @@
-"""The embedded generator: the policy itself answers, in place, with a cache of slots and continuous batching."""
+"""The embedded generator: the policy itself generates, in place, with a cache of slots and continuous batching."""
 
 import gc
 import logging
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from spin.core.dtypes import DTYPES
 from spin.core.errors import ConfigError, GeneratorError
 from spin.generators.fused import fused
-from spin.generators.generator import GeneratorContext, SamplingParams, generate_in_order
+from spin.generators.generator import GeneratorContext, SamplingParams, generate_in_order, max_response_tokens
 from spin.generators.sampling import uniforms
 from spin.generators.slots import Chosen, Slots, StepPlan
 from spin.model.attention import generation_kernels, patch_attention
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _PREFILL_TOKENS = 16384  # of prompts that are read together, padding included
 _WINDOW = 4  # batches whose prompts are sorted by length together
-_SIZES = 4  # numbers of rows that are recorded as CUDA graphs at most: all slots, half of them, ...
+_SIZES = 4  # numbers of rows that are captured as CUDA graphs at most: all slots, half of them, ...
 _SMALLEST_SIZE = 16  # rows; fewer take as long
 _CAPACITY_STEP = 256  # tokens; the capacity of a GPU's cache is a multiple, so that later prompts fit too
 _LENGTH_STEP = 256  # tokens; of steps without the kernel
@@ -37,13 +37,13 @@ _LENGTH_STEP = 256  # tokens; of steps without the kernel
 class TorchtuneGenerator:
     """Generates with the policy's own weights on the policy's own device; nothing is copied between iterations.
 
-    Prompts are answered a few batches at a time, the longest first. A row that finishes leaves its slot to the next
-    prompt at once, so no row waits for the longest. A response depends on its prompt, the sampling parameters and
+    Prompts run a few batches at a time, the longest first. A row that finishes leaves its slot to the next prompt at
+    once, so no row waits for the longest. A response depends on its prompt, the sampling parameters and
     its seed (up to the rounding of other batch shapes), not on batch size, order or rank. All ranks must call
     ``generate`` together, if need be with no prompts: the weights are gathered once; after that ranks do not wait for
     each other.
 
-    On a GPU the cache has its full size from the start, steps are recorded as CUDA graphs, and tokens are read while
+    On a GPU the cache has its full size from the start, steps are captured as CUDA graphs, and tokens are read while
     the next step runs. After :meth:`wake` cache and graphs live until :meth:`sleep`, else until ``generate`` returns.
 
     Args:
@@ -53,8 +53,8 @@ class TorchtuneGenerator:
         prefill_batch (int | None): prompts that are read together, and slots that must be free before a running batch
             is interrupted for it; None takes an eighth of the batch.
         cache_dtype (torch.dtype | str | None): fp32, bf16 or fp16; None is the dtype that the model computes in.
-        cuda_graphs (bool): on a GPU, record decode steps; False launches every kernel anew, which is slower, needs less
-            memory, and is for finding faults. A CPU has none either way.
+        cuda_graphs (bool): on a GPU, capture decode steps; False launches every kernel by itself, which is slower,
+            needs less memory, and is for finding faults. A CPU has none either way.
 
     Raises:
         ConfigError: If there is no model, its attention is unknown, or a number is out of range.
@@ -88,39 +88,13 @@ class TorchtuneGenerator:
         self._max_seq_len = min(context.max_seq_len, getattr(context.model, "max_seq_len", context.max_seq_len))
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
-        """One response per prompt, in order. ``max_new_tokens`` is cut where the context ends (finish reason
-        ``length``).
-
-        Args:
-            prompts (list[list[int]]): token ids.
-            sampling (SamplingParams): how to choose tokens and when to stop.
-            seeds (list[int]): one per prompt, see ``spin.generators.sampling.sample_seed``.
-
-        Returns:
-            list[Response]: as many as prompts.
-
-        Raises:
-            GeneratorError: If a prompt is empty or leaves no room for a token, if the numbers of prompts and seeds
-                differ, or if memory does not suffice for one sequence.
-        """
         return generate_in_order(self, prompts, sampling, seeds)
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
     ) -> Iterator[tuple[int, Response]]:
-        """Answers prompts without emptying the batch in between; close it if you stop early.
-
-        Args:
-            requests (Iterable[tuple[Sequence[int], int]]): token ids of a prompt and its seed.
-            sampling (SamplingParams): how to choose tokens and when to stop.
-
-        Yields:
-            tuple[int, Response]: number of the request and its answer, as they are finished.
-
-        Raises:
-            GeneratorError: As ``generate``.
-        """
-        left = self._in_order(list(requests), sampling)
+        """See ``StreamingGenerator``; the batch is never emptied in between."""
+        left = self._in_order(requests, sampling)
         # no_grad, not inference_mode: whatever a module or FSDP makes on first use must stay fit for training.
         with unsharded(self.model), torch.no_grad(), _ready_to_generate(self.model, self._context.device):
             try:
@@ -139,15 +113,7 @@ class TorchtuneGenerator:
                     self._drop()
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copies weights into the policy. A recipe need not call it: the generator runs the policy itself.
-
-        Args:
-            named_tensors (Iterable[tuple[str, torch.Tensor]]): every parameter once, by torchtune name, whole or
-                sharded like the policy.
-
-        Raises:
-            GeneratorError: If a name is unknown or missing or a shape differs; the weights that came before are copied.
-        """
+        """Copies weights into the policy, full or sharded like it. A recipe need not call it."""
         own = {clean_name(name): parameter for name, parameter in self.model.named_parameters()}
         missing = set(own)
         for name, tensor in named_tensors:
@@ -163,48 +129,33 @@ class TorchtuneGenerator:
             raise GeneratorError(f"update_weights: {_some(sorted(missing))} did not come. Send every parameter once.")
 
     def sleep(self) -> None:
-        """Gives the memory of cache and graphs back; ``generate`` makes them anew."""
         self._awake = False
         self._drop()
 
     def wake(self) -> None:
-        """From now on cache and graphs outlive ``generate``, for the next shard of prompts. What torch's allocator
-        holds but nobody uses goes first: training's blocks do not fit the cache, which would come on top of them."""
+        """From now on cache and graphs outlive ``generate``, for the next shard of prompts."""
         self._awake = True
-        if self._context.device.type == "cuda":
+        if self._context.device.type == "cuda":  # training's free blocks do not fit the cache
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        """The same as :meth:`sleep`: the model belongs to the recipe."""
-        self.sleep()
+        self.sleep()  # the model belongs to the recipe
 
-    def _in_order(self, asked: Sequence[tuple[Sequence[int], int]], sampling: SamplingParams) -> dict[int, "_Request"]:
-        """The requests by number, in the order in which they are answered.
+    def _in_order(
+        self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
+    ) -> dict[int, "_Request"]:
+        """The requests by number, in the order in which they run.
 
         The longest first keeps padding small and finds out early if memory does not suffice; a few batches at a time
         keep those together that make a shard.
         """
-        empty = [str(index) for index, (prompt, _) in enumerate(asked) if len(prompt) == 0]
-        if empty:
-            raise GeneratorError(f"{len(empty)} prompts are empty: {_some(empty)}. A prompt needs at least one token.")
-        longest = self._max_seq_len - 1
-        long = [f"prompt {i} has {len(prompt)}" for i, (prompt, _) in enumerate(asked) if len(prompt) > longest]
-        if long:
-            raise GeneratorError(
-                f"{len(long)} prompts leave no room for a response: {_some(long)} tokens, expected at most {longest} "
-                f"(max_seq_len {self._max_seq_len} - 1). Drop or shorten them, or raise max_seq_len."
-            )
+        found = [
+            _Request(index, prompt, max_response_tokens(prompt, index, sampling, self._max_seq_len), seed)
+            for index, (prompt, seed) in enumerate(requests)
+        ]
         window = _WINDOW * self.batch_size
-        order = sorted(range(len(asked)), key=lambda index: (index // window, -len(asked[index][0]), index))
-        return {
-            index: _Request(index, prompt, self._limit(index, prompt, sampling), seed)
-            for index in order
-            for prompt, seed in (asked[index],)
-        }
-
-    def _limit(self, index: int, prompt: Sequence[int], sampling: SamplingParams) -> int:
-        """How many tokens the response to prompt ``index`` may have."""
-        return min(sampling.max_new_tokens, self._max_seq_len - len(prompt))
+        found.sort(key=lambda request: (request.index // window, -len(request.prompt), request.index))
+        return {request.index: request for request in found}
 
     def _run(self, waiting: list["_Request"], sampling: SamplingParams) -> Iterator[tuple[int, Response]]:
         most = min(self.batch_size, len(waiting))
@@ -239,7 +190,7 @@ class TorchtuneGenerator:
         return StepPlan(tuple(sorted(sizes)), _LENGTH_STEP, lag=1, capture=True, kernel=kernel)
 
     def _drop(self) -> None:
-        """Cache and graphs go; their memory is free for others."""
+        """Frees cache and graphs."""
         if self._slots is not None:
             self._slots.view.free()
             self._slots = None
@@ -258,7 +209,7 @@ class TorchtuneGenerator:
                 "generator.cache_dtype=bf16, or shard over more GPUs."
             )
         self.batch_size //= 2
-        log.warning("Out of memory while generating; going on with generator.batch_size=%d.", self.batch_size)
+        log.warning("Out of memory while generating; continuing with generator.batch_size=%d.", self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -288,11 +239,7 @@ class _Row:
 class _Run:
     """One pass over requests: who is in which slot, what is launched next, where responses end.
 
-    Args:
-        slots (Slots): the device's side, attached.
-        decode (Callable[[Sequence[int]], str]): token ids to text.
-        waiting (list[_Request]): in the order in which they are answered.
-        limits (tuple[int, int]): rows at a time, prompts that are read at a time.
+    ``limits`` are rows at a time and prompts that are read at a time; ``waiting`` is in the order in which they run.
     """
 
     def __init__(
@@ -411,8 +358,7 @@ class _Run:
 
 @contextmanager
 def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, layers uncompiled, without checkpointing and FSDP's hooks, with kernels of our own on a GPU, and
-    all as it was afterwards."""
+    """Evaluation mode, layers uncompiled, no checkpointing, no FSDP hooks, on a GPU this project's kernels."""
     kernels = generation_kernels(device.type)
     small_modules = fused(model, kernels) if kernels else nullcontext()
     training = [module for module in model.modules() if module.training]
@@ -421,7 +367,7 @@ def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
         module: vars(module).get("forward") for module in model.modules() if isinstance(module, ActivationWrapper)
     }
     model.eval()
-    for module in wrappers:  # a wrapper may save the state of random numbers, which no graph records
+    for module in wrappers:  # a wrapper may save the state of random numbers, which no graph captures
         module.forward = module._checkpoint_wrapped_module.__call__
     try:
         # Compiled layers would be compiled again for every length of the cache.

@@ -1,7 +1,7 @@
 """vLLM in the trainer's own process: one engine for each rank, or for ranks that share a model by tensor parallelism.
 
-The engine starts once, with weights of no meaning. Before every iteration it is woken, given the policy's weights in
-place, and given its cache back; afterwards it sleeps, and its memory is the trainer's.
+The engine starts once, with dummy weights. Before every iteration it wakes, gets the policy's weights in place and then
+its cache; afterwards it sleeps, and its memory is the trainer's.
 """
 
 from __future__ import annotations
@@ -58,14 +58,7 @@ _QUEUE = 4  # requests in the engine's hands, in multiples of the sequences that
 
 
 def vllm_version() -> str:
-    """The installed vLLM's version.
-
-    Returns:
-        str: as its package says.
-
-    Raises:
-        ConfigError: If there is none, or it is older than this adapter knows.
-    """
+    """The installed vLLM's version; ConfigError if there is none, or it is too old."""
     installed = installed_vllm()
     if installed is None:
         raise ConfigError(f"the generator needs vLLM, which is not installed. Versions {KNOWN} are known: {INSTALL}.")
@@ -76,14 +69,7 @@ def vllm_version() -> str:
 
 
 def is_too_old(version: str) -> bool:
-    """Whether this adapter does not know so old a vLLM; warns of one that is newer than what it was written for.
-
-    Args:
-        version (str): as vLLM says; one without numbers is taken for a known one.
-
-    Returns:
-        bool: True for versions before 0.20.
-    """
+    """Whether a vLLM is older than this adapter knows; warns if it is newer. A version without numbers is known."""
     match = re.match(r"(\d+)\.(\d+)", version)
     minor = (int(match[1]), int(match[2])) if match else _NEWEST
     if minor > _NEWEST:
@@ -94,16 +80,16 @@ def is_too_old(version: str) -> bool:
 class VLLMGenerator:
     """Generates with vLLM in this process.
 
-    Every rank has an engine of its own, or ``tensor_parallel_size`` ranks share one. All ranks must construct it, wake
-    it and update its weights together; after that engines do not wait for each other.
+    Every rank has its own engine, or ``tensor_parallel_size`` ranks share one. All ranks must construct it, wake it and
+    update its weights together; after that engines do not wait for each other.
 
     Args:
         context (GeneratorContext): gives the policy, its device and the ranks.
         model_dir (str): Hugging Face folder with config.json and tokenizer; its weights are not read.
         model_type (str): layout of the weights, a name of torchtune's ``ModelType``.
         tensor_parallel_size (int): ranks that share an engine, for models larger than one GPU.
-        gpu_memory_utilization (float): share of a GPU's memory that weights and cache take while awake.
-        max_model_len (int | None): longest prompt plus answer in tokens; None is the model's context, for which the
+        gpu_memory_utilization (float): fraction of a GPU's memory that weights and cache take while awake.
+        max_model_len (int | None): longest prompt plus response in tokens; None is the model's context, for which the
             cache must have room.
         dtype (str): of weights and arithmetic: ``bf16``, ``fp16`` or ``fp32``.
         max_logprob_gap (float | None): nats per token by which its log-probs may differ from the trainer's after an
@@ -176,20 +162,6 @@ class VLLMGenerator:
         self.sleep()
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
-        """One response per prompt, in order; see :meth:`stream`.
-
-        Args:
-            prompts (list[list[int]]): token ids.
-            sampling (SamplingParams): how to answer.
-            seeds (list[int]): one per prompt.
-
-        Returns:
-            list[Response]: as many as prompts.
-
-        Raises:
-            GeneratorError: If the numbers of prompts and seeds differ, a prompt leaves no room for an answer, or the
-                engine fails.
-        """
         for index, prompt in enumerate(prompts):
             max_response_tokens(prompt, index, sampling, self.max_seq_len)  # before anything is asked
         return generate_in_order(self, prompts, sampling, seeds)
@@ -197,18 +169,7 @@ class VLLMGenerator:
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
     ) -> Iterator[tuple[int, Response]]:
-        """Answers prompts in bulk, with continuous batching; prompts that share a beginning share its computation.
-
-        Args:
-            requests (Iterable[tuple[Sequence[int], int]]): token ids of a prompt and its seed.
-            sampling (SamplingParams): how to answer.
-
-        Yields:
-            tuple[int, Response]: number of the request and its answer, as they are finished.
-
-        Raises:
-            GeneratorError: If a prompt leaves no room for an answer, or the engine fails.
-        """
+        """See ``StreamingGenerator``; prompts that share a beginning share its computation."""
         if not self._is_whole:
             raise GeneratorError("vLLM has no weights: wake it and update its weights before it generates.")
         engine = self._llm.llm_engine
@@ -243,9 +204,9 @@ class VLLMGenerator:
         except Exception as error:
             self._is_whole = False
             raise GeneratorError(
-                f"vLLM failed with {len(running)} answers under way: {type(error).__name__}: {error} Finished shards "
-                "are on disk; start the same command again. If memory ran out, lower generator.gpu_memory_utilization "
-                "or generator.engine.max_num_seqs."
+                f"vLLM failed with {len(running)} responses unfinished: {type(error).__name__}: {error} Finished "
+                "shards are on disk; run the same command again to resume. If memory ran out, lower "
+                "generator.gpu_memory_utilization or generator.engine.max_num_seqs."
             ) from error
         finally:
             if running and self._is_whole:  # the caller stopped, or a prompt was refused
@@ -254,14 +215,7 @@ class VLLMGenerator:
                     engine.step()
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Puts the policy's weights into the engine, in place, and forgets what it cached under the old ones.
-
-        Args:
-            named_tensors (Iterable[tuple[str, torch.Tensor]]): every parameter once, whole, by torchtune name.
-
-        Raises:
-            GeneratorError: If a tensor is missing or vLLM does not take it; the engine is of no use then.
-        """
+        """Loads the policy's weights in place, and drops what was cached under the old ones."""
         self._is_whole = False
         started = time.perf_counter()
         try:
@@ -275,12 +229,12 @@ class VLLMGenerator:
         except Exception as error:
             raise GeneratorError(f"vLLM did not take the policy's weights: {type(error).__name__}: {error}") from error
         if not self._llm.reset_prefix_cache():
-            raise GeneratorError("vLLM did not forget its prefix cache, whose entries are of other weights.")
+            raise GeneratorError("vLLM did not reset its prefix cache, whose entries are of other weights.")
         self._is_whole = True
         log.info(f"vLLM has the policy's weights ({time.perf_counter() - started:.2f} s).")
 
     def sleep(self) -> None:
-        """Gives the GPU memory of weights and cache back; on a CPU there is nothing to give."""
+        """Frees the GPU memory of weights and cache; on a CPU there is none to free."""
         if not self._on_gpu:
             return
         self._is_whole = False
@@ -289,10 +243,10 @@ class VLLMGenerator:
         with _short_collections():
             self._llm.sleep(level=2)  # level 1 would keep a copy of the weights in CPU memory
         gib = (torch.cuda.mem_get_info()[0] - before) / 2**30
-        log.info(f"vLLM sleeps: {gib:.1f} GiB given back ({time.perf_counter() - started:.2f} s).")
+        log.info(f"vLLM sleeps: {gib:.1f} GiB freed ({time.perf_counter() - started:.2f} s).")
 
     def wake(self) -> None:
-        """Takes memory for the weights; the cache's comes with :meth:`update_weights`."""
+        """Allocates the weights; the cache comes with :meth:`update_weights`."""
         if not self._on_gpu:
             return
         started = time.perf_counter()
@@ -329,33 +283,17 @@ class VLLMGenerator:
 
 
 def is_banned(response: Response, sampling: SamplingParams) -> bool:
-    """Whether an answer holds a token that may not be chosen, so that it is to be asked for again with these banned.
+    """Whether a response holds a banned token, so that it is requested again with these banned.
 
     A trained model hardly ever writes one. Banning some hundred in every request would cost vLLM as much as a decode
-    step each time that a request starts or ends, and a list of the others that are allowed far more.
-
-    Args:
-        response (Response): the answer.
-        sampling (SamplingParams): as it was asked.
-
-    Returns:
-        bool: the same seed gives the same tokens up to the banned one.
+    step each time that a request starts or ends, and a list of the others that are allowed far more. The same seed
+    gives the same tokens up to the banned one.
     """
     return bool(sampling.banned_token_ids) and not set(sampling.banned_token_ids).isdisjoint(response.token_ids)
 
 
 def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: bool = False) -> dict[str, Any]:
-    """Sampling parameters under vLLM's names, for its engine and its server alike.
-
-    Args:
-        sampling (SamplingParams): how to answer.
-        seed (int): of this answer.
-        limit (int): tokens that it may have.
-        ban (bool): ban the banned tokens, see :func:`is_banned`.
-
-    Returns:
-        dict[str, Any]: JSON values.
-    """
+    """Sampling parameters under vLLM's names, for its engine and its server alike."""
     return {
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
@@ -367,7 +305,7 @@ def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: bool = F
         "stop": list(sampling.stop_strings),
         "include_stop_str_in_output": True,
         "skip_special_tokens": False,  # a stop string may be one, and the embedded generator's text has them too
-        "ignore_eos": True,  # the stop tokens say where an answer ends, as for every other generator
+        "ignore_eos": True,  # the stop tokens say where a response ends, as for every other generator
         "seed": seed,
         **({"logit_bias": dict.fromkeys(sampling.banned_token_ids, -100.0)} if ban else {}),  # the server's lowest
     }
@@ -376,23 +314,10 @@ def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: bool = F
 def vllm_response(
     tokens: Sequence[int] | None, reason: str | None, logprobs: Sequence[float] | None, sampling: SamplingParams
 ) -> Response:
-    """An answer of vLLM's engine or server.
-
-    Args:
-        tokens (Sequence[int] | None): token ids; None if there are none in the answer.
-        reason (str | None): why it ended, as vLLM says.
-        logprobs (Sequence[float] | None): per token, if asked for.
-        sampling (SamplingParams): as it was asked.
-
-    Returns:
-        Response: one whose last token is a stop token has stopped, though the limit was reached in the same step.
-
-    Raises:
-        GeneratorError: If there are no token ids, or it ended otherwise than by a stop or the limit.
-    """
+    """A response of vLLM's engine or server; it has stopped if its last token is a stop token, even at the limit."""
     if tokens is None or reason not in ("stop", "length"):
         raise GeneratorError(
-            f"vLLM ended an answer with reason {reason!r} and {'no' if tokens is None else len(tokens)} token ids, "
+            f"vLLM ended a response with reason {reason!r} and {'no' if tokens is None else len(tokens)} token ids, "
             "expected stop or length, with token ids."
         )
     stopped = reason == "stop" or (len(tokens) > 0 and tokens[-1] in sampling.stop_token_ids)
@@ -402,25 +327,20 @@ def vllm_response(
 
 
 def _response(output: Any, sampling: SamplingParams) -> Response:
-    answer = output.outputs[0]
+    found = output.outputs[0]
     logprobs = None
     if sampling.logprobs:
-        logprobs = [entry[token].logprob for token, entry in zip(answer.token_ids, answer.logprobs, strict=True)]
-    return vllm_response(answer.token_ids, answer.finish_reason, logprobs, sampling)
+        logprobs = [entry[token].logprob for token, entry in zip(found.token_ids, found.logprobs, strict=True)]
+    return vllm_response(found.token_ids, found.finish_reason, logprobs, sampling)
 
 
 class _Load:
-    """Loads tensors into vLLM's model, and sees to it that none is left out.
-
-    Args:
-        tensors (Iterator[tuple[str, torch.Tensor]]): by Hugging Face name.
-    """
+    """Loads tensors, by Hugging Face name, into vLLM's model, and raises if one is left out. Runs in this process."""
 
     def __init__(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         self.tensors = tensors
 
     def __call__(self, model: Any) -> None:
-        """Runs in the engine's worker, which is this process."""
         loaded = model.load_weights(self.tensors)
         left = sorted({name for name, _ in model.named_parameters()} - set(loaded)) if loaded is not None else []
         if left:
@@ -440,11 +360,11 @@ def _start(model_dir: Path, arguments: dict[str, Any], on_gpu: bool) -> Any:
         "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     ):
         raise ConfigError(
-            "PYTORCH_ALLOC_CONF has expandable_segments:True, with which vLLM cannot give its memory back. Unset it."
+            "PYTORCH_ALLOC_CONF has expandable_segments:True, with which vLLM cannot free its memory. Unset it."
         )
     gc.collect()
     if on_gpu:
-        torch.cuda.empty_cache()  # vLLM measures what is free, and takes offence if that grows meanwhile
+        torch.cuda.empty_cache()  # vLLM measures what is free, and fails if that grows meanwhile
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"  # for functions that never leave this process
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -457,7 +377,7 @@ def _start(model_dir: Path, arguments: dict[str, Any], on_gpu: bool) -> Any:
             return LLM(
                 model=str(model_dir),
                 load_format="dummy",
-                generation_config="vllm",  # the model's own sampling defaults are not asked
+                generation_config="vllm",  # not the model's own sampling defaults
                 trust_remote_code=False,
                 enable_sleep_mode=on_gpu,
                 logprobs_mode="raw_logprobs",
@@ -476,7 +396,7 @@ def _start(model_dir: Path, arguments: dict[str, Any], on_gpu: bool) -> Any:
 
 @contextmanager
 def _short_collections() -> Iterator[None]:
-    """Lets garbage collections look at new objects only.
+    """Garbage collections inside look at new objects only.
 
     vLLM asks for a full one when it goes to sleep, and that walks the 700,000 objects of torch, transformers and vLLM:
     0.3 to 0.4 of the 0.5 seconds that this took on an H100's host.
@@ -492,7 +412,7 @@ def _short_collections() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Keeps what starting an engine changes for the whole process: seeds, threads, garbage collection, environment."""
+    """Restores what starting an engine changes in the process: seeds, threads, garbage collection, environment."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     set_num_threads, threads, dtype = torch.set_num_threads, torch.get_num_threads(), torch.get_default_dtype()

@@ -1,4 +1,4 @@
-"""A vLLM server elsewhere, on GPUs or a host of its own: token ids there and back over HTTP."""
+"""A vLLM server on other GPUs or another host: token ids over HTTP."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _SHORT_SECONDS = 60.0  # for what a server answers at once, if timeout_seconds i
 _MOST_TIMEOUTS = 3  # of one request
 _PAUSE_SECONDS = 1.0  # before the first repetition; doubled each time
 _LONGEST_PAUSE_SECONDS = 30.0
-# Of a response: much more than vLLM's JSON takes for a token (its id, and its text up to three times) and beside them.
-_BYTES_PER_TOKEN, _BYTES_BESIDES = 4096, 1 << 20
+# Of a response: much more than vLLM's JSON takes for a token (its id, and its text up to three times) and the rest.
+_BYTES_PER_TOKEN, _OTHER_BYTES = 4096, 1 << 20
 _MOST_BYTES = 16 << 20  # of a response to anything else; /metrics is the longest
 _HOW_TO_SERVE = "VLLM_SERVER_DEV_MODE=1 vllm serve <model folder> --generation-config vllm"
 
@@ -44,9 +44,9 @@ class VLLMServerGenerator:
     server must see under the same path, and the server loads them in place. That takes its development endpoints
     (``VLLM_SERVER_DEV_MODE=1``): keep them inside a network that you trust.
 
-    A server that dies in the middle of an iteration may be started again: requests are repeated until it answers, and
-    it is given the weights anew before it answers anything. Answers that are finished are kept. A request that is not
-    answered in time is repeated twice. Redirects are not followed, and proxies are not used.
+    A server that dies in the middle of an iteration may be restarted: requests are repeated until it answers, and the
+    weights are sent again before any prompt. Finished responses are kept. A request that is not answered in time is
+    repeated twice. Redirects are not followed, and proxies are not used.
 
     Without ``transfer_dir`` the server keeps the model that it was started with: a judge in an evaluation, never an
     opponent. Then it needs no development endpoints, and ``fingerprint`` is the name of its model.
@@ -55,14 +55,14 @@ class VLLMServerGenerator:
         context (GeneratorContext): gives the policy and the ranks.
         url (str): where it listens, such as ``http://localhost:8000``; ``https`` works as well.
         transfer_dir (str | None): folder for the weights, seen by trainer and server; None: it is sent none. It is
-            replaced before every iteration, so it must be new, empty, or of an earlier run, and lie beside the run's
-            folder and those of models, not in one.
+            replaced before every iteration, so it must be new, empty, or of an earlier run, and outside the run's
+            folder and those of models.
         model_dir (str | None): Hugging Face folder that training starts from; gives config and tokenizer.
         model_type (str | None): layout of the weights, a name of torchtune's ``ModelType``.
         dtype (str): of the written weights: ``bf16``, ``fp16`` or ``fp32``.
         concurrency (int): requests of a rank that the server has at a time.
-        timeout_seconds (float): for one answer from connecting to its last byte, or for loading weights.
-        wait_seconds (float): how long a server that is not there is waited for, at the start and in the middle.
+        timeout_seconds (float): for one response from connecting to its last byte, or for loading weights.
+        wait_seconds (float): how long to wait for a server that is not there, at the start and later.
         max_logprob_gap (float | None): see :class:`spin.generators.VLLMGenerator`.
         api_key_env (str | None): environment variable that holds the server's API key; the key itself stands nowhere.
         verify (bool | str): check the certificate of an ``https`` server; a path names a CA bundle.
@@ -131,37 +131,12 @@ class VLLMServerGenerator:
             self.fingerprint = f"served {self._name}"
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
-        """One response per prompt, in order; see :meth:`stream`.
-
-        Args:
-            prompts (list[list[int]]): token ids.
-            sampling (SamplingParams): how to answer.
-            seeds (list[int]): one per prompt.
-
-        Returns:
-            list[Response]: as many as prompts.
-
-        Raises:
-            GeneratorError: If the numbers of prompts and seeds differ, a prompt leaves no room for an answer, or the
-                server fails for good.
-        """
         return generate_in_order(self, prompts, sampling, seeds)
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
     ) -> Iterator[tuple[int, Response]]:
-        """Answers prompts, many at a time; the server batches them and shares what prompts have in common.
-
-        Args:
-            requests (Iterable[tuple[Sequence[int], int]]): token ids of a prompt and its seed.
-            sampling (SamplingParams): how to answer.
-
-        Yields:
-            tuple[int, Response]: number of the request and its answer, as they are finished.
-
-        Raises:
-            GeneratorError: If a prompt leaves no room for an answer, or the server fails for good.
-        """
+        """See ``StreamingGenerator``; the server batches requests and shares what prompts have in common."""
         if not self._has_weights:
             raise GeneratorError("the server has no weights of the policy: update them before it generates.")
         self._ensure_weights()
@@ -178,20 +153,14 @@ class VLLMServerGenerator:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
         finally:
-            self._client.give_up()  # a stream that ends early does not wait for what it asked for
+            self._client.abort()  # a stream that ends early does not wait for its requests
             pool.shutdown(wait=True, cancel_futures=True)
-            self._client.gave_up.clear()
+            self._client.aborted.clear()
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Writes the policy's weights to ``transfer_dir`` and has the server load them. Collective.
 
-        Args:
-            named_tensors (Iterable[tuple[str, torch.Tensor]]): not looked at; every rank writes files of its own shards
-                instead.
-
-        Raises:
-            ConfigError: If there is no ``transfer_dir``, or something in it that is not of this program.
-            GeneratorError: If the server does not load them.
+        ``named_tensors`` is not consumed: every rank writes files of its own shards.
         """
         if self._transfer_dir is None or self._model_dir is None or self._model_type is None:
             raise ConfigError(
@@ -219,14 +188,14 @@ class VLLMServerGenerator:
         self._has_weights = True
 
     def sleep(self) -> None:
-        """Nothing to do: the server's memory is its own."""
+        """Does nothing: the server's memory is its own."""
 
     def wake(self) -> None:
-        """Waits for the server, if it is not there."""
+        """Waits for the server."""
         self._await_server()
 
     def close(self) -> None:
-        """Nothing to do: the server goes on."""
+        """Does nothing: the server keeps running."""
 
     # ---- the server
     def _answer(
@@ -239,8 +208,8 @@ class VLLMServerGenerator:
             **vllm_sampling(sampling, seed, limit, ban),
             **({"logprobs": 0} if sampling.logprobs else {}),
         }
-        most = _BYTES_BESIDES + _BYTES_PER_TOKEN * limit + 16 * len(prompt)  # the prompt's ids come back
-        reply = self._persistently("POST", "/v1/completions", most_bytes=most, body=body)
+        most = _OTHER_BYTES + _BYTES_PER_TOKEN * limit + 16 * len(prompt)  # the prompt's ids come back
+        reply = self._request_with_retries("POST", "/v1/completions", most_bytes=most, body=body)
         choices = reply.json().get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             found = f"{len(choices)} choices" if isinstance(choices, list) else f"choices {choices!r:.60}"
@@ -256,28 +225,28 @@ class VLLMServerGenerator:
         return response
 
     def _load_weights(self, idle: bool) -> None:
-        """Has the server load the weights of ``transfer_dir`` in place."""
+        """The server loads the weights of ``transfer_dir`` in place."""
         started = time.perf_counter()
         assert self._transfer_dir is not None
         path = str(self._transfer_dir.resolve())
-        self._persistently(
+        self._request_with_retries(
             "POST", "/collective_rpc", body={"method": "reload_weights", "kwargs": {"weights_path": path}}
         )
-        reset = self._persistently("POST", "/reset_prefix_cache")
-        # answers that other ranks have under way, of the same weights, may hold parts of the cache
+        reset = self._request_with_retries("POST", "/reset_prefix_cache")
+        # other ranks' running requests, of the same weights, may hold parts of the cache
         says = reset.json() if reset.headers.get("content-type", "").startswith("application/json") else {}
         if idle and not says.get("success", True):
-            raise GeneratorError(f"{self._url} did not forget its prefix cache, whose entries are of other weights.")
+            raise GeneratorError(f"{self._url} did not reset its prefix cache, whose entries are of other weights.")
         log.info(f"{self._url} has the policy's weights ({time.perf_counter() - started:.1f} s).")
 
     def _ensure_weights(self, after_failure: bool = False) -> None:
-        """Gives a server that was started anew the weights again, before anything is asked of it."""
+        """Sends a restarted server the weights again."""
         if self._transfer_dir is None:
             return
         with self._lock:
             now = self._start_time()
             if now != self._started or (after_failure and now is None):
-                log.warning(f"{self._url} was started anew; it is given the policy's weights again.")
+                log.warning(f"{self._url} restarted; resending the policy weights.")
                 self._load_weights(idle=False)
                 self._started = now
 
@@ -326,14 +295,14 @@ class VLLMServerGenerator:
 
     # ---- requests
     def _get(self, path: str) -> Reply:
-        return self._persistently("GET", path, seconds=min(self._timeout, _SHORT_SECONDS))
+        return self._request_with_retries("GET", path, seconds=min(self._timeout, _SHORT_SECONDS))
 
     def _pause(self, seconds: float) -> None:
-        if self._client.gave_up.wait(seconds):
-            raise GeneratorError(f"{self._url}: given up, because another request failed or the run was stopped.")
+        if self._client.aborted.wait(seconds):
+            raise GeneratorError(f"{self._url}: aborted, because another request failed or the run was stopped.")
 
-    def _persistently(self, method: str, path: str, **arguments: Any) -> Reply:
-        """A request that is repeated, after longer and longer pauses, while the server is not there."""
+    def _request_with_retries(self, method: str, path: str, **arguments: Any) -> Reply:
+        """A request that is repeated, with exponential backoff, while the server is not there."""
         deadline, pause, timeouts = None, _PAUSE_SECONDS, 0
         while True:
             try:
@@ -345,9 +314,9 @@ class VLLMServerGenerator:
                     times = f"{timeouts} times" if timeouts >= _MOST_TIMEOUTS else f"for {self._wait:g} s"
                     raise GeneratorError(
                         f"{self._url} did not answer {times}: {error}. Finished shards are on disk; start the server "
-                        "and the same command again."
+                        "and run the same command again to resume."
                     ) from error
-                if not self._client.gave_up.is_set():
+                if not self._client.aborted.is_set():
                     log.warning(f"{self._url}: {error}; asking again in {pause:g} s.")
             self._pause(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

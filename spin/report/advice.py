@@ -19,14 +19,7 @@ LN_2 = math.log(2)
 
 
 def advice(run: RunRecord) -> list[str]:
-    """Known failures that show in a run.
-
-    Args:
-        run (RunRecord): as far as it has come.
-
-    Returns:
-        list[str]: a sentence or two for each, in the order of the iterations.
-    """
+    """Known failures that show in a run."""
     found = [text for iteration in run.iterations for text in _of_iteration(run, iteration)]
     losses = run.series("val_loss")
     if len(losses) > 1 and losses[-1][1] > losses[0][1] * (1 + VAL_LOSS_RISE):

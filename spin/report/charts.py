@@ -18,14 +18,7 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One curve.
-
-    Args:
-        label (str): for the legend.
-        points (Sequence[Point]): x ascending, finite.
-        is_dots (bool): few points, drawn as such and joined over the marks; a line without dots ends at each mark,
-            because what it shows starts anew there.
-    """
+    """One curve."""
 
     label: str
     points: Sequence[Point]
@@ -34,15 +27,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure.
-
-    Args:
-        title (str): with the unit.
-        series (Sequence[Series]): at most three, which have colours; those without points are left out.
-        level (tuple[float, str] | None): a dashed line to compare with, and what the legend calls it.
-        marks (Sequence[tuple[float, str]]): vertical lines, such as iterations' starts, and their labels.
-        span (tuple[float, float] | None): of x, so that charts side by side agree; None is that of the points.
-    """
+    """One figure."""
 
     title: str
     series: Sequence[Series]
@@ -61,11 +46,7 @@ class Chart:
         return [(series.label, number(series.points[-1][1])) for series in self.drawn]
 
     def svg(self) -> Markup:
-        """The drawing.
-
-        Returns:
-            Markup: an ``svg`` element.
-        """
+        """The drawing."""
         xs = self.span or [x for series in self.drawn for x, _ in series.points] + [x for x, _ in self.marks]
         ys = [y for series in self.drawn for _, y in series.points] + ([self.level[0]] if self.level else [])
         ticks = nice_ticks(min(ys), max(ys))
@@ -150,16 +131,7 @@ def _path(scale: _Scale, points: Iterable[Point]) -> str:
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Round numbers, evenly spaced, that enclose a range.
-
-    Args:
-        low (float): least value.
-        high (float): greatest value.
-        about (int): how many intervals, more or less.
-
-    Returns:
-        list[float]: two or more, ascending.
-    """
+    """Round numbers, evenly spaced, that enclose a range."""
     if high - low < 1e-300:  # a quarter of less may be 0
         pad = abs(low) * 0.1 if abs(low) > 1e-290 else 1.0
         low, high = low - pad, high + pad

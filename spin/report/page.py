@@ -61,14 +61,7 @@ def _shown(value: Any) -> Any:
 
 
 def state_of(run: RunRecord) -> str:
-    """Where the run stands, in a sentence.
-
-    Args:
-        run (RunRecord): the run.
-
-    Returns:
-        str: one sentence.
-    """
+    """Where the run stands, in a sentence."""
     if run.is_finished:
         return f"Finished after {run.last_step} steps."
     when = ""
@@ -79,14 +72,7 @@ def state_of(run: RunRecord) -> str:
 
 
 def charts_of(run: RunRecord) -> list[Chart]:
-    """The figures for which a run has numbers.
-
-    Args:
-        run (RunRecord): the run.
-
-    Returns:
-        list[Chart]: in the order of the page.
-    """
+    """The figures for which a run has numbers."""
     word = "iteration " if len(run.iterations) < 4 else ""  # more would not fit
     marks = [(i.steps[0]["step"], f"{word}{i.number}") for i in run.iterations if i.steps]
 

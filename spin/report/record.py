@@ -99,14 +99,7 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def read_run(path: Path) -> RunRecord:
-    """Reads a run's folder.
-
-    Args:
-        path (Path): the run's output_dir.
-
-    Returns:
-        RunRecord: what could be read; ``remarks`` says what could not.
-    """
+    """Reads a run's folder."""
     folders = iteration_folders(path)
     remarks: list[str] = []
     cfg = None

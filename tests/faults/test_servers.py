@@ -202,7 +202,7 @@ def test_a_handshake_that_drips_is_given_up(tmp_path):
         ({"choices": [{"token_ids": [7, 7], "finish_reason": "length"}]}, "'length' with 2 tokens"),
         ({"choices": [{"token_ids": [7, 7], "finish_reason": "stop"}]}, "'stop' but ends with token 7"),
         ({"choices": [{"token_ids": [9, 7, 9], "finish_reason": "stop"}]}, "has stop token 9 as token 0 of 3"),
-        ({"choices": [{"token_ids": [7, 9], "finish_reason": ["stop"]}]}, "ended an answer with reason"),
+        ({"choices": [{"token_ids": [7, 9], "finish_reason": ["stop"]}]}, "ended a response with reason"),
     ],
 )
 def test_a_response_that_cannot_be_is_refused_by_name(tmp_path, serve, answer, message):

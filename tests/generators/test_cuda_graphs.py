@@ -393,7 +393,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(make, model, many, monkeypatch, c
     monkeypatch.setattr(Slots, "_advance", waits)
     with caplog.at_level(logging.WARNING):
         got = make(batch_size=16).generate(many, GREEDY, [0] * 90)
-    assert caplog.text.count("cannot be recorded as a CUDA graph") == 1
+    assert caplog.text.count("cannot be captured as a CUDA graph") == 1
     _same(got, expected, model, many)
     monkeypatch.undo()
     _same(make(batch_size=16).generate(many, GREEDY, [0] * 90), expected, model, many)

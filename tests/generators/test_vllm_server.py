@@ -294,7 +294,7 @@ def test_a_server_that_fails_for_good(context, untied, tmp_path, serve, answers,
     ("answers", "message"),
     [
         ({"collective_rpc": [(404, {})]}, "VLLM_SERVER_DEV_MODE=1"),
-        ({"reset_prefix_cache": [(200, {"success": False})]}, "did not forget its prefix cache"),
+        ({"reset_prefix_cache": [(200, {"success": False})]}, "did not reset its prefix cache"),
     ],
 )
 def test_a_server_that_does_not_take_weights(context, untied, tmp_path, serve, answers, message):
