@@ -76,8 +76,8 @@ class Chosen:
 class Slots:
     """Sequences in slots, with the cache and all that choosing tokens needs. Forwards use it after :meth:`attach`.
 
-    ``model`` is a patched torchtune decoder whose parameters are gathered; ``capacity`` is the longest sequence in tokens;
-    ``cache_dtype`` None takes the dtype of the keys.
+    ``model`` is a patched torchtune decoder whose parameters are gathered; ``capacity`` is the longest sequence,
+    in tokens; ``cache_dtype`` None takes the dtype of the keys.
     """
 
     def __init__(
@@ -244,7 +244,7 @@ class Slots:
                 raise
             self._captures = False
             log.warning(
-                "Decode steps of %d sequences cannot be captured as a CUDA graph (%s); continuing without, more slowly.",
+                "Decode steps of %d sequences cannot be captured as a CUDA graph (%s); continuing without.",
                 size[0],
                 str(error).strip().split("\n")[0],
             )
