@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spin.core.errors import ConfigError, DataError
-from spin.data.tools import check_results, parse_calls, tool_calls, tool_definitions, without_nulls
+from spin.data.tools import BAD_ROW, check_results, parse_calls, parse_json, tool_definitions, without_nulls
 
 # role and content; an assistant's tool_calls, reasoning_content and train (False: not to be trained on), a tool's name
 # and tool_call_id; in a row's first message also its tools and chat_template_kwargs
@@ -27,26 +27,17 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "prompt_response": (("prompt", "response"), ("label", *_SINGLE, *_ALWAYS)),
 }
 _ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "ipython": "tool",
-    "observation": "tool",
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation"), "tool"),
 }
 # Names in dumps of other programs; rows that have them are counted.
 _OTHER_ROLES = {
     "prompter": "user",
     **dict.fromkeys(("model", "chatgpt", "bing", "bard", "bot", "chatbot", "ai", "claude"), "assistant"),
     "tool_call": "assistant",
-    "tool_response": "tool",
-    "tool_result": "tool",
-    "function_response": "tool",
+    **dict.fromkeys(("tool_response", "tool_result", "function_response"), "tool"),
 }
 _CALL_ROLES = ("function_call", "tool_call")
 # Keys of an assistant's message: what it thought, whether it is trained on, and training of parts of it.
@@ -62,16 +53,7 @@ _PREDECESSORS = {
     "tool": ("assistant", "tool"),
 }
 # What a foreign transform raises on a row that does not fit it.
-_TRANSFORM_FAULTS = (
-    KeyError,
-    IndexError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    AssertionError,
-    NameError,
-    RuntimeError,
-)
+_TRANSFORM_FAULTS = (LookupError, TypeError, ValueError, AttributeError, AssertionError, NameError, RuntimeError)
 
 
 @dataclass(slots=True)
@@ -89,26 +71,70 @@ class RowNotes:
     unused: dict[str, None] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class _Context:
-    """What reading a message needs to know of its row."""
+@dataclass(slots=True)
+class _Row:
+    """A row whose columns go by the format's names."""
 
+    data: Mapping[str, Any]
+    names: dict[str, str]  # of the format's columns in the data set, where they differ
     notes: RowNotes
-    from_arrow: bool = False
+    from_arrow: bool
     masked_roles: frozenset[str] = frozenset()  # lower case
+
+    def name(self, column: str) -> str:
+        return self.names.get(column, column)
+
+    def get(self, column: str) -> Any:
+        return self.data.get(self.name(column))
+
+    def needed(self, column: str) -> Any:
+        value = self.get(column)
+        if value is None:
+            name = self.name(column)
+            state = "null" if name in self.data else "missing"
+            found = ", ".join(map(str, self.data)) or "none"
+            raise DataError(
+                f"column {name!r} is {state}; found columns {found}. Fix the row or set dataset.column_map."
+            )
+        return value
+
+    def changed(self, what: str) -> None:
+        self.notes.changes[what] = None
+
+    def from_json(self, value: object, accepts: Callable[[Any], bool] = lambda parsed: True) -> Any:
+        """A list or an object that is stored as JSON text, parsed; anything else as it is, as a text that is no JSON.
+        ``accepts`` decides on what was parsed."""
+        if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+            return value
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        if not accepts(parsed):
+            return value
+        self.changed("json_text_parsed")
+        return parsed
+
+    def pruned(self, value: Any) -> Any:
+        """Tools or calls without the nulls that Arrow gave them."""
+        pruned = without_nulls(value) if self.from_arrow else value
+        if pruned != value:
+            self.changed("null_arguments_removed")
+        return pruned
+
+    def turns(self, value: object, label: str) -> list[ChatMessage]:
+        """The messages in a list."""
+        value = self.from_json(value)
+        if not isinstance(value, list):
+            as_text = ", also as valid JSON text" if isinstance(value, str) else ""
+            raise DataError(
+                f"{label} is {_kind(value)}, expected a list of messages{as_text}. Fix the row or set dataset.format."
+            )
+        return [_turn(self, each, index) for index, each in enumerate(value)]
 
 
 def check_row_format(row_format: str, column_map: Mapping[str, str] | None) -> None:
-    """Check the two options that name columns, before any row is read.
-
-    Args:
-        row_format (str): name of a format.
-        column_map (Mapping[str, str] | None): column name of the format to column name of the data set.
-
-    Raises:
-        ConfigError: If the format is unknown, or if ``column_map`` is no mapping or names a column that the format does
-            not have.
-    """
+    """Check the two options that name columns, before any row is read; a ConfigError says what they may be."""
     if row_format != "auto" and row_format not in _COLUMNS:
         raise ConfigError(f"dataset.format={row_format}: expected one of auto, {', '.join(_COLUMNS)}.")
     if column_map is not None and not isinstance(column_map, Mapping):
@@ -130,20 +156,8 @@ def check_row_format(row_format: str, column_map: Mapping[str, str] | None) -> N
 
 
 def detect_format(data: Mapping[str, Any], column_map: Mapping[str, str] | None = None) -> str:
-    """The format whose columns a row has.
-
-    A column that is null counts as missing. Where several formats fit, conversations win over single turns.
-
-    Args:
-        data (Mapping[str, Any]): the row.
-        column_map (Mapping[str, str] | None): column name of the format to column name of the data set.
-
-    Returns:
-        str: ``messages``, ``sharegpt``, ``alpaca`` or ``prompt_response``.
-
-    Raises:
-        DataError: If no format fits.
-    """
+    """The format whose columns a row has. A column that is null counts as missing; where several formats fit,
+    conversations win over single turns. A DataError if none fits."""
     names = dict(column_map or {})
     for row_format, (required, _) in _COLUMNS.items():
         if all(data.get(names.get(column, column)) is not None for column in required):
@@ -158,13 +172,11 @@ def detect_format(data: Mapping[str, Any], column_map: Mapping[str, str] | None 
     if lost:
         remedy = f"dataset.column_map has {{{', '.join(lost)}}}, which is not among them: its values are your columns."
     elif data.get("chosen") is not None:
-        is_whole = isinstance(data["chosen"], list) and len(data["chosen"]) > 1
-        answer = "output" if data.get("instruction") is not None else "response"
-        question = "" if "prompt" in data or answer == "output" else "prompt: ..., "
-        mapping = "messages: chosen" if is_whole else f"{question}{answer}: chosen"
-        remedy = (
-            f"These are preferences: dataset.column_map={{{mapping}}} takes the chosen answer for the real response."
-        )
+        is_conversation = isinstance(data["chosen"], list) and len(data["chosen"]) > 1
+        response = "output" if data.get("instruction") is not None else "response"
+        question = "" if "prompt" in data or response == "output" else "prompt: ..., "
+        mapping = "messages: chosen" if is_conversation else f"{question}{response}: chosen"
+        remedy = f"These are preferences: dataset.column_map={{{mapping}}} takes the chosen response for the real one."
     elif data.get("text") is not None:
         remedy = "A text does not say where the prompt ends: use the data set before its template was applied."
     else:
@@ -215,25 +227,22 @@ def row_to_messages(
         DataError: If the row is not such a conversation, or if no assistant turn is to be trained on. The message does
             not name the row: the caller knows it.
     """
-    notes = RowNotes() if notes is None else notes
-    names = dict(column_map or {})
-    tools: list[dict[str, Any]] = []
-    options: dict[str, Any] = {}
+    row = _Row(data, dict(column_map or {}), RowNotes() if notes is None else notes, from_arrow)
+    of_row: dict[str, Any] = {}
     if message_transform is not None:
-        messages = _transformed(data, message_transform, _Context(notes, from_arrow))
+        messages = _transformed(row, message_transform)
     else:
         chosen = detect_format(data, column_map) if row_format == "auto" else row_format
-        if data.get("system") is None and data.get("system_prompt") and "system_prompt" not in names.values():
-            names.setdefault("system", "system_prompt")
-        _refuse_columns(data, names, chosen)
-        context = _Context(notes, from_arrow, _masked_roles(data.get(names.get("mask", "mask"))))
-        messages = _with_system(_PARSERS[chosen](data, names, context), data, names, context, chosen)
-        tools = _tools(data, names, context)
-        options = _template_kwargs(data.get(names.get("chat_template_kwargs", "chat_template_kwargs")))
-        known = {names.get(column, column) for part in _COLUMNS[chosen] for column in part}
-        notes.used.update(dict.fromkeys(column for column in data if column in known))
-        notes.unused.update(dict.fromkeys(str(key) for key in data if key not in known and _is_set(data[key])))
-    messages = _without_loose_ends(messages, notes)
+        if data.get("system") is None and data.get("system_prompt") and "system_prompt" not in row.names.values():
+            row.names.setdefault("system", "system_prompt")
+        _refuse_columns(row, chosen)
+        row.masked_roles = _masked_roles(row.get("mask"))
+        messages = _with_system(row, _PARSERS[chosen](row), chosen)
+        of_row = {"tools": _tools(row), "chat_template_kwargs": _template_kwargs(row.get("chat_template_kwargs"))}
+        known = {row.name(column) for part in _COLUMNS[chosen] for column in part}
+        row.notes.used.update(dict.fromkeys(column for column in data if column in known))
+        row.notes.unused.update(dict.fromkeys(str(key) for key in data if key not in known and _is_set(data[key])))
+    messages = _without_loose_ends(row, messages)
     if system_prompt is not None and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
     check_messages(messages)
@@ -244,34 +253,24 @@ def row_to_messages(
             "is no real response. Remove the row or set dataset.on_bad_row=skip."
         )
     if any(untrained):
-        notes.changes["untrained_turns_skipped"] = None
-    if tools:
-        messages[0]["tools"] = tools
-    if options:
-        messages[0]["chat_template_kwargs"] = options
+        row.changed("untrained_turns_skipped")
+    messages[0] |= {key: value for key, value in of_row.items() if value}
     return messages
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:
     """Check that a conversation is one SPIN can learn from.
 
-    An empty system message is allowed: it is how a data set says "no system prompt" to a template that has a default
-    one. So are a tool's empty result, and no text beside a call.
-
-    Args:
-        messages (Sequence[ChatMessage]): dictionaries of role and content.
-
-    Raises:
-        DataError: If there is no message, no assistant turn, a wrong order of roles, a last turn that is not the
-            assistant's, a content that is empty or no valid text, or a tool's result without its call.
+    Roles in order, the assistant last, contents valid texts, results after their calls; else a DataError. An empty
+    system message is allowed: it is how a data set says "no system prompt" to a template that has a default one. So are
+    a tool's empty result, and no text beside a call.
     """
-    remedy = "Fix the row or set dataset.on_bad_row=skip."
     if not messages:
-        raise DataError(f"the conversation is empty, expected at least a user and an assistant message. {remedy}")
+        raise DataError(f"the conversation is empty, expected at least a user and an assistant message. {BAD_ROW}")
     last = messages[-1]["role"]
     if last != "assistant":
         raise DataError(
-            f"last message has role {last!r}, expected 'assistant'. SPIN needs a real response to learn from. {remedy}"
+            f"last message has role {last!r}, expected 'assistant'. SPIN needs a real response to learn from. {BAD_ROW}"
         )
     previous: str | None = None
     for index, message in enumerate(messages):
@@ -279,29 +278,28 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
         if previous not in _PREDECESSORS[role]:
             after = "first" if previous is None else f"after {previous!r}"
             allowed = " or ".join("first" if each is None else f"after {each!r}" for each in _PREDECESSORS[role])
-            raise DataError(f"message {index} has role {role!r} and stands {after}, expected {allowed}. {remedy}")
+            raise DataError(f"message {index} has role {role!r} and stands {after}, expected {allowed}. {BAD_ROW}")
         may_be_empty = role in ("system", "tool") or message.get("tool_calls")
         if not content.strip() and not may_be_empty:
-            raise DataError(f"message {index} (role {role!r}) has empty content, expected text. {remedy}")
+            raise DataError(f"message {index} (role {role!r}) has empty content, expected text. {BAD_ROW}")
         for text in (content, message.get("reasoning_content", "")):
-            if not text.isascii():
-                _check_encodable(text, index)
+            try:
+                _ = text.isascii() or text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"message {index} holds the lone surrogate {text[error.start]!r} at character {error.start}, which "
+                    f"is no valid text. {BAD_ROW}"
+                ) from error
         previous = role
     check_results(messages)
 
 
 def split_turns(messages: Sequence[ChatMessage], turns: str) -> list[tuple[str, list[ChatMessage]]]:
-    """The conversations to play: one per real response.
+    """Suffix of the sample id and conversation up to its real response, one per real response.
 
-    Args:
-        messages (Sequence[ChatMessage]): a checked conversation.
-        turns (str): ``last``: the last assistant turn is the real response. ``all``: every assistant turn is the real
-            response of a conversation of its own, whose prompt is everything before it. Turns with ``train: False`` are
-            none in either case; what stands behind the last real response is left out.
-
-    Returns:
-        list[tuple[str, list[ChatMessage]]]: suffix of the sample id and the conversation up to its real response. The
-        suffix is empty for ``last``, and ``#turn0``, ``#turn1``, ... for ``all``.
+    With ``last``, the last assistant turn is the real response; with ``all``, every assistant turn is that of a
+    conversation of its own, whose prompt is everything before it, and sample ids get a suffix: ``#turn0``, ... Turns
+    with ``train: False`` are none in either case; what stands behind the last real response is left out.
     """
     trained = [
         index
@@ -314,16 +312,7 @@ def split_turns(messages: Sequence[ChatMessage], turns: str) -> list[tuple[str, 
     return [(f"#turn{number}", plain[: end + 1]) for number, end in enumerate(trained)]
 
 
-# --- One parser per format ---
-
-
-def _column(data: Mapping[str, Any], names: Mapping[str, str], column: str) -> Any:
-    name = names.get(column, column)
-    if data.get(name) is None:
-        state = "null" if name in data else "missing"
-        found = ", ".join(str(each) for each in data) or "none"
-        raise DataError(f"column {name!r} is {state}; found columns {found}. Fix the row or set dataset.column_map.")
-    return data[name]
+# --- Values of a row ---
 
 
 def _text(value: object, label: str) -> str:
@@ -338,7 +327,7 @@ def _text(value: object, label: str) -> str:
         raise DataError(
             f"{label} has parts of type {', '.join(sorted(kinds))}; only text is supported. Remove the row."
         )
-    raise DataError(f"{label} is {_kind(value)}, expected a text. Fix the row or set dataset.on_bad_row=skip.")
+    raise DataError(f"{label} is {_kind(value)}, expected a text. {BAD_ROW}")
 
 
 def _kind(value: object) -> str:
@@ -349,7 +338,7 @@ def _is_set(value: object) -> bool:
     return value is not None and value != "" and value != [] and value != {}
 
 
-def _turn(value: object, index: int, context: _Context) -> ChatMessage:
+def _turn(row: _Row, value: object, index: int) -> ChatMessage:
     if not isinstance(value, Mapping):
         raise DataError(f"message {index} is {_kind(value)}, expected an object with role and content. Fix the row.")
     role_key = next((key for key in _ROLE_KEYS if value.get(key) is not None), None)
@@ -357,9 +346,9 @@ def _turn(value: object, index: int, context: _Context) -> ChatMessage:
     if role_key is not None and content_key is None and (value.get("tool_calls") or value.get("function_call")):
         content_key = "content"
     if role_key is None or content_key is None:
-        found = ", ".join(str(key) for key in value) or "none"
+        keys = ", ".join(map(str, value)) or "none"
         raise DataError(
-            f"message {index} has the keys {found}; expected role and content, or from and value. Fix the row."
+            f"message {index} has the keys {keys}; expected role and content, or from and value. Fix the row."
         )
     name = value[role_key]
     known = _ROLES | _OTHER_ROLES
@@ -368,9 +357,14 @@ def _turn(value: object, index: int, context: _Context) -> ChatMessage:
     name = name.lower()
     role = known[name]
     if name in _OTHER_ROLES:
-        context.notes.changes[f"role_{name}_read_as_{role}"] = None
+        row.changed(f"role_{name}_read_as_{role}")
     label, content = f"message {index} (role {name!r})", value.get(content_key)
-    calls = parse_calls(content, label) if name in _CALL_ROLES else tool_calls(_calling(value, context), index)
+    if name in _CALL_ROLES:
+        calls = parse_calls(content, label)
+    else:
+        called = row.pruned({key: value[key] for key in ("tool_calls", "function_call") if value.get(key)})
+        found = called.get("tool_calls") or called.get("function_call")
+        calls = parse_calls(found, f"message {index}") if found else []
     if calls and role != "assistant":
         raise DataError(f"{label} calls tools, which only the assistant does. Fix the row.")
     if calls and (content is None or name in _CALL_ROLES):
@@ -383,44 +377,21 @@ def _turn(value: object, index: int, context: _Context) -> ChatMessage:
         turn |= {key: value[key] for key in ("name", "tool_call_id") if isinstance(value.get(key), str)}
         read |= {"name", "tool_call_id"}
     if role == "assistant":
-        reasoning = _reasoning(value, label, _REASONING_KEYS)
-        if reasoning:
-            turn["reasoning_content"] = reasoning
-        if {name, role} & context.masked_roles or not _is_trained(value, label):
+        turn |= _reasoning(value, label, _REASONING_KEYS)
+        if {name, role} & row.masked_roles or not _is_trained(value, label):
             turn["train"] = False
         read |= set(_REASONING_KEYS)
-    for key in value:
-        if key not in read and _is_set(value[key]):
-            context.notes.unused[f"messages[].{key}"] = None
+    unread = (key for key in value if key not in read and _is_set(value[key]))
+    row.notes.unused.update(dict.fromkeys(f"messages[].{key}" for key in unread))
     return turn
 
 
-def _calling(message: Mapping[str, Any], context: _Context) -> Mapping[str, Any]:
-    """The message's calls, without the nulls that Arrow gave their arguments."""
-    calls = {key: message[key] for key in ("tool_calls", "function_call") if message.get(key)}
-    return _pruned(calls, context) if context.from_arrow and calls else calls
-
-
-def _pruned(value: Any, context: _Context) -> Any:
-    pruned = without_nulls(value)
-    if pruned != value:
-        context.notes.changes["null_arguments_removed"] = None
-    return pruned
-
-
-def _reasoning(value: Mapping[str, Any], label: str, keys: Sequence[str]) -> str:
+def _reasoning(value: Mapping[str, Any], label: str, keys: Sequence[str]) -> dict[str, str]:
     texts = {key: _text(value[key], f"{label}: {key}") for key in keys if value.get(key)}
     if len(set(texts.values())) > 1:
         raise DataError(f"{label} has different texts in {' and '.join(texts)}, expected one of them. Fix the row.")
-    return next(iter(texts.values()), "")
-
-
-def _is_message_list(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(each, Mapping) and any(key in each for key in _ROLE_KEYS) for each in value)
-    )
+    text = next(iter(texts.values()), "")
+    return {"reasoning_content": text} if text else {}
 
 
 def _is_trained(value: Mapping[str, Any], label: str) -> bool:
@@ -437,58 +408,29 @@ def _is_trained(value: Mapping[str, Any], label: str) -> bool:
     return all(flags.values())
 
 
-def _from_json(value: object, context: _Context) -> Any:
-    """A list or an object that is stored as JSON text, parsed; anything else, also a text that is no JSON, as it is."""
-    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
-        return value
-    try:
-        parsed = json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-    context.notes.changes["json_text_parsed"] = None
-    return parsed
-
-
-def _turns(value: object, label: str, context: _Context) -> list[ChatMessage]:
-    value = _from_json(value, context)
-    if not isinstance(value, list):
-        as_text = ", also as valid JSON text" if isinstance(value, str) else ""
-        raise DataError(
-            f"{label} is {_kind(value)}, expected a list of messages{as_text}. Fix the row or set dataset.format."
-        )
-    return [_turn(each, index, context) for index, each in enumerate(value)]
-
-
-def _with_system(
-    messages: list[ChatMessage],
-    data: Mapping[str, Any],
-    names: Mapping[str, str],
-    context: _Context,
-    row_format: str,
-) -> list[ChatMessage]:
+def _with_system(row: _Row, messages: list[ChatMessage], row_format: str) -> list[ChatMessage]:
     """The messages after the row's system column, if it has one and they do not begin with a system message."""
-    column = names.get("system", "system")
-    system = data.get(column)
+    system = row.get("system")
     if system is None or not messages:
         return messages
-    system = _text(system, f"column {column!r}")
+    system = _text(system, f"column {row.name('system')!r}")
     if not system and row_format == "alpaca":  # LLaMA-Factory writes it for none
         return messages
     if messages[0]["role"] == "system":
         if system.strip() not in ("", messages[0]["content"].strip()):
-            context.notes.changes["system_column_beside_system_message_left_out"] = None
+            row.changed("system_column_beside_system_message_left_out")
         return messages
     return [{"role": "system", "content": system}, *messages]
 
 
-def _history(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[ChatMessage]:
+def _history(row: _Row) -> list[ChatMessage]:
     """The turns before the prompt: pairs of a user's and an assistant's text, or messages."""
-    name = names.get("history", "history")
-    value = _from_json(data.get(name), context)
+    name = row.name("history")
+    value = row.from_json(row.get("history"))
     if not _is_set(value):
         return []
     if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
-        return _turns(value, name, context)
+        return row.turns(value, name)
     if not isinstance(value, list) or not all(isinstance(each, list | tuple) and len(each) == 2 for each in value):
         raise DataError(f"column {name!r} is no list of [user, assistant] pairs or of messages. {_unused(name)}")
     return [
@@ -498,26 +440,20 @@ def _history(data: Mapping[str, Any], names: Mapping[str, str], context: _Contex
     ]
 
 
-def _answer(text: str, data: Mapping[str, Any], names: Mapping[str, str]) -> ChatMessage:
-    columns = {column: data.get(names.get(column, column)) for column in _SINGLE if column != "history"}
-    reasoning = _reasoning(columns, "the row", list(columns))
-    return {"role": "assistant", "content": text} | ({"reasoning_content": reasoning} if reasoning else {})
+def _response(row: _Row, text: str) -> ChatMessage:
+    columns = {column: row.get(column) for column in _SINGLE if column != "history"}
+    return {"role": "assistant", "content": text, **_reasoning(columns, "the row", list(columns))}
 
 
-def _tools(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[dict[str, Any]]:
-    found = [name for name in (names.get(key, key) for key in ("tools", "functions")) if _is_set(data.get(name))]
+def _tools(row: _Row) -> list[dict[str, Any]]:
+    found = [name for name in map(row.name, ("tools", "functions")) if _is_set(row.data.get(name))]
     if len(found) > 1:
         raise DataError(f"the row has {' and '.join(found)}, expected one of them. {_unused('functions')}")
-    value = data[found[0]] if found else None
-    return tool_definitions(_pruned(value, context) if context.from_arrow else value)
+    return tool_definitions(row.pruned(row.data[found[0]])) if found else []
 
 
 def _template_kwargs(value: object) -> dict[str, Any]:
-    if isinstance(value, str) and value.strip():
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"column 'chat_template_kwargs' is no valid JSON: {error}. Fix the row.") from error
+    value = parse_json(value, "column 'chat_template_kwargs'") if _is_set(value) else None
     if not value:
         return {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
@@ -539,19 +475,20 @@ def _masked_roles(value: object) -> frozenset[str]:
     return frozenset(name.strip().lower() for name in names)
 
 
-def _refuse_columns(data: Mapping[str, Any], names: Mapping[str, str], row_format: str) -> None:
+def _refuse_columns(row: _Row, row_format: str) -> None:
     """Refuse a row whose conversation is not all of it, or no good example."""
+    data = row.data
     marks = [key for key, off in (("weight", 0), ("train", False), ("loss", False)) if data.get(key) is off]
-    if marks and row_format in ("alpaca", "prompt_response") and marks[0] not in names.values():
+    if marks and row_format in ("alpaca", "prompt_response") and marks[0] not in row.names.values():
         raise DataError(
             f"{marks[0]} is {json.dumps(data[marks[0]])}: the response is marked as not to be trained on. Remove the "
             "row or set dataset.on_bad_row=skip."
         )
     for column in _MEDIA:
-        if _is_set(data.get(names.get(column, column))):
+        if _is_set(row.get(column)):
             raise DataError(f"the row has {column}; only text is supported. Remove the row. {_unused(column)}")
     for column in ("label", "kto_tag"):
-        if column in _COLUMNS[row_format][1] and data.get(names.get(column, column)) is False:
+        if column in _COLUMNS[row_format][1] and row.get(column) is False:
             raise DataError(
                 f"{column} is false: the response is an example of what not to answer. Remove the row or set "
                 f"dataset.on_bad_row=skip. {_unused(column)}"
@@ -562,7 +499,7 @@ def _unused(column: str) -> str:
     return f"A column of that name with another meaning is left out with dataset.column_map={{{column}: unused}}."
 
 
-def _without_loose_ends(messages: list[ChatMessage], notes: RowNotes) -> list[ChatMessage]:
+def _without_loose_ends(row: _Row, messages: list[ChatMessage]) -> list[ChatMessage]:
     """The conversation from its first user turn to its last assistant turn, if others stand around them."""
     roles = [message["role"] for message in messages]
     start = int(roles[:1] == ["system"])
@@ -573,60 +510,59 @@ def _without_loose_ends(messages: list[ChatMessage], notes: RowNotes) -> list[Ch
     if any(role != "user" for role in roles[end:]):
         end = len(roles)
     if end < len(roles):
-        notes.changes["trailing_user_dropped"] = None
+        row.changed("trailing_user_dropped")
     if roles[start] == "assistant" and set(roles[start:first]) <= {"assistant", "tool"} and first > start:
-        notes.changes["leading_assistant_dropped"] = None
+        row.changed("leading_assistant_dropped")
         return [*messages[:start], *messages[first:end]]
     return messages[:end]
 
 
-def _parse_messages(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[ChatMessage]:
-    return _turns(_column(data, names, "messages"), names.get("messages", "messages"), context)
+# --- One parser per format ---
 
 
-def _parse_sharegpt(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[ChatMessage]:
-    return _turns(_column(data, names, "conversations"), names.get("conversations", "conversations"), context)
-
-
-def _parse_prompt_response(data: Mapping[str, Any], names: dict[str, str], context: _Context) -> list[ChatMessage]:
-    if "response" not in names and data.get("response") is None and data.get("completion") is not None:
-        names["response"] = "completion"
-    prompt, response = _column(data, names, "prompt"), _column(data, names, "response")
-    stored = RowNotes()
-    parsed = _from_json(prompt, _Context(stored))
-    if stored.changes and _is_message_list(parsed):  # a text that is JSON without being messages stays a text
-        prompt, response = parsed, _from_json(response, context)
-        context.notes.changes.update(stored.changes)
+def _parse_prompt_response(row: _Row) -> list[ChatMessage]:
+    if "response" not in row.names and row.data.get("response") is None and row.data.get("completion") is not None:
+        row.names["response"] = "completion"
+    text, response = row.needed("prompt"), row.needed("response")
+    prompt = row.from_json(text, _is_message_list)  # a text that is JSON without being messages stays a text
+    if prompt is not text:
+        response = row.from_json(response)
     if isinstance(prompt, str):
         messages: list[ChatMessage] = [{"role": "user", "content": prompt}]
     else:
-        messages = _turns(prompt, names.get("prompt", "prompt"), context)
+        messages = row.turns(prompt, row.name("prompt"))
     start = int(bool(messages) and messages[0]["role"] == "system")
-    messages[start:start] = _history(data, names, context)
+    messages[start:start] = _history(row)
     if isinstance(response, list) and response and isinstance(response[0], Mapping) and "type" not in response[0]:
-        answer = _turns(response, names.get("response", "response"), context)
-        if len(answer) != 1 or answer[0]["role"] != "assistant":
+        turns = row.turns(response, row.name("response"))
+        if len(turns) != 1 or turns[0]["role"] != "assistant":
             raise DataError(
                 "the response is a list of messages, expected exactly one, of role 'assistant'. Fix the row."
             )
-    else:
-        answer = [_answer(_text(response, "the response"), data, names)]
-    return messages + answer
+        return messages + turns
+    return [*messages, _response(row, _text(response, "the response"))]
 
 
-def _parse_alpaca(data: Mapping[str, Any], names: Mapping[str, str], context: _Context) -> list[ChatMessage]:
-    instruction = _text(_column(data, names, "instruction"), "instruction")
-    question = data.get(names.get("input", "input"))
+def _is_message_list(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, Mapping) and any(key in each for key in _ROLE_KEYS) for each in value)
+    )
+
+
+def _parse_alpaca(row: _Row) -> list[ChatMessage]:
+    instruction = _text(row.needed("instruction"), "instruction")
+    question = row.get("input")
     if question is not None and (text := _text(question, "input")).strip():
         instruction = f"{instruction}\n\n{text}" if instruction.strip() else text
-    output = _text(_column(data, names, "output"), "output")
-    prompt = {"role": "user", "content": instruction}
-    return [*_history(data, names, context), prompt, _answer(output, data, names)]
+    output = _text(row.needed("output"), "output")
+    return [*_history(row), {"role": "user", "content": instruction}, _response(row, output)]
 
 
-_PARSERS: dict[str, Callable[[Mapping[str, Any], dict[str, str], _Context], list[ChatMessage]]] = {
-    "messages": _parse_messages,
-    "sharegpt": _parse_sharegpt,
+_PARSERS: dict[str, Callable[[_Row], list[ChatMessage]]] = {
+    "messages": lambda row: row.turns(row.needed("messages"), row.name("messages")),
+    "sharegpt": lambda row: row.turns(row.needed("conversations"), row.name("conversations")),
     "prompt_response": _parse_prompt_response,
     "alpaca": _parse_alpaca,
 }
@@ -635,8 +571,9 @@ _PARSERS: dict[str, Callable[[Mapping[str, Any], dict[str, str], _Context], list
 # --- torchtune's own transforms ---
 
 
-def _transformed(data: Mapping[str, Any], transform: MessageTransform, context: _Context) -> list[ChatMessage]:
-    label = type(transform).__name__ if not hasattr(transform, "__name__") else transform.__name__
+def _transformed(row: _Row, transform: MessageTransform) -> list[ChatMessage]:
+    data = row.data
+    label = f"dataset.message_transform {getattr(transform, '__name__', type(transform).__name__)}"
     # torchtune's own transforms load an image from wherever the row says: a file of this machine, any address
     columns = getattr(transform, "column_map", None) or getattr(transform, "_column_map", None) or {}
     if type(transform).__module__.startswith("torchtune.") and (
@@ -647,14 +584,12 @@ def _transformed(data: Mapping[str, Any], transform: MessageTransform, context: 
         sample = transform(dict(data))
     except _TRANSFORM_FAULTS as error:
         raise DataError(
-            f"dataset.message_transform {label} failed with {type(error).__name__}: {error}; the row has the columns "
+            f"{label} failed with {type(error).__name__}: {error}; the row has the columns "
             f"{', '.join(map(str, data)) or 'none'}. Fix the row or the transform's column_map."
         ) from error
     if not isinstance(sample, Mapping) or not isinstance(sample.get("messages"), list):
-        raise DataError(
-            f"dataset.message_transform {label} returned no list under 'messages'. Use a torchtune transform."
-        )
-    return [_from_torchtune(message, index, context) for index, message in enumerate(sample["messages"])]
+        raise DataError(f"{label} returned no list under 'messages'. Use a torchtune transform.")
+    return [_turn(row, _from_torchtune(message, index), index) for index, message in enumerate(sample["messages"])]
 
 
 def _has_image(value: object) -> bool:
@@ -664,23 +599,12 @@ def _has_image(value: object) -> bool:
     return isinstance(value, list) and any(map(_has_image, value))
 
 
-def _from_torchtune(message: Any, index: int, context: _Context) -> ChatMessage:
+def _from_torchtune(message: Any, index: int) -> Mapping[str, Any]:
     if isinstance(message, Mapping):
-        return _turn(message, index, context)
+        return message
     if not hasattr(message, "role") or not hasattr(message, "text_content"):
         raise DataError(f"message {index} of the transform is {_kind(message)}, expected a torchtune.data.Message.")
     if message.contains_media or message.ipython:
         what = "holds media" if message.contains_media else "calls tools"
         raise DataError(f"message {index} {what}; only text turns are supported. Remove the row.")
-    turn = {"role": message.role, "content": message.text_content, "train": not getattr(message, "masked", False)}
-    return _turn(turn, index, context)
-
-
-def _check_encodable(content: str, index: int) -> None:
-    try:
-        content.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"message {index} holds the lone surrogate {content[error.start]!r} at character {error.start}, which is "
-            "no valid text. Fix the row or set dataset.on_bad_row=skip."
-        ) from error
+    return {"role": message.role, "content": message.text_content, "train": not getattr(message, "masked", False)}
