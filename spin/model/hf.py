@@ -31,7 +31,8 @@ from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, gather_objects, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, fill_nf4
 from spin.model.gemma2 import swap_mlp_norms
-from spin.model.hf_config import CONFIG, check_model, heads_of, settings_of, unknown_keys
+from spin.model.hf_config import CONFIG, check_model, unknown_keys
+from spin.model.hf_families import heads_of, settings_of
 from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, weight_files
 from spin.model.sharding import check_weights, clean_name, is_finite, reshard, weight_gathers
 from spin.model.torchtune import (

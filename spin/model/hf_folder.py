@@ -8,7 +8,8 @@ from typing import Any
 
 from spin.core.errors import CheckpointError
 from spin.core.files import read_json
-from spin.model.hf_config import CONFIG, DEFAULTS, check_values
+from spin.model.hf_config import CONFIG, check_values
+from spin.model.hf_families import DEFAULTS
 
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
