@@ -187,21 +187,6 @@ def test_size_of_a_batch_is_the_fastest_that_fits(bench, monkeypatch):
     assert peer.micro_batch == 2 and len(pieces) == 4
 
 
-def test_an_arm_as_it_is_keeps_its_size_where_that_fits(bench):
-    class Large(peer_arms.Authors):
-        tried: list[int] = []
-
-        def forward_backward(self, pieces, num_pairs):
-            self.tried.append(self.micro_batch)
-            if self.micro_batch == 8:
-                raise torch.OutOfMemoryError
-            return torch.zeros(())
-
-    peer, pairs = Large(bench), bench.mixed_pairs("short", 8)
-    assert len(peers.best_micro_batch(bench, peer, pairs)) == 2
-    assert peer.tried == [8, 4] and peer.micro_batch == 4
-
-
 def test_rows_without_padding_have_every_token_of_both_sequences(bench):
     """Each response behind a prompt of its own, positions from zero; that is what transformers tells sequences by."""
     pairs = bench.mixed_pairs("short", 4)
@@ -214,12 +199,6 @@ def test_rows_without_padding_have_every_token_of_both_sequences(bench):
         for response in (pair.real_ids, pair.generated[0].token_ids):
             expected.add((*pair.prompt_ids.tolist(), *response.tolist()))
     assert found == expected
-
-
-def test_twins_share_their_parameters(bench):
-    first, second = bench.twin(), bench.twin()
-    assert first is not second
-    assert [id(p) for p in first.parameters()] == [id(p) for p in second.parameters()]
 
 
 @needs_trl
@@ -283,26 +262,9 @@ def test_whole_iterations_have_all_stages(measured):
         assert run["seconds"]["median"] == pytest.approx(sum(stage["median"] for stage in run["stages"].values()))
 
 
-@pytest.mark.slow
-def test_generation_is_the_other_benchmark(measured):
-    section = measured("generation", "--prompts", "4", "--engines", "embedded,transformers")["generation"]
-    assert section["check"] == {"embedded": {"float32": 1.0}, "transformers": {"float32": 1.0}}
-    assert section["arms"].keys() == {"embedded", "transformers"}
-
-
 def test_a_file_of_other_settings_is_refused(tmp_path):
     out = tmp_path / "results.json"
     out.write_text(json.dumps({"setup": {"model": "other"}}), encoding="utf-8")
     with pytest.raises(SystemExit, match="Choose another --out"):
         peers.measure(peers.parse_args(["step", *TINY, "--out", str(out)]))
     shutdown()
-
-
-def test_what_is_not_installed_is_told(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("trl", "datasets") else name)
-    assert peer_trl.TRL.skip_reason(on_gpu=True) == "trl, datasets not installed"
-    assert peer_arms.PackedTwin.skip_reason(on_gpu=False) is None
-    assert peer_trl.TRLTorchCompile.skip_reason(on_gpu=True) == "trl, datasets not installed"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    assert peer_trl.TRLLiger.skip_reason(on_gpu=True) is None
-    assert peer_trl.TRLLiger.skip_reason(on_gpu=False) == "Liger's kernels need a GPU"

@@ -289,30 +289,6 @@ def test_an_unknown_arm_or_a_missing_file_is_named(tmp_path, tiny_lm, data):
 # --- The page ---
 
 
-def result(arm, seed, losses, finished=True):
-    iterations = [{"val_loss": loss, "answer_tokens": 10.0, "trained_tokens": 2000} for loss in losses]
-    return {
-        "name": f"{arm}-seed{seed}", "arm": arm, "seed": seed, "device": "CPU", "finished": finished,
-        "error": None, "iterations": iterations,
-    }  # fmt: skip
-
-
-def test_means_and_deviations_over_seeds():
-    """1 and 2 have the mean 1.5 and the deviation sqrt(0.5); a job that was cut short counts where it got to."""
-    found = [
-        *(result("start", seed, [4.0]) for seed in (0, 1, 2)),
-        *(result("spin", seed, [3.0, last]) for seed, last in ((0, 1.0), (1, 2.0))),
-        result("spin", 2, [6.0], finished=False),
-    ]
-    curve = real_report.curves(found)["spin"]
-    assert [measured["val_loss"] for measured in curve] == [[4.0] * 3, [3.0, 3.0, 6.0], [1.0, 2.0]]
-    assert "| `spin` | 2 | 2 | 1.500 ± 0.707 |" in real_report.table(found, ["start", "spin", "sft"])
-    assert "| `spin` | 4.000 ± 0.000 | 4.000 ± 1.732 | 1.500 ± 0.707 |" in real_report.by_iteration(
-        found, ["spin"], "val_loss", ".3f"
-    )
-    assert real_report.unfinished(found) == "- `spin-seed2`: cut short by the deadline (after 1 iterations)"
-
-
 def test_figures_are_replaced_and_the_text_around_them_stays():
     page = real_report.replace_figures("# Title\n\nSaid by hand.\n", "one")
     assert page.startswith("# Title\n\nSaid by hand.\n") and "one" in page
