@@ -117,6 +117,6 @@ class RunPlan:
         def batch(step: int) -> list[Pair]:
             chosen = (items[i] for i in order[step * size : (step + 1) * size])
             keys = [(played, self._prompts.sample_id(played, sample)) for played, sample in chosen]
-            return [pairs[key] for key in keys if key in pairs]
+            return [pair for key in keys if (pair := pairs.get(key)) is not None]
 
         return LazySequence(batch, range(start, self.progress.steps_in_epoch(iteration)))

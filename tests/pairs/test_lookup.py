@@ -33,59 +33,63 @@ def plain(pair):
     return pair.key, ids(pair.prompt_ids), ids(pair.real_ids), answers, pair.reference_real_logp
 
 
-def test_pairs_come_back_in_any_order(tmp_path):
+@pytest.fixture
+def lookup_of(tmp_path):
+    """Writes pairs to the scratch file and opens it."""
+
+    def written(expected):
+        PairLookup.write(tmp_path / "rows", iter(expected))
+        return PairLookup(tmp_path / "rows")
+
+    return written
+
+
+@pytest.mark.parametrize("with_equal_hashes", [False, True])
+def test_pairs_come_back_in_any_order(tmp_path, monkeypatch, with_equal_hashes):
+    if with_equal_hashes:
+        monkeypatch.setattr("spin.pairs.lookup.hash_of", lambda key: len(key[1]))
     expected = pairs(50)
     lookup = share_lookup(tmp_path / "rows", iter(expected), init_world("cpu"))
-    assert list(lookup) == [pair.key for pair in expected]
+    assert list(lookup) == [pair.key for pair in expected] and len(lookup) == 50
     for i in np.random.default_rng(0).permutation(50):
         assert plain(lookup[expected[i].key]) == plain(expected[i])
     assert (0, "nobody") not in lookup and (1, "ü0") not in lookup and (0, "ü0") in lookup
     with pytest.raises(KeyError):
         lookup[5, "s5"]
+    with pytest.raises(OutputError, match="no/rows: cannot write .No such file"):
+        PairLookup.write(tmp_path / "no" / "rows", expected)
 
 
-def test_an_empty_lookup(tmp_path):
-    PairLookup.write(tmp_path / "rows", [])
-    assert len(PairLookup(tmp_path / "rows")) == 0 and (0, "a") not in PairLookup(tmp_path / "rows")
+def test_an_empty_lookup(lookup_of):
+    lookup = lookup_of([])
+    assert len(lookup) == 0 and (0, "a") not in lookup
 
 
-def test_equal_hashes_are_told_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("spin.pairs.lookup.hash", lambda key: len(key[1]) if key[1:] else 0, raising=False)
-    expected = pairs(20)
-    PairLookup.write(tmp_path / "rows", expected)
-    lookup = PairLookup(tmp_path / "rows")
-    assert [plain(lookup[pair.key]) for pair in expected] == [plain(pair) for pair in expected]
-    assert (0, "s99") not in lookup
-
-
-def test_two_pairs_of_one_key_are_refused(tmp_path):
-    PairLookup.write(tmp_path / "rows", [*pairs(9), pairs(9)[4]])
+def test_two_pairs_of_one_key_are_refused(lookup_of):
     with pytest.raises(StoreError, match=r"sample \(1, 'ü4'\) is there twice"):
-        PairLookup(tmp_path / "rows")
+        lookup_of([*pairs(9), pairs(9)[4]])
 
 
-def test_a_file_that_was_cut_is_named(tmp_path):
-    PairLookup.write(tmp_path / "rows", pairs(9))
-    lookup = PairLookup(tmp_path / "rows")
-    with (tmp_path / "rows").open("r+b") as stream:
+def test_a_truncated_file_is_named(lookup_of):
+    lookup = lookup_of(pairs(9))
+    with lookup.path.open("r+b") as stream:
         stream.truncate(20)
     with pytest.raises(StoreError, match="rows: ends too early"):
         lookup[pairs(9)[8].key]
 
 
-def test_replaced_and_removed_files_can_still_be_read(tmp_path):
-    PairLookup.write(tmp_path / "rows", pairs(9))
-    lookup = PairLookup(tmp_path / "rows")
-    PairLookup.write(tmp_path / "rows", pairs(3))
-    assert len(PairLookup(tmp_path / "rows")) == 3
-    lookup.remove()
-    assert plain(lookup[pairs(9)[8].key]) == plain(pairs(9)[8])
+def test_replaced_and_removed_files_can_still_be_read(lookup_of, tmp_path):
+    first, second = lookup_of(pairs(9)), lookup_of(pairs(3))
+    assert len(second) == 3
+    first.remove()
+    assert plain(first[pairs(9)[8].key]) == plain(pairs(9)[8])
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(OutputError, match="no/rows: cannot write .No such file"):
-        PairLookup.write(tmp_path / "no" / "rows", pairs(1))
+def test_a_file_of_somebody_else_is_kept_aside(lookup_of, tmp_path):
+    (tmp_path / "rows").write_text("mine")
+    assert len(lookup_of(pairs(3))) == 3
+    assert (tmp_path / "rows.stale-0").read_text() == "mine"
 
 
 def test_lazy_sequence_keeps_nothing():
