@@ -100,9 +100,7 @@ class PairLookup(Mapping[Key, Pair]):
 def share_lookup(path: Path, pairs: Iterable[Pair], world: World) -> PairLookup:
     """Rank 0 copies pairs to a scratch file on a file system that all ranks share, all ranks read it. Collective.
 
-    Raises:
-        OutputError: On all ranks, if the file cannot be written.
-        StoreError: On all ranks, if one cannot read it, or if two pairs have one key.
+    An ``OutputError`` of writing, and a ``StoreError`` of reading or of two pairs with one key, is raised on all ranks.
     """
     with raise_on_all_ranks(world, OutputError):
         if world.is_main:
