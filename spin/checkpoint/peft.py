@@ -16,7 +16,8 @@ from spin.core.files import finish_folder, part_of, start_folder, sync, write_js
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_scale, full_magnitude
-from spin.model.hf import check_model_type, stored_rows, write_companions
+from spin.model.hf import stored_rows, write_companions
+from spin.model.hf_families import check_model_type
 from spin.model.sharding import check_weights, clean_name, full_tensor, reshard, weight_gathers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

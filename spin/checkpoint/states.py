@@ -55,13 +55,13 @@ from spin.data.chat import ChatTokenizer
 from spin.model.hf import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIGS,
-    check_model_type,
     export_hf,
     load_hf_weights,
     read_companion,
-    read_hf_config,
     stored_elements,
 )
+from spin.model.hf_families import check_model_type
+from spin.model.hf_folder import read_hf_config
 from spin.model.sharding import check_weights, clean_name, local_tensor, nonfinite_weights, reshard
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,8 @@ from spin.evaluation import verdicts
 from spin.generators import Generator, GeneratorContext, SamplingParams
 from spin.generators.stage import Limits, limits_of
 from spin.model.build import build_model, prepare_model
-from spin.model.hf import check_hf_folder, load_hf_weights, read_hf_config, weight_files
+from spin.model.hf import check_hf_folder, load_hf_weights
+from spin.model.hf_folder import read_hf_config, weight_files
 
 EVAL_MODEL_DEFAULTS: dict[str, Any] = {
     "name": None,

@@ -22,7 +22,8 @@ from spin.core.ranks import barrier, raise_on_all_ranks
 from spin.generators.generator import GeneratorContext, SamplingParams, generate_in_order, max_response_tokens
 from spin.generators.http import Client, Reply, TimedOutError, UnavailableError
 from spin.generators.vllm import KNOWN, is_banned, is_too_old, vllm_response, vllm_sampling
-from spin.model.hf import check_model_type, export_hf
+from spin.model.hf import export_hf
+from spin.model.hf_families import check_model_type
 from spin.types import Response
 
 log = logging.getLogger(__name__)

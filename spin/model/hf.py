@@ -1,9 +1,9 @@
 """Hugging Face folders in and out.
 
 Reading, a rank takes only the rows of its shards, one tensor at a time; writing, it holds its shards, one layer, and
-one output file. Names and layouts are torchtune's own converters' business; this module asks them with meta tensors
-what a folder must contain, so that every fault of a folder is known from its headers, before a byte of weights is read,
-and with numbered rows where each row of a shard lies.
+one output file. torchtune's converters know names and layouts. This module asks them with meta tensors what a folder
+must contain, so that every fault of a folder is known from its headers, before a byte of weights is read; and with
+numbered rows where each row of a shard lies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import fnmatch
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,110 +25,32 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from spin.core.errors import CheckpointError, ConfigError
+from spin.core.errors import CheckpointError
 from spin.core.files import finish_folder, part_of, read_json, remove_folder, start_folder, sync, write_json
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, gather_objects, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, fill_nf4
-from spin.model.gemma2 import swap_mlp_norms
 from spin.model.hf_config import CONFIG, check_model, unknown_keys
-from spin.model.hf_families import heads_of, settings_of
+from spin.model.hf_families import LAYOUTS, Tensors, check_model_type, heads_of, settings_of
 from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, weight_files
 from spin.model.sharding import check_weights, clean_name, is_finite, reshard, weight_gathers
-from spin.model.torchtune import (
-    gemma2_hf_to_tune,
-    gemma2_tune_to_hf,
-    hf_to_tune,
-    phi3_hf_to_tune,
-    phi3_tune_to_hf,
-    qwen2_hf_to_tune,
-    qwen2_tune_to_hf,
-    tune_to_hf,
-)
 
 log = logging.getLogger(__name__)
-
-Tensors = dict[str, torch.Tensor]
 
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json")
 MAX_FILE_BYTES = 5 * 10**9
-# What an exported model needs beside weights and config, and what its licence asks to pass on.
+# What an exported model needs besides weights and config, and what its licence asks to pass on
 _TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.tiktoken",
     "chat_template*",
-)
-_COMPANIONS = (
-    GENERATION_CONFIG,
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+)  # fmt: skip
+_COMPANIONS = (GENERATION_CONFIG, "LICENSE*", "NOTICE*", "USE_POLICY*")
 _CHAT_TEMPLATE = "chat_template.jinja"  # goes before what tokenizer_config.json has
 _COMPARED_ROWS = 16384  # of two matrices, at a time
 _DTYPES = {"F64", "F32", "F16", "BF16"}
 _LM_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _INV_FREQ = "rotary_emb.inv_freq"  # a table that old folders hold; torchtune computes its own
-
-
-@dataclass(frozen=True)
-class _Converters:
-    to_tune: Callable[..., Tensors]
-    to_hf: Callable[..., Tensors]
-    takes: tuple[str, ...] = ("num_heads", "num_kv_heads", "dim", "head_dim")
-    merges: bool = False  # several torchtune tensors of a layer make one stored tensor
-
-
-def _gemma2_to_tune(tensors: Tensors, **shape: Any) -> Tensors:
-    return swap_mlp_norms(gemma2_hf_to_tune(tensors, **shape))
-
-
-def _gemma2_to_hf(tensors: Tensors, **shape: Any) -> Tensors:
-    return gemma2_tune_to_hf(swap_mlp_norms(tensors), **shape)
-
-
-def _phi3_to_hf(tensors: Tensors, **shape: Any) -> Tensors:
-    return phi3_tune_to_hf(tensors)
-
-
-_LLAMA = _Converters(hf_to_tune, tune_to_hf)
-_PHI = _Converters(phi3_hf_to_tune, _phi3_to_hf, takes=("num_heads", "num_kv_heads", "dim"), merges=True)
-# By the names of torchtune.training.checkpointing.ModelType.
-_CONVERTERS = {
-    "LLAMA2": _LLAMA,
-    "LLAMA3": _LLAMA,
-    "LLAMA3_2": _LLAMA,
-    "MISTRAL": _LLAMA,
-    "GEMMA": _LLAMA,
-    "GEMMA2": _Converters(_gemma2_to_tune, _gemma2_to_hf),
-    "QWEN2": _Converters(qwen2_hf_to_tune, qwen2_tune_to_hf),
-    "PHI3_MINI": _PHI,
-    "PHI4": _PHI,
-}
-
-
-def check_model_type(model_type: str) -> str:
-    """The canonical spelling of a model type.
-
-    Args:
-        model_type (str): name in torchtune's ``ModelType``, in any case.
-
-    Returns:
-        str: upper case.
-
-    Raises:
-        ConfigError: If SPIN cannot convert weights of this type.
-    """
-    name = str(model_type).upper()
-    if name not in _CONVERTERS:
-        raise ConfigError(f"model_type is {model_type!r}, expected one of {', '.join(_CONVERTERS)}.")
-    return name
 
 
 @dataclass(frozen=True)
@@ -154,14 +76,7 @@ def _read_headers(files: Iterable[Path]) -> dict[str, _Entry]:
 
 
 def stored_elements(checkpoint_dir: str | Path) -> int:
-    """Counts the elements of all tensors of a folder, from the headers.
-
-    Args:
-        checkpoint_dir (str | Path): a Hugging Face folder.
-
-    Returns:
-        int: the number of parameters, tied ones as often as they are stored.
-    """
+    """The number of parameters in a folder, from the headers; tied ones as often as they are stored."""
     entries = _read_headers(weight_files(Path(checkpoint_dir))).values()
     return sum(torch.Size(entry.shape).numel() for entry in entries)
 
@@ -174,23 +89,17 @@ class _Group:
     hf: dict[str, tuple[int, ...]]  # name to shape
 
 
-def _converter_arguments(config: dict[str, Any], model_type: str) -> dict[str, Any]:
-    arguments = heads_of(config, model_type)
-    return {name: arguments[name] for name in _CONVERTERS[model_type].takes}
-
-
 def _groups(tensors: Tensors, config: dict[str, Any], model_type: str, by_layer: bool = True) -> list[_Group]:
     """What a folder of this model must hold, by asking the converter with meta tensors."""
     named: dict[str, list[str]] = {}
     for name in tensors:
         layer = re.match(r"layers\.\d+\.", name) if by_layer else None
         named.setdefault(layer.group() if layer else name, []).append(name)
-    arguments = _converter_arguments(config, model_type)
-    groups = []
+    arguments, groups = heads_of(config, model_type), []
     for names in named.values():
         meta = {name: torch.empty(tensors[name].shape, device="meta") for name in names}
         try:
-            converted = _CONVERTERS[model_type].to_hf(meta, **arguments)
+            converted = LAYOUTS[model_type].to_hf(meta, **arguments)
         except Exception as error:  # noqa: BLE001 - torchtune raises Exception itself for a name that it does not know
             raise CheckpointError(
                 f"torchtune's {model_type} converter does not accept the model's {', '.join(names)}: {error} "
@@ -221,9 +130,9 @@ class HFStream:
         config = read_config(folder / CONFIG)
         check_model(model, config, self.model_type, folder / CONFIG)
         tensors = _named_tensors(model)
-        self._converters = _CONVERTERS[self.model_type]
-        self._arguments = _converter_arguments(config, self.model_type)
-        self._groups = _groups(tensors, config, self.model_type, by_layer=self._converters.merges)
+        layout = LAYOUTS[self.model_type]
+        self._to_hf = partial(layout.to_hf, **heads_of(config, self.model_type))
+        self._groups = _groups(tensors, config, self.model_type, by_layer=layout.merges)
         # a model that ties its output, in a folder that stores it twice
         self._repeats_head = "output.weight" not in tensors and not config.get("tie_word_embeddings", True)
 
@@ -237,7 +146,7 @@ class HFStream:
         """Renames and lays out tensors.
 
         Args:
-            named_tensors (Iterable[tuple[str, torch.Tensor]]): every parameter once, whole, by torchtune name.
+            named_tensors (Iterable[tuple[str, torch.Tensor]]): every parameter once, all of it, by torchtune name.
 
         Yields:
             tuple[str, torch.Tensor]: Hugging Face name and tensor.
@@ -256,7 +165,7 @@ class HFStream:
             if len(ready) < len(group.tune):
                 continue
             del waiting[group.tune[0]]
-            for hf_name, converted in self._converters.to_hf(ready, **self._arguments).items():
+            for hf_name, converted in self._to_hf(ready).items():
                 yield hf_name, converted
                 if hf_name == _EMBEDDINGS and self._repeats_head:
                     yield _LM_HEAD, converted
@@ -265,22 +174,13 @@ class HFStream:
 
 
 def stored_rows(model: nn.Module, model_dir: str | Path, model_type: str) -> dict[str, list[tuple[str, torch.Tensor]]]:
-    """Where a Hugging Face folder stores the rows of a model's weights.
+    """Where a Hugging Face folder stores the rows of a model's weights; only names and shapes are looked at.
 
-    Args:
-        model (nn.Module): sharded or plain; only names and shapes are looked at.
-        model_dir (str | Path): Hugging Face folder with the model's config.json.
-        model_type (str): name in torchtune's ``ModelType``.
-
-    Returns:
-        dict[str, list[tuple[str, torch.Tensor]]]: by stored name, the torchtune weights that it is made of, and for
-        each of their rows its row in the stored tensor, int64.
-
-    Raises:
-        CheckpointError: If the model and the folder's config do not belong together.
+    By stored name, the torchtune weights that it is made of, and for each of their rows its row in the stored tensor,
+    int64.
     """
     config = read_config(Path(model_dir) / CONFIG)
-    arguments = _converter_arguments(config, model_type)
+    arguments = heads_of(config, model_type)
     found: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for group in _groups(_named_tensors(model), config, model_type):
         for name, (source, rows) in _row_sources(group, model_type, arguments).items():
@@ -311,8 +211,8 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
         world (World): the ranks.
 
     Raises:
-        CheckpointError: If the folder is not whole or does not fit the model; every tensor at fault is named, and no
-            weight has been read by then. If it is so for one rank, then it is raised on all.
+        CheckpointError: If the folder is incomplete or does not fit the model, on all ranks; every tensor at fault is
+            named, and no weight has been read by then.
         ConfigError: If ``model_type`` is not supported.
     """
     set_stage("loading weights")
@@ -322,10 +222,9 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
 
 
 def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: str) -> None:
-    """Checks from a folder's config and headers that a model can be filled from it, and that it computes what the
-    config says.
+    """Checks from a folder's config and headers that a model can be filled from it and computes what the config says.
 
-    It reads no weight, but for an output head that is stored beside the embeddings which it may be tied to.
+    It reads no weight, except for an output head that is stored next to the embeddings that it may be tied to.
 
     Args:
         model (nn.Module): sharded or plain, on any device; only names, shapes and settings are looked at.
@@ -333,13 +232,19 @@ def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: st
         model_type (str): name in torchtune's ``ModelType``.
 
     Raises:
-        CheckpointError: If the folder is not whole or does not fit the model; every tensor at fault is named.
+        CheckpointError: If the folder is incomplete or does not fit the model; every tensor at fault is named.
         ConfigError: If ``model_type`` is not supported.
     """
     folder, model_type = Path(checkpoint_dir), check_model_type(model_type)
     plan = _plan(model, folder, model_type)
     _check_tied_head(plan, folder, 0, 1)
-    _list_unknown_keys(plan.config, model_type, folder)
+    _warn_of_unknown_keys(plan.config, model_type, folder)
+
+
+def _warn_of_unknown_keys(config: dict[str, Any], model_type: str, folder: Path) -> None:
+    unknown = unknown_keys(config, model_type)
+    if unknown:
+        log.warning(f"{folder / CONFIG}: keys that are not known here, and not looked at: {', '.join(unknown)}.")
 
 
 @dataclass(frozen=True)
@@ -349,7 +254,7 @@ class _Plan:
     config: dict[str, Any]
     groups: list[_Group]
     entries: dict[str, _Entry]
-    head: _Entry | None  # the stored output head, if it or the embeddings may be superfluous
+    head: _Entry | None  # the stored output head, if it may repeat the embeddings
     ties: tuple[bool, bool]  # whether the model, and the folder's config, tie the head to the embeddings
 
 
@@ -370,10 +275,8 @@ def _plan(model: nn.Module, folder: Path, model_type: str) -> _Plan:
     if ties == (True, False) and head is None:
         raise CheckpointError(
             f"{folder}: no {_LM_HEAD}, and {CONFIG} does not tie it to the embeddings (tie_word_embeddings): "
-            "transformers "
-            "would make one of random numbers. If the model is a tied one, write tie_word_embeddings: true into "
-            f"{CONFIG}; "
-            "else download the model again."
+            "transformers would make one of random numbers. If the model is a tied one, write tie_word_embeddings: "
+            f"true into {CONFIG}; else download the model again."
         )
     _check_sizes(config, entries, folder)
     return _Plan(config, groups, entries, head, ties)
@@ -387,24 +290,17 @@ def _check_sizes(config: dict[str, Any], entries: dict[str, _Entry], folder: Pat
         if config.get(key) is not None and size is not None and config[key] != size:
             raise CheckpointError(
                 f"{folder / CONFIG}: {key} is {config[key]}, the stored tensors have {size}. Write {size} there, "
-                "or download "
-                "the model again."
+                "or download the model again."
             )
-
-
-def _list_unknown_keys(config: dict[str, Any], model_type: str, folder: Path) -> None:
-    unknown = unknown_keys(config, model_type)
-    if unknown:
-        log.warning(f"{folder / CONFIG}: keys that are not known here, and not looked at: {', '.join(unknown)}.")
 
 
 def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None:
     plan = _plan(model, folder, model_type)
     _check_tied_head(plan, folder, world.rank, world.world_size)
     if world.is_main:
-        _list_unknown_keys(plan.config, model_type, folder)
+        _warn_of_unknown_keys(plan.config, model_type, folder)
     targets = _named_tensors(model)
-    arguments = _converter_arguments(plan.config, model_type)
+    arguments = heads_of(plan.config, model_type)
     finite: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for group in plan.groups:
@@ -417,14 +313,13 @@ def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None
         more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
         raise CheckpointError(
             f"{folder}: NaN or infinity in {', '.join(broken[:10])}{more} ({files}), in the dtype that the model has "
-            "here. Such a model answers nothing: download it again, or take it from another run."
+            "here. Download the model again, or take it from another run."
         )
 
 
 def _check_tied_head(plan: _Plan, folder: Path, rank: int, ranks: int) -> None:
-    """A head that was trained apart from the embeddings must not be dropped; nor may one be trained without a word that
-    the folder's config ties. Each rank compares its part of the rows.
-    """
+    """A head that was trained apart from the embeddings must not be dropped; and one that the folder's config ties is
+    not trained without a warning. Each rank compares its part of the rows."""
     head, embeddings = plan.head, plan.entries[_EMBEDDINGS]
     if head is None:
         return
@@ -432,8 +327,8 @@ def _check_tied_head(plan: _Plan, folder: Path, rank: int, ranks: int) -> None:
     first, end = rank * part, min((rank + 1) * part, embeddings.shape[0])
     if head.shape == embeddings.shape and all(
         torch.equal(
-            _read(head, _LM_HEAD, row, min(row + _COMPARED_ROWS, end)).float(),
-            _read(embeddings, _EMBEDDINGS, row, min(row + _COMPARED_ROWS, end)).float(),
+            read_rows(head, _LM_HEAD, row, min(row + _COMPARED_ROWS, end)).float(),
+            read_rows(embeddings, _EMBEDDINGS, row, min(row + _COMPARED_ROWS, end)).float(),
         )
         for row in range(first, end, _COMPARED_ROWS)
     ):
@@ -453,8 +348,7 @@ def _check_tied_head(plan: _Plan, folder: Path, rank: int, ranks: int) -> None:
     )
     raise CheckpointError(
         f"{differs}, but the config's {what}. Use a builder with tie_word_embeddings=False; or, if the head is a "
-        "left-over, "
-        "remove it from the files."
+        "leftover, remove it from the files."
     )
 
 
@@ -479,8 +373,7 @@ def _check_entries(
     if expected.keys() - entries.keys() == {_LM_HEAD} and ties == (False, True):
         raise CheckpointError(
             f"{folder}: no {_LM_HEAD}, because {CONFIG} ties it to the embeddings (tie_word_embeddings), but the "
-            "config's "
-            "model has one of its own. Use a builder with tie_word_embeddings=True."
+            "config's model has one of its own. Use a builder with tie_word_embeddings=True."
         )
     if faults:
         shown = sorted(faults)[:20]
@@ -495,17 +388,16 @@ def _check_entries(
 def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> dict[str, tuple[str, torch.Tensor]]:
     """For each torchtune tensor of a group, the stored tensor that it comes from, and which row of it each row is.
 
-    Converters rename, cut and permute rows, and leave columns alone. So one that is given tensors of a single column,
-    which hold the numbers of their rows, tells where each row goes, whatever it does.
+    Converters rename, split and permute rows, and leave columns alone. So one that is given tensors of a single column,
+    which hold the numbers of their rows, shows where each row goes, whatever it does.
     """
     sources = list(group.hf)
     numbered = {}
     for i, (source, shape) in enumerate(group.hf.items()):
         rows = torch.arange(i << 32, (i << 32) + shape[0])  # tensor and row in one number
         numbered[source] = rows.view(-1, *[1] * (len(shape) - 1))
-    # Beside head_dim, `dim` serves as the number of columns alone.
-    single_column = {"dim": 1} if "head_dim" in arguments else {}
-    converted = _CONVERTERS[model_type].to_tune(numbered, **arguments | single_column)
+    # `dim` is the number of columns
+    converted = LAYOUTS[model_type].to_tune(numbered, **arguments | {"dim": 1})
     return {
         name: (sources[int(numbers.flatten()[0]) >> 32], numbers.flatten() & 0xFFFFFFFF)
         for name, numbers in converted.items()
@@ -513,8 +405,10 @@ def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> d
 
 
 def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Fills this rank's shard of a parameter with rows of a stored tensor, and reads no others; gives what it put
-    there, before it is quantized."""
+    """Fills this rank's shard of a parameter with rows of a stored tensor, the only ones that it reads.
+
+    Returns what it filled in, before it is quantized.
+    """
     nf4, first_row = as_nf4(target), 0
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
@@ -524,17 +418,17 @@ def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tenso
     if not len(rows):  # fewer rows than ranks
         return torch.empty(0)
     first, end = int(rows.min()), int(rows.max()) + 1
-    block = _read(entry, name, first, end)
+    block = read_rows(entry, name, first, end)
     if not torch.equal(rows, torch.arange(first, end)):  # permuted within heads; a shard may cut through one
         block = block[rows - first]
-    if nf4 is not None:  # quantized as a whole, so all rows were read
+    if nf4 is not None:  # all rows are read and quantized together
         block = block.to(nf4.device, nf4.dtype)
         fill_nf4(nf4, block, first_row)
         return block
     return target.copy_(block.to(target.device))  # cast there: the bus carries what the file holds
 
 
-def _read(entry: _Entry, name: str, first: int, end: int) -> torch.Tensor:
+def read_rows(entry: _Entry, name: str, first: int, end: int) -> torch.Tensor:
     """Rows ``first`` to ``end`` of a stored tensor; the file's other bytes stay on disk."""
     try:
         with safe_open(entry.file, framework="pt") as tensors:
@@ -545,22 +439,15 @@ def _read(entry: _Entry, name: str, first: int, end: int) -> torch.Tensor:
 
 
 def from_hf_tensors(model: nn.Module, tensors: Tensors, config: dict[str, Any], model_type: str) -> None:
-    """Fills a plain model from tensors with Hugging Face names and layouts; adapters stay as they are.
+    """Fills a plain model with memory from all tensors of a folder, by Hugging Face name; adapters stay as they are.
 
-    Args:
-        model (nn.Module): a torchtune decoder with memory, not sharded.
-        tensors (Tensors): all of a model; an output head that ``model`` ties to its embeddings is left out.
-        config (dict[str, Any]): content of its config.json.
-        model_type (str): name in torchtune's ``ModelType``, in capitals.
-
-    Raises:
-        CheckpointError: If they do not fit.
+    ``model_type`` is in capitals. An output head that the model ties to its embeddings is left out.
     """
     targets = _named_tensors(model)
     if "output.weight" not in targets:
         tensors = {name: tensor for name, tensor in tensors.items() if name != _LM_HEAD}
     try:
-        converted = _CONVERTERS[model_type].to_tune(tensors, **_converter_arguments(config, model_type))
+        converted = LAYOUTS[model_type].to_tune(tensors, **heads_of(config, model_type))
     except Exception as error:  # noqa: BLE001 - torchtune raises Exception itself for a name that it does not know
         raise CheckpointError(f"torchtune's {model_type} converter does not take the tensors: {error}") from error
     wrong = [
@@ -635,7 +522,7 @@ def export_hf(
         if len(files) == 1
         else [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     )
-    to_hf = partial(_CONVERTERS[model_type].to_hf, **_converter_arguments(config, model_type))
+    to_hf = partial(LAYOUTS[model_type].to_hf, **heads_of(config, model_type))
     too_large: list[str] = []
     # Rank r gathers file r of each round of world_size files, then all ranks write.
     for first in range(0, len(files), world.world_size):
@@ -707,7 +594,7 @@ def write_companions(
     chat_template: str | None = None,
     stop_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Writes what a model needs beside weights and config, so that it stops where it was trained to.
+    """Writes what a model needs besides weights and config, so that it stops where it was trained to.
 
     ``generation_config.json`` is made if there is none. The tokenizer's EOS becomes the first stop token, which closes
     a turn. A pad token that equals it gives way to the EOS before, if that is another one: who trains the model
@@ -719,7 +606,7 @@ def write_companions(
         tokenizer_dir (Path | None): where the tokenizer's files come from; None is ``source``.
         chat_template (str | None): Jinja, in place of the one among those files.
         stop_ids (Sequence[int]): what ended the run's responses, the token that closes a turn first; the source's own
-            stop tokens stay behind them. Without any, files are copied as they are.
+            stop tokens follow. Without any, files are copied as they are.
 
     Returns:
         dict[str, Any]: what changes in ``config.json``.
@@ -753,17 +640,7 @@ def write_companions(
 
 
 def read_companion(file: Path) -> dict[str, Any]:
-    """A JSON file beside a model's weights.
-
-    Args:
-        file (Path): such as ``generation_config.json``.
-
-    Returns:
-        dict[str, Any]: its content; empty if there is no such file.
-
-    Raises:
-        CheckpointError: If it is no JSON object.
-    """
+    """A JSON file next to a model's weights; empty if there is none, a CheckpointError if it is no JSON object."""
     return read_json(file, CheckpointError, "Download the model again.", allow_nan=True) if file.is_file() else {}
 
 
@@ -789,7 +666,7 @@ def _set_eos_token(part: Path, token: int) -> None:
 
 
 def _text(token: Any) -> Any:
-    """A special token's text, beside which some files hold more."""
+    """A special token's text; some files hold an object with more."""
     return token.get("content") if isinstance(token, dict) else token
 
 

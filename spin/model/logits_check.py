@@ -25,8 +25,9 @@ from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, pat
 from spin.model.attention import patch_attention
 from spin.model.build import build_model
 from spin.model.gemma2 import fix_gemma2_softcap
-from spin.model.hf import check_model_type, from_hf_tensors
+from spin.model.hf import from_hf_tensors
 from spin.model.hf_config import CONFIG, Asked, check_model, check_shapes
+from spin.model.hf_families import check_model_type
 from spin.model.hf_folder import read_config
 from spin.model.torchtune import TransformerDecoder
 

@@ -22,7 +22,7 @@ def validate(tmp_path, capsys, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr("spin.model.hf._read", refuse)
+    monkeypatch.setattr("spin.model.hf.read_rows", refuse)
 
     def run(*changes, config=CONFIG):
         code = main(["validate", str(config), *tiny_overrides(tmp_path / "out"), *changes])

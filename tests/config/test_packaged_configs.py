@@ -17,8 +17,8 @@ from spin import config
 from spin.evaluation.models import check_evaluation, eval_model_roles
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
-from spin.model.hf import check_model_type
 from spin.model.hf_config import check_model, unknown_keys
+from spin.model.hf_families import check_model_type
 from spin.model.logits_check import compare_logits
 
 # Parameters as published in the models' safetensors indices on huggingface.co, tied embeddings counted once,

@@ -27,7 +27,8 @@ from spin.core.ranks import init_world
 from spin.data import ChatTokenizer, Pair, PairStore, Response, prompt_dataset
 from spin.generators import GeneratorContext, SamplingParams, VLLMServerGenerator
 from spin.generators.replay import ReplayGenerator
-from spin.model.hf import read_hf_config, stored_elements
+from spin.model.hf import stored_elements
+from spin.model.hf_folder import read_hf_config
 from spin.report import read_run, render
 from spin.run.log import MetricsFile
 from tests.data.test_read import Letters

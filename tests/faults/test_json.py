@@ -15,7 +15,7 @@ from spin.data import PairStore
 from spin.data.chat import ChatTokenizer
 from spin.generators.generator import GeneratorContext
 from spin.generators.replay import ReplayGenerator
-from spin.model.hf import read_hf_config
+from spin.model.hf_folder import read_hf_config
 from spin.run.log import MetricsFile
 from tests.report_runs import write_run
 from tests.two_ranks.tiny import sharded

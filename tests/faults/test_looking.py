@@ -14,7 +14,7 @@ import spin_recipe
 
 from spin.cli import main
 from spin.core.errors import CheckpointError
-from spin.model.hf import read_hf_config
+from spin.model.hf_folder import read_hf_config
 from tests.faults.hostile import Hang, commands_on, hostile_run, snapshot, time_limit, write_whole_run
 from tests.recipes.helpers import CONFIG, tiny_overrides
 from tests.report_runs import write_run

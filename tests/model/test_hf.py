@@ -14,7 +14,8 @@ from spin.core.errors import CheckpointError, ConfigError
 from spin.core.ranks import init_world
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.gemma2 import fix_gemma2_softcap
-from spin.model.hf import HFStream, export_hf, load_hf_weights, read_hf_config, stored_elements, weight_files
+from spin.model.hf import HFStream, export_hf, load_hf_weights, stored_elements
+from spin.model.hf_folder import read_hf_config, weight_files
 from spin.model.sharding import materialize, named_full_tensors, shard_model
 from tests.families import FAMILIES, hf_twin
 from tests.torchrun import run_ranks
@@ -176,8 +177,8 @@ def test_files_are_split_by_layer_and_indexed(folders, tmp_path, world):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_rank_reads_every_row_once(name, folders, world, monkeypatch):
-    read, pieces = spin.model.hf._read, []
-    monkeypatch.setattr(spin.model.hf, "_read", lambda *args: (pieces.append(args[1:]), read(*args))[1])
+    read, pieces = spin.model.hf.read_rows, []
+    monkeypatch.setattr(spin.model.hf, "read_rows", lambda *args: (pieces.append(args[1:]), read(*args))[1])
     load_hf_weights(empty(name, world), folders[name], MODEL_TYPES[name], world=world)
     rows = {key: [] for key, _, _ in pieces}
     for key, first, end in pieces:
@@ -230,7 +231,7 @@ def test_every_tensor_at_fault_is_named_before_anything_is_read(llama, world, mo
     tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
     tensors["model.layers.0.self_attn.q_norm.weight"] = torch.zeros(16)
     save_file(tensors, llama / "model.safetensors")
-    monkeypatch.setattr(spin.model.hf, "_read", lambda *_: pytest.fail("read a weight"))
+    monkeypatch.setattr(spin.model.hf, "read_rows", lambda *_: pytest.fail("read a weight"))
     with pytest.raises(CheckpointError) as caught:
         load_hf_weights(empty("llama3_2", world), llama, "LLAMA3_2", world=world)
     for fault in (

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from spin.core.errors import CheckpointError
 from spin.model.build import build_model
-from spin.model.hf import check_hf_folder, read_hf_config
+from spin.model.hf import check_hf_folder
+from spin.model.hf_folder import read_hf_config
 from spin.model.logits_check import compare_logits
 from tests.families import FAMILIES, hf_twin
 from tests.model.test_hf import MODEL_TYPES, edit_config

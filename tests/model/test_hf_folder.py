@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin.core.errors import CheckpointError
 from spin.model.build import build_model
-from spin.model.hf import check_hf_folder, read_hf_config
+from spin.model.hf import check_hf_folder
+from spin.model.hf_folder import read_hf_config
 from tests.model.test_hf import edit_config
 from tests.model.test_hf_config import section_of
 

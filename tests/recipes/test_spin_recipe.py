@@ -494,7 +494,7 @@ class TestFaults:
         run(tmp_path / "off", *changes, "self_test=false", recipe_class=Tampers)
 
     def test_the_self_test_compares_logits_before_weights_are_loaded(self, tmp_path, monkeypatch, caplog):
-        monkeypatch.setattr("spin.model.hf._read", lambda *_: pytest.fail("read a weight"))
+        monkeypatch.setattr("spin.model.hf.read_rows", lambda *_: pytest.fail("read a weight"))
         folder = shutil.copytree(REPO / "tests/assets/tiny_lm", tmp_path / "model")
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "linear", "factor": 4.0}}))

@@ -16,7 +16,7 @@ from spin.model.sharding import materialize, shard_model
 from tests.families import FAMILIES
 
 world = init_world("cpu")
-read, bytes_read = spin.model.hf._read, 0
+read, bytes_read = spin.model.hf.read_rows, 0
 
 
 def counting_read(*args):
@@ -26,7 +26,7 @@ def counting_read(*args):
     return piece
 
 
-spin.model.hf._read = counting_read
+spin.model.hf.read_rows = counting_read
 for family, model_type in (argument.split("=") for argument in sys.argv[2:]):
     folder, bytes_read = Path(sys.argv[1]) / family, 0
     model = FAMILIES[family]().to("meta")
