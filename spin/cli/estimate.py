@@ -9,15 +9,14 @@ and, while the opponent plays, ``weights + gathered copy + optimizer + cache``. 
 counted tensor by tensor; the rest is exact. Measured peaks (torch's allocator, without the CUDA context) are in
 tests/cli/test_estimate.py.
 
-    python -m spin.cli.estimate --config llama3_1/8B_lora
-    python -m spin.cli.estimate --config llama3_1/8B_full --ranks 8 pairs.row_tokens=12288
+    python -m spin estimate --config llama3_1/8B_lora
+    python -m spin estimate --config llama3_1/8B_full --ranks 8 pairs.row_tokens=12288
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -28,10 +27,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
-from spin.config.parse import complete, load_config
+from spin.config.parse import complete, load_config, parse_overrides
 from spin.core.dtypes import torch_dtype
-from spin.core.errors import ConfigError, SpinError
-from spin.core.terminal import printable
+from spin.core.errors import ConfigError
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
 from spin.pairs.packing import longest_row, padded_length, plan_rows
@@ -51,54 +49,29 @@ _SPREAD = 0.5  # of the logarithm of pairs' lengths, as in conversations
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory on each GPU, and disk, of a config; all in GiB.
+    """Memory on each GPU, and disk, of a config; all in GiB."""
 
-    Args:
-        weights (float): this rank's shards as they are stored, frozen ones included.
-        gathered (float): copies in the compute dtype that stay from forward to backward.
-        gradients (float): of what is trained.
-        optimizer (float): its state.
-        activations (float): what layers keep for backward over one row.
-        head (float): logits of a chunk, and the sum of the output weight's gradient if it is trained.
-        workspace (float): dequantized NF4, or DoRA's norms, of the largest weight.
-        cache (float): keys and values while the opponent plays; 0 if that happens in an engine of its own.
-        playing_copy (float): the gathered model while the opponent plays.
-        pair_store (float): on disk, for each iteration, at most.
-        state (float): on disk, for each resumable state.
-        export (float): on disk, for each iteration.
-        row_tokens (int): length of the row that was counted.
-        trained (int): parameters that are trained.
-        frozen (int): parameters that are not.
-    """
-
-    weights: float
-    gathered: float
+    weights: float  # this rank's shards as they are stored, frozen ones included
+    gathered: float  # copies in the compute dtype that stay from forward to backward
     gradients: float
     optimizer: float
-    activations: float
-    head: float
-    workspace: float
-    cache: float
-    playing_copy: float
-    pair_store: float
-    state: float
-    export: float
-    row_tokens: int
-    trained: int
-    frozen: int
+    activations: float  # what layers keep for backward over one row
+    head: float  # logits of a chunk, and the sum of the output weight's gradient if it is trained
+    workspace: float  # dequantized NF4, or DoRA's norms, of the largest weight
+    cache: float  # keys and values while the opponent plays; 0 if that happens in a separate engine
+    playing_copy: float  # the gathered model while the opponent plays
+    pair_store: float  # on disk, for each iteration, at most
+    checkpoint: float  # on disk, for each resumable checkpoint
+    export: float  # on disk, for each iteration
+    row_tokens: int  # length of the row that was counted
+    trained: int  # parameters
+    frozen: int  # parameters
 
     @property
     def training(self) -> float:
         """Peak of an optimizer step."""
-        return (
-            self.weights
-            + self.gathered
-            + self.gradients
-            + self.optimizer
-            + self.activations
-            + self.head
-            + self.workspace
-        )
+        in_backward = self.gathered + self.gradients + self.activations + self.head
+        return self.weights + self.optimizer + self.workspace + in_backward
 
     @property
     def playing(self) -> float:
@@ -132,13 +105,17 @@ class Estimate:
             "",
             f"{self.trained:,} parameters are trained, {self.frozen:,} frozen",
             f"on disk: {self.pair_store:.2f} GiB of pairs at most and {self.export:.2f} GiB of exports each iteration, "
-            f"{self.state:.2f} GiB each state",
+            f"{self.checkpoint:.2f} GiB each checkpoint",
         ]
         return "\n".join(lines)
 
 
 def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) -> Estimate:
-    """Adds up what a config needs. Nothing is read but the config."""
+    """Adds up what a complete config of a training recipe needs on ``ranks`` GPUs. Nothing is read but the config.
+
+    ``pair_tokens`` is the mean length of a pair, prompt and responses; it gives the rows that a batch of such pairs is
+    packed into. None takes the longest row that there can be.
+    """
     if ranks < 1 or ranks % cfg.replicas:
         raise ConfigError(f"ranks={ranks}: expected 1 or more, in multiples of replicas={cfg.replicas}.")
     if pair_tokens is not None and pair_tokens < 1:
@@ -152,18 +129,16 @@ def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) ->
     trained_count = sum(weight.numel() for weight in trained)
 
     weights = trained_count * dtype.itemsize + sum(map(_stored_bytes, base))
-    # alone, frozen weights that need no cast are used where they are
-    whole_base = sum(
-        _gathered_bytes(weight, compute)
-        for weight in base
-        if ranks > 1 or not (weight.dtype == compute or as_nf4(weight) is not None)
-    )
-    playing_copy = trained_count * compute.itemsize + whole_base
+    playing_copy = trained_count * float(compute.itemsize)
+    for weight in base:
+        is_nf4 = as_nf4(weight) is not None
+        if ranks > 1 or not (is_nf4 or weight.dtype == compute):  # alone, what needs no cast is used where it is
+            playing_copy += _stored_bytes(weight) if is_nf4 else weight.numel() * compute.itemsize
     gathered = playing_copy
     if cfg.fsdp_reshard_after_forward:  # the root stays, and two layers: one that computes, one that is on its way
         in_layers = 1 - shapes.root_parameters / shapes.parameters
         gathered *= shapes.root_parameters / shapes.parameters + in_layers * min(1.0, 2 / shapes.layers)
-    # whole ones are reduced after the last row's head, so they do not stand beside the shards'
+    # full ones are reduced after the last row's head, so they do not add to the shards'
     gradients = trained_count * 4 / (1 if cfg.fsdp_accumulate_unsharded else shards)
     state_bytes = _OPTIMIZER_BYTES.get(cfg.optimizer._component_.rsplit(".", 1)[-1], 8)
     if cfg.optimizer.get("momentum"):
@@ -182,7 +157,7 @@ def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) ->
         cache=_cache(cfg, model, shapes, compute) / _GIB,
         playing_copy=playing_copy / _GIB,
         pair_store=_pair_store(cfg, model, pair_tokens) / _GIB,
-        state=trained_count * (dtype.itemsize + state_bytes) / _GIB,
+        checkpoint=trained_count * (dtype.itemsize + state_bytes) / _GIB,
         export=_export(cfg, model, trained_count if base else 0, dtype) / _GIB,
         row_tokens=row,
         trained=trained_count,
@@ -202,7 +177,8 @@ class _Shapes:
         self.queries = attention.num_heads * attention.head_dim
         self.keys = attention.num_kv_heads * attention.head_dim
         self.hidden = mlp.w1.weight.shape[0]
-        self.norms = sum(hasattr(layer, name) and not isinstance(getattr(layer, name), nn.Identity) for name in _NORMS)
+        norms = (getattr(layer, name, None) for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"))
+        self.norms = sum(norm is not None and not isinstance(norm, nn.Identity) for norm in norms)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.root_parameters = self.parameters - sum(p.numel() for p in model.layers.parameters())
 
@@ -210,9 +186,6 @@ class _Shapes:
     def kept_by_layer(self) -> int:
         """Elements for each token: in and out of each norm, q and attention's output, k, v, and three of the MLP."""
         return 2 * self.norms * self.width + 2 * self.queries + 2 * self.keys + 3 * self.hidden
-
-
-_NORMS = ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale")
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -227,14 +200,10 @@ def _stored_bytes(weight: torch.Tensor) -> float:
     return weight.numel() * (_NF4_BYTES if as_nf4(weight) is not None else weight.dtype.itemsize)
 
 
-def _gathered_bytes(weight: torch.Tensor, compute: torch.dtype) -> float:
-    return _stored_bytes(weight) if as_nf4(weight) is not None else weight.numel() * compute.itemsize
-
-
 def _row_tokens(cfg: DictConfig, ranks: int, pair_tokens: int | None) -> int:
     multiple = math.lcm(cfg.pairs.row_multiple, BLOCK)  # as FlexAttention needs
     if pair_tokens is None:
-        limits = (_data_limit(cfg, "max_prompt_tokens"), _data_limit(cfg, "max_response_tokens"))
+        limits = (data_limit(cfg, "max_prompt_tokens"), data_limit(cfg, "max_response_tokens"))
         generated = cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
         longest_pair = sum(limits) + generated if None not in limits else 0
         return longest_row(longest_pair, cfg.pairs.row_tokens, multiple)
@@ -270,7 +239,7 @@ def _workspace(model: nn.Module) -> float:
     return max([0.0, *(n * _NF4_WORKSPACE_BYTES for n in quantized), *(n * 8.0 for n in doras)])
 
 
-def _data_limit(cfg: DictConfig, key: str) -> Any:
+def data_limit(cfg: DictConfig, key: str) -> Any:
     """A limit of the data set; of a mixture's sources the largest, and of their numbers of samples the sum."""
     sources = cfg.dataset.get("sources")
     if not sources:
@@ -281,25 +250,22 @@ def _data_limit(cfg: DictConfig, key: str) -> Any:
     return sum(limits) if key == "limit" else max(limits)
 
 
-def _longest_sequence(cfg: DictConfig, model: Any) -> int:
-    prompt = _data_limit(cfg, "max_prompt_tokens") or model.max_seq_len
-    return int(min(model.max_seq_len, prompt + cfg.sampling.max_new_tokens))
-
-
-def _cache(cfg: DictConfig, model: nn.Module, shapes: _Shapes, compute: torch.dtype) -> float:
+def _cache(cfg: DictConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:
     if cfg.generator._component_.rsplit(".", 1)[-1] != "TorchtuneGenerator":
         return 0.0
     batch = cfg.generator.get("batch_size", 32)
-    capacity = math.ceil(_longest_sequence(cfg, model) / _CACHE_STEP_TOKENS) * _CACHE_STEP_TOKENS
+    prompt = data_limit(cfg, "max_prompt_tokens") or model.max_seq_len
+    longest = min(model.max_seq_len, prompt + cfg.sampling.max_new_tokens)
+    capacity = math.ceil(longest / _CACHE_STEP_TOKENS) * _CACHE_STEP_TOKENS
     keys_and_values = batch * capacity * shapes.layers * 2 * shapes.keys * compute.itemsize
     return float(keys_and_values + batch * shapes.vocab * (compute.itemsize + 4))  # and logits of a step
 
 
 def _pair_store(cfg: DictConfig, model: Any, pair_tokens: int | None) -> float:
-    """Answers, answers with log-probs, and rows to look them up: three times the token ids, 4 bytes each."""
-    samples = cfg.dataset.get("samples") or _data_limit(cfg, "limit") or 0
+    """Responses, responses with log-probs, and rows to look them up: three times the token ids, 4 bytes each."""
+    samples = cfg.dataset.get("samples") or data_limit(cfg, "limit") or 0
     if pair_tokens is None:
-        prompt, real = (_data_limit(cfg, f"max_{part}_tokens") or model.max_seq_len for part in ("prompt", "response"))
+        prompt, real = (data_limit(cfg, f"max_{part}_tokens") or model.max_seq_len for part in ("prompt", "response"))
         pair_tokens = prompt + real + cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
     return float(samples * (3 * 4 * pair_tokens + 300))
 
@@ -311,10 +277,10 @@ def _export(cfg: DictConfig, model: nn.Module, adapter: int, dtype: torch.dtype)
     return float(plain * itemsize * merged + adapter * dtype.itemsize)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: prints the table of a config."""
+def main(argv: Sequence[str]) -> None:
+    """Prints the table of a config."""
     parser = argparse.ArgumentParser(
-        prog="spin estimate",
+        prog="python -m spin estimate",
         description="Memory that a config needs on each GPU, and disk, before anything is loaded.",
         usage="%(prog)s --config NAME_OR_FILE [--ranks N] [--pair-tokens N] [key=value ...]",
         allow_abbrev=False,
@@ -322,20 +288,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as llama3_1/8B_lora")
     parser.add_argument("--ranks", type=int, default=1, help="number of GPUs")
     parser.add_argument("--pair-tokens", type=int, help="mean tokens of a pair: prompt, real and generated response")
-    arguments, overrides = parser.parse_known_args(None if argv is None else list(argv))
-    try:
-        raw = load_config(arguments.config, overrides)
-        if "candidate" in raw:
-            raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
-        is_lora = "lora" in str(raw.get("model", {}).get("_component_"))
-        cfg = complete(raw, LORA_DEFAULTS if is_lora else RECIPE_DEFAULTS)
-        print(f"{arguments.config} on {arguments.ranks} GPU{'s' if arguments.ranks > 1 else ''}: an estimate\n")
-        print(estimate(cfg, arguments.ranks, arguments.pair_tokens).table())
-    except SpinError as error:
-        print(f"error: {printable(error)}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    arguments, overrides = parse_overrides(parser, argv)
+    raw = load_config(arguments.config, overrides)
+    if "candidate" in raw:
+        raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
+    is_lora = "lora" in str(raw.get("model", {}).get("_component_"))
+    cfg = complete(raw, LORA_DEFAULTS if is_lora else RECIPE_DEFAULTS)
+    table = estimate(cfg, arguments.ranks, arguments.pair_tokens).table()
+    print(f"{arguments.config} on {arguments.ranks} GPU{'s' if arguments.ranks > 1 else ''}: an estimate\n\n{table}")

@@ -68,22 +68,12 @@ def test_help_names_every_command(capsys):
         assert f"\n  {name} " in out
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "estimate"])
+@pytest.mark.parametrize("name", list(COMMANDS))
 def test_every_command_has_help_and_refuses_unknown_options(capsys, name):
     code, out, _ = spin(capsys, name, "--help")
     assert code == 0 and f"python -m spin {name}" in out
     code, _, err = spin(capsys, name, "--no-such-option")
     assert code == 2 and "usage" in err
-
-
-def test_estimate_is_imported_when_it_is_called_only(monkeypatch, capsys):
-    """The command hands its arguments to spin.cli.estimate.main and returns its code."""
-    asked = []
-    module = type(sys)("spin.cli.estimate")
-    module.main = lambda argv: asked.append(argv) or 3
-    monkeypatch.setitem(sys.modules, "spin.cli.estimate", module)
-    assert spin(capsys, "estimate", "--config", "x")[0] == 3
-    assert asked == [["--config", "x"]]
 
 
 def test_an_unknown_command_gets_the_nearest(capsys):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from spin.cli.estimate import _data_limit, estimate, main
+from spin.cli import main
+from spin.cli.estimate import data_limit, estimate
 from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
 from spin.config.parse import complete, load_config, packaged_configs
 from spin.core.errors import ConfigError
@@ -40,7 +41,8 @@ def measured_iteration(name: str, repo: Path) -> tuple[list[str], dict[str, floa
     results = json.loads(file.read_text(encoding="utf-8"))
     assert results["setup"]["config"] == name
     stages = {row["stage"]: row["tensors_gib"] for row in results["stages"] if row["iteration"] == 1}
-    return results["setup"]["overrides"], stages
+    overrides = [item.replace("spin.optim.", "spin.training.") for item in results["setup"]["overrides"]]
+    return overrides, stages
 
 
 def config(name: str, *overrides: str) -> DictConfig:
@@ -102,7 +104,7 @@ def test_full_fine_tuning_by_hand():
         "activations": 12288 * (16 * 37_888 + 4 * 2048) * 2,
         "head": 2048 * 128_256 * 2 + 128_256 * 2048 * 4,
         "cache": 256 * 1536 * 16 * 2 * 512 * 2 + 256 * 128_256 * 6,
-        "state": 12 * n,
+        "checkpoint": 12 * n,
         "export": 2 * n,
     }
     assert {name: getattr(found, name) * GIB for name in expected} == pytest.approx(expected)
@@ -154,7 +156,7 @@ def test_a_frozen_base_has_no_gradient_no_state_and_no_second_copy():
     assert 15.0 < lora.weights < 15.3 and 5.2 < qlora.weights < 6.2
     for found in (lora, qlora):
         assert found.gathered < 0.1 and found.playing_copy < 0.1
-        assert found.gradients + found.optimizer + found.state < 1.5
+        assert found.gradients + found.optimizer + found.checkpoint < 1.5
         assert found.peak < 79
     several = estimate(config("llama3_1/8B_lora"), ranks=8)
     assert several.weights == pytest.approx(lora.weights / 8) and several.playing_copy > 14.9
@@ -200,7 +202,7 @@ def test_a_mixture_counts_as_the_longest_of_its_sources():
             }
         }
     )
-    limits = [_data_limit(cfg, key) for key in ("max_prompt_tokens", "max_response_tokens", "limit")]
+    limits = [data_limit(cfg, key) for key in ("max_prompt_tokens", "max_response_tokens", "limit")]
     assert limits == [300, None, 12]
 
 
@@ -212,11 +214,25 @@ def test_numbers_that_cannot_be():
 
 
 def test_the_command_prints_all_parts_and_answers_a_wrong_name(capsys):
-    assert main(["--config", "llama3_1/8B_lora", "--ranks", "2", "--pair-tokens", "755", "pairs.row_tokens=4096"]) == 0
+    assert (
+        main(
+            [
+                "estimate",
+                "--config",
+                "llama3_1/8B_lora",
+                "--ranks",
+                "2",
+                "--pair-tokens",
+                "755",
+                "pairs.row_tokens=4096",
+            ]
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     for part in ("weights", "gradients", "optimizer", "activations", "key-value cache", "peak", "on disk", "frozen"):
         assert part in text
-    assert main(["--config", "evaluate/llama3_2_1B"]) == 1
+    assert main(["estimate", "--config", "evaluate/llama3_2_1B"]) == 1
     assert "estimates are of training" in capsys.readouterr().err
-    assert main(["--config", "llama3_1/8B_lor"]) == 1
+    assert main(["estimate", "--config", "llama3_1/8B_lor"]) == 1
     assert "Did you mean llama3_1/8B_lora" in capsys.readouterr().err
