@@ -39,12 +39,11 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rounds import free
-from spin_lora_recipe import SPINLoRARecipe
 from spin_recipe import SPINRecipe
 from transformers import AutoTokenizer
 from work import MIXES, MODELS, Sizes, floor_of_work, llama_config, log_normal_lengths, randomize
 
-from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
+from spin.config.defaults import RECIPE_DEFAULTS
 from spin.config.parse import complete, load_config
 from spin.core.files import write_json
 from spin.core.ranks import World, gather_objects, init_world, shutdown
@@ -150,12 +149,8 @@ class Staged:
                 self._checkpointer.wait()  # type: ignore[attr-defined]
 
 
-class StagedFull(Staged, SPINRecipe):
-    """Full fine-tuning."""
-
-
-class StagedLoRA(Staged, SPINLoRARecipe):
-    """Adapters."""
+class StagedRecipe(Staged, SPINRecipe):
+    """Full fine-tuning, or adapters."""
 
 
 def make_model(folder: Path, target: Path, preset: Any, device: str | None) -> None:
@@ -213,9 +208,8 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
             overrides += ["generator.dtype=fp32", "generator.enforce_eager=true", "generator.max_model_len=512"]
             overrides += ["generator.engine.kv_cache_memory_bytes=67108864"]
     raw = load_config(name, [*overrides, *args.overrides])
-    if "base_dtype" in raw:
-        return complete(raw, LORA_DEFAULTS)
-    raw.model = OmegaConf.create(preset.builder)
+    if raw.get("base_dtype") is None:
+        raw.model = OmegaConf.create(preset.builder)
     return complete(raw, RECIPE_DEFAULTS)
 
 
@@ -316,10 +310,10 @@ def main() -> None:
     if on_gpu:
         free()  # of the model whose weights were made
     cfg = make_config(args, folder, model_folder, preset, on_gpu)
-    is_lora = "base_dtype" in cfg
+    is_lora = cfg.base_dtype is not None
     last = cfg.max_iterations - 1
     saved = range(0 if args.save else last, last + 1 if args.save or args.save_last else 0)
-    recipe: Any = (StagedLoRA if is_lora else StagedFull)(cfg, stages, saved)
+    recipe: Any = StagedRecipe(cfg, stages, saved)
     recipe.setup()
     recipe.train()
     with_every_rank(stages.rows, world)

@@ -20,13 +20,13 @@ from torchtune import training
 
 from spin import config
 from spin.cli.estimate import estimate
-from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
+from spin.config.defaults import RECIPE_DEFAULTS
 from spin.core.ranks import init_world, shutdown
 from spin.data import Pair
 from spin.generators import GeneratorContext, TorchtuneGenerator, sampling_params
 from spin.model.adapters import as_nf4, fill_nf4
-from spin.model.build import build_model, choose_attention, prepare_model, row_layout, training_options
-from spin.model.lora import init_adapters, prepare_adapters, trainable
+from spin.model.build import choose_attention, prepare_model, row_layout, training_options
+from spin.model.lora import build_policy, init_adapters, trainable
 from spin.model.sharding import accumulating, clip_grad_norm
 from spin.pairs.packing import pack_batch
 from spin.reference.logprobs import pair_objective
@@ -70,19 +70,15 @@ def measure(cfg: Any, pair_tokens: int) -> dict[str, float]:
     """Peaks of a step and of playing, in GiB; 0 where there is no GPU."""
     world = init_world(cfg.device)
     on_gpu = world.device.type == "cuda"
-    dtype, compute = (training.get_dtype(name, world.device) for name in (cfg.dtype, cfg.compute_dtype))
-    is_lora = "base_dtype" in cfg
-    model: Any = build_model(cfg.model, training.get_dtype(cfg.base_dtype, world.device) if is_lora else dtype)
-    if is_lora:
-        print(prepare_adapters(model, dtype, world))
+    compute = training.get_dtype(cfg.compute_dtype, world.device)
+    model: Any = build_policy(cfg, world)
     context = model.max_seq_len
     flex = choose_attention(model, world, compute, cfg.attention)
     layout = row_layout(model, cfg, flex)
     model.max_seq_len = max(context, 2 * cfg.pairs.row_tokens)
     prepare_model(model, world, compute_dtype=compute, **training_options(cfg))
     fill(model)
-    if is_lora:
-        init_adapters(model, cfg.seed)
+    init_adapters(model, cfg.seed)
     optimizer = config.instantiate(cfg.optimizer, trainable(model), lr=1e-6)
     vocab = model.tok_embeddings.weight.shape[0]
     rows = pack_batch(make_pairs(cfg.global_batch_size, pair_tokens, vocab), layout)
@@ -125,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file")
     arguments, overrides = parser.parse_known_args()
     raw = config.load_config(arguments.config, overrides)
-    cfg = config.complete(raw, LORA_DEFAULTS if "lora" in str(raw.model._component_) else RECIPE_DEFAULTS)
+    cfg = config.complete(raw, RECIPE_DEFAULTS)
     expected = estimate(cfg, pair_tokens=arguments.pair_tokens)
     measured = measure(cfg, arguments.pair_tokens)
     print(f"{arguments.config}: {measured['rows']} rows, the longest of {measured['row_tokens']} tokens")

@@ -1,4 +1,4 @@
-"""Full fine-tuning by self-play (SPIN, arXiv 2401.01335) on one device or many.
+"""Self-play fine-tuning (SPIN, arXiv 2401.01335): all weights, or LoRA, DoRA and QLoRA adapters; one device or many.
 
 In every iteration the policy, frozen for a moment as its own opponent, answers the prompts of a supervised data set and
 scores the real answers and its own; then it learns to tell them apart. There is no reference model: at the start of an
@@ -7,11 +7,12 @@ are, and land on disk.
 
 One GPU (or CPU):   tune run spin_recipe --config llama3_2/1B_full
 Eight GPUs:         tune run --nproc_per_node 8 spin_recipe --config llama3_1/8B_full
+Adapters:           tune run spin_recipe --config llama3_1/8B_lora model.use_dora=true
 Change anything:    tune run spin_recipe --config llama3_2/1B_full loss.beta=0.05 max_iterations=2
 
 To make it yours, copy this file and its config and run it with `python spin_recipe.py --config my.yaml` or torchrun.
-Lines marked SPIN are the algorithm; lines marked PLUMBING can be left alone. Not here: LoRA, and generation without
-training, which is spin_generate.
+Lines marked SPIN are the algorithm; lines marked PLUMBING can be left alone. Not here: generation without training,
+which is spin_generate.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ from spin.data.read import check_vocabulary, unknown_ids
 from spin.generators import GeneratorContext, sampling_params
 from spin.generators import stage as selfplay
 from spin.generators.engines import awake, team_of
-from spin.model.build import build_model, choose_attention, make_room, prepare_model, row_layout, training_options
+from spin.model.build import choose_attention, make_room, prepare_model, row_layout, training_options
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.logits_check import self_test
+from spin.model.lora import build_policy, init_adapters, trainable
 from spin.model.sharding import accumulating, clip_grad_norm
 from spin.pairs.filters import POLICIES, filter_pairs
 from spin.pairs.loader import RowBatch, load_rows
@@ -127,10 +129,10 @@ class SPINRecipe:
         self._watch = Watch(cfg.watch, self._world.is_main)
         self._checkpointer = config.instantiate(cfg.checkpointer)
         self._checkpointer.validate(cfg.max_iterations)
-        dtype, compute_dtype = (torch_dtype(name, self._world.device) for name in (cfg.dtype, cfg.compute_dtype))
+        compute_dtype = torch_dtype(cfg.compute_dtype, self._world.device)
 
         # ---- data
-        self._model = build_model(cfg.model, dtype)  # no memory yet
+        self._model = build_policy(cfg, self._world)  # no memory yet
         context = self._model.max_seq_len
         self._tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
         fix_date(self._tokenizer, self._output_dir, self._world, cfg.resume)
@@ -173,6 +175,7 @@ class SPINRecipe:
         self._optimizer = self._new_optimizer()
         if resume_path is None:
             self._checkpointer.load_model(self._model, self._world)
+            init_adapters(self._model, cfg.seed)  # none in full fine-tuning
         else:
             starts_anew = cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
             optimizer = None if starts_anew else self._optimizer
@@ -527,7 +530,7 @@ class SPINRecipe:
 
     # PLUMBING: small things.
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return config.instantiate(self._cfg.optimizer, self._model.parameters(), lr=self._lrs[0])
+        return config.instantiate(self._cfg.optimizer, trainable(self._model), lr=self._lrs[0])
 
     def _folder(self, iteration: int) -> Path:
         return self._output_dir / f"iteration_{iteration:03d}"

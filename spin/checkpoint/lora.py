@@ -36,6 +36,8 @@ class LoRACheckpointer(SPINCheckpointer):
         ConfigError: If an argument cannot be.
     """
 
+    adapters_only = True
+
     def __init__(
         self,
         checkpoint_dir: str,
@@ -73,11 +75,13 @@ class LoRACheckpointer(SPINCheckpointer):
 
         Args:
             path (str | Path): a state's folder.
-            **arguments (Any): those of the full recipe; the model after :meth:`load_model`.
+            **arguments (Any): see :meth:`SPINCheckpointer.load`; the model gets its base here too.
 
         Raises:
-            CheckpointError: If the base is another one, or as in the full recipe.
+            CheckpointError: If the base is another one, or see :meth:`SPINCheckpointer.load`.
         """
+        if not self._base:
+            self.load_model(arguments["model"], arguments["world"])
         saved = self.read_state(path).get("base")
         if saved != self._base:
             raise CheckpointError(

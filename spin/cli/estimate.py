@@ -26,7 +26,7 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from spin.config.defaults import LORA_DEFAULTS, RECIPE_DEFAULTS
+from spin.config.defaults import RECIPE_DEFAULTS
 from spin.config.parse import complete, load_config, parse_overrides
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
@@ -122,8 +122,7 @@ def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) ->
         raise ConfigError(f"pair_tokens={pair_tokens}: expected the mean tokens of a pair, 1 or more.")
     shards = ranks // cfg.replicas
     dtype, compute = (torch_dtype(name, torch.device("cpu")) for name in (cfg.dtype, cfg.compute_dtype))
-    base_dtype = torch_dtype(cfg.base_dtype, torch.device("cpu")) if "base_dtype" in cfg else dtype
-    model = build_model(cfg.model, base_dtype)
+    model = build_model(cfg.model, torch_dtype(cfg.base_dtype or cfg.dtype, torch.device("cpu")))
     shapes = _Shapes(model)
     trained, base = _split(model)
     trained_count = sum(weight.numel() for weight in trained)
@@ -292,7 +291,6 @@ def main(argv: Sequence[str]) -> None:
     raw = load_config(arguments.config, overrides)
     if "candidate" in raw:
         raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
-    is_lora = "lora" in str(raw.get("model", {}).get("_component_"))
-    cfg = complete(raw, LORA_DEFAULTS if is_lora else RECIPE_DEFAULTS)
+    cfg = complete(raw, RECIPE_DEFAULTS)
     table = estimate(cfg, arguments.ranks, arguments.pair_tokens).table()
     print(f"{arguments.config} on {arguments.ranks} GPU{'s' if arguments.ranks > 1 else ''}: an estimate\n\n{table}")

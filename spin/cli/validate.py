@@ -143,8 +143,7 @@ def _config(name: str, overrides: Sequence[str], recipe_name: str | None) -> tup
         check_evaluation(cfg)
     else:
         check_run(cfg)
-        if "base_dtype" in cfg:  # of the LoRA recipe
-            check_lora(cfg)
+        check_lora(cfg)
         if cfg.output_dir is None:
             raise ConfigError("output_dir: not set. Give the folder that the run writes to.")
     return cfg, f"{name} for {recipe_name}: every key is known, and their values go together"

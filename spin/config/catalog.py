@@ -15,7 +15,6 @@ _LAUNCH = re.compile(r"^#.*\b(spin_\w+) --config", flags=re.MULTILINE)
 # what no other recipe's config has
 _SIGNS = {
     "spin_evaluate": re.compile(r"^candidate:", flags=re.MULTILINE),
-    "spin_lora_recipe": re.compile(r"^ +_component_: *\S+\.q?lora_\w+", flags=re.MULTILINE),
 }
 
 

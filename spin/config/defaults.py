@@ -57,6 +57,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
     "nonfinite_limit": 5,
     "logprob_chunk_tokens": 2048,
     "dtype": "fp32",
+    "base_dtype": None,
     "compute_dtype": "bf16",
     "attention": "auto",
     "enable_activation_checkpointing": False,
@@ -85,11 +86,4 @@ RECIPE_DEFAULTS: dict[str, Any] = {
     "seed": 42,
     "deterministic": False,
     "allow_components": [],
-}
-
-# Adapters start at zero and are scaled by alpha / rank: they take ten times the learning rate of full fine-tuning.
-LORA_DEFAULTS: dict[str, Any] = RECIPE_DEFAULTS | {
-    "checkpointer": {"_component_": "spin.checkpoint.LoRACheckpointer"},
-    "optimizer": RECIPE_DEFAULTS["optimizer"] | {"lr": 5e-6},
-    "base_dtype": "bf16",
 }

@@ -1,4 +1,4 @@
-"""Training adapters over a frozen base: what the LoRA recipe does that the full one does not.
+"""What a run trains: a whole model, or adapters over a frozen base.
 
 During a run nothing is merged and there is no second model: the opponent of an iteration is the base with the adapter
 as it is at the iteration's start, and generation and the reference pass run with just that.
@@ -7,6 +7,7 @@ as it is at the iteration's start, and generation and the reference pass run wit
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 
 import torch
@@ -14,16 +15,21 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from spin.config.parse import Faults
-from spin.core.dtypes import TRAINED_DTYPES
+from spin.config.parse import Faults, component_of
+from spin.core.dtypes import TRAINED_DTYPES, torch_dtype
 from spin.core.errors import ConfigError
 from spin.core.ranks import World
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, patch_dora, patch_nf4
+from spin.model.build import build_model
 from spin.model.sharding import clean_name
+
+log = logging.getLogger(__name__)
+
+_FOR_ADAPTERS = "checkpointer=spin.checkpoint.LoRACheckpointer"
 
 
 def check_lora(cfg: DictConfig) -> None:
-    """Checks what the LoRA recipe's config has beside or without the full recipe's.
+    """Checks a config by what its checkpointer saves: adapters alone, or every weight.
 
     Args:
         cfg (DictConfig): complete.
@@ -32,7 +38,14 @@ def check_lora(cfg: DictConfig) -> None:
         ConfigError: If anything cannot work, with every fault in a line of its own.
     """
     faults = Faults()
-    if cfg.base_dtype not in TRAINED_DTYPES:
+    if not getattr(component_of(cfg, "checkpointer"), "adapters_only", False):
+        if cfg.base_dtype is not None:
+            faults.add(
+                f"base_dtype={cfg.base_dtype} is of the frozen weights under adapters, and "
+                f"{cfg.checkpointer._component_} is for full fine-tuning. Set base_dtype=null, or {_FOR_ADAPTERS}."
+            )
+        return faults.raise_if_any()
+    if cfg.base_dtype not in (None, *TRAINED_DTYPES):
         faults.add(f"base_dtype={cfg.base_dtype!r}: expected {' or '.join(TRAINED_DTYPES)}, of the frozen weights.")
     if cfg.enable_float8_training:
         faults.add("enable_float8_training=true: adapters and their frozen base do not multiply in float8. Set false.")
@@ -48,6 +61,36 @@ def check_lora(cfg: DictConfig) -> None:
     if cfg.fsdp_cpu_offload and cfg.model.get("quantize_base"):
         faults.add("fsdp_cpu_offload=true with an NF4 base is not supported: it is small already. Set false.")
     faults.raise_if_any()
+
+
+def build_policy(cfg: DictConfig, world: World) -> nn.Module:
+    """The model that a run trains, on the meta device: all of it, or adapters over a frozen base.
+
+    The config's checkpointer says which. Says in the log how much is trained.
+
+    Args:
+        cfg (DictConfig): complete.
+        world (World): the ranks.
+
+    Returns:
+        nn.Module: a torchtune ``TransformerDecoder``; what is trained has ``requires_grad``.
+
+    Raises:
+        ConfigError: If model and checkpointer do not go together, or see :func:`check_lora`.
+    """
+    check_lora(cfg)
+    dtype, base_dtype = (torch_dtype(name, world.device) for name in (cfg.dtype, cfg.base_dtype or cfg.dtype))
+    model = build_model(cfg.model, base_dtype)
+    if getattr(component_of(cfg, "checkpointer"), "adapters_only", False):
+        summary = prepare_adapters(model, dtype, world)
+        if world.is_main:
+            log.info(summary)
+    elif adapted_modules(model):
+        raise ConfigError(
+            f"model: {cfg.model._component_} has adapters, and checkpointer {cfg.checkpointer._component_} saves all "
+            f"weights. Set {_FOR_ADAPTERS}, or name a model without adapters."
+        )
+    return model
 
 
 def prepare_adapters(model: nn.Module, dtype: torch.dtype, world: World) -> str:
@@ -68,7 +111,8 @@ def prepare_adapters(model: nn.Module, dtype: torch.dtype, world: World) -> str:
     if not adapted:
         raise ConfigError(
             f"model: {type(model).__name__} has no adapter. Name one of torchtune's lora_* or qlora_* builders, e.g. "
-            "torchtune.models.llama3_2.lora_llama3_2_1b, or use spin_recipe for full fine-tuning."
+            "torchtune.models.llama3_2.lora_llama3_2_1b, or set checkpointer=spin.checkpoint.SPINCheckpointer for full "
+            "fine-tuning."
         )
     if "output" in adapted:
         raise ConfigError("model.apply_lora_to_output=true: the fused head takes a plain weight. Set false.")

@@ -152,7 +152,7 @@ def run_fingerprint(
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     return {
         **{key: plain[key] for key in _RESULTS_DEPEND_ON},
-        **({"base_dtype": plain["base_dtype"]} if "base_dtype" in plain else {}),
+        **({} if plain["base_dtype"] is None else {"base_dtype": plain["base_dtype"]}),
         "generator": {"_component_": (plain["generator"] or {}).get("_component_")},  # its other keys are its speed
         **{f"dataset.{key}": value for key, value in dataset_settings.items()},
         "dataset": dataset,

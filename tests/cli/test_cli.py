@@ -131,7 +131,6 @@ def test_a_config_without_a_header_is_known_by_its_keys(tmp_path):
     [
         ("evaluate/smollm2_135M_cpu", "spin_recipe", "spin_evaluate"),
         ("quickstart/smollm2_135M_cpu", "spin_evaluate", "spin_recipe"),
-        ("llama3_2/1B_lora", "spin_recipe", "spin_lora_recipe"),
     ],
 )
 def test_a_config_of_another_recipe_is_told_so(monkeypatch, capsys, config, program, recipe):

@@ -161,12 +161,11 @@ def test_a_stream(validate):
     assert code == 1 and "has 912 usable samples, dataset.limit=2000 asks for more" in out
 
 
-def test_a_config_of_the_lora_recipe(validate):
-    """Found by its first comment, and checked as its recipe checks it."""
+def test_a_config_of_adapters(validate):
     config = CONFIG.with_name("tiny_lora.yaml")
     code, out, err = validate(config=config)
     assert code == 0, out + err
-    assert "for spin_lora_recipe" in out
+    assert "for spin_recipe" in out
     code, out, _ = validate("enable_float8_training=true", "base_dtype=fp8", config=config)
     assert code == 1 and "base_dtype='fp8': expected fp32 or bf16" in out and "enable_float8_training=true" in out
 

@@ -141,7 +141,7 @@ def recipe_of(name: str) -> str:
     """The recipe that a config is for."""
     if name.startswith(("generate/", "evaluate/")):
         return f"spin_{name.split('/')[0]}"
-    return "spin_lora_recipe" if name.endswith("lora") else "spin_recipe"
+    return "spin_recipe"
 
 
 def recipe_defaults(name: str) -> dict:
@@ -173,7 +173,7 @@ def test_model_has_the_published_number_of_parameters(name):
     adapters = [part for module in adapted_modules(model).values() for part in adapter_parameters(module).values()]
     count = sum(parameter.numel() for parameter in model.parameters()) - sum(part.numel() for part in adapters)
     assert count == PARAMETERS[name]
-    assert bool(adapters) == (recipe_of(name) == "spin_lora_recipe")
+    assert bool(adapters) == name.endswith("lora")
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -297,7 +297,7 @@ def test_a_config_for_vllm_differs_in_its_generator_only():
     assert vllm == plain
 
 
-# what a config of the LoRA recipe has of its own
+# what a config for adapters has of its own
 OF_ADAPTERS = {
     "model._component_", "model.lora_attn_modules", "model.apply_lora_to_mlp", "model.lora_rank", "model.lora_alpha",
     "model.use_dora", "model.quantize_base", "checkpointer._component_", "checkpointer.export_merged", "optimizer.lr",

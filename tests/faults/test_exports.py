@@ -3,7 +3,6 @@
 import shutil
 
 import pytest
-from spin_lora_recipe import SPINLoRARecipe
 from spin_recipe import SPINRecipe
 
 from spin.core.errors import CheckpointError, ConfigError
@@ -35,20 +34,20 @@ def test_the_newest_are_kept_and_what_is_not_ours(tmp_path):
     assert exports(tmp_path)[1:] == ["iteration_002/hf_model", "iteration_003/hf_model"]
 
 
-def test_of_the_lora_recipe(tmp_path):
+def test_of_adapters(tmp_path):
     lora.run(tmp_path, *SHORT, "checkpointer.keep_exports=2")
     assert exports(tmp_path) == [f"iteration_00{i}/{name}" for i in (1, 2) for name in ("adapter", "hf_model")]
 
 
-@pytest.mark.parametrize(("recipe", "config_of"), [(SPINRecipe, tiny_config), (SPINLoRARecipe, lora.lora_config)])
-def test_the_exports_of_all_iterations_are_counted_before_anything_is_loaded(tmp_path, monkeypatch, recipe, config_of):
+@pytest.mark.parametrize("config_of", [tiny_config, lora.lora_config])
+def test_the_exports_of_all_iterations_are_counted_before_anything_is_loaded(tmp_path, monkeypatch, config_of):
     """918,656 parameters in fp32 are 3.5 MiB an export, and a full state as much at least."""
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=40 * 2**20))
     changes = ("max_iterations=20", "checkpointer.export_dtype=fp32")
     with pytest.raises(CheckpointError, match=r"40\.0 MiB free, but one state and 20 exports .*keep_exports=1"):
-        recipe(config_of(tmp_path, *changes)).setup()
-    started = recipe(config_of(tmp_path, *changes, "checkpointer.keep_exports=1"))
+        SPINRecipe(config_of(tmp_path, *changes)).setup()
+    started = SPINRecipe(config_of(tmp_path, *changes, "checkpointer.keep_exports=1"))
     started.setup()
     started.cleanup()
 

@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from spin_lora_recipe import SPINLoRARecipe
 from spin_recipe import SPINRecipe
 
 from spin.checkpoint.states import SPINCheckpointer
@@ -24,7 +23,7 @@ NO_VALIDATION = (*SHORT, "validation_dataset=null")
 
 def runs_of(recipe):
     """The test config of a recipe, and how it is run."""
-    return (lora.lora_config, lora.run) if recipe is SPINLoRARecipe else (tiny_config, run)
+    return (lora.lora_config, lora.run) if recipe is SPINRecipe else (tiny_config, run)
 
 
 def saved(folder):
@@ -151,7 +150,7 @@ def poisoned(tiny_lm, folder, value=math.nan):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("recipe", [SPINRecipe, SPINLoRARecipe])
+@pytest.mark.parametrize("recipe", [SPINRecipe, SPINRecipe])
 def test_a_model_folder_with_nan_is_refused_before_any_answer(tmp_path, tiny_lm, recipe, value):
     config_of, _ = runs_of(recipe)
     folder = poisoned(tiny_lm, tmp_path / "model", value)
@@ -165,7 +164,7 @@ def test_a_model_folder_with_nan_is_refused_before_any_answer(tmp_path, tiny_lm,
 
 def test_a_base_that_is_quantized_is_looked_at_before(tmp_path, tiny_lm):
     folder = poisoned(tiny_lm, quantizable(tiny_lm, tmp_path / "model"))
-    started = SPINLoRARecipe(lora.lora_config(tmp_path, *QUANTIZED, f"checkpointer.checkpoint_dir={folder}"))
+    started = SPINRecipe(lora.lora_config(tmp_path, *QUANTIZED, f"checkpointer.checkpoint_dir={folder}"))
     with pytest.raises(CheckpointError, match=r"NaN or infinity in model\.layers\.2\.mlp\.up_proj\.weight"):
         started.setup()
 

@@ -216,7 +216,7 @@ def test_adapters_are_played_as_merged_weights(tmp_path):
     for name, changes in runs.items():
         done = command(
             tmp_path / name, *changes, "max_epochs=1", "model.use_dora=true", "validation_dataset=null",
-            recipe="spin_lora_recipe", config=REPO / "tests/assets/tiny_lora.yaml",
+            recipe="spin_recipe", config=REPO / "tests/assets/tiny_lora.yaml",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
     for iteration in (0, 1):

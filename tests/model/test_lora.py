@@ -13,7 +13,7 @@ from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spin.checkpoint.states import SPINCheckpointer
-from spin.config.defaults import LORA_DEFAULTS
+from spin.config.defaults import RECIPE_DEFAULTS
 from spin.config.parse import load_config
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.ranks import World, init_world
@@ -221,11 +221,15 @@ def test_ranks_that_cannot_share_nf4_blocks_are_refused():
         prepare_adapters(meta(quantize_base=True), torch.float32, World(0, 8, 0, torch.device("cpu"), Mesh()))
 
 
+ADAPTERS = {"_component_": "spin.checkpoint.LoRACheckpointer"}
+
+
 def test_all_faults_of_a_config_are_told_at_once():
     cfg = OmegaConf.create(
-        LORA_DEFAULTS
+        RECIPE_DEFAULTS
         | {
             "base_dtype": "fp8",
+            "checkpointer": ADAPTERS,
             "enable_float8_training": True,
             "replicas": 2,
             "fsdp_cpu_offload": True,
@@ -235,7 +239,7 @@ def test_all_faults_of_a_config_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         check_lora(cfg)
     assert str(error.value).startswith("6 faults:") and len(str(error.value).splitlines()) == 7
-    check_lora(OmegaConf.create(LORA_DEFAULTS | {"model": {"lora_dropout": 0.0}}))
+    check_lora(OmegaConf.create(RECIPE_DEFAULTS | {"checkpointer": ADAPTERS, "model": {"lora_dropout": 0.0}}))
 
 
 def test_a_state_of_full_fine_tuning_still_holds_every_weight(tmp_path, world):

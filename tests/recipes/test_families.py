@@ -5,7 +5,6 @@ import json
 import sys
 
 import pytest
-import spin_lora_recipe
 import spin_recipe
 import torch
 import transformers
@@ -148,10 +147,9 @@ def logps_of(model, pairs):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_from_a_folder_to_a_folder(name, method, tiny_lm, tmp_path, monkeypatch, capsys):
     folder, out = make_folder(name, tiny_lm, tmp_path / "base"), tmp_path / "out"
-    recipe = spin_lora_recipe if method == "lora" else spin_recipe
     changes = overrides(name, folder, out, method == "lora")
     assert main(["validate", f"{name}_{method}", *changes]) == 0, capsys.readouterr().out
-    start(recipe, f"{name}_{method}", changes, monkeypatch)
+    start(spin_recipe, f"{name}_{method}", changes, monkeypatch)
     exported = out / "iteration_000/hf_model"
     before, after = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32).eval() for f in (folder, exported))
 

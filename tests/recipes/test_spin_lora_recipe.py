@@ -1,18 +1,16 @@
-"""The LoRA recipe as a whole: whose log-probs the reference is, restarts, QLoRA, exports, and what it shares."""
+"""Runs of adapters as a whole: whose log-probs the reference is, restarts, QLoRA, exports."""
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import re
 from pathlib import Path
 
 import pytest
-import spin_lora_recipe
 import spin_recipe
 import torch
-from spin_lora_recipe import SPINLoRARecipe
+from spin_recipe import SPINRecipe
 from transformers import AutoModelForCausalLM
 
 from spin.config.parse import complete, load_config
@@ -33,10 +31,10 @@ CONFIG = Path(__file__).resolve().parents[1] / "assets" / "tiny_lora.yaml"
 
 def lora_config(output_dir, *overrides):
     config = load_config(str(CONFIG), [*tiny_overrides(output_dir), *overrides])
-    return complete(config, spin_lora_recipe.DEFAULTS)
+    return complete(config, spin_recipe.DEFAULTS)
 
 
-def run(output_dir, *overrides, recipe_class=SPINLoRARecipe):
+def run(output_dir, *overrides, recipe_class=SPINRecipe):
     """One run from start to end in this process."""
     recipe = recipe_class(lora_config(output_dir, *overrides))
     recipe.setup()
@@ -46,7 +44,7 @@ def run(output_dir, *overrides, recipe_class=SPINLoRARecipe):
     return recipe
 
 
-class Watched(SPINLoRARecipe):
+class Watched(SPINRecipe):
     """Notes at the start of an iteration what the opponent is."""
 
     def augment_dataloader(self, iteration):
@@ -59,7 +57,7 @@ class Watched(SPINLoRARecipe):
 
 
 def stops_at(step):
-    class StopsAt(SPINLoRARecipe):
+    class StopsAt(SPINRecipe):
         """Is asked to stop, as by SIGTERM, after a number of steps."""
 
         def train_single_step(self, batch):
@@ -213,34 +211,21 @@ def test_rank_alpha_and_a_plain_model_are_told_apart(tmp_path):
     with pytest.raises(CheckpointError, match="lora_alpha"):
         run(tmp_path, *short, "model.lora_alpha=16")
     plain = [f"~model.{key}" for key in ("lora_attn_modules", "apply_lora_to_mlp", "lora_rank", "lora_alpha")]
-    with pytest.raises(ConfigError, match="has no adapter"):
-        run(tmp_path / "b", *plain, "model._component_=torchtune.models.llama3_2.llama3_2")
+    plain.append("model._component_=torchtune.models.llama3_2.llama3_2")
+    with pytest.raises(ConfigError, match="has no adapter.* or set checkpointer=spin.checkpoint.SPINCheckpointer"):
+        run(tmp_path / "b", *plain)
+    full = "checkpointer._component_=spin.checkpoint.SPINCheckpointer"
+    with pytest.raises(ConfigError, match="has adapters, and .* Set checkpointer=spin.checkpoint.LoRACheckpointer"):
+        run(tmp_path / "b", full, "base_dtype=null")
+    with pytest.raises(ConfigError, match="base_dtype=fp32 is of the frozen weights"):
+        run(tmp_path / "b", full)
 
 
 def test_the_command_line_says_how_much_is_trained(tmp_path):
     """In a process of its own, as users run it. Rank 4 in 4 layers: q and o 256, k and v 192, MLP 3 x 512 each."""
-    done = command(tmp_path, "max_steps=1", "validation_dataset=null", recipe="spin_lora_recipe", config=CONFIG)
+    done = command(tmp_path, "max_steps=1", "validation_dataset=null", recipe="spin_recipe", config=CONFIG)
     assert done.returncode == 0, done.stderr[-3000:]
     trained = 4 * 4 * (2 * 256 + 2 * 192 + 3 * 512)
     assert f"parameters: {trained:,} trainable" in done.stdout + done.stderr
     state = json.loads(next((tmp_path / "checkpoints").glob("*/state.json")).read_text())["state"]
     assert re.fullmatch(r"[0-9a-f]{64}", state["base"])
-
-
-# ---- the recipes' shared blocks
-
-DIFFER = {"__init__", "setup", "_new_optimizer"}
-
-
-def methods(recipe_class) -> dict[str, str]:
-    return {name: inspect.getsource(value) for name, value in vars(recipe_class).items() if inspect.isfunction(value)}
-
-
-def test_blocks_that_both_recipes_have_are_the_same():
-    """A change to one is a change to both. What may differ is listed, does differ, and differs by little."""
-    full, lora = methods(spin_recipe.SPINRecipe), methods(spin_lora_recipe.SPINLoRARecipe)
-    assert full.keys() == lora.keys()
-    assert {name for name in full if full[name] != lora[name]} == DIFFER
-    for name in DIFFER:
-        ours, theirs = (source[name].splitlines() for source in (lora, full))
-        assert len(set(ours) - set(theirs)) <= 12, f"{name} has grown apart"

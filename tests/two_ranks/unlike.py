@@ -9,7 +9,6 @@ from pathlib import Path
 
 import spin_evaluate
 import spin_generate
-import spin_lora_recipe
 import spin_recipe
 
 from spin.config.parse import complete, load_config
@@ -26,7 +25,7 @@ SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null")
 MODEL, DATA = REPO / "tests/assets/tiny_lm", REPO / "examples/quickstart/jargon_train.jsonl"
 PROGRAMS = {
     "recipe": (spin_recipe.SPINRecipe, spin_recipe.DEFAULTS, "tiny.yaml"),
-    "lora": (spin_lora_recipe.SPINLoRARecipe, spin_lora_recipe.DEFAULTS, "tiny_lora.yaml"),
+    "lora": (spin_recipe.SPINRecipe, spin_recipe.DEFAULTS, "tiny_lora.yaml"),
     "generate": (spin_generate.SPINGenerate, spin_generate.DEFAULTS, "tiny.yaml"),
     "evaluate": (spin_evaluate.SPINEvaluate, spin_evaluate.DEFAULTS, "tiny_evaluate.yaml"),
 }
