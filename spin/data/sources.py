@@ -40,17 +40,10 @@ _SHOWN_SUFFIXES = (
 )
 _LIST_KEYS = ("data", "rows", "train", "examples", "samples", "items", "instances", "records")  # of a JSON object
 _READING_FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-# What the datasets library raises on damaged files, and for values that Python has none for.
-_LIBRARY_FAULTS = (
-    OSError,
-    ValueError,
-    OverflowError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    MemoryError,
-)
+# What the libraries raise for values that Python has none for, and the datasets library on damaged files.
+_VALUE_FAULTS = (ValueError, OverflowError, LookupError, TypeError)
+_LIBRARY_FAULTS = (OSError, *_VALUE_FAULTS, AttributeError, RuntimeError, MemoryError)
+_TO_UTF8 = "Convert the file, for example with iconv -t utf-8"
 _PARQUET_BATCH_ROWS = 1024
 _MAX_DEPTH = 3  # of folders in a folder
 _HF_PREFIX = "hf:"
@@ -63,9 +56,10 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b")
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, by surrogateescape
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
-_Splits = Mapping[str, Callable[[], Iterable["Row"]]]
+_Splits = Mapping[str, Callable[[], Iterable["Row"]]]  # each call reads from the beginning
 Source = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]]
 
 
@@ -135,7 +129,8 @@ def read_rows(
             f"dataset.source is a {type(source).__name__}, expected a path, a data set name or a list of these."
         )
     if not isinstance(source, (str, Path)) and source and isinstance(source[0], Mapping):
-        return _not_empty(_memory_rows(source), "dataset.source")
+        rows = (_row(value, f"dataset.source[{index}]", f"row-{index}") for index, value in enumerate(source))
+        return _not_empty(rows, "dataset.source")
     locations = [source] if isinstance(source, (str, Path)) else list(source)
     if not locations:
         raise DataError("dataset.source is an empty list. Name at least one file or data set.")
@@ -152,12 +147,7 @@ def read_rows(
 def describe_source(source: Source, **options: str | None) -> list[Any]:
     """Which data a source means, as far as that can be told without reading them.
 
-    Args:
-        source (Source): see :func:`read_rows`.
-        **options (str | None): of a Hugging Face data set.
-
-    Returns:
-        list[Any]: JSON values: of each file its name and size in bytes, of a data set its name, and the options.
+    JSON values: of each file its name and size in bytes, of a Hugging Face data set its name, and the options.
     """
     found: list[Any] = []
     for location in [source] if isinstance(source, (str, Path)) else source:
@@ -205,21 +195,8 @@ def _resolve(location: object, options: dict[str, str | None], streaming: bool =
     for file in (file for files in splits.values() for file in files):
         if not _kind_of(file):
             raise DataError(f"{file} has the suffix {file.suffix!r}, expected one of {_SHOWN_SUFFIXES}. Convert it.")
-    rows = {
-        split: partial(chain.from_iterable, _Reopened([partial(_file_rows, file, streaming) for file in files]))
-        for split, files in splits.items()
-    }
+    rows = {split: partial(_rows_of_files, files, streaming) for split, files in splits.items()}
     return [_select(text, rows, options["split"])]
-
-
-class _Reopened:
-    """Iterators that are opened anew each time that they are gone through."""
-
-    def __init__(self, openers: Sequence[Callable[[], Iterable[Row]]]) -> None:
-        self._openers = openers
-
-    def __iter__(self) -> Iterator[Iterable[Row]]:
-        return (opener() for opener in self._openers)
 
 
 def _refuse_options(text: str, options: Mapping[str, str | None], usable: Sequence[str], what: str) -> None:
@@ -288,11 +265,10 @@ def _named_splits(folder: Path, options: Mapping[str, str | None]) -> dict[str, 
     names = {file: file.relative_to(folder) for file in data_files}
     shards = {file: match[1] for file in data_files if (match := _SHARD.match(file.name))}
     in_data = all(file.parent.name == "data" for file in data_files)
-    if in_data or any(_split_words(split) for split in shards.values()):
-        by_split = {file: [shards[file]] if file in shards else [] for file in data_files} if shards else {}
+    if shards and (in_data or any(map(_split_words, shards.values()))):
+        by_split = {file: [shards[file]] if file in shards else [] for file in data_files}
     else:
-        by_split = {}
-    by_split = by_split or {file: _split_words("/".join(name.parts[:-1])) for file, name in names.items()}
+        by_split = {file: _split_words("/".join(name.parts[:-1])) for file, name in names.items()}
     if not any(by_split.values()):
         by_split = {file: _split_words(_stem(file)) for file in data_files}
     if not any(by_split.values()):
@@ -437,11 +413,6 @@ def _row(value: object, where: str, default_id: str, from_arrow: bool = False) -
     )
 
 
-def _memory_rows(rows: Sequence[Any]) -> Iterator[Row]:
-    for index, value in enumerate(rows):
-        yield _row(value, f"dataset.source[{index}]", f"row-{index}")
-
-
 def _kind_of(path: Path) -> str:
     """The suffix that says how a file is read, without that of its compression; empty if it cannot be read."""
     name = path.name.lower()
@@ -454,7 +425,12 @@ def _stem(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() in _COMPRESSIONS else path.stem
 
 
-def _file_rows(path: Path, streaming: bool = False) -> Iterator[Row]:
+def _rows_of_files(paths: Sequence[Path], streaming: bool) -> Iterator[Row]:
+    for path in paths:
+        yield from _file_rows(path, streaming)
+
+
+def _file_rows(path: Path, streaming: bool) -> Iterator[Row]:
     kind = _kind_of(path)
     if streaming and kind == ".json":
         raise DataError(
@@ -470,7 +446,7 @@ def _file_rows(path: Path, streaming: bool = False) -> Iterator[Row]:
             rows = _line_rows(path, stream) if kind in _LINE_SUFFIXES else _json_rows(path, stream)
             if kind in _TABLE_SUFFIXES:
                 rows = _table_rows(path, stream, _TABLE_SUFFIXES[kind])
-            for number, row in enumerate(rows, start=1):  # noqa: B007 - told where reading ended
+            for number, row in enumerate(rows, start=1):  # noqa: B007 - an error says where reading ended
                 yield row
     except _READING_FAULTS as error:
         behind = f" after {number} rows" if number else ""
@@ -485,8 +461,7 @@ def _open_bytes(path: Path) -> BinaryIO:
 
         return cast("BinaryIO", io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
     openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    opener = openers.get(suffix, open)
-    return cast("BinaryIO", opener(path, "rb"))
+    return cast("BinaryIO", openers.get(suffix, open)(path, "rb"))
 
 
 def _line_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
@@ -521,35 +496,34 @@ def _table_rows(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
             fault = None
             if len(cells) != len(header):
                 fault = f"found {len(cells)} columns, expected {len(header)} as in the header. Fix the row"
-            elif not all(cell.isascii() or _is_utf8(cell) for cell in cells):
-                fault = "a byte is not UTF-8. Convert the file, for example with iconv -t utf-8"
+            elif any(not cell.isascii() and _ESCAPED.search(cell) for cell in cells):
+                fault = f"a byte is not UTF-8. {_TO_UTF8}"
             data = {} if fault else {name: cell or None for name, cell in zip(header, cells, strict=True)}
             yield Row(where, data, default_id, fault)
     except csv.Error as error:
         raise DataError(f"{path.name}:{reader.line_num}: not valid CSV: {error}. Fix the file.") from error
 
 
-def _is_utf8(cell: str) -> bool:
+def _parsed(raw: bytes) -> tuple[Any, str, int]:
+    """A JSON value, or what is wrong with it and in which line."""
     try:
-        cell.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return json.loads(raw.decode("utf-8")), "", 0
+    except UnicodeDecodeError as error:
+        line, begin = raw.count(b"\n", 0, error.start) + 1, raw.rfind(b"\n", 0, error.start) + 1
+        fault = f"byte 0x{raw[error.start]:02x} at position {error.start - begin} is not UTF-8. {_TO_UTF8}"
+        return None, fault, line
+    except json.JSONDecodeError as error:
+        return None, f"not valid JSON: {error.msg} at column {error.colno}", error.lineno
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
+        return None, f"not usable JSON: {error}", 1
 
 
 def _parse_line(line: bytes, where: str, default_id: str) -> Row:
-    try:
-        return _row(json.loads(line.decode("utf-8")), where, default_id)
-    except UnicodeDecodeError as error:
-        fault = (
-            f"byte 0x{line[error.start]:02x} at position {error.start} is not UTF-8. "
-            "Convert the file, for example with iconv -t utf-8"
-        )
-    except json.JSONDecodeError as error:
-        fault = f"not valid JSON: {error.msg} at column {error.colno}. Expected one object per line. Fix the row"
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
-        fault = f"not usable JSON: {error}. Fix the row"
-    return Row(where, {}, default_id, fault)
+    value, fault, _ = _parsed(line)
+    if not fault:
+        return _row(value, where, default_id)
+    remedy = "" if fault.endswith(_TO_UTF8) else ". Expected one object per line. Fix the row"
+    return Row(where, {}, default_id, fault + remedy)
 
 
 def _json_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
@@ -566,21 +540,12 @@ def _json_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
         # Many files that are called .json hold one object per line.
         yield from _line_rows(path, io.BytesIO(raw))
         return
-    try:
-        items = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+    items, fault, line = _parsed(raw)
+    if fault:
         raise DataError(
-            f"{path.name}:{line}: byte 0x{raw[error.start]:02x} is not UTF-8. Convert the file, for example with "
-            "iconv -t utf-8."
-        ) from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{path.name}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}. A JSON list can only be "
-            "read whole: fix the file, or convert it to JSON Lines, where one bad row does not hide the others."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not usable JSON: {error}.") from error
+            f"{path.name}:{line}: {fault}. A JSON list can only be read whole: fix the file, or convert it to JSON "
+            "Lines, where one bad row does not hide the others."
+        )
     for index, value in enumerate(items if isinstance(items, list) else _list_in(items, path)):
         yield _row(value, f"{path.name}:item {index}", f"{_stem(path)}-{index}")
 
@@ -631,11 +596,11 @@ def _values(batch: Any, path: Path, index: int) -> list[dict[str, Any]]:
     """Rows as Python values; a value that Python has none for (a date of the year 0) is an error with its column."""
     try:
         return batch.to_pylist()
-    except (ValueError, OverflowError, LookupError, TypeError) as error:
+    except _VALUE_FAULTS as error:
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             try:
                 column.to_pylist()
-            except (ValueError, OverflowError, LookupError, TypeError) as fault:
+            except _VALUE_FAULTS as fault:
                 raise DataError(
                     f"{path}: column {name!r} ({column.type}) has a value that cannot be read, in the rows from "
                     f"{index} on: {fault}. Fix or remove the column."
@@ -672,13 +637,9 @@ def _hub_rows(hub_name: str, options: dict[str, str | None], streaming: bool) ->
             f"dataset.source={hub_name} is a builder of the datasets library that may unpickle or run what it "
             f"reads, or reads no text. Expected a data set, a file or one of {', '.join(_FILE_BUILDERS)}."
         )
-    arguments: dict[str, Any] = {
-        key: options[key] for key in ("name", "data_dir", "revision", "split") if options[key] is not None
-    }
-    if streaming:
-        arguments["streaming"] = True
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     try:
-        loaded = datasets.load_dataset(hub_name, **arguments)  # nosec B615
+        loaded = datasets.load_dataset(hub_name, **given, **({"streaming": True} if streaming else {}))  # nosec B615
     except (OSError, ValueError, RuntimeError) as error:  # not found, no network, unknown configuration or split
         raise DataError(
             f"dataset.source={hub_name} is no file here, and as a Hugging Face data set it cannot be loaded: {error} "

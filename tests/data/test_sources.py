@@ -76,7 +76,7 @@ def test_json_suffix_with_one_object_per_line(tmp_path):
     ("content", "message"),
     [
         (b'[{"a": 1},\n{"a": }]', "data.json:2: not valid JSON"),
-        (b'[{"a": 1},\n\n{"a": "\xfe"}]', "data.json:3: byte 0xfe is not UTF-8"),
+        (b'[{"a": 1},\n\n{"a": "\xfe"}]', "data.json:3: byte 0xfe at position 7 is not UTF-8"),
         (b'{\n  "rows": []\n}', "starts with '{', expected a JSON list"),
     ],
 )
