@@ -6,13 +6,13 @@ import datetime
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from spin.core.errors import DataError
-from spin.core.files import read_bytes, read_json
+from spin.data.hf_tokenizer import folder_templates, load_tokenizer, read_template, read_tokenizer_json
 from spin.data.messages import ChatMessage
 from spin.data.templates import ChatTemplate, TemplateFault
 from spin.data.tokenizer import NO_RESPONSE, Encoded, canonical_json, decode_known, early_stop, prompt_mismatch
@@ -21,13 +21,33 @@ log = logging.getLogger(__name__)
 
 # Vocabulary files, in the order in which one is enough to tell tokenizers apart.
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-_ANY_VOCABULARY = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
-_PROBE_QUESTION, _PROBE_ANSWER = "probe_of_a_user_message", "Probe"
 _THINK_END = "</think>"
-_MAX_TEMPLATE_BYTES = 1 << 20
 # Variables by which templates switch reasoning off, and what only this class may give a template.
 _THINKING_OPTIONS = ("enable_thinking", "thinking")
 _NO_OPTIONS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
+
+# A conversation, and whether a generation prompt is written behind it.
+_Asked = tuple[Sequence[ChatMessage], bool]
+
+# What shows how a template writes things.
+_SYSTEM: ChatMessage = {"role": "system", "content": "probe_of_a_system_message"}
+_QUESTION: ChatMessage = {"role": "user", "content": "probe_of_a_user_message"}
+_ANSWER: ChatMessage = {"role": "assistant", "content": "Probe"}
+_TOOL: ChatMessage = {
+    "type": "function",
+    "function": {"name": "probe_of_tools", "description": "A probe.", "parameters": {"type": "object"}},
+}
+_CALL: ChatMessage = {  # its id has nine characters, as Mistral wants it
+    "id": "probe1234",
+    "type": "function",
+    "function": {"name": "probe_of_a_call", "arguments": {"x": 1}},
+}
+_RESULT: ChatMessage = {
+    "role": "tool",
+    "content": "probe_of_a_result",
+    "name": "probe_of_a_call",
+    "tool_call_id": "probe1234",
+}
 
 
 class ChatTokenizer:
@@ -39,7 +59,7 @@ class ChatTokenizer:
     error where it would end the response early.
 
     Where the generation prompt ends in something that the rendered conversation lacks there (``<think>`` of R1's
-    distilled models), the response is the answer's text behind the generation prompt: what the model writes there.
+    distilled models), the response is the row's own text behind the generation prompt: what the model writes there.
 
     Config: ``tokenizer: {_component_: spin.data.ChatTokenizer, path: /models/Llama-3.2-1B-Instruct}``.
 
@@ -77,13 +97,13 @@ class ChatTokenizer:
         self.path = Path(path).expanduser()
         self.max_seq_len = max_seq_len
         self.checks_reasoning = True
-        self._tokenizer = _load_tokenizer(self.path)
-        own = _templates_of(self._tokenizer, self.path)
+        self._tokenizer = load_tokenizer(self.path)
+        own = folder_templates(self._tokenizer, self.path)
         origin = self._origin(chat_template)
         if chat_template in own:
             self.chat_template: str | None = own[chat_template]
         else:
-            self.chat_template = None if chat_template is None else _read_template(chat_template, own)
+            self.chat_template = None if chat_template is None else read_template(chat_template, own)
         if self.chat_template is not None:  # not the folder's own
             own = {"default": self.chat_template}
         if not own:
@@ -105,7 +125,7 @@ class ChatTokenizer:
         self._special_ids = frozenset(
             index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special
         ) | frozenset(self._tokenizer.all_special_ids)
-        self._opened, self._empty_reasoning, closing = self._probe_answer()
+        self._opened, self._empty_reasoning, closing = self._probe_response()
         self._check_options()
         self._shown = self._probe_shown()
         self.eos_ids = self._find_eos_ids(closing)
@@ -160,12 +180,12 @@ class ChatTokenizer:
         return self._template.reads_date or self._tool_template.reads_date
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        return self._encode(self._render(messages, add_generation_prompt=True))
+        text = self._render([(messages, True)])[0]
+        if isinstance(text, DataError):
+            raise text
+        return self._encode([text])[0]
 
     def encode_pair(self, messages: Sequence[ChatMessage]) -> Encoded:
-        # The response is the rest of the conversation's ids where these begin with the prompt's ids, and the ids of
-        # the response text alone where a token would reach across the border. The response ends with its first stop
-        # token; where the template writes none, one is appended.
         pair = self.encode_pairs([messages])[0]
         if isinstance(pair, DataError):
             raise pair
@@ -174,33 +194,26 @@ class ChatTokenizer:
     def encode_pairs(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[Encoded | DataError]:
         """Many conversations at once, on all cores: :meth:`encode_pair` for each, with errors returned, not raised."""
         rendered = self._render_pairs(conversations)
-        texts = [text for pair in rendered if not isinstance(pair, DataError) for text in pair]
-        ids = iter(self._encode_all(texts))
-        return [
-            pair if isinstance(pair, DataError) else self._split(*pair, prompt_ids=next(ids), full_ids=next(ids))
-            for pair in rendered
-        ]
+        ids = iter(self._encode([text for pair in rendered if not isinstance(pair, DataError) for text in pair]))
+        return [pair if isinstance(pair, DataError) else self._split(*pair, next(ids), next(ids)) for pair in rendered]
 
     def _render_pairs(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[tuple[str, str] | DataError]:
         """Prompt, and prompt with response, as texts."""
-        rendered = self._prompts_and_wholes(conversations)
-        # Mistral writes the system message into the last user turn, and nowhere if an answer stands behind that
+        pairs = self._prompts_and_wholes(conversations)
+        responses = [None if isinstance(pair, DataError) else self._response(*pair) for pair in pairs]
+        # Mistral writes the system message into the last user turn, and nowhere if a response stands behind that
         late = [
             number
-            for number, (messages, pair) in enumerate(zip(conversations, rendered, strict=True))
-            if not isinstance(pair, DataError) and self._response(*pair) is None and messages[0]["role"] == "system"
+            for number, (messages, pair) in enumerate(zip(conversations, pairs, strict=True))
+            if responses[number] is None and not isinstance(pair, DataError) and messages[0]["role"] == "system"
         ]
         again = self._prompts_and_wholes([_without_system(conversations[number]) for number in late])
+        for number, pair in zip(late, again, strict=True):
+            responses[number] = None if isinstance(pair, DataError) else self._response(*pair)
         found: list[tuple[str, str] | DataError] = []
-        sources = dict(zip(late, again, strict=True))
-        for number, (messages, pair) in enumerate(zip(conversations, rendered, strict=True)):
-            source = sources.get(number, pair)
-            if isinstance(pair, DataError) or isinstance(source, DataError):
+        for messages, pair, response in zip(conversations, pairs, responses, strict=True):
+            if isinstance(pair, DataError) or response is None:
                 found.append(pair if isinstance(pair, DataError) else DataError(prompt_mismatch(*pair)))
-                continue
-            response = self._response(*source)
-            if response is None:
-                found.append(DataError(prompt_mismatch(*pair)))
                 continue
             try:
                 found.append((pair[0], pair[0] + self._with_reasoning(messages, pair[0], response)))
@@ -209,8 +222,7 @@ class ChatTokenizer:
         return found
 
     def _prompts_and_wholes(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[tuple[str, str] | DataError]:
-        asked = [each for messages in conversations for each in ((messages[:-1], True), (messages, False))]
-        texts = self._render_all(asked)
+        texts = self._render([each for talk in conversations for each in ((talk[:-1], True), (talk, False))])
         return [
             next((each for each in pair if isinstance(each, DataError)), None) or pair  # type: ignore[misc]
             for pair in zip(texts[::2], texts[1::2], strict=True)
@@ -224,15 +236,15 @@ class ChatTokenizer:
         return whole[len(begin) :] if begin != prompt and whole.startswith(begin) else None
 
     def _with_reasoning(self, messages: Sequence[ChatMessage], prompt: str, response: str) -> str:
-        """The response's text with the reasoning that the row has and the template may have cut off."""
+        """The response's text with the reasoning that the row has and the template may have left out."""
         if not self.checks_reasoning:
             return response
         message, content = messages[-1], messages[-1]["content"]
         inline = content.rpartition(_THINK_END)[0].replace("<think>", "").strip()
         separate = str(message.get("reasoning_content") or "").strip()
         reasoning = inline or separate
-        is_cut = inline not in response and content.strip() not in response  # the tags may be part of a plain text
-        if is_cut or separate not in response:
+        truncated = inline not in response and content.strip() not in response  # tags may be part of a plain text
+        if truncated or separate not in response:
             answer = content.rpartition(_THINK_END)[2].strip()
             if not (inline and answer and answer in response) or prompt.rstrip().endswith(_THINK_END):
                 raise DataError(
@@ -261,11 +273,14 @@ class ChatTokenizer:
             return "Set tokenizer.chat_template to a template that goes with the data"
         return f"Set tokenizer.template_options.{name}={value}"
 
-    def _split(self, prompt: str, full: str, *, prompt_ids: list[int], full_ids: list[int]) -> Encoded | DataError:
+    def _split(self, prompt: str, full: str, prompt_ids: list[int], full_ids: list[int]) -> Encoded | DataError:
+        # The response is the rest of the conversation's ids where these begin with the prompt's ids, and the ids of
+        # the response text alone where a token would reach across the border. It ends with its first stop token; where
+        # the template writes none, one is appended.
         if full_ids[: len(prompt_ids)] == prompt_ids:
             rest = full_ids[len(prompt_ids) :]
         else:
-            rest = self._encode(full[len(prompt) :])
+            rest = self._encode([full[len(prompt) :]])[0]
         end = next((index for index, token in enumerate(rest) if token in self._stop_ids), None)
         if end is None:
             response_ids = [*rest, self.eos_ids[0]]
@@ -280,10 +295,7 @@ class ChatTokenizer:
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         return decode_known(ids, self.known_ids, lambda known: self._tokenizer.decode(known, **options))
 
-    def _encode(self, text: str) -> list[int]:
-        return self._encode_all([text])[0]
-
-    def _encode_all(self, texts: list[str]) -> list[list[int]]:
+    def _encode(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
         options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False}
@@ -296,33 +308,21 @@ class ChatTokenizer:
                 "tokenizer.json and tokenizer_config.json, or take another tokenizer."
             ) from error
 
-    def _render(self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool) -> str:
-        text = self._render_all([(messages, add_generation_prompt)])[0]
-        if isinstance(text, DataError):
-            raise text
-        return text
+    def _render(self, asked: Sequence[_Asked]) -> list[str | DataError]:
+        """Texts of conversations, or what is wrong with them."""
+        found: dict[int, str | DataError] = {
+            number: lost for number, (messages, _) in enumerate(asked) if (lost := self._lost(messages)) is not None
+        }
+        left = [number for number in range(len(asked)) if number not in found]
+        for template, has_tools in ((self._template, False), (self._tool_template, True)):
+            numbers = [number for number in left if bool(asked[number][0][0].get("tools")) is has_tools]
+            texts = self._rendered(template, [asked[number] for number in numbers])
+            found |= {
+                number: self._checked(text, asked[number][0]) for number, text in zip(numbers, texts, strict=True)
+            }
+        return [found[number] for number in range(len(asked))]
 
-    def _render_all(self, asked: Sequence[tuple[Sequence[ChatMessage], bool]]) -> list[str | DataError]:
-        """Texts of conversations, each with a generation prompt or without, or what is wrong with them."""
-        rendered: dict[int, str | TemplateFault] = {}
-        lost = [self._lost(messages) for messages, _ in asked]
-        for has_tools in (False, True):
-            numbers = [
-                number
-                for number, (messages, _) in enumerate(asked)
-                if lost[number] is None and bool(messages[0].get("tools")) is has_tools
-            ]
-            template = self._tool_template if has_tools else self._template
-            texts = self._rendered(template, [asked[number] for number in numbers], self._options)
-            rendered.update(zip(numbers, texts, strict=True))
-        return [lost[number] or self._checked(rendered[number], messages) for number, (messages, _) in enumerate(asked)]
-
-    def _rendered(
-        self,
-        template: ChatTemplate,
-        asked: Sequence[tuple[Sequence[ChatMessage], bool]],
-        options: Mapping[str, Any],
-    ) -> list[str | TemplateFault]:
+    def _rendered(self, template: ChatTemplate, asked: Sequence[_Asked], **options: Any) -> list[str | TemplateFault]:
         conversations = (
             {
                 "messages": [_for_template(message) for message in messages],
@@ -333,7 +333,8 @@ class ChatTokenizer:
             }
             for messages, add_generation_prompt in asked
         )
-        return template.render(conversations, {**self._tokenizer.special_tokens_map, **options}, self._today())
+        variables = {**self._tokenizer.special_tokens_map, **self._options, **options}
+        return template.render(conversations, variables, self._today())
 
     def _checked(self, text: str | TemplateFault, messages: Sequence[ChatMessage]) -> str | DataError:
         where = self._template.origin
@@ -366,7 +367,7 @@ class ChatTokenizer:
     def _lost(self, messages: Sequence[ChatMessage]) -> DataError | None:
         """An error if the template silently leaves a part of the conversation out of the prompt."""
         if not messages:
-            return DataError("the conversation has no messages before the answer. Fix the row.")
+            return DataError("the conversation has no messages before the response. Fix the row.")
         roles = [message["role"] for message in messages]
         given, read = messages[0].get("chat_template_kwargs") or {}, self._row_options(messages)
         unread = [key for key, value in given.items() if key not in read and value not in (None, False, "", [], {})]
@@ -387,8 +388,8 @@ class ChatTokenizer:
                 f"the conversation has tools, and the chat template does not show their {' and '.join(lost)}: the "
                 "model would not see them. Set tokenizer.chat_template to one that does, or remove the row."
             )
-        is_told = any(message["role"] == "system" and message["content"].strip() for message in messages)
-        if is_told and "system" not in self._shown:
+        has_system = any(message["role"] == "system" and message["content"].strip() for message in messages)
+        if has_system and "system" not in self._shown:
             return DataError(
                 "the conversation has a system message, and the chat template does not show it: the model would not "
                 "see it. Set tokenizer.chat_template to one that does, write it into the user's message, or remove "
@@ -402,69 +403,42 @@ class ChatTokenizer:
         return None
 
     def _probe_shown(self) -> frozenset[str]:
-        """What the template writes: ``system`` messages, ``user`` and ``assistant`` turns before the answer; of tools
+        """What the template writes: ``system`` messages, ``user`` and ``assistant`` turns before the response; of tools
         ``tools`` themselves, ``calls``, ``results``. What it refuses counts as written, but for tools: what it says
         then tells more."""
-        function: dict[str, Any] = {"name": "probe_of_a_call", "arguments": {"x": 1}}
-        call: dict[str, Any] = {
-            "id": "probe1234",
-            "type": "function",
-            "function": function,
-        }  # nine characters, as Mistral wants it
-        description: dict[str, Any] = {
-            "name": "probe_of_tools",
-            "description": "A probe.",
-            "parameters": {"type": "object"},
-        }
-        system = {"role": "system", "content": "probe_of_a_system_message"}
         # long enough for templates that shorten messages, or show the last few only
         earlier = [
             {"role": role, "content": f"probe_{number} {'word ' * 400}of_{role}"}
             for number in range(8)
             for role in ("user", "assistant")
         ]
-        question = {"role": "user", "content": _PROBE_QUESTION}
-        result: ChatMessage = {
-            "role": "tool",
-            "content": "probe_of_a_result",
-            "name": function["name"],
-            "tool_call_id": call["id"],
-        }
-        answer = {"role": "assistant", "content": _PROBE_ANSWER}
-        with_call: list[ChatMessage] = [
-            question,
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            result,
-            answer,
-        ]
-        with_tools: list[ChatMessage] = [{**question, "tools": [{"type": "function", "function": description}]}, answer]
-        talks = [[system, question], [*earlier, question], [system, *earlier, question]]
-        texts = self._rendered(self._template, [(messages, True) for messages in talks], self._options)
+        talks = [[_SYSTEM, _QUESTION], [*earlier, _QUESTION], [_SYSTEM, *earlier, _QUESTION]]
+        texts = self._rendered(self._template, [(messages, True) for messages in talks])
         lost = {
             message["role"]
             for text, messages in zip(texts, talks, strict=True)
             for message in messages
             if isinstance(text, str) and message["content"] not in text
         }
+        calling = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        with_results = [[_QUESTION, calling, _RESULT, _ANSWER], [_QUESTION, _ANSWER, _RESULT, _ANSWER]]
         texts = [
-            *self._rendered(self._tool_template, [(with_tools, False)], self._options),
-            *self._rendered(
-                self._template, [(with_call, False), ([question, answer, result, answer], False)], self._options
-            ),
+            *self._rendered(self._tool_template, [([{**_QUESTION, "tools": [_TOOL]}, _ANSWER], False)]),
+            *self._rendered(self._template, [(messages, False) for messages in with_results]),
         ]
         written = "".join(text for text in texts if isinstance(text, str))
-        marks = {"tools": description["name"], "calls": function["name"], "results": result["content"]}
+        marks = {"tools": _TOOL["function"]["name"], "calls": _CALL["function"]["name"], "results": _RESULT["content"]}
         shown = {what for what, mark in marks.items() if mark in written}
         return frozenset(shown | {"system", "user", "assistant"} - lost)
 
-    def _probe_answer(self) -> tuple[str, str | None, str]:
-        """How an answer stands in the conversation: the end of the generation prompt that the conversation lacks; the
-        beginning of answers without reasoning, if such answers would give a real response away; what closes it."""
-        probe = [{"role": "user", "content": _PROBE_QUESTION}, {"role": "assistant", "content": _PROBE_ANSWER}]
-        asked: list[tuple[Sequence[ChatMessage], bool]] = [(probe[:1], True), (probe, False), (probe[:1], False)]
-        texts = self._rendered(self._template, asked, self._options)
+    def _probe_response(self) -> tuple[str, str | None, str]:
+        """How a response stands in the conversation: the end of the generation prompt that the conversation lacks; the
+        beginning of responses without reasoning, if these would give a real response away; what closes it."""
+        probe = [_QUESTION, _ANSWER]
+        asked: list[_Asked] = [(probe[:1], True), (probe, False), (probe[:1], False)]
+        texts = self._rendered(self._template, asked)
         whole, prompt = self._checked(texts[1], probe), self._checked(texts[0], probe[:1])
-        for text, mark, role in ((whole, _PROBE_ANSWER, "assistant"), (prompt, _PROBE_QUESTION, "user")):
+        for text, mark, role in ((whole, _ANSWER["content"], "assistant"), (prompt, _QUESTION["content"], "user")):
             if isinstance(text, DataError):
                 raise text
             if mark not in text:
@@ -476,15 +450,14 @@ class ChatTokenizer:
         common = os.path.commonprefix([prompt, whole])
         if len(common) < len(prompt) and common.rfind("<") > common.rfind(">"):  # within a tag
             common = common[: common.rfind("<")]
-        begin, _, closing = whole[len(common) :].rpartition(_PROBE_ANSWER)
+        begin, _, closing = whole[len(common) :].rpartition(_ANSWER["content"])
         opened = prompt[len(common) :]
-        begins_answer = not begin.strip() or "think" in begin
-        if opened and (not begins_answer or _PROBE_QUESTION in opened):
+        if opened and ((begin.strip() and "think" not in begin) or _QUESTION["content"] in opened):
             return "", None, closing
         if texts[2] == texts[0] and begin.strip():
             log.warning(
                 "The chat template of %s writes no generation prompt: prompts end before %r, which becomes the "
-                "beginning of every answer, of the real ones too. Set tokenizer.chat_template to one that has it.",
+                "beginning of every response, of the real ones too. Set tokenizer.chat_template to one that has it.",
                 self.path,
                 begin,
             )
@@ -501,7 +474,7 @@ class ChatTokenizer:
         # with reasoning switched off it asks otherwise: so now the model may reason
         for name in _THINKING_OPTIONS:
             if name in self._template.names and name not in self._options:
-                without = self._rendered(self._template, asked[:2], self._options | {name: False})
+                without = self._rendered(self._template, asked[:2], **{name: False})
                 if without != texts[:2]:
                     return opened, begin, closing
         if "<think>" in opened and _THINK_END not in opened:
@@ -543,7 +516,7 @@ class ChatTokenizer:
         """The token that closes a turn, the tokenizer's EOS, and what the model's generation settings stop at."""
         configured = [self._tokenizer.eos_token_id]
         for file in ("generation_config.json", "config.json"):
-            stop = _read_json(self.path / file).get("eos_token_id")
+            stop = read_tokenizer_json(self.path / file).get("eos_token_id")
             if stop is not None:
                 stops = stop if isinstance(stop, list) else [stop]
                 if not all(type(each) is int and each >= 0 for each in stops):
@@ -552,7 +525,7 @@ class ChatTokenizer:
                     )
                 configured += stops
                 break
-        closing_special = [token for token in self._encode(closing) if token in self._special_ids][:1]
+        closing_special = [token for token in self._encode([closing])[0] if token in self._special_ids][:1]
         found = tuple(dict.fromkeys(int(token) for token in (*closing_special, *configured) if token is not None))
         if not found:
             raise DataError(
@@ -566,112 +539,6 @@ class ChatTokenizer:
                 self._tokenizer.convert_ids_to_tokens(closing_special[0]),
             )
         return found
-
-
-# --- Files ---
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    return read_json(path, DataError, "Download the model again.")
-
-
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    if not path.is_dir():
-        raise DataError(
-            f"tokenizer.path={path} is no folder. Download the model first (tune download org/name --output-dir ...) "
-            "and name the folder with tokenizer.json or tokenizer.model."
-        )
-    for file in (path / "chat_template.jinja", *path.glob("chat_templates/*.jinja")):
-        if file.is_file():
-            _read_jinja(file, str(file))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        _read_json(path / name)  # the tokenizers library says only that "data did not match"
-    try:
-        return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)  # nosec B615
-    except Exception as error:  # the tokenizers library raises no narrower one, of a regex say
-        if not any(each for pattern in _ANY_VOCABULARY for each in path.glob(pattern)):
-            raise DataError(
-                f"tokenizer.path={path}: no tokenizer is here. Name the model's folder, with tokenizer.json or "
-                "tokenizer.model; of a run that is iteration_NNN/hf_model."
-            ) from error
-        regex = next(_bad_regexes(_read_json(path / "tokenizer.json"), ""), None)
-        if regex is not None:
-            raise DataError(f"{path / 'tokenizer.json'}: {regex}. Correct it, or take another tokenizer.") from error
-        raise DataError(
-            f"No tokenizer can be loaded from {_damaged_file(path)}: {type(error).__name__}: {error}"
-        ) from error
-
-
-def _damaged_file(path: Path) -> Path:
-    """Which of a folder's files no tokenizer can be made from; the folder itself if it has no tokenizer.json."""
-    from tokenizers import Tokenizer
-
-    if not (path / "tokenizer.json").is_file():
-        return path
-    try:
-        Tokenizer.from_file(str(path / "tokenizer.json"))
-    except Exception:  # the library raises no narrower one
-        return path / "tokenizer.json"
-    return path / "tokenizer_config.json"
-
-
-def _bad_regexes(value: Any, key: str) -> Iterator[str]:
-    """Key, pattern and fault of each regular expression in tokenizer.json that does not compile."""
-    from tokenizers import Regex
-
-    if isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _bad_regexes(item, f"{key}[{index}]")
-    for name, item in value.items() if isinstance(value, dict) else ():
-        where = f"{key}.{name}".lstrip(".")
-        if name == "Regex" and isinstance(item, str):
-            try:
-                Regex(item)
-            except Exception as error:  # the library has no narrower one
-                yield f"{where} is {item!r}, no valid regular expression ({error})"
-        elif where != "model":  # a vocabulary
-            yield from _bad_regexes(item, where)
-
-
-def _templates_of(tokenizer: Any, path: Path) -> dict[str, str]:
-    """The folder's chat templates by name; one alone is ``default``."""
-    found = tokenizer.chat_template
-    if not found:
-        return {}
-    named = found if isinstance(found, dict) else {"default": found}
-    wrong = next((name for name, text in named.items() if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise DataError(
-            f"{path / 'tokenizer_config.json'}: chat_template ({wrong}) is {named[wrong]!r:.60}, expected a Jinja "
-            "text. Fix it, or set tokenizer.chat_template."
-        )
-    return named
-
-
-def _read_template(template: str, named: Iterable[str] = ()) -> str:
-    # A template is recognised by its braces, since a path hardly has two in a row.
-    if "{{" in template or "{%" in template:
-        return template
-    path = Path(template).expanduser()
-    if not path.is_file():
-        known = f"; the folder's named templates are {', '.join(named)}" if named else ""
-        raise DataError(
-            f"tokenizer.chat_template={template} is neither a file nor a Jinja template (no '{{{{' or '{{%' in it)"
-            f"{known}."
-        )
-    return _read_jinja(path, f"tokenizer.chat_template={template}")
-
-
-def _read_jinja(file: Path, label: str) -> str:
-    content = read_bytes(file, DataError, "Name a Jinja file.", max_bytes=_MAX_TEMPLATE_BYTES)
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{label}: not UTF-8 text ({error}). Save it as UTF-8.") from error
 
 
 def _iso_date(date: str | datetime.date | None) -> str | None:
