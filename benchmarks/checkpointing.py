@@ -32,7 +32,7 @@ from training_step import Bench
 from training_step import parse_args as training_arguments
 from work import llama_config
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.ranks import barrier, shutdown
 from spin.model.hf import export_hf
 

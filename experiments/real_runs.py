@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from real_metrics import chosen_right, classifier_accuracy, distinct_share, repeated_share, says_number
 from spin_recipe import DEFAULTS, SPINRecipe
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.config.parse import complete, load_config
 from spin.data import Pair, Response, prompt_dataset
 from spin.generators.engines import awake

@@ -32,7 +32,7 @@ import torch
 from omegaconf import DictConfig
 
 from spin import config
-from spin.checkpoint.states import as_checkpoint_error
+from spin.checkpoint.manifest import as_checkpoint_error
 from spin.config.checks import check_run
 from spin.config.defaults import RECIPE_DEFAULTS
 from spin.core.dtypes import torch_dtype

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spin.core.errors import CheckpointError
-from spin.core.files import finish_folder, part_of, start_folder, sync, write_json
+from spin.core.files import atomic_dir, sync, write_json
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_scale, full_magnitude
@@ -66,8 +66,6 @@ def export_peft(
     modules = {clean_name(name): module for name, module in adapted_modules(model).items()}
     with raise_on_all_ranks(world, CheckpointError):
         stored = stored_rows(model, source_dir, check_model_type(model_type))
-        if world.is_main:
-            start_folder(out, "adapter")
     weights = weight_gathers(model)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}  # by the last part of the stored name, the same in all layers
@@ -82,11 +80,11 @@ def export_peft(
             tensors |= {f"base_model.model.{target}.{part}": tensor for part, tensor in adapter.items()}
     with raise_on_all_ranks(world, CheckpointError):
         if world.is_main:
-            if stop_ids:
-                write_companions(Path(source_dir), part_of(out), tokenizer_dir, chat_template, stop_ids)
-            _write_weights(tensors, part_of(out) / WEIGHTS)
-            write_json(part_of(out) / CONFIG, _config(ranks, list(modules.values()), source_dir))
-            finish_folder(out)
+            with atomic_dir(out, "adapter") as part:
+                if stop_ids:
+                    write_companions(Path(source_dir), part, tokenizer_dir, chat_template, stop_ids)
+                _write_weights(tensors, part / WEIGHTS)
+                write_json(part / CONFIG, _config(ranks, list(modules.values()), source_dir))
     return out
 
 

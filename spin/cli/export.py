@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from spin.cli.card import model_card
 from spin.core.errors import OutputError
-from spin.core.files import MARKER, as_output_error, finish_folder, replace_text, start_folder, sync
+from spin.core.files import MARKER, as_output_error, atomic_dir, replace_text, sync
 from spin.core.terminal import printable
 from spin.run.folder import iteration_folders, model_of
 
@@ -55,13 +55,12 @@ def main(argv: Sequence[str]) -> None:
         size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(there).free
         if size > free:
             raise OutputError(f"{out}: needs {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. Make room.")
-        part = start_folder(out, "copy of a model")
-        for file in files:
-            shutil.copyfile(file, part / file.name)
-        (part / "README.md").write_text(card, encoding="utf-8")
-        for file in part.iterdir():
-            sync(file)
-        finish_folder(out)
+        with atomic_dir(out, "copy of a model") as part:
+            for file in files:
+                shutil.copyfile(file, part / file.name)
+            (part / "README.md").write_text(card, encoding="utf-8")
+            for file in part.iterdir():
+                sync(file)
     print(printable(out))
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear complete or not at all, locks, and limits on what is read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -24,7 +25,7 @@ from spin.core.errors import ConfigError, OutputError, SpinError
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-TRANSFER = "transfer_dir of a generator"  # a kind of folder, see start_folder
+TRANSFER = "transfer_dir of a generator"  # a kind of folder, see begin_atomic_dir
 MARKER = ".spin"  # in every folder that this program may delete
 # Limits of JSON that may come from anyone. The largest tokenizer.json in use has 35 MB, 12 levels and 31-digit numbers.
 MAX_JSON_BYTES = 128 * 2**20  # of a file, or of a line of a JSON Lines file
@@ -36,39 +37,21 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 @contextmanager
 def as_output_error(path: Path) -> Iterator[None]:
-    """Turns what the system says about a write into an error that names the file and the remedy.
-
-    Args:
-        path (Path): what the block writes.
-
-    Yields:
-        None: the block runs.
-
-    Raises:
-        OutputError: If the block raises ``OSError``.
-    """
+    """Turns an ``OSError`` of the block, which writes ``path``, into an OutputError with the remedy."""
     try:
         yield
     except OSError as error:
         raise OutputError(
-            f"{path}: cannot write ({error.strerror or error}). Free some space or mend the folder's rights, then "
-            "start the same command again: what was saved before is whole."
+            f"{path}: cannot write ({error.strerror or error}). Free some space or fix the folder's permissions, then "
+            "run the same command again: what was saved before is complete."
         ) from error
 
 
 class FolderLock:
     """Keeps other runs out of a folder until it is released or its process ends, however it ends.
 
-    The lock is the system's, on the file ``.lock``; the file itself means nothing, and stays. Children of the process
-    do not hold it, so nothing that a killed run leaves behind keeps the next one out.
-
-    Args:
-        folder (Path): made if it is not there.
-        shared (bool): let others in that share it too.
-
-    Raises:
-        OutputError: If another process holds it, if the folder is none or cannot be written, or if its file system has
-            no locks.
+    The lock is the system's, on the file ``.lock``, which stays. Children of the process do not hold it, so nothing
+    that a killed run leaves behind keeps the next one out. ``shared`` locks exclude only those that are not.
     """
 
     def __init__(self, folder: Path, shared: bool = False) -> None:
@@ -107,18 +90,9 @@ class FolderLock:
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Lets one process at a time run a block that looks at ``path`` and then changes it; others wait here.
+    """Lets one process at a time run a block that looks at ``path``, which need not exist, and then changes it.
 
-    The lock is the system's, on a hidden file beside ``path`` that stays. It ends with the process, however that ends.
-
-    Args:
-        path (Path): what the block is about; it need not exist.
-
-    Yields:
-        None: no other process is in such a block for this path.
-
-    Raises:
-        OutputError: If the lock's file cannot be made or locked.
+    The lock is the system's, on a hidden file next to ``path`` that stays.
     """
     file = path.with_name(f".{path.name}{LOCK}")
     with as_output_error(file):
@@ -131,26 +105,13 @@ def file_lock(path: Path) -> Iterator[None]:
 
 
 def next_backup_name(path: Path) -> Path:
-    """Where ``path`` can be kept when something else takes its place: ``<name>.stale-0``, or the next number."""
-    n = 0
-    while os.path.lexists(aside := path.with_name(f"{path.name}.stale-{n}")):
-        n += 1
-    return aside
+    """The first of ``<name>.stale-0``, ``<name>.stale-1``, ... that is not taken."""
+    names = (path.with_name(f"{path.name}.stale-{n}") for n in itertools.count())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def keep_aside(path: Path, because: str) -> Path:
-    """Renames what is in the way and may not be deleted, and says so.
-
-    Args:
-        path (Path): what is in the way.
-        because (str): why it may not stay there, the end of a sentence.
-
-    Returns:
-        Path: where it is now.
-
-    Raises:
-        OutputError: If it cannot be renamed.
-    """
+    """Renames what is in the way and may not be deleted, and logs it; ``because`` ends the sentence."""
     aside = next_backup_name(path)
     with as_output_error(aside):
         os.rename(path, aside)
@@ -159,35 +120,13 @@ def keep_aside(path: Path, because: str) -> Path:
 
 
 def open_new(file: Path, mode: str = "x") -> IO[Any]:
-    """Makes a file to write; what has its name already, a link to somebody's file perhaps, is deleted first.
-
-    Args:
-        file (Path): a temporary name, which another may have guessed.
-        mode (str): ``x`` for text in UTF-8, ``xb`` for bytes.
-
-    Returns:
-        IO[Any]: empty.
-
-    Raises:
-        OSError: If it cannot be made.
-    """
+    """Makes a temporary file, text (``x``) or bytes (``xb``); what has its name, a link perhaps, is deleted first."""
     file.unlink(missing_ok=True)
     return open(file, mode, encoding=None if "b" in mode else "utf-8")
 
 
 def open_own(file: Path, mode: str) -> TextIO:
-    """Opens a text file that a run goes on with; not a link, which could lead to any file, and no pipe or device.
-
-    Args:
-        file (Path): made if it is not there.
-        mode (str): ``a`` or ``a+``.
-
-    Returns:
-        TextIO: UTF-8.
-
-    Raises:
-        OSError: If it is a link or no regular file, or cannot be opened.
-    """
+    """Opens a text file to append to, making it if need be; OSError for a link, a pipe or a device."""
 
     def opener(path: str, flags: int) -> int:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -197,22 +136,12 @@ def open_own(file: Path, mode: str) -> TextIO:
         return descriptor
 
     if file.is_symlink():
-        raise OSError(errno.ELOOP, "a link; what it leads to may be somebody's", str(file))
+        raise OSError(errno.ELOOP, "a link; its target may be another user's", str(file))
     return cast(TextIO, open(file, mode, encoding="utf-8", opener=opener))
 
 
 def open_regular(file: Path) -> BinaryIO:
-    """Opens a regular file to read bytes; what would block or never end (a pipe, ``/dev/zero``) is not opened.
-
-    Args:
-        file (Path): may be a link to a regular file.
-
-    Returns:
-        BinaryIO: at its start.
-
-    Raises:
-        OSError: If it is missing, no regular file, or cannot be read.
-    """
+    """Opens a regular file, or a link to one, to read; OSError for what would block or never end (a pipe, a device)."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
     except ValueError as error:  # a NUL in the name
@@ -224,20 +153,7 @@ def open_regular(file: Path) -> BinaryIO:
 
 
 def read_bytes(file: Path, error: type[SpinError], remedy: str, max_bytes: int = MAX_JSON_BYTES) -> bytes:
-    """Reads a file that may come from anyone.
-
-    Args:
-        file (Path): a regular file, or a link to one.
-        error (type[SpinError]): what to raise.
-        remedy (str): the last sentence of the error: what to do.
-        max_bytes (int): a larger file is not read.
-
-    Returns:
-        bytes: its content.
-
-    Raises:
-        SpinError: An ``error``, if the file is missing, no regular file, too large, or cannot be read.
-    """
+    """Reads a file of untrusted origin. Raises ``error``, ending in ``remedy``, if that fails or it is too large."""
     try:
         with open_regular(file) as stream:
             content = stream.read(max_bytes + 1)
@@ -249,18 +165,10 @@ def read_bytes(file: Path, error: type[SpinError], remedy: str, max_bytes: int =
 
 
 def parse_json(content: bytes, allow_nan: bool = False) -> Any:
-    """Parses JSON that may come from anyone.
+    """Parses untrusted JSON: every text of the result can be encoded, and every number can be made a float.
 
-    Args:
-        content (bytes): UTF-8.
-        allow_nan (bool): take Python's ``NaN`` and ``Infinity``, and numbers too large for a float.
-
-    Returns:
-        Any: the value; every text in it can be encoded, and every number can be made a float.
-
-    Raises:
-        ValueError: If it is no JSON in UTF-8, is larger, deeper or has longer numbers than the limits of this module,
-            gives one key two values, or holds half a surrogate pair.
+    Raises ValueError for anything but UTF-8 JSON within this module's limits, for a key with two values and for half
+    a surrogate pair. ``allow_nan`` admits Python's ``NaN`` and ``Infinity``, and numbers too large for a float.
     """
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"longer than {MAX_JSON_BYTES / 2**20:g} MiB")
@@ -325,20 +233,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def read_json(file: Path, error: type[SpinError], remedy: str, allow_nan: bool = False) -> dict[str, Any]:
-    """Reads a JSON file that may come from anyone and should hold an object.
-
-    Args:
-        file (Path): a regular file, or a link to one.
-        error (type[SpinError]): what to raise.
-        remedy (str): the last sentence of the error: what to do.
-        allow_nan (bool): as in :func:`parse_json`.
-
-    Returns:
-        dict[str, Any]: the object.
-
-    Raises:
-        SpinError: An ``error``, if the file cannot be read, is not what :func:`parse_json` takes, or holds no object.
-    """
+    """Reads a JSON object of untrusted origin, see :func:`read_bytes` and :func:`parse_json`."""
     content = read_bytes(file, error, remedy)
     try:
         value = parse_json(content, allow_nan)
@@ -350,19 +245,9 @@ def read_json(file: Path, error: type[SpinError], remedy: str, allow_nan: bool =
 
 
 def read_lines(file: Path) -> Iterator[bytes]:
-    """The lines of a file that may come from anyone, or that a kill may have cut short.
+    """The lines of an untrusted file, without their line feeds; one that :func:`parse_json` finds too long is the last.
 
-    Only a line feed ends a line. ``str.splitlines`` also splits at characters that JSON leaves in its texts as they
-    are, such as U+2028.
-
-    Args:
-        file (Path): a regular file, or a link to one.
-
-    Yields:
-        bytes: without their line feeds. A line that is too long for :func:`parse_json` is the last one, and cut.
-
-    Raises:
-        OSError: As :func:`open_regular` does.
+    ``str.splitlines`` would also split at characters that JSON leaves in its texts as they are, such as U+2028.
     """
     with open_regular(file) as stream:
         while line := stream.readline(MAX_JSON_BYTES + 1):
@@ -372,17 +257,7 @@ def read_lines(file: Path) -> Iterator[bytes]:
 
 
 def json_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The objects of a JSON Lines file of a run; lines that are not whole (yet), or no objects, are passed over.
-
-    Args:
-        file (Path): a regular file, or a link to one.
-
-    Yields:
-        tuple[bytes, dict[str, Any]]: the line as it stands there, and the object.
-
-    Raises:
-        OSError: As :func:`open_regular` does.
-    """
+    """Lines of a run's JSON Lines file with their objects; incomplete lines, and those with no object, are skipped."""
     for line in read_lines(file):
         try:
             row = parse_json(line, allow_nan=True)
@@ -394,18 +269,9 @@ def json_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 @contextmanager
 def atomic_write(file: Path, mode: str = "x", private: bool = False) -> Iterator[IO[Any]]:
-    """Writes a file that appears whole or not at all: temporary name, fsync, rename.
+    """Writes a file that appears complete, or not at all if the block fails: temporary name, fsync, rename.
 
-    Args:
-        file (Path): its folder exists; a file that is there is replaced.
-        mode (str): ``x`` for text in UTF-8, ``xb`` for bytes.
-        private (bool): nobody but its owner may read it.
-
-    Yields:
-        IO[Any]: what to write to; it gets its name if the block ends without an error.
-
-    Raises:
-        OutputError: If it cannot be written; what was there before stays.
+    ``mode`` is ``x`` for text in UTF-8 or ``xb`` for bytes; only its owner may read a ``private`` file.
     """
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     with as_output_error(file):
@@ -435,26 +301,14 @@ def _is_alive(pid: str) -> bool:
 
 
 def replace_text(file: Path, text: str, private: bool = False) -> None:
-    """Writes a text file that appears whole; see :func:`atomic_write`.
-
-    Args:
-        file (Path): its folder exists; a file that is there is replaced.
-        text (str): the content.
-        private (bool): nobody but its owner may read it.
-    """
+    """Writes a text file at once, see :func:`atomic_write`."""
     with atomic_write(file, private=private) as stream:
         stream.write(text)
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file that appears whole; see :func:`atomic_write`.
-
-    Args:
-        file (Path): its folder exists; a file that is there is replaced.
-        content (Any): what JSON can hold.
-    """
-    text = json.dumps(content, indent=2)
-    replace_text(file, text + "\n")
+    """Writes a JSON file at once, see :func:`atomic_write`."""
+    replace_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def sync(path: Path) -> None:
@@ -466,24 +320,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def part_of(folder: Path) -> Path:
-    """The hidden sibling in which ``folder`` is made."""
-    return folder.with_name(f".{folder.name}.part")
-
-
-def old_of(folder: Path) -> Path:
-    """The sibling to which a ``folder`` that is being replaced moves for a moment."""
-    return folder.with_name(f"{folder.name}.old")
-
-
 def mark(folder: Path, kind: str) -> None:
-    """Writes into a folder that it is this program's, to replace and to delete."""
+    """Marks a folder as this program's, to replace and to delete."""
     text = f"spin: {kind}\nThis file says that the folder is SPIN's; without it nothing here is replaced or deleted.\n"
     (folder / MARKER).write_text(text, encoding="utf-8")
 
 
 def is_marked(folder: Path, kind: str) -> bool:
-    """Whether a folder was made by :func:`start_folder` for that purpose. A link to one was not."""
+    """Whether a folder was made by :func:`begin_atomic_dir` for that purpose. A link to one was not."""
     file = folder / MARKER
     try:
         with open_regular(file) as stream:
@@ -493,7 +337,7 @@ def is_marked(folder: Path, kind: str) -> bool:
 
 
 def is_replaceable(folder: Path, kind: str) -> bool:
-    """Whether nothing is lost if a folder of that kind takes its place: it is one, or is empty, or is not there."""
+    """Whether nothing is lost if a folder of that kind takes its place: it is one, is empty, or is not there."""
     if not os.path.lexists(folder):
         return True
     if folder.is_symlink() or not folder.is_dir():
@@ -502,23 +346,15 @@ def is_replaceable(folder: Path, kind: str) -> bool:
 
 
 def remove_folder(folder: Path) -> None:
-    """Deletes a folder that is known to be this program's; its marker goes last, so that it is known until then."""
+    """Deletes a folder that is this program's, its marker last, so that an interrupted deletion can be completed."""
     for entry in folder.iterdir():
         if entry.name != MARKER and not (entry.is_dir() and not entry.is_symlink()):
             entry.unlink()
     shutil.rmtree(folder)
 
 
-def make_way(folder: Path, kind: str) -> None:
-    """Deletes a folder that is replaceable; anything else that has its name is kept under another one.
-
-    Args:
-        folder (Path): it need not exist.
-        kind (str): what it is to be replaced by, see :func:`start_folder`.
-
-    Raises:
-        OutputError: If what is there cannot be renamed.
-    """
+def remove_or_keep_aside(folder: Path, kind: str) -> None:
+    """Deletes a folder that is replaceable; anything else that has its name is renamed."""
     if not os.path.lexists(folder):
         return
     if is_replaceable(folder, kind):
@@ -528,16 +364,9 @@ def make_way(folder: Path, kind: str) -> None:
 
 
 def check_own_folder(name: str, folder: str | Path, kind: str, apart_from: Mapping[str, str | Path]) -> None:
-    """Refuses a folder that will be replaced and deleted, unless nothing can be lost by that.
+    """Refuses a folder that will be replaced, unless it is new, empty or of that kind.
 
-    Args:
-        name (str): its key in the config.
-        folder (str | Path): new, empty, or made by an earlier run for the same purpose.
-        kind (str): that purpose, see :func:`start_folder`.
-        apart_from (Mapping[str, str | Path]): folders by key, which it may neither hold nor be in.
-
-    Raises:
-        ConfigError: If it is anything else.
+    ``name`` is its config key; it may neither hold nor be in one of the folders ``apart_from``, which are given by key.
     """
     path = Path(folder)
     resolved = path.resolve()
@@ -548,8 +377,8 @@ def check_own_folder(name: str, folder: str | Path, kind: str, apart_from: Mappi
         if resolved == where or resolved in where.parents or where in resolved.parents:
             relation = "is" if resolved == where else "holds" if resolved in where.parents else "is in"
             raise ConfigError(
-                f"{name}={folder}: {relation} {key} ({other}). It is replaced and deleted as a whole: give it a new "
-                "folder of its own, beside that one."
+                f"{name}={folder}: {relation} {key} ({other}). It is replaced and deleted entirely: give it a new "
+                "folder of its own, next to that one."
             )
     if not is_replaceable(resolved, kind):
         found = "is a folder with files that this program did not put there" if path.is_dir() else "is not a folder"
@@ -559,79 +388,65 @@ def check_own_folder(name: str, folder: str | Path, kind: str, apart_from: Mappi
         )
 
 
-def start_folder(folder: Path, kind: str) -> Path:
-    """Makes the folder that :func:`finish_folder` will rename to ``folder``; what a dead process left of one goes.
+def staging_dir(folder: Path) -> Path:
+    """The hidden sibling in which ``folder`` is made."""
+    return folder.with_name(f".{folder.name}.part")
 
-    It is empty but for ``.spin``, by which it is known later: nothing without one is ever deleted.
 
-    Args:
-        folder (Path): the name to be.
-        kind (str): what it will be, such as ``state``.
+def begin_atomic_dir(folder: Path, kind: str) -> Path:
+    """Makes :func:`staging_dir`, empty but for its marker; what a dead process left there is removed."""
+    staging = staging_dir(folder)
+    remove_or_keep_aside(staging, kind)
+    staging.mkdir(parents=True)
+    mark(staging, kind)
+    return staging
 
-    Returns:
-        Path: where to write.
+
+def commit_atomic_dir(folder: Path, kind: str) -> None:
+    """Gives :func:`staging_dir` its name; what has it already is deleted last if it is of this kind, else kept aside.
+
+    A kill between the two renames leaves the previous folder as ``<name>.old``.
     """
-    part = part_of(folder)
-    make_way(part, kind)
-    part.mkdir(parents=True)
-    mark(part, kind)
-    return part
-
-
-def finish_folder(folder: Path) -> None:
-    """Gives a finished folder its name. One that has this name already stays whole until the new one stands.
-
-    A kill between the two renames leaves the previous folder under ``old_of(folder)``. What has one of these names and
-    is not of the same kind is kept aside.
-
-    Args:
-        folder (Path): as given to :func:`start_folder`.
-    """
-    part, old = part_of(folder), old_of(folder)
-    kind = (part / MARKER).read_text(encoding="utf-8").split("\n")[0].removeprefix("spin: ")
-    sync(part)
+    staging, old = staging_dir(folder), folder.with_name(f"{folder.name}.old")
+    sync(staging)
     if is_marked(folder, kind):
-        make_way(old, kind)
+        remove_or_keep_aside(old, kind)
         os.rename(folder, old)
     else:
-        make_way(folder, kind)
-    os.rename(part, folder)
+        remove_or_keep_aside(folder, kind)
+    os.rename(staging, folder)
     sync(folder.parent)
     if is_marked(old, kind):
         remove_folder(old)
 
 
-_FILE_CHUNK_BYTES = 16 << 20
+def abort_atomic_dir(folder: Path, kind: str) -> None:
+    """Removes :func:`staging_dir`, if there is one; what has the folder's name stays."""
+    if is_marked(staging_dir(folder), kind):
+        remove_folder(staging_dir(folder))
+
+
+@contextmanager
+def atomic_dir(folder: Path, kind: str) -> Iterator[Path]:
+    """Yields where to write a folder that appears complete, or not at all if the block fails."""
+    try:
+        yield begin_atomic_dir(folder, kind)
+        commit_atomic_dir(folder, kind)
+    except Exception:
+        abort_atomic_dir(folder, kind)
+        raise
 
 
 def json_fingerprint(obj: Any) -> str:
-    """SHA-256 of ``obj`` as JSON with sorted keys.
-
-    Args:
-        obj (Any): what JSON can hold; keys of dicts are strings.
-
-    Returns:
-        str: 64 hexadecimal digits.
-
-    Raises:
-        TypeError: If JSON cannot hold ``obj``.
-        ValueError: If it holds NaN or infinity, which are not JSON.
-    """
+    """SHA-256 of ``obj`` as JSON with sorted keys; ValueError for NaN and infinity, which are not JSON."""
     text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, read in pieces.
-
-    Args:
-        path (str | Path): the file.
-
-    Returns:
-        str: 64 hexadecimal digits.
-    """
+    """SHA-256 of a file's bytes, read in pieces."""
     digest = hashlib.sha256()
     with open_regular(Path(path)) as file:
-        while piece := file.read(_FILE_CHUNK_BYTES):
+        while piece := file.read(16 << 20):
             digest.update(piece)
     return digest.hexdigest()

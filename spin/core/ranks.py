@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from spin.core.errors import ConfigError, SpinError
+from spin.core.files import abort_atomic_dir, begin_atomic_dir, commit_atomic_dir, staging_dir
 from spin.core.heartbeat import Heartbeat, compare_ranks, end_with_launcher, set_stage
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -255,6 +256,24 @@ def raise_on_all_ranks(world: World, kind: type[SpinError], path: Path | None = 
         if failure is not None:
             where = f"rank {rank}: " if world.world_size > 1 else ""
             raise failure[0](f"{where}{failure[1]}") from cause
+
+
+@contextmanager
+def atomic_dir_of_ranks(folder: Path, kind: str, world: World, error: type[SpinError]) -> Iterator[Path]:
+    """:func:`spin.core.files.atomic_dir` for a folder in which all ranks write. Collective at both ends of the block,
+    which fails, if it does, on all ranks."""
+    try:
+        with raise_on_all_ranks(world, error, folder):
+            if world.is_main:
+                begin_atomic_dir(folder, kind)
+        yield staging_dir(folder)
+        with raise_on_all_ranks(world, error, folder):
+            if world.is_main:
+                commit_atomic_dir(folder, kind)
+    except Exception:
+        if world.is_main:
+            abort_atomic_dir(folder, kind)
+        raise
 
 
 def all_reduce_sums(values: dict[str, float], world: World) -> dict[str, float]:

@@ -26,9 +26,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from spin.core.errors import CheckpointError
-from spin.core.files import finish_folder, part_of, read_json, remove_folder, start_folder, sync, write_json
+from spin.core.files import read_json, sync, write_json
 from spin.core.heartbeat import set_stage
-from spin.core.ranks import World, gather_objects, raise_on_all_ranks
+from spin.core.ranks import World, atomic_dir_of_ranks, gather_objects, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, fill_nf4
 from spin.model.hf_config import CONFIG, check_model, unknown_keys
 from spin.model.hf_families import LAYOUTS, Tensors, check_model_type, heads_of, settings_of
@@ -493,7 +493,7 @@ def export_hf(
         tokenizer_dir (Path | None): where the tokenizer's files come from; None is ``source_dir``.
         chat_template (str | None): Jinja, in place of the one among those files.
         stop_ids (Sequence[int]): see :func:`write_companions`.
-        kind (str): what the folder is for, see :func:`spin.core.files.start_folder`.
+        kind (str): what the folder is for, see :func:`spin.core.files.begin_atomic_dir`.
 
     Returns:
         Path: ``out_dir``.
@@ -510,12 +510,9 @@ def export_hf(
         raise CheckpointError(f"{out}: would replace the model that training started from. Choose another folder.")
     check_weights(model, world, str(out))
     tensors, gathers = _named_tensors(model), weight_gathers(model)
-    part = part_of(out)
     with raise_on_all_ranks(world, CheckpointError):
         config = read_config(source / CONFIG, "The export copies it from checkpoint_dir.")
         groups = _groups(tensors, config, model_type)
-        if world.is_main:
-            start_folder(out, kind)
     files = _split(groups, dtype, max_file_bytes)
     names = (
         ["model.safetensors"]
@@ -524,39 +521,36 @@ def export_hf(
     )
     to_hf = partial(LAYOUTS[model_type].to_hf, **heads_of(config, model_type))
     too_large: list[str] = []
-    # Rank r gathers file r of each round of world_size files, then all ranks write.
-    for first in range(0, len(files), world.world_size):
-        mine: Tensors = {}
-        for owner, file in enumerate(files[first : first + world.world_size]):
-            for group in file:
-                whole = {}
-                for name in group.tune:
-                    tensor = gathers[name](dtype)
+    with atomic_dir_of_ranks(out, kind, world, CheckpointError) as part:
+        # Rank r gathers file r of each round of world_size files, then all ranks write.
+        for first in range(0, len(files), world.world_size):
+            mine: Tensors = {}
+            for owner, file in enumerate(files[first : first + world.world_size]):
+                for group in file:
+                    whole = {}
+                    for name in group.tune:
+                        tensor = gathers[name](dtype)
+                        if owner == world.rank:
+                            whole[name] = tensor.cpu()
+                            too_large += [] if is_finite(tensor) else [name]
                     if owner == world.rank:
-                        whole[name] = tensor.cpu()
-                        too_large += [] if is_finite(tensor) else [name]
-                if owner == world.rank:
-                    mine |= {name: tensor.contiguous() for name, tensor in to_hf(whole).items()}
-        with raise_on_all_ranks(world, CheckpointError):
-            if mine and not too_large:
-                _write_tensors(mine, part / names[first + world.rank])
-    names_too_large = [name for part_of_rank in gather_objects(too_large, world) for name in part_of_rank]
-    if names_too_large:
+                        mine |= {name: tensor.contiguous() for name, tensor in to_hf(whole).items()}
+            with raise_on_all_ranks(world, CheckpointError):
+                if mine and not too_large:
+                    _write_tensors(mine, part / names[first + world.rank])
+        names_too_large = [name for part_of_rank in gather_objects(too_large, world) for name in part_of_rank]
+        if names_too_large:
+            raise CheckpointError(
+                f"{out}: {str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}, and the weights "
+                f"{', '.join(sorted(names_too_large))} go beyond. Nothing was replaced. Set checkpointer.export_dtype "
+                "(or the generator's dtype) to bf16 or fp32."
+            )
         with raise_on_all_ranks(world, CheckpointError):
             if world.is_main:
-                remove_folder(part)
-        raise CheckpointError(
-            f"{out}: {str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.3g}, and the weights "
-            f"{', '.join(sorted(names_too_large))} go beyond. Nothing was replaced. Set checkpointer.export_dtype (or "
-            "the generator's dtype) to bf16 or fp32."
-        )
-    with raise_on_all_ranks(world, CheckpointError):
-        if world.is_main:
-            config |= write_companions(source, part, tokenizer_dir, chat_template, stop_ids)
-            if len(files) > 1:
-                _write_index(part / INDEX, files, names, dtype)
-            write_json(part / CONFIG, _exported_config(config, dtype, tied="output.weight" not in tensors))
-            finish_folder(out)
+                config |= write_companions(source, part, tokenizer_dir, chat_template, stop_ids)
+                if len(files) > 1:
+                    _write_index(part / INDEX, files, names, dtype)
+                write_json(part / CONFIG, _exported_config(config, dtype, tied="output.weight" not in tensors))
     return out
 
 

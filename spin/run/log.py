@@ -30,7 +30,7 @@ from spin.run.messages import log_table, sample_table
 log = logging.getLogger(__name__)
 
 
-_RUN = "run"  # a kind of folder, see spin.core.files.start_folder
+_RUN = "run"  # a kind of folder, see spin.core.files.begin_atomic_dir
 
 
 class MetricService:

@@ -36,7 +36,7 @@ _MAX_BLOCK, _MIN_BLOCK, _MIN_QUANTIZED = 256, 64, 4096
 class _ShardedAdamW(torch.optim.Optimizer):
     """What both optimizers below share.
 
-    Its state is saved by :mod:`spin.checkpoint.states`. torch's ``load_state_dict`` would cast it to the parameters'
+    Its state is saved by :mod:`spin.checkpoint`. torch's ``load_state_dict`` would cast it to the parameters'
     dtype.
     """
 

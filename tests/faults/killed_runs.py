@@ -40,7 +40,7 @@ from torch.optim.optimizer import (  # noqa: E402
 from torchtune.modules import TransformerDecoder  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402, F401
 
-import spin.checkpoint.states  # noqa: E402, F401
+import spin.checkpoint.checkpointer  # noqa: E402, F401
 import spin.data  # noqa: E402, F401
 import spin.generators  # noqa: E402, F401
 from spin.core.files import file_sha256  # noqa: E402

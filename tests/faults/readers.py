@@ -18,7 +18,7 @@ import spin_recipe
 import torch
 import yaml
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.config.checks import check_run
 from spin.config.parse import complete, load_config
 from spin.core.errors import SpinError

@@ -52,7 +52,8 @@ DANGEROUS = (
     "spin.pairs.store.PairStore.open_or_create",
     "spin.data.PairStore.open_or_create", "spin.data.PairStore", "spin.data.sources.read_rows",
     "spin.model.hf.export_hf",
-    "spin.checkpoint.states.os.system", "spin.generators.replay.json.loads", "spin_recipe.recipe_main", "dangerous.run",
+    "spin.checkpoint.checkpointer.os.system", "spin.generators.replay.json.loads",
+    "spin_recipe.recipe_main", "dangerous.run",
 )  # fmt: skip
 SECTIONS = (
     "model", "tokenizer", "checkpointer", "dataset", "validation_dataset", "generator", "loss", "optimizer",

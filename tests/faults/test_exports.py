@@ -45,7 +45,7 @@ def test_the_exports_of_all_iterations_are_counted_before_anything_is_loaded(tmp
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=40 * 2**20))
     changes = ("max_iterations=20", "checkpointer.export_dtype=fp32")
-    with pytest.raises(CheckpointError, match=r"40\.0 MiB free, but one state and 20 exports .*keep_exports=1"):
+    with pytest.raises(CheckpointError, match=r"40\.0 MiB free, but one checkpoint and 20 exports .*keep_exports=1"):
         SPINRecipe(config_of(tmp_path, *changes)).setup()
     started = SPINRecipe(config_of(tmp_path, *changes, "checkpointer.keep_exports=1"))
     started.setup()

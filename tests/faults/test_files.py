@@ -15,8 +15,8 @@ import pytest
 import torch
 from spin_recipe import SPINRecipe
 
-import spin.checkpoint.states
-from spin.checkpoint.states import SPINCheckpointer
+import spin.checkpoint.checkpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import CheckpointError, ConfigError, OutputError, StoreError
 from spin.core.files import FolderLock
 from spin.core.ranks import init_world
@@ -191,13 +191,13 @@ def world():
 def test_training_goes_on_while_a_state_is_written(tmp_path, world, monkeypatch):
     """The weights of the moment of saving are written, whatever is trained before the writer gets to them."""
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
-    may_write, original = threading.Event(), spin.checkpoint.states._save_tensors
+    may_write, original = threading.Event(), spin.checkpoint.checkpointer.save_tensors
 
     def held_up(*args):
         assert may_write.wait(60)
         original(*args)
 
-    monkeypatch.setattr(spin.checkpoint.states, "_save_tensors", held_up)
+    monkeypatch.setattr(spin.checkpoint.checkpointer, "save_tensors", held_up)
     model = sharded(world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in (1, 2):  # the second copy goes into the memory of the first
@@ -229,7 +229,7 @@ def test_a_failed_write_is_told_by_the_next_call_of_every_kind(tmp_path, world, 
         checkpointer.wait()
         assert not checkpointer.has_failed
         with monkeypatch.context() as patch:
-            patch.setattr(spin.checkpoint.states, "file_sha256", fail)
+            patch.setattr(spin.checkpoint.checkpointer, "file_sha256", fail)
             checkpointer.save(step=2, **arguments)
             calls = {
                 "wait": checkpointer.wait,

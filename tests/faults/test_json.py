@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.cli import main
 from spin.core.errors import SpinError
 from spin.core.ranks import init_world

@@ -6,9 +6,9 @@ import shutil
 import pytest
 from spin_recipe import SPINRecipe
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import ConfigError
-from spin.core.files import finish_folder, start_folder
+from spin.core.files import atomic_dir
 from spin.core.ranks import init_world
 from tests.generators.test_vllm_server import Script, context, generator_of, serve, untied  # noqa: F401 - fixtures
 from tests.recipes.helpers import run, tiny_config
@@ -69,16 +69,16 @@ def test_a_transfer_dir_that_is_not_ours_is_refused_before_anything_is_made(tmp_
 
 def test_a_models_export_is_no_transfer_dir(tmp_path):
     """It carries the marker, but of another kind."""
-    start_folder(tmp_path / "hf_model", "model")
-    finish_folder(tmp_path / "hf_model")
+    with atomic_dir(tmp_path / "hf_model", "model"):
+        pass
     with pytest.raises(ConfigError, match="is a folder with files that this program did not put there"):
         SPINRecipe(server_config(tmp_path, tmp_path / "hf_model"))
 
 
 def test_new_empty_and_own_transfer_dirs_are_taken(tmp_path):
     (tmp_path / "empty").mkdir()
-    start_folder(tmp_path / "own", "transfer_dir of a generator")
-    finish_folder(tmp_path / "own")
+    with atomic_dir(tmp_path / "own", "transfer_dir of a generator"):
+        pass
     for name in ("new", "empty", "own"):
         SPINRecipe(server_config(tmp_path, tmp_path / name))
 
@@ -148,17 +148,6 @@ def test_it_works_in_such_a_folder_and_clears_up_after_itself(crowded):
     run(folder, *SHORT)  # the same run again: finished
     changed = {name for name, content in tree(folder).items() if before.get(name) != content}
     assert changed <= {"config.yaml", ".lock"} | {name for name in changed if name.startswith("logs/")}
-
-
-def test_states_of_earlier_versions_without_a_marker_are_still_replaced_and_retired(tmp_path):
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=1)
-    arguments = {"model": sharded(init_world("cpu")), "optimizer": None, "state": {}, "world": init_world("cpu")}
-    for step in (1, 1, 2):
-        path = checkpointer.save(step=step, **arguments)
-        checkpointer.wait()
-        (path / ".spin").unlink()
-    assert [folder.name for folder in checkpointer.checkpoints_dir.iterdir()] == ["step_00000002"]
-    checkpointer.close()
 
 
 def test_what_a_dead_process_left_is_removed_if_it_is_marked(tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from tests.recipes.helpers import command, command_line, metrics_of, ranks_of, start, steps_done, wait_for
 from tests.torchrun import FOLDER, run_ranks
 

@@ -11,7 +11,7 @@ import pytest
 import spin_recipe
 from spin_recipe import SPINRecipe
 
-import spin.checkpoint.states
+import spin.checkpoint.checkpointer
 from spin.core.errors import ConfigError
 from spin.run.stopping import StopRequest, parse_signals, resume_command
 from tests.recipes.helpers import (
@@ -119,7 +119,7 @@ class SignalledAt(SPINRecipe):
 @pytest.mark.parametrize("async_save", ["true", "false"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_second_sigterm_while_saving(unbroken, tmp_path, monkeypatch, when, async_save):
-    original, signals = spin.checkpoint.states._save_tensors, []
+    original, signals = spin.checkpoint.checkpointer.save_tensors, []
 
     def interrupted(*args):
         if when == "after":
@@ -132,7 +132,7 @@ def test_a_second_sigterm_while_saving(unbroken, tmp_path, monkeypatch, when, as
     changes = ("max_iterations=1", "max_epochs=2", f"checkpointer.async_save={async_save}")
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(spin.checkpoint.states, "_save_tensors", interrupted)
+        patch.setattr(spin.checkpoint.checkpointer, "save_tensors", interrupted)
         stopped = run(tmp_path, *changes, recipe_class=SignalledAt)
     assert signals and stopped._progress.step == 3
     assert (tmp_path / "checkpoints" / "step_00000003" / "manifest.json").exists()

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import spin_generate
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.config.parse import complete, load_config
 from spin.core.errors import CheckpointError
 from spin.core.ranks import init_world

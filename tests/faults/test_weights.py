@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from spin_recipe import SPINRecipe
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import CheckpointError, NonFiniteError
 from spin.core.ranks import init_world
 from spin.model.build import build_model, prepare_model
@@ -180,7 +180,7 @@ def test_a_state_of_an_earlier_version_with_nan_is_refused(model, tmp_path, monk
         checkpointer.save(step=1, state={}, **arguments)
     assert list(checkpointer.checkpoints_dir.glob("*")) == []
     with monkeypatch.context() as patch:
-        patch.setattr("spin.checkpoint.states.check_weights", lambda *_: None)
+        patch.setattr("spin.checkpoint.checkpointer.check_weights", lambda *_: None)
         path = checkpointer.save(step=1, state={}, **arguments)
     with pytest.raises(CheckpointError, match=r"step_00000001: was saved with NaN or infinity in norm\.scale"):
         checkpointer.load(path, **arguments)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+import spin.core.ranks
 import spin.model.hf
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.ranks import init_world
@@ -351,7 +352,7 @@ def test_unknown_model_type_and_foreign_names(llama, tmp_path, world):
         export_hf(model, llama, tmp_path / "out", "LLAMA3_2", dtype=torch.float32, world=world)
 
 
-@pytest.mark.parametrize("point", ["save_file", "write_companions", "write_json", "finish_folder"])
+@pytest.mark.parametrize("point", ["save_file", "write_companions", "write_json", "commit_atomic_dir"])
 def test_interrupted_export_shows_nothing_and_keeps_the_old_one(point, llama, tmp_path, world, monkeypatch):
     model = FAMILIES["llama3_2"]()
     out = tmp_path / "run" / "hf_model"
@@ -363,15 +364,13 @@ def test_interrupted_export_shows_nothing_and_keeps_the_old_one(point, llama, tm
         raise OSError("killed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(spin.model.hf, point, fail)
+        patch.setattr(spin.core.ranks if point == "commit_atomic_dir" else spin.model.hf, point, fail)
         for target in (fresh, out):
             with pytest.raises(CheckpointError, match="killed"):
                 export_hf(FAMILIES["llama3_1"](), llama, target, "LLAMA3", dtype=torch.float32, world=world)
     assert not fresh.exists()
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
-    # What is left lacks config.json until the last moment, and the next export removes it.
-    for part in out.parent.glob(".*"):
-        assert point == "finish_folder" or not (part / "config.json").exists()
+    assert not list(out.parent.glob(".*"))
     export_hf(model, llama, fresh, "LLAMA3_2", dtype=torch.float32, world=world)
     export_hf(model, llama, out, "LLAMA3_2", dtype=torch.float32, world=world)
     assert sorted(path.name for path in out.parent.iterdir()) == ["fresh", "hf_model"]

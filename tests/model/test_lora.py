@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.config.defaults import RECIPE_DEFAULTS
 from spin.config.parse import load_config
 from spin.core.errors import CheckpointError, ConfigError
@@ -97,9 +97,9 @@ def test_a_resumed_run_is_the_unbroken_one(kind, base_dir, one_rank, world):
 @pytest.mark.parametrize("kind", runs.KINDS)
 def test_a_state_holds_the_adapter_and_its_optimizer_only(kind, one_rank):
     """3 numbers a trained weight (itself and two moments), and a step for each tensor; nothing of the base."""
-    from spin.checkpoint.states import _read_metadata
+    from spin.checkpoint.tensors import read_metadata
 
-    metadata = _read_metadata(Path(one_rank[1][kind]["state"])).state_dict_metadata
+    metadata = read_metadata(Path(one_rank[1][kind]["state"])).state_dict_metadata
     assert all(".lora_" in name or ".magnitude" in name for name in metadata)
     numbers = sum(entry.size.numel() for name, entry in metadata.items() if not name.endswith(".step"))
     modules = 2 * 5  # layers times query, value, and three of the MLP
@@ -244,9 +244,9 @@ def test_all_faults_of_a_config_are_told_at_once():
 
 def test_a_state_of_full_fine_tuning_still_holds_every_weight(tmp_path, world):
     """Nothing is frozen there, so nothing is left out."""
-    from spin.checkpoint.states import _read_metadata
+    from spin.checkpoint.tensors import read_metadata
 
     model = llama3_2(**runs.SHAPE)
     saver = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), async_save=False)
     path = saver.save(step=1, model=model, optimizer=None, state={}, world=world)
-    assert set(_read_metadata(path).state_dict_metadata) == {f"model.{name}" for name in model.state_dict()}
+    assert set(read_metadata(path).state_dict_metadata) == {f"model.{name}" for name in model.state_dict()}

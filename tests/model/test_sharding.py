@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torchtune.models.phi3 import phi3
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core import ranks as distributed
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.ranks import init_world

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import CheckpointError
 from spin.core.ranks import init_world, shutdown
 from spin.data import ChatTokenizer, adapt_tokenizer

@@ -7,7 +7,7 @@ import torch
 import torchao.optim
 from torch import nn
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
 from spin.model.fingerprint import weights_fingerprint

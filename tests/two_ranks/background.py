@@ -5,8 +5,8 @@ import sys
 import torch
 from tiny import sharded, train
 
-import spin.checkpoint.states
-from spin.checkpoint.states import SPINCheckpointer
+import spin.checkpoint.checkpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import CheckpointError
 from spin.core.ranks import barrier, init_world, shutdown
 
@@ -24,13 +24,13 @@ train(model, optimizer, world, range(1))
 save(1)
 train(model, optimizer, world, range(1, 3))  # collectives of both threads at a time
 checkpointer.wait()
-original = spin.checkpoint.states.file_sha256
+original = spin.checkpoint.checkpointer.file_sha256
 if world.rank == 1:
 
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    spin.checkpoint.states.file_sha256 = fail
+    spin.checkpoint.checkpointer.file_sha256 = fail
 save(2)
 train(model, optimizer, world, range(3, 4))
 try:
@@ -41,7 +41,7 @@ else:
     raise AssertionError("nobody was told")
 barrier(world)
 assert [entry.name for entry in checkpointer.checkpoints_dir.iterdir()] == ["step_00000001"]
-spin.checkpoint.states.file_sha256 = original
+spin.checkpoint.checkpointer.file_sha256 = original
 barrier(world)
 save(4)
 checkpointer.close()

@@ -7,7 +7,7 @@ import sys
 import torch
 from tiny import sharded, train
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.ranks import init_world
 
 output_dir, module, function = sys.argv[1:]

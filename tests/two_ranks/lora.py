@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 
-from spin.checkpoint.lora import LoRACheckpointer
+from spin.checkpoint import LoRACheckpointer
 from spin.core.ranks import World, init_world, shutdown
 from spin.model.build import prepare_model
 from spin.model.fingerprint import weights_fingerprint

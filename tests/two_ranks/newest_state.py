@@ -2,7 +2,7 @@
 
 import sys
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.ranks import init_world, shutdown
 
 found = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1]).latest("auto", init_world("cpu"))

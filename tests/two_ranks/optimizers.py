@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.ranks import gather_objects, init_world, shutdown
 from spin.model.fingerprint import weights_fingerprint
 from spin.training.optim import AdamW8bit, AdamWStochasticRounding

@@ -5,7 +5,7 @@ import sys
 import torch
 from tiny import optimizer_digest, sharded
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.ranks import init_world, shutdown
 from spin.model.fingerprint import weights_fingerprint
 

@@ -8,7 +8,7 @@ import sys
 import torch
 from tiny import backward, build, gradients, optimizer_digest, rows_reduced, sharded
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.ranks import World, all_reduce_sums, init_world, shutdown
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.sharding import clip_grad_norm

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tiny import optimizer_digest, sharded, train
 
-from spin.checkpoint.states import SPINCheckpointer
+from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import CheckpointError
 from spin.core.ranks import barrier, init_world, shutdown
 from spin.model.fingerprint import weights_fingerprint
@@ -51,12 +51,12 @@ assert (weights_fingerprint(model), optimizer_digest(model, optimizer)) == unbro
 
 # One rank's disk is full: both stop, and the earlier state stands alone.
 if world.rank == 1:
-    import spin.checkpoint.states
+    import spin.checkpoint.checkpointer
 
     def fail(*args, **kwargs):
         raise OSError("No space left on device")
 
-    spin.checkpoint.states.file_sha256 = fail
+    spin.checkpoint.checkpointer.file_sha256 = fail
 try:
     two.save(step=8, model=model, optimizer=optimizer, state={}, world=world)
     two.wait()

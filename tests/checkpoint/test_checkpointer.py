@@ -18,11 +18,12 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import set_activation_checkpointing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import spin.checkpoint.states
+import spin.checkpoint.checkpointer
 import spin.core.files
-from spin.checkpoint.states import SPINCheckpointer
+import spin.core.ranks
+from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import CheckpointError, ConfigError
-from spin.core.files import json_fingerprint, old_of
+from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import init_world
 from spin.data import ChatTokenizer
 from spin.model.fingerprint import weights_fingerprint
@@ -199,7 +200,7 @@ def test_latest(checkpointer, world, tmp_path):
     for path, message in (
         (tmp_path / "no", "no such folder"),
         (tmp_path, "no manifest.json"),
-        (one.parent, "no manifest.json.* Give one of the states in it: step_00000001, step_00000010"),
+        (one.parent, "no manifest.json.* Give one of the checkpoints in it: step_00000001, step_00000010"),
     ):
         with pytest.raises(CheckpointError, match=message):
             checkpointer.latest(str(path))
@@ -235,14 +236,14 @@ def test_retention(tmp_path, world):
 def test_retention_never_leaves_less_than_one(tmp_path, world, monkeypatch):
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=1)
     one = save(checkpointer, world, 1)
-    original, seen = spin.checkpoint.states.finish_folder, []
+    original, seen = spin.core.ranks.commit_atomic_dir, []
 
-    def finish(folder):
+    def commit(*args):
         seen.append(one.exists())
-        original(folder)
+        original(*args)
         seen.append(one.exists())
 
-    monkeypatch.setattr(spin.checkpoint.states, "finish_folder", finish)
+    monkeypatch.setattr(spin.core.ranks, "commit_atomic_dir", commit)
     save(checkpointer, world, 2)
     assert seen == [True, True] and names(checkpointer) == ["step_00000002"]
 
@@ -250,12 +251,12 @@ def test_retention_never_leaves_less_than_one(tmp_path, world, monkeypatch):
 # ---- faults while saving
 
 WRITE_POINTS = [
-    (spin.checkpoint.states, "start_folder"),
-    (spin.checkpoint.states, "_write_document"),
-    (spin.checkpoint.states, "_save_tensors"),
-    (spin.checkpoint.states, "file_sha256"),
-    (spin.checkpoint.states, "_write_manifest"),
-    (spin.checkpoint.states, "finish_folder"),
+    (spin.core.ranks, "begin_atomic_dir"),
+    (spin.checkpoint.checkpointer, "replace_text"),
+    (spin.checkpoint.checkpointer, "save_tensors"),
+    (spin.checkpoint.checkpointer, "file_sha256"),
+    (spin.checkpoint.checkpointer, "write_manifest"),
+    (spin.core.ranks, "commit_atomic_dir"),
     (spin.core.files, "sync"),
     (spin.core.files.os, "rename"),
 ]
@@ -281,8 +282,8 @@ def test_killed_at_a_write_point(module, function, when, step, checkpointer, wor
         with pytest.raises(Killed):
             save(checkpointer, world, step, state={"save": 2})
     path = checkpointer.latest()
-    is_new = step == 2 and when == "after" and function in ("finish_folder", "rename")
-    is_new |= step == 1 and when == "after" and function == "finish_folder"
+    is_new = step == 2 and when == "after" and function in ("commit_atomic_dir", "rename")
+    is_new |= step == 1 and when == "after" and function == "commit_atomic_dir"
     assert checkpointer.read_state(path) == {"save": 2 if is_new else 1}
     model, _ = fresh(world)
     checkpointer.load(path, model=model, optimizer=None, world=world)
@@ -313,7 +314,7 @@ def test_killed_between_rename_and_removal(step, checkpointer, world, monkeypatc
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [("spin.checkpoint.states", "_write_manifest"), ("torch.distributed.checkpoint.filesystem", "os.fsync")],
+    [("spin.checkpoint.checkpointer", "write_manifest"), ("torch.distributed.checkpoint.filesystem", "os.fsync")],
 )
 def test_process_really_killed(module, function, tmp_path, world, subprocess_env):
     """os._exit while a tensor file is being written, and before the manifest."""
@@ -344,7 +345,7 @@ def test_failed_save_leaves_nothing_and_changes_nothing(point, checkpointer, wor
     if point == "tensors":
         monkeypatch.setattr("torch.distributed.checkpoint.filesystem.torch.save", fail)
     if point == "hash":
-        monkeypatch.setattr(spin.checkpoint.states, "file_sha256", fail)
+        monkeypatch.setattr(spin.checkpoint.checkpointer, "file_sha256", fail)
     message = "state.json of step 2.*not JSON serializable.*must be JSON" if point == "state" else "No space left"
     for step in (1, 2):
         with pytest.raises(CheckpointError, match=message.replace("step 2", f"step {step}")):
@@ -432,7 +433,7 @@ def test_other_model_is_refused_and_every_difference_named(checkpointer, world):
     with pytest.raises(CheckpointError) as caught:
         checkpointer.load(path, model=other, optimizer=None, world=world)
     for fault in (
-        "the state has no model.extra.weight",
+        "the checkpoint has no model.extra.weight",
         "the model has no model.layers.1.mlp_norm.scale",
         "model.norm.scale is [32], the model needs [7]",
     ):
@@ -465,7 +466,7 @@ def reseal(path: Path) -> None:
     """What an attacker would do: make the manifest fit the files."""
     shutil.copy(path / "manifest.json", path.parent / "manifest.json")
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": spin.checkpoint.states.file_sha256(file)}
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
         for file in path.iterdir()
         if file.name != "manifest.json"
     }
@@ -599,7 +600,7 @@ def test_export_asks_as_the_run_did(tiny_lm, tmp_path, world):
     assert not (own / "chat_template.jinja").exists()
 
 
-def test_old_of_is_not_taken_for_a_state_of_its_own(checkpointer, world):
+def test_an_old_folder_is_not_taken_for_a_state_of_its_own(checkpointer, world):
     path = save(checkpointer, world, 1)
-    shutil.copytree(path, old_of(path))
+    shutil.copytree(path, path.with_name("step_00000001.old"))
     assert checkpointer.latest() == path

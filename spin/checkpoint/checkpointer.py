@@ -1,0 +1,542 @@
+"""Checkpoints: the model a run starts from, the checkpoints it resumes from, the models it exports.
+
+A checkpoint is a folder ``checkpoints/step_00000123``: tensors (see :mod:`spin.checkpoint.tensors`), everything else in
+``state.json``, and ``manifest.json`` with size and SHA-256 of every file. It is written under a hidden name, the
+manifest last, and then renamed; so a folder with a step's name is complete, or has been damaged since, which the
+manifest shows. Saving costs the training loop a copy to CPU memory; a thread writes while training continues.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+
+from spin.checkpoint.manifest import (
+    MANIFEST,
+    STATE,
+    STEP_FOLDER,
+    encode_document,
+    find_damage,
+    read_document,
+    read_manifest,
+    verify,
+    write_manifest,
+)
+from spin.checkpoint.optimizer_state import allocate_optimizer_state, describe_optimizer, restore_optimizer
+from spin.checkpoint.tensors import METADATA, check_targets, load_tensors, model_tensors, read_metadata, save_tensors
+from spin.core.dtypes import DTYPES
+from spin.core.errors import CheckpointError, ConfigError
+from spin.core.files import (
+    file_sha256,
+    is_marked,
+    is_replaceable,
+    remove_folder,
+    remove_or_keep_aside,
+    replace_text,
+)
+from spin.core.heartbeat import set_stage
+from spin.core.ranks import (
+    World,
+    atomic_dir_of_ranks,
+    broadcast_object,
+    gather_objects,
+    raise_on_all_ranks,
+    with_own_process_group,
+)
+from spin.model.hf import (
+    GENERATION_CONFIG,
+    TOKENIZER_CONFIGS,
+    export_hf,
+    load_hf_weights,
+    read_companion,
+    stored_elements,
+)
+from spin.model.hf_families import check_model_type
+from spin.model.hf_folder import read_hf_config
+from spin.model.sharding import check_weights, nonfinite_weights
+
+log = logging.getLogger(__name__)
+
+_EXPORTS = {"iteration_*/hf_model": "model", "iteration_*/adapter": "adapter"}  # and their kinds
+_KIND = "checkpoint"  # of folder, see spin.core.files.begin_atomic_dir
+
+
+@dataclass(eq=False)
+class SPINCheckpointer:
+    """Loads, saves, resumes and exports.
+
+    Args:
+        checkpoint_dir (str): Hugging Face folder that training starts from.
+        model_type (str): layout of its weights, a name of torchtune's ``ModelType`` such as ``LLAMA3_2``.
+        output_dir (str): checkpoints go to ``checkpoints/`` in it, exports to ``iteration_NNN/hf_model``.
+        keep_last (int): number of newest checkpoints to keep, at least 1.
+        keep_best (int): number of checkpoints of lowest validation loss to keep in addition.
+        export_dtype (str): ``bf16``, ``fp32`` or ``fp16``.
+        async_save (bool): write while training continues. Costs as much CPU memory as a rank's part of a checkpoint.
+        keep_exports (int | None): number of newest iterations whose exports to keep; None keeps all.
+
+    Raises:
+        ConfigError: If an argument cannot be.
+    """
+
+    checkpoint_dir: str
+    model_type: str
+    output_dir: str
+    keep_last: int = 2
+    keep_best: int = 0
+    export_dtype: str = "bf16"
+    async_save: bool = True
+    keep_exports: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the arguments."""
+        if self.keep_last < 1:
+            raise ConfigError(
+                f"checkpointer.keep_last is {self.keep_last}, expected at least 1: a run resumes from its newest "
+                "checkpoint."
+            )
+        if self.keep_best < 0:
+            raise ConfigError(f"checkpointer.keep_best is {self.keep_best}, expected 0 or more.")
+        if self.keep_exports is not None and (type(self.keep_exports) is not int or self.keep_exports < 1):
+            raise ConfigError(
+                f"checkpointer.keep_exports is {self.keep_exports!r}, expected 1 or more, or null for all."
+            )
+        if self.export_dtype not in DTYPES:
+            raise ConfigError(f"checkpointer.export_dtype is {self.export_dtype!r}, expected {', '.join(DTYPES)}.")
+        check_model_type(self.model_type)
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="spin-checkpoint")
+        self._pending: Future[None] | None = None
+        self._stager: StateDictStager | None = None
+        self._writers_world: World | None = None
+        self._damaged: set[Path] = set()
+        self._verified: Path | None = None  # the checkpoint whose files have all been compared with the manifest
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """The folder of all checkpoints."""
+        return Path(self.output_dir) / "checkpoints"
+
+    def validate(self, iterations: int = 1) -> None:
+        """Checks, before any weight is loaded, that loading and saving can work.
+
+        Args:
+            iterations (int): of the run, each of which exports.
+
+        Raises:
+            CheckpointError: If the model folder is incomplete, or the output folder cannot be written or is too small.
+        """
+        source = Path(self.checkpoint_dir)
+        read_hf_config(source)
+        for name in (GENERATION_CONFIG, *TOKENIZER_CONFIGS):  # which an export changes
+            read_companion(source / name)
+        parameters = stored_elements(source)
+        try:
+            self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.checkpoints_dir) as probe:
+                probe.write(b"spin")
+                probe.flush()
+                os.fsync(probe.fileno())
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.checkpoints_dir}: cannot write ({error.strerror or error}). Change output_dir."
+            ) from error
+        free = shutil.disk_usage(self.checkpoints_dir).free
+        least, usual, export = self._disk_bytes(parameters)
+        # A new export or checkpoint is complete before an old one goes.
+        kept = iterations if self.keep_exports is None else min(iterations, self.keep_exports + 1)
+        exports = max(1, kept - len({folder.parent for _, folder in self._exports()}))
+        plural = "s" if exports > 1 else ""
+        if free < least + exports * export:
+            raise CheckpointError(
+                f"{self.output_dir}: {_size(free)} free, but one checkpoint and {exports} export{plural} of "
+                f"{parameters:,} parameters take {_size(least + exports * export)} to "
+                f"{_size(usual + exports * export)}. Free some space, change output_dir, or keep fewer exports "
+                "(checkpointer.keep_exports=1)."
+            )
+        wanted = usual * (self.keep_last + self.keep_best + 1) + exports * export
+        if free < wanted and not self._complete():
+            log.warning(
+                f"{self.output_dir}: {_size(free)} free; keep_last={self.keep_last} and keep_best={self.keep_best} "
+                f"with fp32 AdamW and {exports} export{plural} can need {_size(wanted)}."
+            )
+
+    def _disk_bytes(self, parameters: int) -> tuple[int, int, int]:
+        """What a checkpoint of so many parameters takes at least, and with fp32 AdamW; and what an export does."""
+        # AdamW keeps two moments per weight: 4 bytes for bf16 weights and 8-bit moments, 12 by default.
+        return parameters * 4, parameters * 12, parameters * DTYPES[self.export_dtype].itemsize
+
+    def _exports(self) -> list[tuple[int, Path]]:
+        """The exports in the run's folder that this program made, with their iterations."""
+        found = [(folder, kind) for name, kind in _EXPORTS.items() for folder in Path(self.output_dir).glob(name)]
+        return [
+            (int(folder.parent.name.removeprefix("iteration_")), folder)
+            for folder, kind in found
+            if folder.parent.name.removeprefix("iteration_").isdecimal() and is_marked(folder, kind)
+        ]
+
+    def _retire_exports(self, iteration: int, world: World) -> None:
+        """Removes the exports of iterations before those that are kept; never the model that training starts from."""
+        if self.keep_exports is None or not world.is_main:
+            return
+        for number, folder in self._exports():
+            if number <= iteration - self.keep_exports and folder.resolve() != Path(self.checkpoint_dir).resolve():
+                try:
+                    remove_folder(folder)
+                except OSError as error:
+                    log.warning(f"{folder}: cannot remove this old export ({error}).")
+
+    def load_model(self, model: nn.Module, world: World) -> None:
+        """Fills the model from ``checkpoint_dir``; see :func:`spin.model.hf.load_hf_weights`."""
+        load_hf_weights(model, self.checkpoint_dir, self.model_type, world=world)
+
+    def export(
+        self, model: nn.Module, iteration: int, world: World, tokenizer: object = None, stop_ids: Sequence[int] = ()
+    ) -> Path:
+        """Writes the model for transformers and vLLM, and an adapter for peft; waits for a checkpoint being written.
+        Collective.
+
+        Args:
+            model (nn.Module): sharded or plain.
+            iteration (int): counted from 0, in the folder's name.
+            world (World): the ranks.
+            tokenizer (object): the run's. Of a :class:`spin.data.ChatTokenizer` the folder gets the files, and the chat
+                template that the config put in place of the folder's own; else ``checkpoint_dir``'s.
+            stop_ids (Sequence[int]): the run's stop tokens, see :func:`spin.model.hf.write_companions`; without any,
+                the tokenizer's.
+
+        Returns:
+            Path: ``output_dir/iteration_NNN/hf_model``; ``adapter`` next to it of a LoRA run that merges nothing.
+        """
+        self.wait()
+        companions = {
+            "tokenizer_dir": getattr(tokenizer, "path", None),
+            "chat_template": getattr(tokenizer, "chat_template", None),
+            "stop_ids": stop_ids or getattr(tokenizer, "eos_ids", ()),
+        }
+        out_dir = self._export(model, Path(self.output_dir) / f"iteration_{iteration:03d}", world, companions)
+        self._retire_exports(iteration, world)
+        return out_dir
+
+    def _export(self, model: nn.Module, folder: Path, world: World, companions: dict[str, Any]) -> Path:
+        """Writes an iteration's exports. ``companions`` are arguments of :func:`spin.model.hf.write_companions`."""
+        dtype = DTYPES[self.export_dtype]
+        source, out_dir = self.checkpoint_dir, folder / "hf_model"
+        return export_hf(model, source, out_dir, self.model_type, dtype=dtype, world=world, **companions)
+
+    # ---- save
+
+    def save(
+        self,
+        *,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        state: dict[str, Any],
+        world: World,
+        metric: float | None = None,
+        anchor: bool = False,
+    ) -> Path:
+        """Saves a checkpoint that a run can resume from, then removes those that need not be kept.
+
+        Every rank writes its own shards, to a file system that all ranks share. A checkpoint of the same step is
+        replaced. With ``async_save`` this returns when everything is copied to CPU memory, and a thread of each rank
+        writes; the checkpoint has its name, and counts, when all have written. What goes wrong there is raised by the
+        next call of :meth:`wait`, :meth:`save`, :meth:`export` or :meth:`close`. Collective.
+
+        Args:
+            step (int): optimizer steps so far; names the folder.
+            model (nn.Module): sharded or plain.
+            optimizer (torch.optim.Optimizer | None): its state is saved too, unless None.
+            state (dict[str, Any]): everything else, JSON values.
+            world (World): the ranks.
+            metric (float | None): validation loss, for ``keep_best``.
+            anchor (bool): keep this checkpoint until the next anchor is saved, however many follow.
+
+        Returns:
+            Path: the folder.
+
+        Raises:
+            CheckpointError: If a rank could not write; what was there before is still there.
+            NonFiniteError: If a weight is NaN or infinite; nothing is written then.
+        """
+        set_stage("saving a checkpoint")
+        self.wait()
+        folder = self.checkpoints_dir / f"step_{step:08d}"
+        check_weights(model, world, str(folder))
+        tensors, described = model_tensors(model), None
+        with raise_on_all_ranks(world, CheckpointError, self.checkpoints_dir):
+            if optimizer is not None:
+                optimizer_tensors, described = describe_optimizer(model, optimizer)
+                tensors |= optimizer_tensors
+            document = encode_document(step, state, described)
+            if world.is_main:
+                self._clean()
+        about = {"step": step, "metric": metric, "anchor": anchor}
+        if not self.async_save:
+            self._write(folder, tensors, document, about, world)
+            return folder
+        on_gpu = world.device.type == "cuda"
+        if self._stager is None or self._writers_world is None:
+            # not DefaultStager, which wraps it: torch 2.11's works for one checkpoint only
+            self._stager = StateDictStager(pin_memory=on_gpu)
+            self._writers_world = with_own_process_group(world)
+        copies = self._stager.stage(tensors, non_blocking=on_gpu)
+        if on_gpu:
+            torch.cuda.synchronize()
+        self._pending = self._writer.submit(self._write, folder, copies, document, about, self._writers_world)
+        return folder
+
+    def _write(
+        self, folder: Path, tensors: dict[str, torch.Tensor], document: str, about: dict[str, Any], world: World
+    ) -> None:
+        """Writes a checkpoint, and removes old ones. Collective."""
+        with atomic_dir_of_ranks(folder, _KIND, world, CheckpointError) as part:
+            save_tensors(tensors, part, world)
+            with raise_on_all_ranks(world, CheckpointError, part):
+                own = sorted(part.glob(f"__{world.rank}_*"))
+                if world.is_main:
+                    replace_text(part / STATE, document)
+                    own += [part / METADATA, part / STATE]
+                # Who wrote a file hashes it: its bytes are still in this host's cache.
+                sums = {file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)} for file in own}
+            files = {name: entry for entries in gather_objects(sums, world) for name, entry in entries.items()}
+            with raise_on_all_ranks(world, CheckpointError, part):
+                if world.is_main:
+                    sequence = max((manifest["sequence"] for _, manifest in self._complete()), default=0) + 1
+                    write_manifest(part, files=files, sequence=sequence, **about)
+        if world.is_main:
+            self._damaged.discard(folder)
+            self._retire()
+
+    @property
+    def has_failed(self) -> bool:
+        """The last checkpoint could not be written; :meth:`wait` says why. Known to one rank sooner than to another."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def wait(self) -> None:
+        """Waits until the last checkpoint is on the disk, if it is still being written.
+
+        Raises:
+            CheckpointError: On all ranks, if one could not write; what was there before is still there.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the last checkpoint, and gives the copies' memory back."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
+            if self._stager is not None:
+                self._stager.close()
+
+    def roll_back(self, step: int, world: World, because: str = "") -> Path | None:
+        """Removes the checkpoints of later steps, so that a run resumes from ``step``, or with 0 from the first model.
+
+        Newest first: a process that dies here leaves checkpoints that a run can resume from and roll back again.
+        Collective.
+
+        Args:
+            step (int): of the checkpoint that becomes the newest.
+            world (World): the ranks.
+            because (str): why, in a sentence, for the message.
+
+        Returns:
+            Path | None: the checkpoint that a run now resumes from; None if it starts with the first model.
+
+        Raises:
+            CheckpointError: If there is none of ``step``, and then nothing is removed; or if one could not be.
+        """
+        self.wait()
+        with raise_on_all_ranks(world, CheckpointError):
+            if world.is_main:
+                complete = self._complete()
+                if step > 0 and step not in {manifest["step"] for _, manifest in complete}:
+                    raise CheckpointError(
+                        f"{because} {self.checkpoints_dir}: cannot go back to step {step}, whose checkpoint is "
+                        "not there (it is kept only if a limit could roll back when it was saved). No checkpoint was "
+                        "removed; the same command, with what you change, resumes from the newest.".lstrip()
+                    )
+                for folder, manifest in reversed(complete):
+                    if manifest["step"] > step:
+                        _remove(folder)
+        return self.latest()
+
+    def _clean(self) -> None:
+        """Removes what a dead process left behind; a checkpoint that it was replacing gets its name back.
+
+        Other programs have checkpoints/step_N too: what has no marker is left alone.
+        """
+        for folder in [*self.checkpoints_dir.glob(".step_*.part"), *self.checkpoints_dir.glob("step_*")]:
+            if not is_marked(folder, _KIND):
+                continue
+            match = STEP_FOLDER.fullmatch(folder.name)
+            current = folder.with_name(folder.name.removesuffix(".old"))
+            is_half_deleted = match is not None and not (folder / MANIFEST).exists()
+            is_replaced = match is not None and folder != current and (current / MANIFEST).exists()
+            if folder.suffix == ".part" or is_half_deleted or is_replaced:
+                remove_folder(folder)
+            elif match is not None and folder != current and is_replaceable(current, _KIND):
+                remove_or_keep_aside(current, _KIND)
+                os.rename(folder, current)
+
+    def _retire(self) -> None:
+        """Removes checkpoints that are neither among the newest nor among the best, nor the last anchor."""
+        complete = self._complete()
+        keep = {folder for folder, _ in complete[-self.keep_last :]}
+        scored = [(manifest["metric"], -manifest["sequence"], folder) for folder, manifest in complete]
+        best = sorted(entry for entry in scored if entry[0] is not None)[: self.keep_best]
+        keep |= {folder for _, _, folder in best}
+        keep |= set([folder for folder, manifest in complete if manifest["anchor"]][-1:])
+        for folder, _ in complete:
+            if folder not in keep and is_marked(folder, _KIND):
+                try:
+                    _remove(folder)
+                except OSError as error:
+                    log.warning(f"{folder}: cannot remove this old checkpoint ({error}).")
+
+    # ---- resume
+
+    def _complete(self) -> list[tuple[Path, dict[str, Any]]]:
+        """The complete checkpoints with their manifests, oldest first."""
+        found: dict[str, tuple[Path, dict[str, Any]]] = {}
+        # A folder's `.old` sorts after it and counts only if it is incomplete.
+        for folder in sorted(self.checkpoints_dir.glob("step_*")):
+            match = STEP_FOLDER.fullmatch(folder.name)
+            if match is None or match[1] in found or folder in self._damaged or not (folder / MANIFEST).exists():
+                continue
+            try:
+                found[match[1]] = folder, read_manifest(folder)
+            except CheckpointError as error:
+                self._damaged.add(folder)
+                log.warning(f"{error} This checkpoint is passed over.")
+        return sorted(found.values(), key=lambda checkpoint: checkpoint[1]["sequence"])
+
+    def latest(self, resume: str = "auto", world: World | None = None) -> Path | None:
+        """The checkpoint to resume from.
+
+        Args:
+            resume (str): ``auto`` for the newest complete checkpoint if there is one, ``never``, or one's folder.
+            world (World | None): ranks that read the newest checkpoint and compare its checksums, each a part of the
+                files; where a byte has changed the one before it is taken, with a warning. Collective then. None looks
+                at manifests and sizes only.
+
+        Returns:
+            Path | None: the folder, or None to start a new run.
+
+        Raises:
+            CheckpointError: If a folder is given that is no complete checkpoint; or if there are checkpoints of this
+                run, and none of them is complete.
+        """
+        if resume == "never":
+            return None
+        if resume != "auto":
+            read_manifest(Path(resume))
+            return Path(resume)
+        complete = self._complete()
+        if world is None:
+            return complete[-1][0] if complete else None
+        complete, damaged = broadcast_object((complete, self._damaged), world)
+        for folder, manifest in reversed(complete):
+            entries = sorted(manifest["files"].items())[world.rank :: world.world_size]
+            faults = [fault for part in gather_objects(find_damage(folder, entries), world) for fault in part]
+            if not faults:
+                self._verified = folder
+                return folder
+            self._damaged.add(folder)
+            if world.is_main:
+                log.warning(f"{folder}: damaged ({'; '.join(faults)}). It is passed over for the checkpoint before it.")
+        lost = [folder.name for folder in sorted(self._damaged | damaged) if is_marked(folder, _KIND)]
+        if lost:
+            raise CheckpointError(
+                f"{self.checkpoints_dir}: every checkpoint is damaged ({', '.join(lost)}; see the warnings above). "
+                "Restore one from a copy, or start a new run with resume=never."
+            )
+        return None
+
+    def read_state(self, path: str | Path) -> dict[str, Any]:
+        """Reads what was given as ``state`` to :meth:`save`; no tensor is touched.
+
+        Args:
+            path (str | Path): a checkpoint's folder.
+
+        Returns:
+            dict[str, Any]: JSON values.
+
+        Raises:
+            CheckpointError: If the folder is no complete checkpoint, or its state.json is damaged.
+        """
+        state: dict[str, Any] = read_document(Path(path))["state"]
+        return state
+
+    def load(
+        self,
+        path: str | Path,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        world: World,
+        new_options: bool = False,
+    ) -> None:
+        """Restores tensors bit for bit, on any number of ranks. Every file's checksum is verified first. Collective.
+
+        Args:
+            path (str | Path): a checkpoint's folder.
+            model (nn.Module): sharded or plain, with memory.
+            optimizer (torch.optim.Optimizer | None): made for ``model``'s parameters; left as it is if the checkpoint
+                was saved without one. None leaves the saved one aside.
+            world (World): the ranks.
+            new_options (bool): what ``optimizer`` was made with, such as its weight decay, stands; False brings the
+                saved values back.
+
+        Raises:
+            CheckpointError: If a file is damaged, or if the checkpoint does not fit the model or the optimizer.
+        """
+        set_stage("loading a checkpoint")
+        folder = Path(path)
+        with raise_on_all_ranks(world, CheckpointError):
+            entries = sorted(read_manifest(folder)["files"].items())
+            # `latest` has read all files of the one that it chose
+            for name, entry in entries[world.rank :: world.world_size] if folder != self._verified else ():
+                verify(folder / name, entry)
+        with raise_on_all_ranks(world, CheckpointError):
+            metadata, saved = read_metadata(folder), read_document(folder)["optimizer"]
+            targets = model_tensors(model)
+            optimizer_state: dict[torch.Tensor, dict[str, Any]] = {}
+            if optimizer is not None and saved is not None:
+                optimizer_state, tensors = allocate_optimizer_state(model, optimizer, saved, metadata, folder)
+                targets |= tensors
+            check_targets(targets, metadata, folder)
+        load_tensors(targets, folder, metadata)
+        broken = nonfinite_weights(model, world)
+        if broken:
+            raise CheckpointError(
+                f"{folder}: was saved with NaN or infinity in {', '.join(broken[:10])}. Resume from an earlier "
+                "checkpoint: resume=<path>."
+            )
+        if optimizer is not None and saved is not None:
+            restore_optimizer(optimizer, optimizer_state, saved, keep_options=new_options)
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint, its manifest first: from then on it is none. One without a marker is kept aside."""
+    if is_marked(folder, _KIND):
+        (folder / MANIFEST).unlink()
+    remove_or_keep_aside(folder, _KIND)
+
+
+def _size(size_bytes: float) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.1f} MiB"
