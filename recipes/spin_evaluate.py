@@ -1,7 +1,7 @@
-"""Which of two models answers better: the win rate of iteration t against t - 1, or of any model against any other.
+"""Which of two models is better: the win rate of iteration t against t - 1, or of any model against any other.
 
-Both answer the same held-out prompts; a judge model compares the answers, shown to it in both orders, or the answers
-are checked against what the data set says (exact match).
+Both respond to the same held-out prompts; a judge model compares the responses, shown to it in both orders, or they are
+checked against the data set's own (exact match).
 
 One machine:         tune run spin_evaluate --config evaluate/llama3_2_1B
 Eight GPUs:          tune run --nproc_per_node 8 spin_evaluate --config evaluate/llama3_2_1B
@@ -9,11 +9,11 @@ The quickstart's:    tune run spin_evaluate --config evaluate/smollm2_135M_cpu
 
 Writes, into output_dir:
 
-    answers/<name>/                       each model's answers (a pair store), used again while its weights are the same
-    <candidate>_vs_<baseline>/            rows.jsonl (prompt, answers, verdicts), summary.json, judgements/
+    responses/<name>/                     a pair store for each model, used again while its weights are the same
+    <candidate>_vs_<baseline>/            rows.jsonl (prompt, responses, verdicts), summary.json, judgements/
 
-Models are loaded one after the other. A run that was killed is started again with the same command: answers and
-judgements that are finished stay. Not here: benchmarks with fixed tasks, see docs/evaluation.md on lm-eval.
+Models are loaded one after the other. The same command resumes a run that was killed: finished responses and judgements
+stay. Not here: benchmarks with fixed tasks, see docs/evaluation.md on lm-eval.
 """
 
 from __future__ import annotations
@@ -77,8 +77,11 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+ROLES = ("candidate", "baseline")
+
+
 class SPINEvaluate:
-    """Plays two models on held-out prompts and says which one answers better.
+    """Compares two models on held-out prompts.
 
     Args:
         cfg (DictConfig): complete, see ``DEFAULTS``.
@@ -99,51 +102,55 @@ class SPINEvaluate:
         with raise_on_all_ranks(self._world, OutputError):
             self._lock = FolderLock(self._output_dir) if self._world.is_main else None
         self._models = {role: EvalModel(role, cfg[role]) for role in eval_model_roles(cfg)}
-        datasets = {}
         for model in self._models.values():
             fix_date(model.tokenizer, self._output_dir, self._world, cfg.candidate.checkpoint_dir)
-        for role in ("candidate", "baseline"):
+        datasets = {}
+        for role in ROLES:
             model = self._models[role]
             options = {"tokenizer": model.tokenizer, "max_seq_len": model.context, "keep_originals": True}
             datasets[role] = config.instantiate(cfg.dataset, **options)
             model.check(datasets[role])
-        # a sample that is too long for one of them is left out for both
-        shared = set(datasets["candidate"].sample_ids) & set(datasets["baseline"].sample_ids)
-        left_out = len(datasets["candidate"]) + len(datasets["baseline"]) - 2 * len(shared)
-        if left_out:
-            log.warning(f"{left_out} samples fit one of the two models only and are left out.")
+        # a sample that is too long for one of them is dropped for both
+        shared = set.intersection(*(set(dataset.sample_ids) for dataset in datasets.values()))
+        dropped = sum(len(dataset) - len(shared) for dataset in datasets.values())
+        if dropped:
+            log.warning(f"{dropped} samples fit one of the two models only and are dropped.")
+        if not shared:
+            raise DataError("no prompt fits both models. Raise dataset.max_prompt_tokens, or choose other data.")
         self._originals = datasets["candidate"].originals
         self._prompts = {
             role: PromptDataset(prompt for prompt in dataset if prompt.sample_id in shared)
             for role, dataset in datasets.items()
         }
-        self._sample_ids = self._prompts["candidate"].sample_ids
-        if not self._sample_ids:
-            raise DataError("no prompt fits both models. Raise dataset.max_prompt_tokens, or choose other data.")
         for role, model in self._models.items():
             read = {f"dataset of {role}": self._prompts.get(role), f"tokenizer of {role}": model.tokenizer}
             check_ranks_agree(inputs_of_files(read, model.section, f" of {role}"), self._world)
-        self._references = self._right_answers() if cfg.verdict == "exact_match" else {}
+        self._right_answers: dict[str, str] = {}
+        if cfg.verdict == "exact_match":
+            originals = {sample_id: self._originals[sample_id] for sample_id in self._prompts["candidate"].sample_ids}
+            section = cfg.exact_match
+            self._right_answers = verdicts.right_answers(originals, section.column, section.reference_pattern)
 
     def evaluate(self) -> dict[str, Any]:
-        """Makes the answers that are missing, has them judged, writes the results.
+        """Generates the responses that are missing, has them judged, writes the results.
 
         Returns:
-            dict[str, Any]: what ``summary.json`` holds.
+            dict[str, Any]: the content of ``summary.json``.
 
         Raises:
             DataError: If not one verdict of the judge can be read.
         """
-        cfg = self._cfg
-        candidate, baseline = self._models["candidate"], self._models["baseline"]
-        folder = self._output_dir / f"{candidate.name}_vs_{baseline.name}"
-        # --- 1. Both models answer every prompt ---
-        answers = {
-            role: self._play(model, self._prompts[role], cfg.sampling, self._output_dir / "answers" / model.name)
-            for role, model in (("candidate", candidate), ("baseline", baseline))
+        cfg, models = self._cfg, self._models
+        # --- 1. Both models respond to every prompt ---
+        responses = {
+            role: self._generate(
+                models[role], self._prompts[role], cfg.sampling, self._output_dir / "responses" / models[role].name
+            )
+            for role in ROLES
         }
-        rows = [self._row(sample_id, answers) for sample_id in self._sample_ids]
+        rows = [self._row(sample_id, responses) for sample_id in self._prompts["candidate"].sample_ids]
         # --- 2. Verdicts ---
+        folder = self._output_dir / f"{models['candidate'].name}_vs_{models['baseline'].name}"
         if cfg.verdict == "judge":
             self._judge(rows, folder / "judgements")
         else:
@@ -173,16 +180,16 @@ class SPINEvaluate:
         if self._lock is not None:
             self._lock.release()
 
-    # --- Answers ---
+    # --- Responses ---
 
-    def _play(
+    def _generate(
         self, who: EvalModel, prompts: PromptDataset, section: DictConfig, folder: Path
     ) -> dict[str, tuple[str, Response]]:
-        """The answers of one model, by sample: text and tokens. Those of an earlier run are used if nothing changed."""
+        """Text and response of one model to each sample. Those of an earlier run are used if nothing changed."""
         cfg, world = self._cfg, self._world
         plain: Any = config.plain(section)
         sampling = sampling_params(plain, who.tokenizer.eos_ids, who.unknown_ids)
-        generator = None if who.has_weights else who.generator(None, world)  # it says whose answers it gives
+        generator = None if who.has_weights else who.generator(None, world)  # it has the fingerprint
         fingerprint = {
             "opponent": broadcast_object(who.fingerprint(generator) if world.is_main else None, world),
             "prompts": prompts.fingerprint(),
@@ -199,14 +206,14 @@ class SPINEvaluate:
         missing = missing_shards(store, world)
         if missing:
             if world.is_main:
-                log.info(f"{who.name}: {len(missing)} of {store.num_shards} shards of answers to make")
+                log.info(f"{who.name}: {len(missing)} of {store.num_shards} shards of responses missing")
             model = who.load(world, cfg.compute_dtype) if who.has_weights else None
             generator = generator or who.generator(model, world)
             team = team_of(generator, world)
             mine = selfplay.own_shards(missing, store, game, team)
             own = math.ceil(len(prompts) * len(mine) / store.num_shards)  # about so many prompts
             with progress_bar(who.name, "prompt", own, enabled=world.is_main) as bar:
-                # a generator without weights answers by itself
+                # a generator without weights needs none
                 with nullcontext() if model is None else awake(generator, model):
                     if model is not None:
                         layout = RowLayout(min(8192, who.context))
@@ -226,41 +233,41 @@ class SPINEvaluate:
 
     # --- Verdicts ---
 
-    def _row(self, sample_id: str, answers: dict[str, dict[str, tuple[str, Response]]]) -> dict[str, Any]:
+    def _row(self, sample_id: str, responses: dict[str, dict[str, tuple[str, Response]]]) -> dict[str, Any]:
         messages = self._originals[sample_id].messages
         row: dict[str, Any] = {
             "sample_id": sample_id,
             "prompt": verdicts.conversation_text(messages[:-1]),
             "reference": verdicts.message_text(messages[-1]),
         }
-        for role in ("candidate", "baseline"):
-            text, response = answers[role][sample_id]
+        for role in ROLES:
+            text, response = responses[role][sample_id]
             row |= {role: text, f"{role}_tokens": len(response.token_ids), f"{role}_finish": response.finish_reason}
         return row
 
     def _judge(self, rows: list[dict[str, Any]], folder: Path) -> None:
-        """Adds the judge's texts, its verdicts and the outcome to each row; equal answers are a tie unasked."""
+        """Adds the judge's texts, its verdicts and the outcome to each row; equal responses are a tie unasked."""
         cfg, judge = self._cfg.judge, self._models["judge"]
-        asked = [row for row in rows if row["candidate"] != row["baseline"]]
-        prompts = PromptDataset(self._questions(asked)) if asked else PromptDataset()
+        prompts = PromptDataset(self._questions([row for row in rows if row["candidate"] != row["baseline"]]))
+        texts = {}
         if len(prompts):
             judge.check(prompts)
-        texts = self._play(judge, prompts, cfg.sampling, folder) if len(prompts) else {}
+            texts = self._generate(judge, prompts, cfg.sampling, folder)
         for row in rows:
             if row["candidate"] == row["baseline"]:
                 row |= {"judge_texts": [], "verdicts": [], "outcome": "tie"}
                 continue
-            said = [texts[f"{row['sample_id']}#{first}"][0] for first in ("candidate", "baseline")]
+            said = [texts[f"{row['sample_id']}#{first}"][0] for first in ROLES]
             found = [verdicts.read_verdict(text, cfg.pattern) for text in said]
             row |= {"judge_texts": said, "verdicts": found, "outcome": verdicts.outcome_of(*found)}
 
     def _questions(self, rows: Iterable[dict[str, Any]]) -> Iterable[Prompt]:
-        """What the judge is asked, as token ids: each pair of answers in both orders."""
+        """The judge's prompts: each pair of responses in both orders."""
         cfg, judge = self._cfg.judge, self._models["judge"]
         room = judge.context - cfg.sampling.max_new_tokens
         system = [] if cfg.system_prompt is None else [{"role": "system", "content": cfg.system_prompt}]
         for row in rows:
-            for first, second in (("candidate", "baseline"), ("baseline", "candidate")):
+            for first, second in (ROLES, ROLES[::-1]):
                 fields = {"prompt": row["prompt"], "reference": row["reference"]}
                 text = verdicts.fill_template(cfg.template, first=row[first], second=row[second], **fields)
                 ids = judge.tokenizer.encode_prompt([*system, {"role": "user", "content": text}])
@@ -274,63 +281,35 @@ class SPINEvaluate:
                 yield Prompt(f"{row['sample_id']}#{first}", ids, [])
 
     def _match(self, rows: list[dict[str, Any]]) -> None:
-        """Adds what was taken out of each answer, whether that is right, and the outcome to each row."""
+        """Adds the answer extracted from each response, whether it is right, and the outcome to each row."""
         for row in rows:
-            row["right_answer"] = self._references[row["sample_id"]]
-            for role in ("candidate", "baseline"):
+            row["right_answer"] = self._right_answers[row["sample_id"]]
+            for role in ROLES:
                 row[f"{role}_answer"] = verdicts.extract(row[role], self._cfg.exact_match.pattern)
                 row[f"{role}_right"] = row[f"{role}_answer"] == row["right_answer"]
             row["outcome"] = verdicts.outcome_of_match(row["candidate_right"], row["baseline_right"])
 
-    def _right_answers(self) -> dict[str, str]:
-        """The right answer to each sample, from the real response or a column of its own."""
-        section = self._cfg.exact_match
-        found, faults = {}, []
-        first = self._originals[self._sample_ids[0]].row
-        if section.column is not None and not any(section.column in o.row for o in self._originals.values()):
-            raise DataError(
-                f"exact_match.column={section.column}: no row has it; found the columns {', '.join(map(str, first))}."
-            )
-        for sample_id in self._sample_ids:
-            original = self._originals[sample_id]
-            last = verdicts.message_text(original.messages[-1])
-            text = last if section.column is None else original.row.get(section.column)
-            answer = None if text is None else verdicts.extract(str(text), section.reference_pattern)
-            if answer is None:
-                faults.append(f"{sample_id!r} has {text!r:.60}")
-            else:
-                found[sample_id] = answer
-        if faults:
-            where = "the real response" if section.column is None else f"the column {section.column!r}"
-            raise DataError(
-                f"{len(faults)} samples have no right answer in {where} that reference_pattern="
-                f"{section.reference_pattern!r} finds: {'; '.join(faults[:5])}. Change exact_match.column or "
-                "exact_match.reference_pattern."
-            )
-        return found
-
     def _summary(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         cfg = self._cfg
         summary: dict[str, Any] = {}
-        for role in ("candidate", "baseline"):
+        for role in ROLES:
             model = self._models[role]
             summary[role] = {
                 "name": model.name,
                 "checkpoint_dir": model.section.checkpoint_dir,
                 "weights": model.weights,
                 "mean_tokens": sum(row[f"{role}_tokens"] for row in rows) / len(rows),
-                "truncated_share": sum(row[f"{role}_finish"] == "length" for row in rows) / len(rows),
+                "truncated_fraction": sum(row[f"{role}_finish"] == "length" for row in rows) / len(rows),
             }
             if cfg.verdict == "exact_match":
                 summary[role] |= verdicts.accuracy_summary([row[f"{role}_right"] for row in rows])
         summary |= {"verdict": cfg.verdict, **verdicts.win_summary([row["outcome"] for row in rows])}
         if cfg.verdict == "judge":
-            judge = self._models["judge"]
             found = [tuple(row["verdicts"]) for row in rows if row["verdicts"]]
             summary["judge"] = {
-                "name": judge.name,
-                "weights": judge.weights,
-                "equal_answers": len(rows) - len(found),
+                "name": self._models["judge"].name,
+                "weights": self._models["judge"].weights,
+                "equal_responses": len(rows) - len(found),
                 **verdicts.bias_summary(found),
             }
         return summary | {"sampling": config.plain(cfg.sampling), "seed": cfg.seed}

@@ -1,4 +1,4 @@
-"""The models of an evaluation: who answers, who judges, and what their sections of the config must hold."""
+"""The models of an evaluation, candidate, baseline and judge, and the checks of its config."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EVAL_MODEL_DEFAULTS: dict[str, Any] = {
 
 
 class EvalModel:
-    """A model that answers or judges: tokenizer and shape now, weights when it is its turn."""
+    """A model that responds or judges: tokenizer and shape now, weights when it is its turn."""
 
     def __init__(self, role: str, section: DictConfig) -> None:
         self.role, self.section = role, section
@@ -73,7 +73,7 @@ class EvalModel:
             check_vocabulary(self._shape, self.tokenizer, self.tokenizer.eos_ids, prompts)
 
     def fingerprint(self, generator: Generator | None) -> str:
-        """Whose answers these are: a hash of the weights' files, or what a generator without weights says of itself."""
+        """Whose responses these are: a hash of the weights' files, or the generator's own fingerprint."""
         if not self.has_weights:
             return str(getattr(generator, "fingerprint", self.name))
         folder = Path(self.section.checkpoint_dir)
@@ -131,7 +131,7 @@ def check_evaluation(cfg: DictConfig) -> None:
             faults.add(f"{name}=null: expected a section; an evaluation cannot do without it.")
     for role in eval_model_roles(cfg):
         if cfg[role] is not None and cfg[role].generator is None:
-            faults.add(f"{role}.generator=null: expected a section with _component_, which answers.")
+            faults.add(f"{role}.generator=null: expected a section with _component_.")
     faults.raise_if_any()
     if cfg.verdict not in verdicts.VERDICTS:
         faults.add(f"verdict={cfg.verdict!r}: expected {' or '.join(verdicts.VERDICTS)}.")
@@ -144,10 +144,10 @@ def check_evaluation(cfg: DictConfig) -> None:
         if not own_weights and section.generator["_component_"] == EVAL_MODEL_DEFAULTS["generator"]["_component_"]:
             faults.add(
                 f"{role}.checkpoint_dir: not set. Name a Hugging Face folder, such as "
-                "runs/mine/iteration_001/hf_model, or a generator that has answers of its own."
+                "runs/mine/iteration_001/hf_model, or a generator that needs no weights."
             )
         if section.tokenizer is None:
-            faults.add(f"{role}.tokenizer: not set. It makes the token ids that the model is asked by.")
+            faults.add(f"{role}.tokenizer: not set. It makes the prompts' token ids.")
         transfer_dir = section.generator.get("transfer_dir")
         if isinstance(transfer_dir, str) and transfer_dir:
             apart_from = {"output_dir": cfg.output_dir, f"{role}.checkpoint_dir": section.checkpoint_dir}
@@ -174,10 +174,10 @@ def check_evaluation(cfg: DictConfig) -> None:
     if data.get("streaming"):
         faults.add("dataset.streaming=true: an evaluation reads its prompts once. Use dataset.limit alone.")
     sources = data.get("sources")
-    shares = [f"dataset.sources.{name}.weight" for name, part in _sections(sources) if "weight" in part]
-    if shares or data.get("samples") is not None:
+    weights = [f"dataset.sources.{name}.weight" for name, part in _sections(sources) if "weight" in part]
+    if weights or data.get("samples") is not None:
         faults.add(
-            f"{', '.join(shares) or 'dataset.samples'}: an evaluation plays every sample once. Remove it, and set "
+            f"{', '.join(weights) or 'dataset.samples'}: an evaluation plays every sample once. Remove it, and set "
             "limit in a source to take fewer of its samples."
         )
     check_ranges(config.plain(cfg), faults)

@@ -1,7 +1,4 @@
-"""Which of two models answers better: verdicts of a judge or of exact match, and what they sum up to.
-
-Everything here works on texts; who answers and who judges is the recipe's business.
-"""
+"""Which of two models is better: verdicts of a judge or of exact match, and win rates. Works on texts alone."""
 
 from __future__ import annotations
 
@@ -13,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
 
-from spin.core.errors import ConfigError
+from spin.core.errors import ConfigError, DataError
 from spin.core.terminal import printable
+from spin.data.dataset import Original
 from spin.data.messages import ChatMessage
 
-Place = Literal["first", "second", "tie"]  # what a judge says of two answers in the order in which it saw them
+Place = Literal["first", "second", "tie"]  # what a judge says of two responses in the order in which it saw them
 Outcome = Literal["win", "tie", "loss"]  # for the candidate
 VERDICTS = ("judge", "exact_match")
 
@@ -57,7 +55,7 @@ def check_template(template: object) -> None:
     unknown = sorted(set(found) - set(_FIELDS))
     missing = [f"{{{name}}}" for name in ("first", "second") if name not in found]
     if missing:
-        raise ConfigError(f"judge.template: has no {' and no '.join(missing)}, where the answers are to stand.")
+        raise ConfigError(f"judge.template: has no {' and no '.join(missing)}, where the responses belong.")
     if unknown:
         raise ConfigError(
             f"judge.template: {', '.join(f'{{{name}}}' for name in unknown)} is no field; known are "
@@ -85,7 +83,7 @@ def fill_template(template: str, **fields: str) -> str:
 
 
 def conversation_text(messages: Sequence[ChatMessage]) -> str:
-    """A prompt as a judge reads it."""
+    """A prompt as a judge reads it: the user's text where it is alone, else the tools and every turn under its role."""
     if [message["role"] for message in messages] == ["user"] and "tools" not in messages[0]:
         return messages[0]["content"]
     tools = messages[0].get("tools") if messages else None
@@ -101,13 +99,13 @@ def message_text(message: ChatMessage) -> str:
 
 
 def read_verdict(text: str, pattern: str) -> Place | None:
-    """What a judge decided."""
+    """A judge's verdict by the last match of ``pattern``, since a judge reasons first; None if it has no A, B or C."""
     found = re.findall(pattern, text)
     return _PLACES.get(found[-1].upper()) if found else None
 
 
 def outcome_of(candidate_first: Place | None, baseline_first: Place | None) -> Outcome | None:
-    """What two verdicts on one pair of answers, shown in both orders, amount to.
+    """The outcome of two verdicts on one pair of responses, shown in both orders; None if one is unreadable.
 
     A win or a loss takes both: a judge that goes by the place names another winner in the other order, which is a tie.
     """
@@ -122,13 +120,13 @@ def outcome_of(candidate_first: Place | None, baseline_first: Place | None) -> O
 
 
 def extract(text: str, pattern: str | None) -> str | None:
-    """The part of a text that is compared."""
+    """The last match of ``pattern`` (None: the whole text) in canonical form; None if there is none."""
     found = [text] if pattern is None else re.findall(pattern, text)
     return canonical(found[-1]) if found else None
 
 
 def canonical(text: str) -> str:
-    """A text without what does not matter: case, white space, punctuation at its ends, the spelling of a number."""
+    """A text without what does not matter: case, white space, punctuation at its ends, the form of a number."""
     text = " ".join(text.split()).casefold().strip(" .,;:!?\"'`*$")
     if not _NUMBER.fullmatch(text):
         return text
@@ -137,17 +135,39 @@ def canonical(text: str) -> str:
 
 
 def outcome_of_match(candidate: bool, baseline: bool) -> Outcome:
-    """The outcome for the candidate where answers are right or wrong."""
-    if candidate == baseline:
-        return "tie"
-    return "win" if candidate else "loss"
+    """The outcome for the candidate where responses are right or wrong."""
+    return "tie" if candidate == baseline else "win" if candidate else "loss"
 
 
-# --- What many samples say ---
+def right_answers(
+    originals: Mapping[str, Original], column: str | None, reference_pattern: str | None
+) -> dict[str, str]:
+    """The right answer to each sample, from the real response or a column of the row; DataError if one is missing."""
+    if column is not None and not any(column in original.row for original in originals.values()):
+        names = ", ".join(map(str, next(iter(originals.values())).row))
+        raise DataError(f"exact_match.column={column}: no row has it; found the columns {names}.")
+    found, faults = {}, []
+    for sample_id, original in originals.items():
+        text = message_text(original.messages[-1]) if column is None else original.row.get(column)
+        answer = None if text is None else extract(str(text), reference_pattern)
+        if answer is None:
+            faults.append(f"{sample_id!r} has {text!r:.60}")
+        else:
+            found[sample_id] = answer
+    if faults:
+        where = "the real response" if column is None else f"the column {column!r}"
+        raise DataError(
+            f"{len(faults)} samples have no right answer in {where} that reference_pattern={reference_pattern!r} "
+            f"finds: {'; '.join(faults[:5])}. Change exact_match.column or exact_match.reference_pattern."
+        )
+    return found
+
+
+# --- Over all samples ---
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's interval of a share, for 95 %.
+    """Wilson's interval of a fraction, for 95 %.
 
     With ties as half a success it is too wide rather than too narrow: values between 0 and 1 vary at most as much as
     zeros and ones of the same mean.
@@ -162,21 +182,21 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     Source:
         Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
-    share, z = successes / n, _Z95
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    p, z = successes / n, _Z95
+    middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """How likely wins and losses are to differ this much if both models are equally good."""
+    """Two-sided p-value of the exact sign test (with right and wrong responses: McNemar's); ties say nothing."""
     n = wins + losses
     tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1))
     return min(1.0, 2 * tail / 2**n)
 
 
 def win_summary(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
-    """Counts, win rate and how sure it is."""
+    """Counts, win rate (a tie is half a win, unreadable samples are left out), its 95 % interval, the sign test."""
     counts = Counter(outcomes)
     wins, ties, losses = counts["win"], counts["tie"], counts["loss"]
     n = wins + ties + losses
@@ -193,7 +213,12 @@ def win_summary(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
 
 
 def bias_summary(verdicts: Sequence[tuple[Place | None, Place | None]]) -> dict[str, Any]:
-    """How far a judge goes by the place of an answer."""
+    """How far a judge goes by the place of a response.
+
+    ``first_fraction``: of the verdicts that name a winner, those that name the first response (0.5 without bias);
+    ``same_place_fraction``: of the pairs with two readable verdicts, those in which one place won in both orders;
+    ``agreement_fraction``: those in which one response won, or both verdicts are ties.
+    """
     said = Counter(place for pair in verdicts for place in pair)
     named = said["first"] + said["second"]
     both = [pair for pair in verdicts if None not in pair]
@@ -202,18 +227,16 @@ def bias_summary(verdicts: Sequence[tuple[Place | None, Place | None]]) -> dict[
     return {
         "asked": 2 * len(verdicts),
         "unreadable": said[None],
-        "first_share": said["first"] / named if named else None,
-        "same_place_share": same_place / len(both) if both else None,
-        "agreement_share": agree / len(both) if both else None,
+        "first_fraction": said["first"] / named if named else None,
+        "same_place_fraction": same_place / len(both) if both else None,
+        "agreement_fraction": agree / len(both) if both else None,
     }
 
 
 def accuracy_summary(right: Sequence[bool]) -> dict[str, Any]:
     """Accuracy of one model."""
-    return {
-        "accuracy": sum(right) / len(right),
-        "accuracy_interval": list(wilson_interval(sum(right), len(right))),
-    }
+    n = len(right)
+    return {"accuracy": sum(right) / n, "accuracy_interval": list(wilson_interval(sum(right), n))}
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
@@ -221,35 +244,36 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     candidate, baseline = summary["candidate"], summary["baseline"]
     width = max(len(candidate["name"]), len(baseline["name"]))
     lines = [f"\n=== {candidate['name']} against {baseline['name']}, {summary['samples']} prompts ==="]
-    for player in (candidate, baseline):
-        tokens, cut = player["mean_tokens"], player["truncated_share"]
-        line = f"{player['name']:{width}}  {tokens:8.1f} tokens on average, {cut:.1%} cut"
-        if "accuracy" in player:
-            line += f"; accuracy {_share(player['accuracy'], player['accuracy_interval'])}"
+    for model in (candidate, baseline):
+        tokens, truncated = model["mean_tokens"], model["truncated_fraction"]
+        line = f"{model['name']:{width}}  {tokens:8.1f} tokens on average, {truncated:.1%} truncated"
+        if "accuracy" in model:
+            line += f"; accuracy {_percent(model['accuracy'], model['accuracy_interval'])}"
         lines.append(line)
     outcomes = f"{summary['wins']} wins, {summary['ties']} ties, {summary['losses']} losses"
     lines += ["", f"{candidate['name']}: {outcomes}" + _unreadable(summary["unreadable"], "prompts")]
     if summary["win_rate"] is not None:
-        rate = _share(summary["win_rate"], summary["win_rate_interval"])
+        rate = _percent(summary["win_rate"], summary["win_rate_interval"])
         lines.append(f"win rate, a tie as half: {rate}; sign test p = {summary['sign_test_p']:.3g}")
     judge = summary.get("judge")
     if judge is not None:
         lines.append(
             f"judge {judge['name']}: {judge['asked']} verdicts{_unreadable(judge['unreadable'], 'verdicts')}, "
-            f"{judge['equal_answers']} prompts with equal answers not asked"
+            f"{judge['equal_responses']} prompts with equal responses not asked"
         )
-        if judge["first_share"] is not None:
-            lines.append(f"position bias: {judge['first_share']:.1%} of the verdicts that name a winner name the first")
-        if judge["agreement_share"] is not None:
+        if judge["first_fraction"] is not None:
+            first = judge["first_fraction"]
+            lines.append(f"position bias: {first:.1%} of the verdicts that name a winner name the first")
+        if judge["agreement_fraction"] is not None:
             lines.append(
-                f"both orders agree on {judge['agreement_share']:.1%} of the prompts; one place wins in both on "
-                f"{judge['same_place_share']:.1%}"
+                f"both orders agree on {judge['agreement_fraction']:.1%} of the prompts; one place wins in both on "
+                f"{judge['same_place_fraction']:.1%}"
             )
     return printable("\n".join(lines))
 
 
-def _share(share: float, interval: Sequence[float]) -> str:
-    return f"{share:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
+def _percent(fraction: float, interval: Sequence[float]) -> str:
+    return f"{fraction:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
 
 
 def _unreadable(count: int, what: str) -> str:

@@ -162,12 +162,12 @@ def test_position_bias():
     """Five pairs, ten verdicts: four for the first place, three for the second, two ties, one unreadable.
 
     Of the four pairs with both verdicts one place wins twice in two (first-first, second-second) and the verdicts
-    agree in two: (first, second) names one answer, (tie, tie) none.
+    agree in two: (first, second) names one response, (tie, tie) none.
     """
-    verdicts = [("first", "first"), ("second", "second"), ("first", "second"), ("tie", "tie"), ("first", None)]
-    found = verdicts.bias_summary(verdicts)
+    found_pairs = [("first", "first"), ("second", "second"), ("first", "second"), ("tie", "tie"), ("first", None)]
+    found = verdicts.bias_summary(found_pairs)
     assert (found["asked"], found["unreadable"]) == (10, 1)
-    assert found["first_share"] == 4 / 7
-    assert found["same_place_share"] == found["agreement_share"] == 2 / 4
-    assert verdicts.bias_summary([("tie", None)])["first_share"] is None
-    assert verdicts.bias_summary([])["same_place_share"] is None
+    assert found["first_fraction"] == 4 / 7
+    assert found["same_place_fraction"] == found["agreement_fraction"] == 2 / 4
+    assert verdicts.bias_summary([("tie", None)])["first_fraction"] is None
+    assert verdicts.bias_summary([])["same_place_fraction"] is None

@@ -99,7 +99,7 @@ def test_logs(monkeypatch, capfd):
 
 def test_tables(tmp_path):
     row = {"prompt": f"{ATTACK}\r\n2", "real": ATTACK, "generated": ATTACK, "margin": 1.0}
-    player = {"name": ATTACK, "mean_tokens": 1.0, "truncated_share": 0.0}
+    player = {"name": ATTACK, "mean_tokens": 1.0, "truncated_fraction": 0.0}
     summary = {"candidate": player, "baseline": player, "samples": 1, "wins": 1, "ties": 0, "losses": 0}
     folder = tmp_path / ATTACK
     for text in (

@@ -112,7 +112,7 @@ def test_answers_are_those_of_the_models_to_the_held_out_prompts(judged, tiny_lm
     source = [json.loads(line) for line in (REPO / "examples/quickstart/jargon_val.jsonl").read_text().splitlines()]
     tokenizer = ChatTokenizer(tiny_lm)
     stores = [
-        {pair.sample_id: pair for pair in PairStore.open(folder / "answers" / name).pairs()}
+        {pair.sample_id: pair for pair in PairStore.open(folder / "responses" / name).pairs()}
         for name in ("trained", "start")
     ]
     assert [row["sample_id"] for row in rows] == [each["id"] for each in source[:12]]
@@ -136,14 +136,14 @@ def test_swapped_roles_mirror_every_outcome(judged, paths, trained, tiny_lm, tmp
     assert [row["verdicts"][::-1] for row in before] == [row["verdicts"] for row in after]
     assert (mirrored["wins"], mirrored["losses"]) == (summary["losses"], summary["wins"])
     assert mirrored["win_rate"] == pytest.approx(1 - summary["win_rate"])
-    assert mirrored["judge"]["first_share"] == summary["judge"]["first_share"]
+    assert mirrored["judge"]["first_fraction"] == summary["judge"]["first_fraction"]
 
 
 def test_a_model_ties_with_itself_unasked(paths, tiny_lm, tmp_path):
     """Seeds are (seed, sample id): equal weights give equal answers, and no judge has to say so."""
     summary = evaluate(tmp_path, *paths, f"candidate.checkpoint_dir={tiny_lm}")
     assert (summary["ties"], summary["win_rate"], summary["sign_test_p"]) == (12, 0.5, 1.0)
-    assert summary["judge"]["equal_answers"] == 12 and summary["judge"]["asked"] == 0
+    assert summary["judge"]["equal_responses"] == 12 and summary["judge"]["asked"] == 0
     assert not (tmp_path / "trained_vs_start" / "judgements").exists()
 
 
@@ -166,7 +166,7 @@ def test_answers_from_elsewhere_play_too(judged, paths, tmp_path):
         "candidate.checkpoint_dir=null",
         "~candidate.generator.batch_size",
         "candidate.generator=spin.generators.ReplayGenerator",
-        f"candidate.generator.path={folder / 'answers/trained'}",
+        f"candidate.generator.path={folder / 'responses/trained'}",
         f"candidate.tokenizer.path={REPO / 'tests/assets/tiny_lm'}",
     ]
     own = "{_component_: spin.generators.TorchtuneGenerator, batch_size: 8}"
@@ -182,7 +182,7 @@ def test_answers_from_elsewhere_play_too(judged, paths, tmp_path):
 def test_a_server_with_a_model_of_its_own_may_judge(judged, paths, tiny_lm, tmp_path, serve):
     """One that always says A: every pair of answers is a tie, and the bias is plain."""
     folder, _ = judged
-    shutil.copytree(folder / "answers", tmp_path / "answers")
+    shutil.copytree(folder / "responses", tmp_path / "responses")
     tokenizer = ChatTokenizer(tiny_lm)
     _, says_a = tokenizer.encode_pair([{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}])
     script = false_servers.Script(
@@ -197,8 +197,8 @@ def test_a_server_with_a_model_of_its_own_may_judge(judged, paths, tiny_lm, tmp_
     asked = [body["prompt"] for path, body in script.asked if path == "/v1/completions"]
     expected = [list(p.prompt_ids) for p in PairStore.open(folder / "trained_vs_start/judgements").pairs()]
     assert sorted(asked) == sorted(expected)
-    assert summary["judge"]["weights"] == "served large" and summary["judge"]["first_share"] == 1.0
-    assert (summary["ties"], summary["judge"]["same_place_share"]) == (12, 1.0)
+    assert summary["judge"]["weights"] == "served large" and summary["judge"]["first_fraction"] == 1.0
+    assert (summary["ties"], summary["judge"]["same_place_fraction"]) == (12, 1.0)
 
 
 # --- Restarts ---
@@ -229,7 +229,7 @@ def test_what_is_finished_is_not_made_again(copied, paths, monkeypatch):
 def test_a_killed_evaluation_makes_what_is_missing_and_nothing_else(copied, paths, monkeypatch):
     folder, summary = copied
     before = written(folder)
-    lost = {"answers/trained/shard-00001.parquet", "trained_vs_start/judgements/shard-00002.parquet"}
+    lost = {"responses/trained/shard-00001.parquet", "trained_vs_start/judgements/shard-00002.parquet"}
     for name in lost:
         (folder / name).unlink()
     loaded, load = [], EvalModel.load
@@ -244,9 +244,9 @@ def test_a_killed_evaluation_makes_what_is_missing_and_nothing_else(copied, path
 @pytest.mark.parametrize(
     ("change", "stale"),
     [
-        ("sampling.temperature=0.5", {"answers/start", "answers/trained", "trained_vs_start/judgements"}),
+        ("sampling.temperature=0.5", {"responses/start", "responses/trained", "trained_vs_start/judgements"}),
         ("judge.sampling.max_new_tokens=20", {"trained_vs_start/judgements"}),
-        ("candidate.checkpoint_dir=tests/assets/tiny_lm", {"answers/trained"}),  # equal answers: no judge is asked
+        ("candidate.checkpoint_dir=tests/assets/tiny_lm", {"responses/trained"}),  # equal answers: no judge is asked
     ],
 )
 def test_answers_of_other_weights_or_sampling_are_not_used(copied, paths, change, stale, monkeypatch):
@@ -361,7 +361,7 @@ def test_two_processes_share_the_prompts_and_find_the_same(judged, paths, tmp_pa
     assert done.stdout.count("=== trained against start, 12 prompts ===") == 1
     assert "position bias" in done.stdout
     assert rows_of(tmp_path / "trained_vs_start") == rows_of(folder / "trained_vs_start")
-    assert len(list((tmp_path / "answers/start").glob("shard-*"))) == 4
+    assert len(list((tmp_path / "responses/start").glob("shard-*"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -380,8 +380,8 @@ def test_two_processes_share_the_prompts_and_find_the_same(judged, paths, tmp_pa
         ("judge.model=null", ["judge.model: not set, but judge.checkpoint_dir needs it"]),
         ("judge.tokenizer=null", ["judge.tokenizer: not set"]),
         ("baseline.checkpoint_dir=null", ["baseline.checkpoint_dir: not set. Name a Hugging Face folder"]),
-        ("sampling.top_p=2", ["sampling.top_p=2: expected a share"]),
-        ("judge.sampling.top_p=2", ["judge.sampling.top_p=2: expected a share"]),
+        ("sampling.top_p=2", ["sampling.top_p=2: expected a probability"]),
+        ("judge.sampling.top_p=2", ["judge.sampling.top_p=2: expected a probability"]),
         ("prompts_per_shard=0", ["prompts_per_shard=0: expected a whole number"]),
         ("compute_dtype=fp8", ["compute_dtype='fp8': expected fp32 or bf16"]),
         ("judge.patern=x", ["judge.patern: unknown key. Did you mean 'pattern'?"]),
@@ -427,7 +427,7 @@ def test_folders_that_are_no_model_are_named_before_anything_runs(paths, tmp_pat
             evaluate(tmp_path, *paths, f"baseline.checkpoint_dir={folder}", "baseline.tokenizer.path=" + str(folder))
     with pytest.raises(CheckpointError, match="model has 5 layers, config.json has 4"):
         evaluate(tmp_path, *paths, "candidate.model.num_layers=5")
-    assert not (tmp_path / "answers").exists()
+    assert not (tmp_path / "responses").exists()
 
 
 def test_validate_knows_an_evaluation(paths, tmp_path, capsys):
