@@ -1,6 +1,6 @@
 """One date for a run: what a chat template writes as today's stays that of the run's first start.
 
-Llama 3.1 and 3.2, SmolLM3, Granite and Mistral Small write the day into every prompt. A run that goes on the next day,
+Llama 3.1 and 3.2, SmolLM3, Granite and Mistral Small write the day into every prompt. A run that resumes the next day,
 and workers and ranks on two sides of midnight, must ask the opponent what the others ask.
 """
 
@@ -25,19 +25,9 @@ _KIND = "spin.template_date"
 def fix_date(tokenizer: PromptTokenizer, output_dir: Path, world: World, *runs: str | Path | None) -> None:
     """Gives a tokenizer whose template reads the date that of the run. Collective, by what rank 0 finds.
 
-    It is ``tokenizer.date`` where that is set; else that of the first of ``runs`` that has one; else what
-    ``output_dir`` keeps; else today. ``output_dir`` keeps it from then on, in ``template_date.json``.
-
-    Args:
-        tokenizer (PromptTokenizer): nothing happens if its template reads no date. Nothing has been encoded with it.
-        output_dir (Path): of the run; exists.
-        world (World): the ranks.
-        *runs (str | Path | None): folders of other runs, or checkpoints and models in them, whose date comes first; a
-            config's ``resume`` too, whose ``auto`` and ``never`` name none.
-
-    Raises:
-        DataError: If the file in ``output_dir`` holds no date.
-        OutputError: If it cannot be written.
+    It is ``tokenizer.date`` where that is set; else that of the first of ``runs`` that has one (folders of other runs,
+    or checkpoints and models in them; a config's ``resume`` too); else what ``output_dir`` keeps; else today.
+    ``output_dir`` keeps it from then on, in ``template_date.json``. Nothing may have been encoded before.
     """
     if not getattr(tokenizer, "reads_date", False):
         return
@@ -50,18 +40,8 @@ def fix_date(tokenizer: PromptTokenizer, output_dir: Path, world: World, *runs: 
 
 
 def known_date(*folders: str | Path | None) -> str | None:
-    """The date that a run keeps.
-
-    Args:
-        *folders (str | Path | None): run folders, or folders up to two levels within one: ``iteration_001/hf_model``,
-            ``checkpoints/step_00000010``.
-
-    Returns:
-        str | None: ISO; of the first folder that has one.
-
-    Raises:
-        DataError: If its file holds no date.
-    """
+    """The date (ISO) that the first of these run folders keeps which has one. A folder may also be up to two levels
+    within a run's: ``iteration_001/hf_model``, ``checkpoints/step_00000010``. ``auto`` and ``never`` name none."""
     for folder in (Path(each).absolute() for each in folders if each not in (None, "auto", "never")):
         for place in (folder, *folder.parents[:2]):
             if (place / DATE_FILE).is_file():

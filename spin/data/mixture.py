@@ -1,4 +1,4 @@
-"""Several data sets in one: each with a share of every iteration, or each with a fraction of its rows."""
+"""Several data sets in one: each with a fraction of every iteration's samples, or of its own rows."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _FROM_RECIPE = ("tokenizer", "max_seq_len", "keep_originals")
 
 
 class MixedPromptDataset(PromptDataset):
-    """Data sets of which every iteration plays their shares, to the sample.
+    """Data sets of which every iteration plays given fractions, to the sample.
 
     A sample's id is ``<source>/<its id there>``. Of ``n`` samples that an iteration needs, a source gives ``n`` times
-    its share (rounded by largest remainder), drawn anew in each iteration. A source that has fewer gives all of them,
-    and copies for the rest: these have ids of their own (``#copy1``, ...), so the opponent answers each afresh.
+    its fraction (rounded by largest remainder), others in each iteration. A source that has fewer gives all of them,
+    and copies for the rest: these have ids of their own (``#copy1``, ...), so each gets a response of its own.
 
-    Samples lie in an order in which every first part has about the shares.
+    Samples lie in an order in which every first part has about these fractions.
 
     Args:
         parts (Mapping[str, PromptDataset]): by name.
@@ -54,20 +54,20 @@ class MixedPromptDataset(PromptDataset):
         if empty or not parts:
             raise ConfigError(f"dataset.sources: no sample in {', '.join(empty) or 'no source'}. Leave it out.")
         given = weights or {name: len(part) for name, part in parts.items()}
-        # as written: 0.1 is a tenth
-        exact = {name: Fraction(str(weight)) for name, weight in given.items() if _is_positive(weight)}
-        if len(exact) < len(parts):
-            wrong = ", ".join(f"{name}: {weight!r}" for name, weight in given.items() if name not in exact)
+        wrong = ", ".join(f"{name}: {weight!r}" for name, weight in given.items() if not _is_positive(weight))
+        if wrong:
             raise ConfigError(f"dataset.sources: found the weights {wrong}: {_WEIGHT_RULE}")
-        self._shares = {name: exact[name] / sum(exact.values()) for name in parts}
-        most = min(math.floor(len(part) / self._shares[name]) for name, part in parts.items())
         _check_samples(samples)
+        exact = {name: Fraction(str(weight)) for name, weight in given.items()}  # as written: 0.1 is a tenth
+        self._fractions = {name: exact[name] / sum(exact.values()) for name in parts}
+        most = min(math.floor(len(part) / self._fractions[name]) for name, part in parts.items())
         self._most = most if samples is None else samples
         quotas = self._quotas(self._most)
         copies = {name: max(1, math.ceil(quotas[name] / len(part))) for name, part in parts.items()}
         sizes = [copies[name] * len(part) for name, part in parts.items()]
         # sample k of a source belongs where it is the source's turn for the k-th time
-        turns = [(np.arange(size) + 0.5) / float(self._shares[name]) for name, size in zip(parts, sizes, strict=True)]
+        fractions = map(float, self._fractions.values())
+        turns = [(np.arange(size) + 0.5) / fraction for fraction, size in zip(fractions, sizes, strict=True)]
         order = np.argsort(np.concatenate(turns), kind="stable")
         bounds = np.cumsum(sizes)[:-1]
         # the places of each source's samples among all, copy after copy
@@ -80,8 +80,7 @@ class MixedPromptDataset(PromptDataset):
                 name = names[owner]
                 copy, index = divmod(k, len(parts[name]))
                 prompt = parts[name][index]
-                mark = f"#copy{copy}" if copy else ""
-                sample_id = f"{name}/{prompt.sample_id}{mark}"
+                sample_id = f"{name}/{prompt.sample_id}" + (f"#copy{copy}" if copy else "")
                 if prompt.sample_id in parts[name].originals:
                     originals[sample_id] = parts[name].originals[prompt.sample_id]
                 yield Prompt(sample_id, prompt.prompt_ids, prompt.real_ids)
@@ -91,14 +90,14 @@ class MixedPromptDataset(PromptDataset):
         self.originals = originals
         self._sizes = {name: len(part) for name, part in parts.items()}
         self._content = {name: part.fingerprint() for name, part in parts.items()}
-        self.settings = {"weights": {name: float(share) for name, share in self._shares.items()}, "samples": samples}
+        self.settings = {"weights": {name: float(each) for name, each in self._fractions.items()}, "samples": samples}
 
     @property
     def samples_per_iteration(self) -> int:
         return self._most
 
     def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
-        # of each source its share, and no copy of a sample that was not drawn itself
+        # of each source its fraction, and no copy of a sample that was not drawn itself
         chosen: list[int] = []
         for name, quota in self._quotas(num_needed).items():
             size, places = self._sizes[name], self._places[name]
@@ -111,7 +110,7 @@ class MixedPromptDataset(PromptDataset):
 
     def count_sources(self, sample_ids: Iterable[str]) -> dict[str, float]:
         counts = Counter(sample_id.partition("/")[0] for sample_id in sample_ids)
-        return {name: float(counts[name]) for name in self._shares}
+        return {name: float(counts[name]) for name in self._fractions}
 
     def content_fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -121,7 +120,7 @@ class MixedPromptDataset(PromptDataset):
 
     def _quotas(self, num_samples: int) -> dict[str, int]:
         """How many of so many samples each source gives; where remainders are equal, the first one gets more."""
-        wanted = {name: share * num_samples for name, share in self._shares.items()}
+        wanted = {name: fraction * num_samples for name, fraction in self._fractions.items()}
         quotas = {name: math.floor(value) for name, value in wanted.items()}
         by_remainder = sorted(wanted, key=lambda name: quotas[name] - wanted[name])
         for name in by_remainder[: num_samples - sum(quotas.values())]:
@@ -239,9 +238,7 @@ def _check_sources(sources: Any, common: Any, samples: Any) -> None:
             faults.add(f"dataset.sources.{name}: a name has letters, digits, dots, dashes and underscores only.")
         if isinstance(options, Mapping) and _WEIGHT in options and not _is_positive(options[_WEIGHT]):
             faults.add(f"dataset.sources.{name}.{_WEIGHT}={options[_WEIGHT]!r}: {_WEIGHT_RULE}")
-    without = [
-        str(name) for name, options in sources.items() if isinstance(options, Mapping) and _WEIGHT not in options
-    ]
+    without = [str(name) for name, each in sources.items() if isinstance(each, Mapping) and _WEIGHT not in each]
     if without and len(without) < len(sources):
         faults.add(f"dataset.sources: {', '.join(without)} without a {_WEIGHT}, others with one. Give it to all.")
     try:

@@ -47,11 +47,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: Any = None,
-    sort_keys: bool = False,
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -108,15 +104,9 @@ def _limited(function: Any, *arguments: Any) -> dict[str, Any]:
 
 
 def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Serves one request.
-
-    Args:
-        request (dict[str, Any]): ``template``, and either no more, which asks for the names that it reads, or
-            ``conversations`` (variables of each), ``variables`` (of all) and ``date`` (ISO), the day of its clock.
-
-    Returns:
-        list[dict[str, Any]]: ``value``, or ``kind`` and ``message`` of a fault: of each conversation, or of the names.
-    """
+    """Serves one request: ``template``, and either no more, which asks for the names that it reads, or
+    ``conversations`` (variables of each), ``variables`` (of all) and ``date`` (ISO), the day of its clock. The answer is a ``value``, or
+    ``kind`` and ``message`` of a fault: of each conversation, or of the names."""
     text = request["template"]
     if "conversations" not in request:
         return [_limited(_names, text)]

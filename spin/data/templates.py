@@ -27,10 +27,8 @@ _PROGRAM = "import sys, runpy; sys.path[:] = {path!r}; runpy.run_path({file!r}, 
 class TemplateFault:
     """What a template did instead of rendering one conversation.
 
-    Args:
-        kind (str): ``syntax``; ``refused`` by its own ``raise_exception``; ``failed``, by an error of Python's.
-        message (str): what it says.
-        line (int): of the template, with ``syntax``.
+    ``kind`` is ``syntax`` (with the template's ``line``), ``refused`` by its own ``raise_exception``, or ``failed``, by
+    an error of Python's; ``message`` is what it says.
     """
 
     kind: str
@@ -39,15 +37,8 @@ class TemplateFault:
 
 
 class ChatTemplate:
-    """A chat template and the names that it reads.
-
-    Args:
-        text (str): Jinja.
-        origin (str): where it stands, for messages: a file, or a config's key.
-
-    Raises:
-        DataError: If it is no text, or exceeds the limits before it has seen a conversation.
-    """
+    """A chat template. ``origin`` says where it stands, for messages: a file, or a config's key. Every use may raise a
+    DataError, if the template exceeds its limits."""
 
     def __init__(self, text: str, origin: str) -> None:
         self.text, self.origin = text, origin
@@ -66,18 +57,15 @@ class ChatTemplate:
     def render(
         self, conversations: Iterable[Mapping[str, Any]], variables: Mapping[str, Any], date: str
     ) -> list[str | TemplateFault]:
-        """Renders conversations.
+        """Text or fault of each conversation, in order.
 
         Args:
             conversations (Iterable[Mapping[str, Any]]): variables of each: ``messages``, ``tools``, ...
             variables (Mapping[str, Any]): of all of them.
-            date (str): ISO; the day that ``strftime_now`` tells, at midnight.
+            date (str): ISO; the day that ``strftime_now`` gives, at midnight.
 
         Returns:
-            list[str | TemplateFault]: text or fault of each, in order.
-
-        Raises:
-            DataError: If one takes more time, memory or characters than a template may.
+            list[str | TemplateFault]: one for each conversation.
         """
         results: list[str | TemplateFault] = []
         shared = json.dumps({"template": self.text, "variables": dict(variables), "date": date}, default=str)[1:-1]

@@ -7,11 +7,20 @@ import hashlib
 import inspect
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 from spin.core.errors import DataError
 from spin.data.messages import ChatMessage
-from spin.data.tokenizer import NO_RESPONSE, PromptTokenizer, canonical_json, decode_known, early_stop, prompt_mismatch
+from spin.data.tokenizer import (
+    NO_RESPONSE,
+    Encoded,
+    PromptTokenizer,
+    canonical_json,
+    decode_known,
+    early_stop,
+    prompt_mismatch,
+)
 
 # What a foreign tokenizer raises on a conversation that it was not made for.
 _TOKENIZER_FAULTS = (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError)
@@ -23,7 +32,7 @@ class TorchtuneTokenizer:
     Checked with Llama 2, Llama 3, Qwen 2.5, Mistral, Gemma, Phi 3 and Phi 4. Around their differences:
 
     - They are always asked to close turns, because Mistral, Gemma, Llama 2 and Phi 4 otherwise leave out the EOS of
-      *earlier* assistant turns too; what they put behind the last answer is learned from a probe and taken off.
+      *earlier* assistant turns too; what they put behind the last response is learned from a probe and taken off.
     - ``max_seq_len`` would overwrite the last token by EOS; it is lifted, and long rows are the data set's to handle.
     - Phi 3 closes a turn with ``<|end|>``, which its ``stop_tokens`` lack; it is a stop token here.
     - Without ``prompt_template``, Gemma's turns are bare text; for chat models prefer :class:`spin.data.ChatTokenizer`.
@@ -99,7 +108,7 @@ class TorchtuneTokenizer:
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         return self._open(self._tokens([*messages, {"role": "assistant", "content": ""}]))
 
-    def encode_pair(self, messages: Sequence[ChatMessage]) -> tuple[list[int], list[int]]:
+    def encode_pair(self, messages: Sequence[ChatMessage]) -> Encoded:
         prompt_ids = self.encode_prompt(messages[:-1])
         full_ids = self._open(self._tokens(messages))
         if full_ids[: len(prompt_ids)] != prompt_ids:
@@ -114,22 +123,18 @@ class TorchtuneTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         names = dict.fromkeys(self._unnamed_specials(), "") | self._special_names
-        pieces: list[str] = []
-        run: list[int] = []
-        for token in ids:
-            if token not in names:
-                run.append(int(token))
-                continue
-            pieces += [self._decode_run(run), "" if skip_special_tokens else names[token]]
-            run = []
-        return "".join([*pieces, self._decode_run(run)])
+
+        def text(run: list[int]) -> str:
+            return decode_known(run, self.known_ids, self._decode_text)
+
+        return "".join(
+            ("" if skip_special_tokens else "".join(names[token] for token in run)) if special else text(list(run))
+            for special, run in groupby(map(int, ids), names.__contains__)
+        )
 
     def _unnamed_specials(self) -> Iterable[int]:
         found = (getattr(self._tokenizer, name, None) for name in ("bos_id", "eos_id"))
         return [int(token) for token in found if token is not None and token >= 0]
-
-    def _decode_run(self, ids: list[int]) -> str:
-        return decode_known(ids, self.known_ids, self._decode_text)
 
     def _decode_text(self, ids: list[int]) -> str:
         options = {"truncate_at_eos": False, "skip_special_tokens": False}
@@ -144,16 +149,12 @@ class TorchtuneTokenizer:
     def _tokens(self, messages: Sequence[ChatMessage]) -> list[int]:
         from torchtune.data import Message
 
-        if any("tool_calls" in message or "tools" in message for message in messages):
-            raise DataError(
-                f"the conversation has tools, which {type(self._tokenizer).__name__} cannot write. Use "
-                "spin.data.ChatTokenizer with the model's chat template, or write calls into the text."
-            )
-        for key in ("reasoning_content", "chat_template_kwargs"):
+        for key in ("tools", "tool_calls", "reasoning_content", "chat_template_kwargs"):
             if any(key in message for message in messages):
                 raise DataError(
-                    f"the conversation has {key}, which {type(self._tokenizer).__name__} cannot write. Use "
-                    "spin.data.ChatTokenizer with the model's chat template, or remove it from the row."
+                    f"the conversation has {key.replace('tool_calls', 'tools')}, which "
+                    f"{type(self._tokenizer).__name__} cannot write. Use spin.data.ChatTokenizer with the model's chat "
+                    "template, or remove it from the row."
                 )
         turns = [
             Message(
@@ -179,7 +180,7 @@ class TorchtuneTokenizer:
         return ids
 
     def _open(self, ids: list[int]) -> list[int]:
-        """Take off what stands behind the last answer."""
+        """Take off what stands behind the last response."""
         count = len(self._closing)
         if count and ids[-count:] != self._closing:
             raise DataError(
@@ -207,7 +208,7 @@ class TorchtuneTokenizer:
         found = tuple(dict.fromkeys(int(token) for token in (*turn_end, *stop) if token is not None and token >= 0))
         if not found:
             raise DataError(
-                f"{type(self._tokenizer).__name__} has neither stop_tokens nor eos_id. SPIN must score where answers "
+                f"{type(self._tokenizer).__name__} has neither stop_tokens nor eos_id. SPIN must score where responses "
                 "end."
             )
         return found
