@@ -105,8 +105,8 @@ def _limited(function: Any, *arguments: Any) -> dict[str, Any]:
 
 def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
     """Serves one request: ``template``, and either no more, which asks for the names that it reads, or
-    ``conversations`` (variables of each), ``variables`` (of all) and ``date`` (ISO), the day of its clock. The answer is a ``value``, or
-    ``kind`` and ``message`` of a fault: of each conversation, or of the names."""
+    ``conversations`` (variables of each), ``variables`` (of all) and ``date`` (ISO), the day of its clock. Gives a
+    ``value``, or ``kind`` and ``message`` of a fault: of each conversation, or of the names."""
     text = request["template"]
     if "conversations" not in request:
         return [_limited(_names, text)]
