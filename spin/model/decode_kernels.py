@@ -1,5 +1,5 @@
-"""The kernels of generation for GPUs. Import it where there is Triton only; ``spin.model.attention`` and torchtune's
-modules have the same in PyTorch, which is what they are tested against.
+"""GPU kernels for generation. Import it only where there is Triton; ``spin.model.attention`` and torchtune's modules
+compute the same in PyTorch, which the tests compare with.
 
 A decode step has one query per row and head, and rows of very different length. PyTorch's attention reads the cache as
 far as the longest row reaches and, with grouped heads, once per query head; here each program reads the keys of one row
@@ -240,16 +240,10 @@ def rotate(
 ) -> torch.Tensor:
     """Rotary position embeddings, computed in fp32.
 
-    Args:
-        x (torch.Tensor): queries or keys, shape (b, s, h, hd).
-        table (torch.Tensor): fp32, a line for each position: cosine and sine of each pair, shape (p, hd / 2, 2), or all
-            cosines and all sines, both twice, shape (p, 2 * hd).
-        positions (torch.Tensor | None): int64, shape (b, s); None counts from 0.
-        interleaved (bool): the first kind of table, and pairs of neighbours; else pairs are half a head apart.
-        rounded (bool): the table is rounded to the dtype of ``x`` first.
-
-    Returns:
-        torch.Tensor: same shape and dtype as ``x``.
+    x is queries or keys, shape (b, s, h, hd). ``table`` is fp32 with a line for each position: cosine and sine of each
+    pair, shape (p, hd / 2, 2), or all cosines and all sines, both twice, shape (p, 2 * hd). ``positions`` is int64,
+    shape (b, s); None counts from 0. With ``interleaved`` the table is of the first kind and pairs are neighbors; else
+    pairs are half a head apart. With ``rounded`` the table is rounded to the dtype of ``x`` first.
     """
     b, s, heads, head_dim = x.shape
     x = x.contiguous()
@@ -274,17 +268,7 @@ def rotate(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
-    """``x / sqrt(mean(x^2) + eps) * (weight + offset)``, computed in fp32.
-
-    Args:
-        x (torch.Tensor): shape (..., d).
-        weight (torch.Tensor): shape (d,).
-        eps (float): added to the mean square.
-        offset (float): added to the weight.
-
-    Returns:
-        torch.Tensor: same shape and dtype as ``x``.
-    """
+    """``x / sqrt(mean(x^2) + eps) * (weight + offset)`` over the last dimension, computed in fp32."""
     dim = x.shape[-1]
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -297,16 +281,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 
 
 
 def gate(gated: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
-    """``silu(gated) * up``, or with the tanh form of GELU.
-
-    Args:
-        gated (torch.Tensor): any shape.
-        up (torch.Tensor): same shape and dtype.
-        gelu (bool): GELU, not SiLU.
-
-    Returns:
-        torch.Tensor: same shape and dtype.
-    """
+    """``silu(gated) * up``, or with the tanh form of GELU; both of the same shape and dtype."""
     gated, up = gated.contiguous(), up.contiguous()
     out = torch.empty_like(gated)
     _gate[(triton.cdiv(gated.numel(), _GATE),)](gated, up, out, gated.numel(), gelu=gelu, block=_GATE, num_warps=4)
@@ -357,19 +332,11 @@ def attend_slots(
     softcap: float | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """One new token per row against the cache: row r sees indices 0 to ``positions[r]``.
+    """One new token per row against the cache: row r sees indices 0 to ``positions[r]``, or its last ``window`` keys.
 
-    Args:
-        q (torch.Tensor): shape (n, h, 1, hd).
-        k (torch.Tensor): shape (slots, n_kv, capacity, hd), contiguous; row r is in slot r.
-        v (torch.Tensor): same shape as ``k``, contiguous.
-        positions (torch.Tensor): index of each row's newest key, int64, shape (n,), below the capacity.
-        scale (float): factor of the scores.
-        softcap (float | None): ``c`` of ``c * tanh(scores / c)``.
-        window (int | None): a row sees its last ``window`` keys only.
-
-    Returns:
-        torch.Tensor: shape (n, h, 1, hd).
+    q is (n, h, 1, hd), and so is the result; k and v are (slots, n_kv, capacity, hd), contiguous, row r in slot r;
+    ``positions`` has the index of each row's newest key, int64, shape (n,), below the capacity. ``softcap`` is ``c`` of
+    ``c * tanh(scores / c)``.
     """
     n, h, _, head_dim = q.shape
     n_kv = k.shape[1]

@@ -1,8 +1,4 @@
-"""FlexAttention for packed rows: which blocks of keys each block of queries needs, computed on the host from lengths.
-
-A row's mask is known from where its segments start and end, so its BlockMask is written down directly, in a
-millisecond, by the thread that packs the row; torch's ``create_block_mask`` evaluates the mask at every pair of tokens.
-"""
+"""FlexAttention over a packed row, and why a model cannot have it; :mod:`spin.pairs.row_mask` makes the masks."""
 
 from __future__ import annotations
 
@@ -34,19 +30,10 @@ def attend(
     softcap: float | None = None,
     hopper: bool = False,
 ) -> torch.Tensor:
-    """Attention of a packed row. Inside a compiled layer it becomes part of the layer's program.
+    """Attention of a packed row: q (1, h, s, hd), k and v (1, n_kv, s, hd). A compiled layer takes it into its program.
 
-    Args:
-        q (torch.Tensor): shape (1, h, s, hd).
-        k (torch.Tensor): shape (1, n_kv, s, hd).
-        v (torch.Tensor): same shape as ``k``.
-        mask (BlockMask): from :func:`row_block_mask`.
-        scale (float | None): of ``q k``; None is ``hd ** -0.5``.
-        softcap (float | None): ``c`` of ``c * tanh(scale * q k / c)``.
-        hopper (bool): choose the kernel's tiles for an H100.
-
-    Returns:
-        torch.Tensor: shape (1, h, s, hd).
+    ``scale`` of ``q k`` is ``hd ** -0.5`` by default; ``softcap`` is ``c`` of ``c * tanh(scale * q k / c)``; ``hopper``
+    chooses the kernel's tiles for an H100.
     """
 
     def capped(
@@ -72,16 +59,7 @@ _compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, ful
 
 
 def flex_unsupported_reason(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a model cannot train with FlexAttention, or None if it can.
-
-    Args:
-        model (nn.Module): a torchtune decoder.
-        device (torch.device): where it computes.
-        dtype (torch.dtype): of q, k and v.
-
-    Returns:
-        str | None: the reason, to complete "because ...".
-    """
+    """Why a model cannot train with FlexAttention in ``dtype``, to complete "because ..."; None if it can."""
     if device.type != "cuda":
         return "FlexAttention has no backward on the CPU"
     if dtype == torch.float32:

@@ -68,15 +68,9 @@ def convert_float8(model: nn.Module, device: torch.device) -> int:
 
 @contextmanager
 def float8_off(model: nn.Module) -> Iterator[None]:
-    """Runs forwards as plain linear layers in the compute dtype, for generation.
+    """Runs plain linear layers, for decoding, which would quantize the same weights again for each token.
 
-    Decoding would quantize the same weights anew for each token. Does nothing for a model that was not converted.
-
-    Args:
-        model (nn.Module): converted or not, sharded or not.
-
-    Yields:
-        None: the layers are plain.
+    Does nothing for a model that was not converted.
     """
     converted = [module for module in model.modules() if type(module) is Float8Linear]
     # Their class, not their forward: compiled layers notice it.

@@ -1,10 +1,9 @@
-"""Gemma 2 as it was trained. torchtune 0.6.1 differs from the released model in three places, all mended from outside:
+"""Gemma 2 as it was trained. torchtune 0.6.1 differs from the released model in three places, put right from outside:
 
 1. ``Gemma2FinalNorm`` soft-caps the hidden state; Gemma 2 soft-caps the logits.
 2. The builders ``gemma2_2b``, ``gemma2_9b`` and ``gemma2_27b`` pass 30 to attention and 50 to the output; it is the
-other
-   way round.
-3. The weight converters give the norm before the MLP to the norm after it, and vice versa.
+   other way round.
+3. The weight converters swap the norm before the MLP and the one after it.
 
 Source: Gemma 2 (arXiv 2408.00118), section 2, "Logit soft-capping", and table 1. Tests compare with transformers.
 """
@@ -24,16 +23,10 @@ _RELEASED = (50.0, 30.0)  # attention and logits, of every released Gemma 2
 
 
 def gemma2_caps(model: nn.Module) -> tuple[float | None, float | None] | None:
-    """The soft caps with which a Gemma 2 computes: those that its builder was given.
+    """``attn_logit_softcapping`` and ``final_logit_softcapping`` of a Gemma 2; None for other models.
 
-    30 and 50 are what torchtune's ``gemma2_2b``, ``gemma2_9b`` and ``gemma2_27b`` give for 50 and 30.
-
-    Args:
-        model (nn.Module): any torchtune decoder.
-
-    Returns:
-        tuple[float | None, float | None] | None: ``attn_logit_softcapping`` and ``final_logit_softcapping`` as
-        config.json names them; None for other models.
+    They are what its builder was given, except for the 30 and 50 of torchtune's ``gemma2_2b``, ``gemma2_9b`` and
+    ``gemma2_27b``, which are swapped.
     """
     norm = getattr(model, "norm", None)
     if not isinstance(norm, Gemma2FinalNorm):
@@ -44,17 +37,11 @@ def gemma2_caps(model: nn.Module) -> tuple[float | None, float | None] | None:
 
 
 def fix_gemma2_softcap(model: nn.Module, *, attention_cap: float | None = None, final_cap: float | None = None) -> bool:
-    """Move the final soft cap from the hidden state to the logits, and set both caps. Other models are left alone.
+    """Moves the final soft cap from the hidden state to the logits, and sets both caps; True if the model is a Gemma 2.
 
-    A head that computes logits itself instead of calling ``model.unembed`` must apply ``final_softcap(model)``.
-
-    Args:
-        model (nn.Module): any torchtune decoder; calling this twice is harmless.
-        attention_cap (float | None): ``attn_logit_softcapping`` of config.json; None takes :func:`gemma2_caps`.
-        final_cap (float | None): ``final_logit_softcapping`` of config.json; None takes :func:`gemma2_caps`.
-
-    Returns:
-        bool: True if ``model`` is a Gemma 2.
+    Other models are left alone, and calling it twice is harmless. Caps are named as in config.json; None takes
+    :func:`gemma2_caps`. A head that computes logits itself instead of calling ``model.unembed`` must apply
+    ``final_softcap(model)``.
     """
     caps, norm = gemma2_caps(model), getattr(model, "norm", None)
     if caps is None or not isinstance(norm, Gemma2FinalNorm):
@@ -71,43 +58,22 @@ def fix_gemma2_softcap(model: nn.Module, *, attention_cap: float | None = None, 
 
 
 def final_softcap(model: nn.Module) -> float | None:
-    """The cap that logits still need after ``model.output(model.norm(hidden))``.
-
-    Args:
-        model (nn.Module): any torchtune decoder.
-
-    Returns:
-        float | None: c of ``c * tanh(logits / c)``, or None where logits are not capped.
-    """
+    """The c of ``c * tanh(logits / c)`` that ``model.output(model.norm(hidden))`` still needs, or None."""
     norm = getattr(model, "norm", None)
     fixed = getattr(getattr(norm, "forward", None), "__func__", None) is _norm_without_cap
     return float(norm.capping_value) if fixed else None  # type: ignore[union-attr, arg-type]
 
 
 def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
-    """``cap * tanh(logits / cap)``, or ``logits`` if there is no cap.
-
-    Args:
-        logits (torch.Tensor): any shape.
-        cap (float | None): bound of the absolute value.
-
-    Returns:
-        torch.Tensor: same shape and dtype.
-    """
+    """``cap * tanh(logits / cap)``, or ``logits`` if there is no cap."""
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def swap_mlp_norms(state_dict: dict[str, Value]) -> dict[str, Value]:
-    """Exchange ``mlp_norm`` and ``mlp_scale`` in the names of a torchtune Gemma 2 state dict.
+    """Exchanges ``mlp_norm`` and ``mlp_scale`` in the names of a torchtune Gemma 2 state dict; its own inverse.
 
     Needed after ``gemma2_hf_to_tune`` and before ``gemma2_tune_to_hf``, which confuse pre_feedforward_layernorm and
-    post_feedforward_layernorm. It is its own inverse.
-
-    Args:
-        state_dict (dict[str, Value]): torchtune names to anything.
-
-    Returns:
-        dict[str, Value]: the same values under the right names, in the same order.
+    post_feedforward_layernorm.
     """
     other = {"mlp_norm": "mlp_scale", "mlp_scale": "mlp_norm"}
     return {".".join(other.get(part, part) for part in name.split(".")): value for name, value in state_dict.items()}

@@ -1,4 +1,4 @@
-"""What lies in a model folder: its config, the files of its weights, or something else that looks like a model."""
+"""Reads a model folder: its config, the files of its weights; or says what else it is and what to do."""
 
 from __future__ import annotations
 
@@ -14,12 +14,41 @@ from spin.model.hf_families import DEFAULTS
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 _AGAIN = "Download the model again."
-_NO_CONFIG = f"Every Hugging Face model has one: {_AGAIN[0].lower()}{_AGAIN[1:]}"
+_NO_CONFIG = "Every Hugging Face model has one: download the model again."
 _RESAVE = (
     "python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained({arguments})"
     '.save_pretrained("OUT")\''
 )
 _FAMILIES = f"SPIN trains what torchtune 0.6.1 builds: model_type {', '.join(DEFAULTS)}. Choose such a model."
+# What a folder may be in place of a Hugging Face model's: files that show it, and what to do
+_FORMATS = {
+    ("consolidated*.safetensors",): (
+        "consolidated.safetensors is Mistral's own layout. Download the repository's config.json and "
+        "model-*.safetensors, which hold the same weights."
+    ),
+    ("consolidated*.pth",): (
+        "consolidated.*.pth is Meta's own layout. Use the Hugging Face repository of the model, or convert it: "
+        "python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir {folder} --output_dir OUT"
+    ),
+    ("model_index.json",): "A diffusers pipeline, which makes images. " + _FAMILIES,
+    (".metadata", "*.distcp"): (
+        "A checkpoint of torch.distributed.checkpoint, not a model folder. Of a run of SPIN the models are in "
+        "iteration_NNN/hf_model; its checkpoint is for resume."
+    ),
+    ("global_step*", "zero_to_fp32.py"): (
+        "A DeepSpeed checkpoint. Write the model with save_pretrained first (zero_to_fp32.py gives its weights)."
+    ),
+}
+_WEIGHTS = {
+    ("*.bin", "*.pt", "*.pth", "*.ckpt"): (
+        "It holds {names}, which can run code when loaded and are not read. Download the repository's safetensors, or "
+        "write them: " + _RESAVE.format(arguments='"{folder}"')
+    ),
+    ("*.h5", "*.msgpack", "*.onnx", "onnx", "*.npz", "*.tflite", "*.mlpackage"): (
+        "It holds {names}, of another framework. Download the repository's *.safetensors."
+    ),
+    ("params.json",): "It is in Meta's or Mistral's own layout. Use the Hugging Face repository of the model.",
+}
 # How a quantized model becomes one that can be trained, by a part of the method's name.
 _UNQUANTIZED = {
     "mxfp4": "transformers writes it in bf16 with quantization_config=Mxfp4Config(dequantize=True)",
@@ -31,17 +60,10 @@ _UNQUANTIZED = {
 
 
 def read_config(file: Path, remedy: str = _NO_CONFIG) -> dict[str, Any]:
-    """Reads a config.json and checks the types and ranges of its values.
+    """A config.json, with the types and ranges of its values checked.
 
-    Args:
-        file (Path): the config.json.
-        remedy (str): what to do if there is none, or it cannot be read.
-
-    Returns:
-        dict[str, Any]: the config.
-
-    Raises:
-        CheckpointError: If it is missing or broken, of a model that SPIN cannot train, or has values that no model has.
+    Raises a CheckpointError if it is missing or broken, of a model that SPIN cannot train, or has values that no model
+    has; ``remedy`` says what to do about the first two.
     """
     if not file.exists():
         raise CheckpointError(f"{file}: no such file. {remedy}")
@@ -84,17 +106,10 @@ def _unquantize(method: str) -> str:
 
 
 def read_hf_config(checkpoint_dir: str | Path) -> dict[str, Any]:
-    """Reads a folder's config.json and checks that the weights it names are there, without opening them.
+    """A folder's config.json, after a check that the weights it needs are there, without opening them.
 
-    Args:
-        checkpoint_dir (str | Path): a Hugging Face folder.
-
-    Returns:
-        dict[str, Any]: the config.
-
-    Raises:
-        CheckpointError: If the folder, its config.json or its safetensors files are missing, broken or quantized, or it
-            is a folder of another kind.
+    Raises a CheckpointError if the folder, its config.json or its safetensors files are missing, broken or quantized,
+    or if it is a folder of another kind.
     """
     folder = Path(checkpoint_dir)
     if not folder.is_dir():
@@ -118,9 +133,8 @@ def _gguf(path: Path) -> str | None:
     if path.suffix != ".gguf":
         return None
     return (
-        f"{path.name} is GGUF, llama.cpp's format. Use the original's folder with safetensors; or write one, which "
-        "is as "
-        "exact as the GGUF: " + _RESAVE.format(arguments=f'"{path.parent}", gguf_file="{path.name}"')
+        f"{path.name} is GGUF, llama.cpp's format. Use the original's folder with safetensors; or write one, which is "
+        "as exact as the GGUF: " + _RESAVE.format(arguments=f'"{path.parent}", gguf_file="{path.name}"')
     )
 
 
@@ -128,58 +142,42 @@ def _names(folder: Path, *patterns: str) -> list[str]:
     return sorted({path.name for pattern in patterns for path in folder.glob(pattern)})
 
 
+def _match(folder: Path, kinds: dict[tuple[str, ...], str]) -> str | None:
+    for patterns, message in kinds.items():
+        names = _names(folder, *patterns)
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+            return message.replace("{folder}", str(folder)).replace("{names}", shown)
+    return None
+
+
 def _other_kind(folder: Path) -> str | None:
-    """What a folder is that is not a Hugging Face model's, and what to do; None if nothing is known of it."""
-    if (folder / ADAPTER_CONFIG).is_file():
-        return _adapter(folder)
-    gguf = _names(folder, "*.gguf")
-    if gguf:
-        return _gguf(folder / gguf[0])
-    if _names(folder, "consolidated*.pth") or (folder / "params.json").is_file():
-        parent = folder.parent
-        if (parent / CONFIG).is_file():
-            return (
-                f"These are the original's own files (params.json); the Hugging Face model is {parent}: name that one."
-            )
-        if _names(folder, "consolidated*.safetensors"):
-            return (
-                "These are Mistral's own files (params.json, consolidated.safetensors). Download the repository's "
-                "config.json and model-*.safetensors, which hold the same weights."
-            )
-        return (
-            "These are Meta's own files (params.json, consolidated.*.pth). Use the Hugging Face repository of the "
-            "model, "
-            "or convert them: python -m transformers.models.llama.convert_llama_weights_to_hf --input_dir "
-            f"{folder} --output_dir OUT"
-        )
-    if (folder / "model_index.json").is_file():
-        return "A diffusers pipeline, which makes images. " + _FAMILIES
-    if _names(folder, ".metadata", "*.distcp"):
-        return (
-            "A state of torch.distributed.checkpoint, not a model folder. Of a run of SPIN the models are in "
-            "iteration_NNN/hf_model; its state is for resume."
-        )
-    if _names(folder, "global_step*", "zero_to_fp32.py"):
-        return "A DeepSpeed checkpoint. Write the model with save_pretrained first (zero_to_fp32.py gives its weights)."
+    """What a folder without config.json is, and what to do; None if it has weights and nothing else is known of it."""
+    if (folder.parent / CONFIG).is_file() and _names(folder, "consolidated*", "params.json"):
+        return f"These are the original's own files; the Hugging Face model is {folder.parent}: name that one."
+    found = _other_format(folder)
+    if found:
+        return found
     if (folder / "snapshots").is_dir() and (folder / "refs").is_dir():
-        found = sorted(str(path.parent) for path in folder.glob(f"snapshots/*/{CONFIG}"))
-        return f"A folder of the Hugging Face cache: name the snapshot in it{': ' + ', '.join(found) if found else ''}."
+        snapshots = sorted(str(path.parent) for path in folder.glob(f"snapshots/*/{CONFIG}"))
+        listed = ": " + ", ".join(snapshots) if snapshots else ""
+        return f"A folder of the Hugging Face cache: name the snapshot in it{listed}."
     models = sorted(str(path) for path in [*folder.glob("hf_model"), *folder.glob("*/hf_model")])
     if models:
         return f"A run's folder; name one of its models: {', '.join(models)}."
     inside = sorted(str(path.parent) for path in folder.glob(f"*/{CONFIG}"))
     if inside:
         return f"Name the folder of a model in it: {', '.join(inside[:10])}."
-    others = _names(folder, "*.safetensors")
-    if others:
+    if _names(folder, "*.safetensors"):
         return None
-    foreign = _other_weights(folder)
-    return (
-        foreign or "Nothing in this folder is a model's. checkpoint_dir is a folder with config.json and safetensors."
-    )
+    nothing = "Nothing in this folder is a model's. checkpoint_dir is a folder with config.json and safetensors."
+    return _match(folder, _WEIGHTS) or nothing
 
 
-def _adapter(folder: Path) -> str:
+def _other_format(folder: Path) -> str | None:
+    gguf = _names(folder, "*.gguf")
+    if not _names(folder, ADAPTER_CONFIG, "adapter_model*.safetensors"):
+        return _gguf(folder / gguf[0]) if gguf else _match(folder, _FORMATS)
     try:
         base = read_json(folder / ADAPTER_CONFIG, CheckpointError, "").get("base_model_name_or_path")
     except CheckpointError:
@@ -188,68 +186,23 @@ def _adapter(folder: Path) -> str:
     return (
         f"An adapter of peft{of}, without its base. Merge it into the base: python -c 'from peft import "
         f'AutoPeftModelForCausalLM as M; M.from_pretrained("{folder}").merge_and_unload().save_pretrained("OUT")\' and '
-        "name OUT; of a LoRA run of SPIN the merged model is hf_model beside it (checkpointer.export_merged=true)."
+        "name OUT; of a LoRA run of SPIN the merged model is hf_model next to it (checkpointer.export_merged=true)."
     )
 
 
-def _other_weights(folder: Path) -> str | None:
-    """Weights in a folder that has no safetensors of a model."""
-    gguf = _names(folder, "*.gguf")
-    if gguf:
-        return _gguf(folder / gguf[0])
-    if _names(folder, "adapter_model*.safetensors"):
-        return _adapter(folder)
-    if _names(folder, "consolidated*.safetensors"):
-        return (
-            "It holds consolidated.safetensors, Mistral's own layout. Download the repository's "
-            "model-*.safetensors too, "
-            "which hold the same weights."
-        )
-    if _names(folder, "consolidated*.pth"):
-        return (
-            "It holds consolidated.*.pth, Meta's own layout. Download the repository's *.safetensors, which hold "
-            "the same "
-            "weights, or convert them with python -m transformers.models.llama.convert_llama_weights_to_hf."
-        )
-    pickles = _names(folder, "*.bin", "*.pt", "*.pth", "*.ckpt")
-    if pickles:
-        shown = ", ".join(pickles[:5]) + (", ..." if len(pickles) > 5 else "")
-        return (
-            f"It holds {shown}, which can run code when loaded and are not read. Download the repository's "
-            "safetensors, or "
-            "write them: " + _RESAVE.format(arguments=f'"{folder}"')
-        )
-    frameworks = _names(folder, "*.h5", "*.msgpack", "*.onnx", "onnx", "*.npz", "*.tflite", "*.mlpackage")
-    if frameworks:
-        return f"It holds {', '.join(frameworks)}, of another framework. Download the repository's *.safetensors."
-    return None
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model of a folder.
+    """The safetensors files that make up the model of a folder, sorted by name; a CheckpointError if one is missing.
 
     The index names them; without one, ``model.safetensors`` alone, else all of ``model-*-of-*``, else all. So files in
-    other layouts that lie beside them (Mistral's ``consolidated.safetensors``) are left alone.
-
-    Args:
-        folder (Path): a Hugging Face folder.
-
-    Returns:
-        list[Path]: sorted by name.
-
-    Raises:
-        CheckpointError: If there is none, or one that the index names is missing.
+    other layouts that lie next to them (Mistral's ``consolidated.safetensors``) are left alone.
     """
     index = folder / INDEX
     if index.exists():
         weight_map = read_json(index, CheckpointError, _AGAIN, allow_nan=True).get("weight_map")
-        if (
-            not isinstance(weight_map, dict)
-            or not weight_map
-            or not all(isinstance(n, str) for n in weight_map.values())
-        ):
+        names = weight_map.values() if isinstance(weight_map, dict) else ()
+        if not names or not all(isinstance(name, str) for name in names):
             raise CheckpointError(f"{index}: no weight_map of tensors to files. {_AGAIN}")
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        files = [folder / name for name in sorted(set(names))]
         outside = [file.name for file in files if file.parent != folder]
         if outside:
             raise CheckpointError(f"{index}: names files outside the folder: {', '.join(outside)}.")
@@ -275,34 +228,27 @@ def weight_files(folder: Path) -> list[Path]:
         if not path.name.startswith(("adapter_model", "consolidated"))
     ]
     if not files:
-        found = _other_weights(folder)
-        raise CheckpointError(
-            f"{folder}: no *.safetensors file of a model. {found or 'Download or save the model as safetensors.'}"
-        )
+        found = _other_format(folder) or _match(folder, _WEIGHTS) or "Download or save the model as safetensors."
+        raise CheckpointError(f"{folder}: no *.safetensors file of a model. {found}")
     return files
 
 
+_QUANTIZED_NAMES = {
+    ".qweight": "gptq or awq",
+    ".qzeros": "gptq or awq",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale_inv": "fp8",
+    ".weight_scale": "fp8",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    "_blocks": "mxfp4",
+}
+
+
 def quantized(tensors: dict[str, str]) -> str | None:
-    """Whether stored tensors are those of a quantized model, which config.json did not say.
-
-    Args:
-        tensors (dict[str, str]): safetensors' names of dtypes, by tensor.
-
-    Returns:
-        str | None: what they are and what to do, or None.
-    """
-    endings = {
-        ".qweight": "gptq or awq",
-        ".qzeros": "gptq or awq",
-        ".weight_packed": "compressed-tensors",
-        ".weight_scale_inv": "fp8",
-        ".weight_scale": "fp8",
-        ".absmax": "bitsandbytes",
-        ".quant_map": "bitsandbytes",
-        "_blocks": "mxfp4",
-    }
+    """How stored tensors, given with safetensors' names of their dtypes, are quantized, and what to do; or None."""
     for name, dtype in tensors.items():
-        method = next((method for ending, method in endings.items() if name.endswith(ending)), None)
+        method = next((method for ending, method in _QUANTIZED_NAMES.items() if name.endswith(ending)), None)
         if method is None and dtype.startswith("F8"):
             method = "fp8"
         if method is None and name.endswith(".scales") and dtype not in ("F32", "F64"):
@@ -313,15 +259,7 @@ def quantized(tensors: dict[str, str]) -> str | None:
 
 
 def broken_file(file: Path, error: object) -> str:
-    """What is wrong with a safetensors file that cannot be opened, and what to do.
-
-    Args:
-        file (Path): the file.
-        error (object): what safetensors said.
-
-    Returns:
-        str: a message that begins with the file's name.
-    """
+    """What is wrong with a safetensors file that cannot be opened for ``error``, and what to do."""
     try:
         with file.open("rb") as stream:
             head = stream.read(42)

@@ -1,4 +1,4 @@
-"""Whether a config's model computes the logits of its folder's own architecture, by computing both.
+"""Compares the logits of a config's model with those of transformers' model of the folder.
 
 transformers builds the architecture from the folder's config.json with a few layers and random weights; the weights go
 through the converters with which a run reads a folder; then both compute logits in float32 for the same tokens. No
@@ -42,14 +42,7 @@ _TOLERANCE = 1e-3  # logits have a standard deviation of about 1.5; float32 leav
 
 @dataclass(frozen=True)
 class LogitsReport:
-    """What came out.
-
-    Args:
-        difference (float): largest absolute difference of two logits.
-        tokens (int): compared positions.
-        layers (tuple[int, ...]): which layers of the model were compared.
-        parameters (int): of the small model.
-    """
+    """The largest absolute difference of two logits, over how many tokens, of which layers, of how many parameters."""
 
     difference: float
     tokens: int
@@ -64,9 +57,8 @@ class LogitsReport:
     def __str__(self) -> str:
         layers = ", ".join(map(str, self.layers))
         found = (
-            f"largest difference to the logits of transformers {self.difference:.2g} in float32, over "
-            f"{self.tokens} tokens "
-            f"(random weights, layers {layers}, {self.parameters:,} parameters)"
+            f"largest difference to the logits of transformers {self.difference:.2g} in float32, over {self.tokens} "
+            f"tokens (random weights, layers {layers}, {self.parameters:,} parameters)"
         )
         if not self.is_fault:
             return found
@@ -95,9 +87,8 @@ def compare_logits(
         LogitsReport: the largest difference.
 
     Raises:
-        CheckpointError: If transformers cannot build the folder's architecture, or its weights do not fit the model; a
-            ``TooLargeError`` if it is too large.
-        ConfigError: If the section builds no torchtune decoder.
+        CheckpointError: If transformers cannot build the folder's architecture, its weights do not fit the model, or,
+            as ``TooLargeError``, the model is too large.
     """
     model_type = check_model_type(model_type)
     file = Path(checkpoint_dir) / CONFIG
@@ -164,12 +155,8 @@ def _windows(model: Any, asked: Asked, layers: list[int]) -> list[int | None]:
 
     Equal ones stay equal, and others in their order.
     """
-
-    def reached(window: int | None) -> int | None:
-        return window if window is not None and window < asked.context else None
-
-    theirs = [reached(asked.windows()[index]) for index in layers]
-    ours = [reached(getattr(layer.attn, "sliding_window_size", None)) for layer in model.layers]
+    theirs = [asked.reached(asked.windows()[index]) for index in layers]
+    ours = [asked.reached(getattr(layer.attn, "sliding_window_size", None)) for layer in model.layers]
     sizes = sorted({window for window in (*theirs, *ours) if window is not None})
     small = {size: min(size, 8 * (place + 1)) for place, size in enumerate(sizes)}
     for layer, window in zip(model.layers, ours, strict=True):
@@ -187,9 +174,7 @@ def _twin(content: dict[str, Any], asked: Asked, layers: list[int], windows: lis
     small |= {
         "num_hidden_layers": len(layers),
         "vocab_size": _VOCABULARY if content.get("vocab_size") is None else min(_VOCABULARY, content["vocab_size"]),
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
     }
     if "sliding_window" in asked.values:
         found = {window for window in windows if window is not None}
@@ -209,18 +194,14 @@ def _twin(content: dict[str, Any], asked: Asked, layers: list[int], windows: lis
         raise CheckpointError(
             f"{file}: transformers cannot build this model ({type(error).__name__}: {error})."
         ) from error
-    _randomize(twin)
+    # weights that make every part count: scores of about 2, soft caps that bend, norms and biases of their own
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
+            else:  # norms around what they are set to, biases around 0
+                parameter.add_(torch.randn_like(parameter), alpha=0.2)
     return twin.eval()
-
-
-@torch.no_grad()
-def _randomize(model: nn.Module) -> None:
-    """Weights that make every part count: scores of about 2, soft caps that bend, norms and biases of their own."""
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=1.5 * parameter.shape[-1] ** -0.5)
-        else:  # norms around what they are set to, biases around 0
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
 
 def _fill(model: TransformerDecoder, twin: nn.Module, content: dict[str, Any], model_type: str) -> None:
@@ -260,21 +241,14 @@ def _difference(model: nn.Module, twin: nn.Module, ids: torch.Tensor, positions:
     try:
         theirs = twin(ids, position_ids=positions, attention_mask=torch.ones_like(ids)).logits
     except Exception as error:  # noqa: BLE001 - as in _twin
-        raise CheckpointError(
-            f"{CONFIG}: transformers cannot compute this model ({type(error).__name__}: {error})."
-        ) from error
+        raise CheckpointError(f"{CONFIG}: transformers cannot compute it ({type(error).__name__}: {error}).") from error
     return float((ours - theirs).abs().max())
 
 
 def self_test(cfg: DictConfig, world: World) -> None:
-    """What a run compares before it loads weights, where that takes about a second; says in the log what it found.
+    """What a run compares before it loads weights, on its first rank, if that takes about a second.
 
-    Args:
-        cfg (DictConfig): the run's, complete.
-        world (World): the ranks; the first one computes.
-
-    Raises:
-        CheckpointError: If logits differ, or cannot be compared.
+    Raises a CheckpointError on all ranks if logits differ or cannot be compared; logs what it found.
     """
     with raise_on_all_ranks(world, CheckpointError):
         if not world.is_main:
