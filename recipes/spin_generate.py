@@ -154,8 +154,7 @@ class SPINGenerate:
             left = store.missing_shards()
             if is_stopped and any(shard in left for shard in own):
                 log.info(
-                    f"Worker {cfg.worker} stopped as asked, with whole shards kept. This command goes on from here:\n"
-                    f"{resume_command()}"
+                    f"Worker {cfg.worker} stopped as asked; complete shards are kept. Resume with:\n{resume_command()}"
                 )
             elif left:
                 log.info(

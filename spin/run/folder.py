@@ -1,4 +1,4 @@
-"""What a run's folder holds, read without starting anything; a run that is still writing, or was killed, is fine."""
+"""Reads what a run's folder holds; a run that is still writing, or was killed, is fine."""
 
 from __future__ import annotations
 
@@ -17,31 +17,14 @@ _ITERATION = re.compile(r"iteration_(\d+)")
 
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON Lines file; lines that are not whole (yet) are passed over.
-
-    Args:
-        file (Path): may be missing.
-
-    Returns:
-        list[dict[str, Any]]: in the order of the file.
-    """
+    """The objects of a JSON Lines file, without incomplete lines; none if it is missing."""
     if not file.is_file():
         return []
     return [row for _, row in json_lines(file)]
 
 
 def read_config(run: Path) -> DictConfig | None:
-    """The config that a run was started with, as text: ``${...}`` is not resolved, secrets are left out.
-
-    Args:
-        run (Path): the run's output_dir.
-
-    Returns:
-        DictConfig | None: None before the run has written it.
-
-    Raises:
-        ConfigError: If the file is no YAML mapping, for example because it is being written, or too large for one.
-    """
+    """A run's config without secrets, ``${...}`` not resolved; None before the run has written it."""
     file = run / "config.yaml"
     if not file.is_file():
         return None
@@ -50,15 +33,7 @@ def read_config(run: Path) -> DictConfig | None:
 
 
 def model_of(iteration: Path, adapter: bool = False) -> Path | None:
-    """The model that an iteration has exported.
-
-    Args:
-        iteration (Path): the iteration's folder.
-        adapter (bool): the adapter of a LoRA run, rather than the merged model.
-
-    Returns:
-        Path | None: ``hf_model``, or ``adapter`` if that is asked for or all there is; None if there is neither.
-    """
+    """An iteration's exported ``hf_model``, or its ``adapter`` if that is asked for or all there is."""
     for name, head in (("hf_model", "config.json"), ("adapter", "adapter_config.json")):
         folder = iteration / name
         if (name == "adapter" or not adapter) and (folder / head).is_file() and any(folder.glob("*.safetensors")):
@@ -67,17 +42,7 @@ def model_of(iteration: Path, adapter: bool = False) -> Path | None:
 
 
 def iteration_folders(run: Path) -> dict[int, Path]:
-    """The folders of a run's iterations, by number.
-
-    Args:
-        run (Path): the run's output_dir.
-
-    Returns:
-        dict[int, Path]: ascending.
-
-    Raises:
-        OutputError: If this is no run's folder.
-    """
+    """The folders of a run's iterations, by number ascending; OutputError if this is no run's folder."""
     if not run.is_dir():
         raise OutputError(f"{run}: no such folder; expected the output_dir of a run.")
     folders = [(match, path) for path in sorted(run.iterdir()) if (match := _ITERATION.fullmatch(path.name))]
@@ -85,7 +50,7 @@ def iteration_folders(run: Path) -> dict[int, Path]:
     if not folders and results and not (run / "metrics.jsonl").exists():
         raise OutputError(
             f"{run}: an evaluation's folder, expected the output_dir of a run. Its results are in "
-            f"{', '.join(results)}, and prompt by prompt in rows.jsonl beside it."
+            f"{', '.join(results)}, and prompt by prompt in rows.jsonl next to it."
         )
     if not folders and not (run / "metrics.jsonl").exists():
         raise OutputError(

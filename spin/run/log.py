@@ -19,7 +19,6 @@ from spin.core.files import (
     json_lines,
     keep_aside,
     mark,
-    next_backup_name,
     open_own,
     replace_text,
 )
@@ -34,15 +33,9 @@ _RUN = "run"  # a kind of folder, see spin.core.files.begin_atomic_dir
 
 
 class MetricService:
-    """A metric logger that may be down: what it raises is a warning, and training goes on.
+    """A metric logger with torchtune's methods, which may be down: what it raises is a warning, and training continues.
 
-    Nothing is lost by that: ``metrics.jsonl`` has every step.
-
-    Args:
-        make (Callable[[], Any]): makes a logger with torchtune's methods ``log_config``, ``log_dict`` and ``close``.
-
-    Raises:
-        ConfigError: If the logger's package is not installed.
+    Nothing is lost by that: ``metrics.jsonl`` has every step. ConfigError if its package is not installed.
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
@@ -56,34 +49,20 @@ class MetricService:
             raise ConfigError(f"metric_logger: {error}") from error
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
             log.warning(
-                f"metric_logger cannot be started ({_one_line(error)}); metrics.jsonl has everything all the same.",
+                f"metric_logger cannot be started ({_one_line(error)}). Training continues; metrics.jsonl has "
+                "everything.",
                 exc_info=show_traceback(),
             )
 
-    def log_config(self, cfg: Any) -> None:
-        """Hands over the run's config."""
-        self._try("log_config", cfg)
-
-    def log_dict(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hands over a step's metrics."""
-        self._try("log_dict", metrics, step=step)
-
-    def log_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """Hands over a table, if the logger can take one; see :func:`spin.run.messages.log_table`."""
-        self._attempt("log_table", lambda: log_table(self._logger, name, rows, step))
-
-    def close(self) -> None:
-        """Ends the logger, which may send what it has kept."""
-        self._try("close")
-
-    def _try(self, method: str, *args: Any, **kwargs: Any) -> None:
-        self._attempt(method, lambda: getattr(self._logger, method)(*args, **kwargs))
-
-    def _attempt(self, method: str, call: Callable[[], object]) -> None:
+    def call(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Calls one of the logger's methods; ``log_table`` as :func:`spin.run.messages.log_table` does."""
         if self._logger is None:
             return
         try:
-            call()
+            if method == "log_table":
+                log_table(self._logger, *args, **kwargs)
+            else:
+                getattr(self._logger, method)(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
             self._failures += 1
             if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
@@ -95,17 +74,17 @@ class MetricService:
 
 
 class RunLog:
-    """What a run tells: ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml`` and the metric logger. Rank 0 does.
+    """Run outputs, written by rank 0: ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml`` and the metric logger.
 
-    A line that cannot be written must end all ranks, which wait for rank 0 in other places. So it is not an error at
-    once: nothing more is written, ``has_failed`` rides on a collective that the run has anyway, and :meth:`check` ends
-    the run before a state is saved whose log would lack the line.
+    A line that cannot be written must end all ranks, which wait for rank 0 in other places. So it is no error at once:
+    nothing more is written, ``has_failed`` is sent with a collective that the run has anyway, and :meth:`check` ends
+    the run before a checkpoint is saved whose log would lack the line.
 
     Args:
-        cfg (DictConfig): the run's, written down as it is; for its owner alone if it has secrets.
+        cfg (DictConfig): the run's; its copy is readable by its owner alone if it has secrets.
         make_logger (Callable[[], Any]): see :class:`MetricService`.
-        from_step (int): see :class:`MetricsFile`.
-        world (World): the ranks; on others than 0 nothing happens.
+        from_step (int): see :class:`MetricsFile`; negative before the first run of a folder.
+        world (World): the ranks.
 
     Raises:
         ConfigError: On all ranks, if the logger's package is not installed.
@@ -123,28 +102,22 @@ class RunLog:
 
     def _begin(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int) -> None:
         self._service = MetricService(make_logger)
-        self._service.log_config(config.shown(cfg))  # which torchtune's loggers write to a file and send away
+        self._service.call("log_config", config.shown(cfg))  # which torchtune's loggers write to a file and send away
         names = ("metrics.jsonl", "samples.jsonl")
         if cfg.get("resume") == "never":
-            self._keep_log((*names, "nonfinite.jsonl"))  # which is begun when a batch is not finite
+            self._keep_aside("is of a run before this one, and resume is never", names)
         if from_step < 0 and not is_marked(self._folder, _RUN):
-            for file in (self._folder / name for name in (*names, "nonfinite.jsonl", "config.yaml")):
-                if file.is_file() and file.stat().st_size:
-                    keep_aside(file, "was there before the first run of this folder")
+            self._keep_aside("was there before the first run of this folder", (*names, "config.yaml"))
         with as_output_error(self._folder):
             mark(self._folder, _RUN)
         self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
         with as_output_error(self._folder / "config.yaml"):
             replace_text(self._folder / "config.yaml", OmegaConf.to_yaml(cfg), private=config.holds_secrets(cfg))
 
-    def _keep_log(self, names: Sequence[str]) -> None:
-        """What was asked to start anew does not go on with the files of the run before, which may have come far."""
-        for file in (self._folder / name for name in names):
-            if file.exists() and file.stat().st_size:
-                aside = next_backup_name(file)
-                with as_output_error(aside):
-                    file.rename(aside)
-                log.warning(f"{file} is of a run before this one, and resume is never: kept as {aside.name}.")
+    def _keep_aside(self, because: str, names: Sequence[str]) -> None:
+        for file in (self._folder / name for name in (*names, "nonfinite.jsonl")):
+            if file.is_file() and file.stat().st_size:
+                keep_aside(file, because)
 
     @property
     def has_failed(self) -> bool:
@@ -158,18 +131,18 @@ class RunLog:
                 raise self._failure
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step's metrics; the logger gets every ``log_every_n_steps``-th and each with a validation."""
+        """Writes a step's metrics; the logger gets every ``log_every_n_steps``-th and each with a validation."""
         if self._world.is_main:
             self._write(self._file, step, metrics)
             if step % self._every == 0 or "val_loss" in metrics:
-                self._service.log_dict(metrics, step=step)
+                self._service.call("log_dict", metrics, step=step)
 
     def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Responses of one step, from :func:`spin.run.messages.sample_rows`, to the file and the screen."""
+        """Writes rows of :func:`spin.run.messages.sample_rows` to the file, the logger and the screen."""
         if self._world.is_main and rows:
             for row in rows:
                 self._write(self._samples, row["step"], row)
-            self._service.log_table("samples", rows, rows[0]["step"])
+            self._service.call("log_table", "samples", rows, rows[0]["step"])
             tqdm.write(sample_table(rows))
 
     def _write(self, file: MetricsFile, step: int, content: Mapping[str, Any]) -> None:
@@ -183,7 +156,7 @@ class RunLog:
     def close(self) -> None:
         """Ends the metric logger."""
         if self._world.is_main:
-            self._service.close()
+            self._service.call("close")
 
 
 def _one_line(error: Exception) -> str:
@@ -191,14 +164,9 @@ def _one_line(error: Exception) -> str:
 
 
 class MetricsFile:
-    """One JSON object a line, each with its step: whole after a restart as if there had been none.
+    """One JSON object a line, each with its step; after a restart as complete as if there had been none.
 
-    Args:
-        path (Path): the file; lines of steps after ``from_step`` are removed, for they will be made again.
-        from_step (int): steps that the resumed state has behind it.
-
-    Raises:
-        OutputError: If the file cannot be written.
+    Lines of steps after ``from_step``, where the resumed checkpoint stands, are removed: they are made again.
     """
 
     def __init__(self, path: Path, from_step: int) -> None:

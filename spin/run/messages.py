@@ -1,4 +1,4 @@
-"""What a person reads: answers side by side, in the terminal and in metrics services, and the sum of an iteration."""
+"""Console messages and tables: samples, the per-iteration summary, a run's start and end."""
 
 from __future__ import annotations
 
@@ -21,18 +21,8 @@ _MAX_LINES = 6
 def sample_rows(
     pairs: Sequence[Pair], margins: Sequence[float], decode: Callable[[Sequence[int]], str], step: int
 ) -> list[dict[str, Any]]:
-    """One row per comparison: per generated response.
-
-    Args:
-        pairs (Sequence[Pair]): the pairs to show.
-        margins (Sequence[float]): reward of the real less that of the generated response, for every comparison.
-        decode (Callable[[Sequence[int]], str]): token ids to text.
-        step (int): optimizer steps so far.
-
-    Returns:
-        list[dict[str, Any]]: step, sample_id, iteration, prompt, real, generated, finish_reason and margin.
-    """
-    answers = [(pair, response) for pair in pairs for response in pair.generated]
+    """One row for each generated response, as JSON values; ``margins`` are the differences of their rewards."""
+    comparisons = [(pair, response) for pair in pairs for response in pair.generated]
     return [
         {
             "step": step,
@@ -44,13 +34,13 @@ def sample_rows(
             "finish_reason": response.finish_reason,
             "margin": margin,
         }
-        for (pair, response), margin in zip(answers, margins, strict=True)
+        for (pair, response), margin in zip(comparisons, margins, strict=True)
     ]
 
 
 def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of :func:`sample_rows` as a table of text; long cells are cut."""
-    lines = ["margin: reward of the real less that of the generated answer"]
+    """The rows of :func:`sample_rows` as a table of text; long cells are truncated."""
+    lines = ["margin: reward of the real less that of the generated response"]
     lines += [_line({name: name for name in _WIDTHS}), "-+-".join("-" * width for width in _WIDTHS.values())]
     for row in rows:
         # of a long prompt the end says most: it is what was asked last
@@ -63,16 +53,10 @@ def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def log_table(logger: Any, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-    """Hands a table to a metric logger, in the form that its service has for tables.
+    """Hands rows, all with the same columns, to a metric logger in its service's form for tables.
 
     W&B, MLflow and Comet have tables, TensorBoard shows text. A logger of your own gets the rows if it has a method
-    ``log_table(name, rows, step)``. To others nothing is said.
-
-    Args:
-        logger (Any): one of torchtune's, or any other.
-        name (str): of the table.
-        rows (Sequence[Mapping[str, Any]]): all with the same columns; texts and numbers.
-        step (int): optimizer steps so far.
+    ``log_table(name, rows, step)``. Others are skipped.
     """
     from torchtune.training import metric_logging
 
@@ -113,19 +97,8 @@ def iteration_summary(
     model_dir: Path,
     checkpoint: Path,
 ) -> str:
-    """What an iteration did, and where its results are.
-
-    Args:
-        iteration (int): counted from 0.
-        history (Sequence[Mapping[str, float]]): metrics of its steps since the run was started.
-        val_loss_before (float | None): validation loss when the iteration began.
-        folder (Path): the iteration's folder.
-        model_dir (Path): the exported model.
-        checkpoint (Path): the resumable state.
-
-    Returns:
-        str: a few lines.
-    """
+    """What an iteration did, and where its results are; ``history`` has the metrics of its steps since the start of the
+    program, ``val_loss_before`` the validation loss when the iteration began."""
     steps = [metrics for metrics in history if "loss" in metrics]
     lines = [f"\n=== Iteration {iteration}: {len(history)} steps ==="]
     if steps and abs(steps[0].get("margin", 1.0)) < 1e-4:
@@ -166,37 +139,18 @@ def iteration_summary(
 
 
 def start_message(progress: SPINProgress, batch_size: int, num_samples: int, num_val_samples: int) -> str:
-    """What a run is going to do, in a line.
-
-    Args:
-        progress (SPINProgress): of the run.
-        batch_size (int): prompts of a step.
-        num_samples (int): samples that an iteration can play.
-        num_val_samples (int): validation samples.
-
-    Returns:
-        str: the line.
-    """
+    """What a run is going to do, in a line."""
     steps = [progress.steps_in_epoch(iteration) for iteration in range(progress.max_iterations)]
     per_epoch = str(steps[0]) if len(set(steps)) == 1 else f"({', then '.join(map(str, steps))})"
     return (
         f"{num_samples:,} samples, {num_val_samples:,} for validation. {progress.max_iterations} iterations: in each "
-        f"the model answers prompts, scores its own and the real answers, and trains {progress.max_epochs} x "
+        f"the model responds to prompts, scores its own and the real responses, and trains {progress.max_epochs} x "
         f"{per_epoch} steps of {batch_size} pairs; {progress.total_steps} steps in all, {progress.step} done."
     )
 
 
 def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: bool) -> str:
-    """What there is when a run has ended, and what can be done with it.
-
-    Args:
-        output_dir (Path): the run's folder.
-        progress (SPINProgress): at its end.
-        had_steps_left (bool): whether this start of the program trained at all.
-
-    Returns:
-        str: a few lines.
-    """
+    """Outputs and next commands at a run's end; ``had_steps_left`` tells whether this start of the program trained."""
     models = sorted(output_dir.glob("iteration_*/hf_model"))
     lines = [f"Finished after {progress.step} steps; everything is in {output_dir}"]
     if not had_steps_left:
@@ -204,11 +158,11 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
             f"The run in {output_dir} was finished before, after {progress.step} steps: nothing was left to do. "
             "output_dir=<another folder> starts a new one."
         ]
-    lines.append(f"  look at it:  python -m spin report {shlex.quote(str(output_dir))}")
+    lines.append(f"  report:      python -m spin report {shlex.quote(str(output_dir))}")
     if models:
-        lines.append(f"  use it:      {models[-1]} loads in transformers and vLLM")
+        lines.append(f"  model:       {models[-1]} loads in transformers and vLLM")
     if progress.step >= progress.iteration_start(progress.max_iterations):
-        lines.append(f"  go on:       the same command with max_iterations={progress.max_iterations + 1}")
+        lines.append(f"  train more:  the same command with max_iterations={progress.max_iterations + 1}")
     return "\n".join(lines)
 
 

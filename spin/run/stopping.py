@@ -1,4 +1,4 @@
-"""A clean end before the end: signals, the time limit, and the command that goes on from there."""
+"""Early stops: signals, the time limit, and the command that resumes from there."""
 
 from __future__ import annotations
 
@@ -14,21 +14,11 @@ from spin.core.errors import ConfigError
 from spin.run.progress import RunTimer
 
 _ONE_CTRL_C_SECONDS = 1.0
-_TOLD_AT_CTRL_C = b"\nStopping when this step, or shard of answers, is done and saved; Ctrl-C again ends at once.\n"
+_CTRL_C_MESSAGE = b"\nStopping when this step, or shard of responses, is done and saved; Ctrl-C again ends at once.\n"
 
 
 def parse_signals(names: Sequence[str]) -> list[signal.Signals]:
-    """Signals by name.
-
-    Args:
-        names (Sequence[str]): such as ``SIGTERM``.
-
-    Returns:
-        list[signal.Signals]: the same ones.
-
-    Raises:
-        ConfigError: If there is no such signal, or if no process can catch it.
-    """
+    """Signals by name, such as ``SIGTERM``; ConfigError for one that no process can catch."""
     known = {each.name: each for each in signal.Signals if each not in (signal.SIGKILL, signal.SIGSTOP)}
     for name in names:
         if name not in known:
@@ -37,11 +27,11 @@ def parse_signals(names: Sequence[str]) -> list[signal.Signals]:
 
 
 class StopRequest:
-    """Whether this rank was asked to stop. A signal is only noted: the run ends where it can go on from.
+    """Whether this rank was asked to stop. A signal is only noted: the run stops where it can be resumed.
 
     Args:
         signals (Sequence[str]): names of the signals that ask for it.
-        max_time (str | None): wall-clock budget, ``DD:HH:MM:SS``; it starts now. None is no budget.
+        max_time (str | None): wall-clock budget from now on, ``DD:HH:MM:SS``.
 
     Raises:
         ConfigError: If a signal or the budget is not one.
@@ -59,26 +49,18 @@ class StopRequest:
         self._before = {each: signal.signal(each, self.note) for each in self._signals}
 
     def release(self) -> None:
-        """Gives the signals back to whom they belonged."""
+        """Restores the handlers that were there before."""
         for each, handler in self._before.items():
             signal.signal(each, handler)
         self._before = {}
 
     def note(self, signum: int, frame: object) -> None:
-        """The signals' handler.
-
-        Args:
-            signum (int): the signal's number.
-            frame (object): where it came.
-
-        Raises:
-            KeyboardInterrupt: At a second Ctrl-C. A launcher may hand on the first one twice within a moment.
-        """
+        """The signals' handler. A second Ctrl-C raises KeyboardInterrupt, unless a launcher sent the first twice."""
         if signum == signal.SIGINT:
             if self._interrupted_at is None:
                 self._interrupted_at = time.monotonic()
                 if os.environ.get("RANK", "0") == "0":
-                    os.write(2, _TOLD_AT_CTRL_C)  # print() could interrupt itself here
+                    os.write(2, _CTRL_C_MESSAGE)  # print() could interrupt itself here
             elif time.monotonic() - self._interrupted_at > _ONE_CTRL_C_SECONDS:
                 raise KeyboardInterrupt
         self.is_signalled = True
@@ -95,14 +77,10 @@ class StopRequest:
 
 
 def resume_command(resume: str = "auto") -> str:
-    """The command that this process was started with, as a shell takes it, so that it goes on from the newest state.
+    """This process's command in one line for a shell, which resumes from the newest checkpoint.
 
-    Args:
-        resume (str): the config's ``resume``; anything but ``auto`` is overridden at the end.
-
-    Returns:
-        str: one line. Under torchrun it starts all processes of this host; a run over several hosts has one launcher on
-        each, whose own command is not known here.
+    A ``resume`` other than ``auto`` is overridden at its end. Under torchrun it starts all processes of this host; of
+    several hosts each has a launcher, whose own command is not known here.
     """
     interpreter, *arguments = sys.orig_argv
     arguments += [] if resume == "auto" else ["resume=auto"]
@@ -119,13 +97,5 @@ def resume_command(resume: str = "auto") -> str:
 
 
 def resume_hint(step: int, resume: str = "auto") -> str:
-    """What a run says that was asked to stop.
-
-    Args:
-        step (int): optimizer steps so far.
-        resume (str): see :func:`resume_command`.
-
-    Returns:
-        str: two lines, the second of which goes on.
-    """
-    return f"Stopped at step {step} as asked. This command goes on from here:\n{resume_command(resume)}"
+    """The message of a run that stops early, with the command to resume in its second line."""
+    return f"Stopped at step {step} as asked. Resume with:\n{resume_command(resume)}"

@@ -13,13 +13,13 @@ from spin.config.checks import check_run
 from spin.config.defaults import RECIPE_DEFAULTS
 from spin.config.parse import complete, load_config
 from spin.core.errors import CheckpointError, ConfigError, SelfTestError
-from spin.run.resume import _RESULTS_DEPEND_ON, check_unchanged, run_fingerprint
+from spin.run.resume import RESULTS_DEPEND_ON, check_unchanged, run_fingerprint
 from spin.training.selftest import check_first_loss
 
 CONFIG = Path(__file__).parents[1] / "assets" / "tiny.yaml"
 
 
-@pytest.mark.parametrize("key", [*_RESULTS_DEPEND_ON, "dataset", "tokenizer"])
+@pytest.mark.parametrize("key", [*RESULTS_DEPEND_ON, "dataset", "tokenizer"])
 def test_every_key_that_results_depend_on_is_compared(key):
     """The tokenizer's fingerprint covers its chat template, see tests/data/test_chat.py."""
     config = copy.deepcopy(RECIPE_DEFAULTS)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from spin.core.errors import CheckpointError
-from spin.core.files import file_sha256, json_fingerprint
 from tests.recipes import test_spin_lora_recipe as lora
 from tests.recipes.helpers import metrics_of, run
 
@@ -54,24 +53,6 @@ def test_it_can_be_allowed(begun, tmp_path):
     shutil.copytree(begun / "full", tmp_path / "out")
     recipe = run(tmp_path / "out", *SHORT, "model.norm_eps=1.1e-5", "resume_with_changes=[model]")
     assert recipe._progress.step == 5
-
-
-def test_a_state_of_an_earlier_version_is_taken_with_a_word(begun, tmp_path, caplog):
-    shutil.copytree(begun / "full", tmp_path / "out")
-    state = tmp_path / "out" / "checkpoints" / "step_00000002"
-    document = json.loads((state / "state.json").read_text())
-    for key in ("model", "generator"):
-        del document["state"]["run"][key]
-    (state / "state.json").write_text(json.dumps(document))
-    manifest = json.loads((state / "manifest.json").read_text())
-    del manifest["checksum"]
-    manifest["files"]["state.json"] = {
-        "bytes": (state / "state.json").stat().st_size, "sha256": file_sha256(state / "state.json")
-    }  # fmt: skip
-    (state / "manifest.json").write_text(json.dumps(manifest | {"checksum": json_fingerprint(manifest)}))
-    run(tmp_path / "out", *SHORT)
-    assert "of an earlier version, which did not record model, generator" in caplog.text
-    assert [row["step"] for row in metrics_of(tmp_path / "out")] == [1, 2, 3, 4, 5]
 
 
 def test_answers_and_log_probs_of_the_same_weights_in_another_model_are_made_again(begun, tiny_lm, tmp_path, caplog):

@@ -41,7 +41,7 @@ def unbroken(tmp_path_factory):
 
 
 def told_command(output):
-    return re.search(r"goes on from here:\n(.+)\n", output)[1]
+    return re.search(r"Resume with:\n(.+)\n", output)[1]
 
 
 @pytest.mark.slow
@@ -156,7 +156,7 @@ def test_max_time_validates_saves_and_stops(unbroken, tmp_path, caplog):
     assert rows[-1]["step"] == 3 and "val_loss" in rows[-1]
     assert "val_loss" not in metrics_of(unbroken[0])[3]
     assert (tmp_path / "checkpoints" / "step_00000003" / "manifest.json").exists()
-    assert "This command goes on from here:" in caplog.text
+    assert "Resume with:" in caplog.text
     assert run(tmp_path, *changes).final_weights == unbroken[1].final_weights
     assert [row.get("loss") for row in metrics_of(tmp_path)] == [row.get("loss") for row in metrics_of(unbroken[0])]
 

@@ -158,7 +158,7 @@ def test_a_stopped_run_goes_on_where_its_folder_model_and_data_have_moved_to(unb
     """Nothing that is written knows where it lies; a sample without an id is named by its file's name and row."""
     changes = ("max_iterations=2", "max_epochs=1")
     code, output = signalled_at(1, tmp_path / "before", changes, signal.SIGTERM)
-    assert code == 0 and "goes on from here" in output, output[-3000:]
+    assert code == 0 and "Resume with:" in output, output[-3000:]
     (tmp_path / "elsewhere").mkdir()
     after = (tmp_path / "before").rename(tmp_path / "elsewhere" / "after")
     model = shutil.copytree(REPO / "tests" / "assets" / "tiny_lm", tmp_path / "elsewhere" / "model")

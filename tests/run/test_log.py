@@ -163,7 +163,7 @@ def test_where_a_logger_of_your_own_failed_is_shown_on_request(monkeypatch, capl
     """In a line without, so that a service that is down does not fill the log."""
     monkeypatch.setenv("SPIN_TRACEBACK", "1" if is_asked else "0")
     service = MetricService(Broken)
-    service.log_table("samples", ROWS, 2)
+    service.call("log_table", "samples", ROWS, 2)
     assert caplog.text.count("metric_logger.log_table failed (RuntimeError: quota)") == 1
     assert ('raise RuntimeError("quota")' in caplog.text) == is_asked
 
