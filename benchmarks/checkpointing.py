@@ -11,8 +11,8 @@ took longer than the part without, over the saves, and counts everything: the co
 waits for writes that are not done; ``blocked_seconds`` is what the call alone took, which for a synchronous save is the
 whole of it. ``spread_seconds`` is the interquartile range of that over the rounds: what is less
 was not measured. ``share`` is the cost over the time of an interval of ``--interval-steps`` steps, by default an epoch
-of 50,000 pairs in batches of 64, which is the configs' interval (save_interval: 1.0). At the end the state is restored
-and the model exported for transformers, once each.
+of 50,000 pairs in batches of 64, which is the configs' interval (save_interval: 1.0). At the end the checkpoint is
+restored and the model exported for transformers, once each.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda or cpu")
     parser.add_argument("--pairs", type=int, help="of a step; default: the model's")
     parser.add_argument("--row-tokens", type=int, help="of a packed row; default: the model's")
-    parser.add_argument("--optimizer", default="adamw", help="adamw or adamw8bit, whose states are smaller")
+    parser.add_argument("--optimizer", default="adamw", help="adamw or adamw8bit, whose state is smaller")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="of each part of a round")
     parser.add_argument("--every", type=int, default=4, help="steps from save to save, in the parts that save")
-    parser.add_argument("--interval-steps", type=int, default=50_000 // 64, help="from save to save, for the share")
-    parser.add_argument("--folder", help="where states are written; default: the system's folder for such files")
+    parser.add_argument("--interval-steps", type=int, default=50_000 // 64, help="from save to save, for the fraction")
+    parser.add_argument("--folder", help="where checkpoints are written; default: the system's folder for such files")
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     return parser.parse_args(arguments)
 
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     folders = [str(folder)]
     torch.distributed.broadcast_object_list(folders)
     run, source = Path(folders[0]) / "run", Path(folders[0]) / "source"
-    savers = {  # one folder: a disk has to hold two states, not three
+    savers = {  # one folder: a disk has to hold two checkpoints, not three
         mode: SPINCheckpointer(str(source), "LLAMA3_2", str(run), keep_last=1, async_save=mode == "async")
         for mode in ("async", "sync")
     }
@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     state_bytes = sum(file.stat().st_size for file in run.glob("checkpoints/step_*/*"))
     state = savers["sync"].latest()
     if state is None:
-        raise SystemExit(f"{run} has no complete state although saving raised nothing.")
+        raise SystemExit(f"{run} has no complete checkpoint although saving raised nothing.")
     optimizer.zero_grad(set_to_none=True)
     restore_seconds = bench.seconds(lambda: savers["sync"].load(state, model=model, optimizer=optimizer, world=world))
     if world.is_main:

@@ -1,18 +1,18 @@
-"""How fast the opponent answers: the embedded generator against transformers and vLLM.
+"""How fast the opponent generates: the embedded generator against transformers and vLLM.
 
     python benchmarks/generation.py --model tiny                       # on a CPU, in seconds: does it run?
     python benchmarks/generation.py --out results.json                 # one GPU, Llama 3.2 1B shapes; some minutes
     python benchmarks/generation.py --arms embedded,transformers,vllm,vllm_bare --rounds 5    # needs vLLM
     python benchmarks/generation.py --table results.json               # the tables again, from the file
 
-Weights and prompts are random, and the same for every arm. A random model never ends an answer on purpose, so each
+Weights and prompts are random, and the same for every arm. A random model never ends a response on purpose, so each
 request has a length of its own (log-normal, cut at --max-new-tokens), no token stops it, and tokens are drawn from the
 model's own distribution. What counts is useful tokens per second: those that were asked for, over the time from
-handing in all prompts to having all answers. transformers.generate gets prompts sorted by length in batches of 64 and
-must go on until the last answer of a batch is complete; it is slow, so it runs on every fourth request.
+handing in all prompts to having all responses. transformers.generate gets prompts sorted by length in batches of 64 and
+must continue until the last response of a batch is complete; it is slow, so it runs on every fourth request.
 
 Before anything is timed, greedy tokens of every arm are compared with those of whole forwards in fp32: in fp32, where
-arms should agree token for token, and in the compute dtype, where rounding makes answers part sooner or later.
+arms should agree token for token, and in the compute dtype, where rounding makes responses part sooner or later.
 
 Rounds are interleaved. `tokens/s` is the median over rounds of a run whose engine is ready (graphs recorded, as for
 all shards of prompts after the first one); `first` is the same work right after waking up. `GiB` is the peak of what is
@@ -123,7 +123,7 @@ class Bench:
 
 # ---------------------------------------------------------------------------------------------------------- arms
 class Arm:
-    """A way to answer prompts.
+    """A way to generate for prompts.
 
     Args:
         bench (Bench): gives weights and device.
@@ -151,7 +151,7 @@ class Arm:
 
 
 class _Limited(TorchtuneGenerator):
-    """The product's generator; answers have the lengths that the benchmark asks for."""
+    """The product's generator; responses have the lengths that the benchmark asks for."""
 
     limits: Sequence[int] = ()
 
@@ -194,7 +194,7 @@ class Embedded(Arm):
     def _answers(self, generator: _Limited, prompts: Tokens, limits: Sequence[int], sampling: SamplingParams) -> Tokens:
         generator.limits = limits
         seeds = list(range(len(prompts)))
-        return [completion.token_ids for completion in generator.generate(prompts, sampling, seeds)]
+        return [response.token_ids for response in generator.generate(prompts, sampling, seeds)]
 
 
 class Embedded64(Embedded):
@@ -239,19 +239,19 @@ class Transformers(Arm):
 
 
 def generate_in_batches(model: Any, prompts: Tokens, limits: Sequence[int], do_sample: bool) -> Tokens:
-    """Answers of ``transformers.generate``, the longest prompts first, ``HF_BATCH`` at a time.
+    """Responses of ``transformers.generate``, the longest prompts first, ``HF_BATCH`` at a time.
 
     Args:
         model (Any): of transformers.
         prompts (Tokens): token ids.
-        limits (Sequence[int]): tokens that each answer has; a batch goes on to the longest.
+        limits (Sequence[int]): tokens that each response has; a batch continues to the longest.
         do_sample (bool): draw from the model's own distribution; otherwise greedy.
 
     Returns:
-        Tokens: the answers, in the order of the prompts.
+        Tokens: the responses, in the order of the prompts.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    answers: Tokens = [[] for _ in prompts]
+    responses: Tokens = [[] for _ in prompts]
     for start in range(0, len(order), HF_BATCH):
         batch = order[start : start + HF_BATCH]
         longest = max(len(prompts[index]) for index in batch)
@@ -268,8 +268,8 @@ def generate_in_batches(model: Any, prompts: Tokens, limits: Sequence[int], do_s
             pad_token_id=0,
         )[:, longest:].tolist()
         for index, row in zip(batch, out, strict=True):
-            answers[index] = row[: limits[index]]
-    return answers
+            responses[index] = row[: limits[index]]
+    return responses
 
 
 class TransformersContinuous(Transformers):
@@ -306,20 +306,20 @@ class TransformersContinuous(Transformers):
             self.manager.add_request(prompt, max_new_tokens=limit, eos_token_id=-1)
             for prompt, limit in zip(prompts, limits, strict=True)
         ]
-        answers: dict[str, list[int]] = {}
+        responses: dict[str, list[int]] = {}
         news = time.perf_counter()
-        while len(answers) < len(names):
+        while len(responses) < len(names):
             result = self.manager.get_result(timeout=1)
             if time.perf_counter() - news > PATIENCE:
-                raise RuntimeError(f"no answer for {PATIENCE} seconds, {len(answers)} of {len(names)} so far")
+                raise RuntimeError(f"no response for {PATIENCE} seconds, {len(responses)} of {len(names)} so far")
             if result is not None and result.is_finished():
                 if result.error is not None:
                     raise RuntimeError(result.error)
-                answers[result.request_id] = list(result.generated_tokens)
+                responses[result.request_id] = list(result.generated_tokens)
                 news = time.perf_counter()
             elif result is None and not self.manager.is_running():
                 raise RuntimeError("the manager's thread ended")
-        return [answers[name] for name in names]
+        return [responses[name] for name in names]
 
     def greedy(self, prompts: Tokens, new_tokens: int, dtype: torch.dtype) -> Tokens:
         try:
@@ -330,7 +330,7 @@ class TransformersContinuous(Transformers):
                 self._shared.pop((id(self.bench), dtype), None)
 
 
-# Another engine is another class here: how it starts (`ready`), answers (`run`) and answers greedily (`greedy`).
+# Another engine is another class here: how it starts (`ready`), generates (`run`) and generates greedily (`greedy`).
 ARMS: dict[str, type[Arm]] = {
     "embedded": Embedded,
     "embedded_64": Embedded64,
@@ -341,7 +341,7 @@ ARMS: dict[str, type[Arm]] = {
 }
 BASELINE = "transformers"
 DEFAULT_ARMS = ["embedded", "embedded_64", "embedded_eager", "transformers"]  # transformers_cb starts slowly
-PATIENCE = 120  # seconds that another library's engine may take for an answer
+PATIENCE = 120  # seconds that another library's engine may take for a response
 
 
 def skip_reason(name: str, bench: Bench) -> str | None:
@@ -355,7 +355,7 @@ def skip_reason(name: str, bench: Bench) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------ sections
 def check(bench: Bench, arms: dict[str, Arm], failed: dict[str, str]) -> dict[str, dict[str, float]]:
-    """The share of greedy tokens, up to where an answer parts, that are those of whole forwards in fp32."""
+    """The fraction of greedy tokens, up to where a response parts, that are those of whole forwards in fp32."""
     num, new_tokens = CHECKED
     prompts = bench.prompts[:num]
     exact = _forwards(bench.exact_model(), prompts, new_tokens)
@@ -381,7 +381,7 @@ def check(bench: Bench, arms: dict[str, Arm], failed: dict[str, str]) -> dict[st
 
 def _forwards(model: nn.Module, prompts: Tokens, new_tokens: int) -> Tokens:
     """Greedy tokens without a cache, one sequence at a time."""
-    answers = []
+    responses = []
     with torch.no_grad():
         for prompt in prompts:
             tokens = list(prompt)
@@ -389,8 +389,8 @@ def _forwards(model: nn.Module, prompts: Tokens, new_tokens: int) -> Tokens:
                 tokens.append(
                     int(model(torch.tensor([tokens], device=next(model.parameters()).device))[0, -1].argmax())
                 )
-            answers.append(tokens[len(prompt) :])
-    return answers
+            responses.append(tokens[len(prompt) :])
+    return responses
 
 
 def _agreement(got: Tokens, expected: Tokens) -> float:
@@ -453,9 +453,9 @@ def _measure(bench: Bench, arm: Arm, result: dict[str, Any]) -> None:
     result.update(requests=len(prompts), useful_tokens=sum(limits))
 
 
-def _checked(answers: Tokens, limits: Sequence[int]) -> None:
-    if list(map(len, answers)) != list(limits):
-        raise RuntimeError("answers do not have the lengths that were asked for")
+def _checked(responses: Tokens, limits: Sequence[int]) -> None:
+    if list(map(len, responses)) != list(limits):
+        raise RuntimeError("responses do not have the lengths that were asked for")
 
 
 def _speed(result: dict[str, Any]) -> dict[str, Any]:
@@ -516,7 +516,7 @@ def tables(results: dict[str, Any]) -> str:
     parts = [
         f"{setup['device']}, torch {setup['torch']}, transformers {setup['transformers']}, {setup['model']}, "
         f"{setup['compute_dtype']}; {setup['requests']} requests, prompts of {setup['mean_prompt_tokens']:.0f} and "
-        f"answers of {setup['mean_new_tokens']:.0f} tokens on average (at most {setup['max_new_tokens']}), "
+        f"responses of {setup['mean_new_tokens']:.0f} tokens on average (at most {setup['max_new_tokens']}), "
         f"--batch-size {setup['batch_size']}. Medians of {setup['rounds']} rounds (minimum to maximum)."
     ]
     if "arms" in results:
@@ -538,7 +538,7 @@ def tables(results: dict[str, Any]) -> str:
         columns = ["arm", "useful tokens/s", f"x {BASELINE}", "first", "GiB", "greedy tokens as in fp32"]
         parts.append(table(columns, rows))
     if "vllm_sync" in results:
-        parts.append("**vLLM beside the trainer**")
+        parts.append("**vLLM next to the trainer**")
         rows = [[name.replace("_", " "), _number(value, ".3g")] for name, value in results["vllm_sync"].items()]
         parts.append(table(["", ""], rows))
     if "profile" in results:

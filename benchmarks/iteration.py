@@ -6,8 +6,8 @@
     torchrun --nproc_per_node 2 benchmarks/iteration.py --generator vllm
     python benchmarks/iteration.py --model llama3_1_8b --config llama3_1/8B_qlora --prompts 256   # adapters
 
-Weights are random; prompts and real answers are pieces of the quickstart's text, of log-normal lengths (199 and 278
-tokens on average). A random model does not end its answers: each has as many tokens as sampling.max_new_tokens allows,
+Weights are random; prompts and real responses are pieces of the quickstart's text, of log-normal lengths (199 and 278
+tokens on average). A random model does not end its responses: each has all tokens that sampling.max_new_tokens allows,
 256. Two iterations of one epoch run; the second one is warm (layers compiled, engine started, optimizer state there).
 
 Memory is what the whole device has in use, polled while a stage runs, whoever holds it: vLLM's does not come from
@@ -112,7 +112,7 @@ class Staged:
     Args:
         cfg (DictConfig): complete.
         stages (Stages): where the figures go.
-        saved (range): iterations after which a state and an exported model are written.
+        saved (range): iterations after which a checkpoint and an exported model are written.
     """
 
     def __init__(self, cfg: DictConfig, stages: Stages, saved: range) -> None:
@@ -176,17 +176,17 @@ def make_data(file: Path, num: int, share: float) -> None:
     text = " ".join(row["messages"][-1]["content"] for row in rows)
     stream = tokenizer(text, add_special_tokens=False)["input_ids"]
     rng = np.random.default_rng(0)
-    prompts, answers, _ = (log_normal_lengths(max(8, mean * share), num, rng) for mean in MIXES["short"])
+    prompts, responses, _ = (log_normal_lengths(max(8, mean * share), num, rng) for mean in MIXES["short"])
 
     def piece(length: int) -> str:
         start = int(rng.integers(0, len(stream) - length))
         return tokenizer.decode(stream[start : start + length])
 
     with file.open("w", encoding="utf-8") as out:
-        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             messages = [
                 {"role": "user", "content": piece(int(prompt))},
-                {"role": "assistant", "content": piece(int(answer))},
+                {"role": "assistant", "content": piece(int(response))},
             ]
             out.write(json.dumps({"id": str(i), "messages": messages}) + "\n")
 
@@ -279,7 +279,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--generator", choices=("embedded", "vllm"), default="embedded")
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--batch", type=int, default=64, help="global_batch_size")
-    parser.add_argument("--save", action="store_true", help="write states and exported models, as a stage")
+    parser.add_argument("--save", action="store_true", help="write checkpoints and exported models, as a stage")
     parser.add_argument("--save-last", action="store_true", help="the same after the last iteration alone")
     parser.add_argument("--folder", type=Path, help="a new one to work in, which is kept; default: one that is removed")
     parser.add_argument("overrides", nargs="*", help="of the config, key=value")

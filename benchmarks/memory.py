@@ -1,8 +1,8 @@
 """Peak memory of a config on this GPU, against its estimate: `python benchmarks/memory.py --config llama3_1/8B_lora`.
 
 Random weights and tokens, nothing is read but the config: two optimizer steps over the rows of a batch of pairs of a
-given mean length, then answers to as many prompts of the greatest length as the generator takes at a time. Prints both
-peaks of torch's allocator beside :func:`spin.cli.estimate.estimate`, and writes them as JSON.
+given mean length, then responses to as many prompts of the greatest length as the generator takes at once. Prints both
+peaks of torch's allocator next to :func:`spin.cli.estimate.estimate`, and writes them as JSON.
 """
 
 from __future__ import annotations
@@ -127,10 +127,10 @@ def main() -> None:
     print(f"{arguments.config}: {measured['rows']} rows, the longest of {measured['row_tokens']} tokens")
     results: dict[str, Any] = {"config": arguments.config, "overrides": overrides, "torch": torch.__version__}
     for phase in ("training", "playing"):
-        found, told = measured[phase], getattr(expected, phase)
-        off = f" ({told / found - 1:+.0%})" if found else " (not measured: no GPU)"
-        print(f"{phase:<10} measured {found:6.1f} GiB   estimated {told:6.1f} GiB{off}")
-        results[phase] = {"measured_gib": found, "estimated_gib": told}
+        found, estimated = measured[phase], getattr(expected, phase)
+        off = f" ({estimated / found - 1:+.0%})" if found else " (not measured: no GPU)"
+        print(f"{phase:<10} measured {found:6.1f} GiB   estimated {estimated:6.1f} GiB{off}")
+        results[phase] = {"measured_gib": found, "estimated_gib": estimated}
     if arguments.out:
         with open(arguments.out, "w", encoding="utf-8") as file:
             json.dump(results | {"row_tokens": measured["row_tokens"]}, file, indent=2)

@@ -206,7 +206,7 @@ def generation_section(results: Results) -> str:
         vllm = f", vLLM {setup['vllm']}" if setup["vllm"] else ""
         parts.append(
             f"{setup['device']}, torch {setup['torch']}, transformers {setup['transformers']}{vllm}; "
-            f"{setup['requests']} prompts of {setup['mean_prompt_tokens']:.0f} tokens, answers of "
+            f"{setup['requests']} prompts of {setup['mean_prompt_tokens']:.0f} tokens, responses of "
             f"{setup['mean_new_tokens']:.0f}.\n\n"
             + table(["", "useful tokens/s", "x transformers.generate", "GiB beyond the weights"], rows)
         )
@@ -229,7 +229,7 @@ def iteration_section(results: Results) -> str:
             rows.append([run["title"], *each, spread(run["seconds"]), ratio])
         columns = ["", *(f"{stage}, s" for stage in stages), "iteration, s", "ours: times as fast"]
         parts.append(
-            f"{section['prompts']} prompts, answers of {section['generated_tokens']:.0f} tokens, one epoch, warm. "
+            f"{section['prompts']} prompts, responses of {section['generated_tokens']:.0f} tokens, one epoch, warm. "
             f"{machine(result, arms)}\n\n{table(columns, rows)}"
         )
     return "\n\n".join(parts)

@@ -4,7 +4,7 @@
     python benchmarks/pair_store.py --pairs 4000,8000,16000          # in seconds
 
 What the recipe does with an iteration's pairs, without a model: ``write`` makes half of the shards of an iteration's
-answers, ``resume`` opens that store again as after a kill, checks what is there and makes the rest, ``seal`` records
+responses, ``resume`` opens that store again as after a kill, checks what is there and makes the rest, ``seal`` records
 the checksums. ``mix`` filters these pairs and those of an iteration before (as large; shards are linked, not made
 again) into the lookup file, as history mixing does, and ``read`` visits all of them once in the order of an epoch, in
 global batches. Token ids are random (mean lengths 40 prompt, 60 real, 60 generated), so they compress badly.

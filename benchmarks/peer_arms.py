@@ -127,8 +127,8 @@ class PeerBench(Bench):
             with torch.no_grad():
                 real, generated = sequence_logps(model(batch.tokens.to(self.world.device)), batch).chunk(2)
             for pair, *logps in zip(two, real.tolist(), generated.tolist(), strict=True):
-                answer = replace(pair.generated[0], reference_logp=logps[1])
-                scored.append(replace(pair, reference_real_logp=logps[0], generated=[answer]))
+                response = replace(pair.generated[0], reference_logp=logps[1])
+                scored.append(replace(pair, reference_real_logp=logps[0], generated=[response]))
         return scored
 
 
@@ -369,7 +369,7 @@ def register_flex() -> None:
 
 
 class PackedTwin(Twin):
-    """Padding-free: many sequences in a row, told apart by position ids; no prompt is shared.
+    """Padding-free: many sequences in a row, separated by position ids; no prompt is shared.
 
     transformers builds the mask from the position ids, for FlexAttention on a GPU (its FlashAttention needs a package
     of its own). Layers are compiled, log-probs of response tokens taken in chunks.
@@ -464,9 +464,9 @@ def dpo_examples(pairs: Sequence[Pair]) -> list[dict[str, list[int]]]:
     examples = []
     for pair in pairs:
         prompt, example = pair.prompt_ids.tolist(), {}
-        for side, answer in (("chosen", pair.real_ids), ("rejected", pair.generated[0].token_ids)):
-            example[f"{side}_input_ids"] = prompt + answer.tolist()
-            example[f"{side}_labels"] = [CROSS_ENTROPY_IGNORE_IDX] * len(prompt) + answer.tolist()
+        for side, response in (("chosen", pair.real_ids), ("rejected", pair.generated[0].token_ids)):
+            example[f"{side}_input_ids"] = prompt + response.tolist()
+            example[f"{side}_labels"] = [CROSS_ENTROPY_IGNORE_IDX] * len(prompt) + response.tolist()
         examples.append(example)
     return examples
 

@@ -27,7 +27,7 @@ from spin.reference.stage import score_batches
 HERE = Path(__file__).parent
 BATCHES = 4  # global batches of the reference pass
 PASS_SIZES = (8, 16, 32, 64)  # pairs of a padded batch; the fastest is TRL's tuned one
-PASS_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-3}  # deviation of summed log-probs, a share of them
+PASS_LIMITS = {torch.float32: 1e-5, torch.bfloat16: 2e-3}  # deviation of summed log-probs, a fraction of them
 TRL_ARMS: dict[str, type[TRL]] = {"trl": TRL, "trl_tuned": TRLTuned}
 PASS_TITLES = {
     "ours": "this project",
@@ -91,7 +91,7 @@ class TRLPass:
 
 
 def largest_deviation(found: Logps, expected: Logps) -> float:
-    """Of summed log-probs, as a share of them."""
+    """Of summed log-probs, as a fraction of them."""
     both = zip(torch.tensor(found).flatten().tolist(), torch.tensor(expected).flatten().tolist(), strict=True)
     return max(abs(a - b) / abs(b) for a, b in both)
 
@@ -198,7 +198,7 @@ def run_script(script: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def generation(args: Any) -> dict[str, Any]:
-    """benchmarks/generation.py with every engine that is installed; answers have the lengths that are asked for."""
+    """benchmarks/generation.py with every engine that is installed; responses have the lengths that are asked for."""
     command = ["--model", args.model or "llama3_2_1b", "--rounds", str(args.rounds), "--arms", args.engines]
     command += ["--requests", str(args.prompts)]
     return run_script("generation.py", [*command, *(["--device", args.device] if args.device else [])])
@@ -234,24 +234,24 @@ def our_iterations(bench: PeerBench, args: Any) -> tuple[list[dict[str, Any]], l
 def _fitting(pair: Pair, vocab_size: int) -> Pair:
     """The pair for a model that has fewer tokens than the tokenizer; only the tests' tiny one has."""
     prompt, real = pair.prompt_ids % vocab_size, pair.real_ids % vocab_size
-    answer = replace(pair.generated[0], token_ids=pair.generated[0].token_ids % vocab_size)
-    return replace(pair, prompt_ids=prompt, real_ids=real, generated=[answer])
+    response = replace(pair.generated[0], token_ids=pair.generated[0].token_ids % vocab_size)
+    return replace(pair, prompt_ids=prompt, real_ids=real, generated=[response])
 
 
 class PeerIteration:
-    """Answers by transformers.generate, then reference log-probs and an epoch by TRL's trainer.
+    """Responses by transformers.generate, then reference log-probs and an epoch by TRL's trainer.
 
     Args:
         bench (PeerBench): gives weights and device.
-        pairs (Sequence[Pair]): whose prompts are answered, with as many tokens as their answers have.
+        pairs (Sequence[Pair]): for whose prompts is generated, as many tokens as their responses have.
     """
 
     def __init__(self, bench: PeerBench, pairs: Sequence[Pair]) -> None:
         self.bench, self.pairs = bench, pairs
         self.model = hf_twin(bench.model("compiled"), bench.compute_dtype, bench.world.device).eval()
 
-    def answers(self, pairs: Sequence[Pair]) -> list[Pair]:
-        """The pairs with answers of their own."""
+    def responses(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """The pairs with responses of their own."""
         prompts = [pair.prompt_ids.tolist() for pair in pairs]
         limits = [len(pair.generated[0].token_ids) for pair in pairs]
         written = generate_in_batches(self.model, prompts, limits, do_sample=True)
@@ -280,10 +280,10 @@ class PeerIteration:
 
 
 def iteration(bench: PeerBench, args: Any, names: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
-    """Whole iterations, warm: answers to all prompts, reference log-probs, one epoch.
+    """Whole iterations, warm: responses to all prompts, reference log-probs, one epoch.
 
-    The product's run first, in a process of their own, because its engine keeps memory; peers then answer the same
-    prompts, with answers as long as its answers were, and learn from these pairs.
+    The product's run first, in a process of their own, because its engine keeps memory; peers then generate for the
+    same prompts, responses as long as its own were, and learn from these pairs.
 
     Args:
         bench (PeerBench): gives model and device.
@@ -300,11 +300,11 @@ def iteration(bench: PeerBench, args: Any, names: Sequence[str], failed: dict[st
     batch = pairs[: bench.args.pairs or bench.preset.pairs]
     for number in range(args.rounds + 1):  # the first one, on one global batch, compiles
         chosen = batch if number == 0 else pairs
-        answered: list[Any] = []
-        written = bench.seconds(lambda: answered.append(peers.answers(chosen)))  # noqa: B023 - called at once
+        generated: list[Any] = []
+        written = bench.seconds(lambda: generated.append(peers.responses(chosen)))  # noqa: B023 - called at once
         for name in (name for name in names if name != "ours"):
             peer = attempt(failed, name, lambda name=name: TRL_ARMS[name](bench))  # type: ignore[misc]
-            learnt = attempt(failed, name, lambda peer=peer: peers.learn(peer, answered[0], bench.seconds))  # type: ignore[misc]  # noqa: B023
+            learnt = attempt(failed, name, lambda peer=peer: peers.learn(peer, generated[0], bench.seconds))  # type: ignore[misc]  # noqa: B023
             if number > 0 and learnt is not None:
                 rows[name].append({"generate": written, **learnt})
             free()

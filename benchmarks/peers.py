@@ -12,7 +12,7 @@ files. Arms (benchmarks/peer_arms.py, peer_trl.py, peer_lora.py) train the same 
 weights with bf16 compute on a GPU and all in fp32 on a CPU. Before an arm is timed, its loss, gradient norm and, where
 they can be compared, all its gradients are held against torchtune's padded forward in fp32: an arm that computes
 something else is not timed. Arms take turns in every round. An arm that fails (out of memory, say) is recorded with its
-error, one that cannot run here with the reason, and the others go on.
+error, one that cannot run here with the reason, and the others continue.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PEERS: dict[str, type[Peer]] = {**PLAIN_PEERS, **TRL_PEERS}
 DEFAULT_ARMS = [name for name in PEERS if name != "trl_torch_compile"]  # which takes minutes to compile
 ENGINES = "embedded,embedded_64,transformers,transformers_cb,vllm,vllm_bare"  # see benchmarks/generation.py
 CHECKED_PAIRS = 8
-# by how much an arm may be off, as shares: in fp32, and in bf16 where torchtune's own forward is not off by much
+# by how much an arm may be off, as fractions: in fp32, and in bf16 where torchtune's own forward is not off by much
 DEVIATIONS = ("loss_deviation", "grad_norm_deviation", "gradient_deviation")
 FP32_LIMITS = (1e-5, 1e-5, 1e-4)
 BF16_LIMITS = (0.05, 0.05, 0.1)
@@ -142,7 +142,7 @@ def computed(peer: Peer, pairs: Sequence[Pair]) -> tuple[float, dict[str, torch.
 
 
 def deviation(peer: Peer, pairs: Sequence[Pair], exact: tuple[float, dict[str, torch.Tensor]]) -> dict[str, float]:
-    """How far an arm's loss and gradients are from those in fp32, as shares of these."""
+    """How far an arm's loss and gradients are from those in fp32, as fractions of these."""
     (expected_loss, expected), (loss, gradients) = exact, computed(peer, pairs)
     norm, expected_norm = _norm(gradients), _norm(expected)
     found = {

@@ -47,7 +47,7 @@ def race(
     """Lets arms take turns.
 
     Args:
-        turns (dict[str, Callable[[bool], Figures]]): by name; a turn is told whether it is the first, gives seconds of
+        turns (dict[str, Callable[[bool], Figures]]): by name; a turn gets whether it is the first, gives seconds of
             what it timed and ``peak_gib``.
         rounds (int): how often each takes its turn, after a first one that does not count.
         failed (dict[str, str]): errors by name; gets more.

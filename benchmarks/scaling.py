@@ -9,14 +9,14 @@ Each run is another benchmark of this folder under torchrun, one after another. 
                 the same number of pairs (--pairs), so that pairs/s should grow with the GPUs; --strong adds runs of
                 that many pairs over all GPUs together.
     checkpoint  saving in the background and synchronously, restoring, exporting (checkpointing.py)
-    iteration   whole iterations of the larger model, with a state and an export after the last one (iteration.py);
-                answers by an engine on each rank, and by engines that two ranks share (tensor parallelism)
+    iteration   whole iterations of the larger model, with a checkpoint and an export after the last one (iteration.py);
+                responses by an engine on each rank, and by engines that two ranks share (tensor parallelism)
 Generation is the iteration's first stage. The 8B is trained with AdamW's moments in 8 bits at every number of GPUs, so
 that one H200 holds it.
 
-The file is written after each run; the same command goes on with the runs that are missing. A run that fails, by memory
+The file is written after each run; the same command makes the runs that are missing. A run that fails, by memory
 for one, stays in it with its error, and is repeated with --retry. The tables are printed, and benchmarks/page.py writes
-them into docs/benchmarks.md. A state of the 8B has 48 GB: --parts checkpoint needs room for two in --folder.
+them into docs/benchmarks.md. A checkpoint of the 8B has 48 GB: --parts checkpoint needs room for two in --folder.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Run:
         part (str): of ``PARTS``.
         model (str): of ``work.MODELS``.
         gpus (int): processes, one on each GPU.
-        form (str): what else tells it from other runs of the part and model.
+        form (str): what else distinguishes it from other runs of the part and model.
         script (str): of this folder.
         arguments (tuple[str, ...]): of the script, without ``--out`` and ``--folder``.
         folder (str | None): option for the folder that the script writes to, by its name; None: it writes none.
@@ -211,7 +211,7 @@ def _ended(command: Sequence[str], environment: dict[str, str], stream: Any, lim
     except subprocess.TimeoutExpired:
         return None
     finally:
-        if process.poll() is None:  # torchrun ends its workers when it is told to end
+        if process.poll() is None:  # torchrun ends its workers when it is asked to end
             process.terminate()
             try:
                 process.wait(timeout=60)
@@ -277,7 +277,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, or ``arguments`` instead of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results; goes on with one that is")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the results; adds to one that is there")
     parser.add_argument("--parts", type=listed(PARTS), default=list(PARTS), help=",".join(PARTS))
     models = [LARGE, *(name for name in MODELS if name != LARGE)]
     parser.add_argument("--models", type=listed(models), default=[LARGE, "llama3_2_1b"], help=",".join(models))
@@ -291,7 +291,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strong", action="store_true", help="also --pairs over all GPUs together")
     parser.add_argument("--step-options", default="", help="of training_step.py: --step-options=--keep-gathered")
     parser.add_argument("--generator", choices=("vllm", "embedded"), default="vllm")
-    parser.add_argument("--folder", type=Path, help="where states go meanwhile; default: the system's for such files")
+    parser.add_argument("--folder", type=Path, help="where checkpoints go; default: the system's folder for such files")
     parser.add_argument("--limit-seconds", type=float, default=3600.0, help="for one run")
     parser.add_argument("--retry", action="store_true", help="repeat the runs that failed")
     args = parser.parse_args(arguments)

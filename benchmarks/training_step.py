@@ -273,7 +273,7 @@ class Bench:
             return None
         self.zero_grads()
         if variant:
-            self.drop(variant)  # FSDP2 was interrupted: make it anew
+            self.drop(variant)  # FSDP2 was interrupted: make it again
         return "out of memory"
 
 
@@ -701,7 +701,7 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def _cells(run: dict[str, Any], peak: float, baseline: dict[str, Any] | None | str = "") -> list[str]:
-    """pairs/s, its ratio to a baseline unless that is "", GiB, share of the peak."""
+    """pairs/s, its ratio to a baseline unless that is "", GiB, fraction of the peak."""
     compared = baseline != ""
     if "error" in run:
         return [run["error"], *["-"] * (2 + compared)]
@@ -738,8 +738,10 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--replicas", type=int, default=1, help="HSDP: groups of ranks that hold a whole model each")
     parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="adamw8bit: 6 bytes less")
-    parser.add_argument("--step-alone", action="store_true", help="optimizer_step without forward and backward beside")
-    parser.add_argument("--peak-tflops", type=float, default=989.0, help="what shares are of: one H100 or H200, bf16")
+    parser.add_argument("--step-alone", action="store_true", help="optimizer_step without forward and backward")
+    parser.add_argument(
+        "--peak-tflops", type=float, default=989.0, help="the peak of fractions: one H100 or H200, bf16"
+    )
     return parser.parse_args(arguments)
 
 

@@ -34,7 +34,7 @@ TOKENIZER = Path(__file__).parents[1] / "tests" / "assets" / "tiny_lm"  # never 
 
 
 class LimitedVLLM(VLLMGenerator):
-    """The product's generator; answers have the lengths that the benchmark asks for."""
+    """The product's generator; responses have the lengths that the benchmark asks for."""
 
     limits: Sequence[int] = ()
 
@@ -94,10 +94,10 @@ class Engines:
     def ask(self, work: Any) -> Any:
         """Sends work to the engine's process and waits for what it says."""
         self._process.send(work)
-        answer = self._process.recv()
-        if isinstance(answer, str):
-            raise RuntimeError(answer)
-        return answer
+        response = self._process.recv()
+        if isinstance(response, str):
+            raise RuntimeError(response)
+        return response
 
     def sync(self, rounds: int) -> dict[str, Any]:
         """Seconds to wake, to take the weights and to sleep, and what sleeping gives back."""
@@ -149,7 +149,7 @@ def engines_of(bench: Any) -> Engines:
 
 
 def _separate_engine(connection: Any, folder: str, batch_size: int, on_gpu: bool) -> None:
-    """Answers lists of prompts and limits until the other side is gone. Dummy weights draw as many tokens as others."""
+    """Serves lists of prompts and limits until the other side is gone. Dummy weights draw as many tokens as others."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     try:
         from vllm import LLM
@@ -225,7 +225,7 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
             return _generate(engines_of(self.bench).generator._llm, prompts, limits, self.seeded)
 
     class BareSeeded(Bare):
-        """The same with a seed for each answer."""
+        """The same with a seed for each response."""
 
         title = "vLLM by LLM.generate, a seed for each answer"
         seeded = True

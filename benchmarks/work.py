@@ -32,7 +32,7 @@ class Preset:
         builder (Mapping[str, Any]): the ``model`` section of a config.
         pairs (int): of a global batch.
         row_tokens (int): tokens of a row at most.
-        lengths (float): prompts and responses have this share of the lengths of ``MIXES``.
+        lengths (float): prompts and responses have this fraction of the lengths of ``MIXES``.
         prompt_tokens (tuple[int, ...]): prompt lengths that speed is measured along.
         responses (tuple[int, ...]): generated responses per prompt that it is measured along.
         row_scale (tuple[int, ...]): row lengths that memory is measured along.
@@ -256,7 +256,7 @@ def mixed_pairs(
         num (int): how many.
         vocab_size (int): see :func:`random_pairs`.
         nats_per_token (float): see :func:`random_pairs`.
-        share (float): lengths are this share of the mix's.
+        share (float): lengths are this fraction of the mix's.
         seed (int): of lengths and tokens.
 
     Returns:

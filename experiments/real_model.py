@@ -1,11 +1,11 @@
-"""Self-play with a real model: SmolLM2-135M-Instruct on prompts with human-written answers, measured on held-out ones.
+"""Self-play with a real model: SmolLM2-135M-Instruct on prompts with human-written responses; measured on others.
 
     python experiments/real_model.py --form small --model FOLDER --data FOLDER              # a CPU, minutes
     python experiments/real_model.py --model FOLDER --data FOLDER --gpus 0,1 --per-gpu 4    # GPUs, all arms and seeds
 
 The model is what examples/quickstart/get_model.py makes, the data what experiments/real_data.py makes. The arms are in
 real_model.yaml: each is the product's own recipe with some settings changed. Every job (an arm and a seed) writes its
-figures to `OUT/jobs` after each iteration; the same command goes on with what is missing. At the end the figures of
+figures to `OUT/jobs` after each iteration; the same command continues with what is missing. At the end the figures of
 all jobs are put into one JSON file, a page and a plot (--docs).
 """
 
@@ -129,7 +129,7 @@ def run_job(job: Mapping[str, Any]) -> bool:
         stages, questions = (fill(job[name], job["paths"]) for name in ("stages", "questions"))
         run_stages(job["base"], stages, questions, Path(job["scratch"]), report)
         result["finished"] = True
-    except Exception as error:  # noqa: BLE001 - an arm that fails is a result; the others go on
+    except Exception as error:  # noqa: BLE001 - an arm that fails is a result; the others continue
         traceback.print_exc()
         result["error"] = f"{type(error).__name__}: {error}"
     write_json(file, result)

@@ -41,7 +41,7 @@ def run_jobs(
         gpus (Sequence[str]): what CUDA_VISIBLE_DEVICES is for the workers; an empty text leaves no GPU.
         per_gpu (int): workers to a GPU.
         deadline_seconds (float | None): after so long, workers are killed whatever they do.
-        tell (Callable[[str], None]): told a line when a job ends.
+        tell (Callable[[str], None]): gets a line when a job ends.
 
     Returns:
         int: jobs that did not succeed, those that never began among them.

@@ -14,11 +14,11 @@ BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 # column head, measurement, format; arrows say which way is better
 COLUMNS = (
     ("held-out loss ↓", "val_loss", ".3f"),
-    ("told apart ↓", "classifier_text", ".3f"),
+    ("distinguished ↓", "classifier_text", ".3f"),
     ("by opening ↓", "classifier_opening", ".3f"),
     ("by length ↓", "classifier_length", ".3f"),
-    ("tokens", "answer_tokens", ".0f"),
-    ("cut", "truncated_share", ".2f"),
+    ("tokens", "response_tokens", ".0f"),
+    ("truncated", "truncated_fraction", ".2f"),
     ("repeated ↓", "repeated_4grams", ".3f"),
     ("distinct", "distinct_2grams", ".2f"),
     ("choices ↑", "choices_accuracy", ".3f"),
@@ -28,9 +28,9 @@ COLUMNS = (
 )
 PLOTS = (
     ("val_loss", "held-out loss, nats per token"),
-    ("classifier_text", "classifier: accuracy, whole answers"),
+    ("classifier_text", "classifier: accuracy, whole responses"),
     ("classifier_opening", "classifier: accuracy, openings"),
-    ("answer_tokens", "tokens of an answer"),
+    ("response_tokens", "tokens of a response"),
     ("repeated_4grams", "repeated groups of 4 tokens"),
     ("choices_accuracy", "right choices"),
 )
@@ -206,7 +206,7 @@ def figures(results: Results, order: Sequence[str]) -> str:
             table(results, order),
             "Held-out loss by iteration:",
             by_iteration(results, order, "val_loss", ".3f"),
-            "How well a classifier tells real answers from generated ones, by iteration:",
+            "How well a classifier distinguishes real responses from generated ones, by iteration:",
             by_iteration(results, order, "classifier_text", ".3f"),
             "The same from the openings alone:",
             by_iteration(results, order, "classifier_opening", ".3f"),

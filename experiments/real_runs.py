@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from real_metrics import chosen_right, classifier_accuracy, distinct_share, repeated_share, says_number
+from real_metrics import chosen_right, classifier_accuracy, distinct_fraction, repeated_fraction, says_number
 from spin_recipe import DEFAULTS, SPINRecipe
 
 from spin.checkpoint import SPINCheckpointer
@@ -29,16 +29,16 @@ from spin.reference.logprobs import pair_objective
 from spin.reference.stage import score_batches
 from spin.training.schedules import lr_factor
 
-SUM_TOKENS = 48  # of an answer to a sum
-TARGET_KL = 5.0  # nats an answer
+SUM_TOKENS = 48  # of a response to a sum
+TARGET_KL = 5.0  # nats a response
 Report = Callable[[dict[str, Any]], None]
 
 
 class KeepsNothing(SPINCheckpointer):
-    """Writes neither states nor models: a run of the experiment is short, and what it leaves behind is its figures."""
+    """Writes neither checkpoints nor models: a run of the experiment is short and leaves its figures only."""
 
     def save(self, *, step: int, **state: Any) -> Path:
-        """Nothing; where a state would be."""
+        """Nothing; where a checkpoint would be."""
         return self.checkpoints_dir / f"step_{step:08d}"
 
     def export(self, model: torch.nn.Module, iteration: int, world: Any, *of_tokenizer: object) -> Path:
@@ -52,7 +52,7 @@ class MeasuredSPIN(SPINRecipe):
     Args:
         cfg (DictConfig): complete.
         questions (Mapping[str, Mapping[str, Any]]): arguments of ``prompt_dataset`` for ``choices`` and ``sums``.
-        report (Report): told the measurements of each iteration.
+        report (Report): gets the measurements of each iteration.
     """
 
     def __init__(self, cfg: DictConfig, questions: Mapping[str, Mapping[str, Any]], report: Report) -> None:
@@ -98,34 +98,34 @@ class MeasuredSPIN(SPINRecipe):
         prompts = [self._val_prompts[i] for i in range(self._plan.num_val_samples)]
         sums = list(self._questions["sums"])
         with awake(self._generator, self._model):
-            answers = self._answer(prompts, self._sampling)
-            # greedy, as one answers a sum
+            responses = self._answer(prompts, self._sampling)
+            # greedy, as for a sum
             short = replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=SUM_TOKENS)
             results = self._answer(sums, short)
         real = [self._text(prompt.real_ids) for prompt in prompts]
-        generated = [self._text(answer.token_ids) for answer in answers]
-        tokens = [answer.token_ids for answer in answers]
+        generated = [self._text(response.token_ids) for response in responses]
+        tokens = [response.token_ids for response in responses]
         right = [
-            says_number(self._text(answer.token_ids), self._text(question.real_ids))
-            for answer, question in zip(results, sums, strict=True)
+            says_number(self._text(response.token_ids), self._text(question.real_ids))
+            for response, question in zip(results, sums, strict=True)
         ]
         return {
             **{
                 f"classifier_{features}": classifier_accuracy(real, generated, features)
                 for features in ("text", "opening", "length")
             },
-            "answer_tokens": sum(map(len, tokens)) / len(tokens),
+            "response_tokens": sum(map(len, tokens)) / len(tokens),
             "real_tokens": sum(len(prompt.real_ids) for prompt in prompts) / len(prompts),
-            "truncated_share": sum(answer.finish_reason == "length" for answer in answers) / len(answers),
-            "repeated_4grams": repeated_share(tokens),
-            "distinct_2grams": distinct_share(tokens),
+            "truncated_fraction": sum(response.finish_reason == "length" for response in responses) / len(responses),
+            "repeated_4grams": repeated_fraction(tokens),
+            "distinct_2grams": distinct_fraction(tokens),
             "choices_accuracy": chosen_right(self._choice_scores()),
             "sums_accuracy": sum(right) / len(right),
             "example": {"prompt": prompts[0].sample_id, "real": real[0], "generated": generated[0]},
         }
 
     def _answer(self, prompts: Sequence[Any], sampling: Any) -> list[Response]:
-        """One answer to each prompt; the same random numbers in every iteration and arm of a seed."""
+        """One response to each prompt; the same random numbers in every iteration and arm of a seed."""
         return self._generator.generate(
             [list(map(int, prompt.prompt_ids)) for prompt in prompts],
             sampling,
@@ -152,7 +152,7 @@ class MeasuredSPIN(SPINRecipe):
 class NearSPIN(MeasuredSPIN):
     """Learns nothing more in an iteration once the policy is ``TARGET_KL`` from the opponent: is that worth an option?
 
-    A generated answer is the opponent's own draw, so the mean of log p_opponent - log p_policy over a batch of them
+    A generated response is the opponent's own draw, so the mean of log p_opponent - log p_policy over a batch of them
     estimates KL(opponent || policy) in nats. The learning rate is 0 from then on.
     """
 
@@ -174,10 +174,10 @@ class NearSPIN(MeasuredSPIN):
 
 
 class MeasuredSFT(MeasuredSPIN):
-    """Supervised fine-tuning on the real answers alone, through the same rows, head and optimizer.
+    """Supervised fine-tuning on the real responses alone, through the same rows, head and optimizer.
 
     An iteration of it is as many optimizer steps as one of self-play. ``global_batch_size`` is the config's own and
-    sets how many tokens a step trains on. The optimizer and its schedule go on over the whole run, as is usual.
+    sets how many tokens a step trains on. The optimizer and its schedule continue over the whole run, as is usual.
     """
 
     def train(self) -> None:
@@ -237,7 +237,7 @@ def run_stages(
             and its ``settings``, values by dotted key.
         questions (Mapping[str, Mapping[str, Any]]): see :class:`MeasuredSPIN`.
         folder (Path): scratch space; emptied before and removed afterwards.
-        report (Report): told the measurements after each iteration.
+        report (Report): gets the measurements after each iteration.
 
     Raises:
         RuntimeError: If a stage stopped before its last step.

@@ -1,10 +1,10 @@
-"""SPIN where everything can be computed: softmax policies over a few answers, trained by the product's own loss.
+"""SPIN where everything can be computed: softmax policies over a few responses, trained by the product's own loss.
 
     python experiments/tabular.py     # writes docs/experiments/tabular.json, and tabular.svg with matplotlib
 
 A policy is a table of logits, one row a prompt. The loss of an iteration is the expectation of ``spin.loss.SPINLoss``
-over a real answer from the data and an answer of the opponent, summed over all combinations: no sampling, no noise. So
-what an iteration trained to its end does to a policy can be compared with theory:
+over a real response from the data and a response of the opponent, summed over all combinations: no sampling, no noise.
+So what an iteration trained to its end does to a policy can be compared with theory:
 
     p_{t+1}(y) ~ p_t(y) (p_data(y) / p_t(y))^(1 / lambda)       (theorem 5.4 of arXiv 2401.01335, logistic loss)
     log(p_{t+1} / p_data) = (1 - 1 / lambda) log(p_t / p_data) + const
@@ -23,7 +23,7 @@ from spin.core.files import write_json
 from spin.loss import SPINLoss
 
 OUT = Path(__file__).parents[1] / "docs" / "experiments"
-# two prompts with four answers; the first is the example of the reference values in tests/oracles
+# two prompts with four responses; the first is the example of the reference values in tests/oracles
 P_DATA = [[0.5, 0.2, 0.2, 0.1], [0.7, 0.1, 0.1, 0.1]]
 P_0 = [[0.25, 0.25, 0.4, 0.1], [0.1, 0.2, 0.3, 0.4]]
 LAMBDAS = (0.1, 0.5, 0.75, 1.0, 2.0, 5.0)
@@ -35,7 +35,7 @@ def closed_form(p_t: torch.Tensor, p_data: torch.Tensor, lam: float) -> torch.Te
     """The optimum of an iteration.
 
     Args:
-        p_t (torch.Tensor): the opponent's probabilities, shape (prompts, answers).
+        p_t (torch.Tensor): the opponent's probabilities, shape (prompts, responses).
         p_data (torch.Tensor): the data's, same shape.
         lam (float): lambda, the config's beta.
 
@@ -46,10 +46,10 @@ def closed_form(p_t: torch.Tensor, p_data: torch.Tensor, lam: float) -> torch.Te
 
 
 def population_loss(logits: torch.Tensor, p_t: torch.Tensor, p_data: torch.Tensor, loss: SPINLoss) -> torch.Tensor:
-    """Expectation of the loss over real and generated answers, the mean over prompts.
+    """Expectation of the loss over real and generated responses, the mean over prompts.
 
     Args:
-        logits (torch.Tensor): the policy's, shape (prompts, answers).
+        logits (torch.Tensor): the policy's, shape (prompts, responses).
         p_t (torch.Tensor): the opponent's probabilities, same shape.
         p_data (torch.Tensor): the data's, same shape.
         loss (SPINLoss): with lambda as its beta.
@@ -57,14 +57,14 @@ def population_loss(logits: torch.Tensor, p_t: torch.Tensor, p_data: torch.Tenso
     Returns:
         torch.Tensor: shape ().
     """
-    prompts, answers = logits.shape
+    prompts, responses = logits.shape
     policy, opponent = logits.log_softmax(-1), p_t.log()
 
     def real(logps: torch.Tensor) -> torch.Tensor:  # (n, a) -> (n * a * a,), constant along the last a
-        return logps[:, :, None].expand(prompts, answers, answers).reshape(-1)
+        return logps[:, :, None].expand(prompts, responses, responses).reshape(-1)
 
     def generated(logps: torch.Tensor) -> torch.Tensor:
-        return logps[:, None, :].expand(prompts, answers, answers).reshape(-1)
+        return logps[:, None, :].expand(prompts, responses, responses).reshape(-1)
 
     losses, _, _ = loss(real(policy), generated(policy), real(opponent), generated(opponent))
     return (losses * real(p_data) * generated(p_t)).sum() / prompts
@@ -74,7 +74,7 @@ def fit(p_t: torch.Tensor, p_data: torch.Tensor, lam: float) -> torch.Tensor:
     """Trains an iteration to its end: LBFGS from the opponent until nothing moves.
 
     Args:
-        p_t (torch.Tensor): the opponent's probabilities, shape (prompts, answers).
+        p_t (torch.Tensor): the opponent's probabilities, shape (prompts, responses).
         p_data (torch.Tensor): the data's, same shape.
         lam (float): lambda.
 
@@ -107,7 +107,7 @@ def descend(
     """Gradient descent on the logits, from the opponent.
 
     Args:
-        p_t (torch.Tensor): the opponent's probabilities, shape (prompts, answers).
+        p_t (torch.Tensor): the opponent's probabilities, shape (prompts, responses).
         p_data (torch.Tensor): the data's, same shape.
         lam (float): lambda.
         learning_rate (float): of each step.
@@ -130,7 +130,7 @@ def kl(p_data: torch.Tensor, policy: torch.Tensor) -> float:
     """Divergence of a policy from the data, the mean over prompts.
 
     Args:
-        p_data (torch.Tensor): probabilities, shape (prompts, answers).
+        p_data (torch.Tensor): probabilities, shape (prompts, responses).
         policy (torch.Tensor): same shape.
 
     Returns:
@@ -148,7 +148,7 @@ def measure() -> dict[str, Any]:
         policy, divergences = p_0, [kl(p_data, p_0)]
         for _ in range(ITERATIONS):
             policy = closed_form(policy, p_data, lam)
-            if not policy.min() > 1e-300:  # it has given up answers for good
+            if not policy.min() > 1e-300:  # it has given up responses for good
                 break
             divergences.append(kl(p_data, policy))
         to_the_end[str(lam)] = {

@@ -20,8 +20,8 @@ import real_report  # noqa: E402
 from real_metrics import (  # noqa: E402
     chosen_right,
     classifier_accuracy,
-    distinct_share,
-    repeated_share,
+    distinct_fraction,
+    repeated_fraction,
     says_number,
 )
 from real_pool import run_jobs  # noqa: E402
@@ -69,10 +69,10 @@ def test_a_classifier_refuses_what_it_cannot_use(real, generated, features):
 
 def test_repetition_by_hand():
     """1234, 2341, 3412, 4123, 1234: one of five was there before; the other answers have no or one group."""
-    assert repeated_share([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7], [5, 6, 7, 8]]) == pytest.approx(1 / 5)
-    assert repeated_share([[7] * 13]) == pytest.approx(9 / 10)
-    assert repeated_share([[1, 2]]) == 0.0
-    assert distinct_share([[1, 2, 3], [1, 2, 4]]) == pytest.approx(3 / 4)  # 12, 23, 12, 24
+    assert repeated_fraction([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7], [5, 6, 7, 8]]) == pytest.approx(1 / 5)
+    assert repeated_fraction([[7] * 13]) == pytest.approx(9 / 10)
+    assert repeated_fraction([[1, 2]]) == 0.0
+    assert distinct_fraction([[1, 2, 3], [1, 2, 4]]) == pytest.approx(3 / 4)  # 12, 23, 12, 24
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
     assert len({measured["val_loss"] for measured in (*start, *spin, *both)}) == 5
     assert both[1]["trained_tokens"] > both[0]["trained_tokens"] > 0
     for measured in (*start, *spin, *both):
-        assert 0 <= measured["classifier_text"] <= 1 and 1 <= measured["answer_tokens"] <= 12
+        assert 0 <= measured["classifier_text"] <= 1 and 1 <= measured["response_tokens"] <= 12
         assert measured["choices_accuracy"] in (0.0, 0.5, 1.0) and measured["real_tokens"] > 0
     assert not list((tmp_path / "out" / "scratch").iterdir())  # no weights are left
 
