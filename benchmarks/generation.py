@@ -29,6 +29,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,9 @@ class _Limited(TorchtuneGenerator):
 
     limits: Sequence[int] = ()
 
-    def _limit(self, index: int, prompt: list[int], sampling: SamplingParams) -> int:
-        return self.limits[index]
+    def _in_order(self, *arguments: Any) -> Any:
+        requests = super()._in_order(*arguments)
+        return {index: replace(request, limit=self.limits[index]) for index, request in requests.items()}
 
 
 class Embedded(Arm):
