@@ -18,7 +18,7 @@ from torch import nn
 from spin.core.ranks import World
 from spin.data import PackedRow, Pair, pack_batch, pack_row, plan_rows
 from spin.loss import SPINLoss
-from spin.pairs.packing import RowLayout, padded_length
+from spin.pairs.packing import RowLayout
 from spin.reference.logprobs import pair_objective, response_logps
 
 LOSS = SPINLoss(beta=0.1)
@@ -135,22 +135,17 @@ def padded_loss(model: nn.Module, batch: PaddedBatch, chunk_tokens: int) -> torc
 def separate_rows(pairs: Sequence[Pair], layout: Layout) -> list[PackedRow]:
     """Rows in which every response stands behind a prompt of its own; both responses of a pair in one row."""
     lengths = [pair.num_tokens + len(pair.prompt_ids) for pair in pairs]
-    plan = plan_rows(lengths, layout.row_tokens, layout.world.world_size, layout.row_multiple)[layout.world.rank]
+    row_layout = layout.rows(layout.row_tokens)
+    plan = plan_rows(lengths, row_layout, layout.world.world_size)[layout.world.rank]
     rows = []
     for indices in plan:
         singles = [
             Pair(f"{pairs[i].sample_id} {k}", 0, pairs[i].prompt_ids, response, [], reference)
             for i in indices
-            for k, (response, reference) in enumerate(
-                (
-                    (pairs[i].real_ids, pairs[i].reference_real_logp),
-                    (pairs[i].generated[0].token_ids, pairs[i].generated[0].reference_logp),
-                )
-            )
+            for k, (response, reference) in enumerate(zip(pairs[i].parts[1:], pairs[i].reference_logps, strict=True))
         ]
         used = max(1, sum(lengths[i] for i in indices))
-        length = padded_length(used, layout.row_tokens, layout.row_multiple)
-        rows.append(pack_row(singles, length, layout.rows(length)))
+        rows.append(pack_row(singles, row_layout.padded_length(used), row_layout))
     return rows
 
 

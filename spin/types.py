@@ -1,4 +1,4 @@
-"""What flows between the stages of an iteration."""
+"""What flows between the stages of an iteration: prompts, responses, pairs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Prompt:
     Args:
         sample_id (str): unique name of the sample in its data set.
         prompt_ids (TokenIds): what the opponent is asked, and what stands before both responses in training.
-        real_ids (TokenIds): the data set's answer, closed by the end-of-turn token.
+        real_ids (TokenIds): the data set's response, closed by the end-of-turn token.
     """
 
     sample_id: str
@@ -30,12 +30,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Response:
-    """One response to one prompt, as a generator returns it and a pair keeps it.
+    """One generated response to one prompt.
 
     Args:
         token_ids (TokenIds): as the model wrote them, stop token included if it wrote one.
         finish_reason (FinishReason): ``stop`` if the model ended the response, ``length`` if the limit did.
-        reference_logp (float | None): the opponent's summed log-prob in nats; None until scored.
+        reference_logp (float | None): the opponent's log-prob, summed over the tokens, in nats; None until scored.
         logprobs (Sequence[float] | None): the generator's, per token, in nats, under the unaltered distribution; None
             unless asked for. Not stored.
     """
@@ -45,6 +45,11 @@ class Response:
     reference_logp: float | None = None
     logprobs: Sequence[float] | None = field(default=None, kw_only=True)
 
+    @property
+    def truncated(self) -> bool:
+        """The length limit ended it, not the model."""
+        return self.finish_reason == "length"
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -52,12 +57,12 @@ class Pair:
 
     Args:
         sample_id (str): the sample of the data set.
-        iteration (int): the iteration whose opponent wrote the generated responses.
+        iteration (int): the iteration whose opponent wrote the generated responses, from 0.
         prompt_ids (TokenIds): token ids of the prompt.
         real_ids (TokenIds): token ids of the real response.
         generated (list[Response]): the opponent's responses; none where only the real response is scored.
-        reference_real_logp (float | None): the current opponent's summed log-prob of the real response in nats; None
-            until scored.
+        reference_real_logp (float | None): the current opponent's log-prob of the real response, summed over its
+            tokens, in nats; None until scored.
     """
 
     sample_id: str
@@ -73,6 +78,16 @@ class Pair:
         return (self.iteration, self.sample_id)
 
     @property
+    def parts(self) -> list[TokenIds]:
+        """Token ids in the order of a row: the prompt, the real response, the generated ones."""
+        return [self.prompt_ids, self.real_ids, *(response.token_ids for response in self.generated)]
+
+    @property
+    def reference_logps(self) -> list[float | None]:
+        """The opponent's summed log-probs of the real response and the generated ones, in nats; None until scored."""
+        return [self.reference_real_logp, *(response.reference_logp for response in self.generated)]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the pair takes in a row: the prompt once, and every response."""
-        return len(self.prompt_ids) + len(self.real_ids) + sum(len(response.token_ids) for response in self.generated)
+        return sum(map(len, self.parts))

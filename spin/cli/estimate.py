@@ -32,7 +32,7 @@ from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
-from spin.pairs.packing import longest_row, padded_length, plan_rows
+from spin.pairs.packing import RowLayout, plan_rows
 from spin.pairs.row_mask import BLOCK
 
 _GIB = 2**30
@@ -200,18 +200,18 @@ def _stored_bytes(weight: torch.Tensor) -> float:
 
 
 def _row_tokens(cfg: DictConfig, ranks: int, pair_tokens: int | None) -> int:
-    multiple = math.lcm(cfg.pairs.row_multiple, BLOCK)  # as FlexAttention needs
+    layout = RowLayout(cfg.pairs.row_tokens, math.lcm(cfg.pairs.row_multiple, BLOCK))  # as FlexAttention needs
     if pair_tokens is None:
         limits = (data_limit(cfg, "max_prompt_tokens"), data_limit(cfg, "max_response_tokens"))
         generated = cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
         longest_pair = sum(limits) + generated if None not in limits else 0
-        return longest_row(longest_pair, cfg.pairs.row_tokens, multiple)
+        return layout.longest_row(longest_pair)
     spread = NormalDist(math.log(pair_tokens) - _SPREAD**2 / 2, _SPREAD)  # of the logarithm; its mean is pair_tokens
     size = cfg.global_batch_size
     lengths = [max(1, round(math.exp(spread.inv_cdf((i + 0.5) / size)))) for i in range(size)]
-    rows = plan_rows(lengths, cfg.pairs.row_tokens, ranks, multiple)
+    rows = plan_rows(lengths, layout, ranks)
     longest = max(sum(lengths[i] for i in pairs) for rank in rows for pairs in rank)
-    return padded_length(longest, cfg.pairs.row_tokens, multiple)
+    return layout.padded_length(longest)
 
 
 def _activations(cfg: DictConfig, shapes: _Shapes, row: int, compute: torch.dtype) -> float:

@@ -23,7 +23,7 @@ from spin.model.float8 import convert_float8
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.model.sharding import materialize, shard_model
 from spin.model.torchtune import TransformerDecoder, apply_selective_activation_checkpointing, set_default_dtype
-from spin.pairs.packing import RowLayout, longest_row
+from spin.pairs.packing import RowLayout
 from spin.pairs.row_mask import BLOCK
 
 ATTENTION = ("auto", "flex", "dense")
@@ -133,7 +133,7 @@ def make_room(model: nn.Module, longest_pair: int, layout: RowLayout) -> None:
         longest_pair (int): tokens of the longest pair, with the longest responses that it can have.
         layout (RowLayout): of the rows.
     """
-    longest = longest_row(longest_pair, layout.row_tokens, layout.row_multiple)
+    longest = layout.longest_row(longest_pair)
     model.max_seq_len = max(model.max_seq_len, longest)  # type: ignore[assignment, call-overload]
 
 

@@ -9,11 +9,10 @@ from dataclasses import replace
 import numpy as np
 
 from spin.core.errors import ConfigError, StoreError
-from spin.pairs.packing import MASK_TRUNCATED
 from spin.types import Pair
 
 # what may be done with responses that may not be worth learning from, by their kind
-POLICIES = {"truncated": ("keep", MASK_TRUNCATED, "drop"), "equal_to_real": ("keep", "drop"), "empty": ("keep", "drop")}
+POLICIES = {"truncated": ("keep", "mask", "drop"), "equal_to_real": ("keep", "drop"), "empty": ("keep", "drop")}
 
 
 def filter_pairs(

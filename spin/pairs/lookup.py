@@ -116,7 +116,7 @@ def hash_of(key: Key) -> int:
 
 
 def _encode(pair: Pair) -> bytes:
-    ids = [pair.prompt_ids, pair.real_ids, *(response.token_ids for response in pair.generated)]
+    ids = pair.parts
     responses = [(response.finish_reason, response.reference_logp) for response in pair.generated]
     head = [pair.sample_id, pair.iteration, [len(each) for each in ids], pair.reference_real_logp, responses]
     return b"".join([json.dumps(head).encode(), b"\n", *(np.asarray(each, np.int32).tobytes() for each in ids)])

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -18,10 +19,9 @@ import torch
 from spin.pairs.row_mask import FlexMask, RowBlocks, Segment, is_hopper, row_block_mask, row_blocks
 from spin.types import Pair
 
-MASK_TRUNCATED = "mask"
-# Rows come in these shares of row_tokens, so that compiled layers meet few shapes. They are dense near 1, where rows
+# Rows come in these fractions of row_tokens, so that compiled layers meet few shapes. They are dense near 1, where rows
 # are that share a batch evenly: n full rows and a bit more become n + 1 rows of at least n / (n + 1).
-ROW_SHARES = (1, 15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 1 / 2)
+ROW_FRACTIONS = (1, 15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 1 / 2)
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,23 @@ class RowLayout:
     truncated: str = "keep"
     flex: bool = False
     window: int | None = None
+
+    def lengths(self) -> list[int]:
+        """The lengths in tokens that rows are padded to, ascending: at most eight."""
+        return sorted({self._rounded(self.row_tokens * fraction) for fraction in ROW_FRACTIONS})
+
+    def padded_length(self, used: int) -> int:
+        """The length of a row that holds this many tokens: the next of :meth:`lengths`; above them, for a pair that is
+        longer than a row, the next quarter of ``row_tokens``."""
+        quarter = self._rounded(self.row_tokens / 4)
+        return next((length for length in self.lengths() if used <= length), math.ceil(used / quarter) * quarter)
+
+    def longest_row(self, longest_pair: int) -> int:
+        """The length of the longest row that there can be if no pair has more tokens than this."""
+        return self.padded_length(max(self.row_tokens, longest_pair))
+
+    def _rounded(self, tokens: float) -> int:
+        return math.ceil(tokens / self.row_multiple) * self.row_multiple
 
 
 _DEFAULT_LAYOUT = RowLayout()
@@ -65,8 +82,8 @@ class PackedRow:
         reference_logps (torch.Tensor): the opponent's summed log-probs, float64, shape (m,); NaN until scored.
         real (torch.Tensor): response that is real in each comparison, int64, shape (c,).
         generated (torch.Tensor): response that is generated in each comparison, int64, shape (c,).
-        truncated (torch.Tensor): the generated response was cut by the length limit, bool, shape (c,).
-        weights (torch.Tensor): share of each comparison in the loss of its pair, float32, shape (c,); a pair's sum to
+        truncated (torch.Tensor): the length limit ended the generated response, bool, shape (c,).
+        weights (torch.Tensor): weight of each comparison in the loss of its pair, float32, shape (c,); a pair's sum to
             1, or less where truncated responses are masked.
         used_tokens (int): tokens of the row that are not padding.
         pair_responses (list[tuple[tuple[int, str], int, int]]): key, first response and number of responses of each
@@ -153,140 +170,77 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout
         PackedRow: on the CPU.
 
     Raises:
-        ValueError: If the pairs do not fit, a prompt or response is empty, or the length is
-            no multiple of 128 and the layout is ``flex``.
+        ValueError: If the pairs do not fit, a prompt or response is empty, or the length does not suit ``flex``.
     """
-    used = sum(pair.num_tokens for pair in pairs)
+    segments = _segments(pairs)
+    used = segments[-1].stop if segments else 0
     length = max(1, used) if length is None else length
     if used > length:
         raise ValueError(f"{len(pairs)} pairs of {used} tokens do not fit into a row of {length} tokens.")
+    sizes = [segment.stop - segment.start for segment in segments]
+    index = np.arange(length, dtype=np.int32)
+
+    def per_token(values: list[int], padding: np.ndarray) -> np.ndarray:
+        return np.concatenate((np.repeat(np.array(values, np.int32), sizes), padding[used:]))
+
+    own_start = per_token([segment.start for segment in segments], index)
+    prompt_start = per_token([segment.prompt_start for segment in segments], np.zeros_like(index))
+    prompt_end = per_token([segment.prompt_stop for segment in segments], np.zeros_like(index))
     tokens = np.zeros(length, np.int64)
-    positions = np.zeros(length, np.int32)
-    own_start = np.arange(length, dtype=np.int32)
-    prompt_start = np.zeros(length, np.int32)
-    prompt_end = np.zeros(length, np.int32)
-    predictors: list[np.ndarray] = []
-    targets: list[np.ndarray] = []
-    lengths: list[int] = []
-    references: list[float] = []
-    real: list[int] = []
-    generated: list[int] = []
-    was_cut: list[bool] = []
-    weights: list[float] = []
-    pair_responses = []
-    segments: list[Segment] = []
-    window = layout.window
-    at = 0
-    for pair in pairs:
-        prompt = slice(at, at + len(pair.prompt_ids))
-        if prompt.stop == prompt.start:
-            raise ValueError(f"sample {pair.sample_id}: the prompt has no tokens.")
-        tokens[prompt] = pair.prompt_ids
-        positions[prompt] = np.arange(len(pair.prompt_ids))
-        own_start[prompt] = prompt.start
-        segments.append(Segment(prompt.start, prompt.stop))
-        at = prompt.stop
-        first = len(lengths)
-        responses = [
-            (pair.real_ids, pair.reference_real_logp),
-            *((response.token_ids, response.reference_logp) for response in pair.generated),
-        ]
-        for ids, reference in responses:
-            if len(ids) == 0:
-                raise ValueError(f"sample {pair.sample_id}: a response has no tokens.")
-            own = slice(at, at + len(ids))
-            tokens[own] = ids
-            positions[own] = np.arange(len(ids)) + len(pair.prompt_ids)
-            own_start[own] = own.start
-            prompt_start[own], prompt_end[own] = prompt.start, prompt.stop
-            segments.append(Segment(own.start, own.stop, prompt.start, prompt.stop))
-            predictors.append(np.concatenate(([prompt.stop - 1], np.arange(own.start, own.stop - 1))))
-            targets.append(np.asarray(ids, np.int64))
-            lengths.append(len(ids))
-            references.append(math.nan if reference is None else reference)
-            at = own.stop
-        pair_responses.append((pair.key, first, len(responses)))
-        shares = _shares(pair, layout)
-        for k, (response, share) in enumerate(zip(pair.generated, shares, strict=True), start=1):
-            real.append(first)
-            generated.append(first + k)
-            was_cut.append(response.finish_reason == "length")
-            weights.append(share)
+    tokens[:used] = np.concatenate([np.zeros(0, np.int64), *(ids for pair in pairs for ids in pair.parts)])
+    is_response = prompt_end > prompt_start
+    # what stands before a response's first token is the prompt's last one
+    predictors = np.where(index == own_start, prompt_end, index)[is_response] - 1
+    lengths = torch.tensor([len(ids) for pair in pairs for ids in pair.parts[1:]], dtype=torch.int64)
+    references = [logp for pair in pairs for logp in pair.reference_logps]
+    counts = [1 + len(pair.generated) for pair in pairs]
+    firsts = list(accumulate(counts[:-1], initial=0))
+    comparisons = [(first, first + k) for first, count in zip(firsts, counts, strict=False) for k in range(1, count)]
+    real, generated = torch.tensor(comparisons, dtype=torch.int64).reshape(len(comparisons), 2).T.contiguous()
+    weights = [weight for pair in pairs for weight in _comparison_weights(pair, layout)]
+    by_window = layout.flex and layout.window is not None
     return PackedRow(
         tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions),
+        positions=torch.from_numpy(index - own_start + prompt_end - prompt_start),
         own_start=torch.from_numpy(own_start),
         prompt_start=torch.from_numpy(prompt_start),
         prompt_end=torch.from_numpy(prompt_end),
-        predictors=torch.from_numpy(
-            np.concatenate(predictors).astype(np.int64) if predictors else np.zeros(0, np.int64)
-        ),
-        targets=torch.from_numpy(np.concatenate(targets) if targets else np.zeros(0, np.int64)),
-        segments=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)),
-        response_lengths=torch.tensor(lengths, dtype=torch.int64),
-        reference_logps=torch.tensor(references, dtype=torch.float64),
-        real=torch.tensor(real, dtype=torch.int64),
-        generated=torch.tensor(generated, dtype=torch.int64),
-        truncated=torch.tensor(was_cut, dtype=torch.bool),
+        predictors=torch.from_numpy(predictors.astype(np.int64)),
+        targets=torch.from_numpy(tokens[is_response]),
+        segments=torch.repeat_interleave(torch.arange(len(lengths)), lengths),
+        response_lengths=lengths,
+        reference_logps=torch.from_numpy(np.array(references, np.float64)),  # None becomes NaN
+        real=real,
+        generated=generated,
+        truncated=torch.tensor([each.truncated for pair in pairs for each in pair.generated], dtype=torch.bool),
         weights=torch.tensor(weights, dtype=torch.float32),
         used_tokens=used,
-        pair_responses=pair_responses,
-        bounds=[0, *np.cumsum(lengths, dtype=np.int64).tolist()],
+        pair_responses=list(zip((pair.key for pair in pairs), firsts, counts, strict=False)),
+        bounds=[0, *lengths.cumsum(0).tolist()],
         blocks=row_blocks(segments, length) if layout.flex else None,
-        window_blocks=row_blocks(segments, length, window) if layout.flex and window is not None else None,
-        window=window,
+        window_blocks=row_blocks(segments, length, layout.window) if by_window else None,
+        window=layout.window,
     )
 
 
-def row_lengths(row_tokens: int, row_multiple: int = 1) -> list[int]:
-    """The lengths that rows are padded to, ascending: at most eight.
-
-    Args:
-        row_tokens (int): tokens of a row at most; the longest length, up to rounding.
-        row_multiple (int): every length is a multiple of this.
-
-    Returns:
-        list[int]: tokens.
-    """
-    return sorted({math.ceil(row_tokens * share / row_multiple) * row_multiple for share in ROW_SHARES})
-
-
-def padded_length(used: int, row_tokens: int, row_multiple: int = 1) -> int:
-    """The length of a row that holds ``used`` tokens.
-
-    Args:
-        used (int): tokens.
-        row_tokens (int): see :func:`row_lengths`.
-        row_multiple (int): see :func:`row_lengths`.
-
-    Returns:
-        int: the next of :func:`row_lengths`; above them, for a pair that is longer than a row, the next quarter of
-        ``row_tokens``.
-    """
-    for length in row_lengths(row_tokens, row_multiple):
-        if used <= length:
-            return length
-    quarter = math.ceil(row_tokens / 4 / row_multiple) * row_multiple
-    return math.ceil(used / quarter) * quarter
+def _segments(pairs: Sequence[Pair]) -> list[Segment]:
+    """Prompts and responses side by side."""
+    segments: list[Segment] = []
+    stop = 0
+    for pair in pairs:
+        prompt: tuple[int, int] = (0, 0)  # a prompt has no prompt of its own
+        for ids in pair.parts:
+            if len(ids) == 0:
+                what = "the prompt" if prompt == (0, 0) else "a response"
+                raise ValueError(f"sample {pair.sample_id}: {what} has no tokens.")
+            start, stop = stop, stop + len(ids)
+            segments.append(Segment(start, stop, *prompt))
+            if prompt == (0, 0):
+                prompt = (start, stop)
+    return segments
 
 
-def longest_row(longest_pair: int, row_tokens: int, row_multiple: int = 1) -> int:
-    """The length of the longest row that there can be.
-
-    Args:
-        longest_pair (int): tokens of the longest pair, with the longest responses that it can have.
-        row_tokens (int): see :func:`row_lengths`.
-        row_multiple (int): see :func:`row_lengths`.
-
-    Returns:
-        int: tokens.
-    """
-    return padded_length(max(row_tokens, longest_pair), row_tokens, row_multiple)
-
-
-def plan_rows(
-    lengths: Sequence[int], row_tokens: int, num_ranks: int = 1, row_multiple: int = 1
-) -> list[list[list[int]]]:
+def plan_rows(lengths: Sequence[int], layout: RowLayout, num_ranks: int = 1) -> list[list[list[int]]]:
     """Which pair goes into which row of which rank.
 
     Fills rows evenly (longest pair first, into the emptiest row), and deals them so that the n-th rows of all ranks are
@@ -296,29 +250,29 @@ def plan_rows(
 
     Args:
         lengths (Sequence[int]): tokens of each pair.
-        row_tokens (int): tokens of a row at most.
+        layout (RowLayout): of the rows.
         num_ranks (int): ranks that share the rows.
-        row_multiple (int): see :func:`row_lengths`.
 
     Returns:
         list[list[list[int]]]: ``plan[rank][row]`` holds indices into ``lengths``, ascending.
     """
+    row_tokens = layout.row_tokens
     # There must be so many: a pair that is longer than a row takes one, and two of more than half a row share none.
     by_tokens = sum(min(length, row_tokens) for length in lengths) / row_tokens
     per_rank = max(1, math.ceil(max(by_tokens, sum(2 * length > row_tokens for length in lengths)) / num_ranks))
-    while not _fits(*(plan := _spread(lengths, per_rank * num_ranks)), row_tokens):
+    while not _fits(*(plan := spread(lengths, per_rank * num_ranks)), row_tokens):
         per_rank += 1
 
     def padded(plan: tuple[list[list[int]], list[int]]) -> int:
-        return sum(padded_length(max(1, load), row_tokens, row_multiple) for load in plan[1])
+        return sum(layout.padded_length(max(1, load)) for load in plan[1])
 
-    others = (_spread(lengths, (per_rank + more) * num_ranks) for more in (1, 2))
+    others = (spread(lengths, (per_rank + more) * num_ranks) for more in (1, 2))
     rows, loads = min((plan, *(other for other in others if _fits(*other, row_tokens))), key=padded)
     by_load = sorted(range(len(rows)), key=lambda row: (-loads[row], row))
     return [[sorted(rows[row]) for row in by_load[rank::num_ranks]] for rank in range(num_ranks)]
 
 
-def _spread(lengths: Sequence[int], num_rows: int) -> tuple[list[list[int]], list[int]]:
+def spread(lengths: Sequence[int], num_rows: int) -> tuple[list[list[int]], list[int]]:
     """Indices and tokens of each row, longest first into the emptiest."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
     loads = [0] * num_rows
@@ -345,32 +299,18 @@ def pack_batch(pairs: Sequence[Pair], layout: RowLayout, rank: int = 0, num_rank
     Returns:
         list[PackedRow]: equally many on every rank.
     """
-    size = (layout.row_tokens, layout.row_multiple)
-    plan = plan_rows([pair.num_tokens for pair in pairs], layout.row_tokens, num_ranks, layout.row_multiple)[rank]
-    rows = []
-    for indices in plan:
-        chosen = [pairs[i] for i in indices]
-        used = max(1, sum(pair.num_tokens for pair in chosen))
-        rows.append(pack_row(chosen, padded_length(used, *size), layout))
-    return rows
+    plan = plan_rows([pair.num_tokens for pair in pairs], layout, num_ranks)[rank]
+    chosen = [[pairs[i] for i in indices] for indices in plan]
+    return [pack_row(row, layout.padded_length(max(1, sum(pair.num_tokens for pair in row))), layout) for row in chosen]
 
 
 def loss_weight(pairs: Sequence[Pair], layout: RowLayout) -> float:
-    """How many pairs a global batch's loss is divided by: their number, less what masking takes away.
-
-    Args:
-        pairs (Sequence[Pair]): the global batch.
-        layout (RowLayout): of its rows.
-
-    Returns:
-        float: the sum of the weights of all comparisons.
-    """
-    if layout.truncated != MASK_TRUNCATED:
+    """What a global batch's summed loss is divided by: its number of pairs, less the weight that masking takes."""
+    if layout.truncated != "mask":
         return float(sum(bool(pair.generated) for pair in pairs))
-    return sum(sum(_shares(pair, layout)) for pair in pairs)
+    return sum(sum(_comparison_weights(pair, layout)) for pair in pairs)
 
 
-def _shares(pair: Pair, layout: RowLayout) -> list[float]:
-    """What each comparison of a pair has of its loss."""
-    cut = [response.finish_reason == "length" and layout.truncated == MASK_TRUNCATED for response in pair.generated]
-    return [0.0 if was_cut else 1.0 / len(cut) for was_cut in cut]
+def _comparison_weights(pair: Pair, layout: RowLayout) -> list[float]:
+    is_masked = [layout.truncated == "mask" and response.truncated for response in pair.generated]
+    return [0.0 if masked else 1.0 / len(is_masked) for masked in is_masked]

@@ -112,7 +112,7 @@ def score_fingerprint(
     for batch in batches:
         for pair in batch:
             digest.update(repr(pair.key).encode())
-            for ids in (pair.prompt_ids, pair.real_ids, *(response.token_ids for response in pair.generated)):
+            for ids in pair.parts:
                 digest.update(len(ids).to_bytes(8, "little") + np.asarray(ids, np.int32).tobytes())
         digest.update(b"batch")
     return {

@@ -13,7 +13,7 @@ from spin.data import Pair, Response, pack_batch, pack_row, plan_rows
 from spin.model.attention import patch_attention
 from spin.model.gemma2 import final_softcap, fix_gemma2_softcap, softcap
 from spin.pairs import packing
-from spin.pairs.packing import RowLayout, loss_weight, padded_length, row_lengths
+from spin.pairs.packing import RowLayout, loss_weight
 from spin.reference.logprobs import replaced_unembed, response_logps
 from tests.families import FAMILIES
 
@@ -183,28 +183,28 @@ def test_pairs_that_do_not_fit_are_refused():
     num_ranks=st.integers(1, 5),
 )
 def test_plan_places_every_pair_once(lengths, row_tokens, num_ranks):
-    plan = plan_rows(lengths, row_tokens, num_ranks)
+    plan = plan_rows(lengths, RowLayout(row_tokens), num_ranks)
     assert len(plan) == num_ranks
     assert len({len(rows) for rows in plan}) == 1
     rows = [row for rank in plan for row in rank]
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= row_tokens or len(row) == 1 for row in rows)
-    assert plan == plan_rows(lengths, row_tokens, num_ranks)
+    assert plan == plan_rows(lengths, RowLayout(row_tokens), num_ranks)
 
 
 def test_pairs_longer_than_a_row_leave_no_row_empty():
     """16 pairs of 1.25 rows take a row each, though they have the tokens of 20; so does a pair of ten rows."""
-    assert plan_rows([1250] * 16, 1000) == [[[i] for i in range(16)]]
-    assert plan_rows([10_000, 100, 100, 100], 1000) == [[[0], [1, 2, 3]]]
-    assert [len(rank) for rank in plan_rows([1250] * 16, 1000, num_ranks=3)] == [6, 6, 6]
+    assert plan_rows([1250] * 16, RowLayout(1000)) == [[[i] for i in range(16)]]
+    assert plan_rows([10_000, 100, 100, 100], RowLayout(1000)) == [[[0], [1, 2, 3]]]
+    assert [len(rank) for rank in plan_rows([1250] * 16, RowLayout(1000), num_ranks=3)] == [6, 6, 6]
 
 
 def test_a_plan_of_many_pairs_that_share_no_row_is_found_at_once(monkeypatch):
     """Of 400 pairs of 0.6 rows no two fit into one: the number of rows is known, not found by trying 240 to 400."""
     tried = []
-    spread = packing._spread
-    monkeypatch.setattr(packing, "_spread", lambda lengths, rows: tried.append(rows) or spread(lengths, rows))
-    assert len(plan_rows([600] * 400, 1000)[0]) == 400
+    spread = packing.spread
+    monkeypatch.setattr(packing, "spread", lambda lengths, rows: tried.append(rows) or spread(lengths, rows))
+    assert len(plan_rows([600] * 400, RowLayout(1000))[0]) == 400
     assert tried == [400, 401, 402]
 
 
@@ -212,7 +212,9 @@ def test_plan_is_balanced():
     """64 pairs of log-normal lengths in rows of 8192: rows differ by a few percent."""
     lengths = np.random.default_rng(0).lognormal(6.3, 0.6, 64).astype(int).clip(16).tolist()
     for num_ranks in (1, 2):
-        loads = [sum(lengths[i] for i in row) for rank in plan_rows(lengths, 8192, num_ranks) for row in rank]
+        loads = [
+            sum(lengths[i] for i in row) for rank in plan_rows(lengths, RowLayout(8192), num_ranks) for row in rank
+        ]
         assert min(loads) / max(loads) > 0.9
         assert len(loads) <= -(-sum(lengths) // 8192) + num_ranks
 
@@ -229,10 +231,11 @@ def test_ranks_share_a_batch():
 
 @pytest.mark.parametrize(("row_tokens", "row_multiple"), [(8192, 128), (12288, 128), (512, 32), (1000, 16), (100, 128)])
 def test_rows_have_few_lengths_each_of_which_holds_its_tokens(row_tokens, row_multiple):
-    lengths = row_lengths(row_tokens, row_multiple)
+    layout = RowLayout(row_tokens, row_multiple)
+    lengths = layout.lengths()
     assert len(lengths) <= 8
     assert lengths[-1] >= row_tokens
-    padded = [padded_length(used, row_tokens, row_multiple) for used in range(1, 3 * row_tokens)]
+    padded = [layout.padded_length(used) for used in range(1, 3 * row_tokens)]
     assert all(length >= used and length % row_multiple == 0 for used, length in enumerate(padded, start=1))
     assert set(padded[:row_tokens]) == set(lengths)
     assert padded == sorted(padded)  # the recipe takes the length of the longest pair for the longest row
@@ -245,14 +248,14 @@ def test_rows_have_few_lengths_each_of_which_holds_its_tokens(row_tokens, row_mu
 @pytest.mark.parametrize("means", [(199, 278, 278), (498, 288, 287), (131, 288, 209)])
 def test_rows_of_64_realistic_pairs_are_full(means, num_ranks, row_tokens):
     """Log-normal lengths (sigma 0.6) of 64 pairs, 20 batches: mean fill, number of shapes, balance of the ranks."""
-    rng = np.random.default_rng(0)
+    rng, layout = np.random.default_rng(0), RowLayout(row_tokens, 128)
     fills, shapes, imbalance = [], set(), []
     for _ in range(20):
         drawn = [np.exp(rng.normal(np.log(mean) - 0.18, 0.6, 64)).clip(8, 2048).astype(int) for mean in means]
         lengths = sum(drawn).tolist()
-        plan = plan_rows(lengths, row_tokens, num_ranks, 128)
+        plan = plan_rows(lengths, layout, num_ranks)
         used = [[sum(lengths[i] for i in row) for row in rank] for rank in plan]
-        padded = [[padded_length(tokens, row_tokens, 128) for tokens in rank] for rank in used]
+        padded = [[layout.padded_length(tokens) for tokens in rank] for rank in used]
         assert len({len(rank) for rank in plan}) == 1
         fills.append(sum(map(sum, used)) / sum(map(sum, padded)))
         shapes.update(length for rank in padded for length in rank)
