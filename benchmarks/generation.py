@@ -45,7 +45,7 @@ from work import MODELS, hf_twin, listed, log_normal_lengths, randomize
 from spin.core.files import write_json
 from spin.core.ranks import World, init_world, shutdown
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator
-from spin.generators.engines import awake
+from spin.generators.engines import policy_loaded
 from spin.model.build import build_model, prepare_model
 from spin.model.sharding import materialize, shard_model
 
@@ -181,7 +181,7 @@ class Embedded(Arm):
         return _Limited(context, batch_size, prefill_batch=prefill_batch, cuda_graphs=self.cuda_graphs)
 
     def ready(self) -> AbstractContextManager[Any]:
-        return awake(self.generator, self.bench.model)
+        return policy_loaded(self.generator, self.bench.model)
 
     def run(self, prompts: Tokens, limits: Sequence[int]) -> Tokens:
         sampling = SamplingParams(max_new_tokens=self.bench.max_new_tokens)

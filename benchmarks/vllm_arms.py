@@ -24,7 +24,7 @@ from rounds import free
 from work import llama_config
 
 from spin.generators import GeneratorContext, SamplingParams, VLLMGenerator
-from spin.generators.engines import awake
+from spin.generators.engines import policy_loaded
 from spin.model.sharding import named_full_tensors
 
 GIB = 2**30
@@ -200,7 +200,7 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
         exact = False
 
         def ready(self) -> AbstractContextManager[Any]:
-            return awake(engines_of(self.bench).generator, self.bench.model)
+            return policy_loaded(engines_of(self.bench).generator, self.bench.model)
 
         def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
             generator = engines_of(self.bench).generator

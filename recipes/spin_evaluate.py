@@ -43,10 +43,10 @@ from spin.evaluation import verdicts
 from spin.evaluation.models import EVAL_MODEL_DEFAULTS, EvalModel, check_evaluation, eval_model_roles
 from spin.generators import sampling_params
 from spin.generators import stage as selfplay
-from spin.generators.engines import awake, team_of
+from spin.generators.engines import engine_group, policy_loaded
 from spin.pairs.packing import RowLayout
 from spin.pairs.shards import missing_shards, open_store, seal
-from spin.reference.generator_check import prove_weights
+from spin.reference.generator_check import check_generator_logprobs
 from spin.run.resume import inputs_of_config, inputs_of_files
 from spin.types import Response
 
@@ -200,7 +200,7 @@ class SPINEvaluate:
             "compute_dtype": cfg.compute_dtype,
         }
         who.weights = fingerprint["opponent"]
-        game = selfplay.Game(prompts, range(len(prompts)), sampling, cfg.seed, limits=who.limits)
+        game = selfplay.PlayTask(prompts, range(len(prompts)), sampling, cfg.seed, limits=who.limits)
         num_shards = selfplay.num_shards(len(prompts), cfg.prompts_per_shard, world.world_size)
         store = open_store(folder, fingerprint, num_shards, world, log.warning)
         missing = missing_shards(store, world)
@@ -209,17 +209,19 @@ class SPINEvaluate:
                 log.info(f"{who.name}: {len(missing)} of {store.num_shards} shards of responses missing")
             model = who.load(world, cfg.compute_dtype) if who.has_weights else None
             generator = generator or who.generator(model, world)
-            team = team_of(generator, world)
-            mine = selfplay.own_shards(missing, store, game, team)
+            group = engine_group(generator, world)
+            mine = selfplay.shards_for_rank(missing, store, game, group)
             own = math.ceil(len(prompts) * len(mine) / store.num_shards)  # about so many prompts
             with progress_bar(who.name, "prompt", own, enabled=world.is_main) as bar:
                 # a generator without weights needs none
-                with nullcontext() if model is None else awake(generator, model):
+                with nullcontext() if model is None else policy_loaded(generator, model):
                     if model is not None:
                         layout = RowLayout(min(8192, who.context))
-                        prove_weights(generator, model, world, prompts, sampling, layout=layout, chunk_tokens=2048)
+                        check_generator_logprobs(
+                            generator, model, world, prompts, sampling, layout=layout, chunk_tokens=2048
+                        )
                     with raise_on_all_ranks(world, OutputError):  # inside, each rank makes its shards by itself
-                        selfplay.play(store, mine, game, generator, team=team, on_shard=bar.update)
+                        selfplay.play(store, mine, game, generator, group=group, on_shard=bar.update)
         if generator is not None:
             generator.close()
         model = generator = None

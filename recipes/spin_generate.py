@@ -36,12 +36,12 @@ from spin.data.dates import fix_date
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.generators import GeneratorContext, sampling_params
 from spin.generators import stage as selfplay
-from spin.generators.engines import awake, team_of
+from spin.generators.engines import engine_group, policy_loaded
 from spin.model.build import build_model, prepare_model
 from spin.model.fingerprint import weights_fingerprint
 from spin.pairs.packing import RowLayout
 from spin.pairs.shards import missing_shards, open_store
-from spin.reference.generator_check import prove_weights
+from spin.reference.generator_check import check_generator_logprobs
 from spin.run.plan import RunPlan
 from spin.run.resume import inputs_of_config, inputs_of_files
 from spin.run.stopping import StopRequest, resume_command
@@ -112,7 +112,7 @@ class SPINGenerate:
             cfg.generator,
             context=GeneratorContext(model, self._world.device, context, self._tokenizer.decode, self._world),
         )
-        self._team = team_of(self._generator, self._world)
+        self._group = engine_group(self._generator, self._world)
         self._row_tokens = min(cfg.pairs.row_tokens, context)
         self._model = model
         self._opponent = weights_fingerprint(model)
@@ -123,19 +123,19 @@ class SPINGenerate:
         samples = self._plan.samples(self._iteration)
         responses = cfg.pairs.responses_per_prompt
         limits = selfplay.limits_of(self._model, self._context, self._tokenizer)
-        game = selfplay.Game(self._prompts, samples, self._sampling, cfg.seed, self._iteration, responses, limits)
+        game = selfplay.PlayTask(self._prompts, samples, self._sampling, cfg.seed, self._iteration, responses, limits)
         fingerprint = selfplay.play_fingerprint(
             game, self._opponent, self._tokenizer, self._generator, cfg.compute_dtype, config.plain(cfg.model)
         )
         folder = Path(cfg.output_dir) / f"iteration_{self._iteration:03d}" / "responses"
-        teams = cfg.num_workers * self._team.count
-        num_shards = selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, teams)
+        groups = cfg.num_workers * self._group.count
+        num_shards = selfplay.num_shards(len(samples), cfg.pairs.prompts_per_shard, groups)
         store = open_store(folder, fingerprint, num_shards, world, log.warning)
         own = [shard for shard in missing_shards(store, world) if shard % cfg.num_workers == cfg.worker]
-        mine = selfplay.own_shards(own, store, game, self._team)
-        bar = progress_bar(f"worker {cfg.worker}", "prompt", math.ceil(len(samples) / teams), enabled=world.is_main)
-        with bar, awake(self._generator, self._model):
-            prove_weights(
+        mine = selfplay.shards_for_rank(own, store, game, self._group)
+        bar = progress_bar(f"worker {cfg.worker}", "prompt", math.ceil(len(samples) / groups), enabled=world.is_main)
+        with bar, policy_loaded(self._generator, self._model):
+            check_generator_logprobs(
                 self._generator,
                 self._model,
                 world,
@@ -148,7 +148,7 @@ class SPINGenerate:
             with raise_on_all_ranks(
                 world, OutputError
             ):  # inside, ranks make as many shards as they have, each for itself
-                selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
+                selfplay.play(store, mine, game, self._generator, group=self._group, **watched)
         is_stopped = any_rank(self._stop.is_asked, world)  # waits for all ranks
         if world.is_main:
             left = store.missing_shards()

@@ -46,8 +46,8 @@ from spin.data.order import history_window
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.generators import GeneratorContext, sampling_params
 from spin.generators import stage as selfplay
-from spin.generators.engines import awake, team_of
-from spin.model.build import choose_attention, make_room, prepare_model, row_layout, training_options
+from spin.generators.engines import engine_group, policy_loaded
+from spin.model.build import choose_attention, extend_max_seq_len, prepare_model, row_layout, training_options
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.logits_check import self_test
 from spin.model.lora import build_policy, init_adapters, trainable
@@ -58,20 +58,20 @@ from spin.pairs.lookup import PairLookup, share_lookup
 from spin.pairs.packing import PackedRow
 from spin.pairs.shards import missing_shards, open_store, seal
 from spin.reference import stage as reference
-from spin.reference.generator_check import prove_weights
+from spin.reference.generator_check import check_generator_logprobs
 from spin.reference.logprobs import pair_objective
 from spin.run.log import RunLog
 from spin.run.messages import finish_message, iteration_summary, sample_rows, start_message
 from spin.run.plan import RunPlan
 from spin.run.resume import check_unchanged, inputs_of_config, inputs_of_files, run_fingerprint
 from spin.run.stopping import StopRequest, resume_hint
-from spin.training.metrics import MovedShare, PairSums, below, pair_metrics, speed_metrics, validation_metrics
+from spin.training.metrics import PairSums, UpdateFraction, pair_metrics, prefix_keys, speed_metrics, validation_metrics
 from spin.training.nonfinite import NonFiniteGuard, check_last_update
 from spin.training.optim import optimizer_step
 from spin.training.schedules import lr_factor, per_iteration
-from spin.training.selftest import check_first_loss, check_moved_share
-from spin.training.validation import loss_of_equal_models, losses_of_pairs, validation_loss
-from spin.training.watch import Alarm, Watch, answer_metrics
+from spin.training.selftest import check_first_loss, check_updated_fraction
+from spin.training.validation import eval_pair_losses, initial_loss, validation_loss
+from spin.training.watch import Alert, CollapseMonitor, response_metrics
 
 log = get_logger("INFO")
 
@@ -126,7 +126,7 @@ class SPINRecipe:
         self._bar = partial(progress_bar, enabled=self._world.is_main)
         with raise_on_all_ranks(self._world, OutputError):  # before anything in the folder is touched
             self._lock = FolderLock(self._output_dir) if self._world.is_main else None
-        self._watch = Watch(cfg.watch, self._world.is_main)
+        self._watch = CollapseMonitor(cfg.watch, self._world.is_main)
         self._checkpointer = config.instantiate(cfg.checkpointer)
         self._checkpointer.validate(cfg.max_iterations)
         compute_dtype = torch_dtype(cfg.compute_dtype, self._world.device)
@@ -170,7 +170,9 @@ class SPINRecipe:
         self._layout = row_layout(self._model, cfg, flex)
         self._scoring: dict[str, Any] = {"layout": self._layout, "chunk_tokens": cfg.logprob_chunk_tokens}
         longest = max(self._prompts.longest, self._val_prompts.longest)
-        make_room(self._model, longest + cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens, self._layout)
+        extend_max_seq_len(
+            self._model, longest + cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens, self._layout
+        )
         prepare_model(self._model, self._world, compute_dtype=compute_dtype, **training_options(cfg))
         self._optimizer = self._new_optimizer()
         if resume_path is None:
@@ -183,7 +185,7 @@ class SPINRecipe:
             self._checkpointer.load(resume_path, model=self._model, optimizer=optimizer, world=self._world, **changed)
         engine = GeneratorContext(self._model, self._world.device, context, self._tokenizer.decode, self._world)
         self._generator = config.instantiate(cfg.generator, context=engine)
-        self._team = team_of(self._generator, self._world)
+        self._group = engine_group(self._generator, self._world)
         self._limits = selfplay.limits_of(self._model, context, self._tokenizer)
 
         # ---- logs
@@ -252,7 +254,7 @@ class SPINRecipe:
                 games[val_folder] = self._game(iteration, self._val_prompts, range(self._plan.num_val_samples))
             if not self._play(games):
                 return None
-            self._watch.start(iteration, answer_metrics(folder, self._folder(0), self._world))
+            self._watch.start(iteration, response_metrics(folder, self._folder(0), self._world))
             answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
             if not self._score(folder, self._plan.batches(answers, iteration, epoch=0)):
                 return None
@@ -302,12 +304,12 @@ class SPINRecipe:
         metrics = pair_metrics(totals, cfg.nll_weight) if finite else {}
         is_first = self._trained_in != iteration
         if cfg.self_test and metrics and is_first:
-            expected = loss_of_equal_models(self._loss, batch.pairs, self._layout)  # ln 2 and 0 for SPIN
+            expected = initial_loss(self._loss, batch.pairs, self._layout)  # ln 2 and 0 for SPIN
             check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
         lr = self._lrs[iteration] * self._lr_factor()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        moved = MovedShare(self._model)
+        moved = UpdateFraction(self._model)
         if metrics:  # a batch that is left out, or whose pairs all are, moves nothing, momentum included
             optimizer_step(self._optimizer)
             self._trained_in = iteration
@@ -315,7 +317,7 @@ class SPINRecipe:
         moved_share = moved.share(world)
         if metrics and world.is_main:
             rounds_at_random = getattr(self._optimizer, "stochastic_rounding", False)
-            check_moved_share(moved_share, lr, cfg.dtype, rounds_at_random, iteration, self._warned)
+            check_updated_fraction(moved_share, lr, cfg.dtype, rounds_at_random, iteration, self._warned)
         progress.advance(cfg.global_batch_size)
         return metrics | {
             **({"grad_norm": grad_norm} if finite else {}),
@@ -324,10 +326,10 @@ class SPINRecipe:
             "iteration": iteration,
             "epoch": epoch,
             "consumed_samples": progress.consumed_samples,
-            "weights_moved_share": moved_share,
+            "updated_fraction": moved_share,
             "nonfinite_steps": len(self._nonfinite.skipped),
             **self._watch.metrics,
-            **below("samples", self._prompts.count_sources(pair.sample_id for pair in batch.pairs)),
+            **prefix_keys("samples", self._prompts.count_sources(pair.sample_id for pair in batch.pairs)),
             **speed_metrics(totals, len(batch.pairs), time.perf_counter() - started),
             **{name: totals[name] for name in asked},
         }
@@ -430,11 +432,11 @@ class SPINRecipe:
         self._stop.release()
 
     # SPIN: parts of the stages.
-    def _game(self, iteration: int, prompts: PromptDataset, samples: Sequence[int]) -> selfplay.Game:
+    def _game(self, iteration: int, prompts: PromptDataset, samples: Sequence[int]) -> selfplay.PlayTask:
         answers = self._cfg.pairs.responses_per_prompt
-        return selfplay.Game(prompts, samples, self._sampling, self._cfg.seed, iteration, answers, self._limits)
+        return selfplay.PlayTask(prompts, samples, self._sampling, self._cfg.seed, iteration, answers, self._limits)
 
-    def _play(self, games: Mapping[Path, selfplay.Game]) -> bool:
+    def _play(self, games: Mapping[Path, selfplay.PlayTask]) -> bool:
         """The opponent answers the prompts of each folder; False if the run was asked to stop before all were."""
         cfg, world = self._cfg, self._world
         player = (self._opponent, self._tokenizer, self._generator)
@@ -443,23 +445,23 @@ class SPINRecipe:
         with ExitStack() as until_all_are_played:
             for folder, game in games.items():
                 fingerprint = selfplay.play_fingerprint(game, *answered_by)
-                num_shards = selfplay.num_shards(len(game.samples), cfg.pairs.prompts_per_shard, self._team.count)
+                num_shards = selfplay.num_shards(len(game.samples), cfg.pairs.prompts_per_shard, self._group.count)
                 store = open_store(folder / "responses", fingerprint, num_shards, world, log.warning)
                 missing = missing_shards(store, world)
                 if store.is_sealed and not missing:
                     continue
                 if report is None:  # the generator is woken, and its weights are proved, once for all
-                    until_all_are_played.enter_context(awake(self._generator, self._model))
+                    until_all_are_played.enter_context(policy_loaded(self._generator, self._model))
                     probe = (self._prompts.window(self._progress.iteration), self._sampling)
                     options = {"as_in_training": cfg.compile, **self._scoring}
-                    gap = prove_weights(self._generator, self._model, world, *probe, **options)
+                    gap = check_generator_logprobs(self._generator, self._model, world, *probe, **options)
                     report = {} if gap is None else {"generator/logprob_gap": gap}
-                mine = selfplay.own_shards(missing, store, game, self._team)
-                bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(game.samples) / self._team.count))
+                mine = selfplay.shards_for_rank(missing, store, game, self._group)
+                bar = self._bar(f"{folder.name} answers", "prompt", math.ceil(len(game.samples) / self._group.count))
                 # inside, ranks make as many shards as they have, each for itself
                 with bar, raise_on_all_ranks(world, OutputError):
                     watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
-                    selfplay.play(store, mine, game, self._generator, team=self._team, **watched)
+                    selfplay.play(store, mine, game, self._generator, group=self._group, **watched)
                 if not seal(store, world, self._stop.is_asked, report):
                     return False
         return True
@@ -526,7 +528,7 @@ class SPINRecipe:
 
     def _margins(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses, rewards and weights of scored pairs under the policy as it is now."""
-        return losses_of_pairs(self._loss, self._model, self._cut(pairs), self._world, **self._scoring)
+        return eval_pair_losses(self._loss, self._model, self._cut(pairs), self._world, **self._scoring)
 
     # PLUMBING: small things.
     def _new_optimizer(self) -> torch.optim.Optimizer:
@@ -544,7 +546,7 @@ class SPINRecipe:
         self._run_log.check()
         log.info(resume_hint(self._progress.step, self._cfg.resume))
 
-    def _give_up(self, alarm: Alarm, iteration: int, pairs: PairLookup, is_last: bool) -> None:
+    def _give_up(self, alarm: Alert, iteration: int, pairs: PairLookup, is_last: bool) -> None:
         """Ends the run at a limit of the collapse watch, with what it has, or as if the iteration had not begun."""
         if alarm.rolls_back:
             self._checkpointer.roll_back(self._progress.iteration_start(iteration), self._world, alarm.message)

@@ -72,7 +72,7 @@ RECIPE_DEFAULTS: dict[str, Any] = {
         "real_logp_drift": {"limit": 50.0, "action": "warn"},
         "acc": {"limit": 0.99, "action": "warn"},
         "margin": {"limit": 5.0, "action": "warn"},
-        "truncated_share": {"limit": 0.5, "action": "warn"},
+        "truncated_fraction": {"limit": 0.5, "action": "warn"},
         "length_drift": {"limit": 2.0, "action": "warn"},
     },
     "metric_logger": {"_component_": "torchtune.training.metric_logging.DiskLogger", "log_dir": "${output_dir}/logs"},

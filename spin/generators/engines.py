@@ -20,15 +20,15 @@ _GENERATOR_HAS = ("shares_policy_weights", "generate", "update_weights", "sleep"
 
 
 @dataclass(frozen=True)
-class Team:
+class EngineGroup:
     """The ranks that share one engine, among all engines.
 
     Args:
         index (int): number of this engine.
         count (int): how many engines there are.
-        writes (bool): this rank is the one of its team that writes what the engine answers.
+        writes (bool): this rank is the one of its group that writes what the engine answers.
         is_shared (bool): there are other ranks in it.
-        agree (Callable[[bool], bool]): true if it is true on any rank of the team; collective within the team.
+        agree (Callable[[bool], bool]): true if it is true on any rank of the group; collective within the group.
     """
 
     index: int
@@ -38,15 +38,15 @@ class Team:
     agree: Callable[[bool], bool] = bool
 
 
-def team_of(generator: Generator, world: World) -> Team:
-    """The team of this rank. Collective if an engine spans several ranks.
+def engine_group(generator: Generator, world: World) -> EngineGroup:
+    """The group of this rank. Collective if an engine spans several ranks.
 
     Args:
         generator (Generator): its ``ranks_per_engine``, 1 if it has none, consecutive ranks share an engine.
         world (World): the ranks.
 
     Returns:
-        Team: alone in it, as a rule.
+        EngineGroup: alone in it, as a rule.
 
     Raises:
         GeneratorError: If it lacks something that a generator has; before any weights are handed to it.
@@ -59,7 +59,7 @@ def team_of(generator: Generator, world: World) -> Team:
         )
     size = getattr(generator, "ranks_per_engine", 1)
     if size == 1:
-        return Team(world.rank, world.world_size)
+        return EngineGroup(world.rank, world.world_size)
     groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world.world_size, size)]
     group = groups[world.rank // size]
 
@@ -68,11 +68,11 @@ def team_of(generator: Generator, world: World) -> Team:
         dist.all_gather_object(flags, flag, group=group)
         return any(flags)
 
-    return Team(world.rank // size, world.world_size // size, world.rank % size == 0, True, agree)
+    return EngineGroup(world.rank // size, world.world_size // size, world.rank % size == 0, True, agree)
 
 
 @contextmanager
-def awake(generator: Generator, model: nn.Module) -> Iterator[None]:
+def policy_loaded(generator: Generator, model: nn.Module) -> Iterator[None]:
     """Gives a generator the policy's weights for the time of a block. Collective at entry, not inside.
 
     Args:

@@ -24,7 +24,7 @@ from spin.core.files import json_fingerprint
 from spin.core.heartbeat import set_stage
 from spin.data.dataset import PromptDataset
 from spin.data.tokenizer import PromptTokenizer
-from spin.generators.engines import Team, name_of
+from spin.generators.engines import EngineGroup, name_of
 from spin.generators.generator import Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
 from spin.pairs.shards import split_evenly
@@ -57,14 +57,14 @@ def limits_of(model: Any, max_seq_len: int, tokenizer: PromptTokenizer) -> Limit
         tokenizer (PromptTokenizer): reads stop strings.
 
     Returns:
-        Limits: for :class:`Game`.
+        Limits: for :class:`PlayTask`.
     """
     rows = tokenizer.vocab_size if model is None else model.tok_embeddings.weight.shape[0]
     return Limits(rows, max_seq_len, tokenizer.decode)
 
 
 @dataclass(frozen=True)
-class Game:
+class PlayTask:
     """What an opponent is asked, and how it is to answer.
 
     Args:
@@ -91,65 +91,70 @@ def _shortened(value: object) -> str:
     return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"
 
 
-def num_shards(num_samples: int, prompts_per_shard: int, teams: int) -> int:
-    """Shards of a store of answers: as many for each team, as far as there are samples.
+def num_shards(num_samples: int, prompts_per_shard: int, groups: int) -> int:
+    """Shards of a store of answers: as many for each group, as far as there are samples.
 
     Args:
         num_samples (int): prompts to play.
         prompts_per_shard (int): prompts of a shard at most.
-        teams (int): engines that play.
+        groups (int): engines that play.
 
     Returns:
         int: 1 or more.
     """
     needed = math.ceil(num_samples / prompts_per_shard)
-    return max(1, min(num_samples, math.ceil(needed / teams) * teams))
+    return max(1, min(num_samples, math.ceil(needed / groups) * groups))
 
 
-def deal_shards(costs: Mapping[int, int], teams: int) -> list[list[int]]:
-    """Deals shards to teams so that all have about the same to do: the dearest first, to whoever has least.
+def balance_shards(costs: Mapping[int, int], groups: int) -> list[list[int]]:
+    """Deals shards to groups so that all have about the same to do: the dearest first, to whoever has least.
 
     Args:
         costs (Mapping[int, int]): tokens of each shard, by its number.
-        teams (int): how many engines there are.
+        groups (int): how many engines there are.
 
     Returns:
-        list[list[int]]: shards of each team, ascending.
+        list[list[int]]: shards of each group, ascending.
     """
-    loads = [(0, team) for team in range(teams)]
-    dealt: list[list[int]] = [[] for _ in range(teams)]
+    loads = [(0, group) for group in range(groups)]
+    dealt: list[list[int]] = [[] for _ in range(groups)]
     for shard in sorted(costs, key=lambda shard: (-costs[shard], shard)):
-        load, team = heapq.heappop(loads)
-        dealt[team].append(shard)
-        heapq.heappush(loads, (load + costs[shard], team))
+        load, group = heapq.heappop(loads)
+        dealt[group].append(shard)
+        heapq.heappush(loads, (load + costs[shard], group))
     return [sorted(shards) for shards in dealt]
 
 
-def own_shards(shards: Sequence[int], store: PairStore, game: Game, team: Team) -> list[int]:
-    """The shards that this rank's team makes. No rank need be asked: all come to the same deal.
+def shards_for_rank(shards: Sequence[int], store: PairStore, task: PlayTask, group: EngineGroup) -> list[int]:
+    """The shards that this rank's group makes. No rank need be asked: all come to the same deal.
 
     Args:
         shards (Sequence[int]): all that are to be made.
         store (PairStore): where they will go.
-        game (Game): what is asked; an answer counts as long as it may be.
-        team (Team): whose share.
+        task (PlayTask): what is asked; an answer counts as long as it may be.
+        group (EngineGroup): whose share.
 
     Returns:
         list[int]: ascending.
     """
-    parts = split_evenly(len(game.samples), store.num_shards)
-    most = game.sampling.max_new_tokens
-    costs = {shard: sum(len(game.prompts[game.samples[i]].prompt_ids) + most for i in parts[shard]) for shard in shards}
-    return deal_shards(costs, team.count)[team.index]
+    parts = split_evenly(len(task.samples), store.num_shards)
+    most = task.sampling.max_new_tokens
+    costs = {shard: sum(len(task.prompts[task.samples[i]].prompt_ids) + most for i in parts[shard]) for shard in shards}
+    return balance_shards(costs, group.count)[group.index]
 
 
 def play_fingerprint(
-    game: Game, opponent: str, tokenizer: PromptTokenizer, generator: Generator, compute_dtype: str, model: Any = None
+    task: PlayTask,
+    opponent: str,
+    tokenizer: PromptTokenizer,
+    generator: Generator,
+    compute_dtype: str,
+    model: Any = None,
 ) -> dict[str, Any]:
     """Everything that the opponent's answers depend on, by name.
 
     Args:
-        game (Game): what is asked.
+        task (PlayTask): what is asked.
         opponent (str): fingerprint of the weights.
         tokenizer (PromptTokenizer): with its chat template.
         generator (Generator): the opponent; its ``fingerprint``, if it has one, stands for what it reads.
@@ -162,14 +167,14 @@ def play_fingerprint(
     return {
         "opponent": opponent,
         "model": model,
-        "dataset": game.prompts.fingerprint(),
-        **{f"dataset.{key}": value for key, value in game.prompts.settings.items()},
-        "samples": json_fingerprint(list(game.samples)),
+        "dataset": task.prompts.fingerprint(),
+        **{f"dataset.{key}": value for key, value in task.prompts.settings.items()},
+        "samples": json_fingerprint(list(task.samples)),
         "tokenizer": tokenizer.fingerprint,
-        "sampling": asdict(game.sampling),
-        "seed": game.seed,
-        "iteration": game.iteration,
-        "responses_per_prompt": game.responses_per_prompt,
+        "sampling": asdict(task.sampling),
+        "seed": task.seed,
+        "iteration": task.iteration,
+        "responses_per_prompt": task.responses_per_prompt,
         "generator": name_of(generator),
         "generator_source": getattr(generator, "fingerprint", None),
         "compute_dtype": compute_dtype,
@@ -179,15 +184,15 @@ def play_fingerprint(
 def play(
     store: PairStore,
     shards: Sequence[int],
-    game: Game,
+    task: PlayTask,
     generator: Generator,
     *,
-    team: Team | None = None,
+    group: EngineGroup | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_shard: Callable[[int], None] = lambda prompts_done: None,
 ) -> None:
-    """Answers prompts into shards of a store. Not collective: each team or machine makes shards of its own, and as many
-    as it has. Call it while the generator is :func:`awake`.
+    """Answers prompts into shards of a store. Not collective: each group or machine makes shards of its own, as many as
+    it has. Call it while the generator is :func:`policy_loaded`.
 
     A generator that can is given all prompts at once, and a shard is written when its last answer is there. Every
     response passes :func:`check_response` when it arrives.
@@ -195,9 +200,9 @@ def play(
     Args:
         store (PairStore): where the responses go; its number of shards divides the samples evenly.
         shards (Sequence[int]): the shards to make.
-        game (Game): what is asked.
+        task (PlayTask): what is asked.
         generator (Generator): the opponent.
-        team (Team | None): the ranks that share the generator's engine; None: this rank alone.
+        group (EngineGroup | None): the ranks that share the generator's engine; None: this rank alone.
         should_stop (Callable[[], bool]): asked after every answer, or after every shard.
         on_shard (Callable[[int], None]): told the number of prompts after every shard.
 
@@ -205,47 +210,47 @@ def play(
         GeneratorError: If the generator's answers do not fit the prompts.
     """
     set_stage("generating responses")
-    team = team or Team(0, 1)
-    count = game.responses_per_prompt
-    parts = split_evenly(len(game.samples), store.num_shards)
-    check = partial(check_response, generator=generator, sampling=game.sampling, limits=game.limits)
+    group = group or EngineGroup(0, 1)
+    count = task.responses_per_prompt
+    parts = split_evenly(len(task.samples), store.num_shards)
+    check = partial(check_response, generator=generator, sampling=task.sampling, limits=task.limits)
 
     def chosen(shard: int) -> list[Prompt]:
-        return [game.prompts[game.samples[i]] for i in parts[shard]]
+        return [task.prompts[task.samples[i]] for i in parts[shard]]
 
     def requests(shard: int) -> Iterator[tuple[Sequence[int], int]]:
         for prompt in chosen(shard):
             for k in range(count):
-                seed = sample_seed(game.seed, game.iteration, prompt.sample_id, k)
+                seed = sample_seed(task.seed, task.iteration, prompt.sample_id, k)
                 yield prompt.prompt_ids, seed  # type: ignore[misc]
 
     def checked(shard: int, index: int, answer: object) -> Response:
         """The answer to request ``index`` of a shard."""
-        prompt = game.prompts[game.samples[parts[shard][index // count]]]
+        prompt = task.prompts[task.samples[parts[shard][index // count]]]
         return check(answer, sample_id=prompt.sample_id, prompt_tokens=len(prompt.prompt_ids))
 
     def finish(shard: int, completions: Sequence[Response]) -> None:
         played = chosen(shard)
-        pairs = _join(played, completions, game)
-        if team.writes:
+        pairs = _join(played, completions, task)
+        if group.writes:
             store.write_shard(shard, pairs)
         on_shard(len(played))
 
     if isinstance(generator, StreamingGenerator):
-        if not shards or team.agree(should_stop()):
+        if not shards or group.agree(should_stop()):
             return
         sizes = [len(parts[shard]) * count for shard in shards]
-        stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), game.sampling)
+        stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), task.sampling)
         with closing(stream):
-            # a rank that shares its engine asks its team, which takes a while; one that does not asks at every answer
-            ends_here = (lambda: False) if team.is_shared else should_stop
+            # a rank that shares its engine asks its group, which takes a while; one that does not asks at every answer
+            ends_here = (lambda: False) if group.is_shared else should_stop
 
             def checked_part(part: int, index: int, answer: object) -> Response:
                 return checked(shards[part], index, answer)
 
             for number, completions in _in_parts(stream, sizes, checked_part, ends_here, name_of(generator)):
                 finish(shards[number], completions)
-                if team.agree(should_stop()):
+                if group.agree(should_stop()):
                     return
         return
     for shard in shards:
@@ -253,7 +258,7 @@ def play(
             return
         asked = list(requests(shard))
         completions = generator.generate(
-            [list(map(int, ids)) for ids, _ in asked], game.sampling, [seed for _, seed in asked]
+            [list(map(int, ids)) for ids, _ in asked], task.sampling, [seed for _, seed in asked]
         )
         _check_number(completions, len(asked), generator)
         finish(shard, [checked(shard, index, answer) for index, answer in enumerate(completions)])
@@ -402,15 +407,15 @@ def _has_stop_string(ids: Sequence[int], sampling: SamplingParams, limits: Limit
     return any(string in text for string in sampling.stop_strings)
 
 
-def _join(prompts: Sequence[Prompt], completions: Sequence[Response], game: Game) -> list[Pair]:
-    count = game.responses_per_prompt
+def _join(prompts: Sequence[Prompt], completions: Sequence[Response], task: PlayTask) -> list[Pair]:
+    count = task.responses_per_prompt
     pairs = []
     for i, prompt in enumerate(prompts):
         answers = completions[i * count : (i + 1) * count]
         pairs.append(
             Pair(
                 sample_id=prompt.sample_id,
-                iteration=game.iteration,
+                iteration=task.iteration,
                 prompt_ids=prompt.prompt_ids,
                 real_ids=prompt.real_ids,
                 generated=[Response(answer.token_ids, answer.finish_reason) for answer in answers],

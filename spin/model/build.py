@@ -125,7 +125,7 @@ def row_layout(model: nn.Module, cfg: DictConfig, flex: bool) -> RowLayout:
     )
 
 
-def make_room(model: nn.Module, longest_pair: int, layout: RowLayout) -> None:
+def extend_max_seq_len(model: nn.Module, longest_pair: int, layout: RowLayout) -> None:
     """Lets a model take rows that are longer than its context; no position in them is beyond it.
 
     Args:

@@ -20,7 +20,7 @@ from spin.types import Pair
 PROBE_PROMPTS, PROBE_TOKENS = 8, 32  # answers, and tokens of each, that prove a generator's weights
 
 
-def prove_weights(
+def check_generator_logprobs(
     generator: Generator,
     model: nn.Module,
     world: World,
@@ -31,7 +31,8 @@ def prove_weights(
     chunk_tokens: int,
     as_in_training: bool = False,
 ) -> float | None:
-    """Compares a generator's log-probs of its own answers with the policy's. Collective; call it while it is awake.
+    """Compares a generator's log-probs of its own answers with the policy's. Collective; call it in
+    :func:`policy_loaded`.
 
     A wrong name map, a tensor that did not arrive, or a cache that was made under other weights shows here and nowhere
     else. The prompts are the same in every iteration, so that a stale cache would be met.

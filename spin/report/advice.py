@@ -71,7 +71,7 @@ def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
             "is lowered by making everything less likely. Set nll_weight above 0, or lower optimizer.lr."
         )
     if all(row.get("acc") == 0 for row in steps[1:]):
-        moved = _mean(tail, "weights_moved_share")
+        moved = _mean(tail, "updated_fraction")
         remedy = "raise optimizer.lr"
         if moved is not None and moved < MOVED_SHARE:
             remedy = f"a step changes {moved:.1%} of the weights: set dtype=fp32, or raise optimizer.lr"

@@ -103,7 +103,7 @@ def charts_of(run: RunRecord) -> list[Chart]:
         Chart(
             "Length of answers, tokens", [*lines(("avg_generated_lengths", "generated")), Series("real", real_tokens)]
         ),
-        Chart("Truncated share of generated answers", lines(("truncated_share", "training"))),
+        Chart("Truncated share of generated answers", lines(("truncated_fraction", "training"))),
         Chart("Gradient norm", lines(("grad_norm", "before clipping"))),
         Chart("Generator off the policy, nats per token", [dots("generator/logprob_gap", "mean gap")]),
         Chart("Speed, pairs per second", lines(("pairs_per_second", "training step"))),

@@ -118,7 +118,7 @@ def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[s
         "rewards_all_std": math.sqrt(spread / max(1.0, 2 * n - 1)),
         "margin": real - generated,
         "avg_generated_lengths": totals["generated_tokens"] / totals["comparisons"],
-        "truncated_share": totals["truncated"] / totals["comparisons"],
+        "truncated_fraction": totals["truncated"] / totals["comparisons"],
         "real_logp_drift": totals["real_drift"] / n,
         "generated_logp_drift": totals["generated_drift"] / n,
         "real_nll": nll,
@@ -147,7 +147,7 @@ def speed_metrics(totals: Mapping[str, float], pairs: int, seconds: float) -> di
 def validation_metrics(
     losses: torch.Tensor, real_rewards: torch.Tensor, generated_rewards: torch.Tensor, weights: torch.Tensor
 ) -> dict[str, float]:
-    """The SPIN metrics of validation pairs, as :func:`spin.training.validation.losses_of_pairs` gives them.
+    """The SPIN metrics of validation pairs, as :func:`spin.training.validation.eval_pair_losses` gives them.
 
     They are means over the pairs, as in training.
 
@@ -171,12 +171,12 @@ def validation_metrics(
     return {name: (weights.double() @ each.double() / total).item() for name, each in values.items()}
 
 
-def below(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+def prefix_keys(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics of the parts of something under its name, ``<name>/<part>``, as metrics services group them."""
     return {f"{name}/{part}": value for part, value in metrics.items()}
 
 
-class MovedShare:
+class UpdateFraction:
     """The share of weights that an optimizer step really changes, from a sample of every parameter.
 
     Made before the step, asked after it. At SPIN's learning rates a step on pure bf16 weights rounds back to where it

@@ -21,7 +21,7 @@ def check_first_loss(
     Args:
         metrics (Mapping[str, float]): of the step, see :func:`spin.training.metrics.pair_metrics`.
         expected (tuple[float, float]): loss and margin of two equal models, see
-            :func:`spin.training.validation.loss_of_equal_models`; ln 2 and 0 for the logistic SPIN loss.
+            :func:`spin.training.validation.initial_loss`; ln 2 and 0 for the logistic SPIN loss.
         compute_dtype (str): ``fp32`` allows 1e-6, ``bf16`` 1e-4.
         iteration (int): counted from 0.
 
@@ -51,7 +51,7 @@ def check_first_loss(
     )
 
 
-def check_moved_share(
+def check_updated_fraction(
     share: float, lr: float, dtype: str, stochastic_rounding: bool, iteration: int, warned: set[int]
 ) -> None:
     """Warns, once an iteration, of steps that change next to nothing.
@@ -60,7 +60,7 @@ def check_moved_share(
     Rounded at random it moves few weights too, but those by enough: nothing is lost on average, and nothing is said.
 
     Args:
-        share (float): of the weights that a step has moved, see :class:`spin.training.metrics.MovedShare`.
+        share (float): of the weights that a step has moved, see :class:`spin.training.metrics.UpdateFraction`.
         lr (float): the step's learning rate; 0 may move nothing.
         dtype (str): of the master weights, ``fp32`` or ``bf16``.
         stochastic_rounding (bool): whether the optimizer rounds bf16 weights at random.

@@ -64,7 +64,7 @@ def validation_loss(
 
 
 @torch.no_grad()
-def losses_of_pairs(
+def eval_pair_losses(
     loss: nn.Module,
     model: nn.Module,
     batches: Sequence[Sequence[Pair]],
@@ -98,7 +98,7 @@ def losses_of_pairs(
 
 
 @torch.no_grad()
-def loss_of_equal_models(loss: nn.Module, pairs: Sequence[Pair], layout: RowLayout) -> tuple[float, float]:
+def initial_loss(loss: nn.Module, pairs: Sequence[Pair], layout: RowLayout) -> tuple[float, float]:
     """What a batch's loss and margin are when the policy is the opponent: ln 2 and 0 for the logistic SPIN loss.
 
     Args:

@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 
 ACTIONS = ("warn", "stop", "rollback")
 _IN_STEPS = ("real_logp_drift", "acc", "margin")
-_IN_ANSWERS = ("truncated_share", "length_drift")
+_IN_ANSWERS = ("truncated_fraction", "length_drift")
 LIMITS = _IN_STEPS + _IN_ANSWERS
 
 
 @dataclass(frozen=True)
-class Alarm:
+class Alert:
     """A limit that was passed and is to end the run.
 
     Args:
@@ -62,7 +62,7 @@ def check_limits(watch: Mapping[str, Any]) -> None:
         raise ConfigError("\n".join(faults))
 
 
-class Watch:
+class CollapseMonitor:
     """Compares an iteration's numbers with their limits. The numbers are the same on every rank, so the answers are.
 
     Args:
@@ -98,15 +98,15 @@ class Watch:
 
         Args:
             iteration (int): counted from 0.
-            answers (Mapping[str, float]): from :func:`answer_metrics`.
+            answers (Mapping[str, float]): from :func:`response_metrics`.
 
         Raises:
             CollapseError: If a limit was passed whose action is not ``warn``.
         """
         self.metrics = {name: value for name, value in answers.items() if name == "length_drift"}
         found = {}
-        if (share := answers["truncated_share"]) > (self._limits["truncated_share"] or 1):
-            found["truncated_share"] = (
+        if (share := answers["truncated_fraction"]) > (self._limits["truncated_fraction"] or 1):
+            found["truncated_fraction"] = (
                 f"{share:.1%} of the opponent's answers were cut by sampling.max_new_tokens: they may have lost their "
                 f"end. See `python -m spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
                 "Raise max_new_tokens, or train less"
@@ -121,7 +121,7 @@ class Watch:
         if alarm is not None:
             raise CollapseError(f"{alarm.message} Nothing was trained on these answers yet.")
 
-    def step(self, iteration: int, step_in_iteration: int, metrics: Mapping[str, float]) -> Alarm | None:
+    def step(self, iteration: int, step_in_iteration: int, metrics: Mapping[str, float]) -> Alert | None:
         """Looks at the mean of the last steps, once an iteration has as many.
 
         Args:
@@ -130,7 +130,7 @@ class Watch:
             metrics (Mapping[str, float]): of the step; one without comparisons is passed over.
 
         Returns:
-            Alarm | None: set if a limit was passed whose action is not ``warn``.
+            Alert | None: set if a limit was passed whose action is not ``warn``.
         """
         for name, values in self._recent.items():
             if step_in_iteration == 1:
@@ -162,13 +162,13 @@ class Watch:
     def _passes(self, name: str, value: float) -> bool:
         return self._limits[name] is not None and value > self._limits[name]
 
-    def _report(self, iteration: int, found: Mapping[str, str]) -> Alarm | None:
+    def _report(self, iteration: int, found: Mapping[str, str]) -> Alert | None:
         ending = [name for name in found if self._actions[name] != "warn"]
         if ending:
             rolls_back = any(self._actions[name] == "rollback" for name in ending)
             name = ending[0]
             limit = f"watch.{name}.limit={self._limits[name]}"
-            return Alarm(rolls_back, f"Iteration {iteration}: {found[name]}. ({limit}, action {self._actions[name]})")
+            return Alert(rolls_back, f"Iteration {iteration}: {found[name]}. ({limit}, action {self._actions[name]})")
         for name, text in found.items():
             if (iteration, name) not in self._warned and self._is_main:
                 log.warning(f"Iteration {iteration}: {text}. (watch.{name}.limit={self._limits[name]})")
@@ -176,7 +176,7 @@ class Watch:
         return None
 
 
-def answer_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, float]:
+def response_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, float]:
     """How an iteration's answers end and how long they are, from its store. Collective.
 
     Args:
@@ -185,14 +185,14 @@ def answer_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, 
         world (World): the ranks.
 
     Returns:
-        dict[str, float]: ``truncated_share``, and ``length_drift``, the mean length over that of iteration 0, where
+        dict[str, float]: ``truncated_fraction``, and ``length_drift``, the mean length over that of iteration 0, where
         that one is known.
     """
     metrics: dict[str, float] = {}
     with raise_on_all_ranks(world, StoreError):
         if world.is_main:
             count, truncated, tokens = PairStore.open(folder / "responses").count_answers()
-            metrics["truncated_share"] = truncated / max(1, count)
+            metrics["truncated_fraction"] = truncated / max(1, count)
             if tokens and (first_folder / "responses" / MANIFEST).exists():
                 first_count, _, first_tokens = PairStore.open(first_folder / "responses").count_answers()
                 if first_tokens:

@@ -70,7 +70,7 @@ def test_skip_moves_neither_optimizer_nor_schedule(tmp_path):
     assert [row["nonfinite_steps"] for row in rows] == [0, 1, 1, 2, 2, 2, 2, 2, 2, 2]
     assert [row["step"] for row in rows if "loss" not in row] == [2, 4]
     assert all("grad_norm" in row and math.isfinite(row["loss"]) for row in rows if "loss" in row)
-    assert [row["weights_moved_share"] == 0 for row in rows] == ["loss" not in row for row in rows]
+    assert [row["updated_fraction"] == 0 for row in rows] == ["loss" not in row for row in rows]
     assert [line["step"] for line in nonfinite_lines(tmp_path / "a")] == [1, 3]
 
     class Stops(poisoned(1, 3)):

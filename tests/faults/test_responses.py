@@ -10,7 +10,7 @@ import torch
 from spin.core.errors import GeneratorError
 from spin.data import PairStore, Prompt, PromptDataset
 from spin.generators import GeneratorContext, ReplayGenerator, Response, SamplingParams
-from spin.generators.stage import Game, Limits, play
+from spin.generators.stage import Limits, PlayTask, play
 
 STOP, VOCAB, MOST = 9, 50, 6
 SAMPLING = SamplingParams(max_new_tokens=MOST, stop_token_ids=(STOP,))
@@ -48,7 +48,7 @@ class Streaming(Own):
 
 def play_with(tmp_path, generator, limits=LIMITS, sampling=SAMPLING):
     store = PairStore.open_or_create(tmp_path / "store", {"opponent": "w"}, 2)
-    play(store, [0, 1], Game(PROMPTS, range(4), sampling, 5, limits=limits), generator)
+    play(store, [0, 1], PlayTask(PROMPTS, range(4), sampling, 5, limits=limits), generator)
     return [np.asarray(pair.generated[0].token_ids).tolist() for pair in store.pairs()]
 
 

@@ -16,7 +16,7 @@ import torch
 from spin.core.errors import GeneratorError
 from spin.data import PairStore, Prompt, PromptDataset
 from spin.generators import GeneratorContext, SamplingParams, VLLMServerGenerator
-from spin.generators.stage import Game, Limits, play
+from spin.generators.stage import Limits, PlayTask, play
 
 STOP = 9
 SAMPLING = SamplingParams(max_new_tokens=6, stop_token_ids=(STOP,))
@@ -111,7 +111,7 @@ def played(tmp_path, url, **arguments):
     arguments = {"timeout_seconds": 0.5, "wait_seconds": 0.5, "concurrency": 2} | arguments
     generator = VLLMServerGenerator(context, url, **arguments)
     store = PairStore.open_or_create(tmp_path / "store", {"opponent": "w"}, 1)
-    play(store, [0], Game(PROMPTS, range(4), SAMPLING, 5, limits=Limits(50, 64)), generator)
+    play(store, [0], PlayTask(PROMPTS, range(4), SAMPLING, 5, limits=Limits(50, 64)), generator)
     return [np.asarray(pair.generated[0].token_ids).tolist() for pair in store.pairs()]
 
 

@@ -9,16 +9,16 @@ from spin.config.defaults import RECIPE_DEFAULTS
 from spin.core.errors import CheckpointError, CollapseError, ConfigError
 from spin.core.ranks import init_world
 from spin.data import Pair, PairStore, Response
-from spin.training.watch import LIMITS, Watch, answer_metrics, check_limits
+from spin.training.watch import LIMITS, CollapseMonitor, check_limits, response_metrics
 from tests.recipes.helpers import metrics_of, run
 from tests.recipes.test_spin_recipe import stops_at
 
 QUIET = {name: {"limit": None, "action": "warn"} for name in LIMITS}
-SHORT = ("max_iterations=2", "max_epochs=1", "validation_dataset=null", "watch.truncated_share.limit=null")
+SHORT = ("max_iterations=2", "max_epochs=1", "validation_dataset=null", "watch.truncated_fraction.limit=null")
 
 
 def watch(window=2, is_main=True, **limits):
-    return Watch({"window": window, **QUIET, **limits}, is_main)
+    return CollapseMonitor({"window": window, **QUIET, **limits}, is_main)
 
 
 def step(drift=0.0, acc=0.5, margin=0.0):
@@ -78,9 +78,9 @@ def test_answers_against_iteration_0(tmp_path):
         for shard, length in enumerate(lengths):
             reason = "length" if length == 9 else "stop"
             store.write_shard(shard, [Pair(f"s{shard}", 0, [1], [2], [Response([5] * length, reason)])])
-    found = answer_metrics(tmp_path / "now", tmp_path / "first", world)
-    assert found == {"truncated_share": 0.5, "length_drift": 2.0}
-    assert answer_metrics(tmp_path / "now", tmp_path / "gone", world) == {"truncated_share": 0.5}
+    found = response_metrics(tmp_path / "now", tmp_path / "first", world)
+    assert found == {"truncated_fraction": 0.5, "length_drift": 2.0}
+    assert response_metrics(tmp_path / "now", tmp_path / "gone", world) == {"truncated_fraction": 0.5}
     watch().start(1, found)
     quiet = watch(length_drift={"limit": 2.0, "action": "stop"})
     quiet.start(1, found)
@@ -90,7 +90,7 @@ def test_answers_against_iteration_0(tmp_path):
         with pytest.raises(CollapseError, match=f"{drift:.2f} times as long as in iteration 0.*Nothing was trained"):
             strict.start(1, found | {"length_drift": drift})
     with pytest.raises(CollapseError, match="50.0%"):
-        watch(truncated_share={"limit": 0.4, "action": "rollback"}).start(0, found)
+        watch(truncated_fraction={"limit": 0.4, "action": "rollback"}).start(0, found)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_rollback_to_a_state_that_was_not_kept_removes_none(tmp_path):
 
 
 def test_answers_that_are_cut_stop_the_run_before_it_trains(tmp_path):
-    changes = ("max_iterations=1", "validation_dataset=null", "watch.truncated_share.action=stop")
+    changes = ("max_iterations=1", "validation_dataset=null", "watch.truncated_fraction.action=stop")
     with pytest.raises(CollapseError, match="cut by sampling.max_new_tokens.*Nothing was trained on these answers yet"):
         run(tmp_path, *changes)
     assert not (tmp_path / "iteration_000" / "pairs").exists()

@@ -347,7 +347,7 @@ def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpoi
     from torchtune.training import apply_selective_activation_checkpointing
 
     from spin.core.ranks import init_world, shutdown
-    from spin.generators.engines import awake
+    from spin.generators.engines import policy_loaded
     from spin.model.build import _compile_layers
     from spin.model.sharding import shard_model
 
@@ -361,7 +361,7 @@ def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpoi
         shard_model(model, world, compute_dtype=torch.bfloat16)
         generator = TorchtuneGenerator(GeneratorContext(model, world.device, 512, tokenizer.decode), batch_size=32)
         for _ in range(2):  # two iterations, a training step in between
-            with caplog.at_level(logging.WARNING), awake(generator, model):
+            with caplog.at_level(logging.WARNING), policy_loaded(generator, model):
                 first = generator.generate(many, GREEDY, [0] * 90)
                 slots = generator._slots
                 assert _recorded(generator) == [16, 32]

@@ -8,8 +8,8 @@ from spin.core.errors import GeneratorError
 from spin.core.ranks import World
 from spin.data import PairStore, Prompt, PromptDataset
 from spin.generators import Response, SamplingParams
-from spin.generators.engines import Team, team_of
-from spin.generators.stage import Game, deal_shards, num_shards, own_shards, play
+from spin.generators.engines import EngineGroup, engine_group
+from spin.generators.stage import PlayTask, balance_shards, num_shards, play, shards_for_rank
 
 STOP = 9
 ALONE = World(0, 1, 0, torch.device("cpu"), None)  # one rank, without a mesh
@@ -33,7 +33,7 @@ class SeedEcho:
 def played(path, shards, generator=None, **kwargs):
     store = PairStore.open_or_create(path, {"opponent": "w"}, 3)
     asked = {name: kwargs.pop(name) for name in ("seed", "iteration") if name in kwargs}
-    game = Game(PROMPTS, range(10), SAMPLING, **{"seed": 5, "iteration": 1, "responses_per_prompt": 2, **asked})
+    game = PlayTask(PROMPTS, range(10), SAMPLING, **{"seed": 5, "iteration": 1, "responses_per_prompt": 2, **asked})
     play(store, shards, game, generator or SeedEcho(), **kwargs)
     return store
 
@@ -114,28 +114,30 @@ def test_a_stream_of_wrong_answers_is_refused(tmp_path, change, message):
 
 
 def test_one_rank_of_a_team_writes(tmp_path):
-    store = played(tmp_path / "a", [0, 1], Streaming(), team=Team(0, 1, writes=False))
+    store = played(tmp_path / "a", [0, 1], Streaming(), group=EngineGroup(0, 1, writes=False))
     assert store.missing_shards() == [0, 1, 2]
     agreed = []
-    team = Team(0, 1, agree=lambda flag: agreed.append(flag) or len(agreed) > 1)  # another rank was asked to stop
-    assert played(tmp_path / "b", [0, 1, 2], Streaming(), team=team).missing_shards() == [0, 1]
+    group = EngineGroup(
+        0, 1, agree=lambda flag: agreed.append(flag) or len(agreed) > 1
+    )  # another rank was asked to stop
+    assert played(tmp_path / "b", [0, 1, 2], Streaming(), group=group).missing_shards() == [0, 1]
 
 
 def test_engines_get_equal_shares():
     """256 prompts a shard: 1000 prompts make 4 shards for one, two or four engines, 6 for three, 8 for eight."""
-    assert [num_shards(1000, 256, teams) for teams in (1, 2, 3, 4, 8)] == [4, 4, 6, 4, 8]
+    assert [num_shards(1000, 256, groups) for groups in (1, 2, 3, 4, 8)] == [4, 4, 6, 4, 8]
     assert num_shards(3, 256, 8) == 3 and num_shards(0, 256, 2) == 1
     # dearest first, to whoever has least: 9 | 7, then 9 | 7 + 6, then 9 + 5 | 13, then 14 | 13 + 2
-    assert deal_shards({0: 9, 1: 2, 2: 7, 3: 5, 4: 6}, 2) == [[0, 3], [1, 2, 4]]
-    assert deal_shards({4: 1}, 3) == [[4], [], []]
+    assert balance_shards({0: 9, 1: 2, 2: 7, 3: 5, 4: 6}, 2) == [[0, 3], [1, 2, 4]]
+    assert balance_shards({4: 1}, 3) == [[4], [], []]
 
 
 def test_shares_are_dealt_by_the_length_of_prompts(tmp_path):
     long, short = Prompt("long", [1] * 500, [2, STOP]), [Prompt(f"{i}", [1], [2, STOP]) for i in range(3)]
     store = PairStore.open_or_create(tmp_path / "a", {"opponent": "w"}, 4)
     prompts = PromptDataset([short[0], long, *short[1:]])
-    game = Game(prompts, range(4), SamplingParams(max_new_tokens=10), seed=1)
-    shares = [own_shards(range(4), store, game, Team(index, 2)) for index in (0, 1)]
+    game = PlayTask(prompts, range(4), SamplingParams(max_new_tokens=10), seed=1)
+    shares = [shards_for_rank(range(4), store, game, EngineGroup(index, 2)) for index in (0, 1)]
     assert shares == [[1], [0, 2, 3]]
 
 
@@ -167,8 +169,8 @@ def test_answers_that_are_none_name_the_generator(tmp_path, answers, message):
 def test_a_generator_that_lacks_something_is_told_what():
     """SeedEcho has neither weights to take nor an engine to put to sleep."""
     with pytest.raises(GeneratorError, match=r"SeedEcho has no close, sleep, update_weights, wake; expected .* wake\."):
-        team_of(SeedEcho(), ALONE)
-    assert team_of(Streaming(), ALONE).count == 1
+        engine_group(SeedEcho(), ALONE)
+    assert engine_group(Streaming(), ALONE).count == 1
 
 
 def test_a_truncated_answer_with_an_end_is_refused(tmp_path):

@@ -21,11 +21,11 @@ from spin.core.errors import ConfigError, GeneratorError
 from spin.core.ranks import init_world, shutdown
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator, VLLMServerGenerator
 from spin.generators import vllm_server as module
-from spin.generators.engines import awake
+from spin.generators.engines import policy_loaded
 from spin.model.build import prepare_model
 from spin.model.hf import load_hf_weights
 from spin.pairs.packing import RowLayout
-from spin.reference.generator_check import prove_weights
+from spin.reference.generator_check import check_generator_logprobs
 from tests.generators.vllm_engine import Prompts
 from tests.recipes.helpers import free_port
 
@@ -117,8 +117,8 @@ def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle
             generator.generate(prompts, GREEDY, [0] * len(prompts))
         expected = TorchtuneGenerator(context).generate(prompts, GREEDY, [0] * len(prompts))
 
-        with awake(generator, context.model):
-            gap = prove_weights(
+        with policy_loaded(generator, context.model):
+            gap = check_generator_logprobs(
                 generator, context.model, context.world, Prompts(prompts), GREEDY,
                 layout=RowLayout(512), chunk_tokens=512,
             )  # fmt: skip

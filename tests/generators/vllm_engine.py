@@ -28,7 +28,7 @@ from spin.model.build import build_model, prepare_model  # noqa: E402
 from spin.model.hf import load_hf_weights  # noqa: E402
 from spin.model.sharding import named_full_tensors  # noqa: E402
 from spin.pairs.packing import RowLayout  # noqa: E402
-from spin.reference.generator_check import prove_weights  # noqa: E402
+from spin.reference.generator_check import check_generator_logprobs  # noqa: E402
 from spin.types import Prompt  # noqa: E402
 from tests.recipes.helpers import tiny_config  # noqa: E402
 
@@ -102,7 +102,9 @@ def main(out, model_dir):
 
     def gap(limit=0.02):
         vllm.max_logprob_gap = limit
-        return prove_weights(vllm, model, world, Prompts(prompts), RANDOM, layout=RowLayout(512), chunk_tokens=512)
+        return check_generator_logprobs(
+            vllm, model, world, Prompts(prompts), RANDOM, layout=RowLayout(512), chunk_tokens=512
+        )
 
     report["before weights"] = error_of(lambda: vllm.generate(prompts, GREEDY, seeds))
     sync()

@@ -81,7 +81,7 @@ def test_every_iteration_starts_at_ln_2_and_learns(dora_run):
         assert rows[first]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert rows[first]["rewards_actual_mean"] == rows[first]["rewards_generated_mean"] == 0.0
         assert rows[first + 9]["loss"] < 0.55
-    assert rows[1]["weights_moved_share"] > 0.9  # the frozen base, 95 % of all weights, is not counted
+    assert rows[1]["updated_fraction"] > 0.9  # the frozen base, 95 % of all weights, is not counted
 
 
 def logps_by_transformers(folder: Path, pairs) -> list[tuple[float, float]]:

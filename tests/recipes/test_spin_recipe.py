@@ -102,7 +102,7 @@ def test_metrics_carry_nemos_names(whole_run, oracles):
     assert {"rewards_actual_mean", "rewards_generated_mean", "rewards_all_mean", "rewards_all_std", "grad_norm"} <= {
         *rows[0]
     }
-    assert {"beta", "margin", "truncated_share", "real_logp_drift", "weights_moved_share"} <= {*rows[0]}
+    assert {"beta", "margin", "truncated_fraction", "real_logp_drift", "updated_fraction"} <= {*rows[0]}
     assert {"val_loss", "val_spin_loss", "val_acc", "validation_step_time"} <= {*rows[1]}
 
 
@@ -113,7 +113,7 @@ def test_every_iteration_starts_at_ln_2_and_learns(whole_run):
         assert rows[first]["rewards_actual_mean"] == rows[first]["rewards_generated_mean"] == rows[first]["acc"] == 0.0
         assert abs(rows[first + 1]["loss"] - math.log(2)) > 1e-4
         assert rows[first + 9]["loss"] < 0.55
-        assert rows[first]["weights_moved_share"] > 0.9
+        assert rows[first]["updated_fraction"] > 0.9
     assert abs(rows[10]["val_spin_loss"] - math.log(2)) > 1e-4
 
 

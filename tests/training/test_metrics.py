@@ -13,9 +13,9 @@ from spin.model.sharding import shard_model
 from spin.pairs.packing import RowLayout
 from spin.run.folder import read_json_lines
 from spin.run.log import MetricsFile, RunLog
-from spin.training.metrics import MovedShare, PairSums, pair_metrics
+from spin.training.metrics import PairSums, UpdateFraction, pair_metrics
 from spin.training.optim import AdamWStochasticRounding
-from spin.training.selftest import check_moved_share
+from spin.training.selftest import check_updated_fraction
 
 
 def three_pairs():
@@ -60,7 +60,7 @@ def test_by_hand():
     expected = torch.nn.functional.softplus(-torch.tensor([1.0, 0.0, -1.5])).mean().item()
     assert metrics["loss"] == pytest.approx(expected)
     assert metrics["avg_generated_lengths"] == 3.0
-    assert metrics["truncated_share"] == pytest.approx(1 / 3)
+    assert metrics["truncated_fraction"] == pytest.approx(1 / 3)
     assert metrics["real_logp_drift"] == pytest.approx((1 + 0 - 2) / 3)
     assert metrics["generated_logp_drift"] == pytest.approx(0.0)
     assert metrics["real_nll"] == pytest.approx((9 + 10 + 12) / 2 / 3)
@@ -87,7 +87,7 @@ def test_masked_pairs_count_in_lengths_only():
     assert metrics["acc"] == pytest.approx(1 / 2)
     assert metrics["margin"] == pytest.approx(0.5)
     assert metrics["avg_generated_lengths"] == 3.0
-    assert metrics["truncated_share"] == pytest.approx(1 / 3)
+    assert metrics["truncated_fraction"] == pytest.approx(1 / 3)
 
 
 def test_several_responses_share_their_pairs_weight():
@@ -110,7 +110,7 @@ def moved_by_one_step(dtype, make) -> float:
     model = torch.nn.Sequential(torch.nn.Linear(256, 256, bias=False), torch.nn.Linear(256, 16, bias=False)).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    moved = MovedShare(model)
+    moved = UpdateFraction(model)
     model(torch.randn(64, 256, dtype=dtype)).sum().backward()
     with torch.compiler.set_stance("force_eager"):
         make(model.parameters(), lr=5e-7).step()
@@ -130,16 +130,16 @@ def test_bf16_weights_hardly_move_at_spins_learning_rate(caplog):
     assert fp32 > 0.95
 
     warned: set[int] = set()
-    check_moved_share(fp32, 5e-7, "fp32", False, 0, warned)
-    check_moved_share(at_random, 5e-7, "bf16", True, 0, warned)
-    check_moved_share(0.0, 0.0, "bf16", False, 0, warned)  # the first step of a warm-up
+    check_updated_fraction(fp32, 5e-7, "fp32", False, 0, warned)
+    check_updated_fraction(at_random, 5e-7, "bf16", True, 0, warned)
+    check_updated_fraction(0.0, 0.0, "bf16", False, 0, warned)  # the first step of a warm-up
     assert not caplog.records
     for iteration in (0, 0, 1, 1):
-        check_moved_share(nearest, 5e-7, "bf16", False, iteration, warned)
+        check_updated_fraction(nearest, 5e-7, "bf16", False, iteration, warned)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "A step of iteration 1 at learning rate 5e-07 changed 1.3% of the weights (dtype=bf16)" in caplog.text
     assert "Set dtype=fp32, or optimizer._component_=spin.training.AdamWStochasticRounding" in caplog.text
-    check_moved_share(0.05, 5e-7, "fp32", True, 2, warned)  # there is nothing to round in fp32
+    check_updated_fraction(0.05, 5e-7, "fp32", True, 2, warned)  # there is nothing to round in fp32
     assert "see grad_norm" in caplog.text
 
 
@@ -150,14 +150,14 @@ def test_moved_share_counts_shards_and_skips_what_is_frozen():
     model.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2)])
     model.frozen = torch.nn.Linear(2, 2).requires_grad_(False)
     shard_model(model, world, compute_dtype=torch.float32)
-    moved = MovedShare(model)
+    moved = UpdateFraction(model)
     with torch.no_grad():
         model.layers[0].bias.add_(1)
         model.frozen.weight.add_(1)
     assert moved.share(world) == 2 / 6
 
     model = torch.nn.Linear(64, 64, bias=False)
-    moved = MovedShare(model, per_parameter=63)
+    moved = UpdateFraction(model, per_parameter=63)
     with torch.no_grad():
         model.weight[:, :32] += 1
     assert moved.share(world) == pytest.approx(0.5, abs=0.02)

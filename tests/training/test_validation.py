@@ -6,7 +6,7 @@ import pytest
 from spin.data import Pair, Response
 from spin.loss import SPINLoss
 from spin.pairs.packing import RowLayout
-from spin.training.validation import loss_of_equal_models
+from spin.training.validation import initial_loss
 
 STOP = 9
 
@@ -17,5 +17,5 @@ def test_the_loss_of_equal_models():
         Pair("a", 0, [1], [2, STOP], [Response([3, STOP], "stop", -3.0), Response([4] * 4, "length", -2.0)], -2.0),
         Pair("b", 0, [1], [2, STOP], [Response([3, STOP], "stop", -4.0)], -8.0),
     ]
-    loss, margin = loss_of_equal_models(SPINLoss(beta=0.3), pairs, RowLayout())
+    loss, margin = initial_loss(SPINLoss(beta=0.3), pairs, RowLayout())
     assert (loss, margin) == (pytest.approx(np.log(2), abs=1e-15), 0.0)
