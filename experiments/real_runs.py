@@ -96,7 +96,7 @@ class MeasuredSPIN(SPINRecipe):
     def _measure(self) -> dict[str, Any]:
         prompts = [self._val_prompts[i] for i in range(self._plan.num_val_samples)]
         sums = list(self._questions["sums"])
-        with awake(self._generator, self._model):
+        with policy_loaded(self._generator, self._model):
             responses = self._answer(prompts, self._sampling)
             # greedy, as for a sum
             short = replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=SUM_TOKENS)
