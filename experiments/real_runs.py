@@ -21,6 +21,7 @@ from spin_recipe import DEFAULTS, SPINRecipe
 from spin.checkpoint import SPINCheckpointer
 from spin.config.parse import complete, load_config
 from spin.data import Pair, Response, prompt_dataset
+from spin.generators.engines import policy_loaded
 from spin.generators.sampling import sample_seed
 from spin.model.sharding import accumulating, clip_grad_norm
 from spin.pairs.loader import RowBatch
