@@ -7,7 +7,7 @@ from spin.core.redact import hide
 
 
 class SpinError(Exception):
-    """Base of every error that a user can cause and mend. Its text shows no secret of the config."""
+    """Base of every error that a user can cause and fix. Its text shows no secret of the config."""
 
     def __str__(self) -> str:
         """The message."""
@@ -27,7 +27,7 @@ class StoreError(SpinError, RuntimeError):
 
 
 class GeneratorError(SpinError, RuntimeError):
-    """A generator that failed, or whose answers do not fit the prompts."""
+    """A generator that failed, or whose responses do not fit the prompts."""
 
 
 class CheckpointError(SpinError, RuntimeError):
@@ -39,7 +39,7 @@ class OutputError(SpinError, RuntimeError):
 
 
 class CollapseError(SpinError, RuntimeError):
-    """The policy has passed a limit of the collapse watch whose action ends the run."""
+    """The policy has passed a limit of the collapse monitor whose action ends the run."""
 
 
 class SelfTestError(SpinError, RuntimeError):
@@ -51,5 +51,5 @@ class NonFiniteError(SpinError, RuntimeError):
 
 
 def show_traceback() -> bool:
-    """Whether the user asks for the tracebacks of errors that are told in a line: ``SPIN_TRACEBACK=1``."""
+    """Whether errors that are reported in one line come with tracebacks: ``SPIN_TRACEBACK=1``."""
     return os.environ.get("SPIN_TRACEBACK") == "1"

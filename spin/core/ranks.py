@@ -1,4 +1,4 @@
-"""Process group, sharding, and the few collectives that recipes need.
+"""Process group, and the few collectives that recipes need.
 
 One process is the one-rank case of the same code: it gets a process group of size one and a sharded model like
 everybody else, so nothing in this project asks whether it runs distributed.
@@ -39,15 +39,10 @@ Row = TypeVar("Row")
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process among all of them.
+    """This process among all of them.
 
-    Args:
-        rank (int): number of this process, 0 to ``world_size - 1``.
-        world_size (int): number of processes.
-        local_rank (int): number of this process on its host.
-        device (torch.device): where this process computes.
-        mesh (DeviceMesh): ``("shard",)``, or ``("replicate", "shard")`` with replicas.
-        group (dist.ProcessGroup | None): whose collectives carry objects; None is the default group.
+    ``mesh`` is ``("shard",)``, or ``("replicate", "shard")`` with replicas. ``group`` carries objects; None is the
+    default process group.
     """
 
     rank: int
@@ -59,16 +54,15 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that prints and writes what exists once."""
+        """Whether this is the process that prints, and writes what exists once."""
         return self.rank == 0
 
 
 def use_deterministic_kernels() -> None:
-    """Makes torch choose, from here on, kernels that give the same bits in every run on the same GPU.
+    """Makes torch choose, for the process and before its first work on a GPU, kernels whose results repeat bit for bit.
 
-    Sums by atomic additions give way to ordered ones, cuBLAS gets a fixed workspace, and the compiler of
-    ``torch.compile`` no longer picks kernels by how fast they ran. Call it before the first work on a GPU; it holds for
-    the process.
+    Sums by atomic additions give way to ordered ones, cuBLAS gets a fixed workspace, and ``torch.compile`` no longer
+    picks kernels by how fast they ran.
     """
     from torch._inductor import config as inductor_config  # takes 0.8 s to import
 
@@ -86,7 +80,7 @@ def init_world(
     inputs: Mapping[str, str] | None = None,
     timeout_seconds: float = SILENCE_SECONDS,
 ) -> World:
-    """Joins the process group that torchrun announces, or make one of size one.
+    """Joins the process group that torchrun announces, or makes one of size one.
 
     Without torchrun the group lives in memory and opens no port. A second call in a process describes the group that is
     there already. With several ranks, one that falls silent ends the others, see
@@ -96,9 +90,8 @@ def init_world(
         device (str | None): ``cpu``, ``cuda`` or None for CUDA where there is a GPU.
         replicas (int): number of replicas of the sharded model (HSDP); 1 shards over all ranks.
         deterministic (bool): see :func:`use_deterministic_kernels`.
-        inputs (Mapping[str, str] | None): what must be equal on all ranks, see
-            :func:`spin.core.heartbeat.compare_ranks`; compared before anything else is done together.
-        timeout_seconds (float): silence of a rank that the others endure.
+        inputs (Mapping[str, str] | None): what must be equal on all ranks, by name; compared before anything else.
+        timeout_seconds (float): how long a rank may be silent before the others end.
 
     Returns:
         World: rank, device and mesh of this process.
@@ -153,7 +146,7 @@ def init_world(
 
 
 def _meet(backend: str, inputs: Mapping[str, str], timeout_seconds: float) -> None:
-    """Joins the other ranks at their store, compares inputs, and makes the process group."""
+    """Meets the other ranks at their store, compares inputs, and makes the process group."""
     global _HEARTBEAT, _STORE, _MEETINGS  # noqa: PLW0603 - one process group a process
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_launcher()
@@ -171,15 +164,8 @@ def _meet(backend: str, inputs: Mapping[str, str], timeout_seconds: float) -> No
 
 
 def check_ranks_agree(inputs: Mapping[str, str], world: World) -> None:
-    """Refuses, on all ranks alike, ranks that have read different things. Collective.
-
-    Args:
-        inputs (Mapping[str, str]): what must be equal, by name.
-        world (World): the ranks.
-
-    Raises:
-        ConfigError: If they differ, with each difference, its ranks and their hosts.
-    """
+    """Raises ConfigError on all ranks if they have read different things, see
+    :func:`spin.core.heartbeat.compare_ranks`. Collective."""
     global _MEETINGS  # noqa: PLW0603
     if world.world_size > 1 and _STORE is not None:
         _MEETINGS += 1
@@ -217,28 +203,13 @@ def _device_type(device: str | None) -> str:
         )
     return device
 
-    # set_is_last_backward stays True: False would let the root's reduce-scatter run into the next forward, with its
-    # float32 input (the whole vocabulary) alive at that forward's peak.
-
 
 @contextmanager
 def raise_on_all_ranks(world: World, kind: type[SpinError], path: Path | None = None) -> Iterator[None]:
-    """Runs a block that can fail on one rank alone, such as a write: if it fails on any, it fails on all.
+    """Runs a block that can fail on one rank alone, such as a write to ``path``: if it fails on any, it fails on all.
 
-    Without it the other ranks would wait in the next collective until its time-out. Collective at the end of the block;
-    the block itself must run no collective.
-
-    Args:
-        world (World): the ranks.
-        kind (type[SpinError]): what to raise.
-        path (Path | None): what the block writes, for the message.
-
-    Yields:
-        None: the block runs.
-
-    Raises:
-        SpinError: With the message of the first rank that failed: of its kind if it was a ``SpinError``, of ``kind`` if
-            it was an ``OSError``.
+    All raise the error of the first rank that failed; an OSError becomes a ``kind``. Without it the other ranks would
+    wait in the next collective until its time-out. Collective at the end of the block, which must run no collective.
     """
     cause: Exception | None = None
     try:
@@ -277,15 +248,7 @@ def atomic_dir_of_ranks(folder: Path, kind: str, world: World, error: type[SpinE
 
 
 def all_reduce_sums(values: dict[str, float], world: World) -> dict[str, float]:
-    """Sums each value over all ranks, in one all-reduce.
-
-    Args:
-        values (dict[str, float]): the same keys on every rank, in any order.
-        world (World): the ranks.
-
-    Returns:
-        dict[str, float]: float64 sums, in the order of ``values``.
-    """
+    """Sums each value over all ranks in float64, in one all-reduce; keys are the same on every rank, in any order."""
     names = sorted(values)
     packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=world.device)
     dist.all_reduce(packed)
@@ -299,14 +262,7 @@ def any_rank(flag: bool, world: World) -> bool:
 
 
 def with_own_process_group(world: World) -> World:
-    """The same ranks with a process group of their own, for the collectives of another thread. Collective.
-
-    Args:
-        world (World): the ranks.
-
-    Returns:
-        World: carries objects over the CPU, whatever the main thread does at the time.
-    """
+    """The same ranks with a process group of their own on the CPU, for another thread's collectives. Collective."""
     return replace(world, group=dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT))
 
 
@@ -342,5 +298,5 @@ def shutdown() -> None:
         dist.destroy_process_group()
         # Gloo's threads drop the last collective's tensors after it is over, and need the interpreter's lock for that.
         # One that asks for it while the interpreter ends aborts the process, its work all done (seen in one exit of
-        # three). Meshes keep the threads alive, so destroying the group does not wait for them: lend them the lock.
+        # three). Meshes keep the threads alive, so destroying the group does not wait for them: release the GIL.
         time.sleep(0.1)

@@ -33,33 +33,22 @@ def is_secret_variable(name: str) -> bool:
 
 
 def remember(value: Any) -> None:
-    """Lets :func:`hide` know of a secret."""
+    """Registers a secret for :func:`hide`."""
     if isinstance(value, str) and len(value) >= _LEAST:
         _known.add(value)
 
 
 def hide(text: str) -> str:
-    """A text without the secrets that the configs of this process have.
-
-    Args:
-        text (str): to be shown.
-
-    Returns:
-        str: with ``***`` in their places.
-    """
+    """A text with ``***`` in place of the secrets that the configs of this process have."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return text
 
 
 def redacted(value: Any) -> Any:
-    """A config to be shown: without the values of keys that look like secrets, and without passwords in URLs.
+    """A copy of a config (plain containers) without the values of keys that look like secrets, and passwords in URLs.
 
-    Args:
-        value (Any): containers as :func:`spin.config.parse.plain` makes them.
-
-    Returns:
-        Any: a copy. References to the environment stay: ``${oc.env:KEY}`` gives nothing away.
+    References to the environment stay: ``${oc.env:KEY}`` gives nothing away.
     """
     if isinstance(value, Mapping):
         return {

@@ -1,4 +1,4 @@
-"""What a run shows while it runs: a bar on a terminal, a plain line now and then in a log file, one rank alone."""
+"""Console output: escaped foreign text, logging, and progress as a bar or plain lines."""
 
 from __future__ import annotations
 
@@ -25,15 +25,8 @@ _UNSEEN_IN_LINES, _UNSEEN_IN_A_LINE = re.compile(f"[{_UNSEEN}]"), re.compile(f"[
 
 
 def printable(text: object, one_line: bool = False) -> str:
-    """Foreign text (from data, models, files, servers) as a terminal can show it.
-
-    Args:
-        text (object): what is to be shown, by its ``str``.
-        one_line (bool): escape line feeds and tabs too.
-
-    Returns:
-        str: control characters and invisible marks of direction as ``\\x1b`` or ``\\u202e``.
-    """
+    """Foreign text (from data, models, files, servers) with control characters and invisible marks of direction
+    escaped as ``\\x1b`` or ``\\u202e``; ``one_line`` escapes line feeds and tabs too."""
     pattern = _UNSEEN_IN_A_LINE if one_line else _UNSEEN_IN_LINES
     return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
@@ -46,16 +39,8 @@ class _PrintableFormatter(logging.Formatter):
 
 
 def get_logger(level: str = "INFO") -> logging.Logger:
-    """The logger of this package and its recipes; other ranks than 0 only warn.
-
-    torchtune's is one for all of its modules, and the last of them that is imported sets its level.
-
-    Args:
-        level (str): of rank 0.
-
-    Returns:
-        logging.Logger: writes to stderr, unless the program has set up logging of its own.
-    """
+    """The logger of this package and its recipes, to stderr unless the program has set up its own; other ranks than 0
+    only warn. torchtune's is one for all of its modules, and the last that is imported sets its level."""
     log = logging.getLogger("spin")
     if not log.hasHandlers():
         handler = logging.StreamHandler()
@@ -72,7 +57,7 @@ def _hide_secrets(record: logging.LogRecord) -> bool:
 
 
 def escape_unencodable_output() -> None:
-    """Lets the screen take any text: what its encoding lacks is written as ``\\xe9``, and ends nothing."""
+    """Writes characters that the console's encoding lacks as ``\\xe9`` instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -81,29 +66,14 @@ def escape_unencodable_output() -> None:
 def progress_bar(
     description: str, unit: str, total: int | None = None, iterable: Iterable[Any] | None = None, enabled: bool = True
 ) -> tqdm:
-    """A progress bar, or plain lines where stderr is no terminal.
-
-    Args:
-        description (str): what is being done.
-        unit (str): what is counted, in the singular.
-        total (int | None): how many there are.
-        iterable (Iterable[Any] | None): counted as it is iterated over; else call ``update``.
-        enabled (bool): False shows nothing, for ranks other than 0.
-
-    Returns:
-        tqdm: the bar.
-    """
+    """A progress bar, or plain lines where stderr is no terminal. ``unit``, in the singular, is what ``iterable``
+    or calls of ``update`` count."""
     kind = tqdm if sys.stderr.isatty() else ProgressLines
     return kind(iterable, desc=printable(description, one_line=True), unit=unit, total=total, disable=not enabled)
 
 
 class ProgressLines(tqdm):
-    """A tqdm that writes whole lines: one at the start, one every ``LINE_SECONDS``, one at the end.
-
-    Args:
-        *args (Any): tqdm's.
-        **kwargs (Any): tqdm's.
-    """
+    """A tqdm that writes lines: one at the start, one every ``LINE_SECONDS``, one at the end."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._next_line = 0.0
@@ -120,4 +90,4 @@ class ProgressLines(tqdm):
         self.fp.flush()
 
     def clear(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing is taken back that was written."""
+        """Does nothing: lines stay."""

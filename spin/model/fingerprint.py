@@ -1,8 +1,4 @@
-"""Fingerprints: short strings that are equal if and only if what they stand for is equal.
-
-A fingerprint of weights is of their values, never of a path, so a cached response or log-prob can be tied to the very
-weights that made it.
-"""
+"""Fingerprints of weights, by value: they tie a cached response or log-prob to the weights that made it."""
 
 from __future__ import annotations
 
@@ -41,7 +37,7 @@ def weights_fingerprint(model: nn.Module, frozen_only: bool = False) -> str:
     state = {clean_name(name): tensor for name, tensor in model.state_dict().items()}
     named = {name: state[name] for name in sorted(state) if not (frozen_only and name in trained)}
     is_sharded = any(isinstance(tensor, DTensor) for tensor in named.values())
-    # what is not sharded beside what is, such as a buffer, is the same on every rank and counts once
+    # what is not sharded where others are, such as a buffer, is the same on every rank and counts once
     here = [not is_sharded or isinstance(tensor, DTensor) or dist.get_rank() == 0 for tensor in named.values()]
     sums = [
         _position_weighted_sum(*_local_region(tensor)) if counts else 0  # NF4's values one at a time

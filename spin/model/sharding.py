@@ -20,8 +20,8 @@ from spin.core.ranks import Row, World
 from spin.model.adapters import adapted_modules, adapter_parameters, allocate_nf4, as_nf4, dequantized, merged_weight
 
 NONFINITE_REMEDY = (
-    "Nothing of that was saved or exported; what was before is whole. Is the learning rate too high? The same command "
-    "goes on from the last state, with what you change: optimizer.lr=... resume_with_changes=[optimizer]"
+    "Nothing of that was saved or exported; earlier checkpoints are complete. Is the learning rate too high? The same "
+    "command, with what you change, resumes from the last one: optimizer.lr=... resume_with_changes=[optimizer]"
 )
 _KEPT = "_spin_unsharded"  # set on the root while `unsharded` holds the parameters
 
@@ -79,30 +79,18 @@ def shard_model(
     mp_policy = MixedPrecisionPolicy(
         param_dtype=None if stored_dtypes == {compute_dtype} else compute_dtype, reduce_dtype=torch.float32
     )
-    offload_policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
-    for layer in layers.values() if isinstance(layers, nn.ModuleDict) else layers:
-        _shard(layer, world, mp_policy, offload_policy, reshard_after_forward, ignored)
-    _shard(model, world, mp_policy, offload_policy, reshard_after_forward=False, ignored=ignored)
+    for module in (*(layers.values() if isinstance(layers, nn.ModuleDict) else layers), model):
+        is_resharded = reshard_after_forward and module is not model
+        fully_shard(
+            module,
+            mesh=world.mesh,
+            reshard_after_forward=is_resharded,
+            mp_policy=mp_policy,
+            offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+            ignored_params=ignored,
+        )
+        setattr(module, _RESHARD, is_resharded)
     model.register_forward_hook(_reshard_root_without_grad)
-
-
-def _shard(
-    module: nn.Module,
-    world: World,
-    mp_policy: MixedPrecisionPolicy,
-    offload_policy: OffloadPolicy,
-    reshard_after_forward: bool,
-    ignored: set[nn.Parameter],
-) -> None:
-    fully_shard(
-        module,
-        mesh=world.mesh,
-        reshard_after_forward=reshard_after_forward,
-        mp_policy=mp_policy,
-        offload_policy=offload_policy,
-        ignored_params=ignored,
-    )
-    setattr(module, _RESHARD, reshard_after_forward)
 
 
 def _reshard_root_without_grad(model: nn.Module, args: Any, output: Any) -> None:
@@ -113,13 +101,8 @@ def _reshard_root_without_grad(model: nn.Module, args: Any, output: Any) -> None
 def materialize(model: nn.Module, world: World, *, cpu_offload: bool = False) -> None:
     """Gives a sharded meta-device model its memory: uninitialised parameters, computed rotary tables.
 
-    Args:
-        model (nn.Module): built under ``torch.device("meta")`` and sharded.
-        world (World): gives the device.
-        cpu_offload (bool): as given to :func:`shard_model`.
-
-    Raises:
-        ConfigError: If a buffer that no checkpoint holds cannot be computed.
+    ``model`` was built under ``torch.device("meta")`` and sharded with the same ``cpu_offload``. ConfigError if a
+    buffer that no checkpoint holds cannot be computed.
     """
     device = torch.device("cpu") if cpu_offload else world.device
     model.to_empty(device=device)
@@ -168,12 +151,6 @@ def unsharded(model: nn.Module) -> Iterator[None]:
     Forwards inside run no collective, so ranks may run different numbers of them: this is for generation. Costs the
     memory of the whole model in the compute dtype. Collective at entry; forwards inside are for ``torch.no_grad()``. At
     exit the model is sharded as before. Does nothing for a plain model; may be nested.
-
-    Args:
-        model (nn.Module): sharded by :func:`shard_model`, or plain.
-
-    Yields:
-        None: the parameters are gathered.
     """
     modules = sharded_modules(model)
     if not modules or getattr(model, _KEPT, False):
@@ -200,12 +177,6 @@ def without_fsdp_hooks(model: nn.Module) -> Iterator[None]:
 
     They would make streams wait for each other, which no CUDA graph may record, and cost a decode step on a CPU a few
     per cent. Inputs are not cast: what a layer gets has the compute dtype already, because the embeddings have it.
-
-    Args:
-        model (nn.Module): gathered, or plain.
-
-    Yields:
-        None: the hooks are off.
     """
     saved = []
     for module in sharded_modules(model):
@@ -272,6 +243,8 @@ def accumulating(
 
 
 def _set_accumulation(modules: list[FSDPModule], unsharded_gradients: bool, is_last: bool) -> None:
+    # set_is_last_backward stays True: False would let the root's reduce-scatter run into the next forward, with its
+    # float32 input (the whole vocabulary) alive at that forward's peak.
     for module in modules:
         module.set_requires_gradient_sync(is_last or not unsharded_gradients, recurse=False)
         module.set_requires_all_reduce(is_last, recurse=False)
@@ -326,15 +299,8 @@ def is_finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def nonfinite_weights(model: nn.Module, world: World) -> list[str]:
-    """Looks for NaN and infinity in a model's parameters. Collective: each rank looks at its shards.
-
-    Args:
-        model (nn.Module): sharded or plain. NF4 weights, which never change, are not looked at.
-        world (World): the ranks.
-
-    Returns:
-        list[str]: torchtune's names of the parameters that hold one, the same on every rank.
-    """
+    """Names of parameters that hold NaN or infinity, the same on every rank; NF4 weights, which never change, are left
+    out. Collective: each rank looks at its shards."""
     reshard(model)
     named = {clean_name(name): local_tensor(p.detach()) for name, p in model.named_parameters() if as_nf4(p) is None}
     flags = torch.stack([is_finite(tensor).logical_not().to(world.device) for tensor in named.values()]).int()
@@ -345,15 +311,9 @@ def nonfinite_weights(model: nn.Module, world: World) -> list[str]:
 def weight_gathers(model: nn.Module) -> dict[str, Callable[..., torch.Tensor]]:
     """Functions that gather a model's weights, by torchtune name, each when it is called. Collective then.
 
-    A weight that has an adapter comes merged with it, see :func:`spin.model.adapters.merged_weight`, and the
-    adapter's own parameters do not come: these are the weights of the plain model that computes the same.
-
-    Args:
-        model (nn.Module): sharded or plain.
-
-    Returns:
-        dict[str, Callable[..., torch.Tensor]]: each gives the whole tensor, detached, in the dtype that it is given;
-        without one in the parameter's own, or float32 if it is merged.
+    Each takes a dtype, and without one gives the parameter's own, or float32 if it is merged: a weight that has an
+    adapter comes merged with it, see :func:`spin.model.adapters.merged_weight`, and the adapter's own parameters do not
+    come. These are the weights of the plain model that computes the same.
     """
     reshard(model)
     adapted = {module.weight: module for module in adapted_modules(model).values()}
@@ -374,29 +334,13 @@ def weight_gathers(model: nn.Module) -> dict[str, Callable[..., torch.Tensor]]:
 
 
 def named_full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Gives the model's weights by torchtune name, gathered one at a time. Collective: every rank takes them all.
-
-    Args:
-        model (nn.Module): sharded or plain; adapters are merged, see :func:`weight_gathers`.
-
-    Yields:
-        tuple[str, torch.Tensor]: name and whole tensor, detached.
-    """
+    """The model's full weights by torchtune name, gathered one at a time; adapters are merged. Collective."""
     for name, gather in weight_gathers(model).items():
         yield name, gather()
 
 
 def check_weights(model: nn.Module, world: World, what: str) -> None:
-    """Refuses weights that are not finite. Collective.
-
-    Args:
-        model (nn.Module): sharded or plain.
-        world (World): the ranks.
-        what (str): what would be made of them, for the message.
-
-    Raises:
-        NonFiniteError: On all ranks, naming the tensors.
-    """
+    """Raises NonFiniteError on all ranks if a weight is NaN or infinite; ``what`` would be made of them. Collective."""
     broken = nonfinite_weights(model, world)
     if broken:
         more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
