@@ -3,7 +3,7 @@
 from spin.data.chat import ChatTokenizer
 from spin.data.collate import spin_custom_collate
 from spin.data.dataset import PromptDataset, PromptSource
-from spin.data.mixture import MixedPromptDataset, mix_datasets, mixed_prompt_dataset
+from spin.data.mixture import MixedPromptDataset, mixed_prompt_dataset
 from spin.data.order import epoch_order, history_window, iteration_items, iteration_samples
 from spin.data.read import prompt_dataset
 from spin.data.stream import PromptStream
@@ -31,7 +31,6 @@ __all__ = [
     "history_window",
     "iteration_items",
     "iteration_samples",
-    "mix_datasets",
     "mixed_prompt_dataset",
     "pack_batch",
     "pack_row",

@@ -8,7 +8,7 @@ import inspect
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -170,45 +170,6 @@ def mixed_prompt_dataset(
         assert isinstance(part, PromptDataset)  # streams were refused
         parts[name] = part
     return MixedPromptDataset(parts, weights, samples)
-
-
-def mix_datasets(
-    datasets: Mapping[str, Sequence[Any]], fractions: Mapping[str, float], seed: int | None = None
-) -> list[Any]:
-    """The first ``int(fraction * len)`` rows of each data set, one after the other, then shuffled.
-
-    Rows are taken from the front, not drawn: the mix of the SPIN authors' scripts, and with their seed (42) its very
-    order.
-
-    Args:
-        datasets (Mapping[str, Sequence[Any]]): name to rows.
-        fractions (Mapping[str, float]): name to fraction of the data set's rows, in the order in which they are joined.
-            More than 1 takes all rows, once.
-        seed (int | None): shuffles the joined rows; None leaves them in order.
-
-    Returns:
-        list[Any]: the rows.
-
-    Raises:
-        ConfigError: If a fraction is negative, or if a name has no data set.
-
-    Source: uclaml/SPIN, spin/alignment/data.py, mix_datasets.
-    """
-    if any(fraction < 0 for fraction in fractions.values()):
-        raise ConfigError("Dataset fractions cannot be negative.")
-    unknown = [name for name in fractions if name not in datasets]
-    if unknown:
-        raise ConfigError(
-            f"No data set is named {', '.join(map(repr, unknown))}; found {', '.join(datasets) or 'none'}."
-        )
-    rows: list[Any] = []
-    for name, fraction in fractions.items():
-        source = datasets[name]
-        rows.extend(source[index] for index in range(min(int(fraction * len(source)), len(source))))
-    if seed is None:
-        return rows
-    # The permutation of datasets.Dataset.shuffle(seed).
-    return [rows[index] for index in np.random.default_rng(seed).permutation(len(rows))]
 
 
 def _check_sources(sources: Any, common: Any, samples: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every row format, every fault of a conversation, and torchtune's own transforms."""
+"""What the parser does with rows beyond the table of test_formats.py: every fault, and torchtune's own transforms."""
 
 import pytest
 from hypothesis import given, settings
@@ -18,44 +18,24 @@ SYSTEM = {"role": "system", "content": "S"}
         ({"messages": [USER, ASSISTANT]}, "messages"),
         ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "sharegpt"),
         ({"prompt": "Q", "response": "A"}, "prompt_response"),
-        ({"prompt": "Q", "completion": "A"}, "prompt_response"),
         ({"prompt": [USER], "completion": [ASSISTANT]}, "prompt_response"),
-        ({"instruction": "Q", "output": "A"}, "alpaca"),
-        ({"instruction": "Q", "input": "", "output": "A"}, "alpaca"),
         ({"instruction": "Q", "input": None, "output": "A"}, "alpaca"),
-        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ASSISTANT]}, "messages"),
         ({"prompt": "Q", "messages": [USER, ASSISTANT], "response": None}, "messages"),
     ],
 )
-def test_one_conversation_in_every_format(row, row_format):
+def test_a_format_is_found_or_given(row, row_format):
     assert detect_format(row) == row_format
-    assert row_to_messages(row) == [USER, ASSISTANT]
-    assert row_to_messages(row, row_format=row_format) == [USER, ASSISTANT]
-
-
-def test_all_roles_and_turns():
-    turns = [
-        {"from": "system", "value": "S"},
-        {"from": "human", "value": "Q"},
-        {"from": "gpt", "value": "call"},
-        {"from": "observation", "value": "result"},
-        {"from": "gpt", "value": "A"},
-    ]
-    roles = [message["role"] for message in row_to_messages({"conversations": turns})]
-    assert roles == ["system", "user", "assistant", "tool", "assistant"]
-
-
-def test_alpaca_joins_instruction_and_input():
-    messages = row_to_messages({"instruction": "Translate.", "input": "Hallo", "output": "Hello"})
-    assert messages[0]["content"] == "Translate.\n\nHallo"
+    assert row_to_messages(row) == row_to_messages(row, row_format=row_format) == [USER, ASSISTANT]
 
 
 def test_column_map_renames_columns_in_every_format():
     mapped = {"prompt": "question", "response": "answer"}
-    assert row_to_messages({"question": "Q", "answer": "A"}, column_map=mapped) == [USER, ASSISTANT]
     assert row_to_messages({"real": [USER, ASSISTANT]}, column_map={"messages": "real"}) == [USER, ASSISTANT]
     with pytest.raises(DataError, match="column 'question' is null; found columns question, answer"):
         row_to_messages({"question": None, "answer": "A"}, row_format="prompt_response", column_map=mapped)
+    # TRL's form of preferences with a prompt of its own
+    row = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "B"}]}
+    assert row_to_messages(row, column_map={"response": "chosen"}) == [USER, ASSISTANT]
 
 
 def test_system_prompt_is_put_first_unless_there_is_one():
@@ -79,37 +59,24 @@ def test_a_row_of_nemo_aligner_with_capital_roles_and_a_system_column():
     assert row_to_messages(renamed, column_map={"system": "preamble"}) == [SYSTEM, USER, ASSISTANT]
 
 
-def test_a_row_of_preferences_reads_as_its_chosen_answer():
-    """TRL's four forms; the rejected answer is no part of the conversation."""
-    wrong = {"role": "assistant", "content": "B"}
-    to_chosen = {"response": "chosen"}
-    assert row_to_messages({"prompt": "Q", "chosen": "A", "rejected": "B"}, column_map=to_chosen) == [USER, ASSISTANT]
-    row = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [wrong]}
-    assert row_to_messages(row, column_map=to_chosen) == [USER, ASSISTANT]
-    whole = {"chosen": [USER, ASSISTANT], "rejected": [USER, wrong]}
-    for row in (whole, {"prompt": "Q", **whole}):
-        assert row_to_messages(row, column_map={"messages": "chosen"}) == [USER, ASSISTANT]
-
-
 def test_texts_are_not_touched():
     row = {"prompt": "  Q \n", "response": "\n\nA  "}
     assert [message["content"] for message in row_to_messages(row)] == ["  Q \n", "\n\nA  "]
 
 
-def test_unknown_columns_are_named_with_the_formats():
-    with pytest.raises(DataError, match=r"columns question, answer; expected messages \(messages\); conversations"):
-        row_to_messages({"question": "Q", "answer": "A"})
-
-
 def test_options_that_name_columns_are_checked_before_rows():
     check_row_format("auto", {"messages": "chat"})
-    with pytest.raises(ConfigError, match=r"dataset\.format=alpacca: expected one of auto, messages"):
-        check_row_format("alpacca", None)
-    with pytest.raises(ConfigError, match="has the key 'question'; format prompt_response knows prompt, response"):
-        check_row_format("prompt_response", {"question": "prompt"})
+    for row_format, column_map, message in (
+        ("alpacca", None, r"dataset\.format=alpacca: expected one of auto, messages"),
+        ("prompt_response", {"question": "prompt"}, "the key 'question'; format prompt_response knows prompt, resp"),
+        ("auto", {"prompt:question": None}, "has the key 'prompt:question'.* with a space behind the colon"),  # in YAML
+        ("auto", 5, r"dataset\.column_map=5: expected the format's columns"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_row_format(row_format, column_map)
 
 
-def test_a_conversation_without_an_answer_has_the_agreed_message():
+def test_a_conversation_without_a_response_has_the_agreed_message():
     with pytest.raises(DataError) as caught:
         row_to_messages({"messages": [USER]})
     assert str(caught.value) == (
@@ -118,58 +85,46 @@ def test_a_conversation_without_an_answer_has_the_agreed_message():
     )
 
 
-@pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        ([], "the conversation is empty"),
-        ([ASSISTANT], "message 0 has role 'assistant' and stands first, expected after 'user' or after 'tool'"),
-        ([USER, SYSTEM, ASSISTANT], "message 1 has role 'system' and stands after 'user', expected first"),
-        ([USER, USER, ASSISTANT], "message 1 has role 'user' and stands after 'user'"),
-        ([USER, ASSISTANT, ASSISTANT], "message 2 has role 'assistant' and stands after 'assistant'"),
-        ([SYSTEM, ASSISTANT], "message 1 has role 'assistant' and stands after 'system'"),
-        ([{"role": "tool", "content": "x"}, ASSISTANT], "message 0 has role 'tool' and stands first"),
-        ([USER, {"role": "assistant", "content": " \n"}], "message 1 (role 'assistant') has empty content"),
-        ([{"role": "user", "content": ""}, ASSISTANT], "message 0 (role 'user') has empty content"),
-        ([{"role": "user", "content": None}, ASSISTANT], "message 0 (role 'user'): content is null, expected a text"),
-        ([USER, {"role": "assistant", "content": 5}], "message 1 (role 'assistant'): content is of type int"),
-        ([{"role": "user", "content": "\ud800"}, ASSISTANT], "message 0 holds the lone surrogate"),
-        ([{"role": "owner", "content": "x"}, ASSISTANT], "message 0 has role 'owner'; expected one of system"),
-        ([{"role": ["user"], "content": "x"}, ASSISTANT], "message 0 has role ['user']"),
-        ([{"text": "x"}, ASSISTANT], "message 0 has the keys text; expected role and content, or from and value"),
-        (["hello", ASSISTANT], "message 0 is of type str, expected an object"),
-        ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}], "message 1 calls {}, expected a function"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}, ASSISTANT], "parts of type image_url; only text"),
-    ],
-)
-def test_faults_of_a_conversation(messages, reason):
-    with pytest.raises(DataError) as caught:
-        row_to_messages({"messages": messages}, row_format="messages")
-    assert reason in str(caught.value)
+FAULTS = [
+    *(
+        ({"messages": messages}, reason)
+        for messages, reason in (
+            ([], "the conversation is empty"),
+            ([ASSISTANT], "message 0 has role 'assistant' and stands first, expected after 'user' or after 'tool'"),
+            ([USER, SYSTEM, ASSISTANT], "message 1 has role 'system' and stands after 'user', expected first"),
+            ([USER, USER, ASSISTANT], "message 1 has role 'user' and stands after 'user'"),
+            ([USER, ASSISTANT, ASSISTANT], "message 2 has role 'assistant' and stands after 'assistant'"),
+            ([SYSTEM, ASSISTANT], "message 1 has role 'assistant' and stands after 'system'"),
+            ([{"role": "tool", "content": "x"}, ASSISTANT], "message 0 has role 'tool' and stands first"),
+            ([USER, {"role": "assistant", "content": " \n"}], "message 1 (role 'assistant') has empty content"),
+            ([{"role": "user", "content": ""}, ASSISTANT], "message 0 (role 'user') has empty content"),
+            (
+                [{"role": "user", "content": None}, ASSISTANT],
+                "message 0 (role 'user'): content is null, expected a tex",
+            ),
+            ([USER, {"role": "assistant", "content": 5}], "message 1 (role 'assistant'): content is of type int"),
+            ([{"role": "user", "content": "\ud800"}, ASSISTANT], "message 0 holds the lone surrogate"),
+            ([{"role": ["user"], "content": "x"}, ASSISTANT], "message 0 has role ['user']"),
+            ([{"text": "x"}, ASSISTANT], "message 0 has the keys text; expected role and content, or from and value"),
+            (["hello", ASSISTANT], "message 0 is of type str, expected an object"),
+            ([USER, {"role": "assistant", "content": None, "tool_calls": [{}]}], "message 1 calls {}, expected a func"),
+        )
+    ),
+    ({"messages": "hi"}, "messages is of type str, expected a list of messages"),
+    ({"prompt": 5, "response": "A"}, "prompt is of type int, expected a list"),
+    ({"prompt": "Q", "response": [USER]}, "expected exactly one, of role 'assistant'"),
+    ({"prompt": "Q", "response": {"a": 1}}, "the response is of type dict, expected a text"),
+    ({"instruction": "Q", "output": 3}, "output is of type int"),
+    ({"question": "Q", "answer": "A"}, "columns question, answer; expected messages (messages); conversations"),
+    ({"prompt": "Q", "response": None, "source": None}, "columns prompt (null: response, source); expected messages"),
+]
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"messages": "hi"}, "messages is of type str, expected a list of messages"),
-        ({"prompt": 5, "response": "A"}, "prompt is of type int, expected a list"),
-        ({"prompt": "Q", "response": [USER]}, "expected exactly one, of role 'assistant'"),
-        ({"prompt": "Q", "response": {"a": 1}}, "the response is of type dict, expected a text"),
-        ({"instruction": "Q", "output": 3}, "output is of type int"),
-    ],
-)
-def test_faults_of_columns(row, reason):
+@pytest.mark.parametrize(("row", "reason"), FAULTS)
+def test_faults_of_rows(row, reason):
     with pytest.raises(DataError) as caught:
         row_to_messages(row)
     assert reason in str(caught.value)
-
-
-def test_columns_that_are_null_are_told_and_column_maps_of_other_forms_refused():
-    with pytest.raises(DataError, match=r"columns prompt \(null: response, source\); expected messages"):
-        row_to_messages({"prompt": "Q", "response": None, "source": None})
-    with pytest.raises(ConfigError, match=r"has the key 'prompt:question'.* with a space behind the colon"):
-        check_row_format("auto", {"prompt:question": None})  # {prompt:question} in YAML
-    with pytest.raises(ConfigError, match=r"dataset\.column_map=5: expected the format's columns"):
-        check_row_format("auto", 5)
 
 
 def test_empty_system_message_is_allowed():
@@ -227,53 +182,15 @@ def test_transform_that_returns_something_else():
 
 # Keys and values near those of real rows, so that the fuzz reaches the parsers and not only the detection.
 _scalars = st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.text(max_size=4) | st.just("user")
-_turns = st.dictionaries(
-    st.sampled_from(
-        [
-            "role",
-            "content",
-            "from",
-            "value",
-            "type",
-            "text",
-            "tool_calls",
-            "function_call",
-            "weight",
-            "train",
-            "thinking",
-        ]
-    ),
-    _scalars | st.sampled_from(["user", "assistant", "gpt", "human", "system", "tool", "function_call", "[]", "{}"]),
-    max_size=3,
+_KEYS = "role content from value type text tool_calls function_call weight train thinking"
+_COLUMNS = (
+    "messages conversations prompt response completion instruction input output system tools functions history "
+    "thinking chat_template_kwargs mask label kto_tag images id"
 )
+_WORDS = "user assistant gpt human system tool function_call [] {}"
+_turns = st.dictionaries(st.sampled_from(_KEYS.split()), _scalars | st.sampled_from(_WORDS.split()), max_size=3)
 _values = _scalars | st.lists(_turns | _scalars, max_size=3) | _turns
-_rows = st.dictionaries(
-    st.sampled_from(
-        [
-            "messages",
-            "conversations",
-            "prompt",
-            "response",
-            "completion",
-            "instruction",
-            "input",
-            "output",
-            "system",
-            "tools",
-            "functions",
-            "history",
-            "thinking",
-            "chat_template_kwargs",
-            "mask",
-            "label",
-            "kto_tag",
-            "images",
-            "id",
-        ]
-    ),
-    _values,
-    max_size=5,
-)
+_rows = st.dictionaries(st.sampled_from(_COLUMNS.split()), _values, max_size=5)
 
 
 @settings(max_examples=400, deadline=None, database=None)

@@ -1,18 +1,13 @@
-"""Several data sets in one: shares to the sample, ids of their own, and what a config may get wrong; the SPIN authors'
-mix, against a recording of their function."""
+"""Several data sets in one: fractions to the sample, ids of their own, and what a config may get wrong."""
 
 import json
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from spin.core.errors import ConfigError, DataError
-from spin.data import MixedPromptDataset, Prompt, PromptDataset, mix_datasets, mixed_prompt_dataset
+from spin.data import MixedPromptDataset, Prompt, PromptDataset, mixed_prompt_dataset
 from tests.data.test_read import Letters
-
-ORACLES = json.loads((Path(__file__).parents[1] / "oracles" / "spin_oracles.json").read_text())
-ORACLE = ORACLES["uclaml_mix_datasets"]
 
 
 def part(size, start=0):
@@ -157,25 +152,3 @@ def test_a_fault_in_a_source_names_it(files):
         mixed_prompt_dataset(
             Letters(), sources={"x": {"source": files["a"]}, "y": {"source": files["a"] + "missing.jsonl"}}
         )
-
-
-# ---- the authors' mix
-
-
-@pytest.mark.parametrize("case", ORACLE["cases"], ids=lambda case: "+".join(case["mixer"]))
-def test_recorded_mixes(case):
-    train = {name: ORACLE["store"][f"{name}/train"] for name in case["mixer"]}
-    test = {name: ORACLE["store"][f"{name}/test"] for name in case["mixer"]}
-    assert mix_datasets(train, case["mixer"]) == case["train_unshuffled"]
-    assert mix_datasets(train, case["mixer"], seed=42) == case["train_seed42"]
-    assert mix_datasets(test, dict.fromkeys(case["mixer"], 1.0)) == case["test_unshuffled"]
-
-
-def test_fractions_out_of_range_and_unknown_names():
-    with pytest.raises(ConfigError) as caught:
-        mix_datasets({"a": [1]}, {"a": -0.1})
-    assert str(caught.value) == ORACLE["negative_fraction_error"]
-    with pytest.raises(ConfigError, match="No data set is named 'b'; found a"):
-        mix_datasets({"a": [1]}, {"b": 1.0})
-    assert mix_datasets({"a": [1, 2]}, {"a": 3.0}) == [1, 2]
-    assert mix_datasets({"a": [1, 2]}, {"a": 0.4}) == []

@@ -65,10 +65,7 @@ def test_json_list(tmp_path):
     rows = list(read_rows(path))
     assert [row.where for row in rows] == ["data.json:item 0", "data.json:item 1", "data.json:item 2"]
     assert "found a int" in rows[1].error and rows[2].data == {"a": 2}
-
-
-def test_json_suffix_with_one_object_per_line(tmp_path):
-    path = write_lines(tmp_path / "data.json", {"a": 1}, {"a": 2})
+    write_lines(path, {"a": 1}, {"a": 2})  # of this suffix, with one object per line
     assert [(row.where, row.data["a"]) for row in read_rows(path)] == [("data.json:1", 1), ("data.json:2", 2)]
 
 
@@ -103,13 +100,10 @@ def test_file_that_is_no_parquet(tmp_path):
         list(read_rows(path))
 
 
-def test_folder_glob_and_list_keep_sorted_order(tmp_path):
-    write_lines(tmp_path / "b.jsonl", {"a": "b"})
-    write_lines(tmp_path / "a.jsonl", {"a": "a"})
-    (tmp_path / "dataset_info.json").write_text("{}")
-    (tmp_path / "README.md").write_text("no rows")
+def test_files_of_a_folder_are_sorted_those_of_a_list_are_not(tmp_path):
+    for name in "ba":
+        write_lines(tmp_path / f"{name}.jsonl", {"a": name})
     assert [row.data["a"] for row in read_rows(tmp_path)] == ["a", "b"]
-    assert [row.data["a"] for row in read_rows(str(tmp_path / "*.jsonl"))] == ["a", "b"]
     assert [row.data["a"] for row in read_rows([tmp_path / "b.jsonl", tmp_path / "a.jsonl"])] == ["b", "a"]
 
 
@@ -119,16 +113,27 @@ def test_rows_in_memory():
     assert "found a str" in rows[1].error
 
 
-def test_missing_file_names_the_nearest_one(tmp_path):
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("trian.jsonl", r"does not exist. Did you mean .*train\.jsonl\?"),
+        ("elsewhere.parquet", r"holds: data\.xlsx, train\.jsonl\."),
+        ("*.parquet", r"No file matches .*holds: data\.xlsx, train\.jsonl\."),
+        ("no/such/folder/data.jsonl", r"holds: data\.xlsx, empty/, train\.jsonl\."),
+        ("data.xlsx", r"has the suffix '\.xlsx'"),
+        ("empty", "is empty"),
+        (5, "is a int"),
+        ([], "empty list"),
+        ([5], "entry of type int"),
+    ],
+)
+def test_a_source_that_is_none(tmp_path, source, message):
     write_lines(tmp_path / "train.jsonl", {"a": 1})
-    with pytest.raises(DataError, match=r"does not exist. Did you mean .*train\.jsonl\?"):
-        read_rows(tmp_path / "trian.jsonl")
-    with pytest.raises(DataError, match=r"holds: train\.jsonl\."):
-        read_rows(tmp_path / "elsewhere.parquet")
-    with pytest.raises(DataError, match=r"No file matches .*holds: train\.jsonl\."):
-        read_rows(str(tmp_path / "*.parquet"))
-    with pytest.raises(DataError, match=r"holds: train\.jsonl\."):
-        read_rows(tmp_path / "no" / "such" / "folder" / "data.jsonl")
+    (tmp_path / "data.xlsx").write_text("a,b\n")
+    if "empty" in message:
+        (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=message):
+        read_rows(str(tmp_path / source) if isinstance(source, str) else source)
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.json", "blank.jsonl"])
@@ -136,22 +141,6 @@ def test_source_without_rows(tmp_path, name):
     (tmp_path / name).write_text("\n \n" if name.startswith("blank") else "")
     with pytest.raises(DataError, match=f"{name} has no rows"):
         list(read_rows(tmp_path / name))
-
-
-def test_empty_folder_unknown_suffix_and_wrong_types(tmp_path):
-    with pytest.raises(DataError, match="is empty"):
-        read_rows(tmp_path)
-    (tmp_path / "data.xlsx").write_text("a,b\n")
-    with pytest.raises(DataError, match=r"holds no .jsonl.*holds: data\.xlsx"):
-        read_rows(tmp_path)
-    with pytest.raises(DataError, match=r"has the suffix '.xlsx'"):
-        read_rows(tmp_path / "data.xlsx")
-    with pytest.raises(DataError, match="is a int"):
-        read_rows(5)
-    with pytest.raises(DataError, match="empty list"):
-        read_rows([])
-    with pytest.raises(DataError, match="entry of type int"):
-        read_rows([5])
 
 
 def test_options_of_the_hub_are_refused_for_a_file(tmp_path):
