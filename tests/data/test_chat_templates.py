@@ -7,7 +7,6 @@ texts are written out by hand; ``E`` is the tiny tokenizer's stop token.
 
 import json
 import logging
-import shutil
 import signal
 
 import pytest
@@ -145,58 +144,37 @@ IN_PHI3 = f"<|system|>\nBe brief.{E}\n<|user|>\nWhy?{E}\n<|assistant|>\nSo.{E}\n
 IN_LLAMA = f" Be brief.{E}[user]\n\nWhy?{E}[assistant]\n\nSo.{E}[user]\n\nReally?{E}[assistant]\n\n"
 TURN = "<start_of_turn>"
 # template, options, the prompt before the last answer of TALK (None: refuses system messages), the response
+# fmt: off
 FAMILIES = {
     "chatml": (CHATML, {}, IN_CHATML, "Yes."),
     "qwen2.5": (QWEN25, {}, IN_CHATML, "Yes."),
     "zephyr": (ZEPHYR, {}, IN_PHI3, "Yes."),
     "llama 3": (LLAMA3, {}, "[system]Today Date: 31 Jan 2026" + IN_LLAMA, "Yes."),
     "llama 3 with its date": (LLAMA3, {"date_string": "1 May"}, "[system]Today Date: 1 May" + IN_LLAMA, "Yes."),
-    "granite": (
-        GRANITE,
-        {},
-        f"[system]Be brief.{E}\n[user]Why?{E}\n[assistant]So.{E}\n[user]Really?{E}\n[assistant]",
-        "Yes.",
-    ),
+    "granite": (GRANITE, {}, f"[system]Be brief.{E}\n[user]Why?{E}\n[assistant]So.{E}\n[user]Really?{E}\n[assistant]",
+        "Yes."),
     "gemma 2": (GEMMA2, {}, None, "Yes."),
-    "gemma 3": (
-        GEMMA3,
-        {},
-        f"{TURN}user\nBe brief.\n\nWhy?{E}\n{TURN}model\nSo.{E}\n{TURN}user\nReally?{E}\n{TURN}model\n",
-        "Yes.",
-    ),
+    "gemma 3": (GEMMA3, {},
+        f"{TURN}user\nBe brief.\n\nWhy?{E}\n{TURN}model\nSo.{E}\n{TURN}user\nReally?{E}\n{TURN}model\n", "Yes."),
     "phi 3": (PHI3, {}, IN_PHI3, "Yes."),
-    "phi 4": (
-        PHI4,
-        {},
-        f"{IM}system<|im_sep|>Be brief.{E}{IM}user<|im_sep|>Why?{E}{IM}assistant<|im_sep|>So.{E}"
-        f"{IM}user<|im_sep|>Really?{E}{IM}assistant<|im_sep|>",
-        "Yes.",
-    ),
-    "olmo": (
-        OLMO,
-        {},
+    "phi 4": (PHI4, {}, f"{IM}system<|im_sep|>Be brief.{E}{IM}user<|im_sep|>Why?{E}{IM}assistant<|im_sep|>So.{E}"
+        f"{IM}user<|im_sep|>Really?{E}{IM}assistant<|im_sep|>", "Yes."),
+    "olmo": (OLMO, {},
         f"<bos><|system|>\nBe brief.\n<|user|>\nWhy?\n<|assistant|>\nSo.{E}\n<|user|>\nReally?\n<|assistant|>\n",
-        "Yes.",
-    ),
+        "Yes."),
     "mistral 1": (MISTRAL1, {}, f"<s> [INST] Be brief.\n\nWhy? [/INST] So.{E} [INST] Really? [/INST]", " Yes."),
     "mistral 3": (MISTRAL3, {}, f"<s>[INST] Why?[/INST] So.{E}[INST] Be brief.\n\nReally?[/INST]", " Yes."),
-    "mistral small": (
-        MISTRAL_SMALL,
-        {},
-        f"<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Why?[/INST]So.{E}[INST]Really?[/INST]",
-        "Yes.",
-    ),
+    "mistral small": (MISTRAL_SMALL, {},
+        f"<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Why?[/INST]So.{E}[INST]Really?[/INST]", "Yes."),
     "r1 distilled": (R1, {}, f"<s>Be brief.<User>Why?<Assistant>So.{E}<User>Really?<Assistant><think>\n", "Yes."),
-    "deepseek 3.1": (V31, {}, f"Be brief.<User>Why?<Assistant></think>So.{E}<User>Really?<Assistant></think>", "Yes."),
+    "deepseek 3.1": (V31, {}, f"Be brief.<User>Why?<Assistant></think>So.{E}<User>Really?<Assistant></think>",
+        "Yes."),
     "qwen 3": (QWEN3, {"enable_thinking": False}, f"{IN_CHATML}{THINK}\n\n", "Yes."),
-    "smollm 3": (
-        SMOLLM3,
-        {"enable_thinking": False},
+    "smollm 3": (SMOLLM3, {"enable_thinking": False},
         f"{IM}system\nToday Date: 31 January 2026\nReasoning Mode: /no_think\nBe brief.{E}\n{IM}user\nWhy?{E}\n"
-        f"{IM}assistant\n{THINK}\nSo.{E}\n{IM}user\nReally?{E}\n{IM}assistant\n{THINK}\n",
-        "Yes.",
-    ),
+        f"{IM}assistant\n{THINK}\nSo.{E}\n{IM}user\nReally?{E}\n{IM}assistant\n{THINK}\n", "Yes."),
 }
+# fmt: on
 DATED = ("llama 3", "llama 3 with its date", "granite", "mistral small", "smollm 3")
 
 
@@ -211,8 +189,12 @@ def texts(chat, messages):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prompt_and_response_of_a_family(tiny_lm, name):
-    chat = family(tiny_lm, name)
+def test_prompt_and_response_of_a_family(tiny_lm, name, caplog):
+    """And there is no warning where nothing is wrong."""
+    with caplog.at_level(logging.WARNING):
+        chat = family(tiny_lm, name)
+    expected = "opens a thinking block in every prompt" if name == "r1 distilled" else ""
+    assert expected in caplog.text and bool(caplog.text) is bool(expected)
     *_, prompt, answer = FAMILIES[name]
     if prompt is None:
         with pytest.raises(DataError, match="refuses the roles system, user, assistant, user"):
@@ -250,14 +232,6 @@ def test_a_response_that_begins_behind_the_generation_prompt(tiny_lm, caplog):
     assert texts(chat, TALK)[1] == "<|channel|>final<|message|>Yes." + E
     assert "begins every real response with '<|channel|>final<|message|>'" in caplog.text
     assert "no generation prompt" not in caplog.text
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_no_warning_where_nothing_is_wrong(tiny_lm, name, caplog):
-    with caplog.at_level(logging.WARNING):
-        family(tiny_lm, name)
-    expected = "opens a thinking block in every prompt" if name == "r1 distilled" else ""
-    assert expected in caplog.text and bool(caplog.text) is bool(expected)
 
 
 # --- Reasoning ---
@@ -371,25 +345,17 @@ def test_a_date_that_is_none_or_not_needed(tiny_lm):
         ChatTokenizer(tiny_lm, chat_template=constant + CHATML, date=DAY)
 
 
-def copied(tiny_lm, tmp_path, **changes):
-    """A copy of the tiny tokenizer with other settings."""
-    shutil.copy(tiny_lm / "tokenizer.json", tmp_path)
-    config = json.loads((tiny_lm / "tokenizer_config.json").read_text()) | changes
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    return tmp_path
-
-
-def test_named_templates(tiny_lm, tmp_path):
+def test_named_templates(tiny_lm, folder):
     named = [{"name": "rag", "template": PHI4}, {"name": "chat", "template": CHATML}]
-    folder = copied(tiny_lm, tmp_path, chat_template=named)
+    model = folder(chat_template=named)
     with pytest.raises(DataError, match=r"several chat templates, .* Choose one: tokenizer\.chat_template=rag or chat"):
-        ChatTokenizer(folder)
+        ChatTokenizer(model)
     with pytest.raises(DataError, match=r"neither a file nor .* named templates are rag, chat"):
-        ChatTokenizer(folder, chat_template="rga")
-    chosen = ChatTokenizer(folder, chat_template="chat")
+        ChatTokenizer(model, chat_template="rga")
+    chosen = ChatTokenizer(model, chat_template="chat")
     assert chosen.encode_pair(TALK) == ChatTokenizer(tiny_lm).encode_pair(TALK)
     assert chosen.chat_template == CHATML  # which an export gets
-    default = copied(tiny_lm, tmp_path, chat_template=[*named, {"name": "default", "template": CHATML}])
+    default = folder(chat_template=[*named, {"name": "default", "template": CHATML}])
     assert ChatTokenizer(default).encode_pair(TALK) == chosen.encode_pair(TALK)
 
 
@@ -448,11 +414,10 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
     ],
     ids=["endless", "gigabytes", "one long text", "padding", "1/0", "undefined", "recursion", "surrogate", "escape"],
 )
-def test_a_template_that_breaks(tiny_lm, tmp_path, begin, found):
+def test_a_template_that_breaks(tiny_lm, folder, begin, found):
     """Each says where the template stands; what came before and after works."""
-    folder = copied(tiny_lm, tmp_path, chat_template=begin + CHATML)
     with pytest.raises(DataError, match=f"tokenizer_config.json: chat_template: the chat template .*{found}"):
-        ChatTokenizer(folder)
+        ChatTokenizer(folder(chat_template=begin + CHATML))
     assert texts(ChatTokenizer(tiny_lm), TALK[1:3])[1] == "So." + E
 
 
@@ -492,37 +457,33 @@ def test_ctrl_c_while_a_template_renders(tiny_lm):
         ([{"name": "x"}], "No tokenizer can be loaded from"),
     ],
 )
-def test_a_template_that_is_no_text(tiny_lm, tmp_path, template, found):
+def test_a_template_that_is_no_text(folder, template, found):
     with pytest.raises(DataError, match=found):
-        ChatTokenizer(copied(tiny_lm, tmp_path, chat_template=template))
+        ChatTokenizer(folder(chat_template=template))
 
 
-def test_a_template_file_that_is_not_utf8(tiny_lm, tmp_path):
+def test_a_template_file_that_is_not_utf8(tiny_lm, folder, tmp_path):
     (tmp_path / "own.jinja").write_bytes(b"\xff\xfe{{ messages }}")
     with pytest.raises(DataError, match=r"tokenizer\.chat_template=.*own\.jinja: not UTF-8 text"):
         ChatTokenizer(tiny_lm, chat_template=str(tmp_path / "own.jinja"))
-
-
-def test_a_folders_template_file_that_is_not_utf8(tiny_lm, tmp_path):
-    folder = copied(tiny_lm, tmp_path)
-    (folder / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
+    (folder() / "chat_template.jinja").write_bytes(b"\xff{{ messages }}")
     with pytest.raises(DataError, match=r"/chat_template\.jinja: not UTF-8 text"):
-        ChatTokenizer(folder)
+        ChatTokenizer(tmp_path / "model")
 
 
 @pytest.mark.parametrize("part", ["pre_tokenizer", "normalizer"])
-def test_a_tokenizer_with_a_bad_regex(tiny_lm, tmp_path, part):
-    folder = copied(tiny_lm, tmp_path)
-    content = json.loads((folder / "tokenizer.json").read_text())
+def test_a_tokenizer_with_a_bad_regex(folder, part):
+    model = folder()
+    content = json.loads((model / "tokenizer.json").read_text())
     split = {"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False}
     replace = {"type": "Replace", "pattern": {"Regex": "(["}, "content": ""}
     parts = {"pretokenizers": [split]} if part == "pre_tokenizer" else {"normalizers": [replace]}
     content[part] = {"type": "Sequence", **parts}
-    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (model / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(
         DataError, match=rf"tokenizer\.json: {part}\.\w+\[0\]\.pattern\.Regex is '\(\[', no valid regular"
     ):
-        ChatTokenizer(folder)
+        ChatTokenizer(model)
 
 
 @pytest.mark.parametrize(
@@ -539,10 +500,10 @@ def test_a_tokenizer_with_a_bad_regex(tiny_lm, tmp_path, part):
         ("config.json", "eos_token_id", -1),
     ],
 )
-def test_a_tokenizer_with_a_bad_value(tiny_lm, tmp_path, file, key, value):
-    folder = copied(tiny_lm, tmp_path)
-    content = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
-    (folder / file).write_text(json.dumps(content | {key: value}))
-    where = folder if key == "model_max_length" else folder / file
+def test_a_tokenizer_with_a_bad_value(folder, file, key, value):
+    model = folder()
+    content = json.loads((model / file).read_text()) if (model / file).is_file() else {}
+    (model / file).write_text(json.dumps(content | {key: value}))
+    where = model if key == "model_max_length" else model / file
     with pytest.raises(DataError, match=str(where)):
-        ChatTokenizer(folder).encode_pair(TALK)
+        ChatTokenizer(model).encode_pair(TALK)
