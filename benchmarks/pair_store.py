@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,7 +48,7 @@ def run(num_pairs: int, folder: Path) -> dict[str, Any]:
     import numpy as np
 
     from spin.data import Pair, PairStore, Response, epoch_order
-    from spin.pairs.filters import filter_pairs
+    from spin.pairs.filters import FilteredPairs
     from spin.pairs.lookup import LazySequence, PairLookup
     from spin.pairs.shards import split_evenly
 
@@ -97,12 +96,12 @@ def run(num_pairs: int, folder: Path) -> dict[str, Any]:
         for pair in PairStore.open(folder / name).pairs():
             yield Pair(pair.sample_id, iteration, pair.prompt_ids, pair.real_ids, pair.generated)
 
-    counts: Counter[str] = Counter()
     with timed("mix"):
         both = (pair for source in ((0, "before"), (1, "now")) for pair in of_iteration(*source))
-        PairLookup.write(folder / "rows", filter_pairs(both, counts))
+        kept = FilteredPairs(both)
+        PairLookup.write(folder / "rows", kept)
         pairs = PairLookup(folder / "rows")
-    assert len(pairs) == 2 * num_pairs == counts["responses"]
+    assert len(pairs) == 2 * num_pairs == kept.counts["responses"]
     with timed("read"):
         order = epoch_order(2 * num_pairs, 42, 1, 0)
 

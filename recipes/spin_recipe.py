@@ -21,7 +21,6 @@ import itertools
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -52,7 +51,7 @@ from spin.model.fingerprint import weights_fingerprint
 from spin.model.logits_check import self_test
 from spin.model.lora import build_policy, init_adapters, trainable
 from spin.model.sharding import accumulating, clip_grad_norm
-from spin.pairs.filters import POLICIES, filter_pairs
+from spin.pairs.filters import POLICIES, FilteredPairs
 from spin.pairs.loader import RowBatch, load_rows
 from spin.pairs.lookup import PairLookup, share_lookup
 from spin.pairs.packing import PackedRow
@@ -255,13 +254,14 @@ class SPINRecipe:
             if not self._play(games):
                 return None
             self._watch.start(iteration, response_metrics(folder, self._folder(0), self._world))
-            answers = share_lookup(folder / "rows", self._answers(iteration, folder), self._world)
-            if not self._score(folder, self._plan.batches(answers, iteration, epoch=0)):
+            kept = self._kept(iteration, folder)
+            pairs = share_lookup(folder / "rows", kept, self._world)
+            if not self._score(folder, self._plan.batches(pairs, iteration, epoch=0), kept.counts):
                 return None
-            if with_val and not self._score(
-                val_folder, self._cut(list(self._answers(iteration, val_folder, history=0)))
-            ):
-                return None
+            if with_val:
+                kept = self._kept(iteration, val_folder, history=0)
+                if not self._score(val_folder, self._cut(list(kept)), kept.counts):
+                    return None
         if with_val:
             self._val_pairs = list(reference.open_scored(val_folder / "pairs", self._opponent).pairs())
         scored = reference.open_scored(folder / "pairs", self._opponent).pairs()
@@ -466,17 +466,16 @@ class SPINRecipe:
                     return False
         return True
 
-    def _answers(self, iteration: int, folder: Path, history: int | None = None) -> Iterator[Pair]:
+    def _kept(self, iteration: int, folder: Path, history: int | None = None) -> FilteredPairs:
         """The answers that an iteration learns from: its own and those of the iterations before it, filtered."""
         policy = self._cfg.pairs
         earlier = history_window(iteration, policy.history if history is None else history)[:-1]
         stores = [PairStore.open(place / "responses") for place in (*map(self._folder, earlier), folder)]
-        self._counts: Counter[str] = Counter()
         pairs: Iterator[Pair] = itertools.chain.from_iterable(store.pairs() for store in stores)
         policies = {name: policy[name] for name in POLICIES}
-        return filter_pairs(pairs, self._counts, **policies)
+        return FilteredPairs(pairs, **policies)
 
-    def _score(self, folder: Path, batches: Sequence[list[Pair]]) -> bool:
+    def _score(self, folder: Path, batches: Sequence[list[Pair]], counts: Mapping[str, int]) -> bool:
         """The opponent scores all responses; False if the run was asked to stop before all were scored."""
         cfg, world = self._cfg, self._world
         num_pairs = len(batches) * cfg.global_batch_size
@@ -490,7 +489,7 @@ class SPINRecipe:
             watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
             options = {"as_in_training": cfg.compile, "num_workers": cfg.num_workers, **self._scoring}
             reference.score(store, batches, self._model, world, **options, **watched)
-        return seal(store, world, self._stop.is_asked, self._counts)
+        return seal(store, world, self._stop.is_asked, counts)
 
     def _rows(self, batches: Iterable[list[Pair]]) -> Iterator[RowBatch]:
         """This rank's rows of each batch, packed while the device computes."""

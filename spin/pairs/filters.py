@@ -1,4 +1,4 @@
-"""Which of the opponent's answers are worth learning from: policies by name."""
+"""Which of the opponent's responses are worth learning from: policies by name."""
 
 from __future__ import annotations
 
@@ -8,67 +8,57 @@ from dataclasses import replace
 
 import numpy as np
 
-from spin.core.errors import ConfigError, StoreError
+from spin.core.errors import StoreError
 from spin.types import Pair
 
 # what may be done with responses that may not be worth learning from, by their kind
 POLICIES = {"truncated": ("keep", "mask", "drop"), "equal_to_real": ("keep", "drop"), "empty": ("keep", "drop")}
 
 
-def filter_pairs(
-    pairs: Iterable[Pair],
-    counts: Counter[str],
-    *,
-    truncated: str = "keep",
-    equal_to_real: str = "keep",
-    empty: str = "drop",
-) -> Iterator[Pair]:
-    """Applies the policies for responses that may not be worth learning from, and counts them.
+class FilteredPairs(Iterable[Pair]):
+    """Pairs that still have a response after the policies, and ``counts`` of responses, known once all were visited.
+
+    Responses without any token cannot be scored and are always dropped. Iterating raises ``StoreError`` at the end if
+    no pair was left.
 
     Args:
-        pairs (Iterable[Pair]): what the opponent answered.
-        counts (Counter[str]): filled with counts of responses by name.
-        truncated (str): responses cut by the length limit: ``keep`` them as they are (no end token is added), ``mask``
-            them (in the store, with no weight in the loss and its metrics), or ``drop`` them.
+        pairs (Iterable[Pair]): with the opponent's responses.
+        truncated (str): responses that the length limit ended: ``keep`` them as they are (no end token is added),
+            ``mask`` them (in the store, with no weight in the loss and its metrics), or ``drop`` them.
         equal_to_real (str): responses equal to the real one, which have no gradient: ``keep`` or ``drop``.
-        empty (str): responses that consist of a stop token alone: ``keep`` or ``drop``. Responses without any token
-            cannot be scored and are always dropped.
-
-    Yields:
-        Pair: the pairs that still have a response.
-
-    Raises:
-        ConfigError: If a policy is unknown.
-        StoreError: If no pair is left.
+        empty (str): responses that consist of a stop token alone: ``keep`` or ``drop``.
     """
-    for name, policy in (("truncated", truncated), ("equal_to_real", equal_to_real), ("empty", empty)):
-        if policy not in POLICIES[name]:
-            raise ConfigError(f"pairs.{name}={policy!r}: expected {', '.join(POLICIES[name])}.")
-    counts.update(responses=0, truncated=0, equal_to_real=0, empty=0, dropped=0, dropped_pairs=0)
-    is_any_left = False
-    for pair in pairs:
-        responses = []
-        for response in pair.generated:
-            is_truncated = response.finish_reason == "length"
-            is_equal = np.array_equal(response.token_ids, pair.real_ids)
-            is_empty = len(response.token_ids) == 0 or (len(response.token_ids) == 1 and not is_truncated)
-            counts.update(responses=1, truncated=is_truncated, equal_to_real=is_equal, empty=is_empty)
-            if (
-                (is_truncated and truncated == "drop")
-                or (is_equal and equal_to_real == "drop")
-                or (is_empty and empty == "drop")
-                or len(response.token_ids) == 0
-            ):
-                counts["dropped"] += 1
-            else:
-                responses.append(response)
-        if responses:
-            is_any_left = True
-            yield replace(pair, generated=responses)
-        else:
-            counts["dropped_pairs"] += 1
-    if not is_any_left:
-        raise StoreError(
-            f"No pair is left of {counts['dropped_pairs']}: {dict(counts)}. Every response was dropped by "
-            "pairs.truncated, pairs.equal_to_real or pairs.empty; relax them, or raise sampling.max_new_tokens."
-        )
+
+    def __init__(
+        self, pairs: Iterable[Pair], *, truncated: str = "keep", equal_to_real: str = "keep", empty: str = "drop"
+    ) -> None:
+        self._pairs = pairs
+        self._policies = {"truncated": truncated, "equal_to_real": equal_to_real, "empty": empty}
+        self.counts: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Pair]:
+        counts = self.counts
+        counts.clear()
+        counts.update(responses=0, **dict.fromkeys(self._policies, 0), dropped=0, dropped_pairs=0)
+        num_pairs = 0
+        for num_pairs, pair in enumerate(self._pairs, start=1):  # noqa: B007
+            kept = []
+            for response in pair.generated:
+                size = len(response.token_ids)
+                kinds = {
+                    "truncated": response.truncated,
+                    "equal_to_real": np.array_equal(response.token_ids, pair.real_ids),
+                    "empty": size == 0 or (size == 1 and not response.truncated),
+                }
+                counts.update(responses=1, **kinds)
+                if size > 0 and not any(found and self._policies[kind] == "drop" for kind, found in kinds.items()):
+                    kept.append(response)
+            counts["dropped"] += len(pair.generated) - len(kept)
+            counts["dropped_pairs"] += not kept
+            if kept:
+                yield replace(pair, generated=kept)
+        if counts["dropped_pairs"] == num_pairs:
+            raise StoreError(
+                f"No pair is left of {num_pairs}: {dict(counts)}. Every response was dropped by pairs.truncated, "
+                "pairs.equal_to_real or pairs.empty; relax them, or raise sampling.max_new_tokens."
+            )
