@@ -32,7 +32,7 @@ _Asked = tuple[Sequence[ChatMessage], bool]
 # What shows how a template writes things.
 _SYSTEM: ChatMessage = {"role": "system", "content": "probe_of_a_system_message"}
 _QUESTION: ChatMessage = {"role": "user", "content": "probe_of_a_user_message"}
-_ANSWER: ChatMessage = {"role": "assistant", "content": "Probe"}
+_REPLY: ChatMessage = {"role": "assistant", "content": "Probe"}
 _TOOL: ChatMessage = {
     "type": "function",
     "function": {"name": "probe_of_tools", "description": "A probe.", "parameters": {"type": "object"}},
@@ -245,17 +245,17 @@ class ChatTokenizer:
         reasoning = inline or separate
         truncated = inline not in response and content.strip() not in response  # tags may be part of a plain text
         if truncated or separate not in response:
-            answer = content.rpartition(_THINK_END)[2].strip()
-            if not (inline and answer and answer in response) or prompt.rstrip().endswith(_THINK_END):
+            text = content.rpartition(_THINK_END)[2].strip()
+            if not (inline and text and text in response) or prompt.rstrip().endswith(_THINK_END):
                 raise DataError(
                     f"the real response has reasoning ({reasoning[:40]!r}), and the chat template does not show it: "
                     f"the response would be trained without it. {self._thinking_remedy('true')}, write it into the "
                     "content as <think>...</think>, or remove it from the row."
                 )
-            closing = response.rpartition(answer)[2]
+            closing = response.rpartition(text)[2]
             opening = "<think>" if prompt.rstrip().endswith("<think>") else ""
-            text = content.strip().removeprefix(opening)
-            return (text.lstrip("\n") if prompt.endswith("\n") else text) + closing
+            own = content.strip().removeprefix(opening)
+            return (own.lstrip("\n") if prompt.endswith("\n") else own) + closing
         empty, row_options = self._empty_reasoning, messages[0].get("chat_template_kwargs") or {}
         if not empty and any(row_options.get(name) is False for name in _THINKING_OPTIONS):
             return response
@@ -421,9 +421,9 @@ class ChatTokenizer:
             if isinstance(text, str) and message["content"] not in text
         }
         calling = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-        with_results = [[_QUESTION, calling, _RESULT, _ANSWER], [_QUESTION, _ANSWER, _RESULT, _ANSWER]]
+        with_results = [[_QUESTION, calling, _RESULT, _REPLY], [_QUESTION, _REPLY, _RESULT, _REPLY]]
         texts = [
-            *self._rendered(self._tool_template, [([{**_QUESTION, "tools": [_TOOL]}, _ANSWER], False)]),
+            *self._rendered(self._tool_template, [([{**_QUESTION, "tools": [_TOOL]}, _REPLY], False)]),
             *self._rendered(self._template, [(messages, False) for messages in with_results]),
         ]
         written = "".join(text for text in texts if isinstance(text, str))
@@ -434,11 +434,11 @@ class ChatTokenizer:
     def _probe_response(self) -> tuple[str, str | None, str]:
         """How a response stands in the conversation: the end of the generation prompt that the conversation lacks; the
         beginning of responses without reasoning, if these would give a real response away; what closes it."""
-        probe = [_QUESTION, _ANSWER]
+        probe = [_QUESTION, _REPLY]
         asked: list[_Asked] = [(probe[:1], True), (probe, False), (probe[:1], False)]
         texts = self._rendered(self._template, asked)
         whole, prompt = self._checked(texts[1], probe), self._checked(texts[0], probe[:1])
-        for text, mark, role in ((whole, _ANSWER["content"], "assistant"), (prompt, _QUESTION["content"], "user")):
+        for text, mark, role in ((whole, _REPLY["content"], "assistant"), (prompt, _QUESTION["content"], "user")):
             if isinstance(text, DataError):
                 raise text
             if mark not in text:
@@ -450,7 +450,7 @@ class ChatTokenizer:
         common = os.path.commonprefix([prompt, whole])
         if len(common) < len(prompt) and common.rfind("<") > common.rfind(">"):  # within a tag
             common = common[: common.rfind("<")]
-        begin, _, closing = whole[len(common) :].rpartition(_ANSWER["content"])
+        begin, _, closing = whole[len(common) :].rpartition(_REPLY["content"])
         opened = prompt[len(common) :]
         if opened and ((begin.strip() and "think" not in begin) or _QUESTION["content"] in opened):
             return "", None, closing

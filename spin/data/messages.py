@@ -263,7 +263,7 @@ def check_messages(messages: Sequence[ChatMessage]) -> None:
 
     Roles in order, the assistant last, contents valid texts, results after their calls; else a DataError. An empty
     system message is allowed: it is how a data set says "no system prompt" to a template that has a default one. So are
-    a tool's empty result, and no text beside a call.
+    a tool's empty result, and no text next to a call.
     """
     if not messages:
         raise DataError(f"the conversation is empty, expected at least a user and an assistant message. {BAD_ROW}")
@@ -418,7 +418,7 @@ def _with_system(row: _Row, messages: list[ChatMessage], row_format: str) -> lis
         return messages
     if messages[0]["role"] == "system":
         if system.strip() not in ("", messages[0]["content"].strip()):
-            row.changed("system_column_beside_system_message_left_out")
+            row.changed("second_system_message_left_out")
         return messages
     return [{"role": "system", "content": system}, *messages]
 

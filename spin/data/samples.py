@@ -208,7 +208,7 @@ class SampleFilter:
             self._logged.add("null_arguments_removed")
             log.warning(
                 "%s: Arrow fills up tools and calls with nulls; they were removed, and with them any null that was "
-                "written on purpose, which cannot be told from these. JSON Lines keep theirs.",
+                "written on purpose, which look the same. JSON Lines keep theirs.",
                 self.label,
             )
         if unused:

@@ -145,7 +145,7 @@ def read_rows(
 
 
 def describe_source(source: Source, **options: str | None) -> list[Any]:
-    """Which data a source means, as far as that can be told without reading them.
+    """Which data a source means, as far as that can be known without reading them.
 
     JSON values: of each file its name and size in bytes, of a Hugging Face data set its name, and the options.
     """
@@ -674,7 +674,7 @@ def _rows_of_split(loaded: Any, label: str, split: str) -> Iterator[Row]:
 
 
 def _bad_column(loaded: Any, index: int) -> str:
-    """The column of a row that Python has no value for, if it can be told."""
+    """The column of a row that Python has no value for, if it can be found."""
     for name in loaded.column_names or () if hasattr(loaded, "__getitem__") else ():
         try:
             loaded.select_columns([name])[index]

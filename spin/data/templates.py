@@ -84,13 +84,13 @@ class ChatTemplate:
         return results
 
     def _request(self, line: str) -> list[dict[str, Any]]:
-        code, answers = _worker().ask(line)
-        if answers is None:
+        code, found = _worker().ask(line)
+        if found is None:
             how = f"ended the process that renders it (exit code {code}, {MEMORY_BYTES >> 20} MiB of memory)"
             if code == -signal.SIGPROF:
                 how = f"takes more than {CPU_SECONDS} s of processor time"
             raise self._exceeds(how)
-        return answers
+        return found
 
     def _exceeds(self, how: str) -> DataError:
         return DataError(
@@ -109,7 +109,7 @@ class _Worker:
         atexit.register(self._stop)
 
     def ask(self, line: str) -> tuple[int, list[dict[str, Any]] | None]:
-        """The answers to a request, or None and the exit code of a process that has died of it."""
+        """The results of a request, or None and the exit code of a process that has died of it."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = self._start()
@@ -121,7 +121,7 @@ class _Worker:
                 found = process.stdout.readline()
             except BrokenPipeError:
                 found = ""
-            except BaseException:  # Ctrl-C: its answer would be taken for that to the next request
+            except BaseException:  # Ctrl-C: its result would be taken for that of the next request
                 process.kill()
                 process.wait()
                 raise

@@ -190,11 +190,9 @@ class TorchtuneTokenizer:
         return ids[: len(ids) - count]
 
     def _probe_closing(self) -> list[int]:
-        """The tokens behind an answer: the longest common end of a conversation with an empty answer and two others."""
+        """The tokens behind a response: the longest common end of a conversation with an empty one and two others."""
         question = {"role": "user", "content": "Hello"}
-        tails = [
-            self._tokens([question, {"role": "assistant", "content": answer}])[::-1] for answer in ("", "A", "be 7")
-        ]
+        tails = [self._tokens([question, {"role": "assistant", "content": text}])[::-1] for text in ("", "A", "be 7")]
         count = 0
         for tokens in zip(*tails, strict=False):
             if len(set(tokens)) > 1:

@@ -1,6 +1,6 @@
 """What `dataset` reads, refuses and ignores: one table, which is run here row by row and printed in docs/data.md.
 
-``python -m tests.data.test_formats`` prints it there anew.
+``python -m tests.data.test_formats`` writes it there.
 """
 
 from __future__ import annotations
@@ -99,11 +99,11 @@ ROWS = [
     Case("OpenAI, TRL, Tulu, SmolTalk: messages", {"messages": [S, Q, A]}, SQA),
     Case("`messages` and a `system` column", {"system": "S", "messages": [Q, A]}, SQA),
     Case("OpenOrca: a `system_prompt` column", {"system_prompt": "S", **PAIR}, SQA, note="an empty one is none"),
-    Case("`system_prompt` beside `system`", {"system": "S", "system_prompt": "T", **PAIR}, SQA,
+    Case("`system_prompt` next to `system`", {"system": "S", "system_prompt": "T", **PAIR}, SQA,
         unused=("system_prompt",)),
     Case("an empty `system_prompt`", {"system_prompt": "", **PAIR}, QA),
-    Case("a `system` column beside a system message", {"system": "T", "messages": [S, Q, A]}, SQA,
-        note="the message counts", changes=("system_column_beside_system_message_left_out",)),
+    Case("a `system` column next to a system message", {"system": "T", "messages": [S, Q, A]}, SQA,
+        note="the message counts", changes=("second_system_message_left_out",)),
     Case("ShareGPT, OpenHermes, NeMo: conversations", {"conversations": [{"from": "human", "value": "Q"},
         {"from": "gpt", "value": "A"}], "system": "S"}, SQA),
     Case("prompt and response, or completion", {"prompt": "Q", "completion": "A"}, QA),
@@ -131,7 +131,7 @@ ROWS = [
         note="named once", unused=("source",)),
     # what may not be read as a good answer
     refused("preferences", {"prompt": "Q", "chosen": "A", "rejected": "B"}, "dataset.column_map={response: chosen}",
-        "unless `column_map` names the chosen answer"),
+        "unless `column_map` names the chosen response"),
     refused("preferences of whole conversations", {"chosen": [Q, A], "rejected": [Q, A2]},
         "dataset.column_map={messages: chosen}"),
     Case("preferences, by `column_map`", {"prompt": "Q", "chosen": "A", "rejected": "B"}, QA, unused=("rejected",),
@@ -156,7 +156,7 @@ ROWS = [
         changes=("leading_assistant_dropped",)),
     Case("a user's turn last", {"messages": [Q, A, Q2]}, QA, note="that turn is left out",
         changes=("trailing_user_dropped",)),
-    refused("no answer", {"messages": [Q]}, "last message has role 'user', expected 'assistant'"),
+    refused("no response", {"messages": [Q]}, "last message has role 'user', expected 'assistant'"),
     Case("keys that no template reads", {"messages": [{**Q, "name": "Ann", "label": "x"}, A]}, QA, "ignored",
         note="named once", unused=("messages[].name", "messages[].label")),
     # what is not to be trained on
