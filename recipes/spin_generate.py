@@ -37,8 +37,7 @@ from spin.data.read import check_vocabulary, unknown_ids
 from spin.generators import GeneratorContext, sampling_params
 from spin.generators import stage as selfplay
 from spin.generators.engines import engine_group, policy_loaded
-from spin.model.build import build_model, prepare_model
-from spin.model.fingerprint import weights_fingerprint
+from spin.model import build_model, prepare_model, weights_fingerprint
 from spin.pairs.packing import RowLayout
 from spin.pairs.shards import missing_shards, open_store
 from spin.reference.generator_check import check_generator_logprobs
