@@ -20,8 +20,9 @@ from spin.data.messages import (
     row_to_messages,
     split_turns,
 )
+from spin.data.rows import Row
 from spin.data.samples import Conversation, EncodedRow, LongAction, SampleFilter, SampleRules
-from spin.data.sources import Row, Source, describe_source, read_rows
+from spin.data.sources import Source, describe_source, read_rows
 from spin.data.stream import PromptStream, iteration_windows, shuffled_rows
 from spin.data.tokenizer import Encoded, PromptTokenizer
 from spin.data.torchtune_tokenizer import adapt_tokenizer

@@ -1,50 +1,25 @@
-"""Rows of a data set, wherever it lies, each with the place to name when something is wrong with it.
-
-A row that cannot be read is not an exception here but a :class:`Row` with ``error`` set, so that one pass can report
-all of them; a source that cannot be read at all is a ``DataError``.
-"""
+"""Where the rows of a data set are: files, folders and their splits, saved data sets, Hugging Face data sets."""
 
 from __future__ import annotations
 
-import bz2
-import csv
 import difflib
 import glob
-import gzip
-import io
-import json
 import logging
-import lzma
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from spin.core.errors import DataError
-from spin.core.files import MAX_JSON_BYTES, read_bytes
+from spin.core.files import read_bytes
+from spin.data.rows import KNOWN_SUFFIXES, VALUE_FAULTS, Row, kind_of, make_row, rows_of_files, stem_of
 
 log = logging.getLogger(__name__)
 
-_LINE_SUFFIXES = (".jsonl", ".ndjson")
-_TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
-_TEXT_SUFFIXES = (*_LINE_SUFFIXES, ".json", *_TABLE_SUFFIXES)  # these may be compressed
-_ARROW_SUFFIXES = (".parquet", ".arrow")
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-_SHOWN_SUFFIXES = (
-    f"{', '.join((*_TEXT_SUFFIXES, *_ARROW_SUFFIXES))} (or one of the first with {', '.join(_COMPRESSIONS)})"
-)
-_LIST_KEYS = ("data", "rows", "train", "examples", "samples", "items", "instances", "records")  # of a JSON object
-_READING_FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError)
-# What the libraries raise for values that Python has none for, and the datasets library on damaged files.
-_VALUE_FAULTS = (ValueError, OverflowError, LookupError, TypeError)
-_LIBRARY_FAULTS = (OSError, *_VALUE_FAULTS, AttributeError, RuntimeError, MemoryError)
-_TO_UTF8 = "Convert the file, for example with iconv -t utf-8"
-_PARQUET_BATCH_ROWS = 1024
+_LIBRARY_FAULTS = (OSError, *VALUE_FAULTS, AttributeError, RuntimeError, MemoryError)
 _MAX_DEPTH = 3  # of folders in a folder
 _HF_PREFIX = "hf:"
 # Builders of the datasets library that read rows from files of these kinds; others unpickle, run SQL or read media.
@@ -56,31 +31,10 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b")
-_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, by surrogateescape
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
 _Splits = Mapping[str, Callable[[], Iterable["Row"]]]  # each call reads from the beginning
 Source = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One row of a source.
-
-    Args:
-        where (str): the place to name in a message: ``data.jsonl:17`` (lines count from 1), ``data.parquet:row 3``,
-            ``data.json:item 3`` and ``hf:name[train]:5`` (these count from 0).
-        data (dict[str, Any]): column name to value; empty if ``error`` is set.
-        default_id (str): the row's id if it has none of its own: file stem and row number.
-        error (str | None): why the row could not be read, with the remedy.
-        from_arrow (bool): its structs have the keys of all rows, null where a row had none.
-    """
-
-    where: str
-    data: dict[str, Any]
-    default_id: str
-    error: str | None = None
-    from_arrow: bool = False
 
 
 def read_rows(
@@ -129,7 +83,7 @@ def read_rows(
             f"dataset.source is a {type(source).__name__}, expected a path, a data set name or a list of these."
         )
     if not isinstance(source, (str, Path)) and source and isinstance(source[0], Mapping):
-        rows = (_row(value, f"dataset.source[{index}]", f"row-{index}") for index, value in enumerate(source))
+        rows = (make_row(value, f"dataset.source[{index}]", f"row-{index}") for index, value in enumerate(source))
         return _not_empty(rows, "dataset.source")
     locations = [source] if isinstance(source, (str, Path)) else list(source)
     if not locations:
@@ -139,9 +93,6 @@ def read_rows(
     except OSError as error:  # no right to look into a folder, a name that is too long
         raise DataError(f"dataset.source={source} cannot be read: {error}.") from error
     return _not_empty((row for reader in readers for row in reader), ", ".join(str(each) for each in locations))
-
-
-# --- Where the rows are ---
 
 
 def describe_source(source: Source, **options: str | None) -> list[Any]:
@@ -181,7 +132,7 @@ def _resolve(location: object, options: dict[str, str | None], streaming: bool =
         _refuse_options(text, options, usable, "a folder of files")
         splits = _declared_splits(path, declared, options) if declared else _named_splits(path, options)
     elif path.is_file():
-        splits = {"train": [path]} | {split: [path] for split in _split_words(_stem(path))[:1]}
+        splits = {"train": [path]} | {split: [path] for split in _split_words(stem_of(path))[:1]}
     elif glob.has_magic(text):
         files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
         if not files:
@@ -193,9 +144,9 @@ def _resolve(location: object, options: dict[str, str | None], streaming: bool =
         raise DataError(f"dataset.source={text} does not exist. {_nearby(path)}")
     _refuse_options(text, options, usable, "a matter of files")
     for file in (file for files in splits.values() for file in files):
-        if not _kind_of(file):
-            raise DataError(f"{file} has the suffix {file.suffix!r}, expected one of {_SHOWN_SUFFIXES}. Convert it.")
-    rows = {split: partial(_rows_of_files, files, streaming) for split, files in splits.items()}
+        if not kind_of(file):
+            raise DataError(f"{file} has the suffix {file.suffix!r}, expected one of {KNOWN_SUFFIXES}. Convert it.")
+    rows = {split: partial(rows_of_files, files, streaming) for split, files in splits.items()}
     return [_select(text, rows, options["split"])]
 
 
@@ -239,7 +190,7 @@ def _walk(folder: Path, depth: int = _MAX_DEPTH) -> list[Path]:
             continue
         if entry.is_dir() and depth:
             found += _walk(entry, depth - 1)
-        elif entry.is_file() and _kind_of(entry):
+        elif entry.is_file() and kind_of(entry):
             found.append(entry)
     return found
 
@@ -251,12 +202,12 @@ def _named_splits(folder: Path, options: Mapping[str, str | None]) -> dict[str, 
         raise DataError(f"dataset.data_dir={options['data_dir']}: there is no folder {folder}. {_nearby(folder)}")
     files = _walk(folder, depth=0) or _walk(folder)
     # A .json file next to data files is more often a description of them than a part of them.
-    data_files = [file for file in files if _kind_of(file) != ".json"] or files
+    data_files = [file for file in files if kind_of(file) != ".json"] or files
     if not data_files:
-        raise DataError(f"{folder} holds no {_SHOWN_SUFFIXES} file. {_contents(folder)}")
+        raise DataError(f"{folder} holds no {KNOWN_SUFFIXES} file. {_contents(folder)}")
     if len(data_files) < len(files):
         log.info("%s: not read: %s", folder, ", ".join(file.name for file in files if file not in data_files))
-    kinds = sorted({_kind_of(file).replace(".ndjson", ".jsonl") for file in data_files})
+    kinds = sorted({kind_of(file).replace(".ndjson", ".jsonl") for file in data_files})
     if len(kinds) > 1:
         raise DataError(
             f"{folder} holds {' and '.join(kinds)} files, which may be the same rows twice. Name those to read, "
@@ -270,7 +221,7 @@ def _named_splits(folder: Path, options: Mapping[str, str | None]) -> dict[str, 
     else:
         by_split = {file: _split_words("/".join(name.parts[:-1])) for file, name in names.items()}
     if not any(by_split.values()):
-        by_split = {file: _split_words(_stem(file)) for file in data_files}
+        by_split = {file: _split_words(stem_of(file)) for file in data_files}
     if not any(by_split.values()):
         return {"train": data_files}
     splits: dict[str, list[Path]] = {}
@@ -353,10 +304,10 @@ def _declared_splits(
         for path in paths if isinstance(paths, list) else [paths]:
             pattern = Path(glob.escape(str(folder / data_dir))) / _declared_path(folder, path)
             found = [file for file in map(Path, sorted(glob.glob(str(pattern), recursive=True))) if file.is_file()]
-            readable = [file for file in found if _kind_of(file)]
+            readable = [file for file in found if kind_of(file)]
             if not readable:
                 raise DataError(
-                    f"{folder / 'README.md'} declares {path} for split {split}, and no {_SHOWN_SUFFIXES} file matches "
+                    f"{folder / 'README.md'} declares {path} for split {split}, and no {KNOWN_SUFFIXES} file matches "
                     "it. Name the files to read."
                 )
             splits.setdefault(str(split), []).extend(readable)
@@ -368,7 +319,7 @@ def _could_be_hub_name(text: str) -> bool:
         text.count("/") <= 1
         and not text.startswith((".", "/", "~"))
         and not text.endswith("/")
-        and not _kind_of(Path(text))
+        and not kind_of(Path(text))
         and "\\" not in text
     )
 
@@ -393,7 +344,7 @@ def _contents(folder: Path) -> str:
     return f"The folder {folder.resolve()} holds: {', '.join(names[:10])}{more}."
 
 
-# --- Readers, one per kind ---
+# --- The datasets library ---
 
 
 def _not_empty(rows: Iterable[Row], label: str) -> Iterator[Row]:
@@ -403,209 +354,6 @@ def _not_empty(rows: Iterable[Row], label: str) -> Iterator[Row]:
         yield row
     if not found:
         raise DataError(f"{label} has no rows. Training needs at least one.")
-
-
-def _row(value: object, where: str, default_id: str, from_arrow: bool = False) -> Row:
-    if isinstance(value, Mapping):
-        return Row(where, dict(value), default_id, from_arrow=from_arrow)
-    return Row(
-        where, {}, default_id, f"found a {type(value).__name__}, expected an object with named columns. Fix the row"
-    )
-
-
-def _kind_of(path: Path) -> str:
-    """The suffix that says how a file is read, without that of its compression; empty if it cannot be read."""
-    name = path.name.lower()
-    compression = next((each for each in _COMPRESSIONS if name.endswith(each)), "")
-    kind = Path(name.removesuffix(compression)).suffix
-    return kind if kind in _TEXT_SUFFIXES or (kind in _ARROW_SUFFIXES and not compression) else ""
-
-
-def _stem(path: Path) -> str:
-    return Path(path.stem).stem if path.suffix.lower() in _COMPRESSIONS else path.stem
-
-
-def _rows_of_files(paths: Sequence[Path], streaming: bool) -> Iterator[Row]:
-    for path in paths:
-        yield from _file_rows(path, streaming)
-
-
-def _file_rows(path: Path, streaming: bool) -> Iterator[Row]:
-    kind = _kind_of(path)
-    if streaming and kind == ".json":
-        raise DataError(
-            f"{path.name}: a JSON list can only be read whole, dataset.streaming=true reads row by row. Convert it to "
-            "JSON Lines or parquet."
-        )
-    if kind in _ARROW_SUFFIXES:
-        yield from _arrow_rows(path, kind[1:])
-        return
-    number = 0
-    try:
-        with _open_bytes(path) as stream:
-            rows = _line_rows(path, stream) if kind in _LINE_SUFFIXES else _json_rows(path, stream)
-            if kind in _TABLE_SUFFIXES:
-                rows = _table_rows(path, stream, _TABLE_SUFFIXES[kind])
-            for number, row in enumerate(rows, start=1):  # noqa: B007 - an error says where reading ended
-                yield row
-    except _READING_FAULTS as error:
-        behind = f" after {number} rows" if number else ""
-        raise DataError(f"{path} cannot be read{behind}: {getattr(error, 'strerror', None) or error}.") from error
-
-
-def _open_bytes(path: Path) -> BinaryIO:
-    """A file's bytes, decompressed by what its name says."""
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        import pyarrow as pa
-
-        return cast("BinaryIO", io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return cast("BinaryIO", openers.get(suffix, open)(path, "rb"))
-
-
-def _line_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
-    # Bytes, not text: one bad byte must cost one row, and must not move the line numbers.
-    number = 0
-    while line := stream.readline(MAX_JSON_BYTES + 1):
-        number += 1
-        if len(line) > MAX_JSON_BYTES:
-            raise DataError(f"{path.name}:{number}: a line of more than {MAX_JSON_BYTES // 2**20} MiB. Fix the file.")
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
-        if line.strip():
-            yield _parse_line(line, f"{path.name}:{number}", f"{_stem(path)}-{number}")
-
-
-def _table_rows(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
-    """Rows of a CSV file with a header; all values are texts, and empty ones are null."""
-    csv.field_size_limit(MAX_JSON_BYTES)
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    try:
-        # pandas writes its index under an empty name, and reads it back under this one
-        header = [name or f"Unnamed: {index}" for index, name in enumerate(next(reader, []))]
-        if len(set(header)) < len(header):
-            raise DataError(f"{path.name}:1: columns {header!r:.200}, expected a header of different names.")
-        line = reader.line_num
-        for cells in reader:
-            where, default_id = f"{path.name}:{line + 1}", f"{_stem(path)}-{line + 1}"
-            line = reader.line_num
-            if not cells:
-                continue
-            fault = None
-            if len(cells) != len(header):
-                fault = f"found {len(cells)} columns, expected {len(header)} as in the header. Fix the row"
-            elif any(not cell.isascii() and _ESCAPED.search(cell) for cell in cells):
-                fault = f"a byte is not UTF-8. {_TO_UTF8}"
-            data = {} if fault else {name: cell or None for name, cell in zip(header, cells, strict=True)}
-            yield Row(where, data, default_id, fault)
-    except csv.Error as error:
-        raise DataError(f"{path.name}:{reader.line_num}: not valid CSV: {error}. Fix the file.") from error
-
-
-def _parsed(raw: bytes) -> tuple[Any, str, int]:
-    """A JSON value, or what is wrong with it and in which line."""
-    try:
-        return json.loads(raw.decode("utf-8")), "", 0
-    except UnicodeDecodeError as error:
-        line, begin = raw.count(b"\n", 0, error.start) + 1, raw.rfind(b"\n", 0, error.start) + 1
-        fault = f"byte 0x{raw[error.start]:02x} at position {error.start - begin} is not UTF-8. {_TO_UTF8}"
-        return None, fault, line
-    except json.JSONDecodeError as error:
-        return None, f"not valid JSON: {error.msg} at column {error.colno}", error.lineno
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
-        return None, f"not usable JSON: {error}", 1
-
-
-def _parse_line(line: bytes, where: str, default_id: str) -> Row:
-    value, fault, _ = _parsed(line)
-    if not fault:
-        return _row(value, where, default_id)
-    remedy = "" if fault.endswith(_TO_UTF8) else ". Expected one object per line. Fix the row"
-    return Row(where, {}, default_id, fault + remedy)
-
-
-def _json_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
-    raw = stream.read().removeprefix(b"\xef\xbb\xbf")
-    start = raw.lstrip()
-    if not start:
-        return
-    if start[:1] not in (b"[", b"{"):
-        raise DataError(
-            f"{path} starts with {chr(start[0])!r}, expected a JSON list of objects or one object per line."
-        )
-    first, _, rest = start.partition(b"\n")
-    if start[:1] == b"{" and rest.strip() and _parse_line(first, "", "").error is None:
-        # Many files that are called .json hold one object per line.
-        yield from _line_rows(path, io.BytesIO(raw))
-        return
-    items, fault, line = _parsed(raw)
-    if fault:
-        raise DataError(
-            f"{path.name}:{line}: {fault}. A JSON list can only be read whole: fix the file, or convert it to JSON "
-            "Lines, where one bad row does not hide the others."
-        )
-    for index, value in enumerate(items if isinstance(items, list) else _list_in(items, path)):
-        yield _row(value, f"{path.name}:item {index}", f"{_stem(path)}-{index}")
-
-
-def _list_in(value: Mapping[str, Any], path: Path) -> list[Any]:
-    """The rows of a JSON object: the list that it holds under a name for rows, or itself."""
-    wrapped = [key for key in _LIST_KEYS if key in value]
-    if not wrapped:
-        return [value]
-    lists = [key for key in wrapped if isinstance(value[key], list) and value[key]]
-    rows = [key for key in lists if all(isinstance(each, Mapping) for each in value[key])]
-    if not lists or not rows:
-        raise DataError(
-            f"{path} starts with '{{', expected a JSON list of objects, one object per line, or an object with such a "
-            f"list under 'data'; found {', '.join(map(str, value))}."
-        )
-    if len(rows) > 1:
-        raise DataError(f"{path} holds several lists: {', '.join(rows)}. Write those to read to a file of their own.")
-    return value[rows[0]]
-
-
-def _arrow_rows(path: Path, kind: str) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    index = 0
-    try:
-        with path.open("rb") as file:
-            if kind == "parquet":
-                batches: Iterable[Any] = pq.ParquetFile(file).iter_batches(batch_size=_PARQUET_BATCH_ROWS)
-            elif file.read(6) == b"ARROW1":
-                reader = pa.ipc.open_file(file)
-                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            else:
-                file.seek(0)
-                batches = pa.ipc.open_stream(file)
-            for batch in batches:
-                batch.validate(full=True)  # offsets of a damaged file would be read as they are
-                for start in range(0, batch.num_rows, _PARQUET_BATCH_ROWS):
-                    for value in _values(batch.slice(start, _PARQUET_BATCH_ROWS), path, index):
-                        yield _row(value, f"{path.name}:row {index}", f"{path.stem}-{index}", from_arrow=True)
-                        index += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, SystemError, MemoryError) as error:
-        raise DataError(f"{path} cannot be read as {kind} after {index} rows: {error}.") from error
-
-
-def _values(batch: Any, path: Path, index: int) -> list[dict[str, Any]]:
-    """Rows as Python values; a value that Python has none for (a date of the year 0) is an error with its column."""
-    try:
-        return batch.to_pylist()
-    except _VALUE_FAULTS as error:
-        for name, column in zip(batch.schema.names, batch.columns, strict=True):
-            try:
-                column.to_pylist()
-            except _VALUE_FAULTS as fault:
-                raise DataError(
-                    f"{path}: column {name!r} ({column.type}) has a value that cannot be read, in the rows from "
-                    f"{index} on: {fault}. Fix or remove the column."
-                ) from fault
-        raise DataError(f"{path}: the rows from {index} on cannot be read: {error}.") from error
 
 
 def _datasets_library(wanted_for: str) -> Any:
@@ -670,7 +418,7 @@ def _rows_of_split(loaded: Any, label: str, split: str) -> Iterator[Row]:
             return
         except _LIBRARY_FAULTS as error:
             raise DataError(f"{where}: cannot be read: {_bad_column(loaded, index)}{error}.") from error
-        yield _row(value, where, f"{stem}-{index}", from_arrow=True)
+        yield make_row(value, where, f"{stem}-{index}", from_arrow=True)
 
 
 def _bad_column(loaded: Any, index: int) -> str:

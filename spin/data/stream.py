@@ -9,8 +9,8 @@ from typing import Any
 from spin.core.errors import DataError
 from spin.data.dataset import PromptDataset
 from spin.data.order import iteration_samples, permutation
+from spin.data.rows import Row
 from spin.data.samples import MAX_FINDINGS, EncodedRow, SampleFilter
-from spin.data.sources import Row
 from spin.types import Prompt
 
 

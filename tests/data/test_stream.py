@@ -12,7 +12,8 @@ import pytest
 from spin.core.errors import ConfigError, DataError
 from spin.data import PromptStream
 from spin.data.read import prompt_dataset
-from spin.data.sources import Row, read_rows
+from spin.data.rows import Row
+from spin.data.sources import read_rows
 from spin.data.stream import shuffled_rows
 from tests.data.test_read import Letters, pair, text
 

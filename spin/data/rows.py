@@ -1,0 +1,262 @@
+"""Rows of files, each with the place to name when something is wrong with it.
+
+A row that cannot be read is not an exception here but a :class:`Row` with ``error`` set, so that one pass can report
+all of them; a file that cannot be read at all is a ``DataError``.
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from spin.core.errors import DataError
+from spin.core.files import MAX_JSON_BYTES
+
+_LINE_SUFFIXES = (".jsonl", ".ndjson")
+_TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
+_TEXT_SUFFIXES = (*_LINE_SUFFIXES, ".json", *_TABLE_SUFFIXES)  # these may be compressed
+_ARROW_SUFFIXES = (".parquet", ".arrow")
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+KNOWN_SUFFIXES = (
+    f"{', '.join((*_TEXT_SUFFIXES, *_ARROW_SUFFIXES))} (or one of the first with {', '.join(_COMPRESSIONS)})"
+)
+_LIST_KEYS = ("data", "rows", "train", "examples", "samples", "items", "instances", "records")  # of a JSON object
+_READING_FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+# What the libraries raise for values that Python has none for, and the datasets library on damaged files.
+VALUE_FAULTS = (ValueError, OverflowError, LookupError, TypeError)
+_TO_UTF8 = "Convert the file, for example with iconv -t utf-8"
+_PARQUET_BATCH_ROWS = 1024
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, by surrogateescape
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a source.
+
+    Args:
+        where (str): the place to name in a message: ``data.jsonl:17`` (lines count from 1), ``data.parquet:row 3``,
+            ``data.json:item 3`` and ``hf:name[train]:5`` (these count from 0).
+        data (dict[str, Any]): column name to value; empty if ``error`` is set.
+        default_id (str): the row's id if it has none of its own: file stem and row number.
+        error (str | None): why the row could not be read, with the remedy.
+        from_arrow (bool): its structs have the keys of all rows, null where a row had none.
+    """
+
+    where: str
+    data: dict[str, Any]
+    default_id: str
+    error: str | None = None
+    from_arrow: bool = False
+
+
+def make_row(value: object, where: str, default_id: str, from_arrow: bool = False) -> Row:
+    if isinstance(value, Mapping):
+        return Row(where, dict(value), default_id, from_arrow=from_arrow)
+    return Row(
+        where, {}, default_id, f"found a {type(value).__name__}, expected an object with named columns. Fix the row"
+    )
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is read, without that of its compression; empty if it cannot be read."""
+    name = path.name.lower()
+    compression = next((each for each in _COMPRESSIONS if name.endswith(each)), "")
+    kind = Path(name.removesuffix(compression)).suffix
+    return kind if kind in _TEXT_SUFFIXES or (kind in _ARROW_SUFFIXES and not compression) else ""
+
+
+def stem_of(path: Path) -> str:
+    return Path(path.stem).stem if path.suffix.lower() in _COMPRESSIONS else path.stem
+
+
+def rows_of_files(paths: Sequence[Path], streaming: bool) -> Iterator[Row]:
+    for path in paths:
+        yield from _file_rows(path, streaming)
+
+
+def _file_rows(path: Path, streaming: bool) -> Iterator[Row]:
+    kind = kind_of(path)
+    if streaming and kind == ".json":
+        raise DataError(
+            f"{path.name}: a JSON list can only be read whole, dataset.streaming=true reads row by row. Convert it to "
+            "JSON Lines or parquet."
+        )
+    if kind in _ARROW_SUFFIXES:
+        yield from _arrow_rows(path, kind[1:])
+        return
+    number = 0
+    try:
+        with _open_bytes(path) as stream:
+            rows = _line_rows(path, stream) if kind in _LINE_SUFFIXES else _json_rows(path, stream)
+            if kind in _TABLE_SUFFIXES:
+                rows = _table_rows(path, stream, _TABLE_SUFFIXES[kind])
+            for number, row in enumerate(rows, start=1):  # noqa: B007 - an error says where reading ended
+                yield row
+    except _READING_FAULTS as error:
+        behind = f" after {number} rows" if number else ""
+        raise DataError(f"{path} cannot be read{behind}: {getattr(error, 'strerror', None) or error}.") from error
+
+
+def _open_bytes(path: Path) -> BinaryIO:
+    """A file's bytes, decompressed by what its name says."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow as pa
+
+        return cast("BinaryIO", io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
+    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    return cast("BinaryIO", openers.get(suffix, open)(path, "rb"))
+
+
+def _line_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
+    # Bytes, not text: one bad byte must cost one row, and must not move the line numbers.
+    number = 0
+    while line := stream.readline(MAX_JSON_BYTES + 1):
+        number += 1
+        if len(line) > MAX_JSON_BYTES:
+            raise DataError(f"{path.name}:{number}: a line of more than {MAX_JSON_BYTES // 2**20} MiB. Fix the file.")
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield _parse_line(line, f"{path.name}:{number}", f"{stem_of(path)}-{number}")
+
+
+def _table_rows(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
+    """Rows of a CSV file with a header; all values are texts, and empty ones are null."""
+    csv.field_size_limit(MAX_JSON_BYTES)
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    try:
+        # pandas writes its index under an empty name, and reads it back under this one
+        header = [name or f"Unnamed: {index}" for index, name in enumerate(next(reader, []))]
+        if len(set(header)) < len(header):
+            raise DataError(f"{path.name}:1: columns {header!r:.200}, expected a header of different names.")
+        line = reader.line_num
+        for cells in reader:
+            where, default_id = f"{path.name}:{line + 1}", f"{stem_of(path)}-{line + 1}"
+            line = reader.line_num
+            if not cells:
+                continue
+            fault = None
+            if len(cells) != len(header):
+                fault = f"found {len(cells)} columns, expected {len(header)} as in the header. Fix the row"
+            elif any(not cell.isascii() and _ESCAPED.search(cell) for cell in cells):
+                fault = f"a byte is not UTF-8. {_TO_UTF8}"
+            data = {} if fault else {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            yield Row(where, data, default_id, fault)
+    except csv.Error as error:
+        raise DataError(f"{path.name}:{reader.line_num}: not valid CSV: {error}. Fix the file.") from error
+
+
+def _parsed(raw: bytes) -> tuple[Any, str, int]:
+    """A JSON value, or what is wrong with it and in which line."""
+    try:
+        return json.loads(raw.decode("utf-8")), "", 0
+    except UnicodeDecodeError as error:
+        line, begin = raw.count(b"\n", 0, error.start) + 1, raw.rfind(b"\n", 0, error.start) + 1
+        fault = f"byte 0x{raw[error.start]:02x} at position {error.start - begin} is not UTF-8. {_TO_UTF8}"
+        return None, fault, line
+    except json.JSONDecodeError as error:
+        return None, f"not valid JSON: {error.msg} at column {error.colno}", error.lineno
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
+        return None, f"not usable JSON: {error}", 1
+
+
+def _parse_line(line: bytes, where: str, default_id: str) -> Row:
+    value, fault, _ = _parsed(line)
+    if not fault:
+        return make_row(value, where, default_id)
+    remedy = "" if fault.endswith(_TO_UTF8) else ". Expected one object per line. Fix the row"
+    return Row(where, {}, default_id, fault + remedy)
+
+
+def _json_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
+    raw = stream.read().removeprefix(b"\xef\xbb\xbf")
+    start = raw.lstrip()
+    if not start:
+        return
+    if start[:1] not in (b"[", b"{"):
+        raise DataError(
+            f"{path} starts with {chr(start[0])!r}, expected a JSON list of objects or one object per line."
+        )
+    first, _, rest = start.partition(b"\n")
+    if start[:1] == b"{" and rest.strip() and _parse_line(first, "", "").error is None:
+        # Many files that are called .json hold one object per line.
+        yield from _line_rows(path, io.BytesIO(raw))
+        return
+    items, fault, line = _parsed(raw)
+    if fault:
+        raise DataError(
+            f"{path.name}:{line}: {fault}. A JSON list can only be read whole: fix the file, or convert it to JSON "
+            "Lines, where one bad row does not hide the others."
+        )
+    for index, value in enumerate(items if isinstance(items, list) else _list_in(items, path)):
+        yield make_row(value, f"{path.name}:item {index}", f"{stem_of(path)}-{index}")
+
+
+def _list_in(value: Mapping[str, Any], path: Path) -> list[Any]:
+    """The rows of a JSON object: the list that it holds under a name for rows, or itself."""
+    wrapped = [key for key in _LIST_KEYS if key in value]
+    if not wrapped:
+        return [value]
+    lists = [key for key in wrapped if isinstance(value[key], list) and value[key]]
+    rows = [key for key in lists if all(isinstance(each, Mapping) for each in value[key])]
+    if not lists or not rows:
+        raise DataError(
+            f"{path} starts with '{{', expected a JSON list of objects, one object per line, or an object with such a "
+            f"list under 'data'; found {', '.join(map(str, value))}."
+        )
+    if len(rows) > 1:
+        raise DataError(f"{path} holds several lists: {', '.join(rows)}. Write those to read to a file of their own.")
+    return value[rows[0]]
+
+
+def _arrow_rows(path: Path, kind: str) -> Iterator[Row]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    index = 0
+    try:
+        with path.open("rb") as file:
+            if kind == "parquet":
+                batches: Iterable[Any] = pq.ParquetFile(file).iter_batches(batch_size=_PARQUET_BATCH_ROWS)
+            elif file.read(6) == b"ARROW1":
+                reader = pa.ipc.open_file(file)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                file.seek(0)
+                batches = pa.ipc.open_stream(file)
+            for batch in batches:
+                batch.validate(full=True)  # offsets of a damaged file would be read as they are
+                for start in range(0, batch.num_rows, _PARQUET_BATCH_ROWS):
+                    for value in _values(batch.slice(start, _PARQUET_BATCH_ROWS), path, index):
+                        yield make_row(value, f"{path.name}:row {index}", f"{path.stem}-{index}", from_arrow=True)
+                        index += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, SystemError, MemoryError) as error:
+        raise DataError(f"{path} cannot be read as {kind} after {index} rows: {error}.") from error
+
+
+def _values(batch: Any, path: Path, index: int) -> list[dict[str, Any]]:
+    """Rows as Python values; a value that Python has none for (a date of the year 0) is an error with its column."""
+    try:
+        return batch.to_pylist()
+    except VALUE_FAULTS as error:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                column.to_pylist()
+            except VALUE_FAULTS as fault:
+                raise DataError(
+                    f"{path}: column {name!r} ({column.type}) has a value that cannot be read, in the rows from "
+                    f"{index} on: {fault}. Fix or remove the column."
+                ) from fault
+        raise DataError(f"{path}: the rows from {index} on cannot be read: {error}.") from error
