@@ -41,8 +41,7 @@ from spin.data import Prompt, PromptDataset
 from spin.data.dates import fix_date
 from spin.evaluation import verdicts
 from spin.evaluation.models import EVAL_MODEL_DEFAULTS, EvalModel, check_evaluation, eval_model_roles
-from spin.generators import sampling_params
-from spin.generators import stage as selfplay
+from spin.generators import sampling_params, stage
 from spin.generators.engines import engine_group, policy_loaded
 from spin.pairs.packing import RowLayout
 from spin.pairs.shards import missing_shards, open_store, seal
@@ -200,8 +199,8 @@ class SPINEvaluate:
             "compute_dtype": cfg.compute_dtype,
         }
         who.weights = fingerprint["opponent"]
-        game = selfplay.PlayTask(prompts, range(len(prompts)), sampling, cfg.seed, limits=who.limits)
-        num_shards = selfplay.num_shards(len(prompts), cfg.prompts_per_shard, world.world_size)
+        task = stage.PlayTask(prompts, range(len(prompts)), sampling, cfg.seed, limits=who.limits)
+        num_shards = stage.num_shards(len(prompts), cfg.prompts_per_shard, world.world_size)
         store = open_store(folder, fingerprint, num_shards, world, log.warning)
         missing = missing_shards(store, world)
         if missing:
@@ -210,7 +209,7 @@ class SPINEvaluate:
             model = who.load(world, cfg.compute_dtype) if who.has_weights else None
             generator = generator or who.generator(model, world)
             group = engine_group(generator, world)
-            mine = selfplay.shards_for_rank(missing, store, game, group)
+            mine = stage.shards_for_rank(missing, store, task, group)
             own = math.ceil(len(prompts) * len(mine) / store.num_shards)  # about so many prompts
             with progress_bar(who.name, "prompt", own, enabled=world.is_main) as bar:
                 # a generator without weights needs none
@@ -221,7 +220,7 @@ class SPINEvaluate:
                             generator, model, world, prompts, sampling, layout=layout, chunk_tokens=2048
                         )
                     with raise_on_all_ranks(world, OutputError):  # inside, each rank makes its shards by itself
-                        selfplay.play(store, mine, game, generator, group=group, on_shard=bar.update)
+                        stage.play(store, mine, task, generator, group=group, on_shard=bar.update)
         if generator is not None:
             generator.close()
         model = generator = None

@@ -62,7 +62,7 @@ def write_run(folder, iterations=2, steps=10, finished=True, changes=None, promp
             samples.append(
                 {
                     "step": rows[-1]["step"], "sample_id": sample, "iteration": iteration, "prompt": prompt,
-                    "real": f"real answer of {iteration}", "generated": f"generated <b>answer</b> of {iteration}",
+                    "real": f"real response of {iteration}", "generated": f"generated <b>response</b> of {iteration}",
                     "finish_reason": "stop", "margin": 0.25,
                 }
             )  # fmt: skip
@@ -78,10 +78,10 @@ def write_run(folder, iterations=2, steps=10, finished=True, changes=None, promp
 
 
 def write_store(path, scored=False):
-    """Two answers of 2 and 4 tokens in two shards, the second one cut; the margins are +10 and -5 nats."""
+    """Two responses of 2 and 4 tokens in two shards, the second one cut; the margins are +10 and -5 nats."""
     store = PairStore.open_or_create(path, {"opponent": "0" * 64, "dataset": "d" * 64, "tokenizer": "t" * 64}, 2)
-    answers = [([7, 2], "stop", -30.0), ([7, 8, 9, 7], "length", -15.0)]
-    for shard, (ids, reason, logp) in enumerate(answers):
+    responses = [([7, 2], "stop", -30.0), ([7, 8, 9, 7], "length", -15.0)]
+    for shard, (ids, reason, logp) in enumerate(responses):
         response = Response(ids, reason, logp if scored else None)
         pair = Pair(f"sample-{shard}", 0, [1, 5, 6], [8, 2], [response], -20.0 if scored else None)
         store.write_shard(shard, [pair])

@@ -25,7 +25,7 @@ COMMANDS = {
     "validate": ("spin.cli.validate", "check a config, its data and its arithmetic; loads no weights"),
     "estimate": ("spin.cli.estimate", "say what memory and time a config will take"),
     "pairs": ("spin.cli.pairs", "look at a pair store, filter and export it"),
-    "report": ("spin.cli.report", "make an HTML file of a run's curves and answers"),
+    "report": ("spin.cli.report", "make an HTML file of a run's curves and responses"),
     "export": ("spin.cli.export", "make a Hugging Face folder with a model card"),
     "doctor": ("spin.cli.doctor", "say what is installed, and what is missing or does not fit"),
 }
@@ -42,7 +42,7 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs a command; an error that its user can mend is a line on stderr, without a traceback."""
+    """Runs a command; a user's error is a line on stderr, without a traceback unless SPIN_TRACEBACK=1."""
     escape_unencodable_output()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if argv else sys.stderr)

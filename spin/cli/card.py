@@ -48,13 +48,13 @@ def model_card(
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {base}, SPIN iteration {iteration}",
         f"{base} after {_count(iteration + 1, 'iteration')} of self-play fine-tuning "
-        "([SPIN](https://arxiv.org/abs/2401.01335)): in each one, the model learns to tell the real answers of a "
+        "([SPIN](https://arxiv.org/abs/2401.01335)): in each one, the model learns to tell the real responses of a "
         f"supervised data set from its own. Made with spin-torchtune {spin.__version__}.",
         "## How it was made\n\n" + _table(("", ""), _settings(cfg, source)),
         "## Iterations\n\n" + _iterations(run, cfg, iteration),
         "Loss is the SPIN loss at the first and the last step of an iteration (ln 2 = 0.693 is where two equal models "
-        "stand); acc the share of pairs whose real answer gained more than the generated one, at the last step; "
-        "validation loss the mean negative log-prob per token of real answers, in nats.",
+        "stand); acc the fraction of pairs whose real response gained more than the generated one, at the last step; "
+        "validation loss the mean negative log-prob per token of real responses, in nats.",
         "## Hashes\n\n" + _table(("what", "hash"), _hashes(run, iteration, model)),
         f"## Config\n\n```yaml\n{yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True)}```",
     ]
@@ -70,16 +70,16 @@ def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
         "learning rate": "optimizer.lr",
         "optimizer": "optimizer._component_",
         "temperature": "sampling.temperature",
-        "longest answer, tokens": "sampling.max_new_tokens",
+        "longest response, tokens": "sampling.max_new_tokens",
         "seed": "seed",
     }
     where_used = {
         "samples of an iteration, streamed": "dataset.limit" if OmegaConf.select(cfg, "dataset.streaming") else "",
-        "answers to a prompt": "pairs.responses_per_prompt",
+        "responses to a prompt": "pairs.responses_per_prompt",
         "earlier iterations trained on": "pairs.history",
-        "weight of the real answers' log-prob": "nll_weight",
+        "weight of the real responses' log-prob": "nll_weight",
     }
-    unused = {"answers to a prompt": 1}
+    unused = {"responses to a prompt": 1}
     rows = [("started from", f"`{cfg.checkpointer.checkpoint_dir}`"), ("data", f"`{source}`")]
     for label, key in {**always, **where_used}.items():
         value = OmegaConf.select(cfg, key) if key else None

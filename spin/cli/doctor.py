@@ -79,7 +79,7 @@ def vllm() -> list[Finding]:
         ]
     package, found = installed
     torch = installed_version("torch")
-    if torch is None:  # which is told as a fault of its own
+    if torch is None:  # a fault of its own
         return [Finding("vllm", _OK, found)]
     wanted = [Requirement(text) for text in importlib.metadata.requires(package) or ()]
     for requirement in wanted:

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     """Adds a model card to an iteration's model, or copies both elsewhere."""
     parser = argparse.ArgumentParser(
         prog="python -m spin export",
-        description="Write a model card (README.md) beside an iteration's Hugging Face model; with --out copy both.",
+        description="Write a model card (README.md) next to an iteration's Hugging Face model; with --out copy both.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="output_dir of the run")
@@ -80,6 +80,6 @@ def _files_of(model: Path, run: Path) -> list[Path]:
                     pass
             except (SafetensorError, OSError) as error:
                 raise OutputError(
-                    f"{file}: not a whole safetensors file ({error}); export another iteration."
+                    f"{file}: not a complete safetensors file ({error}); export another iteration."
                 ) from error
     return files

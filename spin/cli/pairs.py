@@ -1,4 +1,4 @@
-"""``python -m spin pairs``: what the opponent answered, to look at, to filter, and to take elsewhere."""
+"""``python -m spin pairs``: shows, filters and exports the responses in a pair store."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from spin.data import ChatTokenizer, Pair, PairStore, Response
 from spin.run.folder import read_config
 
 _QUANTILES = (0, 10, 50, 90, 100)  # per cent
-Answer = tuple[Pair, int, Response]  # a pair, the number of one of its answers, the answer
+Item = tuple[Pair, int, Response]  # a pair, the number of one of its responses, the response
 
 
 def main(argv: Sequence[str]) -> None:
     """Shows, filters and exports a pair store."""
     parser = argparse.ArgumentParser(
         prog="python -m spin pairs",
-        description="Count a pair store's answers, show a sample of them, export them as JSON Lines.",
+        description="Count a pair store's responses, show a sample of them, export them as JSON Lines.",
         epilog="A margin is the opponent's log-prob of the real less that of the generated response, in nats; it "
         "stands in scored stores (iteration_NNN/pairs). Filters hold for the counts, the sample and the export.",
         allow_abbrev=False,
     )
     parser.add_argument("store", type=Path, help="such as runs/quickstart/iteration_000/pairs")
-    parser.add_argument("--sample", type=int, default=0, metavar="N", help="show N answers, drawn at random")
-    parser.add_argument("--check", action="store_true", help="read every shard, compare checksums and origin; no more")
+    parser.add_argument("--sample", type=int, default=0, metavar="N", help="show N responses, drawn at random")
+    parser.add_argument("--check", action="store_true", help="only read every shard, and compare checksums and origin")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--min-margin", type=float, metavar="NATS")
     parser.add_argument("--max-margin", type=float, metavar="NATS")
     parser.add_argument("--min-length", type=int, metavar="TOKENS", help="of the generated response")
     parser.add_argument("--max-length", type=int, metavar="TOKENS", help="of the generated response")
-    parser.add_argument("--finish", choices=("stop", "length"), help="length: answers that the limit cut")
-    parser.add_argument("--export", type=Path, metavar="FILE.jsonl", help="write the answers as JSON Lines")
+    parser.add_argument("--finish", choices=("stop", "length"), help="length: truncated responses")
+    parser.add_argument("--export", type=Path, metavar="FILE.jsonl", help="write the responses as JSON Lines")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's, if it is a ChatTokenizer")
     parser.add_argument("--trust", action="store_true", help="take that tokenizer from another user's run too")
     arguments = parser.parse_args(list(argv))
@@ -55,16 +55,16 @@ def main(argv: Sequence[str]) -> None:
         if faults:
             raise StoreError("\n".join(faults))
         state = "sealed" if store.is_sealed else "not sealed"
-        print(f"{printable(store.path)}: {store.num_shards} shards ({state}), all whole, unchanged, and of this store")
+        print(f"{printable(store.path)}: {store.num_shards} shards ({state}), complete, unchanged, and of this store")
         return
-    answers = [answer for answer in _answers(store) if _passes(answer, arguments)]
-    print(printable("\n".join(summary_lines(store, answers))))
+    items = [item for item in _items(store) if _passes(item, arguments)]
+    print(printable("\n".join(summary_lines(store, items))))
     if not arguments.sample and arguments.export is None:
         return
     decode = _decoder(arguments.store, arguments.tokenizer, arguments.trust)
-    rows = [_row(answer, decode) for answer in answers] if arguments.export else []
-    for answer in random.Random(arguments.seed).sample(answers, min(arguments.sample, len(answers))):
-        row = _row(answer, decode)
+    rows = [_row(item, decode) for item in items] if arguments.export else []
+    for item in random.Random(arguments.seed).sample(items, min(arguments.sample, len(items))):
+        row = _row(item, decode)
         margin = "" if row["margin"] is None else f", margin {row['margin']:.2f} nats"
         sample_id = printable(row["sample_id"], one_line=True)
         print(f"\n--- {sample_id} #{row['k']}, finish reason {row['finish_reason']}{margin}")
@@ -72,28 +72,28 @@ def main(argv: Sequence[str]) -> None:
             print(f"[{column}] {printable(row[column])}")
     if arguments.export:
         replace_text(arguments.export, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"\n{len(rows)} answers -> {printable(arguments.export)}")
+        print(f"\n{len(rows)} responses -> {printable(arguments.export)}")
 
 
-def summary_lines(store: PairStore, answers: Sequence[Answer]) -> list[str]:
-    """Counts and lengths."""
+def summary_lines(store: PairStore, items: Sequence[Item]) -> list[str]:
+    """Counts, lengths and margins of some of a store's responses."""
     present = store.num_shards - len(_missing(store))
-    state = "sealed" if store.is_sealed else "not sealed: still being made, or its run ended"
+    state = "sealed" if store.is_sealed else "not sealed: being written, or its run ended"
     lines = [f"{store.path}: {present} of {store.num_shards} shards, {state}", f"opponent        {store.opponent}"]
-    pairs = {pair.key for pair, _, _ in answers}
-    lines.append(f"answers         {len(answers)} to {len(pairs)} prompts")
-    if not answers:
+    pairs = {pair.key for pair, _, _ in items}
+    lines.append(f"responses       {len(items)} to {len(pairs)} prompts")
+    if not items:
         return lines
-    truncated = sum(response.finish_reason == "length" for _, _, response in answers)
-    equal = sum(np.array_equal(response.token_ids, pair.real_ids) for pair, _, response in answers)
-    lines.append(f"truncated       {truncated} ({truncated / len(answers):.1%})")
+    truncated = sum(response.finish_reason == "length" for _, _, response in items)
+    equal = sum(np.array_equal(response.token_ids, pair.real_ids) for pair, _, response in items)
+    lines.append(f"truncated       {truncated} ({truncated / len(items):.1%})")
     lines.append(f"equal to real   {equal}")
     columns: dict[str, list[float]] = {
-        "prompt": [len(pair.prompt_ids) for pair, _, _ in answers],
-        "real": [len(pair.real_ids) for pair, _, _ in answers],
-        "generated": [len(response.token_ids) for _, _, response in answers],
+        "prompt": [len(pair.prompt_ids) for pair, _, _ in items],
+        "real": [len(pair.real_ids) for pair, _, _ in items],
+        "generated": [len(response.token_ids) for _, _, response in items],
     }
-    margins = [margin for answer in answers if (margin := margin_of(answer)) is not None]
+    margins = [margin for item in items if (margin := margin_of(item)) is not None]
     if margins:
         columns["margin"] = margins
     lines.append("                 " + "".join(f"{f'{q} %':>9}" for q in _QUANTILES) + f"{'mean':>9}")
@@ -104,9 +104,9 @@ def summary_lines(store: PairStore, answers: Sequence[Answer]) -> list[str]:
     return lines
 
 
-def margin_of(answer: Answer) -> float | None:
+def margin_of(item: Item) -> float | None:
     """The opponent's log-prob of the real less that of the generated response, in nats."""
-    pair, _, response = answer
+    pair, _, response = item
     if pair.reference_real_logp is None or response.reference_logp is None:
         return None
     return pair.reference_real_logp - response.reference_logp
@@ -116,7 +116,7 @@ def _missing(store: PairStore) -> list[int]:
     return [i for i in range(store.num_shards) if not (store.path / f"shard-{i:05d}.parquet").exists()]
 
 
-def _answers(store: PairStore) -> Iterator[Answer]:
+def _items(store: PairStore) -> Iterator[Item]:
     missing = set(_missing(store))
     for shard in range(store.num_shards):
         if shard in missing and not store.is_sealed:
@@ -125,9 +125,9 @@ def _answers(store: PairStore) -> Iterator[Answer]:
             yield from ((pair, k, response) for k, response in enumerate(pair.generated))
 
 
-def _passes(answer: Answer, arguments: argparse.Namespace) -> bool:
-    _, _, response = answer
-    length, margin = len(response.token_ids), margin_of(answer)
+def _passes(item: Item, arguments: argparse.Namespace) -> bool:
+    _, _, response = item
+    length, margin = len(response.token_ids), margin_of(item)
     if (arguments.min_margin, arguments.max_margin) != (None, None):
         if margin is None:
             raise StoreError(f"{arguments.store}: is not scored, so no margin is known. Look into iteration_NNN/pairs.")
@@ -169,8 +169,8 @@ def _decoder(store: Path, folder: Path | None, trust: bool) -> Callable[[Sequenc
     raise ConfigError(f"{store}: no config.yaml of a run in the folders above it. Give --tokenizer.")
 
 
-def _row(answer: Answer, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-    pair, k, response = answer
+def _row(item: Item, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    pair, k, response = item
     ids = {"prompt": pair.prompt_ids, "real": pair.real_ids, "generated": response.token_ids}
     return {
         "sample_id": pair.sample_id,
@@ -181,5 +181,5 @@ def _row(answer: Answer, decode: Callable[[Sequence[int]], str]) -> dict[str, An
         "finish_reason": response.finish_reason,
         "reference_real_logp": pair.reference_real_logp,
         "reference_generated_logp": response.reference_logp,
-        "margin": margin_of(answer),
+        "margin": margin_of(item),
     }

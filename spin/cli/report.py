@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> None:
     """Writes a run's report, as far as the run has come."""
     parser = argparse.ArgumentParser(
         prog="python -m spin report",
-        description="Make one HTML file of a run: curves, answers, advice. While it runs or afterwards.",
+        description="Make one HTML file of a run: curves, responses, advice. While it runs or afterwards.",
         allow_abbrev=False,
     )
     parser.add_argument("run", type=Path, help="output_dir of the run")

@@ -1,4 +1,4 @@
-"""One HTML file for a run: curves, answers side by side, and advice. No script, no network, nothing beside the file."""
+"""One HTML file for a run: curves, responses side by side, and advice. No script, no network, no other files."""
 
 from spin.report.advice import advice
 from spin.report.page import render

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 from spin.report.record import IterationRecord, Metrics, RunRecord, is_number
 
-TAIL = 0.2  # share of an iteration's steps that stand for its end
+TAIL = 0.2  # fraction of an iteration's steps that stands for its end
 LEAST_STEPS = 4  # fewer say nothing
 FALLING_NATS = 1.0  # that real responses have lost
-TRUNCATED_SHARE = 0.3
+TRUNCATED_FRACTION = 0.3
 LOSS_ABOVE = 0.2  # over ln 2
 WON_ACC = 0.99
-MOVED_SHARE = 0.1
-VAL_LOSS_RISE = 0.02  # share of what it was at the start
+UPDATED_FRACTION = 0.1
+VAL_LOSS_RISE = 0.02  # relative to the start
 LN_2 = math.log(2)
 
 
@@ -24,8 +24,8 @@ def advice(run: RunRecord) -> list[str]:
     losses = run.series("val_loss")
     if len(losses) > 1 and losses[-1][1] > losses[0][1] * (1 + VAL_LOSS_RISE):
         found.append(
-            f"The validation loss rose from {losses[0][1]:.3f} to {losses[-1][1]:.3f} nats per token: real answers "
-            "became less likely on the whole. Fewer epochs or iterations, a lower optimizer.lr, or nll_weight above 0."
+            f"The validation loss rose from {losses[0][1]:.3f} to {losses[-1][1]:.3f} nats per token: real responses "
+            "became less likely. Try fewer epochs or iterations, a lower optimizer.lr, or nll_weight above 0."
         )
     skipped = [row["nonfinite_steps"] for row in run.rows if is_number(row.get("nonfinite_steps"))]
     if skipped and skipped[-1] > 0:
@@ -38,10 +38,10 @@ def advice(run: RunRecord) -> list[str]:
 
 def _of_iteration(run: RunRecord, iteration: IterationRecord) -> list[str]:
     found, steps, where = [], iteration.steps, f"Iteration {iteration.number}: "
-    share = iteration.truncated / iteration.answers if iteration.answers else 0.0
-    if share > TRUNCATED_SHARE:
+    truncated = iteration.truncated / iteration.responses if iteration.responses else 0.0
+    if truncated > TRUNCATED_FRACTION:
         found.append(
-            f"{share:.0%} of the opponent's answers were cut by the length limit. Length alone may tell "
+            f"{truncated:.0%} of the opponent's responses were truncated by the length limit. Length alone may tell "
             "them from real ones: raise sampling.max_new_tokens, or set pairs.truncated to mask or drop."
         )
     if (
@@ -71,21 +71,21 @@ def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
             "is lowered by making everything less likely. Set nll_weight above 0, or lower optimizer.lr."
         )
     if all(row.get("acc") == 0 for row in steps[1:]):
-        moved = _mean(tail, "updated_fraction")
+        updated = _mean(tail, "updated_fraction")
         remedy = "raise optimizer.lr"
-        if moved is not None and moved < MOVED_SHARE:
-            remedy = f"a step changes {moved:.1%} of the weights: set dtype=fp32, or raise optimizer.lr"
+        if updated is not None and updated < UPDATED_FRACTION:
+            remedy = f"a step changes {updated:.1%} of the weights: set dtype=fp32, or raise optimizer.lr"
         found.append(
-            f"acc stays at 0: no real answer gains on its generated one, so the policy does not learn; {remedy}."
+            f"acc stays at 0: no real response gains on its generated one, so the policy does not learn; {remedy}."
         )
     elif acc is not None and acc >= WON_ACC:
         found.append(
-            f"acc is {acc:.3f} at the end: the policy tells nearly every real answer from its own, so little is left "
+            f"acc is {acc:.3f} at the end: the policy tells nearly every real response from its own, so little is left "
             "to learn. Fewer epochs, or a higher loss.beta in later iterations."
         )
     if logistic and loss is not None and loss > LN_2 + LOSS_ABOVE:
         found.append(
-            f"the loss is {loss:.3f} at the end, far above ln 2 = 0.693: the generated answers gained on the real "
+            f"the loss is {loss:.3f} at the end, far above ln 2 = 0.693: the generated responses gained on the real "
             "ones. Lower optimizer.lr, or lengthen lr_scheduler.warmup."
         )
     return found

@@ -76,8 +76,8 @@ class _Scale:
     y_max: float
 
     def x(self, value: float) -> float:
-        share = (value - self.x_min) / (self.x_max - self.x_min) if self.x_max > self.x_min else 0.5
-        return _LEFT + share * (WIDTH - _LEFT - _RIGHT)
+        along = (value - self.x_min) / (self.x_max - self.x_min) if self.x_max > self.x_min else 0.5
+        return _LEFT + along * (WIDTH - _LEFT - _RIGHT)
 
     def y(self, value: float) -> float:
         return HEIGHT - _BOTTOM - (value - self.y_min) / (self.y_max - self.y_min) * (HEIGHT - _TOP - _BOTTOM)

@@ -47,7 +47,7 @@ def render(run: RunRecord) -> str:
 @cache
 def _template() -> Template:
     loader = FileSystemLoader(Path(__file__).parent)
-    # autoescape: prompts and answers are whatever people and models write
+    # autoescape: prompts and responses are whatever people and models write
     environment = Environment(
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_shown
     )
@@ -68,7 +68,7 @@ def state_of(run: RunRecord) -> str:
     if run.written_at is not None:
         when = f" Last written {datetime.fromtimestamp(run.written_at, timezone.utc):%Y-%m-%d %H:%M:%S} UTC."
     at = f"at step {run.last_step}, in iteration {run.iterations[-1].number}" if run.iterations else "not started"
-    return f"Not finished: {at}. It runs, or was stopped; the same command goes on from its newest state.{when}"
+    return f"Not finished: {at}. It runs, or was stopped; the same command resumes from its newest checkpoint.{when}"
 
 
 def charts_of(run: RunRecord) -> list[Chart]:
@@ -94,16 +94,16 @@ def charts_of(run: RunRecord) -> list[Chart]:
         Chart(
             "Loss", [*lines(("loss", "training"), ("total_loss", "with NLL term")), dots("val_spin_loss")], level=equal
         ),
-        Chart("acc: share of pairs won", [*lines(("acc", "training")), dots("val_acc")]),
+        Chart("acc: fraction of pairs won", [*lines(("acc", "training")), dots("val_acc")]),
         Chart("Margin: reward of real less generated", [*lines(("margin", "training")), dots("val_margin")]),
         Chart("Rewards", lines(("rewards_actual_mean", "real"), ("rewards_generated_mean", "generated"))),
         Chart("Log-prob against the opponent's, nats", drift, level=(0.0, "opponent")),
-        Chart("Validation loss, nats per token", [dots("val_loss", "real answers")]),
+        Chart("Validation loss, nats per token", [dots("val_loss", "real responses")]),
         *_by_source(run),
         Chart(
-            "Length of answers, tokens", [*lines(("avg_generated_lengths", "generated")), Series("real", real_tokens)]
+            "Length of responses, tokens", [*lines(("avg_generated_lengths", "generated")), Series("real", real_tokens)]
         ),
-        Chart("Truncated share of generated answers", lines(("truncated_fraction", "training"))),
+        Chart("Truncated fraction of generated responses", lines(("truncated_fraction", "training"))),
         Chart("Gradient norm", lines(("grad_norm", "before clipping"))),
         Chart("Generator off the policy, nats per token", [dots("generator/logprob_gap", "mean gap")]),
         Chart("Speed, pairs per second", lines(("pairs_per_second", "training step"))),
@@ -146,8 +146,8 @@ def _table_row(iteration: IterationRecord) -> dict[str, Any]:
         "margin": last("margin"),
         "drift": f"{last('real_logp_drift')} / {last('generated_logp_drift')}" if steps else "",
         "val_loss": last("val_loss"),
-        "answers": f"{iteration.answers or ''}",
-        "truncated": f"{iteration.truncated / iteration.answers:.0%}" if iteration.answers else "",
+        "responses": f"{iteration.responses or ''}",
+        "truncated": f"{iteration.truncated / iteration.responses:.0%}" if iteration.responses else "",
         "tokens": " / ".join(f"{value:.0f}" for value in iteration.mean_tokens.values()),
         "seconds": [iteration.seconds.get(stage) for stage in STAGES],
     }

@@ -28,17 +28,17 @@ class IterationRecord:
         number (int): counted from 0.
         steps (list[Metrics]): its lines of metrics.jsonl that have a loss.
         seconds (dict[str, float]): wall-clock time of the stages that are known.
-        answers (int): responses of the opponent on disk.
-        truncated (int): those of them that the length limit cut.
+        responses (int): responses of the opponent on disk.
+        truncated (int): those of them that the length limit truncated.
         mean_tokens (dict[str, float]): mean length of ``prompt``, ``real`` and ``generated``.
         is_exported (bool): its model is there, so it is finished.
-        samples (list[dict[str, Any]]): the answers shown at its last validation.
+        samples (list[dict[str, Any]]): the responses shown at its last validation.
     """
 
     number: int
     steps: list[Metrics] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    answers: int = 0
+    responses: int = 0
     truncated: int = 0
     mean_tokens: dict[str, float] = field(default_factory=dict)
     is_exported: bool = False
@@ -140,7 +140,7 @@ def _iteration(
             seconds = _store_seconds(folder / name / "manifest.json")
             if seconds is not None:
                 found.seconds[stage] = seconds
-        _count_answers(folder / "responses", found, remarks)
+        _count_responses(folder / "responses", found, remarks)
         found.is_exported = model_of(folder) is not None
     return found
 
@@ -155,7 +155,7 @@ def _store_seconds(manifest: Path) -> float | None:
     return float(sealed) - float(begun) if is_number(begun) and is_number(sealed) else None
 
 
-def _count_answers(store: Path, found: IterationRecord, remarks: list[str]) -> None:
+def _count_responses(store: Path, found: IterationRecord, remarks: list[str]) -> None:
     tokens = {"prompt": 0, "real": 0, "generated": 0}
     for shard in sorted(store.glob("shard-*.parquet")):
         try:
@@ -164,11 +164,11 @@ def _count_answers(store: Path, found: IterationRecord, remarks: list[str]) -> N
             truncated = pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
             lengths = {name: pc.sum(pc.list_value_length(table[f"{name}_ids"])).as_py() or 0 for name in tokens}
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            remarks.append(f"{shard}: cannot be read ({error}); its answers are not counted.")
+            remarks.append(f"{shard}: cannot be read ({error}); its responses are not counted.")
             continue
-        found.answers += table.num_rows
+        found.responses += table.num_rows
         found.truncated += truncated
         for name, length in lengths.items():
             tokens[name] += length
-    if found.answers:
-        found.mean_tokens = {name: count / found.answers for name, count in tokens.items()}
+    if found.responses:
+        found.mean_tokens = {name: count / found.responses for name, count in tokens.items()}

@@ -58,13 +58,13 @@ def test_what_was_used_besides_is_on_the_card(run_folder):
     """Only what was used: the rest of the config stands below."""
     cfg = OmegaConf.load(run_folder / "config.yaml")
     card = model_card(run_folder, 0, run_folder / "iteration_000" / "hf_model")
-    assert not any(words in card for words in ("answers to a prompt", "streamed"))
+    assert not any(words in card for words in ("responses to a prompt", "streamed"))
     cfg.pairs = {"responses_per_prompt": 2, "history": 1}
     cfg.dataset |= {"streaming": True, "limit": 640}
     OmegaConf.save(cfg, run_folder / "config.yaml")
     card = model_card(run_folder, 0, run_folder / "iteration_000" / "hf_model")
     for row in (
-        "| answers to a prompt | 2 |",
+        "| responses to a prompt | 2 |",
         "| earlier iterations trained on | 1 |",
         "| samples of an iteration, streamed | 640 |",
     ):

@@ -120,7 +120,7 @@ def test_several_responses_to_a_prompt_are_sampled(key):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("num_workers=0", "num_workers=0: expected how many machines answer, 1 or more"),
+        ("num_workers=0", "num_workers=0: expected the number of machines, 1 or more"),
         ("worker=1", r"worker=1: expected 0 to num_workers - 1 = 0"),
         ("worker=0.5", r"worker=0\.5: expected 0 to"),
     ],

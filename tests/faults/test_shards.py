@@ -63,7 +63,7 @@ def test_the_shards_of_two_workers_in_one_folder_are_a_whole_store(workers, tmp_
     for name in shards(second):
         shutil.copyfile(second / name, store / name)
     spin_pairs.main([str(store), "--check"])
-    assert "4 shards (not sealed), all whole, unchanged, and of this store" in capsys.readouterr().out
+    assert "4 shards (not sealed), complete, unchanged, and of this store" in capsys.readouterr().out
     made = {name: (store / name).stat().st_mtime_ns for name in shards(store)}
     run(tmp_path / "run", *SHORT)
     assert PairStore.open(store).is_sealed

@@ -262,7 +262,7 @@ def test_a_worker_of_spin_generate_stops_as_a_run_does(tmp_path):
     assert code == 0, output
     made = len(list(folder.glob("shard-*.parquet")))
     done = command(out, *few, "max_time=00:00:00:00", program=program)
-    assert done.returncode == 0 and "stopped as asked" in done.stderr, done.stderr
+    assert done.returncode == 0 and "stopped; finished shards are kept" in done.stderr, done.stderr
     assert len(list(folder.glob("shard-*.parquet"))) == made < 20
     output, _ = start(shlex.split(told_command(output))).communicate(timeout=120)
     assert "All 20 shards are there" in output, output

@@ -71,11 +71,11 @@ def test_what_comes_from_the_run_is_escaped(tmp_path):
     assert not {"script", "img", "a"} & set(found.tags)
     assert "onerror" not in {name for _, name, _ in found.attributes}
     assert SCRIPT not in page and html.escape(SCRIPT, quote=False).split("'")[0] in page
-    assert "generated <b>answer" not in page and "generated &lt;b&gt;answer" in page
+    assert "generated <b>response" not in page and "generated &lt;b&gt;response" in page
 
 
 def test_numbers_of_the_run_are_there(page):
-    """Validation losses 3.0, 2.9, 2.8; the last margin is 2, its loss log(1 + e^-2); half of two answers were cut."""
+    """Validation losses 3.0, 2.9, 2.8; last margin 2, its loss log(1 + e^-2); half of two responses truncated."""
     assert "Finished after 20 steps." in page
     assert f"0.6931 → {math.log1p(math.exp(-2)):.4g}" in page
     assert "<dt>validation loss</dt><dd>2.8</dd>" in page
@@ -84,7 +84,7 @@ def test_numbers_of_the_run_are_there(page):
         assert f"<figcaption>{title}</figcaption>" in page
     assert "ln 2: equal models" in page
     assert page.count('<section class="sample">') == 4
-    assert "real answer of 0" in page and "real answer of 1" in page
+    assert "real response of 0" in page and "real response of 1" in page
 
 
 def test_time_by_stage(run_folder, page):
@@ -112,7 +112,7 @@ def test_a_run_that_is_still_writing(tmp_path):
     run = read_run(folder)
     page = render(run)
     assert "Not finished: at step 11, in iteration 1." in page and "UTC" in page
-    assert [iteration.answers for iteration in run.iterations] == [2, 1]
+    assert [iteration.responses for iteration in run.iterations] == [2, 1]
     assert "shard-00000.parquet: cannot be read" in page
     assert len(run.series("loss")) == 10
 
@@ -179,18 +179,18 @@ def test_known_failures_are_told(tmp_path, changes, words):
 
 
 def test_a_truncated_share_and_a_rising_validation_loss_are_told(tmp_path):
-    """One of two answers is cut in write_run; the validation loss goes from 3.0 to 3.5."""
+    """One of two responses is truncated in write_run; the validation loss goes from 3.0 to 3.5."""
     folder = write_run(tmp_path, iterations=1, steps=10)
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write(json.dumps(step_metrics(11, 0, 1.0, val_loss=3.5)) + "\n")
     found = advice(read_run(folder))
-    assert any("50% of the opponent's answers were cut" in text for text in found)
+    assert any("50% of the opponent's responses were truncated" in text for text in found)
     assert any("rose from 3.000 to 3.500" in text for text in found)
 
 
 def test_a_good_run_gets_no_advice(tmp_path):
     folder = write_run(tmp_path, iterations=1, steps=10)
-    shutil.rmtree(folder / "iteration_000" / "responses")  # half of its answers are cut
+    shutil.rmtree(folder / "iteration_000" / "responses")  # half of its responses are truncated
     assert advice(read_run(folder)) == []
 
 
