@@ -158,7 +158,7 @@ class SPINGenerate:
         if world.is_main:
             missing = store.missing_shards()
             if is_stopped and not set(own).isdisjoint(missing):
-                log.info(f"Worker {cfg.worker} stopped; finished shards are kept. To resume:\n{resume_command()}")
+                log.info(f"Worker {cfg.worker} stopped; finished shards are kept. Resume with:\n{resume_command()}")
             elif missing:
                 log.info(f"Worker {cfg.worker} is done; {len(missing)} of {num_shards} shards are missing in {folder}")
             else:
