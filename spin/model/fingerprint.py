@@ -14,7 +14,7 @@ from spin.core.files import json_fingerprint
 from spin.model.adapters import dequantized
 from spin.model.sharding import clean_name, reshard
 
-_CHUNK_ELEMENTS = 1 << 18  # 2 MiB of int64: stays in the CPU's cache
+CHUNK_ELEMENTS = 1 << 18  # 2 MiB of int64: stays in the CPU's cache
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -40,7 +40,7 @@ def weights_fingerprint(model: nn.Module, frozen_only: bool = False) -> str:
     # what is not sharded where others are, such as a buffer, is the same on every rank and counts once
     here = [not is_sharded or isinstance(tensor, DTensor) or dist.get_rank() == 0 for tensor in named.values()]
     sums = [
-        _position_weighted_sum(*_local_region(tensor)) if counts else 0  # NF4's values one at a time
+        position_weighted_sum(*_local_region(tensor)) if counts else 0  # NF4's values one at a time
         for tensor, counts in zip(named.values(), here, strict=True)
     ]
     if is_sharded:
@@ -76,7 +76,7 @@ def _local_region(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     return (flat if counted else flat[:0]), row * (tensor.numel() // tensor.shape[0] if tensor.dim() else 1)
 
 
-def _position_weighted_sum(flat: torch.Tensor, start: int) -> int:
+def position_weighted_sum(flat: torch.Tensor, start: int) -> int:
     """Sum of bits times weights modulo 2^64, as a signed integer; ``start`` is the global position of ``flat[0]``."""
     bits = flat.view(_BITS[flat.element_size()])
     weights = _weights(flat.device)
@@ -84,8 +84,8 @@ def _position_weighted_sum(flat: torch.Tensor, start: int) -> int:
     position = start
     while position < start + flat.numel():
         # Chunks begin at global multiples of the chunk length, whatever rank holds them.
-        chunk, offset = divmod(position, _CHUNK_ELEMENTS)
-        length = min(_CHUNK_ELEMENTS - offset, start + flat.numel() - position)
+        chunk, offset = divmod(position, CHUNK_ELEMENTS)
+        length = min(CHUNK_ELEMENTS - offset, start + flat.numel() - position)
         piece = bits[position - start : position - start + length].to(torch.int64)
         total += piece.mul_(weights[offset : offset + length]).sum() * _chunk_weight(chunk)
         position += length
@@ -95,7 +95,7 @@ def _position_weighted_sum(flat: torch.Tensor, start: int) -> int:
 @functools.cache
 def _weights(device: torch.device) -> torch.Tensor:
     """Odd pseudo-random int64 weights of the positions in a chunk."""
-    seeds = torch.arange(_CHUNK_ELEMENTS, dtype=torch.int64, device=device) + 1
+    seeds = torch.arange(CHUNK_ELEMENTS, dtype=torch.int64, device=device) + 1
     # A multiplicative congruence with xor-shifts; every step wraps around in int64.
     mixed = seeds * -0x61C8864680B583EB
     for shift, multiplier in ((29, -0x40A7B892E31B1A47), (32, -0x6B2FB644ECCEEE15)):

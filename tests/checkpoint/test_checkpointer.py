@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import pickle
@@ -28,6 +27,7 @@ from spin.core.ranks import init_world
 from spin.data import ChatTokenizer
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.sharding import shard_model
+from tests.families import tiny_lm_model
 from tests.torchrun import FOLDER, run_ranks
 from tests.two_ranks.tiny import build, optimizer_digest, sharded, train
 
@@ -67,6 +67,10 @@ def save(checkpointer, world, step: int, model=None, **arguments) -> Path:
     return path
 
 
+def digests(model, optimizer) -> tuple[str, str]:
+    return weights_fingerprint(model), optimizer_digest(model, optimizer)
+
+
 def names(checkpointer) -> list[str]:
     return sorted(entry.name for entry in checkpointer.checkpoints_dir.iterdir())
 
@@ -79,39 +83,37 @@ def test_resume_is_exact(checkpointer, world):
     model = sharded(world)
     optimizer = adamw(model)
     train(model, optimizer, world, range(3))
-    saved = weights_fingerprint(model), optimizer_digest(model, optimizer)
+    saved = digests(model, optimizer)
     path = save(checkpointer, world, 3, model, optimizer=optimizer)
     train(model, optimizer, world, range(3, 6))
-    unbroken = weights_fingerprint(model), optimizer_digest(model, optimizer)
+    unbroken = digests(model, optimizer)
 
     model, optimizer = fresh(world)
     checkpointer.load(path, model=model, optimizer=optimizer, world=world)
-    assert (weights_fingerprint(model), optimizer_digest(model, optimizer)) == saved
+    assert digests(model, optimizer) == saved
     train(model, optimizer, world, range(3, 6))
-    assert (weights_fingerprint(model), optimizer_digest(model, optimizer)) == unbroken != saved
+    assert digests(model, optimizer) == unbroken != saved
 
 
 @pytest.mark.slow
-def test_one_two_and_four_ranks_exchange_states(tmp_path, world, subprocess_env):
+def test_one_two_and_four_ranks_exchange_checkpoints(tmp_path, world, subprocess_env):
     one = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "one"))
     model = sharded(world)
     optimizer = adamw(model)
     train(model, optimizer, world, range(3))
-    state = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}
+    state = dict(zip(("weights", "optimizer"), digests(model, optimizer), strict=True))
     save(one, world, 3, model, optimizer=optimizer, state=state)
 
     run_ranks("resume.py", subprocess_env, tmp_path)
     run_ranks("read_checkpoint.py", subprocess_env, tmp_path / "two", ranks=4)
 
     two = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "two"))
-    path = two.latest()
     model, optimizer = fresh(world)
-    two.load(path, model=model, optimizer=optimizer, world=world)
-    expected = two.read_state(path)
-    assert {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)} == expected
+    two.load(two.latest(), model=model, optimizer=optimizer, world=world)
+    assert list(digests(model, optimizer)) == [two.read_state(two.latest())[key] for key in ("weights", "optimizer")]
 
 
-def test_wrappers_and_sharding_do_not_show_in_a_state(checkpointer, world):
+def test_wrappers_and_sharding_do_not_show_in_a_checkpoint(checkpointer, world):
     model = build()
     set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
     shard_model(model, world, compute_dtype=torch.bfloat16)
@@ -121,8 +123,7 @@ def test_wrappers_and_sharding_do_not_show_in_a_state(checkpointer, world):
     plain = build()
     plain_optimizer = adamw(plain)
     checkpointer.load(path, model=plain, optimizer=plain_optimizer, world=world)
-    assert weights_fingerprint(plain) == weights_fingerprint(model)
-    assert optimizer_digest(plain, plain_optimizer) == optimizer_digest(model, optimizer)
+    assert digests(plain, plain_optimizer) == digests(model, optimizer)
 
 
 def test_optimizers_without_state_and_with_other_state(checkpointer, world):
@@ -150,30 +151,21 @@ def test_optimizers_without_state_and_with_other_state(checkpointer, world):
     assert other_optimizer.state[next(iter(other.parameters()))]["count"] == 4
 
 
-def test_hyperparameters_come_back_but_not_how_they_are_computed(checkpointer, world):
+def test_options_come_back_or_new_ones_stand(checkpointer, world):
+    """How they are computed is the new optimizer's; what an optimizer counts in them comes back in any case."""
     model = sharded(world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, betas=(0.1, 0.2), foreach=True)
-    path = save(checkpointer, world, 1, model, optimizer=optimizer)
-    other = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
-    checkpointer.load(path, model=model, optimizer=other, world=world)
-    group = other.param_groups[0]
-    assert (group["lr"], group["betas"], group["foreach"]) == (0.5, (0.1, 0.2), False)
-
-
-def test_new_options_stand_but_what_an_optimizer_counts_in_them_comes_back(checkpointer, world):
-    model = sharded(world)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, weight_decay=0.1)
     optimizer.param_groups[0]["weight_sum"] = 3.0  # as schedule-free optimizers keep their averages' weight
     train(model, optimizer, world, range(2))
     path = save(checkpointer, world, 2, model, optimizer=optimizer)
-    other = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.7)
-    checkpointer.load(path, model=model, optimizer=other, world=world, new_options=True)
-    group = other.param_groups[0]
-    assert (group["lr"], group["weight_decay"], group["weight_sum"]) == (0.1, 0.7, 3.0)
-    assert {int(state["step"]) for state in other.state.values()} == {2}
+    for new_options, expected in ((False, (0.5, (0.1, 0.2), False, 3.0)), (True, (0.1, (0.9, 0.999), False, 3.0))):
+        other = torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False)
+        checkpointer.load(path, model=model, optimizer=other, world=world, new_options=new_options)
+        assert tuple(other.param_groups[0][key] for key in ("lr", "betas", "foreach", "weight_sum")) == expected
+        assert {int(state["step"]) for state in other.state.values()} == {2}
 
 
-def test_state_without_optimizer_leaves_a_fresh_one(checkpointer, world):
+def test_a_checkpoint_without_optimizer_leaves_a_fresh_one(checkpointer, world):
     path = save(checkpointer, world, 1)
     model, optimizer = fresh(world)
     checkpointer.load(path, model=model, optimizer=optimizer, world=world)
@@ -197,6 +189,8 @@ def test_latest(checkpointer, world, tmp_path):
     assert checkpointer.latest("auto") == ten
     assert checkpointer.latest("never") is None
     assert checkpointer.latest(str(one)) == one
+    shutil.copytree(ten, ten.with_name("step_00000010.old"))  # of a process that died while it replaced ten
+    assert checkpointer.latest() == ten
     for path, message in (
         (tmp_path / "no", "no such folder"),
         (tmp_path, "no manifest.json"),
@@ -206,19 +200,11 @@ def test_latest(checkpointer, world, tmp_path):
             checkpointer.latest(str(path))
 
 
-def test_newest_is_what_was_saved_last(checkpointer, world):
-    """A run that resumes from an older state goes on from there, not from the branch that it left."""
-    save(checkpointer, world, 5)
-    save(checkpointer, world, 10)
-    six = save(checkpointer, world, 6)
-    assert checkpointer.latest() == six
-    assert names(checkpointer) == ["step_00000006", "step_00000010"]
-
-
-def test_same_step_is_replaced(checkpointer, world):
-    save(checkpointer, world, 4, state={"first": True})
-    path = save(checkpointer, world, 4, state={"first": False})
-    assert names(checkpointer) == ["step_00000004"]
+def test_newest_is_what_was_saved_last_and_the_same_step_is_replaced(checkpointer, world):
+    """A run that resumes from an older checkpoint goes on from there, not from the branch that it left."""
+    for step, state in ((5, {}), (10, {}), (6, {"first": True}), (6, {"first": False})):
+        path = save(checkpointer, world, step, state=state)
+    assert checkpointer.latest() == path and names(checkpointer) == ["step_00000006", "step_00000010"]
     assert checkpointer.read_state(path) == {"first": False}
 
 
@@ -293,23 +279,20 @@ def test_killed_at_a_write_point(module, function, when, step, checkpointer, wor
     assert names(checkpointer) == [path.name.removesuffix(".old"), "step_00000003"]
 
 
-@pytest.mark.parametrize("step", [1, 2])
-def test_killed_between_rename_and_removal(step, checkpointer, world, monkeypatch):
-    """The new state stands, the one it replaced lies beside it."""
+def test_killed_between_rename_and_removal(checkpointer, world, monkeypatch):
+    """The new checkpoint stands, the one it replaced lies next to it."""
     save(checkpointer, world, 1, state={"save": 1})
-    original = os.rename
-    monkeypatch.setattr(spin.core.files.shutil, "rmtree", lambda *args, **kwargs: (_ for _ in ()).throw(Killed()))
-    if step == 1:
-        with pytest.raises(Killed):
-            save(checkpointer, world, 1, state={"save": 2})
-        assert names(checkpointer) == ["step_00000001", "step_00000001.old"]
-    else:  # nothing to replace
-        save(checkpointer, world, 2, state={"save": 2})
-    monkeypatch.undo()
-    assert os.rename is original
+
+    def die(*args, **kwargs):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(spin.core.files.shutil, "rmtree", die)
+        save(checkpointer, world, 1, state={"save": 2})
+    assert names(checkpointer) == ["step_00000001", "step_00000001.old"]
     assert checkpointer.read_state(checkpointer.latest()) == {"save": 2}
     save(checkpointer, world, 3)
-    assert len(names(checkpointer)) == 2 and not list(checkpointer.checkpoints_dir.glob("*.old"))
+    assert names(checkpointer) == ["step_00000001", "step_00000003"]
 
 
 @pytest.mark.parametrize(
@@ -376,42 +359,26 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json", "manifest.json"])
-def test_flipped_byte_is_named(name, checkpointer, world):
-    save(checkpointer, world, 1)
+DAMAGE = {
+    "metadata": (lambda path: flip(path / ".metadata"), r"\.metadata: damaged"),
+    "tensors": (lambda path: flip(path / "__0_0.distcp"), r"__0_0\.distcp: damaged"),
+    "state": (lambda path: flip(path / "state.json"), r"state\.json: damaged"),
+    "manifest": (lambda path: flip(path / "manifest.json"), r"manifest\.json: damaged"),
+    "missing": (lambda path: (path / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
+    "short": (lambda path: os.truncate(path / "__0_0.distcp", 9), r"__0_0\.distcp has 9 bytes instead of \d+"),
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), r"no manifest\.json"),
+    "no JSON": (lambda path: (path / "manifest.json").write_text('{"format": 1'), r"manifest\.json: not valid JSON"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_named(name, checkpointer, world):
+    """For a checkpoint that is given; how ``auto`` passes over it: faults/test_checkpoints.py."""
+    damage, message = DAMAGE[name]
     path = save(checkpointer, world, 2)
-    flip(path / name)
-    with pytest.raises(CheckpointError, match=f"{name}: damaged"):
-        checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
-    if name in ("state.json", "manifest.json"):
-        with pytest.raises(CheckpointError, match=f"{name}: damaged"):
-            checkpointer.read_state(path)
-
-
-@pytest.mark.parametrize("damage", ["missing", "short", "no manifest", "manifest"])
-def test_damaged_newest_is_passed_over_by_auto_and_refused_by_path(damage, checkpointer, world, caplog):
-    one = save(checkpointer, world, 1)
-    two = save(checkpointer, world, 2)
-    tensors = two / "__0_0.distcp"
-    if damage == "missing":
-        tensors.unlink()
-    elif damage == "short":
-        tensors.write_bytes(tensors.read_bytes()[:-1])
-    elif damage == "manifest":
-        (two / "manifest.json").write_text('{"format": 1')
-    else:
-        (two / "manifest.json").unlink()
-    with caplog.at_level(logging.WARNING):
-        assert checkpointer.latest("auto") == one
-    assert damage == "no manifest" or "passed over" in caplog.text
-    message = {
-        "missing": "__0_0.distcp is missing",
-        "short": r"__0_0.distcp has \d+ bytes instead of \d+",
-        "no manifest": "no manifest.json",
-        "manifest": "manifest.json: not valid JSON",
-    }[damage]
+    damage(path)
     with pytest.raises(CheckpointError, match=message):
-        checkpointer.latest(str(two))
+        checkpointer.load(checkpointer.latest(str(path)), model=sharded(world), optimizer=None, world=world)
 
 
 def test_foreign_version_is_refused(checkpointer, world):
@@ -475,45 +442,30 @@ def reseal(path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest | {"checksum": json_fingerprint(manifest)}))
 
 
-def test_malicious_metadata_runs_no_code(checkpointer, world, tmp_path):
-    path = save(checkpointer, world, 1)
-    mark = tmp_path / "attacked"
-    (path / ".metadata").write_bytes(pickle.dumps(Attack(mark)))
+@pytest.mark.parametrize("where", ["metadata", "broken metadata", "tensors", "objects"])
+def test_hostile_files_run_no_code(where, checkpointer, world, tmp_path):
+    """torch.distributed.checkpoint would unpickle the metadata, and objects among tensors, without restriction."""
+    path, mark = save(checkpointer, world, 1), tmp_path / "attacked"
+    data = path / "__0_0.distcp"
+    size, message = data.stat().st_size, ""
+    if where == "metadata":
+        (path / ".metadata").write_bytes(pickle.dumps(Attack(mark)))
+        message = r"\.metadata: asks for posix\.mkdir"
+    elif where == "broken metadata":
+        (path / ".metadata").write_bytes(b"not a pickle")
+        message = "damaged"
+    elif where == "tensors":
+        torch.save(Attack(mark), tmp_path / "attack")
+        content = (tmp_path / "attack").read_bytes()
+        data.write_bytes((content * (size // len(content) + 1))[:size])
+    else:
+        data.unlink()
+        tensors = {f"model.{name}": tensor for name, tensor in build().state_dict().items()}
+        dcp.save(tensors | {next(iter(tensors)): Attack(mark)}, storage_writer=dcp.FileSystemWriter(path))
+        shutil.rmtree(mark, ignore_errors=True)
+        message = r"BytesStorageMetadata|are not tensors"
     reseal(path)
-    with pytest.raises(CheckpointError, match=r"\.metadata: asks for posix\.mkdir"):
-        checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
-    (path / ".metadata").write_bytes(b"not a pickle")
-    reseal(path)
-    with pytest.raises(CheckpointError, match="damaged"):
-        checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
-    assert not mark.exists()
-
-
-def test_malicious_tensor_file_runs_no_code(checkpointer, world, tmp_path):
-    path = save(checkpointer, world, 1)
-    mark = tmp_path / "attacked"
-    size = (path / "__0_0.distcp").stat().st_size
-    torch.save(Attack(mark), path / "attack")
-    content = (path / "attack").read_bytes()
-    (path / "attack").unlink()
-    (path / "__0_0.distcp").write_bytes((content * (size // len(content) + 1))[:size])
-    reseal(path)
-    with pytest.raises(CheckpointError):
-        checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
-    assert not mark.exists()
-
-
-def test_objects_among_the_tensors_are_refused(checkpointer, world, tmp_path):
-    """torch.distributed.checkpoint would unpickle them without restriction."""
-    path = save(checkpointer, world, 1)
-    mark = tmp_path / "attacked"
-    (path / "__0_0.distcp").unlink()
-    tensors = {f"model.{name}": tensor for name, tensor in build().state_dict().items()}
-    name = next(iter(tensors))
-    dcp.save(tensors | {name: Attack(mark)}, storage_writer=dcp.FileSystemWriter(path))
-    reseal(path)
-    shutil.rmtree(mark, ignore_errors=True)
-    with pytest.raises(CheckpointError, match=r"BytesStorageMetadata|are not tensors"):
+    with pytest.raises(CheckpointError, match=message):
         checkpointer.load(path, model=sharded(world), optimizer=None, world=world)
     assert not mark.exists()
 
@@ -555,22 +507,10 @@ def test_validate(tiny_lm, tmp_path, monkeypatch, caplog):
         good.validate()
 
 
-@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root writes everywhere")
-def test_read_only_output_is_refused(tiny_lm, tmp_path):
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(CheckpointError, match="cannot write"):
-            SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path / "run")).validate()
-    finally:
-        tmp_path.chmod(0o700)
-
-
 # ---- the model
 
 
 def test_load_model_and_export(tiny_lm, tmp_path, world):
-    from tests.families import tiny_lm_model
-
     checkpointer = SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path))
     model = tiny_lm_model().eval()
     checkpointer.load_model(model, world)
@@ -584,8 +524,6 @@ def test_load_model_and_export(tiny_lm, tmp_path, world):
 
 def test_export_asks_as_the_run_did(tiny_lm, tmp_path, world):
     """The config's chat template and tokenizer go with the model: transformers, vLLM and an evaluation render alike."""
-    from tests.families import tiny_lm_model
-
     base, template = tmp_path / "base", "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
     shutil.copytree(tiny_lm, base, ignore=shutil.ignore_patterns("tokenizer*"))
     tokenizer = ChatTokenizer(tiny_lm, chat_template=template)
@@ -598,9 +536,3 @@ def test_export_asks_as_the_run_did(tiny_lm, tmp_path, world):
     )
     own = checkpointer.export(tiny_lm_model(), 0, world, ChatTokenizer(tiny_lm))
     assert not (own / "chat_template.jinja").exists()
-
-
-def test_an_old_folder_is_not_taken_for_a_state_of_its_own(checkpointer, world):
-    path = save(checkpointer, world, 1)
-    shutil.copytree(path, path.with_name("step_00000001.old"))
-    assert checkpointer.latest() == path

@@ -25,10 +25,7 @@ def test_a_cpu_without_avx512_has_no_fast_product():
 
 
 def test_a_torch_without_onednn_has_none(monkeypatch):
-    class Nothing:
-        pass
-
-    monkeypatch.setattr(torch.ops, "mkldnn", Nothing())
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
     assert not has_fast_bf16()
 
 

@@ -11,7 +11,7 @@ from torchtune.training import set_activation_checkpointing
 
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import init_world
-from spin.model.fingerprint import _CHUNK_ELEMENTS, _position_weighted_sum, weights_fingerprint
+from spin.model.fingerprint import CHUNK_ELEMENTS, position_weighted_sum, weights_fingerprint
 from spin.model.sharding import unsharded
 from tests.two_ranks.tiny import build, sharded
 
@@ -75,22 +75,17 @@ def test_fingerprint_covers_persistent_buffers_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-def test_sum_is_the_same_in_any_cut(dtype):
-    """Across a chunk's border too: pieces that begin anywhere add up to the whole."""
-    bits = torch.randint(-100, 100, (2 * _CHUNK_ELEMENTS + 77,), generator=torch.Generator().manual_seed(0))
+def test_sum_is_the_same_in_any_pieces(dtype):
+    """Across a chunk's border too: pieces that begin anywhere add up to the total."""
+    bits = torch.randint(-100, 100, (2 * CHUNK_ELEMENTS + 77,), generator=torch.Generator().manual_seed(0))
     flat = bits.to(dtype)
-    whole = _position_weighted_sum(flat, 0)
-    cuts = [0, 1, _CHUNK_ELEMENTS - 3, _CHUNK_ELEMENTS + 5, 2 * _CHUNK_ELEMENTS, flat.numel()]
-    pieces = [_position_weighted_sum(flat[a:b], a) for a, b in zip(cuts, cuts[1:], strict=False)]
-    assert (sum(pieces) - whole) % 2**64 == 0
-
-
-def test_swapped_chunks_show():
-    """The same position in two chunks has two weights."""
-    flat = torch.zeros(2 * _CHUNK_ELEMENTS)
-    flat[5] = 1
-    other = flat.roll(_CHUNK_ELEMENTS)
-    assert _position_weighted_sum(flat, 0) != _position_weighted_sum(other, 0)
+    cuts = [0, 1, CHUNK_ELEMENTS - 3, CHUNK_ELEMENTS + 5, 2 * CHUNK_ELEMENTS, flat.numel()]
+    pieces = [position_weighted_sum(flat[a:b], a) for a, b in zip(cuts, cuts[1:], strict=False)]
+    assert (sum(pieces) - position_weighted_sum(flat, 0)) % 2**64 == 0
+    # the same position in two chunks has two weights
+    one = torch.zeros(2 * CHUNK_ELEMENTS)
+    one[5] = 1
+    assert position_weighted_sum(one, 0) != position_weighted_sum(one.roll(CHUNK_ELEMENTS), 0)
 
 
 def test_json_fingerprint():

@@ -10,11 +10,19 @@ from torch.nn import functional as F
 from torchtune.models.phi3 import phi3
 
 from spin.checkpoint import SPINCheckpointer
-from spin.core import ranks as distributed
+from spin.core import ranks
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.ranks import init_world
 from spin.model.fingerprint import weights_fingerprint
-from spin.model.sharding import accumulating, clip_grad_norm, materialize, shard_model, unsharded
+from spin.model.sharding import (
+    accumulating,
+    clip_grad_norm,
+    materialize,
+    named_full_tensors,
+    shard_model,
+    sharded_modules,
+    unsharded,
+)
 from tests.torchrun import run_ranks
 from tests.two_ranks.tiny import (
     backward,
@@ -29,36 +37,39 @@ from tests.two_ranks.tiny import (
 
 
 @pytest.fixture
-def world() -> distributed.World:
+def world() -> ranks.World:
     return init_world("cpu")
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_init_world_makes_a_group_of_one_and_finds_it_again(world):
     again = init_world("cpu")
     assert (again.rank, again.world_size, again.local_rank, again.is_main) == (0, 1, 0, True)
     assert again.device == torch.device("cpu")
-    distributed.shutdown()
-    distributed.shutdown()
+    ranks.shutdown()
+    ranks.shutdown()
     assert init_world("cpu").world_size == 1
 
 
-@pytest.mark.parametrize("device", ["cuda:1", "mps", ""])
-def test_init_world_refuses_unknown_devices(device):
-    with pytest.raises(ConfigError, match="expected 'cpu', 'cuda' or null"):
-        init_world(device)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_init_world_without_gpu_says_what_to_do():
-    with pytest.raises(ConfigError, match=r"sees no GPU. Set device=cpu"):
-        init_world("cuda")
-    assert init_world(None).device.type == "cpu"
-
-
-@pytest.mark.parametrize("replicas", [0, 2])
-def test_replicas_must_divide_the_world(replicas):
-    with pytest.raises(ConfigError, match="must divide"):
-        init_world("cpu", replicas=replicas)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(({"device": device}, "expected 'cpu', 'cuda' or null") for device in ("cuda:1", "mps", "")),
+        *(({"device": "cpu", "replicas": replicas}, "must divide") for replicas in (0, 2)),
+        pytest.param(
+            {"device": "cuda"},
+            "sees no GPU. Set device=cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_init_world_refuses(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        init_world(**arguments)
 
 
 def test_sharded_gradients_are_those_of_a_plain_model(world):
@@ -67,14 +78,10 @@ def test_sharded_gradients_are_those_of_a_plain_model(world):
     use_own_head(model)
     backward(plain, world, step=0)
     backward(model, world, step=0)
-    expected, found = gradients(plain), gradients(model)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert_equal(gradients(model), gradients(plain))
 
 
 def test_bf16_compute_keeps_fp32_shards(world):
-    model = sharded(world, torch.bfloat16)
-    assert model(tokens(0, 0)).dtype in (torch.bfloat16, torch.float32)
     model = sharded(world, torch.bfloat16)
     before = weights_fingerprint(model)
     backward(model, world, step=0)
@@ -82,20 +89,21 @@ def test_bf16_compute_keeps_fp32_shards(world):
     assert weights_fingerprint(model) == before == weights_fingerprint(build())
 
 
-def test_shards_are_back_after_a_forward_without_gradients(world):
-    """A gathered copy that survived an optimizer step would be used in the next forward, stale."""
+@pytest.mark.parametrize("gather", [lambda model: contextlib.nullcontext(), unsharded])
+def test_no_gathered_copy_survives_a_forward_without_gradients(world, gather):
+    """It would be used in the next forward, stale."""
     model = sharded(world)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    with torch.no_grad():
-        before = model(tokens(0, 0))
-    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
-    backward(model, world, step=0)
-    with torch.no_grad():
-        model(tokens(0, 0))
-    optimizer.step()
-    with torch.no_grad():
-        after = model(tokens(0, 0))
-    assert not torch.equal(before, after)
+    outputs = []
+    for _ in range(2):
+        with torch.no_grad(), gather(model):
+            outputs.append(model(tokens(0, 0)))
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        backward(model, world, step=0)
+        with torch.no_grad(), gather(model):
+            model(tokens(0, 0))
+        optimizer.step()
+    assert not torch.equal(*outputs)
 
 
 def number_gathered(model) -> int:
@@ -160,13 +168,11 @@ def test_a_step_that_ends_between_rows_leaves_nothing_behind(world, ending, unsh
                 break
             raise KeyError
     assert number_gathered(model) == 0
-    ids = tokens(0, 0), tokens(0, 1)
-    for row in ids:  # without the block: every row is reduced, and sharded again, by itself
+    for row in (tokens(0, 0), tokens(0, 1)):  # without the block: every row is reduced, and sharded again, by itself
         (F.cross_entropy(model(row)[:, :-1].float().flatten(0, 1), row[:, 1:].flatten()) / 2).backward()
         assert number_gathered(model) == 0
         assert all(parameter.grad is not None for parameter in model.parameters())
-    found = gradients(model)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert_equal(gradients(model), expected)
 
 
 def test_clipping_is_that_of_a_plain_model(world):
@@ -188,7 +194,7 @@ def test_unsharded_gathers_once_and_leaves_everything_as_before(world):
     backward(model, world, step=0)
     expected = gradients(model)
     calls = []
-    for module in distributed.sharded_modules(model):
+    for module in sharded_modules(model):
         original = module.unshard
         module.unshard = lambda original=original: (calls.append(1), original())[1]
     with torch.inference_mode(), unsharded(model), unsharded(model):
@@ -199,29 +205,12 @@ def test_unsharded_gathers_once_and_leaves_everything_as_before(world):
     assert len(calls) == 3  # two layers and the root
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     backward(model, world, step=0)
-    found = gradients(model)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_unsharded_restores_after_an_error(world):
-    model = sharded(world)
+    assert_equal(gradients(model), expected)
     with pytest.raises(KeyError), unsharded(model):
         raise KeyError
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     with unsharded(build()):  # nothing to do for a plain model
         pass
-
-
-def test_unsharded_sees_the_newest_weights(world):
-    model = sharded(world)
-    with torch.no_grad(), unsharded(model):
-        before = model(tokens(0, 0))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    with torch.no_grad(), unsharded(model):
-        after = model(tokens(0, 0))
-    assert not torch.equal(before, after)
 
 
 @pytest.mark.parametrize("builder", [build, lambda: phi3(97, 2, 4, 4, 32, 51, 64)])
@@ -254,30 +243,27 @@ def test_shard_model_refuses_what_it_cannot_do(world):
         shard_model(build(), world, compute_dtype=torch.float32, cpu_offload=True)
 
 
-def test_named_full_tensors_are_whole(world):
-    found = dict(distributed.named_full_tensors(sharded(world)))
-    expected = dict(build().named_parameters())
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
+def test_named_full_tensors_are_those_of_a_plain_model(world):
+    assert_equal(dict(named_full_tensors(sharded(world))), dict(build().named_parameters()))
 
 
-def test_fail_together_passes_good_blocks_and_names_the_cause(world):
-    with distributed.raise_on_all_ranks(world, CheckpointError):
+def test_a_failing_block_names_the_cause(world):
+    with ranks.raise_on_all_ranks(world, CheckpointError):
         pass
     with pytest.raises(CheckpointError, match="disk on fire") as caught:
-        with distributed.raise_on_all_ranks(world, CheckpointError):
+        with ranks.raise_on_all_ranks(world, CheckpointError):
             raise OSError("disk on fire")
     assert isinstance(caught.value.__cause__, OSError)
     with pytest.raises(ZeroDivisionError):  # a defect stays what it is
-        with distributed.raise_on_all_ranks(world, CheckpointError):
+        with ranks.raise_on_all_ranks(world, CheckpointError):
             1 / 0  # noqa: B018
 
 
 def test_collectives_on_one_rank(world):
-    assert distributed.all_reduce_sums({"b": 0.1, "a": 2.0}, world) == {"b": 0.1, "a": 2.0}
-    assert distributed.gather_objects("x", world) == ["x"]
-    assert distributed.broadcast_object("x", world) == "x"
-    distributed.barrier(world)
+    assert ranks.all_reduce_sums({"b": 0.1, "a": 2.0}, world) == {"b": 0.1, "a": 2.0}
+    assert ranks.gather_objects("x", world) == ["x"]
+    assert ranks.broadcast_object("x", world) == "x"
+    ranks.barrier(world)
 
 
 @pytest.mark.slow
