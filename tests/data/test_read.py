@@ -2,20 +2,20 @@
 
 import logging
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from spin.core.errors import ConfigError, DataError
-from spin.data.chat import ChatTokenizer
-from spin.data.dataset import PromptDataset
-from spin.data.read import check_vocabulary, prompt_dataset
+from spin.data import ChatTokenizer, PromptDataset, prompt_dataset
+from spin.data.read import check_vocabulary
 from spin.types import Prompt
 
 
 class Letters:
-    """A tokenizer that can be counted by hand: one token a character, ``<`` before the answer, 0 as stop token."""
+    """A tokenizer that can be counted by hand: one token a character, ``<`` before the response, 0 as stop token."""
 
     eos_ids = (0,)
     pad_id = 0
@@ -92,11 +92,11 @@ def test_message_transform_takes_the_place_of_the_format(source):
 
 def test_all_turns_are_conversations_of_their_own(source):
     turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    row = {"id": "m", "messages": [{"role": role, "content": content} for role, content in turns]}
-    dataset = prompt_dataset(Letters(), source=source(row), turns="all")
-    games = [(prompt.sample_id, text(prompt.prompt_ids), text(prompt.real_ids)) for prompt in dataset]
-    assert games == [("m#turn0", "a<", "b."), ("m#turn1", "abc<", "d.")]
-    last = prompt_dataset(Letters(), source=source(row))
+    path = source({"id": "m", "messages": [{"role": role, "content": content} for role, content in turns]})
+    samples = prompt_dataset(Letters(), source=path, turns="all")
+    found = [(prompt.sample_id, text(prompt.prompt_ids), text(prompt.real_ids)) for prompt in samples]
+    assert found == [("m#turn0", "a<", "b."), ("m#turn1", "abc<", "d.")]
+    last = prompt_dataset(Letters(), source=path)
     assert [(prompt.sample_id, text(prompt.real_ids)) for prompt in last] == [("m", "d.")]
 
 
@@ -275,21 +275,16 @@ def test_with_the_tiny_models_tokenizer(source, tiny_lm):
 # --- Token ids and the model's vocabulary ---
 
 
-class _Tokenizer:
-    vocab_size = 12
-
-
-def _model(rows):
+def check(*datasets, stop=()):
+    """Of a model with 10 rows, and a tokenizer that knows 12 ids."""
     model = torch.nn.Module()
     with torch.device("meta"):
-        model.tok_embeddings = torch.nn.Embedding(rows, 4)
-    return model
+        model.tok_embeddings = torch.nn.Embedding(10, 4)
+    check_vocabulary(model, SimpleNamespace(vocab_size=12), stop, *datasets)
 
 
 def test_ids_within_the_vocabulary_pass():
-    """Ids 0 to 9 in a vocabulary of 10, although the tokenizer knows 12."""
-    dataset = PromptDataset([Prompt("a", [0, 9], [3]), Prompt("b", [1], [9])])
-    check_vocabulary(_model(10), _Tokenizer(), (9,), dataset, PromptDataset())
+    check(PromptDataset([Prompt("a", [0, 9], [3]), Prompt("b", [1], [9])]), PromptDataset(), stop=(9,))
 
 
 @pytest.mark.parametrize(
@@ -302,17 +297,14 @@ def test_ids_within_the_vocabulary_pass():
 )
 def test_an_id_beyond_the_vocabulary_names_the_first_sample(prompts, sample, token):
     with pytest.raises(DataError) as error:
-        check_vocabulary(_model(10), _Tokenizer(), (), PromptDataset(), PromptDataset(prompts))
+        check(PromptDataset(), PromptDataset(prompts))
     text = str(error.value)
     assert f"sample {sample!r} has the token id {token}" in text
     assert "knows 12 token ids" in text and "vocabulary has 10 (ids 0 to 9)" in text and "vocab_size" in text
 
 
-def test_a_stop_token_beyond_the_vocabulary_is_refused():
+def test_a_stop_token_beyond_the_vocabulary_and_what_is_no_data_set_are_refused():
     with pytest.raises(DataError, match="stop token 10"):
-        check_vocabulary(_model(10), _Tokenizer(), (9, 10), PromptDataset())
-
-
-def test_what_is_no_data_set_is_refused_by_its_type():
+        check(PromptDataset(), stop=(9, 10))
     with pytest.raises(DataError, match=r"dataset: its _component_ gave a list, expected a spin.data.PromptDataset"):
-        check_vocabulary(_model(10), _Tokenizer(), (9,), [Prompt("a", [1], [2])])
+        check([Prompt("a", [1], [2])])

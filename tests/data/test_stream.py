@@ -10,8 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from spin.core.errors import ConfigError, DataError
-from spin.data import PromptStream
-from spin.data.read import prompt_dataset
+from spin.data import PromptStream, prompt_dataset
 from spin.data.rows import Row
 from spin.data.sources import read_rows
 from spin.data.stream import shuffled_rows

@@ -1,13 +1,13 @@
-"""Conversations with tools: a call is an answer of the model, what a tool returns is part of the prompt only."""
+"""Conversations with tools: a call is a response of the model, what a tool returns is part of the prompt only."""
 
 import json
 
 import pytest
 
 from spin.core.errors import DataError
-from spin.data.chat import ChatTokenizer
+from spin.data import ChatTokenizer, PairStore, prompt_dataset
 from spin.data.messages import row_to_messages, split_turns
-from spin.data.read import prompt_dataset
+from tests.recipes.helpers import run
 
 # In the manner of Qwen 2.5: JSON between tags, results in a user turn, adjacent ones together.
 TAGGED = """{%- if tools %}{{- '<|im_start|>system\\n# Tools\\n' }}
@@ -60,36 +60,31 @@ def chat(tiny_lm):
     return lambda template: ChatTokenizer(tiny_lm, chat_template=template)
 
 
+TAGGED_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+ROLES_CALL = '{"name": "get_weather", "parameters": {"city": "Paris"}}'
+
+
 @pytest.mark.parametrize(
     ("template", "call", "result"),
-    [
-        (
-            TAGGED,
-            '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>',
-            '{"celsius": 21}',
-        ),
-        (ROLES, '{"name": "get_weather", "parameters": {"city": "Paris"}}', json.dumps('{"celsius": 21}')),
-    ],
+    [(TAGGED, TAGGED_CALL, '{"celsius": 21}'), (ROLES, ROLES_CALL, json.dumps('{"celsius": 21}'))],
     ids=["tags", "roles"],
 )
 def test_results_are_in_the_prompt_and_never_in_a_response(chat, source, template, call, result):
     tokenizer = chat(template)
     path = source({"id": "w", "messages": TALK, "tools": [WEATHER]})
-    games = prompt_dataset(tokenizer, source=path, turns="all")
-    assert games.sample_ids == ["w#turn0", "w#turn1"]
-    shown = [(tokenizer.decode(game.prompt_ids), tokenizer.decode(game.real_ids)) for game in games]
-    (asked, called), (told, answered) = shown
-    assert called == f"{call}<|im_end|>" and answered == "It is 21 degrees.<|im_end|>"
-    assert '"name": "get_weather"' in asked and "celsius" not in asked and "celsius" not in called + answered
-    assert told.endswith("<|im_start|>assistant\n") and told.startswith(asked + call)
-    assert told.count(result) == 1 and told.index(call) < told.index(result)
-    # what is asked in generation is what stands before the answer in training
-    for game, (_, part) in zip(
-        games, split_turns(row_to_messages({"messages": TALK, "tools": [WEATHER]}), "all"), strict=True
-    ):
-        assert game.prompt_ids == tokenizer.encode_prompt(part[:-1])
+    samples = prompt_dataset(tokenizer, source=path, turns="all")
+    assert samples.sample_ids == ["w#turn0", "w#turn1"]
+    shown = [(tokenizer.decode(sample.prompt_ids), tokenizer.decode(sample.real_ids)) for sample in samples]
+    (asked, called), (after, response) = shown
+    assert called == f"{call}<|im_end|>" and response == "It is 21 degrees.<|im_end|>"
+    assert '"name": "get_weather"' in asked and "celsius" not in asked and "celsius" not in called + response
+    assert after.endswith("<|im_start|>assistant\n") and after.startswith(asked + call)
+    assert after.count(result) == 1 and after.index(call) < after.index(result)
+    # what is asked in generation is what stands before the response in training
+    parts = split_turns(row_to_messages({"messages": TALK, "tools": [WEATHER]}), "all")
+    assert [sample.prompt_ids for sample in samples] == [tokenizer.encode_prompt(part[:-1]) for _, part in parts]
     last = prompt_dataset(tokenizer, source=path)
-    assert [(game.sample_id, tokenizer.decode(game.real_ids)) for game in last] == [("w", answered)]
+    assert [(sample.sample_id, tokenizer.decode(sample.real_ids)) for sample in last] == [("w", response)]
 
 
 def test_several_results_and_calls_of_a_turn(chat):
@@ -140,45 +135,28 @@ def test_a_system_prompt_stands_before_and_keeps_the_tools():
     assert messages[0]["role"] == "system" and "tools" in messages[0] and "tools" not in messages[1]
 
 
-CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+def calling(call):
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 @pytest.mark.parametrize(
-    ("row", "reason"),
+    ("messages", "tools", "reason"),
     [
-        (
-            {"messages": [TALK[0], CALLING, {**TALK[2], "tool_call_id": "x"}, TALK[3]]},
-            "answers call 'x', expected 'call_1'",
-        ),
-        (
-            {"messages": [TALK[0], {**CALLING, "tool_calls": [{"function": {}}]}]},
-            "message 1 calls {'function': {}}, expected",
-        ),
-        ({"messages": [TALK[0], {**CALLING, "tool_calls": [5]}]}, "message 1 calls 5, expected a function"),
-        (
-            {"messages": [TALK[0], {**CALLING, "tool_calls": [{"name": "f", "arguments": "{"}]}]},
-            "message 1, arguments of f: '{' is not valid JSON",
-        ),
-        (
-            {"messages": [TALK[0], {**CALLING, "tool_calls": [{"name": "f", "arguments": [1]}]}]},
-            "message 1 calls f with arguments [1], expected a JSON object",
-        ),
-        (
-            {"messages": [{**TALK[0], "tool_calls": [CALL]}, TALK[3]]},
-            "(role 'user') calls tools, which only the assistant",
-        ),
-        ({"messages": [TALK[0], TALK[3]], "tools": ["hammer"]}, "tools: entry 0 is 'hammer', expected a function"),
-        ({"messages": [TALK[0], TALK[3]], "tools": "hammer"}, "tools: 'hammer' is not valid JSON"),
-        (
-            {"messages": [TALK[0], CALLING, {**TALK[2], "content": {"a": 1}}, TALK[3]]},
-            "content is of type dict, expected a text",
-        ),
-        ({"messages": [*TALK[:3]]}, "last message has role 'tool', expected 'assistant'"),
+        ([calling(CALL), {**TALK[2], "tool_call_id": "x"}, TALK[3]], None, "answers call 'x', expected 'call_1'"),
+        ([calling({"function": {}})], None, "message 1 calls {'function': {}}, expected"),
+        ([calling(5)], None, "message 1 calls 5, expected a function"),
+        ([calling({"name": "f", "arguments": "{"})], None, "message 1, arguments of f: '{' is not valid JSON"),
+        ([calling({"name": "f", "arguments": [1]})], None, "message 1 calls f with arguments [1], expected a JSON obj"),
+        ([TALK[3], {**TALK[0], "tool_calls": [CALL]}, TALK[3]], None, "(role 'user') calls tools, which only the assi"),
+        ([TALK[3]], ["hammer"], "tools: entry 0 is 'hammer', expected a function"),
+        ([TALK[3]], "hammer", "tools: 'hammer' is not valid JSON"),
+        ([calling(CALL), {**TALK[2], "content": {"a": 1}}, TALK[3]], None, "content is of type dict, expected a text"),
+        (TALK[1:3], None, "last message has role 'tool', expected 'assistant'"),
     ],
 )
-def test_faults_name_the_row(chat, source, row, reason):
+def test_faults_name_the_row(chat, source, messages, tools, reason):
     with pytest.raises(DataError) as caught:
-        prompt_dataset(chat(TAGGED), source=source(row))
+        prompt_dataset(chat(TAGGED), source=source({"messages": [TALK[0], *messages], "tools": tools}))
     assert "data.jsonl:1: " in str(caught.value) and reason in str(caught.value)
 
 
@@ -197,7 +175,7 @@ SILENT = (
     ("template", "lost"), [(None, "tools and calls"), (SILENT, "tools and calls and results")], ids=["chatml", "silent"]
 )
 def test_a_template_that_leaves_tools_out_is_refused(chat, template, lost):
-    """The prompt would lack what the answer rests on, and nobody would be told."""
+    """The prompt would lack what the response rests on, and nobody would know."""
     with pytest.raises(DataError, match=f"does not show their {lost}: the model would not see them"):
         chat(template).encode_pair(row_to_messages({"messages": TALK, "tools": [WEATHER]}))
 
@@ -210,15 +188,12 @@ def test_results_after_calls_in_plain_text_need_a_role_only(chat):
     assert "celsius" not in tokenizer.decode(real_ids)
 
 
-def test_the_opponent_is_asked_with_the_results_and_answers_for_itself(tmp_path):
-    """A whole play: the pairs of a run on disk have the tool's text in the prompt alone."""
-    from spin.data import PairStore
-    from tests.recipes.helpers import run
-
+def test_the_opponent_is_asked_with_the_results_and_responds_itself(tiny_lm, tmp_path):
+    """The pairs of a run on disk have the tool's text in the prompt alone."""
     (tmp_path / "tools.jinja").write_text(TAGGED)
     rows = [{"messages": [{**TALK[0], "content": f"Weather {i}?"}, *TALK[1:]], "tools": [WEATHER]} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = run(
+    run(
         tmp_path / "run",
         f"dataset.source={tmp_path / 'rows.jsonl'}",
         "dataset.turns=all",
@@ -227,8 +202,9 @@ def test_the_opponent_is_asked_with_the_results_and_answers_for_itself(tmp_path)
         "max_iterations=1",
         "max_epochs=1",
     )
+    tokenizer = ChatTokenizer(tiny_lm)
     pairs = list(PairStore.open(tmp_path / "run/iteration_000/pairs").pairs())
     assert len(pairs) == 8
     for pair in pairs:
-        prompt, real = (recipe._tokenizer.decode(ids.tolist()) for ids in (pair.prompt_ids, pair.real_ids))
+        prompt, real = (tokenizer.decode(ids.tolist()) for ids in (pair.prompt_ids, pair.real_ids))
         assert ("celsius" in prompt) == pair.sample_id.endswith("#turn1") and "celsius" not in real
