@@ -196,36 +196,21 @@ def row_to_messages(
 ) -> list[ChatMessage]:
     """Turn a row into a checked conversation that ends with an assistant turn.
 
+    Formats are ``messages`` (list of role and content), ``sharegpt`` (``conversations``: list of from and value),
+    ``prompt_response`` (``prompt`` is a text or the list of messages so far; ``response`` or ``completion`` is a text or
+    one assistant message; optional ``history``), ``alpaca`` (``instruction``, optional ``input``, ``output``, optional
+    ``history``; instruction and input become one user turn with an empty line between them), or ``auto``. All may have
+    ``system``, ``tools`` or ``functions``, ``chat_template_kwargs`` and NeMo's ``mask``. Lists may be JSON texts.
+    ``column_map`` leads from a format's column to the data set's. A ``message_transform`` takes the place of a format:
+    any torchtune transform, from a sample to ``{"messages": [torchtune.data.Message, ...]}``, or to lists of role and
+    content dictionaries.
+
     What stands before the first user's turn or behind the last assistant's has no prompt or no response: assistant
-    turns there, and user turns here, are left out.
+    turns there, and user turns here, are left out. Rows ``from_arrow`` (parquet, ``datasets``) have structs filled up
+    with nulls, which are removed from tools and calls. ``notes`` gets what was changed and what was not used.
 
-    Args:
-        data (Mapping[str, Any]): the row.
-        row_format (str): ``messages`` (list of role and content), ``sharegpt`` (``conversations``: list of from and
-            value), ``prompt_response`` (``prompt`` is a text or the list of messages so far; ``response`` or
-            ``completion`` is a text or one assistant message; optional ``history``), ``alpaca`` (``instruction``,
-            optional ``input``, ``output``, optional ``history``; instruction and input become one user turn with an
-            empty line between them), or ``auto``. All may have ``system``, ``tools`` or ``functions``,
-            ``chat_template_kwargs`` and NeMo's ``mask``. Lists may be JSON texts.
-        column_map (Mapping[str, str] | None): column name of the format to column name of the data set, as torchtune
-            writes it: ``{"prompt": "question", "response": "answer"}``.
-        message_transform (MessageTransform | None): instead of a format: any torchtune transform, from a sample to
-            ``{"messages": [torchtune.data.Message, ...]}``. Lists of role and content dictionaries are accepted too.
-        system_prompt (str | None): put before conversations that have no system message.
-        from_arrow (bool): the row comes from Arrow (parquet, ``datasets``), which fills up structs with nulls: they are
-            removed from tools and calls.
-        notes (RowNotes | None): gets what was changed and what was not used.
-
-    Returns:
-        list[ChatMessage]: ``{"role", "content"}`` with roles system (first only), user, assistant, tool. The texts are
-        those of the row, unchanged. Where tools are used: an assistant's ``tool_calls``, a tool's ``name`` and
-        ``tool_call_id``, and in the first message the row's ``tools``, all in the form that chat templates take. An
-        assistant's ``reasoning_content``, and ``train: False`` where the row says that it is not to be trained on; in
-        the first message the row's ``chat_template_kwargs``.
-
-    Raises:
-        DataError: If the row is not such a conversation, or if no assistant turn is to be trained on. The message does
-            not name the row: the caller knows it.
+    The texts are those of the row, unchanged; see :data:`ChatMessage` for the keys. A DataError says what is wrong with
+    the row; it does not name it: the caller knows it.
     """
     row = _Row(data, dict(column_map or {}), RowNotes() if notes is None else notes, from_arrow)
     of_row: dict[str, Any] = {}
