@@ -198,12 +198,12 @@ def row_to_messages(
 
     Formats are ``messages`` (list of role and content), ``sharegpt`` (``conversations``: list of from and value),
     ``prompt_response`` (``prompt`` is a text or the list of messages so far; ``response`` or ``completion`` is a text
-    or one assistant message; optional ``history``), ``alpaca`` (``instruction``, optional ``input``, ``output``, optional
-    ``history``; instruction and input become one user turn with an empty line between them), or ``auto``. All may have
-    ``system``, ``tools`` or ``functions``, ``chat_template_kwargs`` and NeMo's ``mask``. Lists may be JSON texts.
-    ``column_map`` leads from a format's column to the data set's. A ``message_transform`` takes the place of a format:
-    any torchtune transform, from a sample to ``{"messages": [torchtune.data.Message, ...]}``, or to lists of role and
-    content dictionaries.
+    or one assistant message; optional ``history``), ``alpaca`` (``instruction``, optional ``input``, ``output``,
+    optional ``history``; instruction and input become one user turn with an empty line between them), or ``auto``. All
+    may have ``system``, ``tools`` or ``functions``, ``chat_template_kwargs`` and NeMo's ``mask``. Lists may be JSON
+    texts. ``column_map`` leads from a format's column to the data set's. A ``message_transform`` takes the place of a
+    format: any torchtune transform, from a sample to ``{"messages": [torchtune.data.Message, ...]}``, or to lists of
+    role and content dictionaries.
 
     What stands before the first user's turn or behind the last assistant's has no prompt or no response: assistant
     turns there, and user turns here, are left out. Rows ``from_arrow`` (parquet, ``datasets``) have structs filled up
