@@ -6,8 +6,7 @@ import pytest
 from spin_recipe import SPINRecipe
 
 from spin.core.errors import CheckpointError, ConfigError
-from tests.recipes import test_spin_lora_recipe as lora
-from tests.recipes.helpers import run, tiny_config
+from tests.recipes.helpers import adapters_config, run, run_adapters, tiny_config
 
 SHORT = (
     "max_iterations=3",
@@ -35,11 +34,11 @@ def test_the_newest_are_kept_and_what_is_not_ours(tmp_path):
 
 
 def test_of_adapters(tmp_path):
-    lora.run(tmp_path, *SHORT, "checkpointer.keep_exports=2")
+    run_adapters(tmp_path, *SHORT, "checkpointer.keep_exports=2")
     assert exports(tmp_path) == [f"iteration_00{i}/{name}" for i in (1, 2) for name in ("adapter", "hf_model")]
 
 
-@pytest.mark.parametrize("config_of", [tiny_config, lora.lora_config])
+@pytest.mark.parametrize("config_of", [tiny_config, adapters_config])
 def test_the_exports_of_all_iterations_are_counted_before_anything_is_loaded(tmp_path, monkeypatch, config_of):
     """918,656 parameters in fp32 are 3.5 MiB an export, and a full state as much at least."""
     usage = shutil.disk_usage(tmp_path)

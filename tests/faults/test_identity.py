@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from spin.core.errors import CheckpointError
-from tests.recipes import test_spin_lora_recipe as lora
-from tests.recipes.helpers import metrics_of, run
+from tests.recipes.helpers import metrics_of, run, run_adapters
 
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "save_interval=1", "lr_scheduler.name=constant")
 
@@ -18,7 +17,7 @@ def begun(tmp_path_factory):
     """A run that was stopped after two steps, with each recipe."""
     folder = tmp_path_factory.mktemp("identity")
     run(folder / "full", *SHORT, "max_steps=2")
-    lora.run(folder / "lora", *SHORT, "max_steps=2")
+    run_adapters(folder / "lora", *SHORT, "max_steps=2")
     return folder
 
 
@@ -34,7 +33,7 @@ def begun(tmp_path_factory):
     ],
 )
 def test_another_model_is_refused_by_the_name_of_the_key(begun, kind, change, told):
-    run_of = run if kind == "full" else lora.run
+    run_of = run if kind == "full" else run_adapters
     before = (begun / kind / "metrics.jsonl").read_bytes()
     with pytest.raises(CheckpointError, match=rf"{told}.*resume_with_changes=\[model\]"):
         run_of(begun / kind, *SHORT, change)
@@ -46,7 +45,7 @@ def test_so_is_another_generator_and_another_base_dtype(begun):
     with pytest.raises(CheckpointError, match=r"generator\._component_ is .*ReplayGenerator.*\[generator\]"):
         run(begun / "full", *SHORT, *replay, f"generator.path={Path(__file__)}")
     with pytest.raises(CheckpointError, match=r"base_dtype is '?bf16'?, was '?fp32"):
-        lora.run(begun / "lora", *SHORT, "base_dtype=bf16")
+        run_adapters(begun / "lora", *SHORT, "base_dtype=bf16")
 
 
 def test_it_can_be_allowed(begun, tmp_path):

@@ -10,8 +10,7 @@ from spin.core.errors import CheckpointError, CollapseError, ConfigError
 from spin.core.ranks import init_world
 from spin.data import Pair, PairStore, Response
 from spin.training.watch import LIMITS, CollapseMonitor, check_limits, response_metrics
-from tests.recipes.helpers import metrics_of, run
-from tests.recipes.test_spin_recipe import stops_at
+from tests.recipes.helpers import metrics_of, run, stops_at
 
 QUIET = {name: {"limit": None, "action": "warn"} for name in LIMITS}
 SHORT = ("max_iterations=2", "max_epochs=1", "validation_dataset=null", "watch.truncated_fraction.limit=null")

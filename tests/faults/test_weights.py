@@ -14,8 +14,7 @@ from spin.core.errors import CheckpointError, NonFiniteError
 from spin.core.ranks import init_world
 from spin.model.build import build_model, prepare_model
 from tests.quantizable import QUANTIZED, quantizable
-from tests.recipes import test_spin_lora_recipe as lora
-from tests.recipes.helpers import REPO, command, run, tiny_config
+from tests.recipes.helpers import REPO, adapters_config, command, run, run_adapters, tiny_config
 
 SHORT = ("max_iterations=1", "max_epochs=1", "lr_scheduler.warmup=0", "optimizer.weight_decay=0")
 NO_VALIDATION = (*SHORT, "validation_dataset=null")
@@ -23,7 +22,7 @@ NO_VALIDATION = (*SHORT, "validation_dataset=null")
 
 def runs_of(recipe):
     """The test config of a recipe, and how it is run."""
-    return (lora.lora_config, lora.run) if recipe is SPINRecipe else (tiny_config, run)
+    return (adapters_config, run_adapters) if recipe is SPINRecipe else (tiny_config, run)
 
 
 def saved(folder):
@@ -51,7 +50,7 @@ def test_a_lora_step_far_too_large(tmp_path):
     with pytest.raises(
         NonFiniteError, match=r"step 1: rewards of the last batch is .*resume_with_changes=\[optimizer\]"
     ):
-        lora.run(tmp_path, *NO_VALIDATION, "optimizer.lr=1e10", "model.lora_alpha=1e18", "max_steps=1")
+        run_adapters(tmp_path, *NO_VALIDATION, "optimizer.lr=1e10", "model.lora_alpha=1e18", "max_steps=1")
     assert saved(tmp_path) == []
 
 
@@ -164,7 +163,7 @@ def test_a_model_folder_with_nan_is_refused_before_any_answer(tmp_path, tiny_lm,
 
 def test_a_base_that_is_quantized_is_looked_at_before(tmp_path, tiny_lm):
     folder = poisoned(tiny_lm, quantizable(tiny_lm, tmp_path / "model"))
-    started = SPINRecipe(lora.lora_config(tmp_path, *QUANTIZED, f"checkpointer.checkpoint_dir={folder}"))
+    started = SPINRecipe(adapters_config(tmp_path, *QUANTIZED, f"checkpointer.checkpoint_dir={folder}"))
     with pytest.raises(CheckpointError, match=r"NaN or infinity in model\.layers\.2\.mlp\.up_proj\.weight"):
         started.setup()
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import spin_recipe
+import torch
 
 from spin.config.parse import complete, load_config
 from spin.model.fingerprint import weights_fingerprint
@@ -46,6 +47,14 @@ def run(output_dir, *overrides, recipe_class=spin_recipe.SPINRecipe, config=CONF
     return recipe
 
 
+def adapters_config(output_dir, *overrides):
+    return tiny_config(output_dir, *overrides, config=TINY_LORA)
+
+
+def run_adapters(output_dir, *overrides, recipe_class=spin_recipe.SPINRecipe):
+    return run(output_dir, *overrides, recipe_class=recipe_class, config=TINY_LORA)
+
+
 def stops_at(step, recipe_class=spin_recipe.SPINRecipe):
     """A recipe that is asked to stop, as by SIGTERM, after a number of steps."""
 
@@ -63,6 +72,14 @@ def metrics_of(output_dir, with_times=False):
     lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
     return rows if with_times else [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def logp_by_transformers(model, prompt, response):
+    """The summed log-prob of a response, by a model of transformers."""
+    ids = torch.tensor([[*map(int, prompt), *map(int, response)]])
+    with torch.no_grad():
+        logps = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return logps.gather(-1, ids[0, len(prompt) :, None]).sum().item()
 
 
 def free_port():

@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,27 @@ from transformers import AutoModelForCausalLM
 
 from spin.core.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError
 from spin.data import PairStore
+from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator
+from spin.model.adapters import adapted_modules
+from spin.model.build import build_model
 from spin.model.fingerprint import weights_fingerprint
+from spin.model.sharding import named_full_tensors
+from spin.pairs.packing import pack_batch
+from spin.reference.logprobs import response_logps
 from spin.report import read_run, render
-from tests.recipes.helpers import REPO, metrics_of, run, tiny_config
+from tests.quantizable import QUANTIZED, quantizable
+from tests.recipes.helpers import (
+    CONFIG,
+    REPO,
+    TINY_LORA,
+    command,
+    logp_by_transformers,
+    metrics_of,
+    run,
+    run_adapters,
+    stops_at,
+    tiny_config,
+)
 
 
 class Recorder(SPINRecipe):
@@ -40,27 +60,31 @@ class Recorder(SPINRecipe):
         return super().save_checkpoint()
 
 
-class StopsAt(SPINRecipe):
-    """Is asked to stop, as by SIGTERM, after a number of steps."""
-
-    stop_at = 0
-
-    def train_single_step(self, batch):
-        if self._progress.step + 1 == self.stop_at:
-            self._stop.note(15, None)
-        return super().train_single_step(batch)
-
-
-def stops_at(step):
-    return type("StopsAtStep", (StopsAt,), {"stop_at": step})
-
-
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """NeMo's trace: 20 samples, batches of 4, 2 epochs, 2 iterations, validated and saved every 2 steps."""
     output_dir = tmp_path_factory.mktemp("whole")
     recipe = run(output_dir, "validation.spin=true", "val_check_interval=0.4", recipe_class=Recorder)
     return output_dir, recipe
+
+
+class Opponents(SPINRecipe):
+    """Notes at the start of an iteration what the opponent is."""
+
+    def augment_dataloader(self, iteration):
+        self.opponents = [*getattr(self, "opponents", []), weights_fingerprint(self._model)]
+        return super().augment_dataloader(iteration)
+
+    def setup(self):
+        super().setup()
+        self.base = weights_fingerprint(self._model, frozen_only=True)
+
+
+@pytest.fixture(scope="module")
+def dora_run(tmp_path_factory):
+    """20 samples, batches of 4, 2 epochs, 2 iterations."""
+    output_dir = tmp_path_factory.mktemp("dora")
+    return output_dir, run_adapters(output_dir, "model.use_dora=true", recipe_class=Opponents)
 
 
 def test_order_of_opponents_steps_validations_and_saves_is_nemos(whole_run, oracles):
@@ -106,15 +130,18 @@ def test_metrics_carry_nemos_names(whole_run, oracles):
     assert {"val_loss", "val_spin_loss", "val_acc", "validation_step_time"} <= {*rows[1]}
 
 
-def test_every_iteration_starts_at_ln_2_and_learns(whole_run):
-    rows = {row["step"]: row for row in metrics_of(whole_run[0])}
+@pytest.mark.parametrize("whole", ["whole_run", "dora_run"])
+def test_every_iteration_starts_at_ln_2_and_learns(request, whole):
+    output_dir, _ = request.getfixturevalue(whole)
+    rows = {row["step"]: row for row in metrics_of(output_dir)}
     for first in (1, 11):
         assert rows[first]["loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert rows[first]["rewards_actual_mean"] == rows[first]["rewards_generated_mean"] == rows[first]["acc"] == 0.0
         assert abs(rows[first + 1]["loss"] - math.log(2)) > 1e-4
         assert rows[first + 9]["loss"] < 0.55
-        assert rows[first]["updated_fraction"] > 0.9
-    assert abs(rows[10]["val_spin_loss"] - math.log(2)) > 1e-4
+        assert rows[first]["updated_fraction"] > 0.9  # of adapters' runs the frozen base is not counted
+    if whole == "whole_run":
+        assert abs(rows[10]["val_spin_loss"] - math.log(2)) > 1e-4
 
 
 def test_pairs_on_disk_are_what_was_trained_on(whole_run):
@@ -142,14 +169,9 @@ def test_the_export_is_the_policy(whole_run):
     output_dir, recipe = whole_run
     folder = output_dir / "iteration_001" / "hf_model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    nats, tokens = 0.0, 0
-    for i in range(6):
-        prompt = recipe._val_prompts[i]
-        ids = torch.tensor([[*prompt.prompt_ids, *prompt.real_ids]])
-        with torch.no_grad():
-            logps = model(ids).logits[0, len(prompt.prompt_ids) - 1 : -1].log_softmax(-1)
-        nats -= logps.gather(-1, ids[0, len(prompt.prompt_ids) :, None]).sum().item()
-        tokens += len(prompt.real_ids)
+    prompts = [recipe._val_prompts[i] for i in range(6)]
+    nats = -sum(logp_by_transformers(model, prompt.prompt_ids, prompt.real_ids) for prompt in prompts)
+    tokens = sum(len(prompt.real_ids) for prompt in prompts)
     assert nats / tokens == pytest.approx(metrics_of(output_dir)[-1]["val_loss"], rel=1e-5)
     assert (folder / "tokenizer.json").exists()
 
@@ -162,13 +184,18 @@ def test_samples_are_shown(whole_run):
     assert "What does the hacker slang term" in last[0]["prompt"]
 
 
-@pytest.mark.parametrize("step", [3, 5, 10, 14, 20])
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(whole_run, tmp_path, step):
+@pytest.mark.parametrize(
+    ("whole", "step"),
+    [*(("whole_run", step) for step in (3, 5, 10, 14, 20)), *(("dora_run", step) for step in (10, 14))],
+)
+def test_a_stopped_run_resumes_as_if_it_had_not_stopped(request, tmp_path, whole, step):
     """Inside an epoch, at its end, at an iteration's end (NeMo's stale opponent), in the last epoch, at the end."""
-    output_dir, recipe = whole_run
-    run(tmp_path, "validation.spin=true", recipe_class=stops_at(step))
+    output_dir, recipe = request.getfixturevalue(whole)
+    how = {"config": TINY_LORA} if whole == "dora_run" else {}
+    changes = ("model.use_dora=true",) if whole == "dora_run" else ("validation.spin=true",)
+    run(tmp_path, *changes, recipe_class=stops_at(step), **how)
     assert metrics_of(tmp_path)[-1]["step"] == step
-    resumed = run(tmp_path, "validation.spin=true")
+    resumed = run(tmp_path, *changes, **how)
     assert metrics_of(tmp_path) == metrics_of(output_dir)
     assert resumed.final_weights == recipe.final_weights
     for iteration in range(2):
@@ -301,12 +328,7 @@ def test_validation_weighs_pairs_as_training_does(tmp_path, policy):
     run(tmp_path, *changes, "pairs.responses_per_prompt=2", "sampling.max_new_tokens=8", f"pairs.truncated={policy}")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "iteration_000/hf_model", dtype=torch.float32)
 
-    def logp(prompt, response):
-        ids = torch.from_numpy(np.concatenate([prompt, response]).astype(np.int64))[None]
-        with torch.no_grad():
-            logps = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        return logps.gather(-1, ids[0, len(prompt) :, None]).sum().item()
-
+    logp = partial(logp_by_transformers, model)
     found, responses = [], set()
     for pair in PairStore.open(tmp_path / "iteration_000/validation/pairs").pairs():
         real = 0.1 * (logp(pair.prompt_ids, pair.real_ids) - pair.reference_real_logp)
@@ -336,59 +358,54 @@ def test_the_nll_term_is_logged_and_changes_nothing_else_at_the_first_step(tmp_p
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("config", "changes"),
     [
-        ("compute_dtype=bf16",),
-        ("enable_activation_checkpointing=true",),
-        ("nll_weight=0.5", "loss.loss_type=exponential"),
-        ("loss.loss_type=hinge", "loss.label_smoothing=0.1", "clip_grad_norm=null"),
-        ("pairs.row_tokens=64",),
-        ("dtype=bf16", "compute_dtype=bf16"),
+        (CONFIG, ("compute_dtype=bf16",)),
+        (CONFIG, ("enable_activation_checkpointing=true",)),
+        (CONFIG, ("nll_weight=0.5", "loss.loss_type=exponential")),
+        (CONFIG, ("loss.loss_type=hinge", "loss.label_smoothing=0.1", "clip_grad_norm=null")),
+        (CONFIG, ("pairs.row_tokens=64",)),
+        (CONFIG, ("dtype=bf16", "compute_dtype=bf16")),
+        (TINY_LORA, ("base_dtype=bf16", "compute_dtype=bf16")),
+        (TINY_LORA, ("enable_activation_checkpointing=true", "fsdp_accumulate_unsharded=true", "pairs.row_tokens=64")),
+        (TINY_LORA, ("nll_weight=0.5", "fsdp_reshard_after_forward=false", "checkpointer.export_merged=false")),
     ],
-    ids=lambda changes: changes[0],
+    ids=lambda value: value.stem if isinstance(value, Path) else value[0],
 )
-def test_options_start_at_the_loss_of_equal_models(tmp_path, changes):
-    recipe = run(tmp_path, "max_iterations=1", "max_epochs=1", "limit_train_batches=2", *changes)
-    first = metrics_of(tmp_path)[1]
+def test_options_start_at_the_loss_of_equal_models(tmp_path, config, changes):
+    short = ("max_iterations=1", "max_epochs=1", "limit_train_batches=2")
+    recipe = run(tmp_path, *short, *changes, config=config)
+    _, first, second = metrics_of(tmp_path)
     zero = torch.zeros(1)
     assert first["loss"] == pytest.approx(recipe._loss(zero, zero, zero, zero)[0].item(), abs=1e-4)
-    assert first["acc"] == 0.0
+    assert first["acc"] == 0.0 and second["grad_norm"] > 0
+    exported = tmp_path / "iteration_000"
+    assert (exported / "hf_model").exists() == ("checkpointer.export_merged=false" not in changes)
+    assert (exported / "adapter" / "adapter_config.json").exists() == (config == TINY_LORA)
 
 
 def test_row_length_and_batch_plan_do_not_change_the_gradient(tmp_path):
     """The same global batch in many short rows, few long ones, with and without checkpointing: one gradient norm."""
+    short = ("max_steps=1", "max_iterations=1", "validation_dataset=null", "clip_grad_norm=null")
+    rows = (["pairs.row_tokens=4096"], ["pairs.row_tokens=64"])
     norms = []
-    for i, changes in enumerate(
-        (
-            ["pairs.row_tokens=4096"],
-            ["pairs.row_tokens=64"],
-            ["pairs.row_tokens=200", "enable_activation_checkpointing=true"],
-        )
-    ):
-        run(
-            tmp_path / str(i),
-            "max_steps=1",
-            "max_iterations=1",
-            "validation_dataset=null",
-            "clip_grad_norm=null",
-            *changes,
-        )
+    for i, changes in enumerate((*rows, ["pairs.row_tokens=200", "enable_activation_checkpointing=true"])):
+        run(tmp_path / str(i), *short, *changes)
         norms.append(metrics_of(tmp_path / str(i))[0]["grad_norm"])
     assert norms == pytest.approx([norms[0]] * 3, rel=1e-6)
 
 
 @pytest.mark.slow
-def test_per_layer_compile_changes_nothing_but_rounding(tmp_path):
-    changes = (
-        "max_steps=2",
-        "max_iterations=1",
-        "validation_dataset=null",
-        "pairs.row_multiple=512",
-        "model.num_layers=4",
-    )
+@pytest.mark.parametrize("config", [CONFIG, TINY_LORA], ids=lambda config: config.stem)
+def test_compiled_layers_change_nothing_but_rounding(tiny_lm, tmp_path, config):
+    """Adapters with everything that layers can hold: DoRA over NF4."""
+    changes = ["max_steps=2", "max_iterations=1", "validation_dataset=null", "pairs.row_multiple=512"]
+    if config == TINY_LORA:
+        base = quantizable(tiny_lm, tmp_path / "base")
+        changes += [*QUANTIZED, f"checkpointer.checkpoint_dir={base}", "model.use_dora=true"]
     losses = []
     for flag in ("false", "true"):
-        run(tmp_path / flag, *changes, f"compile={flag}")
+        run(tmp_path / flag, *changes, f"compile={flag}", config=config)
         losses.append([row["loss"] for row in metrics_of(tmp_path / flag)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
@@ -426,6 +443,106 @@ def test_keeps_the_last_and_the_best(tmp_path):
         (step for step in rows if "val_loss" in rows[step] and step > 0), key=lambda step: rows[step]["val_loss"]
     )
     assert set(kept) == {best, 9, 10}  # and not the state after it, whose weights were not validated
+
+
+# ---- adapters
+
+
+def test_the_opponent_is_the_base_with_the_adapter_of_the_iteration_before(dora_run, tiny_lm):
+    """Iteration 0: the base. Iteration 1: the model that iteration 0 exported, and not the base."""
+    output_dir, recipe = dora_run
+    distances = {}
+    for iteration in range(2):
+        pairs = list(PairStore.open(output_dir / f"iteration_{iteration:03d}" / "pairs").pairs())[:6]
+        reference = torch.tensor([(p.reference_real_logp, p.generated[0].reference_logp) for p in pairs])
+        for name, folder in (("base", tiny_lm), ("exported", output_dir / "iteration_000" / "hf_model")):
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            other = torch.tensor(
+                [
+                    [logp_by_transformers(model, p.prompt_ids, ids) for ids in (p.real_ids, p.generated[0].token_ids)]
+                    for p in pairs
+                ]
+            )
+            distances[iteration, name] = (other - reference).abs().max().item()
+    assert distances[0, "base"] < 1e-3 and distances[1, "exported"] < 1e-3
+    assert distances[0, "exported"] > 1 and distances[1, "base"] > 1
+    assert len(set(recipe.opponents)) == 2
+    assert weights_fingerprint(recipe._model, frozen_only=True) == recipe.base
+
+
+def test_another_adapter_is_another_reference(dora_run):
+    """The reference pass runs with the adapter as it is: change one, and the log-probs change."""
+    _, recipe = dora_run
+    pairs = list(PairStore.open(dora_run[0] / "iteration_001" / "pairs").pairs())[:2]
+    row = pack_batch(pairs, recipe._layout)[0]
+    with torch.no_grad():
+        before = response_logps(recipe._model, row)
+        module = next(iter(adapted_modules(recipe._model).values()))
+        module.lora_b.weight.mul_(-1)
+        assert (response_logps(recipe._model, row) - before).abs().max() > 0.01
+        module.lora_b.weight.mul_(-1)
+        assert torch.equal(response_logps(recipe._model, row), before)
+
+
+def test_the_embedded_generator_plays_with_the_adapter(dora_run):
+    """Its greedy tokens are those of a generator that was given merged tensors, and of transformers on the export."""
+    output_dir, recipe = dora_run
+    prompts = [list(map(int, recipe._prompts[i].prompt_ids)) for i in range(6)]
+    sampling = SamplingParams(temperature=0.0, max_new_tokens=10, stop_token_ids=(2,))
+    answers = recipe._generator.generate(prompts, sampling, list(range(6)))
+    # one that takes weights is given the merged ones
+    plain = build_model(tiny_config("unused").model, torch.float32).to_empty(device="cpu")
+    for layer in plain.layers:
+        layer.attn.pos_embeddings.rope_init()
+    context = GeneratorContext(plain, torch.device("cpu"), 512, recipe._tokenizer.decode)
+    merged = TorchtuneGenerator(context, batch_size=4)
+    merged.update_weights(named_full_tensors(recipe._model))
+    assert merged.generate(prompts, sampling, list(range(6))) == answers
+    model = AutoModelForCausalLM.from_pretrained(output_dir / "iteration_001" / "hf_model", dtype=torch.float32)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=2, pad_token_id=0)
+        assert answer.token_ids == ids[0, len(prompt) :].tolist()
+
+
+@pytest.mark.slow
+def test_qlora_trains_and_resumes(tiny_lm, tmp_path):
+    """NF4 base of bf16, fp32 adapters. Iterations start at ln 2; the stopped run is the other one, bit for bit."""
+    base = quantizable(tiny_lm, tmp_path / "base")
+    changes = [*QUANTIZED, f"checkpointer.checkpoint_dir={base}", "base_dtype=bf16", "max_epochs=1"]
+    whole = run_adapters(tmp_path / "a", *changes)
+    rows = {row["step"]: row for row in metrics_of(tmp_path / "a")}
+    assert [rows[step]["loss"] for step in (1, 6)] == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert rows[5]["val_loss"] < rows[0]["val_loss"]
+    run_adapters(tmp_path / "b", *changes, recipe_class=stops_at(7))
+    resumed = run_adapters(tmp_path / "b", *changes)
+    assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
+    assert resumed.final_weights == whole.final_weights
+
+
+def test_rank_alpha_and_a_plain_model_are_told_apart(tmp_path):
+    short = ("max_iterations=1", "max_epochs=1")
+    run_adapters(tmp_path, *short, recipe_class=stops_at(2))
+    with pytest.raises(CheckpointError, match="lora_alpha"):
+        run_adapters(tmp_path, *short, "model.lora_alpha=16")
+    plain = [f"~model.{key}" for key in ("lora_attn_modules", "apply_lora_to_mlp", "lora_rank", "lora_alpha")]
+    plain.append("model._component_=torchtune.models.llama3_2.llama3_2")
+    with pytest.raises(ConfigError, match="has no adapter.* or set checkpointer=spin.checkpoint.SPINCheckpointer"):
+        run_adapters(tmp_path / "b", *plain)
+    full = "checkpointer._component_=spin.checkpoint.SPINCheckpointer"
+    with pytest.raises(ConfigError, match="has adapters, and .* Set checkpointer=spin.checkpoint.LoRACheckpointer"):
+        run_adapters(tmp_path / "b", full, "base_dtype=null")
+    with pytest.raises(ConfigError, match="base_dtype=fp32 is of the frozen weights"):
+        run_adapters(tmp_path / "b", full)
+
+
+def test_the_command_line_says_how_much_is_trained(tmp_path):
+    """In a process of its own, as users run it. Rank 4 in 4 layers: q and o 256, k and v 192, MLP 3 x 512 each."""
+    done = command(tmp_path, "max_steps=1", "validation_dataset=null", recipe="spin_recipe", config=TINY_LORA)
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained = 4 * 4 * (2 * 256 + 2 * 192 + 3 * 512)
+    assert f"parameters: {trained:,} trainable" in done.stdout + done.stderr
+    state = json.loads(next((tmp_path / "checkpoints").glob("*/state.json")).read_text())["state"]
+    assert re.fullmatch(r"[0-9a-f]{64}", state["base"])
 
 
 class TestFaults:

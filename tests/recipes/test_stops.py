@@ -15,8 +15,7 @@ from spin.core.errors import CheckpointError
 from spin.core.ranks import init_world, shutdown
 from spin.data import ChatTokenizer, adapt_tokenizer
 from tests.families import tiny_lm_model
-from tests.recipes import test_spin_lora_recipe as lora
-from tests.recipes.helpers import run
+from tests.recipes.helpers import run, run_adapters
 
 END, ENDOFTEXT = 2, 0  # ids of <|im_end|>, which the tiny model writes, and <|endoftext|>, at which a base model stops
 CHATML = (
@@ -65,7 +64,7 @@ def adapted(tiny_lm, tmp_path_factory):
     edit(base / "tokenizer_config.json", pad_token="<|im_end|>")
     eos = {"content": "<|endoftext|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     edit(base / "special_tokens_map.json", eos_token=eos, pad_token="<|im_end|>", bos_token="<|im_start|>")
-    lora.run(folder / "run", *trained_on(base, "sampling.stop_token_ids=[7]"))
+    run_adapters(folder / "run", *trained_on(base, "sampling.stop_token_ids=[7]"))
     return base, folder / "run/iteration_000"
 
 
