@@ -17,7 +17,7 @@ from spin.run.log import MetricsFile
 from tests.faults.hostile import write_whole_run
 from tests.recipes.helpers import REPO, tiny_config
 
-LURES = ("yaml", "torch", "numpy", "tqdm", "omegaconf", "jinja2", "pyarrow")
+LURES = ("yaml", "torch", "numpy", "tqdm", "omegaconf", "jinja2", "pyarrow", "datasets", "json")
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_modules_of_the_folder_where_a_command_is_started_are_not_imported(tmp_p
     for name in LURES:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "recipes")])}
-    for argv in (["report", "."], ["ls"]):
+    for argv in (["report", "."], ["ls", "."], ["validate", "quickstart/cpu"]):
         done = subprocess.run(
             [sys.executable, "-m", "spin", *argv], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120
         )

@@ -1,30 +1,12 @@
-"""Where code and files are looked for: the folder that one stands in, a logger's files, optimizers that do not fit."""
+"""What a config may give a metric logger and an optimizer."""
 
 from __future__ import annotations
-
-import os
-import subprocess
-import sys
 
 import pytest
 from spin_recipe import SPINRecipe
 
 from spin.core.errors import ConfigError
-from tests.recipes.helpers import REPO, run, tiny_config
-
-
-def test_modules_in_the_folder_of_a_run_are_not_imported(tmp_path):
-    """`cd` into somebody's run folder, then `python -m spin ls .` or `validate`: a yaml.py in it does not run."""
-    for name in ("yaml", "omegaconf", "torch", "datasets", "json", "dangerous"):
-        (tmp_path / f"{name}.py").write_text(f"open('imported_{name}', 'w')\n")
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "recipes")])}
-    for arguments in (["ls", "."], ["validate", "quickstart/cpu"]):
-        done = subprocess.run(
-            [sys.executable, "-m", "spin", *arguments], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
-        assert "Traceback" not in done.stderr, done.stderr
-    assert not list(tmp_path.glob("imported_*"))
-
+from tests.recipes.helpers import run, tiny_config
 
 WANDB, DISK = (f"torchtune.training.metric_logging.{name}Logger" for name in ("WandB", "Disk"))
 
