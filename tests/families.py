@@ -4,6 +4,7 @@
 norm scales and biases included: with their constant initial values a wrong name mapping would not show.
 """
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,42 +13,29 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torchtune.models.convert_weights import hf_to_tune, tune_to_hf
 from torchtune.models.gemma import gemma, lora_gemma
 from torchtune.models.gemma2 import gemma2, lora_gemma2
-from torchtune.models.gemma2._convert_weights import gemma2_tune_to_hf
 from torchtune.models.llama2 import llama2, lora_llama2
 from torchtune.models.llama3_1 import llama3_1, lora_llama3_1
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.models.mistral import lora_mistral, mistral
 from torchtune.models.phi3 import lora_phi3, phi3
-from torchtune.models.phi3._convert_weights import phi3_tune_to_hf
 from torchtune.models.qwen2 import lora_qwen2, qwen2
-from torchtune.models.qwen2._convert_weights import qwen2_tune_to_hf
 from torchtune.modules import TransformerDecoder
 
 from spin.model.adapters import adapted_modules, adapter_parameters, patch_dora, patch_nf4
-from spin.model.gemma2 import swap_mlp_norms
+from spin.model.hf_families import LAYOUTS
 
 VOCAB_SIZE = 160
 MAX_SEQ_LEN = 128
-
 _SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "embed_dim": 64,
-    "intermediate_dim": 96,
-    "max_seq_len": MAX_SEQ_LEN,
-}
-_GEMMA2: dict[str, Any] = {
-    "head_dim": 32,
-    "sliding_window_size": 8,
-    "query_pre_attn_scalar": 24,
-    "hidden_capping_value": 5.0,  # low, so that the caps bend the values of a tiny model
+    "vocab_size": VOCAB_SIZE, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64,
+    "intermediate_dim": 96, "max_seq_len": MAX_SEQ_LEN,
+}  # fmt: skip
+_GEMMA2: dict[str, Any] = {  # caps are low, so that they bend the values of a tiny model
+    "head_dim": 32, "sliding_window_size": 8, "query_pre_attn_scalar": 24, "hidden_capping_value": 5.0,
     "final_capping_value": 10.0,
-}
+}  # fmt: skip
 
 
 def _build(builder: Callable[..., TransformerDecoder], **arguments: Any) -> TransformerDecoder:
@@ -72,22 +60,16 @@ FAMILIES: dict[str, Callable[[], TransformerDecoder]] = {
     "phi3": partial(_build, phi3, **{**_SHAPE, "num_kv_heads": 4}),
     "phi4": partial(_build, phi3, **_SHAPE, rope_base=250_000),
 }
-
+MODEL_TYPES = {
+    "llama2": "LLAMA2", "llama3_1": "LLAMA3", "llama3_2": "LLAMA3_2", "mistral": "MISTRAL", "qwen2": "QWEN2",
+    "qwen2_5": "QWEN2", "gemma": "GEMMA", "gemma2": "GEMMA2", "phi3": "PHI3_MINI", "phi4": "phi4",  # any case
+}  # fmt: skip
 LORA_BUILDERS: dict[str, Callable[..., TransformerDecoder]] = {
-    "llama2": lora_llama2,
-    "llama3_1": lora_llama3_1,
-    "llama3_2": lora_llama3_2,
-    "mistral": lora_mistral,
-    "qwen2": lora_qwen2,
-    "qwen2_5": lora_qwen2,
-    "gemma": lora_gemma,
-    "gemma2": lora_gemma2,
-    "phi3": lora_phi3,
+    "llama2": lora_llama2, "llama3_1": lora_llama3_1, "llama3_2": lora_llama3_2, "mistral": lora_mistral,
+    "qwen2": lora_qwen2, "qwen2_5": lora_qwen2, "gemma": lora_gemma, "gemma2": lora_gemma2, "phi3": lora_phi3,
     "phi4": lora_phi3,
-}
+}  # fmt: skip
 EVERYWHERE = {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True}
-
-
 NF4_SHAPE = {"embed_dim": 256, "intermediate_dim": 512}  # every weight has a multiple of 16,384 numbers
 
 
@@ -114,18 +96,9 @@ def lora_model(
 def tiny_lm_model() -> TransformerDecoder:
     """The decoder of tests/assets/tiny_lm, with random weights."""
     return llama3_2(
-        vocab_size=1024,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        embed_dim=128,
-        intermediate_dim=384,
-        max_seq_len=512,
-        rope_base=10_000,
-        norm_eps=1e-5,
-        scale_factor=1,
-        tie_word_embeddings=True,
-    )
+        vocab_size=1024, num_layers=4, num_heads=4, num_kv_heads=2, embed_dim=128, intermediate_dim=384,
+        max_seq_len=512, rope_base=10_000, norm_eps=1e-5, scale_factor=1, tie_word_embeddings=True,
+    )  # fmt: skip
 
 
 def load_llama_weights(model: TransformerDecoder, folder: Path) -> None:
@@ -134,82 +107,63 @@ def load_llama_weights(model: TransformerDecoder, folder: Path) -> None:
     weights.pop("lm_head.weight", None)  # tied
     attention = model.layers[0].attn
     heads = {"num_heads": attention.num_heads, "num_kv_heads": attention.num_kv_heads, "dim": attention.embed_dim}
-    model.load_state_dict(hf_to_tune(weights, **heads))
+    model.load_state_dict(LAYOUTS["LLAMA3_2"].to_tune(weights, **heads))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def _llama3(factor: float) -> dict[str, Any]:
+    rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": factor, "low_freq_factor": 1.0}
+    return {"rope_parameters": rope | {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}}
+
+
+def _theta(theta: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+_HF_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": MAX_SEQ_LEN, "rms_norm_eps": 1e-5,
+    "bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "attn_implementation": "eager",
+    "tie_word_embeddings": False, **_theta(1e4),
+}  # fmt: skip
+_HF_GEMMA = {"head_dim": 32, "rms_norm_eps": 1e-6, "tie_word_embeddings": True}
+_TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama2": ("Llama", {}),
+    "llama3_1": ("Llama", _llama3(8.0)),
+    "llama3_2": ("Llama", {**_llama3(32.0), "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {**_theta(1e6), "tie_word_embeddings": True}),
+    "qwen2_5": ("Qwen2", _theta(1e6)),
+    "gemma": ("Gemma", {**_HF_GEMMA, "hidden_activation": "gelu_pytorch_tanh"}),
+    "gemma2": (
+        "Gemma2",
+        {**_HF_GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
+         "final_logit_softcapping": 10.0},
+    ),
+    "phi3": ("Phi3", {"num_key_value_heads": 4}),
+    "phi4": ("Phi3", _theta(2.5e5)),
+}  # fmt: skip
 
 
 def hf_twin(name: str, model: TransformerDecoder) -> nn.Module:
-    """The transformers model of family ``name`` with the weights of ``model``, through torchtune's converters.
+    """The transformers model of family ``name`` with the weights of ``model``, in float32 with eager attention.
 
-    Args:
-        name (str): key of ``FAMILIES``.
-        model (TransformerDecoder): a model of this family.
-
-    Returns:
-        nn.Module: a ``PreTrainedModel`` in float32 with eager attention.
+    Weights go through the converters of :mod:`spin.model.hf_families`; equal logits show that these are right.
     """
     import transformers
 
-    shape: dict[str, Any] = {
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4 if name == "phi3" else 2,
-        "max_position_embeddings": MAX_SEQ_LEN,
-        "rms_norm_eps": 1e-6 if name.startswith("gemma") else 1e-5,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        "attn_implementation": "eager",
-        "tie_word_embeddings": name in ("llama3_2", "qwen2", "gemma", "gemma2"),
-    }
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
-    if name in ("llama3_1", "llama3_2"):
-        rope = {
-            "rope_type": "llama3",
-            "rope_theta": 500_000.0,
-            "factor": 8.0 if name == "llama3_1" else 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
-    elif name in ("qwen2", "qwen2_5"):
-        rope["rope_theta"] = 1_000_000.0
-    elif name == "phi4":
-        rope["rope_theta"] = 250_000.0
-    shape["rope_parameters"] = rope
-
-    heads = {"num_heads": 4, "num_kv_heads": shape["num_key_value_heads"], "dim": 64}
-    weights = model.state_dict()
-    if name.startswith("llama"):
-        config = transformers.LlamaConfig(**shape)
-        weights = tune_to_hf(weights, **heads)
-    elif name == "mistral":
-        config = transformers.MistralConfig(**shape, sliding_window=None)
-        weights = tune_to_hf(weights, **heads)
-    elif name.startswith("qwen2"):
-        config = transformers.Qwen2Config(**shape)
-        weights = qwen2_tune_to_hf(weights, **heads, tie_word_embeddings=shape["tie_word_embeddings"])
-    elif name == "gemma":
-        config = transformers.GemmaConfig(**shape, head_dim=32, hidden_activation="gelu_pytorch_tanh")
-        weights = tune_to_hf(weights, **heads, head_dim=32)
-    elif name == "gemma2":
-        config = transformers.Gemma2Config(
-            **shape,
-            head_dim=32,
-            sliding_window=8,
-            query_pre_attn_scalar=24,
-            attn_logit_softcapping=5.0,
-            final_logit_softcapping=10.0,
-        )
-        weights = gemma2_tune_to_hf(swap_mlp_norms(weights), **heads, head_dim=32)
-    else:
-        config = transformers.Phi3Config(**shape)
-        weights = phi3_tune_to_hf(weights)
-    twin = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    kind, changes = _TWINS[name]
+    config = getattr(transformers, f"{kind}Config")(**_HF_SHAPE | changes)
+    heads = {"num_heads": 4, "num_kv_heads": config.num_key_value_heads, "dim": 64}
+    heads["head_dim"] = getattr(config, "head_dim", None) or 16
+    weights = LAYOUTS[MODEL_TYPES[name].upper()].to_hf(model.state_dict(), **heads)
+    twin: nn.Module = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     missing, unexpected = twin.load_state_dict(weights, strict=False)
-    left_out = set(missing) - ({"lm_head.weight"} if shape["tie_word_embeddings"] else set())
+    left_out = set(missing) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     assert not left_out and not unexpected, (left_out, unexpected)
-    twin.tie_weights()
+    twin.tie_weights()  # type: ignore[operator]
     return twin

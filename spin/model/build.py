@@ -198,7 +198,7 @@ def prepare_model(
     if activation_checkpointing:
         apply_selective_activation_checkpointing(model, ac_mode, ac_option)
     if compile_layers:
-        _compile_layers(model)
+        compile_each_layer(model)
     shard_model(
         model,
         world,
@@ -209,7 +209,7 @@ def prepare_model(
     materialize(model, world, cpu_offload=cpu_offload)
 
 
-def _compile_layers(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
+def compile_each_layer(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """Compiles the forward of each layer: one program without breaks, shared by all layers that are alike.
 
     What FSDP2 does before and after a layer stays outside, because it hangs on the module and not on its forward.

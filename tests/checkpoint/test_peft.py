@@ -12,8 +12,7 @@ from spin.checkpoint.peft import export_peft
 from spin.core.ranks import init_world
 from spin.model.adapters import adapted_modules, adapter_parameters, full_magnitude
 from spin.model.sharding import reshard
-from tests.families import FAMILIES, hf_twin, lora_model
-from tests.model.test_hf import MODEL_TYPES
+from tests.families import FAMILIES, MODEL_TYPES, hf_twin, lora_model
 
 TOKENS = torch.arange(3, 23).reshape(2, 10)
 KINDS = {

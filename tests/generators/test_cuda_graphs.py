@@ -348,7 +348,7 @@ def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpoi
 
     from spin.core.ranks import init_world, shutdown
     from spin.generators.engines import policy_loaded
-    from spin.model.build import _compile_layers
+    from spin.model.build import compile_each_layer
     from spin.model.sharding import shard_model
 
     world = init_world("cuda")
@@ -357,7 +357,7 @@ def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpoi
         patch_attention(model)
         if checkpointed:
             apply_selective_activation_checkpointing(model, "full", None)
-        _compile_layers(model, backend="eager")
+        compile_each_layer(model, backend="eager")
         shard_model(model, world, compute_dtype=torch.bfloat16)
         generator = TorchtuneGenerator(GeneratorContext(model, world.device, 512, tokenizer.decode), batch_size=32)
         for _ in range(2):  # two iterations, a training step in between

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from spin.core.errors import ConfigError
 from spin.data import Pair, Response, pack_batch, pack_row
 from spin.model.attention import patch_attention
-from spin.model.build import _compile_layers, choose_attention, window_of
+from spin.model.build import choose_attention, compile_each_layer, window_of
 from spin.model.flex import flex_unsupported_reason
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.pairs.packing import RowLayout
@@ -113,7 +113,7 @@ def test_layers_compile_whole_and_once(family):
         return graph.forward
 
     model = prepared(family)
-    _compile_layers(model, backend)
+    compile_each_layer(model, backend)
     kinds = 2 if family == "gemma2" else 1  # every second layer of Gemma 2 has a window
     with torch.no_grad():
         first = rows_of(model, flex=True)
@@ -170,7 +170,7 @@ def test_on_a_gpu_log_probs_and_gradients_equal_the_dense_mask(family, compiled)
     def results(dtype, flex):
         model = prepared(family).to(device, dtype)
         if flex and compiled:
-            _compile_layers(model)
+            compile_each_layer(model)
         model.zero_grad()
         logps = []
         for row in rows_of(model, flex, device, responses=2):
@@ -196,7 +196,7 @@ def test_on_a_gpu_nothing_is_compiled_again(family):
     torch._dynamo.reset()
     device = torch.device("cuda")
     model = prepared(family).to(device, torch.bfloat16)
-    _compile_layers(model)
+    compile_each_layer(model)
 
     met = set()
 

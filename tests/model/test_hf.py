@@ -18,22 +18,10 @@ from spin.model.gemma2 import fix_gemma2_softcap
 from spin.model.hf import HFStream, export_hf, load_hf_weights, stored_elements
 from spin.model.hf_folder import read_hf_config, weight_files
 from spin.model.sharding import materialize, named_full_tensors, shard_model
-from tests.families import FAMILIES, hf_twin
+from tests.families import FAMILIES, MODEL_TYPES, edit_config, tiny_lm_model
 from tests.torchrun import run_ranks
 from tests.two_ranks import tiny
 
-MODEL_TYPES = {
-    "llama2": "LLAMA2",
-    "llama3_1": "LLAMA3",
-    "llama3_2": "LLAMA3_2",
-    "mistral": "MISTRAL",
-    "qwen2": "QWEN2",
-    "qwen2_5": "QWEN2",
-    "gemma": "GEMMA",
-    "gemma2": "GEMMA2",
-    "phi3": "PHI3_MINI",
-    "phi4": "phi4",  # any case
-}
 INPUT = torch.arange(3, 23).reshape(2, 10)
 
 
@@ -42,26 +30,10 @@ def world():
     return init_world("cpu")
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    """A folder per family, written by transformers."""
-    root = tmp_path_factory.mktemp("hf")
-    for name, builder in FAMILIES.items():
-        hf_twin(name, builder()).save_pretrained(root / name)
-        (root / name / "tokenizer.json").write_text("{}")
-        (root / name / "model.py").write_text("raise SystemExit")
-    return {name: root / name for name in FAMILIES}
-
-
 @pytest.fixture
-def llama(folders, tmp_path) -> Path:
+def llama(copy_of) -> Path:
     """A copy of the tied Llama's folder, to damage."""
-    return Path(shutil.copytree(folders["llama3_2"], tmp_path / "llama"))
-
-
-def edit_config(folder: Path, **changes) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    return copy_of("llama3_2")
 
 
 def empty(name: str, world, dtype: torch.dtype = torch.float32):
@@ -404,8 +376,6 @@ def test_two_ranks(tmp_path, subprocess_env):
 
 def test_trained_model_of_the_repository(tiny_lm, tmp_path, world):
     """bf16 -> fp32 -> bf16 is the identity, and torchtune's logits are transformers'."""
-    from tests.families import tiny_lm_model
-
     model = tiny_lm_model()
     load_hf_weights(model, tiny_lm, "LLAMA3_2", world=world)
     ids = torch.arange(20, 60).unsqueeze(0)

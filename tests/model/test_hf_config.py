@@ -18,28 +18,19 @@ from spin.model.build import build_model
 from spin.model.hf import check_hf_folder
 from spin.model.hf_folder import read_hf_config
 from spin.model.logits_check import compare_logits
-from tests.families import FAMILIES, hf_twin
-from tests.model.test_hf import MODEL_TYPES, edit_config
+from tests.families import FAMILIES, MODEL_TYPES, edit_config
 
 LONGROPE = "rope_scaling.rope_type is 'longrope'"
 LONG = [1.0 + 0.3 * i for i in range(8)]
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("hf")
-    for name, builder in FAMILIES.items():
-        hf_twin(name, builder()).save_pretrained(root / name)
-    return {name: root / name for name in FAMILIES}
-
-
 @pytest.fixture
-def folder_of(folders, tmp_path):
+def folder_of(copy_of):
     """A copy of a family's folder with another config.json, rotary keys as transformers 4 wrote them."""
 
     def make(name: str, **changes: Any) -> Path:
-        folder = Path(shutil.copytree(folders[name], tmp_path / name))
+        folder = copy_of(name)
         if changes.keys() & {"rope_theta", "rope_scaling"}:
             changes = {"rope_parameters": None, "rope_theta": theta_of(name)} | changes
         edit_config(folder, **changes)

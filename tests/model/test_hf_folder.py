@@ -10,37 +10,25 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from spin.core.errors import CheckpointError
 from spin.model.build import build_model
 from spin.model.hf import check_hf_folder
 from spin.model.hf_folder import read_hf_config
-from tests.model.test_hf import edit_config
+from tests.families import edit_config
 from tests.model.test_hf_config import section_of
 
 AGAIN = "Download the model again"
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> dict[str, bytes]:
-    """The files of a right folder."""
-    folder = tmp_path_factory.mktemp("right")
-    config = LlamaConfig(
-        vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-5,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}
-
-
 @pytest.fixture
-def folder(weights, tmp_path) -> Path:
-    root = tmp_path / "model"
-    root.mkdir()
-    for name, content in weights.items():
-        (root / name).write_bytes(content)
-    return root
+def folder(copy_of) -> Path:
+    """A Llama's config.json and model.safetensors, to damage."""
+    folder = copy_of("llama2")
+    for path in folder.iterdir():
+        if path.name not in ("config.json", "model.safetensors"):
+            path.unlink()
+    return folder
 
 
 def check(folder: Path) -> None:
