@@ -222,7 +222,7 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
         seeded = False
 
         def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
-            return _generate(engines_of(self.bench).generator._llm, prompts, limits, self.seeded)
+            return _generate(engines_of(self.bench).generator.llm, prompts, limits, self.seeded)
 
     class BareSeeded(Bare):
         """The same with a seed for each response."""

@@ -112,7 +112,7 @@ class Slots:
         self._rows = torch.arange(slots, device=device)
         self._indices = torch.arange(capacity, device=device)
         self._prompt_ends: torch.Tensor | None = None  # of a padded group of prompts; None in a decode step
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._captures = plan.capture
         if plan.capture:
             self._stream = _capture_stream(device)
@@ -177,8 +177,8 @@ class Slots:
         """
         size = (self.plan.rows(n), self.plan.length(length, self.capacity))
         self._make_room(length if self.plan.kernel else size[1])
-        if size in self._graphs:
-            self._graphs[size].replay()
+        if size in self.graphs:
+            self.graphs[size].replay()
         elif self._captures:
             # The first step of a size runs as it is, on the stream that captures: compilation of kernels and
             # workspaces of libraries have no place in a graph.
@@ -249,7 +249,7 @@ class Slots:
                 str(error).strip().split("\n")[0],
             )
         else:
-            self._graphs[size] = graph
+            self.graphs[size] = graph
 
     def _make_room(self, length: int) -> None:
         """Capacity for ``length`` tokens; it grows by half, up to what the longest row can need."""

@@ -84,7 +84,7 @@ class TorchtuneGenerator:
         self._cache_dtype = DTYPES[cache_dtype] if isinstance(cache_dtype, str) else cache_dtype
         self._cuda_graphs = cuda_graphs
         self._awake = False
-        self._slots: Slots | None = None
+        self.slots: Slots | None = None
         self._max_seq_len = min(context.max_seq_len, getattr(context.model, "max_seq_len", context.max_seq_len))
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
@@ -169,15 +169,15 @@ class TorchtuneGenerator:
 
     def _slots_for(self, sampling: SamplingParams, slots: int, capacity: int) -> Slots:
         """The slots of the last call, if they serve; else new ones."""
-        if self._slots is None or not self._slots.fits(sampling, slots, capacity):
+        if self.slots is None or not self.slots.fits(sampling, slots, capacity):
             self._drop()
-            plan = self._plan(slots)
+            plan = self.step_plan(slots)
             if plan.sizes:
                 capacity = min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self._max_seq_len)
-            self._slots = Slots(self.model, sampling, slots, capacity, plan, self._context.device, self._cache_dtype)
-        return self._slots
+            self.slots = Slots(self.model, sampling, slots, capacity, plan, self._context.device, self._cache_dtype)
+        return self.slots
 
-    def _plan(self, slots: int) -> StepPlan:
+    def step_plan(self, slots: int) -> StepPlan:
         """How steps run on this device."""
         if self._context.device.type != "cuda":
             return StepPlan()
@@ -191,9 +191,9 @@ class TorchtuneGenerator:
 
     def _drop(self) -> None:
         """Frees cache and graphs."""
-        if self._slots is not None:
-            self._slots.view.free()
-            self._slots = None
+        if self.slots is not None:
+            self.slots.view.free()
+            self.slots = None
             if self._context.device.type == "cuda":
                 torch.cuda.empty_cache()
 

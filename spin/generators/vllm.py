@@ -156,9 +156,9 @@ class VLLMGenerator:
         if world_size > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
         started = time.perf_counter()
-        self._llm = _start(Path(model_dir), arguments, self._on_gpu)
+        self.llm = _start(Path(model_dir), arguments, self._on_gpu)
         log.info(f"vLLM {version} started in {time.perf_counter() - started:.1f} s (dtype {dtype}).")
-        self._queue = _QUEUE * self._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
+        self._queue = _QUEUE * self.llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self.sleep()
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
@@ -172,7 +172,7 @@ class VLLMGenerator:
         """See ``StreamingGenerator``; prompts that share a beginning share its computation."""
         if not self._is_whole:
             raise GeneratorError("vLLM has no weights: wake it and update its weights before it generates.")
-        engine = self._llm.llm_engine
+        engine = self.llm.llm_engine
         waiting = enumerate(requests)
         running: dict[str, tuple[int, Sequence[int], int, bool]] = {}
 
@@ -221,14 +221,14 @@ class VLLMGenerator:
         try:
             tensors = self._stream.convert(named_tensors)
             if self._on_gpu:
-                self._llm.apply_model(_Load(tensors))
-                self._llm.wake_up(tags=["kv_cache"])
+                self.llm.apply_model(_Load(tensors))
+                self.llm.wake_up(tags=["kv_cache"])
             else:  # its weights are packed for the processor, which only vLLM's own reload undoes
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
-                self._llm.apply_model(_pack_tied_head)
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+                self.llm.apply_model(_pack_tied_head)
         except Exception as error:
             raise GeneratorError(f"vLLM did not take the policy's weights: {type(error).__name__}: {error}") from error
-        if not self._llm.reset_prefix_cache():
+        if not self.llm.reset_prefix_cache():
             raise GeneratorError("vLLM did not reset its prefix cache, whose entries are of other weights.")
         self._is_whole = True
         log.info(f"vLLM has the policy's weights ({time.perf_counter() - started:.2f} s).")
@@ -241,7 +241,7 @@ class VLLMGenerator:
         before = torch.cuda.mem_get_info()[0]
         started = time.perf_counter()
         with _short_collections():
-            self._llm.sleep(level=2)  # level 1 would keep a copy of the weights in CPU memory
+            self.llm.sleep(level=2)  # level 1 would keep a copy of the weights in CPU memory
         gib = (torch.cuda.mem_get_info()[0] - before) / 2**30
         log.info(f"vLLM sleeps: {gib:.1f} GiB freed ({time.perf_counter() - started:.2f} s).")
 
@@ -253,7 +253,7 @@ class VLLMGenerator:
         gc.collect(1)
         torch.cuda.empty_cache()  # vLLM's memory does not come from torch's pool
         try:
-            self._llm.wake_up(tags=["weights"])
+            self.llm.wake_up(tags=["weights"])
         except Exception as error:
             free, total = (n / 2**30 for n in torch.cuda.mem_get_info())
             raise GeneratorError(
@@ -264,9 +264,9 @@ class VLLMGenerator:
 
     def close(self) -> None:
         """Ends the engine and frees its memory. vLLM destroys all process groups with it: close all else before."""
-        if getattr(self, "_llm", None) is not None:
-            self._llm.llm_engine.engine_core.shutdown()
-            self._llm = None
+        if getattr(self, "llm", None) is not None:
+            self.llm.llm_engine.engine_core.shutdown()
+            self.llm = None
             gc.collect()
 
     def _params(self, prompt: Sequence[int], seed: int, index: int, sampling: SamplingParams, ban: bool) -> Any:

@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -17,75 +16,17 @@ from spin.core.errors import GeneratorError
 from spin.data import PairStore, Prompt, PromptDataset
 from spin.generators import GeneratorContext, SamplingParams, VLLMServerGenerator
 from spin.generators.stage import Limits, PlayTask, play
+from tests.false_server import GOOD, false_servers, headers
 
 STOP = 9
 SAMPLING = SamplingParams(max_new_tokens=6, stop_token_ids=(STOP,))
 PROMPTS = PromptDataset([Prompt(f"s{i}", [1, i + 1], [2, STOP]) for i in range(4)])
-GOOD = {"choices": [{"token_ids": [7, STOP], "finish_reason": "stop"}]}
-USUAL = {
-    "/health": {},
-    "/version": {"version": "0.30.0"},
-    "/v1/models": {"data": [{"id": "m", "max_model_len": 64}]},
-    "/v1/completions": GOOD,
-}
-
-
-def headers(length, *more, status="200 OK"):
-    return "\r\n".join([f"HTTP/1.1 {status}", f"Content-Length: {length}", *more, "", ""]).encode()
-
-
-class Server:
-    """Sends what it is given, as bytes or an iterator of bytes, or as JSON; keeps what it was asked."""
-
-    def __init__(self, **answers):
-        self.answers = USUAL | {"/" + path.replace("__", "/"): answer for path, answer in answers.items()}
-        self.asked = []
-        self.is_over = threading.Event()
-        outer = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self):  # noqa: N802 - http.server's name
-                self.rfile.read(int(self.headers.get("content-length") or 0))
-                outer.asked.append((self.path, dict(self.headers)))
-                answer = outer.answers[self.path]
-                if isinstance(answer, dict):
-                    text = json.dumps(answer).encode()
-                    answer = headers(len(text)) + text
-                with suppress(OSError):
-                    for piece in [answer] if isinstance(answer, bytes) else answer(outer):
-                        self.wfile.write(piece)
-                        self.wfile.flush()
-
-            do_POST = do_GET
-
-            def log_message(self, *args):
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._server.handle_error = lambda *args: None
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def close(self):
-        self.is_over.set()
-        self._server.shutdown()
-        self._server.server_close()
 
 
 @pytest.fixture
 def serve():
-    servers = []
-
-    def start(**answers):
-        servers.append(Server(**answers))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
+    with false_servers() as start:
+        yield start
 
 
 def drip(first):
@@ -135,8 +76,7 @@ def test_a_server_that_drips_is_given_up(tmp_path, serve, path, where):
 def test_a_body_that_ends_early_is_asked_for_again(tmp_path, serve):
     """A connection that broke off must not look like a short response."""
     text = json.dumps(GOOD).encode()
-    answers = [headers(len(text) + 9, "Connection: close") + text, headers(len(text)) + text]
-    server = serve(v1__completions=lambda server: [answers.pop(0) if len(answers) > 1 else answers[0]])
+    server = serve(v1__completions=[headers(len(text) + 9, "Connection: close") + text, headers(len(text)) + text])
     assert played(tmp_path, server.url, concurrency=1, timeout_seconds=1, wait_seconds=30) == [[7, STOP]] * 4
 
 
@@ -146,7 +86,7 @@ def test_a_request_that_is_not_answered_is_repeated_twice(tmp_path, serve):
     with pytest.raises(GeneratorError, match="did not answer 3 times: POST /v1/completions"):
         played(tmp_path, server.url, wait_seconds=1000, timeout_seconds=0.3)
     # two at a time, each of which may have begun another when the first was given up
-    assert 3 <= [path for path, _ in server.asked].count("/v1/completions") <= 8
+    assert 3 <= server.paths.count("/v1/completions") <= 8
 
 
 def test_a_handshake_that_drips_is_given_up(tmp_path):
@@ -240,8 +180,8 @@ def test_proxies_and_netrc_are_not_asked(tmp_path, serve, monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, proxy.url)
     monkeypatch.setenv("SPIN_TEST_KEY", "a-key")
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login somebody password secret\n")
+    (tmp_path / "netrc").write_text("machine localhost login somebody password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert played(tmp_path, server.url, api_key_env="SPIN_TEST_KEY") == [[7, STOP]] * 4
     assert not proxy.asked
-    assert {sent["Authorization"] for _, sent in server.asked} == {"Bearer a-key"}
+    assert {sent["Authorization"] for _, _, sent in server.asked} == {"Bearer a-key"}

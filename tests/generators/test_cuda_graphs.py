@@ -75,7 +75,7 @@ def _same(got, expected, model, prompts):
 
 def _recorded(generator):
     """Sizes of the graphs; only while awake."""
-    return sorted(size for size, _ in generator._slots._graphs)
+    return sorted(size for size, _ in generator.slots.graphs)
 
 
 # --- the kernels ---
@@ -269,7 +269,7 @@ def test_without_the_kernel(make, model, many, monkeypatch):
     generator = make(batch_size=32)
     generator.wake()
     _same(generator.generate(many, GREEDY, [0] * 90), expected, model, many)
-    assert len({length for _, length in generator._slots._graphs}) > 1
+    assert len({length for _, length in generator.slots.graphs}) > 1
     generator.sleep()
 
 
@@ -283,7 +283,7 @@ def test_changed_weights_and_longer_prompts(make, model, many):
         model,
         many[:40],
     )
-    slots = generator._slots
+    slots = generator.slots
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -293,7 +293,7 @@ def test_changed_weights_and_longer_prompts(make, model, many):
         model,
         many[:40],
     )
-    assert generator._slots is slots
+    assert generator.slots is slots
     longer = many[:20] + [(many[88] * 400)[:400]]
     _same(
         generator.generate(longer, GREEDY, [0] * 21),
@@ -301,7 +301,7 @@ def test_changed_weights_and_longer_prompts(make, model, many):
         model,
         longer,
     )
-    assert generator._slots is not slots
+    assert generator.slots is not slots
     generator.sleep()
 
 
@@ -314,7 +314,7 @@ def test_memory_is_given_back(make, many):
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     generator.wake()
     generator.generate(many, GREEDY, [0] * 90)
-    cache = generator._slots.view.gib * 2**30
+    cache = generator.slots.view.gib * 2**30
     assert cache == 4 * 2 * 64 * 256 * 2 * 32 * 4  # layers, k and v, slots, capacity, heads, head_dim, float32
     assert torch.cuda.memory_allocated() >= allocated + cache
     generator.sleep()
@@ -363,12 +363,12 @@ def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpoi
         for _ in range(2):  # two iterations, a training step in between
             with caplog.at_level(logging.WARNING), policy_loaded(generator, model):
                 first = generator.generate(many, GREEDY, [0] * 90)
-                slots = generator._slots
+                slots = generator.slots
                 assert _recorded(generator) == [16, 32]
                 assert _ids(generator.generate(many, GREEDY, [0] * 90)) == _ids(first)
-                assert generator._slots is slots
+                assert generator.slots is slots
             assert not [r for r in caplog.records if "recorded" in r.getMessage()], caplog.text
-            assert generator._slots is None
+            assert generator.slots is None
             del slots
             model(torch.tensor([many[0]], device="cuda")).float().sum().backward()
             for parameter in model.parameters():

@@ -46,7 +46,7 @@ def make(model, tokenizer):
 class StaticGenerator(TorchtuneGenerator):
     """Steps as a GPU runs them, but for the recording: slots without a sequence, rounded lengths, late tokens."""
 
-    def _plan(self, slots):
+    def step_plan(self, slots):
         sizes = {slots, -(-slots // 2), -(-slots // 4)}
         return StepPlan(sizes=tuple(sorted(sizes)), length_step=32, lag=1)
 
@@ -303,7 +303,7 @@ def test_cache_outlives_a_call_while_awake(make, model, prompts, static):
     def check(prompts, sampling):
         seeds = list(range(len(prompts)))
         assert _ids(generator.generate(prompts, sampling, seeds)) == _ids(fresh.generate(prompts, sampling, seeds))
-        return generator._slots
+        return generator.slots
 
     generator.wake()
     first = check(prompts, sampling)
@@ -318,12 +318,12 @@ def test_cache_outlives_a_call_while_awake(make, model, prompts, static):
     assert check(prompts, sampling) is second
     assert check(prompts, SamplingParams(temperature=0, max_new_tokens=7)) is not second
     model.layers[0].attn.q_proj.weight.data = model.layers[0].attn.q_proj.weight.data.clone()  # at another address
-    last = generator._slots
+    last = generator.slots
     assert check(prompts, SamplingParams(temperature=0, max_new_tokens=7)) is not last
     generator.sleep()
-    assert generator._slots is None
+    assert generator.slots is None
     check(prompts, sampling)
-    assert generator._slots is None  # not awake: gone with the call
+    assert generator.slots is None  # not awake: gone with the call
 
 
 def test_checkpointed_layers_are_run_plainly(make, model, prompts, monkeypatch):
@@ -349,7 +349,7 @@ def test_the_cache_goes_at_once(make, prompts):
     gc.disable()
     try:
         generator.generate(prompts, SamplingParams(temperature=0, max_new_tokens=4), [0] * len(prompts))
-        caches = [weakref.ref(tensor) for layer in generator._slots.view.layers for tensor in (layer.k, layer.v)]
+        caches = [weakref.ref(tensor) for layer in generator.slots.view.layers for tensor in (layer.k, layer.v)]
         assert caches and all(cache() is not None for cache in caches)
         generator.sleep()
         assert all(cache() is None for cache in caches)
@@ -369,7 +369,7 @@ def test_out_of_memory_halves_the_batch(make, model, prompts, caplog, static):
     assert generator.batch_size == 2
     assert "batch_size=4" in caplog.text and "batch_size=2" in caplog.text
     assert sorted(set(sizes)) == [1, 2, 4, 8]  # prompts are read one at a time
-    assert generator._slots is None
+    assert generator.slots is None
     assert all(layer.attn.spin_kv is None for layer in model.layers)
 
 

@@ -4,13 +4,10 @@ import importlib.util
 import json
 import os
 import signal
-import ssl
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -26,6 +23,7 @@ from spin.model.build import prepare_model
 from spin.model.hf import load_hf_weights
 from spin.pairs.packing import RowLayout
 from spin.reference.generator_check import check_generator_logprobs
+from tests.false_server import GOOD, false_servers
 from tests.generators.vllm_engine import Prompts
 from tests.recipes.helpers import free_port
 
@@ -135,7 +133,7 @@ def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle
             GeneratorContext(None, torch.device("cpu"), 512, lambda ids: ""), server.url, api_key_env="SPIN_TEST_KEY"
         )
         assert own.generate(prompts, GREEDY, [0] * len(prompts)) == expected
-        assert any("given the policy's weights again" in record.message for record in caplog.records)
+        assert any("resending the policy weights" in record.message for record in caplog.records)
         assert KEY not in str(refused.value) and KEY not in caplog.text
         with pytest.raises(GeneratorError, match="prompt 0 has 512 tokens"):
             generator.generate([[5] * 512], GREEDY, [0])
@@ -146,62 +144,11 @@ def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle
 # ---- a false server
 
 
-class Script:
-    """What a false server answers: a list of (status, body) for each path, the last one for ever."""
-
-    def __init__(self, **answers):
-        self.answers = {"/health": [(200, {})], "/version": [(200, {"version": "0.30.0"})]}
-        self.answers["/v1/models"] = [(200, {"data": [{"id": "m", "max_model_len": 64}]})]
-        self.answers["/metrics"] = [(200, "process_start_time_seconds 1.5\n")]
-        self.answers["/collective_rpc"] = self.answers["/reset_prefix_cache"] = [(200, {"success": True})]
-        self.answers["/v1/completions"] = [(200, {"choices": [{"token_ids": [7, 2], "finish_reason": "stop"}]})]
-        self.answers |= {"/" + path.replace("__", "/"): answer for path, answer in answers.items()}
-        self.asked = []
-
-    def answer(self, path, body):
-        self.asked.append((path, body))
-        answers = self.answers[path]
-        return answers.pop(0) if len(answers) > 1 else answers[0]
-
-
 @pytest.fixture
 def serve(monkeypatch):
     monkeypatch.setattr(module, "_PAUSE_SECONDS", 0.02)
-    servers = []
-
-    def start(script, certificate=None):
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):  # noqa: N802 - http.server's name
-                length = int(self.headers.get("content-length") or 0)
-                body = json.loads(self.rfile.read(length)) if length else None
-                status, answer = script.answer(self.path, body)
-                text = answer if isinstance(answer, str) else json.dumps(answer)
-                self.send_response(status)
-                self.send_header("content-type", "text/plain" if isinstance(answer, str) else "application/json")
-                self.send_header("content-length", str(len(text.encode())))
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            do_POST = do_GET
-
-            def log_message(self, *args):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        server.handle_error = lambda *args: None  # clients that gave up
-        scheme = "http"
-        if certificate is not None:
-            tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            tls.load_cert_chain(*certificate)
-            server.socket, scheme = tls.wrap_socket(server.socket, server_side=True), "https"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"{scheme}://localhost:{server.server_port}"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+    with false_servers() as start:
+        yield start
 
 
 def generator_of(context, untied, tmp_path, url, **arguments):
@@ -211,81 +158,89 @@ def generator_of(context, untied, tmp_path, url, **arguments):
     )  # fmt: skip
 
 
-def test_what_is_asked_of_a_server(context, untied, tmp_path, serve):
-    script = Script()
-    generator = generator_of(context, untied, tmp_path, serve(script))
-    generator.update_weights([])
-    reload = next(body for path, body in script.asked if path == "/collective_rpc")
+@pytest.fixture
+def connect(context, untied, tmp_path, serve):
+    """A false server and a generator that has sent it the weights."""
+
+    def start(timeout_seconds=600.0, **answers):
+        server = serve(**answers)
+        generator = generator_of(context, untied, tmp_path, server.url, timeout_seconds=timeout_seconds)
+        generator.update_weights([])
+        return server, generator
+
+    return start
+
+
+def test_what_is_asked_of_a_server(connect, tmp_path):
+    server, generator = connect()
+    (reload,) = server.bodies("/collective_rpc")
     assert reload == {"method": "reload_weights", "kwargs": {"weights_path": str((tmp_path / "weights").resolve())}}
     assert (tmp_path / "weights" / "model.safetensors").exists()
-    (answer,) = generator.generate([[4, 5]], GREEDY, [2**63 - 1])
-    assert (answer.token_ids, answer.finish_reason, answer.logprobs) == ([7, 2], "stop", None)
-    asked = next(body for path, body in script.asked if path == "/v1/completions")
+    (response,) = generator.generate([[4, 5]], GREEDY, [2**63 - 1])
+    assert (response.token_ids, response.finish_reason, response.logprobs) == ([7, 9], "stop", None)
+    (asked,) = server.bodies("/v1/completions")
     assert asked["prompt"] == [4, 5] and asked["seed"] == 2**63 - 1 and asked["return_token_ids"]
     assert "logprobs" not in asked
 
 
-def test_an_answer_with_a_token_that_the_tokenizer_lacks_is_asked_for_again_without(context, untied, tmp_path, serve):
-    bad = (200, {"choices": [{"token_ids": [7, 1020, 2], "finish_reason": "stop"}]})
-    script = Script(v1__completions=[bad, *Script().answers["/v1/completions"]])
-    generator = generator_of(context, untied, tmp_path, serve(script))
-    generator.update_weights([])
-    (answer,) = generator.generate([[4, 5]], replace(GREEDY, banned_token_ids=(1020, 1021)), [3])
-    assert answer.token_ids == [7, 2]
-    asked = [body for path, body in script.asked if path == "/v1/completions"]
-    assert asked[1] == asked[0] | {"logit_bias": {"1020": -100.0, "1021": -100.0}}
+def test_a_response_with_a_token_that_the_tokenizer_lacks_is_asked_for_again_without(connect):
+    bad = {"choices": [{"token_ids": [7, 1020, 2], "finish_reason": "stop"}]}
+    server, generator = connect(v1__completions=[bad, GOOD])
+    (response,) = generator.generate([[4, 5]], replace(GREEDY, banned_token_ids=(1020, 1021)), [3])
+    assert response.token_ids == [7, 9]
+    first, second = server.bodies("/v1/completions")
+    assert second == first | {"logit_bias": {"1020": -100.0, "1021": -100.0}}
 
 
 def test_a_server_that_keeps_its_own_weights_is_sent_none(serve):
-    """A judge: no model here, no weights there, and its name says whose answers they are."""
-    script = Script()
+    """A judge: no model here, no weights there, and its name says whose responses they are."""
+    server = serve()
     context = GeneratorContext(None, torch.device("cpu"), sys.maxsize, lambda ids: "", None)
-    generator = VLLMServerGenerator(context, serve(script), concurrency=1, wait_seconds=0.3)
+    generator = VLLMServerGenerator(context, server.url, concurrency=1, wait_seconds=0.3)
     generator.wake()
-    assert generator.generate([[4, 5]], GREEDY, [0])[0].token_ids == [7, 2]
-    assert not {path for path, _ in script.asked} & {"/collective_rpc", "/reset_prefix_cache", "/metrics"}
+    assert generator.generate([[4, 5]], GREEDY, [0])[0].token_ids == [7, 9]
+    assert not set(server.paths) & {"/collective_rpc", "/reset_prefix_cache", "/metrics"}
     assert (generator.fingerprint, generator.max_logprob_gap, generator.max_seq_len) == ("served m", None, 64)
     with pytest.raises(ConfigError, match="transfer_dir: not set"):
         generator.update_weights([])
     with pytest.raises(ConfigError, match="go together"):
-        VLLMServerGenerator(context, generator._url, model_dir="x")
+        VLLMServerGenerator(context, server.url, model_dir="x")
 
 
-def test_a_busy_server_is_asked_again_and_one_started_anew_gets_the_weights_first(context, untied, tmp_path, serve):
-    """The second 503 comes from another process: its weights are loaded before it is asked again."""
-    good = Script().answers["/v1/completions"][0]
-    script = Script(v1__completions=[(503, {}), good])
-    generator = generator_of(context, untied, tmp_path, serve(script))
-    generator.update_weights([])
-    script.answers["/metrics"] = [(200, "process_start_time_seconds 1.5\n"), (200, "process_start_time_seconds 9\n")]
-    assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 2]
-    paths = [path for path, _ in script.asked]
-    first, second = (i for i, path in enumerate(paths) if path == "/v1/completions")
-    assert "/collective_rpc" in paths[first:second]
+def test_a_busy_server_is_asked_again_and_a_restarted_one_gets_the_weights_first(connect):
+    """The second answer of /metrics comes from another process: its weights are loaded before it is asked again."""
+    server, generator = connect(v1__completions=[(503, {}), GOOD])
+    server.answers["/metrics"] = ["process_start_time_seconds 1.5\n", "process_start_time_seconds 9\n"]
+    assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 9]
+    first, second = (i for i, path in enumerate(server.paths) if path == "/v1/completions")
+    assert "/collective_rpc" in server.paths[first:second]
 
 
-def test_a_server_that_is_busy_when_it_should_load_is_asked_again(context, untied, tmp_path, serve):
-    script = Script(collective_rpc=[(503, {}), (200, {})], reset_prefix_cache=[(503, {}), (200, {"success": True})])
-    generator = generator_of(context, untied, tmp_path, serve(script))
-    generator.update_weights([])
-    assert [path for path, _ in script.asked].count("/collective_rpc") == 2
-    assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 2]
+def test_a_server_that_is_busy_when_it_should_load_is_asked_again(connect):
+    server, generator = connect(collective_rpc=[(503, {}), {}], reset_prefix_cache=[(503, {}), {"success": True}])
+    assert server.paths.count("/collective_rpc") == 2
+    assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 9]
+
+
+def hang(server):
+    server.is_over.wait(1.0)
+    return [b""]
 
 
 @pytest.mark.parametrize(
-    ("answers", "message"),
+    ("answer", "message"),
     [
-        ({"v1__completions": [(503, {})]}, "did not answer for 0.3 s.*HTTP 503"),
-        ({"v1__completions": [(500, {"error": "engine died"})]}, "did not answer.*engine died"),
-        ({"v1__completions": [(400, {"error": "bad seed"})]}, "HTTP 400.*bad seed"),
-        ({"v1__completions": [(401, {})]}, "api_key_env"),
-        ({"v1__completions": [(200, {"choices": [{"finish_reason": "stop"}]})]}, "no token ids"),
-        ({"v1__completions": [(200, {"choices": [{"finish_reason": "abort", "token_ids": []}]})]}, "'abort'"),
+        ((503, {}), "did not answer for 0.3 s.*HTTP 503"),
+        ((500, {"error": "engine died"}), "did not answer.*engine died"),
+        ((400, {"error": "bad seed"}), "HTTP 400.*bad seed"),
+        ((401, {}), "api_key_env"),
+        ({"choices": [{"finish_reason": "stop"}]}, "no token ids"),
+        ({"choices": [{"token_ids": [], "finish_reason": "abort"}]}, "'abort'"),
+        (hang, r"((for|within) 0\.3 s|3 times).*Timeout"),
     ],
 )
-def test_a_server_that_fails_for_good(context, untied, tmp_path, serve, answers, message):
-    generator = generator_of(context, untied, tmp_path, serve(Script(**answers)))
-    generator.update_weights([])
+def test_a_server_that_fails_for_good(connect, answer, message):
+    _, generator = connect(timeout_seconds=0.2 if answer is hang else 600.0, v1__completions=answer)
     with pytest.raises(GeneratorError, match=message):
         generator.generate([[4]], GREEDY, [0])
 
@@ -293,28 +248,14 @@ def test_a_server_that_fails_for_good(context, untied, tmp_path, serve, answers,
 @pytest.mark.parametrize(
     ("answers", "message"),
     [
-        ({"collective_rpc": [(404, {})]}, "VLLM_SERVER_DEV_MODE=1"),
-        ({"reset_prefix_cache": [(200, {"success": False})]}, "did not reset its prefix cache"),
+        ({"collective_rpc": (404, {})}, "VLLM_SERVER_DEV_MODE=1"),
+        ({"reset_prefix_cache": {"success": False}}, "did not reset its prefix cache"),
+        ({"version": {"version": "0.11.0"}}, r"runs vLLM 0\.11\.0, expected 0\.20"),
     ],
 )
-def test_a_server_that_does_not_take_weights(context, untied, tmp_path, serve, answers, message):
-    generator = generator_of(context, untied, tmp_path, serve(Script(**answers)))
+def test_a_server_that_does_not_take_weights(connect, answers, message):
     with pytest.raises(GeneratorError, match=message):
-        generator.update_weights([])
-
-
-def test_a_server_that_is_too_old(context, untied, tmp_path, serve):
-    with pytest.raises(GeneratorError, match=r"runs vLLM 0\.11\.0, expected 0\.20"):
-        generator_of(context, untied, tmp_path, serve(Script(version=[(200, {"version": "0.11.0"})])))
-
-
-def test_a_server_that_hangs_is_given_up(context, untied, tmp_path, serve, monkeypatch):
-    script = Script()
-    generator = generator_of(context, untied, tmp_path, serve(script), timeout_seconds=0.2)
-    generator.update_weights([])
-    monkeypatch.setattr(script, "answer", lambda path, body: time.sleep(1.0) or (200, {}))
-    with pytest.raises(GeneratorError, match=r"((for|within) 0\.3 s|3 times).*Timeout"):
-        generator.generate([[4]], GREEDY, [0])
+        connect(**answers)
 
 
 def test_a_server_behind_tls_is_believed_by_its_certificate(context, untied, tmp_path, serve):
@@ -325,9 +266,9 @@ def test_a_server_behind_tls_is_believed_by_its_certificate(context, untied, tmp
          str(certificate), "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"],
         check=True, capture_output=True,
     )  # fmt: skip
-    url = serve(Script(), certificate=(certificate, key))
+    url = serve(certificate=(certificate, key)).url
     with pytest.raises(GeneratorError, match="generator.verify"):
         generator_of(context, untied, tmp_path, url)
     generator = generator_of(context, untied, tmp_path, url, verify=str(certificate))
     generator.update_weights([])
-    assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 2]
+    assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 9]

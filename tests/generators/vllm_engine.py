@@ -23,7 +23,6 @@ from spin.core.errors import SpinError  # noqa: E402
 from spin.core.ranks import init_world, shutdown  # noqa: E402
 from spin.data import PromptDataset  # noqa: E402
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator, VLLMGenerator  # noqa: E402
-from spin.generators import vllm as vllm_module  # noqa: E402
 from spin.model.build import build_model, prepare_model  # noqa: E402
 from spin.model.hf import load_hf_weights  # noqa: E402
 from spin.model.sharding import named_full_tensors  # noqa: E402
@@ -160,16 +159,17 @@ def main(out, model_dir):
     backwards = vllm.generate(prompts[::-1], RANDOM, seeds[::-1])[::-1]
     alone = [vllm.generate([p], RANDOM, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
     other = vllm.generate(prompts, RANDOM, [seed + 1 for seed in seeds])
-    cached, response = [], vllm_module._response
+    step, cached = vllm.llm.llm_engine.step, []
 
-    def watched(output, sampling):
-        cached.append(output.num_cached_tokens)
-        return response(output, sampling)
+    def watched_step():
+        outputs = step()
+        cached.extend(output.num_cached_tokens for output in outputs if output.finished)
+        return outputs
 
-    vllm_module._response = watched
+    vllm.llm.llm_engine.step = watched_step
     fresh = rng.integers(5, 1000, 80).tolist()
     same_prompt = vllm.generate([fresh] * 4, RANDOM, seeds[:4])
-    vllm_module._response = response
+    vllm.llm.llm_engine.step = step
     report["cached prompt tokens"] = sorted(cached)
     report["random"] = {
         "any order": tokens(samples) == tokens(backwards),
@@ -187,14 +187,14 @@ def main(out, model_dir):
     report["gap"] = gap()
 
     # ---- what the proof must find
-    forget, update = vllm._llm.reset_prefix_cache, vllm.update_weights
+    forget, update = vllm.llm.reset_prefix_cache, vllm.update_weights
     vllm.generate(prompts, GREEDY, seeds)  # fills the cache
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.85)
-    vllm._llm.reset_prefix_cache = lambda: True
+    vllm.llm.reset_prefix_cache = lambda: True
     sync()
-    vllm._llm.reset_prefix_cache = forget
+    vllm.llm.reset_prefix_cache = forget
     report["stale cache"] = [gap(limit=100.0), error_of(gap)]
     sync()
     report["no stale cache"] = gap()
@@ -223,8 +223,8 @@ def main(out, model_dir):
     stream = vllm.stream(zip(prompts, seeds, strict=True), GREEDY)
     next(stream)
     stream.close()
-    report["after an early end"] = [vllm._llm.llm_engine.has_unfinished_requests(), error_of(gap)]
-    step, calls = vllm._llm.llm_engine.step, []
+    report["after an early end"] = [vllm.llm.llm_engine.has_unfinished_requests(), error_of(gap)]
+    calls = []
 
     def failing_step():
         calls.append(1)
@@ -232,9 +232,9 @@ def main(out, model_dir):
             raise RuntimeError("the GPU is gone")
         return step()
 
-    vllm._llm.llm_engine.step = failing_step
+    vllm.llm.llm_engine.step = failing_step
     report["engine failure"] = error_of(lambda: vllm.generate(prompts, GREEDY, seeds))
-    vllm._llm.llm_engine.step = step
+    vllm.llm.llm_engine.step = step
     report["after an engine failure"] = error_of(lambda: vllm.generate(prompts, GREEDY, seeds))
     vllm.close()
     shutdown()
