@@ -25,7 +25,7 @@ def headers(length, *more, status="200 OK"):
 class FalseServer:
     """A vLLM server, unless ``answers`` say otherwise; ``v1__models`` is the answer at ``/v1/models``.
 
-    An answer is JSON, a text, a pair of status and one of these, the bytes of a whole response, a function of this server
+    An answer is JSON, a text, a pair of status and one of these, the bytes of a whole response, a function (of self)
     that yields such bytes, or a list of answers, the last of which stays.
     """
 
