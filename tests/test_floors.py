@@ -19,12 +19,8 @@ FLOORS = (
 )
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 # arrows that still go up or sideways, by module; to be empty
-NOT_YET = {
-    "spin.config.checks": {"generators", "model", "pairs", "run", "training"},
-    "spin.loss": {"pairs"},
-    "spin.model.build": {"generators"},
-}
-CIRCLES = {"spin.config.catalog", "spin.data.stream"}  # of two modules each; to be empty
+NOT_YET = {"spin.config.checks": {"generators", "model", "pairs", "run", "training"}}
+CIRCLES = {"spin.config.catalog"}  # with spin.config.parse; to be empty
 
 
 def module_name(file: Path) -> str:
@@ -62,7 +58,7 @@ def draw() -> str:
             below = {part_of(name) for module in MODULES if part_of(module) == part for name in IMPORTS[module]}
             below = sorted(below & FLOOR_OF.keys() - {part}, key=lambda name: (-FLOOR_OF[name], name))
             suffix = ".py" if part in ("loss", "types") else "/"
-            lines.append(f"{floor}  {part + suffix:<12}" + (f" <- {', '.join(below)}" if below else ""))
+            lines.append(f"{floor}  {part + suffix:<12} <- {', '.join(below)}".removesuffix(" <- ").rstrip())
     return "\n".join(lines)
 
 
@@ -78,7 +74,7 @@ def test_imports_go_down():
         - {part_of(module)}
         for module, names in ((m, n - {"spin"}) for m, n in IMPORTS.items() if part_of(m) in FLOOR_OF)
     }
-    assert {module: parts for module, parts in up.items() if parts} == NOT_YET
+    assert not {module: parts for module, parts in up.items() if parts - NOT_YET.get(module, set())}
 
 
 def test_no_modules_import_in_a_circle():

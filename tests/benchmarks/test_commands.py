@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # the test config of adapters, over the tiny model of the benchmarks
 ADAPTERS = [
     "model.num_layers=2", "model.embed_dim=64", "model.intermediate_dim=128", "model.rope_base=500000",
@@ -21,7 +23,6 @@ def test_saving(measured_by, tmp_path):
         assert results[mode]["share"] == pytest.approx(cost / (781 * step + cost))
 
 
-@pytest.mark.slow
 def test_pair_store(measured_by, tmp_path):
     results, _ = measured_by("benchmarks/pair_store.py", "--pairs", "600,1300", "--folder", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"], "what it made is removed"
@@ -44,7 +45,6 @@ def test_memory(config, tmp_path, measured_by):
     assert "playing" in printed and "not measured: no GPU" in printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("adapters", [False, True])
 def test_whole_iterations(adapters, tmp_path, measured_by):
     work = ["--model", "tiny", "--device", "cpu", "--prompts", "8", "--batch", "4"]
