@@ -201,7 +201,7 @@ class SPINEvaluate:
         who.weights = fingerprint["opponent"]
         task = stage.PlayTask(prompts, range(len(prompts)), sampling, cfg.seed, limits=who.limits)
         num_shards = stage.num_shards(len(prompts), cfg.prompts_per_shard, world.world_size)
-        store = open_store(folder, fingerprint, num_shards, world, log.warning)
+        store = open_store(folder, fingerprint, num_shards, world)
         missing = missing_shards(store, world)
         if missing:
             if world.is_main:

@@ -127,7 +127,7 @@ class SPINGenerate:
         folder = self._output_dir / f"iteration_{self._iteration:03d}" / "responses"
         engines = cfg.num_workers * self._group.count
         num_shards = stage.num_shards(len(self._samples), cfg.pairs.prompts_per_shard, engines)
-        store = open_store(folder, fingerprint, num_shards, world, log.warning)
+        store = open_store(folder, fingerprint, num_shards, world)
         own = [shard for shard in missing_shards(store, world) if shard % cfg.num_workers == cfg.worker]
         mine = stage.shards_for_rank(own, store, task, self._group)
         prompts_here = math.ceil(len(self._samples) / engines)

@@ -446,7 +446,7 @@ class SPINRecipe:
             for folder, game in games.items():
                 fingerprint = selfplay.play_fingerprint(game, *answered_by)
                 num_shards = selfplay.num_shards(len(game.samples), cfg.pairs.prompts_per_shard, self._group.count)
-                store = open_store(folder / "responses", fingerprint, num_shards, world, log.warning)
+                store = open_store(folder / "responses", fingerprint, num_shards, world)
                 missing = missing_shards(store, world)
                 if store.is_sealed and not missing:
                     continue
@@ -484,7 +484,7 @@ class SPINRecipe:
         made_as["model"] = config.plain(cfg.model)
         fingerprint = reference.score_fingerprint(opponent=self._opponent, batches=batches, **made_as)
         num_shards = math.ceil(num_pairs / cfg.pairs.prompts_per_shard)
-        store = open_store(folder / "pairs", fingerprint, num_shards, world, log.warning)
+        store = open_store(folder / "pairs", fingerprint, num_shards, world)
         with self._bar(f"{folder.name} reference log-probs", "pair", num_pairs) as bar:
             watched: dict[str, Any] = {"should_stop": lambda: self._stop.is_asked, "on_shard": bar.update}
             options = {"as_in_training": cfg.compile, "num_workers": cfg.num_workers, **self._scoring}

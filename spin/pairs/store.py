@@ -1,8 +1,8 @@
-"""The pair store: what the opponent answered and how it scored the answers, on disk, restartable at any shard.
+"""The pair store: the opponent's responses and their log-probs, on disk, resumed at any shard.
 
 A store is a folder of parquet shards with a ``manifest.json``. The manifest names what the store was made from (its
 fingerprint); it is written when the store is opened, and again, with every shard's checksum, when the store is sealed.
-A shard appears whole or not at all, so a store that a dead process left behind goes on where it stopped.
+A shard appears whole or not at all, so a store that a dead process left behind is resumed.
 
 Each shard names, in its own metadata, the store that it was made for, its number, and the SHA-256 of its rows. So it
 may come from another machine's folder, and one of other weights, sampling or data, or with an edited row, is found. It
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ from spin.core.files import (
     file_sha256,
     json_fingerprint,
     keep_aside,
-    next_backup_name,
     open_regular,
     parse_json,
     read_json,
@@ -42,12 +41,10 @@ from spin.core.files import (
 )
 from spin.types import Pair, Response
 
-log = logging.getLogger(__name__)
-
 FORMAT_VERSION = 1
-_ABOUT = b"spin"  # in a shard's parquet metadata: JSON of what _about gives
 MANIFEST = "manifest.json"
-_MOST_SHARDS = 10_000_000
+_ORIGIN = b"spin"  # in a shard's parquet metadata: JSON of its store, number and rows
+_MAX_SHARDS = 10_000_000
 
 _SCHEMA = pa.schema(
     [
@@ -101,20 +98,14 @@ class PairStore:
             raise StoreError(
                 f"{file}: expected a pair store of format {FORMAT_VERSION}. Made by another version of spin?"
             )
-        fault = _fault_of(manifest)
+        fault = _manifest_fault(manifest)
         if fault is not None:
             raise StoreError(f"{file}: damaged manifest ({fault}). Remove the folder; it will be made again.")
         return cls(path, manifest)
 
     @classmethod
-    def open_or_create(
-        cls,
-        path: str | Path,
-        fingerprint: Mapping[str, Any],
-        num_shards: int,
-        on_stale: Callable[[str], None] | None = None,
-    ) -> PairStore:
-        """Opens the store if it was made from the same things, else begins a new one beside which the old one is kept.
+    def open_or_create(cls, path: str | Path, fingerprint: Mapping[str, Any], num_shards: int) -> PairStore:
+        """Opens the store if it was made from the same things, else begins a new one; the old one is kept aside.
 
         Call it on one rank. Workers may call it at once: the first begins the store, the others open it.
 
@@ -123,8 +114,6 @@ class PairStore:
             fingerprint (Mapping[str, Any]): everything that the content depends on, JSON values by name.
             num_shards (int): shards that a new store will have; one that is there keeps its own number, which another
                 number of ranks does not change.
-            on_stale (Callable[[str], None] | None): told in a sentence when a store made from other things was moved
-                aside.
 
         Returns:
             PairStore: sealed, or to be filled with its missing shards.
@@ -132,41 +121,25 @@ class PairStore:
         Raises:
             OutputError: If the folder cannot be written.
         """
-        with file_lock(Path(path)):
-            return cls._open_or_create(Path(path), json.loads(json.dumps(fingerprint)), num_shards, on_stale)
-
-    @classmethod
-    def _open_or_create(
-        cls, path: Path, fingerprint: dict[str, Any], num_shards: int, on_stale: Callable[[str], None] | None
-    ) -> PairStore:
-        if (path / MANIFEST).exists() or (path.exists() and not path.is_dir()):
-            try:
-                store = cls.open(path)
-                changed = differences(store.manifest["fingerprint"], fingerprint)
-            except StoreError as error:
-                changed = [str(error)]
-            if not changed:
-                store._unseal_if_damaged()
-                return store
-            aside = next_backup_name(path)
+        path, fingerprint = Path(path), json.loads(json.dumps(fingerprint))
+        with file_lock(path):
+            if (path / MANIFEST).exists() or (path.exists() and not path.is_dir()):
+                try:
+                    store = cls.open(path)
+                    changed = differences(store.manifest["fingerprint"], fingerprint)
+                except StoreError as error:
+                    changed = [str(error)]
+                if not changed:
+                    store._unseal_if_damaged()
+                    return store
+                keep_aside(path, f"was made from something else ({'; '.join(changed)})")
+            # without a manifest the folder is what a process left that died just then, or shards that were copied there
             with as_output_error(path):
-                path.rename(aside)
-            if on_stale is not None:
-                on_stale(
-                    f"{path} was made from something else ({'; '.join(changed)}): kept as {aside.name}, making it anew."
-                )
-        # without a manifest the folder is what a process left that died just then, or shards that were copied there
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "fingerprint": fingerprint,
-            "num_shards": num_shards,
-            "sealed": False,
-            "begun_at": time.time(),  # seconds since 1970
-        }
-        with as_output_error(path):
-            path.mkdir(parents=True, exist_ok=True)
-        write_json(path / MANIFEST, manifest)
-        return cls(path, manifest)
+                path.mkdir(parents=True, exist_ok=True)
+            made_from = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, "num_shards": num_shards}
+            store = cls(path, made_from | {"sealed": False, "begun_at": time.time()})  # seconds since 1970
+            write_json(path / MANIFEST, store.manifest)
+            return store
 
     @property
     def is_sealed(self) -> bool:
@@ -180,7 +153,7 @@ class PairStore:
 
     @property
     def opponent(self) -> str:
-        """Fingerprint of the weights that answered or scored."""
+        """Fingerprint of the weights that wrote or scored the responses."""
         return self.manifest["fingerprint"]["opponent"]
 
     def missing_shards(self) -> list[int]:
@@ -194,48 +167,22 @@ class PairStore:
         """
         missing = []
         for index in range(self.num_shards):
-            file = self._shard(index)
-            if file.exists():
-                _, fault = self._try_to_read(index)
-                if fault is None:
-                    continue
-                self._check_is_still_mine()
-                with suppress(FileNotFoundError):  # another worker was faster
-                    keep_aside(file, f"is not used: {fault}")
-            missing.append(index)
+            found = self._read(index)
+            if isinstance(found, str):
+                missing.append(index)
+                if self._shard(index).exists():
+                    self._check_is_same_store()
+                    with suppress(FileNotFoundError):  # another worker was faster
+                        keep_aside(self._shard(index), f"is not used: {found}")
         return missing
 
     def faults(self) -> list[str]:
-        """Reads every shard, and compares it with the manifest and with what it says of itself.
-
-        Returns:
-            list[str]: for each shard that is missing, damaged, edited or of another store a line that says so.
-        """
-        found = ((self._shard(index), self._try_to_read(index)[1]) for index in range(self.num_shards))
-        return [f"{file}: {fault}" for file, fault in found if fault is not None]
-
-    def _recorded(self, file: Path) -> str | None:
-        """The checksum that a sealed store has of a shard."""
-        shards = self.manifest["shards"] if self.is_sealed else []  # whose form was checked when it was opened
-        return next((shard["sha256"] for shard in shards if shard["name"] == file.name), None)
-
-    def _about(self, index: int) -> dict[str, Any]:
-        """What a shard says of itself, but for its rows' checksum."""
-        return {
-            "store": json_fingerprint(self.manifest["fingerprint"]),
-            "shard": index,
-            "num_shards": self.num_shards,
-        }
-
-    def _unseal_if_damaged(self) -> None:
-        """A shard that is made again may come out otherwise: another engine, another version of pyarrow."""
-        if self.is_sealed and self.missing_shards():
-            self.manifest = {name: self.manifest[name] for name in ("format_version", "fingerprint", "num_shards")}
-            self.manifest["sealed"] = False
-            write_json(self.path / MANIFEST, self.manifest)
+        """A line for each shard that is missing, damaged, edited or of another store; reads all of them."""
+        found = ((self._shard(index), self._read(index)) for index in range(self.num_shards))
+        return [f"{file}: {fault}" for file, fault in found if isinstance(fault, str)]
 
     def write_shard(self, index: int, pairs: Sequence[Pair]) -> None:
-        """Writes a shard: temporary name, fsync, rename.
+        """Writes a shard, which appears whole or not at all.
 
         Args:
             index (int): which shard.
@@ -243,41 +190,25 @@ class PairStore:
 
         Raises:
             StoreError: If a reference log-prob is not finite, naming the samples, or if another process has begun the
-                store anew, from something else.
+                store again, from something else.
             OutputError: If it cannot be written; no part of it is left.
         """
         broken = [
             pair.sample_id
             for pair in pairs
-            for logp in (pair.reference_real_logp, *(response.reference_logp for response in pair.generated))
-            if logp is not None and not math.isfinite(logp)
+            if any(logp is not None and not math.isfinite(logp) for logp in pair.reference_logps)
         ]
         if broken:
-            names = ", ".join(dict.fromkeys(broken))
             raise StoreError(
-                f"{self._shard(index)}: the opponent's log-probs are not finite for {names}. The weights, or the "
-                "precision they are computed in, are broken; nothing was written."
+                f"{self._shard(index)}: the opponent's log-probs are not finite for {', '.join(broken)}. The weights, "
+                "or the precision they are computed in, are broken; nothing was written."
             )
-        rows = [(pair, k, response) for pair in pairs for k, response in enumerate(pair.generated)]
-        columns: dict[str, list[Any]] = {
-            "sample_id": [pair.sample_id for pair, _, _ in rows],
-            "iteration": [pair.iteration for pair, _, _ in rows],
-            "k": [k for _, k, _ in rows],
-            "prompt_ids": [pair.prompt_ids for pair, _, _ in rows],
-            "real_ids": [pair.real_ids for pair, _, _ in rows],
-            "generated_ids": [response.token_ids for _, _, response in rows],
-            "finish_reason": [response.finish_reason for _, _, response in rows],
-            "reference_real_logp": [pair.reference_real_logp for pair, _, _ in rows],
-            "reference_generated_logp": [response.reference_logp for _, _, response in rows],
-            "opponent": [self.opponent] * len(rows),
-        }
-        file = self._shard(index)
-        with atomic_write(file, "xb") as stream:
-            table = pa.table(columns, schema=_SCHEMA)
-            about = self._about(index) | {"rows": _rows_sha256(table)}
-            table = table.replace_schema_metadata({_ABOUT: json.dumps(about)})
+        table = _table_of(pairs, self.opponent)
+        origin = self._origin(index) | {"rows": _rows_sha256(table)}
+        with atomic_write(self._shard(index), "xb") as stream:
+            table = table.replace_schema_metadata({_ORIGIN: json.dumps(origin)})
             pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
-            self._check_is_still_mine()
+            self._check_is_same_store()
 
     def seal(self, report: Mapping[str, Any] | None = None) -> None:
         """Records the checksum of every shard, once. Call it on one rank when no shard is missing; workers may call it
@@ -287,51 +218,34 @@ class PairStore:
             report (Mapping[str, Any] | None): counts to keep with the store.
 
         Raises:
-            StoreError: If a shard is missing, or if another process has begun the store anew, from something else.
+            StoreError: If a shard is missing, or if another process has begun the store again, from something else.
             OutputError: If the manifest cannot be written.
         """
         with file_lock(self.path):
-            self._seal(report or {})
-
-    def _check_is_still_mine(self) -> dict[str, Any]:
-        """The manifest on the disk, unless a worker with another config has moved the store aside and begun its own."""
-        on_disk = PairStore.open(self.path).manifest
-        changed = differences(self.manifest["fingerprint"], on_disk["fingerprint"])
-        if changed:
-            raise StoreError(
-                f"{self.path}: another process has begun this store anew, from something else ({'; '.join(changed)}). "
-                "All workers of an iteration need the same config. What was made here before is kept beside it, as "
-                f"{self.path.name}.stale-*."
-            )
-        return on_disk
-
-    def _seal(self, report: Mapping[str, Any]) -> None:
-        missing = self.missing_shards()
-        if missing:
-            raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
-        if self.is_sealed:
-            return
-        on_disk = self._check_is_still_mine()
-        if on_disk["sealed"]:  # by another worker
-            self.manifest = on_disk
-            return
-        for name in (".shard-*.parquet.*.tmp", f".{MANIFEST}.*.tmp"):  # of processes that died while they wrote
-            for leftover in self.path.glob(name):
-                leftover.unlink(missing_ok=True)
-        files = [self._shard(index) for index in range(self.num_shards)]
-        self.manifest["shards"] = [
-            {
-                "name": file.name,
-                "rows": pq.read_metadata(file).num_rows,
-                "bytes": file.stat().st_size,
-                "sha256": file_sha256(file),
-            }
-            for file in files
-        ]
-        self.manifest["report"] = dict(report)
-        self.manifest["sealed_at"] = time.time()
-        self.manifest["sealed"] = True
-        write_json(self.path / MANIFEST, self.manifest)
+            missing = self.missing_shards()
+            if missing:
+                raise StoreError(f"{self.path}: cannot be sealed, shards {missing} of {self.num_shards} are missing.")
+            if self.is_sealed:
+                return
+            on_disk = self._check_is_same_store()
+            if on_disk["sealed"]:  # by another worker
+                self.manifest = on_disk
+                return
+            for name in (".shard-*.parquet.*.tmp", f".{MANIFEST}.*.tmp"):  # of processes that died while they wrote
+                for leftover in self.path.glob(name):
+                    leftover.unlink(missing_ok=True)
+            files = [self._shard(index) for index in range(self.num_shards)]
+            self.manifest["shards"] = [
+                {
+                    "name": file.name,
+                    "rows": pq.read_metadata(file).num_rows,
+                    "bytes": file.stat().st_size,
+                    "sha256": file_sha256(file),
+                }
+                for file in files
+            ]
+            self.manifest |= {"report": dict(report or {}), "sealed_at": time.time(), "sealed": True}
+            write_json(self.path / MANIFEST, self.manifest)
 
     def read_shard(self, index: int) -> list[Pair]:
         """The pairs of a shard, token ids as views on one array.
@@ -345,76 +259,98 @@ class PairStore:
         Raises:
             StoreError: If the shard is missing, or does not read back as it was written.
         """
-        return _pairs_of(self._read(index))
-
-    def _read(self, index: int, columns: list[str] | None = None) -> pa.Table:
-        table, fault = self._try_to_read(index, columns)
-        if fault is not None:
-            remedy = "" if fault.startswith("missing") else "Remove it and start"
-            raise StoreError(
-                f"{self._shard(index)}: {fault}. {remedy or 'Start'} the run again; only this shard will be made again."
-            )
-        return table
-
-    def _try_to_read(self, index: int, columns: list[str] | None = None) -> tuple[pa.Table | None, str | None]:
-        """A shard's table, or why it cannot be used. Of some columns alone the values are not compared."""
-        file = self._shard(index)
-        recorded = self._recorded(file)
-        try:
-            open_regular(file).close()  # of a pipe nothing would ever come
-            found = pq.read_schema(file)
-            if not found.equals(_SCHEMA):
-                return None, f"damaged (it has the columns {found.names}, expected {_SCHEMA.names})"
-            about = _read_about(found)
-            fault = self._fault_of_origin(index, about, is_sealed=recorded is not None)
-            if fault is not None:
-                return None, fault
-            table = pq.read_table(file, columns=columns, page_checksum_verification=True)
-            fault = _fault_in(table)
-            if columns is None and fault is None:
-                if recorded is not None and file_sha256(file) != recorded:
-                    fault = "its bytes are not those that were sealed"
-                elif recorded is None and about is not None and about.get("rows") != _rows_sha256(table):
-                    fault = "its rows are not those that were written: they were changed since"
-            return table, None if fault is None else f"damaged ({fault})"
-        except FileNotFoundError:
-            return None, "missing"
-        except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text in it is not UTF-8
-            return None, f"damaged ({error})"
-
-    def _fault_of_origin(self, index: int, about: Mapping[str, Any] | None, is_sealed: bool) -> str | None:
-        """Why a shard was not made for this place in this store, or None if it was."""
-        if about is None:  # sealed by an earlier version, whose shards did not say
-            return None if is_sealed else "of unknown origin (it does not say which store it was made for)"
-        expected = self._about(index)
-        if about.get("store") != expected["store"]:
-            return "of another store (other weights, sampling or data, or another iteration)"
-        if (about.get("shard"), about.get("num_shards")) != (index, self.num_shards):
-            found = f"number {str(about.get('shard'))[:9]!r} of {str(about.get('num_shards'))[:9]!r}"
-            return f"out of place (it was made to be {found}, not {index} of {self.num_shards})"
-        return None
-
-    def count_answers(self) -> tuple[int, int, int]:
-        """Answers, those of them that were cut, and the tokens of all; reads two columns of every shard.
-
-        Returns:
-            tuple[int, int, int]: number of answers, of truncated answers, of tokens.
-        """
-        answers = truncated = tokens = 0
-        for index in range(self.num_shards):
-            table = self._read(index, columns=["finish_reason", "generated_ids"])
-            answers += table.num_rows
-            truncated += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
-            tokens += pc.sum(pc.list_value_length(table["generated_ids"])).as_py() or 0
-        return answers, truncated, tokens
+        return _pairs_of(self._table(index))
 
     def pairs(self) -> Iterator[Pair]:
         """All pairs, shard by shard."""
         for index in range(self.num_shards):
             yield from self.read_shard(index)
 
+    def count_responses(self) -> tuple[int, int, int]:
+        """The number of responses, of truncated ones, and of the tokens of all; reads two columns of every shard."""
+        responses = truncated = tokens = 0
+        for index in range(self.num_shards):
+            table = self._table(index, columns=["finish_reason", "generated_ids"])
+            responses += table.num_rows
+            truncated += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+            tokens += pc.sum(pc.list_value_length(table["generated_ids"])).as_py() or 0
+        return responses, truncated, tokens
+
     def _shard(self, index: int) -> Path:
         return self.path / _shard_name(index)
+
+    def _origin(self, index: int) -> dict[str, Any]:
+        """What a shard says of where it belongs."""
+        return {
+            "store": json_fingerprint(self.manifest["fingerprint"]),
+            "shard": index,
+            "num_shards": self.num_shards,
+        }
+
+    def _unseal_if_damaged(self) -> None:
+        """A shard that is made again may come out otherwise: another engine, another version of pyarrow."""
+        if self.is_sealed and self.missing_shards():
+            self.manifest = {name: self.manifest[name] for name in ("format_version", "fingerprint", "num_shards")}
+            self.manifest["sealed"] = False
+            write_json(self.path / MANIFEST, self.manifest)
+
+    def _check_is_same_store(self) -> dict[str, Any]:
+        """The manifest on the disk, unless a worker with another config has moved the store aside and begun its own."""
+        on_disk = PairStore.open(self.path).manifest
+        changed = differences(self.manifest["fingerprint"], on_disk["fingerprint"])
+        if changed:
+            raise StoreError(
+                f"{self.path}: another process has begun this store again, from something else ({'; '.join(changed)}). "
+                "All workers of an iteration need the same config. What was made here before is kept next to it, as "
+                f"{self.path.name}.stale-*."
+            )
+        return on_disk
+
+    def _table(self, index: int, columns: list[str] | None = None) -> pa.Table:
+        found = self._read(index, columns)
+        if isinstance(found, str):
+            remedy = "Start" if found == "missing" else "Remove it and start"
+            raise StoreError(f"{self._shard(index)}: {found}. {remedy} the run again; only this shard is made again.")
+        return found
+
+    def _read(self, index: int, columns: list[str] | None = None) -> pa.Table | str:
+        """A shard's table, or why it cannot be used. Of some columns alone the values are not compared."""
+        file = self._shard(index)
+        shards = self.manifest["shards"] if self.is_sealed else []  # whose form was checked when it was opened
+        recorded = next((shard["sha256"] for shard in shards if shard["name"] == file.name), None)
+        try:
+            open_regular(file).close()  # of a pipe nothing would ever come
+            schema = pq.read_schema(file)
+            if not schema.equals(_SCHEMA):
+                return f"damaged (it has the columns {schema.names}, expected {_SCHEMA.names})"
+            origin = _read_origin(schema)
+            fault = self._origin_fault(index, origin)
+            if fault is not None:
+                return fault
+            table = pq.read_table(file, columns=columns, page_checksum_verification=True)
+            fault = _values_fault(table)
+            if columns is None and fault is None:
+                if recorded is not None and file_sha256(file) != recorded:
+                    fault = "its bytes are not those that were sealed"
+                elif recorded is None and origin.get("rows") != _rows_sha256(table):
+                    fault = "its rows are not those that were written: they were changed since"
+            return table if fault is None else f"damaged ({fault})"
+        except FileNotFoundError:
+            return "missing"
+        except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: text in it is not UTF-8
+            return f"damaged ({error})"
+
+    def _origin_fault(self, index: int, origin: Mapping[str, Any]) -> str | None:
+        """Why a shard was not made for this place in this store, or None if it was."""
+        expected = self._origin(index)
+        if not origin:
+            return "of unknown origin (it does not say which store it was made for)"
+        if origin.get("store") != expected["store"]:
+            return "of another store (other weights, sampling or data, or another iteration)"
+        if (origin.get("shard"), origin.get("num_shards")) != (index, self.num_shards):
+            found = f"number {str(origin.get('shard'))[:9]!r} of {str(origin.get('num_shards'))[:9]!r}"
+            return f"out of place (it was made to be {found}, not {index} of {self.num_shards})"
+        return None
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -429,12 +365,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _fault_of(manifest: Mapping[str, Any]) -> str | None:
+def _manifest_fault(manifest: Mapping[str, Any]) -> str | None:
     """What a manifest lacks, or None."""
     fingerprint, num_shards, shards = (manifest.get(name) for name in ("fingerprint", "num_shards", "shards"))
     if not isinstance(fingerprint, dict) or not isinstance(fingerprint.get("opponent"), str):
         return "no fingerprint with the opponent's"
-    if type(num_shards) is not int or not 0 <= num_shards <= _MOST_SHARDS:
+    if type(num_shards) is not int or not 0 <= num_shards <= _MAX_SHARDS:
         return f"num_shards is {num_shards!r}"
     if not isinstance(manifest.get("sealed"), bool):
         return f"sealed is {manifest.get('sealed')!r}"
@@ -452,7 +388,7 @@ def _shard_name(index: int) -> str:
     return f"shard-{index:05d}.parquet"
 
 
-def _fault_in(table: pa.Table) -> str | None:
+def _values_fault(table: pa.Table) -> str | None:
     """What no shard holds that was written by :meth:`PairStore.write_shard`, or None."""
     for name in table.column_names:
         if not name.startswith("reference_") and table[name].null_count:
@@ -465,13 +401,13 @@ def _fault_in(table: pa.Table) -> str | None:
     return f"finish_reason is {', '.join(sorted(unknown))}" if unknown else None
 
 
-def _read_about(schema: pa.Schema) -> dict[str, Any] | None:
-    """What a shard says of itself, or None if it says nothing."""
+def _read_origin(schema: pa.Schema) -> dict[str, Any]:
+    """What a shard says of itself; empty if it says nothing."""
     try:
-        about = parse_json((schema.metadata or {})[_ABOUT])
+        origin = parse_json((schema.metadata or {})[_ORIGIN])
     except (KeyError, ValueError):
-        return None
-    return about if isinstance(about, dict) else None
+        return {}
+    return origin if isinstance(origin, dict) else {}
 
 
 def _rows_sha256(table: pa.Table) -> str:
@@ -492,30 +428,31 @@ def _rows_sha256(table: pa.Table) -> str:
     return digest.hexdigest()
 
 
+def _table_of(pairs: Sequence[Pair], opponent: str) -> pa.Table:
+    rows = [
+        (pair.sample_id, pair.iteration, k, pair.prompt_ids, pair.real_ids, response.token_ids)
+        + (response.finish_reason, pair.reference_real_logp, response.reference_logp, opponent)
+        for pair in pairs
+        for k, response in enumerate(pair.generated)
+    ]
+    columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
+    return pa.table(
+        [pa.array(values, each.type) for values, each in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA
+    )
+
+
 def _pairs_of(table: pa.Table) -> list[Pair]:
-    lists = {}
-    for name in ("prompt_ids", "real_ids", "generated_ids"):
+    columns: list[list[Any]] = []
+    for name in _SCHEMA.names[:-1]:
         column = table[name].combine_chunks()
-        values, offsets = column.values.to_numpy(), column.offsets.to_numpy()
-        lists[name] = [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-    rest = {
-        name: table[name].to_pylist()
-        for name in ("sample_id", "iteration", "k", "finish_reason", "reference_real_logp", "reference_generated_logp")
-    }
+        if name.endswith("_ids"):
+            ids = column.values.to_numpy()
+            columns.append([ids[a:b] for a, b in pairwise(column.offsets.to_numpy())])
+        else:
+            columns.append(column.to_pylist())
     pairs: list[Pair] = []
-    for i in range(table.num_rows):
-        response = Response(lists["generated_ids"][i], rest["finish_reason"][i], rest["reference_generated_logp"][i])
-        if rest["k"][i] > 0 and pairs and pairs[-1].key == (rest["iteration"][i], rest["sample_id"][i]):
-            pairs[-1].generated.append(response)
-            continue
-        pairs.append(
-            Pair(
-                sample_id=rest["sample_id"][i],
-                iteration=rest["iteration"][i],
-                prompt_ids=lists["prompt_ids"][i],
-                real_ids=lists["real_ids"][i],
-                generated=[response],
-                reference_real_logp=rest["reference_real_logp"][i],
-            )
-        )
+    for sample_id, iteration, k, prompt_ids, real_ids, ids, reason, real_logp, logp in zip(*columns, strict=True):
+        if k == 0 or not pairs or pairs[-1].key != (iteration, sample_id):
+            pairs.append(Pair(sample_id, iteration, prompt_ids, real_ids, [], real_logp))
+        pairs[-1].generated.append(Response(ids, reason, logp))
     return pairs

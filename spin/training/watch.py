@@ -191,10 +191,10 @@ def response_metrics(folder: Path, first_folder: Path, world: World) -> dict[str
     metrics: dict[str, float] = {}
     with raise_on_all_ranks(world, StoreError):
         if world.is_main:
-            count, truncated, tokens = PairStore.open(folder / "responses").count_answers()
+            count, truncated, tokens = PairStore.open(folder / "responses").count_responses()
             metrics["truncated_fraction"] = truncated / max(1, count)
             if tokens and (first_folder / "responses" / MANIFEST).exists():
-                first_count, _, first_tokens = PairStore.open(first_folder / "responses").count_answers()
+                first_count, _, first_tokens = PairStore.open(first_folder / "responses").count_responses()
                 if first_tokens:
                     metrics["length_drift"] = (tokens / count) / (first_tokens / first_count)
     return broadcast_object(metrics, world)

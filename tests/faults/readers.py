@@ -213,7 +213,7 @@ def _store_readers(folder: Path) -> dict[str, Reader]:
             store = PairStore.open(folder)
             for pair in store.pairs():
                 assert pair.key and all(response.finish_reason in ("stop", "length") for response in pair.generated)
-            store.count_answers()
+            store.count_responses()
         finally:  # a run never fails over a damaged store: it begins another one
             fresh = PairStore.open_or_create(folder, {"opponent": "w", "seed": 1}, 2)
             assert set(fresh.missing_shards()) <= {0, 1}

@@ -3,8 +3,8 @@
 import json
 import math
 import multiprocessing
-import subprocess
-import sys
+import time
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +12,7 @@ import pytest
 
 from spin.core.errors import StoreError
 from spin.data import Pair, PairStore, Response
+from spin.pairs import store as store_module
 from spin.pairs.store import differences
 
 FINGERPRINT = {"opponent": "w0", "seed": 1, "sampling": {"top_k": 0}}
@@ -72,7 +73,7 @@ def test_unscored_pairs_and_shards_without_pairs(tmp_path):
     assert [plain(pair) for pair in PairStore.open(tmp_path / "p").pairs()] == unscored
 
 
-def test_goes_on_where_it_stopped(tmp_path):
+def test_resumes_where_it_stopped(tmp_path):
     store = PairStore.open_or_create(tmp_path / "p", FINGERPRINT, 3)
     store.write_shard(1, pairs(1))
     (tmp_path / "p" / ".shard-00002.parquet.77.tmp").write_bytes(b"half a shard")
@@ -93,7 +94,7 @@ def test_a_worker_of_another_config_does_not_mix_its_shards_with_those_of_the_ot
     first = PairStore.open_or_create(tmp_path / "p", FINGERPRINT, 2)
     first.write_shard(0, pairs(1))
     second = PairStore.open_or_create(tmp_path / "p", FINGERPRINT | {"seed": 2}, 2)
-    with pytest.raises(StoreError, match=r"begun this store anew, from something else \(seed is 2, was 1\)"):
+    with pytest.raises(StoreError, match=r"begun this store again, from something else \(seed is 2, was 1\)"):
         first.write_shard(1, pairs(1))
     assert second.missing_shards() == [0, 1]
     assert not list(second.path.glob(".*.tmp"))
@@ -103,28 +104,6 @@ def test_a_worker_of_another_config_does_not_mix_its_shards_with_those_of_the_ot
         first.seal()
     assert not PairStore.open(tmp_path / "p").is_sealed
     assert (tmp_path / "p.stale-0" / "shard-00000.parquet").exists()
-
-
-SLOW_BEGINNING = """
-import sys, time
-import spin.pairs.store as store
-write = store.write_json
-store.write_json = lambda *args: (time.sleep(1.0), write(*args))
-print(store.PairStore.open_or_create(sys.argv[1], {"opponent": "w0"}, 2).num_shards)
-"""
-
-
-def test_machines_that_begin_a_store_at_once_share_it(tmp_path, subprocess_env):
-    """The folder is there a second before its manifest; nobody takes it for a damaged store."""
-    command = [sys.executable, "-c", SLOW_BEGINNING, str(tmp_path / "p")]
-    started = [
-        subprocess.Popen(command, env=subprocess_env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    for process in started:
-        out, err = process.communicate(timeout=120)
-        assert (process.returncode, out) == (0, "2\n"), err
-    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["p"]
 
 
 @pytest.mark.parametrize("is_sealed", [True, False])
@@ -166,18 +145,17 @@ def test_reading_a_damaged_shard_names_it(tmp_path):
         store.read_shard(1)
 
 
-def test_another_fingerprint_moves_the_old_store_aside_and_names_the_field(tmp_path):
+def test_another_fingerprint_moves_the_old_store_aside_and_names_the_field(tmp_path, caplog):
     sealed(tmp_path / "p")
-    told = []
     changed = {**FINGERPRINT, "sampling": {"top_k": 5}}
-    store = PairStore.open_or_create(tmp_path / "p", changed, 2, told.append)
+    store = PairStore.open_or_create(tmp_path / "p", changed, 2)
     assert store.missing_shards() == [0, 1]
-    assert "sampling" in told[0]
-    assert "seed" not in told[0]
+    said = "p was made from something else (sampling.top_k is 5, was 0): kept as p.stale-0."
+    assert [record.message for record in caplog.records] == [f"{tmp_path}/{said}"]
     assert [plain(pair) for pair in PairStore.open(tmp_path / "p.stale-0").pairs()] == pairs(5)
     # the same fingerprint again is the same store
-    assert PairStore.open_or_create(tmp_path / "p", changed, 2, told.append).missing_shards() == [0, 1]
-    assert len(told) == 1
+    assert PairStore.open_or_create(tmp_path / "p", changed, 2).missing_shards() == [0, 1]
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("logp", [math.nan, math.inf, -math.inf])
@@ -225,14 +203,37 @@ def test_differences():
 
 
 def test_a_store_keeps_its_number_of_shards(tmp_path):
-    """A run that goes on with another number of ranks would begin with another number."""
+    """A run that resumes with another number of ranks would begin with another number."""
     PairStore.open_or_create(tmp_path / "s", {"opponent": "w"}, 3).write_shard(0, [])
     again = PairStore.open_or_create(tmp_path / "s", {"opponent": "w"}, 8)
     assert again.num_shards == 3 and again.missing_shards() == [1, 2]
 
 
-def open_and_seal(path, fingerprint, start, told):
-    """What each of several workers that start at once does with a store of one shard, in a process of its own."""
+def in_processes(number, work, *args):
+    """What the work says, in several processes that start at once."""
+    context = multiprocessing.get_context("fork")
+    start, said = context.Barrier(number), context.SimpleQueue()
+    workers = [context.Process(target=work, args=(*args, start, said)) for _ in range(number)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return [said.get() for _ in workers]
+
+
+def begin_slowly(path, start, said):
+    write = store_module.write_json
+    store_module.write_json = lambda *args: (time.sleep(0.3), write(*args))
+    said.put(PairStore.open_or_create(path, FINGERPRINT, 2).num_shards)
+
+
+def test_machines_that_begin_a_store_at_once_share_it(tmp_path):
+    """The folder is there for a while before its manifest; nobody takes it for a damaged store."""
+    assert in_processes(3, begin_slowly, tmp_path / "p") == [2, 2, 2]
+    assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == ["p"]
+
+
+def open_and_seal(path, fingerprint, start, said):
     start.wait()
     try:
         store = PairStore.open_or_create(path, fingerprint, 1)
@@ -241,23 +242,26 @@ def open_and_seal(path, fingerprint, start, told):
             store.write_shard(0, pairs(1))
         start.wait()
         store.seal()
-        told.put("sealed" if PairStore.open(path).is_sealed else "not sealed")
+        said.put("sealed" if PairStore.open(path).is_sealed else "not sealed")
     except Exception as error:
         start.abort()
-        told.put(repr(error))
+        said.put(repr(error))
 
 
 def test_workers_that_start_and_finish_at_once_share_a_store(tmp_path):
     """The first round finds nothing there, every later one a store of other weights, which one of them moves aside."""
-    context = multiprocessing.get_context("fork")
     for number in range(12):
-        start, told = context.Barrier(5), context.SimpleQueue()
-        work = (tmp_path / "p", FINGERPRINT | {"opponent": f"w{number}"}, start, told)
-        workers = [context.Process(target=open_and_seal, args=work) for _ in range(5)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        assert [told.get() for _ in workers] == ["sealed"] * 5
+        fingerprint = FINGERPRINT | {"opponent": f"w{number}"}
+        assert in_processes(5, open_and_seal, tmp_path / "p", fingerprint) == ["sealed"] * 5
     asides = [PairStore.open(path) for path in tmp_path.glob("p.stale-*")]
     assert sorted(store.opponent for store in asides) == sorted(f"w{number}" for number in range(11))
+
+
+def test_a_kill_between_a_store_and_its_manifest_leaves_no_trace(tmp_path, monkeypatch, caplog):
+    """No empty folder is kept as a stale store, and nothing is said of one."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(store_module, "write_json", Mock(side_effect=KeyboardInterrupt))
+        PairStore.open_or_create(tmp_path / "p", FINGERPRINT, 2)
+    assert not list((tmp_path / "p").iterdir())
+    assert PairStore.open_or_create(tmp_path / "p", FINGERPRINT, 2).missing_shards() == [0, 1]
+    assert not caplog.text and not list(tmp_path.glob("p.stale-*"))
