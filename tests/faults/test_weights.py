@@ -20,11 +20,6 @@ SHORT = ("max_iterations=1", "max_epochs=1", "lr_scheduler.warmup=0", "optimizer
 NO_VALIDATION = (*SHORT, "validation_dataset=null")
 
 
-def runs_of(recipe):
-    """The test config of a recipe, and how it is run."""
-    return (adapters_config, run_adapters) if recipe is SPINRecipe else (tiny_config, run)
-
-
 def saved(folder):
     """What a run has left for others to load."""
     return sorted(str(p.relative_to(folder)) for p in folder.glob("*/*") if p.name in ("hf_model", "adapter")) + sorted(
@@ -37,26 +32,32 @@ def saved(folder):
 
 def test_a_step_far_too_large_exports_nothing_and_says_so(tmp_path):
     """The weights are finite; what they give is not."""
-    done = command(
-        tmp_path, *NO_VALIDATION, "optimizer.lr=1e9", "max_steps=1",
-        program=[sys.executable, str(REPO / "recipes" / "spin_recipe.py")],
-    )  # fmt: skip
+    program = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
+    done = command(tmp_path, *NO_VALIDATION, "optimizer.lr=1e9", "max_steps=1", program=program)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "error: step 1: rewards of the last batch is nan after the last update" in done.stderr
     assert saved(tmp_path) == []
 
 
-def test_a_lora_step_far_too_large(tmp_path):
-    with pytest.raises(
-        NonFiniteError, match=r"step 1: rewards of the last batch is .*resume_with_changes=\[optimizer\]"
-    ):
-        run_adapters(tmp_path, *NO_VALIDATION, "optimizer.lr=1e10", "model.lora_alpha=1e18", "max_steps=1")
-    assert saved(tmp_path) == []
-
-
-def test_the_validation_loss_counts_too(tmp_path):
-    with pytest.raises(NonFiniteError, match="step 1: val_loss is nan after the last update, though every weight is"):
-        run(tmp_path, *SHORT, "optimizer.lr=1e9", "max_steps=1")
+@pytest.mark.parametrize(
+    ("run_of", "changes", "message"),
+    [
+        (
+            run_adapters,
+            (*NO_VALIDATION, "optimizer.lr=1e10", "model.lora_alpha=1e18"),
+            r"step 1: rewards of the last batch is .*resume_with_changes=\[optimizer\]",
+        ),
+        (
+            run,
+            (*SHORT, "optimizer.lr=1e9"),
+            "step 1: val_loss is nan after the last update, though every weight is",
+        ),
+    ],
+    ids=["adapters", "validation"],
+)
+def test_of_adapters_and_of_the_validation_loss_too(tmp_path, run_of, changes, message):
+    with pytest.raises(NonFiniteError, match=message):
+        run_of(tmp_path, *changes, "max_steps=1")
     assert saved(tmp_path) == []
 
 
@@ -71,7 +72,7 @@ class Poisons(SPINRecipe):
         return metrics
 
 
-def test_the_tensors_are_named_and_the_last_good_state_is_kept(tmp_path):
+def test_the_tensors_are_named_and_the_last_good_checkpoint_is_kept(tmp_path):
     with pytest.raises(NonFiniteError, match=r"step 2: .*NaN or infinity in the weights tok_embeddings\.weight\."):
         run(tmp_path, *NO_VALIDATION, "save_interval=1", "checkpointer.keep_last=1", recipe_class=Poisons)
     assert saved(tmp_path) == ["step_00000001"]
@@ -148,28 +149,24 @@ def poisoned(tiny_lm, folder, value=math.nan):
     return folder
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("recipe", [SPINRecipe, SPINRecipe])
-def test_a_model_folder_with_nan_is_refused_before_any_answer(tmp_path, tiny_lm, recipe, value):
-    config_of, _ = runs_of(recipe)
-    folder = poisoned(tiny_lm, tmp_path / "model", value)
-    started = recipe(config_of(tmp_path / "out", *SHORT, f"checkpointer.checkpoint_dir={folder}"))
+@pytest.mark.parametrize(
+    ("value", "kind"), [(math.nan, "full"), (-math.inf, "full"), (math.inf, "lora"), (math.nan, "nf4")]
+)
+def test_a_model_folder_with_nan_is_refused_before_any_response(tmp_path, tiny_lm, value, kind):
+    """Before it is quantized too."""
+    folder = quantizable(tiny_lm, tmp_path / "model") if kind == "nf4" else tmp_path / "model"
+    poisoned(tiny_lm, folder, value)
+    config_of = tiny_config if kind == "full" else adapters_config
+    quantized = QUANTIZED if kind == "nf4" else ()
+    recipe = SPINRecipe(config_of(tmp_path / "out", *SHORT, *quantized, f"checkpointer.checkpoint_dir={folder}"))
     with pytest.raises(
         CheckpointError, match=rf"{folder}: NaN or infinity in model\.layers\.2\.mlp\.up_proj\.weight \(model\.safetens"
     ):
-        started.setup()
+        recipe.setup()
     assert not (tmp_path / "out" / "iteration_000").exists()
 
 
-def test_a_base_that_is_quantized_is_looked_at_before(tmp_path, tiny_lm):
-    folder = poisoned(tiny_lm, quantizable(tiny_lm, tmp_path / "model"))
-    started = SPINRecipe(adapters_config(tmp_path, *QUANTIZED, f"checkpointer.checkpoint_dir={folder}"))
-    with pytest.raises(CheckpointError, match=r"NaN or infinity in model\.layers\.2\.mlp\.up_proj\.weight"):
-        started.setup()
-
-
-def test_a_state_of_an_earlier_version_with_nan_is_refused(model, tmp_path, monkeypatch):
-    """Such a state was saved before weights were looked at."""
+def test_a_checkpoint_with_nan_is_neither_saved_nor_loaded(model, tmp_path, monkeypatch):
     model, world = model
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), async_save=False)
     with torch.no_grad():
