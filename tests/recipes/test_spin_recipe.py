@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -549,57 +550,55 @@ def test_the_log_says_how_much_is_trained_and_a_checkpoint_names_its_base(tmp_pa
     assert re.fullmatch(r"[0-9a-f]{64}", state["base"])
 
 
+@contextmanager
+def forged_references(monkeypatch):
+    """The stores of scored pairs say of the real responses what no model computed."""
+    read = PairStore.pairs
+
+    def forged(store):
+        shift = 0.01 if store.path.name == "pairs" else 0.0
+        for pair in read(store):
+            yield replace(pair, reference_real_logp=pair.reference_real_logp - shift) if shift else pair
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PairStore, "pairs", forged)
+        yield
+
+
 class TestFaults:
     """What cannot work is refused; what was there stays."""
 
-    def test_pairs_that_another_model_scored_fail_the_self_test(self, tmp_path):
-        class Tampers(SPINRecipe):
-            def _scored_pairs(self, folder):
-                for pair in super()._scored_pairs(folder):
-                    yield replace(pair, reference_real_logp=pair.reference_real_logp - 0.01)
+    def test_pairs_that_another_model_scored_fail_the_self_test(self, tmp_path, monkeypatch):
+        with forged_references(monkeypatch), pytest.raises(SelfTestError, match="expected 0.69314718"):
+            run(tmp_path, "max_iterations=1")
 
-        with pytest.raises(SelfTestError, match="expected 0.69314718"):
-            run(tmp_path, "max_iterations=1", recipe_class=Tampers)
-
-    def test_the_self_test_waits_for_the_first_batch_that_trains(self, tmp_path, whole_run):
-        """All responses but one were cut and are masked; that one is not in the first batch. Nor is the test lost, or
-        done again, where the run stops before it and after it."""
+    def test_the_self_test_waits_for_the_first_batch_that_trains(self, tmp_path, whole_run, monkeypatch):
+        """All responses but one were truncated and are masked; that one is not in the first batch. Nor is the test
+        lost, or done again, where the run stops before it and after it."""
         pairs = list(PairStore.open(whole_run[0] / "iteration_000/responses").pairs())
-        answers = [
-            {"prompt_ids": pair.prompt_ids.tolist(), "generated_ids": pair.generated[0].token_ids.tolist()}
-            for pair in pairs
-        ]
-        file = tmp_path / "answers.jsonl"
-        reasons = ["stop" if i == 7 else "length" for i in range(len(pairs))]
-        answers[7]["generated_ids"][-1] = 2  # what ends a response
-        file.write_text(
-            "".join(json.dumps({**a, "finish_reason": r}) + "\n" for a, r in zip(answers, reasons, strict=True))
-        )
+        rows = [
+            {"prompt_ids": p.prompt_ids.tolist(), "generated_ids": p.generated[0].token_ids.tolist(),
+             "finish_reason": "length"} for p in pairs
+        ]  # fmt: skip
+        rows[7]["finish_reason"], rows[7]["generated_ids"][-1] = "stop", 2  # what ends a response
+        file = tmp_path / "responses.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         changes = (
-            "~generator.batch_size",
-            "generator._component_=spin.generators.ReplayGenerator",
-            f"generator.path={file}",
-        )
-        changes = (*changes, "pairs.truncated=mask", "max_iterations=1", "max_epochs=1", "validation_dataset=null")
-
-        def forged(*stops):
-            class Forged(*stops, SPINRecipe):
-                def _scored_pairs(self, folder):
-                    for pair in super()._scored_pairs(folder):
-                        yield replace(pair, reference_real_logp=pair.reference_real_logp - 0.01)
-
-            return Forged
-
+            "~generator.batch_size", "generator._component_=spin.generators.ReplayGenerator", f"generator.path={file}",
+            "pairs.truncated=mask", "max_iterations=1", "max_epochs=1", "validation_dataset=null",
+        )  # fmt: skip
         run(tmp_path / "whole", *changes)
         trained = [row["step"] for row in metrics_of(tmp_path / "whole") if "loss" in row]
         assert len(trained) == 1 and trained[0] > 1
-        with pytest.raises(SelfTestError, match="first loss of iteration 0"):
-            run(tmp_path / "forged", *changes, recipe_class=forged())
+        refused = pytest.raises(SelfTestError, match="first loss of iteration 0")
+        with forged_references(monkeypatch), refused:
+            run(tmp_path / "forged", *changes)
         run(tmp_path / "stopped", *changes, recipe_class=stops_at(trained[0] - 1))
-        with pytest.raises(SelfTestError, match="first loss of iteration 0"):
-            run(tmp_path / "stopped", *changes, recipe_class=forged())
+        with forged_references(monkeypatch), refused:
+            run(tmp_path / "stopped", *changes)
         run(tmp_path / "stopped", *changes, recipe_class=stops_at(trained[0]))
-        run(tmp_path / "stopped", *changes, recipe_class=forged())
+        with forged_references(monkeypatch):
+            run(tmp_path / "stopped", *changes)
         assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
 
     def test_self_test_can_be_switched_off(self, tmp_path):
