@@ -5,49 +5,21 @@ from __future__ import annotations
 import datetime
 import hashlib
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from spin.core.errors import DataError
+from spin.data.conversation_template import THINK_END, THINKING_OPTIONS, ConversationTemplate
 from spin.data.hf_tokenizer import folder_templates, load_tokenizer, read_template, read_tokenizer_json
 from spin.data.messages import ChatMessage
-from spin.data.templates import ChatTemplate, TemplateFault
 from spin.data.tokenizer import NO_RESPONSE, Encoded, canonical_json, decode_known, early_stop, prompt_mismatch
 
 log = logging.getLogger(__name__)
 
 # Vocabulary files, in the order in which one is enough to tell tokenizers apart.
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
-_THINK_END = "</think>"
-# Variables by which templates switch reasoning off, and what only this class may give a template.
-_THINKING_OPTIONS = ("enable_thinking", "thinking")
-_NO_OPTIONS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
-
-# A conversation, and whether a generation prompt is written behind it.
-_Asked = tuple[Sequence[ChatMessage], bool]
-
-# What shows how a template writes things.
-_SYSTEM: ChatMessage = {"role": "system", "content": "probe_of_a_system_message"}
-_QUESTION: ChatMessage = {"role": "user", "content": "probe_of_a_user_message"}
-_REPLY: ChatMessage = {"role": "assistant", "content": "Probe"}
-_TOOL: ChatMessage = {
-    "type": "function",
-    "function": {"name": "probe_of_tools", "description": "A probe.", "parameters": {"type": "object"}},
-}
-_CALL: ChatMessage = {  # its id has nine characters, as Mistral wants it
-    "id": "probe1234",
-    "type": "function",
-    "function": {"name": "probe_of_a_call", "arguments": {"x": 1}},
-}
-_RESULT: ChatMessage = {
-    "role": "tool",
-    "content": "probe_of_a_result",
-    "name": "probe_of_a_call",
-    "tool_call_id": "probe1234",
-}
 
 
 class ChatTokenizer:
@@ -117,18 +89,14 @@ class ChatTokenizer:
                 f"{origin}: several chat templates, none of them called default. Choose one: "
                 f"tokenizer.chat_template={' or '.join(own)}."
             )
-        # transformers' rule: of several templates, tool_use is for conversations with tools
-        self._template = ChatTemplate(own["default"], origin)
-        self._tool_template = ChatTemplate(own["tool_use"], origin) if "tool_use" in own else self._template
-        self.date = _iso_date(date)
         self._options = dict(template_options or {})
+        self._template = ConversationTemplate(
+            own, origin, self.path, self._tokenizer.special_tokens_map, self._options, _iso_date(date)
+        )
         self._special_ids = frozenset(
             index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special
         ) | frozenset(self._tokenizer.all_special_ids)
-        self._opened, self._empty_reasoning, closing = self._probe_response()
-        self._check_options()
-        self._shown = self._probe_shown()
-        self.eos_ids = self._find_eos_ids(closing)
+        self.eos_ids = self._find_eos_ids(self._template.closing)
         self._stop_ids = frozenset(self.eos_ids)
         if self._tokenizer.pad_token_id is not None:
             self.pad_id = int(self._tokenizer.pad_token_id)
@@ -167,20 +135,29 @@ class ChatTokenizer:
         template = self.chat_template or self._tokenizer.chat_template
         options = [self._options] if self._options else []
         digest.update(canonical_json([specials, self.eos_ids, self.pad_id, template, *options]))
-        return digest.hexdigest() + (f" on {self._today()}" if self.reads_date else "")
+        return digest.hexdigest() + (f" on {self._template.today()}" if self.reads_date else "")
 
     @property
     def asks_reasoning(self) -> bool:
         """Whether real responses must have reasoning, because the template has the model reason."""
-        return self._empty_reasoning is not None
+        return self._template.empty_reasoning is not None
 
     @property
     def reads_date(self) -> bool:
         """Whether the template writes the day on which it is rendered."""
-        return self._template.reads_date or self._tool_template.reads_date
+        return self._template.reads_date
+
+    @property
+    def date(self) -> str | None:
+        """The day of the template's clock, ISO; None is today."""
+        return self._template.date
+
+    @date.setter
+    def date(self, date: str | None) -> None:
+        self._template.date = date
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        text = self._render([(messages, True)])[0]
+        text = self._template.render([(messages, True)])[0]
         if isinstance(text, DataError):
             raise text
         return self._encode([text])[0]
@@ -222,7 +199,7 @@ class ChatTokenizer:
         return found
 
     def _prompts_and_wholes(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[tuple[str, str] | DataError]:
-        texts = self._render([each for talk in conversations for each in ((talk[:-1], True), (talk, False))])
+        texts = self._template.render([each for talk in conversations for each in ((talk[:-1], True), (talk, False))])
         return [
             next((each for each in pair if isinstance(each, DataError)), None) or pair  # type: ignore[misc]
             for pair in zip(texts[::2], texts[1::2], strict=True)
@@ -232,7 +209,7 @@ class ChatTokenizer:
         """What a conversation has behind its prompt, or None if it does not begin with it."""
         if whole.startswith(prompt):
             return whole[len(prompt) :]
-        begin = prompt.removesuffix(self._opened)
+        begin = prompt.removesuffix(self._template.opened)
         return whole[len(begin) :] if begin != prompt and whole.startswith(begin) else None
 
     def _with_reasoning(self, messages: Sequence[ChatMessage], prompt: str, response: str) -> str:
@@ -240,38 +217,32 @@ class ChatTokenizer:
         if not self.checks_reasoning:
             return response
         message, content = messages[-1], messages[-1]["content"]
-        inline = content.rpartition(_THINK_END)[0].replace("<think>", "").strip()
+        inline = content.rpartition(THINK_END)[0].replace("<think>", "").strip()
         separate = str(message.get("reasoning_content") or "").strip()
         reasoning = inline or separate
         truncated = inline not in response and content.strip() not in response  # tags may be part of a plain text
         if truncated or separate not in response:
-            text = content.rpartition(_THINK_END)[2].strip()
-            if not (inline and text and text in response) or prompt.rstrip().endswith(_THINK_END):
+            text = content.rpartition(THINK_END)[2].strip()
+            if not (inline and text and text in response) or prompt.rstrip().endswith(THINK_END):
                 raise DataError(
                     f"the real response has reasoning ({reasoning[:40]!r}), and the chat template does not show it: "
-                    f"the response would be trained without it. {self._thinking_remedy('true')}, write it into the "
-                    "content as <think>...</think>, or remove it from the row."
+                    f"the response would be trained without it. {self._template.thinking_remedy('true')}, write it "
+                    "into the content as <think>...</think>, or remove it from the row."
                 )
             closing = response.rpartition(text)[2]
             opening = "<think>" if prompt.rstrip().endswith("<think>") else ""
             own = content.strip().removeprefix(opening)
             return (own.lstrip("\n") if prompt.endswith("\n") else own) + closing
-        empty, row_options = self._empty_reasoning, messages[0].get("chat_template_kwargs") or {}
-        if not empty and any(row_options.get(name) is False for name in _THINKING_OPTIONS):
+        empty, row_options = self._template.empty_reasoning, messages[0].get("chat_template_kwargs") or {}
+        if not empty and any(row_options.get(name) is False for name in THINKING_OPTIONS):
             return response
         if not reasoning and empty is not None and response.startswith(empty):
             raise DataError(
                 "the chat template lets the model reason before it answers, and the real response has no reasoning: "
-                f"pairs would be told apart by that alone. {self._thinking_remedy('false')}, or give the real "
+                f"pairs would be told apart by that alone. {self._template.thinking_remedy('false')}, or give the real "
                 "responses with their reasoning (<think>...</think> in the content)."
             )
         return response
-
-    def _thinking_remedy(self, value: str) -> str:
-        name = next((each for each in _THINKING_OPTIONS if each in self._template.names), None)
-        if name is None:
-            return "Set tokenizer.chat_template to a template that goes with the data"
-        return f"Set tokenizer.template_options.{name}={value}"
 
     def _split(self, prompt: str, full: str, prompt_ids: list[int], full_ids: list[int]) -> Encoded | DataError:
         # The response is the rest of the conversation's ids where these begin with the prompt's ids, and the ids of
@@ -307,203 +278,6 @@ class ChatTokenizer:
                 f"The tokenizer in {self.path} cannot encode a text ({type(error).__name__}: {error}). Correct "
                 "tokenizer.json and tokenizer_config.json, or take another tokenizer."
             ) from error
-
-    def _render(self, asked: Sequence[_Asked]) -> list[str | DataError]:
-        """Texts of conversations, or what is wrong with them."""
-        found: dict[int, str | DataError] = {
-            number: lost for number, (messages, _) in enumerate(asked) if (lost := self._lost(messages)) is not None
-        }
-        left = [number for number in range(len(asked)) if number not in found]
-        for template, has_tools in ((self._template, False), (self._tool_template, True)):
-            numbers = [number for number in left if bool(asked[number][0][0].get("tools")) is has_tools]
-            texts = self._rendered(template, [asked[number] for number in numbers])
-            found |= {
-                number: self._checked(text, asked[number][0]) for number, text in zip(numbers, texts, strict=True)
-            }
-        return [found[number] for number in range(len(asked))]
-
-    def _rendered(self, template: ChatTemplate, asked: Sequence[_Asked], **options: Any) -> list[str | TemplateFault]:
-        conversations = (
-            {
-                "messages": [_for_template(message) for message in messages],
-                "tools": messages[0].get("tools"),
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                **self._row_options(messages),
-            }
-            for messages, add_generation_prompt in asked
-        )
-        variables = {**self._tokenizer.special_tokens_map, **self._options, **options}
-        return template.render(conversations, variables, self._today())
-
-    def _checked(self, text: str | TemplateFault, messages: Sequence[ChatMessage]) -> str | DataError:
-        where = self._template.origin
-        if isinstance(text, TemplateFault):
-            said = text.message.rstrip(".")
-            if text.kind == "syntax":
-                return DataError(
-                    f"{where}: the chat template is not valid Jinja, line {text.line}: {said}. Fix "
-                    "tokenizer.chat_template, or the folder's own."
-                )
-            roles = ", ".join(message["role"] for message in messages)
-            what = "refuses" if text.kind == "refused" else "fails on"
-            return DataError(
-                f"{where}: the chat template {what} the roles {roles}: {said}. Fix the row, or set "
-                "tokenizer.chat_template to one that knows them."
-            )
-        if not text.isascii() and (surrogate := next((char for char in text if "\ud800" <= char <= "\udfff"), None)):
-            return DataError(
-                f"{where}: the chat template writes the lone surrogate {surrogate!r}, which is no valid text. Fix it, "
-                "or set tokenizer.chat_template to another one."
-            )
-        return text
-
-    def _row_options(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
-        """Those of the row's own options that the template reads."""
-        names = (self._template.names | self._tool_template.names).difference(_NO_OPTIONS)
-        given = messages[0].get("chat_template_kwargs") or {}
-        return {key: value for key, value in given.items() if key in names}
-
-    def _lost(self, messages: Sequence[ChatMessage]) -> DataError | None:
-        """An error if the template silently leaves a part of the conversation out of the prompt."""
-        if not messages:
-            return DataError("the conversation has no messages before the response. Fix the row.")
-        roles = [message["role"] for message in messages]
-        given, read = messages[0].get("chat_template_kwargs") or {}, self._row_options(messages)
-        unread = [key for key, value in given.items() if key not in read and value not in (None, False, "", [], {})]
-        if unread:
-            return DataError(
-                f"chat_template_kwargs has {', '.join(unread)}, which the chat template does not read. Set "
-                "tokenizer.chat_template to one that does, or leave the column out with "
-                "dataset.column_map={chat_template_kwargs: unused}."
-            )
-        used = {
-            "tools": any("tools" in message for message in messages),
-            "calls": any("tool_calls" in message for message in messages),
-            "results": "tool" in roles,
-        }
-        lost = [what for what, is_used in used.items() if is_used and what not in self._shown]
-        if lost:
-            return DataError(
-                f"the conversation has tools, and the chat template does not show their {' and '.join(lost)}: the "
-                "model would not see them. Set tokenizer.chat_template to one that does, or remove the row."
-            )
-        has_system = any(message["role"] == "system" and message["content"].strip() for message in messages)
-        if has_system and "system" not in self._shown:
-            return DataError(
-                "the conversation has a system message, and the chat template does not show it: the model would not "
-                "see it. Set tokenizer.chat_template to one that does, write it into the user's message, or remove "
-                "dataset.system_prompt or the row."
-            )
-        if roles.count("user") > 1 and not {"user", "assistant"} <= self._shown:
-            return DataError(
-                "the conversation has several turns, and the chat template does not show the earlier ones: the model "
-                "would not see them. Set tokenizer.chat_template to one that does, or remove the row."
-            )
-        return None
-
-    def _probe_shown(self) -> frozenset[str]:
-        """What the template writes: ``system`` messages, ``user`` and ``assistant`` turns before the response; of tools
-        ``tools`` themselves, ``calls``, ``results``. What it refuses counts as written, but for tools: what it says
-        then tells more."""
-        # long enough for templates that shorten messages, or show the last few only
-        earlier = [
-            {"role": role, "content": f"probe_{number} {'word ' * 400}of_{role}"}
-            for number in range(8)
-            for role in ("user", "assistant")
-        ]
-        talks = [[_SYSTEM, _QUESTION], [*earlier, _QUESTION], [_SYSTEM, *earlier, _QUESTION]]
-        texts = self._rendered(self._template, [(messages, True) for messages in talks])
-        lost = {
-            message["role"]
-            for text, messages in zip(texts, talks, strict=True)
-            for message in messages
-            if isinstance(text, str) and message["content"] not in text
-        }
-        calling = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-        with_results = [[_QUESTION, calling, _RESULT, _REPLY], [_QUESTION, _REPLY, _RESULT, _REPLY]]
-        texts = [
-            *self._rendered(self._tool_template, [([{**_QUESTION, "tools": [_TOOL]}, _REPLY], False)]),
-            *self._rendered(self._template, [(messages, False) for messages in with_results]),
-        ]
-        written = "".join(text for text in texts if isinstance(text, str))
-        marks = {"tools": _TOOL["function"]["name"], "calls": _CALL["function"]["name"], "results": _RESULT["content"]}
-        shown = {what for what, mark in marks.items() if mark in written}
-        return frozenset(shown | {"system", "user", "assistant"} - lost)
-
-    def _probe_response(self) -> tuple[str, str | None, str]:
-        """How a response stands in the conversation: the end of the generation prompt that the conversation lacks; the
-        beginning of responses without reasoning, if these would give a real response away; what closes it."""
-        probe = [_QUESTION, _REPLY]
-        asked: list[_Asked] = [(probe[:1], True), (probe, False), (probe[:1], False)]
-        texts = self._rendered(self._template, asked)
-        whole, prompt = self._checked(texts[1], probe), self._checked(texts[0], probe[:1])
-        for text, mark, role in ((whole, _REPLY["content"], "assistant"), (prompt, _QUESTION["content"], "user")):
-            if isinstance(text, DataError):
-                raise text
-            if mark not in text:
-                raise DataError(
-                    f"{self._template.origin}: the chat template does not show what the {role} says: it would not "
-                    "reach the model. Set tokenizer.chat_template to one that does."
-                )
-        assert isinstance(prompt, str) and isinstance(whole, str)
-        common = os.path.commonprefix([prompt, whole])
-        if len(common) < len(prompt) and common.rfind("<") > common.rfind(">"):  # within a tag
-            common = common[: common.rfind("<")]
-        begin, _, closing = whole[len(common) :].rpartition(_REPLY["content"])
-        opened = prompt[len(common) :]
-        if opened and ((begin.strip() and "think" not in begin) or _QUESTION["content"] in opened):
-            return "", None, closing
-        if texts[2] == texts[0] and begin.strip():
-            log.warning(
-                "The chat template of %s writes no generation prompt: prompts end before %r, which becomes the "
-                "beginning of every response, of the real ones too. Set tokenizer.chat_template to one that has it.",
-                self.path,
-                begin,
-            )
-            return opened, None, closing
-        if "think" in begin:
-            return opened, begin, closing
-        if begin.strip():  # gpt-oss: the channel that the model chooses
-            log.warning(
-                "The chat template of %s begins every real response with %r, behind its generation prompt. Where the "
-                "model begins otherwise (in another channel, say), pairs may be told apart by that alone.",
-                self.path,
-                begin,
-            )
-        # with reasoning switched off it asks otherwise: so now the model may reason
-        for name in _THINKING_OPTIONS:
-            if name in self._template.names and name not in self._options:
-                without = self._rendered(self._template, asked[:2], **{name: False})
-                if without != texts[:2]:
-                    return opened, begin, closing
-        if "<think>" in opened and _THINK_END not in opened:
-            log.warning(
-                "The chat template of %s opens a thinking block in every prompt (%r). Real responses without "
-                "reasoning are trained right behind it, and pairs may be told apart by that alone.",
-                self.path,
-                opened,
-            )
-        return opened, None, closing
-
-    def _check_options(self) -> None:
-        names = self._template.names | self._tool_template.names
-        known = sorted(names - {*_NO_OPTIONS, *self._tokenizer.special_tokens_map})
-        unknown = [str(name) for name in self._options if name not in known]
-        reads = f"; it reads {', '.join(known)}" if known else "; it reads none"
-        if unknown:
-            raise DataError(
-                f"tokenizer.template_options.{unknown[0]}: the chat template of {self.path} never reads it{reads}. "
-                "Remove it, or correct its name."
-            )
-        if self.date is not None and not self.reads_date:
-            remedy = "Set tokenizer.template_options.date_string" if "date_string" in names else "Remove it"
-            raise DataError(
-                f"tokenizer.date={self.date}: the chat template of {self.path} never asks for the date. {remedy}."
-            )
-
-    def _today(self) -> str:
-        return self.date or datetime.date.today().isoformat()
 
     def _origin(self, chat_template: str | None) -> str:
         """Where the template stands."""
@@ -550,14 +324,6 @@ def _iso_date(date: str | datetime.date | None) -> str | None:
         raise DataError(
             f"tokenizer.date={date!r}: expected a day as YYYY-MM-DD, or null for that of the run's first start."
         ) from error
-
-
-def _for_template(message: ChatMessage) -> dict[str, Any]:
-    """A message as transformers hands it to a template: without nulls, reasoning under each of its names."""
-    of_row = ("tools", "chat_template_kwargs")
-    plain = {key: value for key, value in message.items() if key not in of_row and value is not None}
-    reasoning = plain.get("reasoning_content")
-    return plain if reasoning is None else dict.fromkeys(("thinking", "reasoning"), reasoning) | plain
 
 
 def _without_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
