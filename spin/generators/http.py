@@ -31,7 +31,7 @@ class UnavailableError(Exception):
 
 
 class TimedOutError(UnavailableError):
-    """The whole response was not there in time."""
+    """The complete response was not there in time."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ class Client:
         except urllib3.exceptions.SSLError as error:
             if not deadline.is_over:
                 raise GeneratorError(f"{self._url}: {error}. Set generator.verify to your CA bundle.") from error
-            raise TimedOutError(f"{method} {path}: no whole response within {seconds:g} s (Timeout)") from error
+            raise TimedOutError(f"{method} {path}: no complete response within {seconds:g} s (Timeout)") from error
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
             if deadline.is_over or isinstance(error, urllib3.exceptions.ReadTimeoutError):
-                raise TimedOutError(f"{method} {path}: no whole response within {seconds:g} s (Timeout)") from error
+                raise TimedOutError(f"{method} {path}: no complete response within {seconds:g} s (Timeout)") from error
             raise UnavailableError(f"{method} {path}: {type(error).__name__}") from error
         finally:
             deadline.cancel()

@@ -226,7 +226,7 @@ class _Row:
 
     request: _Request
     slot: int
-    chosen: int = 0  # tokens that the device has been told to choose; those that were read are in ``tokens``
+    chosen: int = 0  # tokens whose choice is launched; those that were read are in ``tokens``
     ended: bool = False
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -388,7 +388,7 @@ def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
 def _copy(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     with torch.no_grad():
         if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
-            # Every rank has the whole tensor, so each takes its part without talking to the others.
+            # Every rank has the full tensor, so each takes its part without communication.
             tensor = tensor.to(parameter.device)
             tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(tensor)

@@ -37,14 +37,8 @@ INSTALL = (
     "pip install 'spin-torchtune[vllm]' (vllm 0.20.2 to 0.26.0 with torch 2.11, 0.27 to 0.31 with torch 2.13), or on a "
     "CPU see docs/vllm.md"
 )
-# What this class decides itself, of vLLM's EngineArgs
-_OWN_ARGUMENTS = {
-    "model", "tokenizer", "dtype", "max_model_len", "tensor_parallel_size", "distributed_executor_backend",
-    "gpu_memory_utilization", "enable_sleep_mode", "load_format", "generation_config", "trust_remote_code",
-    "logprobs_mode", "seed", "skip_tokenizer_init",
-}  # fmt: skip
-# What may stand under `engine`. Others name code that vLLM imports (worker_cls, logits_processors, plugins, connectors,
-# the backend of compilation_config), models and files, or are of no use here.
+# What may stand under `engine`. Others are decided by this class, or name code that vLLM imports (worker_cls,
+# logits_processors, plugins, connectors, the backend of compilation_config), models and files, or are of no use here.
 _ENGINE_ARGUMENTS = {
     "async_scheduling", "attention_backend", "block_size", "calculate_kv_scales", "cpu_offload_gb", "cuda_graph_sizes",
     "cudagraph_capture_sizes", "disable_cascade_attn", "disable_custom_all_reduce", "disable_log_stats",
@@ -127,11 +121,6 @@ class VLLMGenerator:
             raise ConfigError(
                 f"generator.tensor_parallel_size={tensor_parallel_size}: expected a number that divides the "
                 f"{world_size} ranks."
-            )
-        wrong = sorted(_OWN_ARGUMENTS & set(engine or {}))
-        if wrong:
-            raise ConfigError(
-                f"generator.engine may not set {', '.join(wrong)}: the generator's own keys or the recipe decide that."
             )
         unknown = sorted(set(map(str, engine or {})) - _ENGINE_ARGUMENTS)
         if unknown:

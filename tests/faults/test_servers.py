@@ -68,7 +68,7 @@ def test_a_server_that_drips_is_given_up(tmp_path, serve, path, where):
     first = {"body": headers(10_000), "headers": b"HTTP/1.1 200 OK\r\nX-Slow: ", "status line": b"HTTP/1.1 2"}
     server = serve(**{path: interim if where == "interim" else drip(first[where])})
     started = time.monotonic()
-    with pytest.raises(GeneratorError, match=r"no whole response within 0\.5 s"):
+    with pytest.raises(GeneratorError, match=r"no complete response within 0\.5 s"):
         played(tmp_path, server.url)
     assert time.monotonic() - started < 20, "three time-outs and two pauses at most"
 

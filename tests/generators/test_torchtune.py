@@ -215,11 +215,11 @@ def test_minimum_lets_early_stop_strings_pass(tokenizer):
         *(("aba", 2, 3), ("aba", 3, 5), ("aba", 4, 5), ("aba", 5, 7)),
     ):
         sampling = SamplingParams(temperature=0, min_new_tokens=minimum, max_new_tokens=20, stop_strings=(stop,))
-        answer = TorchtuneGenerator(context).generate([[5]], sampling, [0])[0]
-        assert (answer.token_ids, answer.finish_reason) == ([0, 1, 0, 1, 0, 1, 0][:expected], "stop")
+        response = TorchtuneGenerator(context).generate([[5]], sampling, [0])[0]
+        assert (response.token_ids, response.finish_reason) == ([0, 1, 0, 1, 0, 1, 0][:expected], "stop")
 
 
-def test_context_cuts_the_response(make, prompts):
+def test_the_context_truncates_the_response(make, prompts):
     prompt = (prompts[4] * 10)[:37]
     got = make(max_seq_len=40).generate([prompt, prompts[2]], SamplingParams(max_new_tokens=9), [0, 1])
     assert [(len(c.token_ids), c.finish_reason) for c in got] == [(3, "length"), (9, "length")]
@@ -249,30 +249,24 @@ def test_prompts_without_room_are_named(make, prompts):
     assert generator.generate([], SamplingParams(), []) == []
 
 
-def _short_of_memory(model, rows):
-    """Forwards of more than ``rows`` sequences run out of memory."""
-    forward, sizes = model.forward, []
+def watch(model, runs_out=lambda shapes: False):
+    """Shapes of the tokens of the model's forwards from now on; it runs out of memory where ``runs_out`` says so."""
+    forward, shapes = model.forward, []
 
-    def limited(tokens, **arguments):
-        sizes.append(len(tokens))
-        if len(tokens) > rows:
+    def watched(tokens, **arguments):
+        shapes.append(tuple(tokens.shape))
+        if runs_out(shapes):
             raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
         return forward(tokens, **arguments)
 
-    model.forward = limited
-    return sizes
+    model.forward = watched
+    return shapes
 
 
 def test_prompts_are_read_in_groups_of_so_many_tokens(make, model, prompts, monkeypatch):
     """Longest first, padded to the longest of a group; a group of one may be longer than the limit."""
     lengths = [20, 9, 8, 8, 8, 3, 2]
-    forward, shapes = model.forward, []
-
-    def noted(tokens, **arguments):
-        shapes.append(tuple(tokens.shape))
-        return forward(tokens, **arguments)
-
-    model.forward = noted
+    shapes = watch(model)
     monkeypatch.setattr("spin.generators.torchtune._PREFILL_TOKENS", 18)
     make(batch_size=8, prefill_batch=8).generate([[5] * n for n in lengths], SamplingParams(max_new_tokens=1), [0] * 7)
     assert shapes == [(1, 20), (2, 9), (2, 8), (2, 3)]
@@ -280,22 +274,16 @@ def test_prompts_are_read_in_groups_of_so_many_tokens(make, model, prompts, monk
 
 def test_a_step_late_costs_no_step_at_the_limit(make, model, prompts):
     """Rows that reach their limit leave when the step is launched: 5 rows of 4 tokens take 1 + 3 forwards."""
-    forward, sizes = model.forward, []
-
-    def noted(tokens, **arguments):
-        sizes.append(len(tokens))
-        return forward(tokens, **arguments)
-
-    model.forward = noted
+    shapes = watch(model)
     got = make(static=True, prefill_batch=5).generate(prompts[:5], SamplingParams(max_new_tokens=4), [0] * 5)
     assert [len(response.token_ids) for response in got] == [4] * 5
-    assert sizes == [5] * 4
+    assert [rows for rows, _ in shapes] == [5] * 4
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_cache_outlives_a_call_while_awake(make, model, prompts, static):
     """Shards of prompts one after another, weights changed in place in between, then a longer prompt, then other
-    sampling; the expected tokens are those of a generator that makes everything anew."""
+    sampling; the expected tokens are those of a generator that keeps nothing."""
     sampling = SamplingParams(max_new_tokens=12, stop_token_ids=(EOS,))
     generator, fresh = make(batch_size=4, static=static), make(batch_size=4)
     longer = prompts[:3] + [(prompts[4] * 20)[:290]]
@@ -362,13 +350,13 @@ def test_out_of_memory_halves_the_batch(make, model, prompts, caplog, static):
     sampling = SamplingParams(max_new_tokens=30, stop_token_ids=(EOS,))
     seeds = list(range(9))
     expected = _ids(make().generate(prompts, sampling, seeds))
-    sizes = _short_of_memory(model, rows=3)
+    shapes = watch(model, runs_out=lambda shapes: shapes[-1][0] > 3)
     generator = make(batch_size=8, static=static)
     with caplog.at_level(logging.WARNING):
         assert _ids(generator.generate(prompts, sampling, seeds)) == expected
     assert generator.batch_size == 2
     assert "batch_size=4" in caplog.text and "batch_size=2" in caplog.text
-    assert sorted(set(sizes)) == [1, 2, 4, 8]  # prompts are read one at a time
+    assert sorted({rows for rows, _ in shapes}) == [1, 2, 4, 8]  # prompts are read one at a time
     assert generator.slots is None
     assert all(layer.attn.spin_kv is None for layer in model.layers)
 
@@ -376,24 +364,16 @@ def test_out_of_memory_halves_the_batch(make, model, prompts, caplog, static):
 def test_finished_responses_survive_running_out_of_memory(make, model, prompts):
     """Two rows fit for 16 forwards; from then on one: what is done by then is not done again."""
     sampling = SamplingParams(temperature=0, max_new_tokens=6)
-    forward, answered = model.forward, []
-
-    def late(tokens, **arguments):
-        answered.append(tokens)
-        if len(answered) > 16 and len(tokens) > 1:
-            raise torch.OutOfMemoryError("Tried to allocate 9 GiB.")
-        return forward(tokens, **arguments)
-
     expected = _ids(make().generate(prompts, sampling, [0] * 9))
-    model.forward = late
+    shapes = watch(model, runs_out=lambda shapes: len(shapes) > 16 and shapes[-1][0] > 1)
     assert _ids(make(batch_size=2).generate(prompts, sampling, [0] * 9)) == expected
-    prefills = sum(tokens.shape[1] > 1 for tokens in answered)
-    assert len(prompts) < prefills <= len(prompts) + 2  # one for each prompt, and again for the rows that were cut off
+    prefills = sum(length > 1 for _, length in shapes)
+    assert len(prompts) < prefills <= len(prompts) + 2  # one for each prompt, and again for the rows that were lost
 
 
 def test_out_of_memory_with_one_row_gives_advice(make, model, prompts):
     """Prompt 4 is the longest of the first eight, which are sorted together."""
-    _short_of_memory(model, rows=0)
+    watch(model, runs_out=lambda shapes: True)
     with pytest.raises(GeneratorError, match=r"one sequence at a time, prompt 4 of .*9 GiB.*Lower max_new_tokens"):
         make(batch_size=2).generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9)
     assert all(layer.attn.spin_kv is None for layer in model.layers)
