@@ -7,19 +7,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from spin.core.errors import ConfigError
-
 
 def permutation(n: int, *key: object) -> np.ndarray:
-    """A permutation of ``range(n)`` that depends on the key only.
-
-    Args:
-        n (int): how many.
-        *key (object): anything with a stable ``repr``, such as seed, purpose, iteration and epoch.
-
-    Returns:
-        np.ndarray: int64, shape (n,).
-    """
+    """A permutation of ``range(n)`` that depends on the key only: anything with a stable ``repr``, such as seed, purpose,
+    iteration and epoch."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).permutation(n)
 
@@ -50,12 +41,7 @@ def history_window(iteration: int, history: int) -> list[int]:
 
     Returns:
         list[int]: ``iteration - history`` to ``iteration``, none below 0.
-
-    Raises:
-        ConfigError: If either number is negative.
     """
-    if iteration < 0 or history < 0:
-        raise ConfigError(f"iteration={iteration}, history={history}: expected 0 or more for both.")
     return list(range(max(0, iteration - history), iteration + 1))
 
 
@@ -68,16 +54,16 @@ def iteration_items(
         samples_of (Callable[[int], Sequence[int]]): the samples that an iteration plays, as indices.
         iteration (int): counted from 0.
         history (int): how many earlier iterations take part; the authors of SPIN use 1.
-        history_fraction (float): share of each earlier iteration's samples, the first ones.
+        history_fraction (float): what is taken of each earlier iteration's samples, the first ones.
 
     Returns:
-        list[tuple[int, int]]: (iteration whose opponent answered, index of the sample), oldest iteration first.
+        list[tuple[int, int]]: (iteration whose opponent responded, index of the sample), oldest iteration first.
     """
     items = []
     for played in history_window(iteration, history):
         samples = samples_of(played)
-        share = 1.0 if played == iteration else history_fraction
-        items += [(played, sample) for sample in samples[: int(share * len(samples))]]
+        fraction = 1.0 if played == iteration else history_fraction
+        items += [(played, sample) for sample in samples[: int(fraction * len(samples))]]
     return items
 
 

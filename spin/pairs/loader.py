@@ -15,18 +15,11 @@ from spin.types import Pair
 
 @dataclass(frozen=True)
 class RowBatch:
-    """One global batch, packed.
+    """One global batch, packed."""
 
-    Args:
-        pairs (Sequence[Pair]): the global batch, the same on every rank.
-        rows (list[PackedRow]): this rank's rows of it, equally many on every rank; on the CPU.
-        weight (float): what the summed loss of the global batch is divided by, see
-            :func:`spin.pairs.packing.loss_weight`.
-    """
-
-    pairs: Sequence[Pair]
-    rows: list[PackedRow]
-    weight: float
+    pairs: Sequence[Pair]  # the global batch, the same on every rank
+    rows: list[PackedRow]  # this rank's rows of it, equally many on every rank; on the CPU
+    weight: float  # what the summed loss of the global batch is divided by, see loss_weight
 
     def pin_memory(self) -> RowBatch:
         """The batch with its rows in pinned memory."""
@@ -38,18 +31,9 @@ def load_rows(
 ) -> Iterator[RowBatch]:
     """Packs this rank's rows of each global batch, in order.
 
-    Workers are threads: pairs are read where they are, and what packing costs (some milliseconds a batch) passes while
-    the device computes. Their rows come in pinned memory if the rank computes on a GPU. Nothing here needs saving: the
-    order of batches is a function of the seed, and a resumed run starts with a later batch.
-
-    Args:
-        batches (Iterable[Sequence[Pair]]): global batches; read ahead by a few with workers.
-        world (World): whose rows, and on which device they will be needed.
-        layout (RowLayout): how they are packed.
-        num_workers (int): threads that pack ahead; 0 packs when asked.
-
-    Yields:
-        RowBatch: one for every global batch.
+    Workers are threads that pack a few batches ahead (some milliseconds each) while the device computes; with 0 a batch
+    is packed when asked for. Their rows come in pinned memory if the rank computes on a GPU. Nothing here needs saving:
+    the order of batches is a function of the seed, and a resumed run starts with a later batch.
     """
 
     def packed(pairs: Sequence[Pair]) -> RowBatch:

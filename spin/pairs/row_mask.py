@@ -14,18 +14,11 @@ BLOCK = 128  # tokens; FlexAttention's kernels take whole blocks
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens of a row that attend causally to each other and to all of their prompt.
-
-    Args:
-        start (int): first token.
-        stop (int): one after the last token.
-        prompt_start (int): first token of the prompt; equals ``prompt_stop`` where the segment is itself a prompt.
-        prompt_stop (int): one after the prompt's last token.
-    """
+    """Tokens of a row, from ``start`` to before ``stop``, that attend causally to each other and to all of their prompt."""
 
     start: int
     stop: int
-    prompt_start: int = 0
+    prompt_start: int = 0  # equals prompt_stop where the segment is itself a prompt
     prompt_stop: int = 0
 
 
@@ -35,23 +28,13 @@ class RowBlocks:
 
     A partial block needs the mask inside, a full one is seen by all of its queries. ``*_num_blocks`` have shape
     (1, 1, nb) and ``*_indices`` (1, 1, nb, nb), of which the first ``num_blocks`` entries of a line count.
-
-    Args:
-        kv_num_blocks (torch.Tensor): partial key blocks of each query block.
-        kv_indices (torch.Tensor): which.
-        full_kv_num_blocks (torch.Tensor): full key blocks of each query block.
-        full_kv_indices (torch.Tensor): which.
-        q_num_blocks (torch.Tensor): partial query blocks of each key block, for backward.
-        q_indices (torch.Tensor): which.
-        full_q_num_blocks (torch.Tensor): full query blocks of each key block.
-        full_q_indices (torch.Tensor): which.
     """
 
-    kv_num_blocks: torch.Tensor
+    kv_num_blocks: torch.Tensor  # partial key blocks of each query block
     kv_indices: torch.Tensor
     full_kv_num_blocks: torch.Tensor
     full_kv_indices: torch.Tensor
-    q_num_blocks: torch.Tensor
+    q_num_blocks: torch.Tensor  # partial query blocks of each key block, for backward
     q_indices: torch.Tensor
     full_q_num_blocks: torch.Tensor
     full_q_indices: torch.Tensor
@@ -63,32 +46,17 @@ class RowBlocks:
 
 @dataclass(frozen=True)
 class FlexMask:
-    """What the layers of a model get as ``mask`` for a packed row.
+    """What the layers of a model get as ``mask`` for a packed row."""
 
-    Args:
-        causal (BlockMask): own segment causally, and the prompt.
-        windowed (BlockMask | None): the same within a sliding window, for layers that have one.
-        hopper (bool): it is for an H100, H200 or the like.
-    """
-
-    causal: BlockMask
-    windowed: BlockMask | None = None
-    hopper: bool = False
+    causal: BlockMask  # own segment causally, and the prompt
+    windowed: BlockMask | None = None  # the same within a sliding window, for layers that have one
+    hopper: bool = False  # for an H100, H200 or the like
 
 
 def row_blocks(segments: Sequence[Segment], length: int, window: int | None = None) -> RowBlocks:
     """Block structure of a packed row. Tokens behind the last segment are padding and attend to themselves.
 
-    Args:
-        segments (Sequence[Segment]): in order, without gaps.
-        length (int): tokens of the row, a multiple of ``BLOCK``.
-        window (int | None): a token sees keys less than this many positions before it; None: all.
-
-    Returns:
-        RowBlocks: on the CPU.
-
-    Raises:
-        ValueError: If ``length`` is not a multiple of ``BLOCK``.
+    The segments are in order, without gaps; with a window a token sees keys less than so many positions before it.
     """
     if length % BLOCK:
         raise ValueError(f"A row of {length} tokens is no multiple of {BLOCK}; FlexAttention needs whole blocks.")
@@ -147,18 +115,10 @@ def row_block_mask(
     positions: torch.Tensor | None = None,
     window: int | None = None,
 ) -> BlockMask:
-    """The BlockMask of a packed row, on the device of its tensors.
+    """The BlockMask of a packed row for any number of heads, on the device of its tensors.
 
-    Args:
-        blocks (RowBlocks): from :func:`row_blocks`.
-        own_start (torch.Tensor): where the segment of each token starts, int32, shape (s,).
-        prompt_start (torch.Tensor): where its prompt starts, int32, shape (s,).
-        prompt_stop (torch.Tensor): one after its prompt's end, int32, shape (s,); equals ``prompt_start`` for none.
-        positions (torch.Tensor | None): position of each token, int32, shape (s,); needed with a window.
-        window (int | None): as given to :func:`row_blocks`.
-
-    Returns:
-        BlockMask: for one sequence of s tokens and any number of heads.
+    ``own_start``, ``prompt_start``, ``prompt_stop`` and, needed with a window, ``positions`` are those of
+    :class:`spin.pairs.packing.PackedRow`, int32, shape (s,).
     """
 
     def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -80,15 +80,9 @@ def _logits_to_gradient(
 def target_logps(
     logits: torch.Tensor, targets: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs of the targets, and log-normalizers of the softmax.
+    """Log-probs of the targets (int64, shape (c,)) and log-normalizers of the softmax, both fp32, shape (c,).
 
-    Args:
-        logits (torch.Tensor): bf16, fp16 or fp32, shape (c, v), contiguous.
-        targets (torch.Tensor): int64, shape (c,).
-        softcap (float | None): ``c`` of ``c * tanh(logits / c)``.
-
-    Returns:
-        tuple[torch.Tensor, torch.Tensor]: both fp32, shape (c,).
+    The logits, shape (c, v), are bf16, fp16 or fp32 and contiguous.
     """
     tokens, vocab = logits.shape
     logps = torch.empty(tokens, dtype=torch.float32, device=logits.device)
@@ -117,12 +111,7 @@ def logits_to_gradient(
 ) -> None:
     """Overwrites logits with ``by_token * (onehot(target) - softmax(logits))``, the gradient by them.
 
-    Args:
-        logits (torch.Tensor): bf16, fp16 or fp32, shape (c, v), contiguous.
-        targets (torch.Tensor): int64, shape (c,).
-        log_normalizers (torch.Tensor): fp32, shape (c,).
-        by_token (torch.Tensor): gradient by the targets' log-probs, fp32, shape (c,).
-        softcap (float | None): ``c`` of ``c * tanh(logits / c)``.
+    ``by_token`` is the gradient by the targets' log-probs, fp32, shape (c,); for the rest see :func:`target_logps`.
     """
     tokens, vocab = logits.shape
     _logits_to_gradient[(tokens, triton.cdiv(vocab, _BLOCK))](

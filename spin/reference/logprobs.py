@@ -66,7 +66,7 @@ def pair_objective(
             shape (m,), and gives a scalar: a sum of terms each of which looks at one pair only. It is called for every
             chunk, with the reference's log-probs standing in for those that are not known yet.
         chunk_tokens (int): response tokens whose logits exist at a time; more speeds up the products and increases
-            memory. A pair with more tokens than this is cut, and its logits are made twice.
+            memory. A pair with more tokens than this is split, and its logits are made twice.
 
     Returns:
         tuple[torch.Tensor, torch.Tensor]: the objective, a scalar with a gradient; and the summed log-probs in nats,
@@ -87,15 +87,10 @@ def pair_objective(
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Whole pairs of a row whose response tokens go through the output layer together.
-
-    Args:
-        responses (slice): the pairs' responses.
-        pieces (tuple[slice, ...]): their tokens among the row's response tokens; several for one pair that is too long.
-    """
+    """Whole pairs of a row whose response tokens go through the output layer together."""
 
     responses: slice
-    pieces: tuple[slice, ...]
+    pieces: tuple[slice, ...]  # their tokens among the row's response tokens; several for one pair that is too long
 
 
 def _pair_chunks(row: PackedRow, chunk_tokens: int) -> list[_Chunk]:
@@ -117,16 +112,8 @@ def _pair_chunks(row: PackedRow, chunk_tokens: int) -> list[_Chunk]:
 
 @contextmanager
 def replaced_unembed(model: nn.Module, unembed: Callable[[torch.Tensor], Any]) -> Iterator[None]:
-    """Lets a model's forward end in ``unembed(hidden)`` instead of logits for every token.
-
-    Args:
-        model (nn.Module): a torchtune ``TransformerDecoder``.
-        unembed (Callable[[torch.Tensor], Any]): takes the last layer's output, shape (b, s, d), before the
-            final norm.
-
-    Yields:
-        None: while it holds.
-    """
+    """Within the block a model's forward ends in ``unembed(hidden)`` instead of logits for every token; ``hidden`` is
+    the last layer's output before the final norm, shape (b, s, d)."""
     before = vars(model).get("unembed")
     model.unembed = unembed  # type: ignore[assignment]
     try:
@@ -138,17 +125,7 @@ def replaced_unembed(model: nn.Module, unembed: Callable[[torch.Tensor], Any]) -
 
 
 def output_weight(model: nn.Module) -> torch.Tensor:
-    """The output projection's weight; the embedding's where the two are tied.
-
-    Args:
-        model (nn.Module): a torchtune ``TransformerDecoder``.
-
-    Returns:
-        torch.Tensor: shape (v, d).
-
-    Raises:
-        ValueError: If the projection has a bias, which no family of torchtune has.
-    """
+    """The output projection's weight, shape (v, d): the embedding's where the two are tied. No family has a bias."""
     output = model.output
     if getattr(output, "bias", None) is not None:
         raise ValueError("The model's output projection has a bias; expected none.")
@@ -187,15 +164,9 @@ def linear_logprob(
 
 
 def segment_sums(values: torch.Tensor, segments: torch.Tensor, num_segments: int) -> torch.Tensor:
-    """Sums the values of each segment, in fp64: the order in which a GPU adds must not show in the sums.
+    """Sums values, shape (n,), by their segments, int64, shape (n,); gives fp64, shape (num_segments,).
 
-    Args:
-        values (torch.Tensor): shape (n,).
-        segments (torch.Tensor): segment of each value, int64, shape (n,).
-        num_segments (int): how many there are.
-
-    Returns:
-        torch.Tensor: shape (num_segments,), fp64; 0 for a segment without values.
+    In fp64, because the order in which a GPU adds must not show in the sums.
     """
     return values.new_zeros(num_segments, dtype=torch.float64).index_add(0, segments, values.double())
 
@@ -218,7 +189,7 @@ class _LinearLogprob(torch.autograd.Function):
         log_normalizers = torch.zeros_like(logps)
         for piece in pieces:
             logits = hidden[piece] @ weight.t()  # (c, d) x (d, v) -> (c, v)
-            logps[piece], log_normalizers[piece] = _target_logps(logits, targets[piece], softcap)
+            logps[piece], log_normalizers[piece] = target_logps(logits, targets[piece], softcap)
         ctx.save_for_backward(hidden, weight, targets, log_normalizers)
         ctx.pieces, ctx.softcap = pieces, softcap
         return logps
@@ -251,7 +222,7 @@ class _PairObjective(torch.autograd.Function):
             kept = []
             for piece in chunk.pieces:
                 logits = hidden[piece] @ weight.t()  # (c, d) x (d, v) -> (c, v)
-                kept.append((logits, *_target_logps(logits, row.targets[piece], softcap)))
+                kept.append((logits, *target_logps(logits, row.targets[piece], softcap)))
                 if len(chunk.pieces) > 1:
                     kept[-1] = (None, *kept[-1][1:])
             tokens = slice(chunk.pieces[0].start, chunk.pieces[-1].stop)
@@ -287,14 +258,8 @@ class _PairObjective(torch.autograd.Function):
 
 
 class _HeadGradient:
-    """Gradients of the output layer, added up over chunks: that of the weight in the wide dtype.
-
-    Args:
-        hidden (torch.Tensor): shape (n, d).
-        weight (torch.Tensor): shape (v, d).
-        need_hidden (bool): False leaves the hidden states' gradient out.
-        need_weight (bool): False leaves the weight's out.
-    """
+    """Gradients of the output layer by hidden states (n, d) and weight (v, d), as far as they are needed, added up over
+    chunks: that of the weight in the wide dtype."""
 
     def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, need_hidden: bool, need_weight: bool) -> None:
         self._inputs = (hidden, weight)
@@ -313,11 +278,11 @@ class _HeadGradient:
     ) -> None:
         """Adds a chunk, given the gradient by its tokens' log-probs, shape (c,). Overwrites the logits."""
         hidden, weight = self._inputs
-        _logits_to_gradient(logits, targets, log_normalizers, by_token.to(log_normalizers.dtype), softcap)
+        logits_to_gradient(logits, targets, log_normalizers, by_token.to(log_normalizers.dtype), softcap)
         if self.hidden is not None:
             self.hidden[piece] = logits @ weight
         if self._weight is not None:
-            _add_product(self._weight, logits.t(), hidden[piece])
+            add_product(self._weight, logits.t(), hidden[piece])
 
     def of_weight(self, scale: torch.Tensor | None = None) -> torch.Tensor | None:
         """The weight's gradient in the weight's dtype, times ``scale``."""
@@ -331,7 +296,7 @@ class _HeadGradient:
         return torch.mul(total, scale, out=torch.empty_like(weight))  # no wide product in between
 
 
-def _target_logps(
+def target_logps(
     logits: torch.Tensor, targets: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs of the targets and log-normalizers of the softmax, both of shape (c,), in the wide dtype."""
@@ -344,7 +309,7 @@ def _target_logps(
     return wide.gather(-1, targets[:, None]).squeeze(-1) - log_normalizers, log_normalizers
 
 
-def _logits_to_gradient(
+def logits_to_gradient(
     logits: torch.Tensor,
     targets: torch.Tensor,
     log_normalizers: torch.Tensor,
@@ -384,7 +349,7 @@ def _kernels() -> ModuleType | None:
     return import_module("spin.reference.kernels") if find_spec("triton") else None
 
 
-def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """``total += left @ right``; on CUDA the product of narrow inputs is never rounded to their precision."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)

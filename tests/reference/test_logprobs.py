@@ -127,7 +127,7 @@ def test_output_weight_of_a_head_with_bias_is_refused():
 
 
 def row_objective(row, calls=None):
-    """The SPIN loss with a share of cross-entropy: not linear in the log-probs, and different for every pair."""
+    """The SPIN loss and some cross-entropy: not linear in the log-probs, and different for every pair."""
     loss = SPINLoss(beta=0.7)
 
     def objective(logps):
@@ -173,8 +173,8 @@ def test_the_fused_head_gives_value_and_gradient_of_the_objective(family, chunk_
 def test_a_frozen_head_has_no_gradient_and_no_product_for_it(form, monkeypatch):
     """Two products of (tokens, vocabulary) size instead of three in the fused head; the rest of the gradient stays."""
     products = []
-    add_product = logprobs._add_product
-    monkeypatch.setattr(logprobs, "_add_product", lambda *args: products.append(1) or add_product(*args))
+    add_product = logprobs.add_product
+    monkeypatch.setattr(logprobs, "add_product", lambda *args: products.append(1) or add_product(*args))
     zeros = torch.zeros
     made = []
     monkeypatch.setattr(torch, "zeros", lambda *size, **how: made.append(size) or zeros(*size, **how))
@@ -199,13 +199,13 @@ def test_a_frozen_head_has_no_gradient_and_no_product_for_it(form, monkeypatch):
 def test_policy_and_reference_go_through_the_same_products(monkeypatch):
     """The shapes of the chunks decide how a product rounds: bf16 log-probs are equal bit for bit only if they agree."""
     shapes = {"reference": [], "policy": []}
-    target_logps = logprobs._target_logps
+    target_logps = logprobs.target_logps
 
     def watched(logits, targets, softcap):
         shapes[now].append(tuple(logits.shape))
         return target_logps(logits, targets, softcap)
 
-    monkeypatch.setattr(logprobs, "_target_logps", watched)
+    monkeypatch.setattr(logprobs, "target_logps", watched)
     model = float64_model("llama3_2").to(torch.bfloat16)
     row = pack_row(make_pairs(6, 1, vocab=150), 256)
     now = "reference"
@@ -257,11 +257,11 @@ def test_kernels_equal_pytorch(vocab, dtype, softcap):
     logits[torch.arange(20, device="cuda"), targets[:20]] = 40.0  # where the model is sure
     by_token = torch.randn(67, device="cuda")
     exact = logits.double()
-    exact_logps, exact_normalizers = logprobs._target_logps(exact, targets, softcap)
+    exact_logps, exact_normalizers = logprobs.target_logps(exact, targets, softcap)
     logps, normalizers = kernels.target_logps(logits, targets, softcap)
     torch.testing.assert_close(logps.double(), exact_logps, rtol=2e-6, atol=2e-5)
     torch.testing.assert_close(normalizers.double(), exact_normalizers, rtol=2e-6, atol=2e-5)
-    logprobs._logits_to_gradient(exact, targets, exact_normalizers, by_token.double(), softcap)
+    logprobs.logits_to_gradient(exact, targets, exact_normalizers, by_token.double(), softcap)
     kernels.logits_to_gradient(logits, targets, normalizers, by_token, softcap)
     rounding = 2**-8 if dtype == torch.bfloat16 else 1e-4
     torch.testing.assert_close(logits.double(), exact, rtol=rounding, atol=1e-5)
