@@ -14,7 +14,7 @@ BLOCK = 128  # tokens; FlexAttention's kernels take whole blocks
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens of a row, from ``start`` to before ``stop``, that attend causally to each other and to all of their prompt."""
+    """Tokens of a row, ``start`` to ``stop - 1``, that attend causally to each other and to all of their prompt."""
 
     start: int
     stop: int
