@@ -9,8 +9,7 @@ import numpy as np
 
 
 def permutation(n: int, *key: object) -> np.ndarray:
-    """A permutation of ``range(n)`` that depends on the key only: values with a stable ``repr``, such as seed, iteration
-    and epoch."""
+    """A permutation of ``range(n)`` that depends on the key only, values with a stable ``repr``: a seed, an epoch."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).permutation(n)
 

@@ -127,5 +127,5 @@ def _decode(content: bytes) -> Pair:
     sample_id, iteration, lengths, real_logp, responses = json.loads(head)
     tokens = np.frombuffer(ids, np.int32)
     prompt_ids, real_ids, *generated = (tokens[a:b] for a, b in pairwise(accumulate(lengths, initial=0)))
-    answers = [Response(each, *rest) for each, rest in zip(generated, responses, strict=True)]
-    return Pair(sample_id, iteration, prompt_ids, real_ids, answers, real_logp)
+    written = [Response(each, *rest) for each, rest in zip(generated, responses, strict=True)]
+    return Pair(sample_id, iteration, prompt_ids, real_ids, written, real_logp)

@@ -29,8 +29,8 @@ def pairs(n):
 
 def plain(pair):
     ids = lambda x: np.asarray(x).tolist()  # noqa: E731
-    answers = [(ids(each.token_ids), each.finish_reason, each.reference_logp) for each in pair.generated]
-    return pair.key, ids(pair.prompt_ids), ids(pair.real_ids), answers, pair.reference_real_logp
+    responses = [(ids(each.token_ids), each.finish_reason, each.reference_logp) for each in pair.generated]
+    return pair.key, ids(pair.prompt_ids), ids(pair.real_ids), responses, pair.reference_real_logp
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ STOP = 9
 def test_score_fingerprint_sees_every_token_and_the_order():
     pairs = [
         Pair("fine", 0, [1], [2, STOP], [Response([3, STOP], "stop")]),
-        Pair("cut", 0, [1], [2, STOP], [Response([3, 3], "length"), Response([4, STOP], "stop")]),
+        Pair("truncated", 0, [1], [2, STOP], [Response([3, 3], "length"), Response([4, STOP], "stop")]),
         Pair("equal", 0, [1], [2, STOP], [Response([2, STOP], "stop")]),
     ]
     base = {"opponent": "w", "layout": RowLayout(8), "compute_dtype": "fp32"}
