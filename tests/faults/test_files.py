@@ -51,6 +51,7 @@ def hold(folder, env, *shared):
     return process, int(process.stdout.readline())
 
 
+@pytest.mark.slow
 def test_a_second_run_is_locked_out_until_the_first_is_dead(tmp_path, subprocess_env):
     """By the command line, before anything in the folder is touched; a killed run's children keep nobody out."""
     process, child = hold(tmp_path / "out", subprocess_env)
@@ -115,6 +116,7 @@ def limited(bytes_per_file):
     return [sys.executable, "-c", code]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limit", "named"),
     [
@@ -135,6 +137,7 @@ def test_a_full_disk_ends_the_run_with_the_path(tmp_path, limit, named):
     assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_the_earlier_state_outlives_a_disk_that_fills_up_later(tmp_path):
     """The first state is written; then no file may have more than 3 MB. The run ends at its next step, not at its next
     save."""

@@ -122,6 +122,7 @@ def without_margin(output_dir):
     return [{name: value for name, value in row.items() if name != "margin"} for row in metrics_of(output_dir)]
 
 
+@pytest.mark.slow
 def test_stop_saves_first_and_a_higher_limit_goes_on(tmp_path):
     limits = ("watch.window=2", "watch.margin.limit=3.0", "watch.margin.action=stop")
     for step in (2, 3, 4, 5):  # each try makes one more step, the last of them the iteration's last
@@ -136,6 +137,7 @@ def test_stop_saves_first_and_a_higher_limit_goes_on(tmp_path):
     assert without_margin(tmp_path) == without_margin(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iteration", [0, 1])
 def test_rollback_starts_the_iteration_again(tmp_path, iteration):
     """Its steps are undone although only one state is kept, its pairs are not made again, and an optimizer of half the

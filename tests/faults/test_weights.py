@@ -30,6 +30,7 @@ def saved(folder):
 # ---- the last update
 
 
+@pytest.mark.slow
 def test_a_step_far_too_large_exports_nothing_and_says_so(tmp_path):
     """The weights are finite; what they give is not."""
     program = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
