@@ -182,15 +182,9 @@ def _parts(nf4: Any) -> tuple[Any, ...]:
 
 @torch.library.custom_op("spin::nf4_values", mutates_args=())
 def _nf4_values(
-    data: torch.Tensor,
-    scalers: torch.Tensor,
-    factors: torch.Tensor,
-    mean: torch.Tensor,
-    table: torch.Tensor,
-    block: int,
-    scaler_block: int,
-    use: int = 0,
-) -> torch.Tensor:
+    data: torch.Tensor, scalers: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor, table: torch.Tensor,
+    block: int, scaler_block: int, use: int = 0,
+) -> torch.Tensor:  # fmt: skip
     """The values that NF4 stands for, flat; one operation to compilers. See :func:`spin.model.nf4_kernels.nf4_values`.
 
     ``use`` is 0 in forward and 1 in backward: a compiler that sees the same operation twice would keep the values of
@@ -207,15 +201,9 @@ def _nf4_values(
 
 @_nf4_values.register_fake
 def _(
-    data: torch.Tensor,
-    scalers: torch.Tensor,
-    factors: torch.Tensor,
-    mean: torch.Tensor,
-    table: torch.Tensor,
-    block: int,
-    scaler_block: int,
-    use: int = 0,
-) -> torch.Tensor:
+    data: torch.Tensor, scalers: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor, table: torch.Tensor,
+    block: int, scaler_block: int, use: int = 0,
+) -> torch.Tensor:  # fmt: skip
     return table.new_empty(2 * data.numel())
 
 

@@ -5,7 +5,6 @@ positions restart inside a packed row), and its cache moves all rows in lockstep
 forward of each attention module; weights and state-dict names stay as they are.
 """
 
-from collections import Counter
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -29,7 +28,7 @@ from spin.pairs.row_mask import FlexMask
 _KV = "spin_kv"  # the attribute of an attention module that holds its KVSlots during generation
 
 
-def patch_attention(model: nn.Module) -> str:
+def patch_attention(model: nn.Module) -> None:
     """Replace the forward of every self-attention module of ``model``. Doing it twice is harmless.
 
     Call it before ``layer.compile()`` and before sharding, or after: parameters are looked up at each call.
@@ -40,13 +39,10 @@ def patch_attention(model: nn.Module) -> str:
     Args:
         model (nn.Module): a torchtune decoder; layers may be wrapped (activation checkpointing, FSDP2, compile).
 
-    Returns:
-        str: one line for the log that says what was patched.
-
     Raises:
         ConfigError: If there is no attention module, or one that this forward cannot stand in for.
     """
-    kinds: Counter[str] = Counter()
+    patched = False
     for name, module in model.named_modules():
         if isinstance(module, TransformerCrossAttentionLayer):
             raise ConfigError(
@@ -55,8 +51,7 @@ def patch_attention(model: nn.Module) -> str:
             )
         if isinstance(module, MultiHeadAttention | Gemma2Attention):
             _patch_module(name, module)
-            window = getattr(module, "sliding_window_size", None)
-            kinds[type(module).__name__ + (f" with a window of {window} positions" if window else "")] += 1
+            patched = True
         elif isinstance(module, TransformerSelfAttentionLayer) and not isinstance(
             _unwrapped(module.attn), MultiHeadAttention | Gemma2Attention
         ):
@@ -65,12 +60,11 @@ def patch_attention(model: nn.Module) -> str:
                 "MultiHeadAttention or Gemma2Attention of torchtune. Add its forward to spin/model/attention.py to "
                 "train this model."
             )
-    if not kinds:
+    if not patched:
         raise ConfigError(
             f"{type(model).__name__} has no torchtune attention module. Build the model with a torchtune builder, e.g. "
             "torchtune.models.llama3_2.llama3_2_1b."
         )
-    return "attention: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -290,12 +284,6 @@ class KVView:
         for layer in self.layers:
             layer.k = layer.v = None
         self.layers.clear()
-
-    @property
-    def gib(self) -> float:
-        """Memory that the cache holds, in GiB."""
-        tensors = [t for layer in self.layers for t in (layer.k, layer.v) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors) / 2**30
 
 
 class KVSlots:

@@ -22,25 +22,10 @@ _LEAST = 16  # rows and columns of what tensor cores multiply
 
 @triton.jit
 def _attend_slots(
-    queries,
-    keys,
-    values,
-    positions,
-    out,
-    query_row,
-    key_row,
-    key_head,
-    scale,
-    cap,
-    window,
-    group: tl.constexpr,
-    group_block: tl.constexpr,
-    head_dim: tl.constexpr,
-    dim_block: tl.constexpr,
-    key_block: tl.constexpr,
-    capped: tl.constexpr,
-    windowed: tl.constexpr,
-):
+    queries, keys, values, positions, out, query_row, key_row, key_head, scale, cap, window, group: tl.constexpr,
+    group_block: tl.constexpr, head_dim: tl.constexpr, dim_block: tl.constexpr, key_block: tl.constexpr,
+    capped: tl.constexpr, windowed: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     member = tl.arange(0, group_block)
@@ -84,20 +69,9 @@ def _attend_slots(
 
 @triton.jit
 def _rotate(
-    x,
-    table,
-    positions,
-    out,
-    length,
-    heads,
-    table_row,
-    has_positions: tl.constexpr,
-    interleaved: tl.constexpr,
-    rounded: tl.constexpr,
-    half: tl.constexpr,
-    half_block: tl.constexpr,
-    head_block: tl.constexpr,
-):
+    x, table, positions, out, length, heads, table_row, has_positions: tl.constexpr, interleaved: tl.constexpr,
+    rounded: tl.constexpr, half: tl.constexpr, half_block: tl.constexpr, head_block: tl.constexpr,
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     if has_positions:
         position = tl.load(positions + token)
@@ -166,19 +140,9 @@ def _drawable(line, column, vocab, temperature, is_early, stops, num_stops: tl.c
 
 @triton.jit
 def _weigh_blocks(
-    logits,
-    new_tokens,
-    stops,
-    tops,
-    totals,
-    vocab,
-    stride,
-    blocks,
-    temperature,
-    min_new_tokens,
-    num_stops: tl.constexpr,
-    block: tl.constexpr,
-):
+    logits, new_tokens, stops, tops, totals, vocab, stride, blocks, temperature, min_new_tokens,
+    num_stops: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     is_early = tl.load(new_tokens + row) < min_new_tokens
@@ -191,22 +155,9 @@ def _weigh_blocks(
 
 @triton.jit
 def _draw(
-    logits,
-    new_tokens,
-    stops,
-    tops,
-    totals,
-    uniforms,
-    out,
-    vocab,
-    stride,
-    blocks,
-    temperature,
-    min_new_tokens,
-    num_stops: tl.constexpr,
-    block: tl.constexpr,
-    parts: tl.constexpr,
-):
+    logits, new_tokens, stops, tops, totals, uniforms, out, vocab, stride, blocks, temperature, min_new_tokens,
+    num_stops: tl.constexpr, block: tl.constexpr, parts: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     part = tl.arange(0, parts)
     top = tl.load(tops + row * blocks + part, mask=part < blocks, other=-1e30)
@@ -249,21 +200,10 @@ def rotate(
     x = x.contiguous()
     out = torch.empty_like(x)
     _rotate[(b * s,)](
-        x,
-        table,
-        x if positions is None else positions.contiguous(),
-        out,
-        s,
-        heads,
-        table[0].numel(),
-        has_positions=positions is not None,
-        interleaved=interleaved,
-        rounded=rounded,
-        half=head_dim // 2,
-        half_block=triton.next_power_of_2(head_dim // 2),
-        head_block=triton.next_power_of_2(heads),
-        num_warps=4,
-    )
+        x, table, x if positions is None else positions.contiguous(), out, s, heads, table[0].numel(),
+        has_positions=positions is not None, interleaved=interleaved, rounded=rounded, half=head_dim // 2,
+        half_block=triton.next_power_of_2(head_dim // 2), head_block=triton.next_power_of_2(heads), num_warps=4,
+    )  # fmt: skip
     return out
 
 
@@ -289,13 +229,9 @@ def gate(gated: torch.Tensor, up: torch.Tensor, *, gelu: bool) -> torch.Tensor:
 
 
 def draw(
-    logits: torch.Tensor,
-    uniforms: torch.Tensor,
-    temperature: float,
-    new_tokens: torch.Tensor,
-    min_new_tokens: int,
+    logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, new_tokens: torch.Tensor, min_new_tokens: int,
     stops: torch.Tensor,
-) -> torch.Tensor:
+) -> torch.Tensor:  # fmt: skip
     """Ban on early stops, temperature and inverse CDF, reading the logits once.
 
     Args:
@@ -323,15 +259,9 @@ def draw(
 
 
 def attend_slots(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    window: int | None = None,
-) -> torch.Tensor:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor, *, scale: float,
+    softcap: float | None = None, window: int | None = None,
+) -> torch.Tensor:  # fmt: skip
     """One new token per row against the cache: row r sees indices 0 to ``positions[r]``, or its last ``window`` keys.
 
     q is (n, h, 1, hd), and so is the result; k and v are (slots, n_kv, capacity, hd), contiguous, row r in slot r;
@@ -344,24 +274,9 @@ def attend_slots(
     out = torch.empty_like(q)
     dim_block = max(_LEAST, triton.next_power_of_2(head_dim))
     _attend_slots[(n, n_kv)](
-        q,
-        k,
-        v,
-        positions,
-        out,
-        h * head_dim,
-        k.stride(0),
-        k.stride(1),
-        scale,
-        softcap or 1.0,
-        window or 0,
-        group=h // n_kv,
-        group_block=max(_LEAST, triton.next_power_of_2(h // n_kv)),
-        head_dim=head_dim,
-        dim_block=dim_block,
-        key_block=max(_LEAST, _TILE // dim_block // (2 if k.element_size() > 2 else 1)),
-        capped=softcap is not None,
-        windowed=window is not None,
-        num_warps=4,
-    )
+        q, k, v, positions, out, h * head_dim, k.stride(0), k.stride(1), scale, softcap or 1.0, window or 0,
+        group=h // n_kv, group_block=max(_LEAST, triton.next_power_of_2(h // n_kv)), head_dim=head_dim,
+        dim_block=dim_block, key_block=max(_LEAST, _TILE // dim_block // (2 if k.element_size() > 2 else 1)),
+        capped=softcap is not None, windowed=window is not None, num_warps=4,
+    )  # fmt: skip
     return out

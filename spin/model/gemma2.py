@@ -36,24 +36,21 @@ def gemma2_caps(model: nn.Module) -> tuple[float | None, float | None] | None:
     return _RELEASED if caps == _RELEASED[::-1] else caps
 
 
-def fix_gemma2_softcap(model: nn.Module, *, attention_cap: float | None = None, final_cap: float | None = None) -> bool:
-    """Moves the final soft cap from the hidden state to the logits, and sets both caps; True if the model is a Gemma 2.
+def fix_gemma2_softcap(model: nn.Module) -> bool:
+    """Moves the final soft cap from the hidden state to the logits, and sets both to :func:`gemma2_caps`.
 
-    Other models are left alone, and calling it twice is harmless. Caps are named as in config.json; None takes
-    :func:`gemma2_caps`. A head that computes logits itself instead of calling ``model.unembed`` must apply
-    ``final_softcap(model)``.
+    True if the model is a Gemma 2; other models are left alone, and calling it twice is harmless. A head that computes
+    logits itself instead of calling ``model.unembed`` must apply ``final_softcap(model)``.
     """
     caps, norm = gemma2_caps(model), getattr(model, "norm", None)
     if caps is None or not isinstance(norm, Gemma2FinalNorm):
         return False
-    attention_cap = caps[0] if attention_cap is None else attention_cap
-    final_cap = caps[1] if final_cap is None else final_cap
-    norm.capping_value = norm.logit_capping.capping_value = final_cap
+    norm.capping_value = norm.logit_capping.capping_value = caps[1]
     norm.forward = MethodType(_norm_without_cap, norm)
     model.unembed = MethodType(_capped_unembed, model)  # type: ignore[assignment]
     for module in model.modules():
         if isinstance(module, Gemma2Attention):
-            module.softcapping = attention_cap
+            module.softcapping = caps[0]
     return True
 
 

@@ -136,12 +136,6 @@ class HFStream:
         # a model that ties its output, in a folder that stores it twice
         self._repeats_head = "output.weight" not in tensors and not config.get("tie_word_embeddings", True)
 
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of the stream, by Hugging Face name."""
-        shapes = {name: shape for group in self._groups for name, shape in group.hf.items()}
-        return shapes | ({_LM_HEAD: shapes[_EMBEDDINGS]} if self._repeats_head else {})
-
     def convert(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Renames and lays out tensors.
 

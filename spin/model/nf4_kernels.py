@@ -15,17 +15,9 @@ _BYTES = 1024  # of packed weights in a program
 
 @triton.jit
 def _nf4_values(
-    data,
-    scalers,
-    factors,
-    mean,
-    table,
-    out,
-    num_bytes,
-    block: tl.constexpr,
-    scaler_block: tl.constexpr,
+    data, scalers, factors, mean, table, out, num_bytes, block: tl.constexpr, scaler_block: tl.constexpr,
     size: tl.constexpr,
-):
+):  # fmt: skip
     place = tl.program_id(0).to(tl.int64) * size + tl.arange(0, size)
     inside = place < num_bytes
     packed = tl.load(data + place, mask=inside, other=0).to(tl.int32)
@@ -43,14 +35,9 @@ def _nf4_values(
 
 
 def nf4_values(
-    data: torch.Tensor,
-    scalers: torch.Tensor,
-    factors: torch.Tensor,
-    mean: torch.Tensor,
-    table: torch.Tensor,
-    block: int,
-    scaler_block: int,
-) -> torch.Tensor:
+    data: torch.Tensor, scalers: torch.Tensor, factors: torch.Tensor, mean: torch.Tensor, table: torch.Tensor,
+    block: int, scaler_block: int,
+) -> torch.Tensor:  # fmt: skip
     """The values that NF4 stands for, in the table's dtype, shape (n,).
 
     ``data`` is uint8, shape (n / 2,), the first of two weights in the high bits; ``scalers`` int8, shape (n / block,),
@@ -60,15 +47,7 @@ def nf4_values(
     out = torch.empty(2 * data.numel(), dtype=table.dtype, device=data.device)
     with torch.cuda.device(data.device):
         _nf4_values[(triton.cdiv(data.numel(), _BYTES),)](
-            data.contiguous(),
-            scalers.contiguous(),
-            factors.contiguous(),
-            mean,
-            table,
-            out,
-            data.numel(),
-            block=block,
-            scaler_block=scaler_block,
-            size=_BYTES,
-        )
+            data.contiguous(), scalers.contiguous(), factors.contiguous(), mean, table, out, data.numel(), block=block,
+            scaler_block=scaler_block, size=_BYTES,
+        )  # fmt: skip
     return out

@@ -17,8 +17,6 @@ from spin.model.attention import attach_kv, detach_kv, patch_attention
 from spin.model.gemma2 import final_softcap, fix_gemma2_softcap, swap_mlp_norms
 from tests.families import FAMILIES, VOCAB_SIZE, hf_twin
 
-GEMMA2_CAPS = {"attention_cap": 5.0, "final_cap": 10.0}
-
 
 def _tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCAB_SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
@@ -67,7 +65,7 @@ def test_equals_torchtune_forward_and_gradients(name):
 def test_logits_equal_transformers(name):
     model = FAMILIES[name]()
     patch_attention(model)
-    assert fix_gemma2_softcap(model, **GEMMA2_CAPS) == (name == "gemma2")
+    assert fix_gemma2_softcap(model) == (name == "gemma2")
     twin = hf_twin(name, model)
     tokens = _tokens(2, 40)
     with torch.no_grad():
@@ -82,8 +80,8 @@ def test_torchtune_gemma2_differs_from_transformers_unless_fixed():
         reference = hf_twin("gemma2", model)(tokens).logits
         assert (model(tokens) - reference).abs().max() > 1
         assert final_softcap(model) is None
-        fix_gemma2_softcap(model, **GEMMA2_CAPS)
-        fix_gemma2_softcap(model, **GEMMA2_CAPS)  # twice is once
+        fix_gemma2_softcap(model)
+        fix_gemma2_softcap(model)  # twice is once
         torch.testing.assert_close(model(tokens), reference, rtol=1e-5, atol=5e-5)
         assert final_softcap(model) == 10.0
         # the head's own way: output(norm(h)), then the cap
@@ -198,16 +196,11 @@ def test_no_input_is_written_to(name):
 def test_names_stay_and_patching_twice_is_once():
     model = FAMILIES["qwen2"]()
     before = list(model.state_dict())
-    message = patch_attention(model)
+    patch_attention(model)
     forwards = [layer.attn.forward for layer in model.layers]
-    assert patch_attention(model) == message == "attention: 2 x MultiHeadAttention"
+    patch_attention(model)
     assert [layer.attn.forward for layer in model.layers] == forwards
     assert list(model.state_dict()) == before
-
-
-def test_message_tells_the_window():
-    message = patch_attention(FAMILIES["gemma2"]())
-    assert "1 x Gemma2Attention with a window of 8 positions, 1 x Gemma2Attention" in message
 
 
 def test_activation_checkpointing_and_deepcopy():
@@ -315,8 +308,7 @@ def test_cache_equals_full_forwards(name):
         view.grow(40)
         check(_decode(model, view, [sequences[0][12], sequences[2][7]], [12, 7]), [full[0][12], full[2][7]])
         heads, head_dim = (4 if name == "phi3" else 2), (32 if "gemma" in name else 16)
-        # layers, k and v, slots, capacity, float32
-        assert view.gib == 2 * 2 * 3 * 40 * heads * head_dim * 4 / 2**30
+        assert all(kv.shape == (3, heads, 40, head_dim) for layer in view.layers for kv in (layer.k, layer.v))
         detach_kv(model)
         torch.testing.assert_close(model(sequences[0][None])[0], full[0])
 

@@ -40,7 +40,7 @@ def empty(name: str, world, dtype: torch.dtype = torch.float32):
     """A family's model, sharded, with memory but without values."""
     model = FAMILIES[name]().to(dtype).to("meta")
     if name == "gemma2":
-        fix_gemma2_softcap(model, attention_cap=5.0, final_cap=10.0)
+        fix_gemma2_softcap(model)
     shard_model(model, world, compute_dtype=dtype)
     materialize(model, world)
     with torch.no_grad():
@@ -83,7 +83,6 @@ def test_a_stream_of_tensors_is_what_a_folder_holds(name, folders, world):
     stream = HFStream(model, folders[name], MODEL_TYPES[name])
     converted = dict(stream.convert(named_full_tensors(model)))
     stored = load_file(folders[name] / "model.safetensors")
-    assert {key: tuple(tensor.shape) for key, tensor in stored.items()} == stream.shapes
     assert converted.keys() == stored.keys()
     assert all(torch.equal(converted[key], stored[key]) for key in stored)
 
@@ -95,7 +94,6 @@ def test_a_stream_repeats_a_tied_head_where_the_folder_says_untied(folders, tmp_
     edit_config(folder, tie_word_embeddings=False)
     stream = HFStream(model, folder, "LLAMA3_2")
     converted = dict(stream.convert(named_full_tensors(model)))
-    assert converted.keys() == stream.shapes.keys()
     assert torch.equal(converted["lm_head.weight"], converted["model.embed_tokens.weight"])
 
 
