@@ -15,13 +15,11 @@ from spin.core.errors import CheckpointError, ConfigError, DataError, OutputErro
 from spin.data import ChatTokenizer, PairStore
 from spin.evaluation import verdicts
 from spin.evaluation.models import EvalModel, check_evaluation
-from tests.generators import test_vllm_server as false_servers
+from tests.false_server import false_servers
 from tests.recipes.helpers import REPO, command
 
 CONFIG = REPO / "tests" / "assets" / "tiny_evaluate.yaml"
 ROLES = ("candidate", "baseline")
-
-serve = false_servers.serve  # a fixture
 
 
 @pytest.fixture(scope="module")
@@ -179,22 +177,22 @@ def test_answers_from_elsewhere_play_too(judged, paths, tmp_path):
     assert found["candidate"]["weights"] != summary["candidate"]["weights"]  # a hash of the answers
 
 
-def test_a_server_with_a_model_of_its_own_may_judge(judged, paths, tiny_lm, tmp_path, serve):
+def test_a_server_with_a_model_of_its_own_may_judge(judged, paths, tiny_lm, tmp_path):
     """One that always says A: every pair of answers is a tie, and the bias is plain."""
     folder, _ = judged
     shutil.copytree(folder / "responses", tmp_path / "responses")
     tokenizer = ChatTokenizer(tiny_lm)
     _, says_a = tokenizer.encode_pair([{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}])
-    script = false_servers.Script(
-        v1__models=[(200, {"data": [{"id": "large", "max_model_len": 4096}]})],
-        v1__completions=[(200, {"choices": [{"token_ids": says_a, "finish_reason": "stop"}]})],
-    )
-    server = [
-        "judge.checkpoint_dir=null", f"judge.tokenizer.path={tiny_lm}",
-        f"judge.generator={{_component_: spin.generators.VLLMServerGenerator, url: '{serve(script)}', concurrency: 2}}",
-    ]  # fmt: skip
-    summary = evaluate(tmp_path, *paths, *server)
-    asked = [body["prompt"] for path, body in script.asked if path == "/v1/completions"]
+    answers = {
+        "v1__models": {"data": [{"id": "large", "max_model_len": 4096}]},
+        "v1__completions": {"choices": [{"token_ids": says_a, "finish_reason": "stop"}]},
+    }
+    with false_servers() as serve:
+        server = serve(**answers)
+        generator = f"{{_component_: spin.generators.VLLMServerGenerator, url: '{server.url}', concurrency: 2}}"
+        judge = ["judge.checkpoint_dir=null", f"judge.tokenizer.path={tiny_lm}", f"judge.generator={generator}"]
+        summary = evaluate(tmp_path, *paths, *judge)
+    asked = [body["prompt"] for body in server.bodies("/v1/completions")]
     expected = [list(p.prompt_ids) for p in PairStore.open(folder / "trained_vs_start/judgements").pairs()]
     assert sorted(asked) == sorted(expected)
     assert summary["judge"]["weights"] == "served large" and summary["judge"]["first_fraction"] == 1.0
