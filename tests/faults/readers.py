@@ -32,8 +32,8 @@ from spin.model.hf_folder import read_hf_config
 from spin.report import read_run, render
 from spin.run.log import MetricsFile
 from tests.data.test_read import Letters
+from tests.false_server import VLLM, FalseServer, headers
 from tests.faults.hostile import VALUES, bend, bend_bytes, bend_table, bend_text, time_limit
-from tests.faults.test_servers import USUAL, Server, headers
 from tests.recipes.helpers import CONFIG, REPO
 from tests.report_runs import write_run
 from tests.two_ranks.tiny import sharded
@@ -341,8 +341,8 @@ def _answer_readers(folder: Path) -> dict[str, Reader]:
     def replay(name: str) -> Callable[[Path, random.Random], object]:
         return lambda folder, rng: ReplayGenerator(CONTEXT, folder / name).generate([[5, 0]], SAMPLING, [0])
 
-    server = Server()
-    replies = {f"{name}.json": json.dumps(USUAL[path]).encode() for name, path in _PATHS.items()}
+    server = FalseServer()
+    replies = {f"{name}.json": json.dumps(VLLM[path]).encode() for name, path in _PATHS.items()}
 
     def serve(folder: Path, rng: random.Random) -> None:
         for name, path in _PATHS.items():

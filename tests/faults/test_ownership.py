@@ -11,7 +11,7 @@ from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import ConfigError
 from spin.core.files import atomic_dir
 from spin.core.ranks import init_world
-from tests.generators.test_vllm_server import Script, context, generator_of, serve, untied  # noqa: F401 - fixtures
+from tests.generators.test_vllm_server import context, generator_of, serve, untied  # noqa: F401 - fixtures
 from tests.recipes.helpers import run, tiny_config
 from tests.two_ranks.tiny import sharded
 
@@ -82,7 +82,7 @@ def test_new_empty_and_own_transfer_dirs_are_taken(tmp_path, name):
 
 def test_what_is_put_into_a_transfer_dir_later_stays(context, untied, tmp_path, serve):  # noqa: F811
     """Checked again before each replacement, by a generator that has replaced its own folder twice."""
-    generator = generator_of(context, untied, tmp_path, serve(Script()))
+    generator = generator_of(context, untied, tmp_path, serve().url)
     for _ in range(2):
         generator.update_weights([])
     assert {path.name for path in tmp_path.iterdir() if "weights" in path.name} == {"weights"}
