@@ -156,6 +156,12 @@ def of_a_store_of_three(file, tmp_path):
     shutil.copyfile(filled(tmp_path / "other", num_shards=3).path / file.name, file)
 
 
+def flip_a_bit(file, tmp_path):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+
+
 EDITS = {
     "another iteration": of_another_iteration,
     "another shard": another_number,
@@ -176,6 +182,7 @@ EDITS = {
     "nonsense as metadata": rewrite(lambda table: table.replace_schema_metadata({b"spin": b'{"store": [[['})),
     "another file": lambda file, tmp_path: pq.write_table(pa.table({"a": [1]}), file),
     "no parquet": lambda file, tmp_path: file.write_bytes(b"PAR1"),
+    "a flipped bit": flip_a_bit,
 }  # fmt: skip
 
 
@@ -199,8 +206,9 @@ def test_a_shard_that_is_not_what_was_written_is_found_everywhere(tmp_path, is_s
     again = PairStore.open_or_create(store.path, FINGERPRINT, 2)
     assert again.missing_shards() == [1] and not again.is_sealed
     assert (store.path / "shard-00001.parquet.stale-0").read_bytes() == content
-    again.write_shard(1, pairs(3))
+    again.write_shard(1, pairs(1))  # it may come out otherwise
     again.seal()
+    assert [pair.sample_id for pair in PairStore.open(store.path).pairs()] == ["s0", "s1", "s2", "s0"]
     spin_pairs.main([str(store.path), "--check"])
 
 

@@ -1,6 +1,5 @@
 """The pair store: round trip, restart, damage, and what makes it stale."""
 
-import json
 import math
 import multiprocessing
 import time
@@ -13,6 +12,7 @@ import pytest
 from spin.core.errors import StoreError
 from spin.data import Pair, PairStore, Response
 from spin.pairs import store as store_module
+from spin.pairs.shards import split_evenly
 from spin.pairs.store import differences
 
 FINGERPRINT = {"opponent": "w0", "seed": 1, "sampling": {"top_k": 0}}
@@ -62,6 +62,8 @@ def test_round_trip(tmp_path):
         "reference_real_logp", "reference_generated_logp", "opponent",
     ]  # fmt: skip
     assert table["k"].to_pylist() == [0, 1] * 3
+    shards = [("shard-00000.parquet", 6), ("shard-00001.parquet", 4)]
+    assert [(shard["name"], shard["rows"]) for shard in store.manifest["shards"]] == shards
 
 
 def test_unscored_pairs_and_shards_without_pairs(tmp_path):
@@ -104,35 +106,6 @@ def test_a_worker_of_another_config_does_not_mix_its_shards_with_those_of_the_ot
         first.seal()
     assert not PairStore.open(tmp_path / "p").is_sealed
     assert (tmp_path / "p.stale-0" / "shard-00000.parquet").exists()
-
-
-@pytest.mark.parametrize("is_sealed", [True, False])
-def test_a_flipped_byte_costs_one_shard(tmp_path, is_sealed):
-    store = sealed(tmp_path / "p")
-    if not is_sealed:
-        store = PairStore.open_or_create(tmp_path / "q", FINGERPRINT, 2)
-        store.write_shard(0, pairs(3))
-        store.write_shard(1, pairs(2, start=3))
-    file = store.path / "shard-00001.parquet"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 1
-    file.write_bytes(content)
-    assert PairStore.open(store.path).missing_shards() == [1]
-    assert not file.exists()
-    store.write_shard(1, pairs(2, start=3))
-    store.seal()
-    assert [plain(pair) for pair in store.pairs()] == pairs(5)
-
-
-def test_a_shard_made_again_may_come_out_otherwise(tmp_path):
-    store = sealed(tmp_path / "p")
-    (store.path / "shard-00001.parquet").write_bytes(b"PAR1 nonsense")
-    again = PairStore.open_or_create(store.path, FINGERPRINT, 2)
-    assert not again.is_sealed and again.missing_shards() == [1]
-    again.write_shard(1, pairs(1, start=9))
-    again.seal()
-    assert [plain(pair) for pair in PairStore.open(store.path).pairs()] == [*pairs(3), *pairs(1, start=9)]
-    assert PairStore.open_or_create(store.path, FINGERPRINT, 2).is_sealed
 
 
 def test_reading_a_damaged_shard_names_it(tmp_path):
@@ -186,13 +159,9 @@ def test_no_store_here(tmp_path):
         PairStore.open(tmp_path / "elsewhere")
 
 
-def test_manifest_records_every_shard(tmp_path):
-    store = sealed(tmp_path / "p")
-    manifest = json.loads((store.path / "manifest.json").read_text())
-    assert [(shard["name"], shard["rows"]) for shard in manifest["shards"]] == [
-        ("shard-00000.parquet", 6),
-        ("shard-00001.parquet", 4),
-    ]
+def test_split_evenly():
+    assert [list(part) for part in split_evenly(7, 3)] == [[0, 1], [2, 3], [4, 5, 6]]
+    assert [len(part) for part in split_evenly(2, 4)] == [0, 1, 0, 1]
 
 
 def test_differences():
