@@ -43,8 +43,7 @@ from spin_recipe import SPINRecipe
 from transformers import AutoTokenizer
 from work import MIXES, MODELS, Sizes, floor_of_work, llama_config, log_normal_lengths, randomize
 
-from spin.config.defaults import RECIPE_DEFAULTS
-from spin.config.parse import complete, load_config
+from spin.config import SPINConfig, complete, load_config
 from spin.core.files import write_json
 from spin.core.ranks import World, gather_objects, init_world, shutdown
 from spin.model.build import build_model
@@ -210,7 +209,7 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
     raw = load_config(name, [*overrides, *args.overrides])
     if raw.get("base_dtype") is None:
         raw.model = OmegaConf.create(preset.builder)
-    return complete(raw, RECIPE_DEFAULTS)
+    return complete(raw, SPINConfig)
 
 
 def with_every_rank(rows: list[dict[str, Any]], world: World) -> None:

@@ -20,7 +20,7 @@ from torchtune import training
 
 from spin import config
 from spin.cli.estimate import estimate
-from spin.config.defaults import RECIPE_DEFAULTS
+from spin.config import SPINConfig
 from spin.core.ranks import init_world, shutdown
 from spin.data import Pair
 from spin.generators import GeneratorContext, TorchtuneGenerator, sampling_params
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file")
     arguments, overrides = parser.parse_known_args()
     raw = config.load_config(arguments.config, overrides)
-    cfg = config.complete(raw, RECIPE_DEFAULTS)
+    cfg = config.complete(raw, SPINConfig)
     expected = estimate(cfg, pair_tokens=arguments.pair_tokens)
     measured = measure(cfg, arguments.pair_tokens)
     print(f"{arguments.config}: {measured['rows']} rows, the longest of {measured['row_tokens']} tokens")

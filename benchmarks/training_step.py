@@ -58,7 +58,7 @@ from work import (
     randomize,
 )
 
-from spin.config.defaults import RECIPE_DEFAULTS
+from spin.config import SPINConfig
 from spin.core.files import write_json
 from spin.core.ranks import World, barrier, gather_objects, init_world, shutdown
 from spin.data import Pair, pack_row
@@ -75,7 +75,7 @@ GIB = 2**30
 PLAIN_VARIANTS = ("torchtune", "exact")  # models that the product has not touched, the second in fp32
 CHECKED_PAIRS = 8  # whose loss and gradient are compared with fp32
 MICRO_BATCHES = (4, 8, 16)  # pairs of a padded batch; the fastest that fits stands for the baseline
-WORKERS = RECIPE_DEFAULTS["num_workers"]  # threads that pack rows ahead
+WORKERS = SPINConfig.model_fields["num_workers"].default  # threads that pack rows ahead
 RESPONSE = 278  # tokens of a response where lengths are all the same
 
 
@@ -731,7 +731,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, help="pairs of a global batch; default: the model's")
     parser.add_argument("--row-tokens", type=int, help="default: the model's in benchmarks/work.py")
     parser.add_argument("--long-row-tokens", type=int, help="of the arm long; default: twice --row-tokens")
-    parser.add_argument("--chunk-tokens", type=int, default=RECIPE_DEFAULTS["logprob_chunk_tokens"])
+    parser.add_argument("--chunk-tokens", type=int, default=SPINConfig.model_fields["logprob_chunk_tokens"].default)
     parser.add_argument("--keep-gathered", action="store_true", help="do not reshard layers after forward: more memory")
     parser.add_argument(
         "--unsharded-gradients", action="store_true", help="reduce gradients once per step: more memory"

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from real_metrics import chosen_right, classifier_accuracy, distinct_fraction, repeated_fraction, says_number
-from spin_recipe import DEFAULTS, SPINRecipe
+from spin_recipe import SPINRecipe
 
 from spin.checkpoint import SPINCheckpointer
-from spin.config.parse import complete, load_config
+from spin.config import SPINConfig, complete, load_config
 from spin.data import Pair, Response, prompt_dataset
 from spin.generators.engines import policy_loaded
 from spin.generators.sampling import sample_seed
@@ -50,12 +49,12 @@ class MeasuredSPIN(SPINRecipe):
     """The recipe as it is, with measurements on held-out prompts where an iteration ends.
 
     Args:
-        cfg (DictConfig): complete.
+        cfg (SPINConfig): complete.
         questions (Mapping[str, Mapping[str, Any]]): arguments of ``prompt_dataset`` for ``choices`` and ``sums``.
         report (Report): gets the measurements of each iteration.
     """
 
-    def __init__(self, cfg: DictConfig, questions: Mapping[str, Mapping[str, Any]], report: Report) -> None:
+    def __init__(self, cfg: SPINConfig, questions: Mapping[str, Mapping[str, Any]], report: Report) -> None:
         super().__init__(cfg)
         self._question_arguments = questions
         self._report = report
@@ -251,7 +250,7 @@ def run_stages(
             if handed_on is not None:
                 settings["checkpointer.checkpoint_dir"] = str(handed_on)
             overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-            cfg = complete(load_config(base, overrides), DEFAULTS)
+            cfg = complete(load_config(base, overrides), SPINConfig)
 
             def add(measured: dict[str, Any], tokens: int = tokens, seconds: float = seconds) -> None:
                 so_far = {"trained_tokens": tokens, "seconds": seconds}

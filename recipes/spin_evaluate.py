@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from spin import config
-from spin.config.defaults import RECIPE_DEFAULTS
+from spin.config import EvaluateConfig
+from spin.config.schema import Sampling
 from spin.core.errors import DataError, OutputError
 from spin.core.files import FolderLock, as_output_error, replace_text
 from spin.core.ranks import barrier, broadcast_object, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
@@ -40,7 +40,7 @@ from spin.core.terminal import get_logger, progress_bar
 from spin.data import Prompt, PromptDataset
 from spin.data.dates import fix_date
 from spin.evaluation import verdicts
-from spin.evaluation.models import EVAL_MODEL_DEFAULTS, EvalModel, check_evaluation, eval_model_roles
+from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles
 from spin.generators import sampling_params, stage
 from spin.generators.engines import engine_group, policy_loaded
 from spin.pairs.packing import RowLayout
@@ -51,30 +51,6 @@ from spin.types import Response
 
 log = get_logger("INFO")
 
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "???",
-    "candidate": EVAL_MODEL_DEFAULTS,
-    "baseline": EVAL_MODEL_DEFAULTS,
-    "dataset": {"_component_": "spin.data.prompt_dataset"},
-    "sampling": RECIPE_DEFAULTS["sampling"],
-    "verdict": "judge",
-    "judge": EVAL_MODEL_DEFAULTS
-    | {
-        "tokenizer": None,
-        "sampling": RECIPE_DEFAULTS["sampling"] | {"temperature": 0.0, "max_new_tokens": 512},
-        "system_prompt": None,
-        "template": verdicts.DEFAULT_TEMPLATE,
-        "pattern": verdicts.DEFAULT_PATTERN,
-    },
-    "exact_match": {"pattern": None, "column": None, "reference_pattern": None},
-    "prompts_per_shard": 64,
-    "compute_dtype": "bf16",
-    "device": None,
-    "distributed_timeout_seconds": RECIPE_DEFAULTS["distributed_timeout_seconds"],
-    "seed": 42,
-    "allow_components": [],
-}
-
 
 ROLES = ("candidate", "baseline")
 
@@ -83,13 +59,13 @@ class SPINEvaluate:
     """Compares two models on held-out prompts.
 
     Args:
-        cfg (DictConfig): complete, see ``DEFAULTS``.
+        cfg (EvaluateConfig): complete and typed.
 
     Raises:
         ConfigError: If the config cannot work.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: EvaluateConfig) -> None:
         check_evaluation(cfg)
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
@@ -182,12 +158,11 @@ class SPINEvaluate:
     # --- Responses ---
 
     def _generate(
-        self, who: EvalModel, prompts: PromptDataset, section: DictConfig, folder: Path
+        self, who: EvalModel, prompts: PromptDataset, section: Sampling, folder: Path
     ) -> dict[str, tuple[str, Response]]:
         """Text and response of one model to each sample. Those of an earlier run are used if nothing changed."""
         cfg, world = self._cfg, self._world
-        plain: Any = config.plain(section)
-        sampling = sampling_params(plain, who.tokenizer.eos_ids, who.unknown_ids)
+        sampling = sampling_params(section, who.tokenizer.eos_ids, who.unknown_ids)
         generator = None if who.has_weights else who.generator(None, world)  # it has the fingerprint
         fingerprint = {
             "opponent": broadcast_object(who.fingerprint(generator) if world.is_main else None, world),
@@ -195,7 +170,7 @@ class SPINEvaluate:
             "tokenizer": who.tokenizer.fingerprint,
             "sampling": asdict(sampling),
             "seed": cfg.seed,
-            "generator": who.section.generator["_component_"],
+            "generator": who.section.generator.component,
             "compute_dtype": cfg.compute_dtype,
         }
         who.weights = fingerprint["opponent"]
@@ -316,8 +291,8 @@ class SPINEvaluate:
         return summary | {"sampling": config.plain(cfg.sampling), "seed": cfg.seed}
 
 
-@config.parse(DEFAULTS)
-def recipe_main(cfg: DictConfig) -> None:
+@config.parse(EvaluateConfig)
+def recipe_main(cfg: EvaluateConfig) -> None:
     """Runs the recipe; see the head of this file."""
     recipe = SPINEvaluate(cfg)
     recipe.setup()

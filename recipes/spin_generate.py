@@ -20,11 +20,9 @@ import math
 import sys
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from spin import config
+from spin.config import GenerateConfig
 from spin.config.checks import check_run
-from spin.config.defaults import RECIPE_DEFAULTS
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import CheckpointError, ConfigError, OutputError
 from spin.core.files import FolderLock
@@ -45,24 +43,20 @@ from spin.run.stopping import StopRequest, resume_command
 
 log = get_logger("INFO")
 
-DEFAULTS = RECIPE_DEFAULTS | {"worker": 0, "num_workers": 1}
-
 
 class SPINGenerate:
     """Generation without training.
 
     Args:
-        cfg (DictConfig): complete, see ``DEFAULTS``.
+        cfg (GenerateConfig): complete and typed.
 
     Raises:
         ConfigError: If the config cannot work.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: GenerateConfig) -> None:
         check_run(cfg)
-        if cfg.num_workers < 1:
-            raise ConfigError(f"num_workers={cfg.num_workers}: expected the number of machines, 1 or more.")
-        if type(cfg.worker) is not int or not 0 <= cfg.worker < cfg.num_workers:
+        if cfg.worker >= cfg.num_workers:
             raise ConfigError(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
         self._cfg = cfg
         self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
@@ -174,8 +168,8 @@ class SPINGenerate:
         self._stop.release()
 
 
-@config.parse(DEFAULTS)
-def recipe_main(cfg: DictConfig) -> None:
+@config.parse(GenerateConfig)
+def recipe_main(cfg: GenerateConfig) -> None:
     """Runs the recipe; see the head of this file."""
     recipe = SPINGenerate(cfg)
     recipe.setup()

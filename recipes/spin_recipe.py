@@ -28,12 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from spin import config
 from spin.checkpoint.manifest import as_checkpoint_error
+from spin.config import SPINConfig
 from spin.config.checks import check_run
-from spin.config.defaults import RECIPE_DEFAULTS
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import CollapseError, OutputError
 from spin.core.files import FolderLock
@@ -74,9 +73,6 @@ from spin.training.watch import Alert, CollapseMonitor, response_metrics
 
 log = get_logger("INFO")
 
-# Every key that a config may have; add your own here: RECIPE_DEFAULTS | {"my_key": 1}
-DEFAULTS = RECIPE_DEFAULTS
-
 
 class SPINRecipe:
     """The whole of a SPIN run: play, score, fit, promote.
@@ -86,18 +82,18 @@ class SPINRecipe:
     per iteration.
 
     Args:
-        cfg (DictConfig): complete, see ``DEFAULTS``.
+        cfg (SPINConfig): complete and typed.
 
     Raises:
         ConfigError: If the config cannot work.
     """
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: SPINConfig) -> None:
         check_run(cfg)
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
         self._betas, self._lrs = (
-            [per_iteration(config.plain(value), i, cfg.max_iterations) for i in range(cfg.max_iterations)]
+            [per_iteration(value, i, cfg.max_iterations) for i in range(cfg.max_iterations)]
             for value in (cfg.loss.beta, cfg.optimizer.lr)
         )
         # made now, so that a wrong argument shows before anything is loaded, not after the first answers
@@ -594,8 +590,9 @@ class SPINRecipe:
         self._run_log.samples(sample_rows(pairs, margins, self._tokenizer.decode, self._progress.step))
 
 
-@config.parse(DEFAULTS)
-def recipe_main(cfg: DictConfig) -> None:
+# SPINConfig has every key that a config may have. For keys of your own: class MyConfig(SPINConfig): my_key: int = 1
+@config.parse(SPINConfig)
+def recipe_main(cfg: SPINConfig) -> None:
     """Runs the recipe; see the head of this file."""
     recipe = SPINRecipe(cfg)
     recipe.setup()

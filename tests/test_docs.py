@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from spin.config import complete, load_config
-from spin.config.defaults import RECIPE_DEFAULTS
+from spin.config import SPINConfig, complete, load_config
 
 REPO = Path(__file__).resolve().parents[1]
 PAGES = [*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.md")]
@@ -34,4 +33,4 @@ def test_sections_of_a_config_are_accepted(block):
     cfg = OmegaConf.merge(load_config("smollm2/135M_full"), {"output_dir": "runs/x"})
     for name, section in OmegaConf.create(block).items():
         cfg[name] = section
-    complete(cfg, RECIPE_DEFAULTS)
+    complete(cfg, SPINConfig)

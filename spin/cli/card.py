@@ -10,7 +10,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import spin
-from spin.config.parse import plain
+from spin.config import plain
 from spin.core.errors import OutputError
 from spin.core.files import file_sha256
 from spin.core.terminal import printable

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spin.config.catalog import recipe_files
-from spin.config.parse import configs_root, packaged_configs
+from spin.config.files import configs_root, packaged_configs
 from spin.core.errors import ConfigError, OutputError
 from spin.core.files import as_output_error, atomic_write
 

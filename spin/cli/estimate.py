@@ -23,11 +23,9 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
-from spin.config.defaults import RECIPE_DEFAULTS
-from spin.config.parse import complete, load_config, parse_overrides
+from spin.config import SPINConfig, complete, load_config, parse_overrides
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
@@ -110,7 +108,7 @@ class Estimate:
         return "\n".join(lines)
 
 
-def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) -> Estimate:
+def estimate(cfg: SPINConfig, ranks: int = 1, pair_tokens: int | None = None) -> Estimate:
     """Adds up what a complete config of a training recipe needs on ``ranks`` GPUs. Nothing is read but the config.
 
     ``pair_tokens`` is the mean length of a pair, prompt and responses; it gives the rows that a batch of such pairs is
@@ -139,7 +137,7 @@ def estimate(cfg: DictConfig, ranks: int = 1, pair_tokens: int | None = None) ->
         gathered *= shapes.root_parameters / shapes.parameters + in_layers * min(1.0, 2 / shapes.layers)
     # full ones are reduced after the last row's head, so they do not add to the shards'
     gradients = trained_count * 4 / (1 if cfg.fsdp_accumulate_unsharded else shards)
-    state_bytes = _OPTIMIZER_BYTES.get(cfg.optimizer._component_.rsplit(".", 1)[-1], 8)
+    state_bytes = _OPTIMIZER_BYTES.get(cfg.optimizer.component.rsplit(".", 1)[-1], 8)
     if cfg.optimizer.get("momentum"):
         state_bytes += 4
     on_gpu = 0 if cfg.fsdp_cpu_offload else 1
@@ -199,7 +197,7 @@ def _stored_bytes(weight: torch.Tensor) -> float:
     return weight.numel() * (_NF4_BYTES if as_nf4(weight) is not None else weight.dtype.itemsize)
 
 
-def _row_tokens(cfg: DictConfig, ranks: int, pair_tokens: int | None) -> int:
+def _row_tokens(cfg: SPINConfig, ranks: int, pair_tokens: int | None) -> int:
     layout = RowLayout(cfg.pairs.row_tokens, math.lcm(cfg.pairs.row_multiple, BLOCK))  # as FlexAttention needs
     if pair_tokens is None:
         limits = (data_limit(cfg, "max_prompt_tokens"), data_limit(cfg, "max_response_tokens"))
@@ -214,19 +212,19 @@ def _row_tokens(cfg: DictConfig, ranks: int, pair_tokens: int | None) -> int:
     return layout.padded_length(longest)
 
 
-def _activations(cfg: DictConfig, shapes: _Shapes, row: int, compute: torch.dtype) -> float:
+def _activations(cfg: SPINConfig, shapes: _Shapes, row: int, compute: torch.dtype) -> float:
     layer = shapes.kept_by_layer * (1.0 if cfg.compile else _EAGER_FACTOR)
     around = 4 * shapes.width  # embeddings, last hidden state, what the head takes of it, and its gradient
     if not cfg.enable_activation_checkpointing:
         elements = shapes.layers * layer
     else:  # inputs of the layers that are checkpointed, and one of them in full, with gradients of about the same size
-        every = cfg.ac_option if cfg.ac_mode == "selective" else 1
+        every = cfg.ac_option or 1 if cfg.ac_mode == "selective" else 1
         checkpointed = shapes.layers // every
         elements = checkpointed * shapes.width + (shapes.layers - checkpointed) * layer + 2 * layer
     return float(row * (elements + around) * compute.itemsize)
 
 
-def _head(cfg: DictConfig, shapes: _Shapes, compute: torch.dtype, is_trained: bool) -> float:
+def _head(cfg: SPINConfig, shapes: _Shapes, compute: torch.dtype, is_trained: bool) -> float:
     logits = cfg.logprob_chunk_tokens * shapes.vocab * compute.itemsize
     return float(logits + (shapes.vocab * shapes.width * 4 if is_trained else 0))  # summed in fp32
 
@@ -238,7 +236,7 @@ def _workspace(model: nn.Module) -> float:
     return max([0.0, *(n * _NF4_WORKSPACE_BYTES for n in quantized), *(n * 8.0 for n in doras)])
 
 
-def data_limit(cfg: DictConfig, key: str) -> Any:
+def data_limit(cfg: SPINConfig, key: str) -> Any:
     """A limit of the data set; of a mixture's sources the largest, and of their numbers of samples the sum."""
     sources = cfg.dataset.get("sources")
     if not sources:
@@ -249,8 +247,8 @@ def data_limit(cfg: DictConfig, key: str) -> Any:
     return sum(limits) if key == "limit" else max(limits)
 
 
-def _cache(cfg: DictConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:
-    if cfg.generator._component_.rsplit(".", 1)[-1] != "TorchtuneGenerator":
+def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:
+    if cfg.generator.component.rsplit(".", 1)[-1] != "TorchtuneGenerator":
         return 0.0
     batch = cfg.generator.get("batch_size", 32)
     prompt = data_limit(cfg, "max_prompt_tokens") or model.max_seq_len
@@ -260,7 +258,7 @@ def _cache(cfg: DictConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -
     return float(keys_and_values + batch * shapes.vocab * (compute.itemsize + 4))  # and logits of a step
 
 
-def _pair_store(cfg: DictConfig, model: Any, pair_tokens: int | None) -> float:
+def _pair_store(cfg: SPINConfig, model: Any, pair_tokens: int | None) -> float:
     """Responses, responses with log-probs, and rows to look them up: three times the token ids, 4 bytes each."""
     samples = cfg.dataset.get("samples") or data_limit(cfg, "limit") or 0
     if pair_tokens is None:
@@ -269,7 +267,7 @@ def _pair_store(cfg: DictConfig, model: Any, pair_tokens: int | None) -> float:
     return float(samples * (3 * 4 * pair_tokens + 300))
 
 
-def _export(cfg: DictConfig, model: nn.Module, adapter: int, dtype: torch.dtype) -> float:
+def _export(cfg: SPINConfig, model: nn.Module, adapter: int, dtype: torch.dtype) -> float:
     itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}[cfg.checkpointer.get("export_dtype", "bf16")]
     merged = cfg.checkpointer.get("export_merged", True)
     plain = sum(parameter.numel() for parameter in model.parameters()) - adapter
@@ -291,6 +289,6 @@ def main(argv: Sequence[str]) -> None:
     raw = load_config(arguments.config, overrides)
     if "candidate" in raw:
         raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
-    cfg = complete(raw, RECIPE_DEFAULTS)
+    cfg = complete(raw, SPINConfig)
     table = estimate(cfg, arguments.ranks, arguments.pair_tokens).table()
     print(f"{arguments.config} on {arguments.ranks} GPU{'s' if arguments.ranks > 1 else ''}: an estimate\n\n{table}")

@@ -11,11 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 
 from spin import config
-from spin.config.catalog import load_recipe, recipe_of
+from spin.config.catalog import config_model, load_recipe, recipe_of
 from spin.config.checks import check_run
+from spin.config.schema import EvaluatedModel
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.terminal import printable
 from spin.data import ChatTokenizer, PromptSource, PromptTokenizer, adapt_tokenizer
@@ -67,7 +67,8 @@ def main(argv: Sequence[str]) -> int:
         check = Checks()
         cfg = check("config", partial(_config, arguments.config, overrides, arguments.recipe))
         if cfg is not None:
-            (_check_evaluation if "candidate" in cfg else _check_training)(cfg, check, arguments.logits)
+            is_evaluation = isinstance(cfg, config.EvaluateConfig)
+            (_check_evaluation if is_evaluation else _check_training)(cfg, check, arguments.logits)
     finally:
         log.setLevel(level)
     if check.faults:
@@ -98,7 +99,7 @@ class Checks:
         return result
 
 
-def _check_training(cfg: DictConfig, check: Checks, with_logits: bool) -> None:
+def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) -> None:
     """The checks of a training config, in the order in which a run would meet the faults."""
     checkpointer = cfg.checkpointer
     check("loss, optimizer", partial(_loss_and_optimizer, cfg))
@@ -121,7 +122,7 @@ def _check_training(cfg: DictConfig, check: Checks, with_logits: bool) -> None:
     check("arithmetic", partial(_arithmetic, cfg, num_val), data=prompts)
 
 
-def _check_evaluation(cfg: DictConfig, check: Checks, with_logits: bool) -> None:
+def _check_evaluation(cfg: config.EvaluateConfig, check: Checks, with_logits: bool) -> None:
     """The checks of a config of spin_evaluate, which has two or three models and does not train."""
     for role in eval_model_roles(cfg):
         section = cfg[role]
@@ -136,43 +137,39 @@ def _check_evaluation(cfg: DictConfig, check: Checks, with_logits: bool) -> None
 # --- The checks: each returns its result and what to print, or raises a SpinError ---
 
 
-def _config(name: str, overrides: Sequence[str], recipe_name: str | None) -> tuple[DictConfig, str]:
+def _config(name: str, overrides: Sequence[str], recipe_name: str | None) -> tuple[config.Section, str]:
     recipe_name = recipe_name or recipe_of(config.find_config(name))
-    cfg = config.complete(config.load_config(name, overrides), load_recipe(recipe_name).DEFAULTS)
-    if "candidate" in cfg:
+    cfg = config.complete(config.load_config(name, overrides), config_model(load_recipe(recipe_name)))
+    if isinstance(cfg, config.EvaluateConfig):
         check_evaluation(cfg)
-    else:
+    elif isinstance(cfg, config.SPINConfig):
         check_run(cfg)
         check_lora(cfg)
-        if cfg.output_dir is None:
-            raise ConfigError("output_dir: not set. Give the folder that the run writes to.")
     return cfg, f"{name} for {recipe_name}: every key is known, and their values go together"
 
 
-def _loss_and_optimizer(cfg: DictConfig) -> tuple[None, str]:
+def _loss_and_optimizer(cfg: config.SPINConfig) -> tuple[None, str]:
     """Builds them: a wrong argument would show hours later, when an iteration starts."""
-    beta, lr = (
-        per_iteration(config.plain(value), 0, cfg.max_iterations) for value in (cfg.loss.beta, cfg.optimizer.lr)
-    )
+    beta, lr = (per_iteration(value, 0, cfg.max_iterations) for value in (cfg.loss.beta, cfg.optimizer.lr))
     parameters = [torch.nn.Parameter(torch.zeros(8, 8))]
     loss = _built("loss", lambda: config.instantiate(cfg.loss, beta=beta))
     optimizer = _built("optimizer", lambda: config.instantiate(cfg.optimizer, parameters, lr=lr))
-    return None, f"{type(loss).__name__} with beta {config.plain(cfg.loss.beta)}, {type(optimizer).__name__}"
+    return None, f"{type(loss).__name__} with beta {cfg.loss.beta}, {type(optimizer).__name__}"
 
 
-def _model(cfg: DictConfig) -> tuple[torch.nn.Module, str]:
+def _model(cfg: config.SPINConfig) -> tuple[torch.nn.Module, str]:
     model = _built("model", lambda: build_model(cfg.model, torch.float32))
     count = sum(parameter.numel() for parameter in model.parameters())
     vocabulary = model.tok_embeddings.weight.shape[0]
     return model, f"{count:,} parameters, context {model.max_seq_len:,}, vocabulary {vocabulary:,}"
 
 
-def _folder(checkpointer: DictConfig, model: torch.nn.Module) -> tuple[None, str]:
+def _folder(checkpointer: config.Component, model: torch.nn.Module) -> tuple[None, str]:
     check_hf_folder(model, checkpointer.checkpoint_dir, checkpointer.model_type)
     return None, f"{checkpointer.checkpoint_dir} holds every weight in its shape, by the headers of its files"
 
 
-def _logits(section: DictConfig, folder: str, model_type: str) -> tuple[None, str]:
+def _logits(section: config.Component, folder: str, model_type: str) -> tuple[None, str]:
     from spin.model.logits_check import compare_logits
 
     report = compare_logits(section, folder, model_type)
@@ -181,7 +178,7 @@ def _logits(section: DictConfig, folder: str, model_type: str) -> tuple[None, st
     return None, str(report)
 
 
-def _tokenizer(cfg: DictConfig) -> tuple[PromptTokenizer, str]:
+def _tokenizer(cfg: config.SPINConfig) -> tuple[PromptTokenizer, str]:
     tokenizer = adapt_tokenizer(_built("tokenizer", lambda: config.instantiate(cfg.tokenizer)))
     if isinstance(tokenizer, ChatTokenizer) and tokenizer.reads_date:
         tokenizer.date = tokenizer.date or known_date(cfg.resume, cfg.output_dir)
@@ -218,7 +215,7 @@ def _round_trip(tokenizer: PromptTokenizer) -> tuple[None, str]:
 
 
 def _data(
-    section: DictConfig, context: int | None, tokenizer: PromptTokenizer, **options: bool
+    section: config.Component, context: int | None, tokenizer: PromptTokenizer, **options: bool
 ) -> tuple[PromptSource, str]:
     read = partial(config.instantiate, section, tokenizer=tokenizer, max_seq_len=context, **options)
     data: PromptSource = _built("data set", read)
@@ -241,7 +238,7 @@ def _data(
     return data, "\n".join(lines)
 
 
-def _same_ids(section: DictConfig, tokenizer: PromptTokenizer) -> tuple[None, str]:
+def _same_ids(section: config.Component, tokenizer: PromptTokenizer) -> tuple[None, str]:
     compared, faults = 0, []
     for where, messages in itertools.islice(_conversations(section), COMPARED_ROWS):
         compared += 1
@@ -257,7 +254,7 @@ def _same_ids(section: DictConfig, tokenizer: PromptTokenizer) -> tuple[None, st
 
 
 def _vocabulary(
-    cfg: DictConfig, sources: Sequence[PromptSource], model: torch.nn.Module, tokenizer: PromptTokenizer
+    cfg: config.SPINConfig, sources: Sequence[PromptSource], model: torch.nn.Module, tokenizer: PromptTokenizer
 ) -> tuple[None, str]:
     stop_ids = sampling_params(cfg.sampling, tokenizer.eos_ids).stop_token_ids
     check_vocabulary(model, tokenizer, stop_ids, *sources)
@@ -265,7 +262,7 @@ def _vocabulary(
     return None, _EMBEDDED + (f"; {unknown:,} of its ids have no token and are never sampled" if unknown else "")
 
 
-def _arithmetic(cfg: DictConfig, num_val_prompts: int, prompts: PromptSource) -> tuple[None, str]:
+def _arithmetic(cfg: config.SPINConfig, num_val_prompts: int, prompts: PromptSource) -> tuple[None, str]:
     plan = RunPlan(cfg, prompts, num_val_prompts)
     progress, iterations = plan.progress, range(cfg.max_iterations)
     played = [len(plan.samples(i)) for i in iterations]
@@ -287,14 +284,14 @@ def _numbers(values: Sequence[int]) -> str:
     return str(values[0]) if len(set(values)) == 1 else ", ".join(map(str, values))
 
 
-def _eval_model(role: str, section: DictConfig) -> tuple[EvalModel, str]:
+def _eval_model(role: str, section: EvaluatedModel) -> tuple[EvalModel, str]:
     model = _built(role, lambda: EvalModel(role, section))
     source = section.checkpoint_dir if model.has_weights else section.generator[config.COMPONENT]
     stops = _stop_tokens(model.tokenizer)
     return model, f"{model.name}, from {source}: every weight in its shape; a response ends with {stops}"
 
 
-def _eval_data(cfg: DictConfig, model: EvalModel) -> tuple[PromptSource, str]:
+def _eval_data(cfg: config.EvaluateConfig, model: EvalModel) -> tuple[PromptSource, str]:
     return _data(cfg.dataset, model.context, model.tokenizer, keep_originals=True)
 
 
@@ -350,17 +347,21 @@ def _first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _conversations(section: DictConfig) -> Iterator[tuple[str, list[ChatMessage]]]:
+def _conversations(section: config.Component) -> Iterator[tuple[str, list[ChatMessage]]]:
     """Place and messages of each conversation that can be read; the data check reports the others."""
     component = section[config.COMPONENT].rpartition(".")[2]
     if component == "prompt_dataset":
-        yield from _conversations_of(config.plain(section), config.instantiate(section.get("message_transform")))
+        yield from _conversations_of(config.plain(section), _transform(section, section.get("message_transform")))
     elif component == "mixed_prompt_dataset":
         common = section.get("common") or {}
         for name, part in section.sources.items():
-            transform = config.instantiate(part.get("message_transform", common.get("message_transform")))
-            for where, messages in _conversations_of({**config.plain(common), **config.plain(part)}, transform):
+            transform = _transform(section, part.get("message_transform", common.get("message_transform")))
+            for where, messages in _conversations_of({**common, **part}, transform):
                 yield f"{name}: {where}", messages
+
+
+def _transform(section: config.Component, node: Any) -> Any:
+    return config.instantiate(config.nested(section, node, "message_transform"))
 
 
 def _conversations_of(options: Mapping[str, Any], transform: Any) -> Iterator[tuple[str, list[ChatMessage]]]:

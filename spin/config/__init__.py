@@ -1,31 +1,39 @@
-"""Configs: YAML and command-line overrides in, one checked and resolved config out."""
+"""Configs: YAML and command-line overrides in, one checked, resolved and typed config out."""
 
-from spin.config.parse import (
+from spin.config.complete import as_written, complete, holds_secrets, plain, shown
+from spin.config.components import component_of, instantiate, nested
+from spin.config.faults import Faults
+from spin.config.files import find_config, load_config, packaged_configs, parse_overrides, read_yaml
+from spin.config.interpolation import escaped
+from spin.config.parse import parse
+from spin.config.schema import (
     COMPONENT,
-    Faults,
-    complete,
-    escaped,
-    find_config,
-    holds_secrets,
-    instantiate,
-    load_config,
-    packaged_configs,
-    parse,
-    parse_overrides,
-    plain,
-    read_yaml,
-    shown,
+    Component,
+    Config,
+    EvaluateConfig,
+    GenerateConfig,
+    Section,
+    SPINConfig,
 )
 
 __all__ = [
     "COMPONENT",
+    "Component",
+    "Config",
+    "EvaluateConfig",
     "Faults",
+    "GenerateConfig",
+    "SPINConfig",
+    "Section",
+    "as_written",
     "complete",
+    "component_of",
     "escaped",
     "find_config",
     "holds_secrets",
     "instantiate",
     "load_config",
+    "nested",
     "packaged_configs",
     "parse",
     "parse_overrides",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from spin.config.parse import configs_root, packaged_configs
+from spin.config.files import configs_root, find_config, packaged_configs
+from spin.config.schema import Section
 from spin.core.errors import ConfigError
 
 _LAUNCH = re.compile(r"^#.*\b(spin_\w+) --config", flags=re.MULTILINE)
@@ -54,17 +58,7 @@ def configs() -> dict[str, tuple[str, str]]:
 
 
 def load_recipe(name_or_path: str) -> ModuleType:
-    """Imports a recipe.
-
-    Args:
-        name_or_path (str): a packaged recipe's name, or a file.
-
-    Returns:
-        ModuleType: the module, with its ``DEFAULTS``.
-
-    Raises:
-        ConfigError: If there is no such recipe, or it has no ``DEFAULTS``.
-    """
+    """Imports a recipe, by the name of a packaged one or from a file; ConfigError if there is none."""
     files = recipe_files()
     path = files.get(name_or_path, Path(name_or_path))
     if not path.is_file():
@@ -75,6 +69,46 @@ def load_recipe(name_or_path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
     spec.loader.exec_module(module)
-    if not isinstance(getattr(module, "DEFAULTS", None), dict):
-        raise ConfigError(f"{path}: no DEFAULTS, the keys that a recipe's config may have. Is this a recipe?")
     return module
+
+
+def config_model(recipe: ModuleType) -> type[Section]:
+    """The model that ``@config.parse(...)`` took in a recipe: every key that its config may have."""
+    for value in vars(recipe).values():
+        model = getattr(value, "config_model", None)
+        if isinstance(model, type) and issubclass(model, Section):
+            return model
+    raise ConfigError(f"{recipe.__file__}: no function with @config.parse(...). Is this a recipe?")
+
+
+def wrong_recipe_hint(name: str, keys: Iterable[Any], model: type[Section]) -> str:
+    """A line that says whose config it is, if it has keys that only that recipe knows."""
+    recipe = recipe_of(find_config(name))
+    unknown = [key for key in keys if key not in model.model_fields]
+    if not unknown or not any(key in config_model(load_recipe(recipe)).model_fields for key in unknown):
+        return ""
+    return f"\n{name} is a config for {recipe}: tune run {recipe} --config {name}"
+
+
+def warn_shadowed_recipe(recipe_main: Callable[..., Any]) -> None:
+    """Says on rank 0 which file runs, if the folder has another recipe of the same name.
+
+    On one device `tune run` takes the installed file before that of the folder, torchrun and `python -m` the other way
+    round.
+    """
+    file = recipe_main.__globals__.get("__file__")
+    if file is None or os.environ.get("RANK", "0") != "0":
+        return
+    running = Path(file).resolve()
+    here = Path.cwd() / running.name
+    installed = recipe_files().get(running.stem)
+    if not here.is_file() or installed is None:
+        return
+    other = installed if here.resolve() == running else here
+    if other.read_bytes() != running.read_bytes():
+        print(
+            f"warning: {running} runs, not {other}. Which of the two is found depends on the launcher: give a copy of "
+            f"a recipe a name of its own, such as my_{running.name}, and start it by that.",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,4 +1,4 @@
-"""What the sections of a config may name as their ``_component_``: lists, decided by the section's place.
+"""What the sections of a config may name as their ``_component_``, decided by the section's place; and building it.
 
 A config is data. What it names is compared as text with what its section may hold, before anything is imported; a base
 class or a return type is checked afterwards. A package of the user's own is allowed by its name from outside of the
@@ -11,22 +11,34 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
+import math
 import os
 import re
 import sys
+import traceback
+import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from spin.core.errors import ConfigError
+from omegaconf import DictConfig, OmegaConf
+
+from spin.config.faults import Faults, did_you_mean, known_keys, nearest_of
+from spin.config.interpolation import MISSING, PATH_KEY
+from spin.config.schema import ARGUMENTS, COMPONENT, Component
+from spin.core.errors import ConfigError, SpinError
 
 ALLOW_KEY = "allow_components"
 ALLOW_VARIABLE = "SPIN_ALLOW_COMPONENTS"
 HOW_TO_ALLOW = f"on the command line, {ALLOW_KEY}=[{{}}], or in the environment, {ALLOW_VARIABLE}={{}}"
 ROOTS = ("torch", "torchtune", "torchao", "torchdata", "spin")  # what is allowed of these stands below
 
+# Arguments of torchtune components that are themselves import paths: torchtune imports and calls what they name.
+PATH_ARGUMENTS = ("prompt_template",)
+_FROM_OUTSIDE = "allow_components_from_outside"  # flag of a config whose list is not the file's own
 DOTPATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _TORCHTUNE = "torchtune.models."
 _FAMILIES = (  # of torchtune's models: decoders of text
@@ -285,13 +297,6 @@ def _own_component(name: str, own: Sequence[str]) -> Callable[..., Any]:
     return current
 
 
-def nearest_of(name: str, known: Sequence[str]) -> str:
-    """' Did you mean ...?', or nothing."""
-    by_lower_case = {candidate.lower(): candidate for candidate in known}
-    nearest = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
-    return f" Did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""
-
-
 def _import(module: str, name: str) -> ModuleType:
     try:
         return importlib.import_module(module)
@@ -315,3 +320,269 @@ def _import_below(package: ModuleType, parent: str, part: str, name: str) -> Mod
 
 def _public(value: Any) -> list[str]:
     return [attribute for attribute in dir(value) if not attribute.startswith("_")]
+
+
+def allow_from_outside(cfg: DictConfig) -> None:
+    """Marks a config whose ``allow_components`` is of the command line, not of its own file."""
+    cfg._set_flag(_FROM_OUTSIDE, True)
+
+
+def not_from_a_file(names: str) -> str:
+    """Why ``allow_components`` of a file counts for nothing, and what to do."""
+    how = HOW_TO_ALLOW.format(names, names)
+    return f"A config cannot allow what it names itself. If you trust the code, say so {how}."
+
+
+def own_packages(cfg: DictConfig, given: Any, faults: Faults) -> tuple[str, ...]:
+    """The user's own packages: of the environment, and of ``allow_components`` if it does not come from a file."""
+    try:
+        own = environment_packages()
+    except ConfigError as error:
+        faults.add(str(error))
+        own = ()
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    problems = {name: package_problem(name) for name in names}
+    faults.messages += [f"{ALLOW_KEY}: {problem}" for problem in problems.values() if problem is not None]
+    more = [name for name, problem in problems.items() if problem is None and name not in own]
+    if more and not cfg._get_flag(_FROM_OUTSIDE):
+        faults.add(f"{ALLOW_KEY}: found {given!r}. {not_from_a_file(','.join(more))}")
+        return own
+    return (*own, *more)
+
+
+def check_components(
+    values: Mapping[str, Any], own: Sequence[str], sections: Mapping[str, type[Component]], faults: Faults
+) -> None:
+    """Notes components that their places may not name, and arguments that they do not take.
+
+    Args:
+        values (Mapping[str, Any]): a resolved config. All of it is checked by its text before anything is imported.
+        own (Sequence[str]): packages of the user's own.
+        sections (Mapping[str, type[Component]]): by path, what the schema knows of a component.
+        faults (Faults): takes them.
+    """
+    nodes = list(_component_nodes(values))
+    for path, node, within in nodes:
+        for key in (COMPONENT, *PATH_ARGUMENTS):
+            value = node.get(key)
+            if value != MISSING and (key == COMPONENT or isinstance(value, str)):
+                reason = refusal(value, kind_at(path, within) if key == COMPONENT else KINDS[key], own)
+                if reason is not None:
+                    faults.add(f"{path}.{key}: {reason}" if path else f"{key}: {reason}")
+    for path, node, within in nodes:
+        _check_arguments(path, node, kind_at(path, within), own, sections.get(path, Component), faults)
+
+
+def _check_arguments(
+    path: str, node: Mapping[str, Any], kind: Kind, own: Sequence[str], section: type[Component], faults: Faults
+) -> None:
+    name = node[COMPONENT]
+    if refusal(name, kind, own) is not None:
+        return  # reported above; never imported
+    try:
+        component = _resolve_with_paths(node, kind, own)
+    except ConfigError as error:
+        faults.add(f"{path}: {error}")
+        return
+    arguments = {key: value for key, value in node.items() if key != COMPONENT and key not in section.own}
+    try:
+        parameters = list(inspect.signature(component).parameters.values())
+    except (TypeError, ValueError):  # builtins without a signature
+        return
+    if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+        positional_only = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+        known = [each.name for each in parameters if each.kind not in positional_only] + list(section.own)
+        for key in arguments:
+            if key not in known:
+                hint = did_you_mean(str(key), known) or known_keys(known)
+                faults.add(f"{path}.{key}: {name} has no such parameter.{hint}")
+    simple = _simple_parameters(component)
+    for key, value in arguments.items():
+        if key in section.model_fields or value == MISSING:
+            continue  # the schema has its type
+        kinds = simple.get(key, ())
+        if kinds and not any(_is_of(value, kind) for kind in kinds):
+            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            faults.add(f"{path}.{key}: found {value!r:.100}, {name} expects {expected}.")
+        else:
+            _check_ranges(value, f"{path}.{key}", faults)
+
+
+def _check_ranges(value: Any, path: str, faults: Faults) -> None:
+    """Notes numbers that are out of the range of their argument, at any depth."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_ranges(item, f"{path}.{key}", faults)
+    elif isinstance(value, list):
+        for item in value:
+            _check_ranges(item, path, faults)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        name = ".".join(path.split(".")[-2:])
+        least, most = ARGUMENTS.get(name, (-(2**63), 2**63))
+        # infinity may stand for no limit where there is none of ours
+        if not least <= value <= most and (name in ARGUMENTS or not math.isinf(value)):
+            faults.add(f"{path}: found {value!r:.100}, expected a number from {least:,} to {most:,}.")
+
+
+def _resolve_with_paths(node: Mapping[str, Any], kind: Kind, own: Sequence[str]) -> Callable[..., Any]:
+    """The component of a section, if that and what its arguments name by path exist."""
+    component = resolve_component(node[COMPONENT], own, kind)
+    for argument in PATH_ARGUMENTS:
+        if isinstance(node.get(argument), str):
+            resolve_component(node[argument], own, KINDS[argument])
+    return component
+
+
+def _simple_parameters(component: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
+    """The parameters of a component that take numbers, texts, booleans or null only, and which of these."""
+    function = component.__init__ if isinstance(component, type) else component  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # names that exist for type checkers only
+        return {}
+    simple = {}
+    for name, hint in hints.items():
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        if name != "return" and all(kind in (bool, int, float, str, type(None)) for kind in kinds):
+            simple[name] = kinds
+    return simple
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def _component_nodes(
+    value: Any, path: str = "", within: str | None = None
+) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
+    """Every mapping that has ``_component_``, at any depth, with its path and that of the component around it."""
+    if isinstance(value, Mapping):
+        is_component = COMPONENT in value
+        if is_component:
+            yield path, value, within
+        for key, item in value.items():
+            yield from _component_nodes(item, f"{path}.{key}" if path else str(key), path if is_component else within)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _component_nodes(item, f"{path}[{index}]", within)
+
+
+def component_of(section: Component) -> Callable[..., Any]:
+    """The class or function that a section names."""
+    return resolve_component(section.component, section._packages, kind_at(section._where))
+
+
+def nested(section: Component, node: Mapping[str, Any] | None, key: str) -> Component | None:
+    """A component that stands among a section's arguments, to be built by itself."""
+    if node is None:
+        return None
+    part = Component.model_validate(node)
+    part._where, part._packages = f"{section._where}.{key}", section._packages
+    return part
+
+
+def instantiate(node: Component | Mapping[str, Any] | DictConfig | None, *args: Any, **kwargs: Any) -> Any:
+    """Builds what a section's ``_component_`` names, nested components first; otherwise as torchtune's function.
+
+    The recipe's own keys are left out. What it may be is decided by the section's place in its config.
+
+    Args:
+        node (Component | Mapping[str, Any] | DictConfig | None): the section.
+        *args (Any): positional arguments that the recipe supplies.
+        **kwargs (Any): keyword arguments that the recipe supplies; they win over the config's.
+
+    Returns:
+        Any: the object, or None for no section.
+
+    Raises:
+        ConfigError: If there is no component, it is not allowed, the arguments do not fit its signature, or the file of
+            a tokenizer cannot be read.
+        SpinError: If the component raises one; the message names the section.
+    """
+    if node is None:
+        return None
+    if isinstance(node, Component):
+        left_out, values = type(node).own, node.model_dump(by_alias=True)
+        values = {key: value for key, value in values.items() if key not in left_out}
+        return _build(values, node._where, kind_at(node._where), node._packages, args, kwargs)
+    where = "config"
+    if isinstance(node, DictConfig):  # of no complete config
+        where = str(node._get_full_key(None)) or where
+        node = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
+    if not isinstance(node, Mapping) or COMPONENT not in node:
+        raise ConfigError(f"{where}: found {node!r}, expected a section with {COMPONENT}.")
+    return _build(node, where, kind_at(where), environment_packages(), args, kwargs)
+
+
+def _build(
+    node: Mapping[str, Any],
+    where: str,
+    kind: Kind,
+    own: Sequence[str],
+    args: Sequence[Any],
+    supplied: dict[str, Any],
+) -> Any:
+    name = node[COMPONENT]
+    try:
+        component = _resolve_with_paths(node, kind, own)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+    left_out = {COMPONENT, *supplied}
+    kwargs = {
+        key: _build_nested(value, f"{where}.{key}", where, own) for key, value in node.items() if key not in left_out
+    }
+    kwargs.update(supplied)
+    if kind is KINDS["tokenizer"]:
+        os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken keeps copies by path, of files that have changed since
+        for key, value in kwargs.items():
+            if isinstance(value, str) and PATH_KEY.fullmatch(key) and "://" in value:
+                raise ConfigError(f"{where}.{key}: found {value!r:.100}, expected a path; nothing is downloaded.")
+    try:
+        inspect.signature(component).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {name}: {error}.") from error
+    except ValueError:  # builtins without a signature
+        pass
+    try:
+        return component(*args, **kwargs)
+    except SpinError as error:
+        if where in str(error):
+            raise
+        # what a data set says of itself does not know that it is the one for validation, say
+        raise type(error)(f"{where}: {error}") from error
+    except OSError as error:
+        # spin's own parts tell of their files; a metrics service may be down
+        if where.rpartition(".")[2] != "tokenizer":
+            raise
+        # torchtune's tokenizers: a file that is not there, or a folder
+        raise ConfigError(f"{where}: {name} cannot be made: {error}. Check the paths of the section.") from error
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{where}: {name} does not take these values ({type(error).__name__}: {error}{_place_in(name, error)}). "
+            "Check the section; SPIN_TRACEBACK=1 shows where it happened."
+        ) from error
+
+
+def _place_in(name: str, error: BaseException) -> str:
+    """Where a component of the user's own raised, as ', at file:line': the last line that is its package's."""
+    root = name.split(".")[0]
+    if root in ROOTS:
+        return ""
+    lines = [
+        f", at {frame.f_code.co_filename}:{line}"
+        for frame, line in traceback.walk_tb(error.__traceback__)
+        if str(frame.f_globals.get("__name__")).split(".")[0] == root
+    ]
+    return lines[-1] if lines else ""
+
+
+def _build_nested(value: Any, where: str, within: str, own: Sequence[str]) -> Any:
+    if isinstance(value, Mapping):
+        if COMPONENT in value:
+            return _build(value, where, kind_at(where, within), own, (), {})
+        return {key: _build_nested(item, f"{where}.{key}", within, own) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_build_nested(item, f"{where}[{index}]", within, own) for index, item in enumerate(value)]
+    return value

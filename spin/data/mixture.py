@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from spin.config.parse import Faults
+from spin.config import Faults
 from spin.core.errors import ConfigError, DataError
 from spin.data.dataset import DatasetReport, Original, PromptDataset
 from spin.data.order import permutation

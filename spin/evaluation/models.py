@@ -9,46 +9,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 
 from spin import config
-from spin.config.checks import check_ranges
-from spin.core.dtypes import TRAINED_DTYPES, torch_dtype
+from spin.config import EvaluateConfig
+from spin.config.checks import check_transfer_dir
+from spin.config.schema import EvaluatedModel
+from spin.core.dtypes import torch_dtype
 from spin.core.errors import CheckpointError, ConfigError
-from spin.core.files import TRANSFER, check_own_folder, file_sha256, json_fingerprint
+from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import World
 from spin.data import ChatTokenizer, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dates import known_date
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.evaluation import verdicts
-from spin.generators import Generator, GeneratorContext, SamplingParams
+from spin.generators import Generator, GeneratorContext
 from spin.generators.stage import Limits, limits_of
 from spin.model.build import build_model, prepare_model
 from spin.model.hf import check_hf_folder, load_hf_weights
 from spin.model.hf_folder import read_hf_config, weight_files
 
-EVAL_MODEL_DEFAULTS: dict[str, Any] = {
-    "name": None,
-    "checkpoint_dir": None,
-    "model_type": None,
-    "model": None,
-    "tokenizer": {"_component_": "spin.data.ChatTokenizer"},
-    "generator": {"_component_": "spin.generators.TorchtuneGenerator"},
-}
-
 
 class EvalModel:
     """A model that responds or judges: tokenizer and shape now, weights when it is its turn."""
 
-    def __init__(self, role: str, section: DictConfig) -> None:
+    def __init__(self, role: str, section: EvaluatedModel) -> None:
         self.role, self.section = role, section
         self.name = eval_model_name(role, section)
         self.has_weights = section.checkpoint_dir is not None
         self.weights: str | None = None
+        self._folder, self._layout = section.checkpoint_dir or "", section.model_type or ""  # of the weights
         if self.has_weights:
             try:
-                read_hf_config(section.checkpoint_dir)
+                read_hf_config(self._folder)
             except CheckpointError as error:
                 raise CheckpointError(f"{role}.checkpoint_dir={section.checkpoint_dir}: {error}") from error
         self.tokenizer: PromptTokenizer = adapt_tokenizer(config.instantiate(section.tokenizer))
@@ -56,11 +49,11 @@ class EvalModel:
             self.tokenizer.checks_reasoning = False  # nothing is trained
             if self.tokenizer.reads_date:  # that of the run which made the model
                 self.tokenizer.date = self.tokenizer.date or known_date(section.checkpoint_dir)
-        self._shape = build_model(section.model, torch.float32) if self.has_weights else None
+        self._shape = build_model(section.model, torch.float32) if self.has_weights and section.model else None
         self.context: int = sys.maxsize if self._shape is None else self._shape.max_seq_len
         self.unknown_ids = () if self._shape is None else unknown_ids(self._shape, self.tokenizer)
         if self._shape is not None:
-            check_hf_folder(self._shape, section.checkpoint_dir, section.model_type)
+            check_hf_folder(self._shape, self._folder, self._layout)
 
     @property
     def limits(self) -> Limits:
@@ -76,7 +69,7 @@ class EvalModel:
         """Whose responses these are: a hash of the weights' files, or the generator's own fingerprint."""
         if not self.has_weights:
             return str(getattr(generator, "fingerprint", self.name))
-        folder = Path(self.section.checkpoint_dir)
+        folder = Path(self._folder)
         files = {file.name: file_sha256(file) for file in weight_files(folder)}
         shape = config.plain(self.section.model)
         return json_fingerprint([files, read_hf_config(folder), shape])
@@ -84,9 +77,10 @@ class EvalModel:
     def load(self, world: World, compute_dtype: str) -> nn.Module:
         """The model, sharded over the ranks, with the folder's weights."""
         dtype = torch_dtype(compute_dtype, world.device)  # nothing is trained: no fp32 master weights
+        assert self.section.model is not None  # as check_evaluation asks for
         model = build_model(self.section.model, dtype)
         prepare_model(model, world, compute_dtype=dtype)
-        load_hf_weights(model, self.section.checkpoint_dir, self.section.model_type, world=world)
+        load_hf_weights(model, self._folder, self._layout, world=world)
         return model
 
     def generator(self, model: nn.Module | None, world: World) -> Generator:
@@ -95,15 +89,15 @@ class EvalModel:
         return config.instantiate(self.section.generator, context=context)
 
 
-def eval_model_roles(cfg: DictConfig) -> tuple[str, ...]:
+def eval_model_roles(cfg: EvaluateConfig) -> tuple[str, ...]:
     """The sections of an evaluation's config that hold a model which is used."""
     return ("candidate", "baseline", "judge") if cfg.verdict == "judge" else ("candidate", "baseline")
 
 
-def eval_model_name(role: str, section: DictConfig) -> str:
+def eval_model_name(role: str, section: EvaluatedModel) -> str:
     """The name of a model in tables and folders: its own, or that of its folder (``iteration_001`` for an export)."""
     if section.name is not None:
-        return str(section.name)
+        return section.name
     if section.checkpoint_dir is None:
         return role
     folder = Path(section.checkpoint_dir)
@@ -115,43 +109,31 @@ def _sections(value: object) -> list[tuple[str, dict[str, Any]]]:
     return [(name, part) for name, part in value.items() if isinstance(part, dict)] if isinstance(value, dict) else []
 
 
-def check_evaluation(cfg: DictConfig) -> None:
+def check_evaluation(cfg: EvaluateConfig) -> None:
     """Checks the values of the config against each other; all faults are in one error."""
     faults = config.Faults()
 
-    def attempt(check: Callable[[], object], prefix: str = "") -> None:
+    def attempt(check: Callable[[], object]) -> None:
         try:
             check()
         except ConfigError as error:
-            for line in str(error).splitlines():
-                faults.add(prefix + line)
+            faults.add(str(error))
 
-    for name in ("candidate", "baseline", "judge", "dataset", "sampling"):
-        if cfg[name] is None:
-            faults.add(f"{name}=null: expected a section; an evaluation cannot do without it.")
-    for role in eval_model_roles(cfg):
-        if cfg[role] is not None and cfg[role].generator is None:
-            faults.add(f"{role}.generator=null: expected a section with _component_.")
-    faults.raise_if_any()
-    if cfg.verdict not in verdicts.VERDICTS:
-        faults.add(f"verdict={cfg.verdict!r}: expected {' or '.join(verdicts.VERDICTS)}.")
     for role in eval_model_roles(cfg):
         section = cfg[role]
         own_weights = section.checkpoint_dir is not None
         for name in ("model_type", "model"):
             if own_weights and section[name] is None:
                 faults.add(f"{role}.{name}: not set, but {role}.checkpoint_dir needs it to be loaded.")
-        if not own_weights and section.generator["_component_"] == EVAL_MODEL_DEFAULTS["generator"]["_component_"]:
+        if not own_weights and section.generator.component == "spin.generators.TorchtuneGenerator":
             faults.add(
                 f"{role}.checkpoint_dir: not set. Name a Hugging Face folder, such as "
                 "runs/mine/iteration_001/hf_model, or a generator that needs no weights."
             )
         if section.tokenizer is None:
             faults.add(f"{role}.tokenizer: not set. It makes the prompts' token ids.")
-        transfer_dir = section.generator.get("transfer_dir")
-        if isinstance(transfer_dir, str) and transfer_dir:
-            apart_from = {"output_dir": cfg.output_dir, f"{role}.checkpoint_dir": section.checkpoint_dir}
-            attempt(partial(check_own_folder, f"{role}.generator.transfer_dir", transfer_dir, TRANSFER, apart_from))
+        folders = {"output_dir": cfg.output_dir, f"{role}.checkpoint_dir": section.checkpoint_dir}
+        check_transfer_dir(f"{role}.generator", section.generator, folders, faults)
         name = eval_model_name(role, section)
         if not name or not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name[0] == ".":
             faults.add(f"{role}.name={name!r}: expected letters, digits, '-', '_' and '.'; it becomes a folder's name.")
@@ -161,15 +143,13 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"candidate and baseline are both called {name!r}. Set candidate.name or baseline.name; responses are kept "
             "by name."
         )
-    attempt(lambda: SamplingParams(**cfg.sampling))
     if cfg.verdict == "judge":
-        attempt(lambda: SamplingParams(**cfg.judge.sampling), prefix="judge.")
         attempt(lambda: verdicts.check_template(cfg.judge.template))
         attempt(lambda: verdicts.check_pattern("judge.pattern", cfg.judge.pattern))
     else:
         for name in ("pattern", "reference_pattern"):
             if cfg.exact_match[name] is not None:
-                attempt(partial(verdicts.check_pattern, f"exact_match.{name}", str(cfg.exact_match[name])))
+                attempt(partial(verdicts.check_pattern, f"exact_match.{name}", cfg.exact_match[name]))
     data: Any = config.plain(cfg.dataset)
     if data.get("streaming"):
         faults.add("dataset.streaming=true: an evaluation reads its prompts once. Use dataset.limit alone.")
@@ -180,7 +160,4 @@ def check_evaluation(cfg: DictConfig) -> None:
             f"{', '.join(weights) or 'dataset.samples'}: an evaluation plays every sample once. Remove it, and set "
             "limit in a source to take fewer of its samples."
         )
-    check_ranges(config.plain(cfg), faults)
-    if cfg.compute_dtype not in TRAINED_DTYPES:
-        faults.add(f"compute_dtype={cfg.compute_dtype!r}: expected {' or '.join(TRAINED_DTYPES)}.")
     faults.raise_if_any()

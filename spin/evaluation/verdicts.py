@@ -17,31 +17,12 @@ from spin.data.messages import ChatMessage
 
 Place = Literal["first", "second", "tie"]  # what a judge says of two responses in the order in which it saw them
 Outcome = Literal["win", "tie", "loss"]  # for the candidate
-VERDICTS = ("judge", "exact_match")
 
 _Z95 = 1.959963984540054  # standard normal quantile of 0.975
 _PLACES: dict[str, Place] = {"A": "first", "B": "second", "C": "tie"}
 _FIELDS = ("prompt", "first", "second", "reference")
 _FIELD = re.compile(r"\{(\w+)\}")
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?")
-
-DEFAULT_TEMPLATE = """\
-Two assistants answered the same prompt. Decide which answer serves the user better: correct, relevant, complete,
-clear. Do not let the order of the answers or their length sway you.
-
-[Prompt]
-{prompt}
-
-[Answer A]
-{first}
-
-[Answer B]
-{second}
-
-Say briefly what decides, then end with your verdict in this form: [[A]] if answer A is better, [[B]] if answer B is
-better, [[C]] if neither is.
-"""
-DEFAULT_PATTERN = r"\[\[([ABC])\]\]"
 
 
 # --- A judge's questions and verdicts ---

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from spin.config.schema import Sampling
 from spin.core.errors import ConfigError, GeneratorError
 from spin.core.ranks import World
 from spin.types import Response
@@ -88,13 +89,11 @@ class SamplingParams:
         return next((name for name, is_greedy in greedy.items() if is_greedy), None)
 
 
-def sampling_params(
-    section: Mapping[str, Any], eos_ids: Sequence[int], unknown_ids: Sequence[int] = ()
-) -> SamplingParams:
+def sampling_params(section: Sampling, eos_ids: Sequence[int], unknown_ids: Sequence[int] = ()) -> SamplingParams:
     """The config's ``sampling`` with the model's own stop tokens added.
 
     Args:
-        section (Mapping[str, Any]): arguments of :class:`SamplingParams`.
+        section (Sampling): the config's.
         eos_ids (Sequence[int]): the tokenizer's end-of-turn tokens.
         unknown_ids (Sequence[int]): ids that the tokenizer lacks, see :func:`spin.data.read.unknown_ids`; banned,
             unless they are stop tokens.
@@ -102,7 +101,7 @@ def sampling_params(
     Returns:
         SamplingParams: how responses are sampled.
     """
-    stops = (*eos_ids, *section.get("stop_token_ids", ()))
+    stops = (*eos_ids, *section.stop_token_ids)
     banned = tuple(token for token in unknown_ids if token not in stops)
     return SamplingParams(**{**section, "stop_token_ids": stops, "banned_token_ids": banned})
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from spin.config.parse import COMPONENT, instantiate
+from spin.config import COMPONENT, Component, SPINConfig, instantiate
+from spin.config.schema import ACMode, Attention
 from spin.core.dtypes import has_fast_bf16
 from spin.core.errors import ConfigError
 from spin.core.ranks import World
@@ -26,17 +27,14 @@ from spin.model.torchtune import TransformerDecoder, apply_selective_activation_
 from spin.pairs.packing import RowLayout
 from spin.pairs.row_mask import BLOCK
 
-ATTENTION = ("auto", "flex", "dense")
-AC_MODES = ("full", "selective")
-
 log = logging.getLogger(__name__)
 
 
-def build_model(section: DictConfig, dtype: torch.dtype) -> nn.Module:
+def build_model(section: Component | Mapping[str, Any] | DictConfig, dtype: torch.dtype) -> nn.Module:
     """Builds a model on the meta device: its shapes, no memory.
 
     Args:
-        section (DictConfig): the config's ``model``, any torchtune builder.
+        section (Component | Mapping[str, Any] | DictConfig): the config's ``model``, any torchtune builder.
         dtype (torch.dtype): of the master weights.
 
     Returns:
@@ -58,24 +56,22 @@ def build_model(section: DictConfig, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def choose_attention(model: nn.Module, world: World, compute_dtype: torch.dtype, asked: str = "auto") -> bool:
+def choose_attention(model: nn.Module, world: World, compute_dtype: torch.dtype, asked: Attention = "auto") -> bool:
     """Whether packed rows go through FlexAttention; says so in the log.
 
     Args:
         model (nn.Module): a torchtune decoder.
         world (World): where it computes.
         compute_dtype (torch.dtype): of the arithmetic.
-        asked (str): ``auto`` takes FlexAttention where it can; ``flex`` insists; ``dense`` is PyTorch's attention with
-            the row's whole mask, whose memory and time grow with the square of the row's length.
+        asked (Attention): ``auto`` takes FlexAttention where it can; ``flex`` insists; ``dense`` is PyTorch's attention
+            with the row's whole mask, whose memory and time grow with the square of the row's length.
 
     Returns:
         bool: True for FlexAttention.
 
     Raises:
-        ConfigError: If ``flex`` is asked for and impossible, or ``asked`` is something else.
+        ConfigError: If ``flex`` is asked for and impossible.
     """
-    if asked not in ATTENTION:
-        raise ConfigError(f"attention={asked!r}: expected {', '.join(ATTENTION)}.")
     reason = flex_unsupported_reason(model, world.device, compute_dtype)
     if asked == "flex" and reason is not None:
         raise ConfigError(f"attention=flex cannot work here: {reason}. Set attention=dense, or auto.")
@@ -105,12 +101,12 @@ def window_of(model: nn.Module) -> int | None:
     return windows.pop() if windows else None
 
 
-def row_layout(model: nn.Module, cfg: DictConfig, flex: bool) -> RowLayout:
+def row_layout(model: nn.Module, cfg: SPINConfig, flex: bool) -> RowLayout:
     """How pairs are packed into rows that a model takes.
 
     Args:
         model (nn.Module): a torchtune decoder.
-        cfg (DictConfig): the run's, complete.
+        cfg (SPINConfig): the run's, complete.
         flex (bool): rows go through FlexAttention, see :func:`choose_attention`.
 
     Returns:
@@ -137,11 +133,11 @@ def extend_max_seq_len(model: nn.Module, longest_pair: int, layout: RowLayout) -
     model.max_seq_len = max(model.max_seq_len, longest)  # type: ignore[assignment, call-overload]
 
 
-def training_options(cfg: DictConfig) -> dict[str, Any]:
+def training_options(cfg: SPINConfig) -> dict[str, Any]:
     """What a recipe's config says of how its model is wrapped: memory against time.
 
     Args:
-        cfg (DictConfig): complete.
+        cfg (SPINConfig): complete.
 
     Returns:
         dict[str, Any]: arguments of :func:`prepare_model`.
@@ -163,7 +159,7 @@ def prepare_model(
     *,
     compute_dtype: torch.dtype,
     activation_checkpointing: bool = False,
-    ac_mode: str = "full",
+    ac_mode: ACMode = "full",
     ac_option: int | None = None,
     compile_layers: bool = False,
     float8: bool = False,
@@ -177,7 +173,7 @@ def prepare_model(
         world (World): the ranks.
         compute_dtype (torch.dtype): of forward and backward.
         activation_checkpointing (bool): compute layers' activations again in backward; less memory, more time.
-        ac_mode (str): ``full``: of every layer; ``selective``: of every ``ac_option``-th.
+        ac_mode (ACMode): ``full``: of every layer; ``selective``: of every ``ac_option``-th.
         ac_option (int | None): 1 or more, with ``selective``.
         compile_layers (bool): ``torch.compile`` each layer as a whole, once for each length of a row.
         float8 (bool): products of the layers in float8, see :func:`spin.model.float8.convert_float8`.

@@ -73,12 +73,15 @@ class TooLargeError(CheckpointError):
 
 
 def compare_logits(
-    section: DictConfig, checkpoint_dir: str | Path, model_type: str, max_parameters: int = MAX_PARAMETERS
+    section: config.Component | DictConfig,
+    checkpoint_dir: str | Path,
+    model_type: str,
+    max_parameters: int = MAX_PARAMETERS,
 ) -> LogitsReport:
     """Compares the logits of a config's model with those of transformers' model of the folder.
 
     Args:
-        section (DictConfig): the config's ``model``, any torchtune builder.
+        section (Component | DictConfig): the config's ``model``, any torchtune builder.
         checkpoint_dir (str | Path): Hugging Face folder with the model's config.json.
         model_type (str): name in torchtune's ``ModelType``.
         max_parameters (int): of the model of one or two layers, at most.
@@ -111,9 +114,9 @@ def compare_logits(
     return LogitsReport(worst, len(differences) * min(TOKENS, asked.context), tuple(layers), parameters)
 
 
-def _build(section: DictConfig) -> TransformerDecoder:
+def _build(section: config.Component | DictConfig) -> TransformerDecoder:
     """The section's model on the meta device, without NF4: 4 bits compute other logits, as they should."""
-    plain = DictConfig(config.plain(section) | {"quantize_base": False})
+    plain = config.plain(section) | {"quantize_base": False}
     if section.get("quantize_base"):
         return build_model(plain, torch.float32)
     model = build_model(section, torch.float32)
@@ -245,7 +248,7 @@ def _difference(model: nn.Module, twin: nn.Module, ids: torch.Tensor, positions:
     return float((ours - theirs).abs().max())
 
 
-def self_test(cfg: DictConfig, world: World) -> None:
+def self_test(cfg: config.SPINConfig, world: World) -> None:
     """What a run compares before it loads weights, on its first rank, if that takes about a second.
 
     Raises a CheckpointError on all ranks if logits differ or cannot be compared; logs what it found.

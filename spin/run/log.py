@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from spin import config
@@ -81,7 +81,7 @@ class RunLog:
     the run before a checkpoint is saved whose log would lack the line.
 
     Args:
-        cfg (DictConfig): the run's; its copy is readable by its owner alone if it has secrets.
+        cfg (SPINConfig): the run's; its copy is readable by its owner alone if it has secrets.
         make_logger (Callable[[], Any]): see :class:`MetricService`.
         from_step (int): see :class:`MetricsFile`; negative before the first run of a folder.
         world (World): the ranks.
@@ -91,7 +91,7 @@ class RunLog:
         OutputError: On all ranks, if a file cannot be begun.
     """
 
-    def __init__(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int, world: World) -> None:
+    def __init__(self, cfg: config.SPINConfig, make_logger: Callable[[], Any], from_step: int, world: World) -> None:
         self._folder = Path(cfg.output_dir)
         self._every = cfg.log_every_n_steps
         self._world = world
@@ -100,11 +100,11 @@ class RunLog:
             if world.is_main:
                 self._begin(cfg, make_logger, from_step)
 
-    def _begin(self, cfg: DictConfig, make_logger: Callable[[], Any], from_step: int) -> None:
+    def _begin(self, cfg: config.SPINConfig, make_logger: Callable[[], Any], from_step: int) -> None:
         self._service = MetricService(make_logger)
         self._service.call("log_config", config.shown(cfg))  # which torchtune's loggers write to a file and send away
         names = ("metrics.jsonl", "samples.jsonl")
-        if cfg.get("resume") == "never":
+        if cfg.resume == "never":
             self._keep_aside("is of a run before this one, and resume is never", names)
         if from_step < 0 and not is_marked(self._folder, _RUN):
             self._keep_aside("was there before the first run of this folder", (*names, "config.yaml"))
@@ -112,7 +112,11 @@ class RunLog:
             mark(self._folder, _RUN)
         self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
         with as_output_error(self._folder / "config.yaml"):
-            replace_text(self._folder / "config.yaml", OmegaConf.to_yaml(cfg), private=config.holds_secrets(cfg))
+            replace_text(
+                self._folder / "config.yaml",
+                OmegaConf.to_yaml(config.as_written(cfg)),
+                private=config.holds_secrets(cfg),
+            )
 
     def _keep_aside(self, because: str, names: Sequence[str]) -> None:
         for file in (self._folder / name for name in (*names, "nonfinite.jsonl")):

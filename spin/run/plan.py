@@ -6,8 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
-from omegaconf import DictConfig
-
+from spin.config import SPINConfig
 from spin.core.errors import ConfigError
 from spin.data.dataset import PromptSource
 from spin.data.order import epoch_order, iteration_items
@@ -25,7 +24,7 @@ class RunPlan:
     ``save_every`` those between two validations or states (0 for never), ``num_val_samples`` what a validation takes.
 
     Args:
-        cfg (DictConfig): the run's, complete and checked.
+        cfg (SPINConfig): the run's, complete and checked.
         prompts (PromptSource): training samples.
         num_val_prompts (int): validation samples there are.
 
@@ -33,7 +32,7 @@ class RunPlan:
         ConfigError: If there would be no step, or an interval is less than one.
     """
 
-    def __init__(self, cfg: DictConfig, prompts: PromptSource, num_val_prompts: int = 0) -> None:
+    def __init__(self, cfg: SPINConfig, prompts: PromptSource, num_val_prompts: int = 0) -> None:
         self._prompts, self._seed = prompts, cfg.seed
         self._size = size = cfg.global_batch_size
         self._history = cfg.pairs.history, cfg.pairs.history_fraction

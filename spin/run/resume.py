@@ -12,9 +12,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from spin.core.errors import CheckpointError, ConfigError
+from spin.config import Component, SPINConfig, plain
+from spin.config.schema import Config, EvaluatedModel
+from spin.core.errors import CheckpointError
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.redact import is_secret_key
 from spin.model.hf_folder import weight_files
@@ -36,16 +36,13 @@ _COMPARED_BY_CONTENT = {"source", "path", "data_dir", "data_files", "checkpoint_
 _OF_ONE_RANK = {"url", "verify", "api_key_env"}  # each rank may ask a server of its own
 
 
-def inputs_of_config(cfg: DictConfig) -> dict[str, Any]:
+def inputs_of_config(cfg: Config) -> dict[str, Any]:
     """``inputs`` and ``timeout_seconds`` of :func:`spin.core.ranks.init_world`: what all ranks must have alike before
     anything is read, which is config, code and versions.
 
     Left out is what a host may have in its own place and is compared by content later (:func:`inputs_of_files`), a
     server's address, and the metric logger, which is rank 0's.
     """
-    seconds = cfg.distributed_timeout_seconds
-    if type(seconds) not in (int, float) or not 1 <= seconds <= 86400:
-        raise ConfigError(f"distributed_timeout_seconds={seconds!r}: expected 1 to 86400 seconds.")
     found: dict[str, str] = {}
 
     def walk(value: Any, name: str, last: str) -> None:
@@ -61,7 +58,7 @@ def inputs_of_config(cfg: DictConfig) -> dict[str, Any]:
             text = f"(not shown, {digest})"
         found[name] = text if len(text) <= 100 else f"{text[:80]}... ({digest})"
 
-    walk(OmegaConf.to_container(cfg, resolve=True), "", "")
+    walk(plain(cfg), "", "")
     package = Path(__file__).parents[1]
     code = [[str(file.relative_to(package)), file_sha256(file)] for file in sorted(package.rglob("*.py"))]
     found["code of spin"] = json_fingerprint(code)[:12]
@@ -70,10 +67,10 @@ def inputs_of_config(cfg: DictConfig) -> dict[str, Any]:
         found[f"code of {Path(recipe).name}"] = file_sha256(recipe)[:12]
     for name in ("torch", "torchtune", "torchao", "transformers"):
         found[f"version of {name}"] = importlib.metadata.version(name)
-    return {"inputs": found, "timeout_seconds": float(seconds)}
+    return {"inputs": found, "timeout_seconds": cfg.distributed_timeout_seconds}
 
 
-def inputs_of_files(read: Mapping[str, Any], weights: DictConfig, of: str = "") -> dict[str, str]:
+def inputs_of_files(read: Mapping[str, Any], weights: Component | EvaluatedModel, of: str = "") -> dict[str, str]:
     """What all ranks must have read alike, for :func:`spin.core.ranks.check_ranks_agree`: data sets and tokenizers by
     name, and the files of the weights in the ``checkpoint_dir`` of a config section, if it has one.
 
@@ -85,7 +82,7 @@ def inputs_of_files(read: Mapping[str, Any], weights: DictConfig, of: str = "") 
         if what is not None:
             whole = getattr(what, "content_fingerprint", None)
             found[f"content of {name}"] = (whole() if callable(whole) else str(what.fingerprint))[:12]
-    folder = weights.get("checkpoint_dir")
+    folder = getattr(weights, "checkpoint_dir", None)
     if folder is not None and Path(folder).is_dir():
         files = [*weight_files(Path(folder)), *Path(folder).glob("config.json")]
         try:
@@ -110,15 +107,15 @@ def _sampled_digest(file: Path) -> str:
 
 
 def run_fingerprint(
-    cfg: DictConfig, dataset: str, tokenizer: str, dataset_settings: Mapping[str, Any] = MappingProxyType({})
+    cfg: SPINConfig, dataset: str, tokenizer: str, dataset_settings: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
     """What a run's results depend on, as JSON values by config key. ``dataset`` and ``tokenizer`` are fingerprints,
     ``dataset_settings`` what else decides which samples are played."""
-    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    values = plain(cfg)
     return {
-        **{key: plain[key] for key in RESULTS_DEPEND_ON},
-        **({} if plain["base_dtype"] is None else {"base_dtype": plain["base_dtype"]}),
-        "generator": {"_component_": (plain["generator"] or {}).get("_component_")},  # its other keys are its speed
+        **{key: values[key] for key in RESULTS_DEPEND_ON},
+        **({} if cfg.base_dtype is None else {"base_dtype": cfg.base_dtype}),
+        "generator": {"_component_": cfg.generator.component},  # its other keys are its speed
         **{f"dataset.{key}": value for key, value in dataset_settings.items()},
         "dataset": dataset,
         "tokenizer": tokenizer,

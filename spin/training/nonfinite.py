@@ -17,8 +17,6 @@ from spin.types import Pair
 
 log = logging.getLogger(__name__)
 
-ON_NONFINITE = ("stop", "skip")
-
 
 def check_last_update(model: nn.Module, world: World, step: int, values: Mapping[str, float]) -> None:
     """Refuses an update that no later loss has seen: a step's loss is that of the weights before it. Collective.

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spin.core.errors import CollapseError, ConfigError, StoreError
+from spin.config import schema
+from spin.core.errors import CollapseError, StoreError
 from spin.core.ranks import World, broadcast_object, raise_on_all_ranks
 from spin.pairs.store import MANIFEST, PairStore
 
 log = logging.getLogger(__name__)
 
-ACTIONS = ("warn", "stop", "rollback")
 _IN_STEPS = ("real_logp_drift", "acc", "margin")
 _IN_ANSWERS = ("truncated_fraction", "length_drift")
 LIMITS = _IN_STEPS + _IN_ANSWERS
@@ -39,38 +39,15 @@ class Alert:
     message: str
 
 
-def check_limits(watch: Mapping[str, Any]) -> None:
-    """Checks the config's ``watch`` section.
-
-    Args:
-        watch (Mapping[str, Any]): ``window``, and ``limit`` and ``action`` for each name in ``LIMITS``.
-
-    Raises:
-        ConfigError: If a value cannot work.
-    """
-    faults = []
-    if not (type(watch["window"]) is int and watch["window"] > 0):
-        faults.append(f"watch.window={watch['window']!r}: expected steps, 1 or more.")
-    for name in LIMITS:
-        limit, action = watch[name]["limit"], watch[name]["action"]
-        if action not in ACTIONS:
-            faults.append(f"watch.{name}.action={action!r}: expected {', '.join(ACTIONS)}.")
-        least = 1 if name == "length_drift" else 0
-        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= least):
-            faults.append(f"watch.{name}.limit={limit!r}: expected more than {least}, or null for no limit.")
-    if faults:
-        raise ConfigError("\n".join(faults))
-
-
 class CollapseMonitor:
     """Compares an iteration's numbers with their limits. The numbers are the same on every rank, so the answers are.
 
     Args:
-        watch (Mapping[str, Any]): see :func:`check_limits`.
+        watch (schema.Watch): the config's limits.
         is_main (bool): this rank prints the warnings.
     """
 
-    def __init__(self, watch: Mapping[str, Any], is_main: bool) -> None:
+    def __init__(self, watch: schema.Watch, is_main: bool) -> None:
         self._limits = {name: watch[name]["limit"] for name in LIMITS}
         self._actions = {name: watch[name]["action"] for name in LIMITS}
         self._is_main = is_main

@@ -6,11 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import spin_recipe
 
 from spin.cli import COMMANDS, main
-from spin.config.catalog import configs, load_recipe, recipe_files, recipe_of
-from spin.config.parse import load_config, packaged_configs
+from spin.config import SPINConfig, load_config, packaged_configs
+from spin.config.catalog import config_model, configs, load_recipe, recipe_files, recipe_of
 from spin.data import PairStore
 from tests.report_runs import write_run, write_store
 
@@ -114,7 +113,7 @@ def test_ls_shows_every_config_under_its_recipe(capsys):
 
 def test_recipes_are_those_of_the_folder():
     assert recipe_files() == {path.stem: path for path in sorted((REPO / "recipes").glob("*.py"))}
-    assert load_recipe("spin_recipe").DEFAULTS == spin_recipe.DEFAULTS
+    assert config_model(load_recipe("spin_recipe")) is SPINConfig
 
 
 def test_a_config_without_a_header_is_known_by_its_keys(tmp_path):

@@ -11,8 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spin.cli import main
 from spin.cli.estimate import data_limit, estimate
-from spin.config.defaults import RECIPE_DEFAULTS
-from spin.config.parse import complete, load_config, packaged_configs
+from spin.config import SPINConfig, complete, load_config, packaged_configs
 from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
 from spin.model.build import build_model, prepare_model
@@ -46,7 +45,7 @@ def measured_iteration(name: str, repo: Path) -> tuple[list[str], dict[str, floa
 
 
 def config(name: str, *overrides: str) -> DictConfig:
-    return complete(load_config(name, overrides), RECIPE_DEFAULTS)
+    return complete(load_config(name, overrides), SPINConfig)
 
 
 @pytest.mark.parametrize(("name", "ranks", "row_tokens", "measured"), MEASURED)
@@ -122,7 +121,7 @@ def test_full_fine_tuning_by_hand():
 def test_weights_are_what_pytorch_holds(changes, repo, tmp_path):
     """The bytes of a prepared model's storages, its NF4 parts one by one, and of AdamW's state after a step."""
     overrides = [f"output_dir={tmp_path}", "optimizer._component_=torch.optim.AdamW", *changes]
-    cfg = complete(load_config(str(repo / "tests/assets/tiny_lora.yaml"), overrides), RECIPE_DEFAULTS)
+    cfg = complete(load_config(str(repo / "tests/assets/tiny_lora.yaml"), overrides), SPINConfig)
     found = estimate(cfg)
     base_dtype = torch.bfloat16 if cfg.base_dtype == "bf16" else torch.float32
     world = init_world("cpu")

@@ -1,4 +1,4 @@
-"""spin/config/parse.py: files and overrides, unknown keys, and components that must never be imported."""
+"""spin/config: files and overrides, unknown keys, and components that must never be imported."""
 
 from __future__ import annotations
 
@@ -12,32 +12,39 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
+from pydantic import Field, ValidationError, create_model
 
 from spin import config
-from spin.config.defaults import RECIPE_DEFAULTS
+from spin.config import SPINConfig
+from spin.config.schema import Component, LRScheduler, Optimizer, Section, component
 from spin.core.errors import ConfigError, DataError
 
 TINY = "tests/assets/tiny.yaml"
-DEFAULTS: dict[str, Any] = {
-    "output_dir": "???",
-    "model": {"_component_": "???"},
-    "optimizer": {
-        "_component_": "torch.optim.AdamW",
-        "lr": 5e-7,
-        "fused": True,
-        "_extra_": {"reset_each_iteration": True},
-    },
-    "lr_scheduler": {"name": "linear", "warmup": 0.1},
-    "validation_dataset": None,
-    "metadata": {},
-    "max_iterations": 3,
-    "clip_grad_norm": 1.0,
-    "resume": "auto",
-    "compile": False,
-    "log_dir": "${output_dir}/logs",
-    "allow_components": [],
-}
+
+
+class Model(Section):
+    output_dir: str
+    model: Component
+    optimizer: Optimizer = Field(default=component("torch.optim.AdamW", lr=5e-7, fused=True))
+    lr_scheduler: LRScheduler = LRScheduler()
+    validation_dataset: Any = None
+    extra: Component | None = None
+    metric_logger: Any = None
+    metadata: dict[str, Any] = {}
+    max_iterations: int = Field(default=3, ge=1, le=10)
+    clip_grad_norm: float | None = 1.0
+    resume: str = "auto"
+    compile: bool = False
+    log_dir: str = "${output_dir}/logs"
+    allow_components: list[str] = []
+
+
+def model_of(**keys: Any) -> type[Section]:
+    """A model that has these keys, with values of any type."""
+    return create_model("Keys", __base__=Section, **{key: (Any, default) for key, default in keys.items()})
+
+
 VALID = """\
 output_dir: out
 model:
@@ -76,11 +83,11 @@ def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sys.modules.pop("evil_package", None)
 
 
-def completed(text: str = VALID, *overrides: str, defaults: dict[str, Any] = DEFAULTS) -> DictConfig:
+def completed(text: str = VALID, *overrides: str, model: type[Section] = Model) -> Any:
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         file.write(text)
         file.flush()
-        return config.complete(config.load_config(file.name, overrides), defaults)
+        return config.complete(config.load_config(file.name, overrides), model)
 
 
 # --- Files and overrides ---
@@ -88,7 +95,7 @@ def completed(text: str = VALID, *overrides: str, defaults: dict[str, Any] = DEF
 
 def test_import_is_light():
     """`spin_recipe --config typo` answers at once: torch loads only when a component is looked up."""
-    code = "import sys, spin.config.parse; sys.exit('torch' in sys.modules or 'torchtune' in sys.modules)"
+    code = "import sys, spin.config; sys.exit('torch' in sys.modules or 'torchtune' in sys.modules)"
     repo = Path(config.__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=repo).returncode == 0
 
@@ -104,11 +111,12 @@ def test_overrides_are_typed_as_yaml(write):
     assert cfg.model._component_ == "torchtune.models.llama2.llama2" and cfg.model.num_layers == 5
 
 
-@given(st.integers() | st.booleans() | st.floats(allow_nan=False, allow_infinity=False))
+@given(st.integers(-(10**28), 10**28) | st.booleans() | st.floats(allow_nan=False, allow_infinity=False))
 def test_override_value_survives(value):
     """repr of a number or bool, given on the command line, comes back as that value."""
-    cfg = completed("", f"section.key={value!r}", defaults={"section": {}})
-    assert cfg.section.key == value and type(cfg.section.key) is type(value)
+    cfg = completed("", f"section.key={value!r}", model=model_of(section={}))
+    found = cfg.section["key"]
+    assert found == value and type(found) is type(value)
 
 
 def test_override_of_a_section_by_a_path_replaces_its_component(write):
@@ -181,31 +189,32 @@ def test_missing_config_suggests_packaged_names():
 
 def test_defaults_are_merged_below_and_interpolations_resolved():
     cfg = completed(VALID, "lr_scheduler.warmup=5", "optimizer.lr=[1e-6,2e-6]")
-    assert cfg.lr_scheduler == {"name": "linear", "warmup": 5}
+    assert cfg.lr_scheduler == LRScheduler(warmup=5)
     assert cfg.optimizer.lr == [1e-6, 2e-6] and cfg.optimizer.reset_each_iteration is True
-    assert OmegaConf.to_container(cfg)["log_dir"] == "out/logs"
-    assert DEFAULTS["lr_scheduler"] == {"name": "linear", "warmup": 0.1}, "defaults must not be changed"
+    assert cfg.log_dir == "out/logs" and config.plain(cfg)["optimizer"]["_component_"] == "torch.optim.AdamW"
+    assert Model.model_fields["lr_scheduler"].default == LRScheduler(warmup=0.1), "defaults must not be changed"
+    with pytest.raises(ValidationError, match="frozen"):
+        cfg.max_iterations = 4
 
 
 def test_completing_twice_changes_nothing():
     """A config that a run has written down is a config that a run can read."""
     cfg = completed()
-    assert config.complete(cfg, DEFAULTS) == cfg
+    assert config.complete(config.as_written(cfg), Model) == cfg
 
 
 def test_default_arguments_belong_to_the_default_component():
     """AdamW's fused=True must not reach SGD, but the recipe's own keys stay."""
-    cfg = completed(VALID, "optimizer=torch.optim.SGD", "optimizer.momentum=0.9")
-    assert cfg.optimizer._component_ == "torch.optim.SGD"
-    assert "fused" not in cfg.optimizer and cfg.optimizer.reset_each_iteration is True
+    cfg = completed(VALID, "optimizer=torch.optim.SGD", "optimizer.momentum=0.9", "optimizer.lr=0.1")
+    assert cfg.optimizer.component == "torch.optim.SGD"
+    assert cfg.optimizer.get("fused") is None and cfg.optimizer.reset_each_iteration is True
 
 
 def test_typo_in_a_component_gets_a_suggestion():
-    defaults = {"loss": {"_component_": "spin.loss.SPINLoss", "beta": 0.1}}
     with pytest.raises(
         ConfigError, match=r"loss\.betta: spin\.loss\.SPINLoss has no such parameter\. Did you mean 'beta'"
     ):
-        completed("loss: {betta: 0.2}", defaults=defaults)
+        config.complete(config.load_config(TINY, ["loss.betta=0.2"]), SPINConfig)
 
 
 def test_unknown_keys_get_suggestions():
@@ -213,8 +222,8 @@ def test_unknown_keys_get_suggestions():
         completed(VALID, "max_iteratons=2")
     with pytest.raises(ConfigError, match=r"lr_scheduler\.warmpu: unknown key\. Did you mean 'warmup'"):
         completed(VALID, "lr_scheduler.warmpu=2")
-    with pytest.raises(ConfigError, match=r"fused: unknown key\. Did you mean 'optimizer\.fused'"):
-        completed(VALID, "fused=true")
+    with pytest.raises(ConfigError, match=r"warmup: unknown key\. Did you mean 'lr_scheduler\.warmup'"):
+        completed(VALID, "warmup=5")
     with pytest.raises(ConfigError, match=r"optimizer\.reset_each_iter: .*Did you mean 'reset_each_iteration'"):
         completed(VALID, "optimizer.reset_each_iter=true")
     with pytest.raises(ConfigError, match=r"lr_scheduler\._component_: unknown key"):
@@ -239,12 +248,25 @@ def test_all_faults_are_reported_at_once():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("max_iterations=two", "max_iterations: found 'two', expected a number such as 3"),
-        ("max_iterations=true", "max_iterations: found True, expected a number"),
-        ("compile=1", "compile: found 1, expected a bool"),
-        ("resume=off", r"resume: found False, expected a text .*Quote it"),
+        ("max_iterations=two", "max_iterations: found 'two', expected a whole number from 1 to 10."),
+        ("max_iterations=true", "max_iterations: found true, expected a whole number"),
+        ("max_iterations=2.5", r"max_iterations: found 2\.5, expected a whole number"),
+        ("max_iterations=11", r"max_iterations: found 11, expected a whole number from 1 to 10\."),
+        ("compile=1", "compile: found 1, expected true or false"),
+        ("resume=off", r"resume: found false, expected a text\. Put quotes around it: YAML"),
+        ("resume=10:00:00:00", r"resume: found 2160000, .* \"resume='...'\""),
         ("lr_scheduler=cosine", "lr_scheduler: found 'cosine', expected a section with keys name, warmup"),
-        ("lr_scheduler=null", "lr_scheduler: found None, expected a section"),
+        ("lr_scheduler=null", "lr_scheduler: found null, expected a section"),
+        ("lr_scheduler.name=step", "lr_scheduler.name: found 'step', expected linear, cosine or constant"),
+        (
+            "lr_scheduler.warmup=2.5",
+            r"warmup: found 2\.5, expected a whole number of steps .* or a fraction from 0 to 1",
+        ),
+        (
+            "optimizer.lr=[1e-6,-1]",
+            r"optimizer\.lr: found \[1e-06, -1\], expected a number, above 0, at most .* or a list of these",
+        ),
+        ("optimizer=torch.optim.SGD", r"optimizer\.lr: not set"),
         ("allow_components=my_package", r"allow_components: .*expected a list"),
         ("log_dir=${nowhere}", "log_dir: .*nowhere"),
         ("resume=???", "resume: not set"),
@@ -256,10 +278,8 @@ def test_wrong_values(override, message):
 
 
 def test_values_that_are_fine():
-    cfg = completed(
-        VALID, "max_iterations=2.5", "clip_grad_norm=null", "metadata.any.name=1", "validation_dataset=null"
-    )
-    assert cfg.clip_grad_norm is None and cfg.metadata.any.name == 1
+    cfg = completed(VALID, "clip_grad_norm=null", "metadata.any.name=1", "validation_dataset=null")
+    assert cfg.clip_grad_norm is None and cfg.metadata == {"any": {"name": 1}}
 
 
 # --- Components ---
@@ -288,7 +308,7 @@ ATTACKS = [
     "torchtune.training.safe_torch_load",
     "torchtune.training.checkpointing._checkpointer.torch.load",
     "torchtune.data.importlib.import_module",
-    "spin.config.parse.importlib.import_module",
+    "spin.config.catalog.importlib.import_module",
     "spin.core.errors.__builtins__.eval",
     "spinx.errors.SpinError",
     "torch",
@@ -316,7 +336,7 @@ def test_attacks_are_refused(attack, place, evil):
     }[place]
     cfg = OmegaConf.merge(OmegaConf.create(VALID), {section: value})
     with pytest.raises(ConfigError):
-        config.complete(cfg, DEFAULTS)
+        config.complete(cfg, Model)
     assert not evil.exists()
 
 
@@ -334,12 +354,11 @@ def test_attacks_are_refused_by_instantiate(attack, evil):
 
 
 def test_components_in_lists_that_nothing_uses_are_refused_before_anything_is_imported(evil):
-    defaults = {"unused": [], "name": "", "key": 0}
     cfg = OmegaConf.create({"unused": [{"x": {"_component_": "evil_package.run"}}], "name": "${key}", "key": 1})
     with pytest.raises(
         ConfigError, match=r"unused\[0\]\.x\._component_: evil_package\.run.*allow_components=\[evil_pa"
     ):
-        config.complete(cfg, defaults)
+        config.complete(cfg, model_of(unused=[], name="", key=0))
     assert not evil.exists()
 
 
@@ -357,19 +376,19 @@ def test_attack_by_override_and_by_interpolation(evil):
 
 
 def test_user_package_is_allowed_by_name(evil):
-    cfg = completed(VALID, "allow_components=[evil_package]", "validation_dataset={_component_: evil_package.run}")
-    assert config.instantiate(cfg.validation_dataset, value=7) == 7
+    cfg = completed(VALID, "allow_components=[evil_package]", "extra={_component_: evil_package.run}")
+    assert config.instantiate(cfg.extra, value=7) == 7
     assert evil.exists(), "the module is really the one that was asked for"
     with pytest.raises(ConfigError, match="evil_package.Path is not allowed"):
-        completed(VALID, "allow_components=[evil_package]", "validation_dataset={_component_: evil_package.Path}")
+        completed(VALID, "allow_components=[evil_package]", "extra={_component_: evil_package.Path}")
 
 
 def test_user_package_is_found_where_the_program_started(tmp_path, monkeypatch):
     (tmp_path / "my_local_parts.py").write_text("def part():\n    return 'mine'\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    cfg = completed(VALID, "allow_components=[my_local_parts]", "validation_dataset={_component_: my_local_parts.part}")
-    assert config.instantiate(cfg.validation_dataset) == "mine"
+    cfg = completed(VALID, "allow_components=[my_local_parts]", "extra={_component_: my_local_parts.part}")
+    assert config.instantiate(cfg.extra) == "mine"
 
 
 @pytest.mark.parametrize("name", ["os", "subprocess", "builtins", "importlib.util", "not a name", "3"])
@@ -426,7 +445,7 @@ def run_main(monkeypatch, capsys):
     def run(recipe_main, *argv: str):
         monkeypatch.setattr(sys, "argv", ["recipe.py", *argv])
         with pytest.raises(SystemExit) as stop:
-            config.parse(DEFAULTS)(recipe_main)()
+            config.parse(Model)(recipe_main)()
         return stop.value.code, capsys.readouterr().err
 
     return run
@@ -481,10 +500,10 @@ def test_other_exceptions_and_the_debug_switch_propagate(write, monkeypatch):
         raise KeyError("a defect")
 
     with pytest.raises(KeyError):
-        config.parse(DEFAULTS)(fail)()
+        config.parse(Model)(fail)()
     monkeypatch.setenv("SPIN_TRACEBACK", "1")
     with pytest.raises(DataError):
-        config.parse(DEFAULTS)(lambda cfg: (_ for _ in ()).throw(DataError("x")))()
+        config.parse(Model)(lambda cfg: (_ for _ in ()).throw(DataError("x")))()
 
 
 def test_unknown_option_and_missing_config_are_usage_errors(run_main, write):
@@ -508,14 +527,14 @@ def test_unknown_option_and_missing_config_are_usage_errors(run_main, write):
 )
 def test_arguments_of_the_wrong_kind_are_named_before_anything_is_loaded(override, message, repo):
     with pytest.raises(ConfigError, match=message):
-        config.complete(config.load_config(str(repo / TINY), ["output_dir=out", override]), RECIPE_DEFAULTS)
+        config.complete(config.load_config(str(repo / TINY), ["output_dir=out", override]), SPINConfig)
 
 
 @pytest.mark.parametrize(
     "override", ["dataset.limit=null", "loss.beta=[0.1,0.2]", "optimizer.lr=1", "model.norm_eps=1"]
 )
 def test_arguments_of_the_right_kind_pass(override, repo):
-    config.complete(config.load_config(str(repo / TINY), ["output_dir=out", override]), RECIPE_DEFAULTS)
+    config.complete(config.load_config(str(repo / TINY), ["output_dir=out", override]), SPINConfig)
 
 
 def test_what_a_component_raises_about_its_values_names_the_section():

@@ -70,7 +70,7 @@ def test_a_screen_without_unicode_ends_nothing(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii", write_through=True))
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", "nowhere"])
 
-    @config.parse({})
+    @config.parse(config.Section)
     def main(cfg):
         """Never runs."""
 

@@ -2,10 +2,11 @@
 
 import pytest
 
+from spin.config.schema import JUDGE_TEMPLATE, Judge
 from spin.core.errors import ConfigError
 from spin.evaluation import verdicts
 
-PATTERN = verdicts.DEFAULT_PATTERN
+PATTERN = Judge.model_fields["pattern"].default
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_texts_with_braces_stay_as_they_are():
 def test_templates_that_cannot_work(template, message):
     with pytest.raises(ConfigError, match=message):
         verdicts.check_template(template)
-    verdicts.check_template(verdicts.DEFAULT_TEMPLATE)
+    verdicts.check_template(JUDGE_TEMPLATE)
 
 
 @pytest.mark.parametrize(

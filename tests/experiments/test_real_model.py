@@ -224,10 +224,9 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
 def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
     """As far as can be known without the model: keys, kinds, lists by iteration."""
     from real_runs import RECIPES
-    from spin_recipe import DEFAULTS
 
+    from spin.config import SPINConfig, complete, load_config
     from spin.config.checks import check_run
-    from spin.config.parse import complete, load_config
 
     content = real_model.read_plan(real_model.PLAN, tiny_lm, data)
     for form in content["forms"]:
@@ -238,15 +237,14 @@ def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
                 assert stage["recipe"] in {*RECIPES, "none"}
                 settings = {**stage["settings"], "output_dir": str(tmp_path), "device": "cpu"}
                 overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-                check_run(complete(load_config(job["base"], overrides), DEFAULTS))
+                check_run(complete(load_config(job["base"], overrides), SPINConfig))
 
 
 def test_a_supervised_step_is_the_mean_over_the_answers_tokens(tmp_path, tiny_lm, data):
     """With plain gradient descent the weights move by the gradient of the mean negative log-prob of all real tokens."""
     from real_runs import MeasuredSFT
-    from spin_recipe import DEFAULTS
 
-    from spin.config.parse import complete, load_config
+    from spin.config import SPINConfig, complete, load_config
     from spin.data import Pair
     from spin.reference.logprobs import response_logps
 
@@ -259,7 +257,7 @@ def test_a_supervised_step_is_the_mean_over_the_answers_tokens(tmp_path, tiny_lm
     stages, questions = (real_model.fill(job[name], job["paths"]) for name in ("stages", "questions"))
     settings = {**stages[0]["settings"], **changes}
     overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    cfg = complete(load_config(job["base"], overrides), DEFAULTS)
+    cfg = complete(load_config(job["base"], overrides), SPINConfig)
     recipe = MeasuredSFT(cfg, questions, lambda measured: None)
     recipe.setup()
     prompts = [recipe._prompts[i] for i in range(5)]  # of unequal lengths

@@ -14,13 +14,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import spin_recipe
 import torch
 import yaml
 
 from spin.checkpoint import SPINCheckpointer
+from spin.config import SPINConfig, complete, load_config
 from spin.config.checks import check_run
-from spin.config.parse import complete, load_config
 from spin.core.errors import SpinError
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import init_world
@@ -142,7 +141,7 @@ def _config_readers() -> dict[str, Reader]:
     ]
 
     def config(folder: Path, rng: random.Random) -> None:
-        check_run(complete(load_config(str(folder / "config.yaml"), ["output_dir=out"]), spin_recipe.DEFAULTS))
+        check_run(complete(load_config(str(folder / "config.yaml"), ["output_dir=out"]), SPINConfig))
 
     def overrides(folder: Path, rng: random.Random) -> None:
         values = [
@@ -160,7 +159,7 @@ def _config_readers() -> dict[str, Reader]:
             for _ in range(rng.randint(1, 3))
         ]
         cfg = load_config(str(folder / "config.yaml"), ["output_dir=out", *given])
-        check_run(complete(cfg, spin_recipe.DEFAULTS))
+        check_run(complete(cfg, SPINConfig))
 
     return {
         "config": Reader(whole, config, 15),

@@ -8,16 +8,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import spin_evaluate
 import spin_recipe
 import yaml
 from omegaconf import OmegaConf
+from pydantic import create_model
 
 from spin.cli import main
+from spin.config import EvaluateConfig, SPINConfig, as_written, complete, instantiate, load_config, shown
 from spin.config.checks import check_run
-from spin.config.parse import complete, instantiate, load_config, shown
+from spin.config.schema import Section
 from spin.core.errors import ConfigError
 from tests.recipes.helpers import CONFIG, run, tiny_overrides
 
@@ -47,8 +49,8 @@ DANGEROUS = (
     "torchao.quantization.quantize_", "torchdata.nodes.Loader", "spin.config.catalog.load_recipe", "spin.cli.cp.main",
     "spin.cli.main",
     "spin.cli.export.main", "spin.core.files.write_json", "spin.core.files.replace_text", "spin.core.files.FolderLock",
-    "spin.config.parse.instantiate",
-    "spin.config.parse.load_config", "spin.config.components.resolve_component",
+    "spin.config.components.instantiate",
+    "spin.config.files.load_config", "spin.config.components.resolve_component",
     "spin.pairs.store.PairStore.open_or_create",
     "spin.data.PairStore.open_or_create", "spin.data.PairStore", "spin.data.sources.read_rows",
     "spin.model.hf.export_hf",
@@ -95,7 +97,7 @@ def test_dangerous_names_do_nothing(place, lure):
     for name in DANGEROUS:
         cfg = OmegaConf.create(placed(place, name))
         with pytest.raises(ConfigError) as error:
-            complete(cfg, dict.fromkeys(cfg))
+            complete(cfg, create_model("Keys", __base__=Section, **dict.fromkeys(cfg, (Any, None))))
         assert name in str(error.value) and "not allowed" in str(error.value), error.value
         if place in SECTIONS or place in ("nested", "template"):
             with pytest.raises(ConfigError):  # where nobody has called complete() before
@@ -111,12 +113,12 @@ def test_dangerous_names_do_nothing_in_overrides_and_evaluations(lure):
     for number, name in enumerate(DANGEROUS):
         section = SECTIONS[number % len(SECTIONS)]
         with pytest.raises(ConfigError, match=f"{name} is not allowed"):
-            complete(load_config(str(CONFIG), [f"{section}._component_={name}"]), {section: None, "output_dir": None})
+            complete(load_config(str(CONFIG), [f"{section}._component_={name}"]), SPINConfig)
         key = ("candidate.tokenizer", "judge.generator", "baseline.model")[number % 3]
         roles = OmegaConf.create()
         OmegaConf.update(roles, key, {"_component_": name}, force_add=True)
         with pytest.raises(ConfigError, match=f"{key}._component_: {name} is not allowed"):
-            complete(roles, spin_evaluate.DEFAULTS)
+            complete(roles, EvaluateConfig)
     assert not list(lure.iterdir())
 
 
@@ -150,21 +152,21 @@ def test_a_config_cannot_allow_itself(lure, capsys, monkeypatch):
         monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", variable)
         (lure / "imported").unlink(missing_ok=True)
         sys.modules.pop("dangerous", None)
-        cfg = complete(load_config(str(file), ["loss=dangerous.run", *overrides]), spin_recipe.DEFAULTS)
+        cfg = complete(load_config(str(file), ["loss=dangerous.run", "loss.beta=0.1", *overrides]), SPINConfig)
         assert (lure / "imported").exists()
     saved = lure / "config.yaml"
-    saved.write_text(OmegaConf.to_yaml(cfg))
+    saved.write_text(OmegaConf.to_yaml(as_written(cfg)))
     monkeypatch.delenv("SPIN_ALLOW_COMPONENTS")
     with pytest.raises(ConfigError, match="cannot allow"):
         load_config(str(saved))
-    with pytest.raises(ConfigError, match="cannot allow"):
+    with pytest.raises(ConfigError, match="dangerous.run is not allowed here"):
         instantiate(OmegaConf.load(saved).loss)
 
 
 @pytest.mark.parametrize("name", ["torch", "spin", "torchtune.config", "os"])
 def test_what_sections_hold_of_our_packages_is_not_extended(name):
     with pytest.raises(ConfigError, match="allow_components"):
-        complete(load_config(str(CONFIG), ["output_dir=out", f"allow_components=[{name}]"]), spin_recipe.DEFAULTS)
+        complete(load_config(str(CONFIG), ["output_dir=out", f"allow_components=[{name}]"]), SPINConfig)
 
 
 # ---- looking at a run
@@ -224,18 +226,18 @@ def test_secrets_are_not_told_in_errors_and_logs(monkeypatch, caplog):
         "watch={api_key: [ghp_0123456789]}",
     ):
         with pytest.raises(ConfigError) as error:
-            complete(load_config(str(CONFIG), ["output_dir=out", change]), spin_recipe.DEFAULTS)
+            complete(load_config(str(CONFIG), ["output_dir=out", change]), SPINConfig)
         assert "hunter2" not in str(error.value) and "ghp_" not in str(error.value)
 
 
 def test_what_is_shown_of_a_config(monkeypatch):
     monkeypatch.setenv("SERVICE_PASSWORD", "hunter2hunter2")
-    changes = ("device=${oc.env:SERVICE_PASSWORD}", "dataset.source=https://me:pw12345@host/x?token=abc&y=1")
-    cfg = complete(load_config(str(CONFIG), ["output_dir=out", *changes]), spin_recipe.DEFAULTS)
-    assert cfg.device == "hunter2hunter2"
+    changes = ("resume=${oc.env:SERVICE_PASSWORD}", "dataset.source=https://me:pw12345@host/x?token=abc&y=1")
+    cfg = complete(load_config(str(CONFIG), ["output_dir=out", *changes]), SPINConfig)
+    assert cfg.resume == "hunter2hunter2"
     text = OmegaConf.to_container(shown(cfg), resolve=True)
     assert (
-        text["device"] == "${oc.env:SERVICE_PASSWORD}"
+        text["resume"] == "${oc.env:SERVICE_PASSWORD}"
         and text["dataset"]["source"] == "https://***@host/x?token=***&y=1"
     )
 
@@ -284,7 +286,7 @@ def test_the_tokenizer_of_another_users_run_needs_trust(finished, capsys, monkey
 def test_paths_of_overrides_are_taken_as_typed(name, tmp_path):
     path = f"{tmp_path}/{name}"
     cfg = load_config(str(CONFIG), [f"output_dir={path}", f"tokenizer.path={path}", f"dataset.source={path}"])
-    cfg = complete(cfg, spin_recipe.DEFAULTS)
+    cfg = complete(cfg, SPINConfig)
     assert cfg.output_dir == cfg.tokenizer.path == cfg.dataset.source == cfg.checkpointer.output_dir == path
 
 
@@ -303,7 +305,7 @@ def test_home_and_variables_are_expanded_once_in_files_and_overrides(tmp_path, m
             OmegaConf.update(raw, key, typed, force_add=True)
         file.write_text(OmegaConf.to_yaml(raw))
         for cfg in (load_config(str(file)), load_config(str(CONFIG), [f"{key}={typed}" for key in keys])):
-            done = complete(cfg, spin_recipe.DEFAULTS)
+            done = as_written(complete(cfg, SPINConfig))
             assert {OmegaConf.select(done, key) for key in keys} == {found}
 
 
@@ -350,7 +352,7 @@ def test_configs_that_would_fill_the_memory(kind, tmp_path, capsys):
     file.write_text(text)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ConfigError, match=message):
-        complete(load_config(str(file)), spin_recipe.DEFAULTS)
+        complete(load_config(str(file)), SPINConfig)
     assert main(["validate", str(file)]) == 1
     assert "FAULT" in capsys.readouterr().out
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
@@ -389,7 +391,7 @@ RANGES = (
 def test_numbers_out_of_range_are_named(override):
     key = override.partition("=")[0]
     with pytest.raises(ConfigError, match=key):
-        check_run(complete(load_config(str(CONFIG), ["output_dir=out", override]), spin_recipe.DEFAULTS))
+        check_run(complete(load_config(str(CONFIG), ["output_dir=out", override]), SPINConfig))
 
 
 def test_all_of_them_are_named_at_once(lure, capsys):

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from spin.cli import main
-from spin.config.parse import instantiate
+from spin.config import instantiate
 from spin.core.errors import ConfigError, OutputError
 from spin.core.files import FolderLock, file_lock
 from spin.data import Pair, PairStore, Response

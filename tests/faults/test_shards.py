@@ -8,7 +8,7 @@ import pytest
 import spin_generate
 
 from spin.cli import pairs as spin_pairs
-from spin.config.parse import complete, load_config
+from spin.config import GenerateConfig, complete, load_config
 from spin.core.errors import StoreError
 from spin.data import Pair, PairStore, Response
 from tests.recipes.helpers import CONFIG, metrics_of, run, tiny_overrides
@@ -19,7 +19,7 @@ SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "generat
 def generate(folder, *changes, config=CONFIG):
     """One worker of spin_generate; the folder of its store."""
     recipe = spin_generate.SPINGenerate(
-        complete(load_config(str(config), [*tiny_overrides(folder), *SHORT, *changes]), spin_generate.DEFAULTS)
+        complete(load_config(str(config), [*tiny_overrides(folder), *SHORT, *changes]), GenerateConfig)
     )
     recipe.setup()
     recipe.generate()

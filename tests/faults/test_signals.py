@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-import spin_recipe
 from spin_recipe import SPINRecipe
 
 import spin.checkpoint.checkpointer
+from spin.config import SPINConfig
 from spin.core.errors import ConfigError
 from spin.run.stopping import StopRequest, parse_signals, resume_command
 from tests.recipes.helpers import (
@@ -247,7 +247,7 @@ def test_signals_by_name():
     stop.release()
     assert stop.is_asked and not stop.is_out_of_time
     assert signal.getsignal(signal.SIGUSR2) == handler
-    assert spin_recipe.DEFAULTS["stop_signals"] == ["SIGINT", "SIGTERM", "SIGUSR1"]
+    assert SPINConfig["stop_signals"] == ["SIGINT", "SIGTERM", "SIGUSR1"]
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_errors_of_recipes(monkeypatch, capsys, rank):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", ATTACK])
 
-    @config.parse({})
+    @config.parse(config.Section)
     def recipe_main(cfg):
         """Never runs."""
 

@@ -7,14 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spin.checkpoint import SPINCheckpointer
-from spin.config.defaults import RECIPE_DEFAULTS
-from spin.config.parse import load_config
+from spin.config import SPINConfig, load_config
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.ranks import World, init_world
 from spin.model.adapters import adapted_modules
@@ -221,25 +219,19 @@ def test_ranks_that_cannot_share_nf4_blocks_are_refused():
         prepare_adapters(meta(quantize_base=True), torch.float32, World(0, 8, 0, torch.device("cpu"), Mesh()))
 
 
-ADAPTERS = {"_component_": "spin.checkpoint.LoRACheckpointer"}
-
-
-def test_all_faults_of_a_config_are_told_at_once():
-    cfg = OmegaConf.create(
-        RECIPE_DEFAULTS
-        | {
-            "base_dtype": "fp8",
-            "checkpointer": ADAPTERS,
-            "enable_float8_training": True,
-            "replicas": 2,
-            "fsdp_cpu_offload": True,
-            "model": {"lora_dropout": 0.1, "apply_lora_to_output": True, "quantize_base": True},
-        }
-    )
+def test_all_faults_of_a_config_are_reported_at_once():
+    sections = {
+        "output_dir": "out",
+        "tokenizer": {"_component_": "spin.data.ChatTokenizer"},
+        "checkpointer": {"_component_": "spin.checkpoint.LoRACheckpointer"},
+    }
+    model = {"_component_": "torchtune.models.llama3_2.lora_llama3_2"}
+    faulty = model | {"lora_dropout": 0.1, "apply_lora_to_output": True, "quantize_base": True}
+    keys = {"enable_float8_training": True, "replicas": 2, "fsdp_cpu_offload": True, "base_dtype": "bf16"}
     with pytest.raises(ConfigError) as error:
-        check_lora(cfg)
-    assert str(error.value).startswith("6 faults:") and len(str(error.value).splitlines()) == 7
-    check_lora(OmegaConf.create(RECIPE_DEFAULTS | {"checkpointer": ADAPTERS, "model": {"lora_dropout": 0.0}}))
+        check_lora(SPINConfig.model_validate(sections | keys | {"model": faulty}))
+    assert str(error.value).startswith("5 faults:") and len(str(error.value).splitlines()) == 6
+    check_lora(SPINConfig.model_validate(sections | {"model": model | {"lora_dropout": 0.0}}))
 
 
 def test_a_state_of_full_fine_tuning_still_holds_every_weight(tmp_path, world):

@@ -12,7 +12,7 @@ from pathlib import Path
 import spin_recipe
 import torch
 
-from spin.config.parse import complete, load_config
+from spin.config import SPINConfig, complete, load_config
 from spin.model.fingerprint import weights_fingerprint
 
 REPO = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def tiny_overrides(output_dir):
 
 def tiny_config(output_dir, *overrides, config=CONFIG):
     """The test config, complete, as the command line would hand it to the recipe."""
-    return complete(load_config(str(config), [*tiny_overrides(output_dir), *overrides]), spin_recipe.DEFAULTS)
+    return complete(load_config(str(config), [*tiny_overrides(output_dir), *overrides]), SPINConfig)
 
 
 def run(output_dir, *overrides, recipe_class=spin_recipe.SPINRecipe, config=CONFIG):

@@ -116,7 +116,9 @@ def test_pairs_that_one_process_scored_are_scored_again_by_two(tmp_path):
 
 def test_a_copied_and_edited_recipe_runs_where_it_lies(tmp_path):
     text = (REPO / "recipes" / "spin_recipe.py").read_text()
-    edited = text.replace("DEFAULTS = RECIPE_DEFAULTS\n", 'DEFAULTS = RECIPE_DEFAULTS | {"greeting": "hello"}\n')
+    edited = text.replace(
+        "@config.parse(SPINConfig)", 'class Mine(SPINConfig):\n    greeting: str = "hello"\n\n\n@config.parse(Mine)'
+    )
     edited = edited.replace("        check_run(cfg)\n", "        check_run(cfg)\n        print(cfg.greeting)\n")
     assert edited.count("greeting") == 2
     (tmp_path / "mine.py").write_text(edited)

@@ -4,7 +4,7 @@ import pytest
 import spin_recipe
 from omegaconf import OmegaConf
 
-from spin.config.parse import complete
+from spin.config import SPINConfig, complete, plain
 from spin.core.errors import CheckpointError, ConfigError
 from spin.data import PairStore
 from spin.run.progress import SPINProgress
@@ -31,11 +31,11 @@ STREAM = (
 def run_with(output_dir, sections, *overrides):
     """A run whose data sets are replaced."""
     cfg = tiny_config(output_dir, "max_epochs=1", "limit_train_batches=2", "max_iterations=2", *overrides)
-    plain = OmegaConf.to_container(cfg) | sections
+    values = plain(cfg) | sections
 
     class Recipe(spin_recipe.SPINRecipe):
         def __init__(self, cfg):
-            super().__init__(complete(OmegaConf.create(plain), spin_recipe.DEFAULTS))
+            super().__init__(complete(OmegaConf.create(values), SPINConfig))
 
     return run(output_dir, recipe_class=Recipe)
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spin.cli import main
-from spin.config.parse import complete, load_config
+from spin.config import EvaluateConfig, complete, load_config
 from spin.core.errors import CheckpointError, ConfigError, DataError, OutputError
 from spin.data import ChatTokenizer, PairStore
 from spin.evaluation import verdicts
@@ -46,7 +46,7 @@ def paths(trained, tiny_lm):
 
 
 def configured(output_dir, *overrides):
-    return complete(load_config(str(CONFIG), [f"output_dir={output_dir}", *overrides]), spin_evaluate.DEFAULTS)
+    return complete(load_config(str(CONFIG), [f"output_dir={output_dir}", *overrides]), EvaluateConfig)
 
 
 def evaluate(output_dir, *overrides):
@@ -402,7 +402,7 @@ def test_all_faults_at_once(paths):
 
 def test_exact_match_needs_no_judge(paths):
     cfg = load_config(str(CONFIG), ["output_dir=out", *paths, "verdict=exact_match", "~judge"])
-    check_evaluation(complete(cfg, spin_evaluate.DEFAULTS))
+    check_evaluation(complete(cfg, EvaluateConfig))
 
 
 def test_folders_that_are_no_model_are_named_before_anything_runs(paths, tmp_path):

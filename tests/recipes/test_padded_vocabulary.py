@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spin.config.parse import complete, load_config
+from spin.config import EvaluateConfig, GenerateConfig, complete, load_config
 from spin.data import PairStore
 from tests.generators.test_vllm import VLLM
 from tests.recipes.helpers import CONFIG, REPO, command, run, tiny_overrides
@@ -63,7 +63,7 @@ def test_a_run_samples_only_what_the_tokenizer_knows(padded, trained):
 
 def test_workers_sample_what_a_run_does(padded, trained, tmp_path):
     changes = [*tiny_overrides(tmp_path), *overrides(padded)]
-    recipe = spin_generate.SPINGenerate(complete(load_config(str(CONFIG), changes), spin_generate.DEFAULTS))
+    recipe = spin_generate.SPINGenerate(complete(load_config(str(CONFIG), changes), GenerateConfig))
     recipe.setup()
     recipe.generate()
     recipe.cleanup()
@@ -75,7 +75,7 @@ def test_an_evaluation_samples_only_what_the_tokenizer_knows(padded, tiny_lm, tm
     changes = [f"output_dir={tmp_path}", f"candidate.checkpoint_dir={padded}", f"candidate.model.vocab_size={ROWS}"]
     changes += [f"baseline.checkpoint_dir={padded}", f"judge.checkpoint_dir={padded}", "sampling.max_new_tokens=12"]
     changes += [f"dataset.source={REPO / 'examples/quickstart/jargon_val.jsonl'}", "verdict=exact_match"]
-    cfg = complete(load_config(str(REPO / "tests/assets/tiny_evaluate.yaml"), changes), spin_evaluate.DEFAULTS)
+    cfg = complete(load_config(str(REPO / "tests/assets/tiny_evaluate.yaml"), changes), EvaluateConfig)
     recipe = spin_evaluate.SPINEvaluate(cfg)
     try:
         recipe.setup()

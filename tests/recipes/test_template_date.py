@@ -12,7 +12,7 @@ import pytest
 import spin_evaluate
 import spin_generate
 
-from spin.config.parse import complete, load_config
+from spin.config import EvaluateConfig, GenerateConfig, complete, load_config
 from spin.core.errors import CheckpointError, DataError
 from spin.data import ChatTokenizer, PairStore
 from tests.recipes.helpers import CONFIG, REPO, command, metrics_of, run, tiny_overrides
@@ -55,7 +55,7 @@ def days_in(store, tiny_lm):
 
 def generate(output_dir, *overrides):
     """One worker of spin_generate in this process."""
-    cfg = complete(load_config(str(CONFIG), [*tiny_overrides(output_dir), *SHORT, *overrides]), spin_generate.DEFAULTS)
+    cfg = complete(load_config(str(CONFIG), [*tiny_overrides(output_dir), *SHORT, *overrides]), GenerateConfig)
     recipe = spin_generate.SPINGenerate(cfg)
     recipe.setup()
     recipe.generate()
@@ -115,7 +115,7 @@ def test_an_evaluation_asks_with_the_date_of_the_run(tmp_path, template, tiny_lm
         f"dataset.source={REPO / 'examples/quickstart/jargon_val.jsonl'}", "dataset.limit=2",
     ]  # fmt: skip
     config = str(REPO / "tests/assets/tiny_evaluate.yaml")
-    recipe = spin_evaluate.SPINEvaluate(complete(load_config(config, overrides), spin_evaluate.DEFAULTS))
+    recipe = spin_evaluate.SPINEvaluate(complete(load_config(config, overrides), EvaluateConfig))
     recipe.setup()
     recipe.evaluate()
     recipe.cleanup()

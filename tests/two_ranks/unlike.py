@@ -11,7 +11,7 @@ import spin_evaluate
 import spin_generate
 import spin_recipe
 
-from spin.config.parse import complete, load_config
+from spin.config import EvaluateConfig, GenerateConfig, SPINConfig, complete, load_config
 from spin.core.errors import ConfigError
 from spin.core.ranks import shutdown
 
@@ -24,10 +24,10 @@ BY_RANK = os.environ["RANK"]
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null")
 MODEL, DATA = REPO / "tests/assets/tiny_lm", REPO / "examples/quickstart/jargon_train.jsonl"
 PROGRAMS = {
-    "recipe": (spin_recipe.SPINRecipe, spin_recipe.DEFAULTS, "tiny.yaml"),
-    "lora": (spin_recipe.SPINRecipe, spin_recipe.DEFAULTS, "tiny_lora.yaml"),
-    "generate": (spin_generate.SPINGenerate, spin_generate.DEFAULTS, "tiny.yaml"),
-    "evaluate": (spin_evaluate.SPINEvaluate, spin_evaluate.DEFAULTS, "tiny_evaluate.yaml"),
+    "recipe": (spin_recipe.SPINRecipe, SPINConfig, "tiny.yaml"),
+    "lora": (spin_recipe.SPINRecipe, SPINConfig, "tiny_lora.yaml"),
+    "generate": (spin_generate.SPINGenerate, GenerateConfig, "tiny.yaml"),
+    "evaluate": (spin_evaluate.SPINEvaluate, EvaluateConfig, "tiny_evaluate.yaml"),
 }
 
 

@@ -1,0 +1,296 @@
+"""From what a file says to a typed config: defaults below it, ``${...}`` resolved, every key and value checked."""
+
+from __future__ import annotations
+
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from spin.config.components import ALLOW_KEY, check_components, own_packages
+from spin.config.faults import Faults, did_you_mean, known_keys
+from spin.config.interpolation import (
+    MISSING,
+    escaped,
+    expanded,
+    from_environment,
+    parent_of,
+    resolve,
+    with_paths,
+)
+from spin.config.schema import COMPONENT, Component, Section
+from spin.core import redact
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def plain(value: Any) -> Any:
+    """A part of a config as dictionaries, lists and numbers; other values are returned unchanged."""
+    if isinstance(value, BaseModel):
+        return value.model_dump(by_alias=True)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
+    """Merges defaults below a config and checks every key and value of it.
+
+    A section that names a component is open: its keys are the component's arguments, and the recipe's own. Arguments
+    among the defaults apply only while the config keeps the default's component.
+
+    Args:
+        cfg (DictConfig): as :func:`spin.config.load_config` returns it.
+        model (type[ConfigT]): every key with its default, type and range.
+
+    Returns:
+        ConfigT: the typed config, with every ``${...}`` resolved.
+
+    Raises:
+        ConfigError: If a key is unknown, a value is missing, of the wrong type, out of its range or refers to nothing,
+            or a component is not allowed, does not exist or does not take a key. All faults are in one message.
+    """
+    faults = Faults()
+    merged = with_paths(_merge(OmegaConf.to_container(cfg, resolve=False), {}, model), expanded)
+    whole = OmegaConf.create(merged)
+    resolved, is_whole = resolve(whole, faults)
+    environment = from_environment(merged, whole) if is_whole else []
+    values: dict[str, Any] = with_paths(resolved, os.path.expanduser)
+    _remember_secrets(values)
+    _check_types(values, model, faults)
+    own = own_packages(cfg, values.get(ALLOW_KEY), faults)
+    sections = dict(_components(model))
+    check_components(values, own, sections, faults)
+    faults.raise_if_any()
+    result = model.model_validate(values)
+    for path in sections:
+        section: Any = result
+        for key in path.split("."):
+            section = getattr(section, key, None)
+        if isinstance(section, Component):
+            section._where, section._packages = path, own
+    result._written = OmegaConf.create(escaped(values))
+    for keys, text in environment:
+        if plain(parent_of(whole, keys)[keys[-1]]) == parent_of(values, keys)[keys[-1]]:  # no ~ in the variable
+            parent_of(result._written, keys)[keys[-1]] = text
+    return result
+
+
+# --- Of complete configs ---
+
+
+def as_written(cfg: Section | DictConfig) -> DictConfig:
+    """A complete config as config.yaml has it: values of the environment are references."""
+    if isinstance(cfg, DictConfig):
+        return cfg
+    return OmegaConf.create(escaped(plain(cfg))) if cfg._written is None else cfg._written
+
+
+def shown(cfg: Section | DictConfig) -> DictConfig:
+    """A complete config as others may see it: without secrets and values of the environment."""
+    written = as_written(cfg)
+    result = OmegaConf.create(escaped(plain(written)))
+    for keys, text in from_environment(OmegaConf.to_container(written, resolve=False), written):
+        parent_of(result, keys)[keys[-1]] = escaped(text)
+    result = OmegaConf.create(escaped(redact.redacted(plain(result))))
+    if "output_dir" in written:
+        result.output_dir = escaped(written.output_dir)  # where torchtune's loggers write
+    return result
+
+
+def holds_secrets(cfg: Section | DictConfig) -> bool:
+    """Whether a complete config has what others may not read: secrets, or values of the environment."""
+    written = as_written(cfg)
+    values = plain(written)
+    unresolved = OmegaConf.to_container(written, resolve=False)
+    return redact.redacted(values) != values or bool(from_environment(unresolved, written))
+
+
+def _remember_secrets(value: Any, is_secret: bool = False) -> None:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _remember_secrets(item, is_secret or redact.is_secret_key(str(key)))
+    elif isinstance(value, list):
+        for item in value:
+            _remember_secrets(item, is_secret)
+    elif is_secret and not (isinstance(value, str) and "${" in value):
+        redact.remember(value)
+
+
+# --- Merging ---
+
+
+def _merge(value: Any, default: Any, section: type[Section]) -> Any:
+    """The config's value over the default's, as plain containers; keys keep the config's order."""
+    is_component = issubclass(section, Component)
+    if is_component and isinstance(value, str) and "${" not in value and value != MISSING:
+        value = {COMPONENT: value}  # optimizer=torch.optim.SGD, as in torchtune
+    if not isinstance(value, Mapping):
+        return value
+    default = default if isinstance(default, Mapping) else {}
+    if is_component and value.get(COMPONENT, default.get(COMPONENT)) != default.get(COMPONENT):
+        default = {}
+    merged = dict(value)
+    for key, field in _fields(section).items():
+        below = default.get(key, _default(field))
+        inner = _section_of(field.annotation)
+        if key not in merged:
+            merged[key] = MISSING if below is PydanticUndefined else below
+        if inner is not None:
+            merged[key] = _merge(merged[key], below, inner)
+    return {**default, **merged} if is_component else merged
+
+
+def _fields(section: type[Section]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def _default(field: FieldInfo) -> Any:
+    return plain(field.get_default(call_default_factory=True))
+
+
+def _section_of(hint: Any) -> type[Section] | None:
+    """The section that a field holds, or may hold."""
+    parts = typing.get_args(hint) or (hint,)
+    return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
+
+
+def _components(section: type[Section], path: str = "") -> Iterator[tuple[str, type[Component]]]:
+    """The sections at any depth that name components, with their paths."""
+    for key, field in _fields(section).items():
+        inner = _section_of(field.annotation)
+        if inner is not None and issubclass(inner, Component):
+            yield f"{path}{key}", inner
+        elif inner is not None:
+            yield from _components(inner, f"{path}{key}.")
+
+
+# --- Checking ---
+
+
+def _check_types(values: Mapping[str, Any], model: type[Section], faults: Faults) -> None:
+    """Notes unknown and missing keys and values of the wrong type or out of range, each once."""
+    missing = list(_missing_values(values))
+    found: dict[str, str] = {}  # faults by path: each part of a union has its own error
+    strangers: dict[str, list[str]] = {}  # keys that are like nothing known, by the section's known keys
+    try:
+        model.model_validate(values)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False, include_input=False):
+            _note(problem, values, model, missing, found, strangers)
+    faults.messages += [
+        f"{path}: not set. It has no default; add it to the config or the command line." for path in missing
+    ]
+    faults.messages += found.values()
+    for known, keys in strangers.items():
+        faults.add(f"{', '.join(keys)}: unknown key{'s' if len(keys) > 1 else ''}.{known}")
+
+
+def _note(
+    problem: Mapping[str, Any],
+    values: Any,
+    section: type[Section],
+    missing: list[str],
+    found: dict[str, str],
+    strangers: dict[str, list[str]],
+) -> None:
+    top, path, field = section, "", None
+    for key in problem["loc"]:
+        inner = section if field is None else _section_of(field.annotation)
+        if inner is None or not isinstance(values, Mapping):
+            break  # what follows is an item of a list, or a part of a union
+        section, path = inner, f"{path}.{key}" if path else str(key)
+        field, values = _fields(section).get(str(key)), values.get(key)
+    if problem["type"] == "missing":
+        missing.append(path)
+    elif field is None:
+        known = [key for key in _fields(section) if key != COMPONENT]
+        elsewhere = {
+            key: list(_fields(inner)) for key, each in _fields(top).items() if (inner := _section_of(each.annotation))
+        }
+        hint = did_you_mean(path.rpartition(".")[2], known, elsewhere)
+        if hint:
+            found[path] = f"{path}: unknown key.{hint}"
+        else:
+            strangers.setdefault(known_keys(known), []).append(path)
+    elif values == MISSING or (isinstance(values, str) and "${" in values):
+        pass  # a fault of its own
+    elif problem["type"] == "value_error" and isinstance(values, Mapping):  # keys of a section that do not fit
+        found[path] = f"{path}.{problem['ctx']['error']}"
+    elif problem["type"] == "value_error":
+        found[path] = f"{path}: found {_yaml(values)}, {problem['ctx']['error']}"
+    elif path not in found:
+        found[path] = f"{path}: found {_yaml(values)}, expected {expected(field)}.{_quote_it(path, field, values)}"
+
+
+def _missing_values(value: Any, path: str = "") -> Iterator[str]:
+    """Dotted paths of everything that is still ``???``."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _missing_values(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _missing_values(item, f"{path}[{index}]")
+    elif value == MISSING:
+        yield path
+
+
+def _yaml(value: Any) -> str:
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else f"{value!r:.100}"
+
+
+def _quote_it(path: str, field: FieldInfo, value: Any) -> str:
+    """How to write a text that YAML takes for something else."""
+    if not isinstance(value, bool | int | float) or not _takes(field.annotation, str) or _takes(field.annotation, int):
+        return ""
+    return (
+        " Put quotes around it: YAML reads on, off, yes and no as booleans, and digits with colons as a number. On the "
+        f"command line: \"{path}='...'\"."
+    )
+
+
+def _takes(hint: Any, kind: type) -> bool:
+    is_union = typing.get_origin(hint) in (Annotated, typing.Union, types.UnionType)
+    return hint is kind or (is_union and any(_takes(part, kind) for part in typing.get_args(hint)))
+
+
+def expected(field: FieldInfo) -> str:
+    """What a field takes, in words, such as 'a whole number from 1 to 10,000, or null'."""
+    return _expected(field.annotation, field.metadata, field.title)
+
+
+def _expected(hint: Any, limits: typing.Sequence[Any] = (), title: str | None = None) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        info = next((part for part in parts if isinstance(part, FieldInfo)), None)
+        return _expected(parts[0], info.metadata if info else (), info.title if info else None)
+    if origin in (typing.Union, types.UnionType):
+        texts = [_expected(part, limits if part in (int, float) else ()) for part in parts]
+        return _either([text.replace(f"list of {texts[0]}", "list of these") for text in texts])
+    if origin is Literal:
+        return _either([str(part) for part in parts])
+    if hint is type(None):
+        return "null"
+    if origin is list:
+        return f"a list of {'texts' if parts[0] is str else _expected(parts[0])}"
+    if isinstance(hint, type) and issubclass(hint, Component):
+        return f"a section with {COMPONENT}"
+    if isinstance(hint, type) and issubclass(hint, Section):
+        return f"a section with keys {', '.join(_fields(hint))}"
+    what = title or _WORDS.get(hint, "another value")
+    bounds = {name: getattr(each, name) for each in limits for name in ("ge", "gt", "le", "lt") if hasattr(each, name)}
+    numbers = {name: f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for name, bound in bounds.items()}
+    if "ge" in numbers and "le" in numbers:
+        return f"{what} from {numbers['ge']} to {numbers['le']}"
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    return ", ".join([what, *(f"{words[name]} {number}" for name, number in numbers.items())])
+
+
+def _either(parts: list[str]) -> str:
+    return ", ".join(parts[:-1]) + f" or {parts[-1]}" if len(parts) > 1 else parts[0]

@@ -1,0 +1,279 @@
+"""Config files: packaged ones by name, YAML read within limits, overrides of the command line.
+
+A file may come from anywhere: its size, depth and aliases are limited before they take memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spin.config.components import ALLOW_KEY, DOTPATH, allow_from_outside, environment_packages, not_from_a_file
+from spin.config.faults import Faults, did_you_mean, first_line, known_keys
+from spin.config.interpolation import bounded
+from spin.config.schema import COMPONENT
+from spin.core.errors import ConfigError
+
+_MOST_BYTES = 1 << 20  # of a file
+_MOST_NODES = 10_000  # of a file, aliases counted as often as they are used
+_MOST_DEPTH = 50
+_MOST_DIGITS = 30
+_MOST_INTERPOLATION = 2_000  # characters of a text with ${...}
+_INTEGER = re.compile(r"[-+]?(0x[\da-fA-F_]+|0[ob]?[\d_]+|[\d_:]+)")
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def packaged_configs() -> list[str]:
+    """Names of the configs that come with this package, such as ``llama3_2/1B_full``, sorted."""
+    root = configs_root()
+    return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
+
+
+def configs_root() -> Path:
+    """The folder of the packaged configs."""
+    installed = Path(__file__).parents[1] / "configs"  # a wheel maps configs/ to spin/configs/
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"  # checkout, editable install
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Reads a YAML file and applies overrides; nothing is completed, checked or resolved yet.
+
+    Args:
+        name_or_path (str): a file, or else the name of a packaged config (``.yaml`` may be left out).
+        overrides (Sequence[str]): ``key=value``, ``nested.key=value`` (value: YAML, may contain ``=``), or ``~key`` to
+            remove. ``section=dotted.path`` replaces the ``_component_`` of a section that has one, as in torchtune.
+
+    Returns:
+        DictConfig: the raw config.
+
+    Raises:
+        ConfigError: If the file is missing, unreadable or not a YAML mapping, or an override has no such form.
+    """
+    path = find_config(name_or_path)
+    cfg = read_yaml(path)
+    stated = OmegaConf.to_container(cfg).pop(ALLOW_KEY, None)  # type: ignore[union-attr,call-arg,arg-type]
+    if ALLOW_KEY in cfg:
+        cfg[ALLOW_KEY] = []
+    faults = Faults()
+    with bounded():
+        for override in overrides:
+            _apply_override(cfg, override, faults)
+    if any(override.startswith(f"{ALLOW_KEY}=") for override in overrides):
+        allow_from_outside(cfg)
+    given = cfg.get(ALLOW_KEY)
+    allowed = [*(given if isinstance(given, ListConfig) else []), *environment_packages()]
+    more = [name for name in stated if name not in allowed] if isinstance(stated, list) else [stated]
+    if stated is not None and more:
+        names = ",".join(map(str, more))
+        faults.add(f"{path}: {ALLOW_KEY}: found {stated!r:.200}. {not_from_a_file(names)}")
+    faults.raise_if_any()
+    return cfg
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Reads a YAML file as a config, within limits; nothing is resolved.
+
+    Args:
+        path (Path): the file.
+
+    Returns:
+        DictConfig: what it says.
+
+    Raises:
+        ConfigError: If it is unreadable, larger or deeper than a config can be, or not a YAML mapping.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ConfigError(f"{path}: more than {_MOST_BYTES:,} bytes, which no config has.")
+        text = content.decode("utf-8")
+        _check_yaml(text, f"{path}:")
+        cfg = OmegaConf.load(io.StringIO(text))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error}). Save the file as UTF-8.") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path}: {first_line(error)}") from error
+    if not isinstance(cfg, DictConfig):
+        raise ConfigError(f"{path}: the top level is a list, expected 'key: value' lines.")
+    return cfg
+
+
+@dataclass
+class _Open:
+    """A mapping or list that :func:`_check_yaml` is in."""
+
+    is_mapping: bool
+    anchor: str | None
+    is_key: bool
+    size: int = 1
+    key: str | None = None
+    index: int = 0
+
+    def close(self, is_key: bool, size: int, name: str) -> None:
+        """Takes a value, or the key of one."""
+        self.size += size
+        self.key = name if is_key else None
+        self.index += 1
+
+
+def _check_yaml(text: str, where: str) -> None:
+    """Goes through the events of a YAML text, which take no memory; raises ConfigError for what would take much."""
+    sizes: dict[str, int] = {}  # by anchor
+    stack: list[_Open] = []
+
+    def fault(event: yaml.Event, problem: str) -> ConfigError:
+        keys = "".join(
+            f".{frame.key}" if frame.is_mapping else f"[{frame.index}]" for frame in stack if frame.key or frame.index
+        )
+        line = f"{event.start_mark.line + 1}: " if where else ""  # an override has one
+        return ConfigError(f"{where}{line}{keys.lstrip('.')[:200]}: {problem}".lstrip(": "))
+
+    for event in yaml.parse(text, Loader=_LOADER):
+        is_key = bool(stack) and stack[-1].is_mapping and stack[-1].key is None
+        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+            stack.append(_Open(isinstance(event, yaml.MappingStartEvent), event.anchor, is_key))
+            if len(stack) > _MOST_DEPTH:
+                raise fault(event, f"more than {_MOST_DEPTH} levels deep, expected a config.")
+            continue
+        name = "?"
+        if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+            frame = stack.pop()
+            size, anchor, is_key = frame.size, frame.anchor, frame.is_key
+        elif isinstance(event, yaml.ScalarEvent):
+            size, anchor, name = 1, event.anchor, event.value or "?"
+            if event.implicit[0] and len(name) > _MOST_DIGITS and _INTEGER.fullmatch(name):
+                raise fault(event, f"found a number of {len(name)} digits, expected at most {_MOST_DIGITS}.")
+            if "${" in name and len(name) > _MOST_INTERPOLATION:
+                raise fault(event, f"a text with ${{...}} has at most {_MOST_INTERPOLATION} characters.")
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise fault(event, f"the alias *{event.anchor} stands within what it names, or before it.")
+            size, anchor = sizes[event.anchor], None
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        if stack:
+            if stack[-1].size + size > _MOST_NODES:
+                raise fault(event, f"more than {_MOST_NODES:,} values, aliases counted. Write less into a config.")
+            stack[-1].close(is_key, size, name)
+
+
+def find_config(name_or_path: str) -> Path:
+    """The file of a config.
+
+    Args:
+        name_or_path (str): a file, or else the name of a packaged config (``.yaml`` may be left out).
+
+    Returns:
+        Path: the file.
+
+    Raises:
+        ConfigError: If there is neither, with the nearest names.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise ConfigError(f"config {name_or_path!r} is a folder, expected a YAML file.")
+    name = name_or_path.removesuffix(".yaml")
+    names = packaged_configs()
+    if name in names:
+        return configs_root() / f"{name}.yaml"
+    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
+    raise ConfigError(
+        f"config {name_or_path!r} not found: there is no such file and no packaged config of that name. "
+        f"{hint}Packaged configs: {', '.join(names)}."
+    )
+
+
+def _apply_override(cfg: DictConfig, override: str, faults: Faults) -> None:
+    if override.startswith("~"):
+        _remove(cfg, override[1:], faults)
+        return
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        faults.add(f"override {override!r:.200}: expected key=value, or ~key to remove a key.")
+        return
+    try:
+        value = _override_value(text)
+        node = OmegaConf.select(cfg, key, throw_on_resolution_failure=False)
+        is_path = isinstance(value, str) and "." in value and DOTPATH.fullmatch(value) is not None
+        # a section without a component has the recipe's; what else stands in it is kept, as with a component
+        if (
+            isinstance(node, DictConfig)
+            and isinstance(value, str)
+            and (COMPONENT in node or is_path)
+            and "${" not in value
+        ):
+            key = f"{key}.{COMPONENT}"
+        parent = key.rpartition(".")[0]
+        if parent and isinstance(OmegaConf.select(cfg, parent, throw_on_resolution_failure=False), str):
+            OmegaConf.update(cfg, parent, {COMPONENT: OmegaConf.select(cfg, parent)})  # section=path came before
+        OmegaConf.update(cfg, key, value, merge=True, force_add=True)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or error
+        faults.add(f"override {override!r:.200}: the value is not valid YAML: {problem}. Quote a text that begins so.")
+    except (OmegaConfBaseException, ValueError, TypeError, RecursionError) as error:
+        faults.add(f"override {override!r:.200}: {first_line(error)}")
+
+
+def _override_value(text: str) -> Any:
+    """The value of an override: YAML for lists, maps, quoted texts, numbers, booleans, null; else as it was typed."""
+    is_yaml = text[:1] in tuple("[{\"'")
+    if not is_yaml and (re.search(r"(^|\s)#|[:?-]\s|\n|:$", text) or text[:1] in tuple("&*!%@`|>,")):
+        return text  # no number; YAML would cut a comment off, or find a map
+    _check_yaml(text, "")
+    value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]  # type: ignore[index,call-overload]
+    return text if isinstance(value, str) and not is_yaml else value
+
+
+def _remove(cfg: DictConfig, key: str, faults: Faults) -> None:
+    parent_key, _, leaf = key.rpartition(".")
+    parent = OmegaConf.select(cfg, parent_key, throw_on_resolution_failure=False) if parent_key else cfg
+    if isinstance(parent, DictConfig) and leaf in parent:
+        del parent[leaf]
+        return
+    known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
+    faults.add(
+        f"override '~{key}': the config has no such key to remove.{did_you_mean(leaf, known) or known_keys(known)}"
+    )
+
+
+def parse_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line on which overrides of a config stand among the options; ends the program at a wrong one.
+
+    Args:
+        parser (argparse.ArgumentParser): knows the options.
+        argv (Sequence[str]): the command line.
+
+    Returns:
+        tuple[argparse.Namespace, list[str]]: the options and the overrides.
+    """
+    arguments, overrides = parser.parse_known_args(list(argv))
+    flags = [item for item in overrides if item.startswith("-")]
+    if flags:
+        parser.error(f"unknown option {flags[0]}: write overrides as key=value, without dashes")
+    return arguments, overrides

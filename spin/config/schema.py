@@ -1,0 +1,368 @@
+"""The configs of the recipes as typed models: each key's default, type, range, choices and meaning stand here, once.
+
+A recipe of your own adds its keys by a subclass, ``class MyConfig(SPINConfig): my_key: int = 1``, and takes it by
+``@config.parse(MyConfig)``. Descriptions are what ``python -m spin cp NAME FILE --full`` writes behind the keys.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from omegaconf import DictConfig
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+
+COMPONENT = "_component_"
+
+
+class Section(BaseModel):
+    """A part of a config: values are not converted (``"3"`` is no number), and no other keys are taken."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
+
+    _written: DictConfig | None = PrivateAttr(default=None)  # as config.yaml has it: variables are not resolved
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of a key, as in a mapping."""
+        return getattr(self, key)
+
+    def keys(self) -> list[str]:
+        """The names of all keys: ``**section`` are keyword arguments."""
+        return list(type(self).model_fields)
+
+
+class Component(Section):
+    """A section that names a class or function, ``_component_``, and has its arguments beside the recipe's own keys."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=True)
+
+    component: str = Field(alias="_component_")
+    own: ClassVar[tuple[str, ...]] = ()  # fields that are the recipe's and no arguments
+    _where: str = PrivateAttr(default="config")  # the section's place in the config
+    _packages: tuple[str, ...] = PrivateAttr(default=())  # of the user's own that it may name
+
+    if TYPE_CHECKING:  # arguments are attributes, of any type
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __getitem__(self, key: str) -> Any:
+        """The value of an argument."""
+        return getattr(self, "component" if key == COMPONENT else key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of an argument, or a default where the section does not have it."""
+        return getattr(self, "component" if key == COMPONENT else key, default)
+
+
+def key(default: Any, description: str, **limits: Any) -> Any:
+    """A key of a config: its default (``...``: it must be set), its meaning, and what its value may be."""
+    return Field(default=default, description=description, **limits)
+
+
+def _time_limit(text: str) -> str:
+    if not re.fullmatch(r"\d+:\d+:\d+:\d+", text):
+        raise ValueError("expected DD:HH:MM:SS, for example 00:03:30:00 for three and a half hours.")
+    return text
+
+
+def _catchable(name: str) -> str:
+    if name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP"):
+        raise ValueError(f"{name!r} is no signal that a run can catch, as SIGTERM is.")
+    return name
+
+
+def _folder(path: str) -> str:
+    if not path.strip() or "\0" in path:
+        raise ValueError("expected a folder's path.")
+    return path
+
+
+Fraction = Annotated[float, Field(ge=0, le=1, title="a fraction")]
+Batches = Annotated[int, Field(ge=0, le=10**9, title="a whole number of batches")]
+Limit = Literal[-1] | Batches | Fraction | None
+Interval = Batches | Annotated[float, Field(ge=0, le=1, title="a fraction of the epoch")]
+Beta = Annotated[float, Field(gt=0, le=1e6)]
+LearningRate = Annotated[float, Field(gt=0, le=1e10)]
+Text = Annotated[str, Field(min_length=1, title="texts that are not empty")]
+TokenId = Annotated[int, Field(title="token ids, which are whole numbers")]
+TrainedDtype = Literal["fp32", "bf16"]  # fp16 would need its loss scaled
+Attention = Literal["auto", "flex", "dense"]
+ACMode = Literal["full", "selective"]
+OnNonfinite = Literal["stop", "skip"]
+Action = Literal["warn", "stop", "rollback"]
+Truncated = Literal["keep", "mask", "drop"]
+KeepOrDrop = Literal["keep", "drop"]
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+class Sampling(Section):
+    """How responses are generated."""
+
+    temperature: float = key(1.0, "0: greedy; 1: the model's own distribution", ge=0, le=1e3)
+    top_k: int = key(0, "keep the k most probable tokens; 0: all", ge=0, lt=2**31)
+    top_p: float = key(1.0, "keep the most probable tokens of this probability; 1: all", gt=0, le=1)
+    repetition_penalty: float = key(1.0, "above 1 discourages tokens that occurred before", gt=0, le=1e3)
+    min_new_tokens: int = key(1, "no stop token before", ge=0, le=2**24)
+    max_new_tokens: int = key(256, "longer responses are truncated here", ge=1, le=2**24)
+    stop_token_ids: list[TokenId] = key([], "end a response, besides the tokenizer's stop tokens")
+    stop_strings: list[Text] = key([], "texts that end a response, besides stop tokens")
+
+    @property
+    def greedy_by(self) -> str | None:
+        """The key, if any, that leaves nothing to chance: all responses to a prompt are then the same."""
+        greedy = {
+            "temperature": self.temperature < 1e-5,  # from there on vLLM takes the most probable token
+            "top_k": self.top_k == 1,
+            "top_p": self.top_p <= 1e-6,  # below the largest probability of any distribution over a vocabulary
+        }
+        return next((name for name, is_greedy in greedy.items() if is_greedy), None)
+
+    @model_validator(mode="after")
+    def _can_end(self) -> Sampling:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(f"min_new_tokens={self.min_new_tokens}: expected 0 to max_new_tokens.")
+        return self
+
+
+class Pairs(Section):
+    """Which pairs are trained on, and how they are packed into rows."""
+
+    responses_per_prompt: int = key(1, "generated responses per real one; the prompt is computed once", ge=1, le=1024)
+    history: int = key(0, "also train on the pairs of this many earlier iterations", ge=0, le=10_000)
+    history_fraction: Fraction = key(1.0, "of each earlier iteration's pairs")
+    truncated: Truncated = key("keep", "responses truncated at max_new_tokens: keep | mask | drop")
+    equal_to_real: KeepOrDrop = key("keep", "responses equal to the real one: keep | drop")
+    empty: KeepOrDrop = key("drop", "responses without text: keep | drop")
+    prompts_per_shard: int = key(256, "what a restart may generate again, per rank", ge=1, le=2**20)
+    row_tokens: int = key(8192, "longest packed row; higher is faster and increases memory", ge=1, le=2**24)
+    row_multiple: int = key(128, "rows are padded to this; higher means fewer shapes to compile", ge=1, le=2**16)
+
+
+class Validation(Section):
+    """What is measured on the validation set besides the supervised loss."""
+
+    spin: bool = key(False, "true: also generate for the validation prompts; log SPIN loss and accuracy")
+    at_start: bool = key(True, "also before the first step, for comparison")
+    table_rows: int = key(4, "sample responses written at each validation", ge=0, le=10_000)
+
+
+class LRScheduler(Section):
+    """The learning rate over an iteration."""
+
+    name: Schedule = key("linear", "linear | cosine | constant; restarts in each iteration")
+    warmup: Annotated[int, Field(ge=0, le=10**9, title="a whole number of steps")] | Fraction = key(
+        0.1, "int: steps; float: fraction of the iteration's steps"
+    )
+    min_ratio: Fraction = key(0.0, "fraction of lr that is left at the end")
+
+
+class WatchLimit(Section):
+    """A limit and what passing it does."""
+
+    limit: float | None = key(None, "null: no limit", gt=0)
+    action: Action = key("warn", "warn | stop | rollback to the iteration's start")
+
+
+class LengthLimit(WatchLimit):
+    """A limit of a ratio, or of its inverse."""
+
+    limit: float | None = key(2.0, "null: no limit", gt=1)
+
+
+class Watch(Section):
+    """What a policy looks like that self-play is ruining."""
+
+    window: int = key(20, "steps averaged for the first three", ge=1, le=10**6)
+    real_logp_drift: WatchLimit = key(WatchLimit(limit=50.0), "nats that real responses may lose in an iteration")
+    acc: WatchLimit = key(WatchLimit(limit=0.99), "above, real and generated are told apart: nothing is left to learn")
+    margin: WatchLimit = key(WatchLimit(limit=5.0), "above, the loss is flat")
+    truncated_fraction: WatchLimit = key(WatchLimit(limit=0.5), "of an iteration's responses")
+    length_drift: LengthLimit = key(LengthLimit(), "mean length of responses: times, or one in, that of iteration 0")
+
+
+class Loss(Component):
+    """The loss, given beta by the recipe."""
+
+    beta: Beta | list[Beta] = key(..., "the paper's lambda; lower: bigger moves. A list: one per iteration")
+
+
+class Optimizer(Component):
+    """The optimizer, given its learning rate by the recipe."""
+
+    lr: LearningRate | list[LearningRate] = key(..., "a list: one per iteration")
+    reset_each_iteration: bool = key(True, "false: moments stay although the opponent has changed")
+    own: ClassVar[tuple[str, ...]] = ("reset_each_iteration",)
+
+
+def component(path: str, **arguments: Any) -> Any:
+    """The default of a section that names a component; its arguments hold while the config keeps the component."""
+    return {COMPONENT: path, **arguments}
+
+
+class Config(Section):
+    """What the configs of all recipes have."""
+
+    output_dir: Annotated[str, AfterValidator(_folder)] = key(..., "checkpoints, logs, pairs, exported models")
+    dataset: Component = key(component("spin.data.prompt_dataset"), "prompts with real responses")
+    sampling: Sampling = Sampling()
+    compute_dtype: TrainedDtype = key("bf16", "of the arithmetic: bf16 | fp32")
+    device: Literal["cpu", "cuda"] | None = key(None, "cuda | cpu; null: a GPU if there is one")
+    distributed_timeout_seconds: float = key(300, "a rank that is silent for that long ends the others", ge=1, le=86400)
+    seed: int = key(42, "decides the order of samples and every sampled token", ge=-(2**63), lt=2**63)
+    allow_components: list[str] = key([], "packages of yours that _component_ may name; on the command line only")
+
+
+class SPINConfig(Config):
+    """The config of ``spin_recipe``."""
+
+    resume: Annotated[str, Field(min_length=1, title="auto, never, or the folder of a checkpoint")] = key(
+        "auto", "auto: the newest checkpoint, if any | never | path of a checkpoint"
+    )
+    resume_with_changes: list[str] = key([], "keys that may differ from the run that is resumed")
+    model: Component
+    tokenizer: Component
+    checkpointer: Component = Field(default=component("spin.checkpoint.SPINCheckpointer"))
+    validation_dataset: Component | None = key(None, "null: no validation")
+    validation: Validation = Validation()
+    generator: Component = key(component("spin.generators.TorchtuneGenerator"), "how the opponent generates")
+    pairs: Pairs = Pairs()
+    loss: Loss = Field(default=component("spin.loss.SPINLoss", beta=0.1))
+    nll_weight: float = key(0.0, "weight of the real responses' cross-entropy; keeps them likely", ge=0, le=1e6)
+    optimizer: Optimizer = Field(default=component("torch.optim.AdamW", lr=5e-7))
+    lr_scheduler: LRScheduler = LRScheduler()
+    max_iterations: int = key(3, "rounds of self-play; each starts against the policy of the last", ge=1, le=10_000)
+    max_epochs: int = key(2, "passes over the pairs in an iteration", ge=1, le=10_000)
+    max_steps: Literal[-1] | Annotated[int, Field(ge=1, le=10**9)] | None = key(
+        -1, "stop after this many optimizer steps in all; -1: no limit"
+    )
+    max_time: Annotated[str, AfterValidator(_time_limit)] | None = key(
+        None, "DD:HH:MM:SS; then save and stop; the same command resumes"
+    )
+    global_batch_size: int = key(64, "prompts per optimizer step, over all ranks", ge=1, le=2**20)
+    limit_train_batches: Limit = key(1.0, "of an epoch. int: batches; float: fraction")
+    limit_val_batches: Limit = key(1.0, "of a validation. int: batches; float: fraction")
+    val_check_interval: Interval = key(0.5, "int: every n batches; float: fraction of an epoch")
+    save_interval: Interval = key(1.0, "int: every n batches; float: fraction of an epoch")
+    stop_signals: list[Annotated[str, AfterValidator(_catchable), Field(title="names of signals")]] = key(
+        ["SIGINT", "SIGTERM", "SIGUSR1"], "finish the step, save, stop; the same command resumes"
+    )
+    clip_grad_norm: float | None = key(1.0, "null: no clipping", gt=0)
+    on_nonfinite: OnNonfinite = key("stop", "loss or gradient NaN or infinite: stop | skip the batch")
+    nonfinite_limit: int = key(5, "with skip: stop after this many batches in a row", ge=1, le=10**9)
+    logprob_chunk_tokens: int = key(
+        2048, "response tokens per slice of the output layer; lower saves memory", ge=1, le=2**24
+    )
+    dtype: TrainedDtype = key("fp32", "of trained weights; small learning rates hardly move bf16 ones")
+    base_dtype: TrainedDtype | None = key(None, "of frozen weights under adapters: bf16 | fp32")
+    attention: Attention = key("auto", "auto: FlexAttention on a GPU in bf16 | flex | dense, slow on long rows")
+    enable_activation_checkpointing: bool = key(False, "true saves memory, costs about a third more compute")
+    ac_mode: ACMode = key("full", "full: every layer | selective: every ac_option-th")
+    ac_option: int | None = key(None, "for ac_mode=selective; higher saves time, lower saves memory", ge=1, le=10_000)
+    compile: bool = key(False, "torch.compile each layer: a minute more to start, then 1.5 times faster")
+    enable_float8_training: bool = key(False, "true: the layers' products in float8; H100 and later, with compile")
+    num_workers: int = key(1, "threads that pack rows while the device computes", ge=0, le=4096)
+    self_test: bool = key(True, "stop unless each iteration starts at loss ln 2 and zero rewards")
+    watch: Watch = Watch()
+    metric_logger: Component | None = key(
+        component("torchtune.training.metric_logging.DiskLogger", log_dir="${output_dir}/logs"),
+        "null: metrics.jsonl alone",
+    )
+    log_every_n_steps: int = key(1, "higher logs less often", ge=1, le=10**9)
+    replicas: int = key(1, "shard groups, each with all of a model; for slow links between hosts", ge=1, le=2**16)
+    fsdp_reshard_after_forward: bool = key(True, "false gathers a layer once per step; more memory")
+    fsdp_accumulate_unsharded: bool = key(False, "true reduces gradients once per step; 4 bytes more a weight")
+    fsdp_cpu_offload: bool = key(False, "true keeps weights and optimizer in CPU memory; slow")
+    deterministic: bool = key(False, "true: a restart on a GPU gives the same bits; slower")
+
+
+class GenerateConfig(SPINConfig):
+    """The config of ``spin_generate``: that of the run, and which of several machines this one is."""
+
+    worker: int = key(0, "number of this machine, from 0", ge=0, lt=4096)
+    num_workers: int = key(1, "machines that generate", ge=1, le=4096)
+
+
+class EvaluatedModel(Section):
+    """A model of an evaluation."""
+
+    name: str | None = key(None, "null: the folder's name, or its iteration's; names a folder too")
+    checkpoint_dir: str | None = key(None, "Hugging Face folder; null: the generator has its own model")
+    model_type: str | None = key(None, "torchtune's name of the weight layout")
+    model: Component | None = None
+    tokenizer: Component = Field(default=component("spin.data.ChatTokenizer"))
+    generator: Component = Field(default=component("spin.generators.TorchtuneGenerator"))
+
+
+JUDGE_TEMPLATE = """\
+Two assistants answered the same prompt. Decide which answer serves the user better: correct, relevant, complete,
+clear. Do not let the order of the answers or their length sway you.
+
+[Prompt]
+{prompt}
+
+[Answer A]
+{first}
+
+[Answer B]
+{second}
+
+Say briefly what decides, then end with your verdict in this form: [[A]] if answer A is better, [[B]] if answer B is
+better, [[C]] if neither is.
+"""
+
+
+class Judge(EvaluatedModel):
+    """The model that compares two responses."""
+
+    tokenizer: Component | None = None  # type: ignore[assignment]
+    sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=512)
+    system_prompt: str | None = key(None, "precedes every question to the judge")
+    template: str = key(JUDGE_TEMPLATE, "fields: {prompt}, {first}, {second}, {reference}")
+    pattern: str = key(r"\[\[([ABC])\]\]", "one group that takes A, B or C (a tie); the last match counts")
+
+
+class ExactMatch(Section):
+    """How responses are compared with what the data set says."""
+
+    pattern: str | None = key(None, "its one group is taken at its last match; null: all of the response")
+    column: str | None = key(None, "of the data set, with the right answer; null: the real response")
+    reference_pattern: str | None = key(None, "as pattern, for the right answer")
+
+
+class EvaluateConfig(Config):
+    """The config of ``spin_evaluate``."""
+
+    candidate: EvaluatedModel = EvaluatedModel()
+    baseline: EvaluatedModel = EvaluatedModel()
+    verdict: Literal["judge", "exact_match"] = key("judge", "judge | exact_match")
+    judge: Judge = Judge()
+    exact_match: ExactMatch = key(ExactMatch(), "read for verdict: exact_match only")
+    prompts_per_shard: int = key(64, "what a restart may generate again", ge=1, le=2**20)
+
+
+# Ranges of arguments of components, by section; any other number is below 2**63. The most is far above what makes
+# sense, and below what takes a machine down before its own check.
+ARGUMENTS: dict[str, tuple[float, float]] = {
+    "checkpointer.keep_last": (1, 10**6),
+    "checkpointer.keep_best": (0, 10**6),
+    "dataset.limit": (1, 10**12),
+    "dataset.shuffle_buffer": (0, 10**9),
+    "generator.batch_size": (1, 2**16),
+    "generator.prefill_batch": (1, 2**16),
+    "generator.concurrency": (1, 2**16),
+    "generator.timeout_seconds": (0, 1e7),
+    "generator.wait_seconds": (0, 1e7),
+    "generator.max_model_len": (1, 2**24),
+    "model.vocab_size": (1, 2**24),
+    "model.num_layers": (1, 1024),
+    "model.num_heads": (1, 2**16),
+    "model.num_kv_heads": (1, 2**16),
+    "model.head_dim": (1, 2**16),
+    "model.embed_dim": (1, 2**20),
+    "model.intermediate_dim": (1, 2**22),
+    "model.max_seq_len": (1, 2**24),
+    "model.lora_rank": (1, 2**16),
+}
