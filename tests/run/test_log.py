@@ -29,6 +29,7 @@ def log(tmp_path):
         cfg = OmegaConf.create(
             {
                 "output_dir": str(tmp_path),
+                "resume": "auto",
                 "log_every_n_steps": 1,
                 "metric_logger": {"_component_": f"torchtune.training.metric_logging.{service}", **arguments},
             }
@@ -139,7 +140,7 @@ def test_a_table_that_fails_stops_nothing(tmp_path, monkeypatch, caplog):
     instantiate = config.instantiate
 
     def make(node, *args, **kwargs):
-        is_logger = "log_dir" in (node or {})
+        is_logger = getattr(node, "log_dir", None) is not None
         return service if is_logger else instantiate(node, *args, **kwargs)
 
     monkeypatch.setattr(config, "instantiate", make)
