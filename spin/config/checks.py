@@ -22,11 +22,7 @@ _PACKAGES = {  # of torchtune's loggers, which import them when they are made: a
 
 
 def check_run(cfg: SPINConfig) -> None:
-    """Checks the values of a recipe's config against each other.
-
-    Raises:
-        ConfigError: If anything cannot work, with every fault in a line of its own.
-    """
+    """Raises a ConfigError with every fault, if values of a recipe's config do not work with each other."""
     faults = Faults()
     for name, value in (("loss.beta", cfg.loss.beta), ("optimizer.lr", cfg.optimizer.lr)):
         if isinstance(value, list) and len(value) != cfg.max_iterations:

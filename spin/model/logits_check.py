@@ -81,7 +81,7 @@ def compare_logits(
     """Compares the logits of a config's model with those of transformers' model of the folder.
 
     Args:
-        section (Component | DictConfig): the config's ``model``, any torchtune builder.
+        section (config.Component | DictConfig): the config's ``model``, any torchtune builder.
         checkpoint_dir (str | Path): Hugging Face folder with the model's config.json.
         model_type (str): name in torchtune's ``ModelType``.
         max_parameters (int): of the model of one or two layers, at most.

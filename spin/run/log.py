@@ -81,7 +81,7 @@ class RunLog:
     the run before a checkpoint is saved whose log would lack the line.
 
     Args:
-        cfg (SPINConfig): the run's; its copy is readable by its owner alone if it has secrets.
+        cfg (config.SPINConfig): the run's; its copy is readable by its owner alone if it has secrets.
         make_logger (Callable[[], Any]): see :class:`MetricService`.
         from_step (int): see :class:`MetricsFile`; negative before the first run of a folder.
         world (World): the ranks.

@@ -7,7 +7,7 @@ import pytest
 import spin_generate
 
 from spin.checkpoint import SPINCheckpointer
-from spin.config.parse import complete, load_config
+from spin.config import GenerateConfig, complete, load_config
 from spin.core.errors import CheckpointError
 from spin.core.ranks import init_world
 from tests.recipes.helpers import CONFIG, metrics_of, run, tiny_overrides
@@ -101,7 +101,7 @@ def test_generation_alone_steps_back_too(runs, tmp_path, caplog):
     out = shutil.copytree(runs / "five", tmp_path / "out")
     flip(step(out, 5) / "__0_0.distcp")
     recipe = spin_generate.SPINGenerate(
-        complete(load_config(str(CONFIG), [*tiny_overrides(out), *SHORT]), spin_generate.DEFAULTS)
+        complete(load_config(str(CONFIG), [*tiny_overrides(out), *SHORT]), GenerateConfig)
     )
     with pytest.raises(CheckpointError, match="step_00000004 is inside iteration 0"):
         recipe.setup()
