@@ -9,7 +9,7 @@ from spin.data.read import prompt_dataset
 from spin.data.stream import PromptStream
 from spin.data.tokenizer import PromptTokenizer
 from spin.data.torchtune_tokenizer import TorchtuneTokenizer, adapt_tokenizer
-from spin.pairs.packing import PackedRow, pack_batch, pack_row, plan_rows
+from spin.pairs.packing import PackedRow, RowLayout, pack_batch, pack_row, plan_rows
 from spin.pairs.store import PairStore
 from spin.types import Pair, Prompt, Response
 
@@ -25,6 +25,7 @@ __all__ = [
     "PromptStream",
     "PromptTokenizer",
     "Response",
+    "RowLayout",
     "TorchtuneTokenizer",
     "adapt_tokenizer",
     "epoch_order",

@@ -65,56 +65,29 @@ _DEFAULT_LAYOUT = RowLayout()
 
 @dataclass(frozen=True)
 class PackedRow:
-    """Whole pairs in one sequence of s tokens with m responses, n response tokens and c comparisons of two responses.
+    """Whole pairs in one sequence of s tokens: m responses, n response tokens and c comparisons of two responses."""
 
-    Args:
-        tokens (torch.Tensor): token ids, int64, shape (s,); 0 in padding.
-        positions (torch.Tensor): position ids, int32, shape (s,).
-        own_start (torch.Tensor): where the segment of each token starts, int32, shape (s,); padding tokens stand alone.
-        prompt_start (torch.Tensor): where the prompt of each response token starts, int32, shape (s,).
-        prompt_end (torch.Tensor): where it ends (exclusive), int32, shape (s,); equals ``prompt_start`` where there is
-            none.
-        predictors (torch.Tensor): index of the token whose hidden state predicts each response token, int64, shape
-            (n,).
-        targets (torch.Tensor): the response tokens, int64, shape (n,).
-        segments (torch.Tensor): response that each of them belongs to, int64, shape (n,).
-        response_lengths (torch.Tensor): tokens of each response, int64, shape (m,).
-        reference_logps (torch.Tensor): the opponent's summed log-probs, float64, shape (m,); NaN until scored.
-        real (torch.Tensor): response that is real in each comparison, int64, shape (c,).
-        generated (torch.Tensor): response that is generated in each comparison, int64, shape (c,).
-        truncated (torch.Tensor): the length limit ended the generated response, bool, shape (c,).
-        weights (torch.Tensor): weight of each comparison in the loss of its pair, float32, shape (c,); a pair's sum to
-            1, or less where truncated responses are masked.
-        used_tokens (int): tokens of the row that are not padding.
-        pair_responses (list[tuple[tuple[int, str], int, int]]): key, first response and number of responses of each
-            pair.
-        bounds (list[int]): where the tokens of each response start among the n response tokens, and where the last
-            ones stop: m + 1 numbers.
-        blocks (RowBlocks | None): block structure of the mask for FlexAttention; None: the mask is dense.
-        window_blocks (RowBlocks | None): the same within the sliding window.
-        window (int | None): sliding window of some of the model's layers, in positions.
-    """
-
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    own_start: torch.Tensor
-    prompt_start: torch.Tensor
-    prompt_end: torch.Tensor
-    predictors: torch.Tensor
-    targets: torch.Tensor
-    segments: torch.Tensor
-    response_lengths: torch.Tensor
-    reference_logps: torch.Tensor
-    real: torch.Tensor
-    generated: torch.Tensor
-    truncated: torch.Tensor
+    tokens: torch.Tensor  # token ids, int64, shape (s,); 0 in padding
+    positions: torch.Tensor  # int32, shape (s,)
+    own_start: torch.Tensor  # where the segment of each token starts, int32, shape (s,); padding tokens stand alone
+    prompt_start: torch.Tensor  # where the prompt of each response token starts, int32, shape (s,)
+    prompt_end: torch.Tensor  # one after its end, int32, shape (s,); equals prompt_start where there is none
+    predictors: torch.Tensor  # the token whose hidden state predicts each response token, int64, shape (n,)
+    targets: torch.Tensor  # the response tokens, int64, shape (n,)
+    segments: torch.Tensor  # the response that each of them belongs to, int64, shape (n,)
+    response_lengths: torch.Tensor  # tokens of each response, int64, shape (m,)
+    reference_logps: torch.Tensor  # the opponent's summed log-probs in nats, float64, shape (m,); NaN until scored
+    real: torch.Tensor  # the response that is real in each comparison, int64, shape (c,)
+    generated: torch.Tensor  # the one that is generated, int64, shape (c,)
+    truncated: torch.Tensor  # the length limit ended the generated response, bool, shape (c,)
+    # of each comparison in the loss, float32, shape (c,); a pair's sum to 1, or less where truncated ones are masked
     weights: torch.Tensor
-    used_tokens: int
-    pair_responses: list[tuple[tuple[int, str], int, int]]
-    bounds: list[int]
-    blocks: RowBlocks | None = None
-    window_blocks: RowBlocks | None = None
-    window: int | None = None
+    used_tokens: int  # tokens of the row that are not padding
+    pair_responses: list[tuple[tuple[int, str], int, int]]  # key, first response, number of responses of each pair
+    bounds: list[int]  # m + 1 numbers: where each response's tokens start among the n, and where the last one's stop
+    blocks: RowBlocks | None = None  # structure of the mask for FlexAttention; None: the mask is dense
+    window_blocks: RowBlocks | None = None  # the same within the sliding window
+    window: int | None = None  # sliding window of some of the model's layers, in positions
 
     @property
     def num_responses(self) -> int:
@@ -136,11 +109,8 @@ class PackedRow:
         return replace(self, **changed)
 
     def attention_mask(self) -> torch.Tensor | FlexMask:
-        """What a model patched by :func:`spin.model.attention.patch_attention` takes as ``mask`` for this row.
-
-        Returns:
-            torch.Tensor | FlexMask: for FlexAttention if the row has blocks, else :meth:`dense_mask` as (1, s, s).
-        """
+        """What a model patched by :func:`spin.model.attention.patch_attention` takes as ``mask`` for this row: for
+        FlexAttention if the row has blocks, else :meth:`dense_mask` as (1, s, s)."""
         if self.blocks is None:
             return self.dense_mask()[None]
         bounds = (self.own_start, self.prompt_start, self.prompt_end)
