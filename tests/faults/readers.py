@@ -55,6 +55,9 @@ TEMPLATE_PARTS = [
 ]  # fmt: skip
 
 
+BEYOND_REPAIR = (OSError, ValueError, EOFError, RecursionError, pa.ArrowException, yaml.YAMLError, zlib.error)
+
+
 @dataclass(frozen=True)
 class Reader:
     """What reads some files of a folder, and how many of 1,000 inputs it gets."""
@@ -84,15 +87,7 @@ def damage(file: Path, rng: random.Random) -> None:
                 file.write_bytes(bend_text(file, rng))
             else:
                 file.write_bytes(bend_bytes(file.read_bytes(), rng))
-        except (
-            OSError,
-            ValueError,
-            EOFError,
-            RecursionError,
-            pa.ArrowException,
-            yaml.YAMLError,
-            zlib.error,
-        ):  # damaged beyond that
+        except BEYOND_REPAIR:
             file.write_bytes(bend_bytes(file.read_bytes(), rng))
 
 
@@ -105,22 +100,15 @@ def _bend_header(content: bytes, rng: random.Random) -> bytes:
 
 
 def readers(folder: Path) -> dict[str, Reader]:
-    """All readers.
-
-    Args:
-        folder (Path): where whole input is made.
-
-    Returns:
-        dict[str, Reader]: by name.
-    """
+    """All readers, by name; whole input for them is made in the folder."""
     return {
         **_config_readers(),
         **_data_readers(folder),
         **_store_readers(folder),
-        **_state_readers(folder),
+        **_checkpoint_readers(folder),
         **_run_readers(folder),
         **_model_readers(),
-        **_answer_readers(folder),
+        **_response_readers(folder),
     }
 
 
@@ -139,21 +127,13 @@ def _config_readers() -> dict[str, Reader]:
         "",
         ".",
     ]
+    hostile = ["[1,", "{a: b", "on", "!!python/object:os.system", "&a [*a]", "9" * 5000, "${a}" * 50]
 
     def config(folder: Path, rng: random.Random) -> None:
         check_run(complete(load_config(str(folder / "config.yaml"), ["output_dir=out"]), SPINConfig))
 
     def overrides(folder: Path, rng: random.Random) -> None:
-        values = [
-            *map(repr, VALUES),
-            "[1,",
-            "{a: b",
-            "on",
-            "!!python/object:os.system",
-            "&a [*a]",
-            "9" * 5000,
-            "${a}" * 50,
-        ]
+        values = [*map(repr, VALUES), *hostile]
         given = [
             rng.choice(["", "", "~"]) + rng.choice(keys) + rng.choice(["=", "=", ""]) + rng.choice(values)
             for _ in range(rng.randint(1, 3))
@@ -228,16 +208,11 @@ def _store_readers(folder: Path) -> dict[str, Reader]:
 # ---- checkpoints
 
 
-def _state_readers(folder: Path) -> dict[str, Reader]:
+def _checkpoint_readers(folder: Path) -> dict[str, Reader]:
     world = init_world("cpu")
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "run"))
-    saved = {
-        "progress": {"step": 3, "consumed_samples": 12},
-        "total_steps": 20,
-        "opponent": "w",
-        "val_loss": 1.0,
-        "run": {},
-    }
+    progress = {"step": 3, "consumed_samples": 12}
+    saved = {"progress": progress, "total_steps": 20, "opponent": "w", "val_loss": 1.0, "run": {}}
     path = checkpointer.save(step=3, model=sharded(world), optimizer=None, state=saved, world=world)
     checkpointer.close()
     files = {file.name: file.read_bytes() for file in path.iterdir()}
@@ -262,9 +237,9 @@ def _state_readers(folder: Path) -> dict[str, Reader]:
             pass  # no manifest any more
 
     return {
-        "state manifest": Reader(files, read, 50, damaged=("manifest.json",), seal=seal),
-        "state": Reader(files, read, 30, damaged=("state.json",), seal=seal),
-        "state metadata": Reader(files, read, 30, damaged=(".metadata",), seal=seal),
+        "checkpoint manifest": Reader(files, read, 50, damaged=("manifest.json",), seal=seal),
+        "checkpoint state": Reader(files, read, 30, damaged=("state.json",), seal=seal),
+        "checkpoint metadata": Reader(files, read, 30, damaged=(".metadata",), seal=seal),
     }
 
 
@@ -329,7 +304,7 @@ def _model_readers() -> dict[str, Reader]:
 # ---- responses
 
 
-def _answer_readers(folder: Path) -> dict[str, Reader]:
+def _response_readers(folder: Path) -> dict[str, Reader]:
     rows = [{"prompt_ids": [5, i], "generated_ids": [7, 9], "finish_reason": "stop", "k": 0} for i in range(4)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "responses.parquet")
     files = {
@@ -373,19 +348,7 @@ class Found(Exception):
 
 
 def attempt(reader: Reader, folder: Path, seed: int) -> str:
-    """Reads one damaged input.
-
-    Args:
-        reader (Reader): which reader.
-        folder (Path): where the input is written; it is removed before.
-        seed (int): of the damage.
-
-    Returns:
-        str: ``fine`` or ``refused``.
-
-    Raises:
-        Found: If it ended otherwise.
-    """
+    """Reads one damaged input, written to an emptied folder: ``fine`` or ``refused``, or Found if it ends otherwise."""
     rng = random.Random(seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

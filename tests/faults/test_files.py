@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -43,19 +44,23 @@ time.sleep(300)
 """
 
 
-def hold(folder, env, *shared):
-    """A process that holds the lock, and has a child; the child's id."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(folder), *shared], env=env, stdout=subprocess.PIPE, text=True
-    )
-    return process, int(process.stdout.readline())
+@contextmanager
+def held(folder, env, *shared):
+    """A process that holds the lock, and has a child; that process, and the child's id."""
+    words = [sys.executable, "-c", HOLDER, str(folder), *shared]
+    process = subprocess.Popen(words, env=env, stdout=subprocess.PIPE, text=True)
+    child = int(process.stdout.readline())
+    try:
+        yield process, child
+    finally:
+        process.kill()
+        os.kill(child, signal.SIGKILL)
 
 
 @pytest.mark.slow
 def test_a_second_run_is_locked_out_until_the_first_is_dead(tmp_path, subprocess_env):
     """By the command line, before anything in the folder is touched; a killed run's children keep nobody out."""
-    process, child = hold(tmp_path / "out", subprocess_env)
-    try:
+    with held(tmp_path / "out", subprocess_env) as (process, child):
         before = sorted(path.name for path in (tmp_path / "out").iterdir())
         done = command(tmp_path / "out", *SHORT, program=PROGRAM)
         assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -65,21 +70,14 @@ def test_a_second_run_is_locked_out_until_the_first_is_dead(tmp_path, subprocess
         process.wait()
         os.kill(child, 0)  # still there
         run(tmp_path / "out", *SHORT, "max_steps=1")
-    finally:
-        process.kill()
-        os.kill(child, signal.SIGKILL)
     assert len(metrics_of(tmp_path / "out")) == 1
 
 
 def test_workers_share_and_a_run_does_not(tmp_path, subprocess_env):
-    process, child = hold(tmp_path, subprocess_env, "shared")
-    try:
+    with held(tmp_path, subprocess_env, "shared"):
         FolderLock(tmp_path, shared=True).release()
         with pytest.raises(OutputError, match="another run is writing here"):
             FolderLock(tmp_path)
-    finally:
-        process.kill()
-        os.kill(child, signal.SIGKILL)
 
 
 def test_a_file_in_the_folders_place_and_a_file_system_without_locks(tmp_path, monkeypatch):
@@ -138,9 +136,8 @@ def test_a_full_disk_ends_the_run_with_the_path(tmp_path, limit, named):
 
 
 @pytest.mark.slow
-def test_the_earlier_state_outlives_a_disk_that_fills_up_later(tmp_path):
-    """The first state is written; then no file may have more than 3 MB. The run ends at its next step, not at its next
-    save."""
+def test_the_earlier_checkpoint_outlives_a_disk_that_fills_up_later(tmp_path):
+    """One is written; then no file may have more than 3 MB. The run ends at its next step, not its next save."""
 
     class FillsUp(SPINRecipe):
         def save_checkpoint(self):
@@ -191,13 +188,19 @@ def world():
     return init_world("cpu")
 
 
-def test_training_goes_on_while_a_state_is_written(tmp_path, world, monkeypatch):
+def save(checkpointer, step, **options):
+    world = init_world("cpu")
+    return checkpointer.save(step=step, model=sharded(world), optimizer=None, state={}, world=world, **options)
+
+
+def test_training_continues_while_a_checkpoint_is_written(tmp_path, world, monkeypatch):
     """The weights of the moment of saving are written, whatever is trained before the writer gets to them."""
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
     may_write, original = threading.Event(), spin.checkpoint.checkpointer.save_tensors
 
     def held_up(*args):
         assert may_write.wait(60)
+        may_write.clear()
         original(*args)
 
     monkeypatch.setattr(spin.checkpoint.checkpointer, "save_tensors", held_up)
@@ -212,39 +215,36 @@ def test_training_goes_on_while_a_state_is_written(tmp_path, world, monkeypatch)
         assert weights_fingerprint(model) != saved
         may_write.set()
         checkpointer.wait()
-        may_write.clear()
         other = build()
         checkpointer.load(path, model=other, optimizer=None, world=world)
         assert weights_fingerprint(other) == saved
-    may_write.set()
     checkpointer.close()
 
 
-def test_a_failed_write_is_told_by_the_next_call_of_every_kind(tmp_path, world, monkeypatch):
+@pytest.mark.parametrize(
+    "call",
+    [
+        SPINCheckpointer.wait,
+        SPINCheckpointer.close,
+        lambda checkpointer: checkpointer.export(build(), 0, init_world("cpu")),
+        lambda checkpointer: save(checkpointer, 3),
+        lambda checkpointer: checkpointer.roll_back(0, init_world("cpu")),
+    ],
+    ids=["wait", "close", "export", "save", "roll_back"],
+)
+def test_a_failed_write_is_raised_by_the_next_call_of_every_kind(tmp_path, monkeypatch, call):
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    for number, call in enumerate(("wait", "close", "export", "save", "roll_back")):
-        checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / call))
-        model = sharded(world)
-        arguments = {"model": model, "optimizer": None, "state": {}, "world": world}
-        first = checkpointer.save(step=1, **arguments)
-        checkpointer.wait()
-        assert not checkpointer.has_failed
-        with monkeypatch.context() as patch:
-            patch.setattr(spin.checkpoint.checkpointer, "file_sha256", fail)
-            checkpointer.save(step=2, **arguments)
-            calls = {
-                "wait": checkpointer.wait,
-                "close": checkpointer.close,
-                "export": lambda: checkpointer.export(model, 0, world),  # noqa: B023
-                "save": lambda: checkpointer.save(step=3, **arguments),  # noqa: B023
-                "roll_back": lambda: checkpointer.roll_back(0, world),  # noqa: B023
-            }
-            with pytest.raises(CheckpointError, match=r"step_00000002\.part: cannot write .*No space left on device"):
-                calls[call]()
-        assert [path.name for path in checkpointer.checkpoints_dir.iterdir()] == [first.name], number
-        assert checkpointer.latest() == first
+    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
+    first = save(checkpointer, 1)
+    checkpointer.wait()
+    assert not checkpointer.has_failed
+    monkeypatch.setattr(spin.checkpoint.checkpointer, "file_sha256", fail)
+    save(checkpointer, 2)
+    with pytest.raises(CheckpointError, match=r"step_00000002\.part: cannot write .*No space left on device"):
+        call(checkpointer)
+    assert list(checkpointer.checkpoints_dir.iterdir()) == [first] and checkpointer.latest() == first
 
 
 @pytest.mark.slow
@@ -257,12 +257,11 @@ def test_one_rank_fails_in_the_background_and_both_stop(tmp_path, subprocess_env
 
 def test_an_anchor_stays_until_the_next(tmp_path, world):
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=1)
-    model = sharded(world)
-    for step in range(1, 7):
-        checkpointer.save(step=step, model=model, optimizer=None, state={}, world=world, anchor=step in (2, 5))
+    expected = {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6]}
+    for step, kept in expected.items():
+        save(checkpointer, step, anchor=step in (2, 5))
         checkpointer.wait()
-        names = sorted(int(path.name.removeprefix("step_")) for path in checkpointer.checkpoints_dir.iterdir())
-        assert names == {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6]}[step]
+        assert sorted(int(path.name[-8:]) for path in checkpointer.checkpoints_dir.iterdir()) == kept
     assert checkpointer.roll_back(5, world).name == "step_00000005"
     with pytest.raises(CheckpointError, match="Too far. .*checkpoints: cannot go back to step 4"):
         checkpointer.roll_back(4, world, "Too far.")
@@ -295,7 +294,7 @@ class Service:
 
 
 @pytest.mark.parametrize("fails_at_once", [True, False])
-def test_training_goes_on_without_a_metrics_service(tmp_path, monkeypatch, caplog, fails_at_once):
+def test_training_continues_without_a_metrics_service(tmp_path, monkeypatch, caplog, fails_at_once):
     """Nobody listens on the port, from the beginning."""
     monkeypatch.setitem(sys.modules, "own_package", sys.modules[__name__])
     monkeypatch.setattr(Service, "__module__", "own_package")
@@ -307,7 +306,7 @@ def test_training_goes_on_without_a_metrics_service(tmp_path, monkeypatch, caplo
     assert [row["step"] for row in metrics_of(tmp_path)] == [1, 2, 3, 4, 5]
     assert "Connection refused" in caplog.text
     warnings = [record for record in caplog.records if "metric_logger" in record.message]
-    # log_config, five steps and close fail; told the 1st, 2nd and 4th time
+    # log_config, five steps and close fail; logged the 1st, 2nd and 4th time
     assert len(warnings) == (1 if fails_at_once else 3)
 
 
