@@ -237,19 +237,18 @@ def test_a_response_that_begins_behind_the_generation_prompt(tiny_lm, caplog):
 # --- Reasoning ---
 
 
-@pytest.mark.parametrize(("template", "option"), [(QWEN3, "enable_thinking"), (SMOLLM3, "enable_thinking")])
-def test_a_reasoning_template_and_answers_without_reasoning(tiny_lm, template, option):
+@pytest.mark.parametrize("template", [QWEN3, SMOLLM3])
+def test_a_reasoning_template_and_responses_without_reasoning(tiny_lm, template):
     """The opponent would reason and the data set would not: refused with both remedies, and each of them works."""
     chat = ChatTokenizer(tiny_lm, chat_template=template)
     for messages in (TALK, TALK[1:3]):
         with pytest.raises(
-            DataError, match=rf"template_options\.{option}=false, or give the real responses with their"
+            DataError, match=r"template_options\.enable_thinking=false, or give the real responses with"
         ):
             chat.encode_pair(messages)
     assert texts(chat, [*TALK[:-1], REASONED])[1] == REASONED["content"] + E
-    assert (
-        texts(ChatTokenizer(tiny_lm, chat_template=template, template_options={option: False}), TALK)[1] == "Yes." + E
-    )
+    chat = ChatTokenizer(tiny_lm, chat_template=template, template_options={"enable_thinking": False})
+    assert texts(chat, TALK)[1] == "Yes." + E
 
 
 def test_reasoning_in_a_field_of_its_own(tiny_lm):
@@ -302,7 +301,7 @@ def test_a_template_that_only_reasons(tiny_lm):
     assert response == "I look.\n</think>\n\nYes." + E
 
 
-def test_a_template_that_cuts_the_reasoning_off(tiny_lm, caplog):
+def test_a_template_that_leaves_the_reasoning_out(tiny_lm, caplog):
     """R1's: the row's own text stands behind the block that the prompt opens."""
     prompt, response = texts(ChatTokenizer(tiny_lm, chat_template=R1), [USER, REASONED])
     assert (prompt, response) == ("<s><User>Why?<Assistant><think>\n", "I look.\n</think>\n\nYes." + E)
@@ -364,25 +363,29 @@ def test_named_templates(tiny_lm, folder):
 HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_leaves_a_role_out(tiny_lm, role):
+    loop = "{% for m in messages if m.role != '" + role + "' %}"
+    template = loop + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + HEAD
+    with pytest.raises(
+        DataError, match=f"tokenizer.chat_template: the chat template does not show what the {role} says"
+    ):
+        ChatTokenizer(tiny_lm, chat_template=template)
+
+
 @pytest.mark.parametrize(
-    ("loop", "at_start", "talk"),
+    ("chosen", "lost"),
     [
-        ("messages if m.role != 'user'", "does not show what the user says", None),
-        ("messages if m.role != 'assistant'", "does not show what the assistant says", None),
-        ("messages[-1:]", None, "has several turns, .* does not show the earlier ones|does not show it"),
-        ("messages if m.role != 'system'", None, "has a system message, .* does not show it"),
-        ("messages[:1] + messages[-1:]", None, "has several turns, and the chat template does not show"),
-        ("messages[-6:]", None, "has several turns, and the chat template does not show|does not show it"),
+        ("messages[-1:]", "has several turns, .* does not show the earlier ones|does not show it"),
+        ("messages if m.role != 'system'", "has a system message, .* does not show it"),
+        ("messages[:1] + messages[-1:]", "has several turns, and the chat template does not show"),
+        ("messages[-6:]", "has several turns, and the chat template does not show|does not show it"),
     ],
 )
-def test_a_role_that_does_not_reach_the_prompt(tiny_lm, loop, at_start, talk):
-    template = "{% for m in " + loop + " %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + HEAD
-    if at_start is not None:
-        with pytest.raises(DataError, match=f"tokenizer.chat_template: the chat template {at_start}"):
-            ChatTokenizer(tiny_lm, chat_template=template)
-        return
+def test_turns_that_do_not_reach_the_prompt(tiny_lm, chosen, lost):
+    template = "{% for m in " + chosen + " %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + HEAD
     chat = ChatTokenizer(tiny_lm, chat_template=template)
-    with pytest.raises(DataError, match=talk):
+    with pytest.raises(DataError, match=lost):
         chat.encode_pair(TALK)
     with pytest.raises(DataError):
         chat.encode_prompt(TALK[:-1])

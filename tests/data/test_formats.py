@@ -44,34 +44,20 @@ CHATML = (
 
 @dataclass(frozen=True)
 class Case:
-    """A line of the table.
+    """A line of the table."""
 
-    Args:
-        what (str): first column of the documentation.
-        row (Any): a row of a JSON Lines file, or the rows.
-        text (str): where it is read, prompt and response as the model sees them, ``role: content`` with bars between;
-            where it is refused, a part of the message.
-        result (str): ``read``, ``refused`` or ``ignored``.
-        note (str): last column.
-        changes (tuple[str, ...]): names in the report.
-        unused (tuple[str, ...]): columns and keys in the report.
-        options (dict[str, Any]): of ``dataset``.
-        template (str): of the tokenizer.
-        parquet (bool): write the rows as parquet, where Arrow gives every struct all keys.
-        shown (str): the example in the documentation; empty shows the row.
-    """
-
-    what: str
-    row: Any
+    what: str  # first column of the documentation
+    row: Any  # of a JSON Lines file, or the rows
+    # what the model sees, ``role: content`` with bars between; where it is refused, a part of the message
     text: str
-    result: str = "read"
-    note: str = ""
-    changes: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-    options: dict[str, Any] = field(default_factory=dict)
+    result: str = "read"  # or refused, or ignored
+    note: str = ""  # last column
+    changes: tuple[str, ...] = ()  # names in the report
+    unused: tuple[str, ...] = ()  # columns and keys in the report
+    options: dict[str, Any] = field(default_factory=dict)  # of ``dataset``
     template: str = TEMPLATE
-    parquet: bool = False
-    shown: str = ""
+    parquet: bool = False  # where Arrow gives every struct all keys
+    shown: str = ""  # the example in the documentation; empty shows the row
 
 
 def refused(what: str, row: Any, text: str, note: str = "", **more: Any) -> Case:
@@ -215,26 +201,16 @@ ROWS = [
 
 @dataclass(frozen=True)
 class Files:
-    """A line of the table of files.
+    """A line of the table of files."""
 
-    Args:
-        what (str): first column of the documentation.
-        files (tuple[str, ...]): name and, behind a space, the responses of its rows, one letter each; those of
-            ``README.md`` are its header.
-        text (str): the responses that are read; where it is refused, a part of the message.
-        source (str): what ``dataset.source`` names among them; empty is their folder.
-        result (str): ``read`` or ``refused``.
-        note (str): last column.
-        options (dict[str, Any]): of ``dataset``.
-    """
-
-    what: str
+    what: str  # first column of the documentation
+    # name and, behind a space, the responses of its rows, one letter each; those of README.md are its header
     files: tuple[str, ...]
-    text: str
-    source: str = ""
-    result: str = "read"
-    note: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    text: str  # the responses that are read; where it is refused, a part of the message
+    source: str = ""  # what ``dataset.source`` names among them; empty is their folder
+    result: str = "read"  # or refused
+    note: str = ""  # last column
+    options: dict[str, Any] = field(default_factory=dict)  # of ``dataset``
 
 
 CONFIGS = "configs: [{config_name: default, data_files: [{split: train, path: data/x*}, {split: test, path: data/y*}]}]"
