@@ -151,6 +151,11 @@ REFUSED = [
     ("llama2", {"is_causal": False}, "is_causal is false"),
     ("llama2", {"is_causal": None}, "is_causal is null"),
     ("llama2", {"head_dim": 32}, "16 head dimension, config.json has 32"),
+    # with other heads the weights would load, permuted wrongly
+    ("llama3_2", {"num_attention_heads": 8, "head_dim": None}, "4 attention heads, config.json has 8; 16 head dim"),
+    ("llama3_2", {"num_key_value_heads": 4}, "2 key/value heads, config.json has 4"),
+    ("llama3_2", {"num_hidden_layers": 3}, "2 layers, config.json has 3"),
+    ("llama3_2", {"model_type": "qwen2"}, "model_type is 'qwen2', but the config's model_type LLAMA3_2 reads llama"),
     ("gemma", {"head_dim": None}, "32 head dimension, config.json has 16"),
     ("llama2", {"vocab_size": 200}, "vocab_size is 200, the stored tensors have 160"),
     ("llama2", {"intermediate_size": 100}, "intermediate_size is 100, the stored tensors have 96"),
@@ -238,9 +243,7 @@ def test_absent_keys_have_the_defaults_of_transformers(name, folders, tmp_path):
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads model_type"
     )
     folder = Path(shutil.copytree(folders[name], tmp_path / name))
-    bare = {key: config[key] for key in [*sizes.split(), "model_type"]} | (
-        {"head_dim": 32} if name.startswith("gemma") else {}
-    )
+    bare = {key: config[key] for key in sizes.split()} | ({"head_dim": 32} if name.startswith("gemma") else {})
     bare["tie_word_embeddings"] = config["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps(bare))
     report = compare_logits(section_of(name), folder, MODEL_TYPES[name])

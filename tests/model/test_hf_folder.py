@@ -36,7 +36,7 @@ def check(folder: Path) -> None:
 
 
 def only(folder: Path, **files: Any) -> None:
-    """Empties the folder but for these; keys have __ for a dot."""
+    """Empties the folder except for these; keys have __ for a dot."""
     for path in folder.iterdir():
         path.unlink()
     for name, content in files.items():
@@ -44,49 +44,17 @@ def only(folder: Path, **files: Any) -> None:
         (folder / name.replace("__", ".")).write_text(text)
 
 
-def adapter(folder: Path) -> None:
-    only(folder, adapter_config__json={"base_model_name_or_path": "org/base"}, adapter_model__safetensors="")
+def only_these(**files: Any) -> Callable[[Path], None]:
+    return lambda folder: only(folder, **files)
+
+
+def rename(name: str) -> Callable[[Path], Any]:
+    return lambda folder: (folder / "model.safetensors").rename(folder / name)
 
 
 def adapter_with_config(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    rename("adapter_model.safetensors")(folder)
     (folder / "adapter_config.json").write_text("{}")
-
-
-def gguf(folder: Path) -> None:
-    only(folder, model__Q4_K_M__gguf="GGUF")
-
-
-def gguf_with_config(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "model.gguf")
-
-
-def meta(folder: Path) -> None:
-    only(folder, params__json={"dim": 64}, consolidated__00__pth="", tokenizer__model="")
-
-
-def meta_with_config(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "consolidated.00.pth")
-
-
-def mistral(folder: Path) -> None:
-    only(folder, params__json={"dim": 64}, consolidated__safetensors="")
-
-
-def mistral_with_config(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
-
-
-def pickle(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model-00001-of-00001.bin")
-
-
-def flax(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "flax_model.msgpack")
-
-
-def state(folder: Path) -> None:
-    only(folder, __metadata="", __0_0__distcp="")
 
 
 def cache(folder: Path) -> None:
@@ -132,18 +100,21 @@ def family(name: str, **changes: Any) -> Callable[[Path], None]:
     return lambda folder: edit_config(folder, model_type=name, **changes)
 
 
-KINDS: list[tuple[str, Callable[[Path], None], tuple[str, ...]]] = [
-    ("adapter", adapter, ("An adapter of peft of 'org/base'", "merge_and_unload()")),
+ADAPTER = {"adapter_config__json": {"base_model_name_or_path": "org/base"}, "adapter_model__safetensors": ""}
+META = {"params__json": {"dim": 64}, "consolidated__00__pth": "", "tokenizer__model": ""}
+MISTRAL = {"params__json": {"dim": 64}, "consolidated__safetensors": ""}
+KINDS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
+    ("adapter", only_these(**ADAPTER), ("An adapter of peft of 'org/base'", "merge_and_unload()")),
     ("adapter-config", adapter_with_config, ("An adapter of peft", "merge_and_unload()")),
-    ("gguf", gguf, ("is GGUF", 'gguf_file="model.Q4_K_M.gguf"')),
-    ("gguf-config", gguf_with_config, ("model.gguf is GGUF", "Use the original's folder with safetensors")),
-    ("meta", meta, ("Meta's own layout", "convert_llama_weights_to_hf")),
-    ("meta-config", meta_with_config, ("consolidated.*.pth is Meta's own layout",)),
-    ("mistral", mistral, ("Mistral's own layout", "model-*.safetensors")),
-    ("mistral-config", mistral_with_config, ("Mistral's own layout",)),
-    ("pickle", pickle, ("pytorch_model-00001-of-00001.bin, which can run code", "save_pretrained")),
-    ("flax", flax, ("flax_model.msgpack, of another framework",)),
-    ("state", state, ("A checkpoint of torch.distributed.checkpoint", "iteration_NNN/hf_model")),
+    ("gguf", only_these(model__Q4_K_M__gguf="GGUF"), ("is GGUF", 'gguf_file="model.Q4_K_M.gguf"')),
+    ("gguf-config", rename("model.gguf"), ("model.gguf is GGUF", "Use the original's folder with safetensors")),
+    ("meta", only_these(**META), ("Meta's own layout", "convert_llama_weights_to_hf")),
+    ("meta-config", rename("consolidated.00.pth"), ("consolidated.*.pth is Meta's own layout",)),
+    ("mistral", only_these(**MISTRAL), ("Mistral's own layout", "model-*.safetensors")),
+    ("mistral-config", rename("consolidated.safetensors"), ("Mistral's own layout",)),
+    ("pickle", rename("pytorch_model-00001-of-00001.bin"), ("pytorch_model-00001-of-00001.bin, which can run code", "save_pretrained")),
+    ("flax", rename("flax_model.msgpack"), ("flax_model.msgpack, of another framework",)),
+    ("distcp", only_these(__metadata="", __0_0__distcp=""), ("A checkpoint of torch.distributed.checkpoint", "iteration_NNN/hf_model")),
     ("cache", cache, ("A folder of the Hugging Face cache", "snapshots/abc")),
     ("parent", parent, ("Name the folder of a model in it", "checkpoint-500")),
     ("lfs", lfs, ("a pointer of Git LFS", "git lfs pull")),
