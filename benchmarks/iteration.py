@@ -128,23 +128,23 @@ class Staged:
         self.stages.iteration = iteration
         return super().augment_dataloader(iteration)  # type: ignore[misc]
 
-    def _play(self, *args: Any, **kwargs: Any) -> bool:
+    def _play(self, *args: Any, **kwargs: Any) -> None:
         with self.stages.stage("generate"):
-            return super()._play(*args, **kwargs)  # type: ignore[misc]
+            super()._play(*args, **kwargs)  # type: ignore[misc]
 
-    def _score(self, *args: Any, **kwargs: Any) -> bool:
+    def _score(self, *args: Any, **kwargs: Any) -> None:
         with self.stages.stage("reference log-probs"):
-            return super()._score(*args, **kwargs)  # type: ignore[misc]
+            super()._score(*args, **kwargs)  # type: ignore[misc]
 
-    def train_single_step(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+    def train_single_step(self, *args: Any, **kwargs: Any) -> Any:
         """A step of the stage `train`."""
         with self.stages.stage("train"):
             return super().train_single_step(*args, **kwargs)  # type: ignore[misc]
 
-    def _finish_iteration(self, iteration: int, *args: Any, **kwargs: Any) -> None:
+    def _finish_iteration(self, iteration: int) -> None:
         if iteration in self.saved:
             with self.stages.stage("save and export"):
-                super()._finish_iteration(iteration, *args, **kwargs)  # type: ignore[misc]
+                super()._finish_iteration(iteration)  # type: ignore[misc]
                 self._checkpointer.wait()  # type: ignore[attr-defined]
 
 

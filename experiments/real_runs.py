@@ -26,7 +26,7 @@ from spin.model.sharding import accumulating, clip_grad_norm
 from spin.pairs.loader import RowBatch
 from spin.reference.logprobs import pair_objective
 from spin.reference.stage import score_batches
-from spin.training.schedules import lr_factor
+from spin.training import Step, lr_factor
 
 SUM_TOKENS = 48  # of a response to a sum
 TARGET_KL = 5.0  # nats a response
@@ -70,7 +70,7 @@ class MeasuredSPIN(SPINRecipe):
         self._started = time.perf_counter()
         self._measuring = 0.0
 
-    def train_single_step(self, batch: RowBatch) -> dict[str, float]:
+    def train_single_step(self, batch: RowBatch) -> Step:
         """As the recipe's; counts tokens."""
         self.trained_tokens += sum(row.used_tokens for row in batch.rows)
         return super().train_single_step(batch)
@@ -136,7 +136,7 @@ class MeasuredSPIN(SPINRecipe):
         pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in self._questions["choices"]]
         scored = score_batches(
             self._model,
-            self._cut(pairs),
+            self._batched(pairs),
             self._world,
             layout=self._layout,
             chunk_tokens=self._cfg.logprob_chunk_tokens,
@@ -160,16 +160,16 @@ class NearSPIN(MeasuredSPIN):
         super().setup()
         self._arrived: int | None = None  # in this iteration
 
-    def train_single_step(self, batch: RowBatch) -> dict[str, float]:
+    def train_single_step(self, batch: RowBatch) -> Step:
         """As without; then looks how far the policy is."""
         iteration = self._progress.iteration
-        metrics = super().train_single_step(batch)
-        if -metrics["rewards_generated_mean"] / self._betas[iteration] >= TARGET_KL:
+        step = super().train_single_step(batch)
+        if -step.metrics["rewards_generated_mean"] / self._betas[iteration] >= TARGET_KL:
             self._arrived = iteration
-        return metrics
+        return step
 
-    def _lr_factor(self) -> float:
-        return 0.0 if self._arrived == self._progress.iteration else super()._lr_factor()
+    def _lr(self) -> float:
+        return 0.0 if self._arrived == self._progress.iteration else super()._lr()
 
 
 class MeasuredSFT(MeasuredSPIN):
@@ -185,7 +185,9 @@ class MeasuredSFT(MeasuredSPIN):
         for iteration in range(self._cfg.max_iterations):
             samples = self._plan.samples(iteration)
             prompts = [self._prompts[sample] for sample in samples]
-            batches = self._cut([Pair(each.sample_id, iteration, each.prompt_ids, each.real_ids) for each in prompts])
+            batches = self._batched(
+                [Pair(each.sample_id, iteration, each.prompt_ids, each.real_ids) for each in prompts]
+            )
             for batch in self._rows(batches):
                 metrics = self._learn(batch)
                 if progress.is_iteration_start:

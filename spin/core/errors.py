@@ -53,3 +53,7 @@ class NonFiniteError(SpinError, RuntimeError):
 def show_traceback() -> bool:
     """Whether errors that are reported in one line come with tracebacks: ``SPIN_TRACEBACK=1``."""
     return os.environ.get("SPIN_TRACEBACK") == "1"
+
+
+class Stopped(Exception):  # noqa: N818 - no error
+    """A run was asked to stop, by a signal or its time limit. Raised on all ranks together; no error."""

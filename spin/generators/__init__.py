@@ -1,5 +1,6 @@
 """Who plays the opponent: backends behind one interface."""
 
+from spin.generators.engines import EngineGroup, engine_group, policy_loaded
 from spin.generators.generator import (
     Generator,
     GeneratorContext,
@@ -8,12 +9,21 @@ from spin.generators.generator import (
     sampling_params,
 )
 from spin.generators.replay import ReplayGenerator
+from spin.generators.stage import PlayTask, limits_of, play_report, play_tasks, responses_in
 from spin.generators.torchtune import TorchtuneGenerator
 from spin.generators.vllm import VLLMGenerator
 from spin.generators.vllm_server import VLLMServerGenerator
 from spin.types import Response
 
 __all__ = [
+    "EngineGroup",
+    "PlayTask",
+    "engine_group",
+    "limits_of",
+    "play_report",
+    "play_tasks",
+    "policy_loaded",
+    "responses_in",
     "Response",
     "Generator",
     "GeneratorContext",

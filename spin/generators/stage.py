@@ -7,29 +7,38 @@ on the rank that makes it or on what was there before, so a run that was killed 
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import chain
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from spin.core.errors import GeneratorError
+from spin import config
+from spin.config import SPINConfig
+from spin.core.errors import GeneratorError, OutputError
 from spin.core.files import json_fingerprint
 from spin.core.heartbeat import set_stage
+from spin.core.ranks import World, raise_on_all_ranks
+from spin.core.terminal import progress_bar
 from spin.data.dataset import PromptDataset
 from spin.data.tokenizer import PromptTokenizer
-from spin.generators.engines import EngineGroup, name_of
+from spin.generators.engines import EngineGroup, name_of, policy_loaded
 from spin.generators.generator import Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
-from spin.pairs.shards import split_evenly
+from spin.pairs.shards import missing_shards, open_store, seal, split_evenly
 from spin.pairs.store import PairStore
 from spin.types import Pair, Prompt, Response
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -179,6 +188,74 @@ def play_fingerprint(
         "generator_source": getattr(generator, "fingerprint", None),
         "compute_dtype": compute_dtype,
     }
+
+
+def play_tasks(
+    tasks: Mapping[Path, PlayTask],
+    generator: Generator,
+    model: nn.Module,
+    world: World,
+    cfg: SPINConfig,
+    *,
+    opponent: str,
+    tokenizer: PromptTokenizer,
+    group: EngineGroup,
+    verify: Callable[[], float | None],
+    should_stop: Callable[[], bool],
+) -> None:
+    """The policy, as it is now, responds to the prompts of each task, into the pair store ``responses`` of its folder.
+    Collective. The generator gets the weights once for all tasks, and only if a response is missing.
+
+    Args:
+        tasks (Mapping[Path, PlayTask]): by folder.
+        generator (Generator): the opponent's engine.
+        model (nn.Module): the opponent, see :func:`spin.generators.engines.policy_loaded`.
+        world (World): the ranks.
+        cfg (SPINConfig): complete.
+        opponent (str): fingerprint of the weights.
+        tokenizer (PromptTokenizer): with its chat template.
+        group (EngineGroup): this rank's.
+        verify (Callable[[], float | None]): called when the generator has the weights; what it returns is the report's
+            ``generator/logprob_gap``.
+        should_stop (Callable[[], bool]): asked after every response, or after every shard.
+
+    Raises:
+        Stopped: If any rank was asked to stop before a store was complete; what there is stays.
+        GeneratorError: See :func:`play`.
+        OutputError: On all ranks, if a store cannot be written.
+    """
+    report: dict[str, float] | None = None
+    with ExitStack() as loaded:
+        for folder, task in tasks.items():
+            played_by = (opponent, tokenizer, generator, cfg.compute_dtype, config.plain(cfg.model))
+            fingerprint = play_fingerprint(task, *played_by)
+            shards = num_shards(len(task.samples), cfg.pairs.prompts_per_shard, group.count)
+            store = open_store(folder / "responses", fingerprint, shards, world)
+            missing = missing_shards(store, world)
+            if store.is_sealed and not missing:
+                continue
+            if report is None:
+                loaded.enter_context(policy_loaded(generator, model))
+                gap = verify()
+                report = {} if gap is None else {"generator/logprob_gap": gap}
+            mine = shards_for_rank(missing, store, task, group)
+            total = math.ceil(len(task.samples) / group.count)
+            bar = progress_bar(f"{folder.name} responses", "prompt", total, enabled=world.is_main)
+            # inside, each group makes as many shards as it has, without a collective of all ranks
+            with bar, raise_on_all_ranks(world, OutputError):
+                play(store, mine, task, generator, group=group, should_stop=should_stop, on_shard=bar.update)
+            seal(store, world, should_stop(), report)
+
+
+def responses_in(folders: Iterable[Path]) -> Iterator[Pair]:
+    """The pairs that were played into folders, see :func:`play_tasks`; all stores are opened at once."""
+    stores = [PairStore.open(folder / "responses") for folder in folders]
+    return chain.from_iterable(store.pairs() for store in stores)
+
+
+def play_report(folder: Path) -> dict[str, float]:
+    """What was measured when a folder's responses were played, by the log's names."""
+    return dict(PairStore.open(folder / "responses").manifest.get("report", {}))
 
 
 def play(

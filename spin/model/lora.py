@@ -19,8 +19,16 @@ from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.core.ranks import World
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, patch_dora, patch_nf4
-from spin.model.build import build_model
+from spin.model.build import (
+    build_model,
+    choose_attention,
+    extend_max_seq_len,
+    prepare_model,
+    row_layout,
+    training_options,
+)
 from spin.model.sharding import clean_name
+from spin.pairs.packing import RowLayout
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +96,26 @@ def build_policy(cfg: SPINConfig, world: World) -> nn.Module:
             f"weights. Set {_FOR_ADAPTERS}, or name a model without adapters."
         )
     return model
+
+
+def prepare_policy(model: nn.Module, world: World, cfg: SPINConfig, longest_pair: int) -> RowLayout:
+    """Wraps, shards and gives memory to a model whose weights are loaded afterwards; adapters start here.
+
+    Args:
+        model (nn.Module): from :func:`build_policy`.
+        world (World): the ranks.
+        cfg (SPINConfig): complete.
+        longest_pair (int): tokens of the longest pair that there can be, for the longest row.
+
+    Returns:
+        RowLayout: how pairs are packed into rows that the model takes.
+    """
+    compute_dtype = torch_dtype(cfg.compute_dtype, world.device)
+    layout = row_layout(model, cfg, choose_attention(model, world, compute_dtype, cfg.attention))
+    extend_max_seq_len(model, longest_pair, layout)
+    prepare_model(model, world, compute_dtype=compute_dtype, **training_options(cfg))
+    init_adapters(model, cfg.seed)
+    return layout
 
 
 def prepare_adapters(model: nn.Module, dtype: torch.dtype, world: World) -> str:

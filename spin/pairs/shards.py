@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spin.core.errors import OutputError, StoreError
+from spin.core.errors import OutputError, Stopped, StoreError
 from spin.core.ranks import World, any_rank, broadcast_object, raise_on_all_ranks
 from spin.pairs.store import PairStore
 
@@ -34,14 +34,13 @@ def missing_shards(store: PairStore, world: World) -> list[int]:
     return broadcast_object(missing, world)
 
 
-def seal(store: PairStore, world: World, is_asked_to_stop: bool, report: Mapping[str, float] | None = None) -> bool:
+def seal(store: PairStore, world: World, is_asked_to_stop: bool, report: Mapping[str, float] | None = None) -> None:
     """:meth:`PairStore.seal` when all ranks have made their part of it. Collective.
 
-    False, and nothing is sealed, if one rank was asked to stop: then shards may be missing.
+    ``Stopped`` on all ranks, and nothing is sealed, if one of them was asked to stop: then shards may be missing.
     """
     if any_rank(is_asked_to_stop, world):  # waits for all ranks
-        return False
+        raise Stopped
     with raise_on_all_ranks(world, OutputError):
         if world.is_main:
             store.seal(report)
-    return True

@@ -8,7 +8,9 @@ that of two equal models.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +19,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from spin import config
+from spin.config import SPINConfig
 from spin.core.errors import CheckpointError, OutputError
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, any_rank, gather_objects, raise_on_all_ranks
+from spin.core.terminal import progress_bar
 from spin.model.sharding import reshard
 from spin.pairs.loader import load_rows
 from spin.pairs.packing import RowLayout
-from spin.pairs.shards import missing_shards, split_evenly
+from spin.pairs.shards import missing_shards, open_store, seal, split_evenly
 from spin.pairs.store import PairStore
 from spin.reference.logprobs import response_logps
 from spin.types import Pair
+
+log = logging.getLogger(__name__)
 
 
 def score_batches(
@@ -173,6 +180,64 @@ def score(
             if world.is_main:
                 store.write_shard(shard, pairs)
         on_shard(len(pairs))
+
+
+def score_pairs(
+    path: Path,
+    batches: Sequence[Sequence[Pair]],
+    model: nn.Module,
+    world: World,
+    cfg: SPINConfig,
+    layout: RowLayout,
+    *,
+    opponent: str,
+    report: Mapping[str, float],
+    should_stop: Callable[[], bool],
+) -> None:
+    """The policy, as it is now, scores all responses of pairs into a store; shards that are there stay. Collective.
+
+    Args:
+        path (Path): the store.
+        batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
+        model (nn.Module): the policy, while it is the opponent.
+        world (World): the ranks.
+        cfg (SPINConfig): complete.
+        layout (RowLayout): as in training.
+        opponent (str): fingerprint of the weights.
+        report (Mapping[str, float]): figures to keep in the store.
+        should_stop (Callable[[], bool]): asked before every shard.
+
+    Raises:
+        Stopped: If any rank was asked to stop before the store was complete.
+        OutputError: On all ranks, if the store cannot be written.
+    """
+    num_pairs = len(batches) * cfg.global_batch_size
+    fingerprint = score_fingerprint(
+        opponent=opponent,
+        batches=batches,
+        layout=layout,
+        compute_dtype=cfg.compute_dtype,
+        float8=cfg.enable_float8_training,
+        num_ranks=world.world_size,
+        chunk_tokens=cfg.logprob_chunk_tokens,
+        compiled=cfg.compile,
+        model=config.plain(cfg.model),
+    )
+    store = open_store(path, fingerprint, math.ceil(num_pairs / cfg.pairs.prompts_per_shard), world)
+    with progress_bar(f"{path.parent.name} reference log-probs", "pair", num_pairs, enabled=world.is_main) as bar:
+        score(
+            store,
+            batches,
+            model,
+            world,
+            layout=layout,
+            chunk_tokens=cfg.logprob_chunk_tokens,
+            as_in_training=cfg.compile,
+            num_workers=cfg.num_workers,
+            should_stop=should_stop,
+            on_shard=bar.update,
+        )
+    seal(store, world, should_stop(), report)
 
 
 def open_scored(path: Path, opponent: str) -> PairStore:

@@ -10,7 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from spin import config
 from spin.core.errors import OutputError
-from spin.core.files import json_lines
+from spin.core.files import FolderLock, json_lines
+from spin.core.ranks import World, raise_on_all_ranks
 from spin.core.redact import redacted
 
 _ITERATION = re.compile(r"iteration_(\d+)")
@@ -57,3 +58,10 @@ def iteration_folders(run: Path) -> dict[int, Path]:
             f"{run}: neither metrics.jsonl nor a folder iteration_000 is here; expected the output_dir of a run."
         )
     return {int(match[1]): path for match, path in folders}
+
+
+def lock_output_dir(folder: Path, world: World, shared: bool = False) -> FolderLock | None:
+    """Rank 0's lock of a run's folder, see :class:`spin.core.files.FolderLock`; an ``OutputError`` is raised on all
+    ranks. Collective."""
+    with raise_on_all_ranks(world, OutputError):
+        return FolderLock(folder, shared) if world.is_main else None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from spin.config import SPINConfig
 from spin.core.errors import ConfigError
 from spin.data.dataset import PromptSource
-from spin.data.order import epoch_order, iteration_items
+from spin.data.order import epoch_order, history_window, iteration_items
 from spin.pairs.lookup import LazySequence
 from spin.run.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.types import Pair
@@ -57,6 +57,29 @@ class RunPlan:
     def items(self, iteration: int) -> list[tuple[int, int]]:
         """What an iteration trains on, as (iteration whose opponent answered, sample of the data set)."""
         return iteration_items(self.samples, iteration, *self._history)
+
+    def history(self, iteration: int) -> list[int]:
+        """The iterations before it whose pairs an iteration trains on too."""
+        return history_window(iteration, self._history[0])[:-1]
+
+    @property
+    def is_iteration_over(self) -> bool:
+        """The step that was just made was the iteration's last."""
+        return self.progress.is_done or self.progress.is_iteration_start
+
+    @property
+    def validates_now(self) -> bool:
+        """After the step that was just made."""
+        return self.is_iteration_over or bool(self.val_every and self.progress.step % self.val_every == 0)
+
+    @property
+    def saves_now(self) -> bool:
+        """After the step that was just made, which was not the iteration's last."""
+        return bool(self.save_every and self.progress.step % self.save_every == 0)
+
+    def steps_of(self, iteration: int) -> int:
+        """Steps of the iteration so far."""
+        return self.progress.step - self.progress.iteration_start(iteration)
 
     def lr_span(self, anew: bool, total_steps: int | None = None) -> tuple[int, int]:
         """Where the learning rate's schedule begins and ends now.

@@ -16,6 +16,7 @@ from spin.config import Component, SPINConfig, plain
 from spin.config.schema import Config, EvaluatedModel
 from spin.core.errors import CheckpointError
 from spin.core.files import file_sha256, json_fingerprint
+from spin.core.ranks import World, check_ranks_agree
 from spin.core.redact import is_secret_key
 from spin.model.hf_folder import weight_files
 from spin.pairs.store import differences
@@ -90,6 +91,11 @@ def inputs_of_files(read: Mapping[str, Any], weights: Component | EvaluatedModel
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be read ({error}).") from error
     return found
+
+
+def check_files_agree(read: Mapping[str, Any], weights: Component, world: World) -> None:
+    """A ``ConfigError`` on all ranks if they have read different files, see :func:`inputs_of_files`. Collective."""
+    check_ranks_agree(inputs_of_files(read, weights), world)
 
 
 def _sampled_digest(file: Path) -> str:

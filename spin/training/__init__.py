@@ -1,5 +1,42 @@
 """What a training step needs besides the model and the loss."""
 
-from spin.training.optim import AdamW8bit, AdamWStochasticRounding
+from spin.training.metrics import (
+    PairSums,
+    Step,
+    UpdateFraction,
+    pair_metrics,
+    prefix_keys,
+    speed_metrics,
+    validation_metrics,
+)
+from spin.training.nonfinite import NonFiniteGuard, check_last_update
+from spin.training.optim import AdamW8bit, AdamWStochasticRounding, optimizer_step
+from spin.training.schedules import lr_factor, per_iteration
+from spin.training.selftest import check_first_loss, check_updated_fraction
+from spin.training.validation import eval_pair_losses, initial_loss, validation_loss
+from spin.training.watch import Alert, CollapseMonitor, response_metrics
 
-__all__ = ["AdamW8bit", "AdamWStochasticRounding"]
+__all__ = [
+    "AdamW8bit",
+    "AdamWStochasticRounding",
+    "Alert",
+    "CollapseMonitor",
+    "NonFiniteGuard",
+    "PairSums",
+    "Step",
+    "UpdateFraction",
+    "check_first_loss",
+    "check_last_update",
+    "check_updated_fraction",
+    "eval_pair_losses",
+    "initial_loss",
+    "lr_factor",
+    "optimizer_step",
+    "pair_metrics",
+    "per_iteration",
+    "prefix_keys",
+    "response_metrics",
+    "speed_metrics",
+    "validation_loss",
+    "validation_metrics",
+]

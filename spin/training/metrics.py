@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -31,6 +32,29 @@ _SUMS = (
 )
 
 
+@dataclass
+class Step:
+    """What an optimizer step was.
+
+    Args:
+        metrics (dict[str, float]): over all ranks, by name.
+        must_stop (bool): some rank was asked to stop.
+        out_of_time (bool): by ``max_time``.
+    """
+
+    metrics: dict[str, float]
+    must_stop: bool = False
+    out_of_time: bool = False
+
+
+def pair_losses(
+    loss: nn.Module, row: PackedRow, logps: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses, real and generated rewards of a row's comparisons, each of shape (c,), from log-probs of shape (m,)."""
+    real, generated, reference = row.real, row.generated, row.reference_logps
+    return loss(logps[real], logps[generated], reference[real], reference[generated])
+
+
 class PairSums:
     """Adds up what the metrics of a batch of pairs are made of; one host/device sync, in :meth:`totals`."""
 
@@ -39,23 +63,15 @@ class PairSums:
         self._counts = {"comparisons": 0, "tokens": 0, "positions": 0}
 
     @torch.no_grad()
-    def add(
-        self,
-        row: PackedRow,
-        logps: torch.Tensor,
-        losses: torch.Tensor,
-        real_rewards: torch.Tensor,
-        generated_rewards: torch.Tensor,
-    ) -> None:
+    def add(self, row: PackedRow, logps: torch.Tensor, loss: nn.Module) -> None:
         """Adds a row.
 
         Args:
-            row (PackedRow): the row.
-            logps (torch.Tensor): the policy's summed log-probs, shape (m,).
-            losses (torch.Tensor): of each comparison, shape (c,).
-            real_rewards (torch.Tensor): shape (c,).
-            generated_rewards (torch.Tensor): shape (c,).
+            row (PackedRow): with reference log-probs.
+            logps (torch.Tensor): the policy's summed log-probs in nats, shape (m,).
+            loss (nn.Module): such as :class:`spin.loss.SPINLoss`.
         """
+        losses, real_rewards, generated_rewards = pair_losses(loss, row, logps)
         weights = row.weights.double()
         drift = logps.double() - row.reference_logps  # (m,)
         lengths = row.response_lengths.double()
@@ -197,7 +213,7 @@ class UpdateFraction:
                 self._sample.append(flat[::stride][:per_parameter])
         self._before = torch.cat(self._sample)
 
-    def share(self, world: World) -> float:
+    def measure(self, world: World) -> float:
         """Moved weights per sampled weight, over all ranks: one all-reduce, and one wait for the step to be done."""
         moved = torch.cat(self._sample) != self._before
         counts = torch.stack((moved.sum(), moved.new_full((), moved.numel(), dtype=torch.int64))).to(world.device)

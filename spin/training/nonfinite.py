@@ -57,7 +57,7 @@ class NonFiniteGuard:
         """Batches left out from step ``first`` to before step ``end``."""
         return sum(first <= each < end for each in self.skipped)
 
-    def passes(self, loss: float, grad_norm: float, step: int, batch: Sequence[Pair], world: World) -> bool:
+    def check(self, loss: float, grad_norm: float, step: int, batch: Sequence[Pair], world: World) -> bool:
         """Whether a step may update. The numbers are the same on every rank, so all ranks decide alike.
 
         Args:

@@ -20,13 +20,16 @@ from typing import Any
 
 import torch
 import torchao.optim
+from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor import zeros as distributed_zeros
 from torchao.optim.subclass_8bit import OptimState8bit
 
 from spin.core.errors import ConfigError
 from spin.core.files import json_fingerprint
+from spin.core.ranks import World
 from spin.model.sharding import local_tensor
+from spin.training.metrics import UpdateFraction
 
 _MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # whether it has a sign
 # As torchao: at most 256 values share a scale, and tensors of less than 4096 values are not worth quantizing.
@@ -232,16 +235,25 @@ class AdamWStochasticRounding(_ShardedAdamW):
             )
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
-    """Updates the weights; an optimizer that cannot update such weights at all says so in its first step.
+def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float, world: World) -> float:
+    """Updates the weights; an optimizer that cannot update such weights at all says so in its first step. Collective.
 
     Args:
-        optimizer (torch.optim.Optimizer): with gradients.
+        optimizer (torch.optim.Optimizer): its parameters have gradients.
+        model (nn.Module): the policy.
+        lr (float): learning rate of all parameters.
+        world (World): the ranks.
+
+    Returns:
+        float: the fraction of weights that changed, see :class:`spin.training.metrics.UpdateFraction`.
 
     Raises:
         ConfigError: If the first step fails, unless for want of memory, the device or another rank.
     """
     is_first = not optimizer.state
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    updated = UpdateFraction(model)
     try:
         optimizer.step()
     except (RuntimeError, AssertionError, TypeError, ValueError, NotImplementedError) as error:
@@ -255,6 +267,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer) -> None:
             "checkpoint was written of it. Check the section, or choose another, such as torch.optim.AdamW; "
             "SPIN_TRACEBACK=1 shows where it happened."
         ) from error
+    return updated.measure(world)
 
 
 def _block_size(parameter: torch.Tensor) -> int:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+import torch
+
 from spin.core.errors import SelfTestError
 
 log = logging.getLogger(__name__)
 
 
-_LEAST_MOVED_SHARE = 0.1
+_LEAST_UPDATED_FRACTION = 0.1
 
 
 def check_first_loss(
@@ -52,7 +54,7 @@ def check_first_loss(
 
 
 def check_updated_fraction(
-    share: float, lr: float, dtype: str, stochastic_rounding: bool, iteration: int, warned: set[int]
+    fraction: float, lr: float, optimizer: torch.optim.Optimizer, dtype: str, iteration: int, warned: set[int]
 ) -> None:
     """Warns, once an iteration, of steps that change next to nothing.
 
@@ -60,14 +62,16 @@ def check_updated_fraction(
     Rounded at random it moves few weights too, but those by enough: nothing is lost on average, and nothing is said.
 
     Args:
-        share (float): of the weights that a step has moved, see :class:`spin.training.metrics.UpdateFraction`.
+        fraction (float): of the weights that a step has changed, see :class:`spin.training.metrics.UpdateFraction`.
         lr (float): the step's learning rate; 0 may move nothing.
+        optimizer (torch.optim.Optimizer): its ``stochastic_rounding``, if it has one, says whether bf16 weights are
+            rounded at random.
         dtype (str): of the master weights, ``fp32`` or ``bf16``.
-        stochastic_rounding (bool): whether the optimizer rounds bf16 weights at random.
         iteration (int): counted from 0.
         warned (set[int]): iterations that have been warned of; this one is added.
     """
-    if lr <= 0 or share >= _LEAST_MOVED_SHARE or iteration in warned or (stochastic_rounding and dtype == "bf16"):
+    rounds_at_random = dtype == "bf16" and getattr(optimizer, "stochastic_rounding", False)
+    if lr <= 0 or fraction >= _LEAST_UPDATED_FRACTION or iteration in warned or rounds_at_random:
         return
     warned.add(iteration)
     remedy = (
@@ -77,6 +81,6 @@ def check_updated_fraction(
         else "The learning rate is too small for these weights, or their gradients are zero: see grad_norm."
     )
     log.warning(
-        f"A step of iteration {iteration} at learning rate {lr:.3g} changed {share:.1%} of the weights "
+        f"A step of iteration {iteration} at learning rate {lr:.3g} changed {fraction:.1%} of the weights "
         f"(dtype={dtype}): this is hardly training. {remedy}"
     )

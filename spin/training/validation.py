@@ -15,12 +15,13 @@ from spin.pairs.loader import RowBatch
 from spin.pairs.packing import PackedRow, RowLayout, pack_row
 from spin.reference.logprobs import response_logps
 from spin.reference.stage import score_batches
+from spin.training.metrics import pair_losses
 from spin.types import Pair
 
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, batches: Iterable[RowBatch], world: World, prompts: PromptDataset, *, chunk_tokens: int
+    model: nn.Module, batches: Iterable[RowBatch], world: World, prompts: PromptDataset, chunk_tokens: int
 ) -> dict[str, float]:
     """The supervised loss: mean negative log-prob in nats of the real responses' tokens. Collective.
 
@@ -69,7 +70,6 @@ def eval_pair_losses(
     model: nn.Module,
     batches: Sequence[Sequence[Pair]],
     world: World,
-    *,
     layout: RowLayout,
     chunk_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -92,7 +92,7 @@ def eval_pair_losses(
     found = []
     for batch in batches:
         row, policy = (_one_row(pairs, layout) for pairs in (batch, [next(now) for _ in batch]))
-        found.append((*_losses(loss, row, policy.reference_logps), row.weights))
+        found.append((*pair_losses(loss, row, policy.reference_logps), row.weights))
     losses, real_rewards, generated_rewards, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
     return losses, real_rewards, generated_rewards, weights
 
@@ -110,7 +110,7 @@ def initial_loss(loss: nn.Module, pairs: Sequence[Pair], layout: RowLayout) -> t
         tuple[float, float]: means over the pairs: the loss, and the real's less the generated response's reward.
     """
     row = _one_row(pairs, layout)
-    losses, real_rewards, generated_rewards = _losses(loss, row, row.reference_logps)
+    losses, real_rewards, generated_rewards = pair_losses(loss, row, row.reference_logps)
     weights = row.weights.double() / row.weights.double().sum()
     return (weights @ losses).item(), (weights @ (real_rewards - generated_rewards)).item()
 
@@ -118,8 +118,3 @@ def initial_loss(loss: nn.Module, pairs: Sequence[Pair], layout: RowLayout) -> t
 def _one_row(pairs: Sequence[Pair], layout: RowLayout) -> PackedRow:
     """All pairs side by side, however many tokens they have: not for a model."""
     return pack_row(pairs, layout=replace(layout, flex=False))
-
-
-def _losses(loss: nn.Module, row: PackedRow, logps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    real, generated, references = row.real, row.generated, row.reference_logps
-    return loss(logps[real], logps[generated], references[real], references[generated])

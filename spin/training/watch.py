@@ -38,6 +38,11 @@ class Alert:
     rolls_back: bool
     message: str
 
+    def error(self, step: int) -> CollapseError:
+        """The error that ends the run, once it is rolled back or saved at ``step``."""
+        state = "back at the iteration's start" if self.rolls_back else f"saved at step {step}"
+        return CollapseError(f"{self.message} The run is {state}; fix the config and rerun the same command to resume.")
+
 
 class CollapseMonitor:
     """Compares an iteration's numbers with their limits. The numbers are the same on every rank, so the answers are.

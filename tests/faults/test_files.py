@@ -325,7 +325,7 @@ def test_a_damaged_shard_at_the_iterations_start_is_made_again_alone(tmp_path):
     run(tmp_path / "a", *SHORT)
 
     class StopsBeforeTraining(SPINRecipe):
-        def _start_fitting(self, iteration):
+        def _begin_training(self, iteration):
             raise KeyboardInterrupt
 
     recipe = StopsBeforeTraining(tiny_config(tmp_path / "b", *SHORT))

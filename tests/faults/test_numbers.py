@@ -12,7 +12,7 @@ from spin.core.ranks import init_world
 from spin.data import Pair, PairStore
 from spin.model.fingerprint import weights_fingerprint
 from spin.training.nonfinite import NonFiniteGuard
-from tests.recipes.helpers import metrics_of, run, tiny_config
+from tests.recipes.helpers import changing_loss, metrics_of, run, tiny_config
 from tests.torchrun import run_ranks
 
 SHORT = ("max_iterations=1", "max_epochs=2", "validation_dataset=null")
@@ -21,20 +21,17 @@ SHORT = ("max_iterations=1", "max_epochs=2", "validation_dataset=null")
 def poisoned(*steps):
     """A recipe whose loss is NaN in some steps, on one row of the batch only."""
 
-    class Poisoned(SPINRecipe):
+    def poison(recipe, losses):
+        return losses * torch.tensor([math.nan] + [1.0] * (len(losses) - 1)) if recipe.is_poisoned else losses
+
+    class Poisoned(changing_loss(poison)):
         def train_single_step(self, batch):
             self.before = weights_fingerprint(self._model), moments(self._optimizer)
             self.is_poisoned, self.samples = self._progress.step in steps, [pair.sample_id for pair in batch.pairs]
-            metrics = super().train_single_step(batch)
+            step = super().train_single_step(batch)
             if self.is_poisoned:
                 assert (weights_fingerprint(self._model), moments(self._optimizer)) == self.before
-            return metrics
-
-        def _pair_losses(self, row, logps):
-            losses, real, generated = super()._pair_losses(row, logps)
-            if self.is_poisoned:
-                losses = losses * torch.tensor([math.nan] + [1.0] * (len(losses) - 1))
-            return losses, real, generated
+            return step
 
     return Poisoned
 
@@ -95,8 +92,8 @@ def test_skip_gives_up_after_some_in_a_row(tmp_path):
 
 def test_the_self_test_waits_for_the_first_step_that_counts(tmp_path):
     class Tampered(poisoned(0)):
-        def _start_fitting(self, iteration):
-            super()._start_fitting(iteration)
+        def _begin_training(self, iteration):
+            super()._begin_training(iteration)
             with torch.no_grad():
                 self._model.norm.scale.mul_(1.01)
 
@@ -112,14 +109,14 @@ def test_guard(loss, norm, tmp_path):
     world = init_world("cpu")
     guard = NonFiniteGuard("skip", 2, tmp_path / "f.jsonl")
     batch = [Pair("a", 0, [1], [2])]
-    assert guard.passes(1.0, 1.0, 0, batch, world)
-    assert not guard.passes(loss, norm, 1, batch, world)
+    assert guard.check(1.0, 1.0, 0, batch, world)
+    assert not guard.check(loss, norm, 1, batch, world)
     assert [line["step"] for line in map(json.loads, (tmp_path / "f.jsonl").read_text().splitlines())] == [1]
-    assert guard.passes(1.0, 1.0, 2, batch, world)
-    assert not guard.passes(loss, norm, 3, batch, world)
+    assert guard.check(1.0, 1.0, 2, batch, world)
+    assert not guard.check(loss, norm, 3, batch, world)
     assert (guard.skipped, guard.skipped_between(1, 3), guard.skipped_between(2, 9)) == ([1, 3], 1, 1)
     with pytest.raises(NonFiniteError, match="a row"):
-        guard.passes(loss, norm, 4, batch, world)
+        guard.check(loss, norm, 4, batch, world)
 
 
 def test_unknown_action(tmp_path):

@@ -96,8 +96,9 @@ def collapses(iteration):
 
     class Collapses(SPINRecipe):
         def train_single_step(self, batch):
-            metrics = super().train_single_step(batch)
-            return metrics | ({"margin": 9.0} if metrics["iteration"] == iteration else {})
+            step = super().train_single_step(batch)
+            step.metrics |= {"margin": 9.0} if step.metrics["iteration"] == iteration else {}
+            return step
 
     return Collapses
 

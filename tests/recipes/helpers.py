@@ -67,6 +67,23 @@ def stops_at(step, recipe_class=spin_recipe.SPINRecipe):
     return StopsAt
 
 
+def changing_loss(change, recipe_class=spin_recipe.SPINRecipe):
+    """A recipe whose losses are ``change(recipe, losses)`` of those of the config's loss."""
+
+    class ChangesLoss(recipe_class):
+        def _begin_training(self, iteration):
+            super()._begin_training(iteration)
+            loss = self._loss
+
+            def changed(*logps):
+                losses, *rewards = loss(*logps)
+                return change(self, losses), *rewards
+
+            self._loss = changed
+
+    return ChangesLoss
+
+
 def metrics_of(output_dir, with_times=False):
     """The lines of metrics.jsonl; without what no two runs share."""
     lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()

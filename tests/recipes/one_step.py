@@ -18,9 +18,9 @@ from tests.recipes.helpers import tiny_config  # noqa: E402
 class OneStep(SPINRecipe):
     """Keeps the gradient that the optimizer would have used, and stops."""
 
-    def _lr_factor(self):  # asked for between the gradient and the update
+    def _lr(self):  # asked for between the gradient and the update
         self.gradient = {name: full_tensor(p.grad).clone() for name, p in self._model.named_parameters()}
-        return super()._lr_factor()
+        return super()._lr()
 
 
 def main(out, output_dir, *overrides):

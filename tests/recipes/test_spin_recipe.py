@@ -603,8 +603,8 @@ class TestFaults:
 
     def test_self_test_can_be_switched_off(self, tmp_path):
         class Tampers(SPINRecipe):
-            def _start_fitting(self, iteration):
-                super()._start_fitting(iteration)
+            def _begin_training(self, iteration):
+                super()._begin_training(iteration)
                 with torch.no_grad():
                     self._model.norm.scale.mul_(1.01)
 

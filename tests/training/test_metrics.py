@@ -1,6 +1,7 @@
 """Metrics of a batch, by hand and against torch; the share of weights moved; the metrics file after a restart."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,12 +37,7 @@ def run(rows, policy, truncated="keep", beta=0.5, nll_weight=0.0):
         row = pack_row(pairs, 64, RowLayout(truncated=truncated))
         logps = policy[at : at + row.num_responses]
         at += row.num_responses
-        reference = row.reference_logps.float()
-        total.add(
-            row,
-            logps,
-            *SPINLoss(beta=beta)(logps[row.real], logps[row.generated], reference[row.real], reference[row.generated]),
-        )
+        total.add(row, logps, SPINLoss(beta=beta))
     parts = [total.totals() for total in sums]
     return pair_metrics({name: sum(part[name] for part in parts) for name in parts[0]}, nll_weight)
 
@@ -114,7 +110,7 @@ def moved_by_one_step(dtype, make) -> float:
     model(torch.randn(64, 256, dtype=dtype)).sum().backward()
     with torch.compiler.set_stance("force_eager"):
         make(model.parameters(), lr=5e-7).step()
-    return moved.share(init_world("cpu"))
+    return moved.measure(init_world("cpu"))
 
 
 def test_bf16_weights_hardly_move_at_spins_learning_rate(caplog):
@@ -130,16 +126,17 @@ def test_bf16_weights_hardly_move_at_spins_learning_rate(caplog):
     assert fp32 > 0.95
 
     warned: set[int] = set()
-    check_updated_fraction(fp32, 5e-7, "fp32", False, 0, warned)
-    check_updated_fraction(at_random, 5e-7, "bf16", True, 0, warned)
-    check_updated_fraction(0.0, 0.0, "bf16", False, 0, warned)  # the first step of a warm-up
+    to_nearest, randomly = SimpleNamespace(), SimpleNamespace(stochastic_rounding=True)  # optimizers
+    check_updated_fraction(fp32, 5e-7, to_nearest, "fp32", 0, warned)
+    check_updated_fraction(at_random, 5e-7, randomly, "bf16", 0, warned)
+    check_updated_fraction(0.0, 0.0, to_nearest, "bf16", 0, warned)  # the first step of a warm-up
     assert not caplog.records
     for iteration in (0, 0, 1, 1):
-        check_updated_fraction(nearest, 5e-7, "bf16", False, iteration, warned)
+        check_updated_fraction(nearest, 5e-7, to_nearest, "bf16", iteration, warned)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "A step of iteration 1 at learning rate 5e-07 changed 1.3% of the weights (dtype=bf16)" in caplog.text
     assert "Set dtype=fp32, or optimizer._component_=spin.training.AdamWStochasticRounding" in caplog.text
-    check_updated_fraction(0.05, 5e-7, "fp32", True, 2, warned)  # there is nothing to round in fp32
+    check_updated_fraction(0.05, 5e-7, randomly, "fp32", 2, warned)  # there is nothing to round in fp32
     assert "see grad_norm" in caplog.text
 
 
@@ -154,13 +151,13 @@ def test_moved_share_counts_shards_and_skips_what_is_frozen():
     with torch.no_grad():
         model.layers[0].bias.add_(1)
         model.frozen.weight.add_(1)
-    assert moved.share(world) == 2 / 6
+    assert moved.measure(world) == 2 / 6
 
     model = torch.nn.Linear(64, 64, bias=False)
     moved = UpdateFraction(model, per_parameter=63)
     with torch.no_grad():
         model.weight[:, :32] += 1
-    assert moved.share(world) == pytest.approx(0.5, abs=0.02)
+    assert moved.measure(world) == pytest.approx(0.5, abs=0.02)
 
 
 def test_metrics_file_forgets_what_will_be_made_again(tmp_path):

@@ -216,7 +216,7 @@ def test_numbers_that_cannot_be():
     parameter = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
     for wrong in ({"lr": -1.0}, {"betas": (0.9, 1.0)}, {"eps": -1e-8}, {"weight_decay": -0.1}):
         for make in (AdamW8bit, AdamWStochasticRounding):
-            with pytest.raises(ConfigError, match=rf"spin\.optim\.{make.__name__}: found .*{next(iter(wrong))}="):
+            with pytest.raises(ConfigError, match=rf"spin\.training\.{make.__name__}: found .*{next(iter(wrong))}="):
                 make([parameter], **wrong)
 
 

@@ -1,0 +1,33 @@
+"""What a run reads before anything is loaded: its tokenizer and its data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from spin import config
+from spin.config import SPINConfig
+from spin.core.ranks import World
+from spin.data.dataset import PromptDataset, PromptSource
+from spin.data.dates import fix_date
+from spin.data.read import check_vocabulary, unknown_ids
+from spin.data.tokenizer import PromptTokenizer
+from spin.data.torchtune_tokenizer import adapt_tokenizer
+
+
+def read_inputs(
+    cfg: SPINConfig, model: nn.Module, world: World
+) -> tuple[PromptTokenizer, PromptSource, PromptDataset, tuple[int, ...]]:
+    """The config's tokenizer, its training and its validation set, which is empty where there is none, and the ids of
+    the model's vocabulary that the tokenizer lacks. A ``DataError`` if they do not fit the model. Collective."""
+    tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
+    fix_date(tokenizer, Path(cfg.output_dir), world, cfg.resume)
+    reading = {"tokenizer": tokenizer, "max_seq_len": model.max_seq_len}
+    prompts: PromptSource = config.instantiate(cfg.dataset, **reading)
+    val_prompts = PromptDataset()
+    if cfg.validation_dataset is not None:
+        val_prompts = config.instantiate(cfg.validation_dataset, **reading)
+    stop_token_ids = (*tokenizer.eos_ids, *cfg.sampling.stop_token_ids)
+    check_vocabulary(model, tokenizer, stop_token_ids, prompts, val_prompts)
+    return tokenizer, prompts, val_prompts, unknown_ids(model, tokenizer)
