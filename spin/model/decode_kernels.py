@@ -148,7 +148,7 @@ def _weigh_blocks(
     is_early = tl.load(new_tokens + row) < min_new_tokens
     column = part * block + tl.arange(0, block)
     value = _drawable(logits + row * stride, column, vocab, temperature, is_early, stops, num_stops)
-    top = tl.maximum(tl.max(value, 0), -1e30)  # of a block that is banned as a whole
+    top = tl.maximum(tl.max(value, 0), -1e30)  # of a block that is banned entirely
     tl.store(tops + row * blocks + part, top)
     tl.store(totals + row * blocks + part, tl.sum(tl.exp(value - top).to(tl.float64), 0))
 

@@ -413,7 +413,7 @@ def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tenso
         return torch.empty(0)
     first, end = int(rows.min()), int(rows.max()) + 1
     block = read_rows(entry, name, first, end)
-    if not torch.equal(rows, torch.arange(first, end)):  # permuted within heads; a shard may cut through one
+    if not torch.equal(rows, torch.arange(first, end)):  # permuted within heads; a shard may split one
         block = block[rows - first]
     if nf4 is not None:  # all rows are read and quantized together
         block = block.to(nf4.device, nf4.dtype)
@@ -521,14 +521,14 @@ def export_hf(
             mine: Tensors = {}
             for owner, file in enumerate(files[first : first + world.world_size]):
                 for group in file:
-                    whole = {}
+                    full = {}
                     for name in group.tune:
                         tensor = gathers[name](dtype)
                         if owner == world.rank:
-                            whole[name] = tensor.cpu()
+                            full[name] = tensor.cpu()
                             too_large += [] if is_finite(tensor) else [name]
                     if owner == world.rank:
-                        mine |= {name: tensor.contiguous() for name, tensor in to_hf(whole).items()}
+                        mine |= {name: tensor.contiguous() for name, tensor in to_hf(full).items()}
             with raise_on_all_ranks(world, CheckpointError):
                 if mine and not too_large:
                     _write_tensors(mine, part / names[first + world.rank])

@@ -267,4 +267,4 @@ def broken_file(file: Path, error: object) -> str:
         head = b""
     if head.startswith(b"version https://git-lfs"):
         return f"{file}: a pointer of Git LFS in place of the file. Run `git lfs pull` in the folder."
-    return f"{file}: not a whole safetensors file ({error}). {_AGAIN}"
+    return f"{file}: not a complete safetensors file ({error}). {_AGAIN}"

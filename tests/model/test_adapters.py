@@ -165,15 +165,15 @@ def weight(rows: int = 256, columns: int = 128, dtype: torch.dtype = torch.float
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_shard_of_nf4_holds_the_values_of_the_full_weight(dtype):
     """Quantized by itself it would not: the scales are relative to the mean over all rows."""
-    whole = weight(dtype=dtype)
-    expected = to_nf4(whole).get_original_weight()
+    full = weight(dtype=dtype)
+    expected = to_nf4(full).get_original_weight()
     halves = []
     for first_row in (0, 128):
         shard = to_nf4(torch.zeros(128, 128, dtype=dtype))
-        fill_nf4(shard, whole, first_row)
+        fill_nf4(shard, full, first_row)
         halves.append(shard.get_original_weight())
     assert torch.equal(torch.cat(halves), expected)
-    alone = torch.cat([to_nf4(part).get_original_weight() for part in whole.split(128)])
+    alone = torch.cat([to_nf4(part).get_original_weight() for part in full.split(128)])
     assert not torch.equal(alone, expected)
 
 
@@ -192,10 +192,10 @@ def test_the_fingerprint_covers_the_adapter_and_can_leave_it_out():
     adapter = next(iter(adapted_modules(model).values()))
     for part in (adapter.lora_a.weight, adapter.lora_b.weight, adapter.magnitude):
         part.requires_grad_()
-        whole, base = weights_fingerprint(model), weights_fingerprint(model, frozen_only=True)
+        full, base = weights_fingerprint(model), weights_fingerprint(model, frozen_only=True)
         with torch.no_grad():
             part[-1:].mul_(1.5)
-        assert weights_fingerprint(model) != whole
+        assert weights_fingerprint(model) != full
         assert weights_fingerprint(model, frozen_only=True) == base
     with torch.no_grad():
         model.norm.scale[0] += 1

@@ -73,7 +73,7 @@ def test_logits_equal_transformers(name):
 
 
 def test_torchtune_gemma2_differs_from_transformers_unless_fixed():
-    """Guards the reason for spin/model/gemma2.py: if torchtune mends itself, this fails and the file can go."""
+    """Guards the reason for spin/model/gemma2.py: if torchtune is fixed, this fails and the file can go."""
     model = FAMILIES["gemma2"]()
     tokens = _tokens(1, 20)
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_fix_gemma2_defaults_are_the_released_caps():
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefix_shared_row_equals_separate_sequences(name):
     """Both responses see the prompt and not each other. Gemma 2's window of 8 positions is shorter than the prompt and
-    than the row: torchtune's row-index window would cut the second response off from its prompt."""
+    than the row: torchtune's row-index window would hide the prompt from the second response."""
     model = FAMILIES[name]()
     patch_attention(model)
     row = _prefix_row(12, 9, 11, pad=3)

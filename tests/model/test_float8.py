@@ -124,7 +124,7 @@ def test_off_reaches_compiled_layers():
 
 
 def test_weight_gradients_of_an_odd_number_of_tokens(world):
-    """Their matmul sums over tokens; the GPU's wants a multiple of 16, so torchao is told to pad."""
+    """Their matmul sums over tokens; the GPU's wants a multiple of 16, so torchao is set to pad."""
     model = prepared(world)
     linear = next(module for module in model.modules() if isinstance(module, Float8Linear))
     assert all(config.pad_inner_dim for config in linear.linear_mm_config)

@@ -164,7 +164,7 @@ def test_one_rank_reads_every_row_once(name, folders, world, monkeypatch):
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.slow
 def test_ranks_share_the_reading(ranks, folders, subprocess_env):
-    """Three ranks have uneven shards, which cut through heads."""
+    """Three ranks have uneven shards, which split heads."""
     root = folders["llama2"].parent
     run_ranks("load_families.py", subprocess_env, root, *map("=".join, MODEL_TYPES.items()), ranks=ranks)
 
@@ -249,7 +249,7 @@ def test_a_runs_folder_is_told_where_its_models_are(tmp_path):
 def test_truncated_file_is_named(llama, world):
     file = llama / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a whole safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: not a complete safetensors file"):
         load_hf_weights(empty("llama3_2", world), llama, "LLAMA3_2", world=world)
 
 

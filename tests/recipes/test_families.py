@@ -40,7 +40,7 @@ LLAMA3 = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>\n\n", "
 CHATML = ("", "<|im_start|>", "\n", "<|im_end|>", "<|endoftext|>")
 GEMMA = {"head_dim": 8, "hidden_capping_value": 50.0, "final_capping_value": 30.0, "sliding_window_size": 16}
 HF_GEMMA = {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 16, "rms_norm_eps": 1e-6}
-# packaged config: builder, its arguments beside the shape; transformers' config class, its arguments; how a turn is
+# packaged config: builder, its arguments besides the shape; transformers' config class, its arguments; how a turn is
 # written: before all, before and behind the role, at its end, and the EOS of the folder
 FAMILIES = {
     "llama3_1/8B": ("llama3_1.llama3_1", {}, "Llama", {"rope_parameters": rope(5e5, 8.0)}, LLAMA3),
@@ -79,7 +79,7 @@ def test_every_family_with_a_packaged_config_is_here():
 
 
 def make_folder(name, tiny_lm, folder):
-    """A random model whose answers end soon, with the family's turns over the tiny model's vocabulary."""
+    """A random model whose responses end soon, with the family's turns over the tiny model's vocabulary."""
     _, _, kind, arguments, (bos, head, behind_role, end, eos) = FAMILIES[name]
     tokenizer = AutoTokenizer.from_pretrained(tiny_lm)
     marks = [mark.strip() for mark in (bos, head, behind_role, end, eos) if mark.strip() and mark.strip() != "<|"]
@@ -186,9 +186,9 @@ def test_from_a_folder_to_a_folder(name, method, tiny_lm, tmp_path, monkeypatch,
         talks, add_generation_prompt=True, return_tensors="pt", padding=True, padding_side="left", return_dict=True
     )
     torch.manual_seed(0)
-    answers = after.generate(**asked, do_sample=True, max_new_tokens=40)[:, asked["input_ids"].shape[1] :].tolist()
-    ended = [next(i for i, token in enumerate(ids) if token in stops) for ids in answers if set(ids) & set(stops)]
-    assert len(ended) >= 4, "no answer ends, so this test shows nothing"
-    for ids in answers:
+    responses = after.generate(**asked, do_sample=True, max_new_tokens=40)[:, asked["input_ids"].shape[1] :].tolist()
+    ended = [next(i for i, token in enumerate(ids) if token in stops) for ids in responses if set(ids) & set(stops)]
+    assert len(ended) >= 4, "no response ends, so this test shows nothing"
+    for ids in responses:
         at = next((i for i, token in enumerate(ids) if token in stops), len(ids))
         assert set(ids[at + 1 :]) <= {tokenizer.pad_token_id}

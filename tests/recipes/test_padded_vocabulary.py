@@ -39,7 +39,7 @@ def overrides(padded):
     return [*folder, "max_iterations=1", "max_epochs=1", "validation_dataset=null"]
 
 
-def answers(store):
+def responses_of(store):
     return [(pair.prompt_ids, pair.generated[0].token_ids) for pair in PairStore.open(store).pairs()]
 
 
@@ -53,7 +53,7 @@ def trained(padded, tmp_path_factory):
 def test_a_run_samples_only_what_the_tokenizer_knows(padded, trained):
     model = AutoModelForCausalLM.from_pretrained(padded, dtype=torch.float32)
     wanted = 0
-    for prompt, response in answers(trained / "iteration_000/responses"):
+    for prompt, response in responses_of(trained / "iteration_000/responses"):
         assert max(response) < 1024
         with torch.no_grad():
             logits = model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
@@ -67,7 +67,7 @@ def test_workers_sample_what_a_run_does(padded, trained, tmp_path):
     recipe.setup()
     recipe.generate()
     recipe.cleanup()
-    got, expected = (answers(folder / "iteration_000/responses") for folder in (tmp_path, trained))
+    got, expected = (responses_of(folder / "iteration_000/responses") for folder in (tmp_path, trained))
     assert [(list(a), list(b)) for a, b in got] == [(list(a), list(b)) for a, b in expected]
 
 
@@ -83,7 +83,7 @@ def test_an_evaluation_samples_only_what_the_tokenizer_knows(padded, tiny_lm, tm
     finally:
         recipe.cleanup()
     for name in ("trained", "start"):
-        assert max(max(response) for _, response in answers(tmp_path / "answers" / name)) < 1024
+        assert max(max(response) for _, response in responses_of(tmp_path / "responses" / name)) < 1024
 
 
 @pytest.mark.slow
@@ -92,4 +92,4 @@ def test_vllm_samples_only_what_the_tokenizer_knows(padded, tmp_path):
     changes = [*overrides(padded), *VLLM, f"generator.model_dir={padded}", "max_steps=1", "sampling.temperature=1"]
     done = command(tmp_path, *changes)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert max(max(response) for _, response in answers(tmp_path / "iteration_000/responses")) < 1024
+    assert max(max(response) for _, response in responses_of(tmp_path / "iteration_000/responses")) < 1024

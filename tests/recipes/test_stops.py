@@ -68,8 +68,8 @@ def adapted(tiny_lm, tmp_path_factory):
     return base, folder / "run/iteration_000"
 
 
-def answers_of(model, folder, **options):
-    """Texts of answers by transformers, sampled with the folder's own settings; as many tokens as they like."""
+def responses_of(model, folder, **options):
+    """Texts of responses by transformers, sampled with the folder's own settings; as many tokens as they like."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     questions = ["What is a hacker?", "Explain foo.", "What does bogus mean?", "Define grep."]
     talks = [[{"role": "user", "content": question}] for question in questions * 4]
@@ -82,8 +82,8 @@ def answers_of(model, folder, **options):
     return [ids.tolist() for ids in out[:, inputs["input_ids"].shape[1] :]]
 
 
-def check_they_stop(answers, pad):
-    ended = [ids for ids in answers if END in ids]
+def check_they_stop(responses, pad):
+    ended = [ids for ids in responses if END in ids]
     assert len(ended) >= 4, "the tiny model hardly ends a turn, so this test shows nothing"
     for ids in ended:
         assert set(ids[ids.index(END) + 1 :]) <= {pad}
@@ -92,7 +92,7 @@ def check_they_stop(answers, pad):
 def test_transformers_stops_where_the_run_did(full):
     folder, _ = full
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    check_they_stop(answers_of(model, folder), pad=0)
+    check_they_stop(responses_of(model, folder), pad=0)
     config, generation = (json.loads((folder / f).read_text()) for f in ("config.json", "generation_config.json"))
     assert config["eos_token_id"] == generation["eos_token_id"] == [END, ENDOFTEXT]
     assert (generation["temperature"], generation["do_sample"], generation["pad_token_id"]) == (0.7, True, 0)
@@ -106,7 +106,7 @@ def test_the_base_model_would_go_on(full, tiny_lm, tmp_path):
     base = base_model(tiny_lm, tmp_path / "base")
     shutil.copy(folder / "model.safetensors", base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    assert any(set(ids[ids.index(END) + 1 :]) - {0} for ids in answers_of(model, folder) if END in ids)
+    assert any(set(ids[ids.index(END) + 1 :]) - {0} for ids in responses_of(model, folder) if END in ids)
 
 
 def test_the_next_run_finds_the_same_stop_tokens(full, tmp_path):
@@ -140,7 +140,7 @@ def test_adapters_stop_too(adapted, kind, monkeypatch):
         peft = pytest.importorskip("peft", reason="peft is not installed")
         monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # it refuses torchao 0.15
         model = peft.PeftModel.from_pretrained(model, folder)
-    check_they_stop(answers_of(model, folder, generation_config=settings, do_sample=True), pad=ENDOFTEXT)
+    check_they_stop(responses_of(model, folder, generation_config=settings, do_sample=True), pad=ENDOFTEXT)
 
 
 def test_a_folder_that_says_all_of_it_already_is_copied(tiny_lm, tmp_path):
@@ -192,13 +192,13 @@ if __name__ == "__main__":
               block_size=32)
     talks = [[{{"role": "user", "content": q}}] for q in ("What is a hacker?", "Explain foo.", "Define grep.")] * 4
     found = llm.chat(talks, SamplingParams(max_tokens=120, seed=1))
-    answers = [(list(each.outputs[0].token_ids), each.outputs[0].finish_reason) for each in found]
-    open({str(tmp_path / "answers.json")!r}, "w").write(json.dumps(answers))
+    responses = [(list(each.outputs[0].token_ids), each.outputs[0].finish_reason) for each in found]
+    open({str(tmp_path / "responses.json")!r}, "w").write(json.dumps(responses))
 """
     env = subprocess_env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    answers = json.loads((tmp_path / "answers.json").read_text())
-    assert sum(reason == "stop" for _, reason in answers) >= 4
-    for ids, reason in answers:
+    responses = json.loads((tmp_path / "responses.json").read_text())
+    assert sum(reason == "stop" for _, reason in responses) >= 4
+    for ids, reason in responses:
         assert END not in ids[:-1] and (ids[-1] in (END, ENDOFTEXT)) == (reason == "stop")

@@ -120,7 +120,7 @@ def test_an_evaluation_asks_with_the_date_of_the_run(tmp_path, template, tiny_lm
     recipe.evaluate()
     recipe.cleanup()
     for name in ("trained", "start"):
-        assert days_in(tmp_path / "out/answers" / name, tiny_lm) == {"2026-01-31"}
+        assert days_in(tmp_path / "out/responses" / name, tiny_lm) == {"2026-01-31"}
 
 
 @pytest.mark.slow
