@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pytest
 import spin_evaluate
 import spin_generate
 import spin_recipe
@@ -44,13 +45,9 @@ def made(name, out, *overrides):
 def refused(name, pattern, *overrides):
     out = folder / f"{name}_{next(NUMBERS)}"
     recipe = made(name, out, *overrides)
-    try:
+    with pytest.raises(ConfigError, match="the 2 ranks were given different inputs") as error:
         recipe.setup()
-    except ConfigError as error:
-        assert "the 2 ranks were given different inputs" in str(error), (overrides, error)
-        assert re.search(rf"{pattern}.* on rank 0 \(\S+\), .* on rank 1 \(\S+\)\n", str(error)), (overrides, error)
-    else:
-        raise AssertionError(f"{name} {overrides}: no error")
+    assert re.search(rf"{pattern}.* on rank 0 \(\S+\), .* on rank 1 \(\S+\)\n", str(error.value)), (overrides, error)
     return sorted(path.name for path in out.rglob("*"))
 
 
