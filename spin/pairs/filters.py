@@ -11,9 +11,6 @@ import numpy as np
 from spin.core.errors import StoreError
 from spin.types import Pair
 
-# what may be done with responses that may not be worth learning from, by their kind
-POLICIES = {"truncated": ("keep", "mask", "drop"), "equal_to_real": ("keep", "drop"), "empty": ("keep", "drop")}
-
 
 class FilteredPairs(Iterable[Pair]):
     """Pairs that still have a response after the policies, and ``counts`` of responses, known once all were visited.
