@@ -121,7 +121,7 @@ def test_rows_in_memory():
         ("*.parquet", r"No file matches .*holds: data\.xlsx, train\.jsonl\."),
         ("no/such/folder/data.jsonl", r"holds: data\.xlsx, empty/, train\.jsonl\."),
         ("data.xlsx", r"has the suffix '\.xlsx'"),
-        ("empty", "is empty"),
+        ("empty", r"holds no \.jsonl.* is empty"),
         (5, "is a int"),
         ([], "empty list"),
         ([5], "entry of type int"),
