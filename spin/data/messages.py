@@ -39,6 +39,7 @@ _OTHER_ROLES = {
     "tool_call": "assistant",
     **dict.fromkeys(("tool_response", "tool_result", "function_response"), "tool"),
 }
+_ALL_ROLES = _ROLES | _OTHER_ROLES
 _CALL_ROLES = ("function_call", "tool_call")
 # Keys of an assistant's message: what it thought, whether it is trained on, and training of parts of it.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
@@ -117,7 +118,9 @@ class _Row:
 
     def pruned(self, value: Any) -> Any:
         """Tools or calls without the nulls that Arrow gave them."""
-        pruned = without_nulls(value) if self.from_arrow else value
+        if not self.from_arrow:
+            return value
+        pruned = without_nulls(value)
         if pruned != value:
             self.changed("null_arguments_removed")
         return pruned
@@ -336,11 +339,10 @@ def _turn(row: _Row, value: object, index: int) -> ChatMessage:
             f"message {index} has the keys {keys}; expected role and content, or from and value. Fix the row."
         )
     name = value[role_key]
-    known = _ROLES | _OTHER_ROLES
-    if not isinstance(name, str) or name.lower() not in known:  # NeMo writes User and Assistant
-        raise DataError(f"message {index} has role {name!r}; expected one of {', '.join(known)}. Fix the row.")
+    if not isinstance(name, str) or name.lower() not in _ALL_ROLES:  # NeMo writes User and Assistant
+        raise DataError(f"message {index} has role {name!r}; expected one of {', '.join(_ALL_ROLES)}. Fix the row.")
     name = name.lower()
-    role = known[name]
+    role = _ALL_ROLES[name]
     if name in _OTHER_ROLES:
         row.changed(f"role_{name}_read_as_{role}")
     label, content = f"message {index} (role {name!r})", value.get(content_key)
@@ -366,8 +368,9 @@ def _turn(row: _Row, value: object, index: int) -> ChatMessage:
         if {name, role} & row.masked_roles or not _is_trained(value, label):
             turn["train"] = False
         read |= set(_REASONING_KEYS)
-    unread = (key for key in value if key not in read and _is_set(value[key]))
-    row.notes.unused.update(dict.fromkeys(f"messages[].{key}" for key in unread))
+    for key in value:
+        if key not in read and _is_set(value[key]):
+            row.notes.unused[f"messages[].{key}"] = None
     return turn
 
 
