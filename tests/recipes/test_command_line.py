@@ -117,7 +117,8 @@ def test_pairs_that_one_process_scored_are_scored_again_by_two(tmp_path):
 def test_a_copied_and_edited_recipe_runs_where_it_lies(tmp_path):
     text = (REPO / "recipes" / "spin_recipe.py").read_text()
     edited = text.replace(
-        "@config.parse(SPINConfig)", 'class Mine(SPINConfig):\n    greeting: str = "hello"\n\n\n@config.parse(Mine)'
+        "@config.parse(config.SPINConfig)",
+        'class Mine(config.SPINConfig):\n    greeting: str = "hello"\n\n\n@config.parse(Mine)',
     )
     edited = edited.replace("        check_run(cfg)\n", "        check_run(cfg)\n        print(cfg.greeting)\n")
     assert edited.count("greeting") == 2
