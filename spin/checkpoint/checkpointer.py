@@ -87,7 +87,7 @@ class SPINCheckpointer:
         keep_exports (int | None): number of newest iterations whose exports to keep; None keeps all.
 
     Raises:
-        ConfigError: If an argument cannot be.
+        ConfigError: If there is no such dtype or layout. Ranges of numbers stand in :mod:`spin.config.schema`.
     """
 
     checkpoint_dir: str
@@ -100,18 +100,7 @@ class SPINCheckpointer:
     keep_exports: int | None = None
 
     def __post_init__(self) -> None:
-        """Checks the arguments."""
-        if self.keep_last < 1:
-            raise ConfigError(
-                f"checkpointer.keep_last is {self.keep_last}, expected at least 1: a run resumes from its newest "
-                "checkpoint."
-            )
-        if self.keep_best < 0:
-            raise ConfigError(f"checkpointer.keep_best is {self.keep_best}, expected 0 or more.")
-        if self.keep_exports is not None and (type(self.keep_exports) is not int or self.keep_exports < 1):
-            raise ConfigError(
-                f"checkpointer.keep_exports is {self.keep_exports!r}, expected 1 or more, or null for all."
-            )
+        """Checks names, and prepares the thread that writes."""
         if self.export_dtype not in DTYPES:
             raise ConfigError(f"checkpointer.export_dtype is {self.export_dtype!r}, expected {', '.join(DTYPES)}.")
         check_model_type(self.model_type)

@@ -34,30 +34,14 @@ def export_peft(
     chat_template: str | None = None,
     stop_ids: Sequence[int] = (),
 ) -> Path:
-    """Writes a model's adapters as a folder that ``peft.PeftModel.from_pretrained`` loads onto the base. Collective.
+    """Writes a model's adapters as a folder that ``peft.PeftModel.from_pretrained`` loads onto the base in ``source_dir``;
+    an adapter that was exported there is replaced. Collective.
 
-    With stop tokens, tokenizer and ``generation_config.json`` lie beside them: the base's own need not stop where the
-    adapter was trained to.
+    With stop tokens, tokenizer and ``generation_config.json`` lie next to them (see
+    :func:`spin.model.hf.write_companions`): the base's own need not stop where the adapter was trained to.
 
     Rows of B and of DoRA's magnitude move as those of W do. Where a family stores several weights as one (Phi: queries,
     keys and values), their adapters become one of the sum of their ranks, whose B has blocks of zeros.
-
-    Args:
-        model (nn.Module): sharded or plain.
-        source_dir (str | Path): Hugging Face folder of the base.
-        out_dir (str | Path): the folder to write; an adapter that was exported there is replaced.
-        model_type (str): name in torchtune's ``ModelType``.
-        world (World): the ranks.
-        tokenizer_dir (Path | None): see :func:`spin.model.hf.write_companions`.
-        chat_template (str | None): see :func:`spin.model.hf.write_companions`.
-        stop_ids (Sequence[int]): see :func:`spin.model.hf.write_companions`; without any there are weights alone.
-
-    Returns:
-        Path: ``out_dir``.
-
-    Raises:
-        CheckpointError: If the model does not fit the source's config, or the folder cannot be written.
-        NonFiniteError: If a weight is NaN or infinite; nothing is written then.
     """
     set_stage("exporting an adapter")
     out = Path(out_dir)

@@ -348,6 +348,7 @@ class EvaluateConfig(Config):
 ARGUMENTS: dict[str, tuple[float, float]] = {
     "checkpointer.keep_last": (1, 10**6),
     "checkpointer.keep_best": (0, 10**6),
+    "checkpointer.keep_exports": (1, 10**6),
     "dataset.limit": (1, 10**12),
     "dataset.shuffle_buffer": (0, 10**9),
     "generator.batch_size": (1, 2**16),

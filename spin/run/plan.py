@@ -21,7 +21,7 @@ class RunPlan:
     """The arithmetic of a run. Nothing in it changes while the run goes on but ``progress``.
 
     ``steps`` counts those of an epoch over an iteration's own samples (history adds to that), ``val_every`` and
-    ``save_every`` those between two validations or states (0 for never), ``num_val_samples`` what a validation takes.
+    ``save_every`` those between two validations or checkpoints (0 for never), ``num_val_samples`` what a validation takes.
 
     Args:
         cfg (SPINConfig): the run's, complete and checked.
@@ -98,10 +98,10 @@ class RunPlan:
         return progress.iteration_start(progress.iteration), min(last, progress.iteration_start(progress.iteration + 1))
 
     def compare_schedules(self, total_steps: int | None, anew: bool) -> None:
-        """Warns if a state was saved in the middle of a schedule that has another end now.
+        """Warns if a checkpoint was saved in the middle of a schedule that has another end now.
 
         Args:
-            total_steps (int | None): of the run that saved the state; None if it did not say.
+            total_steps (int | None): of the run that saved the checkpoint; None if it did not say.
             anew (bool): see :meth:`lr_span`.
         """
         if total_steps is None or self.progress.is_done:
@@ -109,7 +109,7 @@ class RunPlan:
         (first, last), (_, before) = self.lr_span(anew), self.lr_span(anew, total_steps)
         if last != before and first < self.progress.step:
             log.warning(
-                f"The learning rate's schedule ends at step {last} now; when the state was saved it ended at step "
+                f"The learning rate's schedule ends at step {last} now; when the checkpoint was saved it ended at step "
                 f"{before}. From here on the rate is another one than in a run with these settings from the start. "
                 "Was max_steps or max_iterations changed?"
             )

@@ -198,13 +198,13 @@ class SPINProgress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the position from a saved state.
+        """Takes the position from a checkpoint.
 
         Args:
             state (dict[str, Any]): from :meth:`state_dict`.
 
         Raises:
-            CheckpointError: If the state's epoch or iteration does not follow from its step here: the number of steps
+            CheckpointError: If the checkpoint's epoch or iteration does not follow from its step here: the number of steps
                 per
                 epoch has changed.
         """

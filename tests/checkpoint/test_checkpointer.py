@@ -476,8 +476,6 @@ def test_hostile_files_run_no_code(where, checkpointer, world, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"keep_last": 0}, "keep_last is 0"),
-        ({"keep_best": -1}, "keep_best is -1"),
         ({"export_dtype": "int8"}, "export_dtype is 'int8', expected fp32, bf16, fp16"),
         ({"model_type": "CLIP_TEXT"}, "model_type is 'CLIP_TEXT', expected one of"),
     ],
