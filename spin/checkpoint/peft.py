@@ -34,8 +34,8 @@ def export_peft(
     chat_template: str | None = None,
     stop_ids: Sequence[int] = (),
 ) -> Path:
-    """Writes a model's adapters as a folder that ``peft.PeftModel.from_pretrained`` loads onto the base in ``source_dir``;
-    an adapter that was exported there is replaced. Collective.
+    """Writes a model's adapters as a folder that ``peft.PeftModel.from_pretrained`` loads onto the base.
+    Replaces one that was exported there. Collective.
 
     With stop tokens, tokenizer and ``generation_config.json`` lie next to them (see
     :func:`spin.model.hf.write_companions`): the base's own need not stop where the adapter was trained to.

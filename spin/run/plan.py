@@ -21,7 +21,8 @@ class RunPlan:
     """The arithmetic of a run. Nothing in it changes while the run goes on but ``progress``.
 
     ``steps`` counts those of an epoch over an iteration's own samples (history adds to that), ``val_every`` and
-    ``save_every`` those between two validations or checkpoints (0 for never), ``num_val_samples`` what a validation takes.
+    ``save_every`` those between two validations or checkpoints (0 for never), ``num_val_samples`` is what a validation
+    takes.
 
     Args:
         cfg (SPINConfig): the run's, complete and checked.

@@ -204,9 +204,8 @@ class SPINProgress:
             state (dict[str, Any]): from :meth:`state_dict`.
 
         Raises:
-            CheckpointError: If the checkpoint's epoch or iteration does not follow from its step here: the number of steps
-                per
-                epoch has changed.
+            CheckpointError: If the checkpoint's epoch or iteration does not follow from its step here:
+                the number of steps per epoch has changed.
         """
         self.step, self.consumed_samples = int(state["step"]), int(state["consumed_samples"])
         for name in ("epoch", "iteration"):
