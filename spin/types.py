@@ -19,7 +19,7 @@ class Prompt:
 
     Args:
         sample_id (str): unique name of the sample in its data set.
-        prompt_ids (TokenIds): what the opponent is asked, and what stands before both responses in training.
+        prompt_ids (TokenIds): before the response in generation, and before both in training.
         real_ids (TokenIds): the data set's response, closed by the end-of-turn token.
     """
 

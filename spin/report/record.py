@@ -22,27 +22,16 @@ Metrics = Mapping[str, Any]
 
 @dataclass
 class IterationRecord:
-    """An iteration, as far as it has come.
-
-    Args:
-        number (int): counted from 0.
-        steps (list[Metrics]): its lines of metrics.jsonl that have a loss.
-        seconds (dict[str, float]): wall-clock time of the stages that are known.
-        responses (int): responses of the opponent on disk.
-        truncated (int): those of them that the length limit truncated.
-        mean_tokens (dict[str, float]): mean length of ``prompt``, ``real`` and ``generated``.
-        is_exported (bool): its model is there, so it is finished.
-        samples (list[dict[str, Any]]): the responses shown at its last validation.
-    """
+    """An iteration, as far as it has come."""
 
     number: int
-    steps: list[Metrics] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    responses: int = 0
-    truncated: int = 0
-    mean_tokens: dict[str, float] = field(default_factory=dict)
-    is_exported: bool = False
-    samples: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[Metrics] = field(default_factory=list)  # its lines of metrics.jsonl that have a loss
+    seconds: dict[str, float] = field(default_factory=dict)  # wall-clock time of the stages that are known
+    responses: int = 0  # of the opponent, on disk
+    truncated: int = 0  # of these, by the length limit
+    mean_tokens: dict[str, float] = field(default_factory=dict)  # of ``prompt``, ``real`` and ``generated``
+    is_exported: bool = False  # its model is there, so it is finished
+    samples: list[dict[str, Any]] = field(default_factory=list)  # shown at its last validation
 
 
 @dataclass

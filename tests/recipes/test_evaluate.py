@@ -104,7 +104,7 @@ def test_the_judge_is_asked_in_both_orders_by_token_ids(judged, tiny_lm):
             assert asked[f"{row['sample_id']}#{first}"] == expected
 
 
-def test_answers_are_those_of_the_models_to_the_held_out_prompts(judged, tiny_lm):
+def test_responses_are_those_of_the_models_to_the_held_out_prompts(judged, tiny_lm):
     folder, summary = judged
     rows = rows_of(folder / "trained_vs_start")
     source = [json.loads(line) for line in (REPO / "examples/quickstart/jargon_val.jsonl").read_text().splitlines()]
@@ -117,9 +117,9 @@ def test_answers_are_those_of_the_models_to_the_held_out_prompts(judged, tiny_lm
     for row, original in zip(rows, source, strict=False):
         assert (row["prompt"], row["reference"]) == tuple(message["content"] for message in original["messages"])
         for role, store in zip(ROLES, stores, strict=True):
-            (answer,) = store[row["sample_id"]].generated
-            assert row[role] == tokenizer.decode(answer.token_ids.tolist(), skip_special_tokens=True)
-            assert row[f"{role}_tokens"] == len(answer.token_ids)
+            (response,) = store[row["sample_id"]].generated
+            assert row[role] == tokenizer.decode(response.token_ids.tolist(), skip_special_tokens=True)
+            assert row[f"{role}_tokens"] == len(response.token_ids)
     assert any(row["candidate"] != row["baseline"] for row in rows)
     assert summary["candidate"]["mean_tokens"] == sum(row["candidate_tokens"] for row in rows) / 12
 
@@ -138,7 +138,7 @@ def test_swapped_roles_mirror_every_outcome(judged, paths, trained, tiny_lm, tmp
 
 
 def test_a_model_ties_with_itself_unasked(paths, tiny_lm, tmp_path):
-    """Seeds are (seed, sample id): equal weights give equal answers, and no judge has to say so."""
+    """Seeds are (seed, sample id): equal weights give equal responses, and no judge has to say so."""
     summary = evaluate(tmp_path, *paths, f"candidate.checkpoint_dir={tiny_lm}")
     assert (summary["ties"], summary["win_rate"], summary["sign_test_p"]) == (12, 0.5, 1.0)
     assert summary["judge"]["equal_responses"] == 12 and summary["judge"]["asked"] == 0
@@ -157,8 +157,8 @@ def test_a_question_that_leaves_the_judge_no_room_is_named(paths, tmp_path):
         evaluate(tmp_path, *paths, "judge.sampling.max_new_tokens=400", "sampling.max_new_tokens=40")
 
 
-def test_answers_from_elsewhere_play_too(judged, paths, tmp_path):
-    """A player without weights: its generator has the answers, here the ones that the trained model gave."""
+def test_responses_from_elsewhere_play_too(judged, paths, tmp_path):
+    """A model without weights: its generator has the responses, here those of the trained model."""
     folder, summary = judged
     replay = [
         "candidate.checkpoint_dir=null",
@@ -174,21 +174,21 @@ def test_answers_from_elsewhere_play_too(judged, paths, tmp_path):
     found = recipe.evaluate()
     recipe.cleanup()
     assert found["win_rate"] == summary["win_rate"] and found["judge"] == summary["judge"]
-    assert found["candidate"]["weights"] != summary["candidate"]["weights"]  # a hash of the answers
+    assert found["candidate"]["weights"] != summary["candidate"]["weights"]  # a hash of the responses
 
 
 def test_a_server_with_a_model_of_its_own_may_judge(judged, paths, tiny_lm, tmp_path):
-    """One that always says A: every pair of answers is a tie, and the bias is plain."""
+    """One that always says A: every pair of responses is a tie, and the bias is plain."""
     folder, _ = judged
     shutil.copytree(folder / "responses", tmp_path / "responses")
     tokenizer = ChatTokenizer(tiny_lm)
     _, says_a = tokenizer.encode_pair([{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}])
-    answers = {
+    responses = {
         "v1__models": {"data": [{"id": "large", "max_model_len": 4096}]},
         "v1__completions": {"choices": [{"token_ids": says_a, "finish_reason": "stop"}]},
     }
     with false_servers() as serve:
-        server = serve(**answers)
+        server = serve(**responses)
         generator = f"{{_component_: spin.generators.VLLMServerGenerator, url: '{server.url}', concurrency: 2}}"
         judge = ["judge.checkpoint_dir=null", f"judge.tokenizer.path={tiny_lm}", f"judge.generator={generator}"]
         summary = evaluate(tmp_path, *paths, *judge)
@@ -244,10 +244,10 @@ def test_a_killed_evaluation_makes_what_is_missing_and_nothing_else(copied, path
     [
         ("sampling.temperature=0.5", {"responses/start", "responses/trained", "trained_vs_start/judgements"}),
         ("judge.sampling.max_new_tokens=20", {"trained_vs_start/judgements"}),
-        ("candidate.checkpoint_dir=tests/assets/tiny_lm", {"responses/trained"}),  # equal answers: no judge is asked
+        ("candidate.checkpoint_dir=tests/assets/tiny_lm", {"responses/trained"}),  # equal responses: no judge is asked
     ],
 )
-def test_answers_of_other_weights_or_sampling_are_not_used(copied, paths, change, stale, monkeypatch):
+def test_responses_of_other_weights_or_sampling_are_not_used(copied, paths, change, stale, monkeypatch):
     monkeypatch.chdir(REPO)
     folder, _ = copied
     evaluate(folder, *paths, change)
@@ -291,7 +291,7 @@ def questions(tmp_path_factory, judged):
     ids=["column", "real response"],
 )
 def test_exact_match_with_known_answers(questions, paths, tmp_path, capsys, reference):
-    """The models answer as they did in `judged`: same prompts, ids, seed and weights."""
+    """The models respond as they did in `judged`: same prompts, ids, seed and weights."""
     file, expected = questions
     first_word = r"exact_match.pattern='(?s)^\s*(\S+).*'"
     overrides = ["verdict=exact_match", f"dataset.source={file}", first_word, *reference]
@@ -320,7 +320,7 @@ def test_a_right_answer_that_is_missing_is_found_before_anything_is_generated(qu
             evaluate(tmp_path, *paths, "verdict=exact_match", f"dataset.source={questions[0]}", key)
 
 
-def test_several_data_sets_are_played_whole(questions, paths, tmp_path, capsys):
+def test_several_data_sets_are_played_completely(questions, paths, tmp_path, capsys):
     """Rows of both, by name, with what exact match takes from their columns; validate sees the same."""
     val = REPO / "examples/quickstart/jargon_val.jsonl"
     overrides = [
@@ -352,7 +352,7 @@ def test_several_data_sets_are_played_whole(questions, paths, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_two_processes_share_the_prompts_and_find_the_same(judged, paths, tmp_path):
-    """As users start it; on two ranks answers lie in other shards, and are the same."""
+    """As users start it; on two ranks responses lie in other shards, and are the same."""
     folder, _ = judged
     done = command(tmp_path, *paths, recipe="spin_evaluate", nproc=2, config=CONFIG)
     assert done.returncode == 0, done.stderr
