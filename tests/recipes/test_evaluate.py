@@ -365,23 +365,23 @@ def test_two_processes_share_the_prompts_and_find_the_same(judged, paths, tmp_pa
 @pytest.mark.parametrize(
     ("override", "messages"),
     [
-        ("verdict=vote", ["verdict='vote': expected judge or exact_match."]),
+        ("verdict=vote", ["verdict: found 'vote', expected judge or exact_match."]),
         ("candidate.name=start", ["candidate and baseline are both called 'start'"]),
         ("candidate.name=../x", ["candidate.name='../x': expected letters"]),
         ("judge.template=which?", ["judge.template: has no {first} and no {second}"]),
-        ("judge.template=null", ["judge.template=None: expected a text with {first}"]),
-        ("judge.pattern=null", ["judge.pattern=None: expected a regular expression"]),
+        ("judge.template=null", ["judge.template: found null, expected a text"]),
+        ("judge.pattern=null", ["judge.pattern: found null, expected a text"]),
         ("dataset.streaming=true", ["dataset.streaming=true: an evaluation reads its prompts once"]),
         ("judge.pattern=A|B", ["judge.pattern='A|B': has 0 groups"]),
-        ("dataset=null", ["dataset=null: expected a section"]),
-        ("judge.generator=null", ["judge.generator=null: expected a section with _component_"]),
+        ("dataset=null", ["dataset: found null, expected a section"]),
+        ("judge.generator=null", ["judge.generator: found null, expected a section with _component_"]),
         ("judge.model=null", ["judge.model: not set, but judge.checkpoint_dir needs it"]),
         ("judge.tokenizer=null", ["judge.tokenizer: not set"]),
         ("baseline.checkpoint_dir=null", ["baseline.checkpoint_dir: not set. Name a Hugging Face folder"]),
-        ("sampling.top_p=2", ["sampling.top_p=2: expected a probability"]),
-        ("judge.sampling.top_p=2", ["judge.sampling.top_p=2: expected a probability"]),
-        ("prompts_per_shard=0", ["prompts_per_shard=0: expected a whole number"]),
-        ("compute_dtype=fp8", ["compute_dtype='fp8': expected fp32 or bf16"]),
+        ("sampling.top_p=2", ["sampling.top_p: found 2, expected a number, above 0, at most 1"]),
+        ("judge.sampling.top_p=2", ["judge.sampling.top_p: found 2, expected a number, above 0, at most 1"]),
+        ("prompts_per_shard=0", ["prompts_per_shard: found 0, expected a whole number"]),
+        ("compute_dtype=fp8", ["compute_dtype: found 'fp8', expected fp32 or bf16"]),
         ("judge.patern=x", ["judge.patern: unknown key. Did you mean 'pattern'?"]),
         ("exact_match.field=x", ["exact_match.field: unknown key"]),
         ("candidate.model.num_layer=2", ["candidate.model.num_layer", "Did you mean 'num_layers'?"]),
@@ -394,8 +394,12 @@ def test_configs_that_cannot_work(paths, override, messages):
         assert message in str(refused.value)
 
 
-def test_all_faults_at_once(paths):
-    faults = ["prompts_per_shard=0", "judge.pattern=x", "compute_dtype=fp8"]
+@pytest.mark.parametrize(
+    "faults",
+    [("prompts_per_shard=0", "seed=x", "compute_dtype=fp8"), ("judge.pattern=x", "judge.template=x", "judge.name=/")],
+)
+def test_all_faults_at_once(paths, faults):
+    """Of single values, then of values that do not go together."""
     with pytest.raises(ConfigError, match="3 faults"):
         check_evaluation(configured("out", *paths, *faults))
 
