@@ -7,8 +7,9 @@ import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
-from spin.config.catalog import recipe_files
+from spin.config.catalog import config_model, load_recipe, recipe_files, recipe_of
 from spin.config.files import configs_root, packaged_configs
+from spin.config.full import full_text
 from spin.core.errors import ConfigError, OutputError
 from spin.core.files import as_output_error, atomic_write
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("name", help="of a recipe or a config, as `python -m spin ls` shows it")
     parser.add_argument("destination", type=Path, help="a file or a folder")
+    parser.add_argument("--full", action="store_true", help="of a config: write all keys, with what each means")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     parser.add_argument("--make-parents", action="store_true", help="make the destination's folder")
     arguments = parser.parse_args(list(argv))
@@ -37,7 +39,10 @@ def main(argv: Sequence[str]) -> None:
     if target.exists() and not arguments.force:
         raise OutputError(f"{target}: is there already. Choose another name, or give --force to replace it.")
     with atomic_write(target, "xb") as stream:
-        stream.write(source.read_bytes())
+        if arguments.full and source.suffix == ".yaml":
+            stream.write(full_text(str(source), config_model(load_recipe(recipe_of(source)))).encode())
+        else:
+            stream.write(source.read_bytes())
     print(f"{arguments.name} -> {target}")
     if target.name == source.name and target.stem in recipe_files():
         print(

@@ -32,14 +32,7 @@ def recipe_files() -> dict[str, Path]:
 
 
 def recipe_of(config: Path) -> str:
-    """The recipe that a config is for: the one that a comment launches, else the one whose keys it has.
-
-    Args:
-        config (Path): a YAML file.
-
-    Returns:
-        str: the recipe's name.
-    """
+    """The recipe that a config is for: the one that a comment launches, else the one whose keys it has."""
     text = config.read_text(encoding="utf-8", errors="replace")
     launched = _LAUNCH.search(text)
     if launched:

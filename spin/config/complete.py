@@ -56,7 +56,7 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
             or a component is not allowed, does not exist or does not take a key. All faults are in one message.
     """
     faults = Faults()
-    merged = with_paths(_merge(OmegaConf.to_container(cfg, resolve=False), {}, model), expanded)
+    merged = with_paths(with_defaults(OmegaConf.to_container(cfg, resolve=False), {}, model), expanded)
     whole = OmegaConf.create(merged)
     resolved, is_whole = resolve(whole, faults)
     environment = from_environment(merged, whole) if is_whole else []
@@ -125,7 +125,7 @@ def _remember_secrets(value: Any, is_secret: bool = False) -> None:
 # --- Merging ---
 
 
-def _merge(value: Any, default: Any, section: type[Section]) -> Any:
+def with_defaults(value: Any, default: Any, section: type[Section]) -> Any:
     """The config's value over the default's, as plain containers; keys keep the config's order."""
     is_component = issubclass(section, Component)
     if is_component and isinstance(value, str) and "${" not in value and value != MISSING:
@@ -136,17 +136,17 @@ def _merge(value: Any, default: Any, section: type[Section]) -> Any:
     if is_component and value.get(COMPONENT, default.get(COMPONENT)) != default.get(COMPONENT):
         default = {}
     merged = dict(value)
-    for key, field in _fields(section).items():
+    for key, field in fields_of(section).items():
         below = default.get(key, _default(field))
-        inner = _section_of(field.annotation)
+        inner = section_of(field.annotation)
         if key not in merged:
             merged[key] = MISSING if below is PydanticUndefined else below
         if inner is not None:
-            merged[key] = _merge(merged[key], below, inner)
+            merged[key] = with_defaults(merged[key], below, inner)
     return {**default, **merged} if is_component else merged
 
 
-def _fields(section: type[Section]) -> dict[str, FieldInfo]:
+def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
     return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
@@ -154,7 +154,7 @@ def _default(field: FieldInfo) -> Any:
     return plain(field.get_default(call_default_factory=True))
 
 
-def _section_of(hint: Any) -> type[Section] | None:
+def section_of(hint: Any) -> type[Section] | None:
     """The section that a field holds, or may hold."""
     parts = typing.get_args(hint) or (hint,)
     return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
@@ -162,8 +162,8 @@ def _section_of(hint: Any) -> type[Section] | None:
 
 def _components(section: type[Section], path: str = "") -> Iterator[tuple[str, type[Component]]]:
     """The sections at any depth that name components, with their paths."""
-    for key, field in _fields(section).items():
-        inner = _section_of(field.annotation)
+    for key, field in fields_of(section).items():
+        inner = section_of(field.annotation)
         if inner is not None and issubclass(inner, Component):
             yield f"{path}{key}", inner
         elif inner is not None:
@@ -201,17 +201,19 @@ def _note(
 ) -> None:
     top, path, field = section, "", None
     for key in problem["loc"]:
-        inner = section if field is None else _section_of(field.annotation)
+        inner = section if field is None else section_of(field.annotation)
         if inner is None or not isinstance(values, Mapping):
             break  # what follows is an item of a list, or a part of a union
         section, path = inner, f"{path}.{key}" if path else str(key)
-        field, values = _fields(section).get(str(key)), values.get(key)
+        field, values = fields_of(section).get(str(key)), values.get(key)
     if problem["type"] == "missing":
         missing.append(path)
     elif field is None:
-        known = [key for key in _fields(section) if key != COMPONENT]
+        known = [key for key in fields_of(section) if key != COMPONENT]
         elsewhere = {
-            key: list(_fields(inner)) for key, each in _fields(top).items() if (inner := _section_of(each.annotation))
+            key: list(fields_of(inner))
+            for key, each in fields_of(top).items()
+            if (inner := section_of(each.annotation))
         }
         hint = did_you_mean(path.rpartition(".")[2], known, elsewhere)
         if hint:
@@ -282,7 +284,7 @@ def _expected(hint: Any, limits: typing.Sequence[Any] = (), title: str | None = 
     if isinstance(hint, type) and issubclass(hint, Component):
         return f"a section with {COMPONENT}"
     if isinstance(hint, type) and issubclass(hint, Section):
-        return f"a section with keys {', '.join(_fields(hint))}"
+        return f"a section with keys {', '.join(fields_of(hint))}"
     what = title or _WORDS.get(hint, "another value")
     bounds = {name: getattr(each, name) for each in limits for name in ("ge", "gt", "le", "lt") if hasattr(each, name)}
     numbers = {name: f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for name, bound in bounds.items()}

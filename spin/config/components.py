@@ -72,14 +72,7 @@ def _is_optimizer(kind: Any) -> bool:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a section may hold.
-
-    Args:
-        what (str): in words, for messages.
-        names (tuple[str, ...]): dotted paths, each of one class or function.
-        modules (tuple[str, ...]): modules whose own names it may hold if they pass ``fits``.
-        fits (Callable[[Any], bool] | None): whether an object of these modules is of the kind.
-    """
+    """What a section may hold."""
 
     what: str
     names: tuple[str, ...] = ()
@@ -151,15 +144,7 @@ _NOTHING = Kind("nothing: components stand within components as message_transfor
 
 
 def kind_at(path: str, within: str | None = None) -> Kind:
-    """What may stand at a place of a config.
-
-    Args:
-        path (str): of the section, such as ``judge.generator`` or ``dataset.sources.a.message_transform``.
-        within (str | None): path of the component whose argument it is; None if it is a section of its own.
-
-    Returns:
-        Kind: by the last key of the path.
-    """
+    """What may stand at a place of a config."""
     key = path.rpartition(".")[2]
     return KINDS.get(key, _ANY if within is None else _NOTHING)
 
@@ -170,14 +155,7 @@ def below(path: str, roots: Sequence[str]) -> bool:
 
 
 def environment_packages() -> tuple[str, ...]:
-    """The packages that ``SPIN_ALLOW_COMPONENTS`` names, separated by commas.
-
-    Returns:
-        tuple[str, ...]: in their order.
-
-    Raises:
-        ConfigError: If one cannot be allowed.
-    """
+    """The packages that ``SPIN_ALLOW_COMPONENTS`` names, separated by commas."""
     names = [name for name in re.split(r"[,\s]+", os.environ.get(ALLOW_VARIABLE, "")) if name]
     for name in names:
         problem = package_problem(name)
@@ -187,14 +165,7 @@ def environment_packages() -> tuple[str, ...]:
 
 
 def package_problem(name: Any) -> str | None:
-    """Why a package cannot be allowed as the user's own, or None.
-
-    Args:
-        name (Any): what was given as its name.
-
-    Returns:
-        str | None: a sentence.
-    """
+    """Why a package cannot be allowed as the user's own, or None."""
     if not isinstance(name, str) or not DOTPATH.fullmatch(name):
         problem = "is not the name of a package"
     elif name.split(".")[0] in sys.stdlib_module_names:
@@ -207,16 +178,7 @@ def package_problem(name: Any) -> str | None:
 
 
 def refusal(name: Any, kind: Kind, own: Sequence[str]) -> str | None:
-    """Why a component is refused by its text, or None. Imports nothing.
-
-    Args:
-        name (Any): what stands as ``_component_``.
-        kind (Kind): what the section may hold.
-        own (Sequence[str]): packages of the user's own.
-
-    Returns:
-        str | None: the reason, and what to do.
-    """
+    """Why a component is refused by its text, or None."""
     if not isinstance(name, str) or not DOTPATH.fullmatch(name) or "." not in name:
         return f"found {name!r}, expected a dotted path such as torchtune.models.llama3_2.llama3_2_1b."
     if any(part.startswith("_") for part in name.split(".")):
@@ -353,14 +315,7 @@ def own_packages(cfg: DictConfig, given: Any, faults: Faults) -> tuple[str, ...]
 def check_components(
     values: Mapping[str, Any], own: Sequence[str], sections: Mapping[str, type[Component]], faults: Faults
 ) -> None:
-    """Notes components that their places may not name, and arguments that they do not take.
-
-    Args:
-        values (Mapping[str, Any]): a resolved config. All of it is checked by its text before anything is imported.
-        own (Sequence[str]): packages of the user's own.
-        sections (Mapping[str, type[Component]]): by path, what the schema knows of a component.
-        faults (Faults): takes them.
-    """
+    """Notes components that their places may not name, and arguments that they do not take."""
     nodes = list(_component_nodes(values))
     for path, node, within in nodes:
         for key in (COMPONENT, *PATH_ARGUMENTS):

@@ -81,17 +81,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def read_yaml(path: Path) -> DictConfig:
-    """Reads a YAML file as a config, within limits; nothing is resolved.
-
-    Args:
-        path (Path): the file.
-
-    Returns:
-        DictConfig: what it says.
-
-    Raises:
-        ConfigError: If it is unreadable, larger or deeper than a config can be, or not a YAML mapping.
-    """
+    """Reads a YAML file as a config, within limits; nothing is resolved."""
     try:
         with open(path, "rb") as file:
             content = file.read(_MOST_BYTES + 1)
@@ -181,17 +171,7 @@ def _check_yaml(text: str, where: str) -> None:
 
 
 def find_config(name_or_path: str) -> Path:
-    """The file of a config.
-
-    Args:
-        name_or_path (str): a file, or else the name of a packaged config (``.yaml`` may be left out).
-
-    Returns:
-        Path: the file.
-
-    Raises:
-        ConfigError: If there is neither, with the nearest names.
-    """
+    """The file of a config."""
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -263,15 +243,7 @@ def _remove(cfg: DictConfig, key: str, faults: Faults) -> None:
 
 
 def parse_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses a command line on which overrides of a config stand among the options; ends the program at a wrong one.
-
-    Args:
-        parser (argparse.ArgumentParser): knows the options.
-        argv (Sequence[str]): the command line.
-
-    Returns:
-        tuple[argparse.Namespace, list[str]]: the options and the overrides.
-    """
+    """Parses a command line on which overrides of a config stand among the options; ends the program at a wrong one."""
     arguments, overrides = parser.parse_known_args(list(argv))
     flags = [item for item in overrides if item.startswith("-")]
     if flags:

@@ -1,6 +1,7 @@
 """`python -m spin`: the commands as users type them, in this process where that shows the same."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spin.cli import COMMANDS, main
-from spin.config import SPINConfig, load_config, packaged_configs
+from spin.config import SPINConfig, complete, load_config, packaged_configs, plain
 from spin.config.catalog import config_model, configs, load_recipe, recipe_files, recipe_of
 from spin.data import PairStore
 from tests.report_runs import write_run, write_store
@@ -157,6 +158,26 @@ def test_cp_of_a_config_and_a_recipe(tmp_path, capsys):
     assert spin(capsys, "cp", "spin_generate.py", tmp_path)[0] == 0
     assert (tmp_path / "spin_generate.py").read_bytes() == (REPO / "recipes" / "spin_generate.py").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my_1B.yaml", "spin_generate.py"]
+
+
+@pytest.mark.parametrize("name", ["llama3_2/1B_lora", "evaluate/llama3_2_1B_gsm8k"])
+def test_cp_full_writes_all_keys_and_changes_nothing(tmp_path, name):
+    """The copy has the arguments of components too, with the defaults of their signatures."""
+    file = tmp_path / "all.yaml"
+    assert main(["cp", name, str(file), "--full"]) == 0
+    model = config_model(load_recipe(recipe_of(file)))
+    short, full = (plain(complete(load_config(source), model)) for source in (name, str(file)))
+
+    def compare(ours, theirs):
+        for key, value in ours.items():
+            compare(value, theirs[key]) if isinstance(value, dict) else None
+            assert isinstance(value, dict) or value == theirs[key], key
+
+    compare(short, full)
+    assert full["dataset"]["on_bad_row"] == "error" and "on_bad_row" not in short["dataset"]
+    text = file.read_text()
+    assert all(f"{key}:" in text for key in model.model_fields)
+    assert re.search(r"top_p: 1\.0 +# keep the most probable tokens", text)
 
 
 def test_a_copy_under_the_recipes_own_name_is_never_mistaken_in_silence(tmp_path, monkeypatch, capsys):

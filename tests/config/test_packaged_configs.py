@@ -318,7 +318,8 @@ def test_a_config_for_adapters_is_the_full_one_with_adapters(name):
     full, lora = (flat(OmegaConf.to_container(config.load_config(n), resolve=False)) for n in (f"{base}_full", name))
     allowed = OF_ADAPTERS | ({"pairs.row_tokens"} if kind == "qlora" else set())  # less memory is what NF4 is for
     assert {key[1:] for key in full | lora if full.get(key) != lora.get(key)} <= allowed
-    assert lora[".base_dtype"] == "bf16" and lora[".dtype"] == "fp32"
+    cfg = config.complete(config.load_config(name), recipe_model(name))
+    assert cfg.base_dtype == "bf16" and cfg.dtype == "fp32"
     assert lora[".optimizer.lr"] == pytest.approx(10 * full[".optimizer.lr"])
     assert lora.get(".model.quantize_base", False) == (kind == "qlora")
     model = model_of(name)
