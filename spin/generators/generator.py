@@ -4,29 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from spin.config.schema import Sampling
-from spin.core.errors import ConfigError, GeneratorError
+from spin.core.errors import GeneratorError
 from spin.core.ranks import World
 from spin.types import Response
-
-_RANGES: dict[str, tuple[type, Callable[[Any], bool], str]] = {
-    "temperature": (float, lambda value: value >= 0, "0 (greedy) or more"),
-    "top_k": (int, lambda value: value >= 0, "0 (off) or more"),
-    "top_p": (float, lambda value: 0 < value <= 1, "a probability in (0, 1]"),
-    "repetition_penalty": (float, lambda value: value > 0, "more than 0; 1 is off"),
-    "max_new_tokens": (int, lambda value: value >= 1, "1 or more"),
-    "min_new_tokens": (int, lambda value: value >= 0, "0 to max_new_tokens"),
-}
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How responses are sampled. The defaults are the model's own distribution, unaltered.
+    """How responses are sampled. The defaults are the model's own distribution, unaltered; a config's values have
+    passed the ranges of :class:`spin.config.schema.Sampling`.
 
     Args:
         temperature (float): 0 is greedy.
@@ -40,9 +32,6 @@ class SamplingParams:
         stop_strings (tuple[str, ...]): end the response where the text first contains one; its tokens are part of it.
         logprobs (bool): also return the log-prob of each token under the unaltered distribution.
         banned_token_ids (tuple[int, ...]): never chosen; what the model's vocabulary has beyond the tokenizer's.
-
-    Raises:
-        ConfigError: If a value is of another kind or outside its range.
     """
 
     temperature: float = 1.0
@@ -59,34 +48,6 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name in ("stop_token_ids", "stop_strings", "banned_token_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        faults = []
-        for name, (kind, is_allowed, expected) in _RANGES.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float) if kind is float else int) or isinstance(value, bool):
-                faults.append(f"{name}={value!r}: expected a {'whole number' if kind is int else 'number'}.")
-            elif not is_allowed(value):
-                faults.append(f"{name}={value}: expected {expected}.")
-        if not faults and self.min_new_tokens > self.max_new_tokens:
-            faults.append(f"min_new_tokens={self.min_new_tokens}: expected 0 to max_new_tokens.")
-        if any(type(token) is not int for token in self.stop_token_ids):
-            faults.append(f"stop_token_ids={list(self.stop_token_ids)}: expected token ids, whole numbers.")
-        if not all(isinstance(text, str) and text for text in self.stop_strings):
-            faults.append(
-                f"stop_strings={list(self.stop_strings)}: expected texts that are not empty; every response holds an "
-                "empty one. Quote numbers."
-            )
-        if faults:
-            raise ConfigError("\n".join(f"sampling.{fault}" for fault in faults))
-
-    @property
-    def greedy_by(self) -> str | None:
-        """The argument, if any, that leaves nothing to chance: all responses to a prompt are then the same."""
-        greedy = {
-            "temperature": self.temperature < 1e-5,  # from there on vLLM takes the most probable token
-            "top_k": self.top_k == 1,
-            "top_p": self.top_p <= 1e-6,  # below the largest probability of any distribution over a vocabulary
-        }
-        return next((name for name, is_greedy in greedy.items() if is_greedy), None)
 
 
 def sampling_params(section: Sampling, eos_ids: Sequence[int], unknown_ids: Sequence[int] = ()) -> SamplingParams:
