@@ -136,7 +136,7 @@ class MeasuredSPIN(SPINRecipe):
         pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in self._questions["choices"]]
         scored = score_batches(
             self._model,
-            self._batched(pairs),
+            self._plan.batched(pairs),
             self._world,
             layout=self._layout,
             chunk_tokens=self._cfg.logprob_chunk_tokens,
@@ -185,7 +185,7 @@ class MeasuredSFT(MeasuredSPIN):
         for iteration in range(self._cfg.max_iterations):
             samples = self._plan.samples(iteration)
             prompts = [self._prompts[sample] for sample in samples]
-            batches = self._batched(
+            batches = self._plan.batched(
                 [Pair(each.sample_id, iteration, each.prompt_ids, each.real_ids) for each in prompts]
             )
             for batch in self._rows(batches):

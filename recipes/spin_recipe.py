@@ -11,15 +11,14 @@ Adapters:           tune run spin_recipe --config llama3_1/8B_lora model.use_dor
 Change anything:    tune run spin_recipe --config llama3_2/1B_full loss.beta=0.05 max_iterations=2
 
 To make it yours, copy this file and its config and run it with `python spin_recipe.py --config my.yaml` or torchrun.
-Lines marked SPIN are the algorithm; lines marked PLUMBING can be left alone. Not here: generation without training,
-which is spin_generate.
+Lines marked SPIN are the algorithm; lines marked PLUMBING can be left alone. Generation alone: spin_generate.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,46 +31,31 @@ from spin.config.checks import check_run
 from spin.core.ranks import all_reduce_sums, init_world, shutdown
 from spin.core.terminal import get_logger, progress_bar
 from spin.data.inputs import read_inputs
-from spin.model.fingerprint import weights_fingerprint
-from spin.model.logits_check import self_test
-from spin.model.lora import build_policy, prepare_policy
-from spin.model.sharding import accumulating, clip_grad_norm
-from spin.pairs.filters import FilteredPairs
-from spin.pairs.loader import RowBatch, load_rows
-from spin.pairs.lookup import share_lookup
-from spin.pairs.packing import PackedRow
+from spin.model import accumulating, build_policy, clip_grad_norm, prepare_policy, self_test, weights_fingerprint
+from spin.pairs import PackedRow, RowBatch, load_rows, share_lookup
 from spin.types import Pair
 
 log = get_logger("INFO")
 
 
 class SPINRecipe:
-    """A SPIN run: play, score, fit, promote.
+    """A SPIN run: play, score, fit, promote; a ``ConfigError`` if its config cannot work.
 
     Features: FSDP2 sharding (one process is the one-rank case), fp32 master weights with bf16 compute, adapters over a
     frozen base, packed rows that compute each prompt once, beta and learning rate per iteration, history mixing, exact
     resume, Hugging Face export per iteration.
-
-    Args:
-        cfg (SPINConfig): complete and typed.
-
-    Raises:
-        ConfigError: If the config cannot work.
     """
 
     def __init__(self, cfg: config.SPINConfig) -> None:
         check_run(cfg)
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
-        self._betas, self._lrs = (
-            [training.per_iteration(value, i, cfg.max_iterations) for i in range(cfg.max_iterations)]
-            for value in (cfg.loss.beta, cfg.optimizer.lr)
-        )
+        values = (cfg.loss.beta, cfg.optimizer.lr)
+        self._betas, self._lrs = (training.in_each_iteration(value, cfg.max_iterations) for value in values)
         # made now, so that a wrong argument shows before anything is loaded, not after the first responses
         self._losses = [config.instantiate(cfg.loss, beta=beta) for beta in self._betas]
         self._stop = run.StopRequest(cfg.stop_signals, cfg.max_time)
-        nonfinite_file = self._output_dir / "nonfinite.jsonl"
-        self._nonfinite = training.NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, nonfinite_file)
+        self._nonfinite = training.NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir)
         self._opponent = ""  # fingerprint of the weights that this iteration plays against
         self._trained_in = -1  # the last iteration in which a batch moved the weights
         self._val_loss: float | None = None
@@ -90,7 +74,6 @@ class SPINRecipe:
             cfg.device, replicas=cfg.replicas, deterministic=cfg.deterministic, **run.inputs_of_config(cfg)
         )
         self._stop.install()
-        self._bar = partial(progress_bar, enabled=world.is_main)
         self._lock = run.lock_output_dir(self._output_dir, world)  # before anything in the folder is touched
         self._monitor = training.CollapseMonitor(cfg.watch, world.is_main)
         self._checkpointer = config.instantiate(cfg.checkpointer)
@@ -105,17 +88,15 @@ class SPINRecipe:
         run.check_files_agree(read, cfg.checkpointer, world)
         self._plan = run.RunPlan(cfg, self._prompts, self._val_prompts.samples_per_iteration)
         self._progress = self._plan.progress
-
         # ---- resume
-        self._run_fingerprint = run.run_fingerprint(
-            cfg, self._prompts.content_fingerprint(), self._tokenizer.fingerprint, self._prompts.settings
-        )
-        resume_path = self._checkpointer.latest(cfg.resume, world)
+        content = self._prompts.content_fingerprint()
+        self._run_fingerprint = run.run_fingerprint(cfg, content, self._tokenizer.fingerprint, self._prompts.settings)
+        resume_path, from_step = self._checkpointer.latest(cfg.resume, world), -1
         if resume_path is not None:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
-            log.info(f"Resuming at step {self._progress.step} from {resume_path}")
-        sizes = cfg.global_batch_size, self._prompts.samples_per_iteration, self._plan.num_val_samples
-        log.info(run.start_message(self._progress, *sizes))
+            from_step = self._progress.step
+            log.info(f"Resuming at step {from_step} from {resume_path}")
+        log.info(self._plan.start_message())
 
         # ---- model, optimizer, generator
         if cfg.self_test and resume_path is None:
@@ -123,19 +104,25 @@ class SPINRecipe:
         longest = max(self._prompts.longest, self._val_prompts.longest)
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
         self._layout = prepare_policy(self._model, world, cfg, longest)
+        # this rank's rows of each batch, packed while the device computes
+        self._rows = partial(load_rows, world=world, layout=self._layout, num_workers=cfg.num_workers)
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._new_optimizer = partial(config.instantiate, cfg.optimizer, trained, lr=self._lrs[0])
         self._optimizer = self._new_optimizer()
         if resume_path is None:
             self._checkpointer.load_model(self._model, world)
         else:
-            changed = {"new_options": "optimizer" in cfg.resume_with_changes}
-            what = {"model": self._model, "optimizer": self._optimizer_to_resume, "world": world}
-            self._checkpointer.load(resume_path, **what, **changed)
+            optimizer = None if self._plan.resets_optimizer else self._optimizer
+            into = {"model": self._model, "optimizer": optimizer, "world": world}
+            self._checkpointer.load(resume_path, **into, new_options="optimizer" in cfg.resume_with_changes)
         engine = generators.GeneratorContext(self._model, world.device, context, self._tokenizer.decode, world)
         self._generator = config.instantiate(cfg.generator, context=engine)
         self._engine_group = generators.engine_group(self._generator, world)
-        self._limits = generators.limits_of(self._model, context, self._tokenizer)
-
-        from_step = -1 if resume_path is None else self._progress.step
+        self._task = partial(
+            generators.PlayTask, sampling=self._sampling, seed=cfg.seed,
+            responses_per_prompt=cfg.pairs.responses_per_prompt,
+            limits=generators.limits_of(self._model, context, self._tokenizer),
+        )  # fmt: skip
         self._run_log = run.RunLog(cfg, partial(config.instantiate, cfg.metric_logger), from_step, world)
 
     # SPIN: the algorithm.
@@ -175,51 +162,34 @@ class SPINRecipe:
             log.info(run.finish_message(self._output_dir, progress, had_steps_left))
 
     def augment_dataloader(self, iteration: int) -> Mapping[tuple[int, str], Pair]:
-        """The pairs of an iteration, made now or found on disk: the opponent's responses, and its log-probs of these
-        and of the real ones.
-
-        Args:
-            iteration (int): counted from 0.
-
-        Returns:
-            Mapping[tuple[int, str], Pair]: pairs by (iteration of the responses, sample).
-
-        Raises:
-            Stopped: If the run was asked to stop before all were made.
-        """
+        """The pairs of an iteration by (iteration of the responses, sample), made now or found on disk: the opponent's
+        responses, and the log-probs of all under it. Raises ``Stopped`` if the run was asked to stop before."""
         folder, val_folder = self._folder(iteration), self._folder(iteration) / "validation"
         with_val = self._cfg.validation.spin and self._plan.num_val_samples > 0
         if self._progress.is_iteration_start:
             self._opponent = weights_fingerprint(self._model)
-            tasks = {folder: self._task(iteration, self._prompts.window(iteration), self._plan.samples(iteration))}
+            prompts, samples = self._prompts.window(iteration), self._plan.samples(iteration)
+            tasks = {folder: self._task(prompts, samples, iteration=iteration)}
             if with_val:
-                tasks[val_folder] = self._task(iteration, self._val_prompts, range(self._plan.num_val_samples))
+                val_samples = range(self._plan.num_val_samples)
+                tasks[val_folder] = self._task(self._val_prompts, val_samples, iteration=iteration)
             self._play(tasks)
             self._monitor.start(iteration, training.response_metrics(folder, self._folder(0), self._world))
-            kept = self._filtered([*map(self._folder, self._plan.history(iteration)), folder])
+            played_in = [*map(self._folder, self._plan.history(iteration)), folder]
+            kept = generators.filtered_responses(played_in, self._cfg.pairs)
             pairs = share_lookup(folder / "rows", kept, self._world)
             self._score(folder, self._plan.batches(pairs, iteration, epoch=0), kept.counts)
             if with_val:
-                kept = self._filtered([val_folder])
-                self._score(val_folder, self._batched(list(kept)), kept.counts)
+                kept = generators.filtered_responses([val_folder], self._cfg.pairs)
+                self._score(val_folder, self._plan.batched(list(kept)), kept.counts)
         if with_val:
             self._val_pairs = list(reference.open_scored(val_folder / "pairs", self._opponent).pairs())
         scored = reference.open_scored(folder / "pairs", self._opponent).pairs()
         return share_lookup(folder / "rows", scored, self._world)
 
     def train_single_step(self, batch: RowBatch) -> training.Step:
-        """One optimizer step over a global batch of pairs; every rank takes its rows of it.
-
-        Args:
-            batch (RowBatch): the global batch, and this rank's rows of it.
-
-        Returns:
-            Step: metrics over all ranks, and whether any rank was asked to stop.
-
-        Raises:
-            NonFiniteError: If the loss or the gradient's norm is not finite and may not be, see ``on_nonfinite``.
-            SelfTestError: If an iteration's first loss is not that of two equal models.
-        """
+        """One optimizer step over a global batch of pairs. Raises ``NonFiniteError``, see ``on_nonfinite``, and
+        ``SelfTestError`` if an iteration's first loss is not that of two equal models."""
         started = time.perf_counter()
         cfg, progress, world = self._cfg, self._progress, self._world
         iteration, epoch = progress.iteration, progress.epoch
@@ -228,8 +198,7 @@ class SPINRecipe:
         scale = world.world_size / (batch.weight or 1.0)
 
         def objective(row: PackedRow, logps: torch.Tensor) -> torch.Tensor:  # SPIN: change the loss here
-            """What a row adds to the objective; every term looks at one pair only. ``logps``: the policy's summed
-            log-probs of the row's responses, nats, shape (m,)."""
+            """A row's part, each term of one pair only, by the policy's summed log-probs in nats, shape (m,)."""
             real, generated, opponent = row.real, row.generated, row.reference_logps
             losses, _, _ = self._loss(logps[real], logps[generated], opponent[real], opponent[generated])
             if cfg.nll_weight > 0:
@@ -239,8 +208,8 @@ class SPINRecipe:
         sums = training.PairSums()
         with accumulating(self._model, batch.rows, unsharded_gradients=cfg.fsdp_accumulate_unsharded) as rows:
             for row in (row.to(world.device) for row in rows):
-                row_objective = partial(objective, row)
-                total, logps = reference.pair_objective(self._model, row, row_objective, cfg.logprob_chunk_tokens)
+                of_row = partial(objective, row)
+                total, logps = reference.pair_objective(self._model, row, of_row, cfg.logprob_chunk_tokens)
                 total.backward()
                 sums.add(row, logps, self._loss)
         norm = clip_grad_norm(self._model, cfg.clip_grad_norm)
@@ -254,8 +223,7 @@ class SPINRecipe:
         if cfg.self_test and metrics and self._trained_in != iteration:
             expected = training.initial_loss(self._loss, batch.pairs, self._layout)  # ln 2 and 0 for SPIN
             training.check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
-        lr = self._lr()
-        updated = 0.0
+        lr, updated = self._lr(), 0.0
         if metrics:  # a batch that is left out, or whose pairs all are, moves nothing, momentum included
             updated = training.optimizer_step(self._optimizer, self._model, lr, world)
             self._trained_in = iteration
@@ -264,37 +232,22 @@ class SPINRecipe:
         self._optimizer.zero_grad(set_to_none=True)
         progress.advance(cfg.global_batch_size)
         metrics |= {
-            **({"grad_norm": grad_norm} if is_finite else {}),
-            "lr": lr,
-            "beta": self._betas[iteration],
-            "iteration": iteration,
-            "epoch": epoch,
-            "consumed_samples": progress.consumed_samples,
-            "updated_fraction": updated,
-            "nonfinite_steps": len(self._nonfinite.skipped),
-            **self._monitor.metrics,
+            **({"grad_norm": grad_norm} if is_finite else {}), "lr": lr, "beta": self._betas[iteration],
+            "iteration": iteration, "epoch": epoch, "consumed_samples": progress.consumed_samples,
+            "updated_fraction": updated, "nonfinite_steps": len(self._nonfinite.skipped), **self._monitor.metrics,
             **training.prefix_keys("samples", self._prompts.count_sources(pair.sample_id for pair in batch.pairs)),
             **training.speed_metrics(totals, len(batch.pairs), time.perf_counter() - started),
-        }
+        }  # fmt: skip
         return training.Step(metrics, must_stop=totals["stop"] > 0, out_of_time=totals["out_of_time"] > 0)
 
     @torch.no_grad()
     def run_validation(self) -> dict[str, float]:
-        """Validation loss, and with ``validation.spin`` also the SPIN metrics of the validation prompts' pairs.
-
-        ``val_loss`` is the mean negative log-prob in nats of the real responses' tokens, as in supervised fine-tuning.
-
-        Returns:
-            dict[str, float]: metrics over all ranks by name; empty without a validation set.
-        """
-        metrics: dict[str, float] = {}
-        if self._plan.num_val_samples:
-            started = time.perf_counter()
-            prompts = [self._val_prompts[i] for i in range(self._plan.num_val_samples)]
-            batches = self._batched([Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in prompts])
-            rows = self._bar("validation", "batch", total=len(batches), iterable=self._rows(batches))
-            chunk_tokens = self._cfg.logprob_chunk_tokens
-            metrics = training.validation_loss(self._model, rows, self._world, self._val_prompts, chunk_tokens)
+        """The supervised loss in nats per token (``val_loss``), and with ``validation.spin`` the SPIN metrics of the
+        validation prompts' pairs; nothing without a validation set. Shows a few samples."""
+        started, metrics = time.perf_counter(), {}
+        if num_samples := self._plan.num_val_samples:
+            read = (self._val_prompts, num_samples, self._cfg, self._layout)
+            metrics = training.validation_loss(self._model, self._world, *read)
             self._val_loss, self._val_step = metrics["val_loss"], self._progress.step
             if self._val_pairs:
                 metrics |= training.validation_metrics(*self._eval_losses(self._val_pairs))
@@ -306,13 +259,9 @@ class SPINRecipe:
         return metrics | ({"validation_step_time": time.perf_counter() - started} if metrics else {})
 
     # SPIN: parts of the stages.
-    def _task(self, iteration: int, prompts: Any, samples: Sequence[int]) -> generators.PlayTask:
-        responses = self._cfg.pairs.responses_per_prompt
-        return generators.PlayTask(prompts, samples, self._sampling, self._cfg.seed, iteration, responses, self._limits)
-
     def _play(self, tasks: Mapping[Path, generators.PlayTask]) -> None:
         """The opponent responds to the prompts of each task, into the store ``responses`` of its folder."""
-        prompts = next(iter(tasks.values())).prompts  # the same in every iteration, so that a stale cache shows
+        prompts = next(iter(tasks.values())).prompts
         checked = (self._generator, self._model, self._world, prompts, self._sampling)
         verify = partial(
             reference.check_generator_logprobs, *checked, layout=self._layout,
@@ -322,12 +271,6 @@ class SPINRecipe:
             tasks, self._generator, self._model, self._world, self._cfg, opponent=self._opponent, verify=verify,
             tokenizer=self._tokenizer, group=self._engine_group, should_stop=lambda: self._stop.is_asked,
         )  # fmt: skip
-
-    def _filtered(self, folders: Iterable[Path]) -> FilteredPairs:
-        """The responses in iterations' folders that are worth learning from, unscored."""
-        policy = self._cfg.pairs
-        policies = {"truncated": policy.truncated, "equal_to_real": policy.equal_to_real, "empty": policy.empty}
-        return FilteredPairs(generators.responses_in(folders), **policies)
 
     def _score(self, folder: Path, batches: Sequence[list[Pair]], counts: Mapping[str, int]) -> None:
         """The opponent scores all responses, into the store ``pairs`` of the folder, which keeps ``counts`` too."""
@@ -339,19 +282,19 @@ class SPINRecipe:
     def _begin_training(self, iteration: int) -> None:
         """Beta, learning rate and, unless it continues, the optimizer of an iteration."""
         self._loss = self._losses[iteration]
-        if self._progress.is_iteration_start and self._cfg.optimizer.reset_each_iteration:
+        if self._plan.resets_optimizer:
             self._optimizer = self._new_optimizer()
         self._history, self._val_loss_before = [], self._val_loss
-        # what is known of the iteration's play goes into the line of its first step
-        is_start = self._progress.is_iteration_start
-        self._play_metrics = generators.play_report(self._folder(iteration)) if is_start else {}
+        if self._progress.is_iteration_start:  # what is known of its play goes into the line of its first step
+            self._play_metrics = generators.play_report(self._folder(iteration))
 
     def _batches(self, pairs: Mapping[tuple[int, str], Pair], iteration: int) -> Iterator[RowBatch]:
         """The steps that an iteration has left, epoch by epoch; to be asked for the next one after each."""
         progress = self._progress
         while progress.iteration == iteration and not progress.is_done:
             epoch, num_steps = progress.epoch, progress.steps_in_epoch(iteration)
-            with self._bar(f"iteration {iteration}, epoch {epoch}", "step", num_steps) as bar:
+            title = f"iteration {iteration}, epoch {epoch}"
+            with progress_bar(title, "step", num_steps, enabled=self._world.is_main) as bar:
                 bar.update(progress.step_in_epoch)
                 for batch in self._rows(self._plan.batches(pairs, iteration, epoch, start=progress.step_in_epoch)):
                     yield batch
@@ -361,22 +304,17 @@ class SPINRecipe:
                     if progress.is_done:
                         return
 
-    def _rows(self, batches: Iterable[list[Pair]]) -> Iterator[RowBatch]:
-        """This rank's rows of each batch, packed while the device computes."""
-        return load_rows(batches, self._world, self._layout, self._cfg.num_workers)
-
     def _lr(self) -> float:
-        """The next step's learning rate. The schedule spans an iteration where the optimizer is reset in each, else
-        the run; a batch that is left out does not move it."""
+        """The next step's learning rate; a batch that is left out does not move the schedule."""
         progress = self._progress
-        first, last = self._plan.lr_span(self._cfg.optimizer.reset_each_iteration)
+        first, last = self._plan.lr_span()
         step = progress.step - first - self._nonfinite.skipped_between(first, progress.step)
-        factor = training.lr_factor(step=step, total_steps=last - first, **self._cfg.lr_scheduler)
-        return self._lrs[progress.iteration] * factor
+        lr, schedule = self._lrs[progress.iteration], self._cfg.lr_scheduler
+        return lr * training.lr_factor(step=step, total_steps=last - first, **schedule)
 
     def _eval_losses(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses, rewards and weights of scored pairs under the policy as it is now."""
-        batches, chunk_tokens = self._batched(pairs), self._cfg.logprob_chunk_tokens
+        batches, chunk_tokens = self._plan.batched(pairs), self._cfg.logprob_chunk_tokens
         return training.eval_pair_losses(self._loss, self._model, batches, self._world, self._layout, chunk_tokens)
 
     def _finish_iteration(self, iteration: int) -> None:
@@ -391,56 +329,34 @@ class SPINRecipe:
 
     # PLUMBING: what is saved, and small things.
     def save_checkpoint(self) -> Path:
-        """Saves what a run resumes from: sharded weights and optimizer, and where the run stands.
-
-        Returns:
-            Path: the folder.
-
-        Raises:
-            CheckpointError: If this checkpoint, or the last one, cannot be written.
-            NonFiniteError: If the last update left weights that are not finite, or that nothing can be computed with.
-            OutputError: If a line of the log could not be: a checkpoint would resume as if it had been.
-        """
+        """Saves what a run resumes from; gives the folder. Raises ``CheckpointError`` if this checkpoint or the last
+        one cannot be written, ``NonFiniteError`` if the last update left weights that nothing can be computed with, and
+        ``OutputError`` if a line of the log could not be written: resuming would lose it."""
         self._run_log.check()
         self._check_last_update()
+        step, optimizer = self._progress.step, None if self._plan.resets_optimizer else self._optimizer
         return self._checkpointer.save(
-            step=self._progress.step,
-            model=self._model,
-            optimizer=self._optimizer_to_resume,
-            state=self.state_dict(),
-            world=self._world,
-            metric=self._val_loss if self._val_step == self._progress.step else None,  # of these weights, or unknown
+            step=step, model=self._model, optimizer=optimizer, state=self.state_dict(), world=self._world,
+            metric=self._val_loss if self._val_step == step else None,  # of these weights, or unknown
             anchor=self._progress.is_iteration_start and self._monitor.can_roll_back,
-        )
+        )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
         """What a run needs besides tensors to resume; JSON values."""
         return {
-            "progress": self._progress.state_dict(),
-            "total_steps": self._progress.total_steps,
-            "opponent": self._opponent,
-            "trained_in": self._trained_in,
-            "val_loss": self._val_loss,
-            "nonfinite": self._nonfinite.skipped,
-            "watch": self._monitor.state_dict(),
-            "run": self._run_fingerprint,
-        }
+            "progress": self._progress.state_dict(), "total_steps": self._progress.total_steps,
+            "opponent": self._opponent, "trained_in": self._trained_in, "val_loss": self._val_loss,
+            "nonfinite": self._nonfinite.skipped, "watch": self._monitor.state_dict(), "run": self._run_fingerprint,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes a saved state.
-
-        Args:
-            state (dict[str, Any]): from :meth:`state_dict`.
-
-        Raises:
-            CheckpointError: If something that the results depend on has changed and is not named in
-                ``resume_with_changes``.
-        """
+        """Takes what :meth:`state_dict` gave; a ``CheckpointError`` if what the results depend on has changed and is
+        not in ``resume_with_changes``."""
         with as_checkpoint_error(self._output_dir / "checkpoints"):
             allowed, within = self._cfg.resume_with_changes, not state["progress"].get("is_iteration_start", True)
             run.check_unchanged(state["run"], self._run_fingerprint, allowed, self._output_dir, within)
             self._progress.load_state_dict(state["progress"])
-            self._plan.compare_schedules(state.get("total_steps"), self._cfg.optimizer.reset_each_iteration)
+            self._plan.compare_schedules(state.get("total_steps"))
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
             self._trained_in = state.get("trained_in", self._progress.iteration - self._progress.is_iteration_start)
             self._nonfinite.skipped = state.get("nonfinite", [])
@@ -448,9 +364,12 @@ class SPINRecipe:
 
     def cleanup(self) -> None:
         """Closes the checkpointer, the logs, the generator and the process group, and unlocks the folder."""
-        self._checkpointer.close()
-        self._run_log.close()
-        self._generator.close()  # an engine may take the process group with it
+        for each in (
+            self._checkpointer,
+            self._run_log,
+            self._generator,
+        ):  # engines may take the process group along
+            each.close()
         shutdown()
         if self._lock is not None:
             self._lock.release()
@@ -478,22 +397,8 @@ class SPINRecipe:
         self._checkpointer.wait()
         raise alert.error(self._progress.step)
 
-    @property
-    def _optimizer_to_resume(self) -> torch.optim.Optimizer | None:
-        """The optimizer whose state a checkpoint holds: none where the next step resets it."""
-        is_reset = self._cfg.optimizer.reset_each_iteration and self._progress.is_iteration_start
-        return None if is_reset else self._optimizer
-
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        return config.instantiate(self._cfg.optimizer, trained, lr=self._lrs[0])
-
     def _folder(self, iteration: int) -> Path:
         return self._output_dir / f"iteration_{iteration:03d}"
-
-    def _batched(self, pairs: list[Pair]) -> list[list[Pair]]:
-        size = self._cfg.global_batch_size
-        return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
     def _log(self, metrics: dict[str, float]) -> None:
         metrics, self._play_metrics = metrics | self._play_metrics, {}

@@ -9,7 +9,7 @@ from spin.generators.generator import (
     sampling_params,
 )
 from spin.generators.replay import ReplayGenerator
-from spin.generators.stage import PlayTask, limits_of, play_report, play_tasks, responses_in
+from spin.generators.stage import PlayTask, filtered_responses, limits_of, play_report, play_tasks
 from spin.generators.torchtune import TorchtuneGenerator
 from spin.generators.vllm import VLLMGenerator
 from spin.generators.vllm_server import VLLMServerGenerator
@@ -19,11 +19,11 @@ __all__ = [
     "EngineGroup",
     "PlayTask",
     "engine_group",
+    "filtered_responses",
     "limits_of",
     "play_report",
     "play_tasks",
     "policy_loaded",
-    "responses_in",
     "Response",
     "Generator",
     "GeneratorContext",

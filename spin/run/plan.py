@@ -11,6 +11,7 @@ from spin.core.errors import ConfigError
 from spin.data.dataset import PromptSource
 from spin.data.order import epoch_order, history_window, iteration_items
 from spin.pairs.lookup import LazySequence
+from spin.run.messages import start_message
 from spin.run.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.types import Pair
 
@@ -37,6 +38,7 @@ class RunPlan:
         self._prompts, self._seed = prompts, cfg.seed
         self._size = size = cfg.global_batch_size
         self._history = cfg.pairs.history, cfg.pairs.history_fraction
+        self._reset_each_iteration = cfg.optimizer.reset_each_iteration
         self.steps = compute_num_steps_per_epoch(prompts.samples_per_iteration, size, cfg.limit_train_batches)
         if self.steps < 1:
             raise ConfigError(
@@ -51,6 +53,14 @@ class RunPlan:
         val_batches = compute_limit_batches(math.ceil(num_val_prompts / size), cfg.limit_val_batches)
         self.num_val_samples = min(num_val_prompts, val_batches * size)
 
+    def start_message(self) -> str:
+        """What the run is going to do, in a line."""
+        return start_message(self.progress, self._size, self._prompts.samples_per_iteration, self.num_val_samples)
+
+    def batched(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
+        """Pairs in order, as many as a global batch has in each list."""
+        return [list(pairs[i : i + self._size]) for i in range(0, len(pairs), self._size)]
+
     def samples(self, iteration: int) -> list[int]:
         """The samples of the data set that an iteration's opponent answers."""
         return self._prompts.iteration_samples(self.steps * self._size, self._seed, iteration)
@@ -62,6 +72,11 @@ class RunPlan:
     def history(self, iteration: int) -> list[int]:
         """The iterations before it whose pairs an iteration trains on too."""
         return history_window(iteration, self._history[0])[:-1]
+
+    @property
+    def resets_optimizer(self) -> bool:
+        """The next step begins an iteration that has an optimizer and a learning rate schedule of its own."""
+        return self._reset_each_iteration and self.progress.is_iteration_start
 
     @property
     def is_iteration_over(self) -> bool:
@@ -82,32 +97,21 @@ class RunPlan:
         """Steps of the iteration so far."""
         return self.progress.step - self.progress.iteration_start(iteration)
 
-    def lr_span(self, anew: bool, total_steps: int | None = None) -> tuple[int, int]:
-        """Where the learning rate's schedule begins and ends now.
-
-        Args:
-            anew (bool): each iteration has a schedule of its own, see ``optimizer.reset_each_iteration``.
-            total_steps (int | None): of the run; None for those that it has.
-
-        Returns:
-            tuple[int, int]: its first step, and the step after its last.
-        """
+    def lr_span(self, total_steps: int | None = None) -> tuple[int, int]:
+        """The first step of the learning rate's schedule, and the step after its last: of the iteration with
+        ``optimizer.reset_each_iteration``, else of the run, or of one with other ``total_steps``."""
         progress = self.progress
         last = progress.total_steps if total_steps is None else total_steps
-        if not anew:
+        if not self._reset_each_iteration:
             return 0, last
         return progress.iteration_start(progress.iteration), min(last, progress.iteration_start(progress.iteration + 1))
 
-    def compare_schedules(self, total_steps: int | None, anew: bool) -> None:
-        """Warns if a checkpoint was saved in the middle of a schedule that has another end now.
-
-        Args:
-            total_steps (int | None): of the run that saved the checkpoint; None if it did not say.
-            anew (bool): see :meth:`lr_span`.
-        """
+    def compare_schedules(self, total_steps: int | None) -> None:
+        """Warns if a checkpoint was saved in the middle of a schedule that has another end now, because the run that
+        saved it had other ``total_steps`` (None if it did not say)."""
         if total_steps is None or self.progress.is_done:
             return
-        (first, last), (_, before) = self.lr_span(anew), self.lr_span(anew, total_steps)
+        (first, last), (_, before) = self.lr_span(), self.lr_span(total_steps)
         if last != before and first < self.progress.step:
             log.warning(
                 f"The learning rate's schedule ends at step {last} now; when the checkpoint was saved it ended at step "

@@ -11,7 +11,7 @@ from spin.training.metrics import (
 )
 from spin.training.nonfinite import NonFiniteGuard, check_last_update
 from spin.training.optim import AdamW8bit, AdamWStochasticRounding, optimizer_step
-from spin.training.schedules import lr_factor, per_iteration
+from spin.training.schedules import in_each_iteration, lr_factor, per_iteration
 from spin.training.selftest import check_first_loss, check_updated_fraction
 from spin.training.validation import eval_pair_losses, initial_loss, validation_loss
 from spin.training.watch import Alert, CollapseMonitor, response_metrics
@@ -29,6 +29,7 @@ __all__ = [
     "check_last_update",
     "check_updated_fraction",
     "eval_pair_losses",
+    "in_each_iteration",
     "initial_loss",
     "lr_factor",
     "optimizer_step",

@@ -45,11 +45,11 @@ class NonFiniteGuard:
     Args:
         action (str): ``stop`` or ``skip``.
         limit (int): with ``skip``, batches in a row after which the run stops.
-        file (Path): where the samples of each such batch are written, one JSON line a batch.
+        folder (Path): where the samples of each such batch are written to ``nonfinite.jsonl``, a line a batch.
     """
 
-    def __init__(self, action: str, limit: int, file: Path) -> None:
-        self._action, self._limit, self._file = action, limit, file
+    def __init__(self, action: str, limit: int, folder: Path) -> None:
+        self._action, self._limit, self._file = action, limit, folder / "nonfinite.jsonl"
         self._lines: MetricsFile | None = None
         self.skipped: list[int] = []  # steps; the state
 

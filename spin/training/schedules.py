@@ -43,6 +43,11 @@ def per_iteration(value: Number | Sequence[Number], iteration: int, max_iteratio
     return entries[iteration if is_list else 0]
 
 
+def in_each_iteration(value: Number | Sequence[Number], max_iterations: int) -> list[Number]:
+    """:func:`per_iteration` for all iterations of a run."""
+    return [per_iteration(value, iteration, max_iterations) for iteration in range(max_iterations)]
+
+
 def warmup_steps(warmup: int | float, total_steps: int) -> int:
     """Steps of warm-up.
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
+from spin.config import SPINConfig
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, all_reduce_sums
+from spin.core.terminal import progress_bar
 from spin.data.dataset import PromptDataset
-from spin.pairs.loader import RowBatch
+from spin.pairs.loader import load_rows
 from spin.pairs.packing import PackedRow, RowLayout, pack_row
 from spin.reference.logprobs import response_logps
 from spin.reference.stage import score_batches
@@ -21,16 +23,17 @@ from spin.types import Pair
 
 @torch.no_grad()
 def validation_loss(
-    model: nn.Module, batches: Iterable[RowBatch], world: World, prompts: PromptDataset, chunk_tokens: int
+    model: nn.Module, world: World, prompts: PromptDataset, num_samples: int, cfg: SPINConfig, layout: RowLayout
 ) -> dict[str, float]:
     """The supervised loss: mean negative log-prob in nats of the real responses' tokens. Collective.
 
     Args:
         model (nn.Module): the policy.
-        batches (Iterable[RowBatch]): pairs without generated responses, packed.
         world (World): the ranks.
-        prompts (PromptDataset): where the pairs come from.
-        chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
+        prompts (PromptDataset): the validation set.
+        num_samples (int): samples of it to take, the first ones.
+        cfg (SPINConfig): complete.
+        layout (RowLayout): of the rows.
 
     Returns:
         dict[str, float]: ``val_loss`` over all, and ``val_loss/<source>`` of each source of a mixture.
@@ -38,9 +41,14 @@ def validation_loss(
     set_stage("validation")
     names = ["", *prompts.count_sources(())]  # the first counts all
     nats, tokens = (torch.zeros(len(names), dtype=torch.float64, device=world.device) for _ in range(2))
-    for batch in batches:
+    samples = (prompts[i] for i in range(num_samples))
+    pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in samples]
+    size = cfg.global_batch_size
+    batches = [pairs[i : i + size] for i in range(0, num_samples, size)]
+    rows = load_rows(batches, world, layout, cfg.num_workers)
+    for batch in progress_bar("validation", "batch", len(batches), rows, enabled=world.is_main):
         for row in (row.to(world.device) for row in batch.rows):
-            logps = response_logps(model, row, chunk_tokens)
+            logps = response_logps(model, row, cfg.logprob_chunk_tokens)
             belongs = torch.ones(len(names), row.num_responses, dtype=torch.float64)  # (sources, responses)
             for number, name in enumerate(names[1:], start=1):
                 for (_, sample_id), first, count in row.pair_responses:

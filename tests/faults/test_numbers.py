@@ -107,11 +107,11 @@ def test_the_self_test_waits_for_the_first_step_that_counts(tmp_path):
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
 def test_guard(loss, norm, tmp_path):
     world = init_world("cpu")
-    guard = NonFiniteGuard("skip", 2, tmp_path / "f.jsonl")
+    guard = NonFiniteGuard("skip", 2, tmp_path)
     batch = [Pair("a", 0, [1], [2])]
     assert guard.check(1.0, 1.0, 0, batch, world)
     assert not guard.check(loss, norm, 1, batch, world)
-    assert [line["step"] for line in map(json.loads, (tmp_path / "f.jsonl").read_text().splitlines())] == [1]
+    assert [line["step"] for line in map(json.loads, (tmp_path / "nonfinite.jsonl").read_text().splitlines())] == [1]
     assert guard.check(1.0, 1.0, 2, batch, world)
     assert not guard.check(loss, norm, 3, batch, world)
     assert (guard.skipped, guard.skipped_between(1, 3), guard.skipped_between(2, 9)) == ([1, 3], 1, 1)

@@ -23,6 +23,7 @@ def plan(num_val=0, prompts=PROMPTS, **changes):
         "val_check_interval": 0.34,
         "save_interval": 2,
         "pairs": {"history": 0, "history_fraction": 1.0},
+        "optimizer": {"reset_each_iteration": True},
     }
     return RunPlan(OmegaConf.create(values | changes), prompts, num_val)
 
@@ -82,19 +83,20 @@ def test_a_run_without_a_step_is_refused():
 
 def test_a_schedule_that_had_another_end_is_told(caplog):
     """Six steps an iteration, 18 in all; the state was saved after two steps."""
-    made = plan()
-    made.progress.advance(4)
-    made.progress.advance(4)
-    assert made.lr_span(anew=True) == (0, 6) and made.lr_span(anew=False) == (0, 18)
-    for total_steps, anew in ((18, True), (12, True), (18, False), (None, False)):
-        made.compare_schedules(total_steps, anew)
+    one_each, one = (plan(optimizer={"reset_each_iteration": each}) for each in (True, False))
+    for made in (one_each, one):
+        made.progress.advance(4)
+        made.progress.advance(4)
+    assert one_each.lr_span() == (0, 6) and one.lr_span() == (0, 18)
+    for total_steps, made in ((18, one_each), (12, one_each), (18, one), (None, one)):
+        made.compare_schedules(total_steps)
     assert not caplog.records
-    made.compare_schedules(2, anew=True)
-    made.compare_schedules(12, anew=False)
+    one_each.compare_schedules(2)
+    one.compare_schedules(12)
     first, second = caplog.messages
     assert "ends at step 6 now" in first and "ended at step 2" in first and "max_steps" in first
     assert "ends at step 18 now" in second and "ended at step 12" in second
     for _ in range(4):
-        made.progress.advance(4)
-    made.compare_schedules(6, anew=True)
+        one_each.progress.advance(4)
+    one_each.compare_schedules(6)
     assert len(caplog.messages) == 2, "iteration 1 begins with a schedule of its own"
