@@ -34,7 +34,7 @@ from spin.data.tokenizer import PromptTokenizer
 from spin.generators.engines import EngineGroup, name_of, policy_loaded
 from spin.generators.generator import Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
-from spin.pairs.filters import POLICIES, FilteredPairs
+from spin.pairs.filters import FilteredPairs
 from spin.pairs.shards import missing_shards, open_store, seal, split_evenly
 from spin.pairs.store import PairStore
 from spin.types import Pair, Prompt, Response
@@ -252,7 +252,8 @@ def filtered_responses(folders: Iterable[Path], policies: Any) -> FilteredPairs:
     """The pairs that were played into folders, see :func:`play_tasks`, less what the config's ``pairs`` drops."""
     stores = [PairStore.open(folder / "responses") for folder in folders]
     pairs = chain.from_iterable(store.pairs() for store in stores)
-    return FilteredPairs(pairs, **{kind: getattr(policies, kind) for kind in POLICIES})
+    chosen = {kind: getattr(policies, kind) for kind in ("truncated", "equal_to_real", "empty")}
+    return FilteredPairs(pairs, **chosen)
 
 
 def play_report(folder: Path) -> dict[str, float]:
