@@ -97,10 +97,10 @@ class MeasuredSPIN(SPINRecipe):
         prompts = [self._val_prompts[i] for i in range(self._plan.num_val_samples)]
         sums = list(self._questions["sums"])
         with policy_loaded(self._generator, self._model):
-            responses = self._answer(prompts, self._sampling)
+            responses = self._respond(prompts, self._sampling)
             # greedy, as for a sum
             short = replace(self._sampling, temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=SUM_TOKENS)
-            results = self._answer(sums, short)
+            results = self._respond(sums, short)
         real = [self._text(prompt.real_ids) for prompt in prompts]
         generated = [self._text(response.token_ids) for response in responses]
         tokens = [response.token_ids for response in responses]
@@ -123,7 +123,7 @@ class MeasuredSPIN(SPINRecipe):
             "example": {"prompt": prompts[0].sample_id, "real": real[0], "generated": generated[0]},
         }
 
-    def _answer(self, prompts: Sequence[Any], sampling: Any) -> list[Response]:
+    def _respond(self, prompts: Sequence[Any], sampling: Any) -> list[Response]:
         """One response to each prompt; the same random numbers in every iteration and arm of a seed."""
         return self._generator.generate(
             [list(map(int, prompt.prompt_ids)) for prompt in prompts],

@@ -8,7 +8,7 @@ CHOICES = 4
 
 
 def with_choices(docs: Any) -> Any:
-    """Gives every question the definitions of three other terms beside its own.
+    """Gives every question the definitions of three other terms besides its own.
 
     The others are those of the next rows; the right one stands first, second, third and fourth by turns.
 

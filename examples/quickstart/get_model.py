@@ -241,7 +241,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if all((args.out / name).is_file() for name in COMPLETE):
-        print(f"{args.out} is there already; remove it to make it anew.")
+        print(f"{args.out} is there already; remove it to make it again.")
         return
     if args.out.exists():
         sys.exit(f"error: {args.out} exists, but {', '.join(COMPLETE)} are not all in it. Remove it or choose another.")

@@ -1,4 +1,4 @@
-"""Arms of the comparison with peers: those that run here agree with fp32; a wrong or failing one is told."""
+"""Arms of the comparison with peers: those that run here agree with fp32; a wrong or failing one is reported."""
 
 import importlib.util
 import json

@@ -224,7 +224,7 @@ def hostile_run(whole, folder, seed):
 
     Args:
         whole: a folder by :func:`write_whole_run`.
-        folder: where the copy goes, as ``run``, with ``outside`` beside it, which nothing may change.
+        folder: where the copy goes, as ``run``, with ``outside`` next to it, which nothing may change.
         seed: of the damage.
 
     Returns:

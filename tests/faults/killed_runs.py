@@ -169,7 +169,7 @@ def run_rank(folder, rank, ranks, port, plan):
     except SystemExit as end:
         code = end.code or 0
         Path(f"{folder}.events{rank}.json").write_text(json.dumps(events.kinds))
-    except BaseException:  # noqa: BLE001 - told to the log that the caller prints
+    except BaseException:  # noqa: BLE001 - for the log that the caller prints
         traceback.print_exc()
     finally:
         sys.stdout.flush()

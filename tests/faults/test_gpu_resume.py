@@ -1,4 +1,4 @@
-"""kill -9 on a GPU: with deterministic kernels the run goes on bit for bit, compiled layers and all."""
+"""kill -9 on a GPU: with deterministic kernels the run resumes bit for bit, compiled layers and all."""
 
 import hashlib
 import signal

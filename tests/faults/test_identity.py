@@ -23,7 +23,7 @@ def begun(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "shown"),
     [
         ("model.rope_base=500000", r"model\.rope_base is 500000, was 10000"),
         ("model.norm_eps=1.0e-3", r"model\.norm_eps is 0\.001, was 1e-05"),
@@ -32,10 +32,10 @@ def begun(tmp_path_factory):
         ("model.max_seq_len=500", r"model\.max_seq_len is 500, was 512"),
     ],
 )
-def test_another_model_is_refused_by_the_name_of_the_key(begun, kind, change, told):
+def test_another_model_is_refused_by_the_name_of_the_key(begun, kind, change, shown):
     run_of = run if kind == "full" else run_adapters
     before = (begun / kind / "metrics.jsonl").read_bytes()
-    with pytest.raises(CheckpointError, match=rf"{told}.*resume_with_changes=\[model\]"):
+    with pytest.raises(CheckpointError, match=rf"{shown}.*resume_with_changes=\[model\]"):
         run_of(begun / kind, *SHORT, change)
     assert (begun / kind / "metrics.jsonl").read_bytes() == before
 

@@ -89,7 +89,7 @@ def test_a_replay_file_is_refused_by_line(tmp_path, name):
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_lines_of_metrics_that_are_damaged_are_passed_over(tmp_path, name, capsys):
-    """When a run goes on, and when it is looked at."""
+    """When a run resumes, and when it is looked at."""
     write_run(tmp_path)
     file = tmp_path / "metrics.jsonl"
     whole = [line for line in file.read_bytes().splitlines() if json.loads(line)["step"] <= 5]

@@ -1,4 +1,4 @@
-"""Signals and the time limit: all ranks stop together, save once, and say which command goes on."""
+"""Signals and the time limit: all ranks stop together, save once, and say which command resumes."""
 
 import os
 import re
@@ -40,7 +40,7 @@ def unbroken(tmp_path_factory):
     return output_dir, run(output_dir, "max_iterations=1", "max_epochs=2")
 
 
-def told_command(output):
+def shown_command(output):
     return re.search(r"Resume with:\n(.+)\n", output)[1]
 
 
@@ -57,7 +57,7 @@ def test_one_of_two_ranks_gets_the_signal_and_both_stop(tmp_path):
     done = steps_done(out)
     assert 1 <= done < 5
     assert (out / "checkpoints" / f"step_{done:08d}" / "manifest.json").exists()
-    again = told_command(output)
+    again = shown_command(output)
     assert shlex.split(again)[-len(words[7:]) :] == words[7:] and "--nproc_per_node 2" in again
     finished = subprocess.run(again, shell=True, env=environment(), capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr[-3000:]
@@ -215,7 +215,7 @@ def test_ctrl_c(tmp_path, stops):
     code, output = signalled(words, signal.SIGINT, moment, **unignored)
     if stops:
         assert code == 0, output
-        assert "Ctrl-C again ends at once" in output and told_command(output)
+        assert "Ctrl-C again ends at once" in output and shown_command(output)
         states = sorted(path.name for path in (out / "checkpoints").glob("step_*"))
         assert states[-1] == f"step_{metrics_of(out)[-1]['step']:08d}"
     else:
@@ -265,5 +265,5 @@ def test_a_worker_of_spin_generate_stops_as_a_run_does(tmp_path):
     done = command(out, *few, "max_time=00:00:00:00", program=program)
     assert done.returncode == 0 and "stopped; finished shards are kept" in done.stderr, done.stderr
     assert len(list(folder.glob("shard-*.parquet"))) == made < 20
-    output, _ = start(shlex.split(told_command(output))).communicate(timeout=120)
+    output, _ = start(shlex.split(shown_command(output))).communicate(timeout=120)
     assert "All 20 shards are there" in output, output

@@ -1,4 +1,4 @@
-"""Two ranks: a background write that fails on one is told on both by the next call. Argument: the output folder."""
+"""Two ranks: a background write that fails on one is raised on both by the next call. Argument: the output folder."""
 
 import sys
 

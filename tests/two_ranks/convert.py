@@ -25,7 +25,7 @@ materialize(model, world)
 load_hf_weights(model, source, "LLAMA3_2", world=world)
 assert weights_fingerprint(model) == weights_fingerprint(build())
 
-# The last row of a head beside tied embeddings, which only rank 1 compares, differs: both stop.
+# The last row of a head next to tied embeddings, which only rank 1 compares, differs: both stop.
 tensors = load_file(source / "model.safetensors")
 head = tensors["model.embed_tokens.weight"].clone()
 head[-1] += 1
