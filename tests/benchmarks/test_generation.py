@@ -59,7 +59,7 @@ def test_vllm_does_the_same_work(measured_by):
 
 
 @pytest.mark.parametrize("name", ["embedded", "embedded_eager", "transformers"])
-def test_answers_have_the_lengths_that_are_asked_for(bench, name):
+def test_responses_have_the_lengths_that_are_asked_for(bench, name):
     assert len(set(bench.limits)) > 3 and max(bench.limits) <= bench.max_new_tokens
     arm = generation.ARMS[name](bench)
     with arm.ready():

@@ -37,7 +37,7 @@ def test_mask_of_another_length():
         spin_custom_collate([sample], eos_id=2)
 
 
-def test_empty_answers_and_empty_batch():
+def test_empty_responses_and_empty_batch():
     sample = {"input_ids": [1, 3], "mask": [False, False], "context_ids": [1, 3], "answer_ids": []}
     out = spin_custom_collate([sample, sample], eos_id=2)
     assert out["answers_only"].shape == (2, 0) and out["answers_only"].dtype == torch.int64

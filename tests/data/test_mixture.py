@@ -77,7 +77,7 @@ def test_every_first_part_of_a_validation_set_has_the_shares():
             assert abs(counts[name] - share * size) <= 1
 
 
-def test_weights_are_told_apart_from_content():
+def test_weights_are_distinguished_from_content():
     one, two = (mixture({"a": 9, "b": 9}, weights) for weights in ({"a": 1, "b": 1}, {"a": 2, "b": 1}))
     assert one.content_fingerprint() == two.content_fingerprint() and one.settings != two.settings
     assert one.settings == {"weights": {"a": 0.5, "b": 0.5}, "samples": None}

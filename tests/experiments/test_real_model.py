@@ -42,12 +42,12 @@ PIQA = [
 # --- What is measured ---
 
 
-def test_answers_that_are_alike_cannot_be_told_apart():
+def test_responses_that_are_alike_cannot_be_distinguished():
     assert classifier_accuracy(REAL, REAL) == 0.5
     assert classifier_accuracy(REAL, REAL, "length") == 0.5
 
 
-def test_answers_in_other_words_are_told_apart():
+def test_responses_in_other_words_are_distinguished():
     generated = [text.replace("e", "ee").upper() for text in REAL]
     assert classifier_accuracy(REAL, generated) == 1.0
     assert classifier_accuracy(REAL, generated, "opening") == 1.0
@@ -240,7 +240,7 @@ def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
                 check_run(complete(load_config(job["base"], overrides), SPINConfig))
 
 
-def test_a_supervised_step_is_the_mean_over_the_answers_tokens(tmp_path, tiny_lm, data):
+def test_a_supervised_step_is_the_mean_over_the_responses_tokens(tmp_path, tiny_lm, data):
     """With plain gradient descent the weights move by the gradient of the mean negative log-prob of all real tokens."""
     from real_runs import MeasuredSFT
 

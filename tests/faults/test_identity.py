@@ -54,7 +54,7 @@ def test_it_can_be_allowed(begun, tmp_path):
     assert recipe._progress.step == 5
 
 
-def test_answers_and_log_probs_of_the_same_weights_in_another_model_are_made_again(begun, tiny_lm, tmp_path, caplog):
+def test_responses_and_log_probs_of_the_same_weights_in_another_model_are_made_again(begun, tiny_lm, tmp_path, caplog):
     """Two folders whose weights are the same bytes, and whose rotary bases are not."""
     shutil.copytree(begun / "full", tmp_path / "out")
     shutil.copytree(tiny_lm, tmp_path / "model")

@@ -130,7 +130,7 @@ def test_log_probs_that_were_asked_for_must_come(tmp_path):
         play_with(tmp_path, Own(Response([1, STOP], "stop")), sampling=sampling)
 
 
-def test_a_stream_gives_numbered_answers_only(tmp_path):
+def test_a_stream_gives_numbered_responses_only(tmp_path):
     good = Response([1, STOP], "stop")
 
     def endless():

@@ -61,14 +61,14 @@ def test_gains_and_steps_without_comparisons_are_no_alarm():
     assert watched.step(0, 2, {"lr": 1.0}) is None
 
 
-def test_state_goes_on(caplog):
+def test_state_is_resumed(caplog):
     watched, again = (watch(acc={"limit": 0.9, "action": "stop"}) for _ in range(2))
     watched.step(0, 1, step(acc=1.0))
     again.load_state_dict(json.loads(json.dumps(watched.state_dict())))
     assert again.step(0, 2, step(acc=1.0)) is not None
 
 
-def test_answers_against_iteration_0(tmp_path):
+def test_responses_against_iteration_0(tmp_path):
     """Lengths 2 and 4, then 9 and 3: twice as long; one of two is cut."""
     world = init_world("cpu")
     for name, lengths in (("first", (2, 4)), ("now", (9, 3))):
@@ -108,7 +108,7 @@ def without_margin(output_dir):
 
 
 @pytest.mark.slow
-def test_stop_saves_first_and_a_higher_limit_goes_on(tmp_path):
+def test_stop_saves_first_and_a_higher_limit_resumes(tmp_path):
     limits = ("watch.window=2", "watch.margin.limit=3.0", "watch.margin.action=stop")
     for step in (2, 3, 4, 5):  # each try makes one more step, the last of them the iteration's last
         with pytest.raises(CollapseError, match=f"margin is 9.00 .*The run is saved at step {step}"):
@@ -144,7 +144,7 @@ def test_rollback_starts_the_iteration_again(tmp_path, iteration):
     assert again.final_weights == unbroken.final_weights
 
 
-def test_a_rollback_to_a_state_that_was_not_kept_removes_none(tmp_path):
+def test_a_rollback_to_a_checkpoint_that_was_not_kept_removes_none(tmp_path):
     """Step 5, where iteration 1 starts, went while no limit could roll back: the run so far must not go too."""
     few = ("watch.window=2", "checkpointer.keep_last=1", "save_interval=1")
     run(tmp_path, *SHORT, *few, recipe_class=stops_at(7))
@@ -155,7 +155,7 @@ def test_a_rollback_to_a_state_that_was_not_kept_removes_none(tmp_path):
     assert run(tmp_path, *SHORT, *few)._progress.step == 10
 
 
-def test_answers_that_are_cut_stop_the_run_before_it_trains(tmp_path):
+def test_responses_that_are_truncated_stop_the_run_before_it_trains(tmp_path):
     changes = ("max_iterations=1", "validation_dataset=null", "watch.truncated_fraction.action=stop")
     with pytest.raises(CollapseError, match="cut by sampling.max_new_tokens.*Nothing was trained on these answers yet"):
         run(tmp_path, *changes)

@@ -49,7 +49,7 @@ def _ids(responses):
     return [response.token_ids for response in responses]
 
 
-def test_answers_by_prompt_in_order_of_k(path):
+def test_responses_by_prompt_in_order_of_k(path):
     generator = ReplayGenerator(CONTEXT, path)
     assert isinstance(generator, Generator) and not generator.shares_policy_weights
     for _ in range(2):  # a second call, or a restart, starts from k = 0 again
@@ -79,7 +79,7 @@ def test_missing_prompts_are_counted_and_shown(path):
         ReplayGenerator(CONTEXT, path).generate([[0, 1], [5, 6], [7], [7]], SAMPLING, [0] * 4)
 
 
-def test_missing_prompts_can_be_empty_answers(path, caplog):
+def test_missing_prompts_can_be_empty_responses(path, caplog):
     generator = ReplayGenerator(CONTEXT, path, on_missing="empty")
     with caplog.at_level(logging.WARNING):
         responses = generator.generate([[0, 1], [7]], SAMPLING, [0, 0])
@@ -87,7 +87,7 @@ def test_missing_prompts_can_be_empty_answers(path, caplog):
     assert "1 of 2 prompts got an empty response" in caplog.text
 
 
-def test_long_answers_are_cut_at_the_limits(tmp_path):
+def test_long_responses_are_truncated_at_the_limits(tmp_path):
     rows = [{"prompt_ids": [1] * n, "generated_ids": [*range(5, 10), 2], "finish_reason": "stop"} for n in (2, 12)]
     generator = ReplayGenerator(CONTEXT, _jsonl(tmp_path, *rows))
     responses = generator.generate([[1] * 2, [1] * 12], SamplingParams(max_new_tokens=5, stop_token_ids=(2,)), [0, 0])

@@ -85,7 +85,7 @@ class Streaming(SeedEcho):
             self.ended = True
 
 
-def test_a_stream_of_answers_makes_the_same_store(tmp_path):
+def test_a_stream_of_responses_makes_the_same_store(tmp_path):
     generator = Streaming()
     whole = played(tmp_path / "a", [0, 1, 2])
     assert answers(played(tmp_path / "b", [2, 0, 1], generator)) == answers(whole)
@@ -108,7 +108,7 @@ def test_a_stream_that_is_stopped_keeps_whole_shards(tmp_path):
         (lambda answers: [(-1, answers[0][1])], "request -1"),
     ],
 )
-def test_a_stream_of_wrong_answers_is_refused(tmp_path, change, message):
+def test_a_stream_of_wrong_responses_is_refused(tmp_path, change, message):
     with pytest.raises(GeneratorError, match=message):
         played(tmp_path / "a", [0, 1, 2], Streaming(change))
 
@@ -141,7 +141,7 @@ def test_shares_are_dealt_by_the_length_of_prompts(tmp_path):
     assert shares == [[1], [0, 2, 3]]
 
 
-def test_too_few_answers_are_refused(tmp_path):
+def test_too_few_responses_are_refused(tmp_path):
     generator = SeedEcho()
     generator.generate = lambda prompts, sampling, seeds: [Response([1, STOP], "stop")]
     with pytest.raises(GeneratorError, match="1 responses to 6 prompts"):
@@ -159,7 +159,7 @@ def test_too_few_answers_are_refused(tmp_path):
         ([[1, STOP]] * 6, r"sample s0: the response is \[1, 9\] of type list"),
     ],
 )
-def test_answers_that_are_none_name_the_generator(tmp_path, answers, message):
+def test_responses_that_are_none_name_the_generator(tmp_path, answers, message):
     generator = SeedEcho()
     generator.generate = lambda prompts, sampling, seeds: answers
     with pytest.raises(GeneratorError, match=message):
@@ -173,7 +173,7 @@ def test_a_generator_that_lacks_something_is_told_what():
     assert engine_group(Streaming(), ALONE).count == 1
 
 
-def test_a_truncated_answer_with_an_end_is_refused(tmp_path):
+def test_a_truncated_response_with_an_end_is_refused(tmp_path):
     generator = SeedEcho()
     generator.generate = lambda prompts, sampling, seeds: [Response([1, STOP], "length") for _ in prompts]
     with pytest.raises(GeneratorError, match="did not write"):

@@ -55,7 +55,7 @@ def report(tmp_path_factory, tiny_lm):
 
 
 @needs_vllm
-def test_greedy_answers_are_the_trainers_and_those_of_transformers(report):
+def test_greedy_responses_are_the_trainers_and_those_of_transformers(report):
     ours, embedded = report["greedy"]
     assert ours == embedded
     assert [ids for ids, _ in ours] == report["transformers"]
@@ -93,7 +93,7 @@ def test_one_token_to_choose_from_is_greedy(report):
 
 
 @needs_vllm
-def test_an_answer_ends_where_its_text_first_contains_a_stop_string(report):
+def test_a_response_ends_where_its_text_first_contains_a_stop_string(report):
     seen = report["stop string"]
     assert seen["reason"] == "stop"
     assert seen["stop"] in seen["text"] and seen["stop"] not in seen["before"]
@@ -101,7 +101,7 @@ def test_an_answer_ends_where_its_text_first_contains_a_stop_string(report):
 
 
 @needs_vllm
-def test_a_random_answer_depends_on_prompt_and_seed_only(report):
+def test_a_random_response_depends_on_prompt_and_seed_only(report):
     assert report["random"] == {
         "any order": True,
         "any batch": True,
@@ -134,7 +134,7 @@ def test_a_stale_cache_and_swapped_tensors_stop_the_run(report):
 
 
 @needs_vllm
-def test_no_weights_no_answers(report):
+def test_no_weights_no_responses(report):
     assert "no weights" in report["before weights"]
     assert "norm.scale did not come" in report["missing tensor"]
     assert "no weights" in report["after a failed update"]

@@ -93,7 +93,7 @@ def test_a_resumed_run_is_the_unbroken_one(kind, base_dir, one_rank, world):
 
 
 @pytest.mark.parametrize("kind", runs.KINDS)
-def test_a_state_holds_the_adapter_and_its_optimizer_only(kind, one_rank):
+def test_a_checkpoint_holds_the_adapter_and_its_optimizer_only(kind, one_rank):
     """3 numbers a trained weight (itself and two moments), and a step for each tensor; nothing of the base."""
     from spin.checkpoint.tensors import read_metadata
 
@@ -234,7 +234,7 @@ def test_all_faults_of_a_config_are_reported_at_once():
     check_lora(SPINConfig.model_validate(sections | {"model": model | {"lora_dropout": 0.0}}))
 
 
-def test_a_state_of_full_fine_tuning_still_holds_every_weight(tmp_path, world):
+def test_a_checkpoint_of_full_fine_tuning_still_holds_every_weight(tmp_path, world):
     """Nothing is frozen there, so nothing is left out."""
     from spin.checkpoint.tensors import read_metadata
 

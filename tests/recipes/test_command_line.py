@@ -79,7 +79,7 @@ def test_the_gradient_does_not_depend_on_rows_or_ranks(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_with_one(one_process, tmp_path):
+def test_a_run_of_two_processes_resumes_with_one(one_process, tmp_path):
     done = command(
         tmp_path, "max_iterations=2", "max_epochs=1", "limit_train_batches=2", "save_interval=1", "max_steps=3",
         nproc=2,
@@ -157,7 +157,7 @@ def signalled_at(step, output_dir, changes, signal_number):
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_where_its_folder_model_and_data_have_moved_to(unbroken, tmp_path):
+def test_a_stopped_run_resumes_where_its_folder_model_and_data_have_moved_to(unbroken, tmp_path):
     """Nothing that is written knows where it lies; a sample without an id is named by its file's name and row."""
     changes = ("max_iterations=2", "max_epochs=1")
     code, output = signalled_at(1, tmp_path / "before", changes, signal.SIGTERM)
@@ -173,7 +173,7 @@ def test_a_stopped_run_goes_on_where_its_folder_model_and_data_have_moved_to(unb
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_it_had_not_been(unbroken, tmp_path):
+def test_a_killed_run_resumes_as_if_it_had_not_been(unbroken, tmp_path):
     """SIGKILL in the second iteration; tests/faults/test_kills.py kills everywhere else."""
     changes = ("max_iterations=2", "max_epochs=1")
     code, output = signalled_at(6, tmp_path, changes, signal.SIGKILL)

@@ -101,7 +101,7 @@ def test_an_iteration_plays_the_next_of_a_stream(whole_run):
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 7])
-def test_a_stream_that_is_stopped_goes_on_with_the_same_samples(whole_run, tmp_path, stop_at, monkeypatch):
+def test_a_stream_that_is_stopped_resumes_with_the_same_samples(whole_run, tmp_path, stop_at, monkeypatch):
     """Iterations of 2, 4 and 4 steps, with history; stopped within each."""
     whole, folder = whole_run
     done = SPINProgress.advance

@@ -289,7 +289,7 @@ def test_history_mixes_in_the_iteration_before_under_todays_opponent(tmp_path):
     assert [rows[step]["loss"] for step in (1, 3, 6)] == pytest.approx([math.log(2)] * 3, abs=1e-6)
 
 
-def test_answers_from_a_store_are_played_back(tmp_path):
+def test_responses_from_a_store_are_played_back(tmp_path):
     """A run on the answers of another run's store has that run's losses; other answers are not taken for them."""
     changes = ("max_iterations=1", "max_epochs=1")
     run(tmp_path / "a", *changes)
@@ -422,7 +422,7 @@ def test_max_time_stops_before_training_and_says_how_to_go_on(tmp_path, caplog):
     assert not (tmp_path / "iteration_000" / "hf_model").exists()
 
 
-def test_a_finished_run_says_so_and_goes_on_with_more_iterations(tmp_path, caplog, capsys):
+def test_a_finished_run_says_so_and_resumes_with_more_iterations(tmp_path, caplog, capsys):
     short = ("max_epochs=1", "limit_train_batches=2", "validation_dataset=null")
     run(tmp_path, *short)
     assert (
@@ -525,7 +525,7 @@ def test_qlora_trains_and_resumes(tiny_lm, tmp_path):
     assert resumed.final_weights == whole.final_weights
 
 
-def test_rank_alpha_and_a_plain_model_are_told_apart(tmp_path):
+def test_rank_alpha_and_a_plain_model_are_distinguished(tmp_path):
     short = ("max_iterations=1", "max_epochs=1")
     run_adapters(tmp_path, *short, recipe_class=stops_at(2))
     with pytest.raises(CheckpointError, match="lora_alpha"):

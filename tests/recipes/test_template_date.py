@@ -62,7 +62,7 @@ def generate(output_dir, *overrides):
     recipe.cleanup()
 
 
-def test_a_run_that_goes_on_the_next_day(tmp_path, template, zone, tiny_lm):
+def test_a_run_that_resumes_the_next_day(tmp_path, template, zone, tiny_lm):
     """Prompts keep the day of the first start; one that was asked for is another run."""
     first = zone(EARLY)
     run(tmp_path, template, *SHORT, "max_steps=1")

@@ -98,7 +98,7 @@ def test_state_round_trip():
     assert (again.step, again.consumed_samples, again.epoch, again.iteration) == (13, 52, 0, 1)
 
 
-def test_a_state_of_other_arithmetic_is_refused():
+def test_a_checkpoint_of_other_arithmetic_is_refused():
     progress = SPINProgress(5, 2, 2)
     progress.step = 13
     with pytest.raises(CheckpointError, match="iteration"):

@@ -184,7 +184,7 @@ def test_resume_is_exact(name, tmp_path, world, eager):
 
 
 @pytest.mark.slow
-def test_two_ranks_and_one_exchange_states(tmp_path, world, subprocess_env, eager):
+def test_two_ranks_and_one_exchange_checkpoints(tmp_path, world, subprocess_env, eager):
     """The head's one row is on the first rank alone. 8-bit AdamW steps alike on any number of ranks, bit for bit."""
     for name, (make, dtype) in OPTIMIZERS.items():
         one = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "one" / name))
