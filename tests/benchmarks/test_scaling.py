@@ -29,7 +29,7 @@ def command(tmp_path, monkeypatch, subprocess_env):
 
 @pytest.mark.slow
 def test_one_and_two_ranks_and_going_on_with_what_is_missing(command, tmp_path):
-    """The run on one rank fails by its time limit, is kept next to that of two ranks, and is repeated when asked for."""
+    """The run on one rank fails by its time limit, is kept next to that of two, and is repeated when asked for."""
     one, two = "step tiny fsdp weak 1", "step tiny fsdp weak 2"
     results = scaling.measure(command(f"{TINY} --parts step --gpus 1 --limit-seconds 0.01"))
     assert results["runs"][one]["error"] == "not done after 0.01 s"
