@@ -252,12 +252,9 @@ def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):
 def test_a_recipe_of_your_own(validate, tmp_path):
     """Its model says which keys there are."""
     text = (REPO / "recipes" / "spin_recipe.py").read_text()
+    own = 'class Mine(config.SPINConfig):\n    greeting: str = "hello"\n\n\n@config.parse(Mine)'
     mine = tmp_path / "mine.py"
-    mine.write_text(
-        text.replace(
-            "@config.parse(SPINConfig)", 'class Mine(SPINConfig):\n    greeting: str = "hello"\n\n\n@config.parse(Mine)'
-        )
-    )
+    mine.write_text(text.replace("@config.parse(config.SPINConfig)", own))
     assert validate("greeting=moin")[0] == 1
     assert validate("greeting=moin", "--recipe", str(mine))[0] == 0
 
