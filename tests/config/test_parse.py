@@ -30,7 +30,6 @@ class Model(Section):
     lr_scheduler: LRScheduler = LRScheduler()
     validation_dataset: Any = None
     extra: Component | None = None
-    metric_logger: Any = None
     metadata: dict[str, Any] = {}
     max_iterations: int = Field(default=3, ge=1, le=10)
     clip_grad_norm: float | None = 1.0
@@ -285,71 +284,20 @@ def test_values_that_are_fine():
 # --- Components ---
 
 LOGGER = "torchtune.training.metric_logging.WandBLogger"
-ATTACKS = [
-    "os.system",
-    "subprocess.Popen",
-    "builtins.eval",
-    "evil_package.run",
-    "torch.hub.load",
-    "torch.load",
-    "torch.serialization.load",
-    "torch.os.system",
-    "torch.utils.cpp_extension.load_inline",
-    "torch.compile",
-    "torch.distributed.run.main",
-    "torch.multiprocessing.spawn",
-    "torch.utils.data.dataloader.os.system",
-    "torch.storage.UntypedStorage.from_file",
-    "torch.from_file",
-    "torch.UntypedStorage.from_file",
-    "torch.FloatStorage.from_file",
-    "torch._C._jit_init",
-    "torchtune.config.instantiate",
-    "torchtune.training.safe_torch_load",
-    "torchtune.training.checkpointing._checkpointer.torch.load",
-    "torchtune.data.importlib.import_module",
-    "spin.config.catalog.importlib.import_module",
-    "spin.core.errors.__builtins__.eval",
-    "spinx.errors.SpinError",
-    "torch",
-    "torch.nn",
-    "torch.float32",
-    "torch..nn.Linear",
-    "torch.nn.Linear()",
-    "../evil_package.run",
-    "",
-]
+TOKENIZER = "torchtune.models.llama3.llama3_tokenizer"
 
 
-@pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("place", ["section", "nested", "list", "unused", "template"])
-def test_attacks_are_refused(attack, place, evil):
-    """RELIABILITY 23: refused wherever it stands, and nothing outside the allowed packages is imported."""
-    node = {"_component_": attack}
-    host = {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "x"}
-    section, value = {
-        "section": ("model", node),
-        "nested": ("metric_logger", {"_component_": LOGGER, "name": node}),
-        "list": ("validation_dataset", [{"a": [node]}]),
-        "unused": ("metadata", {"never": {"read": node}}),
-        "template": ("model", {**host, "prompt_template": attack}),
-    }[place]
-    cfg = OmegaConf.merge(OmegaConf.create(VALID), {section: value})
-    with pytest.raises(ConfigError):
-        config.complete(cfg, Model)
-    assert not evil.exists()
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_attacks_are_refused_by_instantiate(attack, evil):
-    """Also where nobody called complete() before."""
-    for node in (
-        {"_component_": attack},
-        {"_component_": LOGGER, "a": {"_component_": attack}},
-        {"_component_": "torchtune.models.llama3.llama3_tokenizer", "path": "x", "prompt_template": attack},
-    ):
-        with pytest.raises(ConfigError):
-            config.instantiate(OmegaConf.create({"model": node}).model)
+@pytest.mark.parametrize(
+    "name", ["torch", "torch.nn", "torch.float32", "torch..nn.Linear", "torch.nn.Linear()", "../evil_package.run", ""]
+)
+def test_what_is_no_path_of_a_component_is_refused(name, evil):
+    """tests/faults/test_configs.py has dangerous ones, in every place."""
+    node = {"_component_": name}
+    with pytest.raises(ConfigError, match="model._component_"):
+        config.complete(OmegaConf.merge(OmegaConf.create(VALID), {"model": node}), Model)
+    for nested in (node, {"_component_": LOGGER, "a": node}, {"_component_": TOKENIZER, "prompt_template": name}):
+        with pytest.raises(ConfigError):  # where nobody has called complete() before
+            config.instantiate(nested)
     assert not evil.exists()
 
 

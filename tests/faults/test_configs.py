@@ -56,6 +56,10 @@ DANGEROUS = (
     "spin.model.hf.export_hf",
     "spin.checkpoint.checkpointer.os.system", "spin.generators.replay.json.loads",
     "spin_recipe.recipe_main", "dangerous.run",
+    "subprocess.Popen", "torch.utils.data.dataloader.os.system", "torch.storage.UntypedStorage.from_file",
+    "torch.UntypedStorage.from_file", "torch.FloatStorage.from_file", "torch._C._jit_init",
+    "torchtune.training.checkpointing._checkpointer.torch.load", "torchtune.data.importlib.import_module",
+    "spin.config.catalog.importlib.import_module", "spin.core.errors.__builtins__.eval", "spinx.errors.SpinError",
 )  # fmt: skip
 SECTIONS = (
     "model", "tokenizer", "checkpointer", "dataset", "validation_dataset", "generator", "loss", "optimizer",
