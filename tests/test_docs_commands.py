@@ -101,7 +101,7 @@ def test_what_the_report_of_a_real_run_says(desk):
     for iteration in record.iterations:
         assert iteration.seconds.keys() == {"play", "score", "fit", "validate"}
         assert all(0 < seconds < 120 for seconds in iteration.seconds.values())
-        assert iteration.answers == 8 and len(iteration.steps) == 2 and len(iteration.samples) == 4
+        assert iteration.responses == 8 and len(iteration.steps) == 2 and len(iteration.samples) == 4
     page = render(record)
     assert "What does the hacker slang term" in page and "Finished after 4 steps" in page
 

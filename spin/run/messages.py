@@ -110,7 +110,7 @@ def iteration_summary(
         ("rewards_actual_mean", "reward of real"),
         ("rewards_generated_mean", "reward of generated"),
         ("avg_generated_lengths", "generated tokens"),
-        ("truncated_fraction", "truncated share"),
+        ("truncated_fraction", "truncated fraction"),
     ):
         if steps and name in steps[0]:
             mean = sum(metrics[name] for metrics in steps) / len(steps)

@@ -1,8 +1,8 @@
 """The collapse watch: what a policy looks like that self-play is ruining, and what to do about it.
 
 Four things are known to go wrong. Real responses become unlikely (only the margin is trained, so both rewards may
-fall); answers no longer end; answers become much longer or shorter; and the game is won, so that nothing is learned
-from it any more. The first and the last show in a step's metrics, the others in an iteration's answers.
+fall); responses no longer end; responses become much longer or shorter; and the game is won, so that nothing is learned
+from it any more. The first and the last show in a step's metrics, the others in an iteration's responses.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Alert:
 
 
 class CollapseMonitor:
-    """Compares an iteration's numbers with their limits. The numbers are the same on every rank, so the answers are.
+    """Compares an iteration's numbers with their limits. The numbers are the same on every rank, so are the decisions.
 
     Args:
         watch (schema.Watch): the config's limits.
@@ -58,7 +58,7 @@ class CollapseMonitor:
         self._is_main = is_main
         self._recent = {name: deque[float](maxlen=watch["window"]) for name in _IN_STEPS}
         self._warned: set[tuple[int, str]] = set()
-        self.metrics: dict[str, float] = {}  # of the iteration's answers, for the log
+        self.metrics: dict[str, float] = {}  # of the iteration's responses, for the log
 
     @property
     def can_roll_back(self) -> bool:
@@ -66,7 +66,7 @@ class CollapseMonitor:
         return any(self._limits[name] is not None and self._actions[name] == "rollback" for name in _IN_STEPS)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last steps' values, and the answers' metrics; JSON values."""
+        """The last steps' values, and the responses' metrics; JSON values."""
         return {"recent": {name: list(values) for name, values in self._recent.items()}, "metrics": self.metrics}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -75,33 +75,33 @@ class CollapseMonitor:
             self._recent[name].extend(values)
         self.metrics = dict(state.get("metrics", {}))
 
-    def start(self, iteration: int, answers: Mapping[str, float]) -> None:
-        """Looks at an iteration's answers, before anything is trained on them.
+    def start(self, iteration: int, responses: Mapping[str, float]) -> None:
+        """Looks at an iteration's responses, before anything is trained on them.
 
         Args:
             iteration (int): counted from 0.
-            answers (Mapping[str, float]): from :func:`response_metrics`.
+            responses (Mapping[str, float]): from :func:`response_metrics`.
 
         Raises:
             CollapseError: If a limit was passed whose action is not ``warn``.
         """
-        self.metrics = {name: value for name, value in answers.items() if name == "length_drift"}
+        self.metrics = {name: value for name, value in responses.items() if name == "length_drift"}
         found = {}
-        if (share := answers["truncated_fraction"]) > (self._limits["truncated_fraction"] or 1):
+        if (share := responses["truncated_fraction"]) > (self._limits["truncated_fraction"] or 1):
             found["truncated_fraction"] = (
-                f"{share:.1%} of the opponent's answers were cut by sampling.max_new_tokens: they may have lost their "
-                f"end. See `python -m spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
+                f"{share:.1%} of the opponent's responses were truncated by sampling.max_new_tokens: they may lack "
+                f"their end. See `python -m spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
                 "Raise max_new_tokens, or train less"
             )
-        drift, limit = answers.get("length_drift", 1.0), self._limits["length_drift"]
+        drift, limit = responses.get("length_drift", 1.0), self._limits["length_drift"]
         if limit is not None and not 1 / limit <= drift <= limit:
             found["length_drift"] = (
-                f"the opponent's answers are {drift:.2f} times as long as in iteration 0: the policy may be drifting "
+                f"the opponent's responses are {drift:.2f} times as long as in iteration 0: the policy may be drifting "
                 "away in length. Look at some with `python -m spin pairs`; lower optimizer.lr, or raise loss.beta"
             )
         alarm = self._report(iteration, found)
         if alarm is not None:
-            raise CollapseError(f"{alarm.message} Nothing was trained on these answers yet.")
+            raise CollapseError(f"{alarm.message} Nothing was trained on these responses yet.")
 
     def step(self, iteration: int, step_in_iteration: int, metrics: Mapping[str, float]) -> Alert | None:
         """Looks at the mean of the last steps, once an iteration has as many.
@@ -159,10 +159,10 @@ class CollapseMonitor:
 
 
 def response_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, float]:
-    """How an iteration's answers end and how long they are, from its store. Collective.
+    """How an iteration's responses end and how long they are, from its store. Collective.
 
     Args:
-        folder (Path): the iteration's folder, with its store of answers.
+        folder (Path): the iteration's folder, with its store of responses.
         first_folder (Path): that of iteration 0; its store may be gone.
         world (World): the ranks.
 

@@ -39,7 +39,7 @@ INTERPOLATIONS = "a0: xxxxxxxxxx\n" + "".join(f"a{i + 1}: {f'${{a{i}}}' * 10}\n"
 
 
 def write_whole_run(folder):
-    """A finished run of two iterations: config, metrics, samples, answers, scored pairs, model, adapter."""
+    """A finished run of two iterations: config, metrics, samples, responses, scored pairs, model, adapter."""
     cfg = OmegaConf.to_container(tiny_config(folder), resolve=True)
     write_run(folder, steps=4, config={key: value for key, value in cfg.items() if key not in ("loss", "output_dir")})
     for iteration in folder.glob("iteration_*"):

@@ -189,7 +189,7 @@ def make_model(folder):
 
 
 def results(folder):
-    """What a run has made: metrics, pairs and answers by value, weights by the bytes of the exported models."""
+    """What a run has made: metrics, pairs and responses by value, weights by the bytes of the exported models."""
     stores = {}
     for file in sorted(folder.glob("iteration_*/*/shard-*.parquet")):
         stores.setdefault(file.parent.relative_to(folder).as_posix(), []).extend(pq.read_table(file).to_pylist())

@@ -1,4 +1,4 @@
-"""The whole model section is part of what a run is: a state, and answers on disk, are not taken for another model's."""
+"""The whole model section is part of what a run is: checkpoints and responses on disk are not taken for another's."""
 
 import json
 import shutil

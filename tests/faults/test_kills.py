@@ -22,7 +22,7 @@ STAGES = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "kills", "at_least"), [(1, 24, 18), (2, 11, 8)])
 def test_killed_at_random_points(ranks, kills, at_least, tmp_path, subprocess_env):
-    """Pairs, answers, metrics and exported weights are the unbroken run's, bit for bit; nothing is left lying about.
+    """Pairs, responses, metrics and exported weights are the unbroken run's, bit for bit; nothing is left lying about.
 
     The seed is fixed so that a failure comes again; SPIN_KILL_SEED tries others.
     """

@@ -157,7 +157,7 @@ def test_a_rollback_to_a_checkpoint_that_was_not_kept_removes_none(tmp_path):
 
 def test_responses_that_are_truncated_stop_the_run_before_it_trains(tmp_path):
     changes = ("max_iterations=1", "validation_dataset=null", "watch.truncated_fraction.action=stop")
-    with pytest.raises(CollapseError, match="cut by sampling.max_new_tokens.*Nothing was trained on these answers yet"):
+    with pytest.raises(CollapseError, match="truncated by sampling.*Nothing was trained on these responses yet"):
         run(tmp_path, *changes)
     assert not (tmp_path / "iteration_000" / "pairs").exists()
     assert (tmp_path / "iteration_000" / "responses").exists()

@@ -37,7 +37,7 @@ def one_process(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
-    """Same answers, same order, same losses up to rounding; `tune run` from another directory; 3 shards for 2 ranks."""
+    """Same responses, same order, same losses up to rounding; `tune run` from another folder; 3 shards, 2 ranks."""
     changes = ("max_iterations=2", "max_epochs=1", "limit_train_batches=2", "pairs.prompts_per_shard=3")
     done = command(tmp_path / "out", *changes, nproc=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -48,11 +48,11 @@ def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
         for name in ("loss", "val_loss", "grad_norm", "real_nll", "avg_generated_lengths"):
             if name in a:
                 assert a[name] == pytest.approx(b[name], rel=1e-4), (a["step"], name)
-    for word in ("Iteration 0", "validation loss", "truncated share", "hf_model", "metrics.jsonl", "spin report"):
+    for word in ("Iteration 0", "validation loss", "truncated fraction", "hf_model", "metrics.jsonl", "spin report"):
         assert word in done.stdout
     # stderr is a file here: whole lines, and those of one rank
     assert "\r" not in done.stderr
-    for line in ("Finished after 4 steps", "iteration_000 answers: 0/", "iteration 1, epoch 0: 2/2 step"):
+    for line in ("Finished after 4 steps", "iteration_000 responses: 0/", "iteration 1, epoch 0: 2/2 step"):
         assert done.stderr.count(line) == 1, done.stderr[-3000:]
 
 

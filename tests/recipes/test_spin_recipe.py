@@ -115,8 +115,11 @@ def test_the_generator_is_woken_once_for_an_iteration_and_its_validation(tmp_pat
     recipe = run(tmp_path, "validation.spin=true", "max_epochs=1", "limit_train_batches=2", recipe_class=Wakes)
     assert recipe.woken == [0, 2]
     for iteration in (0, 1):
-        answers = PairStore.open(tmp_path / f"iteration_{iteration:03d}/validation/responses")
-        assert answers.is_sealed and answers.opponent == PairStore.open(answers.path.parents[1] / "responses").opponent
+        responses = PairStore.open(tmp_path / f"iteration_{iteration:03d}/validation/responses")
+        assert (
+            responses.is_sealed
+            and responses.opponent == PairStore.open(responses.path.parents[1] / "responses").opponent
+        )
 
 
 def test_metrics_carry_nemos_names(whole_run, oracles):
@@ -290,12 +293,12 @@ def test_history_mixes_in_the_iteration_before_under_todays_opponent(tmp_path):
 
 
 def test_responses_from_a_store_are_played_back(tmp_path):
-    """A run on the answers of another run's store has that run's losses; other answers are not taken for them."""
+    """A run on the responses of another run's store has that run's losses; other responses are not taken for them."""
     changes = ("max_iterations=1", "max_epochs=1")
     run(tmp_path / "a", *changes)
-    answers = tmp_path / "a" / "iteration_000" / "responses"
+    responses = tmp_path / "a" / "iteration_000" / "responses"
     replay = ("~generator.batch_size", "generator._component_=spin.generators.ReplayGenerator")
-    run(tmp_path / "b", *changes, *replay, f"generator.path={answers}")
+    run(tmp_path / "b", *changes, *replay, f"generator.path={responses}")
     assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
     store = PairStore.open(tmp_path / "b" / "iteration_000" / "responses")
     assert store.manifest["fingerprint"]["generator"] == "spin.generators.replay.ReplayGenerator"
@@ -312,7 +315,7 @@ def test_several_responses_per_prompt(tmp_path):
 
 @pytest.mark.parametrize("policy", ["mask", "drop"])
 def test_truncated_responses_can_be_masked_or_dropped(tmp_path, policy):
-    """Four new tokens truncate nearly every answer; stopping at ' a' (a frequent word) ends the others."""
+    """Four new tokens truncate nearly every response; stopping at ' a' (a frequent word) ends the others."""
     changes = ("max_iterations=1", "max_epochs=1", 'sampling.stop_strings=[" a"]', "sampling.max_new_tokens=6")
     run(tmp_path, *changes, f"pairs.truncated={policy}")
     store = PairStore.open(tmp_path / "iteration_000" / "pairs")
@@ -495,7 +498,7 @@ def test_the_embedded_generator_plays_with_the_adapter(dora_run):
     output_dir, recipe = dora_run
     prompts = [list(map(int, recipe._prompts[i].prompt_ids)) for i in range(6)]
     sampling = SamplingParams(temperature=0.0, max_new_tokens=10, stop_token_ids=(2,))
-    answers = recipe._generator.generate(prompts, sampling, list(range(6)))
+    responses = recipe._generator.generate(prompts, sampling, list(range(6)))
     # one that takes weights is given the merged ones
     plain = build_model(tiny_config("unused").model, torch.float32).to_empty(device="cpu")
     for layer in plain.layers:
@@ -503,11 +506,11 @@ def test_the_embedded_generator_plays_with_the_adapter(dora_run):
     context = GeneratorContext(plain, torch.device("cpu"), 512, recipe._tokenizer.decode)
     merged = TorchtuneGenerator(context, batch_size=4)
     merged.update_weights(named_full_tensors(recipe._model))
-    assert merged.generate(prompts, sampling, list(range(6))) == answers
+    assert merged.generate(prompts, sampling, list(range(6))) == responses
     model = AutoModelForCausalLM.from_pretrained(output_dir / "iteration_001" / "hf_model", dtype=torch.float32)
-    for prompt, answer in zip(prompts, answers, strict=True):
+    for prompt, response in zip(prompts, responses, strict=True):
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=2, pad_token_id=0)
-        assert answer.token_ids == ids[0, len(prompt) :].tolist()
+        assert response.token_ids == ids[0, len(prompt) :].tolist()
 
 
 @pytest.mark.slow
