@@ -406,7 +406,7 @@ class SPINRecipe:
         self._run_log.metrics(self._progress.step, metrics)
 
 
-# SPINConfig has every key that a config may have. For keys of your own: class MyConfig(SPINConfig): my_key: int = 1
+# Every key that a config may have; for keys of your own: class MyConfig(config.SPINConfig): my_key: int = 1
 @config.parse(config.SPINConfig)
 def recipe_main(cfg: config.SPINConfig) -> None:
     """Runs the recipe; see the head of this file."""

@@ -207,19 +207,10 @@ def _choices(name: str, kind: Kind) -> str:
 
 
 def resolve_component(name: str, own: Sequence[str] = (), kind: Kind = _ANY) -> Callable[..., Any]:
-    """The class or function that a dotted path names.
+    """The class or function that a dotted path names; ConfigError if it is refused, missing or of another kind.
 
-    Args:
-        name (str): dotted path.
-        own (Sequence[str]): packages of the user's own. A path into one may pass only through modules and classes of
-            it, and what it ends at must be defined there.
-        kind (Kind): what the section may hold.
-
-    Returns:
-        Callable[..., Any]: the object.
-
-    Raises:
-        ConfigError: If the path is refused, does not exist, or ends at something that is not of the kind.
+    A path into a package of the user's own may pass only through modules and classes of it, and what it ends at must be
+    defined there.
     """
     reason = refusal(name, kind, own)
     if reason is not None:
