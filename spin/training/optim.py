@@ -43,17 +43,18 @@ class _ShardedAdamW(torch.optim.Optimizer):
     dtype.
     """
 
+    _quantized = False  # moments in 8 bits
+    stochastic_rounding = True
+
     def __init__(
         self,
         params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
         *,
-        lr: float,
-        betas: Sequence[float],
-        eps: float,
-        weight_decay: float,
-        quantized: bool,
-        stochastic_rounding: bool,
-        seed: int,
+        seed: int = 0,
     ) -> None:
         name = f"spin.training.{type(self).__name__}"
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
@@ -65,9 +66,11 @@ class _ShardedAdamW(torch.optim.Optimizer):
         super().__init__(params, defaults)
         # a remark of the cache of compiled functions, which can do without
         warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash_for_caching")
-        self._quantized = quantized
-        self.stochastic_rounding = stochastic_rounding
+        self._check_parameters()
         _check_compilers(name, on_gpu=any(p.is_cuda for group in self.param_groups for p in group["params"]))
+
+    def _check_parameters(self) -> None:
+        pass
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -162,6 +165,8 @@ class AdamW8bit(_ShardedAdamW):
         ``torchao.optim.AdamW8bit``.
     """
 
+    _quantized = True
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -173,16 +178,8 @@ class AdamW8bit(_ShardedAdamW):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            quantized=True,
-            stochastic_rounding=stochastic_rounding,
-            seed=seed,
-        )
+        self.stochastic_rounding = stochastic_rounding
+        super().__init__(params, lr, betas, eps, weight_decay, seed=seed)
 
 
 class AdamWStochasticRounding(_ShardedAdamW):
@@ -207,26 +204,7 @@ class AdamWStochasticRounding(_ShardedAdamW):
         ``bf16_stochastic_round``.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: Sequence[float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-        *,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            quantized=False,
-            stochastic_rounding=True,
-            seed=seed,
-        )
+    def _check_parameters(self) -> None:
         dtypes = {parameter.dtype for group in self.param_groups for parameter in group["params"]}
         if torch.bfloat16 not in dtypes:
             raise ConfigError(
