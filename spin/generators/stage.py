@@ -59,16 +59,7 @@ class Limits:
 
 
 def limits_of(model: Any, max_seq_len: int, tokenizer: PromptTokenizer) -> Limits:
-    """The limits of a model's responses.
-
-    Args:
-        model (Any): a torchtune decoder, with weights or without; None where only the tokenizer is known.
-        max_seq_len (int): tokens of prompt and response together.
-        tokenizer (PromptTokenizer): reads stop strings.
-
-    Returns:
-        Limits: for :class:`PlayTask`.
-    """
+    """The limits of a model's responses."""
     rows = tokenizer.vocab_size if model is None else model.tok_embeddings.weight.shape[0]
     return Limits(rows, max_seq_len, tokenizer.decode)
 
@@ -102,30 +93,13 @@ def _shortened(value: object) -> str:
 
 
 def num_shards(num_samples: int, prompts_per_shard: int, groups: int) -> int:
-    """Shards of a store of answers: as many for each group, as far as there are samples.
-
-    Args:
-        num_samples (int): prompts to play.
-        prompts_per_shard (int): prompts of a shard at most.
-        groups (int): engines that play.
-
-    Returns:
-        int: 1 or more.
-    """
+    """Shards of a store of answers: as many for each group, as far as there are samples."""
     needed = math.ceil(num_samples / prompts_per_shard)
     return max(1, min(num_samples, math.ceil(needed / groups) * groups))
 
 
 def balance_shards(costs: Mapping[int, int], groups: int) -> list[list[int]]:
-    """Deals shards to groups so that all have about the same to do: the dearest first, to whoever has least.
-
-    Args:
-        costs (Mapping[int, int]): tokens of each shard, by its number.
-        groups (int): how many engines there are.
-
-    Returns:
-        list[list[int]]: shards of each group, ascending.
-    """
+    """Deals shards to groups so that all have about the same to do: the dearest first, to whoever has least."""
     loads = [(0, group) for group in range(groups)]
     dealt: list[list[int]] = [[] for _ in range(groups)]
     for shard in sorted(costs, key=lambda shard: (-costs[shard], shard)):
@@ -136,17 +110,7 @@ def balance_shards(costs: Mapping[int, int], groups: int) -> list[list[int]]:
 
 
 def shards_for_rank(shards: Sequence[int], store: PairStore, task: PlayTask, group: EngineGroup) -> list[int]:
-    """The shards that this rank's group makes. No rank need be asked: all come to the same deal.
-
-    Args:
-        shards (Sequence[int]): all that are to be made.
-        store (PairStore): where they will go.
-        task (PlayTask): what is asked; an answer counts as long as it may be.
-        group (EngineGroup): whose share.
-
-    Returns:
-        list[int]: ascending.
-    """
+    """The shards that this rank's group makes. No rank need be asked: all come to the same deal."""
     parts = split_evenly(len(task.samples), store.num_shards)
     most = task.sampling.max_new_tokens
     costs = {shard: sum(len(task.prompts[task.samples[i]].prompt_ids) + most for i in parts[shard]) for shard in shards}
@@ -161,19 +125,7 @@ def play_fingerprint(
     compute_dtype: str,
     model: Any = None,
 ) -> dict[str, Any]:
-    """Everything that the opponent's answers depend on, by name.
-
-    Args:
-        task (PlayTask): what is asked.
-        opponent (str): fingerprint of the weights.
-        tokenizer (PromptTokenizer): with its chat template.
-        generator (Generator): the opponent; its ``fingerprint``, if it has one, stands for what it reads.
-        compute_dtype (str): precision of its arithmetic.
-        model (Any): the config's section of that name: the same weights answer otherwise with another rotary base.
-
-    Returns:
-        dict[str, Any]: JSON values.
-    """
+    """Everything that the opponent's answers depend on, by name."""
     return {
         "opponent": opponent,
         "model": model,
@@ -402,21 +354,6 @@ def check_response(
     the generator's ``max_seq_len``). One that stopped ends with a stop token or a stop string; one that was cut has all
     the tokens that it may have, unless the generator has ``takes_sampling = False``: other limits cut it. Empty
     responses pass: ``pairs.empty`` says what becomes of them.
-
-    Args:
-        answer (object): what the generator gave.
-        generator (Generator): whose response it is.
-        sampling (SamplingParams): how it was asked.
-        limits (Limits): the vocabulary, the context, and how to read stop strings.
-        sample_id (str): whose prompt it answers, for the message.
-        prompt_tokens (int): length of that prompt.
-
-    Returns:
-        Response: the answer.
-
-    Raises:
-        GeneratorError: If it is not a completion that can be the answer; names generator, sample, what was found and
-            what was expected.
     """
 
     def refuse(found: str) -> GeneratorError:

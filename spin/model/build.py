@@ -57,21 +57,7 @@ def build_model(section: Component | Mapping[str, Any] | DictConfig, dtype: torc
 
 
 def choose_attention(model: nn.Module, world: World, compute_dtype: torch.dtype, asked: Attention = "auto") -> bool:
-    """Whether packed rows go through FlexAttention; says so in the log.
-
-    Args:
-        model (nn.Module): a torchtune decoder.
-        world (World): where it computes.
-        compute_dtype (torch.dtype): of the arithmetic.
-        asked (Attention): ``auto`` takes FlexAttention where it can; ``flex`` insists; ``dense`` is PyTorch's attention
-            with the row's whole mask, whose memory and time grow with the square of the row's length.
-
-    Returns:
-        bool: True for FlexAttention.
-
-    Raises:
-        ConfigError: If ``flex`` is asked for and impossible.
-    """
+    """Whether packed rows go through FlexAttention; says so in the log."""
     reason = flex_unsupported_reason(model, world.device, compute_dtype)
     if asked == "flex" and reason is not None:
         raise ConfigError(f"attention=flex cannot work here: {reason}. Set attention=dense, or auto.")
@@ -86,14 +72,7 @@ def choose_attention(model: nn.Module, world: World, compute_dtype: torch.dtype,
 
 
 def window_of(model: nn.Module) -> int | None:
-    """The sliding window of a model's layers in positions (one size at most), or None if all see everything.
-
-    Args:
-        model (nn.Module): a torchtune decoder.
-
-    Returns:
-        int | None: positions.
-    """
+    """The sliding window of a model's layers in positions (one size at most), or None if all see everything."""
     found = (getattr(module, "sliding_window_size", None) for module in model.modules())
     windows = {size for size in found if size is not None}
     if len(windows) > 1:
@@ -102,16 +81,7 @@ def window_of(model: nn.Module) -> int | None:
 
 
 def row_layout(model: nn.Module, cfg: SPINConfig, flex: bool) -> RowLayout:
-    """How pairs are packed into rows that a model takes.
-
-    Args:
-        model (nn.Module): a torchtune decoder.
-        cfg (SPINConfig): the run's, complete.
-        flex (bool): rows go through FlexAttention, see :func:`choose_attention`.
-
-    Returns:
-        RowLayout: of training, reference and validation alike.
-    """
+    """How pairs are packed into rows that a model takes."""
     return RowLayout(
         row_tokens=cfg.pairs.row_tokens,
         row_multiple=math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
@@ -122,26 +92,13 @@ def row_layout(model: nn.Module, cfg: SPINConfig, flex: bool) -> RowLayout:
 
 
 def extend_max_seq_len(model: nn.Module, longest_pair: int, layout: RowLayout) -> None:
-    """Lets a model take rows that are longer than its context; no position in them is beyond it.
-
-    Args:
-        model (nn.Module): torchtune checks a row's length against its ``max_seq_len``, which is raised.
-        longest_pair (int): tokens of the longest pair, with the longest responses that it can have.
-        layout (RowLayout): of the rows.
-    """
+    """Lets a model take rows that are longer than its context; no position in them is beyond it."""
     longest = layout.longest_row(longest_pair)
     model.max_seq_len = max(model.max_seq_len, longest)  # type: ignore[assignment, call-overload]
 
 
 def training_options(cfg: SPINConfig) -> dict[str, Any]:
-    """What a recipe's config says of how its model is wrapped: memory against time.
-
-    Args:
-        cfg (SPINConfig): complete.
-
-    Returns:
-        dict[str, Any]: arguments of :func:`prepare_model`.
-    """
+    """What a recipe's config says of how its model is wrapped: memory against time."""
     return {
         "activation_checkpointing": cfg.enable_activation_checkpointing,
         "ac_mode": cfg.ac_mode,

@@ -36,14 +36,7 @@ _FOR_ADAPTERS = "checkpointer=spin.checkpoint.LoRACheckpointer"
 
 
 def check_lora(cfg: SPINConfig) -> None:
-    """Checks a config by what its checkpointer saves: adapters alone, or every weight.
-
-    Args:
-        cfg (SPINConfig): complete.
-
-    Raises:
-        ConfigError: If anything cannot work, with every fault in a line of its own.
-    """
+    """Checks a config by what its checkpointer saves: adapters alone, or every weight."""
     faults = Faults()
     if not getattr(component_of(cfg.checkpointer), "adapters_only", False):
         if cfg.base_dtype is not None:
@@ -119,19 +112,7 @@ def prepare_policy(model: nn.Module, world: World, cfg: SPINConfig, longest_pair
 
 
 def prepare_adapters(model: nn.Module, dtype: torch.dtype, world: World) -> str:
-    """Freezes all but the adapters, which get a dtype of their own.
-
-    Args:
-        model (nn.Module): from :func:`spin.model.build.build_model`, on the meta device.
-        dtype (torch.dtype): of the adapters' master weights.
-        world (World): the ranks, among which NF4 weights are split by whole blocks.
-
-    Returns:
-        str: one line for the log that says how much is trained.
-
-    Raises:
-        ConfigError: If the model has no adapter, or one that cannot be trained.
-    """
+    """Freezes all but the adapters, which get a dtype of their own."""
     adapted = adapted_modules(model)
     if not adapted:
         raise ConfigError(
@@ -179,10 +160,6 @@ def init_adapters(model: nn.Module, seed: int) -> None:
     """Adapters that change nothing yet: A uniform in +-1/sqrt(in), B and DoRA's magnitude (its change) zero.
 
     The numbers depend on the seed and the module's name only, not on the number of ranks. No collective.
-
-    Args:
-        model (nn.Module): after :func:`prepare_adapters`, with memory.
-        seed (int): the run's seed.
 
     Source:
         LoRA (arXiv 2106.09685), section 4.1, with the bounds of its code and of torchtune's ``LoRALinear``.

@@ -100,20 +100,6 @@ def score_fingerprint(
 ) -> dict[str, Any]:
     """Everything that reference log-probs depend on, by name; down to how they are rounded, which in bf16 is more than
     the self-test of an iteration's first loss lets pass.
-
-    Args:
-        opponent (str): fingerprint of the weights.
-        batches (Sequence[Sequence[Pair]]): the pairs in the order of the first epoch.
-        layout (RowLayout): how they are packed into rows.
-        compute_dtype (str): precision of the arithmetic.
-        float8 (bool): the layers multiply in float8.
-        num_ranks (int): ranks that share the rows, which decides what stands in one row.
-        chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
-        compiled (bool): the layers are compiled.
-        model (Any): the config's section of that name, see :func:`spin.generators.stage.play_fingerprint`.
-
-    Returns:
-        dict[str, Any]: JSON values.
     """
     digest = hashlib.sha256()
     for batch in batches:
@@ -148,20 +134,7 @@ def score(
     should_stop: Callable[[], bool] = lambda: False,
     on_shard: Callable[[int], None] = lambda pairs_done: None,
 ) -> None:
-    """Scores pairs into the missing shards of a store. Collective.
-
-    Args:
-        store (PairStore): where the scored pairs go.
-        batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
-        model (nn.Module): the policy, while it is the opponent.
-        world (World): the ranks.
-        layout (RowLayout): as in training, see :func:`score_batches`.
-        chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
-        as_in_training (bool): see :func:`score_batches`.
-        num_workers (int): see :func:`score_batches`.
-        should_stop (Callable[[], bool]): asked before every shard; all ranks stop if it says so on one.
-        on_shard (Callable[[int], None]): told the number of pairs after every shard.
-    """
+    """Scores pairs into the missing shards of a store. Collective."""
     shards = split_evenly(len(batches), store.num_shards)
     for shard in missing_shards(store, world):
         if any_rank(should_stop(), world):
@@ -258,6 +231,6 @@ def open_scored(path: Path, opponent: str) -> PairStore:
         raise CheckpointError(
             f"{path}: not the pairs that this run was trained on (the store is "
             f"{'of another opponent' if store.is_sealed else 'not complete'}), and the opponent that could make "
-            "them anew is gone. Resume from a checkpoint at the iteration's start: resume=<path>."
+            "them again is gone. Resume from a checkpoint at the iteration's start: resume=<path>."
         )
     return store

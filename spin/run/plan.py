@@ -122,18 +122,7 @@ class RunPlan:
     def batches(
         self, pairs: Mapping[tuple[int, str], Pair], iteration: int, epoch: int, start: int = 0
     ) -> Sequence[list[Pair]]:
-        """Global batches of an epoch from a step on, each looked up when it is asked for.
-
-        Args:
-            pairs (Mapping[tuple[int, str], Pair]): by (iteration whose opponent answered, the sample's id); one that is
-                not there, because it was dropped, is missing from its batch.
-            iteration (int): counted from 0.
-            epoch (int): counted from 0 within the iteration.
-            start (int): the first step, counted from 0 within the epoch.
-
-        Returns:
-            Sequence[list[Pair]]: one for each step.
-        """
+        """Global batches of an epoch from a step on, each looked up when it is asked for."""
         items, size = self.items(iteration), self._size
         visited = self.progress.steps_in_epoch(iteration) * size
         # shares of history: what is in whole batches of the first epoch is scored

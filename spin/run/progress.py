@@ -15,18 +15,6 @@ def compute_num_steps_per_epoch(
 ) -> int:
     """Optimizer steps of one epoch; an incomplete last batch is dropped.
 
-    Args:
-        total_samples (int): samples of the data set.
-        global_batch_size (int): samples per optimizer step over all ranks.
-        limit_train_batches (int | float | None): an int counts batches (-1 is no limit), a float is a share of the
-            epoch, None is no limit.
-
-    Returns:
-        int: steps, 0 if the limit or the data leaves none.
-
-    Raises:
-        ConfigError: If the limit is neither a number nor None, or an int below -1.
-
     Source:
         ``nemo_aligner/utils/trainer_utils.py`` of https://github.com/NVIDIA/NeMo-Aligner.
     """
@@ -37,18 +25,8 @@ def compute_num_steps_per_epoch(
 
 
 def compute_limit_batches(number_of_batches: int, limit_batches: int | float | None) -> int:
-    """How many of ``number_of_batches`` a limit leaves.
-
-    Args:
-        number_of_batches (int): batches there are.
-        limit_batches (int | float | None): an int counts batches (-1 is no limit), a float is a share, None is no
-            limit. So 1 is one batch and 1.0 is all of them.
-
-    Returns:
-        int: batches to use.
-
-    Raises:
-        ConfigError: If the limit is neither a number nor None, or an int below -1.
+    """How many of ``number_of_batches`` a limit leaves: an int counts batches (-1 is no limit), a float is a fraction,
+    None is no limit. So 1 is one batch and 1.0 is all of them.
 
     Source:
         ``nemo_aligner/utils/trainer_utils.py`` of https://github.com/NVIDIA/NeMo-Aligner.
@@ -57,7 +35,7 @@ def compute_limit_batches(number_of_batches: int, limit_batches: int | float | N
         return number_of_batches
     if isinstance(limit_batches, bool) or not isinstance(limit_batches, (int, float)):
         raise ConfigError(
-            f"{limit_batches!r} of type {type(limit_batches).__name__}: expected an int (batches) or a float (a share)."
+            f"{limit_batches!r} of type {type(limit_batches).__name__}: expected an int (batches) or a float (a fraction)."
         )
     if isinstance(limit_batches, int):
         if limit_batches < 0:
@@ -67,24 +45,12 @@ def compute_limit_batches(number_of_batches: int, limit_batches: int | float | N
 
 
 def compute_interval(name: str, interval: int | float, steps_per_epoch: int) -> int:
-    """Steps between two validations or saves: an int counts steps, a float is a share of an epoch.
-
-    Args:
-        name (str): the config key, for the error.
-        interval (int | float): the configured value; 0 is never.
-        steps_per_epoch (int): steps of one epoch.
-
-    Returns:
-        int: steps, 0 for never.
-
-    Raises:
-        ConfigError: If the interval is no number, negative, a share above 1, or a share of less than one step.
-    """
+    """Steps between two validations or saves: an int counts steps, a float is a fraction of an epoch; 0 is never."""
     if isinstance(interval, bool) or not isinstance(interval, (int, float)):
-        raise ConfigError(f"{name}={interval!r}: expected a number of batches, or a share of the epoch; 0 is never.")
+        raise ConfigError(f"{name}={interval!r}: expected a number of batches, or a fraction of the epoch; 0 is never.")
     if interval < 0 or (isinstance(interval, float) and interval > 1.0):
         raise ConfigError(
-            f"{name}={interval}: expected a number of batches, or a share of the epoch in [0.0, 1.0]; 0 is never."
+            f"{name}={interval}: expected a number of batches, or a fraction of the epoch in [0.0, 1.0]; 0 is never."
         )
     steps = compute_limit_batches(steps_per_epoch, interval) if isinstance(interval, float) else interval
     if interval > 0 and steps == 0:
@@ -198,15 +164,7 @@ class SPINProgress:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes the position from a checkpoint.
-
-        Args:
-            state (dict[str, Any]): from :meth:`state_dict`.
-
-        Raises:
-            CheckpointError: If the checkpoint's epoch or iteration does not follow from its step here:
-                the number of steps per epoch has changed.
-        """
+        """Takes the position from a checkpoint."""
         self.step, self.consumed_samples = int(state["step"]), int(state["consumed_samples"])
         for name in ("epoch", "iteration"):
             if name in state and state[name] != getattr(self, name):
@@ -218,17 +176,7 @@ class SPINProgress:
 
 
 def parse_max_time(text: str | None) -> float | None:
-    """Seconds of a wall-clock budget.
-
-    Args:
-        text (str | None): ``DD:HH:MM:SS``; None is no budget.
-
-    Returns:
-        float | None: seconds, None for no budget.
-
-    Raises:
-        ConfigError: If the text has another form.
-    """
+    """Seconds of a wall-clock budget."""
     if text is None:
         return None
     if isinstance(text, int) and not isinstance(text, bool):

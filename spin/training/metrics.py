@@ -64,13 +64,7 @@ class PairSums:
 
     @torch.no_grad()
     def add(self, row: PackedRow, logps: torch.Tensor, loss: nn.Module) -> None:
-        """Adds a row.
-
-        Args:
-            row (PackedRow): with reference log-probs.
-            logps (torch.Tensor): the policy's summed log-probs in nats, shape (m,).
-            loss (nn.Module): such as :class:`spin.loss.SPINLoss`.
-        """
+        """Adds a row."""
         losses, real_rewards, generated_rewards = pair_losses(loss, row, logps)
         weights = row.weights.double()
         drift = logps.double() - row.reference_logps  # (m,)
@@ -142,16 +136,7 @@ def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[s
 
 
 def speed_metrics(totals: Mapping[str, float], pairs: int, seconds: float) -> dict[str, float]:
-    """How fast a step was, and how full its rows.
-
-    Args:
-        totals (Mapping[str, float]): sums over all ranks.
-        pairs (int): of the global batch.
-        seconds (float): that the step took.
-
-    Returns:
-        dict[str, float]: by name.
-    """
+    """How fast a step was, and how full its rows."""
     return {
         "row_fill": totals["tokens"] / max(1.0, totals["positions"]),
         "step_time": seconds,
@@ -166,15 +151,6 @@ def validation_metrics(
     """The SPIN metrics of validation pairs, as :func:`spin.training.validation.eval_pair_losses` gives them.
 
     They are means over the pairs, as in training.
-
-    Args:
-        losses (torch.Tensor): of each generated response, shape (c,).
-        real_rewards (torch.Tensor): shape (c,).
-        generated_rewards (torch.Tensor): shape (c,).
-        weights (torch.Tensor): what each comparison has of its pair, shape (c,).
-
-    Returns:
-        dict[str, float]: means by name; a tie counts as wrong. Empty if no pair has weight.
     """
     total = weights.double().sum()
     if total == 0:

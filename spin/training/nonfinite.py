@@ -1,4 +1,4 @@
-"""What becomes of a step whose loss or gradient is NaN or infinite, and of one that leaves such weights."""
+"""Policy for non-finite losses and gradients, and for updates that leave such weights."""
 
 from __future__ import annotations
 
@@ -19,17 +19,7 @@ log = logging.getLogger(__name__)
 
 
 def check_last_update(model: nn.Module, world: World, step: int, values: Mapping[str, float]) -> None:
-    """Refuses an update that no later loss has seen: a step's loss is that of the weights before it. Collective.
-
-    Args:
-        model (nn.Module): the policy.
-        world (World): the ranks.
-        step (int): optimizer steps so far.
-        values (Mapping[str, float]): by name, what the weights as they are now gave; the same on all ranks.
-
-    Raises:
-        NonFiniteError: On all ranks, if one of them is not finite, naming it, or the tensors that are the cause.
-    """
+    """Refuses an update that no later loss has seen: a step's loss is that of the weights before it. Collective."""
     found = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if found:
         told = f"step {step}: {', '.join(found)} after the last update"

@@ -64,7 +64,7 @@ class _ShardedAdamW(torch.optim.Optimizer):
             )
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "seed": seed}
         super().__init__(params, defaults)
-        # a remark of the cache of compiled functions, which can do without
+        # harmless: a torch.compile cache that does without
         warnings.filterwarnings("ignore", message="OptimState8bit does not implement _stable_hash_for_caching")
         self._check_parameters()
         _check_compilers(name, on_gpu=any(p.is_cuda for group in self.param_groups for p in group["params"]))
@@ -77,7 +77,7 @@ class _ShardedAdamW(torch.optim.Optimizer):
         """Updates the parameters that have a gradient.
 
         Args:
-            closure (Callable[[], float] | None): computes the loss anew, as in torch's optimizers.
+            closure (Callable[[], float] | None): computes the loss again, as in torch's optimizers.
 
         Returns:
             float | None: what ``closure`` returned.
@@ -108,7 +108,7 @@ class _ShardedAdamW(torch.optim.Optimizer):
             if shards:
                 groups.append({key: group[key] for key in ("lr", "betas", "eps", "weight_decay")} | {"params": shards})
         if groups:
-            # it makes the learning rate a tensor, so that a new one does not compile the step anew
+            # it makes the learning rate a tensor, so that a new one does not compile the step again
             optimizer = torchao.optim.AdamW8bit(groups, bf16_stochastic_round=self.stochastic_rounding)
             optimizer.state.update(states)
             with self._seeded(states, shard_number):

@@ -49,18 +49,7 @@ def in_each_iteration(value: Number | Sequence[Number], max_iterations: int) -> 
 
 
 def warmup_steps(warmup: int | float, total_steps: int) -> int:
-    """Steps of warm-up.
-
-    Args:
-        warmup (int | float): an int counts steps, a float is a share of ``total_steps``.
-        total_steps (int): length of the span that the schedule covers.
-
-    Returns:
-        int: at most ``total_steps``.
-
-    Raises:
-        ConfigError: If the value is negative, or a share above 1.
-    """
+    """Steps of warm-up."""
     if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
         raise ConfigError(f"lr_scheduler.warmup={warmup}: expected a number of steps, or a share in [0.0, 1.0].")
     return min(total_steps, int(warmup * total_steps) if isinstance(warmup, float) else warmup)

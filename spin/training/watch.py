@@ -1,4 +1,4 @@
-"""The collapse watch: what a policy looks like that self-play is ruining, and what to do about it.
+"""Detects collapse: thresholds on metrics of steps and of responses, and what to do about it.
 
 Four things are known to go wrong. Real responses become unlikely (only the margin is trained, so both rewards may
 fall); responses no longer end; responses become much longer or shorter; and the game is won, so that nothing is learned
@@ -104,16 +104,7 @@ class CollapseMonitor:
             raise CollapseError(f"{alarm.message} Nothing was trained on these responses yet.")
 
     def step(self, iteration: int, step_in_iteration: int, metrics: Mapping[str, float]) -> Alert | None:
-        """Looks at the mean of the last steps, once an iteration has as many.
-
-        Args:
-            iteration (int): counted from 0.
-            step_in_iteration (int): steps of the iteration so far, this one included.
-            metrics (Mapping[str, float]): of the step; one without comparisons is passed over.
-
-        Returns:
-            Alert | None: set if a limit was passed whose action is not ``warn``.
-        """
+        """Looks at the mean of the last steps, once an iteration has as many."""
         for name, values in self._recent.items():
             if step_in_iteration == 1:
                 values.clear()
