@@ -35,7 +35,8 @@ def compute_limit_batches(number_of_batches: int, limit_batches: int | float | N
         return number_of_batches
     if isinstance(limit_batches, bool) or not isinstance(limit_batches, (int, float)):
         raise ConfigError(
-            f"{limit_batches!r} of type {type(limit_batches).__name__}: expected an int (batches) or a float (a fraction)."
+            f"{limit_batches!r} of type {type(limit_batches).__name__}: expected an int (batches) or a float "
+            "(a fraction)."
         )
     if isinstance(limit_batches, int):
         if limit_batches < 0:

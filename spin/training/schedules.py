@@ -51,7 +51,7 @@ def in_each_iteration(value: Number | Sequence[Number], max_iterations: int) -> 
 def warmup_steps(warmup: int | float, total_steps: int) -> int:
     """Steps of warm-up."""
     if warmup < 0 or (isinstance(warmup, float) and warmup > 1):
-        raise ConfigError(f"lr_scheduler.warmup={warmup}: expected a number of steps, or a share in [0.0, 1.0].")
+        raise ConfigError(f"lr_scheduler.warmup={warmup}: expected a number of steps, or a fraction in [0.0, 1.0].")
     return min(total_steps, int(warmup * total_steps) if isinstance(warmup, float) else warmup)
 
 
@@ -76,7 +76,7 @@ def lr_factor(name: str, step: int, total_steps: int, warmup: int | float = 0, m
     if name not in ("linear", "cosine", "constant"):
         raise ConfigError(f"lr_scheduler.name={name!r}: expected linear, cosine or constant.")
     if not 0 <= min_ratio <= 1:
-        raise ConfigError(f"lr_scheduler.min_ratio={min_ratio}: expected a share in [0, 1].")
+        raise ConfigError(f"lr_scheduler.min_ratio={min_ratio}: expected a fraction in [0, 1].")
     warm = warmup_steps(warmup, total_steps)
     if step < warm:
         return (step + 1) / warm
