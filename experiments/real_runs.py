@@ -42,7 +42,7 @@ class KeepsNothing(SPINCheckpointer):
 
     def export(self, model: torch.nn.Module, iteration: int, world: Any, *of_tokenizer: object) -> Path:
         """Nothing; where a model would be."""
-        return self.output_dir / f"iteration_{iteration:03d}" / "hf_model"
+        return Path(self.output_dir) / f"iteration_{iteration:03d}" / "hf_model"
 
 
 class MeasuredSPIN(SPINRecipe):
