@@ -120,7 +120,7 @@ def test_guard(loss, norm, tmp_path):
 
 
 def test_unknown_action(tmp_path):
-    with pytest.raises(ConfigError, match="on_nonfinite='ignore': expected stop or skip"):
+    with pytest.raises(ConfigError, match="on_nonfinite: found 'ignore', expected stop or skip"):
         SPINRecipe(tiny_config(tmp_path, "on_nonfinite=ignore"))
 
 
