@@ -364,12 +364,9 @@ class SPINRecipe:
 
     def cleanup(self) -> None:
         """Closes the checkpointer, the logs, the generator and the process group, and unlocks the folder."""
-        for each in (
-            self._checkpointer,
-            self._run_log,
-            self._generator,
-        ):  # engines may take the process group along
-            each.close()
+        self._checkpointer.close()
+        self._run_log.close()
+        self._generator.close()  # an engine may take the process group with it
         shutdown()
         if self._lock is not None:
             self._lock.release()

@@ -52,7 +52,7 @@ class SPINLoss(nn.Module):
         if not beta > 0:
             raise ConfigError(f"loss.beta={beta}: expected a number above 0. At 0 the loss has no gradient.")
         if not 0 <= label_smoothing < 0.5:
-            raise ConfigError(f"loss.label_smoothing={label_smoothing}: expected a share in [0, 0.5).")
+            raise ConfigError(f"loss.label_smoothing={label_smoothing}: expected a fraction in [0, 0.5).")
         self.beta = float(beta)
         self.loss_type = loss_type
         self.label_smoothing = float(label_smoothing)

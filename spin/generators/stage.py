@@ -1,7 +1,7 @@
-"""The first stage of an iteration: the opponent plays, that is, it answers every prompt.
+"""The first stage of an iteration: the opponent plays, that is, it responds to every prompt.
 
-Its answers fill a pair store shard by shard. A shard's content depends on the seed, the iteration and its samples, not
-on the rank that makes it or on what was there before, so a run that was killed makes the missing shards and goes on.
+Its responses fill a pair store shard by shard. A shard's content depends on the seed, the iteration and its samples,
+not on the rank that makes it or on what was there before, so a run that was killed resumes with the missing shards.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def limits_of(model: Any, max_seq_len: int, tokenizer: PromptTokenizer) -> Limit
 
 @dataclass(frozen=True)
 class PlayTask:
-    """What an opponent is asked, and how it is to answer.
+    """What an opponent is asked, and how it is to respond.
 
     Args:
         prompts (PromptDataset): the data set.
         samples (Sequence[int]): which of its samples are played, in order.
-        sampling (SamplingParams): how they are answered.
+        sampling (SamplingParams): how responses are sampled.
         seed (int): the run's seed.
         iteration (int): counted from 0.
         responses_per_prompt (int): responses to each prompt.
@@ -93,13 +93,13 @@ def _shortened(value: object) -> str:
 
 
 def num_shards(num_samples: int, prompts_per_shard: int, groups: int) -> int:
-    """Shards of a store of answers: as many for each group, as far as there are samples."""
+    """Shards of a store of responses: as many for each group, as far as there are samples."""
     needed = math.ceil(num_samples / prompts_per_shard)
     return max(1, min(num_samples, math.ceil(needed / groups) * groups))
 
 
 def balance_shards(costs: Mapping[int, int], groups: int) -> list[list[int]]:
-    """Deals shards to groups so that all have about the same to do: the dearest first, to whoever has least."""
+    """Deals shards to groups so that all have about the same to do: the largest first, to whoever has least."""
     loads = [(0, group) for group in range(groups)]
     dealt: list[list[int]] = [[] for _ in range(groups)]
     for shard in sorted(costs, key=lambda shard: (-costs[shard], shard)):
@@ -110,7 +110,7 @@ def balance_shards(costs: Mapping[int, int], groups: int) -> list[list[int]]:
 
 
 def shards_for_rank(shards: Sequence[int], store: PairStore, task: PlayTask, group: EngineGroup) -> list[int]:
-    """The shards that this rank's group makes. No rank need be asked: all come to the same deal."""
+    """The shards that this rank's group makes, computed alike on all ranks."""
     parts = split_evenly(len(task.samples), store.num_shards)
     most = task.sampling.max_new_tokens
     costs = {shard: sum(len(task.prompts[task.samples[i]].prompt_ids) + most for i in parts[shard]) for shard in shards}
@@ -125,7 +125,7 @@ def play_fingerprint(
     compute_dtype: str,
     model: Any = None,
 ) -> dict[str, Any]:
-    """Everything that the opponent's answers depend on, by name."""
+    """Everything that the opponent's responses depend on, by name."""
     return {
         "opponent": opponent,
         "model": model,
@@ -223,10 +223,10 @@ def play(
     should_stop: Callable[[], bool] = lambda: False,
     on_shard: Callable[[int], None] = lambda prompts_done: None,
 ) -> None:
-    """Answers prompts into shards of a store. Not collective: each group or machine makes shards of its own, as many as
-    it has. Call it while the generator is :func:`policy_loaded`.
+    """Generates responses into shards of a store. Not collective: each group or machine makes its own shards.
+    Call it while the generator is :func:`policy_loaded`.
 
-    A generator that can is given all prompts at once, and a shard is written when its last answer is there. Every
+    A generator that can is given all prompts at once, and a shard is written when its last response is there. Every
     response passes :func:`check_response` when it arrives.
 
     Args:
@@ -235,11 +235,11 @@ def play(
         task (PlayTask): what is asked.
         generator (Generator): the opponent.
         group (EngineGroup | None): the ranks that share the generator's engine; None: this rank alone.
-        should_stop (Callable[[], bool]): asked after every answer, or after every shard.
-        on_shard (Callable[[int], None]): told the number of prompts after every shard.
+        should_stop (Callable[[], bool]): asked after every response, or after every shard.
+        on_shard (Callable[[int], None]): called with the number of prompts after every shard.
 
     Raises:
-        GeneratorError: If the generator's answers do not fit the prompts.
+        GeneratorError: If the generator's responses do not fit the prompts.
     """
     set_stage("generating responses")
     group = group or EngineGroup(0, 1)
@@ -256,14 +256,14 @@ def play(
                 seed = sample_seed(task.seed, task.iteration, prompt.sample_id, k)
                 yield prompt.prompt_ids, seed  # type: ignore[misc]
 
-    def checked(shard: int, index: int, answer: object) -> Response:
-        """The answer to request ``index`` of a shard."""
+    def checked(shard: int, index: int, response: object) -> Response:
+        """The response to request ``index`` of a shard."""
         prompt = task.prompts[task.samples[parts[shard][index // count]]]
-        return check(answer, sample_id=prompt.sample_id, prompt_tokens=len(prompt.prompt_ids))
+        return check(response, sample_id=prompt.sample_id, prompt_tokens=len(prompt.prompt_ids))
 
-    def finish(shard: int, completions: Sequence[Response]) -> None:
+    def finish(shard: int, responses: Sequence[Response]) -> None:
         played = chosen(shard)
-        pairs = _join(played, completions, task)
+        pairs = _join(played, responses, task)
         if group.writes:
             store.write_shard(shard, pairs)
         on_shard(len(played))
@@ -274,14 +274,14 @@ def play(
         sizes = [len(parts[shard]) * count for shard in shards]
         stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), task.sampling)
         with closing(stream):
-            # a rank that shares its engine asks its group, which takes a while; one that does not asks at every answer
+            # a rank that shares its engine asks its group, which takes a while; others ask after every response
             ends_here = (lambda: False) if group.is_shared else should_stop
 
-            def checked_part(part: int, index: int, answer: object) -> Response:
-                return checked(shards[part], index, answer)
+            def checked_part(part: int, index: int, response: object) -> Response:
+                return checked(shards[part], index, response)
 
-            for number, completions in _in_parts(stream, sizes, checked_part, ends_here, name_of(generator)):
-                finish(shards[number], completions)
+            for number, responses in _in_parts(stream, sizes, checked_part, ends_here, name_of(generator)):
+                finish(shards[number], responses)
                 if group.agree(should_stop()):
                     return
         return
@@ -289,49 +289,49 @@ def play(
         if should_stop():
             return
         asked = list(requests(shard))
-        completions = generator.generate(
+        responses = generator.generate(
             [list(map(int, ids)) for ids, _ in asked], task.sampling, [seed for _, seed in asked]
         )
-        _check_number(completions, len(asked), generator)
-        finish(shard, [checked(shard, index, answer) for index, answer in enumerate(completions)])
+        _check_number(responses, len(asked), generator)
+        finish(shard, [checked(shard, index, response) for index, response in enumerate(responses)])
 
 
-def _check_number(completions: object, asked: int, generator: Generator) -> None:
-    if not isinstance(completions, Sequence) or len(completions) != asked:
-        given = f"{len(completions)} responses" if isinstance(completions, Sequence) else _shortened(completions)
+def _check_number(responses: object, asked: int, generator: Generator) -> None:
+    if not isinstance(responses, Sequence) or len(responses) != asked:
+        given = f"{len(responses)} responses" if isinstance(responses, Sequence) else _shortened(responses)
         raise GeneratorError(
             f"generator: {name_of(generator)} gave {given} to {asked} prompts; expected one each, in order."
         )
 
 
 def _in_parts(
-    answers: Iterable[object],
+    stream: Iterable[object],
     sizes: Sequence[int],
     check: Callable[[int, int, object], Response],
     should_stop: Callable[[], bool],
     name: str,
 ) -> Iterator[tuple[int, list[Response]]]:
-    """Sorts numbered answers into consecutive parts; gives each part, in order, when it is complete. Ends early if,
-    after an answer, it is asked to stop."""
+    """Sorts numbered responses into consecutive parts; gives each part, in order, when it is complete. Ends early if,
+    after a response, it is asked to stop."""
     bounds = np.cumsum([0, *sizes])
     missing = list(sizes)
     found: dict[int, dict[int, Response]] = {}
-    for item in answers:
+    for item in stream:
         if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
             raise GeneratorError(
                 f"generator: {name} gave {_shortened(item)}, expected (number of the request, its Response)."
             )
-        index, completion = item
+        index, response = item
         part = int(np.searchsorted(bounds, index, side="right")) - 1
         if not 0 <= part < len(sizes) or not missing[part] or index in found.setdefault(part, {}):
             raise GeneratorError(
-                f"generator: {name} answered request {index} twice, or none such was asked; the {sum(sizes)} requests "
-                f"are 0 to {sum(sizes) - 1}."
+                f"generator: {name} responded to request {index} twice, or none such was asked; the "
+                f"{sum(sizes)} requests are 0 to {sum(sizes) - 1}."
             )
-        found[part][index] = check(part, index - int(bounds[part]), completion)
+        found[part][index] = check(part, index - int(bounds[part]), response)
         missing[part] -= 1
         if not missing[part]:
-            yield part, [completion for _, completion in sorted(found.pop(part).items())]
+            yield part, [response for _, response in sorted(found.pop(part).items())]
         if should_stop():
             return
     if any(missing):
@@ -339,7 +339,7 @@ def _in_parts(
 
 
 def check_response(
-    answer: object,
+    response: object,
     *,
     generator: Generator,
     sampling: SamplingParams,
@@ -359,9 +359,9 @@ def check_response(
     def refuse(found: str) -> GeneratorError:
         return GeneratorError(f"generator: {name_of(generator)}, sample {sample_id}: the response {found}")
 
-    if not isinstance(answer, Response):
-        raise refuse(f"is {_shortened(answer)}, expected a spin.generators.Response of token ids and finish reason.")
-    ids, reason = answer.token_ids, answer.finish_reason
+    if not isinstance(response, Response):
+        raise refuse(f"is {_shortened(response)}, expected a spin.generators.Response of token ids and finish reason.")
+    ids, reason = response.token_ids, response.finish_reason
     if isinstance(ids, str | bytes) or not hasattr(ids, "__len__") or not hasattr(ids, "__getitem__"):
         raise refuse(f"has token_ids {_shortened(ids)}, expected a list of token ids.")
     room = min(limits.max_seq_len, getattr(generator, "max_seq_len", sys.maxsize)) - prompt_tokens
@@ -406,15 +406,15 @@ def check_response(
             f"has finish reason 'stop' but ends with token {ids[-1]}, expected {expected}. If the engine left the stop "
             "token out, append it: SPIN scores it; if it stops at others, name them in sampling.stop_token_ids."
         )
-    if sampling.logprobs or answer.logprobs is not None:
-        logprobs = answer.logprobs
+    if sampling.logprobs or response.logprobs is not None:
+        logprobs = response.logprobs
         if not isinstance(logprobs, Sequence) or len(logprobs) != len(ids):
             found = f"{len(logprobs)} log-probs" if isinstance(logprobs, Sequence) else f"logprobs {logprobs!r:.60}"
             raise refuse(f"has {found} for {len(ids)} tokens, expected one each.")
         wrong = next((i for i, value in enumerate(logprobs) if not isinstance(value, float | int)), None)
         if wrong is not None:
             raise refuse(f"has {_shortened(logprobs[wrong])} as log-prob {wrong}, expected numbers.")
-    return replace(answer, token_ids=ids)
+    return replace(response, token_ids=ids)
 
 
 def _has_stop_string(ids: Sequence[int], sampling: SamplingParams, limits: Limits) -> bool:
@@ -424,18 +424,18 @@ def _has_stop_string(ids: Sequence[int], sampling: SamplingParams, limits: Limit
     return any(string in text for string in sampling.stop_strings)
 
 
-def _join(prompts: Sequence[Prompt], completions: Sequence[Response], task: PlayTask) -> list[Pair]:
+def _join(prompts: Sequence[Prompt], responses: Sequence[Response], task: PlayTask) -> list[Pair]:
     count = task.responses_per_prompt
     pairs = []
     for i, prompt in enumerate(prompts):
-        answers = completions[i * count : (i + 1) * count]
+        generated = responses[i * count : (i + 1) * count]
         pairs.append(
             Pair(
                 sample_id=prompt.sample_id,
                 iteration=task.iteration,
                 prompt_ids=prompt.prompt_ids,
                 real_ids=prompt.real_ids,
-                generated=[Response(answer.token_ids, answer.finish_reason) for answer in answers],
+                generated=[Response(each.token_ids, each.finish_reason) for each in generated],
             )
         )
     return pairs

@@ -142,9 +142,9 @@ def test_a_stream_gives_numbered_responses_only(tmp_path):
         (lambda: [(0.0, good)], "gave .0.0"),
         (lambda: [(True, good)], "gave .True"),
         (lambda: [(math.inf, good)], "gave .inf"),
-        (lambda: [(10**30, good)], "answered request 10+ twice, or none such was asked; the 4 requests are 0 to 3"),
-        (endless, "answered request 0 twice"),
-        (lambda: [(i, good) for i in (0, 1, 0)], "answered request 0 twice"),
+        (lambda: [(10**30, good)], "responded to request 10+ twice, or none such was asked; the 4 requests are 0 to 3"),
+        (endless, "responded to request 0 twice"),
+        (lambda: [(i, good) for i in (0, 1, 0)], "responded to request 0 twice"),
     ):
         generator = Streaming(good)
         generator.stream = lambda requests, sampling, given=given: (answer for answer in given())

@@ -103,7 +103,7 @@ def test_a_stream_that_is_stopped_keeps_whole_shards(tmp_path):
     ("change", "message"),
     [
         (lambda answers: answers[:-1], "left 1 of 20 prompts without a response"),
-        (lambda answers: [answers[0], *answers], "answered request 19 twice"),
+        (lambda answers: [answers[0], *answers], "responded to request 19 twice"),
         (lambda answers: [(20, answers[0][1])], "request 20"),
         (lambda answers: [(-1, answers[0][1])], "request -1"),
     ],
