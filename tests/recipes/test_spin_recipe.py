@@ -656,14 +656,21 @@ class TestFaults:
         with pytest.raises(ConfigError, match="no step"):
             run(tmp_path, "global_batch_size=64")
 
-    def test_all_faults_of_the_arithmetic_at_once(self, tmp_path):
-        changes = (
-            "loss.beta=[0.1]", "optimizer.lr=-1", "limit_val_batches=1.5", "sampling.top_p=0", "max_time=1h",
-            "compute_dtype=fp16",
-            "pairs.truncated=cut", "global_batch_size=0", "lr_scheduler.name=step", "pairs.history=-1",
-        )  # fmt: skip
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            (
+                "loss.beta=-1", "optimizer.lr=-1", "limit_val_batches=1.5", "sampling.top_p=0", "max_time=1h",
+                "compute_dtype=fp16", "pairs.truncated=cut", "global_batch_size=0", "lr_scheduler.name=step",
+                "pairs.history=-1",
+            ),
+            ("loss.beta=[0.1]", "ac_mode=selective", "dtype=bf16", "validation_dataset.streaming=true"),
+        ],
+        ids=["single values", "values against each other"],
+    )  # fmt: skip
+    def test_all_faults_of_the_arithmetic_at_once(self, changes, tmp_path):
         with pytest.raises(ConfigError) as error:
             spin_recipe.SPINRecipe(tiny_config(tmp_path, *changes))
-        for name in (change.split("=")[0] for change in changes):
+        for name in (change.split("=")[0].replace("ac_mode", "ac_option") for change in changes):
             assert name in str(error.value), name
         assert not (tmp_path / "iteration_000").exists()
