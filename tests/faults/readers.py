@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import spin_recipe
 import torch
 import yaml
 
@@ -23,17 +24,19 @@ from spin.config.checks import check_run
 from spin.core.errors import SpinError
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import init_world
-from spin.data import ChatTokenizer, Pair, PairStore, Response, prompt_dataset
+from spin.data import ChatTokenizer, Pair, PairStore, Prompt, PromptDataset, Response, prompt_dataset
 from spin.generators import GeneratorContext, SamplingParams, VLLMServerGenerator
 from spin.generators.replay import ReplayGenerator
 from spin.model.hf import stored_elements
 from spin.model.hf_folder import read_hf_config
 from spin.report import read_run, render
+from spin.run import RunPlan
 from spin.run.log import MetricsFile
+from spin.training import CollapseMonitor
 from tests.data.test_read import Letters
 from tests.false_server import VLLM, FalseServer, headers
 from tests.faults.hostile import VALUES, bend, bend_bytes, bend_table, bend_text, time_limit
-from tests.recipes.helpers import CONFIG, REPO
+from tests.recipes.helpers import CONFIG, REPO, tiny_config
 from tests.report_runs import write_run
 from tests.two_ranks.tiny import sharded
 
@@ -217,10 +220,16 @@ def _checkpoint_readers(folder: Path) -> dict[str, Reader]:
     checkpointer.close()
     files = {file.name: file.read_bytes() for file in path.iterdir()}
     model = sharded(world)
+    # a recipe whose data is read: 2 iterations of 2 epochs of 5 steps
+    recipe = spin_recipe.SPINRecipe(tiny_config("unused"))
+    recipe._plan = RunPlan(recipe._cfg, PromptDataset([Prompt(f"s{i}", [1, i], [2]) for i in range(23)]))
+    recipe._progress = recipe._plan.progress
+    recipe._monitor = CollapseMonitor(recipe._cfg.watch, True)
+    recipe._run_fingerprint = {}
 
     def read(folder: Path, rng: random.Random) -> None:
         place = checkpointer.latest(str(folder))
-        checkpointer.read_state(place)
+        recipe.load_state_dict(checkpointer.read_state(place))
         if rng.random() < 0.2:
             checkpointer.load(place, model=model, optimizer=None, world=world)
 
