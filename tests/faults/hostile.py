@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
-from omegaconf import OmegaConf
 from safetensors.torch import save
 
+from spin.config import plain
 from tests.recipes.helpers import tiny_config
 from tests.report_runs import write_run, write_store
 
@@ -40,7 +40,7 @@ INTERPOLATIONS = "a0: xxxxxxxxxx\n" + "".join(f"a{i + 1}: {f'${{a{i}}}' * 10}\n"
 
 def write_whole_run(folder):
     """A finished run of two iterations: config, metrics, samples, responses, scored pairs, model, adapter."""
-    cfg = OmegaConf.to_container(tiny_config(folder), resolve=True)
+    cfg = plain(tiny_config(folder))
     write_run(folder, steps=4, config={key: value for key, value in cfg.items() if key not in ("loss", "output_dir")})
     for iteration in folder.glob("iteration_*"):
         write_store(iteration / "pairs", scored=True)

@@ -96,11 +96,9 @@ def test_lists_maps_and_nulls_for_numbers_are_faults_with_their_key(tmp_path, ov
 
 @pytest.mark.parametrize("value", ["1e38", "[1e38]", "1e300", ".inf", "[.nan]", "[[1.0]]", "{a: 1}"])
 def test_learning_rates_that_no_optimizer_takes(tmp_path, value):
-    from spin.config.checks import check_run
-
     with pytest.raises(ConfigError, match=r"optimizer\.lr"):
-        check_run(tiny_config(tmp_path, f"optimizer.lr={value}"))
-    assert OmegaConf.select(tiny_config(tmp_path, "optimizer.lr=[1e-4,1e-5]"), "optimizer.lr") == [1e-4, 1e-5]
+        tiny_config(tmp_path, f"optimizer.lr={value}")
+    assert tiny_config(tmp_path, "optimizer.lr=[1e-4,1e-5]").optimizer.lr == [1e-4, 1e-5]
 
 
 def test_a_tokenizer_is_read_from_its_file_alone(tmp_path, monkeypatch):

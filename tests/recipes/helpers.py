@@ -32,9 +32,9 @@ def tiny_overrides(output_dir):
     ]
 
 
-def tiny_config(output_dir, *overrides, config=CONFIG):
+def tiny_config(output_dir, *overrides, config=CONFIG, model=SPINConfig):
     """The test config, complete, as the command line would hand it to the recipe."""
-    return complete(load_config(str(config), [*tiny_overrides(output_dir), *overrides]), SPINConfig)
+    return complete(load_config(str(config), [*tiny_overrides(output_dir), *overrides]), model)
 
 
 def run(output_dir, *overrides, recipe_class=spin_recipe.SPINRecipe, config=CONFIG):

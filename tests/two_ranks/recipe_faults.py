@@ -9,7 +9,7 @@ import pytest
 import spin_generate
 from spin_recipe import SPINRecipe
 
-from spin.config import GenerateConfig, complete
+from spin.config import GenerateConfig
 from spin.core.errors import GeneratorError, NonFiniteError, SpinError, StoreError
 from spin.core.ranks import barrier, gather_objects, shutdown
 from spin.data import PairStore
@@ -74,7 +74,7 @@ def with_a_generator_that_dies(recipe):
     return recipe
 
 
-generate = spin_generate.SPINGenerate(complete(tiny_config(folder / "alone", *SHORT), GenerateConfig))
+generate = spin_generate.SPINGenerate(tiny_config(folder / "alone", *SHORT, model=GenerateConfig))
 generate.train = generate.generate
 for name, recipe in (("generator", SPINRecipe(tiny_config(folder / "generator", *SHORT))), ("alone", generate)):
     error = error_of(with_a_generator_that_dies(recipe))
