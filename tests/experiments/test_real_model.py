@@ -195,7 +195,7 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
     assert {name: result["finished"] for name, result in found.items()} == {
         "start-seed0": True, "spin-seed0": True, "broken-seed0": False, "sft_spin-seed0": True,
     }  # fmt: skip
-    assert "loss.beta=-1.0" in found["broken-seed0"]["error"]
+    assert "loss.beta: found -1.0" in found["broken-seed0"]["error"]
     iterations = [found[f"{arm}-seed0"]["iterations"] for arm in ("start", "spin", "sft_spin")]
     assert [len(each) for each in iterations] == [1, 2, 2]
     start, spin, both = iterations
