@@ -7,9 +7,10 @@ import inspect
 import re
 from typing import Any
 
+from spin.config.complete import fields_of
 from spin.config.components import component_of
-from spin.config.faults import Faults
-from spin.config.schema import Component, Sampling, SPINConfig
+from spin.config.faults import Faults, known_keys, nearest_of
+from spin.config.schema import COMPONENT, Component, Sampling, SPINConfig
 from spin.core.errors import ConfigError
 from spin.core.files import TRANSFER, check_own_folder
 
@@ -26,9 +27,10 @@ def check_run(cfg: SPINConfig) -> None:
     faults = Faults()
     for name, value in (("loss.beta", cfg.loss.beta), ("optimizer.lr", cfg.optimizer.lr)):
         if isinstance(value, list) and len(value) != cfg.max_iterations:
+            count = f"{len(value)} value{'s' if len(value) != 1 else ''}"
             faults.add(
-                f"{name}: {value} has {len(value)} values for {cfg.max_iterations} iterations. Give one number, or one "
-                "for each iteration."
+                f"{name}: {value} has {count} for {cfg.max_iterations} iterations. Give one number, or one for each "
+                "iteration."
             )
     step = getattr(component_of(cfg.optimizer), "step", None)
     closure = inspect.signature(step).parameters.get("closure") if callable(step) else None
@@ -37,6 +39,10 @@ def check_run(cfg: SPINConfig) -> None:
             f"optimizer._component_={cfg.optimizer.component}: its step computes the loss several times, where a "
             "batch passes through the model once. Choose one whose step needs no closure, such as torch.optim.AdamW."
         )
+    known = fields_of(type(cfg))
+    for name in cfg.resume_with_changes:
+        if name.partition(".")[0] not in known:
+            faults.add(f"resume_with_changes: the config has no key {name!r}.{nearest_of(name, list(known))}")
     greedy, responses = cfg.sampling.greedy_by, cfg.pairs.responses_per_prompt
     if greedy and responses != 1 and getattr(component_of(cfg.generator), "takes_sampling", True):
         faults.add(
@@ -79,7 +85,14 @@ def _check_logger(section: Component, faults: Faults) -> None:
     """A service's library takes further settings: among them programs to run and servers that get the key."""
     logger = section.component.rpartition(".")[2]
     if section.component.startswith("torchtune."):  # not one of the user's own
+        parameters = inspect.signature(component_of(section)).parameters.values()
+        named = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+        takes_more = any(each.kind is each.VAR_KEYWORD for each in parameters) and logger in _PACKAGES
         for key, value in section.model_dump(by_alias=True).items():
+            hint = nearest_of(key, named)
+            if key not in (COMPONENT, *named) and (hint or not takes_more):
+                hint = hint or known_keys(named) or " It takes none."
+                faults.add(f"metric_logger.{key}: {section.component} has no such parameter.{hint}")
             items = value if isinstance(value, list) else [value]
             if key == "settings" or any(isinstance(item, dict | list) for item in items):
                 faults.add(

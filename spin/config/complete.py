@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from spin.config.components import ALLOW_KEY, check_components, own_packages
-from spin.config.faults import Faults, did_you_mean, known_keys
+from spin.config.faults import KIND_WORDS, Faults, did_you_mean, either, known_keys, yaml_text
 from spin.config.interpolation import (
     MISSING,
     escaped,
@@ -28,7 +28,6 @@ from spin.config.schema import COMPONENT, Component, Section
 from spin.core import redact
 
 ConfigT = TypeVar("ConfigT", bound=Section)
-_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def plain(value: Any) -> Any:
@@ -62,10 +61,11 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
     environment = from_environment(merged, whole) if is_whole else []
     values: dict[str, Any] = with_paths(resolved, os.path.expanduser)
     _remember_secrets(values)
-    _check_types(values, model, faults)
     own = own_packages(cfg, values.get(ALLOW_KEY), faults)
-    sections = dict(_components(model))
-    check_components(values, own, sections, faults)
+    sections, of_components = dict(_components(model)), Faults()
+    refused = check_components(values, own, sections, of_components)
+    _check_types(values, model, refused, faults)
+    faults.messages += of_components.messages
     faults.raise_if_any()
     result = model.model_validate(values)
     for path in sections:
@@ -173,8 +173,9 @@ def _components(section: type[Section], path: str = "") -> Iterator[tuple[str, t
 # --- Checking ---
 
 
-def _check_types(values: Mapping[str, Any], model: type[Section], faults: Faults) -> None:
-    """Notes unknown and missing keys and values of the wrong type or out of range, each once."""
+def _check_types(values: Mapping[str, Any], model: type[Section], refused: set[str], faults: Faults) -> None:
+    """Notes unknown and missing keys and values of the wrong type or out of range, each once. What sections lack whose
+    component is refused depends on the component that they get."""
     missing = list(_missing_values(values))
     found: dict[str, str] = {}  # faults by path: each part of a union has its own error
     strangers: dict[str, list[str]] = {}  # keys that are like nothing known, by the section's known keys
@@ -184,9 +185,11 @@ def _check_types(values: Mapping[str, Any], model: type[Section], faults: Faults
         for problem in error.errors(include_url=False, include_input=False):
             _note(problem, values, model, missing, found, strangers)
     faults.messages += [
-        f"{path}: not set. It has no default; add it to the config or the command line." for path in missing
+        f"{path}: not set. It has no default; add it to the config or the command line."
+        for path in missing
+        if path.rpartition(".")[0] not in refused or path.endswith(COMPONENT)
     ]
-    faults.messages += found.values()
+    faults.messages += [text for path, text in found.items() if path.removesuffix(f".{COMPONENT}") not in refused]
     for known, keys in strangers.items():
         faults.add(f"{', '.join(keys)}: unknown key{'s' if len(keys) > 1 else ''}.{known}")
 
@@ -215,9 +218,15 @@ def _note(
             for key, each in fields_of(top).items()
             if (inner := section_of(each.annotation))
         }
-        hint = did_you_mean(path.rpartition(".")[2], known, elsewhere)
-        if hint:
+        name = str(problem["loc"][-1])
+        hint = did_you_mean(name, known, elsewhere)
+        if "." in name:
+            first, _, rest = name.partition(".")
+            found[path] = f"{path}: unknown key. In a file write it nested: {first}: {{{rest}: ...}}."
+        elif hint:
             found[path] = f"{path}: unknown key.{hint}"
+        elif section is top:
+            strangers.setdefault(" `python -m spin cp NAME FILE --full` writes all keys.", []).append(path)
         else:
             strangers.setdefault(known_keys(known), []).append(path)
     elif values == MISSING or (isinstance(values, str) and "${" in values):
@@ -225,9 +234,9 @@ def _note(
     elif problem["type"] == "value_error" and isinstance(values, Mapping):  # keys of a section that do not fit
         found[path] = f"{path}.{problem['ctx']['error']}"
     elif problem["type"] == "value_error":
-        found[path] = f"{path}: found {_yaml(values)}, {problem['ctx']['error']}"
+        found[path] = f"{path}: found {yaml_text(values)}, {problem['ctx']['error']}"
     elif path not in found:
-        found[path] = f"{path}: found {_yaml(values)}, expected {expected(field)}.{_quote_it(path, field, values)}"
+        found[path] = f"{path}: found {yaml_text(values)}, expected {expected(field)}.{_quote_it(path, field, values)}"
 
 
 def _missing_values(value: Any, path: str = "") -> Iterator[str]:
@@ -240,11 +249,6 @@ def _missing_values(value: Any, path: str = "") -> Iterator[str]:
             yield from _missing_values(item, f"{path}[{index}]")
     elif value == MISSING:
         yield path
-
-
-def _yaml(value: Any) -> str:
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else f"{value!r:.100}"
 
 
 def _quote_it(path: str, field: FieldInfo, value: Any) -> str:
@@ -274,9 +278,9 @@ def _expected(hint: Any, limits: typing.Sequence[Any] = (), title: str | None = 
         return _expected(parts[0], info.metadata if info else (), info.title if info else None)
     if origin in (typing.Union, types.UnionType):
         texts = [_expected(part, limits if part in (int, float) else ()) for part in parts]
-        return _either([text.replace(f"list of {texts[0]}", "list of these") for text in texts])
+        return either([text.replace(f"list of {texts[0]}", "list of these") for text in texts])
     if origin is Literal:
-        return _either([str(part) for part in parts])
+        return either([str(part) for part in parts])
     if hint is type(None):
         return "null"
     if origin is list:
@@ -285,14 +289,10 @@ def _expected(hint: Any, limits: typing.Sequence[Any] = (), title: str | None = 
         return f"a section with {COMPONENT}"
     if isinstance(hint, type) and issubclass(hint, Section):
         return f"a section with keys {', '.join(fields_of(hint))}"
-    what = title or _WORDS.get(hint, "another value")
+    what = title or KIND_WORDS.get(hint, "another value")
     bounds = {name: getattr(each, name) for each in limits for name in ("ge", "gt", "le", "lt") if hasattr(each, name)}
     numbers = {name: f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for name, bound in bounds.items()}
     if "ge" in numbers and "le" in numbers:
         return f"{what} from {numbers['ge']} to {numbers['le']}"
     words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     return ", ".join([what, *(f"{words[name]} {number}" for name, number in numbers.items())])
-
-
-def _either(parts: list[str]) -> str:
-    return ", ".join(parts[:-1]) + f" or {parts[-1]}" if len(parts) > 1 else parts[0]

@@ -26,7 +26,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spin.config.faults import Faults, did_you_mean, known_keys, nearest_of
+from spin.config.faults import Faults, did_you_mean, expected_kinds, known_keys, nearest_of, yaml_text
 from spin.config.interpolation import MISSING, PATH_KEY
 from spin.config.schema import ARGUMENTS, COMPONENT, Component
 from spin.core.errors import ConfigError, SpinError
@@ -78,13 +78,17 @@ class Kind:
     names: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     fits: Callable[[Any], bool] | None = None
+    supplied: tuple[str, ...] = ()  # arguments that recipes supply, besides those in the schema
 
     def has(self, name: str) -> bool:
         """Whether the text of a path can be of this kind."""
         return name in self.names or name.rpartition(".")[0] in self.modules
 
 
-_DATASET = Kind("a data set of spin.data", ("spin.data.prompt_dataset", "spin.data.mixed_prompt_dataset"))
+_DATASET = Kind(
+    "a data set of spin.data", ("spin.data.prompt_dataset", "spin.data.mixed_prompt_dataset"),
+    supplied=("tokenizer", "max_seq_len", "keep_originals"),
+)  # fmt: skip
 KINDS: dict[str, Kind] = {
     "model": Kind(
         "a model builder of torchtune", modules=tuple(_TORCHTUNE + name for name in _FAMILIES), fits=_makes_decoder
@@ -116,6 +120,7 @@ KINDS: dict[str, Kind] = {
     "generator": Kind(
         "a generator of spin.generators",
         tuple(f"spin.generators.{name}Generator" for name in ("Replay", "Torchtune", "VLLM", "VLLMServer")),
+        supplied=("context",),
     ),
     "loss": Kind("a loss", ("spin.loss.SPINLoss", "torchtune.rlhf.loss.DPOLoss")),
     "optimizer": Kind(
@@ -123,6 +128,7 @@ KINDS: dict[str, Kind] = {
         ("spin.training.AdamW8bit", "spin.training.AdamWStochasticRounding"),
         ("torch.optim", "torchao.optim"),
         _is_optimizer,
+        supplied=("params",),
     ),
     "checkpointer": Kind("a checkpointer", ("spin.checkpoint.SPINCheckpointer", "spin.checkpoint.LoRACheckpointer")),
     "metric_logger": Kind(
@@ -180,7 +186,7 @@ def package_problem(name: Any) -> str | None:
 def refusal(name: Any, kind: Kind, own: Sequence[str]) -> str | None:
     """Why a component is refused by its text, or None."""
     if not isinstance(name, str) or not DOTPATH.fullmatch(name) or "." not in name:
-        return f"found {name!r}, expected a dotted path such as torchtune.models.llama3_2.llama3_2_1b."
+        return f"found {yaml_text(name)}, expected a dotted path such as torchtune.models.llama3_2.llama3_2_1b."
     if any(part.startswith("_") for part in name.split(".")):
         return f"{name} is not allowed: private names are no components."
     if below(name, own) or kind.has(name):
@@ -305,8 +311,10 @@ def own_packages(cfg: DictConfig, given: Any, faults: Faults) -> tuple[str, ...]
 
 def check_components(
     values: Mapping[str, Any], own: Sequence[str], sections: Mapping[str, type[Component]], faults: Faults
-) -> None:
-    """Notes components that their places may not name, and arguments that they do not take."""
+) -> set[str]:
+    """Notes components that their places may not name, and arguments that they do not take or lack; returns the places
+    of the former."""
+    refused = set()
     nodes = list(_component_nodes(values))
     for path, node, within in nodes:
         for key in (COMPONENT, *PATH_ARGUMENTS):
@@ -314,9 +322,11 @@ def check_components(
             if value != MISSING and (key == COMPONENT or isinstance(value, str)):
                 reason = refusal(value, kind_at(path, within) if key == COMPONENT else KINDS[key], own)
                 if reason is not None:
+                    refused.add(path)
                     faults.add(f"{path}.{key}: {reason}" if path else f"{key}: {reason}")
     for path, node, within in nodes:
         _check_arguments(path, node, kind_at(path, within), own, sections.get(path, Component), faults)
+    return refused
 
 
 def _check_arguments(
@@ -331,25 +341,35 @@ def _check_arguments(
         faults.add(f"{path}: {error}")
         return
     arguments = {key: value for key, value in node.items() if key != COMPONENT and key not in section.own}
+    for key in arguments.keys() & set(kind.supplied):
+        faults.add(f"{path}.{key}: the recipe supplies it. Remove it from the config.")
+        del arguments[key]
     try:
         parameters = list(inspect.signature(component).parameters.values())
     except (TypeError, ValueError):  # builtins without a signature
         return
+    named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
+    named = [each for each in named if each.name not in kind.supplied]
+    if kind in KINDS.values() and not below(name, own):  # a recipe may supply more to what is the user's own
+        for each in named:
+            if each.default is each.empty and each.name not in {*arguments, *section.model_fields}:
+                faults.add(f"{path}.{each.name}: not set. {name} has no default for it.")
     if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-        positional_only = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-        known = [each.name for each in parameters if each.kind not in positional_only] + list(section.own)
+        known = [each.name for each in named] + list(section.own)
         for key in arguments:
             if key not in known:
                 hint = did_you_mean(str(key), known) or known_keys(known)
                 faults.add(f"{path}.{key}: {name} has no such parameter.{hint}")
     simple = _simple_parameters(component)
+    defaults = {each.name: each.default for each in named}
     for key, value in arguments.items():
         if key in section.model_fields or value == MISSING:
             continue  # the schema has its type
-        kinds = simple.get(key, ())
+        kinds, default = simple.get(key, ()), defaults.get(key)
         if kinds and not any(_is_of(value, kind) for kind in kinds):
-            expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            faults.add(f"{path}.{key}: found {value!r:.100}, {name} expects {expected}.")
+            faults.add(f"{path}.{key}: found {yaml_text(value)}, expected {expected_kinds(kinds)}.")
+        elif isinstance(default, tuple) and default and not _is_like(value, default):
+            faults.add(f"{path}.{key}: found {value!r:.100}, expected a list of {len(default)} numbers.")
         else:
             _check_ranges(value, f"{path}.{key}", faults)
 
@@ -363,10 +383,13 @@ def _check_ranges(value: Any, path: str, faults: Faults) -> None:
         for item in value:
             _check_ranges(item, path, faults)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        name = ".".join(path.split(".")[-2:])
+        section, key = path.split(".")[-2:]
+        name = f"dataset.{key}" if path.partition(".")[0] == "validation_dataset" else f"{section}.{key}"
         least, most = ARGUMENTS.get(name, (-(2**63), 2**63))
         # infinity may stand for no limit where there is none of ours
-        if not least <= value <= most and (name in ARGUMENTS or not math.isinf(value)):
+        if math.isnan(value):
+            faults.add(f"{path}: found .nan, expected a finite number.")
+        elif not least <= value <= most and (name in ARGUMENTS or not math.isinf(value)):
             faults.add(f"{path}: found {value!r:.100}, expected a number from {least:,} to {most:,}.")
 
 
@@ -400,6 +423,18 @@ def _is_of(value: Any, kind: type) -> bool:
     return isinstance(value, int | float if kind is float else kind)
 
 
+def _is_like(value: Any, default: tuple[Any, ...]) -> bool:
+    """Whether a value has as many numbers as a default has, if that holds numbers, as an optimizer's betas do."""
+    if not all(each is None or type(each) in (int, float) for each in default):
+        return True
+    kinds = (float, type(None)) if None in default else (float,)
+    return (
+        isinstance(value, list)
+        and len(value) == len(default)
+        and all(any(_is_of(each, kind) for kind in kinds) for each in value)
+    )
+
+
 def _component_nodes(
     value: Any, path: str = "", within: str | None = None
 ) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
@@ -424,8 +459,11 @@ def nested(section: Component, node: Mapping[str, Any] | None, key: str) -> Comp
     """A component that stands among a section's arguments, to be built by itself."""
     if node is None:
         return None
+    where = f"{section._where}.{key}"
+    if not isinstance(node, Mapping) or COMPONENT not in node:
+        raise ConfigError(f"{where}: found {yaml_text(node)}, expected a section with {COMPONENT}.")
     part = Component.model_validate(node)
-    part._where, part._packages = f"{section._where}.{key}", section._packages
+    part._where, part._packages = where, section._packages
     return part
 
 
@@ -458,7 +496,7 @@ def instantiate(node: Component | Mapping[str, Any] | DictConfig | None, *args: 
         where = str(node._get_full_key(None)) or where
         node = OmegaConf.to_container(node, resolve=True)  # type: ignore[assignment]
     if not isinstance(node, Mapping) or COMPONENT not in node:
-        raise ConfigError(f"{where}: found {node!r}, expected a section with {COMPONENT}.")
+        raise ConfigError(f"{where}: found {yaml_text(node)}, expected a section with {COMPONENT}.")
     return _build(node, where, kind_at(where), environment_packages(), args, kwargs)
 
 
@@ -504,7 +542,7 @@ def _build(
             raise
         # torchtune's tokenizers: a file that is not there, or a folder
         raise ConfigError(f"{where}: {name} cannot be made: {error}. Check the paths of the section.") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError) as error:
         raise ConfigError(
             f"{where}: {name} does not take these values ({type(error).__name__}: {error}{_place_in(name, error)}). "
             "Check the section; SPIN_TRACEBACK=1 shows where it happened."

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from spin.core.errors import ConfigError
+
+KIND_WORDS: dict[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    type(None): "null",
+}
 
 
 class Faults:
@@ -39,15 +48,30 @@ def nearest_of(name: str, known: Sequence[str]) -> str:
 
 
 def did_you_mean(key: str, known: Sequence[str], sections: Mapping[str, Sequence[str]] | None = None) -> str:
-    """The nearest sibling, else the same name in another section, else nothing."""
-    nearest = nearest_of(key, known)
+    """The same name in another section, else the nearest sibling, else nothing."""
     elsewhere = [f"{section}.{key}" for section, names in (sections or {}).items() if key in names]
-    return nearest or (f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else "")
+    return f" Did you mean {' or '.join(map(repr, elsewhere))}?" if elsewhere else nearest_of(key, known)
 
 
 def known_keys(known: Sequence[str]) -> str:
     """' Known keys: ...', or nothing."""
     return f" Known keys: {', '.join(known)}." if known else ""
+
+
+def yaml_text(value: Any) -> str:
+    """A value as it stands in YAML, shortened."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else f"{value!r:.100}"
+
+
+def expected_kinds(kinds: Sequence[type]) -> str:
+    """What an argument takes, in the words of the schema."""
+    return either([KIND_WORDS[kind] for kind in kinds])
+
+
+def either(parts: Sequence[str]) -> str:
+    """'a, b or c'."""
+    return ", ".join(parts[:-1]) + f" or {parts[-1]}" if len(parts) > 1 else parts[0]
 
 
 def first_line(error: BaseException) -> str:

@@ -212,7 +212,8 @@ def _apply_override(cfg: DictConfig, override: str, faults: Faults) -> None:
         parent = key.rpartition(".")[0]
         if parent and isinstance(OmegaConf.select(cfg, parent, throw_on_resolution_failure=False), str):
             OmegaConf.update(cfg, parent, {COMPONENT: OmegaConf.select(cfg, parent)})  # section=path came before
-        OmegaConf.update(cfg, key, value, merge=True, force_add=True)
+        both = isinstance(value, dict) and isinstance(node, DictConfig)
+        OmegaConf.update(cfg, key, value, merge=both, force_add=True)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
         faults.add(f"override {override!r:.200}: the value is not valid YAML: {problem}. Quote a text that begins so.")

@@ -60,7 +60,11 @@ def _arguments(name: str, path: str) -> tuple[dict[str, Any], dict[str, str]]:
     except (ConfigError, ValueError):  # of a package that is not installed
         return {}, {}
     simple = (bool, int, float, str, type(None))
-    ours = [each for each in parameters if name.startswith("spin.") and isinstance(each.default, simple)]
+    ours = [
+        each
+        for each in parameters
+        if name.startswith("spin.") and isinstance(each.default, simple) and each.name not in kind_at(path).supplied
+    ]
     texts = {key: _short(text) for key, text in _ARGUMENT.findall(inspect.getdoc(component) or "")}
     return {each.name: each.default for each in ours}, texts
 

@@ -160,7 +160,8 @@ def check_unchanged(
     changed = [name for name in names if old.get(name, missing) != new.get(name, missing)]
     if changed:
         shown = differences(*({name: run[name] for name in changed if name in run} for run in (old, new)))
+        kept = [name for name in allowed if name in old or name in new]
         raise CheckpointError(
             f"The run in {output_dir} was started with another config: {'; '.join(shown)}. Restore it, start a new "
-            f"output_dir, or allow it by resume_with_changes=[{','.join([*allowed, *changed])}]."
+            f"output_dir, or allow it by resume_with_changes=[{','.join([*kept, *changed])}]."
         )

@@ -225,6 +225,8 @@ def test_unknown_keys_get_suggestions():
         completed(VALID, "warmup=5")
     with pytest.raises(ConfigError, match=r"optimizer\.reset_each_iter: .*Did you mean 'reset_each_iteration'"):
         completed(VALID, "optimizer.reset_each_iter=true")
+    with pytest.raises(ConfigError, match=r"lr_scheduler\.warmup: unknown key\. In a file .* lr_scheduler: {warmup: "):
+        completed(VALID + "lr_scheduler.warmup: 5\n")
     with pytest.raises(ConfigError, match=r"lr_scheduler\._component_: unknown key"):
         completed(VALID, "lr_scheduler._component_=torch.optim.SGD")
 
@@ -460,17 +462,37 @@ def test_unknown_option_and_missing_config_are_usage_errors(run_main, write):
     assert run_main(lambda cfg: 0)[0] == 2
 
 
+SUPPLIED = ("tokenizer", "max_seq_len", "keep_originals")
+BETAS = ("[0.9]", "[0.9,0.99,0.999]", "{a: 1}", "0.9", "[0.9,null]")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            "checkpointer.keep_last=two",
-            "checkpointer.keep_last: found 'two', spin.checkpoint.SPINCheckpointer expects int",
-        ),
-        ("checkpointer.async_save=1", "async_save: found 1, .* expects bool"),
-        ("model.num_layers=2.5", "model.num_layers: found 2.5, .* expects int"),
-        ("model.norm_eps=small", "model.norm_eps: found 'small', .* expects float"),
-        ("dataset.limit=many", "dataset.limit: found 'many', .* expects int or null"),
+        ("checkpointer.keep_last=two", "checkpointer.keep_last: found 'two', expected a whole number"),
+        ("checkpointer.async_save=1", "async_save: found 1, expected true or false"),
+        ("model.num_layers=2.5", "model.num_layers: found 2.5, expected a whole number"),
+        ("model.num_layers=null", "model.num_layers: found null, expected a whole number"),
+        ("model.norm_eps=small", "model.norm_eps: found 'small', expected a number"),
+        ("model.norm_eps=.nan", "model.norm_eps: found .nan, expected a finite number"),
+        ("dataset.limit=many", "dataset.limit: found 'many', expected a whole number or null"),
+        *((f"dataset.{key}=4", rf"^dataset.{key}: the recipe supplies it") for key in SUPPLIED),
+        ("generator.context=4", "^generator.context: the recipe supplies it"),
+        ("optimizer.params=4", "^optimizer.params: the recipe supplies it"),
+        ("dataset.tokeniser=4", r"^dataset\.tokeniser: .*Known keys: source, "),
+        ("~checkpointer", r"(?s)^3 faults.*checkpoint_dir: not set.*model_type: not set.*output_dir: not set"),
+        ("~dataset", "^dataset.source: not set"),
+        ("~model.num_heads", "^model.num_heads: not set"),
+        ("generator=spin.generators.VLLMServerGenerator", "generator.url: not set"),
+        *((f"optimizer.betas={betas}", "betas: found .*, expected a list of 2 numbers") for betas in BETAS),
+        ("pairs=[]", r"^pairs: found \[\], expected a section with keys"),
+        ("optimizer=[1]", r"^optimizer: found \[1\], expected a section with _component_"),
+        ("resume_with_changes={a: 1}", "^resume_with_changes: found {'a': 1}, expected a list"),
+        ("optimizer._component_=null", "^optimizer._component_: found null, expected a dotted path"),
+        ("loss=spin.loss.TSPINLoss", r"^loss\._component_: spin\.loss\.TSPINLoss is not allowed here"),
+        ("row_tokens=5", r"row_tokens: unknown key\. Did you mean 'pairs\.row_tokens'"),
+        ("pairs.max_new_tokens=5", r"unknown key\. Did you mean 'sampling\.max_new_tokens'"),
+        ("zebra=5", "^zebra: unknown key. `python -m spin cp NAME FILE --full` writes all keys."),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_named_before_anything_is_loaded(override, message, repo):
@@ -483,6 +505,13 @@ def test_arguments_of_the_wrong_kind_are_named_before_anything_is_loaded(overrid
 )
 def test_arguments_of_the_right_kind_pass(override, repo):
     config.complete(config.load_config(str(repo / TINY), ["output_dir=out", override]), SPINConfig)
+
+
+@pytest.mark.parametrize("node", [5, "nope", {}, {"column_map": {}}])
+def test_a_message_transform_is_a_section_with_a_component(node, repo):
+    cfg = config.complete(config.load_config(str(repo / TINY), ["output_dir=out"]), SPINConfig)
+    with pytest.raises(ConfigError, match="dataset.message_transform: found .*, expected a section with _component_"):
+        config.nested(cfg.dataset, node, "message_transform")
 
 
 def test_what_a_component_raises_about_its_values_names_the_section():
