@@ -40,7 +40,7 @@ from spin.core.terminal import get_logger, progress_bar
 from spin.data import Prompt, PromptDataset
 from spin.data.dates import fix_date
 from spin.evaluation import verdicts
-from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles
+from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles, shared_samples
 from spin.generators import sampling_params, stage
 from spin.generators.engines import engine_group, policy_loaded
 from spin.pairs.packing import RowLayout
@@ -84,14 +84,13 @@ class SPINEvaluate:
             model = self._models[role]
             options = {"tokenizer": model.tokenizer, "max_seq_len": model.context, "keep_originals": True}
             datasets[role] = config.instantiate(cfg.dataset, **options)
-            model.check(datasets[role])
-        # a sample that is too long for one of them is dropped for both
-        shared = set.intersection(*(set(dataset.sample_ids) for dataset in datasets.values()))
+            model.check(cfg.sampling, datasets[role])
+        if "judge" in self._models:
+            self._models["judge"].check(cfg.judge.sampling)
+        shared = set(shared_samples(*datasets.values()))
         dropped = sum(len(dataset) - len(shared) for dataset in datasets.values())
         if dropped:
             log.warning(f"{dropped} samples fit one of the two models only and are dropped.")
-        if not shared:
-            raise DataError("no prompt fits both models. Raise dataset.max_prompt_tokens, or choose other data.")
         self._originals = datasets["candidate"].originals
         self._prompts = {
             role: PromptDataset(prompt for prompt in dataset if prompt.sample_id in shared)
@@ -227,7 +226,7 @@ class SPINEvaluate:
         prompts = PromptDataset(self._questions([row for row in rows if row["candidate"] != row["baseline"]]))
         texts = {}
         if len(prompts):
-            judge.check(prompts)
+            judge.check(cfg.sampling, prompts)
             texts = self._generate(judge, prompts, cfg.sampling, folder)
         for row in rows:
             if row["candidate"] == row["baseline"]:

@@ -24,7 +24,7 @@ from spin import config
 from spin.config import GenerateConfig
 from spin.config.checks import check_run
 from spin.core.dtypes import torch_dtype
-from spin.core.errors import CheckpointError, ConfigError, OutputError
+from spin.core.errors import CheckpointError, OutputError
 from spin.core.files import FolderLock
 from spin.core.ranks import any_rank, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
 from spin.core.terminal import get_logger, progress_bar
@@ -37,7 +37,7 @@ from spin.model import build_model, prepare_model, weights_fingerprint
 from spin.pairs.packing import RowLayout
 from spin.pairs.shards import missing_shards, open_store
 from spin.reference.generator_check import check_generator_logprobs
-from spin.run.plan import RunPlan
+from spin.run.plan import RunPlan, check_worker
 from spin.run.resume import inputs_of_config, inputs_of_files
 from spin.run.stopping import StopRequest, resume_command
 
@@ -56,8 +56,7 @@ class SPINGenerate:
 
     def __init__(self, cfg: GenerateConfig) -> None:
         check_run(cfg)
-        if cfg.worker >= cfg.num_workers:
-            raise ConfigError(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
+        check_worker(cfg)
         self._cfg = cfg
         self._stop = StopRequest(cfg.stop_signals, cfg.max_time)
 

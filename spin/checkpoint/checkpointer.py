@@ -125,11 +125,7 @@ class SPINCheckpointer:
         Raises:
             CheckpointError: If the model folder is incomplete, or the output folder cannot be written or is too small.
         """
-        source = Path(self.checkpoint_dir)
-        read_hf_config(source)
-        for name in (GENERATION_CONFIG, *TOKENIZER_CONFIGS):  # which an export changes
-            read_companion(source / name)
-        parameters = stored_elements(source)
+        parameters = self.check_source()
         try:
             self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.checkpoints_dir) as probe:
@@ -159,6 +155,14 @@ class SPINCheckpointer:
                 f"{self.output_dir}: {_size(free)} free; keep_last={self.keep_last} and keep_best={self.keep_best} "
                 f"with fp32 AdamW and {exports} export{plural} can need {_size(wanted)}."
             )
+
+    def check_source(self) -> int:
+        """The number of weights in ``checkpoint_dir``; CheckpointError if a file cannot be read. Writes nothing."""
+        source = Path(self.checkpoint_dir)
+        read_hf_config(source)
+        for name in (GENERATION_CONFIG, *TOKENIZER_CONFIGS):  # which an export changes
+            read_companion(source / name)
+        return stored_elements(source)
 
     def _disk_bytes(self, parameters: int) -> tuple[int, int, int]:
         """What a checkpoint of so many parameters takes at least, and with fp32 AdamW; and what an export does."""

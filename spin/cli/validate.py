@@ -13,23 +13,26 @@ from typing import Any
 import torch
 
 from spin import config
+from spin.checkpoint import SPINCheckpointer
 from spin.config.catalog import config_model, load_recipe, recipe_of
 from spin.config.checks import check_run
-from spin.config.schema import EvaluatedModel
+from spin.config.schema import EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.terminal import printable
-from spin.data import ChatTokenizer, PromptSource, PromptTokenizer, adapt_tokenizer
+from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dataset import check_is_dataset
 from spin.data.dates import known_date
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.data.sources import read_rows
-from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles
+from spin.evaluation import verdicts
+from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles, shared_samples
 from spin.generators import sampling_params, stage
+from spin.model.adapters import adapted_modules
 from spin.model.build import build_model
 from spin.model.hf import check_hf_folder
-from spin.model.lora import check_lora
-from spin.run.plan import RunPlan
+from spin.model.lora import check_adapters, check_lora
+from spin.run.plan import RunPlan, check_worker
 from spin.training.schedules import per_iteration
 
 COMPARED_ROWS = 200  # of the training set, whose token ids and texts are compared
@@ -101,13 +104,17 @@ class Checks:
 
 def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) -> None:
     """The checks of a training config, in the order in which a run would meet the faults."""
-    checkpointer = cfg.checkpointer
+    checkpointer = check("checkpointer", partial(_checkpointer, cfg))
     check("loss, optimizer", partial(_loss_and_optimizer, cfg))
     model = check("model", partial(_model, cfg))
-    check("model folder", partial(_folder, checkpointer), model=model)
+    check("adapters", partial(_adapters, cfg), model=model)
+    check("model folder", _folder, checkpointer=checkpointer, model=model)
     if with_logits:
-        logits = partial(_logits, cfg.model, checkpointer.checkpoint_dir, checkpointer.model_type)
-        check("logits", lambda model: logits(), model=model)
+
+        def logits(checkpointer: SPINCheckpointer, model: torch.nn.Module) -> tuple[None, str]:
+            return _logits(cfg.model, checkpointer.checkpoint_dir, checkpointer.model_type)
+
+        check("logits", logits, checkpointer=checkpointer, model=model)
     tokenizer = check("tokenizer", partial(_tokenizer, cfg))
     check("round trip", _round_trip, tokenizer=tokenizer)
     context = None if model is None else model.max_seq_len
@@ -115,7 +122,7 @@ def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) ->
     validation: PromptSource | None = None
     if cfg.validation_dataset is not None:
         validation = check("validation data", partial(_data, cfg.validation_dataset, context), tokenizer=tokenizer)
-    check("token ids", partial(_same_ids, cfg.dataset), tokenizer=tokenizer)
+    check("token ids", partial(_same_ids, cfg.dataset), tokenizer=tokenizer, data=prompts)
     sources = [source for source in (prompts, validation) if source is not None]
     check("vocabulary", partial(_vocabulary, cfg, sources), model=model, tokenizer=tokenizer)
     num_val = 0 if validation is None else validation.samples_per_iteration
@@ -124,14 +131,18 @@ def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) ->
 
 def _check_evaluation(cfg: config.EvaluateConfig, check: Checks, with_logits: bool) -> None:
     """The checks of a config of spin_evaluate, which has two or three models and does not train."""
+    datasets: dict[str, PromptSource | None] = {}
     for role in eval_model_roles(cfg):
         section = cfg[role]
         model = check(role, partial(_eval_model, role, section))
         if with_logits and section.checkpoint_dir is not None:
             check(f"{role} logits", partial(_logits, section.model, section.checkpoint_dir, section.model_type))
-        if role != "judge":  # whose prompts do not exist yet
-            data = check(f"{role} data", partial(_eval_data, cfg), **{role: model})
-            check("vocabulary", _eval_vocabulary, **{role: model, "data": data})
+        if role == "judge":  # whose prompts do not exist yet
+            check("vocabulary", partial(_eval_vocabulary, cfg.judge.sampling), judge=model)
+        else:
+            data = datasets[f"{role} data"] = check(f"{role} data", partial(_eval_data, cfg), **{role: model})
+            check("vocabulary", partial(_eval_vocabulary, cfg.sampling), **{role: model, "data": data})
+    check("prompts of both", partial(_shared, cfg), **datasets)
 
 
 # --- The checks: each returns its result and what to print, or raises a SpinError ---
@@ -145,7 +156,15 @@ def _config(name: str, overrides: Sequence[str], recipe_name: str | None) -> tup
     elif isinstance(cfg, config.SPINConfig):
         check_run(cfg)
         check_lora(cfg)
+        if isinstance(cfg, config.GenerateConfig):
+            check_worker(cfg)
     return cfg, f"{name} for {recipe_name}: every key is known, and their values go together"
+
+
+def _checkpointer(cfg: config.SPINConfig) -> tuple[SPINCheckpointer, str]:
+    checkpointer: SPINCheckpointer = _built("checkpointer", lambda: config.instantiate(cfg.checkpointer))
+    path = checkpointer.latest(cfg.resume)
+    return checkpointer, "a new run" if path is None else f"the run resumes from {path}"
 
 
 def _loss_and_optimizer(cfg: config.SPINConfig) -> tuple[None, str]:
@@ -164,8 +183,15 @@ def _model(cfg: config.SPINConfig) -> tuple[torch.nn.Module, str]:
     return model, f"{count:,} parameters, context {model.max_seq_len:,}, vocabulary {vocabulary:,}"
 
 
-def _folder(checkpointer: config.Component, model: torch.nn.Module) -> tuple[None, str]:
+def _adapters(cfg: config.SPINConfig, model: torch.nn.Module) -> tuple[None, str]:
+    if not check_adapters(cfg, model):
+        return None, "none: every weight is trained and saved"
+    return None, f"{len(adapted_modules(model))} adapters are trained and saved; every other weight is frozen"
+
+
+def _folder(checkpointer: SPINCheckpointer, model: torch.nn.Module) -> tuple[None, str]:
     check_hf_folder(model, checkpointer.checkpoint_dir, checkpointer.model_type)
+    checkpointer.check_source()
     return None, f"{checkpointer.checkpoint_dir} holds every weight in its shape, by the headers of its files"
 
 
@@ -238,7 +264,7 @@ def _data(
     return data, "\n".join(lines)
 
 
-def _same_ids(section: config.Component, tokenizer: PromptTokenizer) -> tuple[None, str]:
+def _same_ids(section: config.Component, tokenizer: PromptTokenizer, prompts: PromptSource) -> tuple[None, str]:
     compared, faults = 0, []
     for where, messages in itertools.islice(_conversations(section), COMPARED_ROWS):
         compared += 1
@@ -295,9 +321,18 @@ def _eval_data(cfg: config.EvaluateConfig, model: EvalModel) -> tuple[PromptSour
     return _data(cfg.dataset, model.context, model.tokenizer, keep_originals=True)
 
 
-def _eval_vocabulary(model: EvalModel, prompts: PromptSource) -> tuple[None, str]:
-    model.check(prompts)
+def _eval_vocabulary(sampling: Sampling, model: EvalModel, *prompts: PromptSource) -> tuple[None, str]:
+    model.check(sampling, *prompts)
     return None, _EMBEDDED
+
+
+def _shared(cfg: config.EvaluateConfig, candidate: PromptDataset, baseline: PromptDataset) -> tuple[None, str]:
+    originals = {sample_id: candidate.originals[sample_id] for sample_id in shared_samples(candidate, baseline)}
+    text = f"{len(originals):,} samples fit both models"
+    if cfg.verdict == "judge":
+        return None, text
+    verdicts.right_answers(originals, cfg.exact_match.column, cfg.exact_match.reference_pattern)
+    return None, f"{text} and have a right answer"
 
 
 def _built(section: str, build: Callable[[], Any]) -> Any:

@@ -14,16 +14,16 @@ from torch import nn
 from spin import config
 from spin.config import EvaluateConfig
 from spin.config.checks import check_transfer_dir
-from spin.config.schema import EvaluatedModel
+from spin.config.schema import EvaluatedModel, Sampling
 from spin.core.dtypes import torch_dtype
-from spin.core.errors import CheckpointError, ConfigError
+from spin.core.errors import CheckpointError, ConfigError, DataError
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import World
-from spin.data import ChatTokenizer, PromptSource, PromptTokenizer, adapt_tokenizer
+from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dates import known_date
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.evaluation import verdicts
-from spin.generators import Generator, GeneratorContext
+from spin.generators import Generator, GeneratorContext, sampling_params
 from spin.generators.stage import Limits, limits_of
 from spin.model.build import build_model, prepare_model
 from spin.model.hf import check_hf_folder, load_hf_weights
@@ -60,10 +60,11 @@ class EvalModel:
         """What its responses must stay within."""
         return limits_of(self._shape, self.context, self.tokenizer)
 
-    def check(self, prompts: PromptSource) -> None:
-        """Raises DataError if the model has no embedding for a token of the prompts."""
+    def check(self, sampling: Sampling, *prompts: PromptSource) -> None:
+        """Raises DataError if the model has no embedding for a token of the prompts, or a stop token is beyond it."""
         if self._shape is not None:
-            check_vocabulary(self._shape, self.tokenizer, self.tokenizer.eos_ids, prompts)
+            stop_ids = sampling_params(sampling, self.tokenizer.eos_ids).stop_token_ids
+            check_vocabulary(self._shape, self.tokenizer, stop_ids, *prompts)
 
     def fingerprint(self, generator: Generator | None) -> str:
         """Whose responses these are: a hash of the weights' files, or the generator's own fingerprint."""
@@ -92,6 +93,15 @@ class EvalModel:
 def eval_model_roles(cfg: EvaluateConfig) -> tuple[str, ...]:
     """The sections of an evaluation's config that hold a model which is used."""
     return ("candidate", "baseline", "judge") if cfg.verdict == "judge" else ("candidate", "baseline")
+
+
+def shared_samples(*datasets: PromptDataset) -> list[str]:
+    """The ids of the samples that fit every model, in order; a sample that is too long for one is dropped for all."""
+    in_all = set.intersection(*(set(dataset.sample_ids) for dataset in datasets))
+    shared = [sample_id for sample_id in datasets[0].sample_ids if sample_id in in_all]
+    if not shared:
+        raise DataError("no prompt fits both models. Raise dataset.max_prompt_tokens, or choose other data.")
+    return shared
 
 
 def eval_model_name(role: str, section: EvaluatedModel) -> str:

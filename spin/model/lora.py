@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torchtune.modules.peft import LORA_ATTN_MODULES
 
-from spin.config import Faults, SPINConfig, component_of
+from spin.config import Component, Faults, SPINConfig, component_of
+from spin.config.faults import nearest_of
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.core.ranks import World
@@ -33,12 +36,19 @@ from spin.pairs.packing import RowLayout
 log = logging.getLogger(__name__)
 
 _FOR_ADAPTERS = "checkpointer=spin.checkpoint.LoRACheckpointer"
+_DROPOUT = (
+    "policy and opponent would drop different weights, and the first loss of an iteration would not be that of two "
+    "equal models."
+)
+_ATTENTION = get_args(LORA_ATTN_MODULES)
 
 
 def check_lora(cfg: SPINConfig) -> None:
     """Checks a config by what its checkpointer saves: adapters alone, or every weight."""
     faults = Faults()
-    if not getattr(component_of(cfg.checkpointer), "adapters_only", False):
+    if cfg.model.get("attn_dropout"):
+        faults.add(f"model.attn_dropout={cfg.model.attn_dropout}: {_DROPOUT} Set 0.")
+    if not _saves_adapters(cfg):
         if cfg.base_dtype is not None:
             faults.add(
                 f"base_dtype={cfg.base_dtype} is of the frozen weights under adapters, and "
@@ -48,10 +58,9 @@ def check_lora(cfg: SPINConfig) -> None:
     if cfg.enable_float8_training:
         faults.add("enable_float8_training=true: adapters and their frozen base do not multiply in float8. Set false.")
     if cfg.model.get("lora_dropout"):
-        faults.add(
-            f"model.lora_dropout={cfg.model.lora_dropout}: policy and opponent would drop different weights, and the "
-            "first loss of an iteration would not be that of two equal models. Set 0."
-        )
+        faults.add(f"model.lora_dropout={cfg.model.lora_dropout}: {_DROPOUT} Set 0.")
+    if cfg.model.component.startswith("torchtune."):  # not one of the user's own
+        _check_adapter_arguments(cfg.model, faults)
     if cfg.model.get("apply_lora_to_output"):
         faults.add("model.apply_lora_to_output=true: the fused head takes a plain weight. Set false.")
     if cfg.replicas > 1 and cfg.model.get("quantize_base"):
@@ -59,6 +68,46 @@ def check_lora(cfg: SPINConfig) -> None:
     if cfg.fsdp_cpu_offload and cfg.model.get("quantize_base"):
         faults.add("fsdp_cpu_offload=true with an NF4 base is not supported: it is small already. Set false.")
     faults.raise_if_any()
+
+
+def _check_adapter_arguments(section: Component, faults: Faults) -> None:
+    """Notes what torchtune's builders take without a word: wrong names, and a scale that turns adapters off."""
+    modules: Any = section.get("lora_attn_modules", [])
+    expected = f"expected a list of {', '.join(_ATTENTION)}"
+    unknown = [name for name in modules if name not in _ATTENTION] if isinstance(modules, list) else [modules]
+    for name in unknown:
+        hint = nearest_of(name, _ATTENTION) if isinstance(modules, list) and isinstance(name, str) else ""
+        faults.add(f"model.lora_attn_modules: found {name!r:.100}, {expected}.{hint}")
+    alpha = section.get("lora_alpha")
+    if isinstance(alpha, int | float) and not alpha > 0:
+        faults.add(f"model.lora_alpha={alpha}: adapters are scaled by lora_alpha / lora_rank; expected above 0.")
+
+
+def _saves_adapters(cfg: SPINConfig) -> bool:
+    return getattr(component_of(cfg.checkpointer), "adapters_only", False)
+
+
+def check_adapters(cfg: SPINConfig, model: nn.Module) -> bool:
+    """Whether adapters alone are trained; a ConfigError if the model does not go with the config's checkpointer."""
+    adapted = adapted_modules(model)
+    if not _saves_adapters(cfg):
+        if adapted:
+            raise ConfigError(
+                f"model: {cfg.model.component} has adapters, and checkpointer {cfg.checkpointer.component} saves all "
+                f"weights. Set {_FOR_ADAPTERS}, or name a model without adapters."
+            )
+        return False
+    if not adapted:
+        raise ConfigError(
+            f"model: {type(model).__name__} has no adapter. Name one of torchtune's lora_* or qlora_* builders, e.g. "
+            "torchtune.models.llama3_2.lora_llama3_2_1b, or set checkpointer=spin.checkpoint.SPINCheckpointer for full "
+            "fine-tuning."
+        )
+    if "output" in adapted:
+        raise ConfigError("model.apply_lora_to_output=true: the fused head takes a plain weight. Set false.")
+    if any(isinstance(module.dropout, nn.Dropout) for module in adapted.values()):
+        raise ConfigError("model: adapters with dropout would make policy and opponent differ. Set lora_dropout=0.")
+    return True
 
 
 def build_policy(cfg: SPINConfig, world: World) -> nn.Module:
@@ -79,15 +128,10 @@ def build_policy(cfg: SPINConfig, world: World) -> nn.Module:
     check_lora(cfg)
     dtype, base_dtype = (torch_dtype(name, world.device) for name in (cfg.dtype, cfg.base_dtype or cfg.dtype))
     model = build_model(cfg.model, base_dtype)
-    if getattr(component_of(cfg.checkpointer), "adapters_only", False):
+    if check_adapters(cfg, model):
         summary = prepare_adapters(model, dtype, world)
         if world.is_main:
             log.info(summary)
-    elif adapted_modules(model):
-        raise ConfigError(
-            f"model: {cfg.model.component} has adapters, and checkpointer {cfg.checkpointer.component} saves all "
-            f"weights. Set {_FOR_ADAPTERS}, or name a model without adapters."
-        )
     return model
 
 
@@ -114,16 +158,6 @@ def prepare_policy(model: nn.Module, world: World, cfg: SPINConfig, longest_pair
 def prepare_adapters(model: nn.Module, dtype: torch.dtype, world: World) -> str:
     """Freezes all but the adapters, which get a dtype of their own."""
     adapted = adapted_modules(model)
-    if not adapted:
-        raise ConfigError(
-            f"model: {type(model).__name__} has no adapter. Name one of torchtune's lora_* or qlora_* builders, e.g. "
-            "torchtune.models.llama3_2.lora_llama3_2_1b, or set checkpointer=spin.checkpoint.SPINCheckpointer for full "
-            "fine-tuning."
-        )
-    if "output" in adapted:
-        raise ConfigError("model.apply_lora_to_output=true: the fused head takes a plain weight. Set false.")
-    if any(isinstance(module.dropout, nn.Dropout) for module in adapted.values()):
-        raise ConfigError("model: adapters with dropout would make policy and opponent differ. Set lora_dropout=0.")
     ranks = world.mesh.size(world.mesh.ndim - 1)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)

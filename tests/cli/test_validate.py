@@ -41,7 +41,7 @@ def test_a_config_that_works(validate):
     """20 samples in batches of 4, 2 epochs, 2 iterations: 20 steps. 20 prompts in shards of 6 are 4 shards."""
     code, out, err = validate()
     assert code == 0 and err == ""
-    assert set(verdicts(out).values()) == {"ok"} and len(verdicts(out)) == 11
+    assert set(verdicts(out).values()) == {"ok"} and len(verdicts(out)) == 13
     assert "20 steps: 2 iterations x 2 epochs x 5 steps of 4 prompts" in out
     assert "20 prompts in an iteration (0 left over), in 4 shards" in out
     assert "validation every 2 steps; checkpoint every 2 steps; 6 validation samples" in out
@@ -84,7 +84,7 @@ def folder_of(tmp_path):
 
 def test_logits_are_compared_with_transformers(validate):
     code, out, err = validate("--logits")
-    assert code == 0 and err == "" and verdicts(out)["logits"] == "ok" and len(verdicts(out)) == 12
+    assert code == 0 and err == "" and verdicts(out)["logits"] == "ok" and len(verdicts(out)) == 14
     assert "largest difference to the logits of transformers" in out and "layers 0, 1, " in out
     code, out, _ = validate("--logits", config=CONFIG.with_name("tiny_lora.yaml"))
     assert code == 0 and verdicts(out)["logits"] == "ok"
@@ -204,9 +204,23 @@ def test_faults_of_every_kind_in_one_pass(validate, tmp_path):
 
 def test_skipped_checks_say_what_they_need(validate):
     code, out, _ = validate("tokenizer.path=/nowhere", "model.num_kv_heads=3")
-    assert code == 1 and len(verdicts(out)) == 11
+    assert code == 1 and len(verdicts(out)) == 13
     assert "vocabulary       -      skipped: needs the model and tokenizer" in out
     assert "arithmetic       -      skipped: needs the data" in out
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *("~checkpointer", "~checkpointer.checkpoint_dir", "~checkpointer.model_type", "~dataset", "~dataset.source"),
+        *("dataset.column_map=5", "dataset.column_map=[a]", "dataset.message_transform=5"),
+        *("dataset.message_transform=nope", "dataset.message_transform={}"),
+    ],
+)
+def test_what_is_missing_or_of_another_kind_is_a_fault_and_no_traceback(validate, change):
+    code, out, err = validate(change)
+    assert code == 1 and "FAULT" in verdicts(out).values() and "1 check failed" in err
+    assert change.lstrip("~").split("=")[0].split(".")[0] in out
 
 
 @pytest.mark.parametrize(
@@ -223,6 +237,11 @@ def test_skipped_checks_say_what_they_need(validate):
         ),
         (["model.num_kv_heads=3"], "model", ["model: torchtune.models.llama3_2.llama3_2 does not take these values"]),
         (["sampling.stop_token_ids=[5000]"], "vocabulary", ["stop token 5000"]),
+        (["checkpointer=spin.checkpoint.LoRACheckpointer"], "adapters", ["has no adapter. Name one of torchtune's"]),
+        (["checkpointer.export_dtype=fp8"], "checkpointer", ["export_dtype is 'fp8', expected fp32"]),
+        (["resume=/nope"], "checkpointer", ["/nope"]),
+        (["model.attn_dropout=0.5"], "config", ["model.attn_dropout=0.5: policy and opponent would drop"]),
+        (["dataset.format=foo"], "data", ["dataset.format=foo: expected one of auto, messages"]),
     ],
     ids=lambda value: str(value[0])[:40],
 )
@@ -245,6 +264,8 @@ def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):
     config.write_text("# tune run spin_generate --config mine.yaml\n" + CONFIG.read_text() + "\nnum_workers: 4\n")
     code, out, _ = validate("num_workers=4", "worker=1", config=config)
     assert code == 0 and "for spin_generate" in out
+    code, out, _ = validate("num_workers=4", "worker=5", config=config)
+    assert code == 1 and "worker=5: expected 0 to num_workers - 1 = 3" in out
     code, out, _ = validate("num_workers=4", "worker=1")
     assert code == 1 and "worker: unknown key" in out
 

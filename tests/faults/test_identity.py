@@ -28,7 +28,7 @@ def begun(tmp_path_factory):
         ("model.rope_base=500000", r"model\.rope_base is 500000, was 10000"),
         ("model.norm_eps=1.0e-3", r"model\.norm_eps is 0\.001, was 1e-05"),
         ("model.scale_factor=32", r"model\.scale_factor is 32, was 1"),
-        ("model.attn_dropout=0.1", r"model\.attn_dropout is 0\.1, was 'absent'"),
+        ("model.attn_dropout=0.0", r"model\.attn_dropout is 0\.0, was 'absent'"),
         ("model.max_seq_len=500", r"model\.max_seq_len is 500, was 512"),
     ],
 )

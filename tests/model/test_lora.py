@@ -19,7 +19,7 @@ from spin.model.adapters import adapted_modules
 from spin.model.build import build_model
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.hf import export_hf
-from spin.model.lora import check_lora, init_adapters, prepare_adapters, trainable
+from spin.model.lora import check_adapters, check_lora, init_adapters, prepare_adapters, trainable
 from tests.families import EVERYWHERE, FAMILIES, lora_model
 from tests.torchrun import run_ranks
 from tests.two_ranks import lora as runs
@@ -165,6 +165,14 @@ def test_a_wrapped_model_starts_with_the_same_adapters(base_dir, one_rank, tmp_p
 
 # ---- refusals and checks
 
+SECTIONS = {
+    "output_dir": "out",
+    "tokenizer": {"_component_": "spin.data.ChatTokenizer"},
+    "checkpointer": {"_component_": "spin.checkpoint.LoRACheckpointer"},
+}
+MODEL = {"_component_": "torchtune.models.llama3_2.lora_llama3_2"}
+SAVING_ADAPTERS = SPINConfig.model_validate(SECTIONS | {"model": MODEL})
+
 
 def meta(**arguments):
     with torch.device("meta"):
@@ -187,16 +195,16 @@ def test_adapters_have_a_dtype_of_their_own(world):
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
-def test_a_model_without_adapters_is_refused(world):
+def test_a_model_without_adapters_is_refused():
     with pytest.raises(ConfigError, match="has no adapter.*lora_llama3_2_1b"):
-        prepare_adapters(FAMILIES["llama3_2"](), torch.float32, world)
+        check_adapters(SAVING_ADAPTERS, FAMILIES["llama3_2"]())
 
 
-def test_dropout_and_an_adapted_output_are_refused(world):
+def test_dropout_and_an_adapted_output_are_refused():
     with pytest.raises(ConfigError, match="lora_dropout=0"):
-        prepare_adapters(meta(lora_dropout=0.1), torch.float32, world)
+        check_adapters(SAVING_ADAPTERS, meta(lora_dropout=0.1))
     with pytest.raises(ConfigError, match="apply_lora_to_output"):
-        prepare_adapters(lora_model("llama3_1", apply_lora_to_output=True), torch.float32, world)
+        check_adapters(SAVING_ADAPTERS, lora_model("llama3_1", apply_lora_to_output=True))
 
 
 def test_weights_that_nf4_does_not_take_are_refused():
@@ -220,18 +228,28 @@ def test_ranks_that_cannot_share_nf4_blocks_are_refused():
 
 
 def test_all_faults_of_a_config_are_reported_at_once():
-    sections = {
-        "output_dir": "out",
-        "tokenizer": {"_component_": "spin.data.ChatTokenizer"},
-        "checkpointer": {"_component_": "spin.checkpoint.LoRACheckpointer"},
-    }
-    model = {"_component_": "torchtune.models.llama3_2.lora_llama3_2"}
-    faulty = model | {"lora_dropout": 0.1, "apply_lora_to_output": True, "quantize_base": True}
+    faulty = MODEL | {"lora_dropout": 0.1, "apply_lora_to_output": True, "quantize_base": True}
     keys = {"enable_float8_training": True, "replicas": 2, "fsdp_cpu_offload": True, "base_dtype": "bf16"}
     with pytest.raises(ConfigError) as error:
-        check_lora(SPINConfig.model_validate(sections | keys | {"model": faulty}))
+        check_lora(SPINConfig.model_validate(SECTIONS | keys | {"model": faulty}))
     assert str(error.value).startswith("5 faults:") and len(str(error.value).splitlines()) == 6
-    check_lora(SPINConfig.model_validate(sections | {"model": model | {"lora_dropout": 0.0}}))
+    check_lora(SPINConfig.model_validate(SECTIONS | {"model": MODEL | {"lora_dropout": 0.0}}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"lora_attn_modules": ["q_proj", "k_porj"]}, "found 'k_porj', expected a list of q_proj, .*mean 'k_proj'"),
+        ({"lora_attn_modules": [5]}, "lora_attn_modules: found 5, expected a list of q_proj, k_proj, v_proj, output"),
+        ({"lora_attn_modules": "q_proj v_proj"}, "lora_attn_modules: found 'q_proj v_proj', expected a list"),
+        ({"lora_alpha": 0}, "lora_alpha=0: .* expected above 0"),
+        ({"lora_alpha": -1.0}, "lora_alpha=-1.0: .* expected above 0"),
+        ({"attn_dropout": 0.5}, "attn_dropout=0.5: policy and opponent would drop different weights"),
+    ],
+)
+def test_arguments_that_torchtune_takes_without_a_word_are_refused(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        check_lora(SPINConfig.model_validate(SECTIONS | {"model": MODEL | arguments}))
 
 
 def test_a_checkpoint_of_full_fine_tuning_still_holds_every_weight(tmp_path, world):

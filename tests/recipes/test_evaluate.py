@@ -320,6 +320,13 @@ def test_a_right_answer_that_is_missing_is_found_before_anything_is_generated(qu
             evaluate(tmp_path, *paths, "verdict=exact_match", f"dataset.source={questions[0]}", key)
 
 
+@pytest.mark.parametrize("key", ["sampling.stop_token_ids", "judge.sampling.stop_token_ids"])
+def test_a_stop_token_that_no_model_has_is_found_before_anything_is_generated(paths, tmp_path, key):
+    with pytest.raises(DataError, match="stop token 99999"):
+        evaluate(tmp_path, *paths, f"{key}=[99999]")
+    assert not (tmp_path / "responses").exists()
+
+
 def test_several_data_sets_are_played_completely(questions, paths, tmp_path, capsys):
     """Rows of both, by name, with what exact match takes from their columns; validate sees the same."""
     val = REPO / "examples/quickstart/jargon_val.jsonl"
@@ -441,4 +448,11 @@ def test_validate_knows_an_evaluation(paths, tmp_path, capsys):
     assert "for spin_evaluate" in out and out.count("every weight in its shape") == 3
     assert main([*arguments, "judge.checkpoint_dir=nowhere", "dataset.limit=0"]) == 1
     assert "FAULT" in capsys.readouterr().out
+    for changes, words in (
+        (["sampling.stop_token_ids=[99999]"], "stop token 99999"),
+        (["judge.sampling.stop_token_ids=[-1]"], "stop token -1"),
+        (["verdict=exact_match", "exact_match.column=nope"], "exact_match.column=nope: no row has it"),
+    ):
+        assert main([*arguments, *changes]) == 1
+        assert words in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
