@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchtune.modules.peft import LORA_ATTN_MODULES
 
 from spin.config import Component, Faults, SPINConfig, component_of
-from spin.config.faults import nearest_of
+from spin.config.faults import nearest_of, yaml_text
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.core.ranks import World
@@ -72,12 +72,15 @@ def check_lora(cfg: SPINConfig) -> None:
 
 def _check_adapter_arguments(section: Component, faults: Faults) -> None:
     """Notes what torchtune's builders take without a word: wrong names, and a scale that turns adapters off."""
-    modules: Any = section.get("lora_attn_modules", [])
+    modules: Any = section.get("lora_attn_modules", _ATTENTION)
     expected = f"expected a list of {', '.join(_ATTENTION)}"
-    unknown = [name for name in modules if name not in _ATTENTION] if isinstance(modules, list) else [modules]
-    for name in unknown:
-        hint = nearest_of(name, _ATTENTION) if isinstance(modules, list) and isinstance(name, str) else ""
-        faults.add(f"model.lora_attn_modules: found {name!r:.100}, {expected}.{hint}")
+    if not modules or not isinstance(modules, list | tuple):
+        faults.add(f"model.lora_attn_modules: found {yaml_text(modules):.100}, {expected}.")
+        modules = []
+    for name in modules:
+        if name not in _ATTENTION:
+            hint = nearest_of(name, _ATTENTION) if isinstance(name, str) else ""
+            faults.add(f"model.lora_attn_modules: found {yaml_text(name):.100}, {expected}.{hint}")
     alpha = section.get("lora_alpha")
     if isinstance(alpha, int | float) and not alpha > 0:
         faults.add(f"model.lora_alpha={alpha}: adapters are scaled by lora_alpha / lora_rank; expected above 0.")

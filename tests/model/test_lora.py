@@ -242,6 +242,8 @@ def test_all_faults_of_a_config_are_reported_at_once():
         ({"lora_attn_modules": ["q_proj", "k_porj"]}, "found 'k_porj', expected a list of q_proj, .*mean 'k_proj'"),
         ({"lora_attn_modules": [5]}, "lora_attn_modules: found 5, expected a list of q_proj, k_proj, v_proj, output"),
         ({"lora_attn_modules": "q_proj v_proj"}, "lora_attn_modules: found 'q_proj v_proj', expected a list"),
+        ({"lora_attn_modules": []}, r"lora_attn_modules: found \[\], expected a list of q_proj"),
+        ({"lora_attn_modules": None}, "lora_attn_modules: found null, expected a list of q_proj"),
         ({"lora_alpha": 0}, "lora_alpha=0: .* expected above 0"),
         ({"lora_alpha": -1.0}, "lora_alpha=-1.0: .* expected above 0"),
         ({"attn_dropout": 0.5}, "attn_dropout=0.5: policy and opponent would drop different weights"),
