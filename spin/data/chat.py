@@ -37,8 +37,8 @@ class ChatTokenizer:
 
     Args:
         path (str | Path): folder with the tokenizer files.
-        chat_template (str | None): Jinja text, a file that holds it, or the name of one of the folder's several
-            templates, in place of the folder's own template.
+        chat_template (str | None): Jinja text, its file, or the name of one of the folder's templates. None is the
+            folder's own template.
         max_seq_len (int | None): the longest prompt and response together, in tokens; None leaves it to the data set.
         date (str | datetime.date | None): ISO; the day that a template's ``strftime_now`` tells. None is today; a
             recipe fixes it for a run, see :func:`spin.data.dates.fix_date`.

@@ -140,22 +140,22 @@ def check_row_format(row_format: str, column_map: Mapping[str, str] | None) -> N
     """Check the two options that name columns, before any row is read; a ConfigError says what they may be."""
     if row_format != "auto" and row_format not in _COLUMNS:
         raise ConfigError(f"dataset.format={row_format}: expected one of auto, {', '.join(_COLUMNS)}.")
+    rule = "expected the format's columns with the data set's, such as {prompt: question, response: answer}."
     if column_map is not None and not isinstance(column_map, Mapping):
-        raise ConfigError(
-            f"dataset.column_map={column_map!r}: expected the format's columns with the data set's, such as "
-            "{prompt: question, response: answer}."
-        )
+        raise ConfigError(f"dataset.column_map={column_map!r}: {rule}")
     chosen = _COLUMNS.values() if row_format == "auto" else (_COLUMNS[row_format],)
     known = list(dict.fromkeys(column for part in zip(*chosen, strict=True) for columns in part for column in columns))
     unknown = [column for column in column_map or {} if column not in known]
     if unknown:
-        glued = any(":" in column for column in unknown)
+        glued = any(":" in str(column) for column in unknown)
         hint = ", with a space behind the colon: '{prompt: question}'" if glued else ""
         raise ConfigError(
             f"dataset.column_map has the key {', '.join(map(repr, unknown))}; format {row_format} knows "
             f"{', '.join(column for column in known if column not in _MEDIA)}. Keys are the format's columns, values "
             f"are the data set's{hint}."
         )
+    if not all(isinstance(column, str) for column in (column_map or {}).values()):
+        raise ConfigError(f"dataset.column_map={column_map!r}: {rule}")
 
 
 def detect_format(data: Mapping[str, Any], column_map: Mapping[str, str] | None = None) -> str:

@@ -78,12 +78,12 @@ def prompt_dataset(
         id_column (str): column of the sample id. A missing ``id`` is fine; another name must be there in each row.
         max_prompt_tokens (int | None): None is ``max_seq_len - 1``, room for one token of response.
         max_response_tokens (int | None): None is what the prompt leaves of ``max_seq_len``, which limits in any case.
-        on_long_prompt (LongAction): ``error``; ``drop`` the sample; ``cut`` keeps the prompt's last tokens, so that the
-            template's beginning and the system prompt go first.
-        on_long_response (LongAction): ``error``; ``drop`` the sample; ``cut`` keeps the response's first tokens and
-            adds no stop token, since the response did not end there.
-        on_bad_row (Literal["error", "skip"]): for rows that cannot be read, are no conversation, do not fit the
-            template or repeat an id (the first one stays).
+        on_long_prompt (LongAction): ``error``; ``drop`` the sample; ``cut`` keeps the prompt's last tokens. The
+            template's beginning and the system prompt are cut off first.
+        on_long_response (LongAction): ``error``; ``drop`` the sample; ``cut`` keeps the response's first tokens. No
+            stop token is added, since the response did not end there.
+        on_bad_row (Literal["error", "skip"]): ``error``; ``skip`` leaves out rows that cannot be used. These cannot be
+            read, are no conversation, do not fit the template or repeat an id (the first one stays).
         limit (int | None): stop reading after this many samples; what lies behind is not checked.
         streaming (bool): ``limit`` is for each iteration, which gets the next samples of the source, and only these are
             in memory. Behind the source's end comes its beginning. Ids need be unique within an iteration only.

@@ -50,11 +50,11 @@ class TorchtuneGenerator:
         context (GeneratorContext): gives the model, its device and its longest sequence.
         batch_size (int): sequences at a time; higher is faster and takes more memory for the cache. Halved when memory
             runs out.
-        prefill_batch (int | None): prompts that are read together, and slots that must be free before a running batch
-            is interrupted for it; None takes an eighth of the batch.
+        prefill_batch (int | None): prompts that are read together; None takes an eighth of the batch. So many
+            slots must be free before a running batch is interrupted for it.
         cache_dtype (torch.dtype | str | None): fp32, bf16 or fp16; None is the dtype that the model computes in.
-        cuda_graphs (bool): on a GPU, capture decode steps; False launches every kernel by itself, which is slower,
-            needs less memory, and is for finding faults. A CPU has none either way.
+        cuda_graphs (bool): on a GPU, capture decode steps; False is slower and needs less memory. It launches every
+            kernel by itself, and is for finding faults. A CPU has none either way.
 
     Raises:
         ConfigError: If there is no model, its attention is unknown, or a number is out of range.

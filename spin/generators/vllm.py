@@ -83,11 +83,11 @@ class VLLMGenerator:
         model_type (str): layout of the weights, a name of torchtune's ``ModelType``.
         tensor_parallel_size (int): ranks that share an engine, for models larger than one GPU.
         gpu_memory_utilization (float): fraction of a GPU's memory that weights and cache take while awake.
-        max_model_len (int | None): longest prompt plus response in tokens; None is the model's context, for which the
-            cache must have room.
+        max_model_len (int | None): longest prompt plus response in tokens; None is the model's context. The cache
+            must have room for it.
         dtype (str): of weights and arithmetic: ``bf16``, ``fp16`` or ``fp32``.
-        max_logprob_gap (float | None): nats per token by which its log-probs may differ from the trainer's after an
-            update of the weights; None asks for no proof.
+        max_logprob_gap (float | None): nats per token by which its log-probs may differ from the trainer's; None asks
+            for no proof. They are compared after each update of the weights.
         enforce_eager (bool): no CUDA graphs and no compilation: starts sooner, generates slower.
         engine (Mapping[str, Any] | None): further arguments of vLLM's ``LLM``: sizes and switches.
 

@@ -71,6 +71,8 @@ def test_options_that_name_columns_are_checked_before_rows():
         ("prompt_response", {"question": "prompt"}, "the key 'question'; format prompt_response knows prompt, resp"),
         ("auto", {"prompt:question": None}, "has the key 'prompt:question'.* with a space behind the colon"),  # in YAML
         ("auto", 5, r"dataset\.column_map=5: expected the format's columns"),
+        ("auto", {"prompt": 5}, r"dataset\.column_map=\{.prompt.: 5\}: expected the format.s columns"),
+        ("auto", {5: "prompt"}, r"has the key 5; format auto knows"),
     ):
         with pytest.raises(ConfigError, match=message):
             check_row_format(row_format, column_map)
