@@ -341,7 +341,7 @@ def _check_arguments(
         faults.add(f"{path}: {error}")
         return
     arguments = {key: value for key, value in node.items() if key != COMPONENT and key not in section.own}
-    for key in arguments.keys() & set(kind.supplied):
+    for key in [key for key in kind.supplied if key in arguments]:
         faults.add(f"{path}.{key}: the recipe supplies it. Remove it from the config.")
         del arguments[key]
     try:
