@@ -14,7 +14,6 @@ from typing import Any, get_args
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torchtune.modules.peft import LORA_ATTN_MODULES
 
 from spin.config import Component, Faults, SPINConfig, component_of
 from spin.config.faults import nearest_of, yaml_text
@@ -31,6 +30,7 @@ from spin.model.build import (
     training_options,
 )
 from spin.model.sharding import clean_name
+from spin.model.torchtune import LORA_ATTN_MODULES
 from spin.pairs.packing import RowLayout
 
 log = logging.getLogger(__name__)

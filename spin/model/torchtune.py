@@ -23,13 +23,14 @@ from torchtune.models.phi3 import Phi3RotaryPositionalEmbeddings
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import FeedForward, FrozenNF4Linear, MultiHeadAttention, RMSNorm, RotaryPositionalEmbeddings
 from torchtune.modules import TransformerCrossAttentionLayer, TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.modules.peft import DoRALinear, LoRALinear
+from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
 
 # Building and wrapping one.
 from torchtune.training import apply_selective_activation_checkpointing, set_default_dtype
 # isort: on
 
 __all__ = [
+    "LORA_ATTN_MODULES",
     "DoRALinear",
     "FeedForward",
     "FrozenNF4Linear",
