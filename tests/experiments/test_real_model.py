@@ -215,7 +215,7 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
 
     capfd.readouterr()
     assert real_model.main(arguments) == 1  # the broken one again, and nothing else
-    assert "5 jobs, 4 of them finished before" in capfd.readouterr().out
+    assert "4 jobs, 3 of them finished before" in capfd.readouterr().out
     changed = [*arguments, "--arms", "spin", "--set", "loss.beta=0.5", "--deadline", "0"]
     assert real_model.main(changed) == 1
     assert "1 jobs, 0 of them finished before" in capfd.readouterr().out  # other settings, another result
