@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import inspect
 import math
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from spin.config import Faults
+from spin.config.faults import known_keys, nearest_of
 from spin.core.errors import ConfigError, DataError
 from spin.data.dataset import DatasetReport, Original, PromptDataset
 from spin.data.order import permutation
@@ -187,9 +187,7 @@ def _check_sources(sources: Any, common: Any, samples: Any) -> None:
         allowed = known if where == "common" else [*known, _WEIGHT]
         for key in options:
             if key not in allowed:
-                nearest = difflib.get_close_matches(str(key), allowed, n=1)
-                hint = f"Did you mean {nearest[0]!r}?" if nearest else f"Known keys: {', '.join(allowed)}."
-                faults.add(f"dataset.{where}.{key}: unknown key. {hint}")
+                faults.add(f"dataset.{where}.{key}: unknown key.{nearest_of(str(key), allowed) or known_keys(allowed)}")
         if options.get("streaming"):
             faults.add(f"dataset.{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
         if where != "common" and "source" not in {**common, **options}:
