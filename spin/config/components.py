@@ -26,7 +26,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from spin.config.faults import Faults, did_you_mean, expected_kinds, known_keys, nearest_of, yaml_text
+from spin.config.faults import KIND_WORDS, Faults, did_you_mean, expected_kinds, known_keys, nearest_of, yaml_text
 from spin.config.interpolation import MISSING, PATH_KEY
 from spin.config.schema import ARGUMENTS, COMPONENT, Component
 from spin.core.errors import ConfigError, SpinError
@@ -40,6 +40,7 @@ ROOTS = ("torch", "torchtune", "torchao", "torchdata", "spin")  # what is allowe
 PATH_ARGUMENTS = ("prompt_template",)
 _FROM_OUTSIDE = "allow_components_from_outside"  # flag of a config whose list is not the file's own
 DOTPATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_DATASETS = re.compile(r"(validation_)?dataset(\.common|\.sources\.(?!.*\.source$).+)?")  # not the columns of rows
 _TORCHTUNE = "torchtune.models."
 _FAMILIES = (  # of torchtune's models: decoders of text
     "code_llama2", "gemma", "gemma2", "llama2", "llama3", "llama3_1", "llama3_2", "llama3_3", "mistral", "phi3", "phi4",
@@ -360,12 +361,15 @@ def _check_arguments(
             if key not in known:
                 hint = did_you_mean(str(key), known) or known_keys(known)
                 faults.add(f"{path}.{key}: {name} has no such parameter.{hint}")
-    simple = _simple_parameters(component)
-    defaults = {each.name: each.default for each in named}
-    for key, value in arguments.items():
-        if key in section.model_fields or value == MISSING:
-            continue  # the schema has its type
-        kinds, default = simple.get(key, ()), defaults.get(key)
+    typed = {key: value for key, value in arguments.items() if key not in section.model_fields and value != MISSING}
+    check_values(path, component, typed, faults)
+
+
+def check_values(path: str, component: Callable[..., Any], values: Mapping[str, Any], faults: Faults) -> None:
+    """Notes arguments of a component whose type or range is not the parameter's."""
+    simple, parameters = _simple_parameters(component), inspect.signature(component).parameters
+    for key, value in values.items():
+        kinds, default = simple.get(key, ()), parameters[key].default if key in parameters else None
         if kinds and not any(_is_of(value, kind) for kind in kinds):
             faults.add(f"{path}.{key}: found {yaml_text(value)}, expected {expected_kinds(kinds)}.")
         elif isinstance(default, tuple) and default and not _is_like(value, default):
@@ -383,8 +387,8 @@ def _check_ranges(value: Any, path: str, faults: Faults) -> None:
         for item in value:
             _check_ranges(item, path, faults)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        section, key = path.split(".")[-2:]
-        name = f"dataset.{key}" if path.partition(".")[0] == "validation_dataset" else f"{section}.{key}"
+        within, _, key = path.rpartition(".")
+        name = f"{'dataset' if _DATASETS.fullmatch(within) else within.rpartition('.')[2]}.{key}"
         least, most = ARGUMENTS.get(name, (-(2**63), 2**63))
         # infinity may stand for no limit where there is none of ours
         if math.isnan(value):
@@ -403,7 +407,7 @@ def _resolve_with_paths(node: Mapping[str, Any], kind: Kind, own: Sequence[str])
 
 
 def _simple_parameters(component: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
-    """The parameters of a component that take numbers, texts, booleans or null only, and which of these."""
+    """The parameters of a component that take numbers, texts, paths, booleans or null only, and which of these."""
     function = component.__init__ if isinstance(component, type) else component  # type: ignore[misc]
     try:
         hints = typing.get_type_hints(function)
@@ -412,7 +416,7 @@ def _simple_parameters(component: Callable[..., Any]) -> dict[str, tuple[type, .
     simple = {}
     for name, hint in hints.items():
         kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        if name != "return" and all(kind in (bool, int, float, str, type(None)) for kind in kinds):
+        if name != "return" and all(kind in list(KIND_WORDS) for kind in kinds):
             simple[name] = kinds
     return simple
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from spin.core.errors import ConfigError
@@ -13,6 +14,7 @@ KIND_WORDS: dict[type, str] = {
     int: "a whole number",
     float: "a number",
     str: "a text",
+    Path: "a text",
     type(None): "null",
 }
 
@@ -66,7 +68,7 @@ def yaml_text(value: Any) -> str:
 
 def expected_kinds(kinds: Sequence[type]) -> str:
     """What an argument takes, in the words of the schema."""
-    return either([KIND_WORDS[kind] for kind in kinds])
+    return either(list(dict.fromkeys(KIND_WORDS[kind] for kind in kinds)))
 
 
 def either(parts: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from spin.config import Faults
+from spin.config.components import check_values
 from spin.config.faults import known_keys, nearest_of
 from spin.core.errors import ConfigError, DataError
 from spin.data.dataset import DatasetReport, Original, PromptDataset
@@ -180,23 +181,26 @@ def _check_sources(sources: Any, common: Any, samples: Any) -> None:
         )
     faults = Faults()
     known = [name for name in inspect.signature(prompt_dataset).parameters if name not in _FROM_RECIPE]
-    for where, options in (("common", common), *((f"sources.{name}", options) for name, options in sources.items())):
-        if not isinstance(options, Mapping):
-            faults.add(f"dataset.{where}: found {options!r}, expected arguments of prompt_dataset.")
-            continue
-        allowed = known if where == "common" else [*known, _WEIGHT]
-        for key in options:
-            if key not in allowed:
-                faults.add(f"dataset.{where}.{key}: unknown key.{nearest_of(str(key), allowed) or known_keys(allowed)}")
-        if options.get("streaming"):
-            faults.add(f"dataset.{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
-        if where != "common" and "source" not in {**common, **options}:
-            faults.add(f"dataset.{where}: has no source.")
-    for name, options in sources.items():
+    for name in sources:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             faults.add(f"dataset.sources.{name}: a name has letters, digits, dots, dashes and underscores only.")
-        if isinstance(options, Mapping) and _WEIGHT in options and not _is_positive(options[_WEIGHT]):
-            faults.add(f"dataset.sources.{name}.{_WEIGHT}={options[_WEIGHT]!r}: {_WEIGHT_RULE}")
+    for where, options in (("common", common), *((f"sources.{name}", options) for name, options in sources.items())):
+        where, is_source = f"dataset.{where}", where != "common"
+        if not isinstance(options, Mapping):
+            faults.add(f"{where}: found {options!r}, expected arguments of prompt_dataset.")
+            continue
+        allowed = [*known, _WEIGHT] if is_source else known
+        for key in options:
+            if key not in allowed:
+                faults.add(f"{where}.{key}: unknown key.{nearest_of(str(key), allowed) or known_keys(allowed)}")
+        if options.get("streaming"):
+            faults.add(f"{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
+        if is_source and "source" not in {**common, **options}:
+            faults.add(f"{where}: has no source.")
+        if is_source and _WEIGHT in options and not _is_positive(options[_WEIGHT]):
+            faults.add(f"{where}.{_WEIGHT}={options[_WEIGHT]!r}: {_WEIGHT_RULE}")
+        values = {key: value for key, value in options.items() if key in known and key != "source"}
+        check_values(where, prompt_dataset, values, faults)
     without = [str(name) for name, each in sources.items() if isinstance(each, Mapping) and _WEIGHT not in each]
     if without and len(without) < len(sources):
         faults.add(f"dataset.sources: {', '.join(without)} without a {_WEIGHT}, others with one. Give it to all.")

@@ -6,7 +6,8 @@ import logging
 import pytest
 from transformers import AutoTokenizer
 
-from spin.core.errors import DataError
+from spin.config import SPINConfig, complete, load_config
+from spin.core.errors import ConfigError, DataError
 from spin.data.chat import ChatTokenizer
 from spin.data.tokenizer import PromptTokenizer
 
@@ -181,6 +182,11 @@ def test_broken_and_missing_files(folder, tmp_path):
     faulty(empty, "empty: no tokenizer is here. Name the model's folder")
     (empty / "tokenizer.json").write_text("{}")
     faulty(empty, "No tokenizer can be loaded from")
+
+
+def test_a_path_that_is_no_text_is_a_fault_of_its_key():
+    with pytest.raises(ConfigError, match=r"^tokenizer\.path: found 5, expected a text\.$"):
+        complete(load_config("tests/assets/tiny.yaml", ["output_dir=out", "tokenizer.path=5"]), SPINConfig)
 
 
 def test_fingerprint_follows_vocabulary_template_and_stop_tokens(folder, chat):

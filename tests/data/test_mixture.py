@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 
+from spin.config import SPINConfig, complete, load_config
 from spin.core.errors import ConfigError, DataError
 from spin.data import MixedPromptDataset, Prompt, PromptDataset, mixed_prompt_dataset
 from tests.data.test_read import Letters
@@ -145,6 +146,41 @@ def test_all_faults_of_the_sources_are_named_at_once(files):
         assert words in text
     with pytest.raises(ConfigError, match="expected a name for each source"):
         mixed_prompt_dataset(Letters(), sources=[{"source": files["a"]}])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("limit", 0, "found 0, expected a number from 1 to 1,000,000,000,000."),
+        ("limit", "x", "found 'x', expected a whole number or null."),
+        ("limit", float("nan"), "found nan, expected a whole number or null."),
+        ("shuffle_buffer", -1, "found -1, expected a number from 0 to 1,000,000,000."),
+        ("max_prompt_tokens", 2**64, "expected a number from -9,223,372,036,854,775,808 to"),
+        ("weight", float("nan"), "expected a number above 0"),
+        ("weight", float("inf"), "expected a number above 0"),
+    ],
+)
+@pytest.mark.parametrize("where", ["sources.a", "common"])
+def test_arguments_of_sources_are_checked_like_those_of_one_data_set(key, value, found, where):
+    """When the mixture is made, and ranges as soon as its config is read."""
+    rows = {"source": [{"prompt": "Q", "response": "A", "limit": 0}]}  # columns of rows are no arguments
+    options = {"sources": {"a": rows, "b": rows}, "common": {}}
+    assert len(mixed_prompt_dataset(Letters(), **options)) == 2
+    options |= {"common": {key: value}} if where == "common" else {"sources": {"a": {**rows, key: value}}}
+    with pytest.raises(ConfigError) as caught:
+        mixed_prompt_dataset(Letters(), **options)
+    unknown = where == "common" and key == "weight"
+    assert f"dataset.{where}.{key}" in str(caught.value)
+    assert ("unknown key" if unknown else found) in str(caught.value)
+    if " from " in found:
+        section = {"_component_": "spin.data.mixed_prompt_dataset", **options}
+        cfg = load_config("tests/assets/tiny.yaml", ["output_dir=out"])
+        cfg.dataset = cfg.validation_dataset = section
+        with pytest.raises(ConfigError) as caught:
+            complete(cfg, SPINConfig)
+        for name in ("dataset", "validation_dataset"):
+            assert f"- {name}.{where}.{key}: found" in str(caught.value)
+        assert str(caught.value).startswith("2 faults:")
 
 
 def test_a_fault_in_a_source_names_it(files):
