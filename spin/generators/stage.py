@@ -292,11 +292,12 @@ def play(
         responses = generator.generate(
             [list(map(int, ids)) for ids, _ in asked], task.sampling, [seed for _, seed in asked]
         )
-        _check_number(responses, len(asked), generator)
+        check_count(responses, len(asked), generator)
         finish(shard, [checked(shard, index, response) for index, response in enumerate(responses)])
 
 
-def _check_number(responses: object, asked: int, generator: Generator) -> None:
+def check_count(responses: object, asked: int, generator: Generator) -> None:
+    """Raises a GeneratorError unless there is one response for each prompt."""
     if not isinstance(responses, Sequence) or len(responses) != asked:
         given = f"{len(responses)} responses" if isinstance(responses, Sequence) else _shortened(responses)
         raise GeneratorError(

@@ -12,7 +12,7 @@ from spin.core.errors import GeneratorError
 from spin.core.ranks import World, gather_objects, raise_on_all_ranks
 from spin.data.dataset import PromptDataset
 from spin.generators.generator import Generator, SamplingParams
-from spin.generators.stage import Limits, _check_number, check_response, name_of
+from spin.generators.stage import Limits, check_count, check_response, name_of
 from spin.pairs.packing import RowLayout
 from spin.reference.stage import score_batches
 from spin.types import Pair
@@ -71,7 +71,7 @@ def check_generator_logprobs(
         answers = generator.generate(
             [list(map(int, prompt.prompt_ids)) for prompt in asked], sampling, list(range(len(asked)))
         )
-        _check_number(answers, len(asked), generator)
+        check_count(answers, len(asked), generator)
         for i, (prompt, given) in enumerate(zip(asked, answers, strict=True)):
             at: dict[str, Any] = {"sample_id": prompt.sample_id, "prompt_tokens": len(prompt.prompt_ids)}
             answer = check_response(given, generator=generator, sampling=sampling, limits=limits, **at)
