@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from spin.core.errors import ConfigError, DataError
-from spin.data.tools import BAD_ROW, check_results, parse_calls, parse_json, tool_definitions, without_nulls
+from spin.data.rows import bad_row
+from spin.data.tools import check_results, parse_calls, parse_json, tool_definitions, without_nulls
 
 # role and content; an assistant's tool_calls, reasoning_content and train (False: not to be trained on), a tool's name
 # and tool_call_id; in a row's first message also its tools and chat_template_kwargs
@@ -41,6 +42,7 @@ _OTHER_ROLES = {
 }
 _ALL_ROLES = _ROLES | _OTHER_ROLES
 _CALL_ROLES = ("function_call", "tool_call")
+_CALL_KEYS = ("tool_calls", "function_call")
 # Keys of an assistant's message: what it thought, whether it is trained on, and training of parts of it.
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 _TRAIN_KEYS = ("weight", "train", "loss", "train_on_turn", "training", "trainable")
@@ -59,13 +61,8 @@ _TRANSFORM_FAULTS = (LookupError, TypeError, ValueError, AttributeError, Asserti
 
 @dataclass(slots=True)
 class RowNotes:
-    """What became of a row besides its conversation.
-
-    Args:
-        changes (dict[str, None]): names of what was done to it, each once, in order.
-        used (dict[str, None]): columns that were looked at.
-        unused (dict[str, None]): columns with a value, and ``messages[].key`` for keys of messages, that were not.
-    """
+    """What became of a row besides its conversation: names of what was changed, columns that were looked at, and those
+    with a value that were not (``messages[].key`` for keys of messages); each once, in order."""
 
     changes: dict[str, None] = field(default_factory=dict)
     used: dict[str, None] = field(default_factory=dict)
@@ -89,9 +86,8 @@ class _Row:
         return self.data.get(self.name(column))
 
     def needed(self, column: str) -> Any:
-        value = self.get(column)
+        value, name = self.get(column), self.name(column)
         if value is None:
-            name = self.name(column)
             state = "null" if name in self.data else "missing"
             found = ", ".join(map(str, self.data)) or "none"
             raise DataError(
@@ -103,8 +99,7 @@ class _Row:
         self.notes.changes[what] = None
 
     def from_json(self, value: object, accepts: Callable[[Any], bool] = lambda parsed: True) -> Any:
-        """A list or an object that is stored as JSON text, parsed; anything else as it is, as a text that is no JSON.
-        ``accepts`` decides on what was parsed."""
+        """A list or object that is stored as JSON text, parsed, if ``accepts`` takes it; anything else as it is."""
         if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
             return value
         try:
@@ -118,20 +113,19 @@ class _Row:
 
     def pruned(self, value: Any) -> Any:
         """Tools or calls without the nulls that Arrow gave them."""
-        if not self.from_arrow:
-            return value
-        pruned = without_nulls(value)
+        pruned = without_nulls(value) if self.from_arrow else value
         if pruned != value:
             self.changed("null_arguments_removed")
         return pruned
 
-    def turns(self, value: object, label: str) -> list[ChatMessage]:
-        """The messages in a list."""
-        value = self.from_json(value)
+    def turns(self, column: str, value: object = None) -> list[ChatMessage]:
+        """The messages in a column, or in the value that was made of it."""
+        value = self.from_json(self.needed(column)) if value is None else value
         if not isinstance(value, list):
             as_text = ", also as valid JSON text" if isinstance(value, str) else ""
             raise DataError(
-                f"{label} is {_kind(value)}, expected a list of messages{as_text}. Fix the row or set dataset.format."
+                f"{self.name(column)} is {_kind(value)}, expected a list of messages{as_text}. Fix the row or set "
+                "dataset.format."
             )
         return [_turn(self, each, index) for index, each in enumerate(value)]
 
@@ -140,22 +134,23 @@ def check_row_format(row_format: str, column_map: Mapping[str, str] | None) -> N
     """Check the two options that name columns, before any row is read; a ConfigError says what they may be."""
     if row_format != "auto" and row_format not in _COLUMNS:
         raise ConfigError(f"dataset.format={row_format}: expected one of auto, {', '.join(_COLUMNS)}.")
-    rule = "expected the format's columns with the data set's, such as {prompt: question, response: answer}."
-    if column_map is not None and not isinstance(column_map, Mapping):
-        raise ConfigError(f"dataset.column_map={column_map!r}: {rule}")
     chosen = _COLUMNS.values() if row_format == "auto" else (_COLUMNS[row_format],)
     known = list(dict.fromkeys(column for part in zip(*chosen, strict=True) for columns in part for column in columns))
-    unknown = [column for column in column_map or {} if column not in known]
+    given = {} if column_map is None else column_map
+    unknown = [column for column in given if column not in known] if isinstance(given, Mapping) else []
     if unknown:
-        glued = any(":" in str(column) for column in unknown)
-        hint = ", with a space behind the colon: '{prompt: question}'" if glued else ""
+        is_glued = any(":" in str(column) for column in unknown)
+        hint = ", with a space behind the colon: '{prompt: question}'" if is_glued else ""
         raise ConfigError(
             f"dataset.column_map has the key {', '.join(map(repr, unknown))}; format {row_format} knows "
             f"{', '.join(column for column in known if column not in _MEDIA)}. Keys are the format's columns, values "
             f"are the data set's{hint}."
         )
-    if not all(isinstance(column, str) for column in (column_map or {}).values()):
-        raise ConfigError(f"dataset.column_map={column_map!r}: {rule}")
+    if not isinstance(given, Mapping) or not all(isinstance(column, str) for column in given.values()):
+        raise ConfigError(
+            f"dataset.column_map={column_map!r}: expected the format's columns with the data set's, such as "
+            "{prompt: question, response: answer}."
+        )
 
 
 def detect_format(data: Mapping[str, Any], column_map: Mapping[str, str] | None = None) -> str:
@@ -169,22 +164,20 @@ def detect_format(data: Mapping[str, Any], column_map: Mapping[str, str] | None 
         return "prompt_response"
     found = ", ".join(str(column) for column, value in data.items() if value is not None) or "none"
     empty = ", ".join(str(column) for column, value in data.items() if value is None)
-    found += f" (null: {empty})" if empty else ""
     expected = "; ".join(f"{' + '.join(required)} ({row_format})" for row_format, (required, _) in _COLUMNS.items())
     lost = [f"{column}: {name}" for column, name in names.items() if data.get(name) is None]
+    remedy = "Map your columns with dataset.column_map, or give a dataset.message_transform."
     if lost:
         remedy = f"dataset.column_map has {{{', '.join(lost)}}}, which is not among them: its values are your columns."
     elif data.get("chosen") is not None:
-        is_conversation = isinstance(data["chosen"], list) and len(data["chosen"]) > 1
         response = "output" if data.get("instruction") is not None else "response"
-        question = "" if "prompt" in data or response == "output" else "prompt: ..., "
-        mapping = "messages: chosen" if is_conversation else f"{question}{response}: chosen"
+        mapping = f"{response}: chosen" if "prompt" in data or response == "output" else "prompt: ..., response: chosen"
+        if isinstance(data["chosen"], list) and len(data["chosen"]) > 1:
+            mapping = "messages: chosen"
         remedy = f"These are preferences: dataset.column_map={{{mapping}}} takes the chosen response for the real one."
     elif data.get("text") is not None:
         remedy = "A text does not say where the prompt ends: use the data set before its template was applied."
-    else:
-        remedy = "Map your columns with dataset.column_map, or give a dataset.message_transform."
-    raise DataError(f"columns {found}; expected {expected}. {remedy}")
+    raise DataError(f"columns {found}{f' (null: {empty})' if empty else ''}; expected {expected}. {remedy}")
 
 
 def row_to_messages(
@@ -236,10 +229,8 @@ def row_to_messages(
     check_messages(messages)
     untrained = [message.get("train") is False for message in messages if message["role"] == "assistant"]
     if all(untrained):
-        raise DataError(
-            f"every assistant turn is marked as not to be trained on ({', '.join(_TRAIN_KEYS[:4])} or mask), so there "
-            "is no real response. Remove the row or set dataset.on_bad_row=skip."
-        )
+        keys = ", ".join(_TRAIN_KEYS[:4])
+        raise bad_row(f"every assistant turn is marked as not to be trained on ({keys} or mask): no real response.")
     if any(untrained):
         row.changed("untrained_turns_skipped")
     messages[0] |= {key: value for key, value in of_row.items() if value}
@@ -247,39 +238,40 @@ def row_to_messages(
 
 
 def check_messages(messages: Sequence[ChatMessage]) -> None:
-    """Check that a conversation is one SPIN can learn from.
+    """Check that a conversation is one SPIN can learn from: roles in order, the assistant last, contents valid texts,
+    results after their calls; else a DataError.
 
-    Roles in order, the assistant last, contents valid texts, results after their calls; else a DataError. An empty
-    system message is allowed: it is how a data set says "no system prompt" to a template that has a default one. So are
-    a tool's empty result, and no text next to a call.
+    An empty system message is allowed: it is how a data set says "no system prompt" to a template that has a default
+    one. So are a tool's empty result, and no text next to a call.
     """
     if not messages:
-        raise DataError(f"the conversation is empty, expected at least a user and an assistant message. {BAD_ROW}")
+        raise bad_row("the conversation is empty, expected at least a user and an assistant message.")
     last = messages[-1]["role"]
     if last != "assistant":
-        raise DataError(
-            f"last message has role {last!r}, expected 'assistant'. SPIN needs a real response to learn from. {BAD_ROW}"
+        raise bad_row(
+            f"last message has role {last!r}, expected 'assistant'. SPIN needs a real response to learn from."
         )
     previous: str | None = None
     for index, message in enumerate(messages):
         role, content = message["role"], message["content"]
         if previous not in _PREDECESSORS[role]:
-            after = "first" if previous is None else f"after {previous!r}"
-            allowed = " or ".join("first" if each is None else f"after {each!r}" for each in _PREDECESSORS[role])
-            raise DataError(f"message {index} has role {role!r} and stands {after}, expected {allowed}. {BAD_ROW}")
-        may_be_empty = role in ("system", "tool") or message.get("tool_calls")
-        if not content.strip() and not may_be_empty:
-            raise DataError(f"message {index} (role {role!r}) has empty content, expected text. {BAD_ROW}")
+            stands, *allowed = (f"after {each!r}" if each else "first" for each in (previous, *_PREDECESSORS[role]))
+            raise bad_row(f"message {index} has role {role!r} and stands {stands}, expected {' or '.join(allowed)}.")
+        if not content.strip() and role not in ("system", "tool") and not message.get("tool_calls"):
+            raise bad_row(f"message {index} (role {role!r}) has empty content, expected text.")
         for text in (content, message.get("reasoning_content", "")):
-            try:
-                _ = text.isascii() or text.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DataError(
-                    f"message {index} holds the lone surrogate {text[error.start]!r} at character {error.start}, which "
-                    f"is no valid text. {BAD_ROW}"
-                ) from error
+            check_text(text, f"message {index}")
         previous = role
     check_results(messages)
+
+
+def check_text(text: str, where: str) -> None:
+    """A DataError for a text with a lone surrogate, which no tokenizer takes."""
+    try:
+        _ = text.isascii() or text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        at = error.start
+        raise bad_row(f"{where} holds the lone surrogate {text[at]!r} at character {at}, no valid text.") from error
 
 
 def split_turns(messages: Sequence[ChatMessage], turns: str) -> list[tuple[str, list[ChatMessage]]]:
@@ -289,15 +281,15 @@ def split_turns(messages: Sequence[ChatMessage], turns: str) -> list[tuple[str, 
     conversation of its own, whose prompt is everything before it, and sample ids get a suffix: ``#turn0``, ... Turns
     with ``train: False`` are none in either case; what stands behind the last real response is left out.
     """
-    trained = [
-        index
+    plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+    responses = [
+        plain[: index + 1]
         for index, message in enumerate(messages)
         if message["role"] == "assistant" and message.get("train") is not False
     ]
-    plain = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     if turns == "last":
-        return [("", plain[: trained[-1] + 1])]
-    return [(f"#turn{number}", plain[: end + 1]) for number, end in enumerate(trained)]
+        return [("", responses[-1])]
+    return [(f"#turn{number}", response) for number, response in enumerate(responses)]
 
 
 # --- Values of a row ---
@@ -312,10 +304,8 @@ def _text(value: object, label: str) -> str:
         texts = [part.get("text", part.get("content")) for part in value]
         if kinds == {"text"} and all(isinstance(text, str) for text in texts):
             return "".join(texts)  # type: ignore[arg-type]
-        raise DataError(
-            f"{label} has parts of type {', '.join(sorted(kinds))}; only text is supported. Remove the row."
-        )
-    raise DataError(f"{label} is {_kind(value)}, expected a text. {BAD_ROW}")
+        raise bad_row(f"{label} has parts of type {', '.join(sorted(kinds))}; only text is supported.")
+    raise bad_row(f"{label} is {_kind(value)}, expected a text.")
 
 
 def _kind(value: object) -> str:
@@ -328,19 +318,16 @@ def _is_set(value: object) -> bool:
 
 def _turn(row: _Row, value: object, index: int) -> ChatMessage:
     if not isinstance(value, Mapping):
-        raise DataError(f"message {index} is {_kind(value)}, expected an object with role and content. Fix the row.")
+        raise bad_row(f"message {index} is {_kind(value)}, expected an object with role and content.")
+    called = {key: value[key] for key in _CALL_KEYS if value.get(key)}
     role_key = next((key for key in _ROLE_KEYS if value.get(key) is not None), None)
-    content_key = next((key for key in _CONTENT_KEYS if key in value), None)
-    if role_key is not None and content_key is None and (value.get("tool_calls") or value.get("function_call")):
-        content_key = "content"
+    content_key = next((key for key in _CONTENT_KEYS if key in value), "content" if called else None)
     if role_key is None or content_key is None:
         keys = ", ".join(map(str, value)) or "none"
-        raise DataError(
-            f"message {index} has the keys {keys}; expected role and content, or from and value. Fix the row."
-        )
+        raise bad_row(f"message {index} has the keys {keys}; expected role and content, or from and value.")
     name = value[role_key]
     if not isinstance(name, str) or name.lower() not in _ALL_ROLES:  # NeMo writes User and Assistant
-        raise DataError(f"message {index} has role {name!r}; expected one of {', '.join(_ALL_ROLES)}. Fix the row.")
+        raise bad_row(f"message {index} has role {name!r}; expected one of {', '.join(_ALL_ROLES)}.")
     name = name.lower()
     role = _ALL_ROLES[name]
     if name in _OTHER_ROLES:
@@ -349,15 +336,15 @@ def _turn(row: _Row, value: object, index: int) -> ChatMessage:
     if name in _CALL_ROLES:
         calls = parse_calls(content, label)
     else:
-        called = row.pruned({key: value[key] for key in ("tool_calls", "function_call") if value.get(key)})
+        called = row.pruned(called)
         found = called.get("tool_calls") or called.get("function_call")
         calls = parse_calls(found, f"message {index}") if found else []
     if calls and role != "assistant":
-        raise DataError(f"{label} calls tools, which only the assistant does. Fix the row.")
+        raise bad_row(f"{label} calls tools, which only the assistant does.")
     if calls and (content is None or name in _CALL_ROLES):
         content = ""
     turn: ChatMessage = {"role": role, "content": _text(content, f"{label}: content")}
-    read = {role_key, content_key, "tool_calls", "function_call", *_TRAIN_KEYS}
+    read = {role_key, content_key, *_CALL_KEYS, *_TRAIN_KEYS}
     if calls:
         turn["tool_calls"] = calls
     if role == "tool":
@@ -368,31 +355,25 @@ def _turn(row: _Row, value: object, index: int) -> ChatMessage:
         if {name, role} & row.masked_roles or not _is_trained(value, label):
             turn["train"] = False
         read |= set(_REASONING_KEYS)
-    for key in value:
-        if key not in read and _is_set(value[key]):
-            row.notes.unused[f"messages[].{key}"] = None
+    row.notes.unused |= {f"messages[].{key}": None for key in value if key not in read and _is_set(value[key])}
     return turn
 
 
 def _reasoning(value: Mapping[str, Any], label: str, keys: Sequence[str]) -> dict[str, str]:
     texts = {key: _text(value[key], f"{label}: {key}") for key in keys if value.get(key)}
     if len(set(texts.values())) > 1:
-        raise DataError(f"{label} has different texts in {' and '.join(texts)}, expected one of them. Fix the row.")
-    text = next(iter(texts.values()), "")
-    return {"reasoning_content": text} if text else {}
+        raise bad_row(f"{label} has different texts in {' and '.join(texts)}, expected one of them.")
+    return {"reasoning_content": text for text in texts.values() if text}
 
 
 def _is_trained(value: Mapping[str, Any], label: str) -> bool:
-    parts = [key for key in _PART_KEYS if value.get(key)]
-    if parts:
-        raise DataError(f"{label} has {parts[0]}: parts of a response cannot be left out of training. Remove the row.")
+    for key in _PART_KEYS:
+        if value.get(key):
+            raise bad_row(f"{label} has {key}: parts of a response cannot be left out of training.")
     flags = {key: value[key] for key in _TRAIN_KEYS if value.get(key) is not None}
-    wrong = [f"{key} {flag!r:.40}" for key, flag in flags.items() if flag not in (0, 1)]
+    wrong = " and ".join(f"{key} {flag!r:.40}" for key, flag in flags.items() if flag not in (0, 1))
     if wrong:
-        raise DataError(
-            f"{label} has {' and '.join(wrong)}, expected 0 or 1, false or true. SPIN does not weigh responses. Fix "
-            "the row."
-        )
+        raise bad_row(f"{label} has {wrong}, expected 0 or 1, false or true: SPIN does not weigh responses.")
     return all(flags.values())
 
 
@@ -418,9 +399,9 @@ def _history(row: _Row) -> list[ChatMessage]:
     if not _is_set(value):
         return []
     if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
-        return row.turns(value, name)
+        return row.turns("history", value)
     if not isinstance(value, list) or not all(isinstance(each, list | tuple) and len(each) == 2 for each in value):
-        raise DataError(f"column {name!r} is no list of [user, assistant] pairs or of messages. {_unused(name)}")
+        raise bad_row(f"column {name!r} is no list of [user, assistant] pairs or of messages.", name)
     return [
         {"role": role, "content": _text(text, f"{name}: pair {index}")}
         for index, pair in enumerate(value)
@@ -436,19 +417,15 @@ def _response(row: _Row, text: str) -> ChatMessage:
 def _tools(row: _Row) -> list[dict[str, Any]]:
     found = [name for name in map(row.name, ("tools", "functions")) if _is_set(row.data.get(name))]
     if len(found) > 1:
-        raise DataError(f"the row has {' and '.join(found)}, expected one of them. {_unused('functions')}")
+        raise bad_row(f"the row has {' and '.join(found)}, expected one of them.", "functions")
     return tool_definitions(row.pruned(row.data[found[0]])) if found else []
 
 
 def _template_kwargs(value: object) -> dict[str, Any]:
-    value = parse_json(value, "column 'chat_template_kwargs'") if _is_set(value) else None
-    if not value:
-        return {}
+    column = "chat_template_kwargs"
+    value = (parse_json(value, f"column {column!r}") if _is_set(value) else None) or {}
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise DataError(
-            f"column 'chat_template_kwargs' is {_kind(value)}, expected an object of options. "
-            f"{_unused('chat_template_kwargs')}"
-        )
+        raise bad_row(f"column {column!r} is {_kind(value)}, expected an object of options.", column)
     return {key: each for key, each in value.items() if each is not None}
 
 
@@ -456,35 +433,21 @@ def _masked_roles(value: object) -> frozenset[str]:
     """Roles that are not trained on, by NeMo's column: a name, several with commas between, or a list."""
     names = value.split(",") if isinstance(value, str) else value or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise DataError(
-            f"column 'mask' is {_kind(value)}, expected the role that is not trained on, such as User. "
-            f"{_unused('mask')}"
-        )
+        raise bad_row(f"column 'mask' is {_kind(value)}, expected the role that is not trained on: User, say.", "mask")
     return frozenset(name.strip().lower() for name in names)
 
 
 def _refuse_columns(row: _Row, row_format: str) -> None:
     """Refuse a row whose conversation is not all of it, or no good example."""
-    data = row.data
-    marks = [key for key, off in (("weight", 0), ("train", False), ("loss", False)) if data.get(key) is off]
-    if marks and row_format in ("alpaca", "prompt_response") and marks[0] not in row.names.values():
-        raise DataError(
-            f"{marks[0]} is {json.dumps(data[marks[0]])}: the response is marked as not to be trained on. Remove the "
-            "row or set dataset.on_bad_row=skip."
-        )
+    for key, off in (("weight", 0), ("train", False), ("loss", False)):
+        if row.data.get(key) is off and key not in row.names.values() and row_format in ("alpaca", "prompt_response"):
+            raise bad_row(f"{key} is {json.dumps(off)}: the response is marked as not to be trained on.")
     for column in _MEDIA:
         if _is_set(row.get(column)):
-            raise DataError(f"the row has {column}; only text is supported. Remove the row. {_unused(column)}")
+            raise bad_row(f"the row has {column}; only text is supported.", column)
     for column in ("label", "kto_tag"):
         if column in _COLUMNS[row_format][1] and row.get(column) is False:
-            raise DataError(
-                f"{column} is false: the response is an example of what not to answer. Remove the row or set "
-                f"dataset.on_bad_row=skip. {_unused(column)}"
-            )
-
-
-def _unused(column: str) -> str:
-    return f"A column of that name with another meaning is left out with dataset.column_map={{{column}: unused}}."
+            raise bad_row(f"{column} is false: the response is an example of what not to say.", column)
 
 
 def _without_loose_ends(row: _Row, messages: list[ChatMessage]) -> list[ChatMessage]:
@@ -515,18 +478,14 @@ def _parse_prompt_response(row: _Row) -> list[ChatMessage]:
     prompt = row.from_json(text, _is_message_list)  # a text that is JSON without being messages stays a text
     if prompt is not text:
         response = row.from_json(response)
-    if isinstance(prompt, str):
-        messages: list[ChatMessage] = [{"role": "user", "content": prompt}]
-    else:
-        messages = row.turns(prompt, row.name("prompt"))
+    is_text = isinstance(prompt, str)
+    messages = [{"role": "user", "content": prompt}] if is_text else row.turns("prompt", prompt)
     start = int(bool(messages) and messages[0]["role"] == "system")
     messages[start:start] = _history(row)
     if isinstance(response, list) and response and isinstance(response[0], Mapping) and "type" not in response[0]:
-        turns = row.turns(response, row.name("response"))
+        turns = row.turns("response", response)
         if len(turns) != 1 or turns[0]["role"] != "assistant":
-            raise DataError(
-                "the response is a list of messages, expected exactly one, of role 'assistant'. Fix the row."
-            )
+            raise bad_row("the response is a list of messages, expected exactly one, of role 'assistant'.")
         return messages + turns
     return [*messages, _response(row, _text(response, "the response"))]
 
@@ -549,8 +508,8 @@ def _parse_alpaca(row: _Row) -> list[ChatMessage]:
 
 
 _PARSERS: dict[str, Callable[[_Row], list[ChatMessage]]] = {
-    "messages": lambda row: row.turns(row.needed("messages"), row.name("messages")),
-    "sharegpt": lambda row: row.turns(row.needed("conversations"), row.name("conversations")),
+    "messages": lambda row: row.turns("messages"),
+    "sharegpt": lambda row: row.turns("conversations"),
     "prompt_response": _parse_prompt_response,
     "alpaca": _parse_alpaca,
 }
@@ -560,20 +519,20 @@ _PARSERS: dict[str, Callable[[_Row], list[ChatMessage]]] = {
 
 
 def _transformed(row: _Row, transform: MessageTransform) -> list[ChatMessage]:
-    data = row.data
     label = f"dataset.message_transform {getattr(transform, '__name__', type(transform).__name__)}"
     # torchtune's own transforms load an image from wherever the row says: a file of this machine, any address
     columns = getattr(transform, "column_map", None) or getattr(transform, "_column_map", None) or {}
     if type(transform).__module__.startswith("torchtune.") and (
-        _is_set(data.get(columns.get("image", "image"))) or _has_image(data)
+        _is_set(row.data.get(columns.get("image", "image"))) or _has_image(row.data)
     ):
-        raise DataError("the row has an image; only text is supported, and nothing was loaded. Remove the row.")
+        raise bad_row("the row has an image; only text is supported, and nothing was loaded.")
     try:
-        sample = transform(dict(data))
+        sample = transform(dict(row.data))
     except _TRANSFORM_FAULTS as error:
+        found = ", ".join(map(str, row.data)) or "none"
         raise DataError(
-            f"{label} failed with {type(error).__name__}: {error}; the row has the columns "
-            f"{', '.join(map(str, data)) or 'none'}. Fix the row or the transform's column_map."
+            f"{label} failed with {type(error).__name__}: {error}; the row has the columns {found}. Fix the row or the "
+            "transform's column_map."
         ) from error
     if not isinstance(sample, Mapping) or not isinstance(sample.get("messages"), list):
         raise DataError(f"{label} returned no list under 'messages'. Use a torchtune transform.")
@@ -594,5 +553,5 @@ def _from_torchtune(message: Any, index: int) -> Mapping[str, Any]:
         raise DataError(f"message {index} of the transform is {_kind(message)}, expected a torchtune.data.Message.")
     if message.contains_media or message.ipython:
         what = "holds media" if message.contains_media else "calls tools"
-        raise DataError(f"message {index} {what}; only text turns are supported. Remove the row.")
+        raise bad_row(f"message {index} {what}; only text turns are supported.")
     return {"role": message.role, "content": message.text_content, "train": not getattr(message, "masked", False)}

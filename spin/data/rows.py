@@ -59,6 +59,12 @@ class Row:
     from_arrow: bool = False
 
 
+def bad_row(fault: str, column: str | None = None) -> DataError:
+    """What is wrong with a row, with the remedy; ``column`` is one that may mean something else in the data set."""
+    other = f" A column of that name with another meaning is left out with dataset.column_map={{{column}: unused}}."
+    return DataError(f"{fault} Fix the row or set dataset.on_bad_row=skip.{other if column else ''}")
+
+
 def make_row(value: object, where: str, default_id: str, from_arrow: bool = False) -> Row:
     if isinstance(value, Mapping):
         return Row(where, dict(value), default_id, from_arrow=from_arrow)

@@ -6,47 +6,44 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spin.core.errors import DataError
-
-BAD_ROW = "Fix the row or set dataset.on_bad_row=skip."
+from spin.data.rows import bad_row
 
 
 def tool_definitions(value: object) -> list[dict[str, Any]]:
     """A row's tools, each with ``type`` and ``function``: of OpenAI's function descriptions, with their wrapper or
     without, as a list or as JSON text; None is no tools."""
     value = parse_json(value, "tools")
-    if value is None:
-        return []
     found = []
-    for index, tool in enumerate(value if isinstance(value, list) else [value]):
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(
-                f"tools: entry {index} is {tool!r:.60}, expected a function with its name. {BAD_ROW} A column that "
-                "is called tools but holds none is left out with dataset.column_map={tools: unused}."
-            )
+    for index, tool in enumerate(value if isinstance(value, list) else [] if value is None else [value]):
+        function = _function(tool)
+        if function is None:
+            raise bad_row(f"tools: entry {index} is {tool!r:.60}, expected a function with its name.", "tools")
         found.append({"type": "function", "function": dict(function)})
     return found
 
 
-def parse_calls(value: object, where: str) -> list[dict[str, Any]]:
+def parse_calls(value: Any, where: str) -> list[dict[str, Any]]:
     """Calls of functions, each with ``type``, ``function`` (``name`` and ``arguments``, a dictionary) and, where there
     is one, ``id``: of one call, a list of calls, or either as JSON text."""
     value = parse_json(value, where)
     found = []
     for call in value if isinstance(value, list) else [value]:
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise DataError(f"{where} calls {call!r:.60}, expected a function with name and arguments. {BAD_ROW}")
+        function = _function(call)
+        if function is None or not function["name"]:
+            raise bad_row(f"{where} calls {call!r:.60}, expected a function with name and arguments.")
         name = function["name"]
         arguments = parse_json(function.get("arguments", {}), f"{where}, arguments of {name}")
         if not isinstance(arguments, Mapping):
-            raise DataError(f"{where} calls {name} with arguments {arguments!r:.60}, expected a JSON object. {BAD_ROW}")
+            raise bad_row(f"{where} calls {name} with arguments {arguments!r:.60}, expected a JSON object.")
         made = {"type": "function", "function": {"name": name, "arguments": dict(arguments)}}
-        if isinstance(call, Mapping) and isinstance(call.get("id"), str):
-            made["id"] = call["id"]
-        found.append(made)
+        found.append(made | ({"id": call["id"]} if isinstance(call.get("id"), str) else {}))
     return found
+
+
+def _function(value: object) -> Mapping[str, Any] | None:
+    """A function with a name, out of its wrapper."""
+    function = value.get("function", value) if isinstance(value, Mapping) else None
+    return function if isinstance(function, Mapping) and isinstance(function.get("name"), str) else None
 
 
 def without_nulls(value: object) -> Any:
@@ -64,9 +61,9 @@ def check_results(messages: Sequence[Mapping[str, Any]]) -> None:
         if message["role"] == "assistant":
             known = [call["id"] for call in message.get("tool_calls", ()) if "id" in call]
         elif message["role"] == "tool" and known and message.get("tool_call_id", known[0]) not in known:
-            raise DataError(
-                f"message {index} (role 'tool') answers call {message['tool_call_id']!r}, expected "
-                f"{' or '.join(map(repr, known))}. {BAD_ROW}"
+            raise bad_row(
+                f"message {index} (role 'tool') is the result of call {message['tool_call_id']!r}, expected "
+                f"{' or '.join(map(repr, known))}."
             )
 
 
@@ -77,4 +74,4 @@ def parse_json(value: object, where: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {value[:40]!r} is not valid JSON ({error}). {BAD_ROW}") from error
+        raise bad_row(f"{where}: {value[:40]!r} is not valid JSON ({error}).") from error

@@ -115,7 +115,7 @@ ROWS = [
     refused("other columns", {"question": "Q", "answer": "A"}, "Map your columns with dataset.column_map"),
     Case("columns that belong to no conversation", {**PAIR, "id": "1", "source": "web", "score": None}, QA, "ignored",
         note="named once", unused=("source",)),
-    # what may not be read as a good answer
+    # what may not be read as a good response
     refused("preferences", {"prompt": "Q", "chosen": "A", "rejected": "B"}, "dataset.column_map={response: chosen}",
         "unless `column_map` names the chosen response"),
     refused("preferences of whole conversations", {"chosen": [Q, A], "rejected": [Q, A2]},
@@ -124,8 +124,8 @@ ROWS = [
         options={"column_map": {"response": "chosen"}}),
     Case("KTO, desirable", {"prompt": "Q", "completion": "A", "label": True}, QA),
     refused("KTO, undesirable", {"prompt": "Q", "completion": "A", "label": False},
-        "an example of what not to answer"),
-    refused("KTO of LLaMA-Factory", {"messages": [Q, A], "kto_tag": False}, "an example of what not to answer"),
+        "an example of what not to say"),
+    refused("KTO of LLaMA-Factory", {"messages": [Q, A], "kto_tag": False}, "an example of what not to say"),
     refused("rendered `text`", {"text": "### Human: Q ### Assistant: A"},
         "A text does not say where the prompt ends"),
     refused("a row's `weight: 0`, `train: false`", {**PAIR, "weight": 0},

@@ -142,7 +142,11 @@ def calling(call):
 @pytest.mark.parametrize(
     ("messages", "tools", "reason"),
     [
-        ([calling(CALL), {**TALK[2], "tool_call_id": "x"}, TALK[3]], None, "answers call 'x', expected 'call_1'"),
+        (
+            [calling(CALL), {**TALK[2], "tool_call_id": "x"}, TALK[3]],
+            None,
+            "is the result of call 'x', expected 'call_1'",
+        ),
         ([calling({"function": {}})], None, "message 1 calls {'function': {}}, expected"),
         ([calling(5)], None, "message 1 calls 5, expected a function"),
         ([calling({"name": "f", "arguments": "{"})], None, "message 1, arguments of f: '{' is not valid JSON"),
