@@ -38,18 +38,14 @@ def spin_custom_collate(batch: Sequence[Mapping[str, Any]], eos_id: int) -> dict
     if not batch:
         raise DataError("the batch is empty, expected at least one sample.")
     for index, sample in enumerate(batch):
-        missing = [key for key in _KEYS if key not in sample]
-        if missing:
+        if missing := [key for key in _KEYS if key not in sample]:
+            found = ", ".join(map(str, sample)) or "nothing"
             raise DataError(
-                f"sample {index} of the batch has no {', '.join(missing)}; it has "
-                f"{', '.join(map(str, sample)) or 'nothing'}. "
-                "Expected input_ids, mask, context_ids and answer_ids."
+                f"sample {index} of the batch has no {', '.join(missing)}; it has {found}. Expected {', '.join(_KEYS)}."
             )
-        if len(sample["mask"]) != len(sample["input_ids"]):
-            raise DataError(
-                f"sample {index} of the batch has a mask of {len(sample['mask'])} for {len(sample['input_ids'])} "
-                "input_ids; expected one value per token."
-            )
+        mask, ids = len(sample["mask"]), len(sample["input_ids"])
+        if mask != ids:
+            raise DataError(f"sample {index} of the batch has a mask of {mask} for {ids} input_ids; expected as many.")
 
     def padded(key: str, dtype: torch.dtype, fill: int | bool) -> torch.Tensor:
         rows = [torch.as_tensor(sample[key], dtype=dtype) for sample in batch]

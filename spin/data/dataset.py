@@ -42,16 +42,8 @@ class PromptSource(Protocol):
         ...
 
     def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
-        """The samples that an iteration plays.
-
-        Args:
-            num_needed (int): steps of an epoch times the global batch size.
-            seed (int): the run's seed.
-            iteration (int): counted from 0.
-
-        Returns:
-            list[int]: ``num_needed`` indices into the iteration's window.
-        """
+        """The samples that an iteration plays: ``num_needed`` (steps of an epoch times the global batch size) indices
+        into the iteration's window."""
         ...
 
     def sample_id(self, iteration: int, index: int) -> str:
@@ -191,14 +183,10 @@ class PromptDataset:
 
     def first_outside(self, vocab_size: int) -> tuple[str, int] | None:
         found = []
-        for tokens, offsets in (
-            (self._prompt_tokens, self._prompt_offsets),
-            (self._real_tokens, self._real_offsets),
-        ):
-            outside = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[:1]
-            for position in outside.tolist():
-                sample = int(np.searchsorted(offsets, position, side="right")) - 1
-                found.append((sample, int(tokens[position])))
+        parts = ((self._prompt_tokens, self._prompt_offsets), (self._real_tokens, self._real_offsets))
+        for tokens, offsets in parts:
+            for position in np.flatnonzero((tokens < 0) | (tokens >= vocab_size))[:1].tolist():
+                found.append((int(np.searchsorted(offsets, position, side="right")) - 1, int(tokens[position])))
         if not found:
             return None
         sample, token = min(found, key=lambda each: each[0])  # of equal ones the prompt's

@@ -363,7 +363,7 @@ def _reasoning(value: Mapping[str, Any], label: str, keys: Sequence[str]) -> dic
     texts = {key: _text(value[key], f"{label}: {key}") for key in keys if value.get(key)}
     if len(set(texts.values())) > 1:
         raise bad_row(f"{label} has different texts in {' and '.join(texts)}, expected one of them.")
-    return {"reasoning_content": text for text in texts.values() if text}
+    return {"reasoning_content": next(iter(texts.values()))} if any(texts.values()) else {}
 
 
 def _is_trained(value: Mapping[str, Any], label: str) -> bool:

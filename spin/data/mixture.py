@@ -223,18 +223,14 @@ def _is_positive(weight: object) -> bool:
 def _joined(reports: Mapping[str, DatasetReport]) -> DatasetReport:
     counts: Counter[str] = Counter()
     changes: Counter[str] = Counter()
-    examples: list[str] = []
-    unused: list[str] = []
-    for name, report in reports.items():
+    for report in reports.values():
         counts.update(report.counts)
         changes.update(report.changes)
-        unused += [f"{name}: {column}" for column in report.unused]
-        examples += [f"{name}: {example}" for example in report.examples]
     return DatasetReport(
         rows=sum(report.rows for report in reports.values()),
         samples=sum(report.samples for report in reports.values()),
         counts=dict(counts),
-        examples=examples,
+        examples=[f"{name}: {example}" for name, report in reports.items() for example in report.examples],
         changes=dict(changes),
-        unused=unused,
+        unused=[f"{name}: {column}" for name, report in reports.items() for column in report.unused],
     )

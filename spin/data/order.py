@@ -15,31 +15,15 @@ def permutation(n: int, *key: object) -> np.ndarray:
 
 
 def iteration_samples(num_samples: int, num_needed: int, seed: int, iteration: int) -> list[int]:
-    """The samples that an iteration plays: other ones in every iteration if fewer are needed than there are.
-
-    Args:
-        num_samples (int): samples of the data set.
-        num_needed (int): steps of an epoch times the global batch size.
-        seed (int): the run's seed.
-        iteration (int): counted from 0.
-
-    Returns:
-        list[int]: ``num_needed`` indices into the data set.
-    """
+    """The samples that an iteration plays, as indices: other ones in every iteration if fewer are needed than there
+    are."""
     return permutation(num_samples, seed, "samples", iteration)[:num_needed].tolist()
 
 
 def history_window(iteration: int, history: int) -> list[int]:
-    """Iterations whose pairs are trained on, the oldest first.
+    """Iterations whose pairs are trained on, the oldest first: the current one and ``history`` before it, none below 0.
 
     The SPIN authors train iteration t on the pairs of iterations t - 1 and t: ``history=1``.
-
-    Args:
-        iteration (int): the current iteration, counted from 0.
-        history (int): how many earlier iterations take part; 0 is the current one alone.
-
-    Returns:
-        list[int]: ``iteration - history`` to ``iteration``, none below 0.
     """
     return list(range(max(0, iteration - history), iteration + 1))
 
@@ -67,15 +51,5 @@ def iteration_items(
 
 
 def epoch_order(num_pairs: int, seed: int, iteration: int, epoch: int) -> list[int]:
-    """The order in which an epoch visits an iteration's pairs; each epoch has its own.
-
-    Args:
-        num_pairs (int): pairs of the iteration.
-        seed (int): the run's seed.
-        iteration (int): counted from 0.
-        epoch (int): counted from 0 within the iteration.
-
-    Returns:
-        list[int]: a permutation of ``range(num_pairs)``.
-    """
+    """The order in which an epoch of an iteration visits its pairs, as indices; each epoch has its own."""
     return permutation(num_pairs, seed, "order", iteration, epoch).tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
 from typing import Any, Literal
@@ -12,19 +12,19 @@ from torch import nn
 from spin.core.errors import ConfigError, DataError
 from spin.data.dataset import Original, PromptDataset, PromptSource, check_is_dataset
 from spin.data.messages import (
-    ChatMessage,
     MessageTransform,
     RowNotes,
     Turns,
     check_row_format,
+    check_text,
     row_to_messages,
     split_turns,
 )
-from spin.data.rows import Row
+from spin.data.rows import Row, bad_row
 from spin.data.samples import Conversation, EncodedRow, LongAction, SampleFilter, SampleRules
 from spin.data.sources import Source, describe_source, read_rows
 from spin.data.stream import PromptStream, iteration_windows, shuffled_rows
-from spin.data.tokenizer import Encoded, PromptTokenizer
+from spin.data.tokenizer import PromptTokenizer
 from spin.data.torchtune_tokenizer import adapt_tokenizer
 from spin.types import Prompt
 
@@ -115,11 +115,6 @@ def prompt_dataset(
             "dataset.message_transform takes the place of dataset.format and dataset.column_map and must be callable. "
             "Remove those, and give the transform its own column_map."
         )
-    if not streaming and (shuffle_buffer or shuffle_seed):
-        raise ConfigError(
-            "dataset.shuffle_buffer and shuffle_seed are for dataset.streaming=true. Without it, each iteration draws "
-            "its samples from the whole data set, and each epoch has an order of its own."
-        )
     parse = partial(
         row_to_messages,
         row_format=format,
@@ -128,10 +123,9 @@ def prompt_dataset(
         system_prompt=system_prompt,
     )
     converse = partial(_conversations, parse=parse, id_column=id_column, turns=turns)
-    encoded = partial(
-        _encoded_rows, tokenizer=tokenizer, converse=converse, chunk=min(_CHUNK_ROWS, limit or _CHUNK_ROWS)
-    )
-    new_filter = partial(SampleFilter, _label(source), rules, set())
+    chunk = min(_CHUNK_ROWS, limit or _CHUNK_ROWS)
+    label = f"{len(source)} sources" if isinstance(source, list) else str(source)
+    new_filter = partial(SampleFilter, label, rules, set())
     where: dict[str, Any] = {"split": split, "name": name, "data_dir": data_dir, "revision": revision}
     if streaming:
         if limit is None or max_seq_len is None:
@@ -142,33 +136,36 @@ def prompt_dataset(
             )
         if keep_originals:
             raise ConfigError("dataset.keep_originals=true keeps every row; dataset.streaming=true keeps none.")
-        settings = {
-            "source": describe_source(source, **where),
-            **{"limit": limit, "shuffle_buffer": shuffle_buffer, "shuffle_seed": shuffle_seed, "turns": turns},
-        }
+        shuffle = {"shuffle_buffer": shuffle_buffer, "shuffle_seed": shuffle_seed}
+        settings = {"source": describe_source(source, **where), "limit": limit, **shuffle, "turns": turns}
 
         def endless_rows() -> Iterator[EncodedRow | None]:
             """The rows from the source's beginning to its end, marked by None, and so on without end."""
             for number in count():
                 rows = read_rows(source, streaming=True, **where)
-                yield from encoded(shuffled_rows(rows, shuffle_buffer, shuffle_seed, number))
+                yield from _encoded(
+                    shuffled_rows(rows, shuffle_buffer, shuffle_seed, number), tokenizer, converse, chunk
+                )
                 yield None
 
         return PromptStream(lambda: iteration_windows(endless_rows(), new_filter, limit), limit, max_seq_len, settings)
 
+    if shuffle_buffer or shuffle_seed:
+        raise ConfigError(
+            "dataset.shuffle_buffer and shuffle_seed are for dataset.streaming=true. Without it, each iteration draws "
+            "its samples from the whole data set, and each epoch has an order of its own."
+        )
     originals: dict[str, Original] = {}
     kept = new_filter()
 
     def samples() -> Iterator[Prompt]:
-        for of_row in encoded(read_rows(source, **where)):
+        for of_row in _encoded(read_rows(source, **where), tokenizer, converse, chunk):
             kept.count_row(of_row)
             for conversation, ids in of_row:
-                prompt = kept.accept(conversation, ids)
-                if prompt is None:
-                    continue
-                if keep_originals:
-                    originals[prompt.sample_id] = Original(conversation.messages, conversation.row)
-                yield prompt
+                if (prompt := kept.accept(conversation, ids)) is not None:
+                    if keep_originals:
+                        originals[prompt.sample_id] = Original(conversation.messages, conversation.row)
+                    yield prompt
 
     dataset = PromptDataset(islice(samples(), limit))
     dataset.originals = originals
@@ -179,23 +176,13 @@ def prompt_dataset(
 def check_vocabulary(
     model: nn.Module, tokenizer: PromptTokenizer, stop_token_ids: Sequence[int], *datasets: PromptSource
 ) -> None:
-    """Checks that the model has an embedding for every token that it will meet; a tokenizer may know more.
-
-    Args:
-        model (nn.Module): a torchtune decoder, on any device, with weights or without.
-        tokenizer (PromptTokenizer): what made the token ids.
-        stop_token_ids (Sequence[int]): these are looked up among the model's logits.
-        *datasets (PromptSource): training and validation samples.
-
-    Raises:
-        DataError: If a sample or a stop token has an id beyond the model's vocabulary, or a data set is none.
-    """
+    """Checks that the model has an embedding for every token that it will meet; a tokenizer may know more. A DataError
+    if a sample or a stop token has an id beyond the model's vocabulary, or a data set is none."""
     rows = model.tok_embeddings.weight.shape[0]
     found = [f"stop token {token}" for token in stop_token_ids if not 0 <= token < rows]
     for dataset in datasets:
         check_is_dataset(dataset)
-        outside = dataset.first_outside(rows)
-        if outside is not None:
+        if (outside := dataset.first_outside(rows)) is not None:
             found.append(f"sample {outside[0]!r} has the token id {outside[1]}")
     if found:
         raise DataError(
@@ -212,9 +199,7 @@ def unknown_ids(model: nn.Module, tokenizer: PromptTokenizer) -> tuple[int, ...]
     return tuple(token for token in range(model.tok_embeddings.weight.shape[0]) if token not in known)
 
 
-def _conversations(
-    row: Row, parse: Callable[..., list[ChatMessage]], id_column: str, turns: Turns
-) -> list[Conversation]:
+def _conversations(row: Row, parse: Callable[..., Any], id_column: str, turns: Turns) -> list[Conversation]:
     """The conversations in a row, or the one fault that stands for it."""
     notes = RowNotes(used={id_column: None})
     try:
@@ -230,68 +215,64 @@ def _conversations(
     ]
 
 
-def _encoded_rows(
+def _encoded(
     rows: Iterator[Row], tokenizer: PromptTokenizer, converse: Callable[[Row], list[Conversation]], chunk: int
 ) -> Iterator[EncodedRow]:
     """The conversations of each row with their token ids, or what is wrong with them."""
+
+    def one_by_one(conversations: Iterable[Any]) -> Iterator[Any]:
+        for messages in conversations:
+            try:
+                yield tokenizer.encode_pair(messages)
+            except DataError as error:
+                yield error
+
+    encode_pairs = getattr(tokenizer, "encode_pairs", one_by_one)
     while of_rows := [converse(row) for row in islice(rows, chunk)]:
-        usable = [each.messages for of_row in of_rows for each in of_row if each.fault is None]
-        batched = getattr(tokenizer, "encode_pairs", None)
-        ids = iter(batched(usable) if batched else (_encode_one(tokenizer, messages) for messages in usable))
+        ids = iter(encode_pairs([each.messages for of_row in of_rows for each in of_row if each.fault is None]))
         yield from ([(each, next(ids) if each.fault is None else each.fault) for each in of_row] for of_row in of_rows)
-
-
-def _encode_one(tokenizer: PromptTokenizer, messages: list[ChatMessage]) -> Encoded | DataError:
-    try:
-        return tokenizer.encode_pair(messages)
-    except DataError as error:
-        return error
-
-
-def _label(source: Source) -> str:
-    return f"{len(source)} sources" if isinstance(source, list) else str(source)
 
 
 def _sample_id(row: Row, id_column: str) -> str:
     value = row.data.get(id_column)
     if isinstance(value, str) and value.strip():
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(f"the id {value!r} is no valid text (lone surrogate). Fix the row.") from error
+        check_text(value, f"the id {value!r}")
         return value
     if type(value) is int:
         return str(value)
     if value is not None and value != "":
-        raise DataError(f"column {id_column!r} holds {value!r:.60}, expected a text or a whole number. Fix the row.")
+        raise bad_row(f"column {id_column!r} holds {value!r:.60}, expected a text or a whole number.")
     if id_column != "id":
+        found = ", ".join(map(str, row.data)) or "none"
         raise DataError(
-            f"column {id_column!r} is empty or missing; found columns {', '.join(map(str, row.data)) or 'none'}. Fix "
-            "the row or dataset.id_column."
+            f"column {id_column!r} is empty or missing; found columns {found}. Fix the row or dataset.id_column."
         )
     return row.default_id
 
 
 def _check_options(rules: SampleRules, turns: str, limit: int | None) -> None:
-    faults = [
-        f"dataset.{key}={value}: expected {' or '.join(allowed)}."
-        for key, value, allowed in (
-            ("on_long_prompt", rules.on_long_prompt, ("error", "drop", "cut")),
-            ("on_long_response", rules.on_long_response, ("error", "drop", "cut")),
-            ("on_bad_row", rules.on_bad_row, ("error", "skip")),
-            ("turns", turns, ("last", "all")),
-        )
-        if value not in allowed
-    ]
-    longest, prompt = rules.max_seq_len, rules.max_prompt_tokens
-    for label, value, least in (
+    longest, prompt, long_actions = rules.max_seq_len, rules.max_prompt_tokens, ("error", "drop", "cut")
+    choices = (
+        ("on_long_prompt", rules.on_long_prompt, long_actions),
+        ("on_long_response", rules.on_long_response, long_actions),
+        ("on_bad_row", rules.on_bad_row, ("error", "skip")),
+        ("turns", turns, ("last", "all")),
+    )
+    numbers = (
         ("max_seq_len", longest, 2),
         ("dataset.max_prompt_tokens", prompt, 1),
         ("dataset.max_response_tokens", rules.max_response_tokens, 1),
         ("dataset.limit", limit, 1),
-    ):
-        if value is not None and not (type(value) is int and value >= least):
-            faults.append(f"{label}={value}: expected a whole number of {least} or more, or null.")
+    )
+    faults = [
+        f"dataset.{key}={value}: expected {' or '.join(allowed)}."
+        for key, value, allowed in choices
+        if value not in allowed
+    ] + [
+        f"{label}={value}: expected a whole number of {least} or more, or null."
+        for label, value, least in numbers
+        if value is not None and not (type(value) is int and value >= least)
+    ]
     if type(longest) is int and type(prompt) is int and prompt >= longest:
         faults.append(
             f"dataset.max_prompt_tokens={prompt} leaves no room for a response in max_seq_len={longest}; expected at "

@@ -49,21 +49,6 @@ class SampleRules:
     on_long_response: LongAction
     on_bad_row: Literal["error", "skip"]
 
-    def prompt_limit(self) -> tuple[int | None, str]:
-        """The most tokens a prompt may have, and where that comes from."""
-        if self.max_prompt_tokens is not None:
-            return self.max_prompt_tokens, f"dataset.max_prompt_tokens={self.max_prompt_tokens}"
-        if self.max_seq_len is not None:
-            return self.max_seq_len - 1, f"max_seq_len={self.max_seq_len}, less one for the response"
-        return None, ""
-
-    def response_limit(self, prompt_tokens: int) -> tuple[int | None, str]:
-        """The most tokens a real response may have behind a prompt, and where that comes from."""
-        room = None if self.max_seq_len is None else self.max_seq_len - prompt_tokens
-        if self.max_response_tokens is not None and (room is None or self.max_response_tokens <= room):
-            return self.max_response_tokens, f"dataset.max_response_tokens={self.max_response_tokens}"
-        return room, f"max_seq_len={self.max_seq_len}, less {prompt_tokens} of the prompt"
-
 
 class Findings:
     """Messages, equal ones once, with the first places where they hold."""
@@ -84,11 +69,11 @@ class Findings:
 
     def lines(self) -> list[str]:
         """One for each message, in the order in which they came up."""
-        more = {message: self._counts[message] - len(places) for message, places in self._places.items()}
-        return [
-            f"{', '.join(places)}{f' and {more[message]} more' if more[message] else ''}: {message}"
-            for message, places in self._places.items()
-        ]
+        found = []
+        for message, places in self._places.items():
+            more = self._counts[message] - len(places)
+            found.append(f"{', '.join(places)}{f' and {more} more' if more else ''}: {message}")
+        return found
 
     def text(self, limit: int = MAX_FINDINGS) -> str:
         """The first lines, and how many findings are not among them."""
@@ -97,13 +82,8 @@ class Findings:
 
 
 class SampleFilter:
-    """Decides on each sample of a data set, or of a stream's window, and keeps count.
-
-    Args:
-        label (str): the source, for messages.
-        rules (SampleRules): what to do with samples that do not fit.
-        logged (set[str]): unused columns that were logged for this source before; grows.
-    """
+    """Decides on each sample of a data set, or of a stream's window, and keeps count. ``label`` names the source in
+    messages; ``logged`` are unused columns that were logged for it before, and grows."""
 
     def __init__(self, label: str, rules: SampleRules, logged: set[str]) -> None:
         self.label, self.rows = label, 0
@@ -118,25 +98,21 @@ class SampleFilter:
     def count_row(self, of_row: EncodedRow) -> None:
         """Count a row, and what was changed and not used of it."""
         self.rows += 1
-        for conversation, _ in of_row[:1]:
-            self._changes.update(list(conversation.notes.changes))
-            self._used.update(conversation.notes.used)
-            self._unused.update(conversation.notes.unused)
+        notes = of_row[0][0].notes
+        self._changes.update(list(notes.changes))
+        self._used.update(notes.used)
+        self._unused.update(notes.unused)
 
     def accept(self, conversation: Conversation, encoded: Encoded | DataError) -> Prompt | None:
         """The sample as it enters the data set, or None if it does not."""
-        sample_id = conversation.sample_id
-        reason = "bad_row"
+        taken, reason = self._where_of.get(conversation.sample_id), "bad_row"
         if isinstance(encoded, DataError):
             fault = str(encoded)
         elif not encoded[0]:
             fault = "the prompt has no tokens. Use a chat template that marks turns."
-        elif sample_id in self._where_of:
-            reason = "duplicate_id"
-            fault = (
-                f"id {sample_id!r} is taken by {self._where_of[sample_id]}. Give each row an id of its own, or name "
-                "another dataset.id_column."
-            )
+        elif taken is not None:
+            reason, remedy = "duplicate_id", "Give each row an id of its own, or name another dataset.id_column."
+            fault = f"id {conversation.sample_id!r} is taken by {taken}. {remedy}"
         else:
             return self._fit(conversation, *encoded)
         if self._rules.on_bad_row == "error":
@@ -147,14 +123,18 @@ class SampleFilter:
 
     def _fit(self, conversation: Conversation, prompt_ids: list[int], real_ids: list[int]) -> Prompt | None:
         """The sample within the limits: the end of the prompt, the beginning of the response."""
-        rules = self._rules
-        most, origin = rules.prompt_limit()
+        rules, longest = self._rules, self._rules.max_seq_len
+        most, origin = rules.max_prompt_tokens, f"dataset.max_prompt_tokens={rules.max_prompt_tokens}"
+        if most is None and longest is not None:
+            most, origin = longest - 1, f"max_seq_len={longest}, less one for the response"
         if most is not None and len(prompt_ids) > most:
             fault = f"the prompt has {len(prompt_ids)} tokens, at most {most} fit ({origin})."
             if not self._truncates("long_prompt", rules.on_long_prompt, conversation, fault):
                 return None
             prompt_ids = prompt_ids[-most:]
-        most, origin = rules.response_limit(len(prompt_ids))
+        most, origin = rules.max_response_tokens, f"dataset.max_response_tokens={rules.max_response_tokens}"
+        if longest is not None and (most is None or most > longest - len(prompt_ids)):
+            most, origin = longest - len(prompt_ids), f"max_seq_len={longest}, less {len(prompt_ids)} of the prompt"
         if most is not None and len(real_ids) > most:
             fault = f"the real response has {len(real_ids)} tokens, at most {most} fit ({origin})."
             if not self._truncates("long_response", rules.on_long_response, conversation, fault):
@@ -165,11 +145,9 @@ class SampleFilter:
 
     def raise_errors(self, at_least: int = 1) -> None:
         """Raise what must be raised, if it is so many."""
-        if self._errors.total >= at_least:
-            raise DataError(
-                f"{self._errors.total} samples in {self.rows} rows of {self.label} cannot be used:\n"
-                f"{self._errors.text()}"
-            )
+        if (total := self._errors.total) >= at_least:
+            found = self._errors.text()
+            raise DataError(f"{total} samples in {self.rows} rows of {self.label} cannot be used:\n{found}")
 
     def report(self, samples: int) -> DatasetReport:
         """Raise what must be raised, warn of what was done, and report."""

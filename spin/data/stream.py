@@ -20,12 +20,8 @@ class PromptStream:
     What an iteration plays follows from the source and the iteration alone, so a restart reads up to there again, and
     an uninterrupted run reads nothing twice. Of iterations before the newest, only the samples' ids are kept.
 
-    Args:
-        windows (Callable[[], Iterator[PromptDataset]]): opens the source at its beginning, and gives the samples of
-            iteration 0, 1, ... without end.
-        samples_per_iteration (int): samples of each of these.
-        longest (int): greatest length of prompt and real response together, in tokens.
-        settings (Mapping[str, Any]): what decides which samples come, by key of the config; JSON values.
+    ``windows`` opens the source at its beginning, and gives the samples of iteration 0, 1, ... without end; the other
+    arguments are those of :class:`~spin.data.PromptSource`.
     """
 
     def __init__(
@@ -35,9 +31,7 @@ class PromptStream:
         longest: int,
         settings: Mapping[str, Any],
     ) -> None:
-        self.samples_per_iteration = samples_per_iteration
-        self.longest = longest
-        self.settings = settings
+        self.samples_per_iteration, self.longest, self.settings = samples_per_iteration, longest, settings
         self._open = windows
         self._windows = windows()
         self._newest: PromptDataset | None = None
