@@ -104,25 +104,14 @@ def file_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def next_backup_name(path: Path) -> Path:
-    """The first of ``<name>.stale-0``, ``<name>.stale-1``, ... that is not taken."""
+def keep_aside(path: Path, because: str) -> None:
+    """Renames what is in the way and may not be deleted to ``<name>.stale-0`` or the next number that is not taken, and
+    logs it; ``because`` ends the sentence."""
     names = (path.with_name(f"{path.name}.stale-{n}") for n in itertools.count())
-    return next(name for name in names if not os.path.lexists(name))
-
-
-def keep_aside(path: Path, because: str) -> Path:
-    """Renames what is in the way and may not be deleted, and logs it; ``because`` ends the sentence."""
-    aside = next_backup_name(path)
+    aside = next(name for name in names if not os.path.lexists(name))
     with as_output_error(aside):
         os.rename(path, aside)
     log.warning(f"{path} {because}: kept as {aside.name}.")
-    return aside
-
-
-def open_new(file: Path, mode: str = "x") -> IO[Any]:
-    """Makes a temporary file, text (``x``) or bytes (``xb``); what has its name, a link perhaps, is deleted first."""
-    file.unlink(missing_ok=True)
-    return open(file, mode, encoding=None if "b" in mode else "utf-8")
 
 
 def open_own(file: Path, mode: str) -> TextIO:
@@ -178,7 +167,7 @@ def parse_json(content: bytes, allow_nan: bool = False) -> Any:
             object_pairs_hook=_unique,
             parse_int=_short_int if _LONG_NUMBER.search(content) else None,
             parse_float=None if allow_nan else _finite,
-            parse_constant=None if allow_nan else _refuse_constant,
+            parse_constant=None if allow_nan else _finite,
         )
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
@@ -187,16 +176,9 @@ def parse_json(content: bytes, allow_nan: bool = False) -> Any:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels") from error
     level: list[Any] = [value]
     for _ in range(MAX_JSON_DEPTH + 1):
-        level = [
-            child
-            for parent in level
-            if isinstance(parent, dict | list)
-            for child in (parent.values() if isinstance(parent, dict) else parent)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            break
-    else:
+        parents = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
+        level = [child for children in parents for child in children if isinstance(child, dict | list)]
+    if level:
         raise ValueError(f"nested deeper than {MAX_JSON_DEPTH} levels")
     if _SURROGATE.search(content):
         try:
@@ -224,12 +206,8 @@ def _short_int(digits: str) -> int:
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"the number {digits[:20]} is too large")
+        raise ValueError(f"{digits[:20]} is not a finite number")
     return value
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is not JSON")
 
 
 def read_json(file: Path, error: type[SpinError], remedy: str, allow_nan: bool = False) -> dict[str, Any]:
@@ -279,7 +257,8 @@ def atomic_write(file: Path, mode: str = "x", private: bool = False) -> Iterator
             if not _is_alive(leftover.name.split(".")[-2]):  # it was killed while it wrote
                 leftover.unlink(missing_ok=True)
         try:
-            with open_new(temporary, mode) as stream:
+            temporary.unlink(missing_ok=True)  # a link, perhaps
+            with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as stream:
                 if private:
                     os.fchmod(stream.fileno(), 0o600)
                 yield stream
@@ -328,9 +307,8 @@ def mark(folder: Path, kind: str) -> None:
 
 def is_marked(folder: Path, kind: str) -> bool:
     """Whether a folder was made by :func:`begin_atomic_dir` for that purpose. A link to one was not."""
-    file = folder / MARKER
     try:
-        with open_regular(file) as stream:
+        with open_regular(folder / MARKER) as stream:
             return not folder.is_symlink() and stream.readline(100) == f"spin: {kind}\n".encode()
     except OSError:
         return False
@@ -355,11 +333,9 @@ def remove_folder(folder: Path) -> None:
 
 def remove_or_keep_aside(folder: Path, kind: str) -> None:
     """Deletes a folder that is replaceable; anything else that has its name is renamed."""
-    if not os.path.lexists(folder):
-        return
-    if is_replaceable(folder, kind):
+    if os.path.lexists(folder) and is_replaceable(folder, kind):
         remove_folder(folder)
-    else:
+    elif os.path.lexists(folder):
         keep_aside(folder, f"is in the way and is not a {kind} that this program made (it has no such {MARKER} file)")
 
 
@@ -393,13 +369,12 @@ def staging_dir(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.part")
 
 
-def begin_atomic_dir(folder: Path, kind: str) -> Path:
+def begin_atomic_dir(folder: Path, kind: str) -> None:
     """Makes :func:`staging_dir`, empty but for its marker; what a dead process left there is removed."""
     staging = staging_dir(folder)
     remove_or_keep_aside(staging, kind)
     staging.mkdir(parents=True)
     mark(staging, kind)
-    return staging
 
 
 def commit_atomic_dir(folder: Path, kind: str) -> None:
@@ -430,7 +405,8 @@ def abort_atomic_dir(folder: Path, kind: str) -> None:
 def atomic_dir(folder: Path, kind: str) -> Iterator[Path]:
     """Yields where to write a folder that appears complete, or not at all if the block fails."""
     try:
-        yield begin_atomic_dir(folder, kind)
+        begin_atomic_dir(folder, kind)
+        yield staging_dir(folder)
         commit_atomic_dir(folder, kind)
     except Exception:
         abort_atomic_dir(folder, kind)

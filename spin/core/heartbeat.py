@@ -26,6 +26,10 @@ from spin.core.errors import ConfigError
 _LONGEST_BEAT_SECONDS = 5.0
 _SHOWN = 8  # differences that a message shows
 
+_REMEDY = (
+    "The same command resumes from the last checkpoint. distributed_timeout_seconds is the silence that is endured."
+)
+
 _stage = "start"
 
 
@@ -128,7 +132,11 @@ class Heartbeat:
                 else:  # counted in rounds of this rank: one that was stopped itself has missed nothing
                     silence[other] += self._pause
                     if silence[other] > self._timeout:
-                        verdict = _silent(other, about, silence[other])
+                        _, _, stage, host, pid = about
+                        verdict = (
+                            f"rank {other} (host {host}, process {pid}) has been silent for {silence[other]:.0f} s: it "
+                            f"is stopped or gone, or its host is. Its last stage: {stage}. {_REMEDY}"
+                        )
                         self._store.set("verdict", verdict)
                         _end(verdict)
         self._rounds = -1
@@ -147,19 +155,6 @@ class Heartbeat:
                     f"the store of the ranks at {where} has not answered for {silence:.0f} s: the launcher of that "
                     f"host, or rank 0 there, is stopped or gone. This rank was at: {_stage}. {_REMEDY}"
                 )
-
-
-_REMEDY = (
-    "The same command resumes from the last checkpoint. distributed_timeout_seconds is the silence that is endured."
-)
-
-
-def _silent(rank: int, about: list[Any], seconds: float) -> str:
-    _, _, stage, host, pid = about
-    return (
-        f"rank {rank} (host {host}, process {pid}) has been silent for {seconds:.0f} s: it is stopped or gone, or its "
-        f"host is. Its last stage: {stage}. {_REMEDY}"
-    )
 
 
 def _end(text: str) -> None:

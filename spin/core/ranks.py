@@ -23,7 +23,6 @@ from spin.core.errors import ConfigError, SpinError
 from spin.core.files import abort_atomic_dir, begin_atomic_dir, commit_atomic_dir, staging_dir
 from spin.core.heartbeat import Heartbeat, compare_ranks, end_with_launcher, set_stage
 
-_TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # A rank that is stopped or gone is found by its heartbeat; time-outs of collectives are for one that lives and hangs.
 # Tensors are exchanged by ranks that do the same at the same time; before objects are, ranks may generate for hours.
 _DEVICE_TIMEOUT, _OBJECT_TIMEOUT = timedelta(minutes=30), timedelta(hours=8)
@@ -59,11 +58,8 @@ class World:
 
 
 def use_deterministic_kernels() -> None:
-    """Makes torch choose, for the process and before its first work on a GPU, kernels whose results repeat bit for bit.
-
-    Sums by atomic additions give way to ordered ones, cuBLAS gets a fixed workspace, and ``torch.compile`` no longer
-    picks kernels by how fast they ran.
-    """
+    """Makes torch choose, for the process and before its first work on a GPU, kernels whose results repeat bit for bit:
+    ordered sums, a fixed workspace for cuBLAS, and no choice by speed in ``torch.compile``."""
     from torch._inductor import config as inductor_config  # takes 0.8 s to import
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it torch refuses cuBLAS in this mode
@@ -103,7 +99,7 @@ def init_world(
     device_type = _device_type(device)
     if deterministic:
         use_deterministic_kernels()
-    under_torchrun = all(name in os.environ for name in _TORCHRUN_VARIABLES)
+    under_torchrun = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
     local_rank = int(os.environ.get("LOCAL_RANK", "0")) if under_torchrun else 0
     if device_type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -212,17 +208,14 @@ def raise_on_all_ranks(world: World, kind: type[SpinError], path: Path | None = 
     wait in the next collective until its time-out. Collective at the end of the block, which must run no collective.
     """
     cause: Exception | None = None
+    found: tuple[type[SpinError], str] | None = None
     try:
         yield
-    except (OSError, SpinError) as error:
-        cause = error
-    found: tuple[type[SpinError], str] | None = None
-    if cause is not None:
-        text = str(cause) or type(cause).__name__
-        if isinstance(cause, SpinError):
-            found = type(cause), text
-        else:
-            found = kind, text if path is None else f"{path}: cannot write ({text})."
+    except SpinError as error:
+        cause, found = error, (type(error), str(error) or type(error).__name__)
+    except OSError as error:
+        text = str(error) or type(error).__name__
+        cause, found = error, (kind, text if path is None else f"{path}: cannot write ({text}).")
     for rank, failure in enumerate(gather_objects(found, world)):
         if failure is not None:
             where = f"rank {rank}: " if world.world_size > 1 else ""

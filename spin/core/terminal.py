@@ -32,10 +32,10 @@ def printable(text: object, one_line: bool = False) -> str:
 
 
 class _PrintableFormatter(logging.Formatter):
-    """Lines of a log, with the foreign text in them escaped."""
+    """Lines of a log without secrets, and with the foreign text in them escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(hide(super().format(record)))
 
 
 def get_logger(level: str = "INFO") -> logging.Logger:
@@ -45,15 +45,9 @@ def get_logger(level: str = "INFO") -> logging.Logger:
     if not log.hasHandlers():
         handler = logging.StreamHandler()
         handler.setFormatter(_PrintableFormatter())
-        handler.addFilter(_hide_secrets)
         log.addHandler(handler)
     log.setLevel(level if os.environ.get("RANK", "0") == "0" else "WARNING")
     return log
-
-
-def _hide_secrets(record: logging.LogRecord) -> bool:
-    record.msg, record.args = hide(record.getMessage()), ()
-    return True
 
 
 def escape_unencodable_output() -> None:
