@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -10,20 +11,16 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from spin.core.errors import ConfigError
-from spin.run.progress import RunTimer
-
 _ONE_CTRL_C_SECONDS = 1.0
 _CTRL_C_MESSAGE = b"\nStopping when this step, or shard of responses, is done and saved; Ctrl-C again ends at once.\n"
 
 
-def parse_signals(names: Sequence[str]) -> list[signal.Signals]:
-    """Signals by name, such as ``SIGTERM``; ConfigError for one that no process can catch."""
-    known = {each.name: each for each in signal.Signals if each not in (signal.SIGKILL, signal.SIGSTOP)}
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"stop_signals={list(names)}: {name!r} is no signal that a run can catch, as SIGTERM is.")
-    return [known[name] for name in names]
+def seconds_of(max_time: str | None) -> float:
+    """A wall-clock budget of the form ``DD:HH:MM:SS``; None never ends."""
+    if max_time is None:
+        return math.inf
+    days, hours, minutes, seconds = map(int, max_time.split(":"))
+    return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
 
 class StopRequest:
@@ -32,14 +29,11 @@ class StopRequest:
     Args:
         signals (Sequence[str]): names of the signals that ask for it.
         max_time (str | None): wall-clock budget from now on, ``DD:HH:MM:SS``.
-
-    Raises:
-        ConfigError: If a signal or the budget is not one.
     """
 
     def __init__(self, signals: Sequence[str], max_time: str | None) -> None:
-        self._signals = parse_signals(signals)
-        self._timer = RunTimer(max_time)
+        self._signals = [signal.Signals[name] for name in signals]
+        self.ends_at = time.monotonic() + seconds_of(max_time)  # by the same clock
         self._before: dict[signal.Signals, Any] = {}
         self._interrupted_at: float | None = None  # by the first Ctrl-C
         self.is_signalled = False
@@ -68,7 +62,7 @@ class StopRequest:
     @property
     def is_out_of_time(self) -> bool:
         """The budget is used up."""
-        return self._timer.is_over
+        return time.monotonic() >= self.ends_at
 
     @property
     def is_asked(self) -> bool:

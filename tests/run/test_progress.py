@@ -4,14 +4,8 @@ trace."""
 import pytest
 
 from spin.core.errors import CheckpointError, ConfigError
-from spin.run.progress import (
-    RunTimer,
-    SPINProgress,
-    compute_interval,
-    compute_limit_batches,
-    compute_num_steps_per_epoch,
-    parse_max_time,
-)
+from spin.run.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
+from spin.run.stopping import StopRequest, seconds_of
 
 
 def test_steps_per_epoch_match_nemo(oracles):
@@ -27,12 +21,8 @@ def test_limits_match_nemo(oracles):
         assert compute_limit_batches(case["number_of_batches"], case["limit_batches"]) == case["result"], case
 
 
-def test_none_is_no_limit_and_other_types_are_refused():
+def test_none_is_no_limit():
     assert compute_limit_batches(7, None) == compute_limit_batches(7, -1) == 7
-    with pytest.raises(ConfigError, match="str"):
-        compute_limit_batches(7, "3")
-    with pytest.raises(ConfigError, match="-2: expected a number of batches, or -1 for no limit"):
-        compute_limit_batches(7, -2)
 
 
 def test_progress_follows_nemos_trace(oracles):
@@ -105,37 +95,15 @@ def test_a_checkpoint_of_other_arithmetic_is_refused():
         SPINProgress(20, 2, 2).load_state_dict(progress.state_dict())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "word"),
-    [
-        ((0, 2, 2), "no step"),
-        (([3, 0], 2, 2), "no step"),
-        (([3], 2, 2), "steps_per_epoch"),
-        ((3, 0, 2), "max_epochs"),
-        ((3, 2, 0), "max_iterations"),
-        ((3, 2, 2, 0), "max_steps"),
-    ],
-)
-def test_refuses_a_run_without_steps(arguments, word):
-    with pytest.raises(ConfigError, match=word):
-        SPINProgress(*arguments)
-
-
 def test_intervals():
     assert compute_interval("save_interval", 0.4, 5) == 2
     assert compute_interval("save_interval", 3, 5) == 3
     assert compute_interval("save_interval", 0, 5) == 0
-    for bad in (0.1, -1, 1.5):
-        with pytest.raises(ConfigError, match="save_interval"):
-            compute_interval("save_interval", bad, 5)
+    with pytest.raises(ConfigError, match="save_interval=0.1 of an epoch of 5 steps is less than one step"):
+        compute_interval("save_interval", 0.1, 5)
 
 
 def test_max_time():
-    assert parse_max_time("01:02:03:04") == 86400 + 2 * 3600 + 3 * 60 + 4
-    assert parse_max_time(None) is None
-    for bad in ("10:00", "1h", "00:00:00:-1", 5):
-        with pytest.raises(ConfigError, match="DD:HH:MM:SS"):
-            parse_max_time(bad)
-    assert RunTimer("00:00:00:00").is_over
-    assert not RunTimer("00:01:00:00").is_over
-    assert not RunTimer(None).is_over
+    assert seconds_of("01:02:03:04") == 86400 + 2 * 3600 + 3 * 60 + 4
+    ends = [StopRequest([], max_time).is_out_of_time for max_time in ("00:00:00:00", "00:01:00:00", None)]
+    assert ends == [True, False, False]

@@ -25,18 +25,6 @@ def test_a_list_of_the_wrong_length_is_refused_for_iteration_0(value):
         per_iteration(value, 0, 3)
 
 
-@pytest.mark.parametrize("value", ["0.1", None, True, {"a": 1}, [0.1, "x"], [0.1, None], float("nan")])
-def test_other_types_are_refused(value):
-    with pytest.raises(ConfigError):
-        per_iteration(value, 0, 2)
-
-
-@pytest.mark.parametrize("iteration", [-1, 2])
-def test_an_iteration_outside_the_run_is_refused(iteration):
-    with pytest.raises(ConfigError, match="outside"):
-        per_iteration(0.1, iteration, 2)
-
-
 def test_linear_schedule_by_hand():
     """10 steps, 2 of warm-up: 1/2, 2/2, then 8 steps down from 1 by 1/8 each."""
     factors = [lr_factor("linear", step, 10, warmup=2) for step in range(10)]
@@ -51,13 +39,5 @@ def test_cosine_schedule_ends_near_min_ratio():
     assert factors[10:] == sorted(factors[10:], reverse=True)
 
 
-def test_constant_schedule_and_share_of_warmup():
+def test_constant_schedule_and_fraction_of_warmup():
     assert [lr_factor("constant", step, 4, warmup=0.5) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
-
-
-@pytest.mark.parametrize(
-    "kwargs", [{"name": "step"}, {"warmup": -1}, {"warmup": 1.5}, {"min_ratio": 1.1}, {"min_ratio": -0.1}]
-)
-def test_refuses_bad_schedules(kwargs):
-    with pytest.raises(ConfigError, match="lr_scheduler"):
-        lr_factor(**{"name": "linear", "step": 0, "total_steps": 10, **kwargs})
