@@ -177,7 +177,9 @@ class Watch(Section):
 
     window: int = key(20, "steps averaged for the first three", ge=1, le=10**6)
     real_logp_drift: WatchLimit = key(WatchLimit(limit=50.0), "nats that real responses may lose in an iteration")
-    acc: WatchLimit = key(WatchLimit(limit=0.99), "above, real and generated are told apart: nothing is left to learn")
+    acc: WatchLimit = key(
+        WatchLimit(limit=0.99), "above, the policy prefers nearly every real response: little is left to learn"
+    )
     margin: WatchLimit = key(WatchLimit(limit=5.0), "above, the loss is flat")
     truncated_fraction: WatchLimit = key(WatchLimit(limit=0.5), "of an iteration's responses")
     length_drift: LengthLimit = key(LengthLimit(), "mean length of responses: times, or one in, that of iteration 0")

@@ -80,7 +80,7 @@ class ChatTokenizer:
             own = {"default": self.chat_template}
         if not own:
             raise DataError(
-                f"The tokenizer in {self.path} has no chat template, so turns cannot be told apart. Set "
+                f"The tokenizer in {self.path} has no chat template, so nothing marks where turns begin and end. Set "
                 "tokenizer.chat_template to a Jinja file (that of the model's instruct version), or use a torchtune "
                 "tokenizer."
             )
@@ -239,8 +239,9 @@ class ChatTokenizer:
         if not reasoning and empty is not None and response.startswith(empty):
             raise DataError(
                 "the chat template lets the model reason before it answers, and the real response has no reasoning: "
-                f"pairs would be told apart by that alone. {self._template.thinking_remedy('false')}, or give the real "
-                "responses with their reasoning (<think>...</think> in the content)."
+                "that alone would distinguish the responses of a pair. "
+                f"{self._template.thinking_remedy('false')}, or give the real responses with their "
+                "reasoning (<think>...</think> in the content)."
             )
         return response
 

@@ -239,7 +239,7 @@ class ConversationTemplate:
         if begin.strip():  # gpt-oss: the channel that the model chooses
             log.warning(
                 "The chat template of %s begins every real response with %r, behind its generation prompt. Where the "
-                "model begins otherwise (in another channel, say), pairs may be told apart by that alone.",
+                "model begins otherwise (in another channel, say), that alone may distinguish the responses of a pair.",
                 self._folder,
                 begin,
             )
@@ -252,7 +252,7 @@ class ConversationTemplate:
         if "<think>" in opened and THINK_END not in opened:
             log.warning(
                 "The chat template of %s opens a thinking block in every prompt (%r). Real responses without "
-                "reasoning are trained right behind it, and pairs may be told apart by that alone.",
+                "reasoning are trained right behind it, and that alone may distinguish the responses of a pair.",
                 self._folder,
                 opened,
             )

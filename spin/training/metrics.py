@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,36 +14,14 @@ from spin.core.ranks import World
 from spin.model.sharding import local_tensor
 from spin.pairs.packing import PackedRow
 
-log = logging.getLogger(__name__)
-
-_SUMS = (
-    "weight",
-    "loss",
-    "acc",
-    "real_rewards",
-    "generated_rewards",
-    "squared_rewards",
-    "real_drift",
-    "generated_drift",
-    "real_nll",
-    "generated_tokens",
-    "truncated",
-)
-
 
 @dataclass
 class Step:
-    """What an optimizer step was.
+    """What an optimizer step was."""
 
-    Args:
-        metrics (dict[str, float]): over all ranks, by name.
-        must_stop (bool): some rank was asked to stop.
-        out_of_time (bool): by ``max_time``.
-    """
-
-    metrics: dict[str, float]
-    must_stop: bool = False
-    out_of_time: bool = False
+    metrics: dict[str, float]  # over all ranks
+    must_stop: bool = False  # some rank was asked to stop
+    out_of_time: bool = False  # by max_time
 
 
 def pair_losses(
@@ -59,7 +36,8 @@ class PairSums:
     """Adds up what the metrics of a batch of pairs are made of; one host/device sync, in :meth:`totals`."""
 
     def __init__(self) -> None:
-        self._total: torch.Tensor | None = None
+        self._names: tuple[str, ...] = ()
+        self._total = torch.zeros(())
         self._counts = {"comparisons": 0, "tokens": 0, "positions": 0}
 
     @torch.no_grad()
@@ -82,16 +60,16 @@ class PairSums:
             "generated_tokens": lengths[row.generated],
             "truncated": row.truncated,
         }
-        sums = torch.stack([values[name].double().sum() for name in _SUMS])
-        self._total = sums if self._total is None else self._total + sums
+        sums = torch.stack([each.double().sum() for each in values.values()])
+        self._names, self._total = tuple(values), self._total + sums
         self._counts["comparisons"] += row.weights.numel()
         self._counts["tokens"] += row.used_tokens
         self._counts["positions"] += row.tokens.numel()
 
     def totals(self) -> dict[str, float]:
         """The sums of this rank, by name; waits for the device."""
-        sums = [0.0] * len(_SUMS) if self._total is None else self._total.tolist()
-        return {**dict(zip(_SUMS, sums, strict=True)), **{name: float(n) for name, n in self._counts.items()}}
+        sums = self._total.tolist()
+        return dict(zip(self._names, sums, strict=True)) | {name: float(n) for name, n in self._counts.items()}
 
 
 def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[str, float]:
@@ -99,14 +77,7 @@ def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[s
 
     ``loss``, ``acc`` and the ``rewards_*`` carry NeMo-Aligner's names and count pairs whose weight is not 0; rewards
     are scaled by beta. A tie counts as wrong in ``acc``. With an NLL term, ``nll_loss`` is that term before its
-    weight, and ``total_loss = loss + nll_weight * nll_loss`` what the step minimises.
-
-    Args:
-        totals (Mapping[str, float]): sums over all ranks.
-        nll_weight (float): weight of the real responses' mean negative log-prob per token; 0 is no such term.
-
-    Returns:
-        dict[str, float]: by name; empty if no pair has weight.
+    weight, and ``total_loss = loss + nll_weight * nll_loss`` what the step minimises. Nothing if no pair has weight.
 
     Source:
         ``megatron_gpt_spin_model.py`` of https://github.com/NVIDIA/NeMo-Aligner for the names.
@@ -148,10 +119,7 @@ def speed_metrics(totals: Mapping[str, float], pairs: int, seconds: float) -> di
 def validation_metrics(
     losses: torch.Tensor, real_rewards: torch.Tensor, generated_rewards: torch.Tensor, weights: torch.Tensor
 ) -> dict[str, float]:
-    """The SPIN metrics of validation pairs, as :func:`spin.training.validation.eval_pair_losses` gives them.
-
-    They are means over the pairs, as in training.
-    """
+    """The SPIN metrics of validation pairs: means of what :func:`spin.training.validation.eval_pair_losses` gives."""
     total = weights.double().sum()
     if total == 0:
         return {}
@@ -169,14 +137,10 @@ def prefix_keys(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class UpdateFraction:
-    """The share of weights that an optimizer step really changes, from a sample of every parameter.
+    """The fraction of weights that an optimizer step really changes, from a sample of each parameter's own shard.
 
     Made before the step, asked after it. At SPIN's learning rates a step on pure bf16 weights rounds back to where it
     started almost everywhere.
-
-    Args:
-        model (nn.Module): the policy; every rank samples its own shards.
-        per_parameter (int): weights sampled of each parameter, at most.
     """
 
     @torch.no_grad()
@@ -190,9 +154,9 @@ class UpdateFraction:
         self._before = torch.cat(self._sample)
 
     def measure(self, world: World) -> float:
-        """Moved weights per sampled weight, over all ranks: one all-reduce, and one wait for the step to be done."""
+        """Changed weights per sampled one, over all ranks: one all-reduce, and one wait for the step to be done."""
         moved = torch.cat(self._sample) != self._before
         counts = torch.stack((moved.sum(), moved.new_full((), moved.numel(), dtype=torch.int64))).to(world.device)
         dist.all_reduce(counts)
-        moved_weights, sampled_weights = counts.tolist()  # host/device sync
-        return moved_weights / sampled_weights
+        changed, sampled = counts.tolist()  # host/device sync
+        return changed / sampled

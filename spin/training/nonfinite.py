@@ -22,10 +22,10 @@ def check_last_update(model: nn.Module, world: World, step: int, values: Mapping
     """Refuses an update that no later loss has seen: a step's loss is that of the weights before it. Collective."""
     found = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     if found:
-        told = f"step {step}: {', '.join(found)} after the last update"
-        check_weights(model, world, told)
+        where = f"step {step}: {', '.join(found)} after the last update"
+        check_weights(model, world, where)
         raise NonFiniteError(
-            f"{told}, though every weight is finite: they are too large to compute with. {NONFINITE_REMEDY}"
+            f"{where}, though every weight is finite: they are too large to compute with. {NONFINITE_REMEDY}"
         )
 
 
@@ -48,21 +48,10 @@ class NonFiniteGuard:
         return sum(first <= each < end for each in self.skipped)
 
     def check(self, loss: float, grad_norm: float, step: int, batch: Sequence[Pair], world: World) -> bool:
-        """Whether a step may update. The numbers are the same on every rank, so all ranks decide alike.
+        """Whether a step may update: False leaves the batch out, so that neither optimizer nor schedule moves.
 
-        Args:
-            loss (float): the batch's summed loss.
-            grad_norm (float): norm of its gradient.
-            step (int): optimizer steps so far.
-            batch (Sequence[Pair]): the global batch.
-            world (World): the ranks, the first of which writes the file.
-
-        Returns:
-            bool: False if the batch is to be left out: neither optimizer nor schedule moves.
-
-        Raises:
-            NonFiniteError: If the run must stop, naming the batch's samples; no weight was changed.
-            OutputError: On all ranks, if the file cannot be written.
+        A NonFiniteError that names the batch's samples ends the run, with no weight changed. ``loss``, the batch's sum,
+        and ``grad_norm`` are the same on every rank.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return True

@@ -37,11 +37,8 @@ _MAX_BLOCK, _MIN_BLOCK, _MIN_QUANTIZED = 256, 64, 4096
 
 
 class _ShardedAdamW(torch.optim.Optimizer):
-    """What both optimizers below share.
-
-    Its state is saved by :mod:`spin.checkpoint`. torch's ``load_state_dict`` would cast it to the parameters'
-    dtype.
-    """
+    """What both optimizers below share; :mod:`spin.checkpoint` saves its state, which torch's ``load_state_dict`` would
+    cast to the parameters' dtype."""
 
     _quantized = False  # moments in 8 bits
     stochastic_rounding = True
@@ -74,14 +71,7 @@ class _ShardedAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates the parameters that have a gradient.
-
-        Args:
-            closure (Callable[[], float] | None): computes the loss again, as in torch's optimizers.
-
-        Returns:
-            float | None: what ``closure`` returned.
-        """
+        """Updates the parameters that have a gradient; ``closure`` is that of torch's optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -214,19 +204,10 @@ class AdamWStochasticRounding(_ShardedAdamW):
 
 
 def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float, world: World) -> float:
-    """Updates the weights; an optimizer that cannot update such weights at all says so in its first step. Collective.
+    """Updates the weights; gives the fraction of them that changed, see :class:`spin.training.metrics.UpdateFraction`.
 
-    Args:
-        optimizer (torch.optim.Optimizer): its parameters have gradients.
-        model (nn.Module): the policy.
-        lr (float): learning rate of all parameters.
-        world (World): the ranks.
-
-    Returns:
-        float: the fraction of weights that changed, see :class:`spin.training.metrics.UpdateFraction`.
-
-    Raises:
-        ConfigError: If the first step fails, unless for want of memory, the device or another rank.
+    If an optimizer's first step fails, unless for want of memory, the device or another rank, it cannot update such
+    weights at all: a ConfigError. Collective.
     """
     is_first = not optimizer.state
     for group in optimizer.param_groups:

@@ -11,24 +11,16 @@ from spin.core.errors import SelfTestError
 
 log = logging.getLogger(__name__)
 
-
 _LEAST_UPDATED_FRACTION = 0.1
 
 
 def check_first_loss(
     metrics: Mapping[str, float], expected: tuple[float, float], compute_dtype: str, iteration: int
 ) -> None:
-    """The self-test of an iteration's first step: policy and opponent are the same weights.
+    """The self-test of an iteration's first step, whose policy and opponent are the same weights: a SelfTestError if
+    its loss or margin is off the expected by more than 1e-6 in fp32 or 1e-4 in bf16.
 
-    Args:
-        metrics (Mapping[str, float]): of the step, see :func:`spin.training.metrics.pair_metrics`.
-        expected (tuple[float, float]): loss and margin of two equal models, see
-            :func:`spin.training.validation.initial_loss`; ln 2 and 0 for the logistic SPIN loss.
-        compute_dtype (str): ``fp32`` allows 1e-6, ``bf16`` 1e-4.
-        iteration (int): counted from 0.
-
-    Raises:
-        SelfTestError: If the loss or the margin is off.
+    ``expected`` comes from :func:`spin.training.validation.initial_loss`.
     """
     tolerance = 1e-6 if compute_dtype == "fp32" else 1e-4
     loss, margin = expected
@@ -59,16 +51,8 @@ def check_updated_fraction(
     """Warns, once an iteration, of steps that change next to nothing.
 
     The spacing of bf16 weights is 1/256 to 1/128 of their size: a step of less than half of that is rounded away.
-    Rounded at random it moves few weights too, but those by enough: nothing is lost on average, and nothing is said.
-
-    Args:
-        fraction (float): of the weights that a step has changed, see :class:`spin.training.metrics.UpdateFraction`.
-        lr (float): the step's learning rate; 0 may move nothing.
-        optimizer (torch.optim.Optimizer): its ``stochastic_rounding``, if it has one, says whether bf16 weights are
-            rounded at random.
-        dtype (str): of the master weights, ``fp32`` or ``bf16``.
-        iteration (int): counted from 0.
-        warned (set[int]): iterations that have been warned of; this one is added.
+    Rounded at random (``stochastic_rounding`` of the optimizer) it moves few weights too, but those by enough: nothing
+    is lost on average, and nothing is said. ``dtype`` is that of the master weights; ``warned`` gets the iteration.
     """
     rounds_at_random = dtype == "bf16" and getattr(optimizer, "stochastic_rounding", False)
     if lr <= 0 or fraction >= _LEAST_UPDATED_FRACTION or iteration in warned or rounds_at_random:

@@ -22,21 +22,15 @@ from spin.pairs.store import MANIFEST, PairStore
 log = logging.getLogger(__name__)
 
 _IN_STEPS = ("real_logp_drift", "acc", "margin")
-_IN_ANSWERS = ("truncated_fraction", "length_drift")
-LIMITS = _IN_STEPS + _IN_ANSWERS
+LIMITS = (*_IN_STEPS, "truncated_fraction", "length_drift")
 
 
 @dataclass(frozen=True)
 class Alert:
-    """A limit that was passed and is to end the run.
+    """A limit that was passed and is to end the run."""
 
-    Args:
-        rolls_back (bool): the iteration's steps are to be undone.
-        message (str): what was found, and what to do.
-    """
-
-    rolls_back: bool
-    message: str
+    rolls_back: bool  # the iteration's steps are to be undone
+    message: str  # what was found, and what to do
 
     def error(self, step: int) -> CollapseError:
         """The error that ends the run, once it is rolled back or saved at ``step``."""
@@ -45,12 +39,7 @@ class Alert:
 
 
 class CollapseMonitor:
-    """Compares an iteration's numbers with their limits. The numbers are the same on every rank, so are the decisions.
-
-    Args:
-        watch (schema.Watch): the config's limits.
-        is_main (bool): this rank prints the warnings.
-    """
+    """Compares an iteration's numbers with the config's limits, alike on every rank; ``is_main`` prints warnings."""
 
     def __init__(self, watch: schema.Watch, is_main: bool) -> None:
         self._limits = {name: watch[name]["limit"] for name in LIMITS}
@@ -76,20 +65,13 @@ class CollapseMonitor:
         self.metrics = dict(state.get("metrics", {}))
 
     def start(self, iteration: int, responses: Mapping[str, float]) -> None:
-        """Looks at an iteration's responses, before anything is trained on them.
-
-        Args:
-            iteration (int): counted from 0.
-            responses (Mapping[str, float]): from :func:`response_metrics`.
-
-        Raises:
-            CollapseError: If a limit was passed whose action is not ``warn``.
-        """
+        """Looks at an iteration's :func:`response_metrics` before anything is trained on the responses; a CollapseError
+        if a limit was passed whose action is not ``warn``."""
         self.metrics = {name: value for name, value in responses.items() if name == "length_drift"}
         found = {}
-        if (share := responses["truncated_fraction"]) > (self._limits["truncated_fraction"] or 1):
+        if (fraction := responses["truncated_fraction"]) > (self._limits["truncated_fraction"] or 1):
             found["truncated_fraction"] = (
-                f"{share:.1%} of the opponent's responses were truncated by sampling.max_new_tokens: they may lack "
+                f"{fraction:.1%} of the opponent's responses were truncated by sampling.max_new_tokens: they may lack "
                 f"their end. See `python -m spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
                 "Raise max_new_tokens, or train less"
             )
@@ -99,9 +81,9 @@ class CollapseMonitor:
                 f"the opponent's responses are {drift:.2f} times as long as in iteration 0: the policy may be drifting "
                 "away in length. Look at some with `python -m spin pairs`; lower optimizer.lr, or raise loss.beta"
             )
-        alarm = self._report(iteration, found)
-        if alarm is not None:
-            raise CollapseError(f"{alarm.message} Nothing was trained on these responses yet.")
+        alert = self._report(iteration, found)
+        if alert is not None:
+            raise CollapseError(f"{alert.message} Nothing was trained on these responses yet.")
 
     def step(self, iteration: int, step_in_iteration: int, metrics: Mapping[str, float]) -> Alert | None:
         """Looks at the mean of the last steps, once an iteration has as many."""
@@ -122,8 +104,8 @@ class CollapseMonitor:
             )
         if self._passes("acc", means["acc"]):
             found["acc"] = (
-                f"acc is {means['acc']:.3f} ({steps}): the policy tells nearly every real answer from its own. Little "
-                "is left to learn in this iteration; use fewer epochs, or raise loss.beta"
+                f"acc is {means['acc']:.3f} ({steps}): the policy prefers nearly every real response to its own. "
+                "Little is left to learn in this iteration; use fewer epochs, or raise loss.beta"
             )
         if self._passes("margin", means["margin"]):
             found["margin"] = (
@@ -150,17 +132,8 @@ class CollapseMonitor:
 
 
 def response_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, float]:
-    """How an iteration's responses end and how long they are, from its store. Collective.
-
-    Args:
-        folder (Path): the iteration's folder, with its store of responses.
-        first_folder (Path): that of iteration 0; its store may be gone.
-        world (World): the ranks.
-
-    Returns:
-        dict[str, float]: ``truncated_fraction``, and ``length_drift``, the mean length over that of iteration 0, where
-        that one is known.
-    """
+    """How an iteration's responses end and how long they are, from the store in its folder: ``truncated_fraction``, and
+    ``length_drift``, their mean length over that of iteration 0, whose store may be gone. Collective."""
     metrics: dict[str, float] = {}
     with raise_on_all_ranks(world, StoreError):
         if world.is_main:

@@ -1,4 +1,4 @@
-"""Metrics of a batch, by hand and against torch; the share of weights moved; the metrics file after a restart."""
+"""Metrics of a batch, by hand and against torch; the fraction of weights updated; the metrics file after a restart."""
 
 import json
 from types import SimpleNamespace
@@ -97,7 +97,7 @@ def test_several_responses_share_their_pairs_weight():
 
 
 def test_no_pair_has_weight():
-    assert pair_metrics(PairSums().totals()) == {}
+    assert run([three_pairs()[2:]], POLICY, truncated="mask") == {}
 
 
 def moved_by_one_step(dtype, make) -> float:
@@ -140,7 +140,7 @@ def test_bf16_weights_hardly_move_at_spins_learning_rate(caplog):
     assert "see grad_norm" in caplog.text
 
 
-def test_moved_share_counts_shards_and_skips_what_is_frozen():
+def test_updated_fraction_counts_shards_and_skips_what_is_frozen():
     """2 of 6 trained weights change; a sample of an even number of columns reaches all of them."""
     world = init_world("cpu")
     model = torch.nn.Module()
