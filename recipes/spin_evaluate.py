@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -30,40 +29,31 @@ from typing import Any
 
 import torch
 
-from spin import config
+from spin import config, run
 from spin.config import EvaluateConfig
 from spin.config.schema import Sampling
-from spin.core.errors import DataError, OutputError
-from spin.core.files import FolderLock, as_output_error, replace_text
-from spin.core.ranks import barrier, broadcast_object, check_ranks_agree, init_world, raise_on_all_ranks, shutdown
-from spin.core.terminal import get_logger, progress_bar
+from spin.core.errors import DataError
+from spin.core.files import as_output_error, replace_text
+from spin.core.ranks import barrier, broadcast_object, check_ranks_agree, init_world, shutdown
+from spin.core.terminal import get_logger
 from spin.data import Prompt, PromptDataset
 from spin.data.dates import fix_date
 from spin.evaluation import verdicts
 from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles, shared_samples
-from spin.generators import sampling_params, stage
-from spin.generators.engines import engine_group, policy_loaded
-from spin.pairs.packing import RowLayout
+from spin.generators import engine_group, policy_loaded, sampling_params, stage
+from spin.pairs import RowLayout
 from spin.pairs.shards import missing_shards, open_store, seal
-from spin.reference.generator_check import check_generator_logprobs
-from spin.run.resume import inputs_of_config, inputs_of_files
+from spin.reference import check_generator_logprobs
+from spin.run.resume import inputs_of_files
 from spin.types import Response
 
 log = get_logger("INFO")
-
 
 ROLES = ("candidate", "baseline")
 
 
 class SPINEvaluate:
-    """Compares two models on held-out prompts.
-
-    Args:
-        cfg (EvaluateConfig): complete and typed.
-
-    Raises:
-        ConfigError: If the config cannot work.
-    """
+    """Compares two models on held-out prompts; a ``ConfigError`` if its config cannot work."""
 
     def __init__(self, cfg: EvaluateConfig) -> None:
         check_evaluation(cfg)
@@ -73,9 +63,8 @@ class SPINEvaluate:
     def setup(self) -> None:
         """Reads the data as each model sees them, and checks the folders; loads no weights."""
         cfg = self._cfg
-        self._world = init_world(cfg.device, **inputs_of_config(cfg))
-        with raise_on_all_ranks(self._world, OutputError):
-            self._lock = FolderLock(self._output_dir) if self._world.is_main else None
+        self._world = init_world(cfg.device, **run.inputs_of_config(cfg))
+        self._lock = run.lock_output_dir(self._output_dir, self._world)
         self._models = {role: EvalModel(role, cfg[role]) for role in eval_model_roles(cfg)}
         for model in self._models.values():
             fix_date(model.tokenizer, self._output_dir, self._world, cfg.candidate.checkpoint_dir)
@@ -93,8 +82,7 @@ class SPINEvaluate:
             log.warning(f"{dropped} samples fit one of the two models only and are dropped.")
         self._originals = datasets["candidate"].originals
         self._prompts = {
-            role: PromptDataset(prompt for prompt in dataset if prompt.sample_id in shared)
-            for role, dataset in datasets.items()
+            role: PromptDataset(each for each in read if each.sample_id in shared) for role, read in datasets.items()
         }
         for role, model in self._models.items():
             read = {f"dataset of {role}": self._prompts.get(role), f"tokenizer of {role}": model.tokenizer}
@@ -106,22 +94,14 @@ class SPINEvaluate:
             self._right_answers = verdicts.right_answers(originals, section.column, section.reference_pattern)
 
     def evaluate(self) -> dict[str, Any]:
-        """Generates the responses that are missing, has them judged, writes the results.
-
-        Returns:
-            dict[str, Any]: the content of ``summary.json``.
-
-        Raises:
-            DataError: If not one verdict of the judge can be read.
-        """
+        """Generates the responses that are missing, has them judged, writes the results. Gives the content of
+        ``summary.json``; a ``DataError`` if not one verdict of the judge can be read."""
         cfg, models = self._cfg, self._models
         # --- 1. Both models respond to every prompt ---
-        responses = {
-            role: self._generate(
-                models[role], self._prompts[role], cfg.sampling, self._output_dir / "responses" / models[role].name
-            )
-            for role in ROLES
-        }
+        responses = {}
+        for role in ROLES:
+            folder = self._output_dir / "responses" / models[role].name
+            responses[role] = self._generate(models[role], self._prompts[role], cfg.sampling, folder)
         rows = [self._row(sample_id, responses) for sample_id in self._prompts["candidate"].sample_ids]
         # --- 2. Verdicts ---
         folder = self._output_dir / f"{models['candidate'].name}_vs_{models['baseline'].name}"
@@ -183,18 +163,13 @@ class SPINEvaluate:
             model = who.load(world, cfg.compute_dtype) if who.has_weights else None
             generator = generator or who.generator(model, world)
             group = engine_group(generator, world)
-            mine = stage.shards_for_rank(missing, store, task, group)
-            own = math.ceil(len(prompts) * len(mine) / store.num_shards)  # about so many prompts
-            with progress_bar(who.name, "prompt", own, enabled=world.is_main) as bar:
-                # a generator without weights needs none
-                with nullcontext() if model is None else policy_loaded(generator, model):
-                    if model is not None:
-                        layout = RowLayout(min(8192, who.context))
-                        check_generator_logprobs(
-                            generator, model, world, prompts, sampling, layout=layout, chunk_tokens=2048
-                        )
-                    with raise_on_all_ranks(world, OutputError):  # inside, each rank makes its shards by itself
-                        stage.play(store, mine, task, generator, group=group, on_shard=bar.update)
+            with policy_loaded(generator, model) if model is not None else nullcontext():
+                if model is not None:
+                    layout = RowLayout(min(8192, who.context))
+                    check_generator_logprobs(
+                        generator, model, world, prompts, sampling, layout=layout, chunk_tokens=2048
+                    )
+                stage.play_shards(store, missing, task, generator, world, group, who.name)
         if generator is not None:
             generator.close()
         model = generator = None

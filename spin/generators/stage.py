@@ -7,14 +7,13 @@ not on the rank that makes it or on what was there before, so a run that was kil
 from __future__ import annotations
 
 import heapq
-import logging
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
-from itertools import chain
+from itertools import chain, count, islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -37,25 +36,18 @@ from spin.generators.sampling import sample_seed
 from spin.pairs.filters import FilteredPairs
 from spin.pairs.shards import missing_shards, open_store, seal, split_evenly
 from spin.pairs.store import PairStore
-from spin.types import Pair, Prompt, Response
+from spin.types import Pair, Prompt, Response, TokenIds
 
-log = logging.getLogger(__name__)
+_ALONE = EngineGroup(0, 1)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What every response must stay within, whoever writes it.
+    """What every response must stay within, whoever writes it."""
 
-    Args:
-        vocab_size (int): token ids are below it.
-        max_seq_len (int): tokens of prompt and response together.
-        decode (Callable[[Sequence[int]], str] | None): token ids to text, to look for stop strings; None: not looked
-            for.
-    """
-
-    vocab_size: int = 2**31  # a store keeps int32
-    max_seq_len: int = sys.maxsize
-    decode: Callable[[Sequence[int]], str] | None = None
+    vocab_size: int = 2**31  # token ids are below it; a store keeps int32
+    max_seq_len: int = sys.maxsize  # tokens of prompt and response together
+    decode: Callable[[Sequence[int]], str] | None = None  # to look for stop strings; None: they are not looked for
 
 
 def limits_of(model: Any, max_seq_len: int, tokenizer: PromptTokenizer) -> Limits:
@@ -87,11 +79,6 @@ class PlayTask:
     limits: Limits = field(default_factory=Limits)
 
 
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"
-
-
 def num_shards(num_samples: int, prompts_per_shard: int, groups: int) -> int:
     """Shards of a store of responses: as many for each group, as far as there are samples."""
     needed = math.ceil(num_samples / prompts_per_shard)
@@ -118,17 +105,12 @@ def shards_for_rank(shards: Sequence[int], store: PairStore, task: PlayTask, gro
 
 
 def play_fingerprint(
-    task: PlayTask,
-    opponent: str,
-    tokenizer: PromptTokenizer,
-    generator: Generator,
-    compute_dtype: str,
-    model: Any = None,
+    task: PlayTask, cfg: SPINConfig, opponent: str, tokenizer: PromptTokenizer, generator: Generator
 ) -> dict[str, Any]:
     """Everything that the opponent's responses depend on, by name."""
     return {
         "opponent": opponent,
-        "model": model,
+        "model": config.plain(cfg.model),
         "dataset": task.prompts.fingerprint(),
         **{f"dataset.{key}": value for key, value in task.prompts.settings.items()},
         "samples": json_fingerprint(list(task.samples)),
@@ -139,7 +121,7 @@ def play_fingerprint(
         "responses_per_prompt": task.responses_per_prompt,
         "generator": name_of(generator),
         "generator_source": getattr(generator, "fingerprint", None),
-        "compute_dtype": compute_dtype,
+        "compute_dtype": cfg.compute_dtype,
     }
 
 
@@ -155,6 +137,8 @@ def play_tasks(
     group: EngineGroup,
     verify: Callable[[], float | None],
     should_stop: Callable[[], bool],
+    worker: int = 0,
+    num_workers: int = 1,
 ) -> None:
     """The policy, as it is now, responds to the prompts of each task, into the pair store ``responses`` of its folder.
     Collective. The generator gets the weights once for all tasks, and only if a response is missing.
@@ -171,6 +155,8 @@ def play_tasks(
         verify (Callable[[], float | None]): called when the generator has the weights; what it returns is the report's
             ``generator/logprob_gap``.
         should_stop (Callable[[], bool]): asked after every response, or after every shard.
+        worker (int): which of several machines this is, each of which makes its shards; from 0.
+        num_workers (int): how many there are. A store that lacks the others' shards is left as it is.
 
     Raises:
         Stopped: If any rank was asked to stop before a store was complete; what there is stays.
@@ -180,9 +166,8 @@ def play_tasks(
     report: dict[str, float] | None = None
     with ExitStack() as loaded:
         for folder, task in tasks.items():
-            played_by = (opponent, tokenizer, generator, cfg.compute_dtype, config.plain(cfg.model))
-            fingerprint = play_fingerprint(task, *played_by)
-            shards = num_shards(len(task.samples), cfg.pairs.prompts_per_shard, group.count)
+            fingerprint = play_fingerprint(task, cfg, opponent, tokenizer, generator)
+            shards = num_shards(len(task.samples), cfg.pairs.prompts_per_shard, num_workers * group.count)
             store = open_store(folder / "responses", fingerprint, shards, world)
             missing = missing_shards(store, world)
             if store.is_sealed and not missing:
@@ -191,13 +176,29 @@ def play_tasks(
                 loaded.enter_context(policy_loaded(generator, model))
                 gap = verify()
                 report = {} if gap is None else {"generator/logprob_gap": gap}
-            mine = shards_for_rank(missing, store, task, group)
-            total = math.ceil(len(task.samples) / group.count)
-            bar = progress_bar(f"{folder.name} responses", "prompt", total, enabled=world.is_main)
-            # inside, each group makes as many shards as it has, without a collective of all ranks
-            with bar, raise_on_all_ranks(world, OutputError):
-                play(store, mine, task, generator, group=group, should_stop=should_stop, on_shard=bar.update)
+            own = [shard for shard in missing if shard % num_workers == worker]
+            play_shards(store, own, task, generator, world, group, f"{folder.name} responses", should_stop)
+            if num_workers > 1 and (left := missing_shards(store, world)) and set(own).isdisjoint(left):
+                continue
             seal(store, world, should_stop(), report)
+
+
+def play_shards(
+    store: PairStore,
+    shards: Sequence[int],
+    task: PlayTask,
+    generator: Generator,
+    world: World,
+    group: EngineGroup,
+    title: str,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Makes shards of a store under a progress bar, each group its part, see :func:`play`. Collective at the end: each
+    group makes as many shards as it has without waiting for other ranks."""
+    mine, parts = shards_for_rank(shards, store, task, group), split_evenly(len(task.samples), store.num_shards)
+    with progress_bar(title, "prompt", sum(len(parts[shard]) for shard in mine), enabled=world.is_main) as bar:
+        with raise_on_all_ranks(world, OutputError):
+            play(store, mine, task, generator, group=group, should_stop=should_stop, on_shard=bar.update)
 
 
 def filtered_responses(folders: Iterable[Path], policies: Any) -> FilteredPairs:
@@ -219,134 +220,104 @@ def play(
     task: PlayTask,
     generator: Generator,
     *,
-    group: EngineGroup | None = None,
+    group: EngineGroup = _ALONE,
     should_stop: Callable[[], bool] = lambda: False,
     on_shard: Callable[[int], None] = lambda prompts_done: None,
 ) -> None:
-    """Generates responses into shards of a store. Not collective: each group or machine makes its own shards.
-    Call it while the generator is :func:`policy_loaded`.
+    """Generates responses into shards of a store while the generator is :func:`policy_loaded`. Not collective: each
+    group of ranks, or machine, makes its own shards. ``should_stop`` is asked after every response or every shard,
+    ``on_shard`` is called with the number of its prompts.
 
     A generator that can is given all prompts at once, and a shard is written when its last response is there. Every
-    response passes :func:`check_response` when it arrives.
-
-    Args:
-        store (PairStore): where the responses go; its number of shards divides the samples evenly.
-        shards (Sequence[int]): the shards to make.
-        task (PlayTask): what is asked.
-        generator (Generator): the opponent.
-        group (EngineGroup | None): the ranks that share the generator's engine; None: this rank alone.
-        should_stop (Callable[[], bool]): asked after every response, or after every shard.
-        on_shard (Callable[[int], None]): called with the number of prompts after every shard.
-
-    Raises:
-        GeneratorError: If the generator's responses do not fit the prompts.
+    response passes :func:`check_response` when it arrives; a ``GeneratorError`` if they do not fit the prompts.
     """
     set_stage("generating responses")
-    group = group or EngineGroup(0, 1)
-    count = task.responses_per_prompt
-    parts = split_evenly(len(task.samples), store.num_shards)
-    check = partial(check_response, generator=generator, sampling=task.sampling, limits=task.limits)
+    if not shards or group.agree(should_stop()):
+        return
+    parts, per_prompt = split_evenly(len(task.samples), store.num_shards), task.responses_per_prompt
+    name, streams = name_of(generator), isinstance(generator, StreamingGenerator)
 
-    def chosen(shard: int) -> list[Prompt]:
+    def prompts(shard: int) -> list[Prompt]:
         return [task.prompts[task.samples[i]] for i in parts[shard]]
 
-    def requests(shard: int) -> Iterator[tuple[Sequence[int], int]]:
-        for prompt in chosen(shard):
-            for k in range(count):
-                seed = sample_seed(task.seed, task.iteration, prompt.sample_id, k)
-                yield prompt.prompt_ids, seed  # type: ignore[misc]
+    def requests(shard: int) -> Iterator[tuple[TokenIds, int]]:
+        for prompt in prompts(shard):
+            for k in range(per_prompt):
+                yield prompt.prompt_ids, sample_seed(task.seed, task.iteration, prompt.sample_id, k)
 
-    def checked(shard: int, index: int, response: object) -> Response:
-        """The response to request ``index`` of a shard."""
-        prompt = task.prompts[task.samples[parts[shard][index // count]]]
-        return check(response, sample_id=prompt.sample_id, prompt_tokens=len(prompt.prompt_ids))
-
-    def finish(shard: int, responses: Sequence[Response]) -> None:
-        played = chosen(shard)
-        pairs = _join(played, responses, task)
-        if group.writes:
-            store.write_shard(shard, pairs)
-        on_shard(len(played))
-
+    asked: Any = map(requests, shards)
+    sampling = task.sampling
+    stream: Any = _shard_by_shard(generator, asked, sampling)
     if isinstance(generator, StreamingGenerator):
-        if not shards or group.agree(should_stop()):
-            return
-        sizes = [len(parts[shard]) * count for shard in shards]
-        stream: Any = generator.stream(chain.from_iterable(map(requests, shards)), task.sampling)
-        with closing(stream):
-            # a rank that shares its engine asks its group, which takes a while; others ask after every response
-            ends_here = (lambda: False) if group.is_shared else should_stop
-
-            def checked_part(part: int, index: int, response: object) -> Response:
-                return checked(shards[part], index, response)
-
-            for number, responses in _in_parts(stream, sizes, checked_part, ends_here, name_of(generator)):
-                finish(shards[number], responses)
+        stream = generator.stream(chain.from_iterable(asked), sampling)
+    bounds = np.cumsum([0, *(len(parts[shard]) * per_prompt for shard in shards)])  # of each shard's requests
+    is_done = np.zeros(bounds[-1], bool)
+    found: dict[int, dict[int, Response]] = defaultdict(dict)  # of shards that are not complete
+    with closing(stream):
+        for item in stream:
+            if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
+                raise GeneratorError(
+                    f"generator: {name} gave {_shortened(item)}, expected (number of the request, its Response)."
+                )
+            number, response = item
+            if not 0 <= number < len(is_done) or is_done[number]:
+                raise GeneratorError(
+                    f"generator: {name} responded to request {number} twice, or none such was asked; the "
+                    f"{len(is_done)} requests are 0 to {len(is_done) - 1}."
+                )
+            is_done[number] = True
+            place = int(np.searchsorted(bounds, number, side="right")) - 1
+            shard, index = shards[place], number - int(bounds[place])
+            prompt = task.prompts[task.samples[parts[shard][index // per_prompt]]]
+            found[shard][index] = check_response(response, prompt, generator, sampling, task.limits)
+            if len(found[shard]) == len(parts[shard]) * per_prompt:
+                if group.writes:
+                    store.write_shard(shard, _pairs(prompts(shard), found[shard], task))
+                del found[shard]
+                on_shard(len(parts[shard]))
                 if group.agree(should_stop()):
                     return
-        return
-    for shard in shards:
-        if should_stop():
-            return
-        asked = list(requests(shard))
-        responses = generator.generate(
-            [list(map(int, ids)) for ids, _ in asked], task.sampling, [seed for _, seed in asked]
-        )
-        check_count(responses, len(asked), generator)
-        finish(shard, [checked(shard, index, response) for index, response in enumerate(responses)])
+            # asking those who share an engine takes a while; a shard that came at once is kept
+            elif streams and not group.is_shared and should_stop():
+                return
+    if not is_done.all():
+        raise GeneratorError(f"generator: {name} left {np.sum(~is_done)} of {len(is_done)} prompts without a response.")
 
 
-def check_count(responses: object, asked: int, generator: Generator) -> None:
-    """Raises a GeneratorError unless there is one response for each prompt."""
-    if not isinstance(responses, Sequence) or len(responses) != asked:
+def _pairs(prompts: Sequence[Prompt], responses: Mapping[int, Response], task: PlayTask) -> list[Pair]:
+    """Prompts with their responses, by request; without the log-probs, which are not stored."""
+    kept = (Response(responses[i].token_ids, responses[i].finish_reason) for i in sorted(responses))
+    return [
+        Pair(each.sample_id, task.iteration, each.prompt_ids, each.real_ids, [*islice(kept, task.responses_per_prompt)])
+        for each in prompts
+    ]
+
+
+def generate_each(
+    generator: Generator, requests: Sequence[tuple[TokenIds, int]], sampling: SamplingParams
+) -> Sequence[object]:
+    """What ``generate`` gives to prompts and their seeds, one each, not checked otherwise."""
+    prompts, seeds = [list(map(int, ids)) for ids, _ in requests], [seed for _, seed in requests]
+    responses: object = generator.generate(prompts, sampling, seeds)
+    if not isinstance(responses, Sequence) or len(responses) != len(requests):
         given = f"{len(responses)} responses" if isinstance(responses, Sequence) else _shortened(responses)
         raise GeneratorError(
-            f"generator: {name_of(generator)} gave {given} to {asked} prompts; expected one each, in order."
+            f"generator: {name_of(generator)} gave {given} to {len(requests)} prompts; expected one each, in order."
         )
+    return responses
 
 
-def _in_parts(
-    stream: Iterable[object],
-    sizes: Sequence[int],
-    check: Callable[[int, int, object], Response],
-    should_stop: Callable[[], bool],
-    name: str,
-) -> Iterator[tuple[int, list[Response]]]:
-    """Sorts numbered responses into consecutive parts; gives each part, in order, when it is complete. Ends early if,
-    after a response, it is asked to stop."""
-    bounds = np.cumsum([0, *sizes])
-    missing = list(sizes)
-    found: dict[int, dict[int, Response]] = {}
-    for item in stream:
-        if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
-            raise GeneratorError(
-                f"generator: {name} gave {_shortened(item)}, expected (number of the request, its Response)."
-            )
-        index, response = item
-        part = int(np.searchsorted(bounds, index, side="right")) - 1
-        if not 0 <= part < len(sizes) or not missing[part] or index in found.setdefault(part, {}):
-            raise GeneratorError(
-                f"generator: {name} responded to request {index} twice, or none such was asked; the "
-                f"{sum(sizes)} requests are 0 to {sum(sizes) - 1}."
-            )
-        found[part][index] = check(part, index - int(bounds[part]), response)
-        missing[part] -= 1
-        if not missing[part]:
-            yield part, [response for _, response in sorted(found.pop(part).items())]
-        if should_stop():
-            return
-    if any(missing):
-        raise GeneratorError(f"generator: {name} left {sum(missing)} of {sum(sizes)} prompts without a response.")
+def _shard_by_shard(
+    generator: Generator, shards: Iterable[Iterable[tuple[TokenIds, int]]], sampling: SamplingParams
+) -> Iterator[tuple[int, object]]:
+    """As ``stream``, by ``generate``."""
+    numbers = count()
+    for requests in shards:
+        yield from ((next(numbers), response) for response in generate_each(generator, list(requests), sampling))
 
 
 def check_response(
-    response: object,
-    *,
-    generator: Generator,
-    sampling: SamplingParams,
-    limits: Limits,
-    sample_id: str,
-    prompt_tokens: int,
+    response: object, prompt: Prompt, generator: Generator, sampling: SamplingParams, limits: Limits
 ) -> Response:
     """The one gate that every response passes, whoever wrote it: embedded or in-process engine, server, file, or a
     generator of the user's own.
@@ -358,37 +329,35 @@ def check_response(
     """
 
     def refuse(found: str) -> GeneratorError:
-        return GeneratorError(f"generator: {name_of(generator)}, sample {sample_id}: the response {found}")
+        return GeneratorError(f"generator: {name_of(generator)}, sample {prompt.sample_id}: the response {found}")
 
     if not isinstance(response, Response):
         raise refuse(f"is {_shortened(response)}, expected a spin.generators.Response of token ids and finish reason.")
     ids, reason = response.token_ids, response.finish_reason
     if isinstance(ids, str | bytes) or not hasattr(ids, "__len__") or not hasattr(ids, "__getitem__"):
         raise refuse(f"has token_ids {_shortened(ids)}, expected a list of token ids.")
-    room = min(limits.max_seq_len, getattr(generator, "max_seq_len", sys.maxsize)) - prompt_tokens
+    room = min(limits.max_seq_len, getattr(generator, "max_seq_len", sys.maxsize)) - len(prompt.prompt_ids)
     most = max(0, min(sampling.max_new_tokens, room))
     if len(ids) > most:  # before anything walks over it
         why = f"max_new_tokens={most}" if most == sampling.max_new_tokens else f"what the context leaves: {most}"
         raise refuse(f"has {len(ids)} tokens, expected at most {why}.")
-    wrong = next((i for i, token in enumerate(ids) if not isinstance(token, Integral) or isinstance(token, bool)), None)
-    if wrong is not None:
-        raise refuse(f"has {_shortened(ids[wrong])} as token {wrong}, expected whole numbers.")
+    for i, token in enumerate(ids):
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise refuse(f"has {_shortened(token)} as token {i}, expected whole numbers.")
     ids = list(map(int, ids))  # from numpy's
-    if len(ids) and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
-        wrong = next(i for i, token in enumerate(ids) if not 0 <= token < limits.vocab_size)
-        raise refuse(f"has the id {ids[wrong]} as token {wrong}, expected 0 to {limits.vocab_size - 1}.")
-    banned = set(sampling.banned_token_ids).intersection(ids)
-    if banned:
-        raise refuse(
-            f"has the id {min(banned)}, which the tokenizer lacks; it cannot be text, and is never sampled here."
-        )
-    early = set(sampling.stop_token_ids).intersection(ids[:-1])
-    if early:
-        where = next(i for i, token in enumerate(ids) if token in early)
-        raise refuse(f"has stop token {ids[where]} as token {where} of {len(ids)}, expected it at the end only.")
+    stops, banned = set(sampling.stop_token_ids), set(sampling.banned_token_ids)
+    for i, token in enumerate(ids):
+        if not 0 <= token < limits.vocab_size:
+            raise refuse(f"has the id {token} as token {i}, expected 0 to {limits.vocab_size - 1}.")
+        if token in banned:
+            raise refuse(
+                f"has the id {token}, which the tokenizer lacks; it cannot be text, and is never sampled here."
+            )
+        if token in stops and i < len(ids) - 1:
+            raise refuse(f"has stop token {token} as token {i} of {len(ids)}, expected it at the end only.")
     if reason not in ("stop", "length"):
         raise refuse(f"has finish reason {_shortened(reason)}, expected stop or length.")
-    ends = len(ids) > 0 and ids[-1] in sampling.stop_token_ids
+    ends = len(ids) > 0 and ids[-1] in stops
     if reason == "length" and ends:
         raise refuse(
             f"has finish reason 'length' but ends with stop token {ids[-1]}, expected 'stop'. A truncated response "
@@ -400,21 +369,20 @@ def check_response(
             "the end. A generator whose context is shorter says so by its attribute max_seq_len."
         )
     if reason == "stop" and len(ids) and not ends and not _has_stop_string(ids, sampling, limits):
-        expected = f"a stop token of {list(sampling.stop_token_ids)}"
-        if sampling.stop_strings:
-            expected += f" or a text with one of {list(sampling.stop_strings)}"
+        text = f" or a text with one of {list(sampling.stop_strings)}" if sampling.stop_strings else ""
         raise refuse(
-            f"has finish reason 'stop' but ends with token {ids[-1]}, expected {expected}. If the engine left the stop "
-            "token out, append it: SPIN scores it; if it stops at others, name them in sampling.stop_token_ids."
+            f"has finish reason 'stop' but ends with token {ids[-1]}, expected a stop token of "
+            f"{list(sampling.stop_token_ids)}{text}. If the engine left the stop token out, append it: SPIN scores it; "
+            "if it stops at others, name them in sampling.stop_token_ids."
         )
-    if sampling.logprobs or response.logprobs is not None:
-        logprobs = response.logprobs
+    logprobs = response.logprobs
+    if sampling.logprobs or logprobs is not None:
         if not isinstance(logprobs, Sequence) or len(logprobs) != len(ids):
             found = f"{len(logprobs)} log-probs" if isinstance(logprobs, Sequence) else f"logprobs {logprobs!r:.60}"
             raise refuse(f"has {found} for {len(ids)} tokens, expected one each.")
-        wrong = next((i for i, value in enumerate(logprobs) if not isinstance(value, float | int)), None)
-        if wrong is not None:
-            raise refuse(f"has {_shortened(logprobs[wrong])} as log-prob {wrong}, expected numbers.")
+        for i, value in enumerate(logprobs):
+            if not isinstance(value, float | int):
+                raise refuse(f"has {_shortened(value)} as log-prob {i}, expected numbers.")
     return replace(response, token_ids=ids)
 
 
@@ -425,18 +393,6 @@ def _has_stop_string(ids: Sequence[int], sampling: SamplingParams, limits: Limit
     return any(string in text for string in sampling.stop_strings)
 
 
-def _join(prompts: Sequence[Prompt], responses: Sequence[Response], task: PlayTask) -> list[Pair]:
-    count = task.responses_per_prompt
-    pairs = []
-    for i, prompt in enumerate(prompts):
-        generated = responses[i * count : (i + 1) * count]
-        pairs.append(
-            Pair(
-                sample_id=prompt.sample_id,
-                iteration=task.iteration,
-                prompt_ids=prompt.prompt_ids,
-                real_ids=prompt.real_ids,
-                generated=[Response(each.token_ids, each.finish_reason) for each in generated],
-            )
-        )
-    return pairs
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return f"{text if len(text) <= 60 else text[:57] + '...'} of type {type(value).__name__}"

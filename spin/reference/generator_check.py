@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,13 +11,14 @@ from torch import nn
 from spin.core.errors import GeneratorError
 from spin.core.ranks import World, gather_objects, raise_on_all_ranks
 from spin.data.dataset import PromptDataset
+from spin.generators.engines import name_of
 from spin.generators.generator import Generator, SamplingParams
-from spin.generators.stage import Limits, check_count, check_response, name_of
+from spin.generators.stage import Limits, check_response, generate_each
 from spin.pairs.packing import RowLayout
 from spin.reference.stage import score_batches
 from spin.types import Pair
 
-PROBE_PROMPTS, PROBE_TOKENS = 8, 32  # answers, and tokens of each, that prove a generator's weights
+PROBE_PROMPTS, PROBE_TOKENS = 8, 32  # responses, and tokens of each, that are compared
 
 
 def check_generator_logprobs(
@@ -31,7 +32,7 @@ def check_generator_logprobs(
     chunk_tokens: int,
     as_in_training: bool = False,
 ) -> float | None:
-    """Compares a generator's log-probs of its own answers with the policy's. Collective; call it in
+    """Compares a generator's log-probs of its own responses with the policy's. Collective; call it in
     :func:`policy_loaded`.
 
     A wrong name map, a tensor that did not arrive, or a cache that was made under other weights shows here and nowhere
@@ -42,7 +43,7 @@ def check_generator_logprobs(
         model (nn.Module): the policy.
         world (World): the ranks; every engine is asked.
         prompts (PromptDataset): the first few are used.
-        sampling (SamplingParams): how to answer.
+        sampling (SamplingParams): how to respond.
         layout (RowLayout): see :func:`spin.reference.stage.score_batches`.
         chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
         as_in_training (bool): see :func:`spin.reference.stage.score_batches`.
@@ -58,45 +59,27 @@ def check_generator_logprobs(
         return None
     asked = [prompts[i] for i in range(min(PROBE_PROMPTS, len(prompts)))]
     tokens = min(PROBE_TOKENS, sampling.max_new_tokens)
-    sampling = replace(
-        sampling,
-        max_new_tokens=tokens,
-        min_new_tokens=max(1, min(tokens, sampling.min_new_tokens)),
-        stop_strings=(),
-        logprobs=True,
-    )
+    least = max(1, min(tokens, sampling.min_new_tokens))
+    sampling = replace(sampling, max_new_tokens=tokens, min_new_tokens=least, stop_strings=(), logprobs=True)
     limits = Limits(model.tok_embeddings.weight.shape[0])  # type: ignore[union-attr, index]
     mine = []
     with raise_on_all_ranks(world, GeneratorError):
-        answers = generator.generate(
-            [list(map(int, prompt.prompt_ids)) for prompt in asked], sampling, list(range(len(asked)))
-        )
-        check_count(answers, len(asked), generator)
-        for i, (prompt, given) in enumerate(zip(asked, answers, strict=True)):
-            at: dict[str, Any] = {"sample_id": prompt.sample_id, "prompt_tokens": len(prompt.prompt_ids)}
-            answer = check_response(given, generator=generator, sampling=sampling, limits=limits, **at)
-            if not len(answer.token_ids):
+        responses = generate_each(generator, [(prompt.prompt_ids, i) for i, prompt in enumerate(asked)], sampling)
+        for i, (prompt, given) in enumerate(zip(asked, responses, strict=True)):
+            response = check_response(given, prompt, generator, sampling, limits)
+            if not len(response.token_ids):
                 raise GeneratorError(f"{name_of(generator)} gave sample {prompt.sample_id} an empty response.")
-            mine.append((Pair(f"{world.rank} {i}", 0, prompt.prompt_ids, answer.token_ids), sum(answer.logprobs or ())))
+            pair = Pair(f"{world.rank} {i}", 0, prompt.prompt_ids, response.token_ids)
+            mine.append((pair, sum(response.logprobs or ())))
     by_rank = gather_objects(mine, world)
-    pairs = [pair for part in by_rank for pair, _ in part]
+    batches = [[pair for part in by_rank for pair, _ in part]]
+    score = partial(score_batches, layout=layout, chunk_tokens=chunk_tokens, as_in_training=as_in_training)
     with torch.no_grad():
-        scored = iter(
-            score_batches(
-                model,
-                [pairs],
-                world,
-                layout=layout,
-                chunk_tokens=chunk_tokens,
-                as_in_training=as_in_training,
-            )
-        )
+        scored = iter(score(model, batches, world))
     gaps = []
     for part in by_rank:
-        differences = [
-            abs(logp - (next(scored).reference_real_logp or 0.0)) / len(pair.real_ids) for pair, logp in part
-        ]
-        gaps.append(sum(differences) / len(differences))
+        own = [abs(logp - (next(scored).reference_real_logp or 0.0)) / len(pair.real_ids) for pair, logp in part]
+        gaps.append(sum(own) / len(own))
     worst = max(range(len(gaps)), key=gaps.__getitem__)
     if not gaps[worst] <= limit:  # NaN is not below it either
         raise GeneratorError(
