@@ -14,11 +14,11 @@ from spin.core.errors import DataError
 from spin.data.conversation_template import THINK_END, THINKING_OPTIONS, ConversationTemplate
 from spin.data.hf_tokenizer import folder_templates, load_tokenizer, read_template, read_tokenizer_json
 from spin.data.messages import ChatMessage
-from spin.data.tokenizer import NO_RESPONSE, Encoded, canonical_json, decode_known, early_stop, prompt_mismatch
+from spin.data.tokenizer import Encoded, canonical_json, closed_response, decode_known, or_error, prompt_mismatch
 
 log = logging.getLogger(__name__)
 
-# Vocabulary files, in the order in which one is enough to tell tokenizers apart.
+# Vocabulary files, in the order in which one alone identifies a tokenizer.
 _VOCABULARY_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))
 
 
@@ -71,12 +71,12 @@ class ChatTokenizer:
         self.checks_reasoning = True
         self._tokenizer = load_tokenizer(self.path)
         own = folder_templates(self._tokenizer, self.path)
-        origin = self._origin(chat_template)
-        if chat_template in own:
-            self.chat_template: str | None = own[chat_template]
-        else:
-            self.chat_template = None if chat_template is None else read_template(chat_template, own)
-        if self.chat_template is not None:  # not the folder's own
+        file = self.path / "chat_template.jinja"
+        origin = str(file) if file.is_file() else f"{self.path / 'tokenizer_config.json'}: chat_template"
+        self.chat_template: str | None = None  # None is the folder's own
+        if chat_template is not None:
+            origin = "tokenizer.chat_template" + ("" if "{" in chat_template else f"={chat_template}")
+            self.chat_template = own.get(chat_template) or read_template(chat_template, own)
             own = {"default": self.chat_template}
         if not own:
             raise DataError(
@@ -93,11 +93,7 @@ class ChatTokenizer:
         self._template = ConversationTemplate(
             own, origin, self.path, self._tokenizer.special_tokens_map, self._options, _iso_date(date)
         )
-        self._special_ids = frozenset(
-            index for index, token in self._tokenizer.added_tokens_decoder.items() if token.special
-        ) | frozenset(self._tokenizer.all_special_ids)
         self.eos_ids = self._find_eos_ids(self._template.closing)
-        self._stop_ids = frozenset(self.eos_ids)
         if self._tokenizer.pad_token_id is not None:
             self.pad_id = int(self._tokenizer.pad_token_id)
         else:
@@ -170,33 +166,25 @@ class ChatTokenizer:
 
     def encode_pairs(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[Encoded | DataError]:
         """Many conversations at once, on all cores: :meth:`encode_pair` for each, with errors returned, not raised."""
-        rendered = self._render_pairs(conversations)
-        ids = iter(self._encode([text for pair in rendered if not isinstance(pair, DataError) for text in pair]))
-        return [pair if isinstance(pair, DataError) else self._split(*pair, next(ids), next(ids)) for pair in rendered]
-
-    def _render_pairs(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[tuple[str, str] | DataError]:
-        """Prompt, and prompt with response, as texts."""
         pairs = self._prompts_and_wholes(conversations)
-        responses = [None if isinstance(pair, DataError) else self._response(*pair) for pair in pairs]
         # Mistral writes the system message into the last user turn, and nowhere if a response stands behind that
         late = [
             number
-            for number, (messages, pair) in enumerate(zip(conversations, pairs, strict=True))
-            if responses[number] is None and not isinstance(pair, DataError) and messages[0]["role"] == "system"
+            for number, pair in enumerate(pairs)
+            if not isinstance(pair, DataError)
+            and self._response(*pair) is None
+            and conversations[number][0]["role"] == "system"
         ]
-        again = self._prompts_and_wholes([_without_system(conversations[number]) for number in late])
-        for number, pair in zip(late, again, strict=True):
-            responses[number] = None if isinstance(pair, DataError) else self._response(*pair)
-        found: list[tuple[str, str] | DataError] = []
-        for messages, pair, response in zip(conversations, pairs, responses, strict=True):
-            if isinstance(pair, DataError) or response is None:
-                found.append(pair if isinstance(pair, DataError) else DataError(prompt_mismatch(*pair)))
-                continue
-            try:
-                found.append((pair[0], pair[0] + self._with_reasoning(messages, pair[0], response)))
-            except DataError as error:
-                found.append(error)
-        return found
+        without = self._prompts_and_wholes([_without_system(conversations[number]) for number in late])
+        others = dict(zip(late, without, strict=True))
+        for number, (messages, pair) in enumerate(zip(conversations, pairs, strict=True)):
+            if not isinstance(pair, DataError):
+                pairs[number] = or_error(self._with_reasoning, messages, pair, others.get(number, pair))
+        ids = iter(self._encode([text for pair in pairs if not isinstance(pair, DataError) for text in pair]))
+        return [
+            pair if isinstance(pair, DataError) else or_error(self._split, *pair, next(ids), next(ids))
+            for pair in pairs
+        ]
 
     def _prompts_and_wholes(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[tuple[str, str] | DataError]:
         texts = self._template.render([each for talk in conversations for each in ((talk[:-1], True), (talk, False))])
@@ -207,15 +195,21 @@ class ChatTokenizer:
 
     def _response(self, prompt: str, whole: str) -> str | None:
         """What a conversation has behind its prompt, or None if it does not begin with it."""
-        if whole.startswith(prompt):
-            return whole[len(prompt) :]
-        begin = prompt.removesuffix(self._template.opened)
-        return whole[len(begin) :] if begin != prompt and whole.startswith(begin) else None
+        for begin in (prompt, prompt.removesuffix(self._template.opened)):
+            if whole.startswith(begin):
+                return whole[len(begin) :]
+        return None
 
-    def _with_reasoning(self, messages: Sequence[ChatMessage], prompt: str, response: str) -> str:
-        """The response's text with the reasoning that the row has and the template may have left out."""
+    def _with_reasoning(
+        self, messages: Sequence[ChatMessage], pair: tuple[str, str], whole: tuple[str, str] | DataError
+    ) -> tuple[str, str]:
+        """The prompt, and with it the response's text with the reasoning that the row has and the template may have
+        left out."""
+        prompt, response = pair[0], None if isinstance(whole, DataError) else self._response(*whole)
+        if response is None:
+            raise DataError(prompt_mismatch(*pair))
         if not self.checks_reasoning:
-            return response
+            return prompt, prompt + response
         message, content = messages[-1], messages[-1]["content"]
         inline = content.rpartition(THINK_END)[0].replace("<think>", "").strip()
         separate = str(message.get("reasoning_content") or "").strip()
@@ -229,39 +223,26 @@ class ChatTokenizer:
                     f"the response would be trained without it. {self._template.thinking_remedy('true')}, write it "
                     "into the content as <think>...</think>, or remove it from the row."
                 )
-            closing = response.rpartition(text)[2]
-            opening = "<think>" if prompt.rstrip().endswith("<think>") else ""
-            own = content.strip().removeprefix(opening)
-            return (own.lstrip("\n") if prompt.endswith("\n") else own) + closing
+            own = content.strip().removeprefix("<think>" if prompt.rstrip().endswith("<think>") else "")
+            own = own.lstrip("\n") if prompt.endswith("\n") else own
+            return prompt, prompt + own + response.rpartition(text)[2]
         empty, row_options = self._template.empty_reasoning, messages[0].get("chat_template_kwargs") or {}
-        if not empty and any(row_options.get(name) is False for name in THINKING_OPTIONS):
-            return response
-        if not reasoning and empty is not None and response.startswith(empty):
+        is_off = not empty and any(row_options.get(name) is False for name in THINKING_OPTIONS)
+        if not is_off and not reasoning and empty is not None and response.startswith(empty):
             raise DataError(
-                "the chat template lets the model reason before it answers, and the real response has no reasoning: "
+                "the chat template lets the model reason before it responds, and the real response has no reasoning: "
                 "that alone would distinguish the responses of a pair. "
                 f"{self._template.thinking_remedy('false')}, or give the real responses with their "
                 "reasoning (<think>...</think> in the content)."
             )
-        return response
+        return prompt, prompt + response
 
-    def _split(self, prompt: str, full: str, prompt_ids: list[int], full_ids: list[int]) -> Encoded | DataError:
+    def _split(self, prompt: str, full: str, prompt_ids: list[int], full_ids: list[int]) -> Encoded:
         # The response is the rest of the conversation's ids where these begin with the prompt's ids, and the ids of
-        # the response text alone where a token would reach across the border. It ends with its first stop token; where
-        # the template writes none, one is appended.
-        if full_ids[: len(prompt_ids)] == prompt_ids:
-            rest = full_ids[len(prompt_ids) :]
-        else:
-            rest = self._encode([full[len(prompt) :]])[0]
-        end = next((index for index, token in enumerate(rest) if token in self._stop_ids), None)
-        if end is None:
-            response_ids = [*rest, self.eos_ids[0]]
-        else:
-            response_ids = rest[: end + 1]
-            behind = self.decode(rest[end + 1 :], skip_special_tokens=True).strip()
-            if behind:
-                return DataError(early_stop(self.decode([rest[end]]), behind))
-        return (prompt_ids, response_ids) if len(response_ids) > 1 else DataError(NO_RESPONSE)
+        # the response text alone where a token would reach across the border.
+        begins = full_ids[: len(prompt_ids)] == prompt_ids
+        rest = full_ids[len(prompt_ids) :] if begins else self._encode([full[len(prompt) :]])[0]
+        return prompt_ids, closed_response(rest, self)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
@@ -280,27 +261,20 @@ class ChatTokenizer:
                 "tokenizer.json and tokenizer_config.json, or take another tokenizer."
             ) from error
 
-    def _origin(self, chat_template: str | None) -> str:
-        """Where the template stands."""
-        if chat_template is not None:
-            return "tokenizer.chat_template" + ("" if "{" in chat_template else f"={chat_template}")
-        file = self.path / "chat_template.jinja"
-        return str(file) if file.is_file() else f"{self.path / 'tokenizer_config.json'}: chat_template"
-
     def _find_eos_ids(self, closing: str) -> tuple[int, ...]:
         """The token that closes a turn, the tokenizer's EOS, and what the model's generation settings stop at."""
         configured = [self._tokenizer.eos_token_id]
         for file in ("generation_config.json", "config.json"):
             stop = read_tokenizer_json(self.path / file).get("eos_token_id")
             if stop is not None:
-                stops = stop if isinstance(stop, list) else [stop]
-                if not all(type(each) is int and each >= 0 for each in stops):
-                    raise DataError(
-                        f"{self.path / file}: eos_token_id is {stop!r:.60}, expected a token id or a list of them."
-                    )
-                configured += stops
+                configured += stop if isinstance(stop, list) else [stop]
+                if not all(type(each) is int and each >= 0 for each in configured[1:]):
+                    where = self.path / file
+                    raise DataError(f"{where}: eos_token_id is {stop!r:.60}, expected a token id or a list of them.")
                 break
-        closing_special = [token for token in self._encode([closing])[0] if token in self._special_ids][:1]
+        added = self._tokenizer.added_tokens_decoder.items()
+        special = {*self._tokenizer.all_special_ids, *(index for index, token in added if token.special)}
+        closing_special = [token for token in self._encode([closing])[0] if token in special][:1]
         found = tuple(dict.fromkeys(int(token) for token in (*closing_special, *configured) if token is not None))
         if not found:
             raise DataError(

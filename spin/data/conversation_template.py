@@ -11,6 +11,7 @@ from typing import Any
 
 from spin.core.errors import DataError
 from spin.data.messages import ChatMessage
+from spin.data.rows import bad_row
 from spin.data.templates import ChatTemplate, TemplateFault
 
 log = logging.getLogger(__name__)
@@ -95,39 +96,25 @@ class ConversationTemplate:
         return f"Set tokenizer.template_options.{name}={value}"
 
     def _rendered(self, template: ChatTemplate, asked: Sequence[Asked], **options: Any) -> list[str | TemplateFault]:
-        conversations = (
-            {
-                "messages": [_for_template(message) for message in messages],
-                "tools": messages[0].get("tools"),
-                "documents": None,
-                "add_generation_prompt": add_generation_prompt,
-                **self._row_options(messages),
-            }
+        conversations = [
+            {"messages": [_for_template(message) for message in messages], "tools": messages[0].get("tools")}
+            | {"documents": None, "add_generation_prompt": add_generation_prompt, **self._row_options(messages)}
             for messages, add_generation_prompt in asked
-        )
-        variables = {**self._specials, **self._options, **options}
-        return template.render(conversations, variables, self.today())
+        ]
+        return template.render(conversations, {**self._specials, **self._options, **options}, self.today())
 
     def _checked(self, text: str | TemplateFault, messages: Sequence[ChatMessage]) -> str | DataError:
-        where = self._template.origin
+        where, fix = f"{self._template.origin}: the chat template", "or set tokenizer.chat_template to another one."
         if isinstance(text, TemplateFault):
             said = text.message.rstrip(".")
             if text.kind == "syntax":
-                return DataError(
-                    f"{where}: the chat template is not valid Jinja, line {text.line}: {said}. Fix "
-                    "tokenizer.chat_template, or the folder's own."
-                )
+                remedy = "Fix tokenizer.chat_template, or the folder's own."
+                return DataError(f"{where} is not valid Jinja, line {text.line}: {said}. {remedy}")
             roles = ", ".join(message["role"] for message in messages)
             what = "refuses" if text.kind == "refused" else "fails on"
-            return DataError(
-                f"{where}: the chat template {what} the roles {roles}: {said}. Fix the row, or set "
-                "tokenizer.chat_template to one that knows them."
-            )
+            return DataError(f"{where} {what} the roles {roles}: {said}. Fix the row, {fix}")
         if not text.isascii() and (surrogate := next((char for char in text if "\ud800" <= char <= "\udfff"), None)):
-            return DataError(
-                f"{where}: the chat template writes the lone surrogate {surrogate!r}, which is no valid text. Fix it, "
-                "or set tokenizer.chat_template to another one."
-            )
+            return DataError(f"{where} writes the lone surrogate {surrogate!r}, which is no valid text. Fix it, {fix}")
         return text
 
     def _row_options(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
@@ -139,8 +126,7 @@ class ConversationTemplate:
     def _lost(self, messages: Sequence[ChatMessage]) -> DataError | None:
         """An error if the template silently leaves a part of the conversation out of the prompt."""
         if not messages:
-            return DataError("the conversation has no messages before the response. Fix the row.")
-        roles = [message["role"] for message in messages]
+            return bad_row("the conversation has no messages before the response.")
         given, read = messages[0].get("chat_template_kwargs") or {}, self._row_options(messages)
         unread = [key for key, value in given.items() if key not in read and value not in (None, False, "", [], {})]
         if unread:
@@ -149,30 +135,27 @@ class ConversationTemplate:
                 "tokenizer.chat_template to one that does, or leave the column out with "
                 "dataset.column_map={chat_template_kwargs: unused}."
             )
+        roles = [message["role"] for message in messages]
         used = {
             "tools": any("tools" in message for message in messages),
             "calls": any("tool_calls" in message for message in messages),
             "results": "tool" in roles,
         }
         lost = [what for what, is_used in used.items() if is_used and what not in self._shown]
-        if lost:
-            return DataError(
-                f"the conversation has tools, and the chat template does not show their {' and '.join(lost)}: the "
-                "model would not see them. Set tokenizer.chat_template to one that does, or remove the row."
-            )
         has_system = any(message["role"] == "system" and message["content"].strip() for message in messages)
-        if has_system and "system" not in self._shown:
-            return DataError(
-                "the conversation has a system message, and the chat template does not show it: the model would not "
-                "see it. Set tokenizer.chat_template to one that does, write it into the user's message, or remove "
-                "dataset.system_prompt or the row."
-            )
-        if roles.count("user") > 1 and not {"user", "assistant"} <= self._shown:
-            return DataError(
-                "the conversation has several turns, and the chat template does not show the earlier ones: the model "
-                "would not see them. Set tokenizer.chat_template to one that does, or remove the row."
-            )
-        return None
+        if lost:
+            what, parts = "tools", f"their {' and '.join(lost)}"
+        elif has_system and "system" not in self._shown:
+            what, parts = "a system message", "it"
+        elif roles.count("user") > 1 and not {"user", "assistant"} <= self._shown:
+            what, parts = "several turns", "the earlier ones"
+        else:
+            return None
+        return DataError(
+            f"the conversation has {what}, and the chat template does not show {parts}: the model would not see them. "
+            "Set tokenizer.chat_template to one that does, or remove the row"
+            f"{' or dataset.system_prompt' if parts == 'it' else ''}."
+        )
 
     def _probe_shown(self) -> frozenset[str]:
         """What the template writes: ``system`` messages, ``user`` and ``assistant`` turns before the response; of tools
@@ -261,13 +244,12 @@ class ConversationTemplate:
     def _check_options(self) -> None:
         names = self._template.names | self._tool_template.names
         known = sorted(names - {*_NO_OPTIONS, *self._specials})
-        unknown = [str(name) for name in self._options if name not in known]
-        reads = f"; it reads {', '.join(known)}" if known else "; it reads none"
-        if unknown:
-            raise DataError(
-                f"tokenizer.template_options.{unknown[0]}: the chat template of {self._folder} never reads it{reads}. "
-                "Remove it, or correct its name."
-            )
+        for name in self._options:
+            if name not in known:
+                raise DataError(
+                    f"tokenizer.template_options.{name}: the chat template of {self._folder} never reads it; it reads "
+                    f"{', '.join(known) or 'none'}. Remove it, or correct its name."
+                )
         if self.date is not None and not self.reads_date:
             remedy = "Set tokenizer.template_options.date_string" if "date_string" in names else "Remove it"
             raise DataError(

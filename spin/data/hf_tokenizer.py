@@ -14,9 +14,7 @@ _MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def read_tokenizer_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    return read_json(path, DataError, "Download the model again.")
+    return read_json(path, DataError, "Download the model again.") if path.exists() else {}
 
 
 def load_tokenizer(path: Path) -> Any:
@@ -36,16 +34,15 @@ def load_tokenizer(path: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)  # nosec B615
     except Exception as error:  # the tokenizers library raises no narrower one, of a regex say
         if not any(each for pattern in _ANY_VOCABULARY for each in path.glob(pattern)):
-            raise DataError(
+            fault = (
                 f"tokenizer.path={path}: no tokenizer is here. Name the model's folder, with tokenizer.json or "
                 "tokenizer.model; of a run that is iteration_NNN/hf_model."
-            ) from error
-        regex = next(_bad_regexes(read_tokenizer_json(path / "tokenizer.json"), ""), None)
-        if regex is not None:
-            raise DataError(f"{path / 'tokenizer.json'}: {regex}. Correct it, or take another tokenizer.") from error
-        raise DataError(
-            f"No tokenizer can be loaded from {_damaged_file(path)}: {type(error).__name__}: {error}"
-        ) from error
+            )
+        elif regex := next(_bad_regexes(read_tokenizer_json(path / "tokenizer.json"), ""), None):
+            fault = f"{path / 'tokenizer.json'}: {regex}. Correct it, or take another tokenizer."
+        else:
+            fault = f"No tokenizer can be loaded from {_damaged_file(path)}: {type(error).__name__}: {error}"
+        raise DataError(fault) from error
 
 
 def _damaged_file(path: Path) -> Path:
@@ -85,12 +82,12 @@ def folder_templates(tokenizer: Any, path: Path) -> dict[str, str]:
     if not found:
         return {}
     named = found if isinstance(found, dict) else {"default": found}
-    wrong = next((name for name, text in named.items() if not isinstance(text, str)), None)
-    if wrong is not None:
-        raise DataError(
-            f"{path / 'tokenizer_config.json'}: chat_template ({wrong}) is {named[wrong]!r:.60}, expected a Jinja "
-            "text. Fix it, or set tokenizer.chat_template."
-        )
+    for name, text in named.items():
+        if not isinstance(text, str):
+            raise DataError(
+                f"{path / 'tokenizer_config.json'}: chat_template ({name}) is {text!r:.60}, expected a Jinja text. Fix "
+                "it, or set tokenizer.chat_template."
+            )
     return named
 
 

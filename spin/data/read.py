@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from spin.data.rows import Row, bad_row
 from spin.data.samples import Conversation, EncodedRow, LongAction, SampleFilter, SampleRules
 from spin.data.sources import Source, describe_source, read_rows
 from spin.data.stream import PromptStream, iteration_windows, shuffled_rows
-from spin.data.tokenizer import PromptTokenizer
+from spin.data.tokenizer import PromptTokenizer, or_error
 from spin.data.torchtune_tokenizer import adapt_tokenizer
 from spin.types import Prompt
 
@@ -219,17 +219,10 @@ def _encoded(
     rows: Iterator[Row], tokenizer: PromptTokenizer, converse: Callable[[Row], list[Conversation]], chunk: int
 ) -> Iterator[EncodedRow]:
     """The conversations of each row with their token ids, or what is wrong with them."""
-
-    def one_by_one(conversations: Iterable[Any]) -> Iterator[Any]:
-        for messages in conversations:
-            try:
-                yield tokenizer.encode_pair(messages)
-            except DataError as error:
-                yield error
-
-    encode_pairs = getattr(tokenizer, "encode_pairs", one_by_one)
+    batched = getattr(tokenizer, "encode_pairs", None)
     while of_rows := [converse(row) for row in islice(rows, chunk)]:
-        ids = iter(encode_pairs([each.messages for of_row in of_rows for each in of_row if each.fault is None]))
+        usable = [each.messages for of_row in of_rows for each in of_row if each.fault is None]
+        ids = iter(batched(usable) if batched else (or_error(tokenizer.encode_pair, each) for each in usable))
         yield from ([(each, next(ids) if each.fault is None else each.fault) for each in of_row] for of_row in of_rows)
 
 

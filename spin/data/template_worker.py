@@ -103,7 +103,7 @@ def _limited(function: Any, *arguments: Any) -> dict[str, Any]:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
+def serve(request: dict[str, Any]) -> list[dict[str, Any]]:
     """Serves one request: ``template``, and either no more, which asks for the names that it reads, or
     ``conversations`` (variables of each), ``variables`` (of all) and ``date`` (ISO), the day of its clock. Gives a
     ``value``, or ``kind`` and ``message`` of a fault: of each conversation, or of the names."""
@@ -118,14 +118,14 @@ def answer(request: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Answers requests from stdin until it ends."""
+    """Serves requests from stdin until it ends."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     memory = MEMORY_BYTES if hard == resource.RLIM_INFINITY else min(MEMORY_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_AS, (memory, hard))
     for line in sys.stdin:
-        print(json.dumps(answer(json.loads(line))), flush=True)
+        print(json.dumps(serve(json.loads(line))), flush=True)
 
 
 if __name__ == "__main__":

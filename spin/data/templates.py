@@ -57,16 +57,8 @@ class ChatTemplate:
     def render(
         self, conversations: Iterable[Mapping[str, Any]], variables: Mapping[str, Any], date: str
     ) -> list[str | TemplateFault]:
-        """Text or fault of each conversation, in order.
-
-        Args:
-            conversations (Iterable[Mapping[str, Any]]): variables of each: ``messages``, ``tools``, ...
-            variables (Mapping[str, Any]): of all of them.
-            date (str): ISO; the day that ``strftime_now`` gives, at midnight.
-
-        Returns:
-            list[str | TemplateFault]: one for each conversation.
-        """
+        """Text or fault of each conversation, in order. ``conversations`` are the variables of each (``messages``,
+        ``tools``, ...), ``variables`` those of all; ``date`` is ISO, the day that ``strftime_now`` gives."""
         results: list[str | TemplateFault] = []
         shared = json.dumps({"template": self.text, "variables": dict(variables), "date": date}, default=str)[1:-1]
         batches: list[list[str]] = [[]]
@@ -136,13 +128,11 @@ class _Worker:
             self._process.wait()
 
     def _start(self) -> subprocess.Popen[str]:
-        file = str(Path(__file__).with_name("template_worker.py"))
+        program = _PROGRAM.format(path=sys.path, file=str(Path(__file__).with_name("template_worker.py")))
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(  # nosec B603
-            [sys.executable, "-I", "-c", _PROGRAM.format(path=sys.path, file=file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
+            [sys.executable, "-I", "-c", program],
+            **pipes,
             encoding="utf-8",
             start_new_session=True,  # Ctrl-C is for the run
         )

@@ -15,13 +15,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import groupby
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from spin.core.errors import DataError
 from spin.data.messages import ChatMessage
+from spin.data.rows import bad_row
 
+T = TypeVar("T")
 Encoded = tuple[list[int], list[int]]  # ids of a prompt and of its real response
-
-NO_RESPONSE = "the real response has no tokens but its stop token. Fix the row or set dataset.on_bad_row=skip."
 
 
 @runtime_checkable
@@ -47,13 +48,7 @@ class PromptTokenizer(Protocol):
     def fingerprint(self) -> str: ...
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Ids of a conversation up to the place where the assistant responds.
-
-        Args:
-            messages (Sequence[ChatMessage]): the conversation without the response.
-
-        Returns:
-            list[int]: token ids, the assistant's header last.
+        """Ids of a conversation without its response, the assistant's header last.
 
         Raises:
             DataError: If the template or the tokenizer refuses the conversation.
@@ -61,13 +56,7 @@ class PromptTokenizer(Protocol):
         ...
 
     def encode_pair(self, messages: Sequence[ChatMessage]) -> Encoded:
-        """Prompt ids and real response ids of a conversation.
-
-        Args:
-            messages (Sequence[ChatMessage]): the conversation, the real response last.
-
-        Returns:
-            Encoded: prompt ids and response ids, the latter closed by a stop token.
+        """Prompt ids and real response ids of a conversation, the latter closed by a stop token.
 
         Raises:
             DataError: If the template or the tokenizer refuses the conversation, if it does not begin with its own
@@ -91,12 +80,18 @@ def prompt_mismatch(prompt: str, full: str) -> str:
     )
 
 
-def early_stop(stop: str, behind: str) -> str:
-    """The message for a real response that holds a stop token before its end."""
-    return (
-        f"the real response holds the stop token {stop!r} before its end, followed by {behind[:40]!r}. Generation "
-        "would end there. Fix the row or set dataset.on_bad_row=skip."
-    )
+def closed_response(ids: list[int], tokenizer: PromptTokenizer) -> list[int]:
+    """The ids behind a prompt up to their first stop token, one where there is none; a DataError if text stands behind
+    that or none before it."""
+    end = next((index for index, token in enumerate(ids) if token in tokenizer.eos_ids), len(ids))
+    if behind := tokenizer.decode(ids[end + 1 :], skip_special_tokens=True).strip():
+        raise bad_row(
+            f"the real response holds the stop token {tokenizer.decode([ids[end]])!r} before its end, followed by "
+            f"{behind[:40]!r}. Generation would end there."
+        )
+    if not end:
+        raise bad_row("the real response has no tokens but its stop token.")
+    return ids[: end + 1] if end < len(ids) else [*ids, tokenizer.eos_ids[0]]
 
 
 def decode_known(ids: Iterable[int], known: Collection[int], decode: Callable[[list[int]], str]) -> str:
@@ -105,6 +100,14 @@ def decode_known(ids: Iterable[int], known: Collection[int], decode: Callable[[l
     return "".join(
         decode(list(part)) if exists else "\N{REPLACEMENT CHARACTER}" * len(list(part)) for exists, part in parts
     )
+
+
+def or_error(function: Callable[..., T], *arguments: Any) -> T | DataError:
+    """What a function returns, or the DataError that it raises."""
+    try:
+        return function(*arguments)
+    except DataError as error:
+        return error
 
 
 def canonical_json(value: object) -> bytes:

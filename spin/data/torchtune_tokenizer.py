@@ -12,16 +12,9 @@ from typing import Any
 
 from spin.core.errors import DataError
 from spin.data.messages import ChatMessage
-from spin.data.tokenizer import (
-    NO_RESPONSE,
-    Encoded,
-    PromptTokenizer,
-    canonical_json,
-    decode_known,
-    early_stop,
-    prompt_mismatch,
-)
+from spin.data.tokenizer import Encoded, PromptTokenizer, canonical_json, closed_response, decode_known, prompt_mismatch
 
+_USE_CHAT = "Use spin.data.ChatTokenizer for this model."
 # What a foreign tokenizer raises on a conversation that it was not made for.
 _TOKENIZER_FAULTS = (ValueError, TypeError, KeyError, IndexError, AssertionError, RuntimeError)
 
@@ -48,10 +41,11 @@ class TorchtuneTokenizer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        self._name = type(tokenizer).__name__
         if not callable(getattr(tokenizer, "tokenize_messages", None)):
             raise DataError(
-                f"tokenizer is a {type(tokenizer).__name__} without tokenize_messages, expected a torchtune model "
-                "tokenizer or spin.data.ChatTokenizer. For a Hugging Face folder use spin.data.ChatTokenizer."
+                f"tokenizer is a {self._name} without tokenize_messages, expected a torchtune model tokenizer or, for "
+                "a Hugging Face folder, spin.data.ChatTokenizer."
             )
         self.max_seq_len = getattr(tokenizer, "max_seq_len", None)
         self._tokenizer = copy.copy(tokenizer)
@@ -63,12 +57,8 @@ class TorchtuneTokenizer:
         }
         self._closing = self._probe_closing()
         self.eos_ids = self._find_eos_ids()
-        self._stop_ids = frozenset(self.eos_ids)
         pad_id = getattr(tokenizer, "pad_id", None)
         self.pad_id = self.eos_ids[0] if pad_id is None or pad_id < 0 else int(pad_id)
-        # Written behind the real response: the closing up to its stop token, or a stop token if there is none in it.
-        stop = next((index for index, token in enumerate(self._closing) if token in self._stop_ids), None)
-        self._written_closing = self._closing[: stop + 1] if stop is not None else [*self._closing, self.eos_ids[0]]
 
     @cached_property
     def vocab_size(self) -> int:
@@ -96,30 +86,20 @@ class TorchtuneTokenizer:
         """sha256 over the class, the vocabulary, special and stop tokens, and the prompt template."""
         template = getattr(self._tokenizer, "prompt_template", None)
         shown = [type(template).__qualname__, getattr(template, "template", None)]
-        digest = hashlib.sha256(
-            canonical_json(
-                [type(self._tokenizer).__qualname__, self._special_names, self.eos_ids, self._closing, shown]
-            )
-        )
-        for part in self._vocabulary():
-            digest.update(part)
-        return digest.hexdigest()
+        kind = type(self._tokenizer).__qualname__
+        parts = [canonical_json([kind, self._special_names, self.eos_ids, self._closing, shown]), *self._vocabulary()]
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         return self._open(self._tokens([*messages, {"role": "assistant", "content": ""}]))
 
     def encode_pair(self, messages: Sequence[ChatMessage]) -> Encoded:
-        prompt_ids = self.encode_prompt(messages[:-1])
-        full_ids = self._open(self._tokens(messages))
-        if full_ids[: len(prompt_ids)] != prompt_ids:
-            raise DataError(prompt_mismatch(self.decode(prompt_ids), self.decode(full_ids)))
-        body = full_ids[len(prompt_ids) :]
-        end = next((index for index, token in enumerate(body) if token in self._stop_ids), None)
-        if end is not None:
-            raise DataError(early_stop(self.decode([body[end]]), self.decode(body[end + 1 :])))
-        if not body:
-            raise DataError(NO_RESPONSE)
-        return prompt_ids, [*body, *self._written_closing]
+        prompt_ids, full_ids = self.encode_prompt(messages[:-1]), self._tokens(messages)
+        body = self._open(full_ids)
+        if body[: len(prompt_ids)] != prompt_ids:
+            raise DataError(prompt_mismatch(self.decode(prompt_ids), self.decode(body)))
+        is_empty = len(body) == len(prompt_ids)
+        return prompt_ids, closed_response([] if is_empty else full_ids[len(prompt_ids) :], self)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         names = dict.fromkeys(self._unnamed_specials(), "") | self._special_names
@@ -152,42 +132,32 @@ class TorchtuneTokenizer:
         for key in ("tools", "tool_calls", "reasoning_content", "chat_template_kwargs"):
             if any(key in message for message in messages):
                 raise DataError(
-                    f"the conversation has {key.replace('tool_calls', 'tools')}, which "
-                    f"{type(self._tokenizer).__name__} cannot write. Use spin.data.ChatTokenizer with the model's chat "
-                    "template, or remove it from the row."
+                    f"the conversation has {key.replace('tool_calls', 'tools')}, which {self._name} cannot write. Use "
+                    "spin.data.ChatTokenizer with the model's chat template, or remove it from the row."
                 )
+        roles = [message["role"] for message in messages]
         turns = [
-            Message(
-                role="ipython" if message["role"] == "tool" else message["role"],
-                content=message["content"],
-                masked=message["role"] != "assistant",
-            )
-            for message in messages
+            Message(role="ipython" if role == "tool" else role, content=message["content"], masked=role != "assistant")
+            for role, message in zip(roles, messages, strict=True)
         ]
         try:
             ids, _ = self._tokenizer.tokenize_messages(turns, **self._close_turns)
         except _TOKENIZER_FAULTS as error:
-            roles = ", ".join(message["role"] for message in messages)
             raise DataError(
-                f"{type(self._tokenizer).__name__} refuses the roles {roles}: {error}. Fix the row or set another "
+                f"{self._name} refuses the roles {', '.join(roles)}: {error}. Fix the row or set another "
                 "tokenizer.prompt_template."
             ) from error
         if any(token is None for token in ids):
-            raise DataError(
-                f"{type(self._tokenizer).__name__} has no id for a part of the text. Use spin.data.ChatTokenizer for "
-                "this model."
-            )
+            raise DataError(f"{self._name} has no id for a part of the text. {_USE_CHAT}")
         return ids
 
     def _open(self, ids: list[int]) -> list[int]:
         """Take off what stands behind the last response."""
-        count = len(self._closing)
-        if count and ids[-count:] != self._closing:
-            raise DataError(
-                f"{type(self._tokenizer).__name__} closes this conversation with {self.decode(ids[-count:])!r}, "
-                f"expected {self.decode(self._closing)!r}. Use spin.data.ChatTokenizer for this model."
-            )
-        return ids[: len(ids) - count]
+        end = len(ids) - len(self._closing)
+        if ids[end:] != self._closing:
+            found, expected = self.decode(ids[end:]), self.decode(self._closing)
+            raise DataError(f"{self._name} closes this conversation with {found!r}, expected {expected!r}. {_USE_CHAT}")
+        return ids[:end]
 
     def _probe_closing(self) -> list[int]:
         """The tokens behind a response: the longest common end of a conversation with an empty one and two others."""
@@ -205,10 +175,7 @@ class TorchtuneTokenizer:
         turn_end = [token for token in self._closing if token in self._special_names or token in stop][:1]
         found = tuple(dict.fromkeys(int(token) for token in (*turn_end, *stop) if token is not None and token >= 0))
         if not found:
-            raise DataError(
-                f"{type(self._tokenizer).__name__} has neither stop_tokens nor eos_id. SPIN must score where responses "
-                "end."
-            )
+            raise DataError(f"{self._name} has neither stop_tokens nor eos_id. SPIN must score where responses end.")
         return found
 
     def _vocabulary(self) -> list[bytes]:

@@ -46,10 +46,7 @@ def test_system_prompt_is_put_first_unless_there_is_one():
 
 def test_a_row_of_nemo_aligner_with_capital_roles_and_a_system_column():
     """As its chat data sets have them: roles by from, with a capital; the preamble beside the turns, empty or not."""
-    turns = [
-        {"from": "User", "value": "Q", "label": None},
-        {"from": "Assistant", "value": "A", "label": "quality:4"},
-    ]
+    turns = [{"from": "User", "value": "Q", "label": None}, {"from": "Assistant", "value": "A", "label": "quality:4"}]
     row = {"mask": "User", "system": "S", "type": "VALUE_TO_TEXT", "conversations": turns}
     assert row_to_messages(row) == [SYSTEM, USER, ASSISTANT]
     assert row_to_messages({**row, "system": ""})[0] == {"role": "system", "content": ""}
