@@ -38,6 +38,7 @@ from spin.checkpoint.tensors import METADATA, check_targets, load_tensors, model
 from spin.core.dtypes import DTYPES
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.files import (
+    check_can_be_made,
     file_sha256,
     is_marked,
     is_replaceable,
@@ -117,14 +118,8 @@ class SPINCheckpointer:
         return Path(self.output_dir) / "checkpoints"
 
     def validate(self, iterations: int = 1) -> None:
-        """Checks, before any weight is loaded, that loading and saving can work.
-
-        Args:
-            iterations (int): of the run, each of which exports.
-
-        Raises:
-            CheckpointError: If the model folder is incomplete, or the output folder cannot be written or is too small.
-        """
+        """Checks, before any weight is loaded, that loading and saving can work: CheckpointError if the model folder is
+        incomplete, or the output folder cannot be written or is too small for the exports of so many iterations."""
         parameters = self.check_source()
         try:
             self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
@@ -136,7 +131,11 @@ class SPINCheckpointer:
             raise CheckpointError(
                 f"{self.checkpoints_dir}: cannot write ({error.strerror or error}). Change output_dir."
             ) from error
-        free = shutil.disk_usage(self.checkpoints_dir).free
+        self.check_space(parameters, iterations)
+
+    def check_space(self, parameters: int, iterations: int) -> None:
+        """CheckpointError if too little is free for checkpoints and exports of so many parameters. Writes nothing."""
+        free = shutil.disk_usage(check_can_be_made(self.checkpoints_dir)).free
         least, usual, export = self._disk_bytes(parameters)
         # A new export or checkpoint is complete before an old one goes.
         kept = iterations if self.keep_exports is None else min(iterations, self.keep_exports + 1)
@@ -165,18 +164,14 @@ class SPINCheckpointer:
         return stored_elements(source)
 
     def _disk_bytes(self, parameters: int) -> tuple[int, int, int]:
-        """What a checkpoint of so many parameters takes at least, and with fp32 AdamW; and what an export does."""
-        # AdamW keeps two moments per weight: 4 bytes for bf16 weights and 8-bit moments, 12 by default.
+        """What a checkpoint takes with bf16 weights and 8-bit moments, and with fp32 AdamW; and what an export does."""
         return parameters * 4, parameters * 12, parameters * DTYPES[self.export_dtype].itemsize
 
     def _exports(self) -> list[tuple[int, Path]]:
         """The exports in the run's folder that this program made, with their iterations."""
         found = [(folder, kind) for name, kind in _EXPORTS.items() for folder in Path(self.output_dir).glob(name)]
-        return [
-            (int(folder.parent.name.removeprefix("iteration_")), folder)
-            for folder, kind in found
-            if folder.parent.name.removeprefix("iteration_").isdecimal() and is_marked(folder, kind)
-        ]
+        numbered = [(folder.parent.name.removeprefix("iteration_"), folder, kind) for folder, kind in found]
+        return [(int(n), folder) for n, folder, kind in numbered if n.isdecimal() and is_marked(folder, kind)]
 
     def _retire_exports(self, iteration: int, world: World) -> None:
         """Removes the exports of iterations before those that are kept; never the model that training starts from."""
@@ -196,20 +191,12 @@ class SPINCheckpointer:
     def export(
         self, model: nn.Module, iteration: int, world: World, tokenizer: object = None, stop_ids: Sequence[int] = ()
     ) -> Path:
-        """Writes the model for transformers and vLLM, and an adapter for peft; waits for a checkpoint being written.
-        Collective.
+        """Writes the model for transformers and vLLM to ``iteration_NNN/hf_model``, and a LoRA run's adapter for peft
+        next to it; gives the folder. Waits for a checkpoint being written. Collective.
 
-        Args:
-            model (nn.Module): sharded or plain.
-            iteration (int): counted from 0, in the folder's name.
-            world (World): the ranks.
-            tokenizer (object): the run's. Of a :class:`spin.data.ChatTokenizer` the folder gets the files, and the chat
-                template that the config put in place of the folder's own; else ``checkpoint_dir``'s.
-            stop_ids (Sequence[int]): the run's stop tokens, see :func:`spin.model.hf.write_companions`; without any,
-                the tokenizer's.
-
-        Returns:
-            Path: ``output_dir/iteration_NNN/hf_model``; ``adapter`` next to it of a LoRA run that merges nothing.
+        Of a :class:`spin.data.ChatTokenizer` the folder gets the files, and the chat template that the config put in
+        place of the folder's own; of another tokenizer those of ``checkpoint_dir``. Without ``stop_ids`` the
+        tokenizer's are written, see :func:`spin.model.hf.write_companions`.
         """
         self.wait()
         companions = {
@@ -318,11 +305,7 @@ class SPINCheckpointer:
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is on the disk, if it is still being written.
-
-        Raises:
-            CheckpointError: On all ranks, if one could not write; what was there before is still there.
-        """
+        """Waits until the last checkpoint is on the disk; CheckpointError on all ranks if one could not write it."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -337,21 +320,11 @@ class SPINCheckpointer:
                 self._stager.close()
 
     def roll_back(self, step: int, world: World, because: str = "") -> Path | None:
-        """Removes the checkpoints of later steps, so that a run resumes from ``step``, or with 0 from the first model.
+        """Removes the checkpoints of later steps, so that a run resumes from ``step``, or with 0 from the first model,
+        and gives the checkpoint that it resumes from. Collective.
 
         Newest first: a process that dies here leaves checkpoints that a run can resume from and roll back again.
-        Collective.
-
-        Args:
-            step (int): of the checkpoint that becomes the newest.
-            world (World): the ranks.
-            because (str): why, in a sentence, for the message.
-
-        Returns:
-            Path | None: the checkpoint that a run now resumes from; None if it starts with the first model.
-
-        Raises:
-            CheckpointError: If there is none of ``step``, and then nothing is removed; or if one could not be.
+        CheckpointError, which begins with ``because``, if there is none of ``step``: then nothing is removed.
         """
         self.wait()
         with raise_on_all_ranks(world, CheckpointError):
@@ -419,20 +392,11 @@ class SPINCheckpointer:
         return sorted(found.values(), key=lambda checkpoint: checkpoint[1]["sequence"])
 
     def latest(self, resume: str = "auto", world: World | None = None) -> Path | None:
-        """The checkpoint to resume from.
+        """The checkpoint to resume from, or None to start a new run; ``resume`` is ``auto``, ``never`` or a folder.
 
-        Args:
-            resume (str): ``auto`` for the newest complete checkpoint if there is one, ``never``, or one's folder.
-            world (World | None): ranks that read the newest checkpoint and compare its checksums, each a part of the
-                files; where a byte has changed the one before it is taken, with a warning. Collective then. None looks
-                at manifests and sizes only.
-
-        Returns:
-            Path | None: the folder, or None to start a new run.
-
-        Raises:
-            CheckpointError: If a folder is given that is no complete checkpoint; or if there are checkpoints of this
-                run, and none of them is complete.
+        With ``world``, collectively, the newest checkpoint's checksums are compared; where a byte has changed the one
+        before it is taken, with a warning. Without, manifests and sizes alone are looked at. CheckpointError if the
+        folder is no complete checkpoint, or if the run has checkpoints and none is complete.
         """
         if resume == "never":
             return None
@@ -461,17 +425,8 @@ class SPINCheckpointer:
         return None
 
     def read_state(self, path: str | Path) -> dict[str, Any]:
-        """Reads what was given as ``state`` to :meth:`save`; no tensor is touched.
-
-        Args:
-            path (str | Path): a checkpoint's folder.
-
-        Returns:
-            dict[str, Any]: JSON values.
-
-        Raises:
-            CheckpointError: If the folder is no complete checkpoint, or its state.json is damaged.
-        """
+        """What was given as ``state`` to :meth:`save`; no tensor is read. CheckpointError if the checkpoint is
+        incomplete or its state.json is damaged."""
         state: dict[str, Any] = read_document(Path(path))["state"]
         return state
 
@@ -486,17 +441,9 @@ class SPINCheckpointer:
     ) -> None:
         """Restores tensors bit for bit, on any number of ranks. Every file's checksum is verified first. Collective.
 
-        Args:
-            path (str | Path): a checkpoint's folder.
-            model (nn.Module): sharded or plain, with memory.
-            optimizer (torch.optim.Optimizer | None): made for ``model``'s parameters; left as it is if the checkpoint
-                was saved without one. None leaves the saved one aside.
-            world (World): the ranks.
-            new_options (bool): what ``optimizer`` was made with, such as its weight decay, stands; False brings the
-                saved values back.
-
-        Raises:
-            CheckpointError: If a file is damaged, or if the checkpoint does not fit the model or the optimizer.
+        An optimizer is left as it is if the checkpoint was saved without one; None leaves the saved one aside. With
+        ``new_options`` what the optimizer was made with, such as its weight decay, stands, else the saved values come
+        back. CheckpointError if a file is damaged, or if the checkpoint does not fit the model or the optimizer.
         """
         set_stage("loading a checkpoint")
         folder = Path(path)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from spin.cli.card import model_card
 from spin.core.errors import OutputError
-from spin.core.files import MARKER, as_output_error, atomic_dir, replace_text, sync
+from spin.core.files import MARKER, as_output_error, atomic_dir, check_can_be_made, replace_text, sync
 from spin.core.terminal import printable
 from spin.run.folder import iteration_folders, model_of
 
@@ -50,9 +50,8 @@ def main(argv: Sequence[str]) -> None:
     out: Path = arguments.out
     if out.exists():
         raise OutputError(f"{out}: is there already. Give --out a folder that is not.")
-    there = next(folder for folder in out.absolute().parents if folder.is_dir())
     with as_output_error(out):
-        size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(there).free
+        size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(check_can_be_made(out)).free
         if size > free:
             raise OutputError(f"{out}: needs {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. Make room.")
         with atomic_dir(out, "copy of a model") as part:

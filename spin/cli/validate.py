@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import logging
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from spin.config.catalog import config_model, load_recipe, recipe_of
 from spin.config.checks import check_run
 from spin.config.schema import EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
+from spin.core.files import check_can_be_made
 from spin.core.terminal import printable
 from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dataset import check_is_dataset
@@ -108,7 +111,8 @@ def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) ->
     check("loss, optimizer", partial(_loss_and_optimizer, cfg))
     model = check("model", partial(_model, cfg))
     check("adapters", partial(_adapters, cfg), model=model)
-    check("model folder", _folder, checkpointer=checkpointer, model=model)
+    parameters = check("model folder", _folder, checkpointer=checkpointer, model=model)
+    check("output folder", partial(_output, cfg, checkpointer, parameters))
     if with_logits:
 
         def logits(checkpointer: SPINCheckpointer, model: torch.nn.Module) -> tuple[None, str]:
@@ -131,6 +135,7 @@ def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) ->
 
 def _check_evaluation(cfg: config.EvaluateConfig, check: Checks, with_logits: bool) -> None:
     """The checks of a config of spin_evaluate, which has two or three models and does not train."""
+    check("output folder", partial(_output, cfg))
     datasets: dict[str, PromptSource | None] = {}
     for role in eval_model_roles(cfg):
         section = cfg[role]
@@ -189,10 +194,17 @@ def _adapters(cfg: config.SPINConfig, model: torch.nn.Module) -> tuple[None, str
     return None, f"{len(adapted_modules(model))} adapters are trained and saved; every other weight is frozen"
 
 
-def _folder(checkpointer: SPINCheckpointer, model: torch.nn.Module) -> tuple[None, str]:
+def _folder(checkpointer: SPINCheckpointer, model: torch.nn.Module) -> tuple[int, str]:
     check_hf_folder(model, checkpointer.checkpoint_dir, checkpointer.model_type)
-    checkpointer.check_source()
-    return None, f"{checkpointer.checkpoint_dir} holds every weight in its shape, by the headers of its files"
+    text = f"{checkpointer.checkpoint_dir} holds every weight in its shape, by the headers of its files"
+    return checkpointer.check_source(), text
+
+
+def _output(cfg: Any, checkpointer: SPINCheckpointer | None = None, parameters: int | None = None) -> tuple[None, str]:
+    free = shutil.disk_usage(check_can_be_made(Path(cfg.output_dir))).free
+    if checkpointer is not None and parameters is not None:
+        checkpointer.check_space(parameters, cfg.max_iterations)
+    return None, f"{cfg.output_dir} can be written, {free / 2**30:,.1f} GiB are free"
 
 
 def _logits(section: config.Component, folder: str, model_type: str) -> tuple[None, str]:

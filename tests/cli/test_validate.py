@@ -41,7 +41,7 @@ def test_a_config_that_works(validate):
     """20 samples in batches of 4, 2 epochs, 2 iterations: 20 steps. 20 prompts in shards of 6 are 4 shards."""
     code, out, err = validate()
     assert code == 0 and err == ""
-    assert set(verdicts(out).values()) == {"ok"} and len(verdicts(out)) == 13
+    assert set(verdicts(out).values()) == {"ok"} and len(verdicts(out)) == 14
     assert "20 steps: 2 iterations x 2 epochs x 5 steps of 4 prompts" in out
     assert "20 prompts in an iteration (0 left over), in 4 shards" in out
     assert "validation every 2 steps; checkpoint every 2 steps; 6 validation samples" in out
@@ -84,7 +84,7 @@ def folder_of(tmp_path):
 
 def test_logits_are_compared_with_transformers(validate):
     code, out, err = validate("--logits")
-    assert code == 0 and err == "" and verdicts(out)["logits"] == "ok" and len(verdicts(out)) == 14
+    assert code == 0 and err == "" and verdicts(out)["logits"] == "ok" and len(verdicts(out)) == 15
     assert "largest difference to the logits of transformers" in out and "layers 0, 1, " in out
     code, out, _ = validate("--logits", config=CONFIG.with_name("tiny_lora.yaml"))
     assert code == 0 and verdicts(out)["logits"] == "ok"
@@ -204,7 +204,7 @@ def test_faults_of_every_kind_in_one_pass(validate, tmp_path):
 
 def test_skipped_checks_say_what_they_need(validate):
     code, out, _ = validate("tokenizer.path=/nowhere", "model.num_kv_heads=3")
-    assert code == 1 and len(verdicts(out)) == 13
+    assert code == 1 and len(verdicts(out)) == 14
     assert "vocabulary       -      skipped: needs the model and tokenizer" in out
     assert "arithmetic       -      skipped: needs the data" in out
 
@@ -250,6 +250,30 @@ def test_single_faults(validate, changes, label, words):
     assert code == 1 and verdicts(out)[label] == "FAULT"
     for word in words:
         assert word in out
+
+
+def test_an_output_folder_that_cannot_be_written(validate, tmp_path, monkeypatch, capsys):
+    """Its nearest folder is asked, and nothing is made in it."""
+    (tmp_path / "file").write_text("")
+    code, out, _ = validate(f"output_dir={tmp_path / 'file' / 'run'}")
+    assert code == 1 and verdicts(out)["output folder"] == "FAULT"
+    assert f"cannot write ({tmp_path / 'file'} is not a folder). Change output_dir." in out
+    monkeypatch.setattr("os.access", lambda path, mode: str(path) != str(tmp_path))  # whoever runs the tests
+    code, out, _ = validate("tokenizer.path=/nowhere", "checkpointer.checkpoint_dir=/nowhere")
+    assert code == 1 and verdicts(out)["output folder"] == "FAULT"
+    assert f"out: cannot write ({tmp_path} may not be written to). Change output_dir." in out
+    assert main(["validate", "evaluate/smollm2_135M_cpu", f"output_dir={tmp_path / 'out'}"]) == 1
+    assert verdicts(capsys.readouterr().out)["output folder"] == "FAULT"
+
+
+def test_a_disk_that_is_too_small(validate, monkeypatch):
+    """0.9M parameters: a checkpoint of 4 bytes each and two exports of as many are 10.5 MiB at least."""
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=5 * 2**20))
+    code, out, _ = validate()
+    assert code == 1 and [name for name, verdict in verdicts(out).items() if verdict == "FAULT"] == ["output folder"]
+    assert "5.0 MiB free, but one checkpoint and 2 exports of 918,656 parameters take 10.5 MiB to" in out
+    assert "checkpointer.keep_exports=1" in out
 
 
 def test_the_arithmetic_counts_history_and_limits(validate):
