@@ -106,8 +106,7 @@ def share_lookup(path: Path, pairs: Iterable[Pair], world: World) -> PairLookup:
         if world.is_main:
             PairLookup.write(path, pairs)
     with raise_on_all_ranks(world, StoreError):
-        lookup = PairLookup(path)
-    return lookup
+        return PairLookup(path)
 
 
 def hash_of(key: Key) -> int:

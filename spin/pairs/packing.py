@@ -129,18 +129,10 @@ class PackedRow:
 
 
 def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout = _DEFAULT_LAYOUT) -> PackedRow:
-    """Lays pairs out in a row.
+    """Lays pairs, or none, out in a row of ``length`` tokens on the CPU; None is as many as they need (at least 1).
 
-    Args:
-        pairs (Sequence[Pair]): what goes into the row, in order; may be empty, then the row is padding.
-        length (int | None): tokens of the row; None is as many as the pairs need (at least 1).
-        layout (RowLayout): its ``row_tokens`` and ``row_multiple`` do not matter here.
-
-    Returns:
-        PackedRow: on the CPU.
-
-    Raises:
-        ValueError: If the pairs do not fit, a prompt or response is empty, or the length does not suit ``flex``.
+    ValueError if the pairs do not fit, a prompt or response is empty, or the length does not suit ``flex``. The
+    layout's ``row_tokens`` and ``row_multiple`` do not matter here.
     """
     segments = _segments(pairs)
     used = segments[-1].stop if segments else 0
@@ -216,15 +208,8 @@ def plan_rows(lengths: Sequence[int], layout: RowLayout, num_ranks: int = 1) -> 
     Fills rows evenly (longest pair first, into the emptiest row), and deals them so that the n-th rows of all ranks are
     about equally long. Every rank gets the same number of rows, as sharded forwards need: the fewest that hold the
     pairs, or one or two more if that leaves less padding; rows may be empty when there are fewer pairs than rows. A
-    pair longer than ``row_tokens`` gets a row of its own. The plan depends on the arguments only.
-
-    Args:
-        lengths (Sequence[int]): tokens of each pair.
-        layout (RowLayout): of the rows.
-        num_ranks (int): ranks that share the rows.
-
-    Returns:
-        list[list[list[int]]]: ``plan[rank][row]`` holds indices into ``lengths``, ascending.
+    pair longer than ``row_tokens`` gets a row of its own. The plan depends on the arguments only: ``plan[rank][row]``
+    holds indices into ``lengths``, the pairs' tokens, ascending.
     """
     row_tokens = layout.row_tokens
     # There must be so many: a pair that is longer than a row takes one, and two of more than half a row share none.
@@ -232,12 +217,9 @@ def plan_rows(lengths: Sequence[int], layout: RowLayout, num_ranks: int = 1) -> 
     per_rank = max(1, math.ceil(max(by_tokens, sum(2 * length > row_tokens for length in lengths)) / num_ranks))
     while not _fits(*(plan := spread(lengths, per_rank * num_ranks)), row_tokens):
         per_rank += 1
-
-    def padded(plan: tuple[list[list[int]], list[int]]) -> int:
-        return sum(layout.padded_length(max(1, load)) for load in plan[1])
-
     others = (spread(lengths, (per_rank + more) * num_ranks) for more in (1, 2))
-    rows, loads = min((plan, *(other for other in others if _fits(*other, row_tokens))), key=padded)
+    plans = [plan, *(other for other in others if _fits(*other, row_tokens))]
+    rows, loads = min(plans, key=lambda plan: sum(layout.padded_length(max(1, load)) for load in plan[1]))
     by_load = sorted(range(len(rows)), key=lambda row: (-loads[row], row))
     return [[sorted(rows[row]) for row in by_load[rank::num_ranks]] for rank in range(num_ranks)]
 
@@ -258,17 +240,7 @@ def _fits(rows: list[list[int]], loads: list[int], row_tokens: int) -> bool:
 
 
 def pack_batch(pairs: Sequence[Pair], layout: RowLayout, rank: int = 0, num_ranks: int = 1) -> list[PackedRow]:
-    """The rows of one rank for a global batch of pairs.
-
-    Args:
-        pairs (Sequence[Pair]): the global batch, the same on every rank.
-        layout (RowLayout): of the rows.
-        rank (int): whose rows.
-        num_ranks (int): ranks that share the batch.
-
-    Returns:
-        list[PackedRow]: equally many on every rank.
-    """
+    """The rows of one rank for a global batch of pairs, equally many on every rank."""
     plan = plan_rows([pair.num_tokens for pair in pairs], layout, num_ranks)[rank]
     chosen = [[pairs[i] for i in indices] for indices in plan]
     return [pack_row(row, layout.padded_length(max(1, sum(pair.num_tokens for pair in row))), layout) for row in chosen]

@@ -63,12 +63,7 @@ _SCHEMA = pa.schema(
 
 
 class PairStore:
-    """A folder of pairs: one parquet row per generated response, the responses of a prompt numbered by ``k``.
-
-    Args:
-        path (str | Path): the folder.
-        manifest (Mapping[str, Any]): the content of its manifest.
-    """
+    """A folder of pairs with a manifest: a parquet row per generated response, those of a prompt numbered by ``k``."""
 
     def __init__(self, path: str | Path, manifest: Mapping[str, Any]) -> None:
         self.path = Path(path)
@@ -76,17 +71,8 @@ class PairStore:
 
     @classmethod
     def open(cls, path: str | Path) -> PairStore:
-        """Opens a store that exists, sealed or not.
-
-        Args:
-            path (str | Path): the folder.
-
-        Returns:
-            PairStore: with the manifest that lies there.
-
-        Raises:
-            StoreError: If there is no manifest, or it is damaged or of another version.
-        """
+        """Opens a store that exists, sealed or not; StoreError if its manifest is missing, damaged or of another
+        version."""
         file = Path(path) / MANIFEST
         if not file.exists():
             files = [file for depth in ("*", "*/*") for file in Path(path).glob(f"{depth}/{MANIFEST}")]
@@ -108,18 +94,8 @@ class PairStore:
         """Opens the store if it was made from the same things, else begins a new one; the old one is kept aside.
 
         Call it on one rank. Workers may call it at once: the first begins the store, the others open it.
-
-        Args:
-            path (str | Path): the folder.
-            fingerprint (Mapping[str, Any]): everything that the content depends on, JSON values by name.
-            num_shards (int): shards that a new store will have; one that is there keeps its own number, which another
-                number of ranks does not change.
-
-        Returns:
-            PairStore: sealed, or to be filled with its missing shards.
-
-        Raises:
-            OutputError: If the folder cannot be written.
+        ``fingerprint`` has everything that the content depends on, JSON values by name. A store that is there keeps its
+        own number of shards, whatever the number of ranks is now.
         """
         path, fingerprint = Path(path), json.loads(json.dumps(fingerprint))
         with file_lock(path):
@@ -130,7 +106,11 @@ class PairStore:
                 except StoreError as error:
                     changed = [str(error)]
                 if not changed:
-                    store._unseal_if_damaged()
+                    # a shard that is made again may come out otherwise: another engine, another version of pyarrow
+                    if store.is_sealed and store.missing_shards():
+                        kept = ("format_version", "fingerprint", "num_shards")
+                        store.manifest = {name: store.manifest[name] for name in kept} | {"sealed": False}
+                        write_json(path / MANIFEST, store.manifest)
                     return store
                 keep_aside(path, f"was made from something else ({'; '.join(changed)})")
             # without a manifest the folder is what a process left that died just then, or shards that were copied there
@@ -157,14 +137,8 @@ class PairStore:
         return self.manifest["fingerprint"]["opponent"]
 
     def missing_shards(self) -> list[int]:
-        """Shards that are not there; one that is damaged, edited or of another store is kept aside, and is missing.
-
-        Returns:
-            list[int]: ascending.
-
-        Raises:
-            StoreError: If one is of another store, and so is this whole folder by now.
-        """
+        """Shards that are not there, ascending; one that is damaged, edited or of another store is kept aside, and is
+        missing. StoreError if the whole folder is of another store by now."""
         missing = []
         for index in range(self.num_shards):
             found = self._read(index)
@@ -182,17 +156,8 @@ class PairStore:
         return [f"{file}: {fault}" for file, fault in found if isinstance(fault, str)]
 
     def write_shard(self, index: int, pairs: Sequence[Pair]) -> None:
-        """Writes a shard, which appears whole or not at all.
-
-        Args:
-            index (int): which shard.
-            pairs (Sequence[Pair]): its content; may be empty.
-
-        Raises:
-            StoreError: If a reference log-prob is not finite, naming the samples, or if another process has begun the
-                store again, from something else.
-            OutputError: If it cannot be written; no part of it is left.
-        """
+        """Writes a shard, which appears whole or not at all and may be empty. StoreError if a reference log-prob is not
+        finite, or if another process has begun the store again, from something else."""
         broken = [
             pair.sample_id
             for pair in pairs
@@ -211,16 +176,8 @@ class PairStore:
             self._check_is_same_store()
 
     def seal(self, report: Mapping[str, Any] | None = None) -> None:
-        """Records the checksum of every shard, once. Call it on one rank when no shard is missing; workers may call it
-        at once.
-
-        Args:
-            report (Mapping[str, Any] | None): counts to keep with the store.
-
-        Raises:
-            StoreError: If a shard is missing, or if another process has begun the store again, from something else.
-            OutputError: If the manifest cannot be written.
-        """
+        """Records the checksum of every shard, once, and ``report``, counts to keep with the store. Call it on one
+        rank; workers may call it at once. StoreError as of :meth:`write_shard`, or if a shard is missing."""
         with file_lock(self.path):
             missing = self.missing_shards()
             if missing:
@@ -234,31 +191,16 @@ class PairStore:
             for name in (".shard-*.parquet.*.tmp", f".{MANIFEST}.*.tmp"):  # of processes that died while they wrote
                 for leftover in self.path.glob(name):
                     leftover.unlink(missing_ok=True)
-            files = [self._shard(index) for index in range(self.num_shards)]
-            self.manifest["shards"] = [
-                {
-                    "name": file.name,
-                    "rows": pq.read_metadata(file).num_rows,
-                    "bytes": file.stat().st_size,
-                    "sha256": file_sha256(file),
-                }
-                for file in files
-            ]
+            self.manifest["shards"] = shards = []
+            for file in map(self._shard, range(self.num_shards)):
+                about = {"name": file.name, "rows": pq.read_metadata(file).num_rows, "bytes": file.stat().st_size}
+                shards.append(about | {"sha256": file_sha256(file)})
             self.manifest |= {"report": dict(report or {}), "sealed_at": time.time(), "sealed": True}
             write_json(self.path / MANIFEST, self.manifest)
 
     def read_shard(self, index: int) -> list[Pair]:
-        """The pairs of a shard, token ids as views on one array.
-
-        Args:
-            index (int): which shard.
-
-        Returns:
-            list[Pair]: in the order in which they were written.
-
-        Raises:
-            StoreError: If the shard is missing, or does not read back as it was written.
-        """
+        """The pairs of a shard in their order, token ids as views on one array; StoreError if it is missing, or does
+        not read back as it was written."""
         return _pairs_of(self._table(index))
 
     def pairs(self) -> Iterator[Pair]:
@@ -281,21 +223,11 @@ class PairStore:
 
     def _origin(self, index: int) -> dict[str, Any]:
         """What a shard says of where it belongs."""
-        return {
-            "store": json_fingerprint(self.manifest["fingerprint"]),
-            "shard": index,
-            "num_shards": self.num_shards,
-        }
-
-    def _unseal_if_damaged(self) -> None:
-        """A shard that is made again may come out otherwise: another engine, another version of pyarrow."""
-        if self.is_sealed and self.missing_shards():
-            self.manifest = {name: self.manifest[name] for name in ("format_version", "fingerprint", "num_shards")}
-            self.manifest["sealed"] = False
-            write_json(self.path / MANIFEST, self.manifest)
+        store = json_fingerprint(self.manifest["fingerprint"])
+        return {"store": store, "shard": index, "num_shards": self.num_shards}
 
     def _check_is_same_store(self) -> dict[str, Any]:
-        """The manifest on the disk, unless a worker with another config has moved the store aside and begun its own."""
+        """The manifest on the disk; StoreError if a worker with another config has moved this store aside."""
         on_disk = PairStore.open(self.path).manifest
         changed = differences(self.manifest["fingerprint"], on_disk["fingerprint"])
         if changed:
@@ -342,10 +274,9 @@ class PairStore:
 
     def _origin_fault(self, index: int, origin: Mapping[str, Any]) -> str | None:
         """Why a shard was not made for this place in this store, or None if it was."""
-        expected = self._origin(index)
         if not origin:
             return "of unknown origin (it does not say which store it was made for)"
-        if origin.get("store") != expected["store"]:
+        if origin.get("store") != self._origin(index)["store"]:
             return "of another store (other weights, sampling or data, or another iteration)"
         if (origin.get("shard"), origin.get("num_shards")) != (index, self.num_shards):
             found = f"number {str(origin.get('shard'))[:9]!r} of {str(origin.get('num_shards'))[:9]!r}"
