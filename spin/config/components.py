@@ -92,7 +92,10 @@ _DATASET = Kind(
 )  # fmt: skip
 KINDS: dict[str, Kind] = {
     "model": Kind(
-        "a model builder of torchtune", modules=tuple(_TORCHTUNE + name for name in _FAMILIES), fits=_makes_decoder
+        "spin.model.from_hf, or a model builder of torchtune",
+        ("spin.model.from_hf",),
+        tuple(_TORCHTUNE + name for name in _FAMILIES),
+        _makes_decoder,
     ),
     "tokenizer": Kind(
         "a tokenizer of spin.data or torchtune.models",

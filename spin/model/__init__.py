@@ -1,6 +1,7 @@
 """From a model folder to a decoder: built, patched, sharded, compiled."""
 
 from spin.model.build import build_model, prepare_model
+from spin.model.decoder import from_hf
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.logits_check import self_test
 from spin.model.lora import build_policy, prepare_policy
@@ -11,6 +12,7 @@ __all__ = [
     "build_model",
     "build_policy",
     "clip_grad_norm",
+    "from_hf",
     "prepare_model",
     "prepare_policy",
     "self_test",

@@ -17,6 +17,7 @@ from torch import nn
 
 from spin.core.errors import ConfigError
 from spin.model.flex import attend
+from spin.model.modules import Attention
 from spin.model.torchtune import (
     Gemma2Attention,
     MultiHeadAttention,
@@ -75,6 +76,10 @@ def _patch_module(name: str, module: nn.Module) -> None:
     if getattr(module.forward, "__func__", None) is _forward:
         return
     base = Gemma2Attention if isinstance(module, Gemma2Attention) else MultiHeadAttention
+    if not isinstance(module, Gemma2Attention | Attention):
+        module.scaling = module.softcapping = module.sliding_window_size = None  # type: ignore[assignment]
+    if not isinstance(module, Attention):
+        module.qk_norm_at = "rotated"  # type: ignore[assignment]
     if type(module).forward is not base.forward or "forward" in vars(module):
         raise ConfigError(
             f"attention module {name!r} ({type(module).__name__}) has a forward of its own, which would be lost. "
@@ -104,14 +109,18 @@ def _forward(
     """
     b, s, _ = x.shape
     y = x if y is None else y
-    q = self.q_proj(x).view(b, s, self.num_heads, self.head_dim)
-    k = self.k_proj(y).view(b, y.shape[1], self.num_kv_heads, self.head_dim)
+    q, k = self.q_proj(x), self.k_proj(y)
+    if self.qk_norm_at == "whole":
+        q, k = self.q_norm(q), self.k_norm(k)
+    q, k = q.view(b, s, self.num_heads, self.head_dim), k.view(b, y.shape[1], self.num_kv_heads, self.head_dim)
+    if self.qk_norm_at == "head":
+        q, k = self.q_norm(q), self.k_norm(k)
     v = self.v_proj(y).view(b, y.shape[1], self.num_kv_heads, self.head_dim)
     if self.pos_embeddings is not None:
         q = self.pos_embeddings(q, input_pos=input_pos)
         k = self.pos_embeddings(k, input_pos=input_pos)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, s, h, hd) -> (b, h, s, hd)
-    if self.q_norm is not None:
+    if self.q_norm is not None and self.qk_norm_at == "rotated":
         q, k = self.q_norm(q), self.k_norm(k)
 
     kv: KVSlots | None = getattr(self, _KV)
@@ -122,34 +131,50 @@ def _forward(
 
     # The one place that chooses how to attend.
     if isinstance(mask, FlexMask):
-        if isinstance(self, Gemma2Attention):
-            blocks = mask.causal if self.sliding_window_size is None else mask.windowed
-            out = attend(q, k, v, blocks, self.scaling, self.softcapping, hopper=mask.hopper)
-        else:
-            out = attend(q, k, v, mask.causal, hopper=mask.hopper)
+        blocks = mask.causal if self.sliding_window_size is None else mask.windowed
+        out = attend(q, k, v, blocks, self.scaling, self.softcapping, hopper=mask.hopper)
     elif decodes and kv.view.kernel:  # type: ignore[union-attr]
         out = _kernel_attention(self, q, kv)  # type: ignore[arg-type]
-    elif isinstance(self, Gemma2Attention):
-        out = _softcapped_attention(self, q, k, v, mask, _visible_in_window(self, input_pos, k, decodes))
-    elif decodes and mask is not None:
-        out = _decode_attention(q, k, v, mask)
     else:
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=None if mask is None else mask[:, None],  # (b, s, s_k) -> (b, 1, s, s_k)
-            dropout_p=self.attn_dropout if self.training else 0.0,
-            is_causal=mask is None and self.is_causal,
-            # Query heads share their group's keys inside the kernel. Measured with a dense mask of 1024 tokens, 9
-            # query and 3 key heads, forward + backward on 2 CPU cores: 199 ms, against 278 ms with keys copied to all
-            # heads, 221 to 223 ms with groups folded into batch or sequence. The fused CPU kernel serves it with and
-            # without gradients, which keeps reference and policy bitwise equal. On an H100: 2.0 ms for all forms at
-            # 4096 tokens (cuDNN).
-            enable_gqa=self.num_heads != self.num_kv_heads,
-        )
+        out = _masked_attention(self, q, k, v, mask, _visible_in_window(self, input_pos, k, decodes), decodes)
     out = out.transpose(1, 2).reshape(b, s, -1).to(x.dtype)  # (b, h, s, hd) -> (b, s, h * hd)
     return self.output_proj(out)
+
+
+def _masked_attention(
+    self: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    window: torch.Tensor | None,
+    decodes: bool,
+) -> torch.Tensor:
+    """Attention by a dense mask: q is (b, h, s, hd), k and v (b, n_kv, s_k, hd), mask (b, s, s_k) or None for causal,
+    window (1 or b, s, s_k)."""
+    if window is not None:
+        if mask is None:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()[None]
+        mask = mask & window
+    if self.softcapping is not None:
+        return _softcapped_attention(self, q, k, v, mask)
+    if decodes and mask is not None:
+        return _decode_attention(q, k, v, mask, self.scaling)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=None if mask is None else mask[:, None],  # (b, s, s_k) -> (b, 1, s, s_k)
+        dropout_p=self.attn_dropout if self.training else 0.0,
+        is_causal=mask is None and self.is_causal,
+        # Query heads share their group's keys inside the kernel. Measured with a dense mask of 1024 tokens, 9
+        # query and 3 key heads, forward + backward on 2 CPU cores: 199 ms, against 278 ms with keys copied to all
+        # heads, 221 to 223 ms with groups folded into batch or sequence. The fused CPU kernel serves it with and
+        # without gradients, which keeps reference and policy bitwise equal. On an H100: 2.0 ms for all forms at
+        # 4096 tokens (cuDNN).
+        enable_gqa=self.num_heads != self.num_kv_heads,
+        scale=self.scaling,
+    )
 
 
 @cache
@@ -160,29 +185,30 @@ def generation_kernels(device_type: str) -> ModuleType | None:
 
 def _kernel_attention(self: Any, q: torch.Tensor, kv: "KVSlots") -> torch.Tensor:
     """One new token per row against the cache, each row as far as its own position, (b, h, 1, hd) -> (b, h, 1, hd)."""
-    if isinstance(self, Gemma2Attention):
-        special = {"scale": self.scaling, "softcap": self.softcapping, "window": self.sliding_window_size}
-    else:
-        special = {"scale": self.head_dim**-0.5}
+    scale = self.head_dim**-0.5 if self.scaling is None else self.scaling
     kernels: Any = generation_kernels(q.device.type)
-    return kernels.attend_slots(q, kv.k, kv.v, kv.view.positions, **special)
+    return kernels.attend_slots(
+        q, kv.k, kv.v, kv.view.positions, scale=scale, softcap=self.softcapping, window=self.sliding_window_size
+    )
 
 
-def _decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _decode_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float | None
+) -> torch.Tensor:
     """One new token per row against the cache: q (b, h, 1, hd), k and v (b, n_kv, s_k, hd), mask bool, (b, 1, s_k)."""
     b, h, _, d = q.shape
     n_kv = k.shape[1]
     if q.is_cuda or h == n_kv:  # H100, 32 rows of 700 keys: 0.06 ms, against 0.12 ms grouped
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=h != n_kv)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=h != n_kv, scale=scale)
     # On CPU the group's heads stand as the queries of one key head, so each key is read once per group: bf16, 32 rows
     # of 320 keys, 9 query and 3 key heads: 8 ms, against 16 ms with enable_gqa; 8 ms both in float32.
     grouped = q.reshape(b, n_kv, h // n_kv, d)
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None].expand(b, 1, h // n_kv, -1))
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None].expand(b, 1, h // n_kv, -1), scale=scale)
     return out.reshape(b, h, 1, d)
 
 
 def _visible_in_window(
-    self: Gemma2Attention, input_pos: torch.Tensor | None, k: torch.Tensor, cached_decode: bool
+    self: Any, input_pos: torch.Tensor | None, k: torch.Tensor, cached_decode: bool
 ) -> torch.Tensor | None:
     """Which keys lie inside the sliding window: ``position of query - position of key < window``.
 
@@ -199,28 +225,17 @@ def _visible_in_window(
 
 
 def _softcapped_attention(
-    self: Gemma2Attention,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    window: torch.Tensor | None,
+    self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """``softmax(c * tanh(q k / (c * scale)) + mask) v``; no fused CPU kernel has the tanh.
-
-    q is (b, h, s, hd), k and v (b, n_kv, s_k, hd), mask (b, s, s_k) or None for causal, window (1 or b, s, s_k).
-    """
+    """``softmax(c * tanh(q k scale / c) + mask) v``; no fused CPU kernel has the tanh."""
     b, h, s, d = q.shape
     n_kv, s_k = k.shape[1], k.shape[2]
     if mask is None:
         mask = torch.ones(s, s_k, dtype=torch.bool, device=q.device).tril()[None]
-    if window is not None:
-        mask = mask & window
+    scale = d**-0.5 if self.scaling is None else self.scaling
     # A group's heads become more queries of its key head.
-    grouped = (q * self.scaling).reshape(b, n_kv, h // n_kv * s, d)
-    scores = grouped @ k.transpose(2, 3)
-    if self.softcapping is not None:
-        scores = torch.tanh(scores / self.softcapping) * self.softcapping
+    scores = (q * scale).reshape(b, n_kv, h // n_kv * s, d) @ k.transpose(2, 3)
+    scores = torch.tanh(scores / self.softcapping) * self.softcapping
     scores = scores.view(b, n_kv, h // n_kv, s, s_k).masked_fill(~mask[:, None, None], torch.finfo(scores.dtype).min)
     weights = scores.float().softmax(-1).to(v.dtype).view(b, n_kv, h // n_kv * s, s_k)
     return (weights @ v).view(b, h, s, d)

@@ -19,6 +19,7 @@ from spin.model.torchtune import Gemma2Attention, Gemma2FinalNorm, TransformerDe
 Value = TypeVar("Value")
 
 
+_CAP = "spin_final_softcap"  # a decoder's attribute
 _RELEASED = (50.0, 30.0)  # attention and logits, of every released Gemma 2
 
 
@@ -47,7 +48,7 @@ def fix_gemma2_softcap(model: nn.Module) -> bool:
         return False
     norm.capping_value = norm.logit_capping.capping_value = caps[1]
     norm.forward = MethodType(_norm_without_cap, norm)
-    model.unembed = MethodType(_capped_unembed, model)  # type: ignore[assignment]
+    set_final_softcap(model, caps[1])
     for module in model.modules():
         if isinstance(module, Gemma2Attention):
             module.softcapping = caps[0]
@@ -56,9 +57,14 @@ def fix_gemma2_softcap(model: nn.Module) -> bool:
 
 def final_softcap(model: nn.Module) -> float | None:
     """The c of ``c * tanh(logits / c)`` that ``model.output(model.norm(hidden))`` still needs, or None."""
-    norm = getattr(model, "norm", None)
-    fixed = getattr(getattr(norm, "forward", None), "__func__", None) is _norm_without_cap
-    return float(norm.capping_value) if fixed else None  # type: ignore[union-attr, arg-type]
+    return getattr(model, _CAP, None)
+
+
+def set_final_softcap(model: nn.Module, cap: float | None) -> None:
+    """Makes a decoder's ``unembed`` soft-cap the logits; None: it does not."""
+    if cap is not None:
+        setattr(model, _CAP, float(cap))
+        model.unembed = MethodType(_capped_unembed, model)  # type: ignore[assignment]
 
 
 def softcap(logits: torch.Tensor, cap: float | None) -> torch.Tensor:

@@ -32,7 +32,7 @@ from spin.core.ranks import World, atomic_dir_of_ranks, gather_objects, raise_on
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, fill_nf4
 from spin.model.hf_config import CONFIG, check_model, unknown_keys
 from spin.model.hf_families import LAYOUTS, Tensors, check_model_type, heads_of, settings_of
-from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, weight_files
+from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, text_name, weight_files
 from spin.model.sharding import check_weights, clean_name, is_finite, reshard, weight_gathers
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ class _Entry:
     """One tensor of a folder, from a file's header."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: str
 
@@ -69,10 +70,12 @@ def _read_headers(files: Iterable[Path]) -> dict[str, _Entry]:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a dict
                     view = tensors.get_slice(name)
-                    entries[name] = _Entry(file, tuple(view.get_shape()), view.get_dtype())
+                    own = text_name(name)
+                    if own is not None and _INV_FREQ not in name:
+                        entries[own] = _Entry(file, name, tuple(view.get_shape()), view.get_dtype())
         except (SafetensorError, OSError) as error:
             raise CheckpointError(broken_file(file, error)) from error
-    return {name: entry for name, entry in entries.items() if _INV_FREQ not in name}
+    return entries
 
 
 def stored_elements(checkpoint_dir: str | Path) -> int:
@@ -299,7 +302,7 @@ def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None
     with torch.no_grad():
         for group in plan.groups:
             for name, (source, rows) in _row_sources(group, model_type, arguments).items():
-                seen = is_finite(_copy_rows(plan.entries[source], source, rows, targets[name]))
+                seen = is_finite(_copy_rows(plan.entries[source], rows, targets[name]))
                 finite[source] = finite[source] & seen if source in finite else seen
     broken = [source for source, seen in finite.items() if not seen]  # the only waits for the device
     if broken:
@@ -321,8 +324,8 @@ def _check_tied_head(plan: _Plan, folder: Path, rank: int, ranks: int) -> None:
     first, end = rank * part, min((rank + 1) * part, embeddings.shape[0])
     if head.shape == embeddings.shape and all(
         torch.equal(
-            read_rows(head, _LM_HEAD, row, min(row + _COMPARED_ROWS, end)).float(),
-            read_rows(embeddings, _EMBEDDINGS, row, min(row + _COMPARED_ROWS, end)).float(),
+            read_rows(head, row, min(row + _COMPARED_ROWS, end)).float(),
+            read_rows(embeddings, row, min(row + _COMPARED_ROWS, end)).float(),
         )
         for row in range(first, end, _COMPARED_ROWS)
     ):
@@ -388,6 +391,8 @@ def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> d
     sources = list(group.hf)
     numbered = {}
     for i, (source, shape) in enumerate(group.hf.items()):
+        if not shape:  # a constant
+            continue
         rows = torch.arange(i << 32, (i << 32) + shape[0])  # tensor and row in one number
         numbered[source] = rows.view(-1, *[1] * (len(shape) - 1))
     # `dim` is the number of columns
@@ -398,7 +403,7 @@ def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> d
     }
 
 
-def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _copy_rows(entry: _Entry, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Fills this rank's shard of a parameter with rows of a stored tensor, the only ones that it reads.
 
     Returns what it filled in, before it is quantized.
@@ -412,7 +417,7 @@ def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tenso
     if not len(rows):  # fewer rows than ranks
         return torch.empty(0)
     first, end = int(rows.min()), int(rows.max()) + 1
-    block = read_rows(entry, name, first, end)
+    block = read_rows(entry, first, end)
     if not torch.equal(rows, torch.arange(first, end)):  # permuted within heads; a shard may split one
         block = block[rows - first]
     if nf4 is not None:  # all rows are read and quantized together
@@ -422,14 +427,14 @@ def _copy_rows(entry: _Entry, name: str, rows: torch.Tensor, target: torch.Tenso
     return target.copy_(block.to(target.device))  # cast there: the bus carries what the file holds
 
 
-def read_rows(entry: _Entry, name: str, first: int, end: int) -> torch.Tensor:
+def read_rows(entry: _Entry, first: int, end: int) -> torch.Tensor:
     """Rows ``first`` to ``end`` of a stored tensor; the file's other bytes stay on disk."""
     try:
         with safe_open(entry.file, framework="pt") as tensors:
-            rows: torch.Tensor = tensors.get_slice(name)[first:end]
+            rows: torch.Tensor = tensors.get_slice(entry.name)[first:end]
             return rows
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{entry.file}: cannot read {name} ({error}). Download the model again.") from error
+        raise CheckpointError(f"{entry.file}: cannot read {entry.name} ({error}). Download the model again.") from error
 
 
 def from_hf_tensors(model: nn.Module, tensors: Tensors, config: dict[str, Any], model_type: str) -> None:

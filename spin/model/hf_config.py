@@ -26,7 +26,7 @@ from torch import nn
 
 from spin.core.errors import CheckpointError
 from spin.model.gemma2 import gemma2_caps
-from spin.model.hf_families import DEFAULTS, LAYOUTS, family_of, heads_of, settings_of
+from spin.model.hf_families import DEFAULTS, LAYOUTS, family_of, heads_of, known_keys, settings_of
 from spin.model.torchtune import GemmaNormEmbeddings, GemmaRMSNorm
 
 log = logging.getLogger(__name__)
@@ -228,6 +228,8 @@ def check_model(model: nn.Module, config: dict[str, Any], model_type: str, file:
             f"{' or '.join(layout.families)}. Change checkpointer.model_type or checkpoint_dir."
         )
     layers = getattr(model, "layers", [])
+    if model_type == "HF":
+        return
     if not len(layers) or getattr(layers[0], "attn", None) is None:
         return
     asked = Asked(model, config, model_type)
@@ -583,7 +585,7 @@ def _foreign_faults(asked: Asked) -> Iterator[str]:
     """Keys of other families that ask for something: neither transformers nor torchtune does it in this one."""
     for key, value in asked.given.items():
         # is_causal is checked even if it is null, which transformers takes for false
-        if key in DEFAULTS[asked.family] or key in _HARMLESS.split() or (value is None and key != "is_causal"):
+        if key in known_keys(asked.family) or key in _HARMLESS.split() or (value is None and key != "is_causal"):
             continue
         if key in _NEUTRAL_IF:
             changes_nothing = _NEUTRAL_IF[key](value, asked)
@@ -600,7 +602,7 @@ def _foreign_faults(asked: Asked) -> Iterator[str]:
 
 def unknown_keys(config: dict[str, Any], model_type: str) -> list[str]:
     """Keys of a config.json that mean nothing known in its family, sorted."""
-    known = DEFAULTS[family_of(config, model_type)].keys() | _KINDS.keys() | _NEUTRAL.keys() | _NEUTRAL_IF.keys()
+    known = known_keys(family_of(config, model_type)) | _KINDS.keys() | _NEUTRAL.keys() | _NEUTRAL_IF.keys()
     known |= set(_HARMLESS.split())
     return sorted(
         key for key, value in config.items() if key not in known and value is not None and not _SCALES.search(key)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from spin.core.errors import ConfigError
+from spin.model import hf_names
+from spin.model.families import FAMILIES, decoder_config
 from spin.model.gemma2 import swap_mlp_norms
 from spin.model.torchtune import (
     gemma2_hf_to_tune,
@@ -131,7 +133,13 @@ LAYOUTS = {
     "QWEN2": Layout(("qwen2",), "torchtune.models.qwen2.qwen2", qwen2_hf_to_tune, qwen2_tune_to_hf, halves=True),
     "PHI3_MINI": _PHI,
     "PHI4": _PHI,
+    "HF": Layout(tuple(FAMILIES), "spin.model.from_hf", hf_names.to_tune, hf_names.to_hf, halves=True, merges=True),
 }
+
+
+def known_keys(family: str) -> set[str]:
+    """The keys of config.json that a family reads."""
+    return set(DEFAULTS.get(family) or decoder_config({"model_type": family}).to_dict())
 
 
 def check_model_type(model_type: str) -> str:
@@ -145,21 +153,24 @@ def check_model_type(model_type: str) -> str:
 def family_of(config: dict[str, Any], model_type: str) -> str:
     """The key of ``DEFAULTS`` for a config.json; ``model_type`` decides where the file has none."""
     found = config.get("model_type")
-    return found if found in DEFAULTS else LAYOUTS[model_type].families[0]
+    return found if found in (FAMILIES if model_type == "HF" else DEFAULTS) else LAYOUTS[model_type].families[0]
 
 
 def settings_of(config: dict[str, Any], model_type: str) -> dict[str, Any]:
     """A config.json over the defaults of its family."""
+    if model_type == "HF":
+        return {**decoder_config(config).to_dict(), **config}
     return DEFAULTS[family_of(config, model_type)] | config
 
 
-def heads_of(config: dict[str, Any], model_type: str) -> dict[str, int]:
+def heads_of(config: dict[str, Any], model_type: str) -> dict[str, Any]:
     """The arguments that a layout's converters take."""
+    family = {"family": family_of(config, model_type)} if model_type == "HF" else {}
     values = settings_of(config, model_type)
     heads, width = values["num_attention_heads"], values["hidden_size"]
-    return {
+    return family | {
         "num_heads": heads,
-        "num_kv_heads": values["num_key_value_heads"] or heads,
+        "num_kv_heads": values.get("num_key_value_heads") or heads,
         "dim": width,
-        "head_dim": values["head_dim"] or width // heads,
+        "head_dim": values.get("head_dim") or width // heads,
     }

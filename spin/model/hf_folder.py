@@ -9,7 +9,7 @@ from typing import Any
 from spin.core.errors import CheckpointError
 from spin.core.files import read_json
 from spin.model.hf_config import CONFIG, check_values
-from spin.model.hf_families import DEFAULTS
+from spin.model.families import FAMILIES
 
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -19,7 +19,7 @@ _RESAVE = (
     "python -c 'from transformers import AutoModelForCausalLM as M; M.from_pretrained({arguments})"
     '.save_pretrained("OUT")\''
 )
-_FAMILIES = f"SPIN trains what torchtune 0.6.1 builds: model_type {', '.join(DEFAULTS)}. Choose such a model."
+_FAMILIES = f"SPIN trains text decoders of model_type {', '.join(FAMILIES)}. Choose such a model."
 # What a folder may be in place of a Hugging Face model's: files that show it, and what to do
 _FORMATS = {
     ("consolidated*.safetensors",): (
@@ -67,7 +67,7 @@ def read_config(file: Path, remedy: str = _NO_CONFIG) -> dict[str, Any]:
     """
     if not file.exists():
         raise CheckpointError(f"{file}: no such file. {remedy}")
-    config = read_json(file, CheckpointError, remedy, allow_nan=True)
+    config = text_config(read_json(file, CheckpointError, remedy, allow_nan=True))
     fault = _unfit(config)
     if fault is not None:
         raise CheckpointError(f"{file}: {fault}")
@@ -76,6 +76,38 @@ def read_config(file: Path, remedy: str = _NO_CONFIG) -> dict[str, Any]:
         raise CheckpointError(f"{file}: no {', '.join(missing)}; this is not the config of a text decoder. {_FAMILIES}")
     check_values(config, file)
     return config
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The config of the decoder in a multimodal Gemma 3; others as they are.
+
+    transformers leaves out the soft cap of its logits.
+    """
+    inner = config.get("text_config")
+    if config.get("model_type") != "gemma3" or not isinstance(inner, dict):
+        return config
+    outer = {key: value for key, value in config.items() if not key.endswith("_config")}
+    own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": None}
+    return {"tie_word_embeddings": True, **outer, **inner, **own} | {
+        key: config[key] for key in ("tie_word_embeddings",) if key in config
+    }
+
+
+# Where a multimodal folder has its decoder, in two generations of names, and what else it has.
+_TEXT_PREFIXES = {
+    "language_model.model.": "model.",
+    "model.language_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+_OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def text_name(name: str) -> str | None:
+    """The name that a stored tensor has in a folder of the decoder alone; None: it belongs to another part."""
+    for prefix, own in _TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return None if name.startswith(_OTHER_PARTS) else name
 
 
 def _unfit(config: dict[str, Any]) -> str | None:
@@ -88,7 +120,7 @@ def _unfit(config: dict[str, Any]) -> str | None:
     family, architectures = config.get("model_type"), config.get("architectures") or []
     known = [str(each) for each in architectures] if isinstance(architectures, list) else []
     said = f" ({', '.join(known[:3])})" if known else ""
-    if isinstance(family, str) and family not in DEFAULTS:
+    if isinstance(family, str) and family not in FAMILIES:
         inside = " It is a model of several parts (text, images, sound)." if "text_config" in config else ""
         return f"model_type is {family[:60]!r}{said}.{inside} {_FAMILIES}"
     if any("For" in each for each in known) and not any("ForCausalLM" in each for each in known):

@@ -22,7 +22,8 @@ from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.models.phi3 import Phi3RotaryPositionalEmbeddings
 from torchtune.models.qwen2 import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import FeedForward, FrozenNF4Linear, MultiHeadAttention, RMSNorm, RotaryPositionalEmbeddings
-from torchtune.modules import TransformerCrossAttentionLayer, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import TiedLinear, TransformerCrossAttentionLayer, TransformerDecoder
+from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
 
 # Building and wrapping one.
@@ -45,6 +46,7 @@ __all__ = [
     "Qwen2RotaryPositionalEmbeddings",
     "RMSNorm",
     "RotaryPositionalEmbeddings",
+    "TiedLinear",
     "TransformerCrossAttentionLayer",
     "TransformerDecoder",
     "TransformerSelfAttentionLayer",

@@ -1,0 +1,268 @@
+"""A decoder from a Hugging Face folder: its config.json says everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from spin.core.errors import CheckpointError, ConfigError
+from spin.model.families import FAMILIES, Family, decoder_config
+from spin.model.gemma2 import set_final_softcap
+from spin.model.hf_folder import CONFIG, read_config
+from spin.model.modules import ACTIVATIONS, Attention, ParallelLayer, Rope, Scaled, clamp_output, scale_output
+from spin.model.torchtune import (
+    DoRALinear,
+    FeedForward,
+    FrozenNF4Linear,
+    LoRALinear,
+    TiedLinear,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
+
+_DEFAULT_CONTEXT = 8192  # positions; most models' own are more than anybody trains on
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+_SLIDING = "sliding_attention"
+
+
+def from_hf(
+    path: str | Path,
+    *,
+    max_seq_len: int | None = None,
+    tie_word_embeddings: bool | None = None,
+    lora_attn_modules: Sequence[str] = (),
+    apply_lora_to_mlp: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+) -> TransformerDecoder:
+    """Builds the decoder that a Hugging Face folder holds, with random weights.
+
+    Args:
+        path (str | Path): the folder; only its config.json is read.
+        max_seq_len (int | None): positions, prompt and response together; None: what the model was made for, 8,192 at
+            most.
+        tie_word_embeddings (bool | None): whether the output layer has the weights of the embeddings; None: as
+            config.json says.
+        lora_attn_modules (Sequence[str]): which of ``q_proj``, ``k_proj``, ``v_proj`` and ``output_proj`` get an
+            adapter.
+        apply_lora_to_mlp (bool): the linear layers of the MLP get one too.
+        lora_rank (int): of the adapters.
+        lora_alpha (float): adapters are scaled by ``lora_alpha / lora_rank``.
+        use_dora (bool): DoRA in place of LoRA.
+        quantize_base (bool): the layers' linear weights are NF4 and do not train (QLoRA).
+
+    Returns:
+        TransformerDecoder: of torchtune, on the current default device and in its default dtype.
+
+    Raises:
+        CheckpointError: If config.json is missing or broken, or asks for what is not built here.
+        ConfigError: If an argument does not go with the model.
+    """
+    config = read_config(Path(path) / CONFIG)
+    adapters = _Adapters(
+        frozenset(lora_attn_modules), apply_lora_to_mlp, lora_rank, lora_alpha, use_dora, quantize_base
+    )
+    return _Builder(Path(path) / CONFIG, config, max_seq_len, adapters).decoder(tie_word_embeddings)
+
+
+class _Adapters:
+    """Linear layers of a decoder: plain, with an adapter, or frozen in NF4."""
+
+    def __init__(
+        self, attention: frozenset[str], mlp: bool, rank: int, alpha: float, use_dora: bool, quantize_base: bool
+    ) -> None:
+        self._adapted = attention | ({"w1", "w2", "w3"} if mlp else set())
+        self._kind = DoRALinear if use_dora else LoRALinear
+        self._arguments = {"rank": rank, "alpha": alpha, "quantize_base": quantize_base}
+
+    def linear(self, name: str, wide: int, out: int, bias: bool) -> nn.Module:
+        if name in self._adapted:
+            return self._kind(wide, out, use_bias=bias, **self._arguments)
+        if self._arguments["quantize_base"]:
+            return FrozenNF4Linear(wide, out, bias=bias)
+        return nn.Linear(wide, out, bias=bias)
+
+
+class _Builder:
+    def __init__(self, file: Path, config: dict[str, Any], max_seq_len: int | None, adapters: _Adapters) -> None:
+        self.file, self.adapters = file, adapters
+        self.family: Family = FAMILIES[config["model_type"]]
+        self.config = c = decoder_config(config, file)
+        self.heads: int = c.num_attention_heads
+        self.kv_heads: int = getattr(c, "num_key_value_heads", None) or self.heads
+        self.head_dim: int = getattr(c, "head_dim", None) or c.hidden_size // self.heads
+        self.eps: float = getattr(c, self.family.eps) if self.family.eps else 1e-5
+        self.context = max_seq_len or min(c.max_position_embeddings, _DEFAULT_CONTEXT, *self._unscaled_positions())
+        self.ropes: dict[str | None, Rope] = {}
+        for key, values in self.family.refused.items():
+            if getattr(c, key, values[0]) not in values:
+                self._refuse(f"{key} is {getattr(c, key)!r}, which is not built here; expected {values[-1]!r}")
+
+    def _refuse(self, what: str) -> None:
+        raise CheckpointError(f"{self.file}: {what}.")
+
+    def decoder(self, tied: bool | None) -> TransformerDecoder:
+        c = self.config
+        embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
+        scale_output(embeddings, self.family.embedding_scale(c), rounded=True)
+        norm = self.family.norm(c.hidden_size, eps=self.eps)
+        scale_output(norm, self.family.logits_scale(c))
+        output = (
+            TiedLinear(embeddings)
+            if (c.tie_word_embeddings if tied is None else tied)
+            else nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+        )
+        model = TransformerDecoder(
+            tok_embeddings=embeddings,
+            layers=nn.ModuleList(self._layer(index) for index in range(c.num_hidden_layers)),
+            max_seq_len=self.context,
+            num_heads=self.heads,
+            head_dim=self.head_dim,
+            norm=norm,
+            output=output,
+        )
+        set_final_softcap(model, self._softcap(1))
+        return model
+
+    def _softcap(self, which: int) -> float | None:
+        key = self.family.softcaps[which]
+        return None if key is None else getattr(self.config, key, None)
+
+    def _layer(self, index: int) -> nn.Module:
+        c, family = self.config, self.family
+        norms = {name: family.norm(c.hidden_size, eps=self.eps) for name in family.norms}
+        kind = TransformerSelfAttentionLayer
+        if family.parallel(c):
+            kind = ParallelLayer
+            norms.pop("mlp_norm", None)
+        if (scale := family.residual_scale(c)) != 1.0:
+            norms |= {"sa_scale": Scaled(scale), "mlp_scale": Scaled(scale)}
+        return kind(self._attention(index), self._mlp(), **norms)
+
+    def _attention(self, index: int) -> nn.Module:
+        c, family = self.config, self.family
+        sliding = family.windows == "all" or (family.windows == "listed" and c.layer_types[index] == _SLIDING)
+        window = c.sliding_window if sliding else None
+        qkv_bias, output_bias, _ = family.biases(c)
+        linear, queries, keys = self.adapters.linear, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        norms = {}
+        if family.qk_norm:
+            widths = (queries, keys) if family.qk_norm == "whole" else (self.head_dim, self.head_dim)
+            norms = {
+                name: family.norm(width, eps=self.eps)
+                for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
+            }
+        attention = Attention(
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            q_proj=linear("q_proj", c.hidden_size, queries, qkv_bias),
+            k_proj=linear("k_proj", c.hidden_size, keys, qkv_bias),
+            v_proj=linear("v_proj", c.hidden_size, keys, qkv_bias),
+            output_proj=linear("output_proj", queries, c.hidden_size, output_bias),
+            pos_embeddings=self._rope(index) if family.rotates(c, index, window is not None) else None,
+            max_seq_len=self.context,
+            qk_norm_at=family.qk_norm,
+            scaling=family.attention_scale(c),
+            softcapping=self._softcap(0),
+            sliding_window_size=window,
+            **norms,
+        )
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            clamp_output(projection, family.clip_qkv(c))
+        return attention
+
+    def _mlp(self) -> nn.Module:
+        c, linear, bias = self.config, self.adapters.linear, self.family.biases(self.config)[2]
+        name = getattr(c, "hidden_activation", None) or c.hidden_act
+        if name not in ACTIVATIONS:
+            self._refuse(f"the activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
+        gated = len(self.family.mlp) == 3
+        return FeedForward(
+            gate_proj=linear("w1", c.hidden_size, c.intermediate_size, bias),
+            down_proj=linear("w2", c.intermediate_size, c.hidden_size, bias),
+            up_proj=linear("w3", c.hidden_size, c.intermediate_size, bias) if gated else None,
+            activation=ACTIVATIONS[name](),
+        )
+
+    # ---- Rotary embeddings
+
+    def _rope_parameters(self) -> dict[str | None, dict[str, Any]]:
+        """By type of layer, or for all (None)."""
+        parameters = self.config.rope_parameters
+        return {None: parameters} if "rope_theta" in parameters else parameters
+
+    def _unscaled_positions(self) -> list[int]:
+        """Up to where rotary tables that depend on the length of the sequence are the same for all lengths."""
+        whole: int = self.config.max_position_embeddings
+        limits = []
+        for rope in self._rope_parameters().values():
+            if rope["rope_type"] == "dynamic" and not rope.get("alpha"):
+                limits.append(whole)
+            elif rope["rope_type"] == "longrope" or rope.get("llama_4_scaling_beta"):
+                own = getattr(self.config, "original_max_position_embeddings", None)
+                limits.append(own or rope.get("original_max_position_embeddings") or whole)
+        return limits
+
+    def _rope(self, index: int) -> Rope:
+        ropes = self._rope_parameters()
+        kind = None if None in ropes else self.config.layer_types[index]
+        if kind in self.ropes:
+            return self.ropes[kind]
+        rope = ropes[kind]
+        rope_type = rope["rope_type"]
+        if rope_type not in _ROPE_TYPES:
+            self._refuse(f"rope_type is {rope_type!r}; expected one of {', '.join(_ROPE_TYPES)}")
+        share = rope.get("partial_rotary_factor") or 1.0
+        if not self.family.partial_rotary and share != 1.0:
+            self._refuse(f"partial_rotary_factor is {share}; models of this family rotate all of a head")
+        limits = self._unscaled_positions()
+        if limits and self.context > min(limits):
+            raise ConfigError(
+                f"model.max_seq_len={self.context}: by {self.file} ({rope_type}), the rotation of all tokens of a "
+                f"sequence depends on its length beyond {min(limits)} positions, so that packed rows and cached keys "
+                f"have no one right value. Set {min(limits)} at most."
+            )
+        frequencies = partial(rope_frequencies, rope, self.config, self.head_dim)
+        self.ropes[kind] = Rope(frequencies, self.context, self.family.interleaved)
+        return self.ropes[kind]
+
+
+def rope_frequencies(rope: dict[str, Any], config: Any, head_dim: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies, float32, shape (rotated dimensions / 2,), and what cosine and sine are multiplied by.
+
+    Args:
+        rope (dict[str, Any]): the rotary parameters of a config.json.
+        config (Any): transformers' config.
+        head_dim (int): dimensions of a head.
+
+    Source:
+        ``ROPE_INIT_FUNCTIONS`` of transformers, which computes the scaled tables here.
+    """
+    share = rope.get("partial_rotary_factor") or 1.0
+    if rope["rope_type"] in ("default", "dynamic"):  # dynamic is the default within the model's own context
+        dim = int(head_dim * share)
+        base = rope["rope_theta"] * (rope.get("alpha") or 1.0) ** (dim / (dim - 2))  # alpha: HunYuan's, for all lengths
+        return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)), 1.0
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    keys = ("hidden_size", "num_attention_heads", "max_position_embeddings", "original_max_position_embeddings")
+    flat: Any = SimpleNamespace(
+        **{key: getattr(config, key) for key in keys if hasattr(config, key)},
+        rope_parameters=rope,
+        rope_scaling=rope,
+        rope_theta=rope["rope_theta"],
+        partial_rotary_factor=share,
+        head_dim=head_dim,
+        standardize_rope_params=lambda: None,
+    )
+    theta, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](flat, torch.device("cpu"), seq_len=None)
+    return theta.float(), float(factor)
