@@ -203,7 +203,9 @@ def _decode_attention(
     # On CPU the group's heads stand as the queries of one key head, so each key is read once per group: bf16, 32 rows
     # of 320 keys, 9 query and 3 key heads: 8 ms, against 16 ms with enable_gqa; 8 ms both in float32.
     grouped = q.reshape(b, n_kv, h // n_kv, d)
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask[:, None].expand(b, 1, h // n_kv, -1), scale=scale)
+    out = F.scaled_dot_product_attention(
+        grouped, k, v, attn_mask=mask[:, None].expand(b, 1, h // n_kv, -1), scale=scale
+    )
     return out.reshape(b, h, 1, d)
 
 

@@ -157,8 +157,7 @@ class _Builder:
         if family.qk_norm:
             widths = (queries, keys) if family.qk_norm == "whole" else (self.head_dim, self.head_dim)
             norms = {
-                name: family.norm(width, eps=self.eps)
-                for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
+                name: family.norm(width, eps=self.eps) for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
             }
         attention = Attention(
             num_heads=self.heads,
@@ -198,7 +197,8 @@ class _Builder:
     def _rope_parameters(self) -> dict[str | None, dict[str, Any]]:
         """By type of layer, or for all (None)."""
         parameters = self.config.rope_parameters
-        return {None: parameters} if "rope_theta" in parameters else parameters
+        nested = {kind: rope for kind, rope in parameters.items() if isinstance(rope, dict)}
+        return nested or {None: parameters}
 
     def _unscaled_positions(self) -> list[int]:
         """Up to where rotary tables that depend on the length of the sequence are the same for all lengths."""

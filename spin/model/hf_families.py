@@ -153,7 +153,8 @@ def check_model_type(model_type: str) -> str:
 def family_of(config: dict[str, Any], model_type: str) -> str:
     """The key of ``DEFAULTS`` for a config.json; ``model_type`` decides where the file has none."""
     found = config.get("model_type")
-    return found if found in (FAMILIES if model_type == "HF" else DEFAULTS) else LAYOUTS[model_type].families[0]
+    known = FAMILIES if model_type == "HF" else DEFAULTS
+    return str(found) if found in known else LAYOUTS[model_type].families[0]
 
 
 def settings_of(config: dict[str, Any], model_type: str) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from spin.core.errors import CheckpointError
 from spin.core.files import read_json
-from spin.model.hf_config import CONFIG, check_values
 from spin.model.families import FAMILIES
+from spin.model.hf_config import CONFIG, check_values
 
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -27,7 +27,9 @@ def _in_layer(family: str) -> dict[str, str]:
     names = {f"attn.{part}": f"self_attn.{part}" for part in _QKV}
     names |= {"attn.output_proj": "self_attn.o_proj", "mlp.activation": "mlp.act_fn"}
     names |= {f"mlp.{part}": f"mlp.{stored}" for part, stored in zip(("w1", "w2", "w3"), row.mlp, strict=False)}
-    names |= {f"attn.{part}": f"self_attn.{stored}" for part, stored in zip(("q_norm", "k_norm"), row.qk_names)}
+    names |= {
+        f"attn.{part}": f"self_attn.{stored}" for part, stored in zip(("q_norm", "k_norm"), row.qk_names, strict=True)
+    }
     return names | dict(row.norms)
 
 

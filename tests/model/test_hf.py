@@ -150,7 +150,9 @@ def test_files_are_split_by_layer_and_indexed(folders, tmp_path, world):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_one_rank_reads_every_row_once(name, folders, world, monkeypatch):
     read, pieces = spin.model.hf.read_rows, []
-    monkeypatch.setattr(spin.model.hf, "read_rows", lambda *args: (pieces.append(args[1:]), read(*args))[1])
+    monkeypatch.setattr(
+        spin.model.hf, "read_rows", lambda *args: (pieces.append((args[0].name, *args[1:])), read(*args))[1]
+    )
     load_hf_weights(empty(name, world), folders[name], MODEL_TYPES[name], world=world)
     rows = {key: [] for key, _, _ in pieces}
     for key, first, end in pieces:

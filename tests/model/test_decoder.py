@@ -1,0 +1,56 @@
+"""Decoders that are built from their folder compute what transformers computes, and write the folder back."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spin.core.errors import CheckpointError, ConfigError
+from spin.core.ranks import init_world
+from spin.model import build_model, prepare_model
+from spin.model.hf import export_hf, load_hf_weights
+from spin.model.hf_folder import text_name
+from tests.hf_folders import FOLDERS, REFUSED, forward_ids, stored_tensors, write_folder
+
+UNBUILT = ("stablelm_qk_norm", "cohere_qk_norm", "qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed")
+BUILT = [name for name in FOLDERS if name not in UNBUILT]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return init_world("cpu")
+
+
+def from_folder(folder, world, **arguments):
+    """The trained model as a run has it: built on the meta device, patched, sharded, filled."""
+    model = build_model({"_component_": "spin.model.from_hf", "path": str(folder), **arguments}, torch.float32)
+    prepare_model(model, world, compute_dtype=torch.float32)
+    load_hf_weights(model, folder, "HF", world=world)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_logits_and_export(name, tmp_path, world):
+    twin = write_folder(name, tmp_path / "in")
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    model = from_folder(tmp_path / "in", world)
+    ids = forward_ids(min(40, model.max_seq_len))
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    with torch.no_grad():
+        expected = twin(input_ids=ids).logits
+        for logits in (model(ids), model(ids, input_pos=positions)):
+            torch.testing.assert_close(logits, expected, rtol=0, atol=2e-5)
+
+    export_hf(model, tmp_path / "in", tmp_path / "out", "HF", dtype=torch.float32, world=world)
+    stored = {text_name(key): tensor for key, tensor in stored_tensors(tmp_path / "in").items()}
+    stored.pop(None, None)  # of images
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == stored.keys()
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in written.items())
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "stablelm_qk_norm", "cohere_qk_norm"])
+def test_what_is_not_built_is_refused_with_its_reason(name, tmp_path, world):
+    write_folder(name, tmp_path)
+    arguments = {"max_seq_len": 256} if name == "llama_dynamic" else {}
+    with pytest.raises((CheckpointError, ConfigError), match=r"config\.json"):
+        from_folder(tmp_path, world, **arguments)
