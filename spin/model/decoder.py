@@ -244,6 +244,9 @@ def rope_frequencies(rope: dict[str, Any], config: Any, head_dim: int) -> tuple[
         config (Any): transformers' config.
         head_dim (int): dimensions of a head.
 
+    Returns:
+        tuple[torch.Tensor, float]: the two.
+
     Source:
         ``ROPE_INIT_FUNCTIONS`` of transformers, which computes the scaled tables here.
     """

@@ -63,7 +63,7 @@ class Attention(MultiHeadAttention):
         scaling (float | None): factor of q k; None is ``head_dim ** -0.5``.
         softcapping (float | None): ``c`` of ``c * tanh(scores / c)``.
         sliding_window_size (int | None): positions that a token sees, itself among them; None: all.
-        arguments (Any): of torchtune's ``MultiHeadAttention``.
+        **arguments (Any): of torchtune's ``MultiHeadAttention``.
     """
 
     def __init__(
