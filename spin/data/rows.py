@@ -35,28 +35,21 @@ _READING_FAULTS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 # What the libraries raise for values that Python has none for, and the datasets library on damaged files.
 VALUE_FAULTS = (ValueError, OverflowError, LookupError, TypeError)
 _TO_UTF8 = "Convert the file, for example with iconv -t utf-8"
+_ONE_PER_LINE = "Expected one object per line. Fix the row"
 _PARQUET_BATCH_ROWS = 1024
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are not UTF-8, by surrogateescape
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of a source.
-
-    Args:
-        where (str): the place to name in a message: ``data.jsonl:17`` (lines count from 1), ``data.parquet:row 3``,
-            ``data.json:item 3`` and ``hf:name[train]:5`` (these count from 0).
-        data (dict[str, Any]): column name to value; empty if ``error`` is set.
-        default_id (str): the row's id if it has none of its own: file stem and row number.
-        error (str | None): why the row could not be read, with the remedy.
-        from_arrow (bool): its structs have the keys of all rows, null where a row had none.
-    """
+    """A row of a source. Messages name it by ``where``: ``data.jsonl:17`` (lines count from 1); ``data.parquet:row 3``,
+    ``data.json:item 3`` and ``hf:name[train]:5`` count from 0."""
 
     where: str
-    data: dict[str, Any]
-    default_id: str
-    error: str | None = None
-    from_arrow: bool = False
+    data: dict[str, Any]  # column name to value; empty if there is an error
+    default_id: str  # file stem and row number
+    error: str | None = None  # why the row could not be read, with the remedy
+    from_arrow: bool = False  # its structs have the keys of all rows, null where a row had none
 
 
 def bad_row(fault: str, column: str | None = None) -> DataError:
@@ -68,9 +61,8 @@ def bad_row(fault: str, column: str | None = None) -> DataError:
 def make_row(value: object, where: str, default_id: str, from_arrow: bool = False) -> Row:
     if isinstance(value, Mapping):
         return Row(where, dict(value), default_id, from_arrow=from_arrow)
-    return Row(
-        where, {}, default_id, f"found a {type(value).__name__}, expected an object with named columns. Fix the row"
-    )
+    fault = f"found a {type(value).__name__}, expected an object with named columns. Fix the row"
+    return Row(where, {}, default_id, fault)
 
 
 def kind_of(path: Path) -> str:
@@ -87,20 +79,16 @@ def stem_of(path: Path) -> str:
 
 def rows_of_files(paths: Sequence[Path], streaming: bool) -> Iterator[Row]:
     for path in paths:
-        yield from _file_rows(path, streaming)
+        if streaming and kind_of(path) == ".json":
+            raise DataError(
+                f"{path.name}: a JSON list can only be read whole, dataset.streaming=true reads row by row. Convert it "
+                "to JSON Lines or parquet."
+            )
+        yield from _arrow_rows(path) if kind_of(path) in _ARROW_SUFFIXES else _text_rows(path)
 
 
-def _file_rows(path: Path, streaming: bool) -> Iterator[Row]:
-    kind = kind_of(path)
-    if streaming and kind == ".json":
-        raise DataError(
-            f"{path.name}: a JSON list can only be read whole, dataset.streaming=true reads row by row. Convert it to "
-            "JSON Lines or parquet."
-        )
-    if kind in _ARROW_SUFFIXES:
-        yield from _arrow_rows(path, kind[1:])
-        return
-    number = 0
+def _text_rows(path: Path) -> Iterator[Row]:
+    kind, number = kind_of(path), 0
     try:
         with _open_bytes(path) as stream:
             rows = _line_rows(path, stream) if kind in _LINE_SUFFIXES else _json_rows(path, stream)
@@ -170,8 +158,7 @@ def _parsed(raw: bytes) -> tuple[Any, str, int]:
         return json.loads(raw.decode("utf-8")), "", 0
     except UnicodeDecodeError as error:
         line, begin = raw.count(b"\n", 0, error.start) + 1, raw.rfind(b"\n", 0, error.start) + 1
-        fault = f"byte 0x{raw[error.start]:02x} at position {error.start - begin} is not UTF-8. {_TO_UTF8}"
-        return None, fault, line
+        return None, f"byte 0x{raw[error.start]:02x} at position {error.start - begin} is not UTF-8", line
     except json.JSONDecodeError as error:
         return None, f"not valid JSON: {error.msg} at column {error.colno}", error.lineno
     except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
@@ -182,8 +169,7 @@ def _parse_line(line: bytes, where: str, default_id: str) -> Row:
     value, fault, _ = _parsed(line)
     if not fault:
         return make_row(value, where, default_id)
-    remedy = "" if fault.endswith(_TO_UTF8) else ". Expected one object per line. Fix the row"
-    return Row(where, {}, default_id, fault + remedy)
+    return Row(where, {}, default_id, f"{fault}. {_TO_UTF8 if 'UTF-8' in fault else _ONE_PER_LINE}")
 
 
 def _json_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
@@ -213,25 +199,23 @@ def _json_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
 def _list_in(value: Mapping[str, Any], path: Path) -> list[Any]:
     """The rows of a JSON object: the list that it holds under a name for rows, or itself."""
     wrapped = [key for key in _LIST_KEYS if key in value]
-    if not wrapped:
-        return [value]
     lists = [key for key in wrapped if isinstance(value[key], list) and value[key]]
     rows = [key for key in lists if all(isinstance(each, Mapping) for each in value[key])]
-    if not lists or not rows:
+    if wrapped and not rows:
         raise DataError(
             f"{path} starts with '{{', expected a JSON list of objects, one object per line, or an object with such a "
             f"list under 'data'; found {', '.join(map(str, value))}."
         )
     if len(rows) > 1:
         raise DataError(f"{path} holds several lists: {', '.join(rows)}. Write those to read to a file of their own.")
-    return value[rows[0]]
+    return value[rows[0]] if rows else [value]
 
 
-def _arrow_rows(path: Path, kind: str) -> Iterator[Row]:
+def _arrow_rows(path: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    index = 0
+    kind, index = kind_of(path)[1:], 0
     try:
         with path.open("rb") as file:
             if kind == "parquet":

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 _LIBRARY_FAULTS = (OSError, *VALUE_FAULTS, AttributeError, RuntimeError, MemoryError)
 _MAX_DEPTH = 3  # of folders in a folder
-_HF_PREFIX = "hf:"
 # Builders of the datasets library that read rows from files of these kinds; others unpickle, run SQL or read media.
 _FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 # What names of files and folders say of their split, as in the datasets library.
@@ -33,7 +32,9 @@ _SPLIT_WORDS = {
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}\b")
 _SPLIT_NAME = re.compile(r"\w+(\.\w+)*")
 
-_Splits = Mapping[str, Callable[[], Iterable["Row"]]]  # each call reads from the beginning
+_Splits = Mapping[str, Callable[[], Iterable[Row]]]  # each call reads from the beginning
+_Files = dict[str, list[Path]]  # by split
+_Options = Mapping[str, str | None]
 Source = str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]]
 
 
@@ -79,27 +80,24 @@ def read_rows(
     if wrong:
         raise DataError(f"{', '.join(wrong)}: expected a text or null.")
     if not isinstance(source, (str, Path, Sequence)):
-        raise DataError(
-            f"dataset.source is a {type(source).__name__}, expected a path, a data set name or a list of these."
-        )
-    if not isinstance(source, (str, Path)) and source and isinstance(source[0], Mapping):
-        rows = (make_row(value, f"dataset.source[{index}]", f"row-{index}") for index, value in enumerate(source))
-        return _not_empty(rows, "dataset.source")
+        kind = type(source).__name__
+        raise DataError(f"dataset.source is a {kind}, expected a path, a data set name or a list of these.")
     locations = [source] if isinstance(source, (str, Path)) else list(source)
     if not locations:
         raise DataError("dataset.source is an empty list. Name at least one file or data set.")
+    if isinstance(locations[0], Mapping):
+        rows = (make_row(value, f"dataset.source[{index}]", f"row-{index}") for index, value in enumerate(locations))
+        return _not_empty(rows, "dataset.source")
     try:
-        readers = [reader for location in locations for reader in _resolve(location, options, streaming)]
+        readers = [_resolve(location, options, streaming) for location in locations]
     except OSError as error:  # no right to look into a folder, a name that is too long
         raise DataError(f"dataset.source={source} cannot be read: {error}.") from error
-    return _not_empty((row for reader in readers for row in reader), ", ".join(str(each) for each in locations))
+    return _not_empty(chain.from_iterable(readers), ", ".join(map(str, locations)))
 
 
 def describe_source(source: Source, **options: str | None) -> list[Any]:
-    """Which data a source means, as far as that can be known without reading them.
-
-    JSON values: of each file its name and size in bytes, of a Hugging Face data set its name, and the options.
-    """
+    """Which data a source means, as far as that can be known without reading them, in JSON values: of each file its
+    name and size in bytes, of a Hugging Face data set its name, and the options."""
     found: list[Any] = []
     for location in [source] if isinstance(source, (str, Path)) else source:
         path = None if isinstance(location, Mapping) else Path(location).expanduser()
@@ -113,50 +111,47 @@ def describe_source(source: Source, **options: str | None) -> list[Any]:
     return [*found, {name: value for name, value in options.items() if value is not None}]
 
 
-def _resolve(location: object, options: dict[str, str | None], streaming: bool = False) -> list[Iterable[Row]]:
+def _resolve(location: object, options: _Options, streaming: bool) -> Iterable[Row]:
     if not isinstance(location, (str, Path)):
         raise DataError(f"dataset.source has an entry of type {type(location).__name__}, expected paths or names only.")
-    text = str(location)
+    text, path = str(location), Path(location).expanduser()
     if not text.strip():
         raise DataError("dataset.source is empty. Name a file, a folder or a Hugging Face data set.")
-    if text.startswith(_HF_PREFIX):
-        return [_hub_rows(text.removeprefix(_HF_PREFIX), options, streaming)]
-    path = Path(text).expanduser()
-    usable = ["split"]
+
+    def take_only(usable: Sequence[str], what: str) -> None:
+        given = [f"dataset.{key}={value}" for key, value in options.items() if value is not None and key not in usable]
+        if given:
+            raise DataError(
+                f"{', '.join(given)} has no meaning for {text}: it is {what}, not a Hugging Face data set. Remove the "
+                "option, or name the file that holds these rows."
+            )
+
+    if text.startswith("hf:"):
+        return _hub_rows(text.removeprefix("hf:"), options, streaming)
     if path.is_dir():
         if any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-            _refuse_options(text, options, usable, "a saved data set")
-            return [_disk_rows(path, options)]
+            take_only(["split"], "a saved data set")
+            return _disk_rows(path, options["split"])
         declared = _declared_configs(path)
-        usable += ["data_dir"] if not declared else ["name"]
-        _refuse_options(text, options, usable, "a folder of files")
-        splits = _declared_splits(path, declared, options) if declared else _named_splits(path, options)
-    elif path.is_file():
-        splits = {"train": [path]} | {split: [path] for split in _split_words(stem_of(path))[:1]}
-    elif glob.has_magic(text):
-        files = sorted(Path(match) for match in glob.glob(str(path), recursive=True) if Path(match).is_file())
-        if not files:
+        take_only(["split", "name" if declared else "data_dir"], "a folder of files")
+        named = _declared_files(path, declared, options) if declared else _named_files(path, options)
+    elif path.is_file() or glob.has_magic(text):
+        named = {"train": [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))}
+        named["train"] = [file for file in named["train"] if file.is_file()]
+        if not named["train"]:
             raise DataError(f"No file matches dataset.source={text}. {_nearby(path)}")
-        splits = {"train": files}
-    elif _could_be_hub_name(text):
-        return [_hub_rows(text, options, streaming)]
-    else:
+        if path.is_file():
+            named |= {split: [path] for split in _split_words(stem_of(path))[:1]}
+        take_only(["split"], "a matter of files")
+    elif text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or kind_of(path):
         raise DataError(f"dataset.source={text} does not exist. {_nearby(path)}")
-    _refuse_options(text, options, usable, "a matter of files")
-    for file in (file for files in splits.values() for file in files):
+    else:
+        return _hub_rows(text, options, streaming)
+    for file in chain.from_iterable(named.values()):
         if not kind_of(file):
             raise DataError(f"{file} has the suffix {file.suffix!r}, expected one of {KNOWN_SUFFIXES}. Convert it.")
-    rows = {split: partial(rows_of_files, files, streaming) for split, files in splits.items()}
-    return [_select(text, rows, options["split"])]
-
-
-def _refuse_options(text: str, options: Mapping[str, str | None], usable: Sequence[str], what: str) -> None:
-    given = [f"dataset.{key}={value}" for key, value in options.items() if value is not None and key not in usable]
-    if given:
-        raise DataError(
-            f"{', '.join(given)} has no meaning for {text}: it is {what}, not a Hugging Face data set. Remove the "
-            "option, or name the file that holds these rows."
-        )
+    rows = {split: partial(rows_of_files, files, streaming) for split, files in named.items()}
+    return _select(text, rows, options["split"])
 
 
 def _select(label: str, splits: _Splits, split: str | None) -> Iterable[Row]:
@@ -167,7 +162,8 @@ def _select(label: str, splits: _Splits, split: str | None) -> Iterable[Row]:
     found = f"{label} has the splits {', '.join(splits)}; found dataset.split={split}."
     if chosen is None or _SPLIT_NAME.fullmatch(chosen):
         raise DataError(f"{found} Set dataset.split to one of them.")
-    datasets = _datasets_library(f"dataset.split={split}")
+    import datasets
+
     try:
         lengths = {
             name: sum(1 for _ in rows()) if re.search(rf"\b{re.escape(name)}\b", chosen) else 0
@@ -195,8 +191,8 @@ def _walk(folder: Path, depth: int = _MAX_DEPTH) -> list[Path]:
     return found
 
 
-def _named_splits(folder: Path, options: Mapping[str, str | None]) -> dict[str, list[Path]]:
-    """Splits by the names of files and folders, by the rules of the datasets library."""
+def _named_files(folder: Path, options: _Options) -> _Files:
+    """Files of each split by their names and those of their folders, by the rules of the datasets library."""
     folder = folder / (options["data_dir"] or "")
     if not folder.is_dir():
         raise DataError(f"dataset.data_dir={options['data_dir']}: there is no folder {folder}. {_nearby(folder)}")
@@ -208,32 +204,30 @@ def _named_splits(folder: Path, options: Mapping[str, str | None]) -> dict[str, 
     if len(data_files) < len(files):
         log.info("%s: not read: %s", folder, ", ".join(file.name for file in files if file not in data_files))
     kinds = sorted({kind_of(file).replace(".ndjson", ".jsonl") for file in data_files})
+    remedy = f"name those to read, such as dataset.source={folder / '*'}{kinds[0]}."
     if len(kinds) > 1:
-        raise DataError(
-            f"{folder} holds {' and '.join(kinds)} files, which may be the same rows twice. Name those to read, "
-            f"such as dataset.source={folder / '*'}{kinds[0]}."
-        )
-    names = {file: file.relative_to(folder) for file in data_files}
-    shards = {file: match[1] for file in data_files if (match := _SHARD.match(file.name))}
-    in_data = all(file.parent.name == "data" for file in data_files)
-    if shards and (in_data or any(map(_split_words, shards.values()))):
-        by_split = {file: [shards[file]] if file in shards else [] for file in data_files}
-    else:
-        by_split = {file: _split_words("/".join(name.parts[:-1])) for file, name in names.items()}
-    if not any(by_split.values()):
-        by_split = {file: _split_words(stem_of(file)) for file in data_files}
-    if not any(by_split.values()):
+        raise DataError(f"{folder} holds {' and '.join(kinds)} files, which may be the same rows twice: {remedy}")
+    shards = [match[1] if (match := _SHARD.match(file.name)) else "" for file in data_files]
+    namings = [
+        [_split_words("/".join(file.relative_to(folder).parts[:-1])) for file in data_files],
+        [_split_words(stem_of(file)) for file in data_files],
+    ]
+    if any(map(_split_words, shards)) or (any(shards) and all(file.parent.name == "data" for file in data_files)):
+        namings = [[[shard] if shard else [] for shard in shards]]
+    naming = next(filter(any, namings), None)
+    if naming is None:
         return {"train": data_files}
-    splits: dict[str, list[Path]] = {}
-    for file, found in by_split.items():
-        for split in found if len(found) == 1 else ():
-            splits.setdefault(split, []).append(file)
-    rest = [str(names[file]) for file, found in by_split.items() if len(found) != 1]
+    splits: _Files = {}
+    rest = []
+    for file, found in zip(data_files, naming, strict=True):
+        if len(found) == 1:
+            splits.setdefault(found[0], []).append(file)
+        else:
+            rest.append(str(file.relative_to(folder)))
     if rest and options["split"] is None:
         raise DataError(
             f"{folder}: by their names, files belong to the splits {', '.join(splits) or 'none'}, and "
-            f"{', '.join(rest[:5])} to none or several. Set dataset.split, or name the files to read, such as "
-            f"dataset.source={folder / '*'}{kinds[0]}."
+            f"{', '.join(rest[:5])} to none or several. Set dataset.split, or {remedy}"
         )
     return splits
 
@@ -258,78 +252,54 @@ def _declared_configs(folder: Path) -> dict[str, Mapping[str, Any]]:
     try:
         declared = yaml.safe_load(header[1]) if header and "configs" in header[1] else None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{readme}: its header is no valid YAML: {error}. Fix it, or name the files to read."
-        ) from error
+        raise DataError(f"{readme}: its header is no YAML: {error}. Fix it, or name the files to read.") from error
     configs = declared.get("configs") if isinstance(declared, Mapping) else None
-    if not isinstance(configs, list):
-        return {}
     return {
         str(each.get("config_name", "default")): each
-        for each in configs
+        for each in (configs if isinstance(configs, list) else [])
         if isinstance(each, Mapping) and (each.get("data_files") or each.get("data_dir"))
     }
 
 
-def _declared_path(folder: Path, path: object) -> str:
-    if not isinstance(path, str) or "://" in path or PurePosixPath(path).is_absolute() or ".." in path or "\0" in path:
-        raise DataError(
-            f"{folder / 'README.md'} declares the path {path!r:.80}, expected one in the folder. Name the "
-            "files to read."
-        )
-    return path
+def _declared_files(folder: Path, configs: Mapping[str, Mapping[str, Any]], options: _Options) -> _Files:
+    declares, name = f"{folder / 'README.md'} declares", options["name"]
 
+    def checked(path: object) -> str:
+        if (
+            not isinstance(path, str)
+            or PurePosixPath(path).is_absolute()
+            or any(x in path for x in ("://", "..", "\0"))
+        ):
+            raise DataError(f"{declares} the path {path!r:.80}, expected one in the folder. Name the files to read.")
+        return path
 
-def _declared_splits(
-    folder: Path, configs: Mapping[str, Mapping[str, Any]], options: Mapping[str, str | None]
-) -> dict[str, list[Path]]:
-    chosen = name = options["name"]
-    if chosen is None:
-        defaults = [each for each, value in configs.items() if value.get("default") is True or each == "default"]
-        chosen = defaults[0] if defaults else next(iter(configs)) if len(configs) == 1 else None
+    defaults = [each for each, value in configs.items() if value.get("default") is True or each == "default"]
+    chosen = name or next(iter(defaults or (configs if len(configs) == 1 else ())), None)
     if chosen is None or chosen not in configs:
-        raise DataError(
-            f"{folder / 'README.md'} declares the configurations {', '.join(configs)}; found dataset.name={name}. Set "
-            "dataset.name to one of them."
-        )
-    given, data_dir = configs[chosen].get("data_files"), configs[chosen].get("data_dir")
-    data_dir = _declared_path(folder, data_dir) if data_dir else ""
+        known = ", ".join(configs)
+        raise DataError(f"{declares} the configurations {known}; found dataset.name={name}. Set it to one of them.")
+    given, data_dir = configs[chosen].get("data_files"), checked(configs[chosen].get("data_dir") or "")
     if not given:
-        return _named_splits(folder, {"data_dir": data_dir, "split": options["split"]})
+        return _named_files(folder, {"data_dir": data_dir, "split": options["split"]})
     if isinstance(given, list) and all(isinstance(each, Mapping) for each in given):
         given = {str(each.get("split", "train")): each.get("path") for each in given}
-    patterns = given if isinstance(given, Mapping) else {"train": given}
-    splits: dict[str, list[Path]] = {}
-    for split, paths in patterns.items():
+    splits: _Files = {}
+    for split, paths in given.items() if isinstance(given, Mapping) else [("train", given)]:
         for path in paths if isinstance(paths, list) else [paths]:
-            pattern = Path(glob.escape(str(folder / data_dir))) / _declared_path(folder, path)
-            found = [file for file in map(Path, sorted(glob.glob(str(pattern), recursive=True))) if file.is_file()]
-            readable = [file for file in found if kind_of(file)]
+            pattern = Path(glob.escape(str(folder / data_dir))) / checked(path)
+            found = map(Path, sorted(glob.glob(str(pattern), recursive=True)))
+            readable = [file for file in found if file.is_file() and kind_of(file)]
             if not readable:
-                raise DataError(
-                    f"{folder / 'README.md'} declares {path} for split {split}, and no {KNOWN_SUFFIXES} file matches "
-                    "it. Name the files to read."
-                )
+                raise DataError(f"{declares} {path} for split {split}, and no {KNOWN_SUFFIXES} file matches it.")
             splits.setdefault(str(split), []).extend(readable)
     return splits
-
-
-def _could_be_hub_name(text: str) -> bool:
-    return (
-        text.count("/") <= 1
-        and not text.startswith((".", "/", "~"))
-        and not text.endswith("/")
-        and not kind_of(Path(text))
-        and "\\" not in text
-    )
 
 
 def _nearby(path: Path) -> str:
     """What exists close to a path that does not."""
     for depth, parent in enumerate(path.parents):
         if parent.is_dir():
-            wanted = path.parts[-1 - depth]
-            close = difflib.get_close_matches(wanted, [entry.name for entry in parent.iterdir()], n=3)
+            close = difflib.get_close_matches(path.parts[-1 - depth], [entry.name for entry in parent.iterdir()], n=3)
             if close:
                 return f"Did you mean {' or '.join(str(parent / each) for each in close)}?"
             return _contents(parent)
@@ -338,34 +308,25 @@ def _nearby(path: Path) -> str:
 
 def _contents(folder: Path) -> str:
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
-    if not names:
-        return f"The folder {folder.resolve()} is empty."
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return f"The folder {folder.resolve()} holds: {', '.join(names[:10])}{more}."
+    holds = f"holds: {', '.join(names[:10])}{more}" if names else "is empty"
+    return f"The folder {folder.resolve()} {holds}."
 
 
 # --- The datasets library ---
 
 
 def _not_empty(rows: Iterable[Row], label: str) -> Iterator[Row]:
-    found = False
+    row = None
     for row in rows:
-        found = True
         yield row
-    if not found:
+    if row is None:
         raise DataError(f"{label} has no rows. Training needs at least one.")
 
 
-def _datasets_library(wanted_for: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{wanted_for} needs the datasets library. Install it with: pip install datasets") from error
-    return datasets
+def _disk_rows(path: Path, split: str | None) -> Iterable[Row]:
+    import datasets
 
-
-def _disk_rows(path: Path, options: dict[str, str | None]) -> Iterable[Row]:
-    datasets = _datasets_library(f"The saved data set {path}")
     try:
         loaded = datasets.load_from_disk(str(path))
         for each in loaded.values() if isinstance(loaded, Mapping) else [loaded]:
@@ -374,11 +335,12 @@ def _disk_rows(path: Path, options: dict[str, str | None]) -> Iterable[Row]:
         raise DataError(
             f"{path} cannot be read as a saved data set ({type(error).__name__}: {error}). Save it again."
         ) from error
-    return _dataset_rows(loaded, path.name, options["split"])
+    return _dataset_rows(loaded, path.name, split)
 
 
-def _hub_rows(hub_name: str, options: dict[str, str | None], streaming: bool) -> Iterable[Row]:
-    datasets = _datasets_library(f"dataset.source={hub_name} (not a file, so taken as a Hugging Face data set)")
+def _hub_rows(hub_name: str, options: _Options, streaming: bool) -> Iterable[Row]:
+    import datasets
+
     is_builder = hub_name.isidentifier() and find_spec(f"datasets.packaged_modules.{hub_name}") is not None
     if is_builder and hub_name not in _FILE_BUILDERS:
         raise DataError(
@@ -408,9 +370,8 @@ def _dataset_rows(loaded: Any, label: str, split: str | None) -> Iterable[Row]:
 
 
 def _rows_of_split(loaded: Any, label: str, split: str) -> Iterator[Row]:
-    stem = f"{label.rsplit('/', 1)[-1]}-{split}"
-    iterator = iter(loaded)
-    for index in count():
+    index, iterator = 0, iter(loaded)
+    while True:
         where = f"hf:{label}[{split}]:{index}"
         try:
             value = next(iterator)
@@ -418,7 +379,8 @@ def _rows_of_split(loaded: Any, label: str, split: str) -> Iterator[Row]:
             return
         except _LIBRARY_FAULTS as error:
             raise DataError(f"{where}: cannot be read: {_bad_column(loaded, index)}{error}.") from error
-        yield make_row(value, where, f"{stem}-{index}", from_arrow=True)
+        yield make_row(value, where, f"{label.rsplit('/', 1)[-1]}-{split}-{index}", from_arrow=True)
+        index += 1
 
 
 def _bad_column(loaded: Any, index: int) -> str:
