@@ -34,7 +34,7 @@ from spin.config import EvaluateConfig
 from spin.config.schema import Sampling
 from spin.core.errors import DataError
 from spin.core.files import as_output_error, replace_text
-from spin.core.ranks import barrier, broadcast_object, check_ranks_agree, init_world, shutdown
+from spin.core.ranks import barrier, broadcast_object, init_world, shutdown
 from spin.core.terminal import get_logger
 from spin.data import Prompt, PromptDataset
 from spin.data.dates import fix_date
@@ -44,7 +44,6 @@ from spin.generators import engine_group, policy_loaded, sampling_params, stage
 from spin.pairs import RowLayout
 from spin.pairs.shards import missing_shards, open_store, seal
 from spin.reference import check_generator_logprobs
-from spin.run.resume import inputs_of_files
 from spin.types import Response
 
 log = get_logger("INFO")
@@ -86,7 +85,7 @@ class SPINEvaluate:
         }
         for role, model in self._models.items():
             read = {f"dataset of {role}": self._prompts.get(role), f"tokenizer of {role}": model.tokenizer}
-            check_ranks_agree(inputs_of_files(read, model.section, f" of {role}"), self._world)
+            run.check_files_agree(read, model.section, self._world, f" of {role}")
         self._right_answers: dict[str, str] = {}
         if cfg.verdict == "exact_match":
             originals = {sample_id: self._originals[sample_id] for sample_id in self._prompts["candidate"].sample_ids}

@@ -41,15 +41,14 @@ def _of_iteration(run: RunRecord, iteration: IterationRecord) -> list[str]:
     truncated = iteration.truncated / iteration.responses if iteration.responses else 0.0
     if truncated > TRUNCATED_FRACTION:
         found.append(
-            f"{truncated:.0%} of the opponent's responses were truncated by the length limit. Length alone may tell "
-            "them from real ones: raise sampling.max_new_tokens, or set pairs.truncated to mask or drop."
+            f"{truncated:.0%} of the opponent's responses were truncated by the length limit. Length alone may "
+            "distinguish them from real ones: raise sampling.max_new_tokens, or set pairs.truncated to mask or drop."
         )
-    if (
-        steps
-        and run.is_logistic
-        and steps[0]["step"] == _first_step(run, iteration)
-        and abs(steps[0]["loss"] - LN_2) > 1e-3
-    ):
+    earlier = [
+        row["step"] for row in run.rows if is_number(row.get("iteration")) and row["iteration"] < iteration.number
+    ]
+    has_first = bool(steps) and steps[0]["step"] == max(earlier, default=0) + 1  # a file that begins later has lost it
+    if run.is_logistic and has_first and abs(steps[0]["loss"] - LN_2) > 1e-3:
         found.append(
             f"the first loss is {steps[0]['loss']:.4f}, not ln 2 = 0.6931: policy and opponent were not computed "
             "alike. Run with self_test=true, which says what differs."
@@ -89,14 +88,6 @@ def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
             "ones. Lower optimizer.lr, or lengthen lr_scheduler.warmup."
         )
     return found
-
-
-def _first_step(run: RunRecord, iteration: IterationRecord) -> int:
-    """Number of an iteration's first step; a file that begins later has lost it."""
-    earlier = [
-        row["step"] for row in run.rows if is_number(row.get("iteration")) and row["iteration"] < iteration.number
-    ]
-    return max(earlier, default=0) + 1
 
 
 def _mean(rows: Sequence[Metrics], name: str) -> float | None:

@@ -79,6 +79,9 @@ class _Scale:
         along = (value - self.x_min) / (self.x_max - self.x_min) if self.x_max > self.x_min else 0.5
         return _LEFT + along * (WIDTH - _LEFT - _RIGHT)
 
+    def path(self, points: Iterable[Point]) -> str:
+        return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+
     def y(self, value: float) -> float:
         return HEIGHT - _BOTTOM - (value - self.y_min) / (self.y_max - self.y_min) * (HEIGHT - _TOP - _BOTTOM)
 
@@ -96,38 +99,26 @@ def _line(scale: _Scale, x: float | None, y: float | None, kind: str, label: str
     return f'<line class="{kind}" {ends}/>' + (text if label else "")
 
 
-def _split(points: Sequence[Point], starts: Sequence[float]) -> Iterable[list[Point]]:
+def _split(points: Sequence[Point], starts: Sequence[float]) -> list[list[Point]]:
     """The points between one start and the next."""
-    bounds = [-math.inf, *starts, math.inf]
-    for low, high in itertools.pairwise(bounds):
-        part = [(x, y) for x, y in points if low <= x < high]
-        if part:
-            yield part
+    bounds = itertools.pairwise([-math.inf, *starts, math.inf])
+    parts = ([(x, y) for x, y in points if low <= x < high] for low, high in bounds)
+    return [part for part in parts if part]
 
 
 def _curve(scale: _Scale, points: Sequence[Point], name: str, is_dots: bool) -> list[str]:
-    buckets = list(_buckets(points))
+    size = math.ceil(len(points) / MOST_POINTS)
+    parts_of_line = [points[first : first + size] for first in range(0, len(points), size)]
+    buckets = [(sum(x for x, _ in part) / len(part), [y for _, y in part]) for part in parts_of_line]
     middle = [(x, sum(ys) / len(ys)) for x, ys in buckets]
     parts = []
     if any(len(ys) > 1 for _, ys in buckets):
         outline = [(x, max(ys)) for x, ys in buckets] + [(x, min(ys)) for x, ys in reversed(buckets)]
-        parts.append(f'<polygon class="{name}" points="{_path(scale, outline)}"/>')
-    parts.append(f'<polyline class="{name}" points="{_path(scale, middle)}"/>')
+        parts.append(f'<polygon class="{name}" points="{scale.path(outline)}"/>')
+    parts.append(f'<polyline class="{name}" points="{scale.path(middle)}"/>')
     if is_dots or len(middle) == 1:
         parts += [f'<circle class="{name}" cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}" r="2.5"/>' for x, y in middle]
     return parts
-
-
-def _buckets(points: Sequence[Point]) -> Iterable[tuple[float, list[float]]]:
-    """Points side by side that share a place, with the mean of their x."""
-    size = math.ceil(len(points) / MOST_POINTS)
-    for first in range(0, len(points), size):
-        part = points[first : first + size]
-        yield sum(x for x, _ in part) / len(part), [y for _, y in part]
-
-
-def _path(scale: _Scale, points: Iterable[Point]) -> str:
-    return " ".join(f"{scale.x(x):.1f},{scale.y(y):.1f}" for x, y in points)
 
 
 def nice_ticks(low: float, high: float, about: int = 4) -> list[float]:

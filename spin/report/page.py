@@ -22,14 +22,7 @@ STAGES = ("play", "score", "fit", "validate")
 
 
 def render(run: RunRecord) -> str:
-    """Writes the page. Whatever comes from the run is escaped.
-
-    Args:
-        run (RunRecord): as far as it has come.
-
-    Returns:
-        str: HTML that needs nothing else.
-    """
+    """The page of a run as far as it has come: HTML that needs nothing else, with whatever is the run's escaped."""
     return _template().render(
         run=run,
         name=run.path.resolve().name,
@@ -64,9 +57,8 @@ def state_of(run: RunRecord) -> str:
     """Where the run stands, in a sentence."""
     if run.is_finished:
         return f"Finished after {run.last_step} steps."
-    when = ""
-    if run.written_at is not None:
-        when = f" Last written {datetime.fromtimestamp(run.written_at, timezone.utc):%Y-%m-%d %H:%M:%S} UTC."
+    written = None if run.written_at is None else datetime.fromtimestamp(run.written_at, timezone.utc)
+    when = "" if written is None else f" Last written {written:%Y-%m-%d %H:%M:%S} UTC."
     at = f"at step {run.last_step}, in iteration {run.iterations[-1].number}" if run.iterations else "not started"
     return f"Not finished: {at}. It runs, or was stopped; the same command resumes from its newest checkpoint.{when}"
 
@@ -90,19 +82,17 @@ def charts_of(run: RunRecord) -> list[Chart]:
     ]
     equal = (LN_2, "ln 2: equal models") if run.is_logistic else None
     drift = lines(("real_logp_drift", "real"), ("generated_logp_drift", "generated"))
+    loss = lines(("loss", "training"), ("total_loss", "with NLL term"))
+    lengths = [*lines(("avg_generated_lengths", "generated")), Series("real", real_tokens)]
     found = [
-        Chart(
-            "Loss", [*lines(("loss", "training"), ("total_loss", "with NLL term")), dots("val_spin_loss")], level=equal
-        ),
+        Chart("Loss", [*loss, dots("val_spin_loss")], level=equal),
         Chart("acc: fraction of pairs won", [*lines(("acc", "training")), dots("val_acc")]),
         Chart("Margin: reward of real less generated", [*lines(("margin", "training")), dots("val_margin")]),
         Chart("Rewards", lines(("rewards_actual_mean", "real"), ("rewards_generated_mean", "generated"))),
         Chart("Log-prob against the opponent's, nats", drift, level=(0.0, "opponent")),
         Chart("Validation loss, nats per token", [dots("val_loss", "real responses")]),
         *_by_source(run),
-        Chart(
-            "Length of responses, tokens", [*lines(("avg_generated_lengths", "generated")), Series("real", real_tokens)]
-        ),
+        Chart("Length of responses, tokens", lengths),
         Chart("Truncated fraction of generated responses", lines(("truncated_fraction", "training"))),
         Chart("Gradient norm", lines(("grad_norm", "before clipping"))),
         Chart("Generator off the policy, nats per token", [dots("generator/logprob_gap", "mean gap")]),
@@ -121,11 +111,8 @@ def _by_source(run: RunRecord) -> list[Chart]:
 
 
 def _facts(run: RunRecord) -> list[tuple[str, str]]:
-    facts = []
-    for name, label in (("loss", "loss"), ("acc", "acc"), ("margin", "margin"), ("val_loss", "validation loss")):
-        points = run.series(name)
-        if points:
-            facts.append((label, number(points[-1][1])))
+    shown = {"loss": "loss", "acc": "acc", "margin": "margin", "val_loss": "validation loss"}
+    facts = [(label, number(points[-1][1])) for name, label in shown.items() if (points := run.series(name))]
     total = sum(sum(iteration.seconds.values()) for iteration in run.iterations)
     return facts + ([("time", duration(total))] if total else [])
 

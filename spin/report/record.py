@@ -36,23 +36,14 @@ class IterationRecord:
 
 @dataclass
 class RunRecord:
-    """A run, as far as it has come.
+    """A run, as far as it has come."""
 
-    Args:
-        path (Path): its output_dir.
-        config (dict[str, Any]): what it was started with; empty before it has written it.
-        rows (Sequence[Metrics]): metrics by step, ascending.
-        iterations (list[IterationRecord]): ascending.
-        remarks (list[str]): what could not be read.
-        written_at (float | None): when metrics.jsonl was last written, in seconds since 1970.
-    """
-
-    path: Path
-    config: dict[str, Any]
-    rows: Sequence[Metrics]
-    iterations: list[IterationRecord]
-    remarks: list[str] = field(default_factory=list)
-    written_at: float | None = None
+    path: Path  # its output_dir
+    config: dict[str, Any]  # what it was started with; empty before it has written it
+    rows: Sequence[Metrics]  # metrics by step, ascending
+    iterations: list[IterationRecord]  # ascending
+    remarks: list[str] = field(default_factory=list)  # what could not be read
+    written_at: float | None = None  # when metrics.jsonl was last written, in seconds since 1970
 
     @property
     def is_finished(self) -> bool:
@@ -90,20 +81,19 @@ def is_number(value: Any) -> TypeGuard[float]:
 def read_run(path: Path) -> RunRecord:
     """Reads a run's folder."""
     folders = iteration_folders(path)
-    remarks: list[str] = []
-    cfg = None
-    try:
-        cfg = read_config(path)
-    except ConfigError as error:
-        remarks.append(str(error))
-    plain: dict[str, Any] = {} if cfg is None else config.plain(cfg)
-    metrics_file = path / "metrics.jsonl"
-    by_step = {row["step"]: row for row in read_json_lines(metrics_file) if isinstance(row.get("step"), int)}
+    metrics, samples = (
+        [row for row in read_json_lines(path / name) if isinstance(row.get("step"), int)]
+        for name in ("metrics.jsonl", "samples.jsonl")
+    )
+    by_step = {row["step"]: row for row in metrics}
     rows = [by_step[step] for step in sorted(by_step)]
-    samples = [row for row in read_json_lines(path / "samples.jsonl") if isinstance(row.get("step"), int)]
-    record = RunRecord(path, plain, rows, [], remarks)
-    if metrics_file.exists():
-        record.written_at = metrics_file.stat().st_mtime
+    record = RunRecord(path, {}, rows, [])
+    try:
+        record.config = {} if (cfg := read_config(path)) is None else config.plain(cfg)
+    except ConfigError as error:
+        record.remarks.append(str(error))
+    if (path / "metrics.jsonl").exists():
+        record.written_at = (path / "metrics.jsonl").stat().st_mtime
     played = {row["iteration"] for row in rows if isinstance(row.get("iteration"), int)}
     for number in sorted(played | folders.keys()):
         record.iterations.append(_iteration(number, rows, samples, folders.get(number), record.remarks))

@@ -19,9 +19,7 @@ _ITERATION = re.compile(r"iteration_(\d+)")
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file, without incomplete lines; none if it is missing."""
-    if not file.is_file():
-        return []
-    return [row for _, row in json_lines(file)]
+    return [row for _, row in json_lines(file)] if file.is_file() else []
 
 
 def read_config(run: Path) -> DictConfig | None:
@@ -47,16 +45,15 @@ def iteration_folders(run: Path) -> dict[int, Path]:
     if not run.is_dir():
         raise OutputError(f"{run}: no such folder; expected the output_dir of a run.")
     folders = [(match, path) for path in sorted(run.iterdir()) if (match := _ITERATION.fullmatch(path.name))]
-    results = sorted(str(path.relative_to(run)) for path in run.glob("*_vs_*/summary.json"))
-    if not folders and results and not (run / "metrics.jsonl").exists():
-        raise OutputError(
-            f"{run}: an evaluation's folder, expected the output_dir of a run. Its results are in "
-            f"{', '.join(results)}, and prompt by prompt in rows.jsonl next to it."
-        )
     if not folders and not (run / "metrics.jsonl").exists():
-        raise OutputError(
-            f"{run}: neither metrics.jsonl nor a folder iteration_000 is here; expected the output_dir of a run."
-        )
+        results = sorted(str(path.relative_to(run)) for path in run.glob("*_vs_*/summary.json"))
+        found = "neither metrics.jsonl nor a folder iteration_000 is here; expected the output_dir of a run."
+        if results:
+            found = (
+                f"an evaluation's folder, expected the output_dir of a run. Its results are in {', '.join(results)}, "
+                "and prompt by prompt in rows.jsonl next to it."
+            )
+        raise OutputError(f"{run}: {found}")
     return {int(match[1]): path for match, path in folders}
 
 

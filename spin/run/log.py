@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,12 @@ from tqdm import tqdm
 
 from spin import config
 from spin.core.errors import ConfigError, OutputError, SpinError, show_traceback
-from spin.core.files import (
-    as_output_error,
-    is_marked,
-    json_lines,
-    keep_aside,
-    mark,
-    open_own,
-    replace_text,
-)
+from spin.core.files import as_output_error, is_marked, json_lines, keep_aside, mark, open_own, replace_text
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.core.redact import hide
 from spin.run.messages import log_table, sample_table
 
 log = logging.getLogger(__name__)
-
 
 _RUN = "run"  # a kind of folder, see spin.core.files.begin_atomic_dir
 
@@ -59,10 +51,8 @@ class MetricService:
         if self._logger is None:
             return
         try:
-            if method == "log_table":
-                log_table(self._logger, *args, **kwargs)
-            else:
-                getattr(self._logger, method)(*args, **kwargs)
+            to_call = partial(log_table, self._logger) if method == "log_table" else getattr(self._logger, method)
+            to_call(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
             self._failures += 1
             if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
@@ -80,15 +70,8 @@ class RunLog:
     nothing more is written, ``has_failed`` is sent with a collective that the run has anyway, and :meth:`check` ends
     the run before a checkpoint is saved whose log would lack the line.
 
-    Args:
-        cfg (config.SPINConfig): the run's; its copy is readable by its owner alone if it has secrets.
-        make_logger (Callable[[], Any]): see :class:`MetricService`.
-        from_step (int): see :class:`MetricsFile`; negative before the first run of a folder.
-        world (World): the ranks.
-
-    Raises:
-        ConfigError: On all ranks, if the logger's package is not installed.
-        OutputError: On all ranks, if a file cannot be begun.
+    Raises on all ranks what :class:`MetricService` (of ``make_logger``) and :class:`MetricsFile` (of ``from_step``,
+    negative before the first run of a folder) raise. The copy of a config with secrets is readable by its owner alone.
     """
 
     def __init__(self, cfg: config.SPINConfig, make_logger: Callable[[], Any], from_step: int, world: World) -> None:
@@ -111,12 +94,8 @@ class RunLog:
         with as_output_error(self._folder):
             mark(self._folder, _RUN)
         self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
-        with as_output_error(self._folder / "config.yaml"):
-            replace_text(
-                self._folder / "config.yaml",
-                OmegaConf.to_yaml(config.as_written(cfg)),
-                private=config.holds_secrets(cfg),
-            )
+        text = OmegaConf.to_yaml(config.as_written(cfg))
+        replace_text(self._folder / "config.yaml", text, private=config.holds_secrets(cfg))
 
     def _keep_aside(self, because: str, names: Sequence[str]) -> None:
         for file in (self._folder / name for name in (*names, "nonfinite.jsonl")):

@@ -168,11 +168,11 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
 
 def _wrap(text: str, width: int, keep_end: bool) -> list[str]:
     lines = textwrap.wrap(printable(" ".join(text.split())), width) or [""]
-    if len(lines) > _MAX_LINES and keep_end:
-        lines = ["..." + lines[-_MAX_LINES][3:], *lines[1 - _MAX_LINES :]]
-    elif len(lines) > _MAX_LINES:
-        lines = [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1][: width - 3] + "..."]
-    return lines
+    if len(lines) <= _MAX_LINES:
+        return lines
+    if keep_end:
+        return ["..." + lines[-_MAX_LINES][3:], *lines[1 - _MAX_LINES :]]
+    return [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1][: width - 3] + "..."]
 
 
 def _line(cells: Mapping[str, str]) -> str:

@@ -25,24 +25,16 @@ def check_worker(cfg: GenerateConfig) -> None:
 
 
 class RunPlan:
-    """The arithmetic of a run. Nothing in it changes while the run goes on but ``progress``.
+    """The arithmetic of a run. Nothing in it changes but ``progress``.
 
     ``steps`` counts those of an epoch over an iteration's own samples (history adds to that), ``val_every`` and
     ``save_every`` those between two validations or checkpoints (0 for never), ``num_val_samples`` is what a validation
-    takes.
-
-    Args:
-        cfg (SPINConfig): the run's, complete and checked.
-        prompts (PromptSource): training samples.
-        num_val_prompts (int): validation samples there are.
-
-    Raises:
-        ConfigError: If there would be no step, or an interval is less than one.
+    takes. ConfigError if there would be no step, or an interval is less than one.
     """
 
     def __init__(self, cfg: SPINConfig, prompts: PromptSource, num_val_prompts: int = 0) -> None:
-        self._prompts, self._seed = prompts, cfg.seed
-        self._size = size = cfg.global_batch_size
+        self._prompts, self._seed, self._size = prompts, cfg.seed, cfg.global_batch_size
+        size = self._size
         self._history = cfg.pairs.history, cfg.pairs.history_fraction
         self._reset_each_iteration = cfg.optimizer.reset_each_iteration
         self.steps = compute_num_steps_per_epoch(prompts.samples_per_iteration, size, cfg.limit_train_batches)
@@ -68,11 +60,11 @@ class RunPlan:
         return [list(pairs[i : i + self._size]) for i in range(0, len(pairs), self._size)]
 
     def samples(self, iteration: int) -> list[int]:
-        """The samples of the data set that an iteration's opponent answers."""
+        """The samples of the data set that an iteration's opponent responds to."""
         return self._prompts.iteration_samples(self.steps * self._size, self._seed, iteration)
 
     def items(self, iteration: int) -> list[tuple[int, int]]:
-        """What an iteration trains on, as (iteration whose opponent answered, sample of the data set)."""
+        """What an iteration trains on, as (iteration whose opponent responded, sample of the data set)."""
         return iteration_items(self.samples, iteration, *self._history)
 
     def history(self, iteration: int) -> list[int]:
@@ -131,7 +123,7 @@ class RunPlan:
         """Global batches of an epoch from a step on, each looked up when it is asked for."""
         items, size = self.items(iteration), self._size
         visited = self.progress.steps_in_epoch(iteration) * size
-        # shares of history: what is in whole batches of the first epoch is scored
+        # fractions of history: what is in whole batches of the first epoch is scored
         if epoch > 0 and visited < len(items):
             items = [items[i] for i in epoch_order(len(items), self._seed, iteration, epoch=0)[:visited]]
         order = epoch_order(len(items), self._seed, iteration, epoch)

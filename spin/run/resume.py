@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,19 +20,12 @@ from spin.core.redact import is_secret_key
 from spin.model.hf_folder import weight_files
 from spin.pairs.store import differences
 
-log = logging.getLogger(__name__)
-
-
 RESULTS_DEPEND_ON = (
     "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
     "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
     "enable_float8_training", "model",
 )  # fmt: skip
-
-
 _COMPARED_BY_CONTENT = {"source", "path", "data_dir", "data_files", "checkpoint_dir", "model_dir"}
-
-
 _OF_ONE_RANK = {"url", "verify", "api_key_env"}  # each rank may ask a server of its own
 
 
@@ -41,7 +33,7 @@ def inputs_of_config(cfg: Config) -> dict[str, Any]:
     """``inputs`` and ``timeout_seconds`` of :func:`spin.core.ranks.init_world`: what all ranks must have alike before
     anything is read, which is config, code and versions.
 
-    Left out is what a host may have in its own place and is compared by content later (:func:`inputs_of_files`), a
+    Left out is what a host may have in its own place and is compared by content later (:func:`check_files_agree`), a
     server's address, and the metric logger, which is rank 0's.
     """
     found: dict[str, str] = {}
@@ -71,9 +63,9 @@ def inputs_of_config(cfg: Config) -> dict[str, Any]:
     return {"inputs": found, "timeout_seconds": cfg.distributed_timeout_seconds}
 
 
-def inputs_of_files(read: Mapping[str, Any], weights: Component | EvaluatedModel, of: str = "") -> dict[str, str]:
-    """What all ranks must have read alike, for :func:`spin.core.ranks.check_ranks_agree`: data sets and tokenizers by
-    name, and the files of the weights in the ``checkpoint_dir`` of a config section, if it has one.
+def check_files_agree(read: Mapping[str, Any], weights: Component | EvaluatedModel, world: World, of: str = "") -> None:
+    """A ``ConfigError`` on all ranks if they have read different data sets or tokenizers, given by name, or different
+    weights in the ``checkpoint_dir`` of a config section, if it has one. Collective.
 
     Files of up to 64 MiB are hashed entirely, larger ones by size, header and 1,024 places; a value that was changed by
     hand in between is not seen there, other weights are.
@@ -90,12 +82,7 @@ def inputs_of_files(read: Mapping[str, Any], weights: Component | EvaluatedModel
             found |= {f"weights{of}: {file.name}": _sampled_digest(file) for file in files}
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be read ({error}).") from error
-    return found
-
-
-def check_files_agree(read: Mapping[str, Any], weights: Component, world: World) -> None:
-    """A ``ConfigError`` on all ranks if they have read different files, see :func:`inputs_of_files`. Collective."""
-    check_ranks_agree(inputs_of_files(read, weights), world)
+    check_ranks_agree(found, world)
 
 
 def _sampled_digest(file: Path) -> str:
@@ -135,25 +122,15 @@ def check_unchanged(
     output_dir: Path,
     within_iteration: bool = False,
 ) -> None:
-    """Refuses to resume a run under a config that would silently make another run of it.
-
-    Args:
-        old (Mapping[str, Any]): :func:`run_fingerprint` of the run that wrote the checkpoint.
-        new (Mapping[str, Any]): that of this run.
-        allowed (Sequence[str]): keys that may differ, the config's ``resume_with_changes``.
-        output_dir (Path): the run's folder, for the message.
-        within_iteration (bool): the checkpoint stands within an iteration, whose samples have been answered.
-
-    Raises:
-        CheckpointError: If another key differs, with its old and new value, or a key of the data set does within an
-            iteration.
-    """
+    """Refuses to resume a run under a config that would silently make another run of it: a CheckpointError if the
+    :func:`run_fingerprint` of then and now differ in a key that is not allowed (``resume_with_changes``), or in one of
+    the data set within an iteration, whose samples have their responses."""
     data = [name for name in sorted({*old, *new}) if name.partition(".")[0] == "dataset"]
     moved = [name for name in data if name in allowed and old.get(name) != new.get(name)]
     if within_iteration and moved:
         raise CheckpointError(
             f"{', '.join(moved)} can change between iterations only: the run in {output_dir} is within one, whose "
-            "samples are chosen and answered. Finish it first, or name the checkpoint at its start in resume=<path>."
+            "samples are chosen and played. Finish it first, or name the checkpoint at its start in resume=<path>."
         )
     missing = object()
     names = sorted({*old, *new} - set(allowed))
