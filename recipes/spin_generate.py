@@ -22,7 +22,6 @@ from pathlib import Path
 
 from spin import config, generators, run
 from spin.config import GenerateConfig
-from spin.config.checks import check_run
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import CheckpointError
 from spin.core.ranks import init_world, shutdown
@@ -31,7 +30,6 @@ from spin.data.inputs import read_inputs
 from spin.model import build_model, prepare_model, weights_fingerprint
 from spin.pairs import PairStore, RowLayout
 from spin.reference import check_generator_logprobs
-from spin.run.plan import check_worker
 from spin.run.stopping import resume_command
 
 log = get_logger("INFO")
@@ -41,8 +39,6 @@ class SPINGenerate:
     """Generation without training; a ``ConfigError`` if its config cannot work."""
 
     def __init__(self, cfg: GenerateConfig) -> None:
-        check_run(cfg)
-        check_worker(cfg)
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
         self._stop = run.StopRequest(cfg.stop_signals, cfg.max_time)

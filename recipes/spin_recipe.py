@@ -27,7 +27,6 @@ import torch
 
 from spin import config, generators, reference, run, training
 from spin.checkpoint.manifest import as_checkpoint_error
-from spin.config.checks import check_run
 from spin.core.ranks import all_reduce_sums, init_world, shutdown
 from spin.core.terminal import get_logger, progress_bar
 from spin.data.inputs import read_inputs
@@ -47,7 +46,6 @@ class SPINRecipe:
     """
 
     def __init__(self, cfg: config.SPINConfig) -> None:
-        check_run(cfg)
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
         values = (cfg.loss.beta, cfg.optimizer.lr)

@@ -17,7 +17,6 @@ import torch
 from spin import config
 from spin.checkpoint import SPINCheckpointer
 from spin.config.catalog import config_model, load_recipe, recipe_of
-from spin.config.checks import check_run
 from spin.config.schema import EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.files import check_can_be_made
@@ -35,7 +34,7 @@ from spin.model.adapters import adapted_modules
 from spin.model.build import build_model
 from spin.model.hf import check_hf_folder
 from spin.model.lora import check_adapters, check_lora
-from spin.run.plan import RunPlan, check_worker
+from spin.run.plan import RunPlan
 from spin.training.schedules import per_iteration
 
 COMPARED_ROWS = 200  # of the training set, whose token ids and texts are compared
@@ -159,10 +158,7 @@ def _config(name: str, overrides: Sequence[str], recipe_name: str | None) -> tup
     if isinstance(cfg, config.EvaluateConfig):
         check_evaluation(cfg)
     elif isinstance(cfg, config.SPINConfig):
-        check_run(cfg)
         check_lora(cfg)
-        if isinstance(cfg, config.GenerateConfig):
-            check_worker(cfg)
     return cfg, f"{name} for {recipe_name}: every key is known, and their values go together"
 
 

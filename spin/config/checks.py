@@ -1,16 +1,26 @@
-"""What a run's config must have in more than one key, or in the world; the schema checks each value by itself."""
+"""What a config must have in more than one key, or in the world; the schema checks each value by itself."""
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
 import re
+from collections.abc import Callable
 from typing import Any
 
-from spin.config.complete import fields_of
 from spin.config.components import component_of
-from spin.config.faults import Faults, known_keys, nearest_of
-from spin.config.schema import COMPONENT, Component, Sampling, SPINConfig
+from spin.config.faults import Faults, nearest_of, nearest_or_known
+from spin.config.schema import (
+    COMPONENT,
+    Component,
+    Config,
+    EvaluateConfig,
+    GenerateConfig,
+    Sampling,
+    Section,
+    SPINConfig,
+    fields_of,
+)
 from spin.core.errors import ConfigError
 from spin.core.files import TRANSFER, check_own_folder
 
@@ -22,16 +32,31 @@ _PACKAGES = {  # of torchtune's loggers, which import them when they are made: a
 }
 
 
-def check_run(cfg: SPINConfig) -> None:
-    """Raises a ConfigError with every fault, if values of a recipe's config do not work with each other."""
-    faults = Faults()
-    for name, value in (("loss.beta", cfg.loss.beta), ("optimizer.lr", cfg.optimizer.lr)):
+def check_together(cfg: Section, faults: Faults) -> None:
+    """Notes values that do not work with each other. Keys with a fault of their own are no attributes of the config:
+    checks that read one are left out."""
+    is_right = not faults.messages
+    for kind, checks in _CHECKS.items():
+        for check in checks if isinstance(cfg, kind) else ():
+            try:
+                check(cfg, faults)
+            except AttributeError:
+                if is_right:
+                    raise
+
+
+def _check_iterations(cfg: SPINConfig, faults: Faults) -> None:
+    for section, name in (("loss", "beta"), ("optimizer", "lr")):
+        value = getattr(getattr(cfg, section, None), name, None)
         if isinstance(value, list) and len(value) != cfg.max_iterations:
             count = f"{len(value)} value{'s' if len(value) != 1 else ''}"
             faults.add(
-                f"{name}: {value} has {count} for {cfg.max_iterations} iterations. Give one number, or one for each "
-                "iteration."
+                f"{section}.{name}: {value} has {count} for {cfg.max_iterations} iterations. Give one number, or one "
+                "for each iteration."
             )
+
+
+def _check_optimizer(cfg: SPINConfig, faults: Faults) -> None:
     step = getattr(component_of(cfg.optimizer), "step", None)
     closure = inspect.signature(step).parameters.get("closure") if callable(step) else None
     if closure is not None and closure.default is inspect.Parameter.empty:
@@ -39,10 +64,16 @@ def check_run(cfg: SPINConfig) -> None:
             f"optimizer._component_={cfg.optimizer.component}: its step computes the loss several times, where a "
             "batch passes through the model once. Choose one whose step needs no closure, such as torch.optim.AdamW."
         )
+
+
+def _check_resume(cfg: SPINConfig, faults: Faults) -> None:
     known = fields_of(type(cfg))
     for name in cfg.resume_with_changes:
         if name.partition(".")[0] not in known:
             faults.add(f"resume_with_changes: the config has no key {name!r}.{nearest_of(name, list(known))}")
+
+
+def _check_responses(cfg: SPINConfig, faults: Faults) -> None:
     greedy, responses = cfg.sampling.greedy_by, cfg.pairs.responses_per_prompt
     if greedy and responses != 1 and getattr(component_of(cfg.generator), "takes_sampling", True):
         faults.add(
@@ -50,14 +81,26 @@ def check_run(cfg: SPINConfig) -> None:
             f"prompt would be the same. Set sampling.{greedy}={Sampling()[greedy]} to sample them, or "
             "pairs.responses_per_prompt=1."
         )
+
+
+def _check_checkpointing(cfg: SPINConfig, faults: Faults) -> None:
     if cfg.ac_mode == "selective" and cfg.ac_option is None:
         faults.add("ac_option=null: ac_mode=selective checkpoints every ac_option-th layer; give 1 or more.")
+
+
+def _check_dtypes(cfg: SPINConfig, faults: Faults) -> None:
     if cfg.dtype == "bf16" and cfg.compute_dtype == "fp32":
         faults.add("dtype=bf16 with compute_dtype=fp32: weights are not computed in more precision than they have.")
-    if cfg.validation.spin and cfg.validation_dataset is None:
+
+
+def _check_validation(cfg: SPINConfig, faults: Faults) -> None:
+    if cfg.validation_dataset is None and cfg.validation.spin:
         faults.add("validation.spin=true needs a validation_dataset.")
     if cfg.validation_dataset is not None and cfg.validation_dataset.get("streaming"):
         faults.add("validation_dataset.streaming=true: a validation set is the same each time. Use its limit alone.")
+
+
+def _check_folders(cfg: SPINConfig, faults: Faults) -> None:
     folders = {
         "output_dir": cfg.output_dir,
         "checkpointer.checkpoint_dir": cfg.checkpointer.get("checkpoint_dir"),
@@ -66,9 +109,16 @@ def check_run(cfg: SPINConfig) -> None:
         "generator.model_dir": cfg.generator.get("model_dir"),
     }
     check_transfer_dir("generator", cfg.generator, folders, faults)
-    if cfg.metric_logger is not None:
-        _check_logger(cfg.metric_logger, faults)
-    faults.raise_if_any()
+
+
+def _check_sampling(sampling: Sampling, path: str, faults: Faults) -> None:
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        faults.add(f"{path}.min_new_tokens={sampling.min_new_tokens}: expected 0 to max_new_tokens.")
+
+
+def _check_worker(cfg: GenerateConfig, faults: Faults) -> None:
+    if cfg.worker >= cfg.num_workers:
+        faults.add(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
 
 
 def check_transfer_dir(path: str, generator: Component, apart_from: dict[str, Any], faults: Faults) -> None:
@@ -81,8 +131,11 @@ def check_transfer_dir(path: str, generator: Component, apart_from: dict[str, An
             faults.add(str(error))
 
 
-def _check_logger(section: Component, faults: Faults) -> None:
+def _check_logger(cfg: SPINConfig, faults: Faults) -> None:
     """A service's library takes further settings: among them programs to run and servers that get the key."""
+    section = cfg.metric_logger
+    if section is None:
+        return
     logger = section.component.rpartition(".")[2]
     if section.component.startswith("torchtune."):  # not one of the user's own
         parameters = inspect.signature(component_of(section)).parameters.values()
@@ -91,7 +144,7 @@ def _check_logger(section: Component, faults: Faults) -> None:
         for key, value in section.model_dump(by_alias=True).items():
             hint = nearest_of(key, named)
             if key not in (COMPONENT, *named) and (hint or not takes_more):
-                hint = hint or known_keys(named) or " It takes none."
+                hint = nearest_or_known(key, named) or " It takes none."
                 faults.add(f"metric_logger.{key}: {section.component} has no such parameter.{hint}")
             items = value if isinstance(value, list) else [value]
             if key == "settings" or any(isinstance(item, dict | list) for item in items):
@@ -110,3 +163,14 @@ def _check_logger(section: Component, faults: Faults) -> None:
             f"metric_logger: {logger} needs the package {package}, which is not installed: pip install {package}. "
             "metrics.jsonl has everything in any case."
         )
+
+
+_CHECKS: dict[type[Section], tuple[Callable[[Any, Faults], None], ...]] = {
+    Config: (lambda cfg, faults: _check_sampling(cfg.sampling, "sampling", faults),),
+    EvaluateConfig: (lambda cfg, faults: _check_sampling(cfg.judge.sampling, "judge.sampling", faults),),
+    SPINConfig: (
+        _check_iterations, _check_optimizer, _check_resume, _check_responses, _check_checkpointing, _check_dtypes,
+        _check_validation, _check_folders, _check_logger,
+    ),
+    GenerateConfig: (_check_worker,),
+}  # fmt: skip

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from spin.config.checks import check_together
 from spin.config.components import ALLOW_KEY, check_components, own_packages
-from spin.config.faults import KIND_WORDS, Faults, did_you_mean, either, known_keys, yaml_text
+from spin.config.faults import UNIONS, Faults, expected, joined, known_keys, nearest_of, yaml_text
 from spin.config.interpolation import (
     MISSING,
     escaped,
@@ -24,7 +24,7 @@ from spin.config.interpolation import (
     resolve,
     with_paths,
 )
-from spin.config.schema import COMPONENT, Component, Section
+from spin.config.schema import COMPONENT, Component, Section, fields_of, section_of
 from spin.core import redact
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -52,7 +52,8 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
 
     Raises:
         ConfigError: If a key is unknown, a value is missing, of the wrong type, out of its range or refers to nothing,
-            or a component is not allowed, does not exist or does not take a key. All faults are in one message.
+            does not go with another one, or a component is not allowed, does not exist or does not take a key. All
+            faults are in one message.
     """
     faults = Faults()
     merged = with_paths(with_defaults(OmegaConf.to_container(cfg, resolve=False), {}, model), expanded)
@@ -66,14 +67,16 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
     refused = check_components(values, own, sections, of_components)
     _check_types(values, model, refused, faults)
     faults.messages += of_components.messages
-    faults.raise_if_any()
-    result = model.model_validate(values)
+    faults.paths |= of_components.paths
+    result = _right_values(values, model, faults.paths) if faults.messages else model.model_validate(values)
     for path in sections:
         section: Any = result
         for key in path.split("."):
             section = getattr(section, key, None)
         if isinstance(section, Component):
             section._where, section._packages = path, own
+    check_together(result, faults)
+    faults.raise_if_any()
     result._written = OmegaConf.create(escaped(values))
     for keys, text in environment:
         if plain(parent_of(whole, keys)[keys[-1]]) == parent_of(values, keys)[keys[-1]]:  # no ~ in the variable
@@ -146,18 +149,8 @@ def with_defaults(value: Any, default: Any, section: type[Section]) -> Any:
     return {**default, **merged} if is_component else merged
 
 
-def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
-    return {field.alias or name: field for name, field in section.model_fields.items()}
-
-
 def _default(field: FieldInfo) -> Any:
     return plain(field.get_default(call_default_factory=True))
-
-
-def section_of(hint: Any) -> type[Section] | None:
-    """The section that a field holds, or may hold."""
-    parts = typing.get_args(hint) or (hint,)
-    return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
 
 
 def _components(section: type[Section], path: str = "") -> Iterator[tuple[str, type[Component]]]:
@@ -177,73 +170,72 @@ def _check_types(values: Mapping[str, Any], model: type[Section], refused: set[s
     """Notes unknown and missing keys and values of the wrong type or out of range, each once. What sections lack whose
     component is refused depends on the component that they get."""
     missing = list(_missing_values(values))
-    found: dict[str, str] = {}  # faults by path: each part of a union has its own error
-    strangers: dict[str, list[str]] = {}  # keys that are like nothing known, by the section's known keys
+    wrong: dict[str, str] = {}  # by path: each part of a union has its own error
+    unknown: dict[str, list[str]] = {}  # keys that are like nothing known, by a hint
     try:
         model.model_validate(values)
     except ValidationError as error:
         for problem in error.errors(include_url=False, include_input=False):
-            _note(problem, values, model, missing, found, strangers)
-    faults.messages += [
-        f"{path}: not set. It has no default; add it to the config or the command line."
-        for path in missing
-        if path.rpartition(".")[0] not in refused or path.endswith(COMPONENT)
-    ]
-    faults.messages += [text for path, text in found.items() if path.removesuffix(f".{COMPONENT}") not in refused]
-    for known, keys in strangers.items():
-        faults.add(f"{', '.join(keys)}: unknown key{'s' if len(keys) > 1 else ''}.{known}")
+            path, value, section, field = _place(problem["loc"], values, model)
+            if problem["type"] == "missing":
+                missing.append(path)
+            elif field is None:
+                name = str(problem["loc"][-1])
+                hint = _hint(name, section, model)
+                if hint:
+                    wrong[path] = f"unknown key.{hint}"
+                else:
+                    known = known_keys([key for key in fields_of(section) if key != COMPONENT])
+                    hint = " `python -m spin cp NAME FILE --full` writes all keys." if section is model else known
+                    unknown.setdefault(hint, []).append(path)
+            elif value == MISSING or (isinstance(value, str) and "${" in value):
+                faults.paths.add(path)  # a fault of its own
+            elif problem["type"] == "value_error":
+                wrong[path] = f"found {yaml_text(value)}, {problem['ctx']['error']}"
+            elif path not in wrong:
+                what = expected(field.annotation, field.metadata, field.title)
+                wrong[path] = f"found {yaml_text(value)}, expected {what}.{_quote_it(path, field, value)}"
+    for path in missing:
+        if path.rpartition(".")[0] not in refused or path.endswith(COMPONENT):
+            faults.at(path, "not set. It has no default; add it to the config or the command line.")
+    for path, text in wrong.items():
+        if path.removesuffix(f".{COMPONENT}") not in refused:
+            faults.at(path, text)
+    for hint, paths in unknown.items():
+        faults.add(f"{', '.join(paths)}: unknown key{'s' if len(paths) > 1 else ''}.{hint}")
 
 
-def _note(
-    problem: Mapping[str, Any],
-    values: Any,
-    section: type[Section],
-    missing: list[str],
-    found: dict[str, str],
-    strangers: dict[str, list[str]],
-) -> None:
-    top, path, field = section, "", None
-    for key in problem["loc"]:
+def _place(
+    keys: tuple[int | str, ...], values: Any, section: type[Section]
+) -> tuple[str, Any, type[Section], FieldInfo | None]:
+    """The path of a fault, the value there, the innermost section and the field, None for an unknown key."""
+    path, field = "", None
+    for key in keys:
         inner = section if field is None else section_of(field.annotation)
         if inner is None or not isinstance(values, Mapping):
             break  # what follows is an item of a list, or a part of a union
-        section, path = inner, f"{path}.{key}" if path else str(key)
+        section, path = inner, joined(path, key)
         field, values = fields_of(section).get(str(key)), values.get(key)
-    if problem["type"] == "missing":
-        missing.append(path)
-    elif field is None:
-        known = [key for key in fields_of(section) if key != COMPONENT]
-        elsewhere = {
-            key: list(fields_of(inner))
-            for key, each in fields_of(top).items()
-            if (inner := section_of(each.annotation))
-        }
-        name = str(problem["loc"][-1])
-        hint = did_you_mean(name, known, elsewhere)
-        if "." in name:
-            first, _, rest = name.partition(".")
-            found[path] = f"{path}: unknown key. In a file write it nested: {first}: {{{rest}: ...}}."
-        elif hint:
-            found[path] = f"{path}: unknown key.{hint}"
-        elif section is top:
-            strangers.setdefault(" `python -m spin cp NAME FILE --full` writes all keys.", []).append(path)
-        else:
-            strangers.setdefault(known_keys(known), []).append(path)
-    elif values == MISSING or (isinstance(values, str) and "${" in values):
-        pass  # a fault of its own
-    elif problem["type"] == "value_error" and isinstance(values, Mapping):  # keys of a section that do not fit
-        found[path] = f"{path}.{problem['ctx']['error']}"
-    elif problem["type"] == "value_error":
-        found[path] = f"{path}: found {yaml_text(values)}, {problem['ctx']['error']}"
-    elif path not in found:
-        found[path] = f"{path}: found {yaml_text(values)}, expected {expected(field)}.{_quote_it(path, field, values)}"
+    return path, values, section, field
+
+
+def _hint(name: str, section: type[Section], model: type[Section]) -> str:
+    """What an unknown key may stand for: the same name in another section, else the nearest of its own."""
+    if "." in name:
+        first, _, rest = name.partition(".")
+        return f" In a file write it nested: {first}: {{{rest}: ...}}."
+    inner = {key: section_of(field.annotation) for key, field in fields_of(model).items()}
+    elsewhere = [repr(f"{key}.{name}") for key, each in inner.items() if each is not None and name in fields_of(each)]
+    if elsewhere:
+        return f" Did you mean {' or '.join(elsewhere)}?"
+    return nearest_of(name, [key for key in fields_of(section) if key != COMPONENT])
 
 
 def _missing_values(value: Any, path: str = "") -> Iterator[str]:
     """Dotted paths of everything that is still ``???``."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _missing_values(item, f"{path}.{key}" if path else str(key))
+            yield from _missing_values(item, joined(path, key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
             yield from _missing_values(item, f"{path}[{index}]")
@@ -262,37 +254,22 @@ def _quote_it(path: str, field: FieldInfo, value: Any) -> str:
 
 
 def _takes(hint: Any, kind: type) -> bool:
-    is_union = typing.get_origin(hint) in (Annotated, typing.Union, types.UnionType)
+    is_union = typing.get_origin(hint) in (Annotated, *UNIONS)
     return hint is kind or (is_union and any(_takes(part, kind) for part in typing.get_args(hint)))
 
 
-def expected(field: FieldInfo) -> str:
-    """What a field takes, in words, such as 'a whole number from 1 to 10,000, or null'."""
-    return _expected(field.annotation, field.metadata, field.title)
-
-
-def _expected(hint: Any, limits: typing.Sequence[Any] = (), title: str | None = None) -> str:
-    origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Annotated:
-        info = next((part for part in parts if isinstance(part, FieldInfo)), None)
-        return _expected(parts[0], info.metadata if info else (), info.title if info else None)
-    if origin in (typing.Union, types.UnionType):
-        texts = [_expected(part, limits if part in (int, float) else ()) for part in parts]
-        return either([text.replace(f"list of {texts[0]}", "list of these") for text in texts])
-    if origin is Literal:
-        return either([str(part) for part in parts])
-    if hint is type(None):
-        return "null"
-    if origin is list:
-        return f"a list of {'texts' if parts[0] is str else _expected(parts[0])}"
-    if isinstance(hint, type) and issubclass(hint, Component):
-        return f"a section with {COMPONENT}"
-    if isinstance(hint, type) and issubclass(hint, Section):
-        return f"a section with keys {', '.join(fields_of(hint))}"
-    what = title or KIND_WORDS.get(hint, "another value")
-    bounds = {name: getattr(each, name) for each in limits for name in ("ge", "gt", "le", "lt") if hasattr(each, name)}
-    numbers = {name: f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" for name, bound in bounds.items()}
-    if "ge" in numbers and "le" in numbers:
-        return f"{what} from {numbers['ge']} to {numbers['le']}"
-    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-    return ", ".join([what, *(f"{words[name]} {number}" for name, number in numbers.items())])
+def _right_values(values: Mapping[str, Any], section: type[Section], faulty: set[str], path: str = "") -> Any:
+    """A section of which only the keys that have no fault are attributes."""
+    right = {}
+    fields = fields_of(section)
+    for key, value in values.items():
+        at = joined(path, key)
+        if at in faulty or (key not in fields and not issubclass(section, Component)):
+            continue
+        inner = section_of(fields[key].annotation) if key in fields else None
+        right[key] = _right_values(value, inner, faulty, at) if inner and isinstance(value, Mapping) else value
+    result = section.model_construct(**right)
+    for key, name in zip(fields, section.model_fields, strict=True):
+        if key not in right:
+            result.__dict__.pop(name, None)  # the default is not the user's
+    return result

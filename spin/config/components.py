@@ -17,16 +17,17 @@ import os
 import re
 import sys
 import traceback
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import DictConfig, OmegaConf
+from pydantic import Field, TypeAdapter, ValidationError
 
-from spin.config.faults import KIND_WORDS, Faults, did_you_mean, expected_kinds, known_keys, nearest_of, yaml_text
+from spin.config.faults import KIND_WORDS, UNIONS, Faults, expected, joined, nearest_of, nearest_or_known, yaml_text
 from spin.config.interpolation import MISSING, PATH_KEY
 from spin.config.schema import ARGUMENTS, COMPONENT, Component
 from spin.core.errors import ConfigError, SpinError
@@ -231,7 +232,7 @@ def resolve_component(name: str, own: Sequence[str] = (), kind: Kind = _ANY) -> 
     package = _import(module, name)
     found = getattr(package, last, None)
     if found is None:
-        raise ConfigError(f"{name}: {module} has no {last!r}.{nearest_of(last, _public(package))}")
+        raise _no_such(name, module, package, last)
     if name not in kind.names and not (kind.fits is not None and kind.fits(found)):
         raise ConfigError(f"{name} is not allowed here: it is a {type(found).__name__}, expected {kind.what}.")
     return found
@@ -245,55 +246,43 @@ def _own_component(name: str, own: Sequence[str]) -> Callable[..., Any]:
     reached = root
     for part in parts:
         parent, reached = reached, f"{reached}.{part}"
-        if isinstance(current, ModuleType) and not hasattr(current, part):
-            current = _import_below(current, parent, part, name)
-        elif not hasattr(current, part):
-            raise ConfigError(f"{name}: {parent} has no {part!r}.{nearest_of(part, _public(current))}")
-        else:
+        if hasattr(current, part):
             current = getattr(current, part)
-        home = current.__name__ if isinstance(current, ModuleType) else getattr(current, "__module__", None)
-        scope = [root] if isinstance(current, ModuleType) else own
-        if not isinstance(home, str) or not below(home, scope):
+        elif isinstance(current, ModuleType):
+            current = _import(reached, name, current)
+        else:
+            raise _no_such(name, parent, current, part)
+        is_module = isinstance(current, ModuleType)
+        home = current.__name__ if is_module else getattr(current, "__module__", None)
+        if not isinstance(home, str) or not below(home, [root] if is_module else own):
             raise ConfigError(f"{name} is not allowed: {reached} is {home or type(current).__name__}, outside {root}.")
     if isinstance(current, ModuleType) or not callable(current):
         raise ConfigError(f"{name} is a {type(current).__name__}, expected a class or a function.")
     return current
 
 
-def _import(module: str, name: str) -> ModuleType:
+def _import(module: str, name: str, package: ModuleType | None = None) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        if package is not None and isinstance(error, ModuleNotFoundError):
+            parent, _, part = module.rpartition(".")
+            if error.name == module:
+                raise _no_such(name, parent, package, part) from error
+            raise ConfigError(
+                f"{name}: importing {module} needs the package {error.name!r}, which is not installed."
+            ) from error
         raise ConfigError(f"{name}: cannot import {module}: {error}.") from error
 
 
-def _import_below(package: ModuleType, parent: str, part: str, name: str) -> ModuleType:
-    module = f"{parent}.{part}"
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name == module or not hasattr(package, "__path__"):
-            raise ConfigError(f"{name}: {parent} has no {part!r}.{nearest_of(part, _public(package))}") from error
-        raise ConfigError(
-            f"{name}: importing {module} needs the package {error.name!r}, which is not installed."
-        ) from error
-    except ImportError as error:
-        raise ConfigError(f"{name}: cannot import {module}: {error}.") from error
-
-
-def _public(value: Any) -> list[str]:
-    return [attribute for attribute in dir(value) if not attribute.startswith("_")]
+def _no_such(name: str, parent: str, holder: Any, part: str) -> ConfigError:
+    public = [attribute for attribute in dir(holder) if not attribute.startswith("_")]
+    return ConfigError(f"{name}: {parent} has no {part!r}.{nearest_of(part, public)}")
 
 
 def allow_from_outside(cfg: DictConfig) -> None:
     """Marks a config whose ``allow_components`` is of the command line, not of its own file."""
     cfg._set_flag(_FROM_OUTSIDE, True)
-
-
-def not_from_a_file(names: str) -> str:
-    """Why ``allow_components`` of a file counts for nothing, and what to do."""
-    how = HOW_TO_ALLOW.format(names, names)
-    return f"A config cannot allow what it names itself. If you trust the code, say so {how}."
 
 
 def own_packages(cfg: DictConfig, given: Any, faults: Faults) -> tuple[str, ...]:
@@ -303,14 +292,17 @@ def own_packages(cfg: DictConfig, given: Any, faults: Faults) -> tuple[str, ...]
     except ConfigError as error:
         faults.add(str(error))
         own = ()
-    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
-    problems = {name: package_problem(name) for name in names}
-    faults.messages += [f"{ALLOW_KEY}: {problem}" for problem in problems.values() if problem is not None]
-    more = [name for name, problem in problems.items() if problem is None and name not in own]
-    if more and not cfg._get_flag(_FROM_OUTSIDE):
-        faults.add(f"{ALLOW_KEY}: found {given!r}. {not_from_a_file(','.join(more))}")
-        return own
-    return (*own, *more)
+    names = given if isinstance(given, list) else [given] if given else []
+    if not cfg._get_flag(_FROM_OUTSIDE) and not all(name in own for name in names):
+        how = HOW_TO_ALLOW.format(*[",".join(map(str, names))] * 2)
+        problem = "A config cannot allow what it names itself. If you trust the code, say so"
+        faults.at(ALLOW_KEY, f"found {given!r:.200}. {problem} {how}.")
+    elif isinstance(given, list):
+        problems = {name: package_problem(name) for name in map(str, names)}
+        for problem in filter(None, problems.values()):
+            faults.at(ALLOW_KEY, problem)
+        own = (*own, *(name for name, problem in problems.items() if problem is None))
+    return own
 
 
 def check_components(
@@ -320,16 +312,17 @@ def check_components(
     of the former."""
     refused = set()
     nodes = list(_component_nodes(values))
-    for path, node, within in nodes:
+    for path, node, within in nodes:  # all of them, before anything is imported
         for key in (COMPONENT, *PATH_ARGUMENTS):
             value = node.get(key)
             if value != MISSING and (key == COMPONENT or isinstance(value, str)):
                 reason = refusal(value, kind_at(path, within) if key == COMPONENT else KINDS[key], own)
                 if reason is not None:
                     refused.add(path)
-                    faults.add(f"{path}.{key}: {reason}" if path else f"{key}: {reason}")
+                    faults.at(joined(path, key), reason)
     for path, node, within in nodes:
-        _check_arguments(path, node, kind_at(path, within), own, sections.get(path, Component), faults)
+        if path not in refused and node[COMPONENT] != MISSING:
+            _check_arguments(path, node, kind_at(path, within), own, sections.get(path, Component), faults)
     return refused
 
 
@@ -337,48 +330,62 @@ def _check_arguments(
     path: str, node: Mapping[str, Any], kind: Kind, own: Sequence[str], section: type[Component], faults: Faults
 ) -> None:
     name = node[COMPONENT]
-    if refusal(name, kind, own) is not None:
-        return  # reported above; never imported
     try:
         component = _resolve_with_paths(node, kind, own)
     except ConfigError as error:
-        faults.add(f"{path}: {error}")
-        return
+        return faults.at(path, str(error))
     arguments = {key: value for key, value in node.items() if key != COMPONENT and key not in section.own}
     for key in [key for key in kind.supplied if key in arguments]:
-        faults.add(f"{path}.{key}: the recipe supplies it. Remove it from the config.")
+        faults.at(f"{path}.{key}", "the recipe supplies it. Remove it from the config.")
         del arguments[key]
     try:
         parameters = list(inspect.signature(component).parameters.values())
     except (TypeError, ValueError):  # builtins without a signature
-        return
+        return None
     named = [each for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)]
     named = [each for each in named if each.name not in kind.supplied]
     if kind in KINDS.values() and not below(name, own):  # a recipe may supply more to what is the user's own
         for each in named:
             if each.default is each.empty and each.name not in {*arguments, *section.model_fields}:
-                faults.add(f"{path}.{each.name}: not set. {name} has no default for it.")
+                faults.at(f"{path}.{each.name}", f"not set. {name} has no default for it.")
+    known = [each.name for each in named] + list(section.own)
     if not any(each.kind is each.VAR_KEYWORD for each in parameters):
-        known = [each.name for each in named] + list(section.own)
-        for key in arguments:
-            if key not in known:
-                hint = did_you_mean(str(key), known) or known_keys(known)
-                faults.add(f"{path}.{key}: {name} has no such parameter.{hint}")
+        for key in [key for key in arguments if key not in known]:
+            faults.at(f"{path}.{key}", f"{name} has no such parameter.{nearest_or_known(str(key), known)}")
+    # of the recipe's own keys, and of its arguments, the schema has the types
     typed = {key: value for key, value in arguments.items() if key not in section.model_fields and value != MISSING}
-    check_values(path, component, typed, faults)
+    return check_values(path, component, typed, faults)
 
 
 def check_values(path: str, component: Callable[..., Any], values: Mapping[str, Any], faults: Faults) -> None:
     """Notes arguments of a component whose type or range is not the parameter's."""
-    simple, parameters = _simple_parameters(component), inspect.signature(component).parameters
+    function = component.__init__ if isinstance(component, type) else component  # type: ignore[misc]
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError, AttributeError):  # names that exist for type checkers only
+        hints = {}
+    parameters = inspect.signature(component).parameters
     for key, value in values.items():
-        kinds, default = simple.get(key, ()), parameters[key].default if key in parameters else None
-        if kinds and not any(_is_of(value, kind) for kind in kinds):
-            faults.add(f"{path}.{key}: found {yaml_text(value)}, expected {expected_kinds(kinds)}.")
-        elif isinstance(default, tuple) and default and not _is_like(value, default):
-            faults.add(f"{path}.{key}: found {value!r:.100}, expected a list of {len(default)} numbers.")
+        kind = _simple_type(hints.get(key), parameters[key].default if key in parameters else None)
+        try:
+            TypeAdapter(kind).validate_python(value, strict=True)
+        except ValidationError:
+            faults.at(f"{path}.{key}", f"found {yaml_text(value)}, expected {expected(kind)}.")
         else:
             _check_ranges(value, f"{path}.{key}", faults)
+
+
+def _simple_type(hint: Any, default: Any) -> Any:
+    """The type of an argument that takes numbers, texts, paths, booleans or null only, or as many numbers as its
+    default has, as an optimizer's betas; else Any."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+    if all(kind in KIND_WORDS or kind is Path for kind in kinds):
+        return typing.Union[tuple(str if kind is Path else kind for kind in kinds)]  # noqa: UP007
+    if isinstance(default, tuple) and default and all(type(item) in (int, float, type(None)) for item in default):
+        count = len(default)
+        limits = Field(min_length=count, max_length=count, title=f"a list of {count} numbers")
+        return Annotated[list[float | None] if None in default else list[float], limits]
+    return Any
 
 
 def _check_ranges(value: Any, path: str, faults: Faults) -> None:
@@ -395,9 +402,9 @@ def _check_ranges(value: Any, path: str, faults: Faults) -> None:
         least, most = ARGUMENTS.get(name, (-(2**63), 2**63))
         # infinity may stand for no limit where there is none of ours
         if math.isnan(value):
-            faults.add(f"{path}: found .nan, expected a finite number.")
+            faults.at(path, "found .nan, expected a finite number.")
         elif not least <= value <= most and (name in ARGUMENTS or not math.isinf(value)):
-            faults.add(f"{path}: found {value!r:.100}, expected a number from {least:,} to {most:,}.")
+            faults.at(path, f"found {value!r:.100}, expected a number from {least:,} to {most:,}.")
 
 
 def _resolve_with_paths(node: Mapping[str, Any], kind: Kind, own: Sequence[str]) -> Callable[..., Any]:
@@ -409,49 +416,16 @@ def _resolve_with_paths(node: Mapping[str, Any], kind: Kind, own: Sequence[str])
     return component
 
 
-def _simple_parameters(component: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
-    """The parameters of a component that take numbers, texts, paths, booleans or null only, and which of these."""
-    function = component.__init__ if isinstance(component, type) else component  # type: ignore[misc]
-    try:
-        hints = typing.get_type_hints(function)
-    except (NameError, TypeError, AttributeError):  # names that exist for type checkers only
-        return {}
-    simple = {}
-    for name, hint in hints.items():
-        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-        if name != "return" and all(kind in list(KIND_WORDS) for kind in kinds):
-            simple[name] = kinds
-    return simple
-
-
-def _is_of(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, int | float if kind is float else kind)
-
-
-def _is_like(value: Any, default: tuple[Any, ...]) -> bool:
-    """Whether a value has as many numbers as a default has, if that holds numbers, as an optimizer's betas do."""
-    if not all(each is None or type(each) in (int, float) for each in default):
-        return True
-    kinds = (float, type(None)) if None in default else (float,)
-    return (
-        isinstance(value, list)
-        and len(value) == len(default)
-        and all(any(_is_of(each, kind) for kind in kinds) for each in value)
-    )
-
-
 def _component_nodes(
     value: Any, path: str = "", within: str | None = None
 ) -> Iterator[tuple[str, Mapping[str, Any], str | None]]:
     """Every mapping that has ``_component_``, at any depth, with its path and that of the component around it."""
     if isinstance(value, Mapping):
-        is_component = COMPONENT in value
-        if is_component:
+        if COMPONENT in value:
             yield path, value, within
+            within = path
         for key, item in value.items():
-            yield from _component_nodes(item, f"{path}.{key}" if path else str(key), path if is_component else within)
+            yield from _component_nodes(item, joined(path, key), within)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             yield from _component_nodes(item, f"{path}[{index}]", within)

@@ -10,16 +10,15 @@ import difflib
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.config.components import ALLOW_KEY, DOTPATH, allow_from_outside, environment_packages, not_from_a_file
-from spin.config.faults import Faults, did_you_mean, first_line, known_keys
+from spin.config.components import ALLOW_KEY, DOTPATH, allow_from_outside
+from spin.config.faults import Faults, first_line, joined, nearest_or_known
 from spin.config.interpolation import bounded
 from spin.config.schema import COMPONENT
 from spin.core.errors import ConfigError
@@ -59,23 +58,14 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ConfigError: If the file is missing, unreadable or not a YAML mapping, or an override has no such form.
     """
-    path = find_config(name_or_path)
-    cfg = read_yaml(path)
-    stated = OmegaConf.to_container(cfg).pop(ALLOW_KEY, None)  # type: ignore[union-attr,call-arg,arg-type]
-    if ALLOW_KEY in cfg:
-        cfg[ALLOW_KEY] = []
+    cfg = read_yaml(find_config(name_or_path))
+    if any(override.startswith(f"{ALLOW_KEY}=") for override in overrides):
+        cfg.pop(ALLOW_KEY, None)  # what the file allows counts for nothing
+        allow_from_outside(cfg)
     faults = Faults()
     with bounded():
         for override in overrides:
             _apply_override(cfg, override, faults)
-    if any(override.startswith(f"{ALLOW_KEY}=") for override in overrides):
-        allow_from_outside(cfg)
-    given = cfg.get(ALLOW_KEY)
-    allowed = [*(given if isinstance(given, ListConfig) else []), *environment_packages()]
-    more = [name for name in stated if name not in allowed] if isinstance(stated, list) else [stated]
-    if stated is not None and more:
-        names = ",".join(map(str, more))
-        faults.add(f"{path}: {ALLOW_KEY}: found {stated!r:.200}. {not_from_a_file(names)}")
     faults.raise_if_any()
     return cfg
 
@@ -109,65 +99,52 @@ def read_yaml(path: Path) -> DictConfig:
     return cfg
 
 
-@dataclass
-class _Open:
-    """A mapping or list that :func:`_check_yaml` is in."""
-
-    is_mapping: bool
-    anchor: str | None
-    is_key: bool
-    size: int = 1
-    key: str | None = None
-    index: int = 0
-
-    def close(self, is_key: bool, size: int, name: str) -> None:
-        """Takes a value, or the key of one."""
-        self.size += size
-        self.key = name if is_key else None
-        self.index += 1
-
-
 def _check_yaml(text: str, where: str) -> None:
-    """Goes through the events of a YAML text, which take no memory; raises ConfigError for what would take much."""
-    sizes: dict[str, int] = {}  # by anchor
-    stack: list[_Open] = []
-
-    def fault(event: yaml.Event, problem: str) -> ConfigError:
-        keys = "".join(
-            f".{frame.key}" if frame.is_mapping else f"[{frame.index}]" for frame in stack if frame.key or frame.index
-        )
-        line = f"{event.start_mark.line + 1}: " if where else ""  # an override has one
-        return ConfigError(f"{where}{line}{keys.lstrip('.')[:200]}: {problem}".lstrip(": "))
-
+    """Raises ConfigError for a YAML text that would take much memory: by its events, then by its nodes, among which an
+    alias is the node that it names."""
+    depth, key = 0, ""
     for event in yaml.parse(text, Loader=_LOADER):
-        is_key = bool(stack) and stack[-1].is_mapping and stack[-1].key is None
-        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
-            stack.append(_Open(isinstance(event, yaml.MappingStartEvent), event.anchor, is_key))
-            if len(stack) > _MOST_DEPTH:
-                raise fault(event, f"more than {_MOST_DEPTH} levels deep, expected a config.")
-            continue
-        name = "?"
-        if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
-            frame = stack.pop()
-            size, anchor, is_key = frame.size, frame.anchor, frame.is_key
-        elif isinstance(event, yaml.ScalarEvent):
-            size, anchor, name = 1, event.anchor, event.value or "?"
-            if event.implicit[0] and len(name) > _MOST_DIGITS and _INTEGER.fullmatch(name):
-                raise fault(event, f"found a number of {len(name)} digits, expected at most {_MOST_DIGITS}.")
-            if "${" in name and len(name) > _MOST_INTERPOLATION:
-                raise fault(event, f"a text with ${{...}} has at most {_MOST_INTERPOLATION} characters.")
-        elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in sizes:
-                raise fault(event, f"the alias *{event.anchor} stands within what it names, or before it.")
-            size, anchor = sizes[event.anchor], None
-        else:
-            continue
-        if anchor is not None:
-            sizes[anchor] = size
-        if stack:
-            if stack[-1].size + size > _MOST_NODES:
-                raise fault(event, f"more than {_MOST_NODES:,} values, aliases counted. Write less into a config.")
-            stack[-1].close(is_key, size, name)
+        if isinstance(event, yaml.ScalarEvent) and depth == 1:
+            key = event.value
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _MOST_DEPTH:
+            raise _too_much(where, event, key[:200], f"more than {_MOST_DEPTH} levels deep, expected a config.")
+    sizes: dict[int, int] = {}  # by node; 0: we are in it
+
+    def size_of(node: yaml.Node, path: str) -> int:
+        if id(node) in sizes:
+            if not sizes[id(node)]:
+                raise _too_much(where, node, path, "an alias stands within what it names.")
+            return sizes[id(node)]
+        size, sizes[id(node)] = 1, 0
+        if isinstance(node, yaml.ScalarNode):
+            is_number = node.tag.endswith(":int") or not node.style  # as plain text
+            if is_number and len(node.value) > _MOST_DIGITS and _INTEGER.fullmatch(node.value):
+                problem = f"found a number of {len(node.value)} digits, expected at most {_MOST_DIGITS}."
+                raise _too_much(where, node, path, problem)
+            if "${" in node.value and len(node.value) > _MOST_INTERPOLATION:
+                raise _too_much(
+                    where, node, path, f"a text with ${{...}} has at most {_MOST_INTERPOLATION} characters."
+                )
+        is_mapping = isinstance(node, yaml.MappingNode)
+        for index, item in enumerate(node.value if isinstance(node, yaml.CollectionNode) else ()):
+            key = f"[{index}]" if not is_mapping else item[0].value if isinstance(item[0], yaml.ScalarNode) else "?"
+            below = (joined(path, key) if is_mapping else path + key)[:200]
+            size += sum(size_of(part, below) for part in (item if is_mapping else [item]))
+            if size > _MOST_NODES:
+                problem = f"more than {_MOST_NODES:,} values, aliases counted. Write less into a config."
+                raise _too_much(where, item[0] if is_mapping else item, below, problem)
+        sizes[id(node)] = size
+        return size
+
+    root = yaml.compose(text, Loader=_LOADER)
+    if root is not None:
+        size_of(root, "")
+
+
+def _too_much(where: str, at: yaml.Event | yaml.Node, path: str, problem: str) -> ConfigError:
+    line = f"{at.start_mark.line + 1}: " if where else ""  # an override has one
+    return ConfigError(f"{where}{line}{path}: {problem}".lstrip(": "))
 
 
 def find_config(name_or_path: str) -> Path:
@@ -238,9 +215,7 @@ def _remove(cfg: DictConfig, key: str, faults: Faults) -> None:
         del parent[leaf]
         return
     known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
-    faults.add(
-        f"override '~{key}': the config has no such key to remove.{did_you_mean(leaf, known) or known_keys(known)}"
-    )
+    faults.add(f"override '~{key}': the config has no such key to remove.{nearest_or_known(leaf, known)}")
 
 
 def parse_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

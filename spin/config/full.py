@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from spin.config.complete import fields_of, section_of, with_defaults
+from spin.config.complete import with_defaults
 from spin.config.components import kind_at, resolve_component
 from spin.config.files import find_config, load_config
-from spin.config.schema import COMPONENT, Component, Section
+from spin.config.schema import COMPONENT, Component, Section, fields_of, section_of
 from spin.core.errors import ConfigError
 
 _ARGUMENT = re.compile(r"^ +(\w+) \([^\n]*?\): (.*(?:\n {8,}.*)*)", flags=re.MULTILINE)

@@ -128,17 +128,11 @@ def bounded() -> Iterator[Callable[[Any], None]]:
 def _contents(value: Any, spend: Callable[[Any], None]) -> Any:
     """``OmegaConf.to_container(value, resolve=True)`` within limits."""
     spend(value)
-    if isinstance(value, DictConfig):
-        return {
-            key: MISSING if OmegaConf.is_missing(value, key) else _contents(value[key], spend)
-            for key in value  # type: ignore[arg-type]
-        }
     if isinstance(value, ListConfig):
-        return [
-            MISSING if OmegaConf.is_missing(value, index) else _contents(value[index], spend)
-            for index in range(len(value))
-        ]
-    return value
+        return [MISSING if OmegaConf.is_missing(value, i) else _contents(value[i], spend) for i in range(len(value))]
+    if not isinstance(value, DictConfig):
+        return value
+    return {key: MISSING if OmegaConf.is_missing(value, key) else _contents(value[key], spend) for key in value}
 
 
 def resolve(cfg: DictConfig, faults: Faults) -> tuple[dict[str, Any], bool]:
@@ -156,5 +150,5 @@ def resolve(cfg: DictConfig, faults: Faults) -> tuple[dict[str, Any], bool]:
     except (OmegaConfBaseException, ConfigError, RecursionError) as error:
         where = getattr(error, "full_key", None) or at
         problem = first_line(error).removeprefix("ConfigError raised while resolving interpolation: ")
-        faults.add(f"{where}: {problem}. Check what stands between ${{ and }}.")
+        faults.at(where, f"{problem}. Check what stands between ${{ and }}.")
     return OmegaConf.to_container(cfg, resolve=False), False  # type: ignore[return-value]

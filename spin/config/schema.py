@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import signal
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from omegaconf import DictConfig
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr
+from pydantic.fields import FieldInfo
 
 COMPONENT = "_component_"
 
@@ -55,6 +56,17 @@ class Component(Section):
     def get(self, key: str, default: Any = None) -> Any:
         """The value of an argument, or a default where the section does not have it."""
         return getattr(self, "component" if key == COMPONENT else key, default)
+
+
+def fields_of(section: type[Section]) -> dict[str, FieldInfo]:
+    """The fields of a section by the names of their keys."""
+    return {field.alias or name: field for name, field in section.model_fields.items()}
+
+
+def section_of(hint: Any) -> type[Section] | None:
+    """The section that a field holds, or may hold."""
+    parts = get_args(hint) or (hint,)
+    return next((part for part in parts if isinstance(part, type) and issubclass(part, Section)), None)
 
 
 def key(default: Any, description: str, **limits: Any) -> Any:
@@ -119,12 +131,6 @@ class Sampling(Section):
             "top_p": self.top_p <= 1e-6,  # below the largest probability of any distribution over a vocabulary
         }
         return next((name for name, is_greedy in greedy.items() if is_greedy), None)
-
-    @model_validator(mode="after")
-    def _can_end(self) -> Sampling:
-        if self.min_new_tokens > self.max_new_tokens:
-            raise ValueError(f"min_new_tokens={self.min_new_tokens}: expected 0 to max_new_tokens.")
-        return self
 
 
 class Pairs(Section):

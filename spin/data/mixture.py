@@ -15,7 +15,7 @@ import numpy as np
 
 from spin.config import Faults
 from spin.config.components import check_values
-from spin.config.faults import known_keys, nearest_of
+from spin.config.faults import nearest_or_known
 from spin.core.errors import ConfigError, DataError
 from spin.data.dataset import DatasetReport, Original, PromptDataset
 from spin.data.order import permutation
@@ -192,7 +192,7 @@ def _check_sources(sources: Any, common: Any, samples: Any) -> None:
         allowed = [*known, _WEIGHT] if is_source else known
         for key in options:
             if key not in allowed:
-                faults.add(f"{where}.{key}: unknown key.{nearest_of(str(key), allowed) or known_keys(allowed)}")
+                faults.add(f"{where}.{key}: unknown key.{nearest_or_known(str(key), allowed)}")
         if options.get("streaming"):
             faults.add(f"{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
         if is_source and "source" not in {**common, **options}:

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 
-from spin.config import GenerateConfig, SPINConfig
+from spin.config import SPINConfig
 from spin.core.errors import ConfigError
 from spin.data.dataset import PromptSource
 from spin.data.order import epoch_order, history_window, iteration_items
@@ -16,12 +16,6 @@ from spin.run.progress import SPINProgress, compute_interval, compute_limit_batc
 from spin.types import Pair
 
 log = logging.getLogger(__name__)
-
-
-def check_worker(cfg: GenerateConfig) -> None:
-    """Raises a ConfigError if a machine has a number that none of so many can have."""
-    if cfg.worker >= cfg.num_workers:
-        raise ConfigError(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
 
 
 class RunPlan:

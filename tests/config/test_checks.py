@@ -7,7 +7,6 @@ import pytest
 from spin_generate import SPINGenerate
 
 from spin.config import GenerateConfig, SPINConfig, complete, load_config
-from spin.config.checks import check_run
 from spin.core.errors import CheckpointError, ConfigError, SelfTestError
 from spin.run.resume import check_unchanged, run_fingerprint
 from spin.training.selftest import check_first_loss
@@ -84,7 +83,26 @@ def test_a_changed_section_is_told_by_what_differs_in_it():
 )
 def test_values_that_cannot_work_are_refused_by_name(override, message):
     with pytest.raises(ConfigError, match=message):
-        check_run(completed(override))
+        completed(override)
+
+
+def test_faults_of_single_values_and_between_keys_are_one_report():
+    """Wrong values hide no fault between right ones, in the same section too; dtype says nothing of a wrong partner."""
+    wrong = ("max_epochs=two", "pairs.row_tokens=0", "loss.betta=1", "dtype=bf16", "compute_dtype=fp16", "zebra=1")
+    together = {
+        "loss.beta=[0.1]": "loss.beta: [0.1] has 1 value for 2 iterations",
+        "pairs.responses_per_prompt=2 sampling.top_k=1": "pairs.responses_per_prompt=2 with sampling.top_k=1",
+        "ac_mode=selective": "ac_option=null",
+        "sampling.min_new_tokens=500": "sampling.min_new_tokens=500",
+        "resume_with_changes=[sed]": "resume_with_changes: the config has no key 'sed'",
+        "optimizer=torch.optim.LBFGS optimizer.foo=1": "optimizer._component_=torch.optim.LBFGS",
+    }
+    with pytest.raises(ConfigError) as error:
+        completed(*wrong, *" ".join(together).split())
+    _, *lines = str(error.value).split("\n  - ")
+    starts = [name.split("=")[0] for name in wrong if name != "dtype=bf16"] + ["optimizer.foo", *together.values()]
+    assert all(any(line.startswith(start) for line in lines) for start in starts), str(error.value)
+    assert len(lines) == len(starts)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +116,7 @@ def test_values_that_cannot_work_are_refused_by_name(override, message):
     ],
 )
 def test_values_that_work(override):
-    check_run(completed(override))
+    completed(override)
 
 
 @pytest.mark.parametrize("key", ["temperature=0", "temperature=1.0e-6", "top_k=1", "top_p=1.0e-7"])
@@ -110,14 +128,14 @@ def test_several_responses_to_a_prompt_are_sampled(key):
         rf"responses_per_prompt=2 with sampling\.{key.replace('1.0e-', '1e-0')}.* Set sampling\.{name}=\S+ to sample"
     )
     with pytest.raises(ConfigError, match=remedy):
-        check_run(completed(*overrides))
-    check_run(completed(overrides[0]))
+        completed(*overrides)
+    completed(overrides[0])
     replay = [
         "~generator.batch_size",
         "generator._component_=spin.generators.ReplayGenerator",
         "generator.path=a.jsonl",
     ]
-    check_run(completed(*overrides, *replay))
+    completed(*overrides, *replay)
 
 
 @pytest.mark.parametrize(

@@ -162,13 +162,6 @@ def test_config_is_complete_and_its_components_exist(name):
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_config_passes_the_checks_of_the_run(name):
-    from spin.config.checks import check_run
-
-    check_run(config.complete(config.load_config(name), recipe_model(name)))
-
-
-@pytest.mark.parametrize("name", PARAMETERS)
 def test_model_has_the_published_number_of_parameters(name):
     model = model_of(name)
     adapters = [part for module in adapted_modules(model).values() for part in adapter_parameters(module).values()]

@@ -20,7 +20,6 @@ import yaml
 
 from spin.checkpoint import SPINCheckpointer
 from spin.config import SPINConfig, complete, load_config
-from spin.config.checks import check_run
 from spin.core.errors import SpinError
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import init_world
@@ -133,7 +132,7 @@ def _config_readers() -> dict[str, Reader]:
     hostile = ["[1,", "{a: b", "on", "!!python/object:os.system", "&a [*a]", "9" * 5000, "${a}" * 50]
 
     def config(folder: Path, rng: random.Random) -> None:
-        check_run(complete(load_config(str(folder / "config.yaml"), ["output_dir=out"]), SPINConfig))
+        complete(load_config(str(folder / "config.yaml"), ["output_dir=out"]), SPINConfig)
 
     def overrides(folder: Path, rng: random.Random) -> None:
         values = [*map(repr, VALUES), *hostile]
@@ -142,7 +141,7 @@ def _config_readers() -> dict[str, Reader]:
             for _ in range(rng.randint(1, 3))
         ]
         cfg = load_config(str(folder / "config.yaml"), ["output_dir=out", *given])
-        check_run(complete(cfg, SPINConfig))
+        complete(cfg, SPINConfig)
 
     return {
         "config": Reader(whole, config, 15),

@@ -75,9 +75,8 @@ def test_new_empty_and_own_transfer_dirs_are_taken(tmp_path, name):
     for other, kind in (("own", "transfer_dir of a generator"), ("hf_model", "model")):
         with atomic_dir(tmp_path / other, kind):
             pass
-    cfg = server_config(tmp_path, tmp_path / name)
     with nullcontext() if name != "hf_model" else pytest.raises(ConfigError, match="that this program did not put"):
-        SPINRecipe(cfg)
+        SPINRecipe(server_config(tmp_path, tmp_path / name))
 
 
 def test_what_is_put_into_a_transfer_dir_later_stays(context, untied, tmp_path, serve):  # noqa: F811

@@ -120,7 +120,7 @@ def test_a_copied_and_edited_recipe_runs_where_it_lies(tmp_path):
         "@config.parse(config.SPINConfig)",
         'class Mine(config.SPINConfig):\n    greeting: str = "hello"\n\n\n@config.parse(Mine)',
     )
-    edited = edited.replace("        check_run(cfg)\n", "        check_run(cfg)\n        print(cfg.greeting)\n")
+    edited = edited.replace("        self._cfg = cfg\n", "        self._cfg = cfg\n        print(cfg.greeting)\n")
     assert edited.count("greeting") == 2
     (tmp_path / "mine.py").write_text(edited)
     done = command(tmp_path / "out", *SHORT, "greeting=moin", program=[sys.executable, "mine.py"], cwd=tmp_path)
