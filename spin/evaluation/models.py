@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,10 +69,8 @@ class EvalModel:
         """Whose responses these are: a hash of the weights' files, or the generator's own fingerprint."""
         if not self.has_weights:
             return str(getattr(generator, "fingerprint", self.name))
-        folder = Path(self._folder)
-        files = {file.name: file_sha256(file) for file in weight_files(folder)}
-        shape = config.plain(self.section.model)
-        return json_fingerprint([files, read_hf_config(folder), shape])
+        files = {file.name: file_sha256(file) for file in weight_files(Path(self._folder))}
+        return json_fingerprint([files, read_hf_config(Path(self._folder)), config.plain(self.section.model)])
 
     def load(self, world: World, compute_dtype: str) -> nn.Module:
         """The model, sharded over the ranks, with the folder's weights."""
@@ -114,18 +111,13 @@ def eval_model_name(role: str, section: EvaluatedModel) -> str:
     return folder.parent.name if folder.name in ("hf_model", "adapter") else folder.name
 
 
-def _sections(value: object) -> list[tuple[str, dict[str, Any]]]:
-    """The sections of a section, if it is one."""
-    return [(name, part) for name, part in value.items() if isinstance(part, dict)] if isinstance(value, dict) else []
-
-
 def check_evaluation(cfg: EvaluateConfig) -> None:
     """Checks the values of the config against each other; all faults are in one error."""
     faults = config.Faults()
 
-    def attempt(check: Callable[[], object]) -> None:
+    def attempt(check: Callable[..., None], *values: str) -> None:
         try:
-            check()
+            check(*values)
         except ConfigError as error:
             faults.add(str(error))
 
@@ -136,10 +128,8 @@ def check_evaluation(cfg: EvaluateConfig) -> None:
             if own_weights and section[name] is None:
                 faults.add(f"{role}.{name}: not set, but {role}.checkpoint_dir needs it to be loaded.")
         if not own_weights and section.generator.component == "spin.generators.TorchtuneGenerator":
-            faults.add(
-                f"{role}.checkpoint_dir: not set. Name a Hugging Face folder, such as "
-                "runs/mine/iteration_001/hf_model, or a generator that needs no weights."
-            )
+            folder = "a Hugging Face folder, such as runs/mine/iteration_001/hf_model"
+            faults.add(f"{role}.checkpoint_dir: not set. Name {folder}, or a generator that needs no weights.")
         if section.tokenizer is None:
             faults.add(f"{role}.tokenizer: not set. It makes the prompts' token ids.")
         folders = {"output_dir": cfg.output_dir, f"{role}.checkpoint_dir": section.checkpoint_dir}
@@ -154,17 +144,18 @@ def check_evaluation(cfg: EvaluateConfig) -> None:
             "by name."
         )
     if cfg.verdict == "judge":
-        attempt(lambda: verdicts.check_template(cfg.judge.template))
-        attempt(lambda: verdicts.check_pattern("judge.pattern", cfg.judge.pattern))
+        attempt(verdicts.check_template, cfg.judge.template)
+        attempt(verdicts.check_pattern, "judge.pattern", cfg.judge.pattern)
     else:
         for name in ("pattern", "reference_pattern"):
             if cfg.exact_match[name] is not None:
-                attempt(partial(verdicts.check_pattern, f"exact_match.{name}", cfg.exact_match[name]))
+                attempt(verdicts.check_pattern, f"exact_match.{name}", cfg.exact_match[name])
     data: Any = config.plain(cfg.dataset)
     if data.get("streaming"):
         faults.add("dataset.streaming=true: an evaluation reads its prompts once. Use dataset.limit alone.")
     sources = data.get("sources")
-    weights = [f"dataset.sources.{name}.weight" for name, part in _sections(sources) if "weight" in part]
+    parts = sources.items() if isinstance(sources, dict) else ()
+    weights = [f"dataset.sources.{name}.weight" for name, part in parts if isinstance(part, dict) and "weight" in part]
     if weights or data.get("samples") is not None:
         faults.add(
             f"{', '.join(weights) or 'dataset.samples'}: an evaluation plays every sample once. Remove it, and set "

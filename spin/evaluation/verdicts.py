@@ -144,20 +144,10 @@ def right_answers(
 
 
 def wilson_interval(successes: float, n: int) -> tuple[float, float]:
-    """Wilson's interval of a fraction, for 95 %.
+    """Wilson's interval of a fraction (1927), for 95 %: its ends, within [0, 1].
 
     With ties as half a success it is too wide rather than too narrow: values between 0 and 1 vary at most as much as
     zeros and ones of the same mean.
-
-    Args:
-        successes (float): 0 to ``n``.
-        n (int): how many there were, 1 or more.
-
-    Returns:
-        tuple[float, float]: lower and upper end, within [0, 1].
-
-    Source:
-        Wilson 1927, Probable inference, the law of succession, and statistical inference.
     """
     p, z = successes / n, _Z95
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
@@ -178,15 +168,11 @@ def win_summary(outcomes: Sequence[Outcome | None]) -> dict[str, Any]:
     wins, ties, losses = counts["win"], counts["tie"], counts["loss"]
     n = wins + ties + losses
     return {
-        "samples": len(outcomes),
-        "wins": wins,
-        "ties": ties,
-        "losses": losses,
-        "unreadable": counts[None],
+        "samples": len(outcomes), "wins": wins, "ties": ties, "losses": losses, "unreadable": counts[None],
         "win_rate": (wins + ties / 2) / n if n else None,
         "win_rate_interval": list(wilson_interval(wins + ties / 2, n)) if n else None,
         "sign_test_p": sign_test(wins, losses) if n else None,
-    }
+    }  # fmt: skip
 
 
 def bias_summary(verdicts: Sequence[tuple[Place | None, Place | None]]) -> dict[str, Any]:

@@ -21,36 +21,19 @@ _GENERATOR_HAS = ("shares_policy_weights", "generate", "update_weights", "sleep"
 
 @dataclass(frozen=True)
 class EngineGroup:
-    """The ranks that share one engine, among all engines.
+    """The ranks that share one engine, among all engines."""
 
-    Args:
-        index (int): number of this engine.
-        count (int): how many engines there are.
-        writes (bool): this rank is the one of its group that writes what the engine answers.
-        is_shared (bool): there are other ranks in it.
-        agree (Callable[[bool], bool]): true if it is true on any rank of the group; collective within the group.
-    """
-
-    index: int
-    count: int
-    writes: bool = True
-    is_shared: bool = False
-    agree: Callable[[bool], bool] = bool
+    index: int  # number of this engine
+    count: int  # how many engines there are
+    writes: bool = True  # this rank is the one of its group that writes the engine's responses
+    is_shared: bool = False  # there are other ranks in it
+    agree: Callable[[bool], bool] = bool  # true if it is true on any rank of the group; collective within the group
 
 
 def engine_group(generator: Generator, world: World) -> EngineGroup:
-    """The group of this rank. Collective if an engine spans several ranks.
-
-    Args:
-        generator (Generator): its ``ranks_per_engine``, 1 if it has none, consecutive ranks share an engine.
-        world (World): the ranks.
-
-    Returns:
-        EngineGroup: alone in it, as a rule.
-
-    Raises:
-        GeneratorError: If it lacks something that a generator has; before any weights are handed to it.
-    """
+    """The group of this rank, as a rule alone in it: consecutive ranks share an engine, as many as the generator's
+    ``ranks_per_engine`` says. Collective if that is more than one. Raises GeneratorError if it lacks something that a
+    generator has."""
     lacking = sorted(name for name in _GENERATOR_HAS if not hasattr(generator, name))
     if lacking:
         raise GeneratorError(
@@ -73,16 +56,8 @@ def engine_group(generator: Generator, world: World) -> EngineGroup:
 
 @contextmanager
 def policy_loaded(generator: Generator, model: nn.Module) -> Iterator[None]:
-    """Gives a generator the policy's weights for the time of a block. Collective at entry, not inside.
-
-    Args:
-        generator (Generator): the opponent.
-        model (nn.Module): the policy, sharded or plain. A generator that runs it in place finds it gathered; another
-            one is handed its tensors one at a time.
-
-    Yields:
-        None: the generator is ready.
-    """
+    """Gives a generator the policy's weights for the time of a block. Collective at entry, not inside. A generator that
+    runs the policy in place finds it gathered; another one is handed its tensors one at a time."""
     set_stage("giving the generator its weights")
     generator.wake()
     if not generator.shares_policy_weights:

@@ -51,17 +51,8 @@ class SamplingParams:
 
 
 def sampling_params(section: Sampling, eos_ids: Sequence[int], unknown_ids: Sequence[int] = ()) -> SamplingParams:
-    """The config's ``sampling`` with the model's own stop tokens added.
-
-    Args:
-        section (Sampling): the config's.
-        eos_ids (Sequence[int]): the tokenizer's end-of-turn tokens.
-        unknown_ids (Sequence[int]): ids that the tokenizer lacks, see :func:`spin.data.read.unknown_ids`; banned,
-            unless they are stop tokens.
-
-    Returns:
-        SamplingParams: how responses are sampled.
-    """
+    """The config's ``sampling``: the tokenizer's end-of-turn tokens stop a response too, and ids that it lacks, see
+    :func:`spin.data.read.unknown_ids`, are banned unless they are stop tokens."""
     stops = (*eos_ids, *section.stop_token_ids)
     banned = tuple(token for token in unknown_ids if token not in stops)
     return SamplingParams(**{**section, "stop_token_ids": stops, "banned_token_ids": banned})

@@ -84,11 +84,9 @@ class Client:
     def request(
         self, method: str, path: str, *, seconds: float, most_bytes: int, body: Mapping[str, Any] | None = None
     ) -> Reply:
-        """One request; ``seconds`` count from connecting to the last byte, ``most_bytes`` limits the response.
-
-        Raises UnavailableError if there is no complete response, TimedOutError if there was not enough time for it, and
-        GeneratorError if it is larger, compressed, or a redirect, or the certificate is not valid.
-        """
+        """One request; ``seconds`` count from connecting to the last byte, ``most_bytes`` limits the response. Raises
+        UnavailableError if there is no complete response, TimedOutError if there was not enough time for it, and
+        GeneratorError if it is larger, compressed, or a redirect, or the certificate is not valid."""
         what = f"{self._url}: {method} {path}"
         headers, data = self._headers, None
         if body is not None:
@@ -111,11 +109,9 @@ class Client:
             response.release_conn()
             if deadline.is_over:
                 raise TimeoutError
-        except urllib3.exceptions.SSLError as error:
-            if not deadline.is_over:
-                raise GeneratorError(f"{self._url}: {error}. Set generator.verify to your CA bundle.") from error
-            raise TimedOutError(f"{method} {path}: no complete response within {seconds:g} s (Timeout)") from error
         except (urllib3.exceptions.HTTPError, http.client.HTTPException, OSError, ValueError) as error:
+            if isinstance(error, urllib3.exceptions.SSLError) and not deadline.is_over:
+                raise GeneratorError(f"{self._url}: {error}. Set generator.verify to your CA bundle.") from error
             if deadline.is_over or isinstance(error, urllib3.exceptions.ReadTimeoutError):
                 raise TimedOutError(f"{method} {path}: no complete response within {seconds:g} s (Timeout)") from error
             raise UnavailableError(f"{method} {path}: {type(error).__name__}") from error

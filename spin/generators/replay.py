@@ -4,9 +4,8 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +23,7 @@ _COLUMNS = ("prompt_ids", "generated_ids")
 _REASONS = get_args(FinishReason)
 
 
-@dataclass(frozen=True)
-class _Recorded:
+class _Recorded(NamedTuple):
     k: int
     token_ids: np.ndarray
     finish_reason: FinishReason | None
@@ -100,19 +98,16 @@ class ReplayGenerator:
                 missing.append((index, len(found)))
             asked[key] += 1
         if missing and self._on_missing == "error":
-            shown = "; ".join(
-                f"prompt {index} ({len(prompts[index])} tokens, {self._context.decode(prompts[index])[:60]!r}) has {n}"
-                for index, n in missing[:3]
-            )
+            texts = {index: self._context.decode(prompts[index])[:60] for index, _ in missing[:3]}
+            shown = "; ".join(f"prompt {i} ({len(prompts[i])} tokens, {texts[i]!r}) has {n}" for i, n in missing[:3])
             raise GeneratorError(
                 f"{self.path}: {len(missing)} of {len(prompts)} requests have no response left, e.g. {shown}. Prompts "
                 "are matched by their exact token ids: make the file with the same tokenizer, chat template and number "
                 "of responses per prompt, or set generator.on_missing=empty."
             )
         if missing:
-            log.warning(
-                "%s: %d of %d prompts got an empty response (on_missing=empty).", self.path, len(missing), len(prompts)
-            )
+            found_none = f"{len(missing)} of {len(prompts)} prompts got an empty response"
+            log.warning(f"{self.path}: {found_none} (on_missing=empty).")
         return responses
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

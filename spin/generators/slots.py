@@ -58,19 +58,18 @@ class Chosen:
     """
 
     def __init__(self, tokens: torch.Tensor, logprobs: torch.Tensor | None) -> None:
-        self._event: torch.cuda.Event | None = None
-        if tokens.is_cuda:
-            self._tokens, self._logprobs = _to_host(tokens), None if logprobs is None else _to_host(logprobs)
-            self._event = torch.cuda.Event()
+        self._event = torch.cuda.Event() if tokens.is_cuda else None
+        given = [tokens] if logprobs is None else [tokens, logprobs]
+        self._kept = [_to_host(tensor) if tensor.is_cuda else tensor.clone() for tensor in given]
+        if self._event is not None:
             self._event.record()
-        else:
-            self._tokens, self._logprobs = tokens.clone(), None if logprobs is None else logprobs.clone()
 
     def read(self) -> tuple[list[int], list[float] | None]:
         """Token ids and log-probs; waits for this launch, not for later ones."""
         if self._event is not None:
             self._event.synchronize()
-        return self._tokens.tolist(), None if self._logprobs is None else self._logprobs.tolist()
+        tokens, *logprobs = (tensor.tolist() for tensor in self._kept)
+        return tokens, logprobs[0] if logprobs else None
 
 
 class Slots:
@@ -90,13 +89,8 @@ class Slots:
         device: torch.device,
         cache_dtype: torch.dtype | None,
     ) -> None:
-        self.sampling = sampling
-        self.slots = slots
-        self.capacity = capacity
-        self.plan = plan
-        self._model = model
-        self._device = device
-        self._weights = _addresses(model)
+        self.sampling, self.slots, self.capacity, self.plan = sampling, slots, capacity, plan
+        self._model, self._device, self._weights = model, device, _addresses(model)
 
         def state(*shape: int, dtype: torch.dtype) -> torch.Tensor:
             return torch.zeros(slots, *shape, dtype=dtype, device=device)
@@ -106,8 +100,8 @@ class Slots:
         self._counts = state(dtype=torch.int64)  # tokens of the response so far
         self._numbers = state(sampling.max_new_tokens, dtype=torch.float64)  # one uniform number per token
         self._logprobs = state(dtype=torch.float32) if sampling.logprobs else None
-        vocab_size = model.tok_embeddings.num_embeddings
-        self._seen = state(vocab_size, dtype=torch.bool) if sampling.repetition_penalty != 1 else None
+        penalized = sampling.repetition_penalty != 1
+        self._seen = state(model.tok_embeddings.num_embeddings, dtype=torch.bool) if penalized else None
         self._true = torch.ones((), dtype=torch.bool, device=device)
         self._rows = torch.arange(slots, device=device)
         self._indices = torch.arange(capacity, device=device)
@@ -118,19 +112,14 @@ class Slots:
             self._stream = _capture_stream(device)
             self._pool = torch.cuda.graph_pool_handle()
         # Slots without a sequence write to the cache too, anywhere in it, so it has its full size at once.
-        self.view = attach_kv(
-            model, slots, capacity if plan.sizes else 0, dtype=cache_dtype, device=device, kernel=plan.kernel
-        )
+        full = capacity if plan.sizes else 0
+        self.view = attach_kv(model, slots, full, dtype=cache_dtype, device=device, kernel=plan.kernel)
         detach_kv(model)
 
     def fits(self, sampling: SamplingParams, slots: int, capacity: int) -> bool:
         """Whether these slots and graphs serve other requests too; not if the weights have moved to other addresses."""
-        return (
-            sampling == self.sampling
-            and slots <= self.slots
-            and capacity <= self.capacity
-            and self._weights == _addresses(self._model)
-        )
+        suffice = slots <= self.slots and capacity <= self.capacity
+        return suffice and sampling == self.sampling and self._weights == _addresses(self._model)
 
     def attach(self) -> None:
         """Forwards of the model use the cache from now on."""
@@ -142,10 +131,8 @@ class Slots:
         detach_kv(self._model)
 
     def prefill(self, slots: Sequence[int], prompts: Sequence[list[int]], numbers: Sequence[np.ndarray]) -> Chosen:
-        """Reads prompts into free slots and chooses the first token of each.
-
-        ``numbers`` are the uniform numbers of each response's tokens, float64 in [0, 1).
-        """
+        """Reads prompts into free slots, in ascending order, and chooses the first token of each by the uniform
+        ``numbers`` of its response's tokens, float64 in [0, 1)."""
         n, longest = len(slots), max(map(len, prompts))
         self._make_room(longest + 1)
         # Padding stands on the right, where causal attention never looks at it, and decoding overwrites it in the
@@ -156,7 +143,7 @@ class Slots:
         for row, own in enumerate(numbers):
             padded[row, : len(own)] = torch.from_numpy(own)
         first = slots[0]
-        in_a_row = list(slots) == list(range(first, first + n))
+        in_a_row = slots[-1] == first + n - 1  # they ascend
         where = slice(first, first + n) if in_a_row else self._send(torch.tensor(slots))
         self._numbers[where] = self._send(padded)
         self._positions[where] = ends
@@ -171,10 +158,8 @@ class Slots:
         return Chosen(*self._choose(logits, where))
 
     def step(self, n: int, length: int) -> Chosen:
-        """One more token for the sequences in slots 0 to n - 1, and perhaps for slots above.
-
-        ``length`` counts the keys of the longest sequence, including the one that this step writes.
-        """
+        """One more token for the sequences in slots 0 to n - 1, and perhaps for slots above. ``length`` counts the keys
+        of the longest sequence, including the one that this step writes."""
         size = (self.plan.rows(n), self.plan.length(length, self.capacity))
         self._make_room(length if self.plan.kernel else size[1])
         if size in self.graphs:
@@ -243,11 +228,8 @@ class Slots:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             self._captures = False
-            log.warning(
-                "Decode steps of %d sequences cannot be captured as a CUDA graph (%s); continuing without.",
-                size[0],
-                str(error).strip().split("\n")[0],
-            )
+            why = str(error).strip().split("\n")[0]
+            log.warning(f"Steps of {size[0]} sequences cannot be captured as a CUDA graph ({why}); continuing without.")
         else:
             self.graphs[size] = graph
 

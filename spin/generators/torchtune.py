@@ -78,12 +78,9 @@ class TorchtuneGenerator:
             raise ConfigError(f"generator.cache_dtype={cache_dtype!r}: expected one of {', '.join(DTYPES)} or null.")
         patch_attention(context.model)
         self.model: Any = context.model
-        self.batch_size = batch_size
-        self._context = context
-        self._prefill_batch = prefill_batch
+        self.batch_size, self._prefill_batch = batch_size, prefill_batch
         self._cache_dtype = DTYPES[cache_dtype] if isinstance(cache_dtype, str) else cache_dtype
-        self._cuda_graphs = cuda_graphs
-        self._awake = False
+        self._context, self._cuda_graphs, self._awake = context, cuda_graphs, False
         self.slots: Slots | None = None
         self._max_seq_len = min(context.max_seq_len, getattr(context.model, "max_seq_len", context.max_seq_len))
 
@@ -126,7 +123,8 @@ class TorchtuneGenerator:
             _copy(own[name], tensor)
             missing.discard(name)
         if missing:
-            raise GeneratorError(f"update_weights: {_some(sorted(missing))} did not come. Send every parameter once.")
+            some = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            raise GeneratorError(f"update_weights: {some} did not come. Send every parameter once.")
 
     def sleep(self) -> None:
         self._awake = False
@@ -141,14 +139,9 @@ class TorchtuneGenerator:
     def close(self) -> None:
         self.sleep()  # the model belongs to the recipe
 
-    def _in_order(
-        self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
-    ) -> dict[int, "_Request"]:
-        """The requests by number, in the order in which they run.
-
-        The longest first keeps padding small and finds out early if memory does not suffice; a few batches at a time
-        keep those together that make a shard.
-        """
+    def _in_order(self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams) -> dict[int, Any]:
+        """The requests by number, in the order in which they run. The longest first keeps padding small and finds out
+        early if memory does not suffice; a few batches at a time keep those together that make a shard."""
         found = [
             _Request(index, prompt, max_response_tokens(prompt, index, sampling, self._max_seq_len), seed)
             for index, (prompt, seed) in enumerate(requests)
@@ -243,16 +236,9 @@ class _Run:
     """
 
     def __init__(
-        self,
-        slots: Slots,
-        decode: Callable[[Sequence[int]], str],
-        waiting: list[_Request],
-        limits: tuple[int, int],
+        self, slots: Slots, decode: Callable[[Sequence[int]], str], waiting: list[_Request], limits: tuple[int, int]
     ) -> None:
-        self.slots = slots
-        self.plan = slots.plan
-        self.sampling = slots.sampling
-        self.decode = decode
+        self.slots, self.plan, self.sampling, self.decode = slots, slots.plan, slots.sampling, decode
         self.waiting = waiting[::-1]  # taken from the end
         self.most, self.prefill_batch = limits
         self.rows: list[_Row | None] = []  # by slot; the last one is not None
@@ -284,12 +270,8 @@ class _Run:
         for row in new:
             self.rows[row.slot] = row
         self.live += n
-        chosen = self.slots.prefill(
-            free,
-            [list(map(int, request.prompt)) for request in group],
-            [uniforms(request.seed, 0, request.limit) for request in group],
-        )
-        self._launch(list(new), chosen)
+        numbers = [uniforms(request.seed, 0, request.limit) for request in group]
+        self._launch(list(new), self.slots.prefill(free, [list(map(int, each.prompt)) for each in group], numbers))
 
     def _step(self) -> None:
         """One more token for every live row."""
@@ -320,8 +302,8 @@ class _Run:
             if reason is not None:
                 row.ended = True
                 self._leave(row)
-                logprobs_of_row = row.logprobs if self.sampling.logprobs else None
-                yield row.request.index, Response(row.tokens, reason, logprobs=logprobs_of_row)
+                kept = row.logprobs if self.sampling.logprobs else None
+                yield row.request.index, Response(row.tokens, reason, logprobs=kept)
 
     def _leave(self, row: _Row) -> None:
         if row.slot < len(self.rows) and self.rows[row.slot] is row:
@@ -363,9 +345,7 @@ def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
     small_modules = fused(model, kernels) if kernels else nullcontext()
     training = [module for module in model.modules() if module.training]
     unembed = vars(model).get("unembed")
-    wrappers = {
-        module: vars(module).get("forward") for module in model.modules() if isinstance(module, ActivationWrapper)
-    }
+    wrappers = {each: vars(each).get("forward") for each in model.modules() if isinstance(each, ActivationWrapper)}
     model.eval()
     for module in wrappers:  # a wrapper may save the state of random numbers, which no graph captures
         module.forward = module._checkpoint_wrapped_module.__call__
@@ -389,10 +369,6 @@ def _copy(parameter: nn.Parameter, tensor: torch.Tensor) -> None:
     with torch.no_grad():
         if isinstance(parameter, DTensor) and not isinstance(tensor, DTensor):
             # Every rank has the full tensor, so each takes its part without communication.
-            tensor = tensor.to(parameter.device)
-            tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            mesh, placements = parameter.device_mesh, parameter.placements
+            tensor = distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
         parameter.copy_(tensor)
-
-
-def _some(items: list[str]) -> str:
-    return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")

@@ -135,13 +135,10 @@ class VLLMGenerator:
         self._is_whole = False  # the engine holds the policy's weights
         self._requests = 0  # so far
         arguments = {
-            "dtype": str(DTYPES[dtype]).removeprefix("torch."),
-            "max_model_len": self.max_seq_len,
-            "tensor_parallel_size": tensor_parallel_size,
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "enforce_eager": enforce_eager,
-            **(engine or {}),
-        }
+            "dtype": str(DTYPES[dtype]).removeprefix("torch."), "max_model_len": self.max_seq_len,
+            "tensor_parallel_size": tensor_parallel_size, "gpu_memory_utilization": gpu_memory_utilization,
+            "enforce_eager": enforce_eager, **(engine or {}),
+        }  # fmt: skip
         if world_size > 1:
             arguments["distributed_executor_backend"] = "external_launcher"
         started = time.perf_counter()
@@ -262,13 +259,10 @@ class VLLMGenerator:
         from vllm import SamplingParams as VLLMSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        limit = max_response_tokens(prompt, index, sampling, self.max_seq_len)
-        return VLLMSamplingParams(
-            **vllm_sampling(sampling, seed, limit, ban),
-            logprobs=0 if sampling.logprobs else None,
-            detokenize=bool(sampling.stop_strings),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
+        named = vllm_sampling(sampling, seed, max_response_tokens(prompt, index, sampling, self.max_seq_len), ban)
+        logprobs, reads_text = 0 if sampling.logprobs else None, bool(sampling.stop_strings)
+        kind = RequestOutputKind.FINAL_ONLY
+        return VLLMSamplingParams(**named, logprobs=logprobs, detokenize=reads_text, output_kind=kind)
 
 
 def is_banned(response: Response, sampling: SamplingParams) -> bool:
@@ -278,16 +272,13 @@ def is_banned(response: Response, sampling: SamplingParams) -> bool:
     step each time that a request starts or ends, and a list of the others that are allowed far more. The same seed
     gives the same tokens up to the banned one.
     """
-    return bool(sampling.banned_token_ids) and not set(sampling.banned_token_ids).isdisjoint(response.token_ids)
+    return not set(sampling.banned_token_ids).isdisjoint(response.token_ids)
 
 
 def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: bool = False) -> dict[str, Any]:
     """Sampling parameters under vLLM's names, for its engine and its server alike."""
     return {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "repetition_penalty": sampling.repetition_penalty,
+        **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")},
         "min_tokens": min(sampling.min_new_tokens, limit),
         "max_tokens": limit,
         "stop_token_ids": list(sampling.stop_token_ids),
@@ -310,16 +301,14 @@ def vllm_response(
             "expected stop or length, with token ids."
         )
     stopped = reason == "stop" or (len(tokens) > 0 and tokens[-1] in sampling.stop_token_ids)
-    return Response(
-        list(tokens), "stop" if stopped else "length", logprobs=None if logprobs is None else list(logprobs)
-    )
+    values = None if logprobs is None else list(logprobs)
+    return Response(list(tokens), "stop" if stopped else "length", logprobs=values)
 
 
 def _response(output: Any, sampling: SamplingParams) -> Response:
     found = output.outputs[0]
-    logprobs = None
-    if sampling.logprobs:
-        logprobs = [entry[token].logprob for token, entry in zip(found.token_ids, found.logprobs, strict=True)]
+    entries = zip(found.token_ids, found.logprobs, strict=True) if sampling.logprobs else ()
+    logprobs = [entry[token].logprob for token, entry in entries] if sampling.logprobs else None
     return vllm_response(found.token_ids, found.finish_reason, logprobs, sampling)
 
 
@@ -345,9 +334,8 @@ def _pack_tied_head(model: nn.Module) -> None:
 
 def _start(model_dir: Path, arguments: dict[str, Any], on_gpu: bool) -> Any:
     """An engine in this process, with dummy weights."""
-    if on_gpu and "expandable_segments:True" in os.environ.get(
-        "PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-    ):
+    allocator = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+    if on_gpu and "expandable_segments:True" in allocator:
         raise ConfigError(
             "PYTORCH_ALLOC_CONF has expandable_segments:True, with which vLLM cannot free its memory. Unset it."
         )
@@ -364,16 +352,10 @@ def _start(model_dir: Path, arguments: dict[str, Any], on_gpu: bool) -> Any:
             from vllm import LLM
 
             return LLM(
-                model=str(model_dir),
-                load_format="dummy",
+                model=str(model_dir), load_format="dummy", trust_remote_code=False, enable_sleep_mode=on_gpu,
                 generation_config="vllm",  # not the model's own sampling defaults
-                trust_remote_code=False,
-                enable_sleep_mode=on_gpu,
-                logprobs_mode="raw_logprobs",
-                seed=0,
-                disable_log_stats=True,
-                **arguments,
-            )
+                logprobs_mode="raw_logprobs", seed=0, disable_log_stats=True, **arguments,
+            )  # fmt: skip
     except ImportError as error:
         raise ConfigError(f"vLLM is installed but cannot be imported ({error}). {INSTALL}.") from error
     except (RuntimeError, ValueError, TypeError, OSError) as error:
@@ -402,21 +384,18 @@ def _short_collections() -> Iterator[None]:
 @contextmanager
 def _undisturbed() -> Iterator[None]:
     """Restores what starting an engine changes in the process: seeds, threads, garbage collection, environment."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    states = random.getstate(), np.random.get_state()
     set_num_threads, threads, dtype = torch.set_num_threads, torch.get_num_threads(), torch.get_default_dtype()
     environment = dict(os.environ)
     import torch._inductor.config as inductor
 
     compile_threads = inductor.compile_threads
     try:
-        yield
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)

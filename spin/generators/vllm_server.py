@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
 from pathlib import Path
@@ -92,7 +92,7 @@ class VLLMServerGenerator:
     ) -> None:
         if transfer_dir is not None and (context.model is None or context.world is None):
             raise ConfigError("VLLMServerGenerator sends the policy's weights and was given no model or no ranks.")
-        if (transfer_dir is None) != (model_dir is None) or (transfer_dir is None) != (model_type is None):
+        if len({value is None for value in (transfer_dir, model_dir, model_type)}) > 1:
             raise ConfigError(
                 "generator: transfer_dir, model_dir and model_type go together: all three for a server that is sent "
                 "the policy's weights, none for one that keeps its own."
@@ -114,11 +114,10 @@ class VLLMServerGenerator:
         self.max_logprob_gap = None if transfer_dir is None else max_logprob_gap
         self._world: Any = context.world
         self._model: Any = context.model
-        self._url = url.rstrip("/")
-        self._model_dir, self._dtype = model_dir, DTYPES[dtype]
-        self._model_type = None if model_type is None else check_model_type(model_type)
-        self._transfer_dir = None if transfer_dir is None else Path(transfer_dir)
-        self._concurrency = concurrency
+        self._url, self._dtype, self._concurrency = url.rstrip("/"), DTYPES[dtype], concurrency
+        self._model_dir: Any = model_dir  # these three are not None where weights are sent
+        self._model_type: Any = None if model_type is None else check_model_type(model_type)
+        self._transfer_dir: Any = None if transfer_dir is None else Path(transfer_dir)
         self._timeout, self._wait = timeout_seconds, wait_seconds
         self._client = Client(self._url, headers, verify, concurrency)
         self._lock = threading.Lock()
@@ -148,7 +147,7 @@ class VLLMServerGenerator:
             while True:
                 for index, (prompt, seed) in islice(waiting, 2 * self._concurrency - len(running)):
                     limit = max_response_tokens(prompt, index, sampling, self.max_seq_len)
-                    running[pool.submit(self._answer, list(map(int, prompt)), seed, limit, sampling)] = index
+                    running[pool.submit(self._respond, list(map(int, prompt)), seed, limit, sampling)] = index
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -159,11 +158,9 @@ class VLLMServerGenerator:
             self._client.aborted.clear()
 
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Writes the policy's weights to ``transfer_dir`` and has the server load them. Collective.
-
-        ``named_tensors`` is not consumed: every rank writes files of its own shards.
-        """
-        if self._transfer_dir is None or self._model_dir is None or self._model_type is None:
+        """Writes the policy's weights to ``transfer_dir`` and has the server load them. Collective: every rank writes
+        files of its own shards, and ``named_tensors`` is not consumed."""
+        if self._transfer_dir is None:
             raise ConfigError(
                 "generator.transfer_dir: not set, so the server cannot be sent the policy's weights. Name a folder "
                 "that trainer and server see."
@@ -171,15 +168,8 @@ class VLLMServerGenerator:
         self._has_weights = False
         with raise_on_all_ranks(self._world, ConfigError):  # what was there at the start may not be what is there now
             check_own_folder("generator.transfer_dir", self._transfer_dir, TRANSFER, {})
-        export_hf(
-            self._model,
-            self._model_dir,
-            self._transfer_dir,
-            self._model_type,
-            dtype=self._dtype,
-            world=self._world,
-            kind=TRANSFER,
-        )
+        written = self._model_dir, self._transfer_dir, self._model_type
+        export_hf(self._model, *written, dtype=self._dtype, world=self._world, kind=TRANSFER)
         with raise_on_all_ranks(self._world, GeneratorError):
             if self._world.is_main:
                 self._await_server()
@@ -199,18 +189,13 @@ class VLLMServerGenerator:
         """Does nothing: the server keeps running."""
 
     # ---- the server
-    def _answer(
-        self, prompt: list[int], seed: int, limit: int, sampling: SamplingParams, ban: bool = False
+    def _respond(
+        self, prompt: list[int], seed: int, most: int, sampling: SamplingParams, ban: bool = False
     ) -> Response:
-        body = {
-            "model": self._name,
-            "prompt": prompt,
-            "return_token_ids": True,
-            **vllm_sampling(sampling, seed, limit, ban),
-            **({"logprobs": 0} if sampling.logprobs else {}),
-        }
-        most = _OTHER_BYTES + _BYTES_PER_TOKEN * limit + 16 * len(prompt)  # the prompt's ids come back
-        reply = self._request_with_retries("POST", "/v1/completions", most_bytes=most, body=body)
+        asked = {"model": self._name, "prompt": prompt, "return_token_ids": True}
+        body = asked | vllm_sampling(sampling, seed, most, ban) | ({"logprobs": 0} if sampling.logprobs else {})
+        size = _OTHER_BYTES + _BYTES_PER_TOKEN * most + 16 * len(prompt)  # the prompt's ids come back
+        reply = self._request_with_retries("POST", "/v1/completions", most_bytes=size, body=body)
         choices = reply.json().get("choices")
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             found = f"{len(choices)} choices" if isinstance(choices, list) else f"choices {choices!r:.60}"
@@ -221,18 +206,14 @@ class VLLMServerGenerator:
         values = logprobs.get("token_logprobs") if sampling.logprobs and isinstance(logprobs, dict) else None
         values = values if isinstance(values, list) else None
         response = vllm_response(tokens, choices[0].get("finish_reason"), values, sampling)
-        if not ban and is_banned(response, sampling):
-            return self._answer(prompt, seed, limit, sampling, ban=True)
-        return response
+        again = not ban and is_banned(response, sampling)
+        return self._respond(prompt, seed, most, sampling, ban=True) if again else response
 
     def _load_weights(self, idle: bool) -> None:
         """The server loads the weights of ``transfer_dir`` in place."""
         started = time.perf_counter()
-        assert self._transfer_dir is not None
-        path = str(self._transfer_dir.resolve())
-        self._request_with_retries(
-            "POST", "/collective_rpc", body={"method": "reload_weights", "kwargs": {"weights_path": path}}
-        )
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(self._transfer_dir.resolve())}}
+        self._request_with_retries("POST", "/collective_rpc", body=body)
         reset = self._request_with_retries("POST", "/reset_prefix_cache")
         # other ranks' running requests, of the same weights, may hold parts of the cache
         says = reset.json() if reset.headers.get("content-type", "").startswith("application/json") else {}
@@ -272,9 +253,8 @@ class VLLMServerGenerator:
         card = cards[0] if isinstance(cards, list) and cards and isinstance(cards[0], dict) else {}
         name, longest = card.get("id"), card.get("max_model_len")
         if not isinstance(name, str) or not (longest is None or (type(longest) is int and longest > 0)):
-            raise GeneratorError(
-                f"{reply.what}: answered {reply.text[:100]!r}, expected data with id and max_model_len."
-            )
+            expected = "expected data with id and max_model_len"
+            raise GeneratorError(f"{reply.what}: answered {reply.text[:100]!r}, {expected}.")
         return name, longest
 
     def _await_server(self) -> None:
@@ -325,18 +305,11 @@ class VLLMServerGenerator:
                 self._await_server()
                 self._ensure_weights(after_failure=True)
 
-    def _send(
-        self,
-        method: str,
-        path: str,
-        body: Mapping[str, Any] | None = None,
-        seconds: float | None = None,
-        most_bytes: int = _MOST_BYTES,
-    ) -> Reply:
-        """One request; ``UnavailableError`` if a later one may succeed, ``GeneratorError`` if none will."""
-        reply = self._client.request(
-            method, path, body=body, seconds=self._timeout if seconds is None else seconds, most_bytes=most_bytes
-        )
+    def _send(self, method: str, path: str, **arguments: Any) -> Reply:
+        """One request, see :meth:`Client.request`; ``UnavailableError`` if a later one may succeed, ``GeneratorError``
+        if none will."""
+        usual = {"seconds": self._timeout, "most_bytes": _MOST_BYTES}
+        reply = self._client.request(method, path, **usual | arguments)
         status = reply.status
         if status in (429, 502, 503, 504):
             raise UnavailableError(f"{method} {path}: HTTP {status}")

@@ -24,15 +24,7 @@ def _capped(logits, cap, capped: tl.constexpr):
 
 @triton.jit
 def _target_logps(
-    logits,
-    targets,
-    logps,
-    log_normalizers,
-    vocab,
-    stride,
-    cap,
-    capped: tl.constexpr,
-    block: tl.constexpr,
+    logits, targets, logps, log_normalizers, vocab, stride, cap, capped: tl.constexpr, block: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     line = logits + token * stride
@@ -55,15 +47,7 @@ def _target_logps(
 
 @triton.jit
 def _logits_to_gradient(
-    logits,
-    targets,
-    log_normalizers,
-    by_token,
-    vocab,
-    stride,
-    cap,
-    capped: tl.constexpr,
-    block: tl.constexpr,
+    logits, targets, log_normalizers, by_token, vocab, stride, cap, capped: tl.constexpr, block: tl.constexpr
 ):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
@@ -88,41 +72,22 @@ def target_logps(
     logps = torch.empty(tokens, dtype=torch.float32, device=logits.device)
     log_normalizers = torch.empty_like(logps)
     _target_logps[(tokens,)](
-        logits,
-        targets.contiguous(),
-        logps,
-        log_normalizers,
-        vocab,
-        logits.stride(0),
-        softcap or 1.0,
-        capped=softcap is not None,
-        block=_BLOCK,
-        num_warps=_WARPS,
-    )
+        logits, targets.contiguous(), logps, log_normalizers, vocab, logits.stride(0), softcap or 1.0,
+        capped=softcap is not None, block=_BLOCK, num_warps=_WARPS,
+    )  # fmt: skip
     return logps, log_normalizers
 
 
 def logits_to_gradient(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    log_normalizers: torch.Tensor,
-    by_token: torch.Tensor,
+    logits: torch.Tensor, targets: torch.Tensor, log_normalizers: torch.Tensor, by_token: torch.Tensor,
     softcap: float | None,
-) -> None:
+) -> None:  # fmt: skip
     """Overwrites logits with ``by_token * (onehot(target) - softmax(logits))``, the gradient by them.
 
     ``by_token`` is the gradient by the targets' log-probs, fp32, shape (c,); for the rest see :func:`target_logps`.
     """
     tokens, vocab = logits.shape
     _logits_to_gradient[(tokens, triton.cdiv(vocab, _BLOCK))](
-        logits,
-        targets.contiguous(),
-        log_normalizers.contiguous(),
-        by_token.contiguous(),
-        vocab,
-        logits.stride(0),
-        softcap or 1.0,
-        capped=softcap is not None,
-        block=_BLOCK,
-        num_warps=_WARPS,
-    )
+        logits, targets.contiguous(), log_normalizers.contiguous(), by_token.contiguous(), vocab, logits.stride(0),
+        softcap or 1.0, capped=softcap is not None, block=_BLOCK, num_warps=_WARPS,
+    )  # fmt: skip

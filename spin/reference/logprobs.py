@@ -20,23 +20,12 @@ from spin.pairs.packing import PackedRow
 
 
 def response_logps(model: nn.Module, row: PackedRow, chunk_tokens: int = 2048) -> torch.Tensor:
-    """Summed log-probs of every response of a packed row, for reference and validation; differentiable.
+    """Summed log-probs of every response of a packed row in nats, shape (m,), fp64, for reference and validation;
+    differentiable. Takes what :func:`pair_objective` takes.
 
     Only hidden states of tokens that predict a response token reach the output projection, which runs inside the
     model's forward, where FSDP2 has gathered its weight. The chunks are those of :func:`pair_objective`, so that policy
     and reference go through products of the same shapes.
-
-    Args:
-        model (nn.Module): a torchtune ``TransformerDecoder`` after :func:`spin.model.attention.patch_attention`,
-            sharded or not.
-        row (PackedRow): on the model's device.
-        chunk_tokens (int): response tokens whose logits exist at a time.
-
-    Returns:
-        torch.Tensor: log-probs in nats, shape (m,), fp64.
-
-    Raises:
-        ValueError: If ``chunk_tokens`` is not positive.
     """
     pieces = tuple(piece for chunk in _pair_chunks(row, chunk_tokens) for piece in chunk.pieces)
 
@@ -133,29 +122,15 @@ def output_weight(model: nn.Module) -> torch.Tensor:
 
 
 def linear_logprob(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    chunk_size: int = 2048,
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_size: int = 2048,
     softcap: float | None = None,
-) -> torch.Tensor:
-    """Log-probs of ``targets`` under ``softmax(hidden @ weight.T)``, a chunk of tokens at a time.
+) -> torch.Tensor:  # fmt: skip
+    """Log-probs of ``targets``, int64, shape (n,), under ``softmax(hidden @ weight.T)``, in nats, shape (n,), a chunk
+    of tokens at a time. ``hidden``, shape (n, d), PREDICTS the targets, ``weight``, shape (v, d), is the output
+    projection, ``softcap`` the ``c`` of ``c * tanh(logits / c)`` (Gemma 2).
 
     The logits of a chunk are made again in backward, so the peak is one chunk of logits whatever n. Products run in the
     inputs' precision, the softmax and the sum over chunks of the weight's gradient in fp32 (fp64 for fp64 inputs).
-
-    Args:
-        hidden (torch.Tensor): hidden states that PREDICT the targets, shape (n, d).
-        weight (torch.Tensor): output projection, shape (v, d).
-        targets (torch.Tensor): token ids, int64, shape (n,).
-        chunk_size (int): tokens per chunk; higher is faster up to a point and increases memory.
-        softcap (float | None): ``c`` of ``c * tanh(logits / c)`` (Gemma 2); None is no cap.
-
-    Returns:
-        torch.Tensor: log-probs in nats, shape (n,), fp32 (fp64 for fp64 inputs).
-
-    Raises:
-        ValueError: If ``chunk_size`` is not positive.
     """
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: expected 1 or more tokens.")
@@ -178,13 +153,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        targets: torch.Tensor,
-        pieces: tuple[slice, ...],
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, pieces: tuple[slice, ...],
         softcap: float | None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         logps = hidden.new_zeros(hidden.shape[0], dtype=_wide(hidden.dtype))
         log_normalizers = torch.zeros_like(logps)
         for piece in pieces:
@@ -208,42 +179,29 @@ class _LinearLogprob(torch.autograd.Function):
 class _PairObjective(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        row: PackedRow,
-        objective: Callable[[torch.Tensor], torch.Tensor],
-        chunks: list[_Chunk],
-        softcap: float | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, row: PackedRow,
+        objective: Callable[[torch.Tensor], torch.Tensor], chunks: list[_Chunk], softcap: float | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         logps = row.reference_logps.clone()  # (m,)
         gradient = _HeadGradient(hidden, weight, *ctx.needs_input_grad[:2])
         for chunk in chunks:
             kept = []
             for piece in chunk.pieces:
                 logits = hidden[piece] @ weight.t()  # (c, d) x (d, v) -> (c, v)
-                kept.append((logits, *target_logps(logits, row.targets[piece], softcap)))
-                if len(chunk.pieces) > 1:
-                    kept[-1] = (None, *kept[-1][1:])
+                found = target_logps(logits, row.targets[piece], softcap)
+                kept.append((logits if len(chunk.pieces) == 1 else None, *found))
             tokens = slice(chunk.pieces[0].start, chunk.pieces[-1].stop)
-            logps[chunk.responses] = segment_sums(
-                torch.cat([token_logps for _, token_logps, _ in kept]),
-                row.segments[tokens] - chunk.responses.start,
-                chunk.responses.stop - chunk.responses.start,
-            )
+            first, stop = chunk.responses.start, chunk.responses.stop
+            token_logps = torch.cat([of_piece for _, of_piece, _ in kept])
+            logps[chunk.responses] = segment_sums(token_logps, row.segments[tokens] - first, stop - first)
             with torch.enable_grad():
                 leaf = logps.detach().requires_grad_()
                 (by_logps,) = torch.autograd.grad(objective(leaf), leaf)
             by_token = by_logps[row.segments[tokens]]  # (m,) -> (tokens,)
             for piece, (logits, _, log_normalizers) in zip(chunk.pieces, kept, strict=True):
-                gradient.add(
-                    piece,
-                    hidden[piece] @ weight.t() if logits is None else logits,
-                    row.targets[piece],
-                    log_normalizers,
-                    by_token[piece.start - tokens.start : piece.stop - tokens.start],
-                    softcap,
-                )
+                logits = hidden[piece] @ weight.t() if logits is None else logits
+                grad = by_token[piece.start - tokens.start : piece.stop - tokens.start]
+                gradient.add(piece, logits, row.targets[piece], log_normalizers, grad, softcap)
         ctx.gradient = gradient
         ctx.mark_non_differentiable(logps)
         return objective(logps), logps
@@ -268,14 +226,9 @@ class _HeadGradient:
         self._weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if need_weight else None
 
     def add(
-        self,
-        piece: slice,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        log_normalizers: torch.Tensor,
-        by_token: torch.Tensor,
-        softcap: float | None,
-    ) -> None:
+        self, piece: slice, logits: torch.Tensor, targets: torch.Tensor, log_normalizers: torch.Tensor,
+        by_token: torch.Tensor, softcap: float | None,
+    ) -> None:  # fmt: skip
         """Adds a chunk, given the gradient by its tokens' log-probs, shape (c,). Overwrites the logits."""
         hidden, weight = self._inputs
         logits_to_gradient(logits, targets, log_normalizers, by_token.to(log_normalizers.dtype), softcap)
@@ -289,10 +242,10 @@ class _HeadGradient:
         if self._weight is None:
             return None
         total, self._weight, weight = self._weight, None, self._inputs[1]
-        if total.dtype == weight.dtype:
-            return total if scale is None else total.mul_(scale)
         if scale is None:
             return total.to(weight.dtype)
+        if total.dtype == weight.dtype:
+            return total.mul_(scale)
         return torch.mul(total, scale, out=torch.empty_like(weight))  # no wide product in between
 
 
@@ -310,12 +263,9 @@ def target_logps(
 
 
 def logits_to_gradient(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    log_normalizers: torch.Tensor,
-    by_token: torch.Tensor,
+    logits: torch.Tensor, targets: torch.Tensor, log_normalizers: torch.Tensor, by_token: torch.Tensor,
     softcap: float | None,
-) -> None:
+) -> None:  # fmt: skip
     """Overwrites logits, shape (c, v), with the gradient by them: ``by_token * (onehot(target) - softmax(logits))``."""
     if _takes_kernels(logits):
         _kernels().logits_to_gradient(logits, targets, log_normalizers, by_token, softcap)  # type: ignore[union-attr]

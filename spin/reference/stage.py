@@ -8,7 +8,6 @@ that of two equal models.
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -33,8 +32,6 @@ from spin.pairs.store import PairStore
 from spin.reference.logprobs import response_logps
 from spin.types import Pair
 
-log = logging.getLogger(__name__)
-
 
 def score_batches(
     model: nn.Module,
@@ -46,20 +43,12 @@ def score_batches(
     as_in_training: bool = False,
     num_workers: int = 0,
 ) -> list[Pair]:
-    """Fills in the reference log-probs of pairs. Collective: every rank scores its rows and gets all pairs.
+    """The pairs of global batches, in order, with their reference log-probs. Collective: every rank scores its rows and
+    gets all pairs. Batches, ``layout`` and ``chunk_tokens`` (see :func:`spin.reference.logprobs.response_logps`) are
+    those of the first epoch.
 
-    Args:
-        model (nn.Module): the policy, while it is the opponent.
-        batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
-        world (World): the ranks.
-        layout (RowLayout): how they are packed into rows, the same as in training.
-        chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`; the same as in training.
-        as_in_training (bool): record a graph that nobody will use. Compiled layers need that to be the policy's equal:
-            torch.compile makes another program for inference, which rounds differently.
-        num_workers (int): threads that pack rows ahead.
-
-    Returns:
-        list[Pair]: the pairs of all batches in order, scored.
+    With ``as_in_training`` a graph is recorded that nobody will use. Compiled layers need it to be the policy's equal:
+    torch.compile makes another program for inference, which rounds differently.
     """
     set_stage("scoring responses")
     keys: list[tuple[tuple[int, str], int]] = []
@@ -87,20 +76,10 @@ def _with_scores(pair: Pair, logps: Sequence[float]) -> Pair:
 
 
 def score_fingerprint(
-    *,
-    opponent: str,
-    batches: Sequence[Sequence[Pair]],
-    layout: RowLayout,
-    compute_dtype: str,
-    float8: bool = False,
-    num_ranks: int = 1,
-    chunk_tokens: int = 2048,
-    compiled: bool = False,
-    model: Any = None,
+    batches: Sequence[Sequence[Pair]], cfg: SPINConfig, layout: RowLayout, opponent: str, num_ranks: int
 ) -> dict[str, Any]:
     """Everything that reference log-probs depend on, by name; down to how they are rounded, which in bf16 is more than
-    the self-test of an iteration's first loss lets pass.
-    """
+    the self-test of an iteration's first loss lets pass."""
     digest = hashlib.sha256()
     for batch in batches:
         for pair in batch:
@@ -112,47 +91,13 @@ def score_fingerprint(
         "opponent": opponent,
         "pairs": digest.hexdigest(),
         "packing": asdict(layout),
-        "compute_dtype": compute_dtype,
-        "float8": float8,
+        "compute_dtype": cfg.compute_dtype,
+        "float8": cfg.enable_float8_training,
         "num_ranks": num_ranks,
-        "chunk_tokens": chunk_tokens,
-        "compiled": compiled,
-        "model": model,
+        "chunk_tokens": cfg.logprob_chunk_tokens,
+        "compiled": cfg.compile,
+        "model": config.plain(cfg.model),
     }
-
-
-def score(
-    store: PairStore,
-    batches: Sequence[Sequence[Pair]],
-    model: nn.Module,
-    world: World,
-    *,
-    layout: RowLayout,
-    chunk_tokens: int,
-    as_in_training: bool = False,
-    num_workers: int = 0,
-    should_stop: Callable[[], bool] = lambda: False,
-    on_shard: Callable[[int], None] = lambda pairs_done: None,
-) -> None:
-    """Scores pairs into the missing shards of a store. Collective."""
-    shards = split_evenly(len(batches), store.num_shards)
-    for shard in missing_shards(store, world):
-        if any_rank(should_stop(), world):
-            return
-        chosen = [batches[i] for i in shards[shard]]
-        pairs = score_batches(
-            model,
-            chosen,
-            world,
-            layout=layout,
-            chunk_tokens=chunk_tokens,
-            as_in_training=as_in_training,
-            num_workers=num_workers,
-        )
-        with raise_on_all_ranks(world, OutputError):
-            if world.is_main:
-                store.write_shard(shard, pairs)
-        on_shard(len(pairs))
 
 
 def score_pairs(
@@ -185,47 +130,27 @@ def score_pairs(
         OutputError: On all ranks, if the store cannot be written.
     """
     num_pairs = len(batches) * cfg.global_batch_size
-    fingerprint = score_fingerprint(
-        opponent=opponent,
-        batches=batches,
-        layout=layout,
-        compute_dtype=cfg.compute_dtype,
-        float8=cfg.enable_float8_training,
-        num_ranks=world.world_size,
-        chunk_tokens=cfg.logprob_chunk_tokens,
-        compiled=cfg.compile,
-        model=config.plain(cfg.model),
-    )
+    fingerprint = score_fingerprint(batches, cfg, layout, opponent, world.world_size)
     store = open_store(path, fingerprint, math.ceil(num_pairs / cfg.pairs.prompts_per_shard), world)
+    shards = split_evenly(len(batches), store.num_shards)
     with progress_bar(f"{path.parent.name} reference log-probs", "pair", num_pairs, enabled=world.is_main) as bar:
-        score(
-            store,
-            batches,
-            model,
-            world,
-            layout=layout,
-            chunk_tokens=cfg.logprob_chunk_tokens,
-            as_in_training=cfg.compile,
-            num_workers=cfg.num_workers,
-            should_stop=should_stop,
-            on_shard=bar.update,
-        )
+        for shard in missing_shards(store, world):
+            if any_rank(should_stop(), world):
+                break
+            pairs = score_batches(
+                model, [batches[i] for i in shards[shard]], world, layout=layout, num_workers=cfg.num_workers,
+                chunk_tokens=cfg.logprob_chunk_tokens, as_in_training=cfg.compile,
+            )  # fmt: skip
+            with raise_on_all_ranks(world, OutputError):
+                if world.is_main:
+                    store.write_shard(shard, pairs)
+            bar.update(len(pairs))
     seal(store, world, should_stop(), report)
 
 
 def open_scored(path: Path, opponent: str) -> PairStore:
-    """Opens the store of pairs that an iteration is trained on.
-
-    Args:
-        path (Path): the store's folder.
-        opponent (str): fingerprint of the weights that scored them.
-
-    Returns:
-        PairStore: whole.
-
-    Raises:
-        CheckpointError: If it is not complete, or another opponent's. The one that could complete it is gone.
-    """
+    """The store of pairs that an iteration is trained on; a ``CheckpointError`` if it is not complete, or scored by
+    weights with another fingerprint: the opponent that could complete it is gone."""
     store = PairStore.open(path)
     if not store.is_sealed or store.opponent != opponent:
         raise CheckpointError(
