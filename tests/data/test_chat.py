@@ -28,37 +28,32 @@ def chat(tiny_lm):
     return ChatTokenizer(tiny_lm)
 
 
-def test_ids_are_those_of_transformers(chat, tiny_lm):
-    reference = AutoTokenizer.from_pretrained(str(tiny_lm))
-
-    def ids(messages, **options):
-        return reference.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
-
-    for messages in (TALK, PAIR, NO_SYSTEM):
-        prompt_ids, real_ids = chat.encode_pair(messages)
-        assert prompt_ids == chat.encode_prompt(messages[:-1]) == ids(messages[:-1], add_generation_prompt=True)
-        newline = reference("\n", add_special_tokens=False)["input_ids"]
-        assert prompt_ids + real_ids + newline == ids(messages)
-
-
-def test_response_ends_with_the_only_stop_token(chat):
-    _, real_ids = chat.encode_pair(TALK)
-    assert chat.decode(real_ids) == TALK[-1]["content"] + "<|im_end|>"
-    assert chat.decode(real_ids, skip_special_tokens=True) == TALK[-1]["content"]
-    assert [index for index, token in enumerate(real_ids) if token in chat.eos_ids] == [len(real_ids) - 1]
-
-
-def test_attributes(chat):
+@pytest.mark.parametrize("folder", ["tiny_lm", pytest.param("real_model", marks=pytest.mark.real_model)])
+def test_ids_are_those_of_transformers_and_a_response_ends_with_the_only_stop_token(folder, request):
+    path = request.getfixturevalue(folder)
+    chat, reference = ChatTokenizer(path), AutoTokenizer.from_pretrained(str(path))
     assert isinstance(chat, PromptTokenizer)
-    assert (chat.eos_ids, chat.pad_id, chat.vocab_size, chat.max_seq_len) == ((END,), ENDOFTEXT, 1024, None)
+    for messages in (TALK, PAIR, NO_SYSTEM) if folder == "tiny_lm" else (TALK,):
+        prompt_ids, real_ids = chat.encode_pair(messages)
+        asked, whole = (
+            reference.apply_chat_template(part, return_dict=False, add_generation_prompt=part is not messages)
+            for part in (messages[:-1], messages)
+        )
+        assert prompt_ids == chat.encode_prompt(messages[:-1]) == asked
+        assert prompt_ids + real_ids + reference("\n", add_special_tokens=False)["input_ids"] == whole
+        assert chat.decode(real_ids) == messages[-1]["content"] + "<|im_end|>"
+        assert chat.decode(real_ids, skip_special_tokens=True) == messages[-1]["content"]
+        assert [index for index, token in enumerate(real_ids) if token in chat.eos_ids] == [len(real_ids) - 1]
+    if folder == "tiny_lm":
+        assert (chat.eos_ids, chat.pad_id, chat.vocab_size, chat.max_seq_len) == ((END,), ENDOFTEXT, 1024, None)
 
 
 def test_batch_is_the_single_calls_with_errors_in_place(chat):
     bad = [PAIR[0], {"role": "assistant", "content": "a<|im_end|>b"}]
     first, error, last = chat.encode_pairs([TALK, bad, PAIR])
     assert first == chat.encode_pair(TALK) and last == chat.encode_pair(PAIR)
-    assert isinstance(error, DataError)
-    assert chat.encode_pairs([]) == []
+    assert "holds the stop token '<|im_end|>' before its end, followed by 'b'" in str(error)
+    assert isinstance(error, DataError) and chat.encode_pairs([]) == []
 
 
 def test_a_token_never_reaches_from_the_prompt_into_the_response(tiny_lm):
@@ -77,9 +72,8 @@ def test_a_token_never_reaches_from_the_prompt_into_the_response(tiny_lm):
 def test_template_without_end_token_gets_eos_appended(tiny_lm):
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     chat = ChatTokenizer(tiny_lm, chat_template=template + "{% if add_generation_prompt %}assistant: {% endif %}")
-    prompt_ids, real_ids = chat.encode_pair(PAIR)
-    assert chat.decode(prompt_ids) == "user: What is a hacker?\nassistant: "
-    assert chat.decode(real_ids) == "A person.\n<|im_end|>"
+    prompt, response = map(chat.decode, chat.encode_pair(PAIR))
+    assert (prompt, response) == ("user: What is a hacker?\nassistant: ", "A person.\n<|im_end|>")
 
 
 def test_template_that_writes_bos_writes_it_once(folder):
@@ -96,92 +90,44 @@ def test_template_file(tiny_lm, tmp_path, chat):
     own = ChatTokenizer(tiny_lm, chat_template=str(file))
     assert own.decode(own.encode_prompt(PAIR[:1])) == "What is a hacker?<|im_end|>"
     assert own.fingerprint != chat.fingerprint
-    with pytest.raises(DataError, match="neither a file nor a Jinja template"):
-        ChatTokenizer(tiny_lm, chat_template="no/such/file.jinja")
 
 
-def test_conversation_that_does_not_begin_with_its_prompt(tiny_lm):
-    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ messages|length }}<|im_start|>assistant\n{% endif %}"
-    chat = ChatTokenizer(tiny_lm, chat_template="{{ messages|length }}" + template)
-    with pytest.raises(
-        DataError, match=r"does not begin with its own prompt.*tokenizer\.chat_template to one that does"
-    ):
-        chat.encode_pair(PAIR)
-
-
-def test_stop_token_inside_a_response(chat):
-    with pytest.raises(DataError, match=r"holds the stop token '<\|im_end\|>' before its end, followed by 'or so'"):
-        chat.encode_pair([PAIR[0], {"role": "assistant", "content": "A<|im_end|> or so"}])
-
-
-def test_template_that_refuses_a_role(tiny_lm):
-    template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    chat = ChatTokenizer(tiny_lm, chat_template=template + "{{ m.content }}<|im_end|>{% endfor %}")
-    with pytest.raises(DataError, match="refuses the roles system, user, assistant, user: no system role"):
-        chat.encode_pair(TALK)
-    for template, message in (
-        ("{{ raise_exception('never') }}", "refuses the roles user, assistant"),
-        ("{% for m in messages %}\n{{ m.content ", r"not valid Jinja, line 2: .* Fix tokenizer\.chat_template"),
-    ):
-        with pytest.raises(DataError, match=message):
-            ChatTokenizer(tiny_lm, chat_template=template)
-
-
-def test_template_that_leaves_out_system_messages(tiny_lm):
-    """It would play without the system prompt, and nobody would know. An empty one says that there is none."""
-    template = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    template += "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    chat = ChatTokenizer(tiny_lm, chat_template=template)
-    with pytest.raises(DataError, match=r"has a system message, and the chat template does not show it"):
-        chat.encode_pair(TALK)
-    silent = [{"role": "system", "content": ""}, *PAIR]
-    assert chat.encode_pair(silent) == chat.encode_pair(PAIR)
-
-
-def test_template_without_a_generation_prompt_is_told(tiny_lm, caplog):
-    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    ChatTokenizer(tiny_lm, chat_template=template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-    assert "no generation prompt" not in caplog.text
-    ChatTokenizer(tiny_lm, chat_template=template)
-    assert r"writes no generation prompt: prompts end before '<|im_start|>assistant\n'" in caplog.text
-
-
-def test_stop_tokens_come_from_template_tokenizer_and_generation_config(folder, caplog):
-    chat = ChatTokenizer(folder(generation={"eos_token_id": [0, 2, 7]}))
-    assert chat.eos_ids == (END, ENDOFTEXT, 7)
-    # Qwen's base models: EOS is <|endoftext|>, but the template closes turns with <|im_end|>.
+@pytest.mark.parametrize(
+    ("generation", "changes", "eos_ids", "pad_id", "said"),
+    [
+        ([0, 2, 7], {}, (END, ENDOFTEXT, 7), ENDOFTEXT, ""),
+        # Qwen's base models: EOS is <|endoftext|>, but the template closes turns with <|im_end|>
+        (0, {"eos_token": "<|endoftext|>"}, (END, ENDOFTEXT), ENDOFTEXT, "closes a turn with it"),
+        (2, {"pad_token": None}, (END,), END, "has no pad token; batches are filled with its stop token '<|im_end|>'"),
+    ],
+)
+def test_stop_and_pad_tokens_come_from_template_tokenizer_and_generation_config(
+    folder, caplog, generation, changes, eos_ids, pad_id, said
+):
     with caplog.at_level(logging.WARNING):
-        chat = ChatTokenizer(folder(generation={"eos_token_id": 0}, eos_token="<|endoftext|>"))
-    assert chat.eos_ids == (END, ENDOFTEXT)
-    assert "closes a turn with it" in caplog.text
+        chat = ChatTokenizer(folder(generation={"eos_token_id": generation}, **changes))
+    assert (chat.eos_ids, chat.pad_id) == (eos_ids, pad_id)
+    assert said in caplog.text and bool(caplog.text) is bool(said)
     assert chat.encode_pair(PAIR)[1][-1] == END
 
 
-def test_no_pad_token_is_an_explicit_logged_choice(folder, caplog):
-    with caplog.at_level(logging.WARNING):
-        chat = ChatTokenizer(folder(pad_token=None))
-    assert chat.pad_id == END
-    assert caplog.text.count("has no pad token") == 1 and "'<|im_end|>' (id 2)" in caplog.text
-    assert chat.encode_pair(PAIR)[1][-1] == END
-
-
-def test_broken_and_missing_files(folder, tmp_path):
-    def faulty(path, message):
-        with pytest.raises(DataError, match=message):
-            ChatTokenizer(path)
-
-    faulty(tmp_path / "missing", "is no folder. Download the model first")
-    faulty(folder(chat_template=None), "has no chat template")
-    (folder() / "tokenizer.json").write_text('{"version": ')
-    faulty(tmp_path / "model", "tokenizer.json: not valid JSON")
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    faulty(empty, "empty: no tokenizer is here. Name the model's folder")
-    (empty / "tokenizer_config.json").write_text("{}")  # alone, the library says a page about sentencepiece
-    faulty(empty, "empty: no tokenizer is here. Name the model's folder")
-    (empty / "tokenizer.json").write_text("{}")
-    faulty(empty, "No tokenizer can be loaded from")
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "is no folder. Download the model first"),
+        ({}, "no tokenizer is here. Name the model's folder"),
+        ({"tokenizer_config.json": "{}"}, "no tokenizer is here. Name the model's folder"),  # a page on sentencepiece
+        ({"tokenizer.json": "{}"}, "No tokenizer can be loaded from"),
+        ({"tokenizer.json": '{"version": '}, "tokenizer.json: not valid JSON"),
+    ],
+)
+def test_broken_and_missing_files(tmp_path, files, message):
+    if files is not None:
+        (tmp_path / "model").mkdir()
+    for name, content in (files or {}).items():
+        (tmp_path / "model" / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        ChatTokenizer(tmp_path / "model")
 
 
 def test_a_path_that_is_no_text_is_a_fault_of_its_key():
@@ -218,17 +164,6 @@ def test_no_word_start_is_put_before_a_response(tmp_path):
     prompt_ids, real_ids = chat.encode_pair([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     assert prompt_ids[0] == 1 and prompt_ids.count(1) == 1
     assert real_ids == [vocabulary["b"], 2]
-
-
-@pytest.mark.real_model
-def test_real_tokenizer(real_model):
-    chat = ChatTokenizer(real_model)
-    prompt_ids, real_ids = chat.encode_pair(TALK)
-    reference = AutoTokenizer.from_pretrained(str(real_model))
-    assert prompt_ids == reference.apply_chat_template(
-        TALK[:-1], tokenize=True, return_dict=False, add_generation_prompt=True
-    )
-    assert chat.decode(real_ids) == TALK[-1]["content"] + "<|im_end|>"
 
 
 def test_ids_that_the_folders_tokenizer_lacks_are_a_placeholder(chat):

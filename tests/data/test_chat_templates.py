@@ -18,10 +18,10 @@ from spin.data.chat import ChatTokenizer
 E = "<|im_end|>"
 DAY = "2026-01-31"
 SYSTEM = {"role": "system", "content": "Be brief."}
-USER, ANSWER = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+USER, SO = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
 AGAIN, LAST = {"role": "user", "content": "Really?"}, {"role": "assistant", "content": "Yes."}
 REASONED = {"role": "assistant", "content": "<think>\nI look.\n</think>\n\nYes."}
-TALK = [SYSTEM, USER, ANSWER, AGAIN, LAST]
+TALK = [SYSTEM, USER, SO, AGAIN, LAST]
 
 CHATML = (
     "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -99,18 +99,18 @@ MISTRAL_SMALL = (
     "{{ '<s>[SYSTEM_PROMPT]' + system + '[/SYSTEM_PROMPT]' }}{% for m in messages %}{% if m.role == 'user' %}"
     "{{ '[INST]' + m.content + '[/INST]' }}{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
 )
-R1 = (  # the prompt opens a thinking block, answers are cut behind theirs
+R1 = (  # the prompt opens a thinking block, responses are cut behind theirs
     "{{ '<s>' }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}"
     "{{ '<User>' + m.content }}{% else %}{{ '<Assistant>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<Assistant><think>\\n' }}{% endif %}"
 )
-V31 = (  # a closed block in every prompt and answer, or with thinking an open one in the prompt alone
+V31 = (  # a closed block in every prompt and response, or with thinking an open one in the prompt alone
     "{%- if not thinking is defined %}{% set thinking = false %}{% endif %}{% for m in messages %}"
     "{% if m.role == 'system' %}{{ m.content }}{% elif m.role == 'user' %}{{ '<User>' + m.content }}{% else %}"
     "{{ '<Assistant></think>' + m.content.split('</think>')[-1] | trim + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<Assistant>' + ('<think>' if thinking else '</think>') }}{% endif %}"
 )
-QWEN3 = (  # reasoning of the last answer stays, an empty block stands for none
+QWEN3 = (  # reasoning of the last response stays, an empty block stands for none
     "{%- for m in messages %}{% if m.role == 'assistant' %}{% set reasoning = m.reasoning_content or '' %}"
     "{% set content = m.content %}{% if '</think>' in content %}"
     "{% set reasoning = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
@@ -125,7 +125,7 @@ QWEN3_THINKING = QWEN3.replace(  # of 2507: every prompt opens the block
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}",
     "{{ '<think>\\n' }}",
 )
-SMOLLM3 = (  # reasons unless told not to; an empty block in answers only when it is told
+SMOLLM3 = (  # reasons unless told not to; an empty block in responses only then
     "{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
     "{{ '<|im_start|>system\\nToday Date: ' + strftime_now('%d %B %Y') + '\\nReasoning Mode: ' "
     "+ ('/think' if enable_thinking else '/no_think') }}{% if messages[0].role == 'system' %}"
@@ -143,7 +143,7 @@ IN_CHATML = f"{IM}system\nBe brief.{E}\n{IM}user\nWhy?{E}\n{IM}assistant\nSo.{E}
 IN_PHI3 = f"<|system|>\nBe brief.{E}\n<|user|>\nWhy?{E}\n<|assistant|>\nSo.{E}\n<|user|>\nReally?{E}\n<|assistant|>\n"
 IN_LLAMA = f" Be brief.{E}[user]\n\nWhy?{E}[assistant]\n\nSo.{E}[user]\n\nReally?{E}[assistant]\n\n"
 TURN = "<start_of_turn>"
-# template, options, the prompt before the last answer of TALK (None: refuses system messages), the response
+# template, options, the prompt before the last response of TALK (None: refuses system messages), the response
 # fmt: off
 FAMILIES = {
     "chatml": (CHATML, {}, IN_CHATML, "Yes."),
@@ -193,17 +193,17 @@ def test_prompt_and_response_of_a_family(tiny_lm, name, caplog):
     """And there is no warning where nothing is wrong."""
     with caplog.at_level(logging.WARNING):
         chat = family(tiny_lm, name)
-    expected = "opens a thinking block in every prompt" if name == "r1 distilled" else ""
-    assert expected in caplog.text and bool(caplog.text) is bool(expected)
-    *_, prompt, answer = FAMILIES[name]
+    warning = "opens a thinking block in every prompt" if name == "r1 distilled" else ""
+    assert warning in caplog.text and bool(caplog.text) is bool(warning)
+    *_, prompt, expected = FAMILIES[name]
     if prompt is None:
         with pytest.raises(DataError, match="refuses the roles system, user, assistant, user"):
             chat.encode_pair(TALK)
     else:
-        assert texts(chat, TALK) == (prompt, answer + E)
+        assert texts(chat, TALK) == (prompt, expected + E)
         assert chat.encode_prompt(TALK[:-1]) == chat.encode_pair(TALK)[0]
     asked, response = texts(chat, TALK[1:])
-    assert response == answer + E and "Why?" in asked and "Really?" in asked
+    assert response == expected + E and "Why?" in asked and "Really?" in asked
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -236,35 +236,32 @@ def test_a_response_that_begins_behind_the_generation_prompt(tiny_lm, caplog):
 
 # --- Reasoning ---
 
-
-@pytest.mark.parametrize("template", [QWEN3, SMOLLM3])
-def test_a_reasoning_template_and_responses_without_reasoning(tiny_lm, template):
-    """The opponent would reason and the data set would not: refused with both remedies, and each of them works."""
-    chat = ChatTokenizer(tiny_lm, chat_template=template)
-    for messages in (TALK, TALK[1:3]):
-        with pytest.raises(
-            DataError, match=r"template_options\.enable_thinking=false, or give the real responses with"
-        ):
-            chat.encode_pair(messages)
-    assert texts(chat, [*TALK[:-1], REASONED])[1] == REASONED["content"] + E
-    chat = ChatTokenizer(tiny_lm, chat_template=template, template_options={"enable_thinking": False})
-    assert texts(chat, TALK)[1] == "Yes." + E
+THOUGHT = {**LAST, "reasoning_content": "I look."}
+TAGS = {"role": "assistant", "content": "Write <think>a</think>, then </think>"}
+OFF = {"enable_thinking": False}
 
 
-def test_reasoning_in_a_field_of_its_own(tiny_lm):
-    answer = {**LAST, "reasoning_content": "I look."}
-    chat = ChatTokenizer(tiny_lm, chat_template=QWEN3)
-    assert texts(chat, [*TALK[:-1], answer])[1] == REASONED["content"] + E
-    with pytest.raises(DataError, match=r"has reasoning \('I look\.'\), and the chat template does not show it"):
-        ChatTokenizer(tiny_lm, chat_template=CHATML).encode_pair([*TALK[:-1], answer])
-
-
-def test_reasoning_where_the_prompt_has_closed_the_block(tiny_lm):
-    """Reasoning is switched off, and the answer has some."""
-    for template, option in ((QWEN3, "enable_thinking"), (V31, "thinking")):
-        chat = ChatTokenizer(tiny_lm, chat_template=template, template_options={option: False})
-        with pytest.raises(DataError, match=r"tokenizer\.template_options"):
-            chat.encode_pair([*TALK[:-1], REASONED])
+@pytest.mark.parametrize(
+    ("template", "options", "last", "expected"),
+    [
+        (QWEN3, {}, REASONED, REASONED["content"]),
+        (SMOLLM3, {}, REASONED, REASONED["content"]),
+        (QWEN3, {}, THOUGHT, REASONED["content"]),
+        (QWEN3, OFF, LAST, "Yes."),
+        (SMOLLM3, OFF, LAST, "Yes."),
+        # behind the block that the prompt opens, the row's own text
+        (QWEN3_THINKING, {}, REASONED, "I look.\n</think>\n\nYes."),
+        (R1, {}, REASONED, "I look.\n</think>\n\nYes."),
+        (V31, {"thinking": True}, REASONED, "\nI look.\n</think>\n\nYes."),
+        # tags that are part of a text
+        *((template, {}, TAGS, TAGS["content"]) for template in (CHATML, LLAMA3, GEMMA3)),
+    ],
+)
+def test_responses_with_reasoning_and_without(tiny_lm, template, options, last, expected):
+    chat = ChatTokenizer(tiny_lm, chat_template=template, template_options=options)
+    prompt, response = texts(chat, [USER, last])
+    assert response == expected + E
+    assert prompt.rstrip("\n").endswith("<think>") == ("<think>" not in expected and "</think>" in expected)
 
 
 def test_options_of_a_row(tiny_lm):
@@ -284,44 +281,86 @@ def test_options_of_a_row(tiny_lm):
                 chat.encode_pair([{**SYSTEM, "chat_template_kwargs": row}, *TALK[1:]])
 
 
-def test_tags_that_are_part_of_a_text(tiny_lm):
-    text = {"role": "assistant", "content": "Write <think>a</think>, then </think>"}
-    for template in (CHATML, LLAMA3, GEMMA3):
-        assert texts(ChatTokenizer(tiny_lm, chat_template=template), [USER, text])[1] == text["content"] + E
-
-
-def test_a_template_that_only_reasons(tiny_lm):
-    chat = ChatTokenizer(tiny_lm, chat_template=QWEN3_THINKING)
-    with pytest.raises(
-        DataError, match=r"has no reasoning: .*Set tokenizer\.chat_template to a template that goes with"
-    ):
-        chat.encode_pair(TALK)
-    prompt, response = texts(chat, [*TALK[:-1], REASONED])
-    assert prompt.endswith("<|im_start|>assistant\n<think>\n")
-    assert response == "I look.\n</think>\n\nYes." + E
-
-
-def test_a_template_that_leaves_the_reasoning_out(tiny_lm, caplog):
-    """R1's: the row's own text stands behind the block that the prompt opens."""
-    prompt, response = texts(ChatTokenizer(tiny_lm, chat_template=R1), [USER, REASONED])
-    assert (prompt, response) == ("<s><User>Why?<Assistant><think>\n", "I look.\n</think>\n\nYes." + E)
-    chat = ChatTokenizer(tiny_lm, chat_template=V31, template_options={"thinking": True})
-    prompt, response = texts(chat, [USER, REASONED])
-    assert (prompt, response) == ("<User>Why?<Assistant><think>", "\nI look.\n</think>\n\nYes." + E)
-    with pytest.raises(DataError, match=r"template_options\.thinking=false"):
-        chat.encode_pair(TALK)
-
-
 # --- Options, dates, named templates ---
 
 
-def test_an_option_that_the_template_never_reads(tiny_lm):
-    with pytest.raises(
-        DataError, match=r"template_options\.enable_thinkin: .* never reads it; it reads enable_thinking\."
-    ):
-        ChatTokenizer(tiny_lm, chat_template=QWEN3, template_options={"enable_thinkin": False})
-    with pytest.raises(DataError, match=r"never reads it; it reads none\."):
-        ChatTokenizer(tiny_lm, template_options={"messages": []})
+HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+CONSTANT = (
+    "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}" + CHATML
+)
+
+
+def chosen(messages):
+    return "{% for m in " + messages + " %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + HEAD
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "message"),
+    [
+        ("no/such/file.jinja", {}, "neither a file nor a Jinja template"),
+        ("{{ raise_exception('never') }}", {}, "refuses the roles user, assistant"),
+        ("{% for m in messages %}\n{{ m.content ", {}, r"not valid Jinja, line 2: .* Fix tokenizer\.chat_template"),
+        *(
+            (chosen(f"messages if m.role != '{role}'"), {}, f"the chat template does not show what the {role} says")
+            for role in ("user", "assistant")
+        ),
+        (QWEN3, {"template_options": {"enable_thinkin": 1}}, r"\.enable_thinkin: .* it; it reads enable_thinking\."),
+        (None, {"template_options": {"messages": []}}, r"never reads it; it reads none\."),
+        *(
+            (LLAMA3, {"date": date}, rf"tokenizer\.date='?{date}'?: expected a day as YYYY-MM-DD")
+            for date in ("31.1.2026", "2026-02-30", 7)
+        ),
+        (None, {"date": DAY}, r"never asks for the date\. Remove it"),
+        (CONSTANT, {"date": DAY}, r"never asks for the date\. Set tokenizer\.template_options\.date_string"),
+    ],
+)
+def test_a_template_its_options_or_its_date_that_cannot_be(tiny_lm, template, options, message):
+    with pytest.raises(DataError, match=message):
+        ChatTokenizer(tiny_lm, chat_template=template, **options)
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "messages", "message"),
+    [
+        ("{{ messages|length }}" + chosen("messages"), {}, TALK, r"does not begin with its own prompt.* to one that"),
+        (CHATML, {}, [USER, {"role": "assistant", "content": f"A{E} or so"}], "the stop token .* followed by 'or so'"),
+        (CHATML, {}, [USER, {"role": "assistant", "content": E}], "has no tokens but its stop token"),
+        # the opponent would reason and the data set would not
+        (QWEN3, {}, TALK, r"template_options\.enable_thinking=false, or give the real responses with"),
+        (SMOLLM3, {}, [USER, LAST], r"template_options\.enable_thinking=false, or give the real responses with"),
+        (QWEN3_THINKING, {}, TALK, r"has no reasoning: .*Set tokenizer\.chat_template to a template that goes with"),
+        (V31, {"thinking": True}, TALK, r"template_options\.thinking=false"),
+        (CHATML, {}, [USER, THOUGHT], r"has reasoning \('I look\.'\), and the chat template does not show it"),
+        (QWEN3, OFF, [USER, REASONED], r"tokenizer\.template_options"),
+        (V31, {"thinking": False}, [USER, REASONED], r"tokenizer\.template_options"),
+        # what does not reach the prompt
+        (chosen("messages[-1:]"), {}, TALK, "has a system message, .* does not show it"),
+        (chosen("messages[-1:]"), {}, TALK[1:], "has several turns, .* does not show the earlier ones"),
+        (chosen("messages if m.role != 'system'"), {}, TALK, "has a system message, .* does not show it"),
+        (chosen("messages[:1] + messages[-1:]"), {}, TALK, "has several turns, and the chat template does not show"),
+        (chosen("messages[-6:]"), {}, TALK[1:], "has several turns, and the chat template does not show the earlier"),
+        (CHATML.replace("m.content", "m.content[:1000]"), {}, TALK[1:], "has several turns, .* does not show the ear"),
+    ],
+)
+def test_a_conversation_that_a_template_cannot_show(tiny_lm, template, options, messages, message):
+    chat = ChatTokenizer(tiny_lm, chat_template=template, template_options=options)
+    with pytest.raises(DataError, match=message):
+        chat.encode_pair(messages)
+    if "does not show the earlier" in message or "system message" in message:
+        with pytest.raises(DataError, match=message):
+            chat.encode_prompt(messages[:-1])
+
+
+def test_an_empty_system_message_says_that_there_is_none(tiny_lm):
+    chat = ChatTokenizer(tiny_lm, chat_template=chosen("messages if m.role != 'system'"))
+    assert chat.encode_pair([{"role": "system", "content": ""}, USER, SO]) == chat.encode_pair([USER, SO])
+
+
+def test_a_template_without_a_generation_prompt_gets_a_warning(tiny_lm, caplog):
+    ChatTokenizer(tiny_lm, chat_template=chosen("messages"))
+    assert "no generation prompt" not in caplog.text
+    ChatTokenizer(tiny_lm, chat_template=chosen("messages").removesuffix(HEAD))
+    assert r"writes no generation prompt: prompts end before '<|im_start|>assistant\n'" in caplog.text
 
 
 def test_options_and_date_are_part_of_the_fingerprint_where_they_count(tiny_lm):
@@ -331,17 +370,6 @@ def test_options_and_date_are_part_of_the_fingerprint_where_they_count(tiny_lm):
     days = [ChatTokenizer(tiny_lm, chat_template=LLAMA3, date=day) for day in (DAY, DAY, "2026-02-01")]
     first, again, other = (each.fingerprint for each in days)
     assert first == again != other and DAY in first
-
-
-def test_a_date_that_is_none_or_not_needed(tiny_lm):
-    for date in ("31.1.2026", "2026-02-30", 7):
-        with pytest.raises(DataError, match=rf"tokenizer\.date='?{date}'?: expected a day as YYYY-MM-DD"):
-            ChatTokenizer(tiny_lm, chat_template=LLAMA3, date=date)
-    with pytest.raises(DataError, match=r"never asks for the date\. Remove it"):
-        ChatTokenizer(tiny_lm, date=DAY)
-    constant = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}{{ date_string }}"
-    with pytest.raises(DataError, match=r"never asks for the date\. Set tokenizer\.template_options\.date_string"):
-        ChatTokenizer(tiny_lm, chat_template=constant + CHATML, date=DAY)
 
 
 def test_named_templates(tiny_lm, folder):
@@ -356,45 +384,6 @@ def test_named_templates(tiny_lm, folder):
     assert chosen.chat_template == CHATML  # which an export gets
     default = folder(chat_template=[*named, {"name": "default", "template": CHATML}])
     assert ChatTokenizer(default).encode_pair(TALK) == chosen.encode_pair(TALK)
-
-
-# --- What does not reach the prompt ---
-
-HEAD = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-
-
-@pytest.mark.parametrize("role", ["user", "assistant"])
-def test_a_template_that_leaves_a_role_out(tiny_lm, role):
-    loop = "{% for m in messages if m.role != '" + role + "' %}"
-    template = loop + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + HEAD
-    with pytest.raises(
-        DataError, match=f"tokenizer.chat_template: the chat template does not show what the {role} says"
-    ):
-        ChatTokenizer(tiny_lm, chat_template=template)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "lost"),
-    [
-        ("messages[-1:]", "has several turns, .* does not show the earlier ones|does not show it"),
-        ("messages if m.role != 'system'", "has a system message, .* does not show it"),
-        ("messages[:1] + messages[-1:]", "has several turns, and the chat template does not show"),
-        ("messages[-6:]", "has several turns, and the chat template does not show|does not show it"),
-    ],
-)
-def test_turns_that_do_not_reach_the_prompt(tiny_lm, chosen, lost):
-    template = "{% for m in " + chosen + " %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}" + HEAD
-    chat = ChatTokenizer(tiny_lm, chat_template=template)
-    with pytest.raises(DataError, match=lost):
-        chat.encode_pair(TALK)
-    with pytest.raises(DataError):
-        chat.encode_prompt(TALK[:-1])
-
-
-def test_a_template_that_shortens_messages(tiny_lm):
-    chat = ChatTokenizer(tiny_lm, chat_template=CHATML.replace("m.content", "m.content[:1000]"))
-    with pytest.raises(DataError, match="has several turns, and the chat template does not show the earlier ones"):
-        chat.encode_pair(TALK[1:])
 
 
 # --- Limits and broken files ---
@@ -414,26 +403,30 @@ ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% 
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "fails on .* RecursionError"),
         (r"{{ '\ud800' }}", r"writes the lone surrogate '\\ud800'"),
         ("{{ messages.__class__.__mro__ }}", "refuses .* unsafe"),
+        (5, r"\(default\) is 5, expected a Jinja text"),
+        ([{"name": "x"}], "No tokenizer can be loaded from"),
+        (None, "has no chat template"),
     ],
-    ids=["endless", "gigabytes", "one long text", "padding", "1/0", "undefined", "recursion", "surrogate", "escape"],
 )
 def test_a_template_that_breaks(tiny_lm, folder, begin, found):
     """Each says where the template stands; what came before and after works."""
-    with pytest.raises(DataError, match=f"tokenizer_config.json: chat_template: the chat template .*{found}"):
-        ChatTokenizer(folder(chat_template=begin + CHATML))
+    template = begin + CHATML if isinstance(begin, str) else begin
+    where = "tokenizer_config.json: chat_template:? .*" if begin and not isinstance(begin, list) else ""
+    with pytest.raises(DataError, match=where + found):
+        ChatTokenizer(folder(chat_template=template))
     assert texts(ChatTokenizer(tiny_lm), TALK[1:3])[1] == "So." + E
 
 
 def test_a_template_that_breaks_on_one_row(tiny_lm):
     """A row's fault is the row's; an endless loop is the template's, and ends the reading at once."""
     chat = ChatTokenizer(tiny_lm, chat_template="{% if 'zero' in messages[0].content %}{{ 1 / 0 }}{% endif %}" + CHATML)
-    good, bad = chat.encode_pairs([TALK, [{"role": "user", "content": "zero"}, ANSWER]])
+    good, bad = chat.encode_pairs([TALK, [{"role": "user", "content": "zero"}, SO]])
     assert good == ChatTokenizer(tiny_lm).encode_pair(TALK)
     assert isinstance(bad, DataError) and "ZeroDivisionError" in str(bad)
     many = "{% if 'many' in messages[0].content %}{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}{% endif %}"
     chat = ChatTokenizer(tiny_lm, chat_template=many + CHATML)
     with pytest.raises(DataError, match="characters or fills the memory"):
-        chat.encode_pairs([TALK, [{"role": "user", "content": "many"}, ANSWER]])
+        chat.encode_pairs([TALK, [{"role": "user", "content": "many"}, SO]])
 
 
 def test_ctrl_c_while_a_template_renders(tiny_lm):
@@ -451,18 +444,6 @@ def test_ctrl_c_while_a_template_renders(tiny_lm):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
     assert texts(ChatTokenizer(tiny_lm, chat_template=PHI4), TALK)[1] == "Yes." + E
-
-
-@pytest.mark.parametrize(
-    ("template", "found"),
-    [
-        (5, r"chat_template \(default\) is 5, expected a Jinja text"),
-        ([{"name": "x"}], "No tokenizer can be loaded from"),
-    ],
-)
-def test_a_template_that_is_no_text(folder, template, found):
-    with pytest.raises(DataError, match=found):
-        ChatTokenizer(folder(chat_template=template))
 
 
 def test_a_template_file_that_is_not_utf8(tiny_lm, folder, tmp_path):
