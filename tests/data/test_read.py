@@ -71,33 +71,111 @@ def test_originals_are_kept_on_request_and_of_kept_samples_only(source):
     assert prompt_dataset(Letters(), **options).originals == {}
 
 
-def test_options_reach_the_row_parser(source):
-    path = source({"q": "ab", "a": "xy", "key": "k"})
-    dataset = prompt_dataset(
-        Letters(), source=path, column_map={"prompt": "q", "response": "a"}, system_prompt="S", id_column="key"
-    )
-    assert dataset.sample_ids == ["k"] and text(dataset[0].prompt_ids) == "Sab<"
+def transform(row):
+    return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": "z"}]}
 
 
-def test_message_transform_takes_the_place_of_the_format(source):
-    def transform(row):
-        return {"messages": [{"role": "user", "content": row["q"]}, {"role": "assistant", "content": "z"}]}
-
-    path = source({"q": "ab"})
-    assert text(prompt_dataset(Letters(), source=path, message_transform=transform)[0].prompt_ids) == "ab<"
-    for options in ({"column_map": {"prompt": "q"}}, {"format": "alpaca"}):
-        with pytest.raises(ConfigError, match="takes the place of"):
-            prompt_dataset(Letters(), source=path, message_transform=transform, **options)
+TURNS = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+# The prompt "abcdef<" has 7 tokens, the response "vwxyz" and its stop token 6.
+LONG = pair("abcdef", "vwxyz")
 
 
-def test_all_turns_are_conversations_of_their_own(source):
-    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
-    path = source({"id": "m", "messages": [{"role": role, "content": content} for role, content in turns]})
-    samples = prompt_dataset(Letters(), source=path, turns="all")
-    found = [(prompt.sample_id, text(prompt.prompt_ids), text(prompt.real_ids)) for prompt in samples]
-    assert found == [("m#turn0", "a<", "b."), ("m#turn1", "abc<", "d.")]
-    last = prompt_dataset(Letters(), source=path)
-    assert [(prompt.sample_id, text(prompt.real_ids)) for prompt in last] == [("m", "d.")]
+@pytest.mark.parametrize(
+    ("rows", "options", "samples", "counts"),
+    [
+        (
+            [{"q": "ab", "a": "xy", "key": "k"}],
+            {"column_map": {"prompt": "q", "response": "a"}, "system_prompt": "S", "id_column": "key"},
+            [("k", "Sab<", "xy.")],
+            {},
+        ),
+        ([{"q": "ab"}], {"message_transform": transform}, [("data-1", "ab<", "z.")], {}),
+        ([{"id": "m", "messages": TURNS}], {}, [("m", "abc<", "d.")], {}),
+        ([{"id": "m", "messages": TURNS}], {"turns": "all"}, [("m#turn0", "a<", "b."), ("m#turn1", "abc<", "d.")], {}),
+        ([pair(id="a"), pair(id="a")], {"on_bad_row": "skip"}, [("a", "ab<", "xy.")], {"duplicate_id": 1}),
+        ([LONG], {"max_seq_len": 13}, [("data-1", "abcdef<", "vwxyz.")], {}),
+        ([LONG], {"max_prompt_tokens": 7, "max_response_tokens": 6}, [("data-1", "abcdef<", "vwxyz.")], {}),
+        (
+            [pair(), LONG],
+            {"max_seq_len": 7, "on_long_prompt": "drop"},
+            [("data-1", "ab<", "xy.")],
+            {"long_prompt_drop": 1},
+        ),
+        (  # the prompt's end, no stop token
+            [LONG],
+            {"max_seq_len": 9, "max_prompt_tokens": 5, "on_long_prompt": "cut", "on_long_response": "cut"},
+            [("data-1", "cdef<", "vwxy")],
+            {"long_prompt_cut": 1, "long_response_cut": 1},
+        ),
+        ([pair(), "broken"], {"limit": 1}, [("data-1", "ab<", "xy.")], {}),  # reading stops
+    ],
+)
+def test_options(source, rows, options, samples, counts):
+    dataset = prompt_dataset(Letters(), source=source(*rows), **options)
+    assert [(each.sample_id, text(each.prompt_ids), text(each.real_ids)) for each in dataset] == samples
+    assert dataset.report.counts == counts and dataset.report.rows == len(rows) - ("limit" in options)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        (
+            ["x", "y"],
+            {"on_bad_row": "skip"},
+            r"No sample is left of 2 rows of .* \(bad_row 2\):\n  data\.jsonl:1, data",
+        ),
+        ([pair(id="a"), pair(id="a")], {}, r"l:2: id 'a' is taken by data\.jsonl:1\. Give each row an id of its own"),
+        ([pair()], {"id_column": "key"}, "column 'key' is empty or missing; found columns prompt, response"),
+        *(
+            ([pair(), LONG], limits, r"data\.jsonl:2: the (prompt|real response) " + message + ".*=drop or cut")
+            for limits, message in (
+                ({"max_seq_len": 7}, r"has 7 tokens, at most 6 fit \(max_seq_len=7, less one for the response\)"),
+                ({"max_prompt_tokens": 5}, r"has 7 tokens, at most 5 fit \(dataset.max_prompt_tokens=5\)"),
+                ({"max_seq_len": 12}, r"has 6 tokens, at most 5 fit \(max_seq_len=12, less 7 of the prompt\)"),
+                ({"max_response_tokens": 4}, r"has 6 tokens, at most 4 fit \(dataset.max_response_tokens=4\)"),
+                ({"max_response_tokens": 5, "max_seq_len": 10}, r".* 3 fit \(max_seq_len=10, less 7 of the prompt\)"),
+            )
+        ),
+        ([pair()], {"message_transform": transform, "column_map": {"prompt": "q"}}, "takes the place of"),
+        ([pair()], {"message_transform": transform, "format": "alpaca"}, "takes the place of"),
+        (
+            [pair()],
+            {"max_seq_len": "long", "max_prompt_tokens": 3},
+            "max_seq_len=long: expected a whole number of 2 or",
+        ),
+        ([pair()], {"format": "chatml"}, r"dataset\.format=chatml"),
+        (
+            [pair()],
+            {"on_long_prompt": "trim", "turns": "first", "limit": 0, "max_seq_len": 8, "max_prompt_tokens": 8},
+            r"^dataset.on_long_prompt=trim: expected error or drop or cut\.\n"
+            r"dataset.turns=first: expected last or all\.\n"
+            r"dataset.limit=0: expected a whole number of 1 or more, or null\.\n"
+            r"dataset.max_prompt_tokens=8 leaves no room for a response in max_seq_len=8; expected at most 7\.$",
+        ),
+    ],
+)
+def test_options_and_rows_that_are_refused(source, rows, options, message):
+    with pytest.raises((DataError, ConfigError), match=message):
+        prompt_dataset(Letters(), source=source(*rows), **options)
+
+
+def test_tokenizers_limit_counts_when_the_recipe_gives_none(source):
+    tokenizer = Letters()
+    tokenizer.max_seq_len = 7
+    with pytest.raises(DataError, match="max_seq_len=7"):
+        prompt_dataset(tokenizer, source=source(LONG))
+    assert len(prompt_dataset(tokenizer, source=source(LONG), max_seq_len=50)) == 1
+
+
+def test_skipped_rows_are_counted_and_named(source, caplog):
+    path = source(pair(), "broken", pair(response=""), pair("cd"))
+    with caplog.at_level(logging.WARNING):
+        dataset = prompt_dataset(Letters(), source=path, on_bad_row="skip")
+    assert dataset.sample_ids == ["data-1", "data-4"]
+    assert dataset.report.counts == {"bad_row": 2}
+    assert dataset.report.examples[0].startswith("data.jsonl:2: not valid JSON")
+    assert "2 samples from 4 rows; left out or truncated: bad_row 2" in caplog.text
+    assert "data.jsonl:3: message 1" in caplog.text
 
 
 def test_all_bad_rows_are_reported_at_once_with_place_reason_and_remedy(source):
@@ -126,111 +204,6 @@ def test_equal_faults_are_one_line_with_their_first_places_and_at_most_twenty_ar
     assert len(lines) == 22 and lines[20].startswith("  data.jsonl:20: ") and lines[21] == "  ... and 3 more"
 
 
-def test_skipped_rows_are_counted_and_named(source, caplog):
-    path = source(pair(), "broken", pair(response=""), pair("cd"))
-    with caplog.at_level(logging.WARNING):
-        dataset = prompt_dataset(Letters(), source=path, on_bad_row="skip")
-    assert dataset.sample_ids == ["data-1", "data-4"]
-    assert dataset.report.counts == {"bad_row": 2}
-    assert dataset.report.examples[0].startswith("data.jsonl:2: not valid JSON")
-    assert "2 samples from 4 rows; left out or truncated: bad_row 2" in caplog.text
-    assert "data.jsonl:3: message 1" in caplog.text
-
-
-def test_all_rows_bad_is_an_error_even_when_skipped(source):
-    with pytest.raises(DataError, match=r"No sample is left of 2 rows of .* \(bad_row 2\):\n  data\.jsonl:1, data"):
-        prompt_dataset(Letters(), source=source("x", "y"), on_bad_row="skip")
-
-
-def test_duplicate_ids_name_both_places(source):
-    path = source(pair(id="a"), pair(id="b"), pair("cd", id="a"))
-    with pytest.raises(DataError, match=r"data\.jsonl:3: id 'a' is taken by data\.jsonl:1\. Give each row an id"):
-        prompt_dataset(Letters(), source=path)
-    dataset = prompt_dataset(Letters(), source=path, on_bad_row="skip")
-    assert dataset.sample_ids == ["a", "b"] and dataset.report.counts == {"duplicate_id": 1}
-
-
-def test_named_id_column_must_be_there(source):
-    with pytest.raises(DataError, match="column 'key' is empty or missing; found columns prompt, response"):
-        prompt_dataset(Letters(), source=source(pair()), id_column="key")
-
-
-# The prompt "abcdef<" has 7 tokens, the response "vwxyz" and its stop token 6.
-LONG = pair("abcdef", "vwxyz")
-
-
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [
-        ({"max_seq_len": 7}, r"the prompt has 7 tokens, at most 6 fit \(max_seq_len=7, less one for the response\)"),
-        ({"max_prompt_tokens": 5}, r"the prompt has 7 tokens, at most 5 fit \(dataset.max_prompt_tokens=5\)"),
-        ({"max_seq_len": 12}, r"real response has 6 tokens, at most 5 fit \(max_seq_len=12, less 7 of the prompt\)"),
-        ({"max_response_tokens": 4}, r"real response has 6 tokens, at most 4 fit \(dataset.max_response_tokens=4\)"),
-        ({"max_response_tokens": 5, "max_seq_len": 10}, r"at most 3 fit \(max_seq_len=10, less 7 of the prompt\)"),
-    ],
-)
-def test_limits_are_errors_by_default(source, limits, message):
-    with pytest.raises(DataError, match=message) as caught:
-        prompt_dataset(Letters(), source=source(pair(), LONG), **limits)
-    assert "data.jsonl:2" in str(caught.value) and "=drop or cut" in str(caught.value)
-
-
-def test_a_sample_that_just_fits_is_kept(source):
-    dataset = prompt_dataset(Letters(), source=source(LONG), max_seq_len=13)
-    assert dataset.lengths.tolist() == [13] and dataset.report.counts == {}
-    dataset = prompt_dataset(Letters(), source=source(LONG), max_prompt_tokens=7, max_response_tokens=6)
-    assert dataset.lengths.tolist() == [13]
-
-
-def test_long_samples_are_dropped_or_cut(source):
-    path = source(pair(), LONG)
-    dropped = prompt_dataset(Letters(), source=path, max_seq_len=7, on_long_prompt="drop")
-    assert dropped.sample_ids == ["data-1"] and dropped.report.counts == {"long_prompt_drop": 1}
-    cut = prompt_dataset(
-        Letters(), source=path, max_seq_len=9, max_prompt_tokens=5, on_long_prompt="cut", on_long_response="cut"
-    )
-    assert (text(cut[1].prompt_ids), text(cut[1].real_ids)) == ("cdef<", "vwxy")  # the prompt's end, no stop token
-    assert cut.report.counts == {"long_prompt_cut": 1, "long_response_cut": 1}
-    assert cut.lengths.max() == 9
-
-
-def test_tokenizers_limit_counts_when_the_recipe_gives_none(source):
-    tokenizer = Letters()
-    tokenizer.max_seq_len = 7
-    with pytest.raises(DataError, match="max_seq_len=7"):
-        prompt_dataset(tokenizer, source=source(LONG))
-    assert len(prompt_dataset(tokenizer, source=source(LONG), max_seq_len=50)) == 1
-
-
-def test_limit_stops_reading(source):
-    path = source(pair(), pair("cd"), "broken")
-    dataset = prompt_dataset(Letters(), source=path, limit=2)
-    assert len(dataset) == 2 and dataset.report.rows == 2
-
-
-def test_impossible_options_are_reported_together(source):
-    with pytest.raises(ConfigError) as caught:
-        prompt_dataset(
-            Letters(),
-            source="unread",
-            on_long_prompt="trim",
-            turns="first",
-            limit=0,
-            max_seq_len=8,
-            max_prompt_tokens=8,
-        )
-    assert str(caught.value).splitlines() == [
-        "dataset.on_long_prompt=trim: expected error or drop or cut.",
-        "dataset.turns=first: expected last or all.",
-        "dataset.limit=0: expected a whole number of 1 or more, or null.",
-        "dataset.max_prompt_tokens=8 leaves no room for a response in max_seq_len=8; expected at most 7.",
-    ]
-    with pytest.raises(ConfigError, match=r"max_seq_len=long: expected a whole number of 2 or more"):
-        prompt_dataset(Letters(), source="unread", max_seq_len="long", max_prompt_tokens=3)
-    with pytest.raises(ConfigError, match=r"dataset\.format=chatml"):
-        prompt_dataset(Letters(), source="unread", format="chatml")
-
-
 def test_fingerprint_follows_ids_tokens_and_their_border(source):
     def fingerprint(*prompts):
         return PromptDataset(Prompt(*prompt) for prompt in prompts).fingerprint()
@@ -241,14 +214,6 @@ def test_fingerprint_follows_ids_tokens_and_their_border(source):
     assert base != fingerprint(("a", [1, 2], [3]), ("c", [4], [5]))
     assert base != fingerprint(("a", [1], [2, 3]), ("b", [4], [5]))
     assert base != fingerprint(("a", [1, 2], [3]), ("b", [4], [6]))
-
-
-def test_data_set_made_by_hand():
-    dataset = PromptDataset([Prompt("a", [1], [2])])
-    assert len(dataset) == 1 and dataset.report.samples == 1
-    assert len(PromptDataset()) == 0
-    with pytest.raises(DataError, match="two samples have the id 'a'"):
-        PromptDataset([Prompt("a", [1], [2]), Prompt("a", [1], [2])])
 
 
 def test_storage_is_flat_and_building_is_quick():
@@ -283,28 +248,33 @@ def check(*datasets, stop=()):
     check_vocabulary(model, SimpleNamespace(vocab_size=12), stop, *datasets)
 
 
-def test_ids_within_the_vocabulary_pass():
-    check(PromptDataset([Prompt("a", [0, 9], [3]), Prompt("b", [1], [9])]), PromptDataset(), stop=(9,))
-
-
 @pytest.mark.parametrize(
-    ("prompts", "sample", "token"),
+    ("datasets", "stop", "message"),
     [
-        ([Prompt("a", [1], [2]), Prompt("b", [1, 10], [2]), Prompt("c", [11], [2])], "b", 10),
-        ([Prompt("a", [1], [2, 11]), Prompt("b", [10], [2])], "a", 11),
-        ([Prompt("a", [-1], [2])], "a", -1),
+        ([[Prompt("a", [0, 9], [3]), Prompt("b", [1], [9])], []], (9,), None),
+        (
+            [[], [Prompt("a", [1], [2]), Prompt("b", [1, 10], [2]), Prompt("c", [11], [2])]],
+            (),
+            "'b' has the token id 10",
+        ),
+        ([[Prompt("a", [1], [2, 11]), Prompt("b", [10], [2])]], (), "'a' has the token id 11"),
+        ([[Prompt("a", [-1], [2])]], (), "'a' has the token id -1"),
+        ([[]], (9, 10), "stop token 10. Does the tokenizer belong to this model"),
     ],
 )
-def test_an_id_beyond_the_vocabulary_names_the_first_sample(prompts, sample, token):
+def test_ids_beyond_the_vocabulary_name_the_first_sample(datasets, stop, message):
+    if message is None:
+        check(*map(PromptDataset, datasets), stop=stop)
+        return
     with pytest.raises(DataError) as error:
-        check(PromptDataset(), PromptDataset(prompts))
-    text = str(error.value)
-    assert f"sample {sample!r} has the token id {token}" in text
-    assert "knows 12 token ids" in text and "vocabulary has 10 (ids 0 to 9)" in text and "vocab_size" in text
+        check(*map(PromptDataset, datasets), stop=stop)
+    assert message in str(error.value) and "vocab_size" in str(error.value)
+    assert "knows 12 token ids, the model's vocabulary has 10 (ids 0 to 9)" in str(error.value)
 
 
-def test_a_stop_token_beyond_the_vocabulary_and_what_is_no_data_set_are_refused():
-    with pytest.raises(DataError, match="stop token 10"):
-        check(PromptDataset(), stop=(9, 10))
+def test_what_is_no_data_set_is_refused():
     with pytest.raises(DataError, match=r"dataset: its _component_ gave a list, expected a spin.data.PromptDataset"):
         check([Prompt("a", [1], [2])])
+    with pytest.raises(DataError, match="two samples have the id 'a'"):
+        PromptDataset([Prompt("a", [1], [2]), Prompt("a", [1], [2])])
+    assert len(PromptDataset()) == 0 and PromptDataset([Prompt("a", [1], [2])]).report.samples == 1
