@@ -9,10 +9,11 @@ manifest shows. Saving costs the training loop a copy to CPU memory; a thread wr
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,16 +174,12 @@ class SPINCheckpointer:
         numbered = [(folder.parent.name.removeprefix("iteration_"), folder, kind) for folder, kind in found]
         return [(int(n), folder) for n, folder, kind in numbered if n.isdecimal() and is_marked(folder, kind)]
 
-    def _retire_exports(self, iteration: int, world: World) -> None:
+    def _retire_exports(self, iteration: int) -> None:
         """Removes the exports of iterations before those that are kept; never the model that training starts from."""
-        if self.keep_exports is None or not world.is_main:
-            return
+        kept = math.inf if self.keep_exports is None else self.keep_exports
         for number, folder in self._exports():
-            if number <= iteration - self.keep_exports and folder.resolve() != Path(self.checkpoint_dir).resolve():
-                try:
-                    remove_folder(folder)
-                except OSError as error:
-                    log.warning(f"{folder}: cannot remove this old export ({error}).")
+            if number <= iteration - kept and folder.resolve() != Path(self.checkpoint_dir).resolve():
+                _try_to_remove(folder, remove_folder)
 
     def load_model(self, model: nn.Module, world: World) -> None:
         """Fills the model from ``checkpoint_dir``; see :func:`spin.model.hf.load_hf_weights`."""
@@ -205,7 +202,8 @@ class SPINCheckpointer:
             "stop_ids": stop_ids or getattr(tokenizer, "eos_ids", ()),
         }
         out_dir = self._export(model, Path(self.output_dir) / f"iteration_{iteration:03d}", world, companions)
-        self._retire_exports(iteration, world)
+        if world.is_main:
+            self._retire_exports(iteration)
         return out_dir
 
     def _export(self, model: nn.Module, folder: Path, world: World, companions: dict[str, Any]) -> Path:
@@ -369,10 +367,7 @@ class SPINCheckpointer:
         keep |= set([folder for folder, manifest in complete if manifest["anchor"]][-1:])
         for folder, _ in complete:
             if folder not in keep and is_marked(folder, _KIND):
-                try:
-                    _remove(folder)
-                except OSError as error:
-                    log.warning(f"{folder}: cannot remove this old checkpoint ({error}).")
+                _try_to_remove(folder, _remove)
 
     # ---- resume
 
@@ -476,6 +471,13 @@ def _remove(folder: Path) -> None:
     if is_marked(folder, _KIND):
         (folder / MANIFEST).unlink()
     remove_or_keep_aside(folder, _KIND)
+
+
+def _try_to_remove(folder: Path, remove: Callable[[Path], None]) -> None:
+    try:
+        remove(folder)
+    except OSError as error:
+        log.warning(f"{folder}: cannot be removed, though it need not be kept ({error}).")
 
 
 def _size(size_bytes: float) -> str:

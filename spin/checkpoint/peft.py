@@ -67,7 +67,13 @@ def export_peft(
             with atomic_dir(out, "adapter") as part:
                 if stop_ids:
                     write_companions(Path(source_dir), part, tokenizer_dir, chat_template, stop_ids)
-                _write_weights(tensors, part / WEIGHTS)
+                try:
+                    save_file(
+                        {name: each.contiguous() for name, each in tensors.items()}, part / WEIGHTS, {"format": "pt"}
+                    )
+                except SafetensorError as error:
+                    raise CheckpointError(f"{part / WEIGHTS}: cannot write ({error}). Is the disk full?") from error
+                sync(part / WEIGHTS)
                 write_json(part / CONFIG, _config(ranks, list(modules.values()), source_dir))
     return out
 
@@ -119,11 +125,3 @@ def _config(ranks: dict[str, int], modules: list[Any], source_dir: str | Path) -
         "init_lora_weights": True,
         "inference_mode": True,
     }
-
-
-def _write_weights(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
-        sync(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: cannot write ({error}). Is the disk full?") from error

@@ -92,15 +92,15 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         with open(file, "rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
-        entries = metadata.state_dict_metadata.items() if isinstance(metadata, Metadata) else ()
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"a {type(metadata).__name__}, not the metadata of a checkpoint")
         # Anything but a tensor would be unpickled without restriction when it is loaded.
+        entries = metadata.state_dict_metadata.items()
         others = [str(name) for name, entry in entries if not isinstance(entry, TensorStorageMetadata)]
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from None
     except Exception as error:  # noqa: BLE001 - broken pickles raise anything, MemoryError among it
         raise CheckpointError(f"{file}: damaged ({error}). Resume from another checkpoint.") from error
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{file}: not the metadata of a checkpoint. Resume from another checkpoint.")
     if others:
         raise CheckpointError(
             f"{file}: {', '.join(others[:5])} are not tensors. It may be an attack: loading is refused."

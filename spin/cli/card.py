@@ -47,9 +47,9 @@ def model_card(
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {base}, SPIN iteration {iteration}",
-        f"{base} after {_count(iteration + 1, 'iteration')} of self-play fine-tuning "
-        "([SPIN](https://arxiv.org/abs/2401.01335)): in each one, the model learns to tell the real responses of a "
-        f"supervised data set from its own. Made with spin-torchtune {spin.__version__}.",
+        f"{base} after {iteration + 1} iteration{'s' if iteration else ''} of self-play fine-tuning "
+        "([SPIN](https://arxiv.org/abs/2401.01335)): in each one, the model learns to prefer the real responses of "
+        f"a supervised data set to its own. Made with spin-torchtune {spin.__version__}.",
         "## How it was made\n\n" + _table(("", ""), _settings(cfg, source)),
         "## Iterations\n\n" + _iterations(run, cfg, iteration),
         "Loss is the SPIN loss at the first and the last step of an iteration (ln 2 = 0.693 is where two equal models "
@@ -93,8 +93,9 @@ def _iterations(run: Path, cfg: DictConfig, last: int) -> str:
     beta = plain(OmegaConf.select(cfg, "loss.beta"))
     rows = []
     for iteration in range(last + 1):
-        steps = [row for row in metrics if row.get("iteration") == iteration and is_number(row.get("loss"))]
-        val = [n for row in metrics if row.get("iteration") == iteration and is_number(n := row.get("val_loss"))]
+        own = [row for row in metrics if row.get("iteration") == iteration]
+        steps = [row for row in own if is_number(row.get("loss"))]
+        val = [n for row in own if is_number(n := row.get("val_loss"))]
         rows.append(
             (
                 str(iteration),
@@ -128,7 +129,3 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "| " + " | ".join(printable(cell, one_line=True).replace("|", "\\|") for cell in line) + " |" for line in lines
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")

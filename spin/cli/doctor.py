@@ -51,12 +51,11 @@ def packages() -> list[Finding]:
         wanted = [Requirement(text) for text in importlib.metadata.requires(DISTRIBUTION) or ()]
     except importlib.metadata.PackageNotFoundError:
         return [Finding(DISTRIBUTION, _FAULT, "not installed: `pip install .` in its checkout (-e to edit it there)")]
-    needed = [
-        requirement
-        for requirement in wanted
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    ]
-    return [Finding(DISTRIBUTION, _OK, own), *(check_requirement(requirement) for requirement in needed)]
+    return [Finding(DISTRIBUTION, _OK, own), *(check_requirement(each) for each in wanted if _holds_here(each))]
+
+
+def _holds_here(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate({"extra": ""})
 
 
 def check_requirement(requirement: Requirement) -> Finding:
@@ -74,17 +73,15 @@ def vllm() -> list[Finding]:
     """vLLM, if there is one: it is built for one version of torch and of CUDA."""
     installed = installed_vllm()
     if installed is None:
-        return [
-            Finding("vllm", _NOTE, "not installed; only VLLMGenerator needs it. docs/vllm.md says which fits torch")
-        ]
+        text = "not installed; only VLLMGenerator needs it. docs/vllm.md says which fits torch"
+        return [Finding("vllm", _NOTE, text)]
     package, found = installed
     torch = installed_version("torch")
     if torch is None:  # a fault of its own
         return [Finding("vllm", _OK, found)]
-    wanted = [Requirement(text) for text in importlib.metadata.requires(package) or ()]
-    for requirement in wanted:
-        holds = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if requirement.name == "torch" and holds and not requirement.specifier.contains(torch, prereleases=True):
+    for requirement in map(Requirement, importlib.metadata.requires(package) or ()):
+        fits = requirement.name != "torch" or requirement.specifier.contains(torch, prereleases=True)
+        if _holds_here(requirement) and not fits:
             text = f"{found} wants torch{requirement.specifier}, found {torch}: docs/vllm.md says which fit"
             return [Finding("vllm", _NOTE, text)]
     return [Finding("vllm", _OK, found)]
@@ -95,13 +92,8 @@ def devices() -> list[Finding]:
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     findings = [Finding("cpu", _OK, f"{len(os.sched_getaffinity(0))} cores, {gib:.0f} GiB of memory")]
     compiler = shutil.which(os.environ.get("CXX", "c++"))
-    findings.append(
-        Finding("c++", _OK, compiler)
-        if compiler
-        else Finding(
-            "c++", _NOTE, "no compiler; compile=true and spin.training's optimizers need one (apt install g++)"
-        )
-    )
+    missing = "no compiler; compile=true and spin.training's optimizers need one (apt install g++)"
+    findings.append(Finding("c++", _OK if compiler else _NOTE, compiler or missing))
     try:
         import torch
     except ImportError as error:
@@ -111,20 +103,15 @@ def devices() -> list[Finding]:
 
         dtype = "" if has_fast_bf16() else " and compute_dtype=fp32, because this CPU has no instructions for bf16"
         built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "this torch is for CPUs"
-        return [
-            *findings,
-            Finding("gpu", _NOTE, f"none that torch can use ({built}); set device=cpu{dtype}, or see nvidia-smi"),
-        ]
+        text = f"none that torch can use ({built}); set device=cpu{dtype}, or see nvidia-smi"
+        return [*findings, Finding("gpu", _NOTE, text)]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory, capability = properties.total_memory / 2**30, f"{properties.major}.{properties.minor}"
         text = f"{properties.name}, {memory:.0f} GiB, compute {capability}"
-        if properties.major < 8:
-            findings.append(Finding(f"gpu {index}", _NOTE, f"{text}: no bf16; set compute_dtype=fp32"))
-        else:
-            findings.append(Finding(f"gpu {index}", _OK, f"{text}, CUDA {torch.version.cuda}"))
+        has_bf16 = properties.major >= 8
+        more = f", CUDA {torch.version.cuda}" if has_bf16 else ": no bf16; set compute_dtype=fp32"
+        findings.append(Finding(f"gpu {index}", _OK if has_bf16 else _NOTE, text + more))
     triton = installed_version("triton")
-    if triton is None:
-        text = "not installed: no FlexAttention, no compile=true, slower generation"
-        return [*findings, Finding("triton", _NOTE, text)]
-    return [*findings, Finding("triton", _OK, triton)]
+    missing = "not installed: no FlexAttention, no compile=true, slower generation"
+    return [*findings, Finding("triton", _OK if triton else _NOTE, triton or missing)]

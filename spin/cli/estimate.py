@@ -98,14 +98,11 @@ class Estimate:
         for name, *values in rows:
             cells = "".join(f"{'-' if value is None else f'{value:.1f}':>10}" for value in values)
             lines.append(f"{name:<44}{cells}")
-        lines += [
-            "and about 1 GiB for CUDA itself",
-            "",
-            f"{self.trained:,} parameters are trained, {self.frozen:,} frozen",
+        return "\n".join(lines) + (
+            f"\nand about 1 GiB for CUDA itself\n\n{self.trained:,} parameters are trained, {self.frozen:,} frozen\n"
             f"on disk: {self.pair_store:.2f} GiB of pairs at most and {self.export:.2f} GiB of exports each iteration, "
-            f"{self.checkpoint:.2f} GiB each checkpoint",
-        ]
-        return "\n".join(lines)
+            f"{self.checkpoint:.2f} GiB each checkpoint"
+        )
 
 
 def estimate(cfg: SPINConfig, ranks: int = 1, pair_tokens: int | None = None) -> Estimate:
@@ -171,18 +168,14 @@ class _Shapes:
         self.layers = len(model.layers)
         self.width = model.tok_embeddings.weight.shape[1]
         self.vocab = model.tok_embeddings.weight.shape[0]
-        self.queries = attention.num_heads * attention.head_dim
         self.keys = attention.num_kv_heads * attention.head_dim
-        self.hidden = mlp.w1.weight.shape[0]
+        queries, hidden = attention.num_heads * attention.head_dim, mlp.w1.weight.shape[0]
         norms = (getattr(layer, name, None) for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"))
-        self.norms = sum(norm is not None and not isinstance(norm, nn.Identity) for norm in norms)
+        num_norms = sum(norm is not None and not isinstance(norm, nn.Identity) for norm in norms)
+        # elements for each token: in and out of each norm, q and attention's output, k, v, and three of the MLP
+        self.kept_by_layer = 2 * num_norms * self.width + 2 * queries + 2 * self.keys + 3 * hidden
         self.parameters = sum(p.numel() for p in model.parameters())
         self.root_parameters = self.parameters - sum(p.numel() for p in model.layers.parameters())
-
-    @property
-    def kept_by_layer(self) -> int:
-        """Elements for each token: in and out of each norm, q and attention's output, k, v, and three of the MLP."""
-        return 2 * self.norms * self.width + 2 * self.queries + 2 * self.keys + 3 * self.hidden
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

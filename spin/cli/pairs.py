@@ -77,14 +77,14 @@ def main(argv: Sequence[str]) -> None:
 
 def summary_lines(store: PairStore, items: Sequence[Item]) -> list[str]:
     """Counts, lengths and margins of some of a store's responses."""
-    present = store.num_shards - len(_missing(store))
+    present = sum(map(store.has_shard, range(store.num_shards)))
     state = "sealed" if store.is_sealed else "not sealed: being written, or its run ended"
     lines = [f"{store.path}: {present} of {store.num_shards} shards, {state}", f"opponent        {store.opponent}"]
     pairs = {pair.key for pair, _, _ in items}
     lines.append(f"responses       {len(items)} to {len(pairs)} prompts")
     if not items:
         return lines
-    truncated = sum(response.finish_reason == "length" for _, _, response in items)
+    truncated = sum(response.truncated for _, _, response in items)
     equal = sum(np.array_equal(response.token_ids, pair.real_ids) for pair, _, response in items)
     lines.append(f"truncated       {truncated} ({truncated / len(items):.1%})")
     lines.append(f"equal to real   {equal}")
@@ -112,35 +112,24 @@ def margin_of(item: Item) -> float | None:
     return pair.reference_real_logp - response.reference_logp
 
 
-def _missing(store: PairStore) -> list[int]:
-    return [i for i in range(store.num_shards) if not (store.path / f"shard-{i:05d}.parquet").exists()]
-
-
 def _items(store: PairStore) -> Iterator[Item]:
-    missing = set(_missing(store))
     for shard in range(store.num_shards):
-        if shard in missing and not store.is_sealed:
-            continue
-        for pair in store.read_shard(shard):
-            yield from ((pair, k, response) for k, response in enumerate(pair.generated))
+        if store.is_sealed or store.has_shard(shard):
+            for pair in store.read_shard(shard):
+                yield from ((pair, k, response) for k, response in enumerate(pair.generated))
 
 
 def _passes(item: Item, arguments: argparse.Namespace) -> bool:
     _, _, response = item
-    length, margin = len(response.token_ids), margin_of(item)
-    if (arguments.min_margin, arguments.max_margin) != (None, None):
-        if margin is None:
-            raise StoreError(f"{arguments.store}: is not scored, so no margin is known. Look into iteration_NNN/pairs.")
-        if not _between(margin, arguments.min_margin, arguments.max_margin):
-            return False
-    return _between(length, arguments.min_length, arguments.max_length) and arguments.finish in (
-        None,
-        response.finish_reason,
+    margin = margin_of(item)
+    if margin is None and (arguments.min_margin, arguments.max_margin) != (None, None):
+        raise StoreError(f"{arguments.store}: is not scored, so no margin is known. Look into iteration_NNN/pairs.")
+    limits = (
+        (margin, arguments.min_margin, arguments.max_margin),
+        (len(response.token_ids), arguments.min_length, arguments.max_length),
     )
-
-
-def _between(value: float, least: float | None, most: float | None) -> bool:
-    return (least is None or value >= least) and (most is None or value <= most)
+    is_within = all((least is None or n >= least) and (most is None or n <= most) for n, least, most in limits)
+    return is_within and arguments.finish in (None, response.finish_reason)
 
 
 def _decoder(store: Path, folder: Path | None, trust: bool) -> Callable[[Sequence[int]], str]:

@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
     log = logging.getLogger("spin.data.samples")
     level = log.level
     log.setLevel(logging.ERROR)  # what it warns of is printed below
+    check = Checks()
     try:
-        check = Checks()
         cfg = check("config", partial(_config, arguments.config, overrides, arguments.recipe))
         if cfg is not None:
             is_evaluation = isinstance(cfg, config.EvaluateConfig)
@@ -113,16 +113,12 @@ def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) ->
     parameters = check("model folder", _folder, checkpointer=checkpointer, model=model)
     check("output folder", partial(_output, cfg, checkpointer, parameters))
     if with_logits:
-
-        def logits(checkpointer: SPINCheckpointer, model: torch.nn.Module) -> tuple[None, str]:
-            return _logits(cfg.model, checkpointer.checkpoint_dir, checkpointer.model_type)
-
-        check("logits", logits, checkpointer=checkpointer, model=model)
+        check("logits", lambda made, _: _logits(cfg.model, made), checkpointer=checkpointer, model=model)
     tokenizer = check("tokenizer", partial(_tokenizer, cfg))
     check("round trip", _round_trip, tokenizer=tokenizer)
     context = None if model is None else model.max_seq_len
     prompts = check("data", partial(_data, cfg.dataset, context), tokenizer=tokenizer)
-    validation: PromptSource | None = None
+    validation = None
     if cfg.validation_dataset is not None:
         validation = check("validation data", partial(_data, cfg.validation_dataset, context), tokenizer=tokenizer)
     check("token ids", partial(_same_ids, cfg.dataset), tokenizer=tokenizer, data=prompts)
@@ -140,7 +136,7 @@ def _check_evaluation(cfg: config.EvaluateConfig, check: Checks, with_logits: bo
         section = cfg[role]
         model = check(role, partial(_eval_model, role, section))
         if with_logits and section.checkpoint_dir is not None:
-            check(f"{role} logits", partial(_logits, section.model, section.checkpoint_dir, section.model_type))
+            check(f"{role} logits", partial(_logits, section.model, section))
         if role == "judge":  # whose prompts do not exist yet
             check("vocabulary", partial(_eval_vocabulary, cfg.judge.sampling), judge=model)
         else:
@@ -203,10 +199,10 @@ def _output(cfg: Any, checkpointer: SPINCheckpointer | None = None, parameters: 
     return None, f"{cfg.output_dir} can be written, {free / 2**30:,.1f} GiB are free"
 
 
-def _logits(section: config.Component, folder: str, model_type: str) -> tuple[None, str]:
+def _logits(section: config.Component, weights: Any) -> tuple[None, str]:
     from spin.model.logits_check import compare_logits
 
-    report = compare_logits(section, folder, model_type)
+    report = compare_logits(section, weights.checkpoint_dir, weights.model_type)
     if report.is_fault:
         raise CheckpointError(str(report))
     return None, str(report)
@@ -230,11 +226,8 @@ def _round_trip(tokenizer: PromptTokenizer) -> tuple[None, str]:
     def turn(user: str, assistant: str) -> list[ChatMessage]:
         return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
-    faults = [
-        f"{text!r}: {fault}"
-        for text in _PROBES
-        if (fault := compare_ids(tokenizer, turn(text, reasoning + text))) is not None
-    ]
+    found = ((text, compare_ids(tokenizer, turn(text, reasoning + text))) for text in _PROBES)
+    faults = [f"{text!r}: {fault}" for text, fault in found if fault is not None]
     if faults:
         raise DataError("texts do not survive the chat template and the tokenizer:\n" + "\n".join(faults))
     taken = []
@@ -273,18 +266,16 @@ def _data(
 
 
 def _same_ids(section: config.Component, tokenizer: PromptTokenizer, prompts: PromptSource) -> tuple[None, str]:
-    compared, faults = 0, []
-    for where, messages in itertools.islice(_conversations(section), COMPARED_ROWS):
-        compared += 1
-        fault = compare_ids(tokenizer, messages)
-        if fault is not None:
-            faults.append(f"{where}: {fault}")
+    compared = list(itertools.islice(_conversations(section), COMPARED_ROWS))
+    found = ((where, compare_ids(tokenizer, messages)) for where, messages in compared)
+    faults = [f"{where}: {fault}" for where, fault in found if fault is not None]
+    first = f"the first {len(compared)} conversations"
     if faults:
         more = [f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-        raise DataError("\n".join([f"{len(faults)} of the first {compared} conversations:", *faults[:_SHOWN], *more]))
+        raise DataError("\n".join([f"{len(faults)} of {first}:", *faults[:_SHOWN], *more]))
     if not compared:
         return None, "not compared: only the data sets of spin.data name their rows"
-    return None, f"generation and training have the same prompts in the first {compared} conversations; texts read back"
+    return None, f"generation and training have the same prompts in {first}; texts read back"
 
 
 def _vocabulary(
@@ -394,20 +385,16 @@ def _conversations(section: config.Component) -> Iterator[tuple[str, list[ChatMe
     """Place and messages of each conversation that can be read; the data check reports the others."""
     component = section[config.COMPONENT].rpartition(".")[2]
     if component == "prompt_dataset":
-        yield from _conversations_of(config.plain(section), _transform(section, section.get("message_transform")))
+        yield from _conversations_of(section, config.plain(section))
     elif component == "mixed_prompt_dataset":
-        common = section.get("common") or {}
         for name, part in section.sources.items():
-            transform = _transform(section, part.get("message_transform", common.get("message_transform")))
-            for where, messages in _conversations_of({**common, **part}, transform):
+            for where, messages in _conversations_of(section, {**(section.get("common") or {}), **part}):
                 yield f"{name}: {where}", messages
 
 
-def _transform(section: config.Component, node: Any) -> Any:
-    return config.instantiate(config.nested(section, node, "message_transform"))
-
-
-def _conversations_of(options: Mapping[str, Any], transform: Any) -> Iterator[tuple[str, list[ChatMessage]]]:
+def _conversations_of(section: config.Component, options: Mapping[str, Any]) -> Iterator[tuple[str, list[ChatMessage]]]:
+    node = config.nested(section, options.get("message_transform"), "message_transform")
+    transform = config.instantiate(node)
     try:
         rows = read_rows(
             options["source"],

@@ -136,6 +136,10 @@ class PairStore:
         """Fingerprint of the weights that wrote or scored the responses."""
         return self.manifest["fingerprint"]["opponent"]
 
+    def has_shard(self, index: int) -> bool:
+        """Whether a shard's file is there, whatever is in it."""
+        return self._shard(index).exists()
+
     def missing_shards(self) -> list[int]:
         """Shards that are not there, ascending; one that is damaged, edited or of another store is kept aside, and is
         missing. StoreError if the whole folder is of another store by now."""
@@ -144,7 +148,7 @@ class PairStore:
             found = self._read(index)
             if isinstance(found, str):
                 missing.append(index)
-                if self._shard(index).exists():
+                if self.has_shard(index):
                     self._check_is_same_store()
                     with suppress(FileNotFoundError):  # another worker was faster
                         keep_aside(self._shard(index), f"is not used: {found}")
