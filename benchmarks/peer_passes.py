@@ -18,7 +18,6 @@ from generation import generate_in_batches
 from peer_arms import PeerBench
 from peer_trl import REFERENCES, TRL, TRLTuned, preference_data
 from rounds import attempt, free, race, spread
-from training_step import WORKERS
 from work import hf_twin
 
 from spin.data import Pair, PairStore, Response
@@ -54,7 +53,6 @@ def our_pass(bench: PeerBench, pairs: Sequence[Pair]) -> Logps:
         layout=bench.layout.rows(bench.layout.long_row_tokens),
         chunk_tokens=bench.layout.chunk_tokens,
         as_in_training=bench.is_compiled(arm.variant),
-        num_workers=WORKERS,
     )
     return [(float(pair.reference_real_logp or 0), float(pair.generated[0].reference_logp or 0)) for pair in scored]
 

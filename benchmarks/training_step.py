@@ -75,7 +75,6 @@ GIB = 2**30
 PLAIN_VARIANTS = ("torchtune", "exact")  # models that the product has not touched, the second in fp32
 CHECKED_PAIRS = 8  # whose loss and gradient are compared with fp32
 MICRO_BATCHES = (4, 8, 16)  # pairs of a padded batch; the fastest that fits stands for the baseline
-WORKERS = SPINConfig.model_fields["num_workers"].default  # threads that pack rows ahead
 RESPONSE = 278  # tokens of a response where lengths are all the same
 
 
@@ -442,7 +441,7 @@ def reference(bench: Bench, name: str) -> dict[str, Any]:
     optimizer = bench.optimizer(arm)
 
     def epoch() -> None:
-        for batch in load_rows(batches, bench.world, layout, WORKERS):
+        for batch in load_rows(batches, bench.world, layout):
             bench.optimizer_step(arm, batch.rows, len(batch.pairs), optimizer)
 
     def score() -> None:
@@ -453,7 +452,6 @@ def reference(bench: Bench, name: str) -> dict[str, Any]:
             layout=layout,
             chunk_tokens=bench.layout.chunk_tokens,
             as_in_training=bench.is_compiled(arm.variant),  # as the recipe does
-            num_workers=WORKERS,
         )
 
     results = bench.race({"epoch": (arm.variant, epoch), "reference pass": (arm.variant, score)})

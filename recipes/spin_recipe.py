@@ -103,7 +103,7 @@ class SPINRecipe:
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
         self._layout = prepare_policy(self._model, world, cfg, longest)
         # this rank's rows of each batch, packed while the device computes
-        self._rows = partial(load_rows, world=world, layout=self._layout, num_workers=cfg.num_workers)
+        self._rows = partial(load_rows, world=world, layout=self._layout)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._new_optimizer = partial(config.instantiate, cfg.optimizer, trained, lr=self._lrs[0])
         self._optimizer = self._new_optimizer()

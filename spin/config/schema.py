@@ -113,14 +113,14 @@ Schedule = Literal["linear", "cosine", "constant"]
 class Sampling(Section):
     """How responses are generated."""
 
-    temperature: float = key(1.0, "0: greedy; 1: the model's own distribution", ge=0, le=1e3)
-    top_k: int = key(0, "keep the k most probable tokens; 0: all", ge=0, lt=2**31)
-    top_p: float = key(1.0, "keep the most probable tokens of this probability; 1: all", gt=0, le=1)
-    repetition_penalty: float = key(1.0, "above 1 discourages tokens that occurred before", gt=0, le=1e3)
-    min_new_tokens: int = key(1, "no stop token before", ge=0, le=2**24)
-    max_new_tokens: int = key(256, "longer responses are truncated here", ge=1, le=2**24)
-    stop_token_ids: list[TokenId] = key([], "end a response, besides the tokenizer's stop tokens")
-    stop_strings: list[Text] = key([], "texts that end a response, besides stop tokens")
+    temperature: float = key(1.0, "lower if responses are odd; 0: greedy; 1: as the model is", ge=0, le=1e3)
+    top_k: int = key(0, "keep the k most probable tokens, against odd responses; 0: all", ge=0, lt=2**31)
+    top_p: float = key(1.0, "keep the most probable tokens of this mass, likewise; 1: all", gt=0, le=1)
+    repetition_penalty: float = key(1.0, "above 1 against loops: repeated tokens are less probable", gt=0, le=1e3)
+    min_new_tokens: int = key(1, "higher against short responses: no stop token before", ge=0, le=2**24)
+    max_new_tokens: int = key(256, "the length of your real responses; longer ones are truncated", ge=1, le=2**24)
+    stop_token_ids: list[TokenId] = key([], "for stop tokens that the tokenizer does not name")
+    stop_strings: list[Text] = key([], "for a base model that goes on after its response: texts that end it")
 
     @property
     def greedy_by(self) -> str | None:
@@ -136,23 +136,23 @@ class Sampling(Section):
 class Pairs(Section):
     """Which pairs are trained on, and how they are packed into rows."""
 
-    responses_per_prompt: int = key(1, "generated responses per real one; the prompt is computed once", ge=1, le=1024)
-    history: int = key(0, "also train on the pairs of this many earlier iterations", ge=0, le=10_000)
-    history_fraction: Fraction = key(1.0, "of each earlier iteration's pairs")
-    truncated: Truncated = key("keep", "responses truncated at max_new_tokens: keep | mask | drop")
-    equal_to_real: KeepOrDrop = key("keep", "responses equal to the real one: keep | drop")
-    empty: KeepOrDrop = key("drop", "responses without text: keep | drop")
-    prompts_per_shard: int = key(256, "what a restart may generate again, per rank", ge=1, le=2**20)
-    row_tokens: int = key(8192, "longest packed row; higher is faster and increases memory", ge=1, le=2**24)
-    row_multiple: int = key(128, "rows are padded to this; higher means fewer shapes to compile", ge=1, le=2**16)
+    responses_per_prompt: int = key(1, "more for more pairs from few prompts; a prompt is computed once", ge=1, le=1024)
+    history: int = key(0, "more against forgetting: earlier iterations that are trained on too", ge=0, le=10_000)
+    history_fraction: Fraction = key(1.0, "less for shorter iterations: of each earlier iteration's pairs")
+    truncated: Truncated = key("keep", "those that max_new_tokens truncated; if there are many: keep | mask | drop")
+    equal_to_real: KeepOrDrop = key("keep", "drop if the model knows many responses by heart: keep | drop")
+    empty: KeepOrDrop = key("drop", "responses without text; keep if that may be right: keep | drop")
+    prompts_per_shard: int = key(256, "fewer if often killed: a restart may generate them again", ge=1, le=2**20)
+    row_tokens: int = key(8192, "longest packed row; lower when memory runs out; higher is faster", ge=1, le=2**24)
+    row_multiple: int = key(128, "higher for fewer shapes to compile; rows are padded to this", ge=1, le=2**16)
 
 
 class Validation(Section):
     """What is measured on the validation set besides the supervised loss."""
 
-    spin: bool = key(False, "true: also generate for the validation prompts; log SPIN loss and accuracy")
-    at_start: bool = key(True, "also before the first step, for comparison")
-    table_rows: int = key(4, "sample responses written at each validation", ge=0, le=10_000)
+    spin: bool = key(False, "true for SPIN loss and accuracy on held-out prompts; generates for them too")
+    at_start: bool = key(True, "false to start sooner; true: also before the first step, for comparison")
+    table_rows: int = key(4, "sample responses to read, written at each validation", ge=0, le=10_000)
 
 
 class LRScheduler(Section):
@@ -162,26 +162,26 @@ class LRScheduler(Section):
     warmup: Annotated[int, Field(ge=0, le=10**9, title="a whole number of steps")] | Fraction = key(
         0.1, "int: steps; float: fraction of the iteration's steps"
     )
-    min_ratio: Fraction = key(0.0, "fraction of lr that is left at the end")
+    min_ratio: Fraction = key(0.0, "above 0 if learning stalls at the end: fraction of lr that is left there")
 
 
 class WatchLimit(Section):
     """A limit and what passing it does."""
 
-    limit: float | None = key(None, "null: no limit", gt=0)
-    action: Action = key("warn", "warn | stop | rollback to the iteration's start")
+    limit: float | None = key(None, "lower to hear of it earlier; null: no limit", gt=0)
+    action: Action = key("warn", "warn | stop | rollback to the iteration's start; the last two where nobody watches")
 
 
 class LengthLimit(WatchLimit):
     """A limit of a ratio, or of its inverse."""
 
-    limit: float | None = key(2.0, "null: no limit", gt=1)
+    limit: float | None = key(2.0, "lower to hear of it earlier; null: no limit", gt=1)
 
 
 class Watch(Section):
     """What a policy looks like that self-play is ruining."""
 
-    window: int = key(20, "steps averaged for the first three", ge=1, le=10**6)
+    window: int = key(20, "more if small batches make noise: steps averaged for the first three", ge=1, le=10**6)
     real_logp_drift: WatchLimit = key(WatchLimit(limit=50.0), "nats that real responses may lose in an iteration")
     acc: WatchLimit = key(
         WatchLimit(limit=0.99), "above, the policy prefers nearly every real response: little is left to learn"
@@ -200,8 +200,8 @@ class Loss(Component):
 class Optimizer(Component):
     """The optimizer, given its learning rate by the recipe."""
 
-    lr: LearningRate | list[LearningRate] = key(..., "a list: one per iteration")
-    reset_each_iteration: bool = key(True, "false: moments stay although the opponent has changed")
+    lr: LearningRate | list[LearningRate] = key(..., "lower if real_logp_drift alerts; a list: one per iteration")
+    reset_each_iteration: bool = key(True, "false for short iterations: moments stay although the opponent has changed")
     own: ClassVar[tuple[str, ...]] = ("reset_each_iteration",)
 
 
@@ -213,77 +213,81 @@ def component(path: str, **arguments: Any) -> Any:
 class Config(Section):
     """What the configs of all recipes have."""
 
-    output_dir: Annotated[str, AfterValidator(_folder)] = key(..., "checkpoints, logs, pairs, exported models")
+    output_dir: Annotated[str, AfterValidator(_folder)] = key(
+        ..., "one for each run: checkpoints, logs, pairs, exports"
+    )
     dataset: Component = key(component("spin.data.prompt_dataset"), "prompts with real responses")
     sampling: Sampling = Sampling()
-    compute_dtype: TrainedDtype = key("bf16", "of the arithmetic: bf16 | fp32")
-    device: Literal["cpu", "cuda"] | None = key(None, "cuda | cpu; null: a GPU if there is one")
-    distributed_timeout_seconds: float = key(300, "a rank that is silent for that long ends the others", ge=1, le=86400)
-    seed: int = key(42, "decides the order of samples and every sampled token", ge=-(2**63), lt=2**63)
-    allow_components: list[str] = key([], "packages of yours that _component_ may name; on the command line only")
+    compute_dtype: TrainedDtype = key("bf16", "of the arithmetic; fp32 on a CPU or to compare runs: bf16 | fp32")
+    device: Literal["cpu", "cuda"] | None = key(None, "cuda | cpu, to try a config; null: a GPU if there is one")
+    distributed_timeout_seconds: float = key(300, "more for slow storage; ends the run of silent ranks", ge=1, le=86400)
+    seed: int = key(42, "another to see how results vary: order of samples, every sampled token", ge=-(2**63), lt=2**63)
+    allow_components: list[str] = key([], "packages of yours that _component_ names; on the command line only")
 
 
 class SPINConfig(Config):
     """The config of ``spin_recipe``."""
 
     resume: Annotated[str, Field(min_length=1, title="auto, never, or the folder of a checkpoint")] = key(
-        "auto", "auto: the newest checkpoint, if any | never | path of a checkpoint"
+        "auto", "auto: the newest checkpoint, if any | never: from the start | path of a checkpoint"
     )
-    resume_with_changes: list[str] = key([], "keys that may differ from the run that is resumed")
+    resume_with_changes: list[str] = key([], "keys that you changed on purpose since the run that is resumed")
     model: Component
     tokenizer: Component
     checkpointer: Component = Field(default=component("spin.checkpoint.SPINCheckpointer"))
-    validation_dataset: Component | None = key(None, "null: no validation")
+    validation_dataset: Component | None = key(None, "to see overfitting on held-out prompts; null: no validation")
     validation: Validation = Validation()
     generator: Component = key(component("spin.generators.TorchtuneGenerator"), "how the opponent generates")
     pairs: Pairs = Pairs()
     loss: Loss = Field(default=component("spin.loss.SPINLoss", beta=0.1))
-    nll_weight: float = key(0.0, "weight of the real responses' cross-entropy; keeps them likely", ge=0, le=1e6)
+    nll_weight: float = key(0.0, "above 0 if real responses lose probability: weight of their NLL", ge=0, le=1e6)
     optimizer: Optimizer = Field(default=component("torch.optim.AdamW", lr=5e-7))
     lr_scheduler: LRScheduler = LRScheduler()
     max_iterations: int = key(3, "rounds of self-play; each starts against the policy of the last", ge=1, le=10_000)
     max_epochs: int = key(2, "passes over the pairs in an iteration", ge=1, le=10_000)
     max_steps: Literal[-1] | Annotated[int, Field(ge=1, le=10**9)] | None = key(
-        -1, "stop after this many optimizer steps in all; -1: no limit"
+        -1, "to try a config: stop after this many optimizer steps in all; -1: no limit"
     )
     max_time: Annotated[str, AfterValidator(_time_limit)] | None = key(
-        None, "DD:HH:MM:SS; then save and stop; the same command resumes"
+        None, "for a scheduler's limit, DD:HH:MM:SS: save and stop then; the same command resumes"
     )
     global_batch_size: int = key(64, "prompts per optimizer step, over all ranks", ge=1, le=2**20)
-    limit_train_batches: Limit = key(1.0, "of an epoch. int: batches; float: fraction")
-    limit_val_batches: Limit = key(1.0, "of a validation. int: batches; float: fraction")
-    val_check_interval: Interval = key(0.5, "int: every n batches; float: fraction of an epoch")
-    save_interval: Interval = key(1.0, "int: every n batches; float: fraction of an epoch")
-    stop_signals: list[Annotated[str, AfterValidator(_catchable), Field(title="names of signals")]] = key(
-        ["SIGINT", "SIGTERM", "SIGUSR1"], "finish the step, save, stop; the same command resumes"
+    limit_train_batches: Limit = key(
+        1.0, "less for shorter iterations, on other prompts. int: batches; float: fraction"
     )
-    clip_grad_norm: float | None = key(1.0, "null: no clipping", gt=0)
-    on_nonfinite: OnNonfinite = key("stop", "loss or gradient NaN or infinite: stop | skip the batch")
+    limit_val_batches: Limit = key(1.0, "less for shorter validations. int: batches; float: fraction")
+    val_check_interval: Interval = key(0.5, "int: every n batches; float: fraction of an epoch")
+    save_interval: Interval = key(1.0, "less to lose less when killed. int: every n batches; float: of an epoch")
+    stop_signals: list[Annotated[str, AfterValidator(_catchable), Field(title="names of signals")]] = key(
+        ["SIGINT", "SIGTERM", "SIGUSR1"],
+        "your scheduler's: finish the step, save, stop; the same command resumes",
+    )
+    clip_grad_norm: float | None = key(1.0, "lower if grad_norm jumps; null: no clipping", gt=0)
+    on_nonfinite: OnNonfinite = key("stop", "loss or gradient NaN or infinite: stop | skip, in long runs")
     nonfinite_limit: int = key(5, "with skip: stop after this many batches in a row", ge=1, le=10**9)
     logprob_chunk_tokens: int = key(
         2048, "response tokens per slice of the output layer; lower saves memory", ge=1, le=2**24
     )
     dtype: TrainedDtype = key("fp32", "of trained weights; small learning rates hardly move bf16 ones")
-    base_dtype: TrainedDtype | None = key(None, "of frozen weights under adapters: bf16 | fp32")
+    base_dtype: TrainedDtype | None = key(None, "of frozen weights under adapters; bf16 saves memory: bf16 | fp32")
     attention: Attention = key("auto", "auto: FlexAttention on a GPU in bf16 | flex | dense, slow on long rows")
     enable_activation_checkpointing: bool = key(False, "true saves memory, costs about a third more compute")
-    ac_mode: ACMode = key("full", "full: every layer | selective: every ac_option-th")
+    ac_mode: ACMode = key("full", "full: every layer | selective, for speed: every ac_option-th")
     ac_option: int | None = key(None, "for ac_mode=selective; higher saves time, lower saves memory", ge=1, le=10_000)
     compile: bool = key(False, "torch.compile each layer: a minute more to start, then 1.5 times faster")
     enable_float8_training: bool = key(False, "true: the layers' products in float8; H100 and later, with compile")
-    num_workers: int = key(1, "threads that pack rows while the device computes", ge=0, le=4096)
-    self_test: bool = key(True, "stop unless each iteration starts at loss ln 2 and zero rewards")
+    self_test: bool = key(True, "false for a loss of your own that starts elsewhere than at ln 2, zero rewards")
     watch: Watch = Watch()
     metric_logger: Component | None = key(
         component("torchtune.training.metric_logging.DiskLogger", log_dir="${output_dir}/logs"),
-        "null: metrics.jsonl alone",
+        "W&B, TensorBoard, ... as in torchtune; null: metrics.jsonl alone",
     )
-    log_every_n_steps: int = key(1, "higher logs less often", ge=1, le=10**9)
-    replicas: int = key(1, "shard groups, each with all of a model; for slow links between hosts", ge=1, le=2**16)
+    log_every_n_steps: int = key(1, "more to spare a slow logging service", ge=1, le=10**9)
+    replicas: int = key(1, "HSDP, for slow links between hosts: groups with all of a model", ge=1, le=2**16)
     fsdp_reshard_after_forward: bool = key(True, "false gathers a layer once per step; more memory")
     fsdp_accumulate_unsharded: bool = key(False, "true reduces gradients once per step; 4 bytes more a weight")
     fsdp_cpu_offload: bool = key(False, "true keeps weights and optimizer in CPU memory; slow")
-    deterministic: bool = key(False, "true: a restart on a GPU gives the same bits; slower")
+    deterministic: bool = key(False, "true to debug a GPU run: a restart gives the same bits; slower")
 
 
 class GenerateConfig(SPINConfig):
@@ -296,9 +300,9 @@ class GenerateConfig(SPINConfig):
 class EvaluatedModel(Section):
     """A model of an evaluation."""
 
-    name: str | None = key(None, "null: the folder's name, or its iteration's; names a folder too")
-    checkpoint_dir: str | None = key(None, "Hugging Face folder; null: the generator has its own model")
-    model_type: str | None = key(None, "torchtune's name of the weight layout")
+    name: str | None = key(None, "if folders are called the same; null: the folder's or iteration's")
+    checkpoint_dir: str | None = key(None, "Hugging Face folder; null for a server, which has its own model")
+    model_type: str | None = key(None, "with checkpoint_dir: torchtune's name of the weight layout")
     model: Component | None = None
     tokenizer: Component = Field(default=component("spin.data.ChatTokenizer"))
     generator: Component = Field(default=component("spin.generators.TorchtuneGenerator"))
@@ -327,15 +331,15 @@ class Judge(EvaluatedModel):
 
     tokenizer: Component | None = None  # type: ignore[assignment]
     sampling: Sampling = Sampling(temperature=0.0, max_new_tokens=512)
-    system_prompt: str | None = key(None, "precedes every question to the judge")
-    template: str = key(JUDGE_TEMPLATE, "fields: {prompt}, {first}, {second}, {reference}")
-    pattern: str = key(r"\[\[([ABC])\]\]", "one group that takes A, B or C (a tie); the last match counts")
+    system_prompt: str | None = key(None, "if your judge expects one: precedes every question")
+    template: str = key(JUDGE_TEMPLATE, "to ask for other criteria; fields: {prompt}, {first}, {second}, {reference}")
+    pattern: str = key(r"\[\[([ABC])\]\]", "goes with the template: a group for A, B or C; the last match counts")
 
 
 class ExactMatch(Section):
     """How responses are compared with what the data set says."""
 
-    pattern: str | None = key(None, "its one group is taken at its last match; null: all of the response")
+    pattern: str | None = key(None, "finds a final answer: its group, at the last match; null: all of the response")
     column: str | None = key(None, "of the data set, with the right answer; null: the real response")
     reference_pattern: str | None = key(None, "as pattern, for the right answer")
 
@@ -345,10 +349,10 @@ class EvaluateConfig(Config):
 
     candidate: EvaluatedModel = EvaluatedModel()
     baseline: EvaluatedModel = EvaluatedModel()
-    verdict: Literal["judge", "exact_match"] = key("judge", "judge | exact_match")
+    verdict: Literal["judge", "exact_match"] = key("judge", "judge | exact_match, for tasks with one right answer")
     judge: Judge = Judge()
     exact_match: ExactMatch = key(ExactMatch(), "read for verdict: exact_match only")
-    prompts_per_shard: int = key(64, "what a restart may generate again", ge=1, le=2**20)
+    prompts_per_shard: int = key(64, "fewer if often killed: a restart may generate them again", ge=1, le=2**20)
 
 
 # Ranges of arguments of components, by section; any other number is below 2**63. The most is far above what makes

@@ -27,7 +27,7 @@ class RowBatch:
 
 
 def load_rows(
-    batches: Iterable[Sequence[Pair]], world: World, layout: RowLayout, num_workers: int = 0
+    batches: Iterable[Sequence[Pair]], world: World, layout: RowLayout, num_workers: int = 1
 ) -> Iterator[RowBatch]:
     """Packs this rank's rows of each global batch, in order.
 

@@ -41,7 +41,6 @@ def score_batches(
     layout: RowLayout,
     chunk_tokens: int = 2048,
     as_in_training: bool = False,
-    num_workers: int = 0,
 ) -> list[Pair]:
     """The pairs of global batches, in order, with their reference log-probs. Collective: every rank scores its rows and
     gets all pairs. Batches, ``layout`` and ``chunk_tokens`` (see :func:`spin.reference.logprobs.response_logps`) are
@@ -53,7 +52,7 @@ def score_batches(
     set_stage("scoring responses")
     keys: list[tuple[tuple[int, str], int]] = []
     logps: list[torch.Tensor] = []
-    for batch in load_rows(batches, world, layout, num_workers):
+    for batch in load_rows(batches, world, layout):
         for row in batch.rows:
             with torch.set_grad_enabled(as_in_training):
                 logps.append(response_logps(model, row.to(world.device), chunk_tokens).detach())
@@ -138,7 +137,7 @@ def score_pairs(
             if any_rank(should_stop(), world):
                 break
             pairs = score_batches(
-                model, [batches[i] for i in shards[shard]], world, layout=layout, num_workers=cfg.num_workers,
+                model, [batches[i] for i in shards[shard]], world, layout=layout,
                 chunk_tokens=cfg.logprob_chunk_tokens, as_in_training=cfg.compile,
             )  # fmt: skip
             with raise_on_all_ranks(world, OutputError):

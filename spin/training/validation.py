@@ -35,7 +35,7 @@ def validation_loss(
     pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in samples]
     size = cfg.global_batch_size
     batches = [pairs[i : i + size] for i in range(0, num_samples, size)]
-    rows = load_rows(batches, world, layout, cfg.num_workers)
+    rows = load_rows(batches, world, layout)
     for batch in progress_bar("validation", "batch", len(batches), rows, enabled=world.is_main):
         for row in (row.to(world.device) for row in batch.rows):
             logps = response_logps(model, row, cfg.logprob_chunk_tokens)

@@ -376,7 +376,7 @@ def test_overrides_that_are_too_much(override):
 
 
 RANGES = (
-    "max_iterations=1e7", "max_iterations=10000000", "max_epochs=2e9", "num_workers=1099511627776",
+    "max_iterations=1e7", "max_iterations=10000000", "max_epochs=2e9", "save_interval=1099511627776",
     "seed=99999999999999999999",
     "pairs.row_tokens=1180591620717411303424", "pairs.row_tokens=1e9", "pairs.prompts_per_shard=1e12",
     "optimizer.lr=1e38",
@@ -402,7 +402,7 @@ def test_numbers_out_of_range_are_named(override):
 def test_all_of_them_are_named_at_once(lure, capsys):
     several = (
         "max_iterations=1e7",
-        "num_workers=1099511627776",
+        "save_interval=1099511627776",
         "pairs.row_tokens=1180591620717411303424",
         "optimizer.lr=1e38",
     )
