@@ -39,29 +39,23 @@ class PromptSource(Protocol):
 
     def window(self, iteration: int) -> PromptDataset:
         """The samples that an iteration may play; a DataError if they are read only now and cannot be used."""
-        ...
 
     def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
         """The samples that an iteration plays: ``num_needed`` (steps of an epoch times the global batch size) indices
         into the iteration's window."""
-        ...
 
     def sample_id(self, iteration: int, index: int) -> str:
         """Id of a sample of an iteration's window."""
-        ...
 
     def count_sources(self, sample_ids: Iterable[str]) -> dict[str, float]:
         """How many samples come from each source of a mixture, by its name; empty if there are no names."""
-        ...
 
     def first_outside(self, vocab_size: int) -> tuple[str, int] | None:
         """Id and token of the first sample with a token id that is not in ``range(vocab_size)``. Where samples are read
         later, :meth:`window` checks these."""
-        ...
 
     def content_fingerprint(self) -> str:
         """Hash of the samples without what :attr:`settings` says."""
-        ...
 
 
 @dataclass(frozen=True)

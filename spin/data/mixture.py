@@ -25,7 +25,6 @@ from spin.types import Prompt
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what every metrics service takes
 _WEIGHT = "weight"
-_WEIGHT_RULE = "expected a number above 0. To play nothing of a source, leave it out."
 _FROM_RECIPE = ("tokenizer", "max_seq_len", "keep_originals")
 
 
@@ -55,10 +54,9 @@ class MixedPromptDataset(PromptDataset):
         if empty or not parts:
             raise ConfigError(f"dataset.sources: no sample in {', '.join(empty) or 'no source'}. Leave it out.")
         given = weights or {name: len(part) for name, part in parts.items()}
-        wrong = ", ".join(f"{name}: {weight!r}" for name, weight in given.items() if not _is_positive(weight))
-        if wrong:
-            raise ConfigError(f"dataset.sources: found the weights {wrong}: {_WEIGHT_RULE}")
-        _check_samples(samples)
+        faults = Faults()
+        _check_numbers(given, samples, faults)
+        faults.raise_if_any()
         exact = {name: Fraction(str(weight)) for name, weight in given.items()}  # as written: 0.1 is a tenth
         self._fractions = {name: exact[name] / sum(exact.values()) for name in parts}
         most = min(math.floor(len(part) / self._fractions[name]) for name, part in parts.items())
@@ -157,10 +155,8 @@ def mixed_prompt_dataset(
         ConfigError: If a source, its name, its arguments or its weight cannot work; all faults are named.
         DataError: If a source cannot be read; the message names it.
     """
-    tokenizer = adapt_tokenizer(tokenizer)
-    common = common or {}
-    _check_sources(sources, common, samples)
-    weights = {name: options[_WEIGHT] for name, options in sources.items() if _WEIGHT in options}
+    tokenizer, common = adapt_tokenizer(tokenizer), common or {}
+    weights = _check_sources(sources, common, samples)
     parts: dict[str, PromptDataset] = {}
     for name, options in sources.items():
         arguments = {key: value for key, value in {**common, **options}.items() if key != _WEIGHT}
@@ -173,19 +169,20 @@ def mixed_prompt_dataset(
     return MixedPromptDataset(parts, weights, samples)
 
 
-def _check_sources(sources: Any, common: Any, samples: Any) -> None:
+def _check_sources(sources: Any, common: Any, samples: Any) -> dict[str, Any]:
+    """The weights of sources that can work; a ConfigError with all that cannot."""
     if not isinstance(sources, Mapping) or not sources or not isinstance(common, Mapping):
         raise ConfigError(
             "dataset.sources: expected a name for each source with its arguments below, such as "
             "{chat: {source: chat.jsonl, weight: 0.7}}."
         )
-    faults = Faults()
+    faults, weights = Faults(), {}
     known = [name for name in inspect.signature(prompt_dataset).parameters if name not in _FROM_RECIPE]
     for name in sources:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             faults.add(f"dataset.sources.{name}: a name has letters, digits, dots, dashes and underscores only.")
-    for where, options in (("common", common), *((f"sources.{name}", options) for name, options in sources.items())):
-        where, is_source = f"dataset.{where}", where != "common"
+    for name, options in ((None, common), *sources.items()):
+        where, is_source = "dataset.common" if name is None else f"dataset.sources.{name}", name is not None
         if not isinstance(options, Mapping):
             faults.add(f"{where}: found {options!r}, expected arguments of prompt_dataset.")
             continue
@@ -197,27 +194,25 @@ def _check_sources(sources: Any, common: Any, samples: Any) -> None:
             faults.add(f"{where}.streaming: streams cannot be mixed. Use limit, or write one mixed file.")
         if is_source and "source" not in {**common, **options}:
             faults.add(f"{where}: has no source.")
-        if is_source and _WEIGHT in options and not _is_positive(options[_WEIGHT]):
-            faults.add(f"{where}.{_WEIGHT}={options[_WEIGHT]!r}: {_WEIGHT_RULE}")
+        if is_source and _WEIGHT in options:
+            weights[name] = options[_WEIGHT]
         values = {key: value for key, value in options.items() if key in known and key != "source"}
         check_values(where, prompt_dataset, values, faults)
-    without = [str(name) for name, each in sources.items() if isinstance(each, Mapping) and _WEIGHT not in each]
-    if without and len(without) < len(sources):
+    without = [name for name, options in sources.items() if isinstance(options, Mapping) and name not in weights]
+    if without and weights:
         faults.add(f"dataset.sources: {', '.join(without)} without a {_WEIGHT}, others with one. Give it to all.")
-    try:
-        _check_samples(samples)
-    except ConfigError as error:
-        faults.add(str(error))
+    _check_numbers(weights, samples, faults)
     faults.raise_if_any()
+    return weights
 
 
-def _check_samples(samples: Any) -> None:
-    if samples is not None and (isinstance(samples, bool) or not isinstance(samples, int) or samples < 1):
-        raise ConfigError(f"dataset.samples={samples!r}: expected a whole number above 0, or null.")
-
-
-def _is_positive(weight: object) -> bool:
-    return isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < math.inf
+def _check_numbers(weights: Mapping[str, Any], samples: Any, faults: Faults) -> None:
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            rule = "expected a number above 0. To play nothing of a source, leave it out."
+            faults.add(f"dataset.sources.{name}.{_WEIGHT}={weight!r}: {rule}")
+    if samples is not None and (type(samples) is not int or samples < 1):
+        faults.add(f"dataset.samples={samples!r}: expected a whole number above 0, or null.")
 
 
 def _joined(reports: Mapping[str, DatasetReport]) -> DatasetReport:

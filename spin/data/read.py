@@ -67,10 +67,10 @@ def prompt_dataset(
         tokenizer (Any): a ``PromptTokenizer`` or a torchtune model tokenizer; the recipe supplies it.
         source (Source): file, glob, folder, Hugging Face data set, or a list of these (see ``read_rows``).
         format (str): ``messages``, ``sharegpt``, ``prompt_response``, ``alpaca`` or ``auto`` (see ``row_to_messages``).
-        split (str | None): split of a Hugging Face data set.
-        name (str | None): configuration of a Hugging Face data set.
-        data_dir (str | None): sub-folder of a Hugging Face data set.
-        revision (str | None): branch, tag or commit of a Hugging Face data set.
+        split (str | None): see ``read_rows``, as for the next three.
+        name (str | None): configuration.
+        data_dir (str | None): sub-folder.
+        revision (str | None): branch, tag or commit.
         column_map (Mapping[str, str] | None): the format's column name to the data set's.
         message_transform (MessageTransform | None): a torchtune message transform, in place of ``format``.
         system_prompt (str | None): put before conversations that have no system message.

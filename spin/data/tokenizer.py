@@ -50,17 +50,14 @@ class PromptTokenizer(Protocol):
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
         """Ids of a conversation without its response, the assistant's header last. A DataError if the template or the
         tokenizer refuses the conversation."""
-        ...
 
     def encode_pair(self, messages: Sequence[ChatMessage]) -> Encoded:
         """Prompt ids and real response ids of a conversation, the latter closed by a stop token. A DataError if the
         template or the tokenizer refuses the conversation, if it does not begin with its own prompt, if the response
         holds a stop token before its end, or if it is empty."""
-        ...
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids, with nothing cleaned up; an id that the tokenizer lacks is U+FFFD."""
-        ...
 
 
 def prompt_mismatch(prompt: str, full: str) -> str:

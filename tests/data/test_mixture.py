@@ -88,7 +88,7 @@ def test_weights_are_distinguished_from_content():
 
 @pytest.mark.parametrize("weights", [{"a": 0, "b": 1}, {"a": -1, "b": 1}, {"a": True, "b": 1}, {"a": "x", "b": 1}])
 def test_weights_that_are_none(weights):
-    with pytest.raises(ConfigError, match="found the weights a: .*expected a number above 0"):
+    with pytest.raises(ConfigError, match=r"dataset\.sources\.a\.weight=.*: expected a number above 0"):
         mixture({"a": 2, "b": 2}, weights)
 
 
