@@ -60,24 +60,15 @@ class PromptSource(Protocol):
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """What became of the rows of a data set.
+    """What became of the rows of a data set. Reasons are ``bad_row``, ``duplicate_id``, ``long_prompt_drop``,
+    ``long_prompt_cut``, ``long_response_drop`` and ``long_response_cut``."""
 
-    Args:
-        rows (int): rows read.
-        samples (int): samples kept; with ``turns=all`` a row can make several.
-        counts (dict[str, int]): samples left out or shortened, by reason: ``bad_row``, ``duplicate_id``,
-            ``long_prompt_drop``, ``long_prompt_cut``, ``long_response_drop``, ``long_response_cut``.
-        examples (list[str]): place and reason of the first 20.
-        changes (dict[str, int]): rows that were read with a change, by its name.
-        unused (list[str]): columns that no row's conversation was made from, and ``messages[].key`` for keys of
-            messages.
-    """
-
-    rows: int
-    samples: int
-    counts: dict[str, int] = field(default_factory=dict)
-    examples: list[str] = field(default_factory=list)
-    changes: dict[str, int] = field(default_factory=dict)
+    rows: int  # that were read
+    samples: int  # that were kept; with ``turns=all`` a row can make several
+    counts: dict[str, int] = field(default_factory=dict)  # of samples left out or shortened, by reason
+    examples: list[str] = field(default_factory=list)  # place and reason of the first 20
+    changes: dict[str, int] = field(default_factory=dict)  # rows that were read with a change, by its name
+    # columns that no row's conversation was made from, and ``messages[].key`` for keys of messages
     unused: list[str] = field(default_factory=list)
 
 

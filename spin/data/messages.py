@@ -198,15 +198,12 @@ def row_to_messages(
     optional ``history``; instruction and input become one user turn with an empty line between them), or ``auto``. All
     may have ``system``, ``tools`` or ``functions``, ``chat_template_kwargs`` and NeMo's ``mask``. Lists may be JSON
     texts. ``column_map`` leads from a format's column to the data set's. A ``message_transform`` takes the place of a
-    format: any torchtune transform, from a sample to ``{"messages": [torchtune.data.Message, ...]}``, or to lists of
-    role and content dictionaries.
+    format: any torchtune transform, or one to ``{"messages": [...]}`` with dictionaries of role and content.
 
-    What stands before the first user's turn or behind the last assistant's has no prompt or no response: assistant
-    turns there, and user turns here, are left out. Rows ``from_arrow`` (parquet, ``datasets``) have structs filled up
-    with nulls, which are removed from tools and calls. ``notes`` gets what was changed and what was not used.
-
-    The texts are those of the row, unchanged; see :data:`ChatMessage` for the keys. A DataError says what is wrong with
-    the row; it does not name it: the caller knows it.
+    Assistant turns before the first user's and user turns behind the last assistant's are left out; texts are those of
+    the row, unchanged. Rows ``from_arrow`` (parquet, ``datasets``) have structs filled up with nulls, which are removed
+    from tools and calls. ``notes`` gets what was changed and what was not used. A DataError says what is wrong with the
+    row; its caller names it.
     """
     row = _Row(data, dict(column_map or {}), RowNotes() if notes is None else notes, from_arrow)
     of_row: dict[str, Any] = {}

@@ -68,16 +68,15 @@ class MixedPromptDataset(PromptDataset):
         fractions = map(float, self._fractions.values())
         turns = [(np.arange(size) + 0.5) / fraction for fraction, size in zip(fractions, sizes, strict=True)]
         order = np.argsort(np.concatenate(turns), kind="stable")
-        bounds = np.cumsum(sizes)[:-1]
         # the places of each source's samples among all, copy after copy
-        self._places = dict(zip(parts, np.split(np.argsort(order), bounds), strict=True))
+        self._places = dict(zip(parts, np.split(np.argsort(order), np.cumsum(sizes)[:-1]), strict=True))
 
         def mixed() -> Iterator[Prompt]:
-            names = list(parts)
-            owners, starts = np.searchsorted(bounds, order, side="right"), np.array([0, *bounds])
-            for owner, k in zip(owners.tolist(), (order - starts[owners]).tolist(), strict=True):
+            names, owners = list(parts), np.repeat(np.arange(len(sizes)), sizes)[order]
+            numbers = np.concatenate([np.arange(size) for size in sizes])[order]
+            for owner, number in zip(owners.tolist(), numbers.tolist(), strict=True):
                 name = names[owner]
-                copy, index = divmod(k, len(parts[name]))
+                copy, index = divmod(number, len(parts[name]))
                 prompt = parts[name][index]
                 sample_id = f"{name}/{prompt.sample_id}" + (f"#copy{copy}" if copy else "")
                 if prompt.sample_id in parts[name].originals:

@@ -49,7 +49,9 @@ def read_rows(
 ) -> Iterator[Row]:
     """Open a source and iterate over its rows in a fixed order.
 
-    The source is resolved at the call, its rows are read as they are asked for.
+    The source is resolved at the call, its rows are read as they are asked for; those that cannot be read have
+    ``error`` set. A DataError if nothing lies where ``source`` points, if its kind is unknown, if an option does not
+    apply to it, if it has several splits and none is chosen, or if a file cannot be read or there are no rows.
 
     Args:
         source (Source): a file of JSON Lines (``.jsonl``, ``.ndjson``), a JSON list or an object that holds one
@@ -59,8 +61,7 @@ def read_rows(
             explicitly), a list of any of these, or a list of dictionaries.
         split (str | None): split, as ``datasets`` writes it: ``train``, ``train[:1000]``, ``train[10%:]+test``. None
             takes ``train``, or the only split there is. A folder's splits are those that its ``README.md`` declares in
-            ``configs``, or else what the names of its files and folders say. Files that are named one by one or by a
-            glob pattern are ``train``.
+            ``configs``, or else what the names of its files and folders say; other files are ``train``.
         name (str | None): configuration of a Hugging Face data set, or of a folder whose ``README.md`` declares them.
         data_dir (str | None): sub-folder of a Hugging Face data set or of a folder.
         revision (str | None): branch, tag or commit of a Hugging Face data set.
@@ -68,12 +69,7 @@ def read_rows(
             files first, and refuse a source that can only be read whole.
 
     Returns:
-        Iterator[Row]: the rows; those that cannot be read have ``error`` set.
-
-    Raises:
-        DataError: If nothing lies where ``source`` points, if its kind is unknown, if an option does not apply to it,
-            if it has several splits and none is chosen, or if a file cannot be read. While iterating: if the source has
-            no rows.
+        Iterator[Row]: the rows.
     """
     options = {"split": split, "name": name, "data_dir": data_dir, "revision": revision}
     wrong = [f"dataset.{key}={value!r}" for key, value in options.items() if not isinstance(value, str | None)]

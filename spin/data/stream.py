@@ -50,12 +50,9 @@ class PromptStream:
             self._ids[self._next] = self._newest.sample_ids
             self._next += 1
         assert self._newest is not None
-        outside = None if self._vocab_size is None else self._newest.first_outside(self._vocab_size)
-        if outside is not None:
-            raise DataError(
-                f"sample {outside[0]!r} of iteration {iteration} has the token id {outside[1]}, beyond the model's "
-                f"vocabulary of {self._vocab_size}."
-            )
+        if self._vocab_size is not None and (outside := self._newest.first_outside(self._vocab_size)) is not None:
+            where, beyond = f"sample {outside[0]!r} of iteration {iteration}", f"vocabulary of {self._vocab_size}"
+            raise DataError(f"{where} has the token id {outside[1]}, beyond the model's {beyond}.")
         return self._newest
 
     def iteration_samples(self, num_needed: int, seed: int, iteration: int) -> list[int]:
@@ -116,11 +113,10 @@ def iteration_windows(
 
 
 def shuffled_rows(rows: Iterable[Row], buffer: int, seed: int, pass_number: int) -> Iterator[Row]:
-    """Rows in another order, a block of consecutive rows at a time.
+    """Rows in another order, a block of consecutive rows at a time; with a buffer of 0 or 1 the order stays.
 
-    A block's order depends on its number, not on what was read before. So the place in the stream is the number of
-    rows that were taken, which the usual shuffle buffer (a random one of the next n) does not offer. With a buffer of
-    0 or 1 the order stays; each pass over the source has an order of its own.
+    A block's order depends on its number and the pass over the source, not on what was read before. So the place in the
+    stream is the number of rows that were taken, which the usual shuffle buffer does not offer.
     """
     if buffer < 2:
         yield from rows
