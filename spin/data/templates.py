@@ -76,7 +76,7 @@ class ChatTemplate:
         return results
 
     def _request(self, line: str) -> list[dict[str, Any]]:
-        code, found = _worker().ask(line)
+        code, found = _worker(os.getpid()).ask(line)
         if found is None:
             how = f"ended the process that renders it (exit code {code}, {MEMORY_BYTES >> 20} MiB of memory)"
             if code == -signal.SIGPROF:
@@ -138,11 +138,6 @@ class _Worker:
         )
 
 
-_shared: _Worker | None = None
-
-
-def _worker() -> _Worker:
-    global _shared
-    if _shared is None or _shared.pid != os.getpid():
-        _shared = _Worker()
-    return _shared
+@functools.lru_cache(maxsize=1)
+def _worker(pid: int) -> _Worker:
+    return _Worker()

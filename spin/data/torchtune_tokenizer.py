@@ -68,18 +68,27 @@ class TorchtuneTokenizer:
         return max(known) + 1
 
     @cached_property
+    def _vocabulary(self) -> tuple[Iterable[int], list[bytes]]:
+        """The ids in the vocabulary of each of torchtune's base tokenizers, and what identifies it."""
+        base = self._tokenizer
+        if hasattr(base, "_spm_model"):
+            model = base._spm_model.spm_model
+            return range(model.vocab_size()), [model.serialized_model_proto()]
+        if hasattr(base, "tt_model"):
+            ranks = base.tt_model.tt_model._mergeable_ranks
+            by_rank = sorted(ranks.items(), key=lambda item: item[1])
+            return ranks.values(), [b"%d:%b" % (rank, token) for token, rank in by_rank]
+        base = getattr(base, "tokenizer_model", base)
+        if hasattr(base, "encoder") and hasattr(base, "bpe_ranks"):
+            merges = [" ".join(merge) for merge in base.bpe_ranks]
+            return base.encoder.values(), [canonical_json(base.encoder), canonical_json(merges)]
+        probe = self._tokens([{"role": "user", "content": "".join(map(chr, range(32, 1024)))}])
+        return range(self.vocab_size), [canonical_json(probe)]
+
+    @cached_property
     def known_ids(self) -> frozenset[int]:
         """The ids that have a token; a model may have more rows, and a vocabulary holes."""
-        base = self._tokenizer
-        model = getattr(base, "tokenizer_model", base)
-        found: Iterable[int] = range(self.vocab_size)
-        if hasattr(base, "_spm_model"):
-            found = range(base._spm_model.spm_model.vocab_size())
-        elif hasattr(base, "tt_model"):
-            found = base.tt_model.tt_model._mergeable_ranks.values()
-        elif hasattr(model, "encoder"):
-            found = model.encoder.values()
-        return frozenset((*found, *self._special_names, *self._unnamed_specials()))
+        return frozenset((*self._vocabulary[0], *self._special_names, *self._unnamed_specials()))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -87,7 +96,7 @@ class TorchtuneTokenizer:
         template = getattr(self._tokenizer, "prompt_template", None)
         shown = [type(template).__qualname__, getattr(template, "template", None)]
         kind = type(self._tokenizer).__qualname__
-        parts = [canonical_json([kind, self._special_names, self.eos_ids, self._closing, shown]), *self._vocabulary()]
+        parts = [canonical_json([kind, self._special_names, self.eos_ids, self._closing, shown]), *self._vocabulary[1]]
         return hashlib.sha256(b"".join(parts)).hexdigest()
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
@@ -177,19 +186,6 @@ class TorchtuneTokenizer:
         if not found:
             raise DataError(f"{self._name} has neither stop_tokens nor eos_id. SPIN must score where responses end.")
         return found
-
-    def _vocabulary(self) -> list[bytes]:
-        """The vocabulary of each of torchtune's base tokenizers, or the ids of a probe text."""
-        base = self._tokenizer
-        if hasattr(base, "_spm_model"):
-            return [base._spm_model.spm_model.serialized_model_proto()]
-        if hasattr(base, "tt_model"):
-            ranks = base.tt_model.tt_model._mergeable_ranks
-            return [b"%d:%b" % (rank, token) for token, rank in sorted(ranks.items(), key=lambda item: item[1])]
-        base = getattr(base, "tokenizer_model", base)
-        if hasattr(base, "encoder") and hasattr(base, "bpe_ranks"):
-            return [canonical_json(base.encoder), canonical_json([" ".join(merge) for merge in base.bpe_ranks])]
-        return [canonical_json(self._tokens([{"role": "user", "content": "".join(map(chr, range(32, 1024)))}]))]
 
 
 def adapt_tokenizer(tokenizer: Any) -> PromptTokenizer:

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchtune.data import InputOutputToMessages, OpenAIToMessages, ShareGPTToMessages
 
 from spin.core.errors import ConfigError, DataError
 from spin.data.messages import check_messages, check_row_format, detect_format, row_to_messages, split_turns
@@ -10,55 +11,50 @@ from spin.data.messages import check_messages, check_row_format, detect_format, 
 USER = {"role": "user", "content": "Q"}
 ASSISTANT = {"role": "assistant", "content": "A"}
 SYSTEM = {"role": "system", "content": "S"}
+NEMO = {
+    "mask": "User",
+    "type": "VALUE_TO_TEXT",
+    "conversations": [
+        {"from": "User", "value": "Q", "label": None},
+        {"from": "Assistant", "value": "A", "label": "quality:4"},
+    ],
+}
+EMPTY = {"role": "system", "content": ""}
 
 
 @pytest.mark.parametrize(
-    ("row", "row_format"),
+    ("row", "row_format", "options", "messages"),
     [
-        ({"messages": [USER, ASSISTANT]}, "messages"),
-        ({"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}, "sharegpt"),
-        ({"prompt": "Q", "response": "A"}, "prompt_response"),
-        ({"prompt": [USER], "completion": [ASSISTANT]}, "prompt_response"),
-        ({"instruction": "Q", "input": None, "output": "A"}, "alpaca"),
-        ({"prompt": "Q", "messages": [USER, ASSISTANT], "response": None}, "messages"),
+        ({"messages": [USER, ASSISTANT]}, "messages", {}, [USER, ASSISTANT]),
+        ({"prompt": "Q", "response": "A"}, "prompt_response", {}, [USER, ASSISTANT]),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, "prompt_response", {}, [USER, ASSISTANT]),
+        ({"instruction": "Q", "input": None, "output": "A"}, "alpaca", {}, [USER, ASSISTANT]),
+        ({"prompt": "Q", "messages": [USER, ASSISTANT], "response": None}, "messages", {}, [USER, ASSISTANT]),
+        # columns under names of their own, TRL's preferences with a prompt among them
+        ({"real": [USER, ASSISTANT]}, "messages", {"column_map": {"messages": "real"}}, [USER, ASSISTANT]),
+        ({"prompt": [USER], "chosen": [ASSISTANT]}, "prompt_response", {"column_map": {"response": "chosen"}},
+            [USER, ASSISTANT]),
+        # a system prompt stands first unless there is one
+        ({"messages": [USER, ASSISTANT]}, "messages", {"system_prompt": "S"}, [SYSTEM, USER, ASSISTANT]),
+        ({"messages": [SYSTEM, USER, ASSISTANT]}, "messages", {"system_prompt": "T"}, [SYSTEM, USER, ASSISTANT]),
+        ({"prompt": "Q", "response": "A", "system": "S"}, "prompt_response", {}, [SYSTEM, USER, ASSISTANT]),
+        # NeMo-Aligner: roles by from, with a capital; the preamble next to the turns, empty or not
+        ({**NEMO, "system": "S"}, "sharegpt", {}, [SYSTEM, USER, ASSISTANT]),
+        ({**NEMO, "system": ""}, "sharegpt", {}, [EMPTY, USER, ASSISTANT]),
+        ({**NEMO, "system": None}, "sharegpt", {}, [USER, ASSISTANT]),
+        ({**NEMO, "system": "T", "conversations": [{"from": "System", "value": "S"}, *NEMO["conversations"]]},
+            "sharegpt", {}, [SYSTEM, USER, ASSISTANT]),
+        ({**NEMO, "preamble": "S"}, "sharegpt", {"column_map": {"system": "preamble"}}, [SYSTEM, USER, ASSISTANT]),
+        # texts are not touched
+        ({"prompt": "  Q \n", "response": "\n\nA  "}, "prompt_response", {}, [{**USER, "content": "  Q \n"},
+            {**ASSISTANT, "content": "\n\nA  "}]),
     ],
-)
-def test_a_format_is_found_or_given(row, row_format):
-    assert detect_format(row) == row_format
-    assert row_to_messages(row) == row_to_messages(row, row_format=row_format) == [USER, ASSISTANT]
-
-
-def test_column_map_renames_columns_in_every_format():
-    mapped = {"prompt": "question", "response": "answer"}
-    assert row_to_messages({"real": [USER, ASSISTANT]}, column_map={"messages": "real"}) == [USER, ASSISTANT]
-    with pytest.raises(DataError, match="column 'question' is null; found columns question, answer"):
-        row_to_messages({"question": None, "answer": "A"}, row_format="prompt_response", column_map=mapped)
-    # TRL's form of preferences with a prompt of its own
-    row = {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [{"role": "assistant", "content": "B"}]}
-    assert row_to_messages(row, column_map={"response": "chosen"}) == [USER, ASSISTANT]
-
-
-def test_system_prompt_is_put_first_unless_there_is_one():
-    assert row_to_messages({"messages": [USER, ASSISTANT]}, system_prompt="S") == [SYSTEM, USER, ASSISTANT]
-    assert row_to_messages({"messages": [SYSTEM, USER, ASSISTANT]}, system_prompt="T")[0] == SYSTEM
-    assert row_to_messages({"prompt": "Q", "response": "A", "system": "S"}) == [SYSTEM, USER, ASSISTANT]
-
-
-def test_a_row_of_nemo_aligner_with_capital_roles_and_a_system_column():
-    """As its chat data sets have them: roles by from, with a capital; the preamble beside the turns, empty or not."""
-    turns = [{"from": "User", "value": "Q", "label": None}, {"from": "Assistant", "value": "A", "label": "quality:4"}]
-    row = {"mask": "User", "system": "S", "type": "VALUE_TO_TEXT", "conversations": turns}
-    assert row_to_messages(row) == [SYSTEM, USER, ASSISTANT]
-    assert row_to_messages({**row, "system": ""})[0] == {"role": "system", "content": ""}
-    assert row_to_messages({**row, "system": None}) == [USER, ASSISTANT]
-    assert row_to_messages({**row, "conversations": [{"from": "System", "value": "T"}, *turns]})[0]["content"] == "T"
-    renamed = {"preamble": "S", "conversations": turns}
-    assert row_to_messages(renamed, column_map={"system": "preamble"}) == [SYSTEM, USER, ASSISTANT]
-
-
-def test_texts_are_not_touched():
-    row = {"prompt": "  Q \n", "response": "\n\nA  "}
-    assert [message["content"] for message in row_to_messages(row)] == ["  Q \n", "\n\nA  "]
+)  # fmt: skip
+def test_a_format_is_found_or_given(row, row_format, options, messages):
+    assert detect_format(row, options.get("column_map")) == row_format
+    for name in ("auto", row_format):
+        assert row_to_messages(row, row_format=name, **options) == messages
+    check_messages(messages)
 
 
 def test_options_that_name_columns_are_checked_before_rows():
@@ -73,15 +69,6 @@ def test_options_that_name_columns_are_checked_before_rows():
     ):
         with pytest.raises(ConfigError, match=message):
             check_row_format(row_format, column_map)
-
-
-def test_a_conversation_without_a_response_has_the_agreed_message():
-    with pytest.raises(DataError) as caught:
-        row_to_messages({"messages": [USER]})
-    assert str(caught.value) == (
-        "last message has role 'user', expected 'assistant'. SPIN needs a real response to learn from. "
-        "Fix the row or set dataset.on_bad_row=skip."
-    )
 
 
 FAULTS = [
@@ -114,7 +101,11 @@ FAULTS = [
     ({"prompt": "Q", "response": [USER]}, "expected exactly one, of role 'assistant'"),
     ({"prompt": "Q", "response": {"a": 1}}, "the response is of type dict, expected a text"),
     ({"instruction": "Q", "output": 3}, "output is of type int"),
-    ({"question": "Q", "answer": "A"}, "columns question, answer; expected messages (messages); conversations"),
+    (
+        {"messages": [USER]},
+        "last message has role 'user', expected 'assistant'. SPIN needs a real response to learn from. "
+        "Fix the row or set dataset.on_bad_row=skip.",
+    ),
     ({"prompt": "Q", "response": None, "source": None}, "columns prompt (null: response, source); expected messages"),
 ]
 
@@ -126,8 +117,10 @@ def test_faults_of_rows(row, reason):
     assert reason in str(caught.value)
 
 
-def test_empty_system_message_is_allowed():
-    check_messages([{"role": "system", "content": ""}, USER, ASSISTANT])
+def test_a_column_that_is_null_goes_by_its_own_name():
+    mapped = {"prompt": "question", "response": "answer"}
+    with pytest.raises(DataError, match="column 'question' is null; found columns question, answer"):
+        row_to_messages({"question": None, "answer": "A"}, row_format="prompt_response", column_map=mapped)
 
 
 def test_turns():
@@ -137,33 +130,40 @@ def test_turns():
     assert split_turns(conversation, "all") == [("#turn0", conversation[:3]), ("#turn1", conversation)]
 
 
-def test_torchtune_transforms():
-    from torchtune.data import InputOutputToMessages, OpenAIToMessages, ShareGPTToMessages
+SHAREGPT = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
+OPENAI = OpenAIToMessages(column_map={"messages": "chat"}, new_system_prompt="S")
 
-    sharegpt = {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]}
-    assert row_to_messages(sharegpt, message_transform=ShareGPTToMessages()) == [USER, ASSISTANT]
-    openai = {"chat": [USER, ASSISTANT]}
-    transform = OpenAIToMessages(column_map={"messages": "chat"}, new_system_prompt="S")
-    assert row_to_messages(openai, message_transform=transform) == [SYSTEM, USER, ASSISTANT]
-    assert row_to_messages({"input": "Q", "output": "A"}, message_transform=InputOutputToMessages()) == [
-        USER,
-        ASSISTANT,
-    ]
-    with pytest.raises(
-        DataError, match="ShareGPTToMessages failed with KeyError: 'conversations'; the row has the columns"
-    ):
-        row_to_messages(openai, message_transform=ShareGPTToMessages())
+
+@pytest.mark.parametrize(
+    ("row", "transform", "expected"),
+    [
+        (SHAREGPT, ShareGPTToMessages(), [USER, ASSISTANT]),
+        ({"chat": [USER, ASSISTANT]}, OPENAI, [SYSTEM, USER, ASSISTANT]),
+        ({"input": "Q", "output": "A"}, InputOutputToMessages(), [USER, ASSISTANT]),
+        (
+            {"chat": []},
+            ShareGPTToMessages(),
+            "ShareGPTToMessages failed with KeyError: 'conversations'; the row has the",
+        ),
+        ({"a": 1}, lambda row: None, "transform"),
+        ({"a": 1}, lambda row: {"tokens": [1]}, "transform"),
+        ({"a": 1}, lambda row: {"messages": [5]}, "transform"),
+    ],
+)
+def test_transforms(row, transform, expected):
+    if isinstance(expected, list):
+        assert row_to_messages(row, message_transform=transform) == expected
+        return
+    with pytest.raises(DataError, match=expected):
+        row_to_messages(row, message_transform=transform)
 
 
 def test_torchtune_transforms_load_no_image():
     """They would open what the row names, a file of this machine or any address, before anything could refuse it."""
-    from torchtune.data import InputOutputToMessages, OpenAIToMessages, ShareGPTToMessages
-
     address = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}}
-    turns = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     for row, transform in (
         ({"messages": [{"role": "user", "content": [address]}, ASSISTANT]}, OpenAIToMessages()),
-        ({"conversations": turns, "image": "/etc/hostname"}, ShareGPTToMessages(image_tag="<image>")),
+        ({**SHAREGPT, "image": "/etc/hostname"}, ShareGPTToMessages(image_tag="<image>")),
         (
             {"input": "Q", "output": "A", "picture": "/etc/hostname"},
             InputOutputToMessages(column_map={"input": "input", "output": "output", "image": "picture"}),
@@ -171,12 +171,6 @@ def test_torchtune_transforms_load_no_image():
     ):
         with pytest.raises(DataError, match="has an image; only text is supported, and nothing was loaded"):
             row_to_messages(row, message_transform=transform)
-
-
-def test_transform_that_returns_something_else():
-    for returned in (None, {"tokens": [1]}, {"messages": [5]}):
-        with pytest.raises(DataError, match="transform"):
-            row_to_messages({"a": 1}, message_transform=lambda row, returned=returned: returned)
 
 
 # Keys and values near those of real rows, so that the fuzz reaches the parsers and not only the detection.
