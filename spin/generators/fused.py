@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spin.model.modules import Rope
 from spin.model.torchtune import (
     FeedForward,
     GemmaRMSNorm,
@@ -49,6 +50,8 @@ def _forward_of(module: Any, kernels: Any) -> Callable[..., torch.Tensor] | None
     kind = type(module)
     if kind in _NORMS:
         return lambda x: kernels.rms_norm(x, module.scale, module.eps, _NORMS[kind])
+    if kind is Rope:
+        return lambda x, input_pos=None: kernels.rotate(x, module.cache, input_pos, interleaved=module.interleaved)
     if kind in _ROTARY:
         return lambda x, input_pos=None: kernels.rotate(x, module.cache, input_pos, **_ROTARY[kind])
     if kind is FeedForward and module.w3 is not None:

@@ -69,8 +69,9 @@ def _attend_slots(
 
 @triton.jit
 def _rotate(
-    x, table, positions, out, length, heads, table_row, has_positions: tl.constexpr, interleaved: tl.constexpr,
-    rounded: tl.constexpr, half: tl.constexpr, half_block: tl.constexpr, head_block: tl.constexpr,
+    x, table, positions, out, length, heads, head_dim, table_row, has_positions: tl.constexpr,
+    interleaved: tl.constexpr, neighbors: tl.constexpr, rounded: tl.constexpr, half: tl.constexpr,
+    half_block: tl.constexpr, head_block: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     if has_positions:
@@ -81,22 +82,24 @@ def _rotate(
     head = tl.arange(0, head_block)
     inside = (head < heads)[:, None] & (pair < half)[None, :]
     line = table + position * table_row
-    if interleaved:  # cos and sin of a pair side by side, as are its two entries
+    if neighbors:  # cos and sin of a pair side by side
+        cos = tl.load(line + 2 * pair, mask=pair < half, other=0.0)
+        sin = tl.load(line + 2 * pair + 1, mask=pair < half, other=0.0)
+    else:  # all cosines twice, then all sines twice
+        cos = tl.load(line + pair, mask=pair < half, other=0.0)
+        sin = tl.load(line + 2 * half + pair, mask=pair < half, other=0.0)
+    if interleaved:
         first = 2 * pair
         second = 2 * pair + 1
-        cos = tl.load(line + first, mask=pair < half, other=0.0)
-        sin = tl.load(line + second, mask=pair < half, other=0.0)
-    else:  # all cosines twice, then all sines twice
+    else:
         first = pair
         second = pair + half
-        cos = tl.load(line + first, mask=pair < half, other=0.0)
-        sin = tl.load(line + 2 * half + first, mask=pair < half, other=0.0)
     if rounded:
         cos = cos.to(x.dtype.element_ty)
         sin = sin.to(x.dtype.element_ty)
     cos = cos.to(tl.float32)[None, :]
     sin = sin.to(tl.float32)[None, :]
-    at = (token * heads + head)[:, None] * (2 * half)
+    at = (token * heads + head)[:, None] * head_dim
     left = tl.load(x + at + first[None, :], mask=inside, other=0.0).to(tl.float32)
     right = tl.load(x + at + second[None, :], mask=inside, other=0.0).to(tl.float32)
     kind = out.dtype.element_ty
@@ -192,17 +195,19 @@ def rotate(
     """Rotary position embeddings, computed in fp32.
 
     x is queries or keys, shape (b, s, h, hd). ``table`` is fp32 with a line for each position: cosine and sine of each
-    pair, shape (p, hd / 2, 2), or all cosines and all sines, both twice, shape (p, 2 * hd). ``positions`` is int64,
-    shape (b, s); None counts from 0. With ``interleaved`` the table is of the first kind and pairs are neighbors; else
-    pairs are half a head apart. With ``rounded`` the table is rounded to the dtype of ``x`` first.
+    pair, shape (p, pairs, 2), or all cosines and all sines, both twice, shape (p, 2 * hd). ``positions`` is int64,
+    shape (b, s); None counts from 0. With ``interleaved`` a pair's two dimensions are neighbors; else they are
+    ``pairs`` apart. Dimensions behind the pairs stay as they are. With ``rounded`` the table is rounded to the dtype of
+    ``x`` first.
     """
     b, s, heads, head_dim = x.shape
+    pairs = table.shape[1] if table.dim() == 3 else head_dim // 2
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = x.clone() if 2 * pairs < head_dim else torch.empty_like(x)
     _rotate[(b * s,)](
-        x, table, x if positions is None else positions.contiguous(), out, s, heads, table[0].numel(),
-        has_positions=positions is not None, interleaved=interleaved, rounded=rounded, half=head_dim // 2,
-        half_block=triton.next_power_of_2(head_dim // 2), head_block=triton.next_power_of_2(heads), num_warps=4,
+        x, table, x if positions is None else positions.contiguous(), out, s, heads, head_dim, table[0].numel(),
+        has_positions=positions is not None, interleaved=interleaved, neighbors=table.dim() == 3, rounded=rounded,
+        half=pairs, half_block=triton.next_power_of_2(pairs), head_block=triton.next_power_of_2(heads), num_warps=4,
     )  # fmt: skip
     return out
 

@@ -99,7 +99,7 @@ def scale_output(module: nn.Module, factor: float, rounded: bool = False) -> Non
         return
 
     def scaled(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        return output * (torch.tensor(factor, dtype=output.dtype, device=output.device) if rounded else factor)
+        return output * (torch.tensor(factor, dtype=output.dtype).item() if rounded else factor)
 
     module.register_forward_hook(scaled)
 
