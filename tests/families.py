@@ -5,6 +5,7 @@ norm scales and biases included: with their constant initial values a wrong name
 """
 
 import json
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from torchtune.modules import TransformerDecoder
 
 from spin.model.adapters import adapted_modules, adapter_parameters, patch_dora, patch_nf4
 from spin.model.hf_families import LAYOUTS
+from tests.hf_folders import ONE_OF_EACH, decoder, write_folder
 
 VOCAB_SIZE = 160
 MAX_SEQ_LEN = 128
@@ -60,6 +62,9 @@ FAMILIES: dict[str, Callable[[], TransformerDecoder]] = {
     "phi3": partial(_build, phi3, **{**_SHAPE, "num_kv_heads": 4}),
     "phi4": partial(_build, phi3, **_SHAPE, rope_base=250_000),
 }
+# Those that are built from their folder: one of each model_type.
+FROM_HF: dict[str, Callable[[], Any]] = {f"hf/{name}": partial(decoder, name) for name in ONE_OF_EACH}
+MODELS = FAMILIES | FROM_HF
 MODEL_TYPES = {
     "llama2": "LLAMA2", "llama3_1": "LLAMA3", "llama3_2": "LLAMA3_2", "mistral": "MISTRAL", "qwen2": "QWEN2",
     "qwen2_5": "QWEN2", "gemma": "GEMMA", "gemma2": "GEMMA2", "phi3": "PHI3_MINI", "phi4": "phi4",  # any case
@@ -70,6 +75,7 @@ LORA_BUILDERS: dict[str, Callable[..., TransformerDecoder]] = {
     "phi4": lora_phi3,
 }  # fmt: skip
 EVERYWHERE = {"lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True}
+HF_NF4_SHAPE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 NF4_SHAPE = {"embed_dim": 256, "intermediate_dim": 512}  # every weight has a multiple of 16,384 numbers
 
 
@@ -77,8 +83,10 @@ def lora_model(
     name: str, rank: int = 4, alpha: float = 12.0, shape: dict[str, int] | None = None, **arguments: Any
 ) -> TransformerDecoder:
     """A model of family ``name`` with random adapters; its base has the weights of ``FAMILIES[name](**shape)``."""
-    plain = FAMILIES[name](**(shape or {}))
     adapters = EVERYWHERE | {"lora_rank": rank, "lora_alpha": alpha} | arguments
+    if name in FROM_HF:
+        return decoder(name.removeprefix("hf/"), shape, **adapters)  # type: ignore[return-value]
+    plain = FAMILIES[name](**(shape or {}))
     arguments = FAMILIES[name].keywords | (shape or {}) | adapters  # type: ignore[attr-defined]
     with torch.random.fork_rng():
         torch.manual_seed(11)
@@ -156,6 +164,9 @@ def hf_twin(name: str, model: TransformerDecoder) -> nn.Module:
     """
     import transformers
 
+    if name in FROM_HF:
+        with tempfile.TemporaryDirectory() as folder:
+            return write_folder(name.removeprefix("hf/"), Path(folder))
     kind, changes = _TWINS[name]
     config = getattr(transformers, f"{kind}Config")(**_HF_SHAPE | changes)
     heads = {"num_heads": 4, "num_kv_heads": config.num_key_value_heads, "dim": 64}

@@ -3,6 +3,7 @@
 ``FOLDERS`` maps a name to what its config.json has beside ``_SHAPE``; ``REFUSED`` holds folders of other kinds.
 """
 
+import tempfile
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,10 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "internlm3_biases": {"model_type": "internlm3", "head_dim": 16, "qkv_bias": True, "bias": True},
 }  # fmt: skip
 
+UNBUILT = ("stablelm_qk_norm", "cohere_qk_norm", "qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed")  # not by SPIN
+BUILT = [name for name in FOLDERS if name not in UNBUILT]
+ONE_OF_EACH = [name for name in BUILT if FOLDERS[name].get("model_type", name) == name]  # a folder of each model_type
+
 _LINEAR = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "layer_types": ["linear_attention", FULL], "head_dim": 16,
@@ -208,8 +213,10 @@ def folder_config(name: str, **changes: Any) -> Any:
     return AutoConfig.for_model(**deepcopy(keys if keys["model_type"] == "gemma3" else _SHAPE | keys))
 
 
-def write_folder(name: str, path: Path) -> nn.Module:
-    """Write folder ``name`` to ``path``; no parameter keeps a constant initial value, so that no loss of one is hidden.
+def write_folder(name: str, path: Path, **changes: Any) -> nn.Module:
+    """Write folder ``name`` to ``path``, with other keys of its config.
+
+    No parameter keeps a constant initial value, so that no loss of one is hidden.
 
     Returns:
         nn.Module: the transformers model with these weights: float32, eager attention, evaluation mode.
@@ -218,7 +225,7 @@ def write_folder(name: str, path: Path) -> nn.Module:
 
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        config = folder_config(name)
+        config = folder_config(name, **changes)
         model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -227,6 +234,29 @@ def write_folder(name: str, path: Path) -> nn.Module:
     model.save_pretrained(path)
     if name.endswith("_other_names"):
         _rename(path / "model.safetensors")
+    return model.eval()
+
+
+def decoder(name: str, shape: dict[str, int] | None = None, **arguments: Any) -> nn.Module:
+    """The torchtune model of folder ``name``, plain and in float32, with the folder's weights; adapters are random."""
+    from spin.model.adapters import adapted_modules, adapter_parameters, patch_dora, patch_nf4
+    from spin.model.decoder import from_hf
+    from spin.model.hf import from_hf_tensors
+    from spin.model.hf_folder import CONFIG, read_config, text_name
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_folder(name, Path(folder), **(shape or {}))
+        model: nn.Module = from_hf(folder, **arguments)
+        named = {text_name(key): tensor for key, tensor in stored_tensors(Path(folder)).items()}
+        named.pop(None, None)  # of images
+        from_hf_tensors(model, named, read_config(Path(folder) / CONFIG), "HF")
+    patch_dora(model)
+    patch_nf4(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        for module in adapted_modules(model).values():
+            for parameter in adapter_parameters(module).values():
+                nn.init.normal_(parameter, std=0.2)
     return model.eval()
 
 

@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spin.core.errors import CheckpointError
-from spin.core.files import atomic_dir, sync, write_json
+from spin.core.files import atomic_dir, read_json, sync, write_json
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_scale, full_magnitude
 from spin.model.hf import stored_rows, write_companions
+from spin.model.hf_config import CONFIG as HF_CONFIG
 from spin.model.hf_families import check_model_type
 from spin.model.sharding import check_weights, clean_name, full_tensor, reshard, weight_gathers
 
@@ -50,6 +51,8 @@ def export_peft(
     modules = {clean_name(name): module for name, module in adapted_modules(model).items()}
     with raise_on_all_ranks(world, CheckpointError):
         stored = stored_rows(model, source_dir, check_model_type(model_type))
+        is_multimodal = "text_config" in read_json(Path(source_dir) / HF_CONFIG, CheckpointError, "")
+    exclude = r".*vision_tower.*" if is_multimodal else None
     weights = weight_gathers(model)
     tensors: dict[str, torch.Tensor] = {}
     ranks: dict[str, int] = {}  # by the last part of the stored name, the same in all layers
@@ -59,6 +62,8 @@ def export_peft(
             continue
         adapter = _stored_adapter(parts, modules, weights)
         target = stored_name.removesuffix(".weight")
+        if is_multimodal:  # the adapter's base is the whole model
+            target = target.replace("model.layers.", "model.language_model.layers.")
         ranks[target.rsplit(".", 1)[-1]] = adapter["lora_A.weight"].shape[0]
         if world.is_main:
             tensors |= {f"base_model.model.{target}.{part}": tensor for part, tensor in adapter.items()}
@@ -74,7 +79,7 @@ def export_peft(
                 except SafetensorError as error:
                     raise CheckpointError(f"{part / WEIGHTS}: cannot write ({error}). Is the disk full?") from error
                 sync(part / WEIGHTS)
-                write_json(part / CONFIG, _config(ranks, list(modules.values()), source_dir))
+                write_json(part / CONFIG, _config(ranks, list(modules.values()), source_dir, exclude))
     return out
 
 
@@ -103,7 +108,7 @@ def _stored_adapter(
     return tensors
 
 
-def _config(ranks: dict[str, int], modules: list[Any], source_dir: str | Path) -> dict[str, Any]:
+def _config(ranks: dict[str, int], modules: list[Any], source_dir: str | Path, exclude: str | None) -> dict[str, Any]:
     rank = min(ranks.values())
     scale = adapter_scale(modules[0])
     others = {target: found for target, found in ranks.items() if found != rank}
@@ -116,6 +121,7 @@ def _config(ranks: dict[str, int], modules: list[Any], source_dir: str | Path) -
         "rank_pattern": others,
         "alpha_pattern": {target: scale * found for target, found in others.items()},
         "target_modules": sorted(ranks),
+        "exclude_modules": exclude,
         "use_dora": hasattr(modules[0], "magnitude"),
         "use_rslora": False,
         "lora_dropout": 0.0,

@@ -17,7 +17,6 @@ from torch import nn
 
 from spin.core.errors import ConfigError
 from spin.model.flex import attend
-from spin.model.modules import Attention
 from spin.model.torchtune import (
     Gemma2Attention,
     MultiHeadAttention,
@@ -76,10 +75,9 @@ def _patch_module(name: str, module: nn.Module) -> None:
     if getattr(module.forward, "__func__", None) is _forward:
         return
     base = Gemma2Attention if isinstance(module, Gemma2Attention) else MultiHeadAttention
-    if not isinstance(module, Gemma2Attention | Attention):
+    if not isinstance(module, Gemma2Attention):
         module.scaling = module.softcapping = module.sliding_window_size = None  # type: ignore[assignment]
-    if not isinstance(module, Attention):
-        module.qk_norm_at = "rotated"  # type: ignore[assignment]
+    module.qk_norm_at, module.query_growth = "rotated", None  # type: ignore[assignment]
     if type(module).forward is not base.forward or "forward" in vars(module):
         raise ConfigError(
             f"attention module {name!r} ({type(module).__name__}) has a forward of its own, which would be lost. "
@@ -119,6 +117,10 @@ def _forward(
     if self.pos_embeddings is not None:
         q = self.pos_embeddings(q, input_pos=input_pos)
         k = self.pos_embeddings(k, input_pos=input_pos)
+    if self.query_growth is not None:
+        rate, period = self.query_growth
+        positions = torch.arange(s, device=x.device)[None] if input_pos is None else input_pos
+        q = (q * (1 + rate * torch.log1p(positions // period))[..., None, None]).to(q.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, s, h, hd) -> (b, h, s, hd)
     if self.q_norm is not None and self.qk_norm_at == "rotated":
         q, k = self.q_norm(q), self.k_norm(k)
@@ -175,6 +177,38 @@ def _masked_attention(
         enable_gqa=self.num_heads != self.num_kv_heads,
         scale=self.scaling,
     )
+
+
+class Attention(MultiHeadAttention):
+    """The attention of decoders that are built from their folder: :func:`patch_attention` has nothing to do here.
+
+    Args:
+        qk_norm_at (str | None): ``head``, ``rotated`` or ``whole``, see :class:`spin.model.families.Family`.
+        scaling (float | None): factor of q k; None is ``head_dim ** -0.5``.
+        softcapping (float | None): ``c`` of ``c * tanh(scores / c)``.
+        sliding_window_size (int | None): positions that a token sees, itself among them; None: all.
+        query_growth (tuple[float, int] | None): b and n: queries at position p are multiplied by
+            1 + b log(1 + floor(p / n)), as Llama 4 and Ministral 3 do.
+        **arguments (Any): of torchtune's ``MultiHeadAttention``.
+    """
+
+    def __init__(
+        self,
+        *,
+        qk_norm_at: str | None,
+        scaling: float | None,
+        softcapping: float | None,
+        sliding_window_size: int | None,
+        query_growth: tuple[float, int] | None = None,
+        **arguments: Any,
+    ) -> None:
+        # torchtune wants a width that the heads divide, and uses it for nothing
+        super().__init__(embed_dim=arguments["num_heads"] * arguments["head_dim"], **arguments)
+        self.qk_norm_at, self.scaling, self.softcapping = qk_norm_at, scaling, softcapping
+        self.sliding_window_size, self.query_growth = sliding_window_size, query_growth
+        setattr(self, _KV, None)
+
+    forward = _forward
 
 
 @cache

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from spin.core.errors import CheckpointError, ConfigError
+from spin.model.attention import Attention
 from spin.model.families import FAMILIES, Family, decoder_config
 from spin.model.gemma2 import set_final_softcap
 from spin.model.hf_folder import CONFIG, read_config
-from spin.model.modules import ACTIVATIONS, Attention, ParallelLayer, Rope, Scaled, clamp_output, scale_output
+from spin.model.modules import ACTIVATIONS, ParallelLayer, Rope, Scaled, clamp_output, scale_output
 from spin.model.torchtune import (
     DoRALinear,
     FeedForward,
@@ -173,6 +174,7 @@ class _Builder:
             scaling=family.attention_scale(c),
             softcapping=self._softcap(0),
             sliding_window_size=window,
+            query_growth=self._query_growth(),
             **norms,
         )
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -194,6 +196,11 @@ class _Builder:
 
     # ---- Rotary embeddings
 
+    def _query_growth(self) -> tuple[float, int] | None:
+        rope = self._rope_parameters().get(None, {})
+        beta = rope.get("llama_4_scaling_beta")
+        return (beta, rope["original_max_position_embeddings"]) if beta else None
+
     def _rope_parameters(self) -> dict[str | None, dict[str, Any]]:
         """By type of layer, or for all (None)."""
         parameters = self.config.rope_parameters
@@ -207,7 +214,7 @@ class _Builder:
         for rope in self._rope_parameters().values():
             if rope["rope_type"] == "dynamic" and not rope.get("alpha"):
                 limits.append(whole)
-            elif rope["rope_type"] == "longrope" or rope.get("llama_4_scaling_beta"):
+            elif rope["rope_type"] == "longrope":
                 own = getattr(self.config, "original_max_position_embeddings", None)
                 limits.append(own or rope.get("original_max_position_embeddings") or whole)
         return limits

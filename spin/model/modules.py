@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spin.model.torchtune import MultiHeadAttention, TransformerSelfAttentionLayer
+from spin.model.torchtune import TransformerSelfAttentionLayer
 
 
 class Rope(nn.Module):
@@ -53,32 +53,6 @@ class Rope(nn.Module):
             a, b = rotated.chunk(2, -1)
             turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
         return torch.cat([turned.type_as(x), rest], -1) if rest.shape[-1] else turned.type_as(x)
-
-
-class Attention(MultiHeadAttention):
-    """torchtune's attention with what :mod:`spin.model.attention` needs to know besides.
-
-    Args:
-        qk_norm_at (str | None): ``head``, ``rotated`` or ``whole``, see :class:`spin.model.families.Family`.
-        scaling (float | None): factor of q k; None is ``head_dim ** -0.5``.
-        softcapping (float | None): ``c`` of ``c * tanh(scores / c)``.
-        sliding_window_size (int | None): positions that a token sees, itself among them; None: all.
-        **arguments (Any): of torchtune's ``MultiHeadAttention``.
-    """
-
-    def __init__(
-        self,
-        *,
-        qk_norm_at: str | None,
-        scaling: float | None,
-        softcapping: float | None,
-        sliding_window_size: int | None,
-        **arguments: Any,
-    ) -> None:
-        # torchtune wants a width that the heads divide, and uses it for nothing
-        super().__init__(embed_dim=arguments["num_heads"] * arguments["head_dim"], **arguments)
-        self.qk_norm_at, self.scaling, self.softcapping = qk_norm_at, scaling, softcapping
-        self.sliding_window_size = sliding_window_size
 
 
 class ParallelLayer(TransformerSelfAttentionLayer):

@@ -12,7 +12,7 @@ from spin.checkpoint.peft import export_peft
 from spin.core.ranks import init_world
 from spin.model.adapters import adapted_modules, adapter_parameters, full_magnitude
 from spin.model.sharding import reshard
-from tests.families import FAMILIES, MODEL_TYPES, hf_twin, lora_model
+from tests.families import FAMILIES, MODEL_TYPES, MODELS, hf_twin, lora_model
 
 TOKENS = torch.arange(3, 23).reshape(2, 10)
 KINDS = {
@@ -25,10 +25,10 @@ KINDS = {
 
 def exported(name: str, kind: str, tmp_path):
     """A family's adapted model, transformers' base with its weights, and the folder of the adapter."""
-    model, base = lora_model(name, **KINDS[kind]), hf_twin(name, FAMILIES[name]())
+    model, base = lora_model(name, **KINDS[kind]), hf_twin(name, MODELS[name]())
     base.config.save_pretrained(tmp_path / "base")
     folder = export_peft(
-        model, tmp_path / "base", tmp_path / "adapter", MODEL_TYPES[name].upper(), world=init_world("cpu")
+        model, tmp_path / "base", tmp_path / "adapter", MODEL_TYPES.get(name, "HF").upper(), world=init_world("cpu")
     )
     return model, base, folder
 
@@ -55,7 +55,7 @@ def apply_by_hand(base, folder) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_files_numbers_give_the_adapted_model(name, kind, tmp_path):
     """Every family, Phi's joined weights among them: transformers with the adapter has torchtune's logits."""
     model, base, folder = exported(name, kind, tmp_path)
@@ -85,7 +85,7 @@ def test_the_magnitudes_of_a_bf16_adapter_are_not_rounded(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["llama3_2", "qwen2_5", "phi4"])
+@pytest.mark.parametrize("name", ["llama3_2", "qwen2_5", "phi4", "hf/qwen3", "hf/gemma3", "hf/glm4", "hf/olmo2"])
 def test_peft_loads_it(name, kind, tmp_path, monkeypatch):
     peft = pytest.importorskip("peft", reason="peft is not installed")
     # it refuses every torchao that torchtune 0.6.1 works with, though nothing here is quantized by torchao

@@ -19,7 +19,7 @@ from spin.generators.slots import Slots
 from spin.generators.torchtune import TorchtuneGenerator
 from spin.model.attention import generation_kernels, patch_attention
 from spin.model.gemma2 import fix_gemma2_softcap
-from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE
+from tests.families import MAX_SEQ_LEN, MODELS, VOCAB_SIZE
 
 pytestmark = pytest.mark.gpu
 
@@ -153,11 +153,11 @@ def test_drawn_tokens_equal_pytorchs(sampling, vocab_size, dtype):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_fused_modules_equal_torchtunes(name, dtype, tolerance):
     """Logits of whole sequences, positions counted and given; bf16 is as near to fp32 as torchtune's own modules."""
-    exact = FAMILIES[name]().cuda()
-    model = FAMILIES[name]().to("cuda", dtype)
+    exact = MODELS[name]().cuda()
+    model = MODELS[name]().to("cuda", dtype)
     for module in model.modules():  # tables stay fp32, as in a sharded model
         if hasattr(module, "rope_init"):
             with torch.device("cuda"):
@@ -238,9 +238,9 @@ def test_seeds_alone_decide(make, many, sampling, caplog):
             )
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_families(name, caplog):
-    model = FAMILIES[name]()
+    model = MODELS[name]()
     fix_gemma2_softcap(model)
     model = model.cuda()
     draw = torch.Generator().manual_seed(1)

@@ -23,7 +23,7 @@ from spin.generators.generator import Generator, GeneratorContext, SamplingParam
 from spin.generators.slots import StepPlan
 from spin.generators.torchtune import TorchtuneGenerator
 from spin.model.gemma2 import fix_gemma2_softcap
-from tests.families import FAMILIES, MAX_SEQ_LEN, VOCAB_SIZE, load_llama_weights
+from tests.families import FAMILIES, MAX_SEQ_LEN, MODELS, VOCAB_SIZE, load_llama_weights
 from tests.generators.conftest import TEXTS
 
 EOS = 2
@@ -91,10 +91,10 @@ def test_penalty_and_minimum_equal_transformers(make, hf_model, prompts, static)
 
 
 @pytest.mark.parametrize("kind", [TorchtuneGenerator, StaticGenerator])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_cached_greedy_equals_full_forwards(name, kind):
     """Rows of different length that come and go; the expected tokens come from whole sequences without a cache."""
-    model = FAMILIES[name]()
+    model = MODELS[name]()
     fix_gemma2_softcap(model)
     generator = kind(GeneratorContext(model, torch.device("cpu"), MAX_SEQ_LEN, str), batch_size=3)
     draw = torch.Generator().manual_seed(1)

@@ -23,7 +23,7 @@ from spin.model.adapters import (
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.model.sharding import named_full_tensors
-from tests.families import FAMILIES, NF4_SHAPE, lora_model
+from tests.families import FAMILIES, FROM_HF, HF_NF4_SHAPE, MODELS, NF4_SHAPE, lora_model
 
 TOKENS = torch.arange(3, 23).reshape(2, 10)
 
@@ -37,10 +37,14 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_merged_model_computes_the_same(name, kind):
     """Every family: under the names of the plain builder, and with its logits (Qwen's biases included)."""
-    adapted, plain = lora_model(name, **KINDS[kind]), FAMILIES[name](**KINDS[kind].get("shape", {}))
+    shape = KINDS[kind].get("shape") and (HF_NF4_SHAPE if name in FROM_HF else NF4_SHAPE)
+    if name == "hf/gemma3" and shape:
+        pytest.skip("its sizes stand in a part of its config; hf/gemma3_text is the same decoder")
+    adapted = lora_model(name, **KINDS[kind] | {"shape": shape})
+    plain = MODELS[name](**({"shape": shape} if name in FROM_HF else shape or {}))
     base = plain(TOKENS)
     plain.load_state_dict(dict(named_full_tensors(adapted)))
     logits = adapted(TOKENS)

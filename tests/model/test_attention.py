@@ -15,7 +15,7 @@ from torchtune.modules import MultiHeadAttention, TransformerCrossAttentionLayer
 from spin.core.errors import ConfigError
 from spin.model.attention import attach_kv, detach_kv, patch_attention
 from spin.model.gemma2 import final_softcap, fix_gemma2_softcap
-from tests.families import FAMILIES, VOCAB_SIZE, hf_twin
+from tests.families import FAMILIES, FROM_HF, MODELS, VOCAB_SIZE, hf_twin
 
 
 def _tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -101,11 +101,11 @@ def test_fix_gemma2_defaults_are_the_released_caps():
     assert final_softcap(model) == 30.0
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_prefix_shared_row_equals_separate_sequences(name):
     """Both responses see the prompt and not each other. Gemma 2's window of 8 positions is shorter than the prompt and
     than the row: torchtune's row-index window would hide the prompt from the second response."""
-    model = FAMILIES[name]()
+    model = MODELS[name]()
     patch_attention(model)
     row = _prefix_row(12, 9, 11, pad=3)
     with torch.no_grad():
@@ -151,11 +151,11 @@ def test_softcapped_attention_against_a_naive_sum():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", MODELS)
 def test_values_do_not_depend_on_gradients(name, dtype):
     """Reference log-probs are computed without gradients, the policy's with: the first loss is ln 2 only if both
     agree."""
-    model = FAMILIES[name]().to(dtype)
+    model = MODELS[name]().to(dtype)
     patch_attention(model)
     row = _prefix_row(20, 30, 40, pad=6)
     arguments = {"mask": row.mask, "input_pos": row.positions}
@@ -202,10 +202,11 @@ def test_activation_checkpointing_and_deepcopy():
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama3_2", "gemma2"])
+@pytest.mark.parametrize("name", ["llama3_2", "gemma2", *FROM_HF])
 def test_layers_trace_without_graph_breaks(name):
     """The ``eager`` backend runs Dynamo only: no compiler is needed, and fullgraph raises at the first break."""
-    model = FAMILIES[name]()
+    torch._dynamo.reset()
+    model = MODELS[name]()
     patch_attention(model)
     row = _prefix_row(12, 9, 11)
     expected = model(row.tokens, mask=row.mask, input_pos=row.positions)

@@ -9,10 +9,7 @@ from spin.core.ranks import init_world
 from spin.model import build_model, prepare_model
 from spin.model.hf import export_hf, load_hf_weights
 from spin.model.hf_folder import text_name
-from tests.hf_folders import FOLDERS, REFUSED, forward_ids, stored_tensors, write_folder
-
-UNBUILT = ("stablelm_qk_norm", "cohere_qk_norm", "qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed")
-BUILT = [name for name in FOLDERS if name not in UNBUILT]
+from tests.hf_folders import BUILT, REFUSED, forward_ids, stored_tensors, write_folder
 
 
 @pytest.fixture(scope="module")

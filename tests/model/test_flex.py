@@ -14,7 +14,7 @@ from spin.model.gemma2 import fix_gemma2_softcap
 from spin.pairs.packing import RowLayout
 from spin.pairs.row_mask import BLOCK, Segment, row_blocks
 from spin.reference.logprobs import pair_objective, response_logps
-from tests.families import FAMILIES
+from tests.families import FAMILIES, MODELS
 
 CPU = torch.device("cpu")
 
@@ -78,7 +78,7 @@ def test_a_row_must_be_whole_blocks():
         row_blocks([Segment(0, 100)], 200)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", MODELS)
 def test_log_probs_equal_those_of_the_dense_mask(family):
     """On the CPU FlexAttention has a forward only; it shows that the mask means the same. fp32: 1e-5 relative."""
     model = prepared(family)
@@ -89,7 +89,7 @@ def test_log_probs_equal_those_of_the_dense_mask(family):
 
 
 def prepared(family, longest_row=1024):
-    model = FAMILIES[family]().train()
+    model = MODELS[family]().train()
     model.max_seq_len = longest_row  # rows are longer than any position in them
     patch_attention(model)
     fix_gemma2_softcap(model)
@@ -159,7 +159,7 @@ def relative(a, b):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", MODELS)
 def test_on_a_gpu_log_probs_and_gradients_equal_the_dense_mask(family, compiled):
     """bf16 against fp32 with dense masks: FlexAttention may be off by no more than bf16 with dense masks is, twice."""
     torch._dynamo.reset()
