@@ -16,10 +16,6 @@ from spin.config.schema import Section
 from spin.core.errors import ConfigError
 
 _LAUNCH = re.compile(r"^#.*\b(spin_\w+) --config", flags=re.MULTILINE)
-# what no other recipe's config has
-_SIGNS = {
-    "spin_evaluate": re.compile(r"^candidate:", flags=re.MULTILINE),
-}
 
 
 def recipe_files() -> dict[str, Path]:
@@ -37,7 +33,7 @@ def recipe_of(config: Path) -> str:
     launched = _LAUNCH.search(text)
     if launched:
         return launched[1]
-    return next((recipe for recipe, sign in _SIGNS.items() if sign.search(text)), "spin_recipe")
+    return "spin_evaluate" if re.search(r"^candidate:", text, flags=re.MULTILINE) else "spin_recipe"
 
 
 def configs() -> dict[str, tuple[str, str]]:

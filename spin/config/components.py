@@ -39,10 +39,10 @@ ROOTS = ("torch", "torchtune", "torchao", "torchdata", "spin")  # what is allowe
 
 # Arguments of torchtune components that are themselves import paths: torchtune imports and calls what they name.
 PATH_ARGUMENTS = ("prompt_template",)
-_FROM_OUTSIDE = "allow_components_from_outside"  # flag of a config whose list is not the file's own
+FROM_OUTSIDE = "allow_components_from_outside"  # flag of a config whose list is not the file's own
 DOTPATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DATASETS = re.compile(r"(validation_)?dataset(\.common|\.sources\.(?!.*\.source$).+)?")  # not the columns of rows
-_TORCHTUNE = "torchtune.models."
+_TORCHTUNE, _DATA, _LOGGING = "torchtune.models.", "torchtune.data.", "torchtune.training.metric_logging."
 _FAMILIES = (  # of torchtune's models: decoders of text
     "code_llama2", "gemma", "gemma2", "llama2", "llama3", "llama3_1", "llama3_2", "llama3_3", "mistral", "phi3", "phi4",
     "qwen2", "qwen2_5",
@@ -87,63 +87,45 @@ class Kind:
         return name in self.names or name.rpartition(".")[0] in self.modules
 
 
+def _each(before: str, names: Sequence[str], after: str = "") -> tuple[str, ...]:
+    return tuple(before + name + after for name in names)
+
+
 _DATASET = Kind(
     "a data set of spin.data", ("spin.data.prompt_dataset", "spin.data.mixed_prompt_dataset"),
     supplied=("tokenizer", "max_seq_len", "keep_originals"),
 )  # fmt: skip
 KINDS: dict[str, Kind] = {
-    "model": Kind(
-        "spin.model.from_hf, or a model builder of torchtune",
-        ("spin.model.from_hf",),
-        tuple(_TORCHTUNE + name for name in _FAMILIES),
-        _makes_decoder,
-    ),
+    "model": Kind("a model builder of torchtune", modules=_each(_TORCHTUNE, _FAMILIES), fits=_makes_decoder),
     "tokenizer": Kind(
         "a tokenizer of spin.data or torchtune.models",
-        ("spin.data.ChatTokenizer", "spin.data.TorchtuneTokenizer", *(_TORCHTUNE + name for name in _TOKENIZERS)),
+        (*_each("spin.data.", ("ChatTokenizer", "TorchtuneTokenizer")), *_each(_TORCHTUNE, _TOKENIZERS)),
     ),
-    "prompt_template": Kind(
-        "a prompt template of torchtune",
-        (
-            *(
-                f"torchtune.data.{name}Template"
-                for name in ("ChatML", "GrammarErrorCorrection", "Prompt", "QuestionAnswer", "Summarize")
-            ),
-            "torchtune.models.llama2.Llama2ChatTemplate",
-            "torchtune.models.mistral.MistralChatTemplate",
-        ),
-    ),
+    "prompt_template": Kind("a prompt template of torchtune", (
+        *_each(_DATA, ("ChatML", "GrammarErrorCorrection", "Prompt", "QuestionAnswer", "Summarize"), "Template"),
+        "torchtune.models.llama2.Llama2ChatTemplate", "torchtune.models.mistral.MistralChatTemplate",
+    )),
     "dataset": _DATASET,
     "validation_dataset": _DATASET,
     "message_transform": Kind(
         "a message transform of torchtune.data",
-        tuple(
-            f"torchtune.data.{name}ToMessages"
-            for name in ("Alpaca", "ChosenRejected", "InputOutput", "OpenAI", "ShareGPT")
-        ),
+        _each(_DATA, ("Alpaca", "ChosenRejected", "InputOutput", "OpenAI", "ShareGPT"), "ToMessages"),
     ),
     "generator": Kind(
         "a generator of spin.generators",
-        tuple(f"spin.generators.{name}Generator" for name in ("Replay", "Torchtune", "VLLM", "VLLMServer")),
-        supplied=("context",),
+        _each("spin.generators.", ("Replay", "Torchtune", "VLLM", "VLLMServer"), "Generator"), supplied=("context",),
     ),
     "loss": Kind("a loss", ("spin.loss.SPINLoss", "torchtune.rlhf.loss.DPOLoss")),
     "optimizer": Kind(
-        "an optimizer",
-        ("spin.training.AdamW8bit", "spin.training.AdamWStochasticRounding"),
-        ("torch.optim", "torchao.optim"),
-        _is_optimizer,
-        supplied=("params",),
+        "an optimizer", _each("spin.training.", ("AdamW8bit", "AdamWStochasticRounding")),
+        ("torch.optim", "torchao.optim"), _is_optimizer, supplied=("params",),
     ),
-    "checkpointer": Kind("a checkpointer", ("spin.checkpoint.SPINCheckpointer", "spin.checkpoint.LoRACheckpointer")),
+    "checkpointer": Kind("a checkpointer", _each("spin.checkpoint.", ("SPINCheckpointer", "LoRACheckpointer"))),
     "metric_logger": Kind(
         "a metric logger of torchtune",
-        tuple(
-            f"torchtune.training.metric_logging.{name}Logger"
-            for name in ("Comet", "Disk", "MLFlow", "Stdout", "TensorBoard", "WandB")
-        ),
+        _each(_LOGGING, ("Comet", "Disk", "MLFlow", "Stdout", "TensorBoard", "WandB"), "Logger"),
     ),
-}
+}  # fmt: skip
 # What a section of any other name may hold, such as one that a recipe of the user's own adds
 _ANY = Kind(
     "a component of this project, torch.optim or torchtune",
@@ -280,11 +262,6 @@ def _no_such(name: str, parent: str, holder: Any, part: str) -> ConfigError:
     return ConfigError(f"{name}: {parent} has no {part!r}.{nearest_of(part, public)}")
 
 
-def allow_from_outside(cfg: DictConfig) -> None:
-    """Marks a config whose ``allow_components`` is of the command line, not of its own file."""
-    cfg._set_flag(_FROM_OUTSIDE, True)
-
-
 def own_packages(cfg: DictConfig, given: Any, faults: Faults) -> tuple[str, ...]:
     """The user's own packages: of the environment, and of ``allow_components`` if it does not come from a file."""
     try:
@@ -293,7 +270,7 @@ def own_packages(cfg: DictConfig, given: Any, faults: Faults) -> tuple[str, ...]
         faults.add(str(error))
         own = ()
     names = given if isinstance(given, list) else [given] if given else []
-    if not cfg._get_flag(_FROM_OUTSIDE) and not all(name in own for name in names):
+    if not cfg._get_flag(FROM_OUTSIDE) and not all(name in own for name in names):
         how = HOW_TO_ALLOW.format(*[",".join(map(str, names))] * 2)
         problem = "A config cannot allow what it names itself. If you trust the code, say so"
         faults.at(ALLOW_KEY, f"found {given!r:.200}. {problem} {how}.")
@@ -482,23 +459,15 @@ def instantiate(node: Component | Mapping[str, Any] | DictConfig | None, *args: 
 
 
 def _build(
-    node: Mapping[str, Any],
-    where: str,
-    kind: Kind,
-    own: Sequence[str],
-    args: Sequence[Any],
-    supplied: dict[str, Any],
+    node: Mapping[str, Any], where: str, kind: Kind, own: Sequence[str], args: Sequence[Any], supplied: dict[str, Any]
 ) -> Any:
     name = node[COMPONENT]
     try:
         component = _resolve_with_paths(node, kind, own)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    left_out = {COMPONENT, *supplied}
-    kwargs = {
-        key: _build_nested(value, f"{where}.{key}", where, own) for key, value in node.items() if key not in left_out
-    }
-    kwargs.update(supplied)
+    parts = {key: value for key, value in node.items() if key != COMPONENT and key not in supplied}
+    kwargs = _built(parts, where, where, own) | supplied
     if kind is KINDS["tokenizer"]:
         os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken keeps copies by path, of files that have changed since
         for key, value in kwargs.items():
@@ -518,10 +487,8 @@ def _build(
         # what a data set says of itself does not know that it is the one for validation, say
         raise type(error)(f"{where}: {error}") from error
     except OSError as error:
-        # spin's own parts tell of their files; a metrics service may be down
-        if where.rpartition(".")[2] != "tokenizer":
+        if where.rpartition(".")[2] != "tokenizer":  # spin's own parts name their files; a metrics service may be down
             raise
-        # torchtune's tokenizers: a file that is not there, or a folder
         raise ConfigError(f"{where}: {name} cannot be made: {error}. Check the paths of the section.") from error
     except (TypeError, ValueError, LookupError) as error:
         raise ConfigError(
@@ -532,22 +499,21 @@ def _build(
 
 def _place_in(name: str, error: BaseException) -> str:
     """Where a component of the user's own raised, as ', at file:line': the last line that is its package's."""
-    root = name.split(".")[0]
+    root, place = name.split(".")[0], ""
     if root in ROOTS:
-        return ""
-    lines = [
-        f", at {frame.f_code.co_filename}:{line}"
-        for frame, line in traceback.walk_tb(error.__traceback__)
-        if str(frame.f_globals.get("__name__")).split(".")[0] == root
-    ]
-    return lines[-1] if lines else ""
+        return place
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        if str(frame.f_globals.get("__name__")).split(".")[0] == root:
+            place = f", at {frame.f_code.co_filename}:{line}"
+    return place
 
 
-def _build_nested(value: Any, where: str, within: str, own: Sequence[str]) -> Any:
+def _built(value: Any, where: str, within: str, own: Sequence[str]) -> Any:
+    """A value with the components that stand in it built."""
     if isinstance(value, Mapping):
         if COMPONENT in value:
             return _build(value, where, kind_at(where, within), own, (), {})
-        return {key: _build_nested(item, f"{where}.{key}", within, own) for key, item in value.items()}
+        return {key: _built(item, f"{where}.{key}", within, own) for key, item in value.items()}
     if isinstance(value, list):
-        return [_build_nested(item, f"{where}[{index}]", within, own) for index, item in enumerate(value)]
+        return [_built(item, f"{where}[{index}]", within, own) for index, item in enumerate(value)]
     return value

@@ -17,7 +17,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spin.config.components import ALLOW_KEY, DOTPATH, allow_from_outside
+from spin.config.components import ALLOW_KEY, DOTPATH, FROM_OUTSIDE
 from spin.config.faults import Faults, first_line, joined, nearest_or_known
 from spin.config.interpolation import bounded
 from spin.config.schema import COMPONENT
@@ -61,7 +61,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
     cfg = read_yaml(find_config(name_or_path))
     if any(override.startswith(f"{ALLOW_KEY}=") for override in overrides):
         cfg.pop(ALLOW_KEY, None)  # what the file allows counts for nothing
-        allow_from_outside(cfg)
+        cfg._set_flag(FROM_OUTSIDE, True)
     faults = Faults()
     with bounded():
         for override in overrides:

@@ -358,24 +358,11 @@ class EvaluateConfig(Config):
 # Ranges of arguments of components, by section; any other number is below 2**63. The most is far above what makes
 # sense, and below what takes a machine down before its own check.
 ARGUMENTS: dict[str, tuple[float, float]] = {
-    "checkpointer.keep_last": (1, 10**6),
-    "checkpointer.keep_best": (0, 10**6),
-    "checkpointer.keep_exports": (1, 10**6),
-    "dataset.limit": (1, 10**12),
-    "dataset.shuffle_buffer": (0, 10**9),
-    "generator.batch_size": (1, 2**16),
-    "generator.prefill_batch": (1, 2**16),
-    "generator.concurrency": (1, 2**16),
-    "generator.timeout_seconds": (0, 1e7),
-    "generator.wait_seconds": (0, 1e7),
-    "generator.max_model_len": (1, 2**24),
-    "model.vocab_size": (1, 2**24),
-    "model.num_layers": (1, 1024),
-    "model.num_heads": (1, 2**16),
-    "model.num_kv_heads": (1, 2**16),
-    "model.head_dim": (1, 2**16),
-    "model.embed_dim": (1, 2**20),
-    "model.intermediate_dim": (1, 2**22),
-    "model.max_seq_len": (1, 2**24),
-    "model.lora_rank": (1, 2**16),
-}
+    "checkpointer.keep_last": (1, 10**6), "checkpointer.keep_best": (0, 10**6), "checkpointer.keep_exports": (1, 10**6),
+    "dataset.limit": (1, 10**12), "dataset.shuffle_buffer": (0, 10**9),
+    "generator.batch_size": (1, 2**16), "generator.prefill_batch": (1, 2**16), "generator.concurrency": (1, 2**16),
+    "generator.timeout_seconds": (0, 1e7), "generator.wait_seconds": (0, 1e7), "generator.max_model_len": (1, 2**24),
+    "model.vocab_size": (1, 2**24), "model.num_layers": (1, 1024), "model.num_heads": (1, 2**16),
+    "model.num_kv_heads": (1, 2**16), "model.head_dim": (1, 2**16), "model.embed_dim": (1, 2**20),
+    "model.intermediate_dim": (1, 2**22), "model.max_seq_len": (1, 2**24), "model.lora_rank": (1, 2**16),
+}  # fmt: skip
