@@ -25,22 +25,21 @@ def test_recorded_batch(as_tensors):
     assert set(dtypes.values()) == {torch.int64}
 
 
-def test_missing_key_is_named():
-    batch = [ORACLE["input"][0], {"input_ids": [1], "answer_ids": [1]}]
-    with pytest.raises(DataError, match="sample 1 of the batch has no mask, context_ids; it has input_ids, answer_ids"):
-        spin_custom_collate(batch, eos_id=2)
-
-
-def test_mask_of_another_length():
-    sample = {"input_ids": [1, 2], "mask": [True], "context_ids": [1], "answer_ids": [2]}
-    with pytest.raises(DataError, match="mask of 1 for 2 input_ids"):
-        spin_custom_collate([sample], eos_id=2)
-
-
-def test_empty_responses_and_empty_batch():
+def test_empty_responses():
     sample = {"input_ids": [1, 3], "mask": [False, False], "context_ids": [1, 3], "answer_ids": []}
     out = spin_custom_collate([sample, sample], eos_id=2)
     assert out["answers_only"].shape == (2, 0) and out["answers_only"].dtype == torch.int64
     assert out["prompt_lengths"].tolist() == out["combined_lengths"].tolist() == [2, 2]
-    with pytest.raises(DataError, match="the batch is empty"):
-        spin_custom_collate([], eos_id=2)
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"input_ids": [1], "answer_ids": [1]}, "sample 0 .* has no mask, context_ids; it has input_ids, answer_ids"),
+        ({"input_ids": [1, 2], "mask": [True], "context_ids": [1], "answer_ids": [2]}, "mask of 1 for 2 input_ids"),
+        (None, "the batch is empty"),
+    ],
+)
+def test_samples_that_do_not_fit(sample, message):
+    with pytest.raises(DataError, match=message):
+        spin_custom_collate([sample] if sample else [], eos_id=2)

@@ -44,12 +44,6 @@ def test_behind_the_end_comes_the_beginning_with_no_sample_twice_in_an_iteration
     assert ids(exact, 0, 1) == [["s0", "s1", "s2", "s3"]] * 2
 
 
-def test_too_small_a_source_is_an_error_with_the_number(source):
-    data = stream(source(pair(), pair("cd"), pair(response="?")), 3, on_bad_row="skip")
-    with pytest.raises(DataError, match=r"has 2 usable samples, dataset\.limit=3 asks .* Set dataset\.limit=2 or less"):
-        data.window(0)
-
-
 def test_rows_that_are_left_out_move_no_sample_out_of_its_place(source):
     rows = [pair(id=f"s{i}", response="?" if i % 3 == 0 else "x") for i in range(12)]
     data = stream(source(*rows), 3, on_bad_row="skip")
@@ -57,17 +51,38 @@ def test_rows_that_are_left_out_move_no_sample_out_of_its_place(source):
     assert data.window(1).report.counts == {"bad_row": 1}
 
 
-def test_a_bad_row_is_named_by_the_iteration_that_meets_it(source):
-    data = stream(source(pair(), pair("cd"), pair("ef", "?"), pair("gh")), 2)
-    assert ids(data, 0) == [["data-1", "data-2"]]
-    with pytest.raises(DataError, match=r"data\.jsonl:3: the template refuses"):
-        data.window(1)
+@pytest.mark.parametrize(
+    ("rows", "limit", "options", "iteration", "message"),
+    [
+        ([pair(), pair("cd"), pair(response="?")], 3, {"on_bad_row": "skip"}, 0,
+            r"has 2 usable samples, dataset\.limit=3 asks .* Set dataset\.limit=2 or less"),
+        # named by the iteration that meets it
+        ([pair(), pair("cd"), pair("ef", "?"), pair("gh")], 2, {}, 1, r"data\.jsonl:3: the template refuses"),
+        # not read to its end
+        ([*[pair(response="?")] * 2000, "never reached"], 2, {}, 0, r"^20 samples in 20 rows"),
+        ([pair(), pair("cd"), pair("é", "x")], 1, {}, 2, r"sample 'data-3' of iteration 2 has .* 233, .* of 128"),
+    ],
+)  # fmt: skip
+def test_faults_belong_to_the_iteration_that_meets_them(source, rows, limit, options, iteration, message):
+    data = stream(source(*rows), limit, **options)
+    if iteration:
+        assert data.first_outside(128) is None
+        assert len(data.window(iteration - 1)) == limit
+    with pytest.raises(DataError, match=message):
+        data.window(iteration)
 
 
-def test_a_source_of_bad_rows_is_not_read_to_its_end(source):
-    data = stream(source(*[pair(response="?")] * 2000, "never reached"), 2)
-    with pytest.raises(DataError, match=r"^20 samples in 20 rows"):
-        data.window(0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"streaming": True, "max_seq_len": 9}, r"streaming=true needs dataset\.limit"),
+        ({"shuffle_buffer": 9}, r"shuffle_buffer and shuffle_seed are for dataset\.streaming"),
+        ({"streaming": True, "limit": 1, "max_seq_len": 9, "keep_originals": True}, "keep_originals=true keeps every"),
+    ],
+)
+def test_options_that_do_not_go_together(source, options, message):
+    with pytest.raises(ConfigError, match=message):
+        prompt_dataset(Letters(), source=source(pair()), **options)
 
 
 def test_turns_of_a_row_go_on_in_the_next_iteration(source):
@@ -111,25 +126,6 @@ def test_settings_name_what_decides_the_samples(source):
     source(*[pair(id=f"s{i}") for i in range(9)])  # the file has grown
     assert stream(path, 4).settings["source"] != base["source"]
     json.dumps(base)
-
-
-def test_tokens_beyond_the_vocabulary_are_found_in_later_iterations_too(source):
-    data = stream(source(pair(), pair("cd"), pair("é", "x")), 1)
-    assert data.first_outside(128) is None
-    data.window(1)
-    with pytest.raises(DataError, match=r"sample 'data-3' of iteration 2 has the token id 233, .* vocabulary of 128"):
-        data.window(2)
-
-
-def test_options_that_do_not_go_together(source, tmp_path):
-    path = source(pair())
-    with pytest.raises(ConfigError, match=r"streaming=true needs dataset\.limit"):
-        prompt_dataset(Letters(), source=path, streaming=True, max_seq_len=9)
-    with pytest.raises(ConfigError, match=r"shuffle_buffer and shuffle_seed are for dataset\.streaming"):
-        prompt_dataset(Letters(), source=path, shuffle_buffer=9)
-    (tmp_path / "list.json").write_text(json.dumps([pair()]))
-    with pytest.raises(DataError, match=r"list\.json: a JSON list can only be read whole"):
-        stream(str(tmp_path / "list.json"), 1).window(0)
 
 
 def test_a_hugging_face_data_set_streams_without_being_loaded(tmp_path):
