@@ -96,7 +96,10 @@ _DATASET = Kind(
     supplied=("tokenizer", "max_seq_len", "keep_originals"),
 )  # fmt: skip
 KINDS: dict[str, Kind] = {
-    "model": Kind("a model builder of torchtune", modules=_each(_TORCHTUNE, _FAMILIES), fits=_makes_decoder),
+    "model": Kind(
+        "spin.model.from_hf, or a model builder of torchtune", ("spin.model.from_hf",), _each(_TORCHTUNE, _FAMILIES),
+        _makes_decoder,
+    ),
     "tokenizer": Kind(
         "a tokenizer of spin.data or torchtune.models",
         (*_each("spin.data.", ("ChatTokenizer", "TorchtuneTokenizer")), *_each(_TORCHTUNE, _TOKENIZERS)),
