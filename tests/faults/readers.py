@@ -143,10 +143,7 @@ def _config_readers() -> dict[str, Reader]:
         cfg = load_config(str(folder / "config.yaml"), ["output_dir=out", *given])
         complete(cfg, SPINConfig)
 
-    return {
-        "config": Reader(whole, config, 15),
-        "override": Reader(whole, overrides, 25, damaged=("none",)),
-    }
+    return {"config": Reader(whole, config, 15), "override": Reader(whole, overrides, 25, damaged=("none",))}
 
 
 # ---- data

@@ -48,11 +48,7 @@ def test_a_step_far_too_large_exports_nothing_and_says_so(tmp_path):
             (*NO_VALIDATION, "optimizer.lr=1e10", "model.lora_alpha=1e18"),
             r"step 1: rewards of the last batch is .*resume_with_changes=\[optimizer\]",
         ),
-        (
-            run,
-            (*SHORT, "optimizer.lr=1e9"),
-            "step 1: val_loss is nan after the last update, though every weight is",
-        ),
+        (run, (*SHORT, "optimizer.lr=1e9"), "step 1: val_loss is nan after the last update, though every weight is"),
     ],
     ids=["adapters", "validation"],
 )
