@@ -17,41 +17,20 @@ def step_metrics(step, iteration, share, **changes):
     """One line of metrics.jsonl at a share of an iteration, from ln 2 and zero rewards to a won game."""
     margin = 2.0 * share
     return {
-        "step": step,
-        "iteration": iteration,
-        "epoch": 0,
-        "loss": math.log1p(math.exp(-margin)),
-        "acc": min(0.9, share),
-        "rewards_actual_mean": 0.75 * margin,
-        "rewards_generated_mean": -0.25 * margin,
-        "margin": margin,
-        "avg_generated_lengths": 100 + 20 * math.sin(step),
-        "truncated_fraction": 0.1,
-        "real_logp_drift": 7.5 * margin,
-        "generated_logp_drift": -2.5 * margin,
-        "grad_norm": 10 + math.cos(step),
-        "beta": 0.1,
-        "updated_fraction": 0.99,
-        "nonfinite_steps": 0,
-        "step_time": 2.0,
-        "pairs_per_second": 30.0,
-    } | changes
+        "step": step, "iteration": iteration, "epoch": 0, "loss": math.log1p(math.exp(-margin)), "acc": min(0.9, share),
+        "rewards_actual_mean": 0.75 * margin, "rewards_generated_mean": -0.25 * margin, "margin": margin,
+        "avg_generated_lengths": 100 + 20 * math.sin(step), "truncated_fraction": 0.1, "real_logp_drift": 7.5 * margin,
+        "generated_logp_drift": -2.5 * margin, "grad_norm": 10 + math.cos(step), "beta": 0.1, "updated_fraction": 0.99,
+        "nonfinite_steps": 0, "step_time": 2.0, "pairs_per_second": 30.0, **changes,
+    }  # fmt: skip
 
 
 def write_run(folder, iterations=2, steps=10, finished=True, changes=None, prompt=f"Say {SCRIPT} & 'hello'", config=()):
     """A run's folder; ``changes`` is called with a line's step and gives what is different in it."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(
-        {
-            "output_dir": str(folder),
-            "max_iterations": iterations,
-            "max_steps": -1,
-            "loss": {"beta": 0.1},
-            **dict(config),
-        },
-        folder / "config.yaml",
-    )
+    values = {"output_dir": str(folder), "max_iterations": iterations, "max_steps": -1, "loss": {"beta": 0.1}}
+    OmegaConf.save(values | dict(config), folder / "config.yaml")
     rows, samples = [{"step": 0, "val_loss": 3.0, "validation_step_time": 1.0}], []
     for iteration in range(iterations):
         for i in range(steps):

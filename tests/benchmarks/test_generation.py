@@ -28,10 +28,8 @@ def test_the_command_and_the_table_from_the_file(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     results = json.loads(out.read_text(encoding="utf-8"))
     assert results["check"] == {"embedded": {"float32": 1.0}, "transformers": {"float32": 1.0}}
-    assert results["arms"].pop("transformers_cb") == {
-        "title": "transformers, continuous batching",
-        "skipped": "needs a GPU",
-    }
+    left_out = {"title": "transformers, continuous batching", "skipped": "needs a GPU"}
+    assert results["arms"].pop("transformers_cb") == left_out
     for name, run in results["arms"].items():
         assert run["requests"] == (3 if name == "transformers" else 12)  # every fourth
         assert run["tokens_per_second"] == pytest.approx(run["useful_tokens"] / run["seconds"][0])
@@ -52,9 +50,8 @@ def test_vllm_does_the_same_work(measured_by):
     work = ["--model", "small", "--device", "cpu", "--requests", "4", "--max-new-tokens", "16", "--rounds", "1"]
     results, _ = measured_by("benchmarks/generation.py", *work, "--arms", ",".join(arms))
     assert results["check"] == {"embedded": {"float32": 1.0}, "vllm": {"float32": 1.0}}
-    assert {name: run["useful_tokens"] for name, run in results["arms"].items()} == dict.fromkeys(
-        arms, results["arms"]["embedded"]["useful_tokens"]
-    )
+    assert set(results["arms"]) == set(arms)
+    assert len({run["useful_tokens"] for run in results["arms"].values()}) == 1
     assert results["vllm_sync"]["update_weights_seconds"] > 0
 
 

@@ -47,17 +47,22 @@ def skipped_here(kinds, names):
     return {name: reason for name in names if (reason := kinds[name].skip_reason(on_gpu=False))}
 
 
+def check_agreement(results, arms, ran):
+    """Every arm that ran has the loss and the gradient of fp32, and was timed."""
+    assert results["check"].keys() == arms.keys() == ran
+    for name, deviations in results["check"].items():
+        assert 0.1 < deviations["loss"] < 2 and "gradient_deviation" in deviations, name
+        assert all(value < 1e-5 for key, value in deviations.items() if key != "loss"), (name, deviations)
+    assert all(run["step"]["pairs_per_second"] > 0 for run in arms.values())
+
+
 @pytest.mark.slow
 def test_every_arm_that_runs_here_agrees_with_fp32(measured):
     results = measured("step", "--mixes", "third")
     assert results["skipped"] == skipped_here(peers.PEERS, peers.DEFAULT_ARMS)
     ran = set(peers.DEFAULT_ARMS) - results["skipped"].keys()
     assert {"ours", "ours_unshared", "hf_packed", "torchtune", "authors"} <= ran
-    assert results["check"].keys() == results["step"]["third"]["arms"].keys() == ran
-    for name, deviations in results["check"].items():
-        assert 0.1 < deviations["loss"] < 2, name
-        assert all(value < 1e-5 for key, value in deviations.items() if key != "loss"), (name, deviations)
-        assert "gradient_deviation" in deviations, name
+    check_agreement(results, results["step"]["third"]["arms"], ran)
     for run in results["step"]["third"]["arms"].values():
         assert run["step"]["median"] > run["forward_backward"]["median"] > 0
         assert run["step"]["pairs_per_second"] == pytest.approx(8 / run["step"]["values"][0])
@@ -72,10 +77,7 @@ def test_adapters_agree_with_fp32(measured, monkeypatch):
     results = measured("lora8b")
     ran = set(peer_lora.LORA_PEERS) - skipped_here(peer_lora.LORA_PEERS, peer_lora.LORA_PEERS).keys()
     assert {"ours", "torchtune"} <= ran
-    assert results["check"].keys() == results["lora"]["short"]["arms"].keys() == ran
-    for name, deviations in results["check"].items():
-        assert all(value < 1e-5 for key, value in deviations.items() if key != "loss"), (name, deviations)
-    assert all(run["step"]["pairs_per_second"] > 0 for run in results["lora"]["short"]["arms"].values())
+    check_agreement(results, results["lora"]["short"]["arms"], ran)
 
 
 class _Wrong(peer_arms.OursUnshared):
@@ -134,10 +136,8 @@ def test_an_arm_that_fails_is_recorded_and_the_others_go_on(bench):
     whole = peers.step(bench, members, failed, "short", on_round=kept.append)
     section = whole["arms"]
     assert kept == [whole]
-    assert section["ours_unshared"] == {
-        "error": "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
-        "title": Large.title,
-    }
+    error = "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    assert section["ours_unshared"] == {"error": error, "title": Large.title}
     assert section["ours"]["step"]["pairs_per_second"] > 0
 
 
@@ -160,10 +160,7 @@ def test_arms_take_turns():
     assert [first for _, first in seen] == [True] * 3 + [False] * 5
     assert results["a"]["seconds"] == {"values": [4.0, 7.0], "median": 5.5, "min": 4.0, "max": 7.0}
     assert results["c"] == {"error": "ValueError: late"}
-
-
-def test_no_round_begins_after_the_time_is_over():
-    """One that counts there must be, though."""
+    # none begins after the time is over, but one that counts there must be
     results = rounds.race({"a": lambda first: {"seconds": 1.0}}, 5, {}, until=0.0)
     assert results["a"]["seconds"]["values"] == [1.0]
 
@@ -194,11 +191,13 @@ def test_rows_without_padding_have_every_token_of_both_sequences(bench):
     tokens = torch.cat([row.tokens[: row.used_tokens] for row in rows])
     starts = torch.cat([row.positions[: row.used_tokens] for row in rows]) == 0
     found = {tuple(part.tolist()) for part in tokens.tensor_split(starts.nonzero().flatten()[1:])}
-    expected = set()
-    for pair in pairs:
-        for response in (pair.real_ids, pair.generated[0].token_ids):
-            expected.add((*pair.prompt_ids.tolist(), *response.tolist()))
-    assert found == expected
+    assert found == sequences_of(pairs)
+
+
+def sequences_of(pairs):
+    """Token ids of every prompt with each of its two responses."""
+    responses = [(pair.prompt_ids, ids) for pair in pairs for ids in (pair.real_ids, pair.generated[0].token_ids)]
+    return {(*prompt.tolist(), *ids.tolist()) for prompt, ids in responses}
 
 
 @needs_trl
@@ -210,16 +209,8 @@ def test_trl_gets_our_token_ids_whole(bench):
     peer = peer_trl.TRLTuned(bench)
     peer.micro_batch = 4
     pieces = peer.lay_out(pairs)
-    found = set()
-    for piece in pieces:
-        for ids, mask in zip(piece["input_ids"], piece["attention_mask"], strict=True):
-            found.add(tuple(ids[mask.bool()].tolist()))
-    expected = {
-        (*pair.prompt_ids.tolist(), *response.tolist())
-        for pair in pairs
-        for response in (pair.real_ids, pair.generated[0].token_ids)
-    }
-    assert found == expected
+    rows = [row for piece in pieces for row in zip(piece["input_ids"], piece["attention_mask"], strict=True)]
+    assert {tuple(ids[mask.bool()].tolist()) for ids, mask in rows} == sequences_of(pairs)
     widths = [piece["input_ids"].shape[1] for piece in pieces]
     assert widths == sorted(widths, reverse=True) and widths[0] > 1024
 

@@ -112,10 +112,7 @@ def test_gradients_of_every_arm_equal_the_baselines(bench, name):
         ("triton_poi_fused__to_copy_arange_copy_eq_exp_mul_sub_0", "head softmax"),
         ("triton_poi_fused_mul_silu_3", "elementwise, normalization"),
         ("triton_red_fused_add_expand_mean_mul_pow_rsqrt_1", "elementwise, normalization"),
-        (
-            "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add>",
-            "elementwise, normalization",
-        ),
+        ("void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>", "elementwise, normalization"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
         ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL", "communication"),
         ("Memcpy DtoD (Device -> Device)", "copies"),

@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
+from packaging.requirements import Requirement
 
-from spin.cli import COMMANDS, main
+from spin.cli import COMMANDS, doctor, main
 from spin.config import SPINConfig, complete, load_config, packaged_configs, plain
 from spin.config.catalog import config_model, configs, load_recipe, recipe_files, recipe_of
 from spin.data import PairStore
@@ -26,6 +29,14 @@ def spin(capsys, *arguments):
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return code, out, err
+
+
+def refused(monkeypatch, capsys, recipe, *arguments):
+    """What a recipe says that refuses its command line."""
+    monkeypatch.setattr("sys.argv", ["spin_recipe", *arguments])
+    with pytest.raises(SystemExit, match="1"):
+        load_recipe(recipe).recipe_main()
+    return capsys.readouterr().err
 
 
 # --- The commands as a whole ---
@@ -61,39 +72,23 @@ def test_python_dash_m_spin(subprocess_env, tmp_path):
     assert [run("cp", "nothing", "x").returncode, run("nothing").returncode, run().returncode] == [1, 2, 2]
 
 
-def test_help_names_every_command(capsys):
-    code, out, _ = spin(capsys, "--help")
-    assert code == 0
+def test_every_command_has_help_and_refuses_unknown_options(capsys):
+    _, commands, _ = spin(capsys, "--help")
     for name in COMMANDS:
-        assert f"\n  {name} " in out
-
-
-@pytest.mark.parametrize("name", list(COMMANDS))
-def test_every_command_has_help_and_refuses_unknown_options(capsys, name):
-    code, out, _ = spin(capsys, name, "--help")
-    assert code == 0 and f"python -m spin {name}" in out
-    code, _, err = spin(capsys, name, "--no-such-option")
-    assert code == 2 and "usage" in err
-
-
-def test_an_unknown_command_gets_the_nearest(capsys):
+        code, out, _ = spin(capsys, name, "--help")
+        assert code == 0 and f"python -m spin {name}" in out and f"\n  {name} " in commands
+        code, _, err = spin(capsys, name, "--no-such-option")
+        assert code == 2 and "usage" in err
     code, _, err = spin(capsys, "reprot")
     assert code == 2 and "Did you mean 'report'?" in err
 
 
-@pytest.mark.parametrize(
-    ("error", "code"), [(PermissionError(13, "denied", "x"), 1), (KeyboardInterrupt(), 130)], ids=repr
-)
-def test_what_else_may_end_a_command(monkeypatch, capsys, error, code):
-    def fail(argv):
-        raise error
-
-    monkeypatch.setattr("spin.cli.ls.main", fail)
-    found, _, err = spin(capsys, "ls")
-    assert found == code and ("denied" in err) == (code == 1)
-
-
-def test_a_traceback_on_request(monkeypatch, tmp_path):
+def test_how_a_command_may_end(monkeypatch, capsys, tmp_path):
+    """By an error of the system's in a line, by Ctrl-C, and with a traceback on request."""
+    for error, code in ((PermissionError(13, "denied", "x"), 1), (KeyboardInterrupt(), 130)):
+        monkeypatch.setattr("spin.cli.ls.main", Mock(side_effect=error))
+        found, _, err = spin(capsys, "ls")
+        assert found == code and ("denied" in err) == (code == 1)
     monkeypatch.setenv("SPIN_TRACEBACK", "1")
     with pytest.raises(Exception, match="no such folder"):
         main(["report", str(tmp_path / "nowhere")])
@@ -133,20 +128,14 @@ def test_a_config_without_a_header_is_known_by_its_keys(tmp_path):
         ("quickstart/smollm2_135M_cpu", "spin_evaluate", "spin_recipe"),
     ],
 )
-def test_a_config_of_another_recipe_is_told_so(monkeypatch, capsys, config, program, recipe):
-    monkeypatch.setattr("sys.argv", [program, "--config", config])
-    with pytest.raises(SystemExit, match="1"):
-        load_recipe(program).recipe_main()
-    text = capsys.readouterr().err
+def test_a_config_of_another_recipe_is_named(monkeypatch, capsys, config, program, recipe):
+    text = refused(monkeypatch, capsys, program, "--config", config)
     assert f"{config} is a config for {recipe}: tune run {recipe} --config {config}" in text
     assert text.count("Known keys:") <= 2  # all strangers in one line
 
 
 def test_a_misspelt_key_says_nothing_of_other_recipes(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["spin_generate", "--config", "quickstart/smollm2_135M_cpu", "sed=1"])
-    with pytest.raises(SystemExit, match="1"):
-        load_recipe("spin_generate").recipe_main()
-    text = capsys.readouterr().err
+    text = refused(monkeypatch, capsys, "spin_generate", "--config", "quickstart/smollm2_135M_cpu", "sed=1")
     assert "sed: unknown key. Did you mean 'seed'?" in text and "is a config for" not in text
 
 
@@ -187,40 +176,30 @@ def test_a_copy_under_the_recipes_own_name_is_never_mistaken_in_silence(tmp_path
     assert "Rename it, to my_spin_recipe.py" in out
     assert "Rename it" not in spin(capsys, "cp", "spin_recipe", tmp_path / "mine.py")[1]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["spin_recipe", "--config", "there_is_none"])
 
-    def told(recipe):
-        with pytest.raises(SystemExit, match="1"):
-            load_recipe(recipe).recipe_main()
-        return [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    def warnings(recipe):
+        text = refused(monkeypatch, capsys, recipe, "--config", "there_is_none")
+        return [line for line in text.splitlines() if line.startswith("warning: ")]
 
-    assert told("spin_recipe") == told(str(copy)) == []  # the same text: it does not matter which runs
+    assert warnings("spin_recipe") == warnings(str(copy)) == []  # the same text: it does not matter which runs
     copy.write_text(copy.read_text() + "# edited\n")
-    (line,) = told("spin_recipe")
+    (line,) = warnings("spin_recipe")
     assert line.startswith(f"warning: {installed} runs, not {copy}.") and "my_spin_recipe.py" in line
-    (line,) = told(str(copy))
+    (line,) = warnings(str(copy))
     assert line.startswith(f"warning: {copy} runs, not {installed}.")
-    assert told("mine.py") == []
+    assert warnings("mine.py") == []
 
 
-def test_cp_keeps_what_is_there(tmp_path, capsys):
-    target = tmp_path / "mine.yaml"
-    target.write_text("precious")
-    code, _, err = spin(capsys, "cp", "llama3_2/1B_full", target)
-    assert code == 1 and "mine.yaml: is there already" in err and target.read_text() == "precious"
-    assert spin(capsys, "cp", "llama3_2/1B_full", target, "--force")[0] == 0
-    assert "SPIN" in target.read_text()
-
-
-def test_cp_into_a_folder_that_is_not_there(tmp_path, capsys):
-    target = tmp_path / "a" / "b" / "mine.yaml"
-    code, _, err = spin(capsys, "cp", "llama3_2/1B_full", target)
-    assert code == 1 and "no such folder" in err
-    assert spin(capsys, "cp", "llama3_2/1B_full", target, "--make-parents")[0] == 0
-    assert target.is_file()
-
-
-def test_cp_of_an_unknown_name(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("name", "message", "option"),
+    [("mine.yaml", "mine.yaml: is there already", "--force"), ("a/b/mine.yaml", "no such folder", "--make-parents")],
+)
+def test_cp_keeps_what_is_there_and_makes_no_folders_unless_asked(tmp_path, capsys, name, message, option):
+    (tmp_path / "mine.yaml").write_text("precious")
+    code, _, err = spin(capsys, "cp", "llama3_2/1B_full", tmp_path / name)
+    assert code == 1 and message in err and (tmp_path / "mine.yaml").read_text() == "precious"
+    assert spin(capsys, "cp", "llama3_2/1B_full", tmp_path / name, option)[0] == 0
+    assert "SPIN" in (tmp_path / name).read_text()
     code, _, err = spin(capsys, "cp", "llama3_2/1B_ful", tmp_path)
     assert code == 1 and "Did you mean llama3_2/1B_full" in err
 
@@ -239,9 +218,8 @@ def test_pairs_counts(store, capsys):
     code, out, _ = spin(capsys, "pairs", store)
     assert code == 0
     assert "2 of 2 shards, sealed" in out and "2 to 2 prompts" in out and "1 (50.0%)" in out
-    table = {
-        line.split(",")[0]: line.split()[2:] for line in out.splitlines() if ", tokens" in line or ", nats" in line
-    }
+    lines = [line for line in out.splitlines() if ", tokens" in line or ", nats" in line]
+    table = {line.split(",")[0]: line.split()[2:] for line in lines}
     assert table["prompt"] == ["3"] * 6
     assert [table["generated"][i] for i in (0, 2, 4, 5)] == ["2", "3", "4", "3"]
     assert [table["margin"][i] for i in (0, 2, 4, 5)] == ["-5.00", "2.50", "10.00", "2.50"]
@@ -261,18 +239,15 @@ def test_pairs_counts(store, capsys):
     ],
     ids=str,
 )
-def test_pairs_filters_what_it_exports(store, tmp_path, tiny_lm, capsys, options, kept):
+def test_pairs_exports_what_it_filters_as_text_and_numbers(store, tmp_path, tiny_lm, capsys, options, kept):
     out = tmp_path / "out.jsonl"
     code, text, _ = spin(capsys, "pairs", store, *options, "--export", out, "--tokenizer", tiny_lm)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert code == 0 and [row["sample_id"] for row in rows] == kept
     assert f"{len(kept)} to {len(kept)} prompts" in text
-
-
-def test_pairs_exports_text_and_numbers(store, tmp_path, tiny_lm, capsys):
-    out = tmp_path / "out.jsonl"
-    spin(capsys, "pairs", store, "--export", out, "--tokenizer", tiny_lm)
-    row = json.loads(out.read_text().splitlines()[1])
+    if options:
+        return
+    row = rows[1]
     assert (row["prompt_tokens"], row["real_tokens"], row["generated_tokens"]) == (3, 2, 4)
     assert (row["margin"], row["reference_real_logp"], row["reference_generated_logp"]) == (-5.0, -20.0, -15.0)
     assert row["finish_reason"] == "length" and row["real"].endswith("<|im_end|>") and row["generated"]
@@ -296,15 +271,16 @@ def test_pairs_of_a_store_that_is_being_made(store, capsys):
 
 def test_pairs_refuses_what_it_cannot_do(tmp_path, capsys):
     write_store(tmp_path / "responses")
-    code, _, err = spin(capsys, "pairs", tmp_path / "responses", "--min-margin", 0)
-    assert code == 1 and "is not scored" in err
-    code, _, err = spin(capsys, "pairs", tmp_path / "responses", "--sample", 1)
-    assert code == 1 and "--tokenizer" in err
-    code, _, err = spin(capsys, "pairs", tmp_path / "nowhere")
-    assert code == 1 and "no pair store here" in err
-    (tmp_path / "responses" / "shard-00001.parquet").unlink()
-    code, _, err = spin(capsys, "pairs", tmp_path / "responses")
-    assert code == 1 and "shard-00001.parquet: missing" in err
+    write_store(tmp_path / "broken")
+    (tmp_path / "broken" / "shard-00001.parquet").unlink()
+    for name, options, message in (
+        ("responses", ("--min-margin", 0), "is not scored"),
+        ("responses", ("--sample", 1), "--tokenizer"),
+        ("nowhere", (), "no pair store here"),
+        ("broken", (), "shard-00001.parquet: missing"),
+    ):
+        code, _, err = spin(capsys, "pairs", tmp_path / name, *options)
+        assert code == 1 and message in err
     assert PairStore.open(tmp_path / "responses").is_sealed
 
 
@@ -312,8 +288,6 @@ def test_pairs_refuses_what_it_cannot_do(tmp_path, capsys):
 
 
 def test_doctor_knows_what_is_installed(capsys):
-    import torch
-
     code, out, err = spin(capsys, "doctor")
     lines = {line.split()[0]: line.split()[1:] for line in out.splitlines()}
     assert lines["torch"] == ["ok", torch.__version__] and lines["torchtune"] == ["ok", "0.6.1"]
@@ -321,22 +295,15 @@ def test_doctor_knows_what_is_installed(capsys):
     assert code == ("FAULT" in out) and bool(err) == bool(code)
 
 
-def test_doctor_tells_what_is_missing_or_does_not_fit():
-    from packaging.requirements import Requirement
-
-    from spin.cli.doctor import check_requirement
-
-    old, gone, fine = (
-        check_requirement(Requirement(text)) for text in ("torchtune==0.5.0", "no-such-package>=2", "torch>=2")
-    )
+def test_doctor_says_what_is_missing_or_does_not_fit():
+    texts = ("torchtune==0.5.0", "no-such-package>=2", "torch>=2")
+    old, gone, fine = (doctor.check_requirement(Requirement(text)) for text in texts)
     assert old.verdict == gone.verdict == "FAULT" and fine.verdict == "ok"
     assert "0.6.1, expected ==0.5.0: `pip install 'torchtune==0.5.0'`" in old.text
     assert "not installed: `pip install 'no-such-package>=2'`" in gone.text
 
 
 def test_doctor_says_which_dtype_a_cpu_is_fast_in(monkeypatch):
-    from spin.cli import doctor
-
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for fast in (True, False):
         monkeypatch.setattr("spin.core.dtypes.has_fast_bf16", lambda fast=fast: fast)
@@ -344,20 +311,16 @@ def test_doctor_says_which_dtype_a_cpu_is_fast_in(monkeypatch):
         assert "device=cpu" in text and ("compute_dtype=fp32" in text) is not fast
 
 
-@pytest.mark.parametrize(("torch", "verdict"), [(None, "ok"), ("2.11.0", "ok"), ("2.13.0+cpu", "note")])
-def test_doctor_compares_vllm_with_the_torch_that_is_there(monkeypatch, torch, verdict):
-    from spin.cli import doctor
-
+@pytest.mark.parametrize(("installed", "verdict"), [(None, "ok"), ("2.11.0", "ok"), ("2.13.0+cpu", "note")])
+def test_doctor_compares_vllm_with_the_torch_that_is_there(monkeypatch, installed, verdict):
     monkeypatch.setattr(doctor, "installed_vllm", lambda: ("vllm", "0.23.0"))
-    monkeypatch.setattr(doctor, "installed_version", lambda package: torch)
+    monkeypatch.setattr(doctor, "installed_version", lambda package: installed)
     monkeypatch.setattr("importlib.metadata.requires", lambda package: ["torch==2.11.0", "numpy"])
     (finding,) = doctor.vllm()
     assert finding.verdict == verdict and "0.23.0" in finding.text
 
 
 def test_doctor_ends_with_1_if_something_is_missing(monkeypatch, capsys):
-    from spin.cli import doctor
-
     monkeypatch.setattr(doctor, "packages", lambda: [doctor.Finding("torch", "FAULT", "not installed")])
     code, out, err = spin(capsys, "doctor")
     assert code == 1 and "FAULT" in out and "1 of these" in err

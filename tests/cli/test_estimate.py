@@ -74,10 +74,11 @@ def test_steps_on_several_gpus_are_met_within_4_per_cent(repo):
     assert len(runs) == 9
     for name, run in runs.items():
         words = run["arguments"]
-        overrides = [f"pairs.row_tokens={words[words.index('--row-tokens') + 1]}", "compile=true"]
-        overrides += [f"replicas={run['replicas']}"]
-        overrides += ["enable_activation_checkpointing=false", "fsdp_accumulate_unsharded=false"]
-        overrides += [f"fsdp_reshard_after_forward={str('--keep-gathered' not in words).lower()}"]
+        overrides = [
+            f"pairs.row_tokens={words[words.index('--row-tokens') + 1]}", f"replicas={run['replicas']}", "compile=true",
+            "enable_activation_checkpointing=false", "fsdp_accumulate_unsharded=false",
+            f"fsdp_reshard_after_forward={str('--keep-gathered' not in words).lower()}",
+        ]  # fmt: skip
         if "adamw8bit" in words:
             overrides += ["optimizer._component_=spin.training.AdamW8bit", "~optimizer.fused"]
         cfg = config({"llama3_1_8b": "llama3_1/8B_full", "llama3_2_1b": "llama3_2/1B_full"}[run["model"]], *overrides)
@@ -96,10 +97,7 @@ def test_full_fine_tuning_by_hand():
     n = 1_235_814_400
     assert (found.trained, found.frozen, found.row_tokens) == (n, 0, 12288)
     expected = {
-        "weights": 4 * n,
-        "gradients": 4 * n,
-        "optimizer": 8 * n,
-        "gathered": 2 * n,
+        **{"weights": 4 * n, "gradients": 4 * n, "optimizer": 8 * n, "gathered": 2 * n},
         "activations": 12288 * (16 * 37_888 + 4 * 2048) * 2,
         "head": 2048 * 128_256 * 2 + 128_256 * 2048 * 4,
         "cache": 256 * 1536 * 16 * 2 * 512 * 2 + 256 * 128_256 * 6,
@@ -130,7 +128,7 @@ def test_weights_are_what_pytorch_holds(changes, repo, tmp_path):
     prepare_model(model, world, compute_dtype=torch.bfloat16)
     held = 0
     for parameter in model.parameters():
-        local = getattr(parameter, "_local_tensor", parameter)
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         parts = [local]
         if hasattr(local, "quantized_data"):
             parts = [local.quantized_data, local.quantized_scalers, local.quantization_factor]
@@ -162,14 +160,16 @@ def test_a_frozen_base_has_no_gradient_no_state_and_no_second_copy():
 
 
 def test_more_of_a_knob_is_more_memory_where_it_should_be():
-    base = estimate(config("llama3_1/8B_lora"))
-    assert estimate(config("llama3_1/8B_lora", "pairs.row_tokens=16384")).activations > 1.9 * base.activations
-    assert estimate(config("llama3_1/8B_lora", "generator.batch_size=128")).cache == pytest.approx(2 * base.cache)
-    assert estimate(config("llama3_1/8B_lora", "logprob_chunk_tokens=4096")).head == pytest.approx(2 * base.head)
-    assert estimate(config("llama3_1/8B_lora", "model.lora_rank=32")).optimizer == pytest.approx(2 * base.optimizer)
-    flipped = str(not config("llama3_1/8B_lora").enable_activation_checkpointing).lower()
-    other = estimate(config("llama3_1/8B_lora", f"enable_activation_checkpointing={flipped}")).activations
-    assert (other < base.activations) == (flipped == "true")
+    def found(*changes):
+        return estimate(config("llama3_1/8B_lora", *changes))
+
+    base = found()
+    assert found("pairs.row_tokens=16384").activations > 1.9 * base.activations
+    assert found("generator.batch_size=128").cache == pytest.approx(2 * base.cache)
+    assert found("logprob_chunk_tokens=4096").head == pytest.approx(2 * base.head)
+    assert found("model.lora_rank=32").optimizer == pytest.approx(2 * base.optimizer)
+    layers = [found(f"enable_activation_checkpointing={value}").activations for value in ("true", "false")]
+    assert layers[0] < layers[1]
 
 
 TRAINING = [name for name in packaged_configs() if not name.startswith(("generate/", "evaluate/"))]
@@ -193,14 +193,8 @@ def test_every_config_has_an_estimate(name, repo):
 
 
 def test_a_mixture_counts_as_the_longest_of_its_sources():
-    cfg = OmegaConf.create(
-        {
-            "dataset": {
-                "common": {"max_prompt_tokens": 100, "limit": 5},
-                "sources": {"a": {"max_prompt_tokens": 300, "limit": 7}, "b": {"max_response_tokens": 9}},
-            }
-        }
-    )
+    sources = {"a": {"max_prompt_tokens": 300, "limit": 7}, "b": {"max_response_tokens": 9}}
+    cfg = OmegaConf.create({"dataset": {"common": {"max_prompt_tokens": 100, "limit": 5}, "sources": sources}})
     limits = [data_limit(cfg, key) for key in ("max_prompt_tokens", "max_response_tokens", "limit")]
     assert limits == [300, None, 12]
 
@@ -212,22 +206,9 @@ def test_numbers_that_cannot_be():
         estimate(config("llama3_1/8B_full"), pair_tokens=-5)
 
 
-def test_the_command_prints_all_parts_and_answers_a_wrong_name(capsys):
-    assert (
-        main(
-            [
-                "estimate",
-                "--config",
-                "llama3_1/8B_lora",
-                "--ranks",
-                "2",
-                "--pair-tokens",
-                "755",
-                "pairs.row_tokens=4096",
-            ]
-        )
-        == 0
-    )
+def test_the_command_prints_all_parts_and_refuses_a_wrong_name(capsys):
+    options = ["--ranks", "2", "--pair-tokens", "755", "pairs.row_tokens=4096"]
+    assert main(["estimate", "--config", "llama3_1/8B_lora", *options]) == 0
     text = capsys.readouterr().out
     for part in ("weights", "gradients", "optimizer", "activations", "key-value cache", "peak", "on disk", "frozen"):
         assert part in text

@@ -49,8 +49,9 @@ def test_a_config_that_works(validate):
     assert "jargon_train.jsonl:1: the real response has 83 tokens" in out  # what is cut is said
 
 
-def test_a_template_that_has_the_model_reason(validate, tmp_path):
-    """Answers without reasoning are a fault of the data, and the remedy that is named works."""
+def test_templates_that_do_not_fit(validate, tmp_path):
+    """Responses without reasoning are a fault of the data where a template has the model reason, and the remedy that is
+    named works; a template that ignores the user is a fault of its own."""
     (tmp_path / "reasons.jinja").write_text(QWEN3)
     template = f"tokenizer.chat_template={tmp_path / 'reasons.jinja'}"
     code, out, _ = validate(template)
@@ -60,13 +61,9 @@ def test_a_template_that_has_the_model_reason(validate, tmp_path):
     assert code == 0 and set(verdicts(out).values()) == {"ok"}
     code, out, _ = validate(template, "tokenizer.template_options.enable_thinkin=false")
     assert code == 1 and verdicts(out)["tokenizer"] == "FAULT" and "it reads enable_thinking." in out
-
-
-def test_a_template_that_ignores_the_user(validate, tmp_path):
     (tmp_path / "deaf.jinja").write_text(CHATML.replace("m.content", "(m.content if m.role != 'user' else '')"))
     code, out, _ = validate(f"tokenizer.chat_template={tmp_path / 'deaf.jinja'}")
-    assert code == 1 and verdicts(out)["tokenizer"] == "FAULT"
-    assert "does not show what the user says" in out
+    assert code == 1 and verdicts(out)["tokenizer"] == "FAULT" and "does not show what the user says" in out
 
 
 @pytest.fixture
@@ -82,12 +79,14 @@ def folder_of(tmp_path):
     return make
 
 
-def test_logits_are_compared_with_transformers(validate):
+def test_logits_are_compared_with_transformers_of_adapters_too(validate):
     code, out, err = validate("--logits")
     assert code == 0 and err == "" and verdicts(out)["logits"] == "ok" and len(verdicts(out)) == 15
     assert "largest difference to the logits of transformers" in out and "layers 0, 1, " in out
     code, out, _ = validate("--logits", config=CONFIG.with_name("tiny_lora.yaml"))
-    assert code == 0 and verdicts(out)["logits"] == "ok"
+    assert code == 0 and verdicts(out)["logits"] == "ok" and "for spin_recipe" in out
+    code, out, _ = validate("enable_float8_training=true", config=CONFIG.with_name("tiny_lora.yaml"))
+    assert code == 1 and "enable_float8_training=true" in out
 
 
 @pytest.mark.parametrize(
@@ -118,11 +117,8 @@ def test_a_mixture(validate, tmp_path):
         "a": {"source": source["train"], "limit": 20, "weight": 3},
         "b": {"source": source["val"], "limit": 6, "weight": 1},
     }
-    mixture = {
-        "_component_": "spin.data.mixed_prompt_dataset",
-        "common": {"max_response_tokens": 80, "on_long_response": "cut"},
-        "sources": sources,
-    }
+    common = {"max_response_tokens": 80, "on_long_response": "cut"}
+    mixture = {"_component_": "spin.data.mixed_prompt_dataset", "common": common, "sources": sources}
     code, out, err = validate("~dataset.source", config=changed_config(tmp_path, mixture))
     assert code == 0, out + err
     assert "26 samples of 26 rows" in out and "of 24 that an iteration can play: a 18, b 6" in out
@@ -161,24 +157,19 @@ def test_a_stream(validate):
     assert code == 1 and "has 912 usable samples, dataset.limit=2000 asks for more" in out
 
 
-def test_a_config_of_adapters(validate):
-    config = CONFIG.with_name("tiny_lora.yaml")
-    code, out, err = validate(config=config)
-    assert code == 0, out + err
-    assert "for spin_recipe" in out
-    code, out, _ = validate("enable_float8_training=true", config=config)
-    assert code == 1 and "enable_float8_training=true" in out
-
-
 def test_all_faults_of_a_config_at_once(validate):
-    code, out, _ = validate("loss.betta=1", "optimiser=x", "generator._component_=os.system")
-    assert code == 1 and verdicts(out) == {"config": "FAULT"}
-    for word in ("3 faults", "betta", "Did you mean 'optimizer'?", "os.system"):
-        assert word in out
-    code, out, _ = validate("loss.beta=[0.1,-0.2]", "global_batch_size=0", "max_time=soon")
-    assert code == 1
-    for word in ("loss.beta", "global_batch_size", "max_time"):
-        assert word in out
+    for changes, words in (
+        (("loss.betta=1", "optimiser=x", "generator._component_=os.system"), ("3 faults", "'optimizer'?", "os.system")),
+        (("loss.beta=[0.1,-0.2]", "global_batch_size=0", "max_time=soon"), ("3 faults",)),
+    ):
+        code, out, _ = validate(*changes)
+        assert code == 1 and verdicts(out) == {"config": "FAULT"}
+        for word in (*words, *(change.partition("=")[0] for change in changes)):
+            assert word in out
+    code, out, _ = validate("tokenizer.path=/nowhere", "model.num_kv_heads=3")
+    assert code == 1 and len(verdicts(out)) == 14
+    assert "vocabulary       -      skipped: needs the model and tokenizer" in out
+    assert "arithmetic       -      skipped: needs the data" in out
 
 
 def test_faults_of_every_kind_in_one_pass(validate, tmp_path):
@@ -202,13 +193,6 @@ def test_faults_of_every_kind_in_one_pass(validate, tmp_path):
     assert "rows.jsonl:5, rows.jsonl:6, rows.jsonl:7 and 27 more: found a list" in out
 
 
-def test_skipped_checks_say_what_they_need(validate):
-    code, out, _ = validate("tokenizer.path=/nowhere", "model.num_kv_heads=3")
-    assert code == 1 and len(verdicts(out)) == 14
-    assert "vocabulary       -      skipped: needs the model and tokenizer" in out
-    assert "arithmetic       -      skipped: needs the data" in out
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -230,11 +214,7 @@ def test_what_is_missing_or_of_another_kind_is_a_fault_and_no_traceback(validate
         (["tokenizer.path=/nowhere"], "tokenizer", ["/nowhere"]),
         (["global_batch_size=400"], "arithmetic", ["global_batch_size"]),
         (["val_check_interval=0.01"], "arithmetic", ["val_check_interval=0.01 of an epoch of 5 steps"]),
-        (
-            ["optimizer.weight_decay=-1"],
-            "loss, optimizer",
-            ["optimizer: torch.optim.AdamW does not take these values", "weight_decay"],
-        ),
+        (["optimizer.weight_decay=-1"], "loss, optimizer", ["torch.optim.AdamW does not take these", "weight_decay"]),
         (["model.num_kv_heads=3"], "model", ["model: torchtune.models.llama3_2.llama3_2 does not take these values"]),
         (["sampling.stop_token_ids=[5000]"], "vocabulary", ["stop token 5000"]),
         (["checkpointer=spin.checkpoint.LoRACheckpointer"], "adapters", ["has no adapter. Name one of torchtune's"]),
@@ -318,7 +298,7 @@ class Spoiled(ChatTokenizer):
 
     def encode_pairs(self, conversations):
         if self.fault == "stop":
-            return [(prompt, answer[:-1]) for prompt, answer in super().encode_pairs(conversations)]
+            return [(prompt, response[:-1]) for prompt, response in super().encode_pairs(conversations)]
         return super().encode_pairs(conversations)
 
     def decode(self, ids, skip_special_tokens=False):

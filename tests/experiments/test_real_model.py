@@ -10,6 +10,10 @@ import pytest
 import torch
 import yaml
 
+from spin.config import SPINConfig, complete, load_config
+from spin.data import Pair
+from spin.reference.logprobs import response_logps
+
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO / "experiments"), str(Path(__file__).parent)]  # as when it runs, and for its workers
 
@@ -17,6 +21,7 @@ import pool_work  # noqa: E402
 import real_data  # noqa: E402
 import real_model  # noqa: E402
 import real_report  # noqa: E402
+import real_runs  # noqa: E402
 from real_metrics import (  # noqa: E402
     chosen_right,
     classifier_accuracy,
@@ -42,19 +47,15 @@ PIQA = [
 # --- What is measured ---
 
 
-def test_responses_that_are_alike_cannot_be_distinguished():
-    assert classifier_accuracy(REAL, REAL) == 0.5
-    assert classifier_accuracy(REAL, REAL, "length") == 0.5
-
-
-def test_responses_in_other_words_are_distinguished():
+def test_responses_are_distinguished_by_their_words():
     generated = [text.replace("e", "ee").upper() for text in REAL]
-    assert classifier_accuracy(REAL, generated) == 1.0
-    assert classifier_accuracy(REAL, generated, "opening") == 1.0
+    for features, other in (("text", 1.0), ("opening", 1.0), ("length", None)):
+        assert classifier_accuracy(REAL, REAL, features) == 0.5
+        assert other is None or classifier_accuracy(REAL, generated, features) == other
 
 
 def test_length_alone_is_seen_by_the_classifier_of_lengths_and_not_by_that_of_openings():
-    """Both are words drawn at random, three times as many in the generated answers: cut to the same number of
+    """Both are words drawn at random, three times as many in the generated responses: cut to the same number of
     characters they give nothing away, and 200 guesses are right half of the time, give or take 0.035."""
     generated = [" ".join(DRAW.choices(WORDS, k=3 * len(text.split()))) for text in REAL]
     assert classifier_accuracy(REAL, generated, "length") > 0.95
@@ -68,24 +69,16 @@ def test_a_classifier_refuses_what_it_cannot_use(real, generated, features):
 
 
 def test_repetition_by_hand():
-    """1234, 2341, 3412, 4123, 1234: one of five was there before; the other answers have no or one group."""
+    """1234, 2341, 3412, 4123, 1234: one of five was there before; the other responses have no or one group."""
     assert repeated_fraction([[1, 2, 3, 4, 1, 2, 3, 4], [5, 6, 7], [5, 6, 7, 8]]) == pytest.approx(1 / 5)
     assert repeated_fraction([[7] * 13]) == pytest.approx(9 / 10)
     assert repeated_fraction([[1, 2]]) == 0.0
     assert distinct_fraction([[1, 2, 3], [1, 2, 4]]) == pytest.approx(3 / 4)  # 12, 23, 12, 24
 
 
-@pytest.mark.parametrize(
-    ("text", "number", "right"),
-    [
-        ("15 - 43 = -28.", "-28", True),
-        ("It is 28, not -28", "28", False),
-        ("about 1,024", "1024", True),
-        ("none", "0", False),
-    ],
-)
-def test_the_last_number_is_the_answer(text, number, right):
-    assert says_number(text, number) is right
+def test_the_last_number_counts():
+    assert says_number("15 - 43 = -28.", "-28") and says_number("about 1,024", "1024")
+    assert not says_number("It is 28, not -28", "28") and not says_number("none", "0")
 
 
 def test_the_choice_with_the_highest_score_is_taken():
@@ -176,6 +169,12 @@ def plan(file, **arms):
     return file
 
 
+def configured(job, stage, **changes):
+    settings = {**stage["settings"], **changes}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    return complete(load_config(job["base"], overrides), SPINConfig)
+
+
 def results(out):
     return {file.stem: json.loads(file.read_text()) for file in (out / "jobs").glob("*.json")}
 
@@ -223,30 +222,18 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
 
 def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
     """As far as can be known without the model: keys, kinds, lists by iteration."""
-    from real_runs import RECIPES
-
-    from spin.config import SPINConfig, complete, load_config
-
     content = real_model.read_plan(real_model.PLAN, tiny_lm, data)
     for form in content["forms"]:
         jobs = real_model.make_jobs(content, form, [], [], tmp_path)
         assert {job["seed"] for job in jobs} == set(content["forms"][form]["seeds"])
         for job in jobs:
             for stage in real_model.fill(job["stages"], job["paths"]):
-                assert stage["recipe"] in {*RECIPES, "none"}
-                settings = {**stage["settings"], "output_dir": str(tmp_path), "device": "cpu"}
-                overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-                complete(load_config(job["base"], overrides), SPINConfig)
+                assert stage["recipe"] in {*real_runs.RECIPES, "none"}
+                configured(job, stage, output_dir=str(tmp_path), device="cpu")
 
 
 def test_a_supervised_step_is_the_mean_over_the_responses_tokens(tmp_path, tiny_lm, data):
     """With plain gradient descent the weights move by the gradient of the mean negative log-prob of all real tokens."""
-    from real_runs import MeasuredSFT
-
-    from spin.config import SPINConfig, complete, load_config
-    from spin.data import Pair
-    from spin.reference.logprobs import response_logps
-
     content = real_model.read_plan(plan(tmp_path / "plan.yaml", sft=[{"recipe": "sft"}]), tiny_lm, data)
     (job,) = real_model.make_jobs(content, "small", [], [], tmp_path)
     changes = {
@@ -254,10 +241,7 @@ def test_a_supervised_step_is_the_mean_over_the_responses_tokens(tmp_path, tiny_
         "lr_scheduler.name": "constant", "lr_scheduler.warmup": 0, "clip_grad_norm": None,
     }  # fmt: skip
     stages, questions = (real_model.fill(job[name], job["paths"]) for name in ("stages", "questions"))
-    settings = {**stages[0]["settings"], **changes}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    cfg = complete(load_config(job["base"], overrides), SPINConfig)
-    recipe = MeasuredSFT(cfg, questions, lambda measured: None)
+    recipe = real_runs.MeasuredSFT(configured(job, stages[0], **changes), questions, lambda measured: None)
     recipe.setup()
     prompts = [recipe._prompts[i] for i in range(5)]  # of unequal lengths
     pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in prompts]
@@ -296,8 +280,6 @@ def test_figures_are_replaced_and_the_text_around_them_stays():
 @pytest.mark.slow
 def test_an_iteration_that_ends_at_a_target_learns_no_more(tmp_path, tiny_lm, data, monkeypatch):
     """Two steps: a target that is never met changes nothing, one that is met at once takes the second step away."""
-    import real_runs
-
     file = plan(tmp_path / "plan.yaml", spin=[{}], near=[{"recipe": "spin_near"}])
     content = real_model.read_plan(file, Path(tiny_lm), data)
     found = {}
