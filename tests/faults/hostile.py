@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import zlib
 from pathlib import Path
 
 import pyarrow as pa
@@ -38,6 +39,10 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
 INTERPOLATIONS = "a0: xxxxxxxxxx\n" + "".join(f"a{i + 1}: {f'${{a{i}}}' * 10}\n" for i in range(8))
 
 
+# what was damaged before, beyond what the functions below can read
+BEYOND_REPAIR = (OSError, ValueError, EOFError, RecursionError, pa.ArrowException, yaml.YAMLError, zlib.error)
+
+
 def write_whole_run(folder):
     """A finished run of two iterations: config, metrics, samples, responses, scored pairs, model, adapter."""
     cfg = plain(tiny_config(folder))
@@ -52,9 +57,8 @@ def write_whole_run(folder):
 
 def places(value):
     """Every container of a document with each of its keys."""
-    for key, item in list(
-        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    ):
+    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in list(pairs):
         yield value, key
         yield from places(item)
 
@@ -116,10 +120,9 @@ def bend_table(file, rng):
     if rng.random() < 0.3:
         return file.write_bytes(bend_bytes(file.read_bytes(), rng))
     name = rng.choice(table.column_names)
-    kind = rng.choice(
-        [pa.string(), pa.int32(), pa.int64(), pa.float64(), pa.list_(pa.int32()), pa.list_(pa.string()), pa.date32()]
-        + [table.schema.field(name).type] * 4
-    )
+    kinds = [pa.string(), pa.int32(), pa.int64(), pa.float64(), pa.date32()]
+    kinds += [pa.list_(pa.int32()), pa.list_(pa.string()), *[table.schema.field(name).type] * 4]
+    kind = rng.choice(kinds)
     values = [-1, 2**31 - 1, 5.5, math.nan, "length", ESCAPES, [-1], [2**31 - 1], [0] * 5000, [], None]
     fits = [value for value in values if _fits(value, kind)]
     column = pa.array([rng.choice(fits) for _ in range(table.num_rows)], kind)
@@ -132,8 +135,7 @@ def bend_table(file, rng):
         table = table.slice(0, 0)
     else:
         table = pa.concat_tables([table] * 50)
-    pq.write_table(table, file)
-    return None
+    return pq.write_table(table, file)
 
 
 def _fits(value, kind):
@@ -144,40 +146,35 @@ def _fits(value, kind):
     return True
 
 
+KINDS = {  # what may lie under a name
+    "nothing": lambda path, outside: None,
+    "folder": lambda path, outside: path.mkdir(),
+    "pipe": lambda path, outside: os.mkfifo(path),
+    "loop": lambda path, outside: path.symlink_to(path.name),
+    "endless": lambda path, outside: path.symlink_to("/dev/zero"),
+    "huge": lambda path, outside: os.truncate(os.open(path, os.O_CREAT | os.O_RDWR), 2**42),
+    "link": lambda path, outside: path.symlink_to(outside / "secret.txt"),
+    "folder link": lambda path, outside: path.symlink_to(outside, target_is_directory=True),
+    "socket": lambda path, outside: os.mknod(path, 0o600 | 0o140000),
+}
+
+
 def replace(path, rng, outside):
     """Something else under a name: a folder, a pipe, a link, an endless or a huge file, or nothing."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-    what = rng.choice(["nothing", "folder", "pipe", "loop", "endless", "huge", "link", "folder link", "socket"])
-    if what == "folder":
-        path.mkdir()
-    elif what == "pipe":
-        os.mkfifo(path)
-    elif what == "loop":
-        path.symlink_to(path.name)
-    elif what == "endless":
-        path.symlink_to("/dev/zero")
-    elif what == "huge":
-        with path.open("wb") as stream:
-            stream.truncate(2**42)
-    elif what == "link":
-        path.symlink_to(outside / "secret.txt")
-    elif what == "folder link":
-        path.symlink_to(outside, target_is_directory=True)
-    elif what == "socket":
-        os.mknod(path, 0o600 | 0o140000)
+    what = rng.choice(list(KINDS))
+    KINDS[what](path, outside)
     return what
 
 
 def rename(path, rng):
     """A name with control characters, of no number or of a huge one."""
-    name = rng.choice(
-        [ESCAPES.replace("\x00", ""), "iteration_" + "9" * 200, "iteration_٣", "iteration_-1", "-rf", "iteration_000\n"]
-    )
+    names = [ESCAPES.replace("\x00", ""), "-rf", *(f"iteration_{part}" for part in ("9" * 200, "٣", "-1", "000\n"))]
     with contextlib.suppress(OSError):
-        path.rename(path.with_name(name))
+        path.rename(path.with_name(rng.choice(names)))
 
 
 def damage(run, rng, outside):
@@ -190,46 +187,29 @@ def damage(run, rng, outside):
     if action < 0.35:
         rename(path, rng)
         return f"{path.relative_to(run)!s}: renamed"
-    texts = [
-        path
-        for path in paths
-        if path.suffix in (".json", ".jsonl", ".yaml", ".parquet")
-        and path.is_file()
-        and not path.is_symlink()
-        and path.stat().st_size < 10**7
-    ]
+    kinds = (".json", ".jsonl", ".yaml", ".parquet")
+    texts = [path for path in paths if path.suffix in kinds and is_small(path, 10**7)]
     if not texts:
         return "nothing left"
-    file = rng.choice(
-        [*texts, *(path for path in texts if path.parent == run), *(path for path in texts if path.parent == run)]
-    )
+    file = rng.choice([*texts, *[path for path in texts if path.parent == run] * 2])
     try:
         if file.suffix == ".parquet":
             bend_table(file, rng)
         else:
             file.write_bytes(bend_text(file, rng))
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-        pa.ArrowException,
-        yaml.YAMLError,
-    ):  # was damaged before, beyond what these can read
+    except BEYOND_REPAIR:
         file.write_bytes(bend_bytes(file.read_bytes(), rng))
     return f"{file.relative_to(run)!s}: bent"
 
 
+def is_small(path, most_bytes):
+    """A regular file of no more than so many bytes."""
+    return path.is_file() and not path.is_symlink() and path.stat().st_size < most_bytes
+
+
 def hostile_run(whole, folder, seed):
-    """A copy of a run's folder with one to three things damaged.
-
-    Args:
-        whole: a folder by :func:`write_whole_run`.
-        folder: where the copy goes, as ``run``, with ``outside`` next to it, which nothing may change.
-        seed: of the damage.
-
-    Returns:
-        The copy, and what was done to it.
-    """
+    """A copy of a whole run's folder with one to three things damaged, and what was done to it. It is ``run`` in the
+    folder, with ``outside`` next to it, which nothing may change."""
     rng = random.Random(seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -265,10 +245,8 @@ def time_limit(seconds=SECONDS):
 def commands_on(run, rng):
     """Command lines that look at a run, each with the only paths that it may write to."""
     out = run.parent / "out"
-    stores = sorted(path for path in run.glob("*/*") if path.name in ("responses", "pairs")) or [
-        run / "iteration_000/pairs"
-    ]
-    store = rng.choice(stores)
+    stores = sorted(path for path in run.glob("*/*") if path.name in ("responses", "pairs"))
+    store = rng.choice(stores or [run / "iteration_000/pairs"])
     return [
         (["report", str(run), "--out", str(out / "page.html")], [out]),
         (["report", str(run)], [run / "report.html"]),
@@ -285,10 +263,5 @@ def snapshot(folder):
         for name in (*folders, *files):
             path = Path(root, name)
             state = path.lstat()
-            found[path] = (
-                state.st_mode,
-                path.read_bytes()
-                if path.is_file() and not path.is_symlink() and state.st_size < 10**6
-                else state.st_size,
-            )
+            found[path] = state.st_mode, path.read_bytes() if is_small(path, 10**6) else state.st_size
     return found

@@ -13,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -33,10 +32,7 @@ import torch.distributed as dist  # noqa: E402
 import torchtune.models.llama3_2  # noqa: E402, F401
 import torchtune.training.metric_logging  # noqa: E402, F401
 from safetensors.torch import load_file, save_file  # noqa: E402
-from torch.optim.optimizer import (  # noqa: E402
-    register_optimizer_step_post_hook,
-    register_optimizer_step_pre_hook,
-)
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook  # noqa: E402
 from torchtune.modules import TransformerDecoder  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402, F401
 
@@ -44,7 +40,7 @@ import spin.checkpoint.checkpointer  # noqa: E402, F401
 import spin.data  # noqa: E402, F401
 import spin.generators  # noqa: E402, F401
 from spin.core.files import file_sha256  # noqa: E402
-from tests.recipes.helpers import CONFIG, metrics_of, tiny_overrides  # noqa: E402
+from tests.recipes.helpers import CONFIG, TINY_LM, free_port, metrics_of, step_of, tiny_overrides  # noqa: E402
 
 STAGES = {
     "_play": "generation",
@@ -115,8 +111,7 @@ class Events:
 
     def during(self, method, stage):
         def staged(recipe, *args, **kwargs):
-            progress = getattr(recipe, "_progress", None)
-            is_last = stage == "training" and (progress.iteration, progress.epoch) == (1, 1)
+            is_last = stage == "training" and step_of(recipe) >= 6  # 2 iterations x 2 epochs x 2 steps
             inner = "boundary" if self.stages[-1] == "boundary" else "last epoch" if is_last else stage
             self.stages.append(inner)
             try:
@@ -130,10 +125,7 @@ class Events:
 def run(folder, ranks, plan=None):
     """One run of all ranks; ``plan`` names rank, stage and event of the kill. Gives the exit codes."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = {}
+    port, children = free_port(), {}
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
@@ -179,12 +171,11 @@ def run_rank(folder, rank, ranks, port, plan):
 
 def make_model(folder):
     """The first layer of the tests' model: a run of seconds in tenths."""
-    source = REPO / "tests" / "assets" / "tiny_lm"
-    shutil.copytree(source, folder)
-    tensors = load_file(source / "model.safetensors")
+    shutil.copytree(TINY_LM, folder)
+    tensors = load_file(TINY_LM / "model.safetensors")
     one = {name: tensor for name, tensor in tensors.items() if ".layers." not in name or ".layers.0." in name}
     save_file(one, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
+    config = json.loads((TINY_LM / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
 
 
@@ -193,19 +184,16 @@ def results(folder):
     stores = {}
     for file in sorted(folder.glob("iteration_*/*/shard-*.parquet")):
         stores.setdefault(file.parent.relative_to(folder).as_posix(), []).extend(pq.read_table(file).to_pylist())
-    weights = {
-        file.relative_to(folder).as_posix(): file_sha256(file)
-        for file in sorted(folder.glob("iteration_*/hf_model/*.safetensors"))
-    }
+    exported = sorted(folder.glob("iteration_*/hf_model/*.safetensors"))
+    weights = {file.relative_to(folder).as_posix(): file_sha256(file) for file in exported}
     samples = (folder / "samples.jsonl").read_text().splitlines()
     return {"metrics": metrics_of(folder), "samples": samples, "stores": stores, "weights": weights}
 
 
 def leftovers(folder):
     """Names of what a finished run must not leave."""
-    return [
-        str(path) for pattern in ("**/.*.part", "**/*.old", "**/rows*", "**/.*.tmp") for path in folder.glob(pattern)
-    ]
+    patterns = ("**/.*.part", "**/*.old", "**/rows*", "**/.*.tmp")
+    return [str(path) for pattern in patterns for path in folder.glob(pattern)]
 
 
 def main(root, ranks, seed, kills):

@@ -6,7 +6,6 @@ import logging
 import random
 import shutil
 import sys
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,23 +22,20 @@ from spin.config import SPINConfig, complete, load_config
 from spin.core.errors import SpinError
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import init_world
-from spin.data import ChatTokenizer, Pair, PairStore, Prompt, PromptDataset, Response, prompt_dataset
+from spin.data import ChatTokenizer, Pair, PairStore, Response, prompt_dataset
 from spin.generators import GeneratorContext, SamplingParams, VLLMServerGenerator
 from spin.generators.replay import ReplayGenerator
 from spin.model.hf import stored_elements
 from spin.model.hf_folder import read_hf_config
 from spin.report import read_run, render
-from spin.run import RunPlan
 from spin.run.log import MetricsFile
-from spin.training import CollapseMonitor
 from tests.data.test_read import Letters
 from tests.false_server import VLLM, FalseServer, headers
-from tests.faults.hostile import VALUES, bend, bend_bytes, bend_table, bend_text, time_limit
-from tests.recipes.helpers import CONFIG, REPO, tiny_config
+from tests.faults.hostile import BEYOND_REPAIR, VALUES, bend, bend_bytes, bend_table, bend_text, time_limit
+from tests.recipes.helpers import CONFIG, TINY_LM, tiny_config
 from tests.report_runs import write_run
 from tests.two_ranks.tiny import sharded
 
-TINY_LM = REPO / "tests" / "assets" / "tiny_lm"
 SECONDS = 10  # that an input may take
 CONTEXT = GeneratorContext(None, torch.device("cpu"), sys.maxsize, lambda ids: "", None)
 SAMPLING = SamplingParams(max_new_tokens=6, stop_token_ids=(9,))
@@ -55,9 +51,6 @@ TEMPLATE_PARTS = [
     "{% set x = namespace(a=1) %}", "{{ strftime_now('%Y') }}", "{{ '\\ud800' }}", "{% include 'x' %}",
     "{{ messages | map(attribute='content') | list }}",
 ]  # fmt: skip
-
-
-BEYOND_REPAIR = (OSError, ValueError, EOFError, RecursionError, pa.ArrowException, yaml.YAMLError, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -119,27 +112,15 @@ def readers(folder: Path) -> dict[str, Reader]:
 
 def _config_readers() -> dict[str, Reader]:
     whole = {"config.yaml": CONFIG.read_bytes()}
-    keys = [
-        *yaml.safe_load(CONFIG.read_text()),
-        "loss.beta",
-        "watch.acc.limit",
-        "sampling.top_k",
-        "a.b",
-        "pairs[0]",
-        "",
-        ".",
-    ]
+    keys = [*yaml.safe_load(CONFIG.read_text()), "loss.beta", "watch.acc.limit", "sampling.top_k", "a.b", "pairs[0]"]
     hostile = ["[1,", "{a: b", "on", "!!python/object:os.system", "&a [*a]", "9" * 5000, "${a}" * 50]
 
     def config(folder: Path, rng: random.Random) -> None:
         complete(load_config(str(folder / "config.yaml"), ["output_dir=out"]), SPINConfig)
 
     def overrides(folder: Path, rng: random.Random) -> None:
-        values = [*map(repr, VALUES), *hostile]
-        given = [
-            rng.choice(["", "", "~"]) + rng.choice(keys) + rng.choice(["=", "=", ""]) + rng.choice(values)
-            for _ in range(rng.randint(1, 3))
-        ]
+        parts = (["", "", "~"], [*keys, "", "."], ["=", "=", ""], [*map(repr, VALUES), *hostile])
+        given = ["".join(map(rng.choice, parts)) for _ in range(rng.randint(1, 3))]
         cfg = load_config(str(folder / "config.yaml"), ["output_dir=out", *given])
         complete(cfg, SPINConfig)
 
@@ -208,20 +189,16 @@ def _store_readers(folder: Path) -> dict[str, Reader]:
 
 
 def _checkpoint_readers(folder: Path) -> dict[str, Reader]:
+    recipe = spin_recipe.SPINRecipe(tiny_config(folder / "checked", "self_test=false"))
+    recipe.setup()
+    recipe.cleanup()
     world = init_world("cpu")
     checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "run"))
-    progress = {"step": 3, "consumed_samples": 12}
-    saved = {"progress": progress, "total_steps": 20, "opponent": "w", "val_loss": 1.0, "run": {}}
+    saved = recipe.state_dict() | {"progress": {"step": 3, "consumed_samples": 12}, "val_loss": 1.0}
     path = checkpointer.save(step=3, model=sharded(world), optimizer=None, state=saved, world=world)
     checkpointer.close()
     files = {file.name: file.read_bytes() for file in path.iterdir()}
     model = sharded(world)
-    # a recipe whose data is read: 2 iterations of 2 epochs of 5 steps
-    recipe = spin_recipe.SPINRecipe(tiny_config("unused"))
-    recipe._plan = RunPlan(recipe._cfg, PromptDataset([Prompt(f"s{i}", [1, i], [2]) for i in range(23)]))
-    recipe._progress = recipe._plan.progress
-    recipe._monitor = CollapseMonitor(recipe._cfg.watch, True)
-    recipe._run_fingerprint = {}
 
     def read(folder: Path, rng: random.Random) -> None:
         place = checkpointer.latest(str(folder))
@@ -326,9 +303,8 @@ def _response_readers(folder: Path) -> dict[str, Reader]:
     def serve(folder: Path, rng: random.Random) -> None:
         for name, path in _PATHS.items():
             body = (folder / f"{name}.json").read_bytes()
-            server.answers[path] = (
-                headers(len(body), *(["Content-Encoding: gzip"] if rng.random() < 0.02 else [])) + body
-            )
+            encoding = ["Content-Encoding: gzip"] if rng.random() < 0.02 else []
+            server.answers[path] = headers(len(body), *encoding) + body
         generator = VLLMServerGenerator(CONTEXT, server.url, timeout_seconds=0.5, wait_seconds=0.5, concurrency=1)
         try:
             generator.generate([[1, 2]], SAMPLING, [0])

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from contextlib import contextmanager
 
@@ -22,12 +23,23 @@ from spin.core.errors import CheckpointError, ConfigError, OutputError, StoreErr
 from spin.core.files import FolderLock
 from spin.core.ranks import init_world
 from spin.model.fingerprint import weights_fingerprint
-from tests.recipes.helpers import REPO, command, metrics_of, run, tiny_config
+from tests.recipes.helpers import (
+    REPO,
+    command,
+    dies_before_training,
+    flip_bit,
+    metrics_of,
+    run,
+    step_of,
+    stops_at,
+    tiny_config,
+)
 from tests.torchrun import run_ranks
 from tests.two_ranks.tiny import build, sharded, train
 
 PROGRAM = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null")
+WANDB, DISK = (f"torchtune.training.metric_logging.{name}Logger" for name in ("WandB", "Disk"))
 
 
 # ---- the lock
@@ -62,8 +74,8 @@ def test_a_second_run_is_locked_out_until_the_first_is_dead(tmp_path, subprocess
     """By the command line, before anything in the folder is touched; a killed run's children keep nobody out."""
     with held(tmp_path / "out", subprocess_env) as (process, child):
         before = sorted(path.name for path in (tmp_path / "out").iterdir())
-        done = command(tmp_path / "out", *SHORT, program=PROGRAM)
-        assert done.returncode == 1 and "Traceback" not in done.stderr
+        done = command(tmp_path / "out", *SHORT, program=PROGRAM, code=1)
+        assert "Traceback" not in done.stderr
         assert f"another run is writing here (process {process.pid} on " in done.stderr
         assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before == [".lock"]
         process.send_signal(signal.SIGKILL)
@@ -82,8 +94,9 @@ def test_workers_share_and_a_run_does_not(tmp_path, subprocess_env):
 
 def test_a_file_in_the_folders_place_and_a_file_system_without_locks(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="file: is a file, expected a folder"):
-        FolderLock(tmp_path / "file")
+    for folder, fault in (("file", "is a file, expected a folder"), ("file/out", r"\.lock: cannot write \(Not a dir")):
+        with pytest.raises(OutputError, match=f"{folder}.*{fault}"):
+            FolderLock(tmp_path / folder)
     assert (tmp_path / "file").read_text() == "mine"
 
     def no_locks(*_):
@@ -95,13 +108,6 @@ def test_a_file_in_the_folders_place_and_a_file_system_without_locks(tmp_path, m
 
 
 # ---- full and read-only
-
-
-def test_a_folder_that_cannot_be_is_refused_before_weights(tmp_path):
-    (tmp_path / "file").write_text("")
-    done = command(tmp_path / "file" / "out", program=PROGRAM)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{tmp_path}/file/out/.lock: cannot write (Not a directory)" in done.stderr
 
 
 def limited(bytes_per_file):
@@ -123,16 +129,23 @@ def limited(bytes_per_file):
     ],
 )
 def test_a_full_disk_ends_the_run_with_the_path(tmp_path, limit, named):
-    """The one shard of answers is larger than 6 kB, a state larger than 3 MB, and all else is smaller."""
+    """The one shard of responses is larger than 6 kB, a state larger than 3 MB, and all else is smaller."""
     changes = (*SHORT, "save_interval=2", "pairs.prompts_per_shard=20")
-    done = command(tmp_path / "out", *changes, program=limited(limit))
-    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-3000:]
+    done = command(tmp_path / "out", *changes, program=limited(limit), code=1)
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
     assert named in done.stderr[done.stderr.index("error: ") :]
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".part", ".tmp"))]
     assert SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "out")).latest() is None
     run(tmp_path / "out", *changes)
     run(tmp_path / "unbroken", *changes)
     assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "unbroken")
+
+
+def wait_for_file(path):
+    deadline = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 @pytest.mark.slow
@@ -142,8 +155,8 @@ def test_the_earlier_checkpoint_outlives_a_disk_that_fills_up_later(tmp_path):
     class FillsUp(SPINRecipe):
         def save_checkpoint(self):
             path = super().save_checkpoint()
-            if self._progress.step == 1:
-                self._checkpointer.wait()
+            if step_of(self) == 1:
+                wait_for_file(path / "manifest.json")
                 resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, old[1]))
             return path
 
@@ -157,7 +170,7 @@ def test_the_earlier_checkpoint_outlives_a_disk_that_fills_up_later(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
     recipe.cleanup()
     states = [path.name for path in (tmp_path / "checkpoints").iterdir()]
-    assert states == ["step_00000001"] and recipe._progress.step == 3
+    assert states == ["step_00000001"] and step_of(recipe) == 3
     run(tmp_path, *SHORT)
     run(tmp_path / "unbroken", *SHORT)
     assert metrics_of(tmp_path) == metrics_of(tmp_path / "unbroken")
@@ -312,9 +325,45 @@ def test_training_continues_without_a_metrics_service(tmp_path, monkeypatch, cap
 
 def test_a_logger_that_is_not_installed_is_a_users_mistake(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    change = "metric_logger._component_=torchtune.training.metric_logging.WandBLogger"
     with pytest.raises(ConfigError, match="metric_logger: .*wandb"):
-        run(tmp_path, *SHORT, change)
+        run(tmp_path, *SHORT, f"metric_logger._component_={WANDB}")
+
+
+@pytest.mark.parametrize(
+    ("component", "change"),
+    [
+        (WANDB, "settings={x_executable: /tmp/x, base_url: 'http://elsewhere'}"),
+        (WANDB, "config={a: 1}"),
+        (WANDB, "tags=[{a: 1}]"),
+        (DISK, "filename=/etc/profile.txt"),
+        (DISK, "filename=../x.txt"),
+        (DISK, "filename=.bashrc"),
+        (DISK, "filename=x.py"),
+        (DISK, "filename=1"),
+    ],
+)
+def test_a_logger_takes_values_and_appends_to_logs(component, change, tmp_path):
+    key = change.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf"metric_logger\.{key}.*expect"):
+        SPINRecipe(tiny_config(tmp_path, f"metric_logger._component_={component}", f"metric_logger.{change}"))
+    SPINRecipe(tiny_config(tmp_path, "metric_logger.filename=my-log.1.txt"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "optimizer=torch.optim.SparseAdam",
+        "optimizer=torch.optim.Adafactor",
+        "optimizer=torchao.optim.AdamW8bit",
+        "optimizer.differentiable=true",
+        "optimizer.capturable=true",
+    ],
+)
+def test_an_optimizer_that_cannot_update_such_weights_is_named(change, tmp_path):
+    short = ("max_iterations=1", "max_steps=1", "validation_dataset=null", "sampling.max_new_tokens=2")
+    with pytest.raises(ConfigError, match=r"optimizer: \S+ cannot update the model's weights: "):
+        run(tmp_path, *short, change)
+    assert not list(tmp_path.glob("checkpoints/step_*"))
 
 
 # ---- a damaged pair shard
@@ -323,21 +372,10 @@ def test_a_logger_that_is_not_installed_is_a_users_mistake(tmp_path, monkeypatch
 def test_a_damaged_shard_at_the_iterations_start_is_made_again_alone(tmp_path):
     """One byte of one shard of scored pairs: at the iteration's start the opponent is still there."""
     run(tmp_path / "a", *SHORT)
-
-    class StopsBeforeTraining(SPINRecipe):
-        def _begin_training(self, iteration):
-            raise KeyboardInterrupt
-
-    recipe = StopsBeforeTraining(tiny_config(tmp_path / "b", *SHORT))
-    recipe.setup()
-    with pytest.raises(KeyboardInterrupt):
-        recipe.train()
-    recipe.cleanup()
+    dies_before_training(tmp_path / "b", *SHORT)
     folder = tmp_path / "b" / "iteration_000" / "pairs"
     made = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.parquet")}
-    content = bytearray((folder / "shard-00001.parquet").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "shard-00001.parquet").write_bytes(content)
+    flip_bit(folder / "shard-00001.parquet")
     run(tmp_path / "b", *SHORT)
     changed = [name for name, time in made.items() if (folder / name).stat().st_mtime_ns != time]
     assert changed == ["shard-00001.parquet"]
@@ -346,18 +384,8 @@ def test_a_damaged_shard_at_the_iterations_start_is_made_again_alone(tmp_path):
 
 def test_a_damaged_shard_in_the_middle_of_an_iteration_is_named(tmp_path):
     """The opponent is gone: the run says which file, and which checkpoint could make it again."""
-
-    class Stops(SPINRecipe):
-        def train_single_step(self, batch):
-            if self._progress.step == 1:
-                self._stop.note(15, None)
-            return super().train_single_step(batch)
-
-    run(tmp_path, *SHORT, recipe_class=Stops)
-    shard = tmp_path / "iteration_000" / "pairs" / "shard-00001.parquet"
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+    run(tmp_path, *SHORT, recipe_class=stops_at(2))
+    flip_bit(tmp_path / "iteration_000" / "pairs" / "shard-00001.parquet")
     states = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     with pytest.raises(StoreError, match=r"shard-00001\.parquet: damaged"):
         run(tmp_path, *SHORT)

@@ -86,19 +86,13 @@ def test_modules_of_the_folder_where_a_command_is_started_are_not_imported(tmp_p
     [
         "model.norm_eps=[1]", "model.norm_eps={a: 1}", "model.scale_factor=[[1]]", "model.rope_base={}",
         "compile=null", "fsdp_reshard_after_forward=null", "allow_components=5", "allow_components=true",
-        "optimizer.weight_decay=[0.1]",
+        "optimizer.weight_decay=[0.1]", "optimizer.lr=1e38", "optimizer.lr=[1e38]", "optimizer.lr=1e300",
+        "optimizer.lr=.inf", "optimizer.lr=[.nan]", "optimizer.lr=[[1.0]]", "optimizer.lr={a: 1}",
     ],
 )  # fmt: skip
-def test_lists_maps_and_nulls_for_numbers_are_faults_with_their_key(tmp_path, override):
-    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+def test_lists_maps_and_nulls_for_numbers_and_rates_that_no_optimizer_takes_are_faults(tmp_path, override):
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
         tiny_config(tmp_path, override)
-
-
-@pytest.mark.parametrize("value", ["1e38", "[1e38]", "1e300", ".inf", "[.nan]", "[[1.0]]", "{a: 1}"])
-def test_learning_rates_that_no_optimizer_takes(tmp_path, value):
-    with pytest.raises(ConfigError, match=r"optimizer\.lr"):
-        tiny_config(tmp_path, f"optimizer.lr={value}")
-    assert tiny_config(tmp_path, "optimizer.lr=[1e-4,1e-5]").optimizer.lr == [1e-4, 1e-5]
 
 
 def test_a_tokenizer_is_read_from_its_file_alone(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,17 @@ from spin_recipe import SPINRecipe
 from spin.core.errors import ConfigError, NonFiniteError, SelfTestError, StoreError
 from spin.core.ranks import init_world
 from spin.data import Pair, PairStore
-from spin.model.fingerprint import weights_fingerprint
 from spin.training.nonfinite import NonFiniteGuard
-from tests.recipes.helpers import changing_loss, metrics_of, run, tiny_config
+from tests.recipes.helpers import (
+    changing_loss,
+    metrics_of,
+    run,
+    step_of,
+    stops_at,
+    tiny_config,
+    tiny_prompts,
+    weights_of,
+)
 from tests.torchrun import run_ranks
 
 SHORT = ("max_iterations=1", "max_epochs=2", "validation_dataset=null")
@@ -26,20 +35,19 @@ def poisoned(*steps):
 
     class Poisoned(changing_loss(poison)):
         def train_single_step(self, batch):
-            self.before = weights_fingerprint(self._model), moments(self._optimizer)
-            self.is_poisoned, self.samples = self._progress.step in steps, [pair.sample_id for pair in batch.pairs]
+            self.before = tensors_of(self)
+            self.is_poisoned, self.samples = step_of(self) in steps, [pair.sample_id for pair in batch.pairs]
             step = super().train_single_step(batch)
-            if self.is_poisoned:
-                assert (weights_fingerprint(self._model), moments(self._optimizer)) == self.before
+            assert not self.is_poisoned or tensors_of(self) == self.before
             return step
 
     return Poisoned
 
 
-def moments(optimizer):
-    return [
-        [v.clone().tolist() if v.dim() == 0 else v.sum().item() for v in s.values()] for s in optimizer.state.values()
-    ]
+def tensors_of(recipe):
+    """Weights and moments."""
+    moments = [value.double().sum().item() for of in recipe._optimizer.state.values() for value in of.values()]
+    return weights_of(recipe), moments
 
 
 def nonfinite_lines(folder):
@@ -51,7 +59,7 @@ def test_stop_writes_the_samples_and_changes_nothing(tmp_path):
     recipe.setup()
     with pytest.raises(NonFiniteError, match=r"step 2: loss sum nan.*No weight was changed.*nonfinite\.jsonl") as error:
         recipe.train()
-    assert (weights_fingerprint(recipe._model), moments(recipe._optimizer)) == recipe.before
+    assert tensors_of(recipe) == recipe.before
     assert nonfinite_lines(tmp_path) == [{"step": 2, "loss": "nan", "grad_norm": "nan", "samples": recipe.samples}]
     assert all(sample in str(error.value) for sample in recipe.samples)
     recipe.cleanup()
@@ -70,16 +78,9 @@ def test_skip_moves_neither_optimizer_nor_schedule(tmp_path):
     assert [row["updated_fraction"] == 0 for row in rows] == ["loss" not in row for row in rows]
     assert [line["step"] for line in nonfinite_lines(tmp_path / "a")] == [1, 3]
 
-    class Stops(poisoned(1, 3)):
-        def train_single_step(self, batch):
-            if self._progress.step == 4:
-                self._stop.note(15, None)
-            return super().train_single_step(batch)
-
-    run(tmp_path / "b", *changes, recipe_class=Stops)
-    resumed = run(tmp_path / "b", *changes)
+    run(tmp_path / "b", *changes, recipe_class=stops_at(5, poisoned(1, 3)))
+    assert run(tmp_path / "b", *changes).state_dict()["nonfinite"] == [1, 3]
     assert metrics_of(tmp_path / "b") == rows
-    assert resumed._nonfinite.skipped == [1, 3]
 
 
 def test_skip_gives_up_after_some_in_a_row(tmp_path):
@@ -106,14 +107,11 @@ def test_the_self_test_waits_for_the_first_step_that_counts(tmp_path):
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.nan)])
 def test_guard(loss, norm, tmp_path):
-    world = init_world("cpu")
+    world, batch = init_world("cpu"), [Pair("a", 0, [1], [2])]
     guard = NonFiniteGuard("skip", 2, tmp_path)
-    batch = [Pair("a", 0, [1], [2])]
-    assert guard.check(1.0, 1.0, 0, batch, world)
-    assert not guard.check(loss, norm, 1, batch, world)
-    assert [line["step"] for line in map(json.loads, (tmp_path / "nonfinite.jsonl").read_text().splitlines())] == [1]
-    assert guard.check(1.0, 1.0, 2, batch, world)
-    assert not guard.check(loss, norm, 3, batch, world)
+    for step, of_step in enumerate([(1.0, 1.0), (loss, norm), (1.0, 1.0), (loss, norm)]):
+        assert guard.check(*of_step, step, batch, world) == (step % 2 == 0)
+    assert [line["step"] for line in nonfinite_lines(tmp_path)] == [1, 3]
     assert (guard.skipped, guard.skipped_between(1, 3), guard.skipped_between(2, 9)) == ([1, 3], 1, 1)
     with pytest.raises(NonFiniteError, match="a row"):
         guard.check(loss, norm, 4, batch, world)
@@ -126,16 +124,14 @@ def test_unknown_action(tmp_path):
 
 def test_a_nan_reference_log_prob_is_not_sealed(tmp_path, monkeypatch):
     """The store names the sample, stays unsealed, and the next run, whose numbers are sound, makes the shard."""
-    import spin.reference.stage
+    run(tmp_path / "a", *SHORT, "max_steps=1")
+    poor, write = tiny_prompts()[6].sample_id, PairStore.write_shard
 
-    original = spin.reference.stage._with_scores
+    def write_nan(self, index, pairs):
+        bad = poor if self.path.name == "pairs" else None
+        write(self, index, [replace(p, reference_real_logp=math.nan) if p.sample_id == bad else p for p in pairs])
 
-    poor = run(tmp_path / "a", *SHORT, "max_steps=1")._prompts.sample_ids[6]
-    monkeypatch.setattr(
-        spin.reference.stage,
-        "_with_scores",
-        lambda pair, logps: original(pair, [math.nan, *logps[1:]] if pair.sample_id == poor else logps),
-    )
+    monkeypatch.setattr(PairStore, "write_shard", write_nan)
     with pytest.raises(StoreError, match=f"log-probs are not finite for {poor}\\."):
         run(tmp_path / "b", *SHORT)
     store = PairStore.open(tmp_path / "b" / "iteration_000" / "pairs")

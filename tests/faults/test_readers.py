@@ -1,5 +1,6 @@
 """Damaged input to every reader: whatever the bytes are, it works or refuses them, in bounded time."""
 
+import random
 from collections import Counter
 
 import pytest
@@ -20,8 +21,6 @@ def test_every_reader_works_or_refuses(tmp_path, inputs, first_seed):
 
 def test_undamaged_input_is_read(tmp_path):
     """Else a reader that refuses everything would pass."""
-    import random
-
     (tmp_path / "whole").mkdir()
     for name, reader in readers(tmp_path / "whole").items():
         if name == "override":

@@ -1,7 +1,9 @@
 """The gate that every response passes: from a generator of the user's own, a stream, a file, a server."""
 
+import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +39,7 @@ class Own:
 
 
 class Streaming(Own):
-    """The same, one answer at a time; counts how many were taken."""
+    """The same, one response at a time; counts how many were taken."""
 
     def stream(self, requests, sampling):
         self.taken = 0
@@ -82,8 +84,8 @@ BAD = {
 @pytest.mark.parametrize("kind", [Own, Streaming])
 @pytest.mark.parametrize("bad", BAD)
 def test_a_response_that_cannot_be_is_refused_by_name(tmp_path, kind, bad):
-    answer, message = BAD[bad]
-    generator = kind(answer)
+    response, message = BAD[bad]
+    generator = kind(response)
     with pytest.raises(GeneratorError, match=rf"generator: .*{kind.__name__}, sample s1: the response .*{message}"):
         play_with(tmp_path, generator)
     assert PairStore.open(tmp_path / "store").missing_shards() == [0, 1], "nothing is kept of the shard"
@@ -91,7 +93,7 @@ def test_a_response_that_cannot_be_is_refused_by_name(tmp_path, kind, bad):
 
 
 @pytest.mark.parametrize(
-    ("answer", "ids"),
+    ("response", "ids"),
     [
         (Response([1, 2, 3, 4, 5, 6], "length"), [1, 2, 3, 4, 5, 6]),
         (Response([1, 2, 3, 4, 5, STOP], "stop"), [1, 2, 3, 4, 5, STOP]),
@@ -100,8 +102,8 @@ def test_a_response_that_cannot_be_is_refused_by_name(tmp_path, kind, bad):
         (Response([np.int32(VOCAB - 1), STOP], "stop", logprobs=np.array([-1.0, 0.0]).tolist()), [VOCAB - 1, STOP]),
     ],
 )
-def test_good_responses_pass(tmp_path, answer, ids):
-    assert play_with(tmp_path, Own(answer))[1] == ids
+def test_good_responses_pass(tmp_path, response, ids):
+    assert play_with(tmp_path, Own(response))[1] == ids
 
 
 def test_the_context_limits_a_response_as_well(tmp_path):
@@ -109,45 +111,35 @@ def test_the_context_limits_a_response_as_well(tmp_path):
     short, long = Response([1, 2, 3], "length"), Response([1, 2, 3, 4], "length")
     own = Own(short)
     own.max_seq_len = 5
-    for generator, limits in ((Own(short), Limits(VOCAB, 5)), (own, LIMITS)):
-        assert play_with(tmp_path, generator, limits)[1] == [1, 2, 3]
+    for name, generator, limits in (("a", Own(short), Limits(VOCAB, 5)), ("b", own, LIMITS)):
+        assert play_with(tmp_path / name, generator, limits)[1] == [1, 2, 3]
         generator.bad = long
         with pytest.raises(GeneratorError, match="has 4 tokens, expected at most what the context leaves: 3"):
-            PairStore.open(tmp_path / "store").path.joinpath("shard-00000.parquet").unlink(missing_ok=True)
-            play_with(tmp_path / "again", generator, limits)
+            play_with(tmp_path / f"{name} again", generator, limits)
 
 
-def test_a_stop_string_ends_a_response(tmp_path):
-    sampling = SamplingParams(max_new_tokens=MOST, stop_token_ids=(STOP,), stop_strings=("cd",))
+def test_a_stop_string_ends_a_response_and_log_probs_that_were_asked_for_must_come(tmp_path):
+    sampling = replace(SAMPLING, stop_strings=("cd",))
     assert play_with(tmp_path, Own(Response([1, 2, 3], "stop")), sampling=sampling)[1] == [1, 2, 3]  # "bcd"
     with pytest.raises(GeneratorError, match=r"ends with token 4, expected .* or a text with one of \['cd'\]"):
         play_with(tmp_path / "b", Own(Response([1, 2, 4], "stop")), sampling=sampling)
-
-
-def test_log_probs_that_were_asked_for_must_come(tmp_path):
-    sampling = SamplingParams(max_new_tokens=MOST, stop_token_ids=(STOP,), logprobs=True)
     with pytest.raises(GeneratorError, match="has logprobs None for 2 tokens, expected one each"):
-        play_with(tmp_path, Own(Response([1, STOP], "stop")), sampling=sampling)
+        play_with(tmp_path / "c", Own(Response([1, STOP], "stop")), sampling=replace(SAMPLING, logprobs=True))
 
 
 def test_a_stream_gives_numbered_responses_only(tmp_path):
     good = Response([1, STOP], "stop")
-
-    def endless():
-        while True:
-            yield 0, good
-
     for given, message in (
         (lambda: [good], "gave Response.*, expected .number of the request, its Response"),
         (lambda: [(0.0, good)], "gave .0.0"),
         (lambda: [(True, good)], "gave .True"),
         (lambda: [(math.inf, good)], "gave .inf"),
         (lambda: [(10**30, good)], "responded to request 10+ twice, or none such was asked; the 4 requests are 0 to 3"),
-        (endless, "responded to request 0 twice"),
+        (lambda: itertools.repeat((0, good)), "responded to request 0 twice"),
         (lambda: [(i, good) for i in (0, 1, 0)], "responded to request 0 twice"),
     ):
         generator = Streaming(good)
-        generator.stream = lambda requests, sampling, given=given: (answer for answer in given())
+        generator.stream = lambda requests, sampling, given=given: (pair for pair in given())
         with pytest.raises(GeneratorError, match=f"generator: .*Streaming {message}"):
             play_with(tmp_path, generator)
         (tmp_path / "store" / "shard-00000.parquet").unlink(missing_ok=True)
@@ -159,17 +151,15 @@ def test_replayed_responses_pass_the_same_gate(tmp_path):
 
     def replay(ids, reason=None):
         rows = [{"prompt_ids": [1, i + 1], "generated_ids": ids, "finish_reason": reason} for i in range(4)]
-        (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        return ReplayGenerator(context, tmp_path / "answers.jsonl")
+        (tmp_path / "responses.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return ReplayGenerator(context, tmp_path / "responses.jsonl")
 
     assert play_with(tmp_path / "cut", replay([1, 2]))[1] == [1, 2]
-    for number, (ids, reason, message) in enumerate(
-        (
-            ([VOCAB, STOP], None, "has the id 50"),
-            ([STOP, 1], None, "has stop token 9 as token 0 of 2"),
-            ([1, 2], "stop", "append it: SPIN scores it"),
-            ([1, STOP], "length", "must not be given an end"),
-        )
+    for ids, reason, message in (
+        ([VOCAB, STOP], None, "has the id 50"),
+        ([STOP, 1], None, "has stop token 9 as token 0 of 2"),
+        ([1, 2], "stop", "append it: SPIN scores it"),
+        ([1, STOP], "length", "must not be given an end"),
     ):
         with pytest.raises(GeneratorError, match=f"ReplayGenerator, sample s0: the response .*{message}"):
-            play_with(tmp_path / str(number), replay(ids, reason))
+            play_with(tmp_path / message, replay(ids, reason))

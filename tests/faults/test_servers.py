@@ -80,8 +80,8 @@ def test_a_body_that_ends_early_is_asked_for_again(tmp_path, serve):
     assert played(tmp_path, server.url, concurrency=1, timeout_seconds=1, wait_seconds=30) == [[7, STOP]] * 4
 
 
-def test_a_request_that_is_not_answered_is_repeated_twice(tmp_path, serve):
-    """However long a server that is not there would be waited for; and requests beside it are not waited for."""
+def test_a_request_without_a_reply_is_repeated_twice(tmp_path, serve):
+    """However long a server that is not there would be waited for; and other requests in flight are not waited for."""
     server = serve(v1__completions=drip(headers(10_000)))
     with pytest.raises(GeneratorError, match="did not answer 3 times: POST /v1/completions"):
         played(tmp_path, server.url, wait_seconds=1000, timeout_seconds=0.3)
@@ -94,7 +94,7 @@ def test_a_handshake_that_drips_is_given_up(tmp_path):
     over = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
 
-    def answer():
+    def accept():
         while not over.is_set():
             with suppress(OSError):
                 connection, _ = listener.accept()
@@ -102,7 +102,7 @@ def test_a_handshake_that_drips_is_given_up(tmp_path):
                 while not over.wait(0.05):
                     connection.sendall(b"\x00")
 
-    threading.Thread(target=answer, daemon=True).start()
+    threading.Thread(target=accept, daemon=True).start()
     started = time.monotonic()
     with pytest.raises(GeneratorError, match="no vLLM server at https"):
         played(tmp_path, f"https://127.0.0.1:{listener.getsockname()[1]}")
@@ -111,8 +111,12 @@ def test_a_handshake_that_drips_is_given_up(tmp_path):
     assert time.monotonic() - started < 20
 
 
+def choice(ids, reason="stop"):
+    return {"choices": [{"token_ids": ids, "finish_reason": reason}]}
+
+
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("reply", "message"),
     [
         (flood, "has more than 107.* bytes"),
         (headers(1 << 40), "has more than 107.* bytes"),
@@ -130,24 +134,18 @@ def test_a_handshake_that_drips_is_given_up(tmp_path):
         ({"choices": []}, "answered with 0 choices"),
         ({"choices": GOOD["choices"] * 2}, "answered with 2 choices"),
         ({"choices": ["a"]}, "answered with 1 choices"),
-        ({"choices": [{"token_ids": "7 9", "finish_reason": "stop"}]}, "answered with token_ids '7 9'"),
-        (
-            {"choices": [{"token_ids": [7.5, 9], "finish_reason": "stop"}]},
-            "answered with token_ids .7.5, 9., expected whole",
-        ),
-        ({"choices": [{"token_ids": [True, 9], "finish_reason": "stop"}]}, "answered with token_ids .True, 9."),
-        ({"choices": [{"token_ids": [[7], 9], "finish_reason": "stop"}]}, "answered with token_ids"),
-        ({"choices": [{"token_ids": [10**12, 9], "finish_reason": "stop"}]}, "has the id 1000000000000 as token 0"),
-        ({"choices": [{"token_ids": [7] * 400, "finish_reason": "length"}]}, "has 400 tokens, expected at most"),
-        ({"choices": [{"token_ids": [7, 7], "finish_reason": "length"}]}, "'length' with 2 tokens"),
-        ({"choices": [{"token_ids": [7, 7], "finish_reason": "stop"}]}, "'stop' but ends with token 7"),
-        ({"choices": [{"token_ids": [9, 7, 9], "finish_reason": "stop"}]}, "has stop token 9 as token 0 of 3"),
-        ({"choices": [{"token_ids": [7, 9], "finish_reason": ["stop"]}]}, "ended a response with reason"),
+        (choice("7 9"), "answered with token_ids '7 9'"),
+        (choice([7.5, 9]), "answered with token_ids .7.5, 9., expected whole"),
+        (choice([True, 9]), "answered with token_ids .True, 9."),
+        (choice([[7], 9]), "answered with token_ids"),
+        (choice([10**12, 9]), "has the id 1000000000000 as token 0"),
+        (choice([7] * 400, "length"), "has 400 tokens, expected at most"),  # the gate of tests/faults/test_responses.py
+        (choice([7, 9], ["stop"]), "ended a response with reason"),
     ],
 )
-def test_a_response_that_cannot_be_is_refused_by_name(tmp_path, serve, answer, message):
+def test_a_response_that_cannot_be_is_refused_by_name(tmp_path, serve, reply, message):
     with pytest.raises(GeneratorError, match=message):
-        played(tmp_path, serve(v1__completions=answer).url)
+        played(tmp_path, serve(v1__completions=reply).url)
     assert PairStore.open(tmp_path / "store").missing_shards() == [0]
 
 
@@ -167,9 +165,8 @@ def test_prompts_and_keys_do_not_follow_redirects(tmp_path, serve, monkeypatch, 
     elsewhere = serve()
     target = f"{elsewhere.url}/{path.replace('__', '/')}"
     server = serve(**{path: headers(0, f"Location: {target}", status=status)})
-    with pytest.raises(
-        GeneratorError, match=rf"HTTP {status[:3]}, a redirect to '{target}'. Redirects are not followed"
-    ):
+    message = rf"HTTP {status[:3]}, a redirect to '{target}'. Redirects are not followed"
+    with pytest.raises(GeneratorError, match=message):
         played(tmp_path, server.url, api_key_env="SPIN_TEST_KEY")
     assert not elsewhere.asked
 

@@ -5,39 +5,24 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import spin_generate
 
 from spin.cli import pairs as spin_pairs
-from spin.config import GenerateConfig, complete, load_config
 from spin.core.errors import StoreError
 from spin.data import Pair, PairStore, Response
-from tests.recipes.helpers import CONFIG, metrics_of, run, tiny_overrides
+from tests.recipes.helpers import flip_bit, generate, metrics_of, run
 
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "generator.batch_size=20")
-
-
-def generate(folder, *changes, config=CONFIG):
-    """One worker of spin_generate; the folder of its store."""
-    recipe = spin_generate.SPINGenerate(
-        complete(load_config(str(config), [*tiny_overrides(folder), *SHORT, *changes]), GenerateConfig)
-    )
-    recipe.setup()
-    recipe.generate()
-    recipe.cleanup()
-    return folder / "iteration_000" / "responses"
 
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory):
     """The stores of two workers on machines of their own, each with its half of the shards, and of strangers."""
     folder = tmp_path_factory.mktemp("workers")
-    two = [generate(folder / f"worker_{i}", f"worker={i}", "num_workers=2") for i in (0, 1)]
-    strangers = {
-        "temperature": generate(folder / "temperature", "worker=1", "num_workers=2", "sampling.temperature=0.5"),
-        "seed": generate(folder / "seed", "worker=1", "num_workers=2", "seed=5"),
-        "data": generate(folder / "data", "worker=1", "num_workers=2", "dataset.limit=19"),
-        "number": generate(folder / "number", "pairs.prompts_per_shard=3"),
-    }
+    two = [generate(folder / f"worker_{i}", *SHORT, f"worker={i}", "num_workers=2") for i in (0, 1)]
+    second = (*SHORT, "worker=1", "num_workers=2")
+    changes = ("sampling.temperature=0.5", "seed=5", "dataset.limit=19")
+    strangers = {change: generate(folder / change, *second, change) for change in changes}
+    strangers["number"] = generate(folder / "number", *SHORT, "pairs.prompts_per_shard=3")
     return two, strangers
 
 
@@ -78,32 +63,25 @@ def test_a_folder_of_nothing_but_copied_shards_is_a_store_too(workers, tmp_path)
         for name in shards(folder):
             shutil.copyfile(folder / name, store / name)
     made = {name: (store / name).stat().st_mtime_ns for name in shards(store)}
-    generate(tmp_path / "run")
+    generate(tmp_path / "run", *SHORT)
     assert {name: (store / name).stat().st_mtime_ns for name in shards(store)} == made
     assert PairStore.open(store).is_sealed and not list(store.parent.glob("*.stale-*"))
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("temperature", "of another store"),
-        ("seed", "of another store"),
-        ("data", "of another store"),
-        ("number", "of another store|out of place"),
-    ],
-)
-def test_shards_made_from_something_else_are_named_and_made_again(workers, tmp_path, capsys, caplog, name, message):
+@pytest.mark.parametrize("name", ["sampling.temperature=0.5", "seed=5", "dataset.limit=19", "number"])
+def test_shards_made_from_something_else_are_named_and_made_again(workers, tmp_path, capsys, caplog, name):
     (first, _), strangers = workers
     store = copied(first, tmp_path / "run")
     for shard in ("shard-00001.parquet", "shard-00003.parquet"):
         shutil.copyfile(strangers[name] / shard, store / shard)
+    message = "of another store" + ("|out of place" if name == "number" else "")
     with pytest.raises(StoreError, match=rf"shard-00001\.parquet: ({message})") as refused:
         spin_pairs.main([str(store), "--check"])
     assert str(refused.value).count("\n") == 1 and "shard-00003.parquet" in str(refused.value)
     with pytest.raises(StoreError, match=r"cannot be sealed, shards \[1, 3\] of 4 are missing"):
         PairStore.open(store).seal()
     assert f"{store}/shard-00001.parquet is not used: " in caplog.text
-    generate(tmp_path / "run")
+    generate(tmp_path / "run", *SHORT)
     spin_pairs.main([str(store), "--check"])
     kept = {path.name.split(".stale")[0] for path in store.glob("*.stale-*")}
     assert kept == {"shard-00001.parquet", "shard-00003.parquet"}
@@ -148,23 +126,13 @@ def of_another_iteration(file, tmp_path):
     shutil.copyfile(other.path / file.name, file)
 
 
-def another_number(file, tmp_path):
-    shutil.copyfile(file.with_name("shard-00000.parquet"), file)
-
-
 def of_a_store_of_three(file, tmp_path):
     shutil.copyfile(filled(tmp_path / "other", num_shards=3).path / file.name, file)
 
 
-def flip_a_bit(file, tmp_path):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 1
-    file.write_bytes(content)
-
-
 EDITS = {
     "another iteration": of_another_iteration,
-    "another shard": another_number,
+    "another shard": lambda file, tmp_path: shutil.copyfile(file.with_name("shard-00000.parquet"), file),
     "of three": of_a_store_of_three,
     "no rows": rewrite(lambda table: table.slice(0, 0)),
     "a row less": rewrite(lambda table: table.slice(1)),
@@ -182,7 +150,7 @@ EDITS = {
     "nonsense as metadata": rewrite(lambda table: table.replace_schema_metadata({b"spin": b'{"store": [[['})),
     "another file": lambda file, tmp_path: pq.write_table(pa.table({"a": [1]}), file),
     "no parquet": lambda file, tmp_path: file.write_bytes(b"PAR1"),
-    "a flipped bit": flip_a_bit,
+    "a flipped bit": lambda file, tmp_path: flip_bit(file, 1 / 3),
 }  # fmt: skip
 
 

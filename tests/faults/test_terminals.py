@@ -24,11 +24,9 @@ SHOWN = r"a\x1b]0;owned\x07\x1b[2J\rb\u202egnp.exe\u2066\x9b31m\x7f\u2028\U000e0
 
 def unseen(text):
     """What is left of characters that a terminal obeys, or that reorder others."""
-    return [c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c not in "\n\t"] + [
-        c
-        for c in text
-        if unicodedata.bidirectional(c) in ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")
-    ]
+    reordering = {"LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI"}
+    obeyed = {c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")} - {"\n", "\t"}
+    return obeyed | {c for c in text if unicodedata.bidirectional(c) in reordering}
 
 
 def test_what_is_escaped_and_what_is_not():
@@ -113,18 +111,12 @@ def test_tables(tmp_path):
 def test_report(tmp_path):
     """Texts, attributes, labels of charts, the config; markup is escaped as ever."""
     script = f"\"'><script>alert(1)</script>{ATTACK}"
-    run = write_run(
-        tmp_path, iterations=1, prompt=script, config={script: script}, changes=lambda _: {f"val_loss/{script}": 1.0}
-    )
+    config = {script: script, "checkpointer": {"checkpoint_dir": "m"}, "dataset": {"source": ATTACK}}
+    changes = {f"val_loss/{script}": 1.0}
+    run = write_run(tmp_path, iterations=1, prompt=script, config=config, changes=lambda _: changes)
     assert main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
     assert not unseen(page) and "<script>alert" not in page and page.count(r"\x1b]0;owned") >= 4
-    assert (
-        main(["export", str(write_run(tmp_path / "b", iterations=1, config=CARD | {"dataset": {"source": ATTACK}}))])
-        == 0
-    )
-    card = (tmp_path / "b" / "iteration_000" / "hf_model" / "README.md").read_text()
+    assert main(["export", str(run)]) == 0
+    card = (run / "iteration_000" / "hf_model" / "README.md").read_text()
     assert not unseen(card) and SHOWN in card
-
-
-CARD = {"checkpointer": {"checkpoint_dir": "m"}, "max_epochs": 1, "optimizer": {}, "sampling": {}, "seed": 0}

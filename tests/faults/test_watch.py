@@ -9,7 +9,7 @@ from spin.core.errors import CheckpointError, CollapseError
 from spin.core.ranks import init_world
 from spin.data import Pair, PairStore, Response
 from spin.training.watch import LIMITS, CollapseMonitor, response_metrics
-from tests.recipes.helpers import metrics_of, run, stops_at
+from tests.recipes.helpers import metrics_of, run, step_of, stops_at
 
 QUIET = {name: {"limit": None, "action": "warn"} for name in LIMITS}
 SHORT = ("max_iterations=2", "max_epochs=1", "validation_dataset=null", "watch.truncated_fraction.limit=null")
@@ -128,9 +128,8 @@ def test_rollback_starts_the_iteration_again(tmp_path, iteration):
     """Its steps are undone although only one state is kept, its pairs are not made again, and an optimizer of half the
     rate gives the run that had it from the iteration's start."""
     limits = ("watch.window=3", "watch.margin.action=rollback", "checkpointer.keep_last=1", "save_interval=1")
-    with pytest.raises(
-        CollapseError, match=f"Iteration {iteration}: the margin is 9.00.*back at the iteration's start"
-    ):
+    message = f"Iteration {iteration}: the margin is 9.00.*back at the iteration's start"
+    with pytest.raises(CollapseError, match=message):
         run(tmp_path, *SHORT, *limits, recipe_class=collapses(iteration))
     states = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
     assert states == (["step_00000005"] if iteration else [])
@@ -152,7 +151,7 @@ def test_a_rollback_to_a_checkpoint_that_was_not_kept_removes_none(tmp_path):
         run(tmp_path, *SHORT, *few, "watch.margin.action=rollback", recipe_class=collapses(1))
     states = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
     assert states == ["step_00000008"]  # two steps of 9 from step 7 on pass the limit
-    assert run(tmp_path, *SHORT, *few)._progress.step == 10
+    assert step_of(run(tmp_path, *SHORT, *few)) == 10
 
 
 def test_responses_that_are_truncated_stop_the_run_before_it_trains(tmp_path):

@@ -230,8 +230,7 @@ def test_adapters_are_played_as_merged_weights(tmp_path):
 @pytest.mark.slow
 def test_a_wrong_name_map_stops_the_run_before_it_plays(tmp_path):
     """The config's limit is the proof's: at 0 even rounding is too much."""
-    done = command(tmp_path, *VLLM, "generator.max_logprob_gap=0")
-    assert done.returncode == 1
+    done = command(tmp_path, *VLLM, "generator.max_logprob_gap=0", code=1)
     assert "error: VLLMGenerator on rank 0: its log-probs differ" in done.stderr
     assert not list((tmp_path / "iteration_000").rglob("shard-*"))
 

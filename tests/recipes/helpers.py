@@ -9,15 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+import spin_evaluate
+import spin_generate
 import spin_recipe
 import torch
 
-from spin.config import SPINConfig, complete, load_config
+from spin.config import EvaluateConfig, GenerateConfig, SPINConfig, complete, instantiate, load_config
+from spin.data import ChatTokenizer
 from spin.model.fingerprint import weights_fingerprint
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = REPO / "tests" / "assets" / "tiny.yaml"
 TINY_LORA = CONFIG.with_name("tiny_lora.yaml")
+TINY_EVALUATE = CONFIG.with_name("tiny_evaluate.yaml")
+TINY_LM = CONFIG.with_name("tiny_lm")
 # not the same in two runs
 TIMES = ("step_time", "pairs_per_second", "tokens_per_second", "validation_step_time")
 
@@ -25,8 +31,8 @@ TIMES = ("step_time", "pairs_per_second", "tokens_per_second", "validation_step_
 def tiny_overrides(output_dir):
     return [
         f"output_dir={output_dir}",
-        f"tokenizer.path={REPO / 'tests/assets/tiny_lm'}",
-        f"checkpointer.checkpoint_dir={REPO / 'tests/assets/tiny_lm'}",
+        f"tokenizer.path={TINY_LM}",
+        f"checkpointer.checkpoint_dir={TINY_LM}",
         f"dataset.source={REPO / 'examples/quickstart/jargon_train.jsonl'}",
         f"validation_dataset.source={REPO / 'examples/quickstart/jargon_val.jsonl'}",
     ]
@@ -42,9 +48,62 @@ def run(output_dir, *overrides, recipe_class=spin_recipe.SPINRecipe, config=CONF
     recipe = recipe_class(tiny_config(output_dir, *overrides, config=config))
     recipe.setup()
     recipe.train()
-    recipe.final_weights = weights_fingerprint(recipe._model)
+    recipe.final_weights = weights_of(recipe)
     recipe.cleanup()
     return recipe
+
+
+def weights_of(recipe, **options):
+    """Fingerprint of a recipe's policy as it is now."""
+    return weights_fingerprint(recipe._model, **options)
+
+
+def step_of(recipe):
+    """Optimizer steps that a run has behind it."""
+    return recipe.state_dict()["progress"]["step"]
+
+
+def dies_before_training(output_dir, *overrides):
+    """A run that ends between the scoring of its pairs and its first step."""
+
+    class Dies(spin_recipe.SPINRecipe):
+        def train_single_step(self, batch):
+            raise KeyboardInterrupt
+
+    recipe = Dies(tiny_config(output_dir, *overrides))
+    recipe.setup()
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train()
+    recipe.cleanup()
+
+
+def generate(output_dir, *overrides):
+    """One worker of spin_generate in this process; the folder of its store."""
+    recipe = spin_generate.SPINGenerate(tiny_config(output_dir, *overrides, model=GenerateConfig))
+    recipe.setup()
+    recipe.generate()
+    recipe.cleanup()
+    return output_dir / "iteration_000" / "responses"
+
+
+def evaluate_config(output_dir, *overrides):
+    return complete(load_config(str(TINY_EVALUATE), [f"output_dir={output_dir}", *overrides]), EvaluateConfig)
+
+
+def evaluate(output_dir, *overrides):
+    """One evaluation in this process; the summary."""
+    recipe = spin_evaluate.SPINEvaluate(evaluate_config(output_dir, *overrides))
+    try:
+        recipe.setup()
+        return recipe.evaluate()
+    finally:
+        recipe.cleanup()
+
+
+def tiny_prompts(section="dataset"):
+    """The samples that the test config names."""
+    node = tiny_config("unused")[section]
+    return list(instantiate(node, tokenizer=ChatTokenizer(TINY_LM), max_seq_len=512))
 
 
 def adapters_config(output_dir, *overrides):
@@ -56,12 +115,12 @@ def run_adapters(output_dir, *overrides, recipe_class=spin_recipe.SPINRecipe):
 
 
 def stops_at(step, recipe_class=spin_recipe.SPINRecipe):
-    """A recipe that is asked to stop, as by SIGTERM, after a number of steps."""
+    """A recipe that gets SIGTERM in the middle of its ``step``-th step."""
 
     class StopsAt(recipe_class):
         def train_single_step(self, batch):
-            if self._progress.step + 1 == step:
-                self._stop.note(signal.SIGTERM, None)
+            if step_of(self) + 1 == step:
+                os.kill(os.getpid(), signal.SIGTERM)
             return super().train_single_step(batch)
 
     return StopsAt
@@ -122,10 +181,18 @@ def environment():
     return {**env, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
 
 
-def command(output_dir, *overrides, cwd=None, timeout=240, **how):
-    """One run by the command line; the finished process."""
+def command(output_dir, *overrides, cwd=None, timeout=240, code=0, **how):
+    """One run by the command line that ends with an exit code; the finished process."""
     words = command_line(output_dir, *overrides, **how)
-    return subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(words, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == code, done.stderr[-4000:]
+    return done
+
+
+def flip_bit(file, position=0.5):
+    content = bytearray(file.read_bytes())
+    content[int(len(content) * position)] ^= 4
+    file.write_bytes(content)
 
 
 def start(words, **options):

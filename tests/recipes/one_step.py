@@ -3,6 +3,7 @@
 Started alone, or by torchrun; float64 when SPIN_FLOAT64 is set, for a reference.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def main(out, output_dir, *overrides):
     )
     recipe.setup()
     recipe.train()
-    if recipe._world.is_main:
+    if os.environ.get("RANK", "0") == "0":
         torch.save(recipe.gradient, out)
     recipe.cleanup()
 

@@ -10,37 +10,37 @@ import pytest
 import spin_generate
 import spin_recipe
 import torch
-from spin_recipe import SPINRecipe
 
+from tests.recipes import one_step
 from tests.recipes.helpers import (
     REPO,
+    TINY_LM,
     command,
     command_line,
+    dies_before_training,
     environment,
     metrics_of,
     run,
     signalled,
     steps_done,
-    tiny_config,
 )
 
 RECIPE = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]
-SHORT = ("max_iterations=1", "max_epochs=1", "limit_train_batches=2")
+LONG = ("max_iterations=2", "max_epochs=1")
+TWO = (*LONG, "limit_train_batches=2")
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("one")
-    run(output_dir, "max_iterations=2", "max_epochs=1", "limit_train_batches=2")
+    run(output_dir, *TWO)
     return output_dir
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
     """Same responses, same order, same losses up to rounding; `tune run` from another folder; 3 shards, 2 ranks."""
-    changes = ("max_iterations=2", "max_epochs=1", "limit_train_batches=2", "pairs.prompts_per_shard=3")
-    done = command(tmp_path / "out", *changes, nproc=2, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = command(tmp_path / "out", *TWO, "pairs.prompts_per_shard=3", nproc=2, cwd=tmp_path)
     ours, theirs = metrics_of(tmp_path / "out"), metrics_of(one_process)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for a, b in zip(ours, theirs, strict=True):
@@ -56,36 +56,48 @@ def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
         assert done.stderr.count(line) == 1, done.stderr[-3000:]
 
 
-@pytest.mark.slow
-def test_the_gradient_does_not_depend_on_rows_or_ranks(tmp_path):
+@pytest.fixture(scope="module")
+def gradient(tmp_path_factory):
+    """The first step's gradient as one vector, in this process or on several ranks."""
+    folder = tmp_path_factory.mktemp("gradients")
+
+    def measure(*changes, ranks=1):
+        out = folder / f"{ranks} {changes}"
+        arguments = (str(out), str(folder / f"run {out.name}"), *changes)
+        if ranks == 1 and not out.exists():
+            one_step.main(*arguments)
+        elif ranks > 1:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+            words = [*torchrun, one_step.__file__, *arguments]
+            done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stderr[-3000:]
+        parts = torch.load(out, weights_only=True)
+        return torch.cat([parts[key].double().flatten() for key in sorted(parts)])
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks"),
+    [
+        (["pairs.row_tokens=64"], 1),
+        (["pairs.row_tokens=200", "enable_activation_checkpointing=true"], 1),
+        pytest.param(["pairs.row_tokens=512"], 2, marks=pytest.mark.slow),
+    ],
+)
+def test_the_gradient_does_not_depend_on_rows_or_ranks(gradient, changes, ranks):
     """The same global batch in long rows, in short rows (more accumulation), and on two ranks: one gradient.
 
     The bound is float32 rounding of the sums over rows: 0.8e-6 to 1.1e-6 were measured.
     """
-    script = str(REPO / "tests" / "recipes" / "one_step.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    gradients = []
-    for name, ranks, row_tokens in (("long", 1, 4096), ("short", 1, 64), ("ranks", 2, 512)):
-        done = subprocess.run(
-            [*torchrun, str(ranks), script, str(tmp_path / name), str(tmp_path / f"{name}_run")]
-            + [f"pairs.row_tokens={row_tokens}"],
-            env=environment(), capture_output=True, text=True, timeout=240,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        parts = torch.load(tmp_path / name, weights_only=True)
-        gradients.append(torch.cat([parts[key].double().flatten() for key in sorted(parts)]))
-    for other in gradients[1:]:
-        assert ((other - gradients[0]).norm() / gradients[0].norm()).item() < 2e-6
+    expected = gradient("pairs.row_tokens=4096")
+    assert ((gradient(*changes, ranks=ranks) - expected).norm() / expected.norm()).item() < 2e-6
 
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_resumes_with_one(one_process, tmp_path):
-    done = command(
-        tmp_path, "max_iterations=2", "max_epochs=1", "limit_train_batches=2", "save_interval=1", "max_steps=3",
-        nproc=2,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    run(tmp_path, "max_iterations=2", "max_epochs=1", "limit_train_batches=2")
+    command(tmp_path, *TWO, "save_interval=1", "max_steps=3", nproc=2)
+    run(tmp_path, *TWO)
     losses = [row["loss"] for row in metrics_of(tmp_path) if "loss" in row]
     assert losses == pytest.approx([row["loss"] for row in metrics_of(one_process) if "loss" in row], rel=1e-4)
 
@@ -94,22 +106,10 @@ def test_a_run_of_two_processes_resumes_with_one(one_process, tmp_path):
 def test_pairs_that_one_process_scored_are_scored_again_by_two(tmp_path):
     """Killed between scoring and the first step. Two ranks have other rows, whose log-probs round otherwise: in bf16 by
     more than the self-test of the first loss lets pass."""
-    changes = ("max_iterations=1", "max_epochs=1", "limit_train_batches=2", "validation_dataset=null")
-    changes += ("compute_dtype=bf16",)
-
-    class Dies(SPINRecipe):
-        def train_single_step(self, batch):
-            raise KeyboardInterrupt
-
-    recipe = Dies(tiny_config(tmp_path, *changes))
-    recipe.setup()
-    with pytest.raises(KeyboardInterrupt):
-        recipe.train()
-    recipe.cleanup()
+    changes = (*TWO, "max_iterations=1", "validation_dataset=null", "compute_dtype=bf16")
+    dies_before_training(tmp_path, *changes)
     made = (tmp_path / "iteration_000" / "responses" / "manifest.json").stat().st_mtime_ns
-    done = command(tmp_path, *changes, nproc=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "num_ranks is 2, was 1" in done.stderr
+    assert "num_ranks is 2, was 1" in command(tmp_path, *changes, nproc=2).stderr
     assert (tmp_path / "iteration_000" / "responses" / "manifest.json").stat().st_mtime_ns == made
     assert metrics_of(tmp_path)[-1]["step"] == 2
 
@@ -123,63 +123,39 @@ def test_a_copied_and_edited_recipe_runs_where_it_lies(tmp_path):
     edited = edited.replace("        self._cfg = cfg\n", "        self._cfg = cfg\n        print(cfg.greeting)\n")
     assert edited.count("greeting") == 2
     (tmp_path / "mine.py").write_text(edited)
-    done = command(tmp_path / "out", *SHORT, "greeting=moin", program=[sys.executable, "mine.py"], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "moin" in done.stdout
+    changes = (*TWO, "max_iterations=1", "greeting=moin")
+    assert "moin" in command(tmp_path / "out", *changes, program=[sys.executable, "mine.py"], cwd=tmp_path).stdout
 
 
 @pytest.mark.slow
 def test_generation_elsewhere_gives_the_run_that_generates_itself(one_process, tmp_path):
     """Two workers fill the store of iteration 0; the recipe finds it, generates nothing, and trains as ever."""
-    changes = ("max_iterations=2", "max_epochs=1", "limit_train_batches=2")
     for worker in (1, 0):
-        done = command(tmp_path, *changes, f"worker={worker}", "num_workers=2", recipe="spin_generate")
-        assert done.returncode == 0, done.stderr[-3000:]
+        command(tmp_path, *TWO, f"worker={worker}", "num_workers=2", recipe="spin_generate")
     manifest = tmp_path / "iteration_000" / "responses" / "manifest.json"
     assert json.loads(manifest.read_text())["sealed"]
     made = manifest.stat().st_mtime_ns
-    run(tmp_path, *changes)
+    run(tmp_path, *TWO)
     assert manifest.stat().st_mtime_ns == made
     assert not list(tmp_path.glob("iteration_000/*.stale*"))
     assert metrics_of(tmp_path) == metrics_of(one_process)
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    output_dir = tmp_path_factory.mktemp("unbroken")
-    return output_dir, run(output_dir, "max_iterations=2", "max_epochs=1").final_weights
-
-
-def signalled_at(step, output_dir, changes, signal_number):
-    """The recipe's command, signalled when a step's metrics are written: exit code and output."""
-    words = command_line(output_dir, *changes, program=RECIPE)
-    return signalled(words, signal_number, lambda: steps_done(output_dir) > step)  # there is a line for step 0
-
-
 @pytest.mark.slow
-def test_a_stopped_run_resumes_where_its_folder_model_and_data_have_moved_to(unbroken, tmp_path):
+def test_a_stopped_run_resumes_where_its_folder_model_and_data_have_moved_to(tmp_path):
     """Nothing that is written knows where it lies; a sample without an id is named by its file's name and row."""
-    changes = ("max_iterations=2", "max_epochs=1")
-    code, output = signalled_at(1, tmp_path / "before", changes, signal.SIGTERM)
+    before, unbroken = tmp_path / "before", tmp_path / "unbroken"
+    words = command_line(before, *LONG, program=RECIPE)
+    code, output = signalled(words, signal.SIGTERM, lambda: steps_done(before) > 1)  # there is a line for step 0
     assert code == 0 and "Resume with:" in output, output[-3000:]
     (tmp_path / "elsewhere").mkdir()
-    after = (tmp_path / "before").rename(tmp_path / "elsewhere" / "after")
-    model = shutil.copytree(REPO / "tests" / "assets" / "tiny_lm", tmp_path / "elsewhere" / "model")
+    after = before.rename(tmp_path / "elsewhere" / "after")
+    model = shutil.copytree(TINY_LM, tmp_path / "elsewhere" / "model")
     data = shutil.copy(REPO / "examples" / "quickstart" / "jargon_train.jsonl", tmp_path / "elsewhere")
     places = (f"tokenizer.path={model}", f"checkpointer.checkpoint_dir={model}", f"dataset.source={data}")
-    assert run(after, *changes, *places).final_weights == unbroken[1]
-    assert metrics_of(after) == metrics_of(unbroken[0])
+    assert run(after, *LONG, *places).final_weights == run(unbroken, *LONG).final_weights
+    assert metrics_of(after) == metrics_of(unbroken)
     assert not list(after.rglob("*.stale*"))
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_as_if_it_had_not_been(unbroken, tmp_path):
-    """SIGKILL in the second iteration; tests/faults/test_kills.py kills everywhere else."""
-    changes = ("max_iterations=2", "max_epochs=1")
-    code, output = signalled_at(6, tmp_path, changes, signal.SIGKILL)
-    assert code == -signal.SIGKILL, output[-3000:]
-    assert run(tmp_path, *changes).final_weights == unbroken[1]
-    assert metrics_of(tmp_path) == metrics_of(unbroken[0])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Mixtures and streams in a whole run: what each iteration plays, the log by source, restarts, changed settings."""
 
+from pathlib import Path
+
 import pytest
 import spin_recipe
 from omegaconf import OmegaConf
@@ -7,8 +9,7 @@ from omegaconf import OmegaConf
 from spin.config import SPINConfig, complete, plain
 from spin.core.errors import CheckpointError, ConfigError
 from spin.data import PairStore
-from spin.run.progress import SPINProgress
-from tests.recipes.helpers import REPO, metrics_of, run, tiny_config
+from tests.recipes.helpers import REPO, metrics_of, run, stops_at, tiny_config
 
 TRAIN, VAL = (str(REPO / f"examples/quickstart/jargon_{part}.jsonl") for part in ("train", "val"))
 MIXTURE = {
@@ -17,6 +18,7 @@ MIXTURE = {
     "sources": {"slang": {"source": TRAIN, "limit": 30, "weight": 3}, "few": {"source": VAL, "limit": 2, "weight": 1}},
     "samples": 16,
 }
+CHANGED = MIXTURE | {"sources": MIXTURE["sources"] | {"few": MIXTURE["sources"]["few"] | {"weight": 2}}}
 VAL_MIXTURE = {
     "_component_": "spin.data.mixed_prompt_dataset",
     "common": MIXTURE["common"],
@@ -66,62 +68,47 @@ def test_a_mixture_is_played_by_its_weights_and_logged_by_source(tmp_path):
 
 def test_changed_weights_are_refused_by_name(tmp_path):
     run_with(tmp_path, {"dataset": MIXTURE}, "max_steps=1")
-    sources = MIXTURE["sources"]
-    changed = MIXTURE | {"sources": sources | {"few": sources["few"] | {"weight": 2}}}
     with pytest.raises(CheckpointError) as caught:
-        run_with(tmp_path, {"dataset": changed}, "max_steps=2")
+        run_with(tmp_path, {"dataset": CHANGED}, "max_steps=2")
     message = str(caught.value)
     assert "dataset.weights.few is 0.4, was 0.25; dataset.weights.slang is 0.6, was 0.75" in message
     assert "dataset is" not in message  # the samples are the same
     with pytest.raises(CheckpointError, match=r"^dataset\.weights can change between iterations only"):
-        run_with(tmp_path, {"dataset": changed}, "max_steps=2", "resume_with_changes=[dataset.weights]")
+        run_with(tmp_path, {"dataset": CHANGED}, "max_steps=2", "resume_with_changes=[dataset.weights]")
 
 
 def test_weights_may_change_at_an_iterations_start(tmp_path):
     """3 : 1 in the first, 3 : 2 in the second: of 8 samples 6 and 2, then 5 and 3."""
     run_with(tmp_path, {"dataset": MIXTURE}, "max_steps=2")
-    sources = MIXTURE["sources"]
-    changed = MIXTURE | {"sources": sources | {"few": sources["few"] | {"weight": 2}}}
-    run_with(tmp_path, {"dataset": changed}, "resume_with_changes=[dataset.weights]")
+    run_with(tmp_path, {"dataset": CHANGED}, "resume_with_changes=[dataset.weights]")
     played = [row["samples/few"] for row in metrics_of(tmp_path) if "loss" in row]
     assert [sum(played[:2]), sum(played[2:])] == [2, 3]
 
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
+    """Each of three iterations plays the next 8 of the stream."""
     folder = tmp_path_factory.mktemp("stream")
-    return run(folder, *STREAM), folder
-
-
-def test_an_iteration_plays_the_next_of_a_stream(whole_run):
-    _, folder = whole_run
+    whole = run(folder, *STREAM)
     stores = [PairStore.open(folder / f"iteration_{iteration:03d}/responses") for iteration in range(3)]
     played = [[pair.sample_id for pair in store.pairs()] for store in stores]
     assert [len(each) for each in played] == [8, 8, 8] and len(set(sum(played, []))) == 24
+    return whole, folder
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 7])
-def test_a_stream_that_is_stopped_resumes_with_the_same_samples(whole_run, tmp_path, stop_at, monkeypatch):
+def test_a_stream_that_is_stopped_resumes_with_the_same_samples(whole_run, tmp_path, stop_at):
     """Iterations of 2, 4 and 4 steps, with history; stopped within each."""
     whole, folder = whole_run
-    done = SPINProgress.advance
-
-    def advance(self, samples):
-        done(self, samples)
-        if self.step == stop_at:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SPINProgress, "advance", advance)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path, *STREAM, "save_interval=1")
+    run(tmp_path, *STREAM, "save_interval=1", recipe_class=stops_at(stop_at))
+    assert metrics_of(tmp_path)[-1]["step"] == stop_at
     assert run(tmp_path, *STREAM, "save_interval=1").final_weights == whole.final_weights
     assert metrics_of(tmp_path) == metrics_of(folder)
 
 
 def test_a_stream_of_another_file_is_refused_by_name(tmp_path):
     file = tmp_path / "rows.jsonl"
-    rows = (REPO / "examples/quickstart/jargon_train.jsonl").read_text().splitlines(keepends=True)
+    rows = Path(TRAIN).read_text().splitlines(keepends=True)
     file.write_text("".join(rows[:40]))
     run(tmp_path / "run", *STREAM, f"dataset.source={file}", "max_steps=1")
     file.write_text("".join(rows[:41]))

@@ -5,20 +5,19 @@ import shutil
 from collections import Counter
 
 import pytest
-import spin_evaluate
 import torch
 from safetensors.torch import load_file, save_file
 
 from spin.cli import main
-from spin.config import EvaluateConfig, complete, load_config
 from spin.core.errors import CheckpointError, ConfigError, DataError, OutputError
 from spin.data import ChatTokenizer, PairStore
 from spin.evaluation import verdicts
 from spin.evaluation.models import EvalModel, check_evaluation
 from tests.false_server import false_servers
-from tests.recipes.helpers import REPO, command
+from tests.recipes.helpers import REPO, TINY_LM, command, evaluate
+from tests.recipes.helpers import TINY_EVALUATE as CONFIG
+from tests.recipes.helpers import evaluate_config as configured
 
-CONFIG = REPO / "tests" / "assets" / "tiny_evaluate.yaml"
 ROLES = ("candidate", "baseline")
 
 
@@ -43,20 +42,6 @@ def paths(trained, tiny_lm):
         f"judge.checkpoint_dir={tiny_lm}",
         f"dataset.source={REPO / 'examples/quickstart/jargon_val.jsonl'}",
     ]
-
-
-def configured(output_dir, *overrides):
-    return complete(load_config(str(CONFIG), [f"output_dir={output_dir}", *overrides]), EvaluateConfig)
-
-
-def evaluate(output_dir, *overrides):
-    """One evaluation in this process; the summary."""
-    recipe = spin_evaluate.SPINEvaluate(configured(output_dir, *overrides))
-    try:
-        recipe.setup()
-        return recipe.evaluate()
-    finally:
-        recipe.cleanup()
 
 
 def rows_of(folder):
@@ -93,9 +78,8 @@ def test_the_judge_is_asked_in_both_orders_by_token_ids(judged, tiny_lm):
     folder, _ = judged
     rows = rows_of(folder / "trained_vs_start")
     tokenizer = ChatTokenizer(tiny_lm)
-    asked = {
-        pair.sample_id: list(pair.prompt_ids) for pair in PairStore.open(folder / "trained_vs_start/judgements").pairs()
-    }
+    judgements = PairStore.open(folder / "trained_vs_start/judgements").pairs()
+    asked = {pair.sample_id: list(pair.prompt_ids) for pair in judgements}
     assert len(asked) == 24
     for row in rows:
         for first, second in (ROLES, ROLES[::-1]):
@@ -109,10 +93,8 @@ def test_responses_are_those_of_the_models_to_the_held_out_prompts(judged, tiny_
     rows = rows_of(folder / "trained_vs_start")
     source = [json.loads(line) for line in (REPO / "examples/quickstart/jargon_val.jsonl").read_text().splitlines()]
     tokenizer = ChatTokenizer(tiny_lm)
-    stores = [
-        {pair.sample_id: pair for pair in PairStore.open(folder / "responses" / name).pairs()}
-        for name in ("trained", "start")
-    ]
+    stores = [PairStore.open(folder / "responses" / name).pairs() for name in ("trained", "start")]
+    stores = [{pair.sample_id: pair for pair in store} for store in stores]
     assert [row["sample_id"] for row in rows] == [each["id"] for each in source[:12]]
     for row, original in zip(rows, source, strict=False):
         assert (row["prompt"], row["reference"]) == tuple(message["content"] for message in original["messages"])
@@ -145,16 +127,15 @@ def test_a_model_ties_with_itself_unasked(paths, tiny_lm, tmp_path):
     assert not (tmp_path / "trained_vs_start" / "judgements").exists()
 
 
-def test_verdicts_that_cannot_be_read_are_an_error_that_shows_one(paths, tmp_path, capsys):
+def test_verdicts_that_cannot_be_read_and_questions_too_long_for_the_judge_are_errors_that_show_one(
+    paths, tmp_path, capsys
+):
     with pytest.raises(DataError, match=r"no verdict of the judge could be read by judge.pattern='(.*)'. It wrote"):
         evaluate(tmp_path, *paths, "dataset.limit=2", r"judge.pattern='\[\[([ABC])\]\]'")
     assert [row["outcome"] for row in rows_of(tmp_path / "trained_vs_start")] == [None, None]
     assert "2 prompts without a readable verdict" in capsys.readouterr().out
-
-
-def test_a_question_that_leaves_the_judge_no_room_is_named(paths, tmp_path):
     with pytest.raises(DataError, match="'jargon-.*the judge's prompt has .* tokens, at most 112 leave room"):
-        evaluate(tmp_path, *paths, "judge.sampling.max_new_tokens=400", "sampling.max_new_tokens=40")
+        evaluate(tmp_path / "b", *paths, "judge.sampling.max_new_tokens=400", "sampling.max_new_tokens=40")
 
 
 def test_responses_from_elsewhere_play_too(judged, paths, tmp_path):
@@ -165,14 +146,10 @@ def test_responses_from_elsewhere_play_too(judged, paths, tmp_path):
         "~candidate.generator.batch_size",
         "candidate.generator=spin.generators.ReplayGenerator",
         f"candidate.generator.path={folder / 'responses/trained'}",
-        f"candidate.tokenizer.path={REPO / 'tests/assets/tiny_lm'}",
+        f"candidate.tokenizer.path={TINY_LM}",
     ]
     own = "{_component_: spin.generators.TorchtuneGenerator, batch_size: 8}"
-    cfg = configured(tmp_path, *paths, f"baseline.generator={own}", f"judge.generator={own}", *replay)
-    recipe = spin_evaluate.SPINEvaluate(cfg)
-    recipe.setup()
-    found = recipe.evaluate()
-    recipe.cleanup()
+    found = evaluate(tmp_path, *paths, f"baseline.generator={own}", f"judge.generator={own}", *replay)
     assert found["win_rate"] == summary["win_rate"] and found["judge"] == summary["judge"]
     assert found["candidate"]["weights"] != summary["candidate"]["weights"]  # a hash of the responses
 
@@ -290,7 +267,7 @@ def questions(tmp_path_factory, judged):
     [["exact_match.column=right"], [r"exact_match.reference_pattern='####\s*(.+)'"]],
     ids=["column", "real response"],
 )
-def test_exact_match_with_known_answers(questions, paths, tmp_path, capsys, reference):
+def test_exact_match_with_known_references(questions, paths, tmp_path, capsys, reference):
     """The models respond as they did in `judged`: same prompts, ids, seed and weights."""
     file, expected = questions
     first_word = r"exact_match.pattern='(?s)^\s*(\S+).*'"
@@ -310,20 +287,20 @@ def test_exact_match_with_known_answers(questions, paths, tmp_path, capsys, refe
     assert f"accuracy {summary['candidate']['accuracy']:.1%}" in out and "judge" not in out
 
 
-def test_a_right_answer_that_is_missing_is_found_before_anything_is_generated(questions, paths, tmp_path, monkeypatch):
+def test_what_no_data_and_no_model_have_is_found_before_anything_is_generated(questions, paths, tmp_path, monkeypatch):
     monkeypatch.setattr(EvalModel, "load", lambda *args: pytest.fail("weights were loaded"))
-    for key, message in (
-        ("exact_match.column=solution", "column=solution: no row has it; found the columns id, messages"),
-        (r"exact_match.reference_pattern='= (\d+)'", "12 samples have no right answer in the real response"),
+    exact_match = ("verdict=exact_match", f"dataset.source={questions[0]}")
+    for changes, message in (
+        ((*exact_match, "exact_match.column=solution"), "column=solution: no row has it; found the columns id, mess"),
+        (
+            (*exact_match, r"exact_match.reference_pattern='= (\d+)'"),
+            "12 samples have no right answer in the real",
+        ),
+        (["sampling.stop_token_ids=[99999]"], "stop token 99999"),
+        (["judge.sampling.stop_token_ids=[99999]"], "stop token 99999"),
     ):
         with pytest.raises(DataError, match=message):
-            evaluate(tmp_path, *paths, "verdict=exact_match", f"dataset.source={questions[0]}", key)
-
-
-@pytest.mark.parametrize("key", ["sampling.stop_token_ids", "judge.sampling.stop_token_ids"])
-def test_a_stop_token_that_no_model_has_is_found_before_anything_is_generated(paths, tmp_path, key):
-    with pytest.raises(DataError, match="stop token 99999"):
-        evaluate(tmp_path, *paths, f"{key}=[99999]")
+            evaluate(tmp_path, *paths, *changes)
     assert not (tmp_path / "responses").exists()
 
 
@@ -331,15 +308,10 @@ def test_several_data_sets_are_played_completely(questions, paths, tmp_path, cap
     """Rows of both, by name, with what exact match takes from their columns; validate sees the same."""
     val = REPO / "examples/quickstart/jargon_val.jsonl"
     overrides = [
-        *paths[:-1],
-        "verdict=exact_match",
-        "~dataset.source",
-        "~dataset.limit",
-        "dataset._component_=spin.data.mixed_prompt_dataset",
-        "dataset.common.limit=3",
-        f"dataset.sources.asked.source={questions[0]}",
+        *paths[:-1], "verdict=exact_match", "~dataset.source", "~dataset.limit", "dataset.common.limit=3",
+        "dataset._component_=spin.data.mixed_prompt_dataset", f"dataset.sources.asked.source={questions[0]}",
         f"dataset.sources.held.source={val}",
-    ]
+    ]  # fmt: skip
     with pytest.raises(ConfigError, match=r"dataset\.sources\.held\.weight: an evaluation plays every sample once"):
         check_evaluation(configured("out", *overrides, "dataset.sources.held.weight=2"))
     validate = ["validate", str(CONFIG), "--recipe", "spin_evaluate", f"output_dir={tmp_path}"]
@@ -362,7 +334,6 @@ def test_two_processes_share_the_prompts_and_find_the_same(judged, paths, tmp_pa
     """As users start it; on two ranks responses lie in other shards, and are the same."""
     folder, _ = judged
     done = command(tmp_path, *paths, recipe="spin_evaluate", nproc=2, config=CONFIG)
-    assert done.returncode == 0, done.stderr
     assert done.stdout.count("=== trained against start, 12 prompts ===") == 1
     assert "position bias" in done.stdout
     assert rows_of(tmp_path / "trained_vs_start") == rows_of(folder / "trained_vs_start")
@@ -401,19 +372,15 @@ def test_configs_that_cannot_work(paths, override, messages):
         assert message in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "faults",
-    [("prompts_per_shard=0", "seed=x", "compute_dtype=fp8"), ("judge.pattern=x", "judge.template=x", "judge.name=/")],
-)
-def test_all_faults_at_once(paths, faults):
-    """Of single values, then of values that do not go together."""
-    with pytest.raises(ConfigError, match="3 faults"):
-        check_evaluation(configured("out", *paths, *faults))
-
-
-def test_exact_match_needs_no_judge(paths):
-    cfg = load_config(str(CONFIG), ["output_dir=out", *paths, "verdict=exact_match", "~judge"])
-    check_evaluation(complete(cfg, EvaluateConfig))
+def test_all_faults_at_once(paths):
+    """Of single values, then of values that do not go together; exact match needs no judge."""
+    for faults in (
+        ("prompts_per_shard=0", "seed=x", "compute_dtype=fp8"),
+        ("judge.pattern=x", "judge.template=x", "judge.name=/"),
+    ):
+        with pytest.raises(ConfigError, match="3 faults"):
+            check_evaluation(configured("out", *paths, *faults))
+    check_evaluation(configured("out", *paths, "verdict=exact_match", "~judge"))
 
 
 def test_folders_that_are_no_model_are_named_before_anything_runs(paths, tmp_path):
@@ -427,10 +394,7 @@ def test_folders_that_are_no_model_are_named_before_anything_runs(paths, tmp_pat
         (run, "config.json: no such file. A run's folder; name one of its models: .*iteration_000/hf_model"),
         (run / "iteration_000", "config.json: no such file. A run's folder; name one of its models: .*hf_model"),
         (run / "iteration_000" / "adapter", "An adapter of peft, without its base. Merge it"),
-        (
-            run / "iteration_000" / "hf_model",
-            "Nothing in this folder is a model's. checkpoint_dir is a folder with config.json",
-        ),
+        (run / "iteration_000" / "hf_model", "Nothing in this folder is a model's. checkpoint_dir is a folder with"),
     ):
         with pytest.raises(CheckpointError, match=message):
             evaluate(tmp_path, *paths, f"baseline.checkpoint_dir={folder}", "baseline.tokenizer.path=" + str(folder))

@@ -16,7 +16,7 @@ from spin.core.ranks import init_world, shutdown
 from spin.data import PairStore
 from spin.model.build import build_model, prepare_model
 from spin.model.hf import load_hf_weights
-from tests.recipes.helpers import REPO, metrics_of
+from tests.recipes.helpers import REPO, logp_by_transformers, metrics_of
 
 ROWS = 1088  # of the embeddings: more than the tokenizer has tokens, as Qwen's and Phi's
 SHAPE = {
@@ -132,15 +132,9 @@ def start(recipe, name, changes, monkeypatch):
     assert not end.value.code
 
 
-@torch.no_grad()
 def logps_of(model, pairs):
     """Summed log-probs of the real responses, by transformers."""
-    found = []
-    for pair in pairs:
-        prompt, real = pair.prompt_ids.tolist(), pair.real_ids.tolist()
-        logps = model(torch.tensor([[*prompt, *real]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        found.append(logps.gather(-1, torch.tensor(real)[:, None]).sum().item())
-    return found
+    return [logp_by_transformers(model, pair.prompt_ids, pair.real_ids) for pair in pairs]
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -11,32 +11,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import spin_recipe
 import torch
 from spin_recipe import SPINRecipe
 from transformers import AutoModelForCausalLM
 
-from spin.core.errors import CheckpointError, ConfigError, NonFiniteError, SelfTestError
+from spin.config import instantiate
+from spin.core.errors import CheckpointError, ConfigError, SelfTestError
 from spin.data import PairStore
-from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator
-from spin.model.adapters import adapted_modules
-from spin.model.build import build_model
-from spin.model.fingerprint import weights_fingerprint
-from spin.model.sharding import named_full_tensors
-from spin.pairs.packing import pack_batch
-from spin.reference.logprobs import response_logps
+from spin.generators import TorchtuneGenerator
 from spin.report import read_run, render
 from tests.quantizable import QUANTIZED, quantizable
 from tests.recipes.helpers import (
     CONFIG,
-    REPO,
+    TINY_LM,
     TINY_LORA,
     logp_by_transformers,
     metrics_of,
     run,
     run_adapters,
+    step_of,
+    steps_done,
     stops_at,
     tiny_config,
+    tiny_prompts,
+    weights_of,
 )
 
 
@@ -45,15 +43,13 @@ class Recorder(SPINRecipe):
 
     def setup(self):
         super().setup()
-        self.weights_at = {weights_fingerprint(self._model): self._progress.step}
-        self.opponent_steps = []
-        self.saves = []
+        self.weights_at, self.opponent_steps, self.saves = {weights_of(self): 0}, [], []
 
     def train_single_step(self, batch):
-        self.opponent_steps.append(self.weights_at.get(self._opponent))
-        metrics = super().train_single_step(batch)
-        self.weights_at[weights_fingerprint(self._model)] = self._progress.step
-        return metrics
+        self.opponent_steps.append(self.weights_at.get(self.state_dict()["opponent"]))
+        step = super().train_single_step(batch)
+        self.weights_at[weights_of(self)] = step_of(self)
+        return step
 
     def save_checkpoint(self):
         self.saves.append(self.state_dict())
@@ -68,69 +64,47 @@ def whole_run(tmp_path_factory):
     return output_dir, recipe
 
 
-class Opponents(SPINRecipe):
-    """Notes at the start of an iteration what the opponent is."""
-
-    def augment_dataloader(self, iteration):
-        self.opponents = [*getattr(self, "opponents", []), weights_fingerprint(self._model)]
-        return super().augment_dataloader(iteration)
-
-    def setup(self):
-        super().setup()
-        self.base = weights_fingerprint(self._model, frozen_only=True)
-
-
 @pytest.fixture(scope="module")
 def dora_run(tmp_path_factory):
     """20 samples, batches of 4, 2 epochs, 2 iterations."""
     output_dir = tmp_path_factory.mktemp("dora")
-    return output_dir, run_adapters(output_dir, "model.use_dora=true", recipe_class=Opponents)
+    return output_dir, run_adapters(output_dir, "model.use_dora=true", recipe_class=Recorder)
 
 
-def test_order_of_opponents_steps_validations_and_saves_is_nemos(whole_run, oracles):
+def test_opponents_steps_validations_saves_and_metrics_are_nemos_and_samples_are_shown(whole_run, oracles):
     output_dir, recipe = whole_run
     trace = oracles["nemo_loop_trace"]["trace"]
-    rows = metrics_of(output_dir)
+    rows = metrics_of(output_dir, with_times=True)
     steps = [row for row in rows if row["step"] > 0]
     assert recipe.opponent_steps == [step["opponent_weights"][0] for step in trace["steps"]]
     for row, expected in zip(steps, trace["steps"], strict=True):
         assert (row["epoch"], row["iteration"]) == (expected["epoch"], expected["iteration"])
         assert row["consumed_samples"] == expected["consumed_samples"]
     assert [row["step"] for row in steps if "val_loss" in row] == trace["val_steps"]
-    names = ("step", "consumed_samples", "epoch", "iteration")
-    assert [{name: save["progress"][name] for name in names} for save in recipe.saves] == [
-        {name: save[name] for name in names} for save in trace["saves"]
-    ]
+    for save, expected in zip(recipe.saves, trace["saves"], strict=True):
+        for name in ("step", "consumed_samples", "epoch", "iteration"):
+            assert save["progress"][name] == expected[name]
+    names = {*oracles["nemo_loop_trace"]["train_metric_names"], "rewards_all_mean", "rewards_all_std", "grad_norm"}
+    names |= {"rewards_actual_mean", "rewards_generated_mean", "beta", "margin", "truncated_fraction"}
+    assert names | {"real_logp_drift", "updated_fraction"} <= {*steps[0]}
+    assert {"val_loss", "val_spin_loss", "val_acc", "validation_step_time"} <= {*steps[1]}
+    samples = [json.loads(line) for line in (output_dir / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "real", "generated", "margin", "step"} <= {*samples[0]}
+    last = [row for row in samples if row["step"] == 20]
+    assert len(last) == 4 and "What does the hacker slang term" in last[0]["prompt"]
 
 
-def test_the_generator_is_woken_once_for_an_iteration_and_its_validation(tmp_path):
-    class Wakes(SPINRecipe):
-        """Notes at which step its generator is woken."""
-
-        def setup(self):
-            super().setup()
-            self.woken, wake = [], self._generator.wake
-            self._generator.wake = lambda: (self.woken.append(self._progress.step), wake())
-
-    recipe = run(tmp_path, "validation.spin=true", "max_epochs=1", "limit_train_batches=2", recipe_class=Wakes)
-    assert recipe.woken == [0, 2]
+def test_the_generator_is_woken_once_for_an_iteration_and_its_validation(tmp_path, monkeypatch):
+    woken, wake = [], TorchtuneGenerator.wake
+    monkeypatch.setattr(TorchtuneGenerator, "wake", lambda self: (woken.append(steps_done(tmp_path)), wake(self)))
+    run(tmp_path, "validation.spin=true", "max_epochs=1", "limit_train_batches=2")
+    assert woken == [1, 3]  # lines of the log, the first of which is the validation at the start
     for iteration in (0, 1):
-        responses = PairStore.open(tmp_path / f"iteration_{iteration:03d}/validation/responses")
-        assert (
-            responses.is_sealed
-            and responses.opponent == PairStore.open(responses.path.parents[1] / "responses").opponent
+        trained, held_out = (
+            PairStore.open(tmp_path / f"iteration_{iteration:03d}" / name)
+            for name in ("responses", "validation/responses")
         )
-
-
-def test_metrics_carry_nemos_names(whole_run, oracles):
-    rows = [row for row in metrics_of(whole_run[0], with_times=True) if row["step"] > 0]
-    for name in oracles["nemo_loop_trace"]["train_metric_names"]:
-        assert name in rows[0]
-    assert {"rewards_actual_mean", "rewards_generated_mean", "rewards_all_mean", "rewards_all_std", "grad_norm"} <= {
-        *rows[0]
-    }
-    assert {"beta", "margin", "truncated_fraction", "real_logp_drift", "updated_fraction"} <= {*rows[0]}
-    assert {"val_loss", "val_spin_loss", "val_acc", "validation_step_time"} <= {*rows[1]}
+        assert held_out.is_sealed and held_out.opponent == trained.opponent
 
 
 @pytest.mark.parametrize("whole", ["whole_run", "dora_run"])
@@ -149,15 +123,16 @@ def test_every_iteration_starts_at_ln_2_and_learns(request, whole):
 
 def test_pairs_on_disk_are_what_was_trained_on(whole_run):
     output_dir, recipe = whole_run
+    prompts = {prompt.sample_id: prompt for prompt in tiny_prompts()}
     for iteration in range(2):
         store = PairStore.open(output_dir / f"iteration_{iteration:03d}" / "pairs")
         pairs = list(store.pairs())
         assert store.is_sealed
         assert recipe.weights_at[store.opponent] == 10 * iteration
-        assert sorted(pair.sample_id for pair in pairs) == sorted(recipe._prompts.sample_ids)
+        assert sorted(pair.sample_id for pair in pairs) == sorted(prompts)
         assert {pair.iteration for pair in pairs} == {iteration}
         for pair in pairs:
-            prompt = recipe._prompts[recipe._prompts.sample_ids.index(pair.sample_id)]
+            prompt = prompts[pair.sample_id]
             assert np.array_equal(pair.prompt_ids, prompt.prompt_ids)
             assert np.array_equal(pair.real_ids, prompt.real_ids)
             response = pair.generated[0]
@@ -169,22 +144,14 @@ def test_pairs_on_disk_are_what_was_trained_on(whole_run):
 
 def test_the_export_is_the_policy(whole_run):
     """transformers loads each iteration's folder; the last one gives the policy's log-probs of the real responses."""
-    output_dir, recipe = whole_run
+    output_dir, _ = whole_run
     folder = output_dir / "iteration_001" / "hf_model"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    prompts = [recipe._val_prompts[i] for i in range(6)]
+    prompts = tiny_prompts("validation_dataset")
     nats = -sum(logp_by_transformers(model, prompt.prompt_ids, prompt.real_ids) for prompt in prompts)
     tokens = sum(len(prompt.real_ids) for prompt in prompts)
     assert nats / tokens == pytest.approx(metrics_of(output_dir)[-1]["val_loss"], rel=1e-5)
     assert (folder / "tokenizer.json").exists()
-
-
-def test_samples_are_shown(whole_run):
-    rows = [json.loads(line) for line in (whole_run[0] / "samples.jsonl").read_text().splitlines()]
-    assert {"prompt", "real", "generated", "margin", "step"} <= {*rows[0]}
-    last = [row for row in rows if row["step"] == 20]
-    assert len(last) == 4
-    assert "What does the hacker slang term" in last[0]["prompt"]
 
 
 @pytest.mark.parametrize(
@@ -210,23 +177,13 @@ def test_a_stopped_run_resumes_as_if_it_had_not_stopped(request, tmp_path, whole
     for iteration in range(2):
         ours, theirs = (
             [
-                (
-                    pair.key,
-                    pair.reference_real_logp,
-                    pair.generated[0].reference_logp,
-                    bytes(pair.generated[0].token_ids),
-                )
-                for pair in PairStore.open(Path(folder) / f"iteration_{iteration:03d}" / "pairs").pairs()
+                (pair.key, pair.reference_real_logp, response.reference_logp, bytes(response.token_ids))
+                for pair in PairStore.open(folder / f"iteration_{iteration:03d}/pairs").pairs()
+                for response in pair.generated
             ]
             for folder in (tmp_path, output_dir)
         )
         assert ours == theirs
-
-
-@pytest.mark.parametrize("override", ["loss.loss_type=logistik", "loss.label_smoothing=0.7"])
-def test_a_loss_that_cannot_be_is_refused_before_anything_is_played(tmp_path, override):
-    with pytest.raises(ConfigError, match=override.split("=")[0]):
-        SPINRecipe(tiny_config(tmp_path, override))
 
 
 def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path):
@@ -246,7 +203,7 @@ def test_an_optimizers_changed_options_hold_at_once_if_allowed(tmp_path):
     run(tmp_path, *short, recipe_class=stops_at(2))
     changes = ("optimizer.weight_decay=0.5", "optimizer.betas=[0.5,0.6]", "resume_with_changes=[optimizer]")
     resumed = run(tmp_path, *short, *changes)
-    group = resumed._optimizer.param_groups[0]
+    (group,) = resumed._optimizer.param_groups
     assert (group["weight_decay"], tuple(group["betas"])) == (0.5, (0.5, 0.6))
     assert {int(state["step"]) for state in resumed._optimizer.state.values()} == {5}
 
@@ -262,25 +219,19 @@ def test_beta_and_learning_rate_per_iteration(tmp_path):
 
 def test_an_optimizer_that_continues_schedules_over_the_run(tmp_path):
     changes = ("max_epochs=1", "validation_dataset=null", "optimizer.reset_each_iteration=false")
-    run(tmp_path / "a", *changes, "lr_scheduler.name=cosine", "lr_scheduler.warmup=2")
+    changes += ("lr_scheduler.name=cosine", "lr_scheduler.warmup=2")
+    run(tmp_path / "a", *changes)
     whole = metrics_of(tmp_path / "a")
     factors = [0.5, 1.0] + [0.5 * (1 + math.cos(math.pi * done / 8)) for done in range(8)]
     assert [row["lr"] for row in whole] == pytest.approx([1e-4 * factor for factor in factors])
-    run(tmp_path / "b", *changes, "lr_scheduler.name=cosine", "lr_scheduler.warmup=2", recipe_class=stops_at(5))
-    run(tmp_path / "b", *changes, "lr_scheduler.name=cosine", "lr_scheduler.warmup=2")
+    run(tmp_path / "b", *changes, recipe_class=stops_at(5))
+    run(tmp_path / "b", *changes)
     assert metrics_of(tmp_path / "b") == whole
 
 
 def test_history_mixes_in_the_iteration_before_under_todays_opponent(tmp_path):
-    recipe = run(
-        tmp_path,
-        "pairs.history=1",
-        "pairs.history_fraction=0.6",
-        "max_epochs=1",
-        "limit_train_batches=2",
-        "max_iterations=3",
-        recipe_class=Recorder,
-    )
+    changes = ("pairs.history=1", "pairs.history_fraction=0.6", "max_epochs=1", "limit_train_batches=2")
+    recipe = run(tmp_path, *changes, "max_iterations=3", recipe_class=Recorder)
     # 8 samples play in each iteration; from the second on int(0.6 * 8) = 4 old ones join: 2, 3 and 3 steps
     assert recipe.opponent_steps == [0, 0, 2, 2, 2, 5, 5, 5]
     for iteration, steps in ((1, 2), (2, 5)):
@@ -305,38 +256,26 @@ def test_responses_from_a_store_are_played_back(tmp_path):
     assert store.manifest["fingerprint"]["generator_source"]
 
 
-def test_several_responses_per_prompt(tmp_path):
-    run(tmp_path, "pairs.responses_per_prompt=3", "max_iterations=1", "max_epochs=1", "limit_train_batches=2")
-    pairs = list(PairStore.open(tmp_path / "iteration_000" / "pairs").pairs())
-    assert [len(pair.generated) for pair in pairs] == [3] * 8
-    assert any(bytes(p.generated[0].token_ids) != bytes(p.generated[1].token_ids) for p in pairs)
-    assert metrics_of(tmp_path)[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-
-
 @pytest.mark.parametrize("policy", ["mask", "drop"])
-def test_truncated_responses_can_be_masked_or_dropped(tmp_path, policy):
-    """Four new tokens truncate nearly every response; stopping at ' a' (a frequent word) ends the others."""
-    changes = ("max_iterations=1", "max_epochs=1", 'sampling.stop_strings=[" a"]', "sampling.max_new_tokens=6")
-    run(tmp_path, *changes, f"pairs.truncated={policy}")
-    store = PairStore.open(tmp_path / "iteration_000" / "pairs")
-    report = store.manifest["report"]
-    assert 0 < report["truncated"] < 20
-    kept = list(store.pairs())
-    assert len(kept) == (20 if policy == "mask" else 20 - report["truncated"])
-    assert all(math.isfinite(row["loss"]) for row in metrics_of(tmp_path) if "loss" in row)
-
-
-@pytest.mark.parametrize("policy", ["mask", "drop"])
-def test_validation_weighs_pairs_as_training_does(tmp_path, policy):
-    """By transformers from the export, two responses to a prompt of which some are cut: means over pairs.
+def test_truncated_responses_are_masked_or_dropped_in_training_and_validation(tmp_path, policy):
+    """Two responses to a prompt, of which some are truncated. Validation by transformers from the export: means over
+    pairs.
 
     A masked response takes its half of the pair out of numerator and denominator; where it is dropped, the other one
     has all of the pair.
     """
     changes = ("max_iterations=1", "max_epochs=1", "validation.spin=true", 'sampling.stop_strings=[" a","in"]')
     run(tmp_path, *changes, "pairs.responses_per_prompt=2", "sampling.max_new_tokens=8", f"pairs.truncated={policy}")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "iteration_000/hf_model", dtype=torch.float32)
+    made, kept = (list(PairStore.open(tmp_path / "iteration_000" / name).pairs()) for name in ("responses", "pairs"))
+    ends = [[response.finish_reason for response in pair.generated] for pair in made]
+    assert {len(pair.generated) for pair in made} == {2} and len(made) == 20
+    assert any(bytes(p.generated[0].token_ids) != bytes(p.generated[1].token_ids) for p in made)
+    truncated = PairStore.open(tmp_path / "iteration_000/pairs").manifest["report"]["truncated"]
+    assert 0 < truncated == sum(each.count("length") for each in ends) < 40
+    assert len(kept) == (20 if policy == "mask" else sum("stop" in each for each in ends))
+    assert metrics_of(tmp_path)[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "iteration_000/hf_model", dtype=torch.float32)
     logp = partial(logp_by_transformers, model)
     found, responses = [], set()
     for pair in PairStore.open(tmp_path / "iteration_000/validation/pairs").pairs():
@@ -383,25 +322,14 @@ def test_the_nll_term_is_logged_and_changes_nothing_else_at_the_first_step(tmp_p
 )
 def test_options_start_at_the_loss_of_equal_models(tmp_path, config, changes):
     short = ("max_iterations=1", "max_epochs=1", "limit_train_batches=2")
-    recipe = run(tmp_path, *short, *changes, config=config)
+    run(tmp_path, *short, *changes, config=config)
     _, first, second = metrics_of(tmp_path)
-    zero = torch.zeros(1)
-    assert first["loss"] == pytest.approx(recipe._loss(zero, zero, zero, zero)[0].item(), abs=1e-4)
+    zero, loss = torch.zeros(1), tiny_config("unused", *changes, config=config).loss
+    assert first["loss"] == pytest.approx(instantiate(loss)(zero, zero, zero, zero)[0].item(), abs=1e-4)
     assert first["acc"] == 0.0 and second["grad_norm"] > 0
     exported = tmp_path / "iteration_000"
     assert (exported / "hf_model").exists() == ("checkpointer.export_merged=false" not in changes)
     assert (exported / "adapter" / "adapter_config.json").exists() == (config == TINY_LORA)
-
-
-def test_row_length_and_batch_plan_do_not_change_the_gradient(tmp_path):
-    """The same global batch in many short rows, few long ones, with and without checkpointing: one gradient norm."""
-    short = ("max_steps=1", "max_iterations=1", "validation_dataset=null", "clip_grad_norm=null")
-    rows = (["pairs.row_tokens=4096"], ["pairs.row_tokens=64"])
-    norms = []
-    for i, changes in enumerate((*rows, ["pairs.row_tokens=200", "enable_activation_checkpointing=true"])):
-        run(tmp_path / str(i), *short, *changes)
-        norms.append(metrics_of(tmp_path / str(i))[0]["grad_norm"])
-    assert norms == pytest.approx([norms[0]] * 3, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -419,28 +347,20 @@ def test_compiled_layers_change_nothing_but_rounding(tiny_lm, tmp_path, config):
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_max_time_stops_before_training_and_says_how_to_go_on(tmp_path, caplog):
-    run(tmp_path, "max_time=00:00:00:00", "validation_dataset=null")
-    assert metrics_of(tmp_path) == []
-    assert not (tmp_path / "iteration_000" / "hf_model").exists()
-
-
 def test_a_finished_run_says_so_and_resumes_with_more_iterations(tmp_path, caplog, capsys):
     short = ("max_epochs=1", "limit_train_batches=2", "validation_dataset=null")
     run(tmp_path, *short)
-    assert (
-        "2 iterations: in each the model" in caplog.text
-        and "1 x 2 steps of 4 pairs; 4 steps in all, 0 don" in caplog.text
-    )
+    assert "2 iterations: in each the model" in caplog.text
+    assert "1 x 2 steps of 4 pairs; 4 steps in all, 0 don" in caplog.text
     assert f"Finished after 4 steps; everything is in {tmp_path}" in caplog.text
     assert "iteration_001/hf_model loads in transformers" in caplog.text and "max_iterations=3" in caplog.text
     assert capsys.readouterr().out.count("no rewards, acc 0)") == 2
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [2] * 4 + [4] * 4  # without a validation set, those trained on
     caplog.clear()
-    assert run(tmp_path, *short)._progress.step == 4
+    assert step_of(run(tmp_path, *short)) == 4
     assert "was finished before, after 4 steps: nothing was left to do" in caplog.text
-    assert run(tmp_path, *short, "max_iterations=3")._progress.step == 6
+    assert step_of(run(tmp_path, *short, "max_iterations=3")) == 6
 
 
 def test_keeps_the_last_and_the_best(tmp_path):
@@ -448,9 +368,7 @@ def test_keeps_the_last_and_the_best(tmp_path):
     rows = {row["step"]: row for row in metrics_of(tmp_path)}
     kept = sorted(int(path.name.removeprefix("step_")) for path in (tmp_path / "checkpoints").glob("step_*"))
     assert kept[-2:] == [9, 10]
-    best = min(
-        (step for step in rows if "val_loss" in rows[step] and step > 0), key=lambda step: rows[step]["val_loss"]
-    )
+    _, best = min((row["val_loss"], step) for step, row in rows.items() if "val_loss" in row and step > 0)
     assert set(kept) == {best, 9, 10}  # and not the state after it, whose weights were not validated
 
 
@@ -466,51 +384,30 @@ def test_the_opponent_is_the_base_with_the_adapter_of_the_iteration_before(dora_
         reference = torch.tensor([(p.reference_real_logp, p.generated[0].reference_logp) for p in pairs])
         for name, folder in (("base", tiny_lm), ("exported", output_dir / "iteration_000" / "hf_model")):
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-            other = torch.tensor(
-                [
-                    [logp_by_transformers(model, p.prompt_ids, ids) for ids in (p.real_ids, p.generated[0].token_ids)]
-                    for p in pairs
-                ]
-            )
-            distances[iteration, name] = (other - reference).abs().max().item()
+            logp = partial(logp_by_transformers, model)
+            other = [[logp(p.prompt_ids, ids) for ids in (p.real_ids, p.generated[0].token_ids)] for p in pairs]
+            distances[iteration, name] = (torch.tensor(other) - reference).abs().max().item()
     assert distances[0, "base"] < 1e-3 and distances[1, "exported"] < 1e-3
     assert distances[0, "exported"] > 1 and distances[1, "base"] > 1
-    assert len(set(recipe.opponents)) == 2
-    assert weights_fingerprint(recipe._model, frozen_only=True) == recipe.base
+    assert recipe.opponent_steps == [0] * 10 + [10] * 10
+    untrained = SPINRecipe(tiny_config(output_dir.with_name("untrained"), "model.use_dora=true", config=TINY_LORA))
+    untrained.setup()
+    assert weights_of(recipe, frozen_only=True) == weights_of(untrained, frozen_only=True)
+    untrained.cleanup()
 
 
-def test_another_adapter_is_another_reference(dora_run):
-    """The reference pass runs with the adapter as it is: change one, and the log-probs change."""
-    _, recipe = dora_run
-    pairs = list(PairStore.open(dora_run[0] / "iteration_001" / "pairs").pairs())[:2]
-    row = pack_batch(pairs, recipe._layout)[0]
-    with torch.no_grad():
-        before = response_logps(recipe._model, row)
-        module = next(iter(adapted_modules(recipe._model).values()))
-        module.lora_b.weight.mul_(-1)
-        assert (response_logps(recipe._model, row) - before).abs().max() > 0.01
-        module.lora_b.weight.mul_(-1)
-        assert torch.equal(response_logps(recipe._model, row), before)
-
-
-def test_the_embedded_generator_plays_with_the_adapter(dora_run):
-    """Its greedy tokens are those of a generator that was given merged tensors, and of transformers on the export."""
-    output_dir, recipe = dora_run
-    prompts = [list(map(int, recipe._prompts[i].prompt_ids)) for i in range(6)]
-    sampling = SamplingParams(temperature=0.0, max_new_tokens=10, stop_token_ids=(2,))
-    responses = recipe._generator.generate(prompts, sampling, list(range(6)))
-    # one that takes weights is given the merged ones
-    plain = build_model(tiny_config("unused").model, torch.float32).to_empty(device="cpu")
-    for layer in plain.layers:
-        layer.attn.pos_embeddings.rope_init()
-    context = GeneratorContext(plain, torch.device("cpu"), 512, recipe._tokenizer.decode)
-    merged = TorchtuneGenerator(context, batch_size=4)
-    merged.update_weights(named_full_tensors(recipe._model))
-    assert merged.generate(prompts, sampling, list(range(6))) == responses
-    model = AutoModelForCausalLM.from_pretrained(output_dir / "iteration_001" / "hf_model", dtype=torch.float32)
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=2, pad_token_id=0)
-        assert response.token_ids == ids[0, len(prompt) :].tolist()
+def test_the_embedded_generator_plays_with_the_adapter(tmp_path):
+    """Its greedy tokens in iteration 1 are those of transformers on the model that iteration 0 exported."""
+    changes = ("model.use_dora=true", "sampling.temperature=0", "max_epochs=1", "max_steps=6", "dataset.limit=20")
+    run_adapters(tmp_path, *changes, "optimizer.lr=1e-2", "validation_dataset=null")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "iteration_000/hf_model", dtype=torch.float32)
+    stores = [PairStore.open(tmp_path / f"iteration_{i:03d}/responses") for i in (0, 1)]
+    before, after = ({p.sample_id: p.generated[0].token_ids.tolist() for p in store.pairs()} for store in stores)
+    assert before != after
+    for pair in list(stores[1].pairs())[:6]:
+        prompt = torch.tensor(pair.prompt_ids)[None]
+        ids = model.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0)
+        assert after[pair.sample_id] == ids[0, prompt.shape[1] :].tolist()
 
 
 @pytest.mark.slow
@@ -568,109 +465,73 @@ def forged_references(monkeypatch):
         yield
 
 
-class TestFaults:
-    """What cannot work is refused; what was there stays."""
+# ---- what cannot work is refused; what was there stays
 
-    def test_pairs_that_another_model_scored_fail_the_self_test(self, tmp_path, monkeypatch):
-        with forged_references(monkeypatch), pytest.raises(SelfTestError, match="expected 0.69314718"):
-            run(tmp_path, "max_iterations=1")
 
-    def test_the_self_test_waits_for_the_first_batch_that_trains(self, tmp_path, whole_run, monkeypatch):
-        """All responses but one were truncated and are masked; that one is not in the first batch. Nor is the test
-        lost, or done again, where the run stops before it and after it."""
-        pairs = list(PairStore.open(whole_run[0] / "iteration_000/responses").pairs())
-        rows = [
-            {"prompt_ids": p.prompt_ids.tolist(), "generated_ids": p.generated[0].token_ids.tolist(),
-             "finish_reason": "length"} for p in pairs
-        ]  # fmt: skip
-        rows[7]["finish_reason"], rows[7]["generated_ids"][-1] = "stop", 2  # what ends a response
-        file = tmp_path / "responses.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        changes = (
-            "~generator.batch_size", "generator._component_=spin.generators.ReplayGenerator", f"generator.path={file}",
-            "pairs.truncated=mask", "max_iterations=1", "max_epochs=1", "validation_dataset=null",
-        )  # fmt: skip
-        run(tmp_path / "whole", *changes)
-        trained = [row["step"] for row in metrics_of(tmp_path / "whole") if "loss" in row]
-        assert len(trained) == 1 and trained[0] > 1
-        refused = pytest.raises(SelfTestError, match="first loss of iteration 0")
-        with forged_references(monkeypatch), refused:
-            run(tmp_path / "forged", *changes)
-        run(tmp_path / "stopped", *changes, recipe_class=stops_at(trained[0] - 1))
-        with forged_references(monkeypatch), refused:
-            run(tmp_path / "stopped", *changes)
-        run(tmp_path / "stopped", *changes, recipe_class=stops_at(trained[0]))
-        with forged_references(monkeypatch):
-            run(tmp_path / "stopped", *changes)
-        assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
+def test_pairs_that_another_model_scored_fail_the_self_test_unless_it_is_off(tmp_path, monkeypatch):
+    changes = ("max_iterations=1", "max_epochs=1", "limit_train_batches=1")
+    with forged_references(monkeypatch), pytest.raises(SelfTestError, match="expected 0.69314718"):
+        run(tmp_path / "on", *changes)
+    with forged_references(monkeypatch):
+        run(tmp_path / "off", *changes, "self_test=false")
 
-    def test_self_test_can_be_switched_off(self, tmp_path):
-        class Tampers(SPINRecipe):
-            def _begin_training(self, iteration):
-                super()._begin_training(iteration)
-                with torch.no_grad():
-                    self._model.norm.scale.mul_(1.01)
 
-        changes = ("max_iterations=1", "max_epochs=1", "limit_train_batches=1")
-        with pytest.raises(SelfTestError):
-            run(tmp_path / "on", *changes, recipe_class=Tampers)
-        run(tmp_path / "off", *changes, "self_test=false", recipe_class=Tampers)
-
-    def test_the_self_test_compares_logits_before_weights_are_loaded(self, tmp_path, monkeypatch, caplog):
-        monkeypatch.setattr("spin.model.hf.read_rows", lambda *_: pytest.fail("read a weight"))
-        folder = shutil.copytree(REPO / "tests/assets/tiny_lm", tmp_path / "model")
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "linear", "factor": 4.0}}))
-        with pytest.raises(CheckpointError, match=r"rope_scaling.rope_type is 'linear' with {'factor': 4.0}"):
-            run(tmp_path / "out", f"checkpointer.checkpoint_dir={folder}")
-        # what no key tells: a model whose norm is not the one that config.json means
-        monkeypatch.setattr("torchtune.modules.RMSNorm.forward", lambda self, x: x * self.scale)
-        with pytest.raises(CheckpointError, match="largest difference to the logits of transformers .*0.001 at most"):
-            run(tmp_path / "out")
-
-    def test_a_loss_that_is_not_finite_stops_before_the_update(self, tmp_path):
-        class Poisoned(SPINRecipe):
-            def train_single_step(self, batch):
-                if self._progress.step == 1:
-                    with torch.no_grad():
-                        self._model.norm.scale.fill_(float("nan"))
-                    self.before = weights_fingerprint(self._model)
-                    self.ids = [pair.sample_id for pair in batch.pairs]
-                return super().train_single_step(batch)
-
-        recipe = Poisoned(tiny_config(tmp_path, "max_iterations=1", "validation_dataset=null"))
-        recipe.setup()
-        with pytest.raises(NonFiniteError, match="No weight was changed") as error:
-            recipe.train()
-        assert weights_fingerprint(recipe._model) == recipe.before
-        assert all(sample in str(error.value) for sample in recipe.ids)
-
-    def test_pairs_lost_in_the_middle_of_an_iteration(self, tmp_path):
-        run(tmp_path, recipe_class=stops_at(2))
-        manifest = tmp_path / "iteration_000" / "pairs" / "manifest.json"
-        manifest.write_text(manifest.read_text().replace('"opponent": "', '"opponent": "x'))
-        with pytest.raises(CheckpointError, match="of another opponent"):
-            run(tmp_path)
-
-    def test_zero_steps_per_epoch(self, tmp_path):
-        with pytest.raises(ConfigError, match="no step"):
-            run(tmp_path, "global_batch_size=64")
-
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            (
-                "loss.beta=-1", "optimizer.lr=-1", "limit_val_batches=1.5", "sampling.top_p=0", "max_time=1h",
-                "compute_dtype=fp16", "pairs.truncated=cut", "global_batch_size=0", "lr_scheduler.name=step",
-                "pairs.history=-1",
-            ),
-            ("loss.beta=[0.1]", "ac_mode=selective", "dtype=bf16", "validation_dataset.streaming=true"),
-        ],
-        ids=["single values", "values against each other"],
+def test_the_self_test_waits_for_the_first_batch_that_trains(tmp_path, whole_run, monkeypatch):
+    """All responses but one were truncated and are masked; that one is not in the first batch. Nor is the test
+    lost, or done again, where the run stops before it and after it."""
+    pairs = list(PairStore.open(whole_run[0] / "iteration_000/responses").pairs())
+    rows = [
+        {"prompt_ids": p.prompt_ids.tolist(), "generated_ids": p.generated[0].token_ids.tolist(),
+         "finish_reason": "length"} for p in pairs
+    ]  # fmt: skip
+    rows[7]["finish_reason"], rows[7]["generated_ids"][-1] = "stop", 2  # what ends a response
+    file = tmp_path / "responses.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = (
+        "~generator.batch_size", "generator._component_=spin.generators.ReplayGenerator", f"generator.path={file}",
+        "pairs.truncated=mask", "max_iterations=1", "max_epochs=1", "validation_dataset=null",
     )  # fmt: skip
-    def test_all_faults_of_the_arithmetic_at_once(self, changes, tmp_path):
-        with pytest.raises(ConfigError) as error:
-            spin_recipe.SPINRecipe(tiny_config(tmp_path, *changes))
-        for name in (change.split("=")[0].replace("ac_mode", "ac_option") for change in changes):
-            assert name in str(error.value), name
-        assert not (tmp_path / "iteration_000").exists()
+    run(tmp_path / "whole", *changes)
+    trained = [row["step"] for row in metrics_of(tmp_path / "whole") if "loss" in row]
+    assert len(trained) == 1 and trained[0] > 1
+    refused = pytest.raises(SelfTestError, match="first loss of iteration 0")
+    with forged_references(monkeypatch), refused:
+        run(tmp_path / "forged", *changes)
+    run(tmp_path / "stopped", *changes, recipe_class=stops_at(trained[0] - 1))
+    with forged_references(monkeypatch), refused:
+        run(tmp_path / "stopped", *changes)
+    run(tmp_path / "stopped", *changes, recipe_class=stops_at(trained[0]))
+    with forged_references(monkeypatch):
+        run(tmp_path / "stopped", *changes)
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
+
+
+def test_the_self_test_compares_logits_before_weights_are_loaded(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("spin.model.hf.read_rows", lambda *_: pytest.fail("read a weight"))
+    folder = shutil.copytree(TINY_LM, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "linear", "factor": 4.0}}))
+    with pytest.raises(CheckpointError, match=r"rope_scaling.rope_type is 'linear' with {'factor': 4.0}"):
+        run(tmp_path / "out", f"checkpointer.checkpoint_dir={folder}")
+    # what no key tells: a model whose norm is not the one that config.json means
+    monkeypatch.setattr("torchtune.modules.RMSNorm.forward", lambda self, x: x * self.scale)
+    with pytest.raises(CheckpointError, match="largest difference to the logits of transformers .*0.001 at most"):
+        run(tmp_path / "out")
+
+
+def test_pairs_lost_in_the_middle_of_an_iteration(tmp_path):
+    run(tmp_path, recipe_class=stops_at(2))
+    manifest = tmp_path / "iteration_000" / "pairs" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"opponent": "', '"opponent": "x'))
+    with pytest.raises(CheckpointError, match="of another opponent"):
+        run(tmp_path)
+
+
+def test_all_faults_of_the_arithmetic_at_once(tmp_path):
+    """Of values against each other; those of single values are in tests/config/test_parse.py."""
+    changes = ("loss.beta=[0.1]", "ac_mode=selective", "dtype=bf16", "validation_dataset.streaming=true")
+    with pytest.raises(ConfigError) as error:
+        SPINRecipe(tiny_config(tmp_path, *changes))
+    for name in (change.split("=")[0].replace("ac_mode", "ac_option") for change in changes):
+        assert name in str(error.value), name
+    assert not (tmp_path / "iteration_000").exists()

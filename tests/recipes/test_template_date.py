@@ -9,13 +9,10 @@ import sys
 import time
 
 import pytest
-import spin_evaluate
-import spin_generate
 
-from spin.config import EvaluateConfig, GenerateConfig, complete, load_config
 from spin.core.errors import CheckpointError, DataError
 from spin.data import ChatTokenizer, PairStore
-from tests.recipes.helpers import CONFIG, REPO, command, metrics_of, run, tiny_overrides
+from tests.recipes.helpers import REPO, command, evaluate, generate, metrics_of, run
 
 TEMPLATE = (
     "<|im_start|>system\nToday is {{ strftime_now('%Y-%m-%d') }}.<|im_end|>\n{% for m in messages %}<|im_start|>"
@@ -53,15 +50,6 @@ def days_in(store, tiny_lm):
     return {decode(pair.prompt_ids).partition("Today is ")[2][:10] for pair in PairStore.open(store).pairs()}
 
 
-def generate(output_dir, *overrides):
-    """One worker of spin_generate in this process."""
-    cfg = complete(load_config(str(CONFIG), [*tiny_overrides(output_dir), *SHORT, *overrides]), GenerateConfig)
-    recipe = spin_generate.SPINGenerate(cfg)
-    recipe.setup()
-    recipe.generate()
-    recipe.cleanup()
-
-
 def test_a_run_that_resumes_the_next_day(tmp_path, template, zone, tiny_lm):
     """Prompts keep the day of the first start; one that was asked for is another run."""
     first = zone(EARLY)
@@ -87,19 +75,19 @@ def test_a_run_that_resumes_the_next_day(tmp_path, template, zone, tiny_lm):
 def test_workers_and_the_run_after_them(tmp_path, template, zone, tiny_lm, caplog):
     """Worker 1 starts a day later, the run too; nobody sets another one's shards aside."""
     first = zone(EARLY)
-    generate(tmp_path, template, "worker=0", "num_workers=2")
+    generate(tmp_path, *SHORT, template, "worker=0", "num_workers=2")
     zone(LATE)
-    generate(tmp_path, template, "worker=1", "num_workers=2")
+    generate(tmp_path, *SHORT, template, "worker=1", "num_workers=2")
     assert days_in(tmp_path / "iteration_000/responses", tiny_lm) == {first}
     run(tmp_path, template, *SHORT, "max_steps=1")
     assert not list((tmp_path / "iteration_000").glob("*.stale-*"))
 
 
 def test_a_date_of_the_config(tmp_path, template, tiny_lm):
-    generate(tmp_path / "set", template, "tokenizer.date=2026-01-31")
+    generate(tmp_path / "set", *SHORT, template, "tokenizer.date=2026-01-31")
     assert days_in(tmp_path / "set/iteration_000/responses", tiny_lm) == {"2026-01-31"}
     assert json.loads((tmp_path / "set/template_date.json").read_text())["date"] == "2026-01-31"
-    generate(tmp_path / "none")
+    generate(tmp_path / "none", *SHORT)
     assert not (tmp_path / "none/template_date.json").exists()
 
 
@@ -110,15 +98,11 @@ def test_an_evaluation_asks_with_the_date_of_the_run(tmp_path, template, tiny_lm
     model.symlink_to(tiny_lm)
     (tmp_path / "run/template_date.json").write_text('{"kind": "spin.template_date", "date": "2026-01-31"}')
     overrides = [
-        f"output_dir={tmp_path / 'out'}", f"candidate.checkpoint_dir={model}", f"baseline.checkpoint_dir={tiny_lm}",
+        f"candidate.checkpoint_dir={model}", f"baseline.checkpoint_dir={tiny_lm}",
         f"candidate.{template}", f"baseline.{template}", "verdict=exact_match", "sampling.max_new_tokens=2",
         f"dataset.source={REPO / 'examples/quickstart/jargon_val.jsonl'}", "dataset.limit=2",
     ]  # fmt: skip
-    config = str(REPO / "tests/assets/tiny_evaluate.yaml")
-    recipe = spin_evaluate.SPINEvaluate(complete(load_config(config, overrides), EvaluateConfig))
-    recipe.setup()
-    recipe.evaluate()
-    recipe.cleanup()
+    evaluate(tmp_path / "out", *overrides)
     for name in ("trained", "start"):
         assert days_in(tmp_path / "out/responses" / name, tiny_lm) == {"2026-01-31"}
 
@@ -136,8 +120,7 @@ def test_ranks_on_two_sides_of_midnight(tmp_path, template, tiny_lm):
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     before = _early_today()
-    done = command(tmp_path / "out", template, *SHORT, program=launcher)
-    assert done.returncode == 0, done.stderr[-3000:]
+    command(tmp_path / "out", template, *SHORT, program=launcher)
     days = days_in(tmp_path / "out/iteration_000/responses", tiny_lm)
     assert days in ({before}, {_early_today()})
 
