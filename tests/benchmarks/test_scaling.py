@@ -63,13 +63,11 @@ def test_runs_of_a_host_of_eight(command, monkeypatch):
     runs = {run.name: run for run in scaling.plan(command("--strong --pairs 32 --prompts 100"))}
     steps = {name for name in runs if name.startswith("step llama3_1_8b")}
     layouts = [("fsdp", 1), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4), ("fsdp", 8), ("hsdp", 8)]
-    assert steps == {
-        f"step llama3_1_8b {layout} {load} {gpus}" for layout, gpus in layouts for load in ("weak", "strong")
-    }
+    loads = ("weak", "strong")
+    assert steps == {f"step llama3_1_8b {layout} {load} {gpus}" for layout, gpus in layouts for load in loads}
     iterations = [name for name in runs if name.startswith("iteration")]
-    assert iterations == ["iteration llama3_1_8b vllm tp1 1"] + [
-        f"iteration llama3_1_8b vllm tp{shared} {gpus}" for gpus in (2, 4, 8) for shared in (1, 2)
-    ]
+    shared = ("tp1 1", "tp1 2", "tp2 2", "tp1 4", "tp2 4", "tp1 8", "tp2 8")
+    assert iterations == [f"iteration llama3_1_8b vllm {each}" for each in shared]
     apart = scaling.plan(command("--parts step --models llama3_1_8b --gpus 4 --step-options=--keep-gathered"))
     assert [run.name for run in apart] == [f"step llama3_1_8b {way} weak --keep-gathered 4" for way in ("fsdp", "hsdp")]
     words = " ".join(runs["step llama3_1_8b hsdp weak 4"].arguments)
@@ -92,27 +90,13 @@ def test_the_larger_models_iteration_is_a_config_that_runs(command, monkeypatch,
     assert cfg.pairs.row_tokens == 6144 and cfg.global_batch_size == 128
 
 
-def test_more_gpus_than_there_are(command, monkeypatch, capsys):
+def test_what_a_host_cannot_run_is_refused_or_left_out_with_the_reason(command, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     assert command("").gpus == [1, 2]
     with pytest.raises(SystemExit):
         command("--gpus 2,4")
     assert "--gpus 4: this host has 2." in capsys.readouterr().err
-
-
-def test_without_vllm_its_runs_are_left_out_with_the_reason(command, monkeypatch, tmp_path):
     monkeypatch.setattr(scaling, "installed_vllm", lambda: None)
     results = scaling.measure(command("--models tiny --device cpu --gpus 1 --parts iteration"))
     assert results["skipped"] == {"iteration tiny vllm tp1 1": "vllm is not installed"} and results["runs"] == {}
     assert "Not run: iteration tiny vllm tp1 1 (vllm is not installed)." in page.scaling_section([results])
-
-
-def test_the_first_error_of_all_ranks_is_the_runs():
-    output = """
-[rank1]: Traceback (most recent call last):
-[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.
-[rank0]: torch.distributed.DistBackendError: NCCL error
-torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
-"""
-    assert scaling.error_in(output) == "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
-    assert scaling.error_in("a\nKilled\n") == "Killed"
