@@ -232,21 +232,9 @@ class SPINCheckpointer:
         writes; the checkpoint has its name, and counts, when all have written. What goes wrong there is raised by the
         next call of :meth:`wait`, :meth:`save`, :meth:`export` or :meth:`close`. Collective.
 
-        Args:
-            step (int): optimizer steps so far; names the folder.
-            model (nn.Module): sharded or plain.
-            optimizer (torch.optim.Optimizer | None): its state is saved too, unless None.
-            state (dict[str, Any]): everything else, JSON values.
-            world (World): the ranks.
-            metric (float | None): validation loss, for ``keep_best``.
-            anchor (bool): keep this checkpoint until the next anchor is saved, however many follow.
-
-        Returns:
-            Path: the folder.
-
-        Raises:
-            CheckpointError: If a rank could not write; what was there before is still there.
-            NonFiniteError: If a weight is NaN or infinite; nothing is written then.
+        ``state`` is everything besides tensors, as JSON values; ``metric`` is the validation loss, for ``keep_best``;
+        an ``anchor`` is kept until the next one is saved, however many follow. CheckpointError if a rank could not
+        write: what was there before is still there. NonFiniteError if a weight is: then nothing is written.
         """
         set_stage("saving a checkpoint")
         self.wait()

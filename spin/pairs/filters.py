@@ -15,15 +15,10 @@ from spin.types import Pair
 class FilteredPairs(Iterable[Pair]):
     """Pairs that still have a response after the policies, and ``counts`` of responses, known once all were visited.
 
-    Responses without any token cannot be scored and are always dropped. Iterating raises ``StoreError`` at the end if
-    no pair was left.
-
-    Args:
-        pairs (Iterable[Pair]): with the opponent's responses.
-        truncated (str): responses that the length limit ended: ``keep`` them as they are (no end token is added),
-            ``mask`` them (in the store, with no weight in the loss and its metrics), or ``drop`` them.
-        equal_to_real (str): responses equal to the real one, which have no gradient: ``keep`` or ``drop``.
-        empty (str): responses that consist of a stop token alone: ``keep`` or ``drop``.
+    ``keep`` and ``drop`` are for each of three kinds: responses that the length limit ended (kept as they are, without
+    an end token; ``mask`` leaves them without weight in the loss), those equal to the real one, which have no gradient,
+    and those of a stop token alone. Responses without any token cannot be scored and are always dropped. Iterating
+    raises ``StoreError`` at the end if no pair was left.
     """
 
     def __init__(

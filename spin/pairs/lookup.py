@@ -71,10 +71,6 @@ class PairLookup(Mapping[Key, Pair]):
                 stream.write(np.asarray(numbers, np.int64)[order].data)
             stream.write(np.int64(len(hashes)).tobytes())
 
-    def remove(self) -> None:
-        """Deletes the file; pairs can still be read through this object on this host."""
-        self.path.unlink(missing_ok=True)
-
     def __len__(self) -> int:
         return len(self._hashes)
 

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,21 +27,13 @@ ROW_FRACTIONS = (1, 15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 1 / 2)
 
 @dataclass(frozen=True)
 class RowLayout:
-    """How pairs are packed into rows. Log-probs depend on it by rounding, so it is part of a pair store's fingerprint.
+    """How pairs are packed into rows. Log-probs depend on it by rounding, so a pair store's fingerprint has it."""
 
-    Args:
-        row_tokens (int): tokens of a row at most; a longer pair gets a row of its own.
-        row_multiple (int): every row's length is a multiple of this; FlexAttention needs one of 128.
-        truncated (str): ``mask`` gives comparisons with a truncated response the weight 0; anything else leaves them.
-        flex (bool): rows describe their mask in blocks, for FlexAttention; else it is dense.
-        window (int | None): sliding window of some of the model's layers, in positions.
-    """
-
-    row_tokens: int = 8192
-    row_multiple: int = 1
-    truncated: str = "keep"
-    flex: bool = False
-    window: int | None = None
+    row_tokens: int = 8192  # of a row at most; a longer pair gets a row of its own
+    row_multiple: int = 1  # every row's length is a multiple of this; FlexAttention needs one of 128
+    truncated: str = "keep"  # mask gives comparisons with a truncated response the weight 0
+    flex: bool = False  # rows describe their mask in blocks, for FlexAttention; else it is dense
+    window: int | None = None  # sliding window of some of the model's layers, in positions
 
     def lengths(self) -> list[int]:
         """The lengths in tokens that rows are padded to, ascending: at most eight."""
@@ -104,8 +97,8 @@ class PackedRow:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> PackedRow:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)}
-        changed |= {name: value.map(change) for name, value in values.items() if isinstance(value, RowBlocks)}
+        changed: dict[str, Any] = {name: change(v) for name, v in values.items() if isinstance(v, torch.Tensor)}
+        changed |= {name: RowBlocks(*map(change, v)) for name, v in values.items() if isinstance(v, RowBlocks)}
         return replace(self, **changed)
 
     def attention_mask(self) -> torch.Tensor | FlexMask:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,7 @@ class Segment:
     prompt_stop: int = 0
 
 
-@dataclass(frozen=True)
-class RowBlocks:
+class RowBlocks(NamedTuple):
     """Which blocks attend to which: the block tensors of a ``BlockMask``, int32.
 
     A partial block needs the mask inside, a full one is seen by all of its queries. ``*_num_blocks`` have shape
@@ -38,10 +38,6 @@ class RowBlocks:
     q_indices: torch.Tensor
     full_q_num_blocks: torch.Tensor
     full_q_indices: torch.Tensor
-
-    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RowBlocks:
-        """The same with ``change`` applied to every tensor."""
-        return RowBlocks(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -132,7 +128,7 @@ def row_block_mask(
     length = own_start.numel()
     return BlockMask(
         seq_lengths=(length, length),
-        **{f.name: getattr(blocks, f.name) for f in fields(blocks)},
+        **blocks._asdict(),
         BLOCK_SIZE=(BLOCK, BLOCK),
         mask_mod=sees if window is None else sees_in_window,
     )

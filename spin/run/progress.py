@@ -47,20 +47,12 @@ def compute_interval(name: str, interval: int | float, steps_per_epoch: int) -> 
 
 @dataclass
 class SPINProgress:
-    """The position in iterations, epochs and steps. ``step`` and ``consumed_samples`` are the state; the rest follows.
+    """The position in iterations, epochs and steps. ``step`` and ``consumed_samples`` are its state."""
 
-    Args:
-        steps_per_epoch (int | Sequence[int]): optimizer steps of an epoch; one number per iteration where history
-            mixing makes later iterations longer.
-        max_epochs (int): passes over the pairs inside an iteration.
-        max_iterations (int): SPIN rounds.
-        max_steps (int | None): optimizer steps of the whole run at most; -1 or None is no limit.
-    """
-
-    steps_per_epoch: int | Sequence[int]
-    max_epochs: int
+    steps_per_epoch: int | Sequence[int]  # a number per iteration where history makes later ones longer
+    max_epochs: int  # passes over the pairs in an iteration
     max_iterations: int
-    max_steps: int | None = -1
+    max_steps: int | None = -1  # of the run at most; -1 or None is no limit
     step: int = field(default=0, init=False)
     consumed_samples: int = field(default=0, init=False)
 

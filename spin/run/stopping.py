@@ -24,12 +24,8 @@ def seconds_of(max_time: str | None) -> float:
 
 
 class StopRequest:
-    """Whether this rank was asked to stop. A signal is only noted: the run stops where it can be resumed.
-
-    Args:
-        signals (Sequence[str]): names of the signals that ask for it.
-        max_time (str | None): wall-clock budget from now on, ``DD:HH:MM:SS``.
-    """
+    """Whether this rank was asked to stop, by a signal or because ``max_time`` from now is over. A signal is noted:
+    the run stops where it can be resumed."""
 
     def __init__(self, signals: Sequence[str], max_time: str | None) -> None:
         self._signals = [signal.Signals[name] for name in signals]

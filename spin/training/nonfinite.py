@@ -30,13 +30,8 @@ def check_last_update(model: nn.Module, world: World, step: int, values: Mapping
 
 
 class NonFiniteGuard:
-    """Stops the run before the update, or leaves the batch out and gives up after some in a row.
-
-    Args:
-        action (str): ``stop`` or ``skip``.
-        limit (int): with ``skip``, batches in a row after which the run stops.
-        folder (Path): where the samples of each such batch are written to ``nonfinite.jsonl``, a line a batch.
-    """
+    """Stops the run before the update (``stop``), or leaves the batch out and gives up after ``limit`` in a row
+    (``skip``); ``nonfinite.jsonl`` in the folder gets a line with each such batch's samples."""
 
     def __init__(self, action: str, limit: int, folder: Path) -> None:
         self._action, self._limit, self._file = action, limit, folder / "nonfinite.jsonl"

@@ -176,15 +176,8 @@ class AdamWStochasticRounding(_ShardedAdamW):
     """AdamW for bf16 weights that rounds them up or down at random, by how near each is; moments in fp32.
 
     A step of 5e-7 is far below the precision of most bf16 weights. Rounded to the nearest it is lost; rounded at random
-    it moves a weight with the right probability, and so by the right amount on average.
-
-    Args:
-        params (Iterable[Any]): parameters or groups, DTensors or plain.
-        lr (float): learning rate.
-        betas (Sequence[float]): decay of the two moments.
-        eps (float): added to the denominator.
-        weight_decay (float): decoupled, times the learning rate.
-        seed (int): of the rounding.
+    it moves a weight with the right probability, and so by the right amount on average. Arguments are those of
+    :class:`AdamW8bit`.
 
     Raises:
         ConfigError: If a number cannot be, no weight is bf16, or no compiler is found.

@@ -29,17 +29,9 @@ def in_each_iteration(value: Number | list[Number], max_iterations: int) -> list
 def lr_factor(name: str, step: int, total_steps: int, warmup: int | float = 0, min_ratio: float = 0.0) -> float:
     """What the learning rate is multiplied by in a step.
 
-    Rises linearly over the warm-up (the first step is not 0, it would be wasted), then falls from 1 to ``min_ratio``.
-
-    Args:
-        name (str): ``linear``, ``cosine`` or ``constant``.
-        step (int): counted from 0, within the span that the schedule covers.
-        total_steps (int): length of that span.
-        warmup (int | float): steps, or fraction of the span.
-        min_ratio (float): where linear and cosine end.
-
-    Returns:
-        float: the factor, in [0, 1].
+    Rises linearly over the warm-up (the first step is not 0, it would be wasted), then falls from 1 to ``min_ratio``,
+    or stays at 1 if ``constant``. ``step`` counts from 0 in the ``total_steps`` that the schedule covers; ``warmup`` is
+    steps or a fraction of them.
     """
     warm = min(total_steps, int(warmup * total_steps) if isinstance(warmup, float) else warmup)
     if step < warm:

@@ -7,6 +7,7 @@ from spin.core.errors import OutputError, StoreError
 from spin.core.ranks import init_world
 from spin.data import Pair, Response
 from spin.pairs.lookup import LazySequence, PairLookup, share_lookup
+from tests.pairs.plain import plain
 
 
 def pairs(n):
@@ -25,12 +26,6 @@ def pairs(n):
         )
         for i in range(n)
     ]
-
-
-def plain(pair):
-    ids = lambda x: np.asarray(x).tolist()  # noqa: E731
-    responses = [(ids(each.token_ids), each.finish_reason, each.reference_logp) for each in pair.generated]
-    return pair.key, ids(pair.prompt_ids), ids(pair.real_ids), responses, pair.reference_real_logp
 
 
 @pytest.fixture
@@ -60,12 +55,9 @@ def test_pairs_come_back_in_any_order(tmp_path, monkeypatch, with_equal_hashes):
         PairLookup.write(tmp_path / "no" / "rows", expected)
 
 
-def test_an_empty_lookup(lookup_of):
+def test_no_pairs_and_two_of_one_key(lookup_of):
     lookup = lookup_of([])
     assert len(lookup) == 0 and (0, "a") not in lookup
-
-
-def test_two_pairs_of_one_key_are_refused(lookup_of):
     with pytest.raises(StoreError, match=r"sample \(1, 'ü4'\) is there twice"):
         lookup_of([*pairs(9), pairs(9)[4]])
 
@@ -78,18 +70,14 @@ def test_a_truncated_file_is_named(lookup_of):
         lookup[pairs(9)[8].key]
 
 
-def test_replaced_and_removed_files_can_still_be_read(lookup_of, tmp_path):
+def test_its_own_file_is_replaced_and_still_read_and_one_of_somebody_else_kept_aside(lookup_of, tmp_path):
+    (tmp_path / "rows").write_text("mine")
     first, second = lookup_of(pairs(9)), lookup_of(pairs(3))
     assert len(second) == 3
-    first.remove()
-    assert plain(first[pairs(9)[8].key]) == plain(pairs(9)[8])
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_file_of_somebody_else_is_kept_aside(lookup_of, tmp_path):
-    (tmp_path / "rows").write_text("mine")
-    assert len(lookup_of(pairs(3))) == 3
     assert (tmp_path / "rows.stale-0").read_text() == "mine"
+    (tmp_path / "rows").unlink()
+    assert plain(first[pairs(9)[8].key]) == plain(pairs(9)[8])
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.stale-0"]
 
 
 def test_lazy_sequence_keeps_nothing():
