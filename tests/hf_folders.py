@@ -175,7 +175,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "internlm3_biases": {"model_type": "internlm3", "head_dim": 16, "qkv_bias": True, "bias": True},
 }  # fmt: skip
 
-UNBUILT = ("stablelm_qk_norm", "cohere_qk_norm", "qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed")  # not by SPIN
+UNBUILT = ("stablelm_qk_norm", "cohere_qk_norm")  # not by SPIN
 BUILT = [name for name in FOLDERS if name not in UNBUILT]
 ONE_OF_EACH = [name for name in BUILT if FOLDERS[name].get("model_type", name) == name]  # a folder of each model_type
 

@@ -17,6 +17,7 @@ from spin.model.families import FAMILIES, Family, decoder_config
 from spin.model.gemma2 import set_final_softcap
 from spin.model.hf_folder import CONFIG, read_config
 from spin.model.modules import ACTIVATIONS, ParallelLayer, Rope, Scaled, clamp_output, scale_output
+from spin.model.moe import MoE
 from spin.model.torchtune import (
     DoRALinear,
     FeedForward,
@@ -80,6 +81,7 @@ class _Adapters:
     def __init__(
         self, attention: frozenset[str], mlp: bool, rank: int, alpha: float, use_dora: bool, quantize_base: bool
     ) -> None:
+        self.mlp, self.quantized = mlp, quantize_base
         self._adapted = attention | ({"w1", "w2", "w3"} if mlp else set())
         self._kind = DoRALinear if use_dora else LoRALinear
         self._arguments = {"rank": rank, "alpha": alpha, "quantize_base": quantize_base}
@@ -87,7 +89,7 @@ class _Adapters:
     def linear(self, name: str, wide: int, out: int, bias: bool) -> nn.Module:
         if name in self._adapted:
             return self._kind(wide, out, use_bias=bias, **self._arguments)
-        if self._arguments["quantize_base"]:
+        if self.quantized:
             return FrozenNF4Linear(wide, out, bias=bias)
         return nn.Linear(wide, out, bias=bias)
 
@@ -146,7 +148,8 @@ class _Builder:
             norms.pop("mlp_norm", None)
         if (scale := family.residual_scale(c)) != 1.0:
             norms |= {"sa_scale": Scaled(scale), "mlp_scale": Scaled(scale)}
-        return kind(self._attention(index), self._mlp(), **norms)
+        mlp = self._experts() if family.sparse(c, index) else self._mlp()
+        return kind(self._attention(index), mlp, **norms)
 
     def _attention(self, index: int) -> nn.Module:
         c, family = self.config, self.family
@@ -181,17 +184,43 @@ class _Builder:
             clamp_output(projection, family.clip_qkv(c))
         return attention
 
-    def _mlp(self) -> nn.Module:
-        c, linear, bias = self.config, self.adapters.linear, self.family.biases(self.config)[2]
-        name = getattr(c, "hidden_activation", None) or c.hidden_act
+    def _activation(self) -> nn.Module:
+        name = getattr(self.config, "hidden_activation", None) or self.config.hidden_act
         if name not in ACTIVATIONS:
             self._refuse(f"the activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[name]()
+
+    def _experts(self) -> nn.Module:
+        c = self.config
+        if self.adapters.mlp:
+            raise ConfigError(
+                f"model.apply_lora_to_mlp=true: {self.file} has {c.num_experts} experts in place of an MLP, and "
+                "adapters go on attention alone there. Set false."
+            )
+        if self.adapters.quantized:
+            raise ConfigError(
+                f"model.quantize_base=true: NF4 is for linear layers, and the {c.num_experts} experts of {self.file}, "
+                "which are most of its weights, would stay as they are. Set false, and base_dtype=bf16."
+            )
+        if not 0 < c.num_experts_per_tok <= c.num_experts:
+            self._refuse(f"num_experts_per_tok is {c.num_experts_per_tok}; expected 1 to num_experts={c.num_experts}")
+        return MoE(
+            c.hidden_size,
+            c.moe_intermediate_size,
+            c.num_experts,
+            c.num_experts_per_tok,
+            c.norm_topk_prob,
+            self._activation(),
+        )
+
+    def _mlp(self) -> nn.Module:
+        c, linear, bias = self.config, self.adapters.linear, self.family.biases(self.config)[2]
         gated = len(self.family.mlp) == 3
         return FeedForward(
             gate_proj=linear("w1", c.hidden_size, c.intermediate_size, bias),
             down_proj=linear("w2", c.intermediate_size, c.hidden_size, bias),
             up_proj=linear("w3", c.hidden_size, c.intermediate_size, bias) if gated else None,
-            activation=ACTIVATIONS[name](),
+            activation=self._activation(),
         )
 
     # ---- Rotary embeddings

@@ -64,6 +64,11 @@ def _rotates_sliding(config: Config, layer: int, sliding: bool) -> bool:
     return sliding or config.sliding_window is None
 
 
+def _every_sparse_step(config: Config, layer: int) -> bool:
+    listed = layer in (config.mlp_only_layers or ())
+    return not listed and config.num_experts > 0 and (layer + 1) % config.decoder_sparse_step == 0
+
+
 @dataclass(frozen=True)
 class Family:
     """How a family's decoder differs from Llama's.
@@ -92,6 +97,7 @@ class Family:
         eps (str | None): the key of the norms' epsilon; None: 1e-5.
         softcaps (tuple[str | None, str | None]): the keys of the attention's and the logits' soft caps.
         clip_qkv (Callable[[Config], float | None]): queries, keys and values are clamped to plus and minus this.
+        sparse (Callable[[Config, int], bool]): whether a layer has experts in place of one MLP.
         refused (Mapping[str, tuple[Any, ...]]): keys that may ask for what is not built here: the values that do not.
     """
 
@@ -115,6 +121,7 @@ class Family:
     eps: str | None = "rms_norm_eps"
     softcaps: tuple[str | None, str | None] = (None, None)
     clip_qkv: Callable[[Config], float | None] = lambda config: None
+    sparse: Callable[[Config, int], bool] = lambda config, layer: False
     refused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
@@ -146,7 +153,7 @@ FAMILIES: dict[str, Family] = {
     "ministral3": Family(biases=_no_biases, windows="all"),
     "qwen2": Family(biases=lambda config: (True, False, False), windows="listed"),
     "qwen3": Family(qk_norm="head", windows="listed"),
-    "qwen3_moe": Family(qk_norm="head", windows="all"),
+    "qwen3_moe": Family(qk_norm="head", windows="all", sparse=_every_sparse_step),
     "phi3": Family(biases=_no_biases, fused_qkv=True, fused_mlp=True, windows="all", partial_rotary=True),
     "gemma": Family(**_GEMMA),
     "gemma2": Family(**_GEMMA2, softcaps=("attn_logit_softcapping", "final_logit_softcapping")),

@@ -13,7 +13,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, fil
 from spin.model.hf_config import CONFIG, check_model, unknown_keys
 from spin.model.hf_families import LAYOUTS, Tensors, check_model_type, heads_of, settings_of
 from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, text_name, weight_files
+from spin.model.hf_names import STACKED
 from spin.model.sharding import check_weights, clean_name, is_finite, reshard, weight_gathers
 
 log = logging.getLogger(__name__)
@@ -55,12 +56,14 @@ _INV_FREQ = "rotary_emb.inv_freq"  # a table that old folders hold; torchtune co
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of a folder, from a file's header."""
+    """One tensor of a folder, from a file's header; or one expert's rows of a tensor that holds those of all."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: str
+    expert: int | None = None
+    first_row: int = 0  # in the expert's matrix
 
 
 def _read_headers(files: Iterable[Path]) -> dict[str, _Entry]:
@@ -72,10 +75,27 @@ def _read_headers(files: Iterable[Path]) -> dict[str, _Entry]:
                     view = tensors.get_slice(name)
                     own = text_name(name)
                     if own is not None and _INV_FREQ not in name:
-                        entries[own] = _Entry(file, name, tuple(view.get_shape()), view.get_dtype())
+                        entry = _Entry(file, name, tuple(view.get_shape()), view.get_dtype())
+                        entries |= _by_expert(own, entry) or {own: entry}
         except (SafetensorError, OSError) as error:
             raise CheckpointError(broken_file(file, error)) from error
     return entries
+
+
+def _by_expert(name: str, entry: _Entry) -> dict[str, _Entry]:
+    """The experts in a tensor of all, (experts, rows, columns), under the names of single ones; none in any other."""
+    layer, _, inside = name.partition("mlp.experts.")
+    parts = STACKED.get(f"mlp.experts.{inside}", ())
+    if not parts or len(entry.shape) != 3:
+        return {}
+    rows = entry.shape[1] // len(parts)
+    return {
+        layer + part.format(expert): replace(
+            entry, shape=(rows, entry.shape[2]), expert=expert, first_row=number * rows
+        )
+        for expert in range(entry.shape[0])
+        for number, part in enumerate(parts)
+    }
 
 
 def stored_elements(checkpoint_dir: str | Path) -> int:
@@ -174,14 +194,15 @@ def stored_rows(model: nn.Module, model_dir: str | Path, model_type: str) -> dic
     """Where a Hugging Face folder stores the rows of a model's weights; only names and shapes are looked at.
 
     By stored name, the torchtune weights that it is made of, and for each of their rows its row in the stored tensor,
-    int64.
+    int64. Experts, of which one weight has many stored tensors, are left out.
     """
     config = read_config(Path(model_dir) / CONFIG)
     arguments = heads_of(config, model_type)
     found: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for group in _groups(_named_tensors(model), config, model_type):
-        for name, (source, rows) in _row_sources(group, model_type, arguments).items():
-            found.setdefault(source, []).append((name, rows))
+        for name, pieces in _row_sources(group, model_type, arguments).items():
+            if len(pieces) == 1:
+                found.setdefault(pieces[0][0], []).append((name, pieces[0][1]))
     return found
 
 
@@ -301,9 +322,10 @@ def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None
     finite: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for group in plan.groups:
-            for name, (source, rows) in _row_sources(group, model_type, arguments).items():
-                seen = is_finite(_copy_rows(plan.entries[source], rows, targets[name]))
-                finite[source] = finite[source] & seen if source in finite else seen
+            for name, pieces in _row_sources(group, model_type, arguments).items():
+                for source, values in _copy_rows(plan.entries, pieces, targets[name]):
+                    seen = is_finite(values)
+                    finite[source] = finite[source] & seen if source in finite else seen
     broken = [source for source, seen in finite.items() if not seen]  # the only waits for the device
     if broken:
         files = ", ".join(sorted({plan.entries[source].file.name for source in broken}))
@@ -382,11 +404,15 @@ def _check_entries(
         )
 
 
-def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> dict[str, tuple[str, torch.Tensor]]:
-    """For each torchtune tensor of a group, the stored tensor that it comes from, and which row of it each row is.
+# A parameter's rows from top to bottom: the stored tensors that they come from, and which rows of these they are.
+_Pieces = list[tuple[str, torch.Tensor]]
 
-    Converters rename, split and permute rows, and leave columns alone. So one that is given tensors of a single column,
-    which hold the numbers of their rows, shows where each row goes, whatever it does.
+
+def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> dict[str, _Pieces]:
+    """Where the rows of each torchtune tensor of a group come from.
+
+    Converters rename, split, join and permute rows, and leave columns alone. So one that is given tensors of a single
+    column, which hold the numbers of their rows, shows where each row goes, whatever it does.
     """
     sources = list(group.hf)
     numbered = {}
@@ -397,41 +423,53 @@ def _row_sources(group: _Group, model_type: str, arguments: dict[str, Any]) -> d
         numbered[source] = rows.view(-1, *[1] * (len(shape) - 1))
     # `dim` is the number of columns
     converted = LAYOUTS[model_type].to_tune(numbered, **arguments | {"dim": 1})
-    return {
-        name: (sources[int(numbers.flatten()[0]) >> 32], numbers.flatten() & 0xFFFFFFFF)
-        for name, numbers in converted.items()
-    }
+    found = {}
+    for name, tensor in converted.items():
+        numbers = tensor.flatten()
+        tensors, lengths = (numbers >> 32).unique_consecutive(return_counts=True)
+        pieces = (numbers & 0xFFFFFFFF).split(lengths.tolist())
+        found[name] = [(sources[i], rows) for i, rows in zip(tensors.tolist(), pieces, strict=True)]
+    return found
 
 
-def _copy_rows(entry: _Entry, rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Fills this rank's shard of a parameter with rows of a stored tensor, the only ones that it reads.
-
-    Returns what it filled in, before it is quantized.
-    """
-    nf4, first_row = as_nf4(target), 0
+def _copy_rows(entries: dict[str, _Entry], pieces: _Pieces, target: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Fills this rank's shard of a parameter with rows of stored tensors, the only ones that it reads; gives the name
+    of each and what came of it, before it is quantized."""
+    nf4, first_row, count = as_nf4(target), 0, len(target)
     if isinstance(target, DTensor):
         shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-        first_row = offset[0]
-        if nf4 is None:
-            rows, target = rows[first_row : first_row + shape[0]], target.to_local()
-    if not len(rows):  # fewer rows than ranks
-        return torch.empty(0)
+        first_row, count = offset[0], shape[0]
+        target = target.to_local()
+    if nf4 is not None:  # all rows are read and quantized together
+        block = torch.cat([_read(entries[source], rows) for source, rows in pieces]).to(nf4.device, nf4.dtype)
+        fill_nf4(nf4, block, first_row)
+        yield pieces[0][0], block
+        return
+    start = -first_row  # of the piece, in the shard
+    for source, rows in pieces:
+        first, end = max(start, 0), min(start + len(rows), count)
+        if first < end:
+            block = _read(entries[source], rows[first - start : end - start])
+            yield source, target[first:end].copy_(block.to(target.device))  # cast there: the bus carries what is stored
+        start += len(rows)
+
+
+def _read(entry: _Entry, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of a stored tensor, by their numbers."""
     first, end = int(rows.min()), int(rows.max()) + 1
     block = read_rows(entry, first, end)
-    if not torch.equal(rows, torch.arange(first, end)):  # permuted within heads; a shard may split one
-        block = block[rows - first]
-    if nf4 is not None:  # all rows are read and quantized together
-        block = block.to(nf4.device, nf4.dtype)
-        fill_nf4(nf4, block, first_row)
+    if torch.equal(rows, torch.arange(first, end)):
         return block
-    return target.copy_(block.to(target.device))  # cast there: the bus carries what the file holds
+    return block[rows - first]  # permuted within heads; a shard may split one
 
 
 def read_rows(entry: _Entry, first: int, end: int) -> torch.Tensor:
     """Rows ``first`` to ``end`` of a stored tensor; the file's other bytes stay on disk."""
     try:
         with safe_open(entry.file, framework="pt") as tensors:
-            rows: torch.Tensor = tensors.get_slice(entry.name)[first:end]
+            view = tensors.get_slice(entry.name)
+            where = slice(entry.first_row + first, entry.first_row + end)
+            rows: torch.Tensor = view[where] if entry.expert is None else view[entry.expert, where]
             return rows
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{entry.file}: cannot read {entry.name} ({error}). Download the model again.") from error

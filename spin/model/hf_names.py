@@ -1,6 +1,7 @@
 """The names of a decoder's weights in torchtune and in a Hugging Face folder, for models that are built from it.
 
-Values stay as they are: only what a family stores as one tensor (queries, keys and values; gate and up) is split.
+Values stay as they are: only what a family stores as one tensor (queries, keys and values; gate and up) is split, and
+experts, which are stored one by one, lie one below the other.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ Tensors = dict[str, torch.Tensor]
 _OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
 _XIELU = {"beta": 0.5, "eps": -1e-6}
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("w1", "w3")
+
+# Experts: the parameters of spin.model.moe.MoE, to what is stored of each expert, and where all are stored as one
+_ROUTER = "mlp.gate.weight"
+_EXPERTS = {"gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+STACKED = {f"mlp.experts.{name}_proj": tuple(f"mlp.experts.{{}}.{part}.weight" for part in parts)
+           for name, parts in _EXPERTS.items()}  # fmt: skip
 
 
 @cache
@@ -60,6 +67,11 @@ def to_hf(tensors: Tensors, *, family: str, **heads: int) -> Tensors:
         leaf = "weight" if leaf == "scale" else leaf
         if layer is None:
             found[f"{_OUTSIDE[module]}.{leaf}"] = tensor
+        elif module == "mlp":
+            router = tensors[f"layers.{layer}.mlp.router"]
+            found |= {
+                f"model.layers.{layer}.{key}": part for key, part in _by_expert(leaf, tensor, len(router)).items()
+            }
         elif module in whole_of:
             pieces.setdefault(f"model.layers.{layer}.{whole_of[module]}.{leaf}", []).append(tensor)
         else:
@@ -68,6 +80,15 @@ def to_hf(tensors: Tensors, *, family: str, **heads: int) -> Tensors:
                 found |= {stored + key: tensor.new_tensor(value) for key, value in _XIELU.items()}
             found[f"model.layers.{layer}.{_in_layer(family)[module]}.{leaf}"] = tensor
     return found | {name: torch.cat(parts) for name, parts in pieces.items()}
+
+
+def _by_expert(leaf: str, tensor: torch.Tensor, experts: int) -> Tensors:
+    """A parameter of a sparse MLP, as it is stored in a layer."""
+    if leaf == "router":
+        return {_ROUTER: tensor}
+    names = STACKED[f"mlp.experts.{leaf}_proj"]
+    rows = tensor.unflatten(0, (experts, len(names), -1))
+    return {name.format(i): rows[i, part] for i in range(experts) for part, name in enumerate(names)}
 
 
 def to_tune(
@@ -79,9 +100,22 @@ def to_tune(
     has_scale = not issubclass(FAMILIES[family].norm, nn.LayerNorm)
     rows = [heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads)]
     found: Tensors = {}
+    experts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}
     for name, tensor in tensors.items():
         layer, module, leaf = _split_name(name, "model.")
         if module == "mlp.act_fn" and leaf in _XIELU:
+            continue
+        if f"{module}.{leaf}" == _ROUTER:
+            found[f"layers.{layer}.mlp.router"] = tensor
+            continue
+        if f"{module}.{leaf}" in STACKED:
+            found[f"layers.{layer}.mlp.{leaf.removesuffix('_proj')}"] = tensor.flatten(0, 1)
+            continue
+        if module.startswith("mlp.experts."):
+            number, part = module.removeprefix("mlp.experts.").split(".")
+            parameter = next(name for name, parts in _EXPERTS.items() if part in parts)
+            where = int(number), _EXPERTS[parameter].index(part)
+            experts.setdefault(f"layers.{layer}.mlp.{parameter}", {})[where] = tensor
             continue
         if layer is not None and module in _fused(family):
             parts = _fused(family)[module]
@@ -93,4 +127,4 @@ def to_tune(
             raise CheckpointError(f"no module of this family is stored as {name}.")
         tune = known[module] if layer is None else f"layers.{layer}.{known[module]}"
         found[f"{tune}.{'scale' if has_scale and 'norm' in module else leaf}"] = tensor
-    return found
+    return found | {name: torch.cat([parts[where] for where in sorted(parts)]) for name, parts in experts.items()}
