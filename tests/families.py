@@ -84,6 +84,8 @@ def lora_model(
 ) -> TransformerDecoder:
     """A model of family ``name`` with random adapters; its base has the weights of ``FAMILIES[name](**shape)``."""
     adapters = EVERYWHERE | {"lora_rank": rank, "lora_alpha": alpha} | arguments
+    if name == "hf/qwen3_moe":
+        adapters |= {"apply_lora_to_mlp": False}  # experts take none
     if name in FROM_HF:
         return decoder(name.removeprefix("hf/"), shape, **adapters)  # type: ignore[return-value]
     plain = FAMILIES[name](**(shape or {}))

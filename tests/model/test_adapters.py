@@ -43,6 +43,8 @@ def test_the_merged_model_computes_the_same(name, kind):
     shape = KINDS[kind].get("shape") and (HF_NF4_SHAPE if name in FROM_HF else NF4_SHAPE)
     if name == "hf/gemma3" and shape:
         pytest.skip("its sizes stand in a part of its config; hf/gemma3_text is the same decoder")
+    if name == "hf/qwen3_moe" and shape:
+        pytest.skip("experts are not quantized, and a model with experts neither")
     adapted = lora_model(name, **KINDS[kind] | {"shape": shape})
     plain = MODELS[name](**({"shape": shape} if name in FROM_HF else shape or {}))
     base = plain(TOKENS)
