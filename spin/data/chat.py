@@ -14,7 +14,15 @@ from spin.core.errors import DataError
 from spin.data.conversation_template import THINK_END, THINKING_OPTIONS, ConversationTemplate
 from spin.data.hf_tokenizer import folder_templates, load_tokenizer, read_template, read_tokenizer_json
 from spin.data.messages import ChatMessage
-from spin.data.tokenizer import Encoded, canonical_json, closed_response, decode_known, or_error, prompt_mismatch
+from spin.data.tokenizer import (
+    Encoded,
+    canonical_json,
+    closed_response,
+    decode_known,
+    or_error,
+    prompt_mismatch,
+    value_of,
+)
 
 log = logging.getLogger(__name__)
 
@@ -94,10 +102,9 @@ class ChatTokenizer:
             own, origin, self.path, self._tokenizer.special_tokens_map, self._options, _iso_date(date)
         )
         self.eos_ids = self._find_eos_ids(self._template.closing)
-        if self._tokenizer.pad_token_id is not None:
-            self.pad_id = int(self._tokenizer.pad_token_id)
-        else:
-            self.pad_id = self.eos_ids[0]
+        pad_id = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_ids[0] if pad_id is None else int(pad_id)
+        if pad_id is None:
             log.warning(
                 "The tokenizer in %s has no pad token; batches are filled with its stop token %r (id %d). Padding is "
                 "masked by position, never by value: the stop token of a response stays in the loss.",
@@ -153,16 +160,10 @@ class ChatTokenizer:
         self._template.date = date
 
     def encode_prompt(self, messages: Sequence[ChatMessage]) -> list[int]:
-        text = self._template.render([(messages, True)])[0]
-        if isinstance(text, DataError):
-            raise text
-        return self._encode([text])[0]
+        return self._encode([value_of(self._template.render([(messages, True)])[0])])[0]
 
     def encode_pair(self, messages: Sequence[ChatMessage]) -> Encoded:
-        pair = self.encode_pairs([messages])[0]
-        if isinstance(pair, DataError):
-            raise pair
-        return pair
+        return value_of(self.encode_pairs([messages])[0])
 
     def encode_pairs(self, conversations: Sequence[Sequence[ChatMessage]]) -> list[Encoded | DataError]:
         """Many conversations at once, on all cores: :meth:`encode_pair` for each, with errors returned, not raised."""

@@ -12,6 +12,7 @@ from typing import Any
 from spin.core.errors import DataError
 from spin.data.messages import ChatMessage
 from spin.data.rows import bad_row
+from spin.data.template_worker import CLOCK
 from spin.data.templates import ChatTemplate, TemplateFault
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 THINK_END = "</think>"
 # Variables by which templates switch reasoning off, and what only this class may give a template.
 THINKING_OPTIONS = ("enable_thinking", "thinking")
-_NO_OPTIONS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now")
+_NO_OPTIONS = ("messages", "tools", "documents", "add_generation_prompt", CLOCK)
 
 Asked = tuple[Sequence[ChatMessage], bool]  # a conversation, and whether a generation prompt is written behind it
 
@@ -62,6 +63,7 @@ class ConversationTemplate:
         # transformers' rule: of several templates, tool_use is for conversations with tools
         self._template = ChatTemplate(own["default"], origin)
         self._tool_template = ChatTemplate(own["tool_use"], origin) if "tool_use" in own else self._template
+        self._names = self._template.names | self._tool_template.names
         self._folder, self._specials, self._options, self.date = folder, specials, options, date
         self.opened, self.empty_reasoning, self.closing = self._probe_response()
         self._check_options()
@@ -70,24 +72,23 @@ class ConversationTemplate:
     @property
     def reads_date(self) -> bool:
         """Whether it writes the day on which it is rendered."""
-        return self._template.reads_date or self._tool_template.reads_date
+        return CLOCK in self._names
 
     def today(self) -> str:
         return self.date or datetime.date.today().isoformat()
 
     def render(self, asked: Sequence[Asked]) -> list[str | DataError]:
         """Texts of conversations, or what is wrong with them."""
-        found: dict[int, str | DataError] = {
-            number: lost for number, (messages, _) in enumerate(asked) if (lost := self._lost(messages)) is not None
-        }
-        left = [number for number in range(len(asked)) if number not in found]
+        found: list[Any] = [self._lost(messages) for messages, _ in asked]
         for template, has_tools in ((self._template, False), (self._tool_template, True)):
-            numbers = [number for number in left if bool(asked[number][0][0].get("tools")) is has_tools]
-            texts = self._rendered(template, [asked[number] for number in numbers])
-            found |= {
-                number: self._checked(text, asked[number][0]) for number, text in zip(numbers, texts, strict=True)
-            }
-        return [found[number] for number in range(len(asked))]
+            numbers = [
+                number
+                for number, (messages, _) in enumerate(asked)
+                if found[number] is None and bool(messages[0].get("tools")) is has_tools
+            ]
+            for number, text in zip(numbers, self._rendered(template, [asked[n] for n in numbers]), strict=True):
+                found[number] = self._checked(text, asked[number][0])
+        return found
 
     def thinking_remedy(self, value: str) -> str:
         name = next((each for each in THINKING_OPTIONS if each in self._template.names), None)
@@ -119,9 +120,8 @@ class ConversationTemplate:
 
     def _row_options(self, messages: Sequence[ChatMessage]) -> dict[str, Any]:
         """Those of the row's own options that the template reads."""
-        names = (self._template.names | self._tool_template.names).difference(_NO_OPTIONS)
         given = messages[0].get("chat_template_kwargs") or {}
-        return {key: value for key, value in given.items() if key in names}
+        return {key: value for key, value in given.items() if key in self._names and key not in _NO_OPTIONS}
 
     def _lost(self, messages: Sequence[ChatMessage]) -> DataError | None:
         """An error if the template silently leaves a part of the conversation out of the prompt."""
@@ -136,11 +136,8 @@ class ConversationTemplate:
                 "dataset.column_map={chat_template_kwargs: unused}."
             )
         roles = [message["role"] for message in messages]
-        used = {
-            "tools": any("tools" in message for message in messages),
-            "calls": any("tool_calls" in message for message in messages),
-            "results": "tool" in roles,
-        }
+        keys = {key for message in messages for key in message}
+        used = {"tools": "tools" in keys, "calls": "tool_calls" in keys, "results": "tool" in roles}
         lost = [what for what, is_used in used.items() if is_used and what not in self._shown]
         has_system = any(message["role"] == "system" and message["content"].strip() for message in messages)
         if lost:
@@ -210,20 +207,18 @@ class ConversationTemplate:
         if opened and ((begin.strip() and "think" not in begin) or _QUESTION["content"] in opened):
             return "", None, closing
         if texts[2] == texts[0] and begin.strip():
-            log.warning(
-                "The chat template of %s writes no generation prompt: prompts end before %r, which becomes the "
-                "beginning of every response, of the real ones too. Set tokenizer.chat_template to one that has it.",
-                self._folder,
+            self._warn(
+                "writes no generation prompt: prompts end before %r, which becomes the beginning of every response, "
+                "of the real ones too. Set tokenizer.chat_template to one that has it.",
                 begin,
             )
             return opened, None, closing
         if "think" in begin:
             return opened, begin, closing
         if begin.strip():  # gpt-oss: the channel that the model chooses
-            log.warning(
-                "The chat template of %s begins every real response with %r, behind its generation prompt. Where the "
-                "model begins otherwise (in another channel, say), that alone may distinguish the responses of a pair.",
-                self._folder,
+            self._warn(
+                "begins every real response with %r, behind its generation prompt. Where the model begins "
+                "otherwise (in another channel, say), that alone may distinguish the responses of a pair.",
                 begin,
             )
         # with reasoning switched off it asks otherwise: so now the model may reason
@@ -233,17 +228,18 @@ class ConversationTemplate:
                 if without != texts[:2]:
                     return opened, begin, closing
         if "<think>" in opened and THINK_END not in opened:
-            log.warning(
-                "The chat template of %s opens a thinking block in every prompt (%r). Real responses without "
-                "reasoning are trained right behind it, and that alone may distinguish the responses of a pair.",
-                self._folder,
+            self._warn(
+                "opens a thinking block in every prompt (%r). Real responses without reasoning are trained right "
+                "behind it, and that alone may distinguish the responses of a pair.",
                 opened,
             )
         return opened, None, closing
 
+    def _warn(self, what: str, text: str) -> None:
+        log.warning(f"The chat template of %s {what}", self._folder, text)
+
     def _check_options(self) -> None:
-        names = self._template.names | self._tool_template.names
-        known = sorted(names - {*_NO_OPTIONS, *self._specials})
+        known = sorted(self._names - {*_NO_OPTIONS, *self._specials})
         for name in self._options:
             if name not in known:
                 raise DataError(
@@ -251,7 +247,7 @@ class ConversationTemplate:
                     f"{', '.join(known) or 'none'}. Remove it, or correct its name."
                 )
         if self.date is not None and not self.reads_date:
-            remedy = "Set tokenizer.template_options.date_string" if "date_string" in names else "Remove it"
+            remedy = "Set tokenizer.template_options.date_string" if "date_string" in self._names else "Remove it"
             raise DataError(
                 f"tokenizer.date={self.date}: the chat template of {self._folder} never asks for the date. {remedy}."
             )

@@ -69,11 +69,11 @@ class Findings:
 
     def lines(self) -> list[str]:
         """One for each message, in the order in which they came up."""
-        found = []
-        for message, places in self._places.items():
-            more = self._counts[message] - len(places)
-            found.append(f"{', '.join(places)}{f' and {more} more' if more else ''}: {message}")
-        return found
+        more = {message: self._counts[message] - len(places) for message, places in self._places.items()}
+        return [
+            ", ".join(places) + (f" and {more[message]} more" if more[message] else "") + f": {message}"
+            for message, places in self._places.items()
+        ]
 
     def text(self, limit: int = MAX_FINDINGS) -> str:
         """The first lines, and how many findings are not among them."""
@@ -115,10 +115,7 @@ class SampleFilter:
             fault = f"id {conversation.sample_id!r} is taken by {taken}. {remedy}"
         else:
             return self._fit(conversation, *encoded)
-        if self._rules.on_bad_row == "error":
-            self._errors.add(conversation.where, fault)
-        else:
-            self._leave_out(reason, conversation, fault)
+        self._note(conversation.where, reason, self._rules.on_bad_row, fault)
         return None
 
     def _fit(self, conversation: Conversation, prompt_ids: list[int], real_ids: list[int]) -> Prompt | None:
@@ -129,7 +126,7 @@ class SampleFilter:
             most, origin = longest - 1, f"max_seq_len={longest}, less one for the response"
         if most is not None and len(prompt_ids) > most:
             fault = f"the prompt has {len(prompt_ids)} tokens, at most {most} fit ({origin})."
-            if not self._truncates("long_prompt", rules.on_long_prompt, conversation, fault):
+            if self._note(conversation.where, "long_prompt", rules.on_long_prompt, fault) != "cut":
                 return None
             prompt_ids = prompt_ids[-most:]
         most, origin = rules.max_response_tokens, f"dataset.max_response_tokens={rules.max_response_tokens}"
@@ -137,7 +134,7 @@ class SampleFilter:
             most, origin = longest - len(prompt_ids), f"max_seq_len={longest}, less {len(prompt_ids)} of the prompt"
         if most is not None and len(real_ids) > most:
             fault = f"the real response has {len(real_ids)} tokens, at most {most} fit ({origin})."
-            if not self._truncates("long_response", rules.on_long_response, conversation, fault):
+            if self._note(conversation.where, "long_response", rules.on_long_response, fault) != "cut":
                 return None
             real_ids = real_ids[:most]
         self._where_of[conversation.sample_id] = conversation.where
@@ -162,17 +159,16 @@ class SampleFilter:
         counts, changes = dict(self._counts), dict(self._changes)
         return DatasetReport(self.rows, samples, counts, self._left_out.lines(), changes, unused)
 
-    def _truncates(self, reason: str, action: LongAction, conversation: Conversation, fault: str) -> bool:
+    def _note(self, where: str, reason: str, action: str, fault: str) -> str:
+        """Count a sample that is an error, left out or truncated; returns the action."""
+        is_long = reason.startswith("long_")
         if action == "error":
-            remedy = f"Raise the limit or set dataset.on_{reason}=drop or cut."
-            self._errors.add(conversation.where, f"{fault} {remedy}")
+            remedy = f" Raise the limit or set dataset.on_{reason}=drop or cut." if is_long else ""
+            self._errors.add(where, fault + remedy)
         else:
-            self._leave_out(f"{reason}_{action}", conversation, fault)
-        return action == "cut"
-
-    def _leave_out(self, reason: str, conversation: Conversation, fault: str) -> None:
-        self._counts[reason] += 1
-        self._left_out.add(conversation.where, fault)
+            self._counts[f"{reason}_{action}" if is_long else reason] += 1
+            self._left_out.add(where, fault)
+        return action
 
     def _log(self, samples: int, done: str, unused: list[str]) -> None:
         if done:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.core.errors import DataError
-from spin.data.template_worker import CLOCK, CPU_SECONDS, MEMORY_BYTES
+from spin.data.template_worker import CPU_SECONDS, MEMORY_BYTES
 
 _BATCH_CHARS = 1 << 22  # of JSON in one request
 # The parent's import path as it is: the worker's own folder has a types.py.
@@ -48,11 +48,6 @@ class ChatTemplate:
         """The variables that it reads, ``strftime_now`` among them; none if it is not valid Jinja."""
         found = self._request(json.dumps({"template": self.text}))[0]
         return frozenset(found.get("value", ()))
-
-    @property
-    def reads_date(self) -> bool:
-        """Whether it may write the day on which it is rendered."""
-        return CLOCK in self.names
 
     def render(
         self, conversations: Iterable[Mapping[str, Any]], variables: Mapping[str, Any], date: str

@@ -101,6 +101,13 @@ def or_error(function: Callable[..., T], *arguments: Any) -> T | DataError:
         return error
 
 
+def value_of(found: T | DataError) -> T:
+    """What :func:`or_error` found, or raises the error."""
+    if isinstance(found, DataError):
+        raise found
+    return found
+
+
 def canonical_json(value: object) -> bytes:
     """Equal bytes for equal values, for hashes."""
     return json.dumps(value, sort_keys=True, ensure_ascii=True, default=str).encode()

@@ -217,11 +217,11 @@ def test_fingerprint_follows_ids_tokens_and_their_border(source):
 
 
 def test_storage_is_flat_and_building_is_quick():
-    """20 000 rows of 60 tokens in 5 s on a slow core, at 4 bytes a token: no object per token is kept."""
+    """20 000 rows of 60 tokens in 5 s of a slow core, whatever else runs, at 4 bytes a token: no object per token is kept."""
     rows = [pair("ab" * 15, "xy" * 15, id=index) for index in range(20_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     dataset = prompt_dataset(Letters(), source=rows)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert len(dataset) == 20_000
     arrays = [value for value in vars(dataset).values() if isinstance(value, np.ndarray)]
     assert sum(array.nbytes for array in arrays) < 20_000 * (62 * 4 + 2 * 8) + 100
