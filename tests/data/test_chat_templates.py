@@ -125,7 +125,7 @@ QWEN3_THINKING = QWEN3.replace(  # of 2507: every prompt opens the block
     "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}",
     "{{ '<think>\\n' }}",
 )
-SMOLLM3 = (  # reasons unless told not to; an empty block in responses only then
+SMOLLM3 = (  # reasons unless switched off; an empty block in responses only then
     "{%- if enable_thinking is not defined %}{% set enable_thinking = true %}{% endif %}"
     "{{ '<|im_start|>system\\nToday Date: ' + strftime_now('%d %B %Y') + '\\nReasoning Mode: ' "
     "+ ('/think' if enable_thinking else '/no_think') }}{% if messages[0].role == 'system' %}"
@@ -265,7 +265,7 @@ def test_responses_with_reasoning_and_without(tiny_lm, template, options, last, 
 
 
 def test_options_of_a_row(tiny_lm):
-    """They go before the config's; where they switch reasoning off, an answer needs none."""
+    """They go before the config's; where they switch reasoning off, a response needs none."""
     for template in (QWEN3, SMOLLM3):
         chat = ChatTokenizer(tiny_lm, chat_template=template)
         asked = ChatTokenizer(tiny_lm, chat_template=template, template_options={"enable_thinking": False})

@@ -217,7 +217,7 @@ def test_fingerprint_follows_ids_tokens_and_their_border(source):
 
 
 def test_storage_is_flat_and_building_is_quick():
-    """20 000 rows of 60 tokens in 5 s of a slow core, whatever else runs, at 4 bytes a token: no object per token is kept."""
+    """20 000 rows of 60 tokens in 5 s of a slow core, at 4 bytes a token: no object per token is kept."""
     rows = [pair("ab" * 15, "xy" * 15, id=index) for index in range(20_000)]
     start = time.process_time()
     dataset = prompt_dataset(Letters(), source=rows)

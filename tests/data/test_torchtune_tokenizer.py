@@ -106,7 +106,7 @@ def test_every_family(families, family, messages):
     assert adapted.decode(real_ids, skip_special_tokens=True).strip() == messages[-1]["content"]
     assert max(prompt_ids + real_ids) < adapted.vocab_size
     if len(messages) > 2:
-        # The earlier answer stands in the prompt as it was learned, stop token included.
+        # The earlier response stands in the prompt as it was learned, stop token included.
         earlier_prompt, earlier_real = adapted.encode_pair(messages[:-2])
         assert prompt_ids[: len(earlier_prompt) + len(earlier_real)] == earlier_prompt + earlier_real
 
