@@ -14,6 +14,10 @@ from spin.training.selftest import check_first_loss
 CONFIG = Path(__file__).parents[1] / "assets" / "tiny.yaml"
 
 
+SUPPLIED = ("tokenizer", "max_seq_len", "keep_originals")
+BETAS = ("[0.9]", "[0.9,0.99,0.999]", "{a: 1}", "0.9", "[0.9,null]")
+
+
 def completed(*overrides: str, model=SPINConfig):
     return complete(load_config(str(CONFIG), ["output_dir=runs/none", *overrides]), model)
 
@@ -51,6 +55,30 @@ def test_a_changed_section_is_told_by_what_differs_in_it():
             (f"{name}=null", f"{name}: found null, expected a section with _component_")
             for name in ("model", "tokenizer", "checkpointer", "dataset", "generator", "loss", "optimizer")
         ),
+        ("checkpointer.keep_last=two", "checkpointer.keep_last: found 'two', expected a whole number"),
+        ("checkpointer.async_save=1", "async_save: found 1, expected true or false"),
+        ("model.num_layers=2.5", "model.num_layers: found 2.5, expected a whole number"),
+        ("model.num_layers=null", "model.num_layers: found null, expected a whole number"),
+        ("model.norm_eps=small", "model.norm_eps: found 'small', expected a number"),
+        ("model.norm_eps=.nan", "model.norm_eps: found .nan, expected a finite number"),
+        ("dataset.limit=many", "dataset.limit: found 'many', expected a whole number or null"),
+        *((f"dataset.{key}=4", rf"^dataset.{key}: the recipe supplies it") for key in SUPPLIED),
+        ("generator.context=4", "^generator.context: the recipe supplies it"),
+        ("optimizer.params=4", "^optimizer.params: the recipe supplies it"),
+        ("dataset.tokeniser=4", r"^dataset\.tokeniser: .*Known keys: source, "),
+        ("~checkpointer", r"(?s)^3 faults.*checkpoint_dir: not set.*model_type: not set.*output_dir: not set"),
+        ("~dataset", "^dataset.source: not set"),
+        ("~model.num_heads", "^model.num_heads: not set"),
+        ("generator=spin.generators.VLLMServerGenerator", "generator.url: not set"),
+        *((f"optimizer.betas={betas}", "betas: found .*, expected a list of 2 numbers") for betas in BETAS),
+        ("pairs=[]", r"^pairs: found \[\], expected a section with keys"),
+        ("optimizer=[1]", r"^optimizer: found \[1\], expected a section with _component_"),
+        ("resume_with_changes={a: 1}", "^resume_with_changes: found {'a': 1}, expected a list"),
+        ("optimizer._component_=null", "^optimizer._component_: found null, expected a dotted path"),
+        ("loss=spin.loss.TSPINLoss", r"^loss\._component_: spin\.loss\.TSPINLoss is not allowed here"),
+        ("row_tokens=5", r"row_tokens: unknown key\. Did you mean 'pairs\.row_tokens'"),
+        ("pairs.max_new_tokens=5", r"unknown key\. Did you mean 'sampling\.max_new_tokens'"),
+        ("zebra=5", "^zebra: unknown key. `python -m spin cp NAME FILE --full` writes all keys."),
         ("optimizer._component_=torch.optim.LBFGS", r"torch\.optim\.LBFGS: .* no closure, such as torch\.optim\.AdamW"),
         ("max_steps=0", "max_steps: found 0, expected -1, a whole number from 1 to"),
         ("limit_train_batches=1.5", r"limit_train_batches: found 1\.5, expected -1, .* a fraction from 0 to 1 or null"),
@@ -112,6 +140,10 @@ def test_faults_of_single_values_and_between_keys_are_one_report():
         "metric_logger=null",
         "max_time='10:00:00:00'",
         "seed=-1",
+        "dataset.limit=null",
+        "loss.beta=[0.1,0.2]",
+        "optimizer.lr=1",
+        "model.norm_eps=1",
         *(f"optimizer._component_={name}" for name in ("torch.optim.RMSprop", "spin.training.AdamW8bit")),
     ],
 )
