@@ -39,6 +39,7 @@ from spin.checkpoint.tensors import METADATA, check_targets, load_tensors, model
 from spin.core.dtypes import DTYPES
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.files import (
+    as_output_error,
     check_can_be_made,
     file_sha256,
     is_marked,
@@ -120,19 +121,15 @@ class SPINCheckpointer:
 
     def validate(self, iterations: int = 1) -> None:
         """Checks, before any weight is loaded, that loading and saving can work: CheckpointError if the model folder is
-        incomplete, or the output folder cannot be written or is too small for the exports of so many iterations."""
-        parameters = self.check_source()
-        try:
+        incomplete, or too little is free for the exports of so many iterations; OutputError if nothing can be
+        written."""
+        self.check_space(self.check_source(), iterations)
+        with as_output_error(self.checkpoints_dir):
             self.checkpoints_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.checkpoints_dir) as probe:
                 probe.write(b"spin")
                 probe.flush()
                 os.fsync(probe.fileno())
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.checkpoints_dir}: cannot write ({error.strerror or error}). Change output_dir."
-            ) from error
-        self.check_space(parameters, iterations)
 
     def check_space(self, parameters: int, iterations: int) -> None:
         """CheckpointError if too little is free for checkpoints and exports of so many parameters. Writes nothing."""

@@ -56,8 +56,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, shared: bool = False) -> None:
         self._file = folder / LOCK
-        if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{folder}: is a file, expected a folder to write to. Give another output_dir.")
+        check_can_be_made(folder)
         with as_output_error(self._file):
             folder.mkdir(parents=True, exist_ok=True)
             self._stream = open_own(self._file, "a+")

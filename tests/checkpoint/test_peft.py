@@ -71,7 +71,7 @@ def test_the_files_numbers_give_the_adapted_model(name, kind, tmp_path):
 
 
 def test_the_magnitudes_of_a_bf16_adapter_are_not_rounded(tmp_path):
-    """m is the norm of a row and what was learned beside it; in bf16 the file would be off by up to 0.4 %."""
+    """m is the norm of a row and what was learned on top; in bf16 the file would be off by up to 0.4 %."""
     model, base = lora_model("llama3_2", use_dora=True), hf_twin("llama3_2", FAMILIES["llama3_2"]())
     base.config.save_pretrained(tmp_path / "base")
     for module in adapted_modules(model).values():

@@ -65,7 +65,7 @@ def test_other_ranks_only_warn(monkeypatch, rank, level):
 
 
 def test_a_screen_without_unicode_ends_nothing(monkeypatch):
-    """A cluster's Latin or ASCII locale, and an answer in another script."""
+    """A cluster's Latin or ASCII locale, and a response in another script."""
     screen = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii", write_through=True))
     monkeypatch.setattr(sys, "argv", ["recipe.py", "--config", "nowhere"])

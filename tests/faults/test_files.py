@@ -94,8 +94,8 @@ def test_workers_share_and_a_run_does_not(tmp_path, subprocess_env):
 
 def test_a_file_in_the_folders_place_and_a_file_system_without_locks(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    for folder, fault in (("file", "is a file, expected a folder"), ("file/out", r"\.lock: cannot write \(Not a dir")):
-        with pytest.raises(OutputError, match=f"{folder}.*{fault}"):
+    for folder in ("file", "file/out"):
+        with pytest.raises(OutputError, match=rf"{folder}: cannot write \(.*/file is not a folder\)"):
             FolderLock(tmp_path / folder)
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -31,35 +31,34 @@ POLICY = torch.tensor([-9.0, -21.0, -10.0, -20.0, -12.0, -19.0])  # real, genera
 
 
 def run(rows, policy, truncated="keep", beta=0.5, nll_weight=0.0):
-    sums = [PairSums() for _ in rows]
-    at = 0
-    for pairs, total in zip(rows, sums, strict=True):
-        row = pack_row(pairs, 64, RowLayout(truncated=truncated))
-        logps = policy[at : at + row.num_responses]
-        at += row.num_responses
-        total.add(row, logps, SPINLoss(beta=beta))
-    parts = [total.totals() for total in sums]
+    packed = [pack_row(pairs, 64, RowLayout(truncated=truncated)) for pairs in rows]
+    parts = []
+    for row, logps in zip(packed, policy.split([row.num_responses for row in packed]), strict=True):
+        sums = PairSums()
+        sums.add(row, logps, SPINLoss(beta=beta))
+        parts.append(sums.totals())
     return pair_metrics({name: sum(part[name] for part in parts) for name in parts[0]}, nll_weight)
 
 
 def test_by_hand():
     """beta 0.5; real rewards 0.5, 0, -1; generated rewards -0.5, 0, 0.5; margins 1, 0, -1.5; a tie is wrong."""
-    metrics = run([three_pairs()], POLICY)
-    real, generated = torch.tensor([0.5, 0.0, -1.0]), torch.tensor([-0.5, 0.0, 0.5])
-    assert metrics["acc"] == pytest.approx(1 / 3)
-    assert metrics["rewards_actual_mean"] == pytest.approx(real.mean().item())
-    assert metrics["rewards_generated_mean"] == pytest.approx(generated.mean().item())
-    both = torch.cat((real, generated))
-    assert metrics["rewards_all_mean"] == pytest.approx(both.mean().item())
-    assert metrics["rewards_all_std"] == pytest.approx(both.std().item())
-    assert metrics["margin"] == pytest.approx(-0.5 / 3)
-    expected = torch.nn.functional.softplus(-torch.tensor([1.0, 0.0, -1.5])).mean().item()
-    assert metrics["loss"] == pytest.approx(expected)
-    assert metrics["avg_generated_lengths"] == 3.0
-    assert metrics["truncated_fraction"] == pytest.approx(1 / 3)
-    assert metrics["real_logp_drift"] == pytest.approx((1 + 0 - 2) / 3)
-    assert metrics["generated_logp_drift"] == pytest.approx(0.0)
-    assert metrics["real_nll"] == pytest.approx((9 + 10 + 12) / 2 / 3)
+    both = torch.tensor([0.5, 0.0, -1.0, -0.5, 0.0, 0.5])
+    assert run([three_pairs()], POLICY) == pytest.approx(
+        {
+            "loss": torch.nn.functional.softplus(-torch.tensor([1.0, 0.0, -1.5])).mean().item(),
+            "acc": 1 / 3,
+            "rewards_actual_mean": -0.5 / 3,
+            "rewards_generated_mean": 0.0,
+            "rewards_all_mean": both.mean().item(),
+            "rewards_all_std": both.std().item(),
+            "margin": -0.5 / 3,
+            "avg_generated_lengths": 3.0,
+            "truncated_fraction": 1 / 3,
+            "real_logp_drift": (1 + 0 - 2) / 3,
+            "generated_logp_drift": 0.0,
+            "real_nll": (9 + 10 + 12) / 2 / 3,
+        }
+    )
 
 
 @pytest.mark.parametrize(("truncated", "nll"), [("keep", (9 + 10 + 12) / 2 / 3), ("mask", (9 + 10) / 2 / 2)])
@@ -80,10 +79,8 @@ def test_rows_add_up():
 
 def test_masked_pairs_count_in_lengths_only():
     metrics = run([three_pairs()], POLICY, truncated="mask")
-    assert metrics["acc"] == pytest.approx(1 / 2)
-    assert metrics["margin"] == pytest.approx(0.5)
-    assert metrics["avg_generated_lengths"] == 3.0
-    assert metrics["truncated_fraction"] == pytest.approx(1 / 3)
+    names = ("acc", "margin", "avg_generated_lengths", "truncated_fraction")
+    assert [metrics[name] for name in names] == pytest.approx([1 / 2, 0.5, 3.0, 1 / 3])
 
 
 def test_several_responses_share_their_pairs_weight():
@@ -97,7 +94,7 @@ def test_several_responses_share_their_pairs_weight():
 
 
 def test_no_pair_has_weight():
-    assert run([three_pairs()[2:]], POLICY, truncated="mask") == {}
+    assert run([three_pairs()[2:]], POLICY[4:], truncated="mask") == {}
 
 
 def moved_by_one_step(dtype, make) -> float:
@@ -168,15 +165,11 @@ def test_metrics_file_forgets_what_will_be_made_again(tmp_path):
     with path.open("a") as stream:
         stream.write('{"step": 6, "lo')  # killed while writing
     MetricsFile(path, from_step=3).write(4, {"loss": 9.0})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [
-        {"step": 1, "loss": 0.5},
-        {"step": 2, "loss": 1.0},
-        {"step": 3, "loss": 1.5},
-        {"step": 4, "loss": 9.0},
-    ]
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows == [{"step": step, "loss": loss} for step, loss in ((1, 0.5), (2, 1.0), (3, 1.5), (4, 9.0))]
 
 
-def test_metrics_file_keeps_texts_with_line_separators_and_outlives_a_cut_character(tmp_path):
+def test_metrics_file_keeps_texts_with_line_separators_and_outlives_a_truncated_character(tmp_path):
     """JSON leaves U+2028, U+2029 and U+0085 as they are, and a kill can end a write between a character's bytes."""
     path = tmp_path / "samples.jsonl"
     row = {"real": "one\u2028two\u2029three\x85four"}
@@ -187,8 +180,8 @@ def test_metrics_file_keeps_texts_with_line_separators_and_outlives_a_cut_charac
     assert read_json_lines(path) == [{"step": 1, **row}, {"step": 2, "real": "é"}]
 
 
-def test_starting_anew_keeps_the_log_of_the_run_before(tmp_path, caplog):
-    """With resume=auto a run without a state makes its first lines again; with never it is another run."""
+def test_resume_never_keeps_the_log_of_the_run_before(tmp_path, caplog):
+    """With resume=auto a run without a checkpoint makes its first lines again; with never it is another run."""
     world, section = init_world("cpu"), {"output_dir": str(tmp_path), "log_every_n_steps": 1, "resume": "auto"}
     RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.5})
     RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.25})

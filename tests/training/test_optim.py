@@ -14,7 +14,7 @@ from spin.model.fingerprint import weights_fingerprint
 from spin.training.optim import AdamW8bit, AdamWStochasticRounding
 from tests.torchrun import run_ranks
 from tests.two_ranks.optimizers import OPTIMIZERS, digests
-from tests.two_ranks.small import ROWS, WIDTH, Small, small, train
+from tests.two_ranks.small import Small, small, train
 
 
 @pytest.fixture
@@ -54,8 +54,7 @@ def test_what_is_kept_in_8_bits(eager):
     shapes = {(64, 256): 256, (64, 896): 128, (8, 2, 512): 256, (15, 256): 0, (8192,): 0, (64, 100): 0}
     for shape, block in shapes.items():
         parameter = nn.Parameter(torch.ones(shape, dtype=torch.bfloat16))
-        optimizer = AdamW8bit([parameter])
-        one_step(optimizer, 1.0)
+        one_step(optimizer := AdamW8bit([parameter]), 1.0)
         state = optimizer.state[parameter]
         if block:
             assert state["exp_avg_codes"].dtype == torch.uint8 and state["exp_avg_codes"].shape == shape
@@ -86,7 +85,7 @@ def test_8_bit_moments_learn_as_fp32_moments_do(eager):
 
 
 def test_rounding_moves_weights_by_the_step_on_average(eager):
-    """Weights of 1, steps of 1e-4: next below 1 lies 1 - 2**-8, so a share of 1e-4 * 256 = 0.0256 moves there.
+    """Weights of 1, steps of 1e-4: next below 1 lies 1 - 2**-8, so a fraction of 1e-4 * 256 = 0.0256 moves there.
 
     Of 65536 weights that is 1678 +- 40 (one standard deviation); rounded to the nearest, none moves.
     """
@@ -119,7 +118,7 @@ def test_rounding_is_drawn_from_seed_and_step(eager):
 
 @torch._dynamo.config.patch("error_on_recompile", True)
 def test_compiled_once_and_resumed_bit_for_bit():
-    """A new learning rate at each step does not compile anew, which would fail here; nor does a second optimizer."""
+    """A new learning rate at each step does not compile again, which would fail here; nor does a second optimizer."""
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(16, 256, generator=generator).bfloat16()
@@ -233,9 +232,3 @@ def test_no_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     with pytest.raises(ConfigError, match=r"(clang|g)\+\+ was not found"):
         AdamW8bit([nn.Parameter(torch.ones(2))])
-
-
-def test_shapes_of_the_small_model():
-    """What the tests above rely on: one quantized weight with an odd number of rows, and a head of one row."""
-    weight, head = Small().layers[0].weight, Small().output.weight
-    assert weight.shape == (ROWS, WIDTH) and ROWS % 2 == 1 and weight.numel() >= 4096 and head.shape[0] == 1
