@@ -46,5 +46,5 @@ def test_it_runs(cells, repo, tmp_path, subprocess_env):
     assert re.findall(r"^ +(\d)   0\.6931   0\.00 +0\.0000 +0\.0000$", out, flags=re.MULTILINE) == ["0", "1"]
     assert "32 pairs" in out and "generated (-" in out
     assert f"{tmp_path / 'run' / 'report.html'}: 2 iterations, 8 steps" in out
-    assert "kludge" not in out.rsplit("steps", 1)[1], "the last cell shows the answer, not the question"
+    assert "kludge" not in out.rsplit("steps", 1)[1], "the last cell shows the response, not the prompt"
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000

@@ -48,16 +48,12 @@ def _chi_square(counts: torch.Tensor, probs: torch.Tensor) -> None:
 # --- random numbers ---
 
 
-def test_sample_seed_is_fixed_for_all_time():
+def test_sample_seeds_are_fixed_for_all_time_and_differ_in_every_field():
     """The value came from this code: another one means that no earlier run can be continued."""
     assert sample_seed(1, 0, "a", 2) == 4530845031867463401
     assert 0 <= sample_seed(2**40, 99, "é" * 100, 7) < 2**63
-
-
-def test_sample_seeds_differ_in_every_field():
-    base = (1, 0, "a", 0)
-    others = [(2, 0, "a", 0), (1, 1, "a", 0), (1, 0, "b", 0), (1, 0, "a", 1), (10, 0, "a", 0), (1, 0, "0\x1fa", 0)]
-    assert len({sample_seed(*fields) for fields in [base, *others]}) == 7
+    fields = [(1, 0, "a", 0), (2, 0, "a", 0), (1, 1, "a", 0), (1, 0, "b", 0), (1, 0, "a", 1), (10, 0, "a", 0)]
+    assert len({sample_seed(*each) for each in [*fields, (1, 0, "0\x1fa", 0)]}) == 7
 
 
 def test_uniforms_by_parts_are_the_whole():
@@ -80,6 +76,24 @@ def test_uniforms_are_uniform_and_independent():
 # --- filters ---
 
 
+TIES = torch.tensor([[1.0, 3.0, 3.0, 2.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "values", "logits"),
+    [
+        (keep_top_k, TopKLogitsWarper, [1, 5, 49, 50, 99], _logits()),
+        (keep_top_k, TopKLogitsWarper, [3], TIES),
+        (keep_top_p, TopPLogitsWarper, [1e-6, 0.2, 0.5, 0.9, 0.999], _logits(n=200)),
+    ],
+    ids=["top_k", "ties", "top_p"],
+)
+def test_filters_equal_transformers(ours, theirs, values, logits):
+    for value in values:
+        assert torch.equal(ours(logits, value), theirs(value)(None, logits.clone()))
+    assert torch.equal(keep_top_k(TIES, 3), torch.tensor([[-torch.inf, 3.0, 3.0, 2.0, 2.0]]))
+
+
 @pytest.mark.parametrize("penalty", [0.7, 1.3])
 def test_repetition_penalty_equals_transformers(penalty):
     logits = _logits()
@@ -97,24 +111,6 @@ def test_ban_early_stops_equals_transformers():
         processor = MinNewTokensLengthLogitsProcessor(2, 3, [4, 9])
         expected = processor(torch.zeros(1, 2 + row, dtype=torch.long), logits[row : row + 1].clone())
         assert torch.equal(got[row : row + 1], expected)
-
-
-@pytest.mark.parametrize("k", [1, 5, 49, 50, 99])
-def test_top_k_equals_transformers(k):
-    logits = _logits()
-    assert torch.equal(keep_top_k(logits, k), TopKLogitsWarper(k)(None, logits.clone()))
-
-
-def test_top_k_keeps_ties_as_transformers_does():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 2.0]])
-    assert torch.equal(keep_top_k(logits, 3), torch.tensor([[-torch.inf, 3.0, 3.0, 2.0, 2.0]]))
-    assert torch.equal(keep_top_k(logits, 3), TopKLogitsWarper(3)(None, logits.clone()))
-
-
-@pytest.mark.parametrize("p", [1e-6, 0.2, 0.5, 0.9, 0.999])
-def test_top_p_equals_transformers(p):
-    logits = _logits(n=200)
-    assert torch.equal(keep_top_p(logits, p), TopPLogitsWarper(p)(None, logits.clone()))
 
 
 def test_top_p_by_hand():
@@ -169,18 +165,10 @@ def test_the_largest_number_never_falls_off_the_end():
 
 
 @pytest.mark.parametrize(
-    "sampling",
-    [
-        SamplingParams(),
-        SamplingParams(temperature=0.6),
-        SamplingParams(top_k=7),
-        SamplingParams(top_p=0.7),
-        SamplingParams(temperature=1.5, top_k=15, top_p=0.9),
-    ],
-    ids=["plain", "temperature", "top_k", "top_p", "all"],
+    "changes", [{}, {"temperature": 0.6}, {"top_k": 7}, {"top_p": 0.7}, {"temperature": 1.5, "top_k": 15, "top_p": 0.9}]
 )
-def test_samples_follow_the_exact_probabilities(sampling):
-    n = 20_000
+def test_samples_follow_the_exact_probabilities(changes):
+    n, sampling = 20_000, SamplingParams(**changes)
     logits = _logits(n=1, v=30) / 2
     tokens = sample_tokens(logits.expand(n, -1), sampling, _numbers(n, seed=9))
     exact = logits.double()[0] / sampling.temperature
@@ -218,13 +206,10 @@ def test_bfloat16_logits_are_summed_in_float64():
     assert tokens.tolist() == [10_000, 50_000, 99_999]
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [SamplingParams(), SamplingParams(temperature=0), SamplingParams(temperature=0.7, top_k=7, top_p=0.9)],
-    ids=["plain", "greedy", "filtered"],
-)
-def test_banned_tokens_are_as_if_the_vocabulary_had_none_of_them(sampling):
+@pytest.mark.parametrize("changes", [{}, {"temperature": 0}, {"temperature": 0.7, "top_k": 7, "top_p": 0.9}])
+def test_banned_tokens_are_as_if_the_vocabulary_had_none_of_them(changes):
     """The likeliest token, one inside and the last five: the other 43 have the tokens that they would have alone."""
+    sampling = SamplingParams(**changes)
     logits = _logits(n=400, v=50)
     logits[:, 12] += 9
     banned = (12, 30, 45, 46, 47, 48, 49)
@@ -241,19 +226,17 @@ def test_token_logprobs_are_those_of_the_unaltered_distribution():
     torch.testing.assert_close(token_logprobs(logits, tokens), expected)
 
 
-@pytest.mark.parametrize("name", ["seen", "new_tokens"])
-def test_missing_context_is_an_error(name):
-    needs = {"seen": {"repetition_penalty": 1.1}, "new_tokens": {"min_new_tokens": 1, "stop_token_ids": (1,)}}
-    sampling = SamplingParams(**needs[name])
-    with pytest.raises(ValueError, match=name):
-        sample_tokens(_logits(), sampling, _numbers(6))
+def test_missing_context_is_an_error():
+    for name, needs in (("seen", {"repetition_penalty": 1.1}), ("new_tokens", {"min_new_tokens": 1})):
+        with pytest.raises(ValueError, match=name):
+            sample_tokens(_logits(), SamplingParams(stop_token_ids=(1,), **needs), _numbers(6))
 
 
-@pytest.mark.parametrize("vocab_size", [7, 300])
-def test_logits_that_are_not_numbers_give_tokens_that_exist(vocab_size):
-    """A policy that is broken is found out by the reference pass, not by an index error in the middle of an answer."""
-    logits = torch.full((3, vocab_size), torch.nan)
-    logits[1, :3] = 1.0
-    logits[2] = torch.inf
-    tokens = sample_tokens(logits, SamplingParams(), torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64))
-    assert ((tokens >= 0) & (tokens < vocab_size)).all()
+def test_logits_that_are_not_numbers_give_tokens_that_exist():
+    """A broken policy is found out by the reference pass, not by an index error in the middle of a response."""
+    for vocab_size in (7, 300):
+        logits = torch.full((3, vocab_size), torch.nan)
+        logits[1, :3] = 1.0
+        logits[2] = torch.inf
+        tokens = sample_tokens(logits, SamplingParams(), torch.tensor([0.0, 0.5, 0.99], dtype=torch.float64))
+        assert ((tokens >= 0) & (tokens < vocab_size)).all()

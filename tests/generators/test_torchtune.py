@@ -8,6 +8,7 @@ import logging
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from tests.families import FAMILIES, MAX_SEQ_LEN, MODELS, VOCAB_SIZE, load_llama
 from tests.generators.conftest import TEXTS
 
 EOS = 2
+GREEDY = SamplingParams(temperature=0, max_new_tokens=40, stop_token_ids=(EOS,))
+FEW = SamplingParams(max_new_tokens=4)
 
 
 @pytest.fixture
@@ -71,23 +74,14 @@ def _hf_greedy(hf_model, prompt, new_tokens, **arguments):
 def test_greedy_equals_transformers(make, hf_model, prompts, static):
     generator = make(batch_size=4, static=static)
     assert isinstance(generator, Generator) and generator.shares_policy_weights
-    responses = generator.generate(
-        prompts, SamplingParams(temperature=0, max_new_tokens=60, stop_token_ids=(EOS,)), [0] * len(prompts)
-    )
+    responses = generator.generate(prompts, replace(GREEDY, max_new_tokens=60), [0] * 9)
     assert _ids(responses) == [_hf_greedy(hf_model, prompt, 60) for prompt in prompts]
     for response in responses:
         assert response.finish_reason == ("stop" if response.token_ids[-1] == EOS else "length")
     assert {response.finish_reason for response in responses} == {"stop", "length"}
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_penalty_and_minimum_equal_transformers(make, hf_model, prompts, static):
-    sampling = SamplingParams(
-        temperature=0, max_new_tokens=40, min_new_tokens=30, repetition_penalty=1.3, stop_token_ids=(EOS,)
-    )
-    responses = make(batch_size=3, static=static).generate(prompts, sampling, [0] * len(prompts))
+    penalized = replace(GREEDY, min_new_tokens=30, repetition_penalty=1.3)
     expected = [_hf_greedy(hf_model, p, 40, repetition_penalty=1.3, min_new_tokens=30) for p in prompts]
-    assert _ids(responses) == expected
+    assert _ids(make(batch_size=3, static=static).generate(prompts, penalized, [0] * 9)) == expected
 
 
 @pytest.mark.parametrize("kind", [TorchtuneGenerator, StaticGenerator])
@@ -111,7 +105,7 @@ def test_cached_greedy_equals_full_forwards(name, kind):
 @pytest.mark.parametrize(
     "sampling",
     [
-        SamplingParams(temperature=0, max_new_tokens=40, stop_token_ids=(EOS,)),
+        GREEDY,
         SamplingParams(max_new_tokens=40, stop_token_ids=(EOS,)),
         SamplingParams(
             temperature=0.8, top_k=50, top_p=0.95, repetition_penalty=1.1, min_new_tokens=5, max_new_tokens=40,
@@ -125,16 +119,12 @@ def test_batch_and_order_do_not_matter(make, prompts, sampling):
     prompts = prompts + prompts[::-1]  # each prompt twice, with two seeds
     seeds = list(range(100, 100 + len(prompts)))
     expected = _ids(make(batch_size=1).generate(prompts, sampling, seeds))
-    for arguments in (
-        {"batch_size": 3},
-        {"batch_size": 16},
-        {"batch_size": 8, "prefill_batch": 8},
-        {"batch_size": 1, "static": True},
-        {"batch_size": 5, "static": True},
-        {"batch_size": 16, "static": True},
-        {"batch_size": 8, "prefill_batch": 3, "static": True},
+    for static, batch_size, prefill_batch in (
+        *((False, 3, None), (False, 16, None), (False, 8, 8)),
+        *((True, 1, None), (True, 5, None), (True, 16, None), (True, 8, 3)),
     ):
-        assert _ids(make(**arguments).generate(prompts, sampling, seeds)) == expected
+        generator = make(batch_size=batch_size, prefill_batch=prefill_batch, static=static)
+        assert _ids(generator.generate(prompts, sampling, seeds)) == expected
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
     shuffled = make(batch_size=5).generate([prompts[i] for i in order], sampling, [seeds[i] for i in order])
     assert _ids(shuffled) == [expected[i] for i in order]
@@ -149,25 +139,17 @@ def test_log_probs_are_those_of_the_unaltered_distribution(make, model, prompts,
     for prompt, response in zip(prompts, responses, strict=True):
         with torch.no_grad():
             logps = model(torch.tensor([prompt + response.token_ids]))[0].log_softmax(-1)
-        rows = logps[len(prompt) - 1 : -1]
-        expected = rows.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
+        expected = logps[len(prompt) - 1 : -1].gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(response.logprobs), expected, rtol=1e-4, atol=1e-4)
-    plain = make().generate(prompts[:1], SamplingParams(max_new_tokens=2), [0])
-    assert plain[0].logprobs is None
+    assert make(cache_dtype="bf16").generate(prompts[:1], FEW, [0])[0].logprobs is None
 
 
 def test_cache_grows_and_long_rows_are_right(make, hf_model, tokenizer):
     """A prompt of 150 tokens and one of 5, 90 new tokens each: the cache grows while rows are in it."""
     ids = tokenizer(" ".join(TEXTS * 5)).input_ids
     prompts = [ids[:5], ids[:150], ids[3:20]]
-    sampling = SamplingParams(temperature=0, max_new_tokens=90, stop_token_ids=(EOS,))
-    got = _ids(make(batch_size=2).generate(prompts, sampling, [0] * 3))
+    got = _ids(make(batch_size=2).generate(prompts, replace(GREEDY, max_new_tokens=90), [0] * 3))
     assert got == [_hf_greedy(hf_model, prompt, 90) for prompt in prompts]
-
-
-def test_cache_dtype(make, prompts):
-    responses = make(cache_dtype="bf16").generate(prompts, SamplingParams(temperature=0, max_new_tokens=5), [0] * 9)
-    assert all(len(response.token_ids) == 5 for response in responses)
 
 
 # --- where a response ends ---
@@ -189,13 +171,16 @@ def test_stop_string_across_tokens(make, tokenizer, prompts, static):
     assert got.finish_reason == "stop"
 
 
-def test_a_stop_string_may_be_a_special_token(make, hf_model, tokenizer, prompts):
+def test_a_stop_token_at_the_limit_is_a_stop_and_so_is_its_text(make, hf_model, tokenizer, prompts):
     """The text that is looked at has special tokens, as vLLM's has with ``skip_special_tokens`` off."""
-    expected = next(ids for p in prompts if (ids := _hf_greedy(hf_model, p, 60))[-1] == EOS)
-    prompt = next(p for p in prompts if _hf_greedy(hf_model, p, 60) == expected)
-    sampling = SamplingParams(temperature=0, max_new_tokens=60, stop_strings=(tokenizer.decode([EOS]),))
-    got = make().generate([prompt], sampling, [0])[0]
-    assert (got.token_ids, got.finish_reason) == (expected, "stop")
+    greedy = [_hf_greedy(hf_model, prompt, 60) for prompt in prompts]
+    prompt, expected = next((p, ids) for p, ids in zip(prompts, greedy, strict=True) if ids[-1] == EOS)
+    for sampling in (
+        replace(GREEDY, max_new_tokens=len(expected)),
+        SamplingParams(temperature=0, max_new_tokens=60, stop_strings=(tokenizer.decode([EOS]),)),
+    ):
+        got = make().generate([prompt], sampling, [0])[0]
+        assert (got.token_ids, got.finish_reason) == (expected, "stop")
 
 
 def test_minimum_lets_early_stop_strings_pass(tokenizer):
@@ -226,13 +211,6 @@ def test_the_context_truncates_the_response(make, prompts):
     # the model's own limit holds too
     got = make(max_seq_len=10_000).generate([(prompt * 20)[:511]], SamplingParams(max_new_tokens=9), [0])
     assert len(got[0].token_ids) == 1
-
-
-def test_a_stop_token_at_the_limit_is_a_stop(make, hf_model, prompts):
-    n = next(len(ids) for p in prompts if (ids := _hf_greedy(hf_model, p, 60))[-1] == EOS)
-    prompt = next(p for p in prompts if len(_hf_greedy(hf_model, p, 60)) == n)
-    sampling = SamplingParams(temperature=0, max_new_tokens=n, stop_token_ids=(EOS,))
-    assert make().generate([prompt], sampling, [0])[0].finish_reason == "stop"
 
 
 # --- faults ---
@@ -275,7 +253,7 @@ def test_prompts_are_read_in_groups_of_so_many_tokens(make, model, prompts, monk
 def test_a_step_late_costs_no_step_at_the_limit(make, model, prompts):
     """Rows that reach their limit leave when the step is launched: 5 rows of 4 tokens take 1 + 3 forwards."""
     shapes = watch(model)
-    got = make(static=True, prefill_batch=5).generate(prompts[:5], SamplingParams(max_new_tokens=4), [0] * 5)
+    got = make(static=True, prefill_batch=5).generate(prompts[:5], FEW, [0] * 5)
     assert [len(response.token_ids) for response in got] == [4] * 5
     assert [rows for rows, _ in shapes] == [5] * 4
 
@@ -284,7 +262,7 @@ def test_a_step_late_costs_no_step_at_the_limit(make, model, prompts):
 def test_cache_outlives_a_call_while_awake(make, model, prompts, static):
     """Shards of prompts one after another, weights changed in place in between, then a longer prompt, then other
     sampling; the expected tokens are those of a generator that keeps nothing."""
-    sampling = SamplingParams(max_new_tokens=12, stop_token_ids=(EOS,))
+    sampling, other = SamplingParams(max_new_tokens=12, stop_token_ids=(EOS,)), replace(GREEDY, max_new_tokens=7)
     generator, fresh = make(batch_size=4, static=static), make(batch_size=4)
     longer = prompts[:3] + [(prompts[4] * 20)[:290]]
 
@@ -304,45 +282,21 @@ def test_cache_outlives_a_call_while_awake(make, model, prompts, static):
     second = check(longer, sampling)
     assert second is not first
     assert check(prompts, sampling) is second
-    assert check(prompts, SamplingParams(temperature=0, max_new_tokens=7)) is not second
+    assert check(prompts, other) is not second
     model.layers[0].attn.q_proj.weight.data = model.layers[0].attn.q_proj.weight.data.clone()  # at another address
     last = generator.slots
-    assert check(prompts, SamplingParams(temperature=0, max_new_tokens=7)) is not last
-    generator.sleep()
-    assert generator.slots is None
-    check(prompts, sampling)
-    assert generator.slots is None  # not awake: gone with the call
-
-
-def test_checkpointed_layers_are_run_plainly(make, model, prompts, monkeypatch):
-    """A wrapper may save the state of random numbers for every layer of every step."""
-    expected = _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9))
-    apply_selective_activation_checkpointing(model, "full", None)
-    modules = list(model.named_modules())
-
-    def never(self, *args, **arguments):
-        raise AssertionError("a wrapper ran")
-
-    monkeypatch.setattr(CheckpointWrapper, "forward", never)
-    assert _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9)) == expected
-    with pytest.raises(AssertionError, match="a wrapper ran"):  # afterwards they checkpoint again
-        model(torch.tensor([prompts[0]]))
-    assert list(model.named_modules()) == modules
-
-
-def test_the_cache_goes_at_once(make, prompts):
-    """Not when Python finds the time to look for cycles: training wants the memory now."""
-    generator = make()
-    generator.wake()
-    gc.disable()
+    assert check(prompts, other) is not last
+    gc.disable()  # the cache goes at once, not when Python looks for cycles: training wants the memory now
     try:
-        generator.generate(prompts, SamplingParams(temperature=0, max_new_tokens=4), [0] * len(prompts))
         caches = [weakref.ref(tensor) for layer in generator.slots.view.layers for tensor in (layer.k, layer.v)]
+        del first, second, last
         assert caches and all(cache() is not None for cache in caches)
         generator.sleep()
-        assert all(cache() is None for cache in caches)
+        assert generator.slots is None and all(cache() is None for cache in caches)
     finally:
         gc.enable()
+    check(prompts, sampling)
+    assert generator.slots is None  # not awake: gone with the call
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -375,21 +329,18 @@ def test_out_of_memory_with_one_row_gives_advice(make, model, prompts):
     """Prompt 4 is the longest of the first eight, which are sorted together."""
     watch(model, runs_out=lambda shapes: True)
     with pytest.raises(GeneratorError, match=r"one sequence at a time, prompt 4 of .*9 GiB.*Lower max_new_tokens"):
-        make(batch_size=2).generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9)
+        make(batch_size=2).generate(prompts, FEW, [0] * 9)
     assert all(layer.attn.spin_kv is None for layer in model.layers)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_impossible_arguments(make):
+    for arguments, message in (
         ({"batch_size": 0}, "batch_size=0"),
         ({"prefill_batch": 0}, "prefill_batch=0"),
         ({"cache_dtype": "int8"}, "cache_dtype='int8': expected one of fp32, bf16, fp16"),
-    ],
-)
-def test_impossible_arguments(make, arguments, message):
-    with pytest.raises(ConfigError, match=message):
-        make(**arguments)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            make(**arguments)
     with pytest.raises(ConfigError, match="no model"):
         TorchtuneGenerator(GeneratorContext(None, torch.device("cpu"), 8, str))
 
@@ -408,8 +359,7 @@ def test_model_is_as_before(make, model, prompts):
     model.unembed = unembed
     names, modes = list(model.state_dict()), [module.training for module in model.modules()]
     hidden = model(torch.tensor([prompts[0]]))
-    generator.generate(prompts[:3], SamplingParams(max_new_tokens=4), [0] * 3)
-
+    generator.generate(prompts[:3], FEW, [0] * 3)
     assert model.unembed is unembed
     assert list(model.state_dict()) == names
     assert [module.training for module in model.modules()] == modes
@@ -420,15 +370,25 @@ def test_model_is_as_before(make, model, prompts):
     assert all(layer.attn.q_proj.weight.grad is not None for layer in model.layers)
 
 
-def test_compiled_layers_are_not_run(make, model, prompts):
-    def backend(graph, inputs):
-        raise AssertionError("a compiled layer ran")
+@pytest.mark.parametrize("wrapped", ["checkpointed", "compiled"])
+def test_wrapped_layers_are_run_plainly(make, model, prompts, monkeypatch, wrapped):
+    """A checkpoint wrapper may save the state of random numbers for every layer of every step; a compiled layer would
+    be compiled again for every length of the cache."""
 
-    expected = _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9))
-    for layer in model.layers:
-        layer.forward = torch.compile(layer.forward, backend=backend)
-    assert _ids(make().generate(prompts, SamplingParams(max_new_tokens=4), [0] * 9)) == expected
-    with pytest.raises(Exception, match="a compiled layer ran"):  # afterwards they are compiled again
+    def never(*args, **arguments):
+        raise AssertionError("a wrapper ran")
+
+    expected = _ids(make().generate(prompts, FEW, [0] * 9))
+    if wrapped == "checkpointed":
+        apply_selective_activation_checkpointing(model, "full", None)
+        monkeypatch.setattr(CheckpointWrapper, "forward", never)
+    else:
+        for layer in model.layers:
+            layer.forward = torch.compile(layer.forward, backend=never)
+    modules = list(model.named_modules())
+    assert _ids(make().generate(prompts, FEW, [0] * 9)) == expected
+    assert list(model.named_modules()) == modules
+    with pytest.raises(Exception, match="a wrapper ran"):  # afterwards they are as before
         model(torch.tensor([prompts[0]]))
 
 
@@ -440,20 +400,15 @@ def test_update_weights_by_name(make, model):
     other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     generator.update_weights(other.items())
     assert all(torch.equal(tensor, other[name]) for name, tensor in model.state_dict().items())
-    generator.sleep()
-    generator.wake()
+    del other["norm.scale"]
+    for weights, message in (
+        ([("lm_head.weight", torch.zeros(1))], "no parameter 'lm_head.weight'"),
+        ([("norm.scale", torch.zeros(3))], r"norm.scale has shape \(3,\), the model's \(128,\)"),
+        (other.items(), "norm.scale did not come"),
+    ):
+        with pytest.raises(GeneratorError, match=message):
+            generator.update_weights(weights)
     generator.close()
-
-
-def test_update_weights_checks_names_and_shapes(make, model):
-    generator, weights = make(), model.state_dict()
-    with pytest.raises(GeneratorError, match="no parameter 'lm_head.weight'"):
-        generator.update_weights([("lm_head.weight", torch.zeros(1))])
-    with pytest.raises(GeneratorError, match=r"norm.scale has shape \(3,\), the model's \(128,\)"):
-        generator.update_weights([("norm.scale", torch.zeros(3))])
-    del weights["norm.scale"]
-    with pytest.raises(GeneratorError, match="norm.scale did not come"):
-        generator.update_weights(weights.items())
 
 
 # --- sharded ---
@@ -492,11 +447,8 @@ def test_real_model_greedy_equals_transformers(real_model):
         "What is a hacker?", "Name three colours.", "How do I boil an egg?", "Write a line about rain.", "2 + 2 =",
         "Who was Ada Lovelace?", "Explain recursion to a child in two sentences.", "List the planets.",
     ]  # fmt: skip
-    prompts = [
-        tokenizer(f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").input_ids
-        for question in questions
-    ]
+    turns = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in questions]
+    prompts = tokenizer(turns).input_ids
     generator = TorchtuneGenerator(GeneratorContext(model, torch.device("cpu"), 8192, tokenizer.decode), batch_size=5)
-    sampling = SamplingParams(temperature=0, max_new_tokens=64, stop_token_ids=(EOS,))
-    got = _ids(generator.generate(prompts, sampling, [0] * len(prompts)))
+    got = _ids(generator.generate(prompts, replace(GREEDY, max_new_tokens=64), [0] * len(prompts)))
     assert got == [_hf_greedy(hf, prompt, 64) for prompt in prompts]

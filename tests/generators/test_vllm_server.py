@@ -24,7 +24,7 @@ from spin.model.hf import load_hf_weights
 from spin.pairs.packing import RowLayout
 from spin.reference.generator_check import check_generator_logprobs
 from tests.false_server import GOOD, false_servers
-from tests.generators.vllm_engine import Prompts
+from tests.generators.vllm_engine import dataset
 from tests.recipes.helpers import free_port
 
 KEY = "a-key-that-must-not-be-shown"
@@ -100,7 +100,7 @@ class Server:
 def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle(
     context, untied, prompts, tmp_path, monkeypatch, caplog
 ):
-    """Answers are the trainer's, those that were finished are kept, and the key is shown nowhere."""
+    """Responses are the trainer's, those that were finished are kept, and the key is shown nowhere."""
     monkeypatch.setenv("SPIN_TEST_KEY", KEY)
     server = Server(untied, tmp_path / "server.log").start()
     try:
@@ -117,7 +117,7 @@ def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle
 
         with policy_loaded(generator, context.model):
             gap = check_generator_logprobs(
-                generator, context.model, context.world, Prompts(prompts), GREEDY,
+                generator, context.model, context.world, dataset(prompts), GREEDY,
                 layout=RowLayout(512), chunk_tokens=512,
             )  # fmt: skip
             assert gap < 1e-5
@@ -162,8 +162,8 @@ def generator_of(context, untied, tmp_path, url, **arguments):
 def connect(context, untied, tmp_path, serve):
     """A false server and a generator that has sent it the weights."""
 
-    def start(timeout_seconds=600.0, **answers):
-        server = serve(**answers)
+    def start(timeout_seconds=600.0, **replies):
+        server = serve(**replies)
         generator = generator_of(context, untied, tmp_path, server.url, timeout_seconds=timeout_seconds)
         generator.update_weights([])
         return server, generator
@@ -208,7 +208,7 @@ def test_a_server_that_keeps_its_own_weights_is_sent_none(serve):
 
 
 def test_a_busy_server_is_asked_again_and_a_restarted_one_gets_the_weights_first(connect):
-    """The second answer of /metrics comes from another process: its weights are loaded before it is asked again."""
+    """The second reply of /metrics comes from another process: its weights are loaded before it is asked again."""
     server, generator = connect(v1__completions=[(503, {}), GOOD])
     server.answers["/metrics"] = ["process_start_time_seconds 1.5\n", "process_start_time_seconds 9\n"]
     assert generator.generate([[4]], GREEDY, [0])[0].token_ids == [7, 9]
@@ -228,7 +228,7 @@ def hang(server):
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
+    ("reply", "message"),
     [
         ((503, {}), "did not answer for 0.3 s.*HTTP 503"),
         ((500, {"error": "engine died"}), "did not answer.*engine died"),
@@ -239,23 +239,23 @@ def hang(server):
         (hang, r"((for|within) 0\.3 s|3 times).*Timeout"),
     ],
 )
-def test_a_server_that_fails_for_good(connect, answer, message):
-    _, generator = connect(timeout_seconds=0.2 if answer is hang else 600.0, v1__completions=answer)
+def test_a_server_that_fails_for_good(connect, reply, message):
+    _, generator = connect(timeout_seconds=0.2 if reply is hang else 600.0, v1__completions=reply)
     with pytest.raises(GeneratorError, match=message):
         generator.generate([[4]], GREEDY, [0])
 
 
 @pytest.mark.parametrize(
-    ("answers", "message"),
+    ("replies", "message"),
     [
         ({"collective_rpc": (404, {})}, "VLLM_SERVER_DEV_MODE=1"),
         ({"reset_prefix_cache": {"success": False}}, "did not reset its prefix cache"),
         ({"version": {"version": "0.11.0"}}, r"runs vLLM 0\.11\.0, expected 0\.20"),
     ],
 )
-def test_a_server_that_does_not_take_weights(connect, answers, message):
+def test_a_server_that_does_not_take_weights(connect, replies, message):
     with pytest.raises(GeneratorError, match=message):
-        connect(**answers)
+        connect(**replies)
 
 
 def test_a_server_behind_tls_is_believed_by_its_certificate(context, untied, tmp_path, serve):

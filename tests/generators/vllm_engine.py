@@ -48,17 +48,8 @@ def tokens(responses):
     return [[list(c.token_ids), c.finish_reason] for c in responses]
 
 
-class Prompts(PromptDataset):
-    """Prompts that are there already."""
-
-    def __init__(self, prompts):
-        self._prompts = [Prompt(str(i), ids, [2]) for i, ids in enumerate(prompts)]
-
-    def __len__(self):
-        return len(self._prompts)
-
-    def __getitem__(self, index):
-        return self._prompts[index]
+def dataset(prompts):
+    return PromptDataset(Prompt(str(i), ids, [2]) for i, ids in enumerate(prompts))
 
 
 def main(out, model_dir):
@@ -72,18 +63,19 @@ def main(out, model_dir):
     random.seed(6)
     np.random.seed(7)
     torch.set_num_threads(2)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads()
-    set_num_threads, environment = torch.set_num_threads, dict(os.environ)
+
+    def process():
+        threads = [torch.get_num_threads(), torch.set_num_threads]
+        seeds = {"torch": torch.get_rng_state().tolist(), "numpy": np.random.get_state()[1].tolist()}
+        return {**seeds, "python": random.getstate(), "threads": threads}
+
+    before, environment = process(), dict(os.environ)
     context = GeneratorContext(model, world.device, 512, lambda ids: "", world)
     arguments = {"model_dir": model_dir, "model_type": "LLAMA3_2", "dtype": "fp32", "enforce_eager": True}
     vllm = VLLMGenerator(context, **arguments, engine=ENGINE)
-    after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist(), torch.get_num_threads()
     changed = [name for name, value in os.environ.items() if environment.get(name) != value]
     report["undisturbed"] = {
-        "torch": torch.equal(before[0], after[0]),
-        "python": before[1] == after[1],
-        "numpy": before[2] == after[2],
-        "threads": before[3] == after[3] and torch.set_num_threads is set_num_threads,
+        **{name: value == before[name] for name, value in process().items()},
         "environment": [name for name in changed if not name.startswith("VLLM_")],
     }
     embedded = TorchtuneGenerator(context, batch_size=4)
@@ -102,21 +94,17 @@ def main(out, model_dir):
     def gap(limit=0.02):
         vllm.max_logprob_gap = limit
         return check_generator_logprobs(
-            vllm, model, world, Prompts(prompts), RANDOM, layout=RowLayout(512), chunk_tokens=512
+            vllm, model, world, dataset(prompts), RANDOM, layout=RowLayout(512), chunk_tokens=512
         )
 
     report["before weights"] = error_of(lambda: vllm.generate(prompts, GREEDY, seeds))
     sync()
 
-    # ---- the same answers as others give
+    # ---- the same responses as others give
     hf = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     with torch.no_grad():
-        report["transformers"] = [
-            hf.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=24, eos_token_id=2, pad_token_id=0)[
-                0, len(ids) :
-            ].tolist()
-            for ids in prompts
-        ]
+        how = {"do_sample": False, "max_new_tokens": 24, "eos_token_id": 2, "pad_token_id": 0}
+        report["transformers"] = [hf.generate(torch.tensor([p]), **how)[0, len(p) :].tolist() for p in prompts]
     report["greedy"] = both(GREEDY)
     ours, theirs = (g.generate(prompts, GREEDY, seeds) for g in (vllm, embedded))
     pairs = zip(ours, theirs, strict=True)
@@ -142,7 +130,7 @@ def main(out, model_dir):
         report[name] = both(replace(sampling, banned_token_ids=tuple(banned)))
     report["banned"].append(sorted(banned))
 
-    # ---- stop strings: the text of its own greedy answer
+    # ---- stop strings: the text of its own greedy response
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -154,7 +142,7 @@ def main(out, model_dir):
         "whole": text, "before": tokenizer.decode(cut.token_ids[:-1]),
     }  # fmt: skip
 
-    # ---- random answers
+    # ---- random responses
     samples = vllm.generate(prompts, RANDOM, seeds)
     backwards = vllm.generate(prompts[::-1], RANDOM, seeds[::-1])[::-1]
     alone = [vllm.generate([p], RANDOM, [s])[0] for p, s in zip(prompts, seeds, strict=True)]
@@ -170,12 +158,12 @@ def main(out, model_dir):
     fresh = rng.integers(5, 1000, 80).tolist()
     same_prompt = vllm.generate([fresh] * 4, RANDOM, seeds[:4])
     vllm.llm.llm_engine.step = step
-    report["cached prompt tokens"] = sorted(cached)
     report["random"] = {
         "any order": tokens(samples) == tokens(backwards),
         "any batch": tokens(samples) == tokens(alone),
         "other seeds": tokens(samples) != tokens(other),
         "responses to one prompt": len({tuple(c.token_ids) for c in same_prompt}),
+        "cached prompt tokens": sorted(cached),
     }
 
     # ---- new weights
@@ -200,14 +188,9 @@ def main(out, model_dir):
     report["no stale cache"] = gap()
 
     def swapped(named):
-        held = {}
-        for name, tensor in named:
-            name = {
-                "layers.0.mlp.w1.weight": "layers.0.mlp.w3.weight",
-                "layers.0.mlp.w3.weight": "layers.0.mlp.w1.weight",
-            }.get(name, name)
-            held[name] = tensor
-        yield from held.items()
+        names = ["layers.0.mlp.w1.weight", "layers.0.mlp.w3.weight"]
+        other = dict(zip(names, names[::-1], strict=True))
+        yield from {other.get(name, name): tensor for name, tensor in named}.items()
 
     update(swapped(named_full_tensors(model)))
     report["swapped tensors"] = error_of(gap)
