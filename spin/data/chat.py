@@ -97,10 +97,13 @@ class ChatTokenizer:
                 f"{origin}: several chat templates, none of them called default. Choose one: "
                 f"tokenizer.chat_template={' or '.join(own)}."
             )
-        self._options = dict(template_options or {})
-        self._template = ConversationTemplate(
-            own, origin, self.path, self._tokenizer.special_tokens_map, self._options, _iso_date(date)
-        )
+        try:
+            day = None if date is None else datetime.date.fromisoformat(str(date)).isoformat()
+        except ValueError as error:
+            remedy = "expected a day as YYYY-MM-DD, or null for that of the run's first start."
+            raise DataError(f"tokenizer.date={date!r}: {remedy}") from error
+        self._options, specials = dict(template_options or {}), self._tokenizer.special_tokens_map
+        self._template = ConversationTemplate(own, origin, self.path, specials, self._options, day)
         self.eos_ids = self._find_eos_ids(self._template.closing)
         pad_id = self._tokenizer.pad_token_id
         self.pad_id = self.eos_ids[0] if pad_id is None else int(pad_id)
@@ -289,17 +292,6 @@ class ChatTokenizer:
                 self._tokenizer.convert_ids_to_tokens(closing_special[0]),
             )
         return found
-
-
-def _iso_date(date: str | datetime.date | None) -> str | None:
-    if date is None:
-        return None
-    try:
-        return datetime.date.fromisoformat(str(date)).isoformat()
-    except ValueError as error:
-        raise DataError(
-            f"tokenizer.date={date!r}: expected a day as YYYY-MM-DD, or null for that of the run's first start."
-        ) from error
 
 
 def _without_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:

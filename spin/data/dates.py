@@ -31,11 +31,16 @@ def fix_date(tokenizer: PromptTokenizer, output_dir: Path, world: World, *runs: 
     """
     if not getattr(tokenizer, "reads_date", False):
         return
-    date = None
+    date, file = getattr(tokenizer, "date", None), output_dir / DATE_FILE
     with raise_on_all_ranks(world, DataError):
         if world.is_main:
-            date = _fixed(getattr(tokenizer, "date", None), output_dir, runs)
-            log.info("The chat template's date is %s (tokenizer.date; kept in %s)", date, output_dir / DATE_FILE)
+            with file_lock(file):  # workers of one run start at once
+                kept = _read(file) if file.is_file() else None
+                found = None if date else known_date(*runs)
+                date = date or found or kept or datetime.date.today().isoformat()
+                if kept is None or (found and found != kept):
+                    replace_text(file, json.dumps({"kind": _KIND, "date": date}) + "\n")
+            log.info("The chat template's date is %s (tokenizer.date; kept in %s)", date, file)
     tokenizer.date = broadcast_object(date, world)  # type: ignore[attr-defined]
 
 
@@ -47,17 +52,6 @@ def known_date(*folders: str | Path | None) -> str | None:
             if (place / DATE_FILE).is_file():
                 return _read(place / DATE_FILE)
     return None
-
-
-def _fixed(given: str | None, output_dir: Path, runs: tuple[str | Path | None, ...]) -> str:
-    file = output_dir / DATE_FILE
-    with file_lock(file):  # workers of one run start at once
-        kept = _read(file) if file.is_file() else None
-        found = None if given else known_date(*runs)
-        date = given or found or kept or datetime.date.today().isoformat()
-        if kept is None or (found and found != kept):
-            replace_text(file, json.dumps({"kind": _KIND, "date": date}) + "\n")
-    return date
 
 
 def _read(file: Path) -> str:

@@ -103,12 +103,13 @@ class TorchtuneTokenizer:
         return self._open(self._tokens([*messages, {"role": "assistant", "content": ""}]))
 
     def encode_pair(self, messages: Sequence[ChatMessage]) -> Encoded:
-        prompt_ids, full_ids = self.encode_prompt(messages[:-1]), self._tokens(messages)
-        body = self._open(full_ids)
+        prompt_ids, body = self.encode_prompt(messages[:-1]), self._open(self._tokens(messages))
         if body[: len(prompt_ids)] != prompt_ids:
             raise DataError(prompt_mismatch(self.decode(prompt_ids), self.decode(body)))
-        is_empty = len(body) == len(prompt_ids)
-        return prompt_ids, closed_response([] if is_empty else full_ids[len(prompt_ids) :], self)
+        response = body[len(prompt_ids) :]
+        # what a template writes behind the stop token is no part of the response
+        stop = next((index for index, token in enumerate(self._closing, 1) if token in self.eos_ids), None)
+        return prompt_ids, closed_response([*response, *self._closing[:stop]] if response else [], self)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         names = dict.fromkeys(self._unnamed_specials(), "") | self._special_names

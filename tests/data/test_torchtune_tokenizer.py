@@ -149,6 +149,16 @@ def test_qwen2_5_ids_are_those_of_the_hugging_face_tokenizer(families, tiny_lm):
         adapted.encode_pair([PAIR[0], {"role": "assistant", "content": "A<|im_end|>B"}])
 
 
+def test_what_a_template_writes_behind_the_stop_token_is_no_part_of_the_response(bpe_files):
+    from torchtune.data import PromptTemplate
+
+    turns = {"user": ("<|im_start|>", "<|im_end|>"), "assistant": ("", "<|im_end|>next")}
+    tokenizer = qwen2_5(bpe_files)
+    tokenizer.prompt_template = PromptTemplate(turns)
+    adapted = adapt_tokenizer(tokenizer)
+    assert adapted.decode(adapted.encode_pair(PAIR)[1]) == "A person.<|im_end|>"
+
+
 def test_tool_results_are_torchtunes_ipython(families):
     adapted = adapt_tokenizer(families["llama3"][0])
     talk = [PAIR[0], PAIR[1], {"role": "tool", "content": "42"}, {"role": "assistant", "content": "A"}]
