@@ -155,17 +155,21 @@ class StagedRecipe(Staged, SPINRecipe):
 def make_model(folder: Path, target: Path, preset: Any, device: str | None) -> None:
     """A Hugging Face folder of random weights, with the test model's tokenizer; ``folder`` holds what is no weight."""
     world = init_world(device)
+    is_shape = "path" in preset.builder
     model: Any = build_model(OmegaConf.create(preset.builder), torch.float32)
     shard_model(model, world, compute_dtype=torch.float32)
     materialize(model, world)
     randomize(model, world)
     if world.is_main:
         folder.mkdir(parents=True)
-        llama_config(model).save_pretrained(folder)
+        if is_shape:
+            shutil.copy(Path(preset.builder["path"]) / "config.json", folder)
+        else:
+            llama_config(model).save_pretrained(folder)
         for file in TOKENIZER.glob("tokenizer*"):
             shutil.copy(file, folder)
     torch.distributed.barrier()
-    export_hf(model, folder, target, "LLAMA3_2", dtype=torch.bfloat16, world=world)
+    export_hf(model, folder, target, "HF" if is_shape else "LLAMA3_2", dtype=torch.bfloat16, world=world)
 
 
 def make_data(file: Path, num: int, share: float) -> None:

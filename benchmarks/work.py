@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,19 @@ class Preset:
 _LLAMA = {"_component_": "torchtune.models.llama3_2.llama3_2", "max_seq_len": 131072, "tie_word_embeddings": True}
 _SMALL = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "embed_dim": 256, "intermediate_dim": 1024}
 _TINY = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 128}
+SHAPES = Path(__file__).parent / "shapes"  # a config.json of each, as its model's folder has it
+
+
+def _shape(name: str) -> dict[str, Any]:
+    return {"_component_": "spin.model.from_hf", "path": str(SHAPES / name)}
+
+
 MODELS = {
+    "qwen3_4b": Preset(_shape("qwen3_4b"), pairs=32),
+    "gemma3_4b": Preset(_shape("gemma3_4b"), pairs=32),
+    "llama_4b": Preset(_shape("llama_4b"), pairs=32),  # Qwen3's sizes, for comparison
+    "qwen3_14b": Preset(_shape("qwen3_14b"), pairs=32),
+    "qwen3_32b": Preset(_shape("qwen3_32b"), pairs=32),
     "llama3_2_1b": Preset({"_component_": "torchtune.models.llama3_2.llama3_2_1b"}),
     "llama3_1_8b": Preset({"_component_": "torchtune.models.llama3_1.llama3_1_8b"}),
     # some minutes on two CPU cores
