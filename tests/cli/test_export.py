@@ -51,7 +51,7 @@ def test_the_last_finished_iteration_is_exported_elsewhere(run_folder, tmp_path,
     AutoTokenizer.from_pretrained(out)
 
 
-def test_what_was_used_besides_is_on_the_card(run_folder):
+def test_the_options_that_were_used_are_on_the_card(run_folder):
     """Only what was used: the rest of the config stands below."""
     cfg = OmegaConf.load(run_folder / "config.yaml")
     card = model_card(run_folder, 0, run_folder / "iteration_000" / "hf_model")

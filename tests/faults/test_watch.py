@@ -55,13 +55,10 @@ def test_steps(name, limit, value, shown, caplog):
     assert caplog.text.count(shown) == 2
 
 
-def test_gains_and_steps_without_comparisons_are_no_alarm():
+def test_gains_and_steps_without_comparisons_are_no_alarm_and_the_state_is_resumed():
     watched = watch(window=1, **{name: {"limit": 1.0, "action": "stop"} for name in ("real_logp_drift", "margin")})
     assert watched.step(0, 1, step(drift=50.0, margin=-50.0)) is None
     assert watched.step(0, 2, {"lr": 1.0}) is None
-
-
-def test_state_is_resumed(caplog):
     watched, again = (watch(acc={"limit": 0.9, "action": "stop"}) for _ in range(2))
     watched.step(0, 1, step(acc=1.0))
     again.load_state_dict(json.loads(json.dumps(watched.state_dict())))
@@ -152,6 +149,8 @@ def test_a_rollback_to_a_checkpoint_that_was_not_kept_removes_none(tmp_path):
     states = [path.name for path in (tmp_path / "checkpoints").glob("step_*")]
     assert states == ["step_00000008"]  # two steps of 9 from step 7 on pass the limit
     assert step_of(run(tmp_path, *SHORT, *few)) == 10
+    drift = {row["iteration"]: row["length_drift"] for row in metrics_of(tmp_path)}
+    assert drift[0] == 1.0 and 0 < drift[1] != 1.0
 
 
 def test_responses_that_are_truncated_stop_the_run_before_it_trains(tmp_path):
@@ -160,9 +159,3 @@ def test_responses_that_are_truncated_stop_the_run_before_it_trains(tmp_path):
         run(tmp_path, *changes)
     assert not (tmp_path / "iteration_000" / "pairs").exists()
     assert (tmp_path / "iteration_000" / "responses").exists()
-
-
-def test_metrics_are_logged(tmp_path):
-    rows = run(tmp_path, *SHORT) and metrics_of(tmp_path)
-    drift = {row["iteration"]: row["length_drift"] for row in rows}
-    assert drift[0] == 1.0 and 0 < drift[1] != 1.0

@@ -63,7 +63,7 @@ def test_a_mixture_is_played_by_its_weights_and_logged_by_source(tmp_path):
     few = {pair.sample_id: tuple(pair.generated[0].token_ids) for pair in pairs if pair.sample_id.startswith("few/")}
     originals = {sample_id for sample_id in few if "#" not in sample_id}
     assert len(originals) == 2 and set(few) == originals | {f"{sample_id}#copy1" for sample_id in originals}
-    assert len(set(few.values())) == 4  # the opponent answers a copy with other random numbers
+    assert len(set(few.values())) == 4  # the opponent samples a copy with other random numbers
 
 
 def test_changed_weights_are_refused_by_name(tmp_path):

@@ -90,7 +90,8 @@ def check_they_stop(responses, pad):
         assert set(ids[ids.index(END) + 1 :]) <= {pad}
 
 
-def test_transformers_stops_where_the_run_did(full):
+def test_transformers_stops_where_the_run_did(full, tiny_lm, tmp_path):
+    """Which it would not with the settings of the folder that training began from, on the same weights."""
     folder, _ = full
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     check_they_stop(responses_of(model, folder), pad=0)
@@ -99,19 +100,15 @@ def test_transformers_stops_where_the_run_did(full):
     assert (generation["temperature"], generation["do_sample"], generation["pad_token_id"]) == (0.7, True, 0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.eos_token, tokenizer.pad_token, len(tokenizer)) == ("<|im_end|>", "<|endoftext|>", 1024)
-
-
-def test_the_base_model_would_go_on(full, tiny_lm, tmp_path):
-    """What exports are compared with: the same weights, with the settings of the folder that training began from."""
-    folder, _ = full
     base = base_model(tiny_lm, tmp_path / "base")
     shutil.copy(folder / "model.safetensors", base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     assert any(set(ids[ids.index(END) + 1 :]) - {0} for ids in responses_of(model, folder) if END in ids)
 
 
-def test_the_next_run_finds_the_same_stop_tokens(full, tmp_path):
-    """The export is a checkpoint_dir and a tokenizer; its own export says the same again, byte by byte."""
+def test_the_next_run_finds_the_same_stop_tokens(full, tiny_lm, tmp_path):
+    """The export is a checkpoint_dir and a tokenizer; its own export says the same again, byte by byte, as does that of
+    a folder which says all of it already."""
     folder, tokenizer = full
     again = ChatTokenizer(folder)
     for name in ("eos_ids", "pad_id", "fingerprint"):
@@ -119,6 +116,10 @@ def test_the_next_run_finds_the_same_stop_tokens(full, tmp_path):
     run(tmp_path, *SHORT, f"checkpointer.checkpoint_dir={folder}", f"tokenizer.path={folder}")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (tmp_path / "iteration_000/hf_model" / name).read_bytes() == (folder / name).read_bytes()
+    run(tmp_path / "whole", *SHORT)
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        copied = (tmp_path / "whole/iteration_000/hf_model" / name).read_text()
+        assert json.loads(copied) == json.loads((tiny_lm / name).read_text())
 
 
 @pytest.mark.parametrize("kind", ["hf_model", "adapter"])
@@ -139,13 +140,6 @@ def test_adapters_stop_too(adapted, kind, monkeypatch):
         monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # it refuses torchao 0.15
         model = peft.PeftModel.from_pretrained(model, folder)
     check_they_stop(responses_of(model, folder, generation_config=settings, do_sample=True), pad=ENDOFTEXT)
-
-
-def test_a_folder_that_says_all_of_it_already_is_copied(tiny_lm, tmp_path):
-    run(tmp_path, *SHORT)
-    for name in ("generation_config.json", "tokenizer_config.json"):
-        copied = (tmp_path / "iteration_000/hf_model" / name).read_text()
-        assert json.loads(copied) == json.loads((tiny_lm / name).read_text())
 
 
 @pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "special_tokens_map.json"])

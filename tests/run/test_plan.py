@@ -13,18 +13,10 @@ PROMPTS = PromptDataset([Prompt(f"s{i}", [1, i + 1], [2, 0]) for i in range(23)]
 def plan(num_val=0, prompts=PROMPTS, **changes):
     """Batches of 4: 23 samples make 5, of which a share of 0.6 is 3, which take 12 samples."""
     values = {
-        "seed": 7,
-        "global_batch_size": 4,
-        "limit_train_batches": 0.6,
-        "limit_val_batches": 1.0,
-        "max_iterations": 3,
-        "max_epochs": 2,
-        "max_steps": -1,
-        "val_check_interval": 0.34,
-        "save_interval": 2,
-        "pairs": {"history": 0, "history_fraction": 1.0},
-        "optimizer": {"reset_each_iteration": True},
-    }
+        "seed": 7, "global_batch_size": 4, "limit_train_batches": 0.6, "limit_val_batches": 1.0, "max_iterations": 3,
+        "max_epochs": 2, "max_steps": -1, "val_check_interval": 0.34, "save_interval": 2,
+        "pairs": {"history": 0, "history_fraction": 1.0}, "optimizer": {"reset_each_iteration": True},
+    }  # fmt: skip
     return RunPlan(OmegaConf.create(values | changes), prompts, num_val)
 
 
@@ -44,9 +36,8 @@ def test_history_makes_epochs_longer():
     assert [len(made.items(iteration)) for iteration in range(3)] == [12, 18, 18]
     assert [made.progress.steps_in_epoch(iteration) for iteration in range(3)] == [3, 4, 4]
     assert made.samples(1) == iteration_samples(23, 12, 7, 1)
-    assert made.items(1) == [(0, sample) for sample in made.samples(0)[:6]] + [
-        (1, sample) for sample in made.samples(1)
-    ]
+    old, new = ([(i, sample) for sample in made.samples(i)] for i in (0, 1))
+    assert made.items(1) == old[:6] + new
 
 
 def test_batches_follow_the_epochs_order_and_start_anywhere():
@@ -81,7 +72,7 @@ def test_a_run_without_a_step_is_refused():
         plan(val_check_interval=0.1)
 
 
-def test_a_schedule_that_had_another_end_is_told(caplog):
+def test_a_schedule_that_had_another_end_is_logged(caplog):
     """Six steps an iteration, 18 in all; the state was saved after two steps."""
     one_each, one = (plan(optimizer={"reset_each_iteration": each}) for each in (True, False))
     for made in (one_each, one):

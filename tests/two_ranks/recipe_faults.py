@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -11,22 +12,22 @@ from spin_recipe import SPINRecipe
 
 from spin.config import GenerateConfig
 from spin.core.errors import GeneratorError, NonFiniteError, SpinError, StoreError
-from spin.core.ranks import barrier, gather_objects, shutdown
+from spin.core.ranks import barrier, gather_objects, init_world, shutdown
 from spin.data import PairStore
-from spin.model.fingerprint import weights_fingerprint
+from spin.generators import TorchtuneGenerator
 from spin.pairs.lookup import share_lookup
 from spin.pairs.shards import missing_shards
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.recipes.helpers import changing_loss, tiny_config  # noqa: E402
+from tests.recipes.helpers import changing_loss, step_of, tiny_config, weights_of  # noqa: E402
 
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "pairs.prompts_per_shard=5")
-folder = Path(sys.argv[1])
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 
 
 def poison(recipe, losses):
     """Rank 1's rows have it, in the second step."""
-    return losses * (math.nan if recipe._progress.step == 1 and recipe._world.rank == 1 else 1.0)
+    return losses * (math.nan if step_of(recipe) == 1 and rank == 1 else 1.0)
 
 
 class OneLossIsNan(changing_loss(poison)):
@@ -34,7 +35,7 @@ class OneLossIsNan(changing_loss(poison)):
 
     def train_single_step(self, batch):
         self.samples = [pair.sample_id for pair in batch.pairs]
-        self.before = weights_fingerprint(self._model)
+        self.before = weights_of(self)
         return super().train_single_step(batch)
 
 
@@ -47,37 +48,29 @@ def error_of(recipe):
 
 recipe = OneLossIsNan(tiny_config(folder / "nan", *SHORT))
 error = error_of(recipe)
-world = recipe._world
+world = init_world("cpu")
 assert isinstance(error, NonFiniteError) and "step 1: loss sum nan" in str(error), error
-assert weights_fingerprint(recipe._model) == recipe.before
+assert weights_of(recipe) == recipe.before
 lines = (folder / "nan" / "nonfinite.jsonl").read_text().splitlines()
 assert [json.loads(line)["samples"] for line in lines] == [recipe.samples]
 assert len(set(gather_objects(str(error), world))) == 1
 
 
-def with_a_generator_that_dies(recipe):
-    setup = recipe.setup
-
-    def setup_and_replace():
-        setup()
-        stream = recipe._generator.stream
-
-        def dies(*args):
-            for number, answer in enumerate(stream(*args)):
-                if recipe._world.rank == 1 and number == 9:  # its last
-                    raise GeneratorError("The engine ended with code -9; its last words: Killed.")
-                yield answer
-
-        recipe._generator.stream = dies
-
-    recipe.setup = setup_and_replace
-    return recipe
+stream = TorchtuneGenerator.stream
 
 
+def dies(*args):
+    for number, response in enumerate(stream(*args)):
+        if rank == 1 and number == 9:  # its last
+            raise GeneratorError("The engine ended with code -9; its last words: Killed.")
+        yield response
+
+
+TorchtuneGenerator.stream = dies
 generate = spin_generate.SPINGenerate(tiny_config(folder / "alone", *SHORT, model=GenerateConfig))
 generate.train = generate.generate
 for name, recipe in (("generator", SPINRecipe(tiny_config(folder / "generator", *SHORT))), ("alone", generate)):
-    error = error_of(with_a_generator_that_dies(recipe))
+    error = error_of(recipe)
     assert isinstance(error, GeneratorError), error
     assert str(error) == "rank 1: The engine ended with code -9; its last words: Killed.", error
     store = PairStore.open(folder / name / "iteration_000" / "responses")
