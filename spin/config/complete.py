@@ -260,16 +260,17 @@ def _takes(hint: Any, kind: type) -> bool:
 
 def _right_values(values: Mapping[str, Any], section: type[Section], faulty: set[str], path: str = "") -> Any:
     """A section of which only the keys that have no fault are attributes."""
-    right = {}
-    fields = fields_of(section)
+    result = section.model_construct()
+    result.__dict__.clear()  # defaults are not the user's
+    names = {field.alias or name: (name, field) for name, field in section.model_fields.items()}
     for key, value in values.items():
         at = joined(path, key)
-        if at in faulty or (key not in fields and not issubclass(section, Component)):
-            continue
-        inner = section_of(fields[key].annotation) if key in fields else None
-        right[key] = _right_values(value, inner, faulty, at) if inner and isinstance(value, Mapping) else value
-    result = section.model_construct(**right)
-    for key, name in zip(fields, section.model_fields, strict=True):
-        if key not in right:
-            result.__dict__.pop(name, None)  # the default is not the user's
+        if at not in faulty and key in names:
+            name, field = names[key]
+            inner = section_of(field.annotation)
+            if inner is not None and isinstance(value, Mapping):
+                value = _right_values(value, inner, faulty, at)
+            result.__dict__[name] = value
+        elif at not in faulty and isinstance(key, str) and result.__pydantic_extra__ is not None:
+            result.__pydantic_extra__[key] = value
     return result

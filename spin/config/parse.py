@@ -80,9 +80,6 @@ def _read_argv(argv: Sequence[str], description: str | None) -> tuple[str, list[
 
 
 def _print_error(text: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"error: {printable(text)}", file=sys.stderr, flush=True)
-    else:
-        first_line = printable(text.split("\n", 1)[0])
-        print(f"error (rank {rank}): {first_line}", file=sys.stderr, flush=True)
+    rank, text = os.environ.get("RANK", "0"), printable(text)
+    told = f"error: {text}" if rank == "0" else f"error (rank {rank}): {text.splitlines()[0]}"
+    print(told, file=sys.stderr, flush=True)

@@ -133,6 +133,12 @@ def test_faults_of_single_values_and_between_keys_are_one_report():
     assert len(lines) == len(starts)
 
 
+def test_odd_keys_beside_a_fault_are_no_crash():
+    logger = "metric_logger={_component_: torchtune.training.metric_logging.WandBLogger, 1: 2, cls: 3, _fields_set: 4}"
+    with pytest.raises(ConfigError, match="max_epochs: found 'two'"):
+        completed("max_epochs=two", logger)
+
+
 @pytest.mark.parametrize(
     "override",
     [
