@@ -16,6 +16,7 @@ from torchtune.models.convert_weights import tune_to_hf
 
 from spin.core.ranks import World
 from spin.data import Pair, Response
+from spin.model.moe import idle_parameters
 from spin.model.sharding import local_tensor, named_full_tensors
 
 # mean tokens of prompt, real and generated responses
@@ -285,7 +286,8 @@ class Sizes:
     """What the FLOPs of a decoder depend on.
 
     Args:
-        layer_weights (int): entries of all weight matrices of all layers; vectors (norms, biases) multiply nothing.
+        layer_weights (int): entries of the weight matrices of all layers, of experts those of one token; vectors
+            (norms, biases) multiply nothing.
         layers (int): number of layers.
         attention_dim (int): heads times dimensions of a head.
         dim (int): of the hidden states.
@@ -303,7 +305,7 @@ class Sizes:
         """The sizes of a torchtune decoder, sharded or not, on any device."""
         attention = model.layers[0].attn
         return cls(
-            layer_weights=sum(p.numel() for p in model.layers.parameters() if p.dim() > 1),
+            layer_weights=sum(p.numel() for p in model.layers.parameters() if p.dim() > 1) - idle_parameters(model),
             layers=len(model.layers),
             attention_dim=attention.num_heads * attention.head_dim,
             dim=model.tok_embeddings.embedding_dim,

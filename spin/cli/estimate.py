@@ -30,6 +30,7 @@ from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
+from spin.model.moe import MoE, idle_parameters
 from spin.pairs.packing import RowLayout, plan_rows
 from spin.pairs.row_mask import BLOCK
 
@@ -64,6 +65,7 @@ class Estimate:
     row_tokens: int  # length of the row that was counted
     trained: int  # parameters
     frozen: int  # parameters
+    idle: int  # of both, those of experts that a token does not go to
 
     @property
     def training(self) -> float:
@@ -98,8 +100,10 @@ class Estimate:
         for name, *values in rows:
             cells = "".join(f"{'-' if value is None else f'{value:.1f}':>10}" for value in values)
             lines.append(f"{name:<44}{cells}")
+        active = self.trained + self.frozen - self.idle
         return "\n".join(lines) + (
-            f"\nand about 1 GiB for CUDA itself\n\n{self.trained:,} parameters are trained, {self.frozen:,} frozen\n"
+            f"\nand about 1 GiB for CUDA itself\n\n{self.trained:,} parameters are trained, {self.frozen:,} frozen"
+            f"{f'; a token is multiplied with {active:,} of them' if self.idle else ''}\n"
             f"on disk: {self.pair_store:.2f} GiB of pairs at most and {self.export:.2f} GiB of exports each iteration, "
             f"{self.checkpoint:.2f} GiB each checkpoint"
         )
@@ -156,6 +160,7 @@ def estimate(cfg: SPINConfig, ranks: int = 1, pair_tokens: int | None = None) ->
         row_tokens=row,
         trained=trained_count,
         frozen=sum(weight.numel() for weight in base),
+        idle=idle_parameters(model),
     )
 
 
@@ -164,18 +169,24 @@ class _Shapes:
 
     def __init__(self, model: Any) -> None:
         layer = model.layers[0]
-        attention, mlp = layer.attn, layer.mlp
+        attention = layer.attn
         self.layers = len(model.layers)
         self.width = model.tok_embeddings.weight.shape[1]
         self.vocab = model.tok_embeddings.weight.shape[0]
         self.keys = attention.num_kv_heads * attention.head_dim
-        queries, hidden = attention.num_heads * attention.head_dim, mlp.w1.weight.shape[0]
+        queries = attention.num_heads * attention.head_dim
+        of_mlp = max(_kept_by_mlp(layer.mlp, self.width) for layer in model.layers)
         norms = (getattr(layer, name, None) for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"))
         num_norms = sum(norm is not None and not isinstance(norm, nn.Identity) for norm in norms)
-        # elements for each token: in and out of each norm, q and attention's output, k, v, and three of the MLP
-        self.kept_by_layer = 2 * num_norms * self.width + 2 * queries + 2 * self.keys + 3 * hidden
+        # elements for each token: in and out of each norm, q and attention's output, k, v, and those of the MLP
+        self.kept_by_layer = 2 * num_norms * self.width + 2 * queries + 2 * self.keys + of_mlp
         self.parameters = sum(p.numel() for p in model.parameters())
         self.root_parameters = self.parameters - sum(p.numel() for p in model.layers.parameters())
+
+
+def _kept_by_mlp(mlp: Any, width: int) -> int:
+    """Gate, up and their product; of each of a token's experts, its input and output as well."""
+    return mlp.top_k * (3 * mlp.hidden + 2 * width) if isinstance(mlp, MoE) else 3 * mlp.w1.weight.shape[0]
 
 
 def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -114,6 +114,7 @@ class _Builder:
 
     def decoder(self, tied: bool | None) -> TransformerDecoder:
         c = self.config
+        self._check_experts()
         embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         scale_output(embeddings, self.family.embedding_scale(c), rounded=True)
         norm = self.family.norm(c.hidden_size, eps=self.eps)
@@ -190,8 +191,10 @@ class _Builder:
             self._refuse(f"the activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]()
 
-    def _experts(self) -> nn.Module:
+    def _check_experts(self) -> None:
         c = self.config
+        if not any(self.family.sparse(c, index) for index in range(c.num_hidden_layers)):
+            return
         if self.adapters.mlp:
             raise ConfigError(
                 f"model.apply_lora_to_mlp=true: {self.file} has {c.num_experts} experts in place of an MLP, and "
@@ -204,6 +207,9 @@ class _Builder:
             )
         if not 0 < c.num_experts_per_tok <= c.num_experts:
             self._refuse(f"num_experts_per_tok is {c.num_experts_per_tok}; expected 1 to num_experts={c.num_experts}")
+
+    def _experts(self) -> nn.Module:
+        c = self.config
         return MoE(
             c.hidden_size,
             c.moe_intermediate_size,

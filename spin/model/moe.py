@@ -38,9 +38,9 @@ class MoE(nn.Module):
             nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
 
     @property
-    def idle_parameters(self) -> int:
-        """Of the experts that a token does not go to."""
-        return (self.gate_up.numel() + self.down.numel()) // self.experts * (self.experts - self.top_k)
+    def hidden(self) -> int:
+        """Width of an expert."""
+        return self.down.shape[1]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of each token's experts by their probabilities, of the shape of x, (b, s, d)."""
@@ -76,10 +76,13 @@ class MoE(nn.Module):
         return torch.einsum("ne,end->nd", weights, hidden @ down)
 
 
-def active_parameters(model: nn.Module) -> int:
-    """The parameters that a token is multiplied with: all but those of the experts that it does not go to."""
-    idle = sum(module.idle_parameters for module in model.modules() if isinstance(module, MoE))
-    return sum(parameter.numel() for parameter in model.parameters()) - idle
+def idle_parameters(model: nn.Module) -> int:
+    """The parameters of the experts that a token does not go to: it is multiplied with all others."""
+    return sum(
+        3 * module.hidden * module.router.shape[1] * (module.experts - module.top_k)
+        for module in model.modules()
+        if isinstance(module, MoE)
+    )
 
 
 class _Take(torch.autograd.Function):
