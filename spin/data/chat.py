@@ -179,8 +179,12 @@ class ChatTokenizer:
             and self._response(*pair) is None
             and conversations[number][0]["role"] == "system"
         ]
-        without = self._prompts_and_wholes([_without_system(conversations[number]) for number in late])
-        others = dict(zip(late, without, strict=True))
+        of_row = ("tools", "chat_template_kwargs")
+        without = [
+            [first | {key: system[key] for key in of_row if key in system}, *rest]
+            for system, first, *rest in (conversations[number] for number in late)
+        ]
+        others = dict(zip(late, self._prompts_and_wholes(without), strict=True))
         for number, (messages, pair) in enumerate(zip(conversations, pairs, strict=True)):
             if not isinstance(pair, DataError):
                 pairs[number] = or_error(self._with_reasoning, messages, pair, others.get(number, pair))
@@ -292,9 +296,3 @@ class ChatTokenizer:
                 self._tokenizer.convert_ids_to_tokens(closing_special[0]),
             )
         return found
-
-
-def _without_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
-    system, first, *rest = messages
-    of_row: ChatMessage = {key: system[key] for key in ("tools", "chat_template_kwargs") if key in system}
-    return [{**first, **of_row}, *rest]

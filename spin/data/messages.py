@@ -487,12 +487,9 @@ def _parse_prompt_response(row: _Row) -> list[ChatMessage]:
     return [*messages, _response(row, _text(response, "the response"))]
 
 
-def _is_message_list(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(each, Mapping) and any(key in each for key in _ROLE_KEYS) for each in value)
-    )
+def _is_message_list(value: Any) -> bool:
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(each, Mapping) and ("role" in each or "from" in each) for each in value)
 
 
 def _parse_alpaca(row: _Row) -> list[ChatMessage]:
