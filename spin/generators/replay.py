@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -78,9 +79,8 @@ class ReplayGenerator:
         for key, found in self._recorded.items():
             found.sort(key=lambda recorded: recorded.k)  # stable: the file's order within the same k
             digest.update(len(key).to_bytes(8, "little") + key)
-            for recorded in found:
-                digest.update(f"{recorded.k} {recorded.finish_reason} {len(recorded.token_ids)} ".encode())
-                digest.update(recorded.token_ids.tobytes())
+            for k, ids, reason in found:
+                digest.update(f"{k} {reason} {len(ids)} ".encode() + ids.tobytes())
         self.fingerprint = digest.hexdigest()  # tells a store of these responses from one of another file's
 
     def generate(self, prompts: list[list[int]], sampling: SamplingParams, seeds: list[int]) -> list[Response]:
@@ -120,11 +120,9 @@ class ReplayGenerator:
 
     def _response(self, recorded: _Recorded, prompt: Sequence[int], sampling: SamplingParams) -> Response:
         room = max(0, min(sampling.max_new_tokens, self._context.max_seq_len - len(prompt)))
-        token_ids = recorded.token_ids[:room].tolist()
-        if len(recorded.token_ids) > room:
-            return Response(token_ids, "length")
-        stopped = bool(token_ids) and token_ids[-1] in sampling.stop_token_ids
-        return Response(token_ids, recorded.finish_reason or ("stop" if stopped else "length"))
+        token_ids, truncated = recorded.token_ids[:room].tolist(), len(recorded.token_ids) > room
+        ends: FinishReason = "stop" if token_ids and token_ids[-1] in sampling.stop_token_ids else "length"
+        return Response(token_ids, "length" if truncated else recorded.finish_reason or ends)
 
 
 def _key(prompt: Sequence[int] | np.ndarray) -> bytes:
@@ -134,9 +132,8 @@ def _key(prompt: Sequence[int] | np.ndarray) -> bytes:
 def _read(path: Path) -> Iterator[tuple[np.ndarray, _Recorded]]:
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     if not files:
-        raise GeneratorError(
-            f"{path}: no *.parquet file in this folder. Expected a pair store, a parquet file or a .jsonl."
-        )
+        expected = "Expected a pair store, a parquet file or a .jsonl"
+        raise GeneratorError(f"{path}: no *.parquet file in this folder. {expected}.")
     for file in files:
         if not file.is_file():
             raise GeneratorError(f"{file}: no such file. Set generator.path to a .jsonl, a .parquet or a pair store.")
@@ -159,11 +156,9 @@ def _parquet_rows(file: Path) -> Iterator[tuple[str, Any]]:
     try:
         parquet = pq.ParquetFile(file, page_checksum_verification=True)
         wanted = [name for name in (*_COLUMNS, "finish_reason", "k") if name in parquet.schema_arrow.names]
-        number = 0
-        for batch in parquet.iter_batches(batch_size=1024, columns=wanted):
-            for row in batch.to_pylist():
-                yield f"{file}: row {number}", row
-                number += 1
+        batches = parquet.iter_batches(batch_size=1024, columns=wanted)
+        for number, row in enumerate(chain.from_iterable(batch.to_pylist() for batch in batches)):
+            yield f"{file}: row {number}", row
     except (OSError, ValueError, OverflowError, SystemError, MemoryError, pa.ArrowException) as error:  # or no UTF-8
         raise GeneratorError(f"{file}: not a readable parquet file ({error}).") from error
 

@@ -160,7 +160,7 @@ class Slots:
     def step(self, n: int, length: int) -> Chosen:
         """One more token for the sequences in slots 0 to n - 1, and perhaps for slots above. ``length`` counts the keys
         of the longest sequence, including the one that this step writes."""
-        size = (self.plan.rows(n), self.plan.length(length, self.capacity))
+        size = self.plan.rows(n), self.plan.length(length, self.capacity)
         self._make_room(length if self.plan.kernel else size[1])
         if size in self.graphs:
             self.graphs[size].replay()

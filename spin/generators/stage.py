@@ -143,25 +143,12 @@ def play_tasks(
     """The policy, as it is now, responds to the prompts of each task, into the pair store ``responses`` of its folder.
     Collective. The generator gets the weights once for all tasks, and only if a response is missing.
 
-    Args:
-        tasks (Mapping[Path, PlayTask]): by folder.
-        generator (Generator): the opponent's engine.
-        model (nn.Module): the opponent, see :func:`spin.generators.engines.policy_loaded`.
-        world (World): the ranks.
-        cfg (SPINConfig): complete.
-        opponent (str): fingerprint of the weights.
-        tokenizer (PromptTokenizer): with its chat template.
-        group (EngineGroup): this rank's.
-        verify (Callable[[], float | None]): called when the generator has the weights; what it returns is the report's
-            ``generator/logprob_gap``.
-        should_stop (Callable[[], bool]): asked after every response, or after every shard.
-        worker (int): which of several machines this is, each of which makes its shards; from 0.
-        num_workers (int): how many there are. A store that lacks the others' shards is left as it is.
+    ``opponent`` is the fingerprint of the weights. ``verify`` is called when the generator has them; what it returns is
+    the report's ``generator/logprob_gap``. Of several machines each makes its own shards, as ``worker``, from 0, of
+    ``num_workers``; a store that lacks the others' is not sealed.
 
-    Raises:
-        Stopped: If any rank was asked to stop before a store was complete; what there is stays.
-        GeneratorError: See :func:`play`.
-        OutputError: On all ranks, if a store cannot be written.
+    Raises Stopped if any rank was asked to stop before a store was complete, and what there is stays; GeneratorError if
+    responses do not fit the prompts; OutputError on all ranks if a store cannot be written.
     """
     report: dict[str, float] | None = None
     with ExitStack() as loaded:
@@ -256,9 +243,8 @@ def play(
     with closing(stream):
         for item in stream:
             if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
-                raise GeneratorError(
-                    f"generator: {name} gave {_shortened(item)}, expected (number of the request, its Response)."
-                )
+                expected = "expected (number of the request, its Response)"
+                raise GeneratorError(f"generator: {name} gave {_shortened(item)}, {expected}.")
             number, response = item
             if not 0 <= number < len(is_done) or is_done[number]:
                 raise GeneratorError(
@@ -301,9 +287,8 @@ def generate_each(
     responses: object = generator.generate(prompts, sampling, seeds)
     if not isinstance(responses, Sequence) or len(responses) != len(requests):
         given = f"{len(responses)} responses" if isinstance(responses, Sequence) else _shortened(responses)
-        raise GeneratorError(
-            f"generator: {name_of(generator)} gave {given} to {len(requests)} prompts; expected one each, in order."
-        )
+        asked = f"{len(requests)} prompts; expected one each, in order"
+        raise GeneratorError(f"generator: {name_of(generator)} gave {given} to {asked}.")
     return responses
 
 

@@ -53,10 +53,9 @@ _QUEUE = 4  # requests in the engine's hands, in multiples of the sequences that
 
 def vllm_version() -> str:
     """The installed vLLM's version; ConfigError if there is none, or it is too old."""
-    installed = installed_vllm()
-    if installed is None:
+    _, found = installed_vllm() or (None, None)
+    if found is None:
         raise ConfigError(f"the generator needs vLLM, which is not installed. Versions {KNOWN} are known: {INSTALL}.")
-    _, found = installed
     if is_too_old(found):
         raise ConfigError(f"vLLM {found} is installed, expected {KNOWN}. Install another: {INSTALL}.")
     return found
@@ -118,22 +117,17 @@ class VLLMGenerator:
             raise ConfigError(f"generator.dtype={dtype!r}: expected one of {', '.join(DTYPES)}.")
         world_size = context.world.world_size if context.world else 1
         if tensor_parallel_size < 1 or world_size % tensor_parallel_size:
+            expected = f"expected a number that divides the {world_size} ranks"
+            raise ConfigError(f"generator.tensor_parallel_size={tensor_parallel_size}: {expected}.")
+        if unknown := ", ".join(sorted(set(map(str, engine or {})) - _ENGINE_ARGUMENTS)):
             raise ConfigError(
-                f"generator.tensor_parallel_size={tensor_parallel_size}: expected a number that divides the "
-                f"{world_size} ranks."
-            )
-        unknown = sorted(set(map(str, engine or {})) - _ENGINE_ARGUMENTS)
-        if unknown:
-            raise ConfigError(
-                f"generator.engine may not set {', '.join(unknown)}: expected {', '.join(sorted(_ENGINE_ARGUMENTS))}."
+                f"generator.engine may not set {unknown}: expected {', '.join(sorted(_ENGINE_ARGUMENTS))}."
             )
         self.ranks_per_engine = tensor_parallel_size
         self.max_logprob_gap = max_logprob_gap
         self.max_seq_len = min(max_model_len or context.max_seq_len, context.max_seq_len)
-        self._on_gpu = context.device.type == "cuda"
-        self._stream = HFStream(context.model, model_dir, model_type)
-        self._is_whole = False  # the engine holds the policy's weights
-        self._requests = 0  # so far
+        self._on_gpu, self._stream = context.device.type == "cuda", HFStream(context.model, model_dir, model_type)
+        self._is_whole, self._requests = False, 0  # the engine holds the policy's weights; requests so far
         arguments = {
             "dtype": str(DTYPES[dtype]).removeprefix("torch."), "max_model_len": self.max_seq_len,
             "tensor_parallel_size": tensor_parallel_size, "gpu_memory_utilization": gpu_memory_utilization,
@@ -164,9 +158,9 @@ class VLLMGenerator:
 
         def ask(index: int, prompt: Sequence[int], seed: int, ban: bool = False) -> None:
             params = self._params(prompt, seed, index, sampling, ban)
-            name = str(self._requests)
             self._requests += 1
-            engine.add_request(name, {"type": "token", "prompt_token_ids": list(map(int, prompt))}, params)
+            name, asked = str(self._requests), {"type": "token", "prompt_token_ids": list(map(int, prompt))}
+            engine.add_request(name, asked, params)
             running[name] = index, prompt, seed, ban
 
         try:
@@ -224,8 +218,7 @@ class VLLMGenerator:
         if not self._on_gpu:
             return
         self._is_whole = False
-        before = torch.cuda.mem_get_info()[0]
-        started = time.perf_counter()
+        before, started = torch.cuda.mem_get_info()[0], time.perf_counter()
         with _short_collections():
             self.llm.sleep(level=2)  # level 1 would keep a copy of the weights in CPU memory
         gib = (torch.cuda.mem_get_info()[0] - before) / 2**30

@@ -36,23 +36,11 @@ def check_generator_logprobs(
     :func:`policy_loaded`.
 
     A wrong name map, a tensor that did not arrive, or a cache that was made under other weights shows here and nowhere
-    else. The prompts are the same in every iteration, so that a stale cache would be met.
+    else. The first few prompts are used, the same in every iteration, so that a stale cache would be met.
 
-    Args:
-        generator (Generator): its ``max_logprob_gap`` (nats per token) is the limit; without one nothing is done.
-        model (nn.Module): the policy.
-        world (World): the ranks; every engine is asked.
-        prompts (PromptDataset): the first few are used.
-        sampling (SamplingParams): how to respond.
-        layout (RowLayout): see :func:`spin.reference.stage.score_batches`.
-        chunk_tokens (int): see :func:`spin.reference.logprobs.response_logps`.
-        as_in_training (bool): see :func:`spin.reference.stage.score_batches`.
-
-    Returns:
-        float | None: the mean gap in nats per token over all engines, or None.
-
-    Raises:
-        GeneratorError: If an engine's mean gap exceeds the limit.
+    Returns the mean gap in nats per token over all engines, or None for a generator without ``max_logprob_gap``;
+    GeneratorError if an engine's mean gap exceeds that. ``layout``, ``chunk_tokens`` and ``as_in_training`` are those
+    of :func:`spin.reference.stage.score_batches`.
     """
     limit = getattr(generator, "max_logprob_gap", None)
     if limit is None:

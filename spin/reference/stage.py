@@ -111,22 +111,12 @@ def score_pairs(
     report: Mapping[str, float],
     should_stop: Callable[[], bool],
 ) -> None:
-    """The policy, as it is now, scores all responses of pairs into a store; shards that are there stay. Collective.
+    """The policy, as it is now, scores all responses of global batches of pairs, as the first epoch will see them, into
+    a store; shards that are there stay. Collective.
 
-    Args:
-        path (Path): the store.
-        batches (Sequence[Sequence[Pair]]): global batches, as the first epoch will see them.
-        model (nn.Module): the policy, while it is the opponent.
-        world (World): the ranks.
-        cfg (SPINConfig): complete.
-        layout (RowLayout): as in training.
-        opponent (str): fingerprint of the weights.
-        report (Mapping[str, float]): figures to keep in the store.
-        should_stop (Callable[[], bool]): asked before every shard.
-
-    Raises:
-        Stopped: If any rank was asked to stop before the store was complete.
-        OutputError: On all ranks, if the store cannot be written.
+    ``opponent`` is the fingerprint of the weights, ``report`` what to keep in the store, and ``should_stop`` is asked
+    before every shard. Raises Stopped if any rank was asked to stop before the store was complete, OutputError on all
+    ranks if it cannot be written.
     """
     num_pairs = len(batches) * cfg.global_batch_size
     fingerprint = score_fingerprint(batches, cfg, layout, opponent, world.world_size)
