@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +15,7 @@ from pydantic_core import PydanticUndefined
 from spin.config.checks import check_together
 from spin.config.components import ALLOW_KEY, check_components, own_packages
 from spin.config.faults import UNIONS, Faults, expected, joined, known_keys, nearest_of, yaml_text
+from spin.config.follow import TO_FILL, follow, settle_dtypes, with_folders
 from spin.config.interpolation import (
     MISSING,
     escaped,
@@ -38,9 +39,10 @@ def plain(value: Any) -> Any:
 
 
 def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
-    """Merges defaults below a config and checks every key and value of it.
+    """Merges defaults below a config and checks every key and value of it; then fetches the model that it names.
 
-    A section that names a component is open: its keys are the component's arguments, and the recipe's own. Arguments
+    What a config leaves out follows from its model's folder and from the hardware, see :mod:`spin.config.follow`. A
+    section that names a component is open: its keys are the component's arguments, and the recipe's own. Arguments
     among the defaults apply only while the config keeps the default's component.
 
     Args:
@@ -56,11 +58,13 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
             faults are in one message.
     """
     faults = Faults()
-    merged = with_paths(with_defaults(OmegaConf.to_container(cfg, resolve=False), {}, model), expanded)
+    given = follow(OmegaConf.to_container(cfg, resolve=False), model)  # type: ignore[arg-type]
+    merged = with_paths(with_defaults(given, {}, model), expanded)
     whole = OmegaConf.create(merged)
     resolved, is_whole = resolve(whole, faults)
     environment = from_environment(merged, whole) if is_whole else []
     values: dict[str, Any] = with_paths(resolved, os.path.expanduser)
+    settle_dtypes(values)
     _remember_secrets(values)
     own = own_packages(cfg, values.get(ALLOW_KEY), faults)
     sections, of_components = dict(_components(model)), Faults()
@@ -69,19 +73,26 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
     faults.messages += of_components.messages
     faults.paths |= of_components.paths
     result = _right_values(values, model, faults.paths) if faults.messages else model.model_validate(values)
-    for path in sections:
-        section: Any = result
-        for key in path.split("."):
-            section = getattr(section, key, None)
-        if isinstance(section, Component):
-            section._where, section._packages = path, own
+    _place_components(result, sections, own)
     check_together(result, faults)
     faults.raise_if_any()
+    if (located := with_folders(values)) != values:
+        values, result = located, model.model_validate(located)
+        _place_components(result, sections, own)
     result._written = OmegaConf.create(escaped(values))
     for keys, text in environment:
         if plain(parent_of(whole, keys)[keys[-1]]) == parent_of(values, keys)[keys[-1]]:  # no ~ in the variable
             parent_of(result._written, keys)[keys[-1]] = text
     return result
+
+
+def _place_components(cfg: Section, sections: Iterable[str], own: tuple[str, ...]) -> None:
+    for path in sections:
+        section: Any = cfg
+        for key in path.split("."):
+            section = getattr(section, key, None)
+        if isinstance(section, Component):
+            section._where, section._packages = path, own
 
 
 # --- Of complete configs ---
@@ -197,7 +208,13 @@ def _check_types(values: Mapping[str, Any], model: type[Section], refused: set[s
                 wrong[path] = f"found {yaml_text(value)}, expected {what}.{_quote_it(path, field, value)}"
     for path in missing:
         if path.rpartition(".")[0] not in refused or path.endswith(COMPONENT):
-            faults.at(path, "not set. It has no default; add it to the config or the command line.")
+            what, example = TO_FILL.get(path, ("", ""))
+            faults.at(
+                path,
+                f"not set. It names {what}. Fill it in, in the config or on the command line: {path}={example}."
+                if what
+                else "not set. It has no default; add it to the config or the command line.",
+            )
     for path, text in wrong.items():
         if path.removesuffix(f".{COMPONENT}") not in refused:
             faults.at(path, text)

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from spin.config.complete import with_defaults
 from spin.config.components import kind_at, resolve_component
 from spin.config.files import find_config, load_config
+from spin.config.follow import follow
 from spin.config.schema import COMPONENT, Component, Section, fields_of, section_of
 from spin.core.errors import ConfigError
 
@@ -25,7 +26,8 @@ def full_text(name: str, model: type[Section]) -> str:
     """A config's text with all keys of its model; what it says is what the shorter one says."""
     text = find_config(name).read_text(encoding="utf-8")
     header = text[: re.search(r"^(?!#)", text, flags=re.MULTILINE).start()]  # type: ignore[union-attr]
-    values = with_defaults(OmegaConf.to_container(load_config(name), resolve=False), {}, model)
+    given = follow(OmegaConf.to_container(load_config(name), resolve=False), model)  # type: ignore[arg-type]
+    values = with_defaults(given, {}, model)
     return "\n".join([header.rstrip(), "", *_lines(values, model, "")]) + "\n"
 
 

@@ -205,9 +205,9 @@ class Optimizer(Component):
     own: ClassVar[tuple[str, ...]] = ("reset_each_iteration",)
 
 
-def component(path: str, **arguments: Any) -> Any:
+def component(name: str, /, **arguments: Any) -> Any:
     """The default of a section that names a component; its arguments hold while the config keeps the component."""
-    return {COMPONENT: path, **arguments}
+    return {COMPONENT: name, **arguments}
 
 
 class Config(Section):
@@ -218,7 +218,9 @@ class Config(Section):
     )
     dataset: Component = key(component("spin.data.prompt_dataset"), "prompts with real responses")
     sampling: Sampling = Sampling()
-    compute_dtype: TrainedDtype = key("bf16", "of the arithmetic; fp32 on a CPU or to compare runs: bf16 | fp32")
+    compute_dtype: Literal["auto", "fp32", "bf16"] = key(
+        "auto", "of the arithmetic. auto: bf16 where the device is fast in it | fp32, to compare runs | bf16"
+    )
     device: Literal["cpu", "cuda"] | None = key(None, "cuda | cpu, to try a config; null: a GPU if there is one")
     distributed_timeout_seconds: float = key(300, "more for slow storage; ends the run of silent ranks", ge=1, le=86400)
     seed: int = key(42, "another to see how results vary: order of samples, every sampled token", ge=-(2**63), lt=2**63)
@@ -232,9 +234,9 @@ class SPINConfig(Config):
         "auto", "auto: the newest checkpoint, if any | never: from the start | path of a checkpoint"
     )
     resume_with_changes: list[str] = key([], "keys that you changed on purpose since the run that is resumed")
-    model: Component
-    tokenizer: Component
-    checkpointer: Component = Field(default=component("spin.checkpoint.SPINCheckpointer"))
+    model: Component = key(component("spin.model.from_hf", path="???"), "path: a Hugging Face folder or name")
+    tokenizer: Component = key(component("spin.data.ChatTokenizer"), "with the folder's own chat template")
+    checkpointer: Component = key(component("spin.checkpoint.SPINCheckpointer"), "LoRACheckpointer with adapters")
     validation_dataset: Component | None = key(None, "to see overfitting on held-out prompts; null: no validation")
     validation: Validation = Validation()
     generator: Component = key(component("spin.generators.TorchtuneGenerator"), "how the opponent generates")
@@ -269,7 +271,7 @@ class SPINConfig(Config):
         2048, "response tokens per slice of the output layer; lower saves memory", ge=1, le=2**24
     )
     dtype: TrainedDtype = key("fp32", "of trained weights; small learning rates hardly move bf16 ones")
-    base_dtype: TrainedDtype | None = key(None, "of frozen weights under adapters; bf16 saves memory: bf16 | fp32")
+    base_dtype: TrainedDtype | None = key(None, "of frozen weights under adapters; null: compute_dtype | bf16 | fp32")
     attention: Attention = key("auto", "auto: FlexAttention on a GPU in bf16 | flex | dense, slow on long rows")
     enable_activation_checkpointing: bool = key(False, "true saves memory, costs about a third more compute")
     ac_mode: ACMode = key("full", "full: every layer | selective, for speed: every ac_option-th")
@@ -301,8 +303,8 @@ class EvaluatedModel(Section):
     """A model of an evaluation."""
 
     name: str | None = key(None, "if folders are called the same; null: the folder's or iteration's")
-    checkpoint_dir: str | None = key(None, "Hugging Face folder; null for a server, which has its own model")
-    model_type: str | None = key(None, "with checkpoint_dir: torchtune's name of the weight layout")
+    checkpoint_dir: str | None = key(None, "Hugging Face folder or name; null for a server, which has its own model")
+    model_type: str | None = key(None, "for a builder of torchtune: its name of the weight layout")
     model: Component | None = None
     tokenizer: Component = Field(default=component("spin.data.ChatTokenizer"))
     generator: Component = Field(default=component("spin.generators.TorchtuneGenerator"))

@@ -25,3 +25,12 @@ def has_fast_bf16() -> bool:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     except AttributeError:  # torch was built without oneDNN
         return False
+
+
+def fast_dtype(device: str | None) -> str:
+    """The format that a kind of device (None: a GPU if there is one) multiplies fast: bf16, or fp32 where it does not.
+    A GPU that is not here is taken for one that does."""
+    if device == "cpu" or (device is None and not torch.cuda.is_available()):
+        return "bf16" if has_fast_bf16() else "fp32"
+    is_here = torch.cuda.is_available()
+    return "bf16" if not is_here or torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

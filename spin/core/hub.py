@@ -1,0 +1,59 @@
+"""Models on huggingface.co: the folder that a name stands for, and the name that a folder stands for."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import nullcontext
+from pathlib import Path
+
+from spin.core.errors import ConfigError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.tiktoken", "tokenizer*", "vocab*", "merges.txt")
+_OTHER_LAYOUTS = ("*/*", "consolidated*")
+
+
+def model_folder(name: str, key: str) -> str:
+    """The folder of a model: a local one as it is, else that of a name such as ``Qwen/Qwen3-4B``, which is downloaded.
+
+    Without a network, or with ``HF_HUB_OFFLINE=1``, it is the one in the cache (``HF_HOME``). Of the processes of a
+    host one downloads and the others find it in the cache.
+
+    Args:
+        name (str): what a config says.
+        key (str): where it says so, for the message.
+
+    Returns:
+        str: the folder; what is neither a folder nor a possible name is returned unchanged.
+
+    Raises:
+        ConfigError: If the name is unknown, gated, or neither in the cache nor to be had.
+    """
+    if os.path.exists(name) or not _NAME.fullmatch(name):
+        return name
+    import httpx
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.utils import WeakFileLock
+
+    alone = constants.HF_HUB_OFFLINE or os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+    locks = Path(constants.HF_HUB_CACHE) / ".locks"
+    try:
+        locks.mkdir(parents=True, exist_ok=True)
+        with nullcontext() if alone else WeakFileLock(locks / f"spin--{name.replace('/', '--')}.lock"):
+            return snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=list(_OTHER_LAYOUTS))
+    except (httpx.HTTPError, OSError, ValueError) as error:  # huggingface_hub's own are of these
+        raise ConfigError(
+            f"{key}: {name!r} is no folder here, and as a model on huggingface.co it is not available "
+            f"({type(error).__name__}: {' '.join(str(error).split()):.300}). Check the name, or download it where "
+            f"there is a network: `hf download {name}`. For a gated model accept its licence on its page and set "
+            "HF_TOKEN."
+        ) from error
+
+
+def hub_name(folder: str | Path) -> str | None:
+    """The name of the model whose folder in the cache of huggingface_hub this is, or None."""
+    parts = Path(folder).parts
+    if len(parts) < 3 or parts[-2] != "snapshots" or not parts[-3].startswith("models--"):
+        return None
+    return parts[-3].removeprefix("models--").replace("--", "/", 1)
