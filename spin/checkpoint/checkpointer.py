@@ -81,8 +81,9 @@ class SPINCheckpointer:
 
     Args:
         checkpoint_dir (str): Hugging Face folder that training starts from.
-        model_type (str): layout of its weights, a name of torchtune's ``ModelType`` such as ``LLAMA3_2``.
         output_dir (str): checkpoints go to ``checkpoints/`` in it, exports to ``iteration_NNN/hf_model``.
+        model_type (str | None): for models of torchtune's builders, the layout of the folder's weights: a name of
+            torchtune's ``ModelType`` such as ``LLAMA3_2``. None: the model is built by ``spin.model.from_hf``.
         keep_last (int): number of newest checkpoints to keep, at least 1.
         keep_best (int): number of checkpoints of lowest validation loss to keep in addition.
         export_dtype (str): ``bf16``, ``fp32`` or ``fp16``.
@@ -94,8 +95,8 @@ class SPINCheckpointer:
     """
 
     checkpoint_dir: str
-    model_type: str
     output_dir: str
+    model_type: str | None = None
     keep_last: int = 2
     keep_best: int = 0
     export_dtype: str = "bf16"

@@ -28,7 +28,7 @@ def export_peft(
     model: nn.Module,
     source_dir: str | Path,
     out_dir: str | Path,
-    model_type: str,
+    model_type: str | None,
     *,
     world: World,
     tokenizer_dir: Path | None = None,

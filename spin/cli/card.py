@@ -13,6 +13,7 @@ import spin
 from spin.config import plain
 from spin.core.errors import OutputError
 from spin.core.files import file_sha256
+from spin.core.hub import hub_name
 from spin.core.terminal import printable
 from spin.data import PairStore
 from spin.report.record import is_number
@@ -30,6 +31,7 @@ def model_card(
     for key, kind in (("checkpointer.checkpoint_dir", str), ("max_iterations", int)):
         if not isinstance(found := OmegaConf.select(cfg, key), kind):
             raise OutputError(f"{run / 'config.yaml'}: {key} is {found!r}; it is not known how the model was made.")
+    base_model = base_model or hub_name(cfg.checkpointer.checkpoint_dir)
     base = base_model or Path(cfg.checkpointer.checkpoint_dir).name
     sources = OmegaConf.select(cfg, "dataset.sources")
     parts = [part for part in sources.values() if OmegaConf.is_dict(part)] if OmegaConf.is_dict(sources) else []

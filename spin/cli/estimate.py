@@ -293,6 +293,8 @@ def main(argv: Sequence[str]) -> None:
     raw = load_config(arguments.config, overrides)
     if "candidate" in raw:
         raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
+    if raw.get("compute_dtype", "auto") == "auto" and raw.get("device") != "cpu":
+        raw.compute_dtype = "bf16"  # of the GPUs that it is for, wherever this runs
     cfg = complete(raw, SPINConfig)
     table = estimate(cfg, arguments.ranks, arguments.pair_tokens).table()
     print(f"{arguments.config} on {arguments.ranks} GPU{'s' if arguments.ranks > 1 else ''}: an estimate\n\n{table}")

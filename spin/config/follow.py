@@ -42,8 +42,8 @@ def follow(values: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
                 folder = f"${{{role}.checkpoint_dir}}"
                 result[role] = {
                     **evaluated,
-                    "model": _filled(evaluated.get("model", {}), FROM_HF, path=folder),
-                    "tokenizer": _filled(evaluated.get("tokenizer", {}), _TOKENIZER, path=folder),
+                    "model": _filled(evaluated.get("model") or {}, FROM_HF, path=folder),
+                    "tokenizer": _filled(evaluated.get("tokenizer") or {}, _TOKENIZER, path=folder),
                     **({"generator": _with_model_dir(g, evaluated, role)} if (g := evaluated.get("generator")) else {}),
                 }
     result["dataset"] = _filled(values.get("dataset", {}), "spin.data.prompt_dataset", source=MISSING)

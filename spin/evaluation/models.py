@@ -17,6 +17,7 @@ from spin.config.schema import EvaluatedModel, Sampling
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import CheckpointError, ConfigError, DataError
 from spin.core.files import file_sha256, json_fingerprint
+from spin.core.hub import hub_name
 from spin.core.ranks import World
 from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dates import known_date
@@ -37,7 +38,7 @@ class EvalModel:
         self.name = eval_model_name(role, section)
         self.has_weights = section.checkpoint_dir is not None
         self.weights: str | None = None
-        self._folder, self._layout = section.checkpoint_dir or "", section.model_type or ""  # of the weights
+        self._folder, self._layout = section.checkpoint_dir or "", section.model_type  # of the weights
         if self.has_weights:
             try:
                 read_hf_config(self._folder)
@@ -107,7 +108,7 @@ def eval_model_name(role: str, section: EvaluatedModel) -> str:
         return section.name
     if section.checkpoint_dir is None:
         return role
-    folder = Path(section.checkpoint_dir)
+    folder = Path(hub_name(section.checkpoint_dir) or section.checkpoint_dir)
     return folder.parent.name if folder.name in ("hf_model", "adapter") else folder.name
 
 
@@ -124,9 +125,8 @@ def check_evaluation(cfg: EvaluateConfig) -> None:
     for role in eval_model_roles(cfg):
         section = cfg[role]
         own_weights = section.checkpoint_dir is not None
-        for name in ("model_type", "model"):
-            if own_weights and section[name] is None:
-                faults.add(f"{role}.{name}: not set, but {role}.checkpoint_dir needs it to be loaded.")
+        if own_weights and section.model is None:
+            faults.add(f"{role}.model: not set, but {role}.checkpoint_dir needs it to be loaded.")
         if not own_weights and section.generator.component == "spin.generators.TorchtuneGenerator":
             folder = "a Hugging Face folder, such as runs/mine/iteration_001/hf_model"
             faults.add(f"{role}.checkpoint_dir: not set. Name {folder}, or a generator that needs no weights.")

@@ -79,7 +79,7 @@ class VLLMGenerator:
     Args:
         context (GeneratorContext): gives the policy, its device and the ranks.
         model_dir (str): Hugging Face folder with config.json and tokenizer; its weights are not read.
-        model_type (str): layout of the weights, a name of torchtune's ``ModelType``.
+        model_type (str | None): as the checkpointer's.
         tensor_parallel_size (int): ranks that share an engine, for models larger than one GPU.
         gpu_memory_utilization (float): fraction of a GPU's memory that weights and cache take while awake.
         max_model_len (int | None): longest prompt plus response in tokens; None is the model's context. The cache
@@ -101,7 +101,7 @@ class VLLMGenerator:
         self,
         context: GeneratorContext,
         model_dir: str,
-        model_type: str,
+        model_type: str | None = None,
         tensor_parallel_size: int = 1,
         gpu_memory_utilization: float = 0.5,
         max_model_len: int | None = None,

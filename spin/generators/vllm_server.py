@@ -59,7 +59,7 @@ class VLLMServerGenerator:
             replaced before every iteration, so it must be new, empty, or of an earlier run, and outside the run's
             folder and those of models.
         model_dir (str | None): Hugging Face folder that training starts from; gives config and tokenizer.
-        model_type (str | None): layout of the weights, a name of torchtune's ``ModelType``.
+        model_type (str | None): as the checkpointer's.
         dtype (str): of the written weights: ``bf16``, ``fp16`` or ``fp32``.
         concurrency (int): requests of a rank that the server has at a time.
         timeout_seconds (float): for one response from connecting to its last byte, or for loading weights.
@@ -92,10 +92,10 @@ class VLLMServerGenerator:
     ) -> None:
         if transfer_dir is not None and (context.model is None or context.world is None):
             raise ConfigError("VLLMServerGenerator sends the policy's weights and was given no model or no ranks.")
-        if len({value is None for value in (transfer_dir, model_dir, model_type)}) > 1:
+        if (transfer_dir is None) != (model_dir is None) or (transfer_dir is None and model_type is not None):
             raise ConfigError(
-                "generator: transfer_dir, model_dir and model_type go together: all three for a server that is sent "
-                "the policy's weights, none for one that keeps its own."
+                "generator: transfer_dir and model_dir (and model_type) go together: for a server that is sent the "
+                "policy's weights, and none of them for one that keeps its own."
             )
         if transfer_dir is not None and model_dir is not None:
             check_own_folder("generator.transfer_dir", transfer_dir, TRANSFER, {"generator.model_dir": model_dir})
@@ -116,7 +116,7 @@ class VLLMServerGenerator:
         self._model: Any = context.model
         self._url, self._dtype, self._concurrency = url.rstrip("/"), DTYPES[dtype], concurrency
         self._model_dir: Any = model_dir  # these three are not None where weights are sent
-        self._model_type: Any = None if model_type is None else check_model_type(model_type)
+        self._model_type = check_model_type(model_type)
         self._transfer_dir: Any = None if transfer_dir is None else Path(transfer_dir)
         self._timeout, self._wait = timeout_seconds, wait_seconds
         self._client = Client(self._url, headers, verify, concurrency)

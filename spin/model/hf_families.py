@@ -142,9 +142,9 @@ def known_keys(family: str) -> set[str]:
     return set(DEFAULTS.get(family) or decoder_config({"model_type": family}).to_dict())
 
 
-def check_model_type(model_type: str) -> str:
-    """A model type in capitals, or a ConfigError if SPIN cannot convert its weights."""
-    name = str(model_type).upper()
+def check_model_type(model_type: str | None) -> str:
+    """A model type in capitals, HF if there is none; a ConfigError if SPIN cannot convert its weights."""
+    name = "HF" if model_type is None else str(model_type).upper()
     if name not in LAYOUTS:
         raise ConfigError(f"model_type is {model_type!r}, expected one of {', '.join(LAYOUTS)}.")
     return name

@@ -256,7 +256,7 @@ def self_test(cfg: config.SPINConfig, world: World) -> None:
     with raise_on_all_ranks(world, CheckpointError):
         if not world.is_main:
             return
-        folder, model_type = cfg.checkpointer.checkpoint_dir, check_model_type(cfg.checkpointer.model_type)
+        folder, model_type = cfg.checkpointer.checkpoint_dir, check_model_type(cfg.checkpointer.get("model_type"))
         file = Path(folder) / CONFIG
         check_model(build_model(cfg.model, torch.float32), read_config(file), model_type, file)  # names the key
         try:
