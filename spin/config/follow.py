@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spin.config.interpolation import MISSING, with_paths
-from spin.config.schema import COMPONENT, EvaluateConfig, Section, SPINConfig
+from spin.config.schema import COMPONENT, Config, EvaluateConfig, Section, SPINConfig
 from spin.core.hub import model_folder
 
 FROM_HF = "spin.model.from_hf"
@@ -46,7 +46,8 @@ def follow(values: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
                     "tokenizer": _filled(evaluated.get("tokenizer") or {}, _TOKENIZER, path=folder),
                     **({"generator": _with_model_dir(g, evaluated, role)} if (g := evaluated.get("generator")) else {}),
                 }
-    result["dataset"] = _filled(values.get("dataset", {}), "spin.data.prompt_dataset", source=MISSING)
+    if issubclass(model, Config):
+        result["dataset"] = _filled(values.get("dataset", {}), "spin.data.prompt_dataset", source=MISSING)
     return result
 
 
@@ -94,7 +95,8 @@ def settle_dtypes(values: dict[str, Any]) -> None:
 
         values["compute_dtype"] = "bf16" if values.get("dtype") == "bf16" else fast_dtype(values.get("device"))
     checkpointer = values.get("checkpointer")
-    if isinstance(checkpointer, Mapping) and checkpointer.get(COMPONENT) == _LORA and values["base_dtype"] is None:
+    has_adapters = isinstance(checkpointer, Mapping) and checkpointer.get(COMPONENT) == _LORA
+    if has_adapters and values.get("base_dtype", "") is None:
         values["base_dtype"] = values["compute_dtype"]
 
 

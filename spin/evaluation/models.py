@@ -71,7 +71,8 @@ class EvalModel:
         if not self.has_weights:
             return str(getattr(generator, "fingerprint", self.name))
         files = {file.name: file_sha256(file) for file in weight_files(Path(self._folder))}
-        return json_fingerprint([files, read_hf_config(Path(self._folder)), config.plain(self.section.model)])
+        shape = {key: value for key, value in config.plain(self.section.model).items() if key != "path"}
+        return json_fingerprint([files, read_hf_config(Path(self._folder)), shape])
 
     def load(self, world: World, compute_dtype: str) -> nn.Module:
         """The model, sharded over the ranks, with the folder's weights."""

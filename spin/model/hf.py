@@ -140,14 +140,14 @@ class HFStream:
     Args:
         model (nn.Module): sharded or plain; only names and shapes are looked at.
         model_dir (str | Path): Hugging Face folder with the model's config.json.
-        model_type (str): name in torchtune's ``ModelType``.
+        model_type (str | None): name in torchtune's ``ModelType``; None: built from the folder.
 
     Raises:
         CheckpointError: If the model and the folder's config do not belong together.
         ConfigError: If ``model_type`` is not supported.
     """
 
-    def __init__(self, model: nn.Module, model_dir: str | Path, model_type: str) -> None:
+    def __init__(self, model: nn.Module, model_dir: str | Path, model_type: str | None) -> None:
         self.model_type = check_model_type(model_type)
         folder = Path(model_dir)
         config = read_config(folder / CONFIG)
@@ -216,7 +216,7 @@ def _named_tensors(model: nn.Module) -> Tensors:
     return parameters
 
 
-def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: str, *, world: World) -> None:
+def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: str | None, *, world: World) -> None:
     """Fills a torchtune model from a Hugging Face folder.
 
     Every rank reads the rows of its own shards from the files, so no weight is sent; values are cast to the model's
@@ -225,7 +225,7 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
     Args:
         model (nn.Module): sharded or plain, with memory (see :func:`spin.model.sharding.materialize`).
         checkpoint_dir (str | Path): a Hugging Face folder.
-        model_type (str): name in torchtune's ``ModelType``.
+        model_type (str | None): name in torchtune's ``ModelType``; None: built from the folder.
         world (World): the ranks.
 
     Raises:
@@ -239,7 +239,7 @@ def load_hf_weights(model: nn.Module, checkpoint_dir: str | Path, model_type: st
         _load(model, Path(checkpoint_dir), model_type, world)
 
 
-def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: str) -> None:
+def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: str | None) -> None:
     """Checks from a folder's config and headers that a model can be filled from it and computes what the config says.
 
     It reads no weight, except for an output head that is stored next to the embeddings that it may be tied to.
@@ -247,7 +247,7 @@ def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: st
     Args:
         model (nn.Module): sharded or plain, on any device; only names, shapes and settings are looked at.
         checkpoint_dir (str | Path): a Hugging Face folder.
-        model_type (str): name in torchtune's ``ModelType``.
+        model_type (str | None): name in torchtune's ``ModelType``; None: built from the folder.
 
     Raises:
         CheckpointError: If the folder is incomplete or does not fit the model; every tensor at fault is named.
@@ -504,7 +504,7 @@ def export_hf(
     model: nn.Module,
     source_dir: str | Path,
     out_dir: str | Path,
-    model_type: str,
+    model_type: str | None,
     *,
     dtype: torch.dtype,
     world: World,
@@ -523,7 +523,7 @@ def export_hf(
         model (nn.Module): sharded or plain.
         source_dir (str | Path): the folder that the model was loaded from; gives config and tokenizer.
         out_dir (str | Path): the folder to write; one of the same kind is replaced, any other kept aside.
-        model_type (str): name in torchtune's ``ModelType``.
+        model_type (str | None): name in torchtune's ``ModelType``; None: built from the folder.
         dtype (torch.dtype): of the written weights.
         world (World): the ranks.
         max_file_bytes (int): a file ends with the layer before the one that would exceed this many bytes.

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from spin.config import Component, SPINConfig, plain
+from spin.config.follow import FROM_HF
 from spin.config.schema import Config, EvaluatedModel
 from spin.core.errors import CheckpointError
 from spin.core.files import file_sha256, json_fingerprint
@@ -105,6 +106,8 @@ def run_fingerprint(
     """What a run's results depend on, as JSON values by config key. ``dataset`` and ``tokenizer`` are fingerprints,
     ``dataset_settings`` what else decides which samples are played."""
     values = plain(cfg)
+    if cfg.model.component == FROM_HF:  # the folder may move; what it holds may not change
+        values["model"]["path"] = file_sha256(Path(cfg.model.path) / "config.json")[:12]
     return {
         **{key: values[key] for key in RESULTS_DEPEND_ON},
         **({} if cfg.base_dtype is None else {"base_dtype": cfg.base_dtype}),
