@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ import spin_recipe
 import torch
 
 from spin.config import EvaluateConfig, GenerateConfig, SPINConfig, complete, instantiate, load_config
-from spin.data import ChatTokenizer
+from spin.data import ChatTokenizer, PairStore
 from spin.model.fingerprint import weights_fingerprint
 
 REPO = Path(__file__).resolve().parents[2]
@@ -141,6 +143,21 @@ def changing_loss(change, recipe_class=spin_recipe.SPINRecipe):
             self._loss = changed
 
     return ChangesLoss
+
+
+@contextmanager
+def forged_references(monkeypatch):
+    """The stores of scored pairs say of the real responses what no model computed."""
+    read = PairStore.pairs
+
+    def forged(store):
+        shift = 0.01 if store.path.name == "pairs" else 0.0
+        for pair in read(store):
+            yield replace(pair, reference_real_logp=pair.reference_real_logp - shift) if shift else pair
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PairStore, "pairs", forged)
+        yield
 
 
 def metrics_of(output_dir, with_times=False):

@@ -4,8 +4,6 @@ import json
 import math
 import re
 import shutil
-from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from tests.recipes.helpers import (
     CONFIG,
     TINY_LM,
     TINY_LORA,
+    forged_references,
     logp_by_transformers,
     metrics_of,
     run,
@@ -448,21 +447,6 @@ def test_the_log_says_how_much_is_trained_and_a_checkpoint_names_its_base(tmp_pa
     assert f"parameters: {trained:,} trainable" in caplog.text
     state = json.loads(next((tmp_path / "checkpoints").glob("*/state.json")).read_text())["state"]
     assert re.fullmatch(r"[0-9a-f]{64}", state["base"])
-
-
-@contextmanager
-def forged_references(monkeypatch):
-    """The stores of scored pairs say of the real responses what no model computed."""
-    read = PairStore.pairs
-
-    def forged(store):
-        shift = 0.01 if store.path.name == "pairs" else 0.0
-        for pair in read(store):
-            yield replace(pair, reference_real_logp=pair.reference_real_logp - shift) if shift else pair
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PairStore, "pairs", forged)
-        yield
 
 
 # ---- what cannot work is refused; what was there stays
