@@ -6,6 +6,7 @@ neither torch nor torchtune. Exit codes: 0 fine, 1 faults were found, 2 wrong us
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import importlib
 import logging
@@ -29,6 +30,11 @@ COMMANDS = {
     "export": ("spin.cli.export", "make a Hugging Face folder with a model card"),
     "doctor": ("spin.cli.doctor", "say what is installed, and what is missing or does not fit"),
 }
+
+
+def parser_of(command: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command's arguments, without any yet."""
+    return argparse.ArgumentParser(f"python -m spin {command}", usage, description, allow_abbrev=False)
 
 
 def usage() -> str:

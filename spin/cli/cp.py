@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
+from spin.cli import parser_of
 from spin.config.catalog import config_model, load_recipe, recipe_files, recipe_of
 from spin.config.files import configs_root, packaged_configs
 from spin.config.full import full_text
@@ -16,15 +16,13 @@ from spin.core.files import as_output_error, atomic_write
 
 def main(argv: Sequence[str]) -> None:
     """Copies a packaged recipe or config."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spin cp", description="Copy a recipe or a config, to edit it.", allow_abbrev=False
-    )
+    parser = parser_of("cp", "Copy a recipe or a config, to edit it.")
     parser.add_argument("name", help="of a recipe or a config, as `python -m spin ls` shows it")
     parser.add_argument("destination", type=Path, help="a file or a folder")
     parser.add_argument("--full", action="store_true", help="of a config: write all keys, with what each means")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     parser.add_argument("--make-parents", action="store_true", help="make the destination's folder")
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.parse_args(argv)
     source = _source(arguments.name)
     target: Path = arguments.destination
     if target.is_dir():

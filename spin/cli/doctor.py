@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 
+from spin.cli import parser_of
 from spin.core.packages import installed_version, installed_vllm
 
 DISTRIBUTION = "spin-torchtune"
@@ -30,10 +30,7 @@ class Finding:
 
 def main(argv: Sequence[str]) -> int:
     """Looks at the environment."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spin doctor", description="Say what is installed, and what is missing or does not fit."
-    )
-    parser.parse_args(list(argv))
+    parser_of("doctor", "Say what is installed, and what is missing or does not fit.").parse_args(argv)
     findings = [Finding("python", _OK, f"{platform.python_version()}, {sys.executable}"), *packages(), *vllm()]
     findings += devices()
     for finding in findings:

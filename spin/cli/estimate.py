@@ -15,7 +15,6 @@ tests/cli/test_estimate.py.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spin.cli import parser_of
 from spin.config import SPINConfig, complete, load_config, parse_overrides
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
@@ -280,12 +280,9 @@ def _export(cfg: SPINConfig, model: nn.Module, adapter: int, dtype: torch.dtype)
 
 def main(argv: Sequence[str]) -> None:
     """Prints the table of a config."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spin estimate",
-        description="Memory that a config needs on each GPU, and disk, before anything is loaded.",
-        usage="%(prog)s --config NAME_OR_FILE [--ranks N] [--pair-tokens N] [key=value ...]",
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s --config NAME_OR_FILE [--ranks N] [--pair-tokens N] [key=value ...]"
+    description = "Memory that a config needs on each GPU, and disk, before anything is loaded."
+    parser = parser_of("estimate", description, usage)
     parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as llama3_1/8B_lora")
     parser.add_argument("--ranks", type=int, default=1, help="number of GPUs")
     parser.add_argument("--pair-tokens", type=int, help="mean tokens of a pair: prompt, real and generated response")

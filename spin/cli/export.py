@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from spin.cli import parser_of
 from spin.cli.card import model_card
 from spin.core.errors import OutputError
 from spin.core.files import MARKER, as_output_error, atomic_dir, check_can_be_made, replace_text, sync
@@ -18,18 +18,15 @@ from spin.run.folder import iteration_folders, model_of
 
 def main(argv: Sequence[str]) -> None:
     """Adds a model card to an iteration's model, or copies both elsewhere."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spin export",
-        description="Write a model card (README.md) next to an iteration's Hugging Face model; with --out copy both.",
-        allow_abbrev=False,
-    )
+    text = "Write a model card (README.md) next to an iteration's Hugging Face model; with --out copy both."
+    parser = parser_of("export", text)
     parser.add_argument("run", type=Path, help="output_dir of the run")
     parser.add_argument("--iteration", type=int, metavar="N", help="counted from 0; default: the last that is finished")
     parser.add_argument("--adapter", action="store_true", help="a LoRA run's adapter, not the merged model")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder for the copy")
     parser.add_argument("--base-model", metavar="ID", help="Hugging Face id of the model that training started from")
     parser.add_argument("--license", metavar="ID", help="of the exported model, which its base's and data's allow")
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.parse_args(argv)
     run: Path = arguments.run
     found = {n: model_of(path, arguments.adapter) for n, path in iteration_folders(run).items()}
     models = {n: model for n, model in found.items() if model is not None}

@@ -14,6 +14,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from spin import config
+from spin.cli import parser_of
 from spin.core.errors import ConfigError, StoreError
 from spin.core.files import replace_text
 from spin.core.terminal import printable
@@ -26,12 +27,10 @@ Item = tuple[Pair, int, Response]  # a pair, the number of one of its responses,
 
 def main(argv: Sequence[str]) -> None:
     """Shows, filters and exports a pair store."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spin pairs",
-        description="Count a pair store's responses, show a sample of them, export them as JSON Lines.",
-        epilog="A margin is the opponent's log-prob of the real less that of the generated response, in nats; it "
-        "stands in scored stores (iteration_NNN/pairs). Filters hold for the counts, the sample and the export.",
-        allow_abbrev=False,
+    parser = parser_of("pairs", "Count a pair store's responses, show a sample of them, export them as JSON Lines.")
+    parser.epilog = (
+        "A margin is the opponent's log-prob of the real less that of the generated response, in nats; it stands in "
+        "scored stores (iteration_NNN/pairs). Filters hold for the counts, the sample and the export."
     )
     parser.add_argument("store", type=Path, help="such as runs/quickstart/iteration_000/pairs")
     parser.add_argument("--sample", type=int, default=0, metavar="N", help="show N responses, drawn at random")
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--export", type=Path, metavar="FILE.jsonl", help="write the responses as JSON Lines")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's, if it is a ChatTokenizer")
     parser.add_argument("--trust", action="store_true", help="take that tokenizer from another user's run too")
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.parse_args(argv)
     if arguments.sample < 0:
         parser.error(f"--sample {arguments.sample}: expected 0 or more")
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from spin.cli import parser_of
 from spin.core.files import replace_text
 from spin.core.terminal import printable
 from spin.report import read_run, render
@@ -13,14 +13,10 @@ from spin.report import read_run, render
 
 def main(argv: Sequence[str]) -> None:
     """Writes a run's report, as far as the run has come."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spin report",
-        description="Make one HTML file of a run: curves, responses, advice. While it runs or afterwards.",
-        allow_abbrev=False,
-    )
+    parser = parser_of("report", "Make one HTML file of a run: curves, responses, advice. While it runs or afterwards.")
     parser.add_argument("run", type=Path, help="output_dir of the run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run's folder")
-    arguments = parser.parse_args(list(argv))
+    arguments = parser.parse_args(argv)
     page = render(read_run(arguments.run))
     out: Path = arguments.out or arguments.run / "report.html"
     replace_text(out, page)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import logging
 import shutil
@@ -16,6 +15,7 @@ import torch
 
 from spin import config
 from spin.checkpoint import SPINCheckpointer
+from spin.cli import parser_of
 from spin.config.catalog import config_model, load_recipe, recipe_of
 from spin.config.schema import EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
@@ -51,12 +51,9 @@ _PROBES = (
 
 def main(argv: Sequence[str]) -> int:
     """Checks a config, its model folder, its tokenizer, its data and its arithmetic; loads no weights."""
-    parser = argparse.ArgumentParser(
-        prog="python -m spin validate",
-        usage="%(prog)s CONFIG [key=value ...] [~key ...] [--recipe NAME_OR_FILE] [--logits]",
-        description="Check a config, its data and its arithmetic. Loads no weights and writes nothing.",
-        allow_abbrev=False,
-    )
+    usage = "%(prog)s CONFIG [key=value ...] [~key ...] [--recipe NAME_OR_FILE] [--logits]"
+    description = "Check a config, its data and its arithmetic. Loads no weights and writes nothing."
+    parser = parser_of("validate", description, usage)
     parser.add_argument("config", help="a YAML file, or a packaged config such as llama3_2/1B_full")
     parser.add_argument("--recipe", help="the recipe whose config it is; default: the one that its header launches")
     parser.add_argument(

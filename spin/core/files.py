@@ -48,10 +48,10 @@ def as_output_error(path: Path) -> Iterator[None]:
 
 
 class FolderLock:
-    """Keeps other runs out of a folder until it is released or its process ends, however it ends.
+    """Keeps other runs out of a folder until it is released or its process ends, by the system's lock on ``.lock``.
 
-    The lock is the system's, on the file ``.lock``, which stays. Children of the process do not hold it, so nothing
-    that a killed run leaves behind keeps the next one out. ``shared`` locks exclude only those that are not.
+    Children of the process do not hold it, so nothing that a killed run leaves behind keeps the next one out.
+    ``shared`` locks exclude only those that are not.
     """
 
     def __init__(self, folder: Path, shared: bool = False) -> None:
@@ -89,10 +89,7 @@ class FolderLock:
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Lets one process at a time run a block that looks at ``path``, which need not exist, and then changes it.
-
-    The lock is the system's, on a hidden file next to ``path`` that stays.
-    """
+    """Lets one process at a time run a block that looks at ``path``, which need not exist, and then changes it."""
     file = path.with_name(f".{path.name}{LOCK}")
     with as_output_error(file):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -222,10 +219,8 @@ def read_json(file: Path, error: type[SpinError], remedy: str, allow_nan: bool =
 
 
 def read_lines(file: Path) -> Iterator[bytes]:
-    """The lines of an untrusted file, without their line feeds; one that :func:`parse_json` finds too long is the last.
-
-    ``str.splitlines`` would also split at characters that JSON leaves in its texts as they are, such as U+2028.
-    """
+    """Lines of an untrusted file without their line feeds; one that :func:`parse_json` finds too long is the last."""
+    # str.splitlines would also split at characters that JSON leaves in its texts as they are, such as U+2028
     with open_regular(file) as stream:
         while line := stream.readline(MAX_JSON_BYTES + 1):
             yield line.removesuffix(b"\n")
@@ -279,13 +274,13 @@ def _is_alive(pid: str) -> bool:
 
 
 def replace_text(file: Path, text: str, private: bool = False) -> None:
-    """Writes a text file at once, see :func:`atomic_write`."""
+    """:func:`atomic_write` of a text."""
     with atomic_write(file, private=private) as stream:
         stream.write(text)
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file at once, see :func:`atomic_write`."""
+    """:func:`atomic_write` of a JSON file."""
     replace_text(file, json.dumps(content, indent=2) + "\n")
 
 
