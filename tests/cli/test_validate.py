@@ -180,14 +180,11 @@ def test_faults_of_every_kind_in_one_pass(validate, tmp_path):
     ]
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)) + "\n{broken\n" + "[]\n" * 30)
-    code, out, err = validate(
-        f"dataset.source={data}", "model.vocab_size=1000", "loss.loss_type=logistik", "global_batch_size=6"
-    )
+    changes = ("model.vocab_size=1000", "loss.loss_type=logistik", "global_batch_size=6")
+    code, out, err = validate(f"dataset.source={data}", *changes)
     assert code == 1 and "checks failed" in err
-    found = verdicts(out)
-    assert {label for label, verdict in found.items() if verdict == "FAULT"} == {
-        "loss, optimizer", "model folder", "data", "vocabulary",
-    }  # fmt: skip
+    faults = [label for label, verdict in verdicts(out).items() if verdict == "FAULT"]
+    assert sorted(faults) == ["data", "loss, optimizer", "model folder", "vocabulary"]
     assert "[1024, 128], the model needs [1000, 128]" in out and "knows 1024 token ids" in out
     assert "rows.jsonl:2: last message has role 'user'" in out and "rows.jsonl:4: " in out
     assert "rows.jsonl:5, rows.jsonl:6, rows.jsonl:7 and 27 more: found a list" in out
@@ -306,20 +303,16 @@ class Spoiled(ChatTokenizer):
         return text.replace("é", "?") if self.fault == "text" else text
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        ("", None),
+def test_what_compare_ids_finds(tiny_lm):
+    tokenizer = Spoiled(tiny_lm)
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "café"}]
+    assert compare_ids(tokenizer, talk) is None
+    for tokenizer.fault, words in (
         ("prompt", "differ from position"),
         ("stop", "the response ends with token"),
         ("text", "from character 3 on the response decodes to '?'"),
-    ],
-)
-def test_what_compare_ids_finds(tiny_lm, fault, words):
-    tokenizer = Spoiled(tiny_lm)
-    tokenizer.fault = fault
-    found = compare_ids(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "café"}])
-    assert found is None if words is None else words in found
+    ):
+        assert words in compare_ids(tokenizer, talk)
 
 
 def test_an_unequal_prompt_is_a_fault_of_its_row(validate, monkeypatch):

@@ -39,26 +39,18 @@ def test_texts_with_braces_stay_as_they_are():
     assert verdicts.fill_template("{prompt}|{first}|{second}", **fields) == "{first}|{second} {x}|\\1 {0}"
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
+def test_templates_and_patterns_that_cannot_work():
+    for template, message in (
         ("{prompt} {first}", r"no \{second\}"),
         ("nothing", r"no \{first\} and no \{second\}"),
         ("{first} {second} {answer}", r"\{answer\} is no field; known are \{prompt\}"),
-    ],
-)
-def test_templates_that_cannot_work(template, message):
-    with pytest.raises(ConfigError, match=message):
-        verdicts.check_template(template)
+    ):
+        with pytest.raises(ConfigError, match=message):
+            verdicts.check_template(template)
     verdicts.check_template(JUDGE_TEMPLATE)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"), [("([", "not a regular expression"), ("[AB]", "has 0 groups"), ("(A)(B)", "has 2 groups")]
-)
-def test_patterns_that_cannot_work(pattern, message):
-    with pytest.raises(ConfigError, match=f"judge.pattern=.*{message}"):
-        verdicts.check_pattern("judge.pattern", pattern)
+    for pattern, message in (("([", "not a regular expression"), ("[AB]", "has 0 groups"), ("(A)(B)", "has 2 groups")):
+        with pytest.raises(ConfigError, match=f"judge.pattern=.*{message}"):
+            verdicts.check_pattern("judge.pattern", pattern)
     verdicts.check_pattern("judge.pattern", PATTERN)
 
 

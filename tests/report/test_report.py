@@ -204,18 +204,15 @@ def test_another_loss_is_not_measured_by_ln_2(tmp_path):
 # --- Charts ---
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"),
-    [
+def test_ticks_are_round_and_enclose_the_range():
+    for low, high, ticks in (
         (0.0, 1.0, [0.0, 0.25, 0.5, 0.75, 1.0]),
         (-3.0, 5.0, [-4.0, -2.0, 0.0, 2.0, 4.0, 6.0]),
         (0.61, 0.7, [0.6, 0.625, 0.65, 0.675, 0.7]),
         (2.0, 2.0, [1.8, 1.9, 2.0, 2.1, 2.2]),
         (0.0, 0.0, [-1.0, -0.5, 0.0, 0.5, 1.0]),
-    ],
-)
-def test_ticks_are_round_and_enclose_the_range(low, high, ticks):
-    assert nice_ticks(low, high) == pytest.approx(ticks)
+    ):
+        assert nice_ticks(low, high) == pytest.approx(ticks)
 
 
 def coordinates(svg, tag="polyline"):
