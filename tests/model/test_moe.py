@@ -22,6 +22,7 @@ from spin.model.hf_families import LAYOUTS, heads_of
 from spin.model.moe import MoE, idle_parameters
 from spin.model.sharding import full_tensor
 from tests.hf_folders import VOCAB_SIZE, decoder, forward_ids, stored_tensors, write_folder
+from tests.torchrun import run_ranks
 
 NAMES = ["qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed"]
 SIZES = {"width": 64, "hidden": 32, "experts": 8}
@@ -192,6 +193,13 @@ def test_a_stream_has_the_names_of_single_experts(tmp_path, world):
     named = ((name, full_tensor(parameter.detach())) for name, parameter in model.named_parameters())
     got = dict(HFStream(model, tmp_path, "HF").convert(named))
     assert got.keys() == stored.keys() and all(torch.equal(got[key], stored[key]) for key in stored)
+
+
+@pytest.mark.slow
+def test_two_ranks(tmp_path, subprocess_env):
+    write_folder("qwen3_moe_mixed", tmp_path / "in")
+    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    run_ranks("experts.py", subprocess_env, tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "nan"])
