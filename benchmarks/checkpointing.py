@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.distributed.broadcast_object_list(folders)
     run, source = Path(folders[0]) / "run", Path(folders[0]) / "source"
     savers = {  # one folder: a disk has to hold two checkpoints, not three
-        mode: SPINCheckpointer(str(source), "LLAMA3_2", str(run), keep_last=1, async_save=mode == "async")
+        mode: SPINCheckpointer(str(source), str(run), "LLAMA3_2", keep_last=1, async_save=mode == "async")
         for mode in ("async", "sync")
     }
 

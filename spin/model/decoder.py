@@ -13,8 +13,9 @@ from torch import nn
 
 from spin.core.errors import CheckpointError, ConfigError
 from spin.model.attention import Attention
-from spin.model.families import FAMILIES, Family, decoder_config
+from spin.model.families import FAMILIES, Family, decoder_config, heads_of, keys_read
 from spin.model.gemma2 import set_final_softcap
+from spin.model.hf_config import shown
 from spin.model.hf_folder import CONFIG, read_config
 from spin.model.modules import ACTIVATIONS, ParallelLayer, Rope, Scaled, clamp_output, scale_output
 from spin.model.moe import MoE
@@ -29,7 +30,6 @@ from spin.model.torchtune import (
 )
 
 _DEFAULT_CONTEXT = 8192  # positions; most models' own are more than anybody trains on
-_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _SLIDING = "sliding_attention"
 
 
@@ -72,7 +72,7 @@ def from_hf(
     adapters = _Adapters(
         frozenset(lora_attn_modules), apply_lora_to_mlp, lora_rank, lora_alpha, use_dora, quantize_base
     )
-    return _Builder(Path(path) / CONFIG, config, max_seq_len, adapters).decoder(tie_word_embeddings)
+    return DecoderBuilder(Path(path) / CONFIG, config, max_seq_len, adapters).decoder(tie_word_embeddings)
 
 
 class _Adapters:
@@ -94,20 +94,36 @@ class _Adapters:
         return nn.Linear(wide, out, bias=bias)
 
 
-class _Builder:
-    def __init__(self, file: Path, config: dict[str, Any], max_seq_len: int | None, adapters: _Adapters) -> None:
+_NO_ADAPTERS = _Adapters(frozenset(), False, 1, 1.0, False, False)
+
+
+class DecoderBuilder:
+    """Builds the decoder of a config.json that was checked by :func:`spin.model.hf_config.check_values`.
+
+    ``config`` is transformers' config of it, complete.
+    """
+
+    def __init__(
+        self, file: Path, config: dict[str, Any], max_seq_len: int | None = None, adapters: _Adapters = _NO_ADAPTERS
+    ) -> None:
         self.file, self.adapters = file, adapters
-        self.family: Family = FAMILIES[config["model_type"]]
         self.config = c = decoder_config(config, file)
-        self.heads: int = c.num_attention_heads
-        self.kv_heads: int = getattr(c, "num_key_value_heads", None) or self.heads
-        self.head_dim: int = getattr(c, "head_dim", None) or c.hidden_size // self.heads
+        self.family: Family = FAMILIES[c.model_type]
+        self.heads, self.kv_heads, self.head_dim = heads_of(c)
+        if not getattr(c, "head_dim", None) and c.hidden_size % self.heads:
+            self._refuse(f"hidden_size is {c.hidden_size} and num_attention_heads {self.heads}: expected a multiple")
+        if self.heads % self.kv_heads:
+            self._refuse(
+                f"num_attention_heads is {self.heads} and num_key_value_heads {self.kv_heads}: expected a multiple"
+            )
         self.eps: float = getattr(c, self.family.eps) if self.family.eps else 1e-5
-        self.context = max_seq_len or min(c.max_position_embeddings, _DEFAULT_CONTEXT, *self._unscaled_positions())
+        self.context = max_seq_len or min(c.max_position_embeddings, _DEFAULT_CONTEXT, *self.unscaled_positions())
         self.ropes: dict[str | None, Rope] = {}
         for key, values in self.family.refused.items():
             if getattr(c, key, values[0]) not in values:
-                self._refuse(f"{key} is {getattr(c, key)!r}, which is not built here; expected {values[-1]!r}")
+                self._refuse(
+                    f"{key} is {shown(getattr(c, key))}, which is not built here; expected {shown(values[-1])}"
+                )
 
     def _refuse(self, what: str) -> None:
         raise CheckpointError(f"{self.file}: {what}.")
@@ -156,6 +172,10 @@ class _Builder:
         c, family = self.config, self.family
         sliding = family.windows == "all" or (family.windows == "listed" and c.layer_types[index] == _SLIDING)
         window = c.sliding_window if sliding else None
+        if family.windows == "listed" and sliding and window is None:
+            self._refuse(
+                f"layer_types has {_SLIDING}, and sliding_window (or use_sliding_window) says that none slides"
+            )
         qkv_bias, output_bias, _ = family.biases(c)
         linear, queries, keys = self.adapters.linear, self.heads * self.head_dim, self.kv_heads * self.head_dim
         norms = {}
@@ -186,9 +206,10 @@ class _Builder:
         return attention
 
     def _activation(self) -> nn.Module:
-        name = getattr(self.config, "hidden_activation", None) or self.config.hidden_act
+        key = "hidden_activation" if "hidden_activation" in keys_read(self.config.model_type) else "hidden_act"
+        name = getattr(self.config, key)
         if name not in ACTIVATIONS:
-            self._refuse(f"the activation is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
+            self._refuse(f"{key} is {name!r}; expected one of {', '.join(ACTIVATIONS)}")
         return ACTIVATIONS[name]()
 
     def _check_experts(self) -> None:
@@ -232,21 +253,21 @@ class _Builder:
     # ---- Rotary embeddings
 
     def _query_growth(self) -> tuple[float, int] | None:
-        rope = self._rope_parameters().get(None, {})
-        beta = rope.get("llama_4_scaling_beta")
-        return (beta, rope["original_max_position_embeddings"]) if beta else None
+        rope = self.rope_parameters().get(None, {})
+        beta, original = rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")
+        return (beta, original) if beta and original else None
 
-    def _rope_parameters(self) -> dict[str | None, dict[str, Any]]:
+    def rope_parameters(self) -> dict[str | None, dict[str, Any]]:
         """By type of layer, or for all (None)."""
         parameters = self.config.rope_parameters
         nested = {kind: rope for kind, rope in parameters.items() if isinstance(rope, dict)}
         return nested or {None: parameters}
 
-    def _unscaled_positions(self) -> list[int]:
+    def unscaled_positions(self) -> list[int]:
         """Up to where rotary tables that depend on the length of the sequence are the same for all lengths."""
         whole: int = self.config.max_position_embeddings
         limits = []
-        for rope in self._rope_parameters().values():
+        for rope in self.rope_parameters().values():
             if rope["rope_type"] == "dynamic" and not rope.get("alpha"):
                 limits.append(whole)
             elif rope["rope_type"] == "longrope":
@@ -255,18 +276,20 @@ class _Builder:
         return limits
 
     def _rope(self, index: int) -> Rope:
-        ropes = self._rope_parameters()
-        kind = None if None in ropes else self.config.layer_types[index]
+        ropes = self.rope_parameters()
+        kind = None if None in ropes else getattr(self.config, "layer_types", ["full_attention"] * (index + 1))[index]
         if kind in self.ropes:
             return self.ropes[kind]
+        if kind not in ropes:
+            self._refuse(f"rope_parameters has no {kind}, which layers have")
         rope = ropes[kind]
         rope_type = rope["rope_type"]
-        if rope_type not in _ROPE_TYPES:
-            self._refuse(f"rope_type is {rope_type!r}; expected one of {', '.join(_ROPE_TYPES)}")
         share = rope.get("partial_rotary_factor") or 1.0
         if not self.family.partial_rotary and share != 1.0:
             self._refuse(f"partial_rotary_factor is {share}; models of this family rotate all of a head")
-        limits = self._unscaled_positions()
+        if not 2 <= int(self.head_dim * share) <= self.head_dim:
+            self._refuse(f"partial_rotary_factor is {share}, expected a fraction of the head above 0, 1 at most")
+        limits = self.unscaled_positions()
         if limits and self.context > min(limits):
             raise ConfigError(
                 f"model.max_seq_len={self.context}: by {self.file} ({rope_type}), the rotation of all tokens of a "
@@ -274,7 +297,10 @@ class _Builder:
                 f"have no one right value. Set {min(limits)} at most."
             )
         frequencies = partial(rope_frequencies, rope, self.config, self.head_dim)
-        self.ropes[kind] = Rope(frequencies, self.context, self.family.interleaved)
+        try:
+            self.ropes[kind] = Rope(frequencies, self.context, self.family.interleaved)
+        except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            self._refuse(f"rope_parameters is {rope}, of which no rotary table can be computed ({error})")
         return self.ropes[kind]
 
 

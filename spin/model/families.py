@@ -8,8 +8,11 @@ Source: ``modeling_*.py`` and ``configuration_*.py`` of transformers 5.23, one f
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -206,8 +209,38 @@ def decoder_config(config: dict[str, Any], file: str | Path = "config.json") -> 
     """transformers' config of a config.json's content, with the family's defaults; CheckpointError if it takes none."""
     from transformers import AutoConfig
 
-    values = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"{file}: no model_type. Put the original's there; expected one of {', '.join(FAMILIES)}."
+        )
+    # a copy: the classes change the objects in it
+    values = {key: deepcopy(value) for key, value in config.items() if key not in ("model_type", "auto_map")}
+    values |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # for generation; defaults need not fit
+    warnings, level = logging.getLogger("transformers"), logging.getLogger("transformers").level
+    warnings.setLevel(logging.ERROR)  # it remarks upon each rotary table whose keys it finds odd
     try:
-        return AutoConfig.for_model(config["model_type"], **values)
+        made = AutoConfig.for_model(config["model_type"], **values)
+        made.standardize_rope_params()  # as the model does once more, when it has all keys
+        return made
     except Exception as error:  # noqa: BLE001 - each config class checks in its own way
-        raise CheckpointError(f"{file}: transformers does not take these values ({error}).") from error
+        said = " ".join(str(error).split())[:500]
+        raise CheckpointError(f"{file}: transformers does not take these values ({said}).") from error
+    finally:
+        warnings.setLevel(level)
+
+
+@cache
+def keys_read(family: str) -> frozenset[str]:
+    """The keys of config.json that transformers' config of a family declares."""
+    made = decoder_config({"model_type": family})
+    return frozenset(made.to_dict()) | type(made).attribute_map.keys()
+
+
+def heads_of(config: Config) -> tuple[int, int, int]:
+    """Heads, key/value heads and dimensions of a head."""
+    heads: int = config.num_attention_heads
+    return (
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )

@@ -30,8 +30,9 @@ from spin.core.files import read_json, sync, write_json
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, atomic_dir_of_ranks, gather_objects, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, fill_nf4
-from spin.model.hf_config import CONFIG, check_model, unknown_keys
-from spin.model.hf_families import LAYOUTS, Tensors, check_model_type, heads_of, settings_of
+from spin.model.hf_check import check_model
+from spin.model.hf_config import CONFIG, unknown_keys
+from spin.model.hf_families import LAYOUTS, Tensors, check_model_type, config_of, converter_arguments
 from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, text_name, weight_files
 from spin.model.hf_names import STACKED
 from spin.model.sharding import check_weights, clean_name, is_finite, reshard, weight_gathers
@@ -118,7 +119,7 @@ def _groups(tensors: Tensors, config: dict[str, Any], model_type: str, by_layer:
     for name in tensors:
         layer = re.match(r"layers\.\d+\.", name) if by_layer else None
         named.setdefault(layer.group() if layer else name, []).append(name)
-    arguments, groups = heads_of(config, model_type), []
+    arguments, groups = converter_arguments(config, model_type), []
     for names in named.values():
         meta = {name: torch.empty(tensors[name].shape, device="meta") for name in names}
         try:
@@ -154,10 +155,10 @@ class HFStream:
         check_model(model, config, self.model_type, folder / CONFIG)
         tensors = _named_tensors(model)
         layout = LAYOUTS[self.model_type]
-        self._to_hf = partial(layout.to_hf, **heads_of(config, self.model_type))
+        self._to_hf = partial(layout.to_hf, **converter_arguments(config, self.model_type))
         self._groups = _groups(tensors, config, self.model_type, by_layer=layout.merges)
         # a model that ties its output, in a folder that stores it twice
-        self._repeats_head = "output.weight" not in tensors and not config.get("tie_word_embeddings", True)
+        self._repeats_head = "output.weight" not in tensors and not _ties(config, self.model_type)
 
     def convert(self, named_tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Renames and lays out tensors.
@@ -197,13 +198,18 @@ def stored_rows(model: nn.Module, model_dir: str | Path, model_type: str) -> dic
     int64. Experts, of which one weight has many stored tensors, are left out.
     """
     config = read_config(Path(model_dir) / CONFIG)
-    arguments = heads_of(config, model_type)
+    arguments = converter_arguments(config, model_type)
     found: dict[str, list[tuple[str, torch.Tensor]]] = {}
     for group in _groups(_named_tensors(model), config, model_type):
         for name, pieces in _row_sources(group, model_type, arguments).items():
             if len(pieces) == 1:
                 found.setdefault(pieces[0][0], []).append((name, pieces[0][1]))
     return found
+
+
+def _ties(config: dict[str, Any], model_type: str) -> bool:
+    ties: bool = config_of(config, model_type).tie_word_embeddings
+    return ties
 
 
 def _named_tensors(model: nn.Module) -> Tensors:
@@ -260,7 +266,7 @@ def check_hf_folder(model: nn.Module, checkpoint_dir: str | Path, model_type: st
 
 
 def _warn_of_unknown_keys(config: dict[str, Any], model_type: str, folder: Path) -> None:
-    unknown = unknown_keys(config, model_type)
+    unknown = unknown_keys(config, config_of(config, model_type).model_type)
     if unknown:
         log.warning(f"{folder / CONFIG}: keys that are not known here, and not looked at: {', '.join(unknown)}.")
 
@@ -285,7 +291,7 @@ def _plan(model: nn.Module, folder: Path, model_type: str) -> _Plan:
     fault = quantized({name: entry.dtype for name, entry in entries.items()})
     if fault is not None:
         raise CheckpointError(f"{folder}: {fault}")
-    ties = _LM_HEAD not in expected, settings_of(config, model_type)["tie_word_embeddings"]
+    ties = _LM_HEAD not in expected, _ties(config, model_type)
     head = entries.get(_LM_HEAD) if any(ties) else None
     if ties[0]:
         entries.pop(_LM_HEAD, None)
@@ -296,20 +302,7 @@ def _plan(model: nn.Module, folder: Path, model_type: str) -> _Plan:
             "transformers would make one of random numbers. If the model is a tied one, write tie_word_embeddings: "
             f"true into {CONFIG}; else download the model again."
         )
-    _check_sizes(config, entries, folder)
     return _Plan(config, groups, entries, head, ties)
-
-
-def _check_sizes(config: dict[str, Any], entries: dict[str, _Entry], folder: Path) -> None:
-    """Compares sizes in the config with the tensors: transformers would refuse the folder, and every export of it."""
-    down = entries.get("model.layers.0.mlp.down_proj.weight")
-    stored = {"vocab_size": entries[_EMBEDDINGS].shape[0], "intermediate_size": down.shape[1] if down else None}
-    for key, size in stored.items():
-        if config.get(key) is not None and size is not None and config[key] != size:
-            raise CheckpointError(
-                f"{folder / CONFIG}: {key} is {config[key]}, the stored tensors have {size}. Write {size} there, "
-                "or download the model again."
-            )
 
 
 def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None:
@@ -318,7 +311,7 @@ def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None
     if world.is_main:
         _warn_of_unknown_keys(plan.config, model_type, folder)
     targets = _named_tensors(model)
-    arguments = heads_of(plan.config, model_type)
+    arguments = converter_arguments(plan.config, model_type)
     finite: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for group in plan.groups:
@@ -484,7 +477,7 @@ def from_hf_tensors(model: nn.Module, tensors: Tensors, config: dict[str, Any], 
     if "output.weight" not in targets:
         tensors = {name: tensor for name, tensor in tensors.items() if name != _LM_HEAD}
     try:
-        converted = LAYOUTS[model_type].to_tune(tensors, **heads_of(config, model_type))
+        converted = LAYOUTS[model_type].to_tune(tensors, **converter_arguments(config, model_type))
     except Exception as error:  # noqa: BLE001 - torchtune raises Exception itself for a name that it does not know
         raise CheckpointError(f"torchtune's {model_type} converter does not take the tensors: {error}") from error
     wrong = [
@@ -556,7 +549,7 @@ def export_hf(
         if len(files) == 1
         else [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     )
-    to_hf = partial(LAYOUTS[model_type].to_hf, **heads_of(config, model_type))
+    to_hf = partial(LAYOUTS[model_type].to_hf, **converter_arguments(config, model_type))
     too_large: list[str] = []
     with atomic_dir_of_ranks(out, kind, world, CheckpointError) as part:
         # Rank r gathers file r of each round of world_size files, then all ranks write.

@@ -26,10 +26,11 @@ from spin.model.attention import patch_attention
 from spin.model.build import build_model
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.model.hf import from_hf_tensors
-from spin.model.hf_config import CONFIG, Asked, check_model, check_shapes
+from spin.model.hf_check import Asked, check_model, context_of, reached
+from spin.model.hf_config import CONFIG
 from spin.model.hf_families import check_model_type
 from spin.model.hf_folder import read_config
-from spin.model.torchtune import TransformerDecoder
+from spin.model.torchtune import FeedForward, TransformerDecoder
 
 log = logging.getLogger(__name__)
 
@@ -75,15 +76,15 @@ class TooLargeError(CheckpointError):
 def compare_logits(
     section: config.Component | DictConfig,
     checkpoint_dir: str | Path,
-    model_type: str,
+    model_type: str | None,
     max_parameters: int = MAX_PARAMETERS,
 ) -> LogitsReport:
     """Compares the logits of a config's model with those of transformers' model of the folder.
 
     Args:
-        section (config.Component | DictConfig): the config's ``model``, any torchtune builder.
+        section (config.Component | DictConfig): the config's ``model``.
         checkpoint_dir (str | Path): Hugging Face folder with the model's config.json.
-        model_type (str): name in torchtune's ``ModelType``.
+        model_type (str | None): name in torchtune's ``ModelType``; None: the model is built from its folder.
         max_parameters (int): of the model of one or two layers, at most.
 
     Returns:
@@ -99,19 +100,18 @@ def compare_logits(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = _build(section)
-        asked = Asked(model, content, model_type)
-        check_shapes(model.layers, asked, file)
+        asked, context = Asked(list(model.layers), content, model_type, file), context_of(model)
         layers = _shrink(model, asked, max_parameters)
-        windows = _windows(model, asked, layers)
-        twin = _twin(content, asked, layers, windows, file)
+        windows = _windows(model, asked, layers, context)
+        twin = _twin(asked, layers, windows, file)
         _fill(model, twin, content, model_type)
         differences = [
             _difference(model, twin, ids, positions)
-            for ids, positions in _inputs(model.tok_embeddings.num_embeddings, asked.context, any(windows))
+            for ids, positions in _inputs(model.tok_embeddings.num_embeddings, context, any(windows))
         ]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     worst = max(differences, key=lambda value: math.inf if math.isnan(value) else value)
-    return LogitsReport(worst, len(differences) * min(TOKENS, asked.context), tuple(layers), parameters)
+    return LogitsReport(worst, len(differences) * min(TOKENS, context), tuple(layers), parameters)
 
 
 def _build(section: config.Component | DictConfig) -> TransformerDecoder:
@@ -127,9 +127,9 @@ def _build(section: config.Component | DictConfig) -> TransformerDecoder:
 def _shrink(model: Any, asked: Asked, max_parameters: int) -> list[int]:
     """Leaves one layer of each kind, two at least, and a small vocabulary, which changes nothing but the size."""
     kinds: dict[Any, int] = {}
-    ours = [getattr(layer.attn, "sliding_window_size", None) for layer in model.layers]
-    for index, kind in enumerate(zip(ours, asked.windows(), asked.layer_types(), strict=True)):
-        kinds.setdefault(kind, index)
+    for index, (ours, theirs) in enumerate(zip(model.layers, asked.layers, strict=True)):
+        window = getattr(ours.attn, "sliding_window_size", None), theirs.attn.sliding_window_size
+        kinds.setdefault((*window, id(theirs.attn.pos_embeddings), type(theirs.mlp)), index)
     layers = sorted(kinds.values())
     if len(layers) == 1 and len(model.layers) > 1:
         layers = [0, 1]
@@ -153,13 +153,13 @@ def _shrink(model: Any, asked: Asked, max_parameters: int) -> list[int]:
     return layers
 
 
-def _windows(model: Any, asked: Asked, layers: list[int]) -> list[int | None]:
+def _windows(model: Any, asked: Asked, layers: list[int], context: int) -> list[int | None]:
     """Sets windows that a run can reach to a few positions, in the model; returns those of transformers.
 
     Equal ones stay equal, and others in their order.
     """
-    theirs = [asked.reached(asked.windows()[index]) for index in layers]
-    ours = [asked.reached(getattr(layer.attn, "sliding_window_size", None)) for layer in model.layers]
+    theirs = [reached(asked.layers[index].attn.sliding_window_size, context) for index in layers]
+    ours = [reached(getattr(layer.attn, "sliding_window_size", None), context) for layer in model.layers]
     sizes = sorted({window for window in (*theirs, *ours) if window is not None})
     small = {size: min(size, 8 * (place + 1)) for place, size in enumerate(sizes)}
     for layer, window in zip(model.layers, ours, strict=True):
@@ -168,30 +168,30 @@ def _windows(model: Any, asked: Asked, layers: list[int]) -> list[int | None]:
     return [None if window is None else small[window] for window in theirs]
 
 
-def _twin(content: dict[str, Any], asked: Asked, layers: list[int], windows: list[int | None], file: Path) -> nn.Module:
+def _twin(asked: Asked, layers: list[int], windows: list[int | None], file: Path) -> nn.Module:
     """transformers' model of the folder's config with the chosen layers, random weights, in float32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    left_out = ("auto_map", "torch_dtype", "dtype", "num_hidden_layers", "layer_types", "vocab_size", "_name_or_path")
-    small = {key: value for key, value in content.items() if key not in left_out and not key.endswith("_token_id")}
+    c, left_out = asked.config, ("auto_map", "torch_dtype", "dtype", "_name_or_path", "model_type")
+    small = {key: value for key, value in asked.given.items() if key not in left_out and not key.endswith("_token_id")}
     small |= {
         "num_hidden_layers": len(layers),
-        "vocab_size": _VOCABULARY if content.get("vocab_size") is None else min(_VOCABULARY, content["vocab_size"]),
+        "vocab_size": min(_VOCABULARY, c.vocab_size),
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")),
+        **{
+            key: [getattr(c, key)[index] for index in layers]
+            for key in ("layer_types", "no_rope_layers")
+            if asked.has(key)
+        },
     }
-    if "sliding_window" in asked.values:
-        found = {window for window in windows if window is not None}
-        if found:
-            small["sliding_window"] = found.pop()
-        if asked.family in ("qwen2", "gemma2"):
-            small["layer_types"] = ["full_attention" if window is None else "sliding_attention" for window in windows]
-            if asked.family == "qwen2":
-                small["use_sliding_window"] = any(windows)
-    name = small.pop("model_type", asked.family)
+    if asked.has("mlp_only_layers"):
+        dense = [place for place, index in enumerate(layers) if isinstance(asked.layers[index].mlp, FeedForward)]
+        small |= {"decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if any(windows):
+        small["sliding_window"] = max(window for window in windows if window is not None)
     try:
         # a copy: the classes change the objects in it
-        made = AutoConfig.for_model(name, **json.loads(json.dumps(small)))
-        made.tie_word_embeddings = asked.values["tie_word_embeddings"]
+        made = AutoConfig.for_model(c.model_type, **json.loads(json.dumps(small)))
         twin = AutoModelForCausalLM.from_config(made, attn_implementation="eager", dtype=torch.float32)
     except Exception as error:  # noqa: BLE001 - whatever transformers says of a config that it does not take
         raise CheckpointError(

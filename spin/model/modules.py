@@ -75,12 +75,14 @@ def scale_output(module: nn.Module, factor: float, rounded: bool = False) -> Non
     def scaled(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         return output * (torch.tensor(factor, dtype=output.dtype).item() if rounded else factor)
 
+    module.output_factor = factor  # type: ignore[assignment]
     module.register_forward_hook(scaled)
 
 
 def clamp_output(module: nn.Module, limit: float | None) -> None:
     """Clamps what a module returns to plus and minus a limit."""
     if limit is not None:
+        module.output_limit = limit  # type: ignore[assignment]
         module.register_forward_hook(lambda module, inputs, output: output.clamp(-limit, limit))
 
 
@@ -155,6 +157,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
     "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
     "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "relu": nn.ReLU,
     "relu2": ReLU2,
     "xielu": XIELU,
 }

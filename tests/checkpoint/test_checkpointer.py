@@ -44,7 +44,7 @@ def world():
 
 @pytest.fixture
 def checkpointer(tmp_path) -> SPINCheckpointer:
-    return SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "run"), keep_last=2)
+    return SPINCheckpointer("unused", str(tmp_path / "run"), "LLAMA3_2", keep_last=2)
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
@@ -98,7 +98,7 @@ def test_resume_is_exact(checkpointer, world):
 
 @pytest.mark.slow
 def test_one_two_and_four_ranks_exchange_checkpoints(tmp_path, world, subprocess_env):
-    one = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "one"))
+    one = SPINCheckpointer("unused", str(tmp_path / "one"), "LLAMA3_2")
     model = sharded(world)
     optimizer = adamw(model)
     train(model, optimizer, world, range(3))
@@ -108,7 +108,7 @@ def test_one_two_and_four_ranks_exchange_checkpoints(tmp_path, world, subprocess
     run_ranks("resume.py", subprocess_env, tmp_path)
     run_ranks("read_checkpoint.py", subprocess_env, tmp_path / "two", ranks=4)
 
-    two = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "two"))
+    two = SPINCheckpointer("unused", str(tmp_path / "two"), "LLAMA3_2")
     model, optimizer = fresh(world)
     two.load(two.latest(), model=model, optimizer=optimizer, world=world)
     assert list(digests(model, optimizer)) == [two.read_state(two.latest())[key] for key in ("weights", "optimizer")]
@@ -211,17 +211,17 @@ def test_newest_is_what_was_saved_last_and_the_same_step_is_replaced(checkpointe
 
 def test_retention(tmp_path, world):
     """Losses 5, 3, 4, 3, 6, nan, 7: the best two are steps 2 and 4, the newest two steps 6 and 7."""
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=2, keep_best=2)
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2", keep_last=2, keep_best=2)
     for step, metric in enumerate((5.0, 3.0, 4.0, 3.0, 6.0, math.nan, 7.0), start=1):
         save(checkpointer, world, step, metric=metric)
     assert names(checkpointer) == [f"step_0000000{step}" for step in (2, 4, 6, 7)]
-    keeps_one = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=1)
+    keeps_one = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2", keep_last=1)
     save(keeps_one, world, 8)
     assert names(checkpointer) == ["step_00000008"]
 
 
 def test_retention_never_leaves_less_than_one(tmp_path, world, monkeypatch):
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=1)
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2", keep_last=1)
     one = save(checkpointer, world, 1)
     original, seen = spin.core.ranks.commit_atomic_dir, []
 
@@ -303,7 +303,7 @@ def test_process_really_killed(module, function, tmp_path, world, subprocess_env
         module, function = function.split(".")
     command = [sys.executable, str(FOLDER / "killed_save.py"), str(tmp_path), module, function]
     assert subprocess.run(command, env=subprocess_env, capture_output=True, timeout=120).returncode == 9
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2")
     assert [name for name in names(checkpointer) if not name.startswith(".")] == ["step_00000001"]
     assert (checkpointer.checkpoints_dir / ".step_00000002.part").is_dir()
     path = checkpointer.latest()
@@ -469,15 +469,15 @@ def test_impossible_arguments():
 
 
 def test_validate(tiny_lm, tmp_path, monkeypatch, caplog):
-    good = SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path / "run"))
+    good = SPINCheckpointer(str(tiny_lm), str(tmp_path / "run"), "LLAMA3_2")
     good.validate()
     assert not caplog.records and not list(good.checkpoints_dir.iterdir())
 
     with pytest.raises(CheckpointError, match="no such folder"):
-        SPINCheckpointer(str(tmp_path / "no"), "LLAMA3_2", str(tmp_path / "run")).validate()
+        SPINCheckpointer(str(tmp_path / "no"), str(tmp_path / "run"), "LLAMA3_2").validate()
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write \(.*/file is not a folder\)\. Change output_dir"):
-        SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path / "file" / "run")).validate()
+        SPINCheckpointer(str(tiny_lm), str(tmp_path / "file" / "run"), "LLAMA3_2").validate()
 
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=20_000_000))
@@ -492,7 +492,7 @@ def test_validate(tiny_lm, tmp_path, monkeypatch, caplog):
 
 
 def test_load_model_and_export(tiny_lm, tmp_path, world):
-    checkpointer = SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path))
+    checkpointer = SPINCheckpointer(str(tiny_lm), str(tmp_path), "LLAMA3_2")
     model = tiny_lm_model().eval()
     checkpointer.load_model(model, world)
     path = checkpointer.export(model, 7, world)
@@ -508,7 +508,7 @@ def test_export_asks_as_the_run_did(tiny_lm, tmp_path, world):
     base, template = tmp_path / "base", "{% for m in messages %}[{{ m.role }}] {{ m.content }}<|im_end|>{% endfor %}"
     shutil.copytree(tiny_lm, base, ignore=shutil.ignore_patterns("tokenizer*"))
     tokenizer = ChatTokenizer(tiny_lm, chat_template=template)
-    checkpointer = SPINCheckpointer(str(base), "LLAMA3_2", str(tmp_path))
+    checkpointer = SPINCheckpointer(str(base), str(tmp_path), "LLAMA3_2")
     path = checkpointer.export(tiny_lm_model(), 0, world, tokenizer)
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
     assert ChatTokenizer(path).encode_pair(talk) == tokenizer.encode_pair(talk)

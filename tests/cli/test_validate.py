@@ -185,7 +185,7 @@ def test_faults_of_every_kind_in_one_pass(validate, tmp_path):
     assert code == 1 and "checks failed" in err
     faults = [label for label, verdict in verdicts(out).items() if verdict == "FAULT"]
     assert sorted(faults) == ["data", "loss, optimizer", "model folder", "vocabulary"]
-    assert "[1024, 128], the model needs [1000, 128]" in out and "knows 1024 token ids" in out
+    assert "vocab_size is 1024, the model computes with vocab_size 1000" in out and "knows 1024 token ids" in out
     assert "rows.jsonl:2: last message has role 'user'" in out and "rows.jsonl:4: " in out
     assert "rows.jsonl:5, rows.jsonl:6, rows.jsonl:7 and 27 more: found a list" in out
 

@@ -193,7 +193,7 @@ def _checkpoint_readers(folder: Path) -> dict[str, Reader]:
     recipe.setup()
     recipe.cleanup()
     world = init_world("cpu")
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "run"))
+    checkpointer = SPINCheckpointer("unused", str(folder / "run"), "LLAMA3_2")
     saved = recipe.state_dict() | {"progress": {"step": 3, "consumed_samples": 12}, "val_loss": 1.0}
     path = checkpointer.save(step=3, model=sharded(world), optimizer=None, state=saved, world=world)
     checkpointer.close()

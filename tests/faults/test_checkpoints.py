@@ -35,7 +35,7 @@ def step(out, number):
 
 
 def latest(out, *arguments):
-    return SPINCheckpointer("unused", "LLAMA3_2", str(out)).latest(*arguments)
+    return SPINCheckpointer("unused", str(out), "LLAMA3_2").latest(*arguments)
 
 
 DAMAGE = {

@@ -135,7 +135,7 @@ def test_a_full_disk_ends_the_run_with_the_path(tmp_path, limit, named):
     assert "Traceback" not in done.stderr, done.stderr[-3000:]
     assert named in done.stderr[done.stderr.index("error: ") :]
     assert not [path for path in (tmp_path / "out").rglob("*") if path.name.endswith((".part", ".tmp"))]
-    assert SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "out")).latest() is None
+    assert SPINCheckpointer("unused", str(tmp_path / "out"), "LLAMA3_2").latest() is None
     run(tmp_path / "out", *changes)
     run(tmp_path / "unbroken", *changes)
     assert metrics_of(tmp_path / "out") == metrics_of(tmp_path / "unbroken")
@@ -208,7 +208,7 @@ def save(checkpointer, step, **options):
 
 def test_training_continues_while_a_checkpoint_is_written(tmp_path, world, monkeypatch):
     """The weights of the moment of saving are written, whatever is trained before the writer gets to them."""
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2")
     may_write, original = threading.Event(), spin.checkpoint.checkpointer.save_tensors
 
     def held_up(*args):
@@ -249,7 +249,7 @@ def test_a_failed_write_is_raised_by_the_next_call_of_every_kind(tmp_path, monke
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2")
     first = save(checkpointer, 1)
     checkpointer.wait()
     assert not checkpointer.has_failed
@@ -269,7 +269,7 @@ def test_one_rank_fails_in_the_background_and_both_stop(tmp_path, subprocess_env
 
 
 def test_an_anchor_stays_until_the_next(tmp_path, world):
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), keep_last=1)
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2", keep_last=1)
     expected = {1: [1], 2: [2], 3: [2, 3], 4: [2, 4], 5: [5], 6: [5, 6]}
     for step, kept in expected.items():
         save(checkpointer, step, anchor=step in (2, 5))

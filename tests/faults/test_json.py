@@ -42,7 +42,7 @@ FILES = {
 def readers(tiny_lm, tmp_path):
     """Each JSON file that a run or a command reads, with what reads it."""
     world = init_world("cpu")
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "run"))
+    checkpointer = SPINCheckpointer("unused", str(tmp_path / "run"), "LLAMA3_2")
     state = checkpointer.save(step=1, model=sharded(world), optimizer=None, state={}, world=world)
     checkpointer.close()
     store = PairStore.open_or_create(tmp_path / "store", {"opponent": "a"}, 1)

@@ -137,7 +137,7 @@ def test_a_run_deletes_nothing_that_was_there(crowded):
 
 def test_it_works_in_such_a_folder_and_clears_up_after_itself(crowded):
     folder, _, _ = crowded
-    assert SPINCheckpointer("unused", "LLAMA3_2", str(folder), keep_last=1).latest().name == "step_00000005"
+    assert SPINCheckpointer("unused", str(folder), "LLAMA3_2", keep_last=1).latest().name == "step_00000005"
     ours = sorted(path.parent.name for path in folder.rglob(".spin") if path.parent != folder)
     assert ours == ["hf_model", "step_00000005"]
     before = tree(folder)
@@ -147,7 +147,7 @@ def test_it_works_in_such_a_folder_and_clears_up_after_itself(crowded):
 
 
 def test_what_a_dead_process_left_is_removed_if_it_is_marked(tmp_path):
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2")
     arguments = {"model": sharded(init_world("cpu")), "optimizer": None, "state": {}, "world": init_world("cpu")}
     first = checkpointer.save(step=1, **arguments)
     checkpointer.wait()

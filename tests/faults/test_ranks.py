@@ -91,7 +91,7 @@ def test_a_rank_of_a_run_is_stopped_and_the_run_resumes_from_its_checkpoint(tmp_
     output, _ = process.communicate(timeout=120)
     assert process.returncode != 0 and not is_alive(stopped)
     assert re.search(r"error \(rank 0\): rank 1 \(host \S+, process \d+\) has been silent", output), output[-3000:]
-    checkpointer = SPINCheckpointer(str(tmp_path), "LLAMA3_2", str(out))
+    checkpointer = SPINCheckpointer(str(tmp_path), str(out), "LLAMA3_2")
     assert checkpointer.latest() is not None
     command(out, *changes, nproc=2)
     assert [row["step"] for row in metrics_of(out)] == [1, 2, 3, 4, 5]

@@ -94,13 +94,13 @@ def model(tiny_lm):
     world = init_world("cpu")
     model = build_model(tiny_config("unused").model, torch.float32)
     prepare_model(model, world, compute_dtype=torch.float32)
-    SPINCheckpointer(str(tiny_lm), "LLAMA3_2", "unused").load_model(model, world)
+    SPINCheckpointer(str(tiny_lm), "unused", "LLAMA3_2").load_model(model, world)
     return model, world
 
 
 def test_fp16_that_cannot_hold_a_weight_is_refused_by_name_and_the_old_export_stands(model, tiny_lm, tmp_path):
     model, world = model
-    checkpointer = SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path), export_dtype="fp16")
+    checkpointer = SPINCheckpointer(str(tiny_lm), str(tmp_path), "LLAMA3_2", export_dtype="fp16")
     out = checkpointer.export(model, 0, world)
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_fp16_that_cannot_hold_a_weight_is_refused_by_name_and_the_old_export_st
         checkpointer.export(model, 0, world)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert [path.name for path in out.parent.iterdir()] == ["hf_model"]
-    SPINCheckpointer(str(tiny_lm), "LLAMA3_2", str(tmp_path), export_dtype="bf16").export(model, 0, world)
+    SPINCheckpointer(str(tiny_lm), str(tmp_path), "LLAMA3_2", export_dtype="bf16").export(model, 0, world)
     checkpointer.close()
 
 
@@ -151,7 +151,7 @@ def test_a_model_folder_with_nan_is_refused_before_any_response(tmp_path, tiny_l
 
 def test_a_checkpoint_with_nan_is_neither_saved_nor_loaded(model, tmp_path, monkeypatch):
     model, world = model
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), async_save=False)
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2", async_save=False)
     with torch.no_grad():
         model.norm.scale[0] = math.inf
     arguments = {"model": model, "optimizer": None, "world": world}

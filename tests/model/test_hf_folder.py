@@ -132,10 +132,10 @@ KINDS: list[tuple[str, Callable[[Path], Any], tuple[str, ...]]] = [
     ("packed-stored", stored(".weight_packed", torch.int32), ("quantized (compressed-tensors",)),
     ("bnb-stored", stored(".weight.absmax", torch.uint8), ("quantized (bitsandbytes",)),
     *[
-        (name, family(name), (f"model_type is '{name}'", "llama, mistral, qwen2, gemma, gemma2, phi3. Choose such"))
-        for name in ("gpt_oss", "qwen3", "qwen3_moe", "mixtral", "granite", "phi", "gpt2", "deepseek_v3", "t5", "olmo2")
+        (name, family(name), (f"model_type is '{name}'", "internlm3. Choose such"))
+        for name in ("gpt_oss", "qwen3_next", "mixtral", "lfm2", "granitemoehybrid", "phi", "gpt2", "deepseek_v3", "t5")
     ],
-    ("gemma3", family("gemma3", text_config={"hidden_size": 8}), ("is 'gemma3'", "several parts (text, images")),
+    ("mllama", family("mllama", text_config={"hidden_size": 8}), ("is 'mllama'", "several parts (text, images")),
     ("head", quantized(architectures=["LlamaForSequenceClassification"]), ("its head is another one", "ForCausalLM")),
 ]  # fmt: skip
 

@@ -259,6 +259,6 @@ def test_a_checkpoint_of_full_fine_tuning_still_holds_every_weight(tmp_path, wor
     from spin.checkpoint.tensors import read_metadata
 
     model = llama3_2(**runs.SHAPE)
-    saver = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path), async_save=False)
+    saver = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2", async_save=False)
     path = saver.save(step=1, model=model, optimizer=None, state={}, world=world)
     assert set(read_metadata(path).state_dict_metadata) == {f"model.{name}" for name in model.state_dict()}

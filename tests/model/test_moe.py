@@ -18,7 +18,7 @@ from spin.model import build_model, prepare_model, weights_fingerprint
 from spin.model.build import compile_each_layer
 from spin.model.float8 import convert_float8
 from spin.model.hf import HFStream, export_hf, load_hf_weights, stored_elements
-from spin.model.hf_families import LAYOUTS, heads_of
+from spin.model.hf_families import LAYOUTS, converter_arguments
 from spin.model.moe import MoE, idle_parameters
 from spin.model.sharding import full_tensor
 from tests.hf_folders import VOCAB_SIZE, decoder, forward_ids, stored_tensors, write_folder
@@ -142,7 +142,7 @@ def test_gradients_are_those_of_transformers(name, tmp_path, world):
     loss(twin(input_ids=ids).logits).backward()
     config = json.loads((tmp_path / "config.json").read_text())
     stored = {key: parameter.grad for key, parameter in twin.named_parameters()}
-    expected = LAYOUTS["HF"].to_tune(stored, **heads_of(config, "HF"))
+    expected = LAYOUTS["HF"].to_tune(stored, **converter_arguments(config, "HF"))
     for options in ({}, {"activation_checkpointing": True}):
         model = from_folder(tmp_path, world, **options)
         loss(model(ids)).backward()

@@ -277,7 +277,7 @@ def test_two_ranks(subprocess_env):
 def test_replicas_of_two_shards(subprocess_env, tmp_path, world):
     """They compute what four shards and one rank do, and one rank can go on from their checkpoint."""
     run_ranks("replicas.py", subprocess_env, tmp_path, ranks=4)
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2")
     path = checkpointer.latest()
     model = sharded(world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

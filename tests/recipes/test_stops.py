@@ -147,7 +147,7 @@ def test_a_file_that_an_export_could_not_change_is_refused_before_weights_load(t
     base = base_model(tiny_lm, tmp_path / "base")
     (base / name).write_text("[1, 2")
     with pytest.raises(CheckpointError, match=f"{name}: not valid JSON"):
-        SPINCheckpointer(str(base), "LLAMA3_2", str(tmp_path / "run")).validate()
+        SPINCheckpointer(str(base), str(tmp_path / "run"), "LLAMA3_2").validate()
 
 
 def test_a_torchtune_tokenizers_stop_tokens_are_exported_too(tiny_lm, tmp_path):
@@ -161,7 +161,7 @@ def test_a_torchtune_tokenizers_stop_tokens_are_exported_too(tiny_lm, tmp_path):
     (tmp_path / "merges.txt").write_text("\n".join(merges) + "\n")
     files = (str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"), str(base / "tokenizer.json"))
     tokenizer = adapt_tokenizer(qwen2_tokenizer(*files))
-    checkpointer = SPINCheckpointer(str(base), "LLAMA3_2", str(tmp_path / "run"))
+    checkpointer = SPINCheckpointer(str(base), str(tmp_path / "run"), "LLAMA3_2")
     world = init_world("cpu")
     try:
         folder = checkpointer.export(tiny_lm_model(), 0, world, tokenizer)

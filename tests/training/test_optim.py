@@ -164,7 +164,7 @@ def test_closure_groups_and_parameters_without_gradient(eager):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_resume_is_exact(name, tmp_path, world, eager):
     make, dtype = OPTIMIZERS[name]
-    checkpointer = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path))
+    checkpointer = SPINCheckpointer("unused", str(tmp_path), "LLAMA3_2")
     model = small(world, dtype)
     optimizer = make(model.parameters())
     train(model, optimizer, range(3))
@@ -186,7 +186,7 @@ def test_resume_is_exact(name, tmp_path, world, eager):
 def test_two_ranks_and_one_exchange_checkpoints(tmp_path, world, subprocess_env, eager):
     """The head's one row is on the first rank alone. 8-bit AdamW steps alike on any number of ranks, bit for bit."""
     for name, (make, dtype) in OPTIMIZERS.items():
-        one = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "one" / name))
+        one = SPINCheckpointer("unused", str(tmp_path / "one" / name), "LLAMA3_2")
         model = small(world, dtype)
         optimizer = make(model.parameters())
         train(model, optimizer, range(2))
@@ -196,7 +196,7 @@ def test_two_ranks_and_one_exchange_checkpoints(tmp_path, world, subprocess_env,
     run_ranks("optimizers.py", subprocess_env, tmp_path)
 
     for name, (make, dtype) in OPTIMIZERS.items():
-        two = SPINCheckpointer("unused", "LLAMA3_2", str(tmp_path / "two" / name))
+        two = SPINCheckpointer("unused", str(tmp_path / "two" / name), "LLAMA3_2")
         path = two.latest()
         model = small(world, dtype)
         optimizer = make(model.parameters())

@@ -14,7 +14,7 @@ from spin.core.ranks import barrier, init_world, shutdown
 world = init_world("cpu")
 model = sharded(world)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-checkpointer = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1])
+checkpointer = SPINCheckpointer("unused", sys.argv[1], "LLAMA3_2")
 
 
 def save(step):

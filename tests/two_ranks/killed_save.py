@@ -14,7 +14,7 @@ output_dir, module, function = sys.argv[1:]
 world = init_world("cpu")
 model = sharded(world)
 optimizer = torch.optim.AdamW(model.parameters())
-checkpointer = SPINCheckpointer("unused", "LLAMA3_2", output_dir)
+checkpointer = SPINCheckpointer("unused", output_dir, "LLAMA3_2")
 train(model, optimizer, world, range(1))
 checkpointer.save(step=1, model=model, optimizer=optimizer, state={"step": 1}, world=world)
 checkpointer.wait()

@@ -5,6 +5,6 @@ import sys
 from spin.checkpoint import SPINCheckpointer
 from spin.core.ranks import init_world, shutdown
 
-found = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1]).latest("auto", init_world("cpu"))
+found = SPINCheckpointer("unused", sys.argv[1], "LLAMA3_2").latest("auto", init_world("cpu"))
 assert found.name == "step_00000001", found
 shutdown()

@@ -33,14 +33,14 @@ def digests(model, optimizer):
 def main(folder: Path) -> None:
     world = init_world("cpu")
     for name, (make, dtype) in OPTIMIZERS.items():
-        one = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "one" / name))
+        one = SPINCheckpointer("unused", str(folder / "one" / name), "LLAMA3_2")
         path = one.latest("auto")
         model = small(world, dtype)
         optimizer = make(model.parameters())
         one.load(path, model=model, optimizer=optimizer, world=world)
         assert digests(model, optimizer) == one.read_state(path), name
 
-        two = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "two" / name))
+        two = SPINCheckpointer("unused", str(folder / "two" / name), "LLAMA3_2")
         train(model, optimizer, range(2, 4))
         state = digests(model, optimizer)
         path = two.save(step=4, model=model, optimizer=optimizer, state=state, world=world)

@@ -15,7 +15,7 @@ with torch.no_grad():
     for parameter in model.parameters():
         parameter.fill_(float("nan"))
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-checkpointer = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1])
+checkpointer = SPINCheckpointer("unused", sys.argv[1], "LLAMA3_2")
 path = checkpointer.latest()
 checkpointer.load(path, model=model, optimizer=optimizer, world=world)
 found = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}

@@ -56,7 +56,7 @@ assert rows_reduced(sharded(worlds[0])) == [True, True, True]
 assert rows_reduced(sharded(worlds[1])) == [False, False, True]  # between replicas once per step
 
 state = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}
-checkpointer = SPINCheckpointer("unused", "LLAMA3_2", sys.argv[1])
+checkpointer = SPINCheckpointer("unused", sys.argv[1], "LLAMA3_2")
 checkpointer.save(step=1, model=model, optimizer=optimizer, state=state, world=world)
 checkpointer.close()
 shutdown()

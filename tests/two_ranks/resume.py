@@ -26,7 +26,7 @@ def fresh():
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
-one = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "one"))
+one = SPINCheckpointer("unused", str(folder / "one"), "LLAMA3_2")
 model, optimizer = fresh()
 path = one.latest("auto")
 one.load(path, model=model, optimizer=optimizer, world=world)
@@ -34,7 +34,7 @@ state = one.read_state(path)
 assert weights_fingerprint(model) == state["weights"]
 assert optimizer_digest(model, optimizer) == state["optimizer"]
 
-two = SPINCheckpointer("unused", "LLAMA3_2", str(folder / "two"))
+two = SPINCheckpointer("unused", str(folder / "two"), "LLAMA3_2")
 train(model, optimizer, world, range(3, 5))
 state = {"weights": weights_fingerprint(model), "optimizer": optimizer_digest(model, optimizer)}
 path = two.save(step=5, model=model, optimizer=optimizer, state=state, world=world)
