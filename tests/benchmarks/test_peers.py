@@ -51,7 +51,7 @@ def check_agreement(results, arms, ran):
     """Every arm that ran has the loss and the gradient of fp32, and was timed."""
     assert results["check"].keys() == arms.keys() == ran
     for name, deviations in results["check"].items():
-        assert 0.1 < deviations["loss"] < 2 and "gradient_deviation" in deviations, name
+        assert 0.1 < deviations["loss"] < 2, name
         assert all(value < 1e-5 for key, value in deviations.items() if key != "loss"), (name, deviations)
     assert all(run["step"]["pairs_per_second"] > 0 for run in arms.values())
 
@@ -63,6 +63,7 @@ def test_every_arm_that_runs_here_agrees_with_fp32(measured):
     ran = set(peers.DEFAULT_ARMS) - results["skipped"].keys()
     assert {"ours", "ours_unshared", "hf_packed", "torchtune", "authors"} <= ran
     check_agreement(results, results["step"]["third"]["arms"], ran)
+    assert all("gradient_deviation" in deviations for deviations in results["check"].values())
     for run in results["step"]["third"]["arms"].values():
         assert run["step"]["median"] > run["forward_backward"]["median"] > 0
         assert run["step"]["pairs_per_second"] == pytest.approx(8 / run["step"]["values"][0])
