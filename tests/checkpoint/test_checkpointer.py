@@ -463,9 +463,9 @@ def test_hostile_files_run_no_code(where, checkpointer, world, tmp_path):
 
 def test_impossible_arguments():
     with pytest.raises(ConfigError, match="export_dtype is 'int8', expected fp32, bf16, fp16"):
-        SPINCheckpointer("x", "QWEN2", "y", export_dtype="int8")
+        SPINCheckpointer("x", "y", "QWEN2", export_dtype="int8")
     with pytest.raises(ConfigError, match="model_type is 'CLIP_TEXT', expected one of"):
-        SPINCheckpointer("x", "CLIP_TEXT", "y")
+        SPINCheckpointer("x", "y", "CLIP_TEXT")
 
 
 def test_validate(tiny_lm, tmp_path, monkeypatch, caplog):
