@@ -55,11 +55,11 @@ def from_hf(
             config.json says.
         lora_attn_modules (Sequence[str]): which of ``q_proj``, ``k_proj``, ``v_proj`` and ``output_proj`` get an
             adapter.
-        apply_lora_to_mlp (bool): the linear layers of the MLP get one too.
+        apply_lora_to_mlp (bool): the linear layers of the MLP get one too; experts cannot.
         lora_rank (int): of the adapters.
         lora_alpha (float): adapters are scaled by ``lora_alpha / lora_rank``.
         use_dora (bool): DoRA in place of LoRA.
-        quantize_base (bool): the layers' linear weights are NF4 and do not train (QLoRA).
+        quantize_base (bool): the layers' linear weights are NF4 and do not train (QLoRA); not with experts.
 
     Returns:
         TransformerDecoder: of torchtune, on the current default device and in its default dtype.

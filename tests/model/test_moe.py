@@ -249,23 +249,27 @@ def test_idle_parameters():
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [{}, {"width": 1024, "hidden": 256, "experts": 64}], ids=["small", "large"])
 def test_grouped_products_equal_the_loop(sizes):
-    """bf16 on the GPU against fp32 on the CPU with the same numbers; most experts of the small row have no token."""
+    """bf16 against fp32 with the same numbers, and logits that no rounding changes; most experts of the small row have
+    no token."""
     model = sparse(dtype=torch.bfloat16, device="cuda", **sizes)
-    exact = sparse(**sizes)
+    exact = sparse(device="cuda", **sizes)
+    experts, width = model.router.shape
     with torch.no_grad():
+        model.router.copy_(torch.eye(experts, width))
         for ours, theirs in zip(exact.parameters(), model.parameters(), strict=True):
             ours.copy_(theirs)
-    width = model.router.shape[1]
+    draw = torch.Generator().manual_seed(4)
     for rows in (1, 300):
-        x = torch.randn(1, rows, width, generator=torch.Generator().manual_seed(4)).bfloat16()
-        found = gradients(model, model, x.cuda()) | {"out": model(x.cuda()).detach()}
+        x = torch.randn(1, rows, width, generator=draw).bfloat16().cuda()
+        x[..., :experts] = torch.rand(rows, experts, generator=draw).argsort(-1).cuda() / 16
+        found = gradients(model, model, x) | {"out": model(x).detach()}
         expected = gradients(exact, exact, x.float()) | {"out": exact(x.float()).detach()}
         for name, value in expected.items():
-            error = (found[name].cpu().float() - value).norm() / value.norm()
-            assert error < 0.03, (name, rows, error.item())
+            error = (found[name].float() - value).norm() / value.norm()
+            assert error < 0.015, (name, rows, error.item())
         idle = expected["down"].unflatten(0, (model.experts, -1)).abs().amax((1, 2)) == 0
         assert idle.any() == (rows == 1)
-        assert not found["down"].unflatten(0, (model.experts, -1))[idle.cuda()].any()
+        assert not found["down"].unflatten(0, (model.experts, -1))[idle].any()
 
 
 @pytest.mark.gpu
@@ -293,4 +297,4 @@ def test_steps_are_recorded_and_choose_what_whole_forwards_do(dtype, caplog):
         if dtype == "fp32":
             assert gap.max() < 2e-3
         else:  # another expert may be as probable after rounding
-            assert gap.median() < 0.02 and gap.max() < logits.std()
+            assert gap.median() < 0.02 and gap.quantile(0.9) < logits.std() / 4
