@@ -353,13 +353,14 @@ def test_two_processes_share_the_prompts_and_find_the_same(judged, paths, tmp_pa
         ("judge.pattern=A|B", ["judge.pattern='A|B': has 0 groups"]),
         ("dataset=null", ["dataset: found null, expected a section"]),
         ("judge.generator=null", ["judge.generator: found null, expected a section with _component_"]),
-        ("judge.model=null", ["judge.model: not set, but judge.checkpoint_dir needs it"]),
-        ("judge.tokenizer=null", ["judge.tokenizer: not set"]),
-        ("baseline.checkpoint_dir=null", ["baseline.checkpoint_dir: not set. Name a Hugging Face folder"]),
+        (
+            "baseline.checkpoint_dir=null",
+            ["baseline.checkpoint_dir: not set. Name a Hugging Face folder"],
+        ),
         ("sampling.top_p=2", ["sampling.top_p: found 2, expected a number, above 0, at most 1"]),
         ("judge.sampling.top_p=2", ["judge.sampling.top_p: found 2, expected a number, above 0, at most 1"]),
         ("prompts_per_shard=0", ["prompts_per_shard: found 0, expected a whole number"]),
-        ("compute_dtype=fp8", ["compute_dtype: found 'fp8', expected fp32 or bf16"]),
+        ("compute_dtype=fp8", ["compute_dtype: found 'fp8', expected auto, fp32 or bf16"]),
         ("judge.patern=x", ["judge.patern: unknown key. Did you mean 'pattern'?"]),
         ("exact_match.field=x", ["exact_match.field: unknown key"]),
         ("candidate.model.num_layer=2", ["candidate.model.num_layer", "Did you mean 'num_layers'?"]),
@@ -373,14 +374,16 @@ def test_configs_that_cannot_work(paths, override, messages):
 
 
 def test_all_faults_at_once(paths):
-    """Of single values, then of values that do not go together; exact match needs no judge."""
+    """Of single values, then of values that do not go together; exact match needs no judge, and a judge's model and
+    tokenizer are known from its folder."""
     for faults in (
         ("prompts_per_shard=0", "seed=x", "compute_dtype=fp8"),
         ("judge.pattern=x", "judge.template=x", "judge.name=/"),
     ):
         with pytest.raises(ConfigError, match="3 faults"):
             check_evaluation(configured("out", *paths, *faults))
-    check_evaluation(configured("out", *paths, "verdict=exact_match", "~judge"))
+    for changes in (("verdict=exact_match", "~judge"), ["judge.model=null"], ["judge.tokenizer=null"]):
+        check_evaluation(configured("out", *paths, *changes))
 
 
 def test_folders_that_are_no_model_are_named_before_anything_runs(paths, tmp_path):
