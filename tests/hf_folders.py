@@ -209,8 +209,10 @@ def folder_config(name: str, **changes: Any) -> Any:
     """The transformers config of folder ``name`` of ``FOLDERS`` or ``REFUSED``, with other keys."""
     from transformers import AutoConfig
 
-    keys = {"model_type": name} | (FOLDERS | REFUSED)[name] | changes
-    return AutoConfig.for_model(**deepcopy(keys if keys["model_type"] == "gemma3" else _SHAPE | keys))
+    keys = {"model_type": name} | (FOLDERS | REFUSED)[name]
+    if keys["model_type"] == "gemma3":
+        keys = {**keys, "text_config": keys["text_config"] | changes}
+    return AutoConfig.for_model(**deepcopy(keys if "text_config" in keys else _SHAPE | keys | changes))
 
 
 def write_folder(name: str, path: Path, **changes: Any) -> nn.Module:

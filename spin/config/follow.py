@@ -11,6 +11,7 @@ from spin.core.hub import model_folder
 
 FROM_HF = "spin.model.from_hf"
 _TOKENIZER = "spin.data.ChatTokenizer"
+_DATASET = "spin.data.prompt_dataset"
 _SPIN, _LORA = "spin.checkpoint.SPINCheckpointer", "spin.checkpoint.LoRACheckpointer"
 _OF_FOLDERS = ("model", "tokenizer", "checkpointer", "generator", "candidate", "baseline", "judge")
 _MODEL = "a model: a Hugging Face folder, or a name on huggingface.co"
@@ -47,7 +48,9 @@ def follow(values: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
                     **({"generator": _with_model_dir(g, evaluated, role)} if (g := evaluated.get("generator")) else {}),
                 }
     if issubclass(model, Config):
-        result["dataset"] = _filled(values.get("dataset", {}), "spin.data.prompt_dataset", source=MISSING)
+        result["dataset"] = _filled(values.get("dataset", {}), _DATASET, source=MISSING)
+        if values.get("validation_dataset") is not None:
+            result["validation_dataset"] = _filled(values["validation_dataset"], _DATASET, source=MISSING)
     return result
 
 
