@@ -211,7 +211,8 @@ def folder_config(name: str, **changes: Any) -> Any:
 
     keys = {"model_type": name} | (FOLDERS | REFUSED)[name]
     if keys["model_type"] == "gemma3":
-        keys = {**keys, "text_config": keys["text_config"] | changes}
+        ids = {key: value for key, value in changes.items() if key.endswith("_token_id")}
+        keys = {**keys, **ids, "text_config": keys["text_config"] | changes}
     return AutoConfig.for_model(**deepcopy(keys if "text_config" in keys else _SHAPE | keys | changes))
 
 

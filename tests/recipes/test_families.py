@@ -48,7 +48,7 @@ def make_folder(name, tiny_lm, folder):
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
     model = write_folder(name, folder, vocab_size=ROWS, max_position_embeddings=256, **ids)
     with torch.no_grad():
-        model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids(end)].mul_(4)
+        model.get_output_embeddings().weight[tokenizer.convert_tokens_to_ids(end)].mul_(6)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
