@@ -37,6 +37,7 @@ from spin.core.files import as_output_error, replace_text
 from spin.core.ranks import barrier, broadcast_object, init_world, shutdown
 from spin.core.terminal import get_logger
 from spin.data import Prompt, PromptDataset
+from spin.data.dataset import evaluated_part
 from spin.data.dates import fix_date
 from spin.evaluation import verdicts
 from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles, shared_samples
@@ -71,7 +72,7 @@ class SPINEvaluate:
         for role in ROLES:
             model = self._models[role]
             options = {"tokenizer": model.tokenizer, "max_seq_len": model.context, "keep_originals": True}
-            datasets[role] = config.instantiate(cfg.dataset, **options)
+            datasets[role] = evaluated_part(config.instantiate(cfg.dataset, **options))
             model.check(cfg.sampling, datasets[role])
         if "judge" in self._models:
             self._models["judge"].check(cfg.judge.sampling)

@@ -22,7 +22,7 @@ from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.files import check_can_be_made
 from spin.core.terminal import printable
 from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
-from spin.data.dataset import check_is_dataset
+from spin.data.dataset import check_is_dataset, evaluated_part
 from spin.data.dates import known_date
 from spin.data.messages import ChatMessage, row_to_messages, split_turns
 from spin.data.read import check_vocabulary, unknown_ids
@@ -118,6 +118,8 @@ def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) ->
     validation = None
     if cfg.validation_dataset is not None:
         validation = check("validation data", partial(_data, cfg.validation_dataset, context), tokenizer=tokenizer)
+    elif isinstance(prompts, PromptDataset) and prompts.held_out:
+        validation = check("validation data", partial(_held_out, prompts.held_out))
     check("token ids", partial(_same_ids, cfg.dataset), tokenizer=tokenizer, data=prompts)
     sources = [source for source in (prompts, validation) if source is not None]
     check("vocabulary", partial(_vocabulary, cfg, sources), model=model, tokenizer=tokenizer)
@@ -262,6 +264,10 @@ def _data(
     return data, "\n".join(lines)
 
 
+def _held_out(prompts: PromptSource) -> tuple[PromptSource, str]:
+    return prompts, f"{prompts.samples_per_iteration:,} samples, held out by dataset.validation_fraction"
+
+
 def _same_ids(section: config.Component, tokenizer: PromptTokenizer, prompts: PromptSource) -> tuple[None, str]:
     compared = list(itertools.islice(_conversations(section), COMPARED_ROWS))
     found = ((where, compare_ids(tokenizer, messages)) for where, messages in compared)
@@ -314,7 +320,9 @@ def _eval_model(role: str, section: EvaluatedModel) -> tuple[EvalModel, str]:
 
 
 def _eval_data(cfg: config.EvaluateConfig, model: EvalModel) -> tuple[PromptSource, str]:
-    return _data(cfg.dataset, model.context, model.tokenizer, keep_originals=True)
+    data, text = _data(cfg.dataset, model.context, model.tokenizer, keep_originals=True)
+    part = evaluated_part(data)
+    return part, text if part is data else f"{text}\nof these {_held_out(part)[1]}"
 
 
 def _eval_vocabulary(sampling: Sampling, model: EvalModel, *prompts: PromptSource) -> tuple[None, str]:

@@ -94,8 +94,11 @@ def _check_dtypes(cfg: SPINConfig, faults: Faults) -> None:
 
 
 def _check_validation(cfg: SPINConfig, faults: Faults) -> None:
-    if cfg.validation_dataset is None and cfg.validation.spin:
-        faults.add("validation.spin=true needs a validation_dataset.")
+    parts = (cfg.dataset, cfg.dataset.get("common") or {}, *(cfg.dataset.get("sources") or {}).values())
+    if cfg.validation_dataset is None and cfg.validation.spin and not any(p.get("validation_fraction") for p in parts):
+        faults.add("validation.spin=true needs a validation_dataset, or dataset.validation_fraction.")
+    if cfg.validation_dataset is not None and cfg.validation_dataset.get("validation_fraction"):
+        faults.add("validation_dataset.validation_fraction: it is dataset.validation_fraction that holds samples out.")
     if cfg.validation_dataset is not None and cfg.validation_dataset.get("streaming"):
         faults.add("validation_dataset.streaming=true: a validation set is the same each time. Use its limit alone.")
 

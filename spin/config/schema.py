@@ -237,7 +237,9 @@ class SPINConfig(Config):
     model: Component = key(component("spin.model.from_hf", path="???"), "path: a Hugging Face folder or name")
     tokenizer: Component = key(component("spin.data.ChatTokenizer"), "with the folder's own chat template")
     checkpointer: Component = key(component("spin.checkpoint.SPINCheckpointer"), "LoRACheckpointer with adapters")
-    validation_dataset: Component | None = key(None, "to see overfitting on held-out prompts; null: no validation")
+    validation_dataset: Component | None = key(
+        None, "to see overfitting on held-out prompts; null: those of dataset.validation_fraction, if any"
+    )
     validation: Validation = Validation()
     generator: Component = key(component("spin.generators.TorchtuneGenerator"), "how the opponent generates")
     pairs: Pairs = Pairs()
@@ -361,7 +363,7 @@ class EvaluateConfig(Config):
 # sense, and below what takes a machine down before its own check.
 ARGUMENTS: dict[str, tuple[float, float]] = {
     "checkpointer.keep_last": (1, 10**6), "checkpointer.keep_best": (0, 10**6), "checkpointer.keep_exports": (1, 10**6),
-    "dataset.limit": (1, 10**12), "dataset.shuffle_buffer": (0, 10**9),
+    "dataset.limit": (1, 10**12), "dataset.shuffle_buffer": (0, 10**9), "dataset.validation_fraction": (0, 1),
     "generator.batch_size": (1, 2**16), "generator.prefill_batch": (1, 2**16), "generator.concurrency": (1, 2**16),
     "generator.timeout_seconds": (0, 1e7), "generator.wait_seconds": (0, 1e7), "generator.max_model_len": (1, 2**24),
     "model.vocab_size": (1, 2**24), "model.num_layers": (1, 1024), "model.num_heads": (1, 2**16),

@@ -83,7 +83,8 @@ class Original:
 class PromptDataset:
     """A :class:`PromptSource` in memory: token ids in flat arrays, 4 bytes a token and no Python object per token.
 
-    ``originals`` holds what the samples were made of, by id, if ``prompt_dataset`` was asked to keep it.
+    ``originals`` holds what the samples were made of, by id, if ``prompt_dataset`` was asked to keep it; ``held_out``
+    the samples that its ``validation_fraction`` took out, if any.
 
     Args:
         prompts (Iterable[Prompt]): the samples, with unique ids.
@@ -114,6 +115,7 @@ class PromptDataset:
             raise DataError(f"two samples have the id {double!r}, expected unique ids.")
         self.report = report or DatasetReport(rows=len(self), samples=len(self))
         self.originals: dict[str, Original] = {}
+        self.held_out: PromptDataset | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -195,3 +197,10 @@ def check_is_dataset(dataset: object) -> None:
             f"dataset: its _component_ gave a {type(dataset).__name__}, expected a spin.data.PromptDataset, such as "
             "PromptDataset([Prompt(sample_id, prompt_ids, real_ids), ...])."
         )
+
+
+def evaluated_part(dataset: Any) -> PromptDataset:
+    """What an evaluation plays of its data set: the samples that are held out from training, or all if none are."""
+    check_is_dataset(dataset)
+    whole: PromptDataset = dataset
+    return getattr(whole, "held_out", None) or whole

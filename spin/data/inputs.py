@@ -19,8 +19,9 @@ from spin.data.torchtune_tokenizer import adapt_tokenizer
 def read_inputs(
     cfg: SPINConfig, model: nn.Module, world: World
 ) -> tuple[PromptTokenizer, PromptSource, PromptDataset, tuple[int, ...]]:
-    """The config's tokenizer, its training and its validation set, which is empty where there is none, and the ids of
-    the model's vocabulary that the tokenizer lacks. A ``DataError`` if they do not fit the model. Collective."""
+    """The config's tokenizer, its training and its validation set (without one what ``validation_fraction`` holds out,
+    if anything), and the ids of the model's vocabulary that the tokenizer lacks. A ``DataError`` if they do not fit the
+    model. Collective."""
     tokenizer = adapt_tokenizer(config.instantiate(cfg.tokenizer))
     fix_date(tokenizer, Path(cfg.output_dir), world, cfg.resume)
     reading = {"tokenizer": tokenizer, "max_seq_len": model.max_seq_len}
@@ -28,6 +29,8 @@ def read_inputs(
     val_prompts = PromptDataset()
     if cfg.validation_dataset is not None:
         val_prompts = config.instantiate(cfg.validation_dataset, **reading)
+    elif isinstance(prompts, PromptDataset):
+        val_prompts = prompts.held_out or val_prompts
     stop_token_ids = (*tokenizer.eos_ids, *cfg.sampling.stop_token_ids)
     check_vocabulary(model, tokenizer, stop_token_ids, prompts, val_prompts)
     return tokenizer, prompts, val_prompts, unknown_ids(model, tokenizer)

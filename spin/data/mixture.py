@@ -89,6 +89,9 @@ class MixedPromptDataset(PromptDataset):
         self._sizes = {name: len(part) for name, part in parts.items()}
         self._content = {name: part.fingerprint() for name, part in parts.items()}
         self.settings = {"weights": {name: float(each) for name, each in self._fractions.items()}, "samples": samples}
+        self.settings |= {
+            f"{name}.{key}": value for name, part in parts.items() for key, value in part.settings.items()
+        }
 
     @property
     def samples_per_iteration(self) -> int:
@@ -165,7 +168,11 @@ def mixed_prompt_dataset(
             raise type(error)(f"dataset.sources.{name}: {error}") from error
         assert isinstance(part, PromptDataset)  # streams were refused
         parts[name] = part
-    return MixedPromptDataset(parts, weights, samples)
+    mixed = MixedPromptDataset(parts, weights, samples)
+    held_out = {name: part.held_out for name, part in parts.items() if part.held_out is not None}
+    if held_out:
+        mixed.held_out = MixedPromptDataset(held_out, {name: weights[name] for name in held_out} if weights else None)
+    return mixed
 
 
 def _check_sources(sources: Any, common: Any, samples: Any) -> dict[str, Any]:

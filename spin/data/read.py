@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
@@ -51,6 +53,7 @@ def prompt_dataset(
     on_long_response: LongAction = "error",
     on_bad_row: Literal["error", "skip"] = "error",
     limit: int | None = None,
+    validation_fraction: float = 0.0,
     streaming: bool = False,
     shuffle_buffer: int = 0,
     shuffle_seed: int = 0,
@@ -85,6 +88,8 @@ def prompt_dataset(
         on_bad_row (Literal["error", "skip"]): ``error``; ``skip`` leaves out rows that cannot be used. These cannot be
             read, are no conversation, do not fit the template or repeat an id (the first one stays).
         limit (int | None): stop reading after this many samples; what lies behind is not checked.
+        validation_fraction (float): of the samples, held out for validation: ``held_out`` of what is returned. A hash
+            of the id decides, with ``turns=all`` the row's, so a sample's part depends on no other sample.
         streaming (bool): ``limit`` is for each iteration, which gets the next samples of the source, and only these are
             in memory. Behind the source's end comes its beginning. Ids need be unique within an iteration only.
         shuffle_buffer (int): with ``streaming``, rows that are read at once and put into another order; 0 keeps the
@@ -108,7 +113,7 @@ def prompt_dataset(
     rules = SampleRules(
         max_seq_len, max_prompt_tokens, max_response_tokens, on_long_prompt, on_long_response, on_bad_row
     )
-    _check_options(rules, turns, limit)
+    _check_options(rules, turns, limit, validation_fraction)
     check_row_format(format, column_map)
     if message_transform is not None and (column_map or format != "auto" or not callable(message_transform)):
         raise ConfigError(
@@ -133,6 +138,11 @@ def prompt_dataset(
                 "dataset.streaming=true needs dataset.limit, the samples of an iteration"
                 f"{'' if max_seq_len is not None else ', and a max_seq_len'}. Set dataset.limit to global_batch_size "
                 "times the steps that an epoch shall have."
+            )
+        if validation_fraction:
+            raise ConfigError(
+                f"dataset.validation_fraction={validation_fraction} with streaming=true: samples of a stream are read "
+                "as they are played, and a validation set is the same from the start. Name a validation_dataset."
             )
         if keep_originals:
             raise ConfigError("dataset.keep_originals=true keeps every row; dataset.streaming=true keeps none.")
@@ -167,10 +177,35 @@ def prompt_dataset(
                         originals[prompt.sample_id] = Original(conversation.messages, conversation.row)
                     yield prompt
 
-    dataset = PromptDataset(islice(samples(), limit))
+    held_out: list[Prompt] = []
+
+    def trained() -> Iterator[Prompt]:
+        for prompt in islice(samples(), limit):
+            if is_held_out(prompt.sample_id, validation_fraction, turns):
+                held_out.append(prompt)
+            else:
+                yield prompt
+
+    dataset = PromptDataset(trained())
     dataset.originals = originals
-    dataset.report = kept.report(len(dataset))
+    dataset.report = kept.report(len(dataset) + len(held_out))
+    if validation_fraction:
+        if not len(dataset) or not held_out:
+            found = f"of {dataset.report.samples} samples of {label} {len(held_out)} are held out"
+            raise DataError(f"dataset.validation_fraction={validation_fraction}: {found}, expected some and not all.")
+        dataset.held_out = PromptDataset(held_out)
+        dataset.held_out.originals = originals
+        dataset.settings = {"validation_fraction": validation_fraction}
     return dataset
+
+
+def is_held_out(sample_id: str, fraction: float, turns: Turns = "last") -> bool:
+    """Whether ``validation_fraction`` holds a sample out."""
+    if not fraction:
+        return False
+    of_row = re.sub(r"#turn\d+$", "", sample_id) if turns == "all" else sample_id
+    digest = hashlib.blake2b(f"validation {of_row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
 def check_vocabulary(
@@ -243,7 +278,7 @@ def _sample_id(row: Row, id_column: str) -> str:
     return row.default_id
 
 
-def _check_options(rules: SampleRules, turns: str, limit: int | None) -> None:
+def _check_options(rules: SampleRules, turns: str, limit: int | None, validation_fraction: float) -> None:
     longest, prompt, long_actions = rules.max_seq_len, rules.max_prompt_tokens, ("error", "drop", "cut")
     choices = (
         ("on_long_prompt", rules.on_long_prompt, long_actions),
@@ -266,6 +301,8 @@ def _check_options(rules: SampleRules, turns: str, limit: int | None) -> None:
         for label, value, least in numbers
         if value is not None and not (type(value) is int and value >= least)
     ]
+    if not (isinstance(validation_fraction, int | float) and 0 <= validation_fraction < 1):
+        faults.append(f"dataset.validation_fraction={validation_fraction}: expected a number from 0 to below 1.")
     if type(longest) is int and type(prompt) is int and prompt >= longest:
         faults.append(
             f"dataset.max_prompt_tokens={prompt} leaves no room for a response in max_seq_len={longest}; expected at "

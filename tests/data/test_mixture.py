@@ -46,6 +46,18 @@ def test_weights_are_fractions_of_an_iteration_to_the_sample():
     assert mixture({"a": 90, "b": 3}, {"a": 0.9, "b": 0.1}).samples_per_iteration == 30
 
 
+def test_held_out_samples_of_a_mixture_are_those_of_its_sources(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"id": str(i), "prompt": "a", "response": "x"}) + "\n" for i in range(60)))
+    sources = {name: {"source": str(file), "weight": 1} for name in ("a", "b")}
+    sources["a"]["validation_fraction"] = 0.2
+    dataset = mixed_prompt_dataset(Letters(), sources=sources)
+    held_out = set(dataset.held_out.sample_ids)
+    assert held_out and all(sample_id.startswith("a/") for sample_id in held_out)
+    assert not held_out & set(dataset.sample_ids) and dataset.count_sources(held_out)["b"] == 0
+    assert dataset.settings["a.validation_fraction"] == 0.2
+
+
 def test_the_choice_follows_from_seed_and_iteration():
     dataset, again = (mixture({"a": 50, "b": 50}, {"a": 1, "b": 1}) for _ in range(2))
     assert chosen(dataset, 20, 3) == chosen(again, 20, 3)

@@ -144,6 +144,13 @@ def test_options(source, rows, options, samples, counts):
             "max_seq_len=long: expected a whole number of 2 or",
         ),
         ([pair()], {"format": "chatml"}, r"dataset\.format=chatml"),
+        ([pair()], {"validation_fraction": 1.0}, r"validation_fraction=1\.0: expected a number from 0 to below 1"),
+        ([pair()], {"validation_fraction": 0.1}, r"of 1 samples of .* 0 are held out, expected some and not all"),
+        (
+            [pair()],
+            {"validation_fraction": 0.1, "streaming": True, "limit": 1, "max_seq_len": 9},
+            "a validation set is the same from the start. Name a validation_dataset",
+        ),
         (
             [pair()],
             {"on_long_prompt": "trim", "turns": "first", "limit": 0, "max_seq_len": 8, "max_prompt_tokens": 8},
@@ -157,6 +164,30 @@ def test_options(source, rows, options, samples, counts):
 def test_options_and_rows_that_are_refused(source, rows, options, message):
     with pytest.raises((DataError, ConfigError), match=message):
         prompt_dataset(Letters(), source=source(*rows), **options)
+
+
+def test_held_out_samples_follow_from_their_ids_alone(source):
+    """Every sample is in one part, the same one in any order and company; turns of a row stay together."""
+    rows = [pair(f"a{i}", "x", id=f"row {i}") for i in range(200)]
+    options = {"validation_fraction": 0.25}
+    dataset = prompt_dataset(Letters(), source=source(*rows), keep_originals=True, **options)
+    held_out = dataset.held_out
+    assert sorted(dataset.sample_ids + held_out.sample_ids) == sorted(row["id"] for row in rows)
+    assert 30 < len(held_out) < 70  # 50 expected, 6 the standard deviation
+    assert [text(each.prompt_ids) for each in held_out] == [f"a{each.split()[1]}<" for each in held_out.sample_ids]
+    assert dataset.report.samples == 200 and set(held_out.sample_ids) <= set(held_out.originals)
+    some = prompt_dataset(Letters(), source=source(*rows[150::-1]), **options)
+    assert set(some.sample_ids) < set(dataset.sample_ids)
+    assert some.held_out.sample_ids == [row["id"] for row in rows[150::-1] if row["id"] in held_out.sample_ids]
+    few = prompt_dataset(Letters(), source=source(*rows), limit=40, **options)  # of both parts
+    assert len(few) + len(few.held_out) == 40
+    larger = prompt_dataset(Letters(), source=source(*rows), validation_fraction=0.5)
+    assert set(held_out.sample_ids) < set(larger.held_out.sample_ids)
+    assert larger.content_fingerprint() != dataset.content_fingerprint()
+    talks = source(*({"id": str(i), "messages": TURNS} for i in range(20)))
+    turns = prompt_dataset(Letters(), source=talks, turns="all", validation_fraction=0.5)
+    of_rows = [{each.partition("#")[0] for each in part.sample_ids} for part in (turns, turns.held_out)]
+    assert not of_rows[0] & of_rows[1] and len(turns) == 2 * len(of_rows[0])
 
 
 def test_tokenizers_limit_counts_when_the_recipe_gives_none(source):

@@ -6,10 +6,21 @@ import pytest
 import spin_recipe
 from omegaconf import OmegaConf
 
+from spin.cli import main
 from spin.config import SPINConfig, complete, plain
 from spin.core.errors import CheckpointError, ConfigError
 from spin.data import PairStore
-from tests.recipes.helpers import REPO, metrics_of, run, stops_at, tiny_config
+from tests.recipes.helpers import (
+    CONFIG,
+    REPO,
+    TINY_EVALUATE,
+    TINY_LM,
+    metrics_of,
+    run,
+    stops_at,
+    tiny_config,
+    tiny_overrides,
+)
 
 TRAIN, VAL = (str(REPO / f"examples/quickstart/jargon_{part}.jsonl") for part in ("train", "val"))
 MIXTURE = {
@@ -114,6 +125,27 @@ def test_a_stream_of_another_file_is_refused_by_name(tmp_path):
     file.write_text("".join(rows[:41]))
     with pytest.raises(CheckpointError, match=r"dataset\.source is \[\['rows\.jsonl', \d+\]"):
         run(tmp_path / "run", *STREAM, f"dataset.source={file}", "max_steps=2")
+
+
+def test_samples_are_held_out_for_validation(tmp_path, capsys):
+    """The run validates on them, plays none of them, and is another run with another fraction; an evaluation and
+    `validate` take the same."""
+    changes = ("dataset.validation_fraction=0.3", "validation_dataset=null", "validation.spin=true")
+    short = (*changes, "max_iterations=1", "max_epochs=1", "val_check_interval=1.0", "max_steps=1")
+    run(tmp_path / "run", *short)
+    stores = [PairStore.open(tmp_path / "run/iteration_000" / part) for part in ("responses", "validation/responses")]
+    played, held_out = ({pair.sample_id for pair in store.pairs()} for store in stores)
+    assert held_out and not played & held_out and "val_loss" in metrics_of(tmp_path / "run")[0]
+    with pytest.raises(CheckpointError, match=r"dataset\.validation_fraction is 0\.4, was 0\.3"):
+        run(tmp_path / "run", *short, "dataset.validation_fraction=0.4", "max_steps=2")
+
+    assert main(["validate", str(CONFIG), *tiny_overrides(tmp_path / "new"), *changes]) == 0
+    assert f"{len(held_out)} samples, held out by dataset.validation_fraction" in capsys.readouterr().out
+    models = [f"{role}.checkpoint_dir={TINY_LM}" for role in ("candidate", "baseline", "judge")]
+    data = [f"dataset.source={TRAIN}", "dataset.limit=20", "dataset.validation_fraction=0.3"]
+    words = [f"output_dir={tmp_path / 'new'}", *models, *data]
+    assert main(["validate", str(TINY_EVALUATE), *words]) == 0
+    assert f"{len(held_out)} samples fit both models" in capsys.readouterr().out
 
 
 def test_a_validation_set_does_not_stream(tmp_path):
