@@ -15,7 +15,7 @@ from torch import nn
 from spin.config import COMPONENT, Component, SPINConfig, instantiate
 from spin.config.schema import ACMode, Attention
 from spin.core.dtypes import has_fast_bf16
-from spin.core.errors import ConfigError
+from spin.core.errors import CheckpointError, ConfigError
 from spin.core.ranks import World
 from spin.model.adapters import quantizing_at_once
 from spin.model.attention import patch_attention
@@ -41,11 +41,14 @@ def build_model(section: Component | Mapping[str, Any] | DictConfig, dtype: torc
         nn.Module: a torchtune ``TransformerDecoder``.
 
     Raises:
+        CheckpointError: If it is built from a folder whose config.json is broken or asks for what is not built here.
         ConfigError: If it builds something else.
     """
     try:
         with torch.device("meta"), set_default_dtype(dtype), quantizing_at_once():
             model = instantiate(section)
+    except CheckpointError:  # of the folder that the model is built from
+        raise
     # a size below zero, or one that does not fit another; NF4 takes multiples of 16,384
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"model: {section.get(COMPONENT)} does not take these sizes ({error}).") from error

@@ -287,8 +287,11 @@ class DecoderBuilder:
         share = rope.get("partial_rotary_factor") or 1.0
         if not self.family.partial_rotary and share != 1.0:
             self._refuse(f"partial_rotary_factor is {share}; models of this family rotate all of a head")
-        if not 2 <= int(self.head_dim * share) <= self.head_dim:
-            self._refuse(f"partial_rotary_factor is {share}, expected a fraction of the head above 0, 1 at most")
+        if (rotated := int(self.head_dim * share)) % 2 or not 2 <= rotated <= self.head_dim:
+            self._refuse(
+                f"head_dim is {self.head_dim} and partial_rotary_factor {share}: {rotated} dimensions of a head would "
+                f"be rotated, expected an even number from 2 to {self.head_dim}"
+            )
         limits = self.unscaled_positions()
         if limits and self.context > min(limits):
             raise ConfigError(

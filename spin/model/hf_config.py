@@ -151,9 +151,11 @@ def _rope_objects(rope: Any, name: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _rope_faults(rope: dict[str, Any], where: str) -> list[str]:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind, layers = rope.get("rope_type", rope.get("type", "default")), where.partition(".")[2]
+    if layers not in ("", _SLIDING, _FULL):
+        return [f"{where} is an object, expected one for {_SLIDING} and one for {_FULL}, or numbers"]
     if kind not in ROPE_NEEDS:
-        return [f"{where}.rope_type is {kind!r}, expected one of {', '.join(ROPE_NEEDS)}"]
+        return [f"{where}.rope_type is {shown(kind)}, expected one of {', '.join(ROPE_NEEDS)}"]
     missing = [key for key in ROPE_NEEDS[kind] if rope.get(key) is None]
     if missing:
         return [f"{where} has rope_type {kind!r} without {', '.join(missing)}"]
