@@ -175,9 +175,7 @@ FOLDERS: dict[str, dict[str, Any]] = {
     "internlm3_biases": {"model_type": "internlm3", "head_dim": 16, "qkv_bias": True, "bias": True},
 }  # fmt: skip
 
-UNBUILT = ("stablelm_qk_norm", "cohere_qk_norm")  # not by SPIN
-BUILT = [name for name in FOLDERS if name not in UNBUILT]
-ONE_OF_EACH = [name for name in BUILT if FOLDERS[name].get("model_type", name) == name]  # a folder of each model_type
+ONE_OF_EACH = [name for name in FOLDERS if FOLDERS[name].get("model_type", name) == name]  # a folder of each model_type
 
 _LINEAR = {
     "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,

@@ -178,8 +178,13 @@ class DecoderBuilder:
             )
         qkv_bias, output_bias, _ = family.biases(c)
         linear, queries, keys = self.adapters.linear, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        norms = {}
-        if family.qk_norm:
+        norms: dict[str, nn.Module] = {}
+        if own := family.head_norms(c):
+            norms = {
+                "q_norm": own(self.heads, self.head_dim, self.eps),
+                "k_norm": own(self.kv_heads, self.head_dim, self.eps),
+            }
+        elif family.qk_norm:
             widths = (queries, keys) if family.qk_norm == "whole" else (self.head_dim, self.head_dim)
             norms = {
                 name: family.norm(width, eps=self.eps) for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
@@ -194,7 +199,7 @@ class DecoderBuilder:
             output_proj=linear("output_proj", queries, c.hidden_size, output_bias),
             pos_embeddings=self._rope(index) if family.rotates(c, index, window is not None) else None,
             max_seq_len=self.context,
-            qk_norm_at=family.qk_norm,
+            qk_norm_at="head" if own else family.qk_norm,
             scaling=family.attention_scale(c),
             softcapping=self._softcap(0),
             sliding_window_size=window,

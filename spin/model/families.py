@@ -19,7 +19,7 @@ from typing import Any, Literal
 from torch import nn
 
 from spin.core.errors import CheckpointError
-from spin.model.modules import LayerNorm1P, PlainLayerNorm, ScalelessLayerNorm
+from spin.model.modules import HeadNorms, LayerNorm1P, PlainLayerNorm, ScalelessLayerNorm, SeparateHeadNorms
 from spin.model.torchtune import GemmaRMSNorm, RMSNorm
 
 # A layer's norms: torchtune's name to the stored one. sa_scale and mlp_scale stand after attention and MLP.
@@ -81,7 +81,9 @@ class Family:
         norm (type[nn.Module]): class of every norm, called with a width and ``eps``.
         qk_norm (Literal["head", "rotated", "whole"] | None): norms of queries and keys: of each head before the
             rotation, of each head after it, or of all heads as one vector.
-        qk_names (tuple[str, str]): their stored names.
+        head_norms (Callable[[Config], type[HeadNorms] | None]): norms of queries and keys before the rotation that have
+            weights for each head.
+        qk_names (tuple[str, str]): the stored names of both.
         biases (Callable[[Config], tuple[bool, bool, bool]]): of q, k and v; of the output projection; of the MLP.
         mlp (tuple[str, ...]): stored names of w1, w2 and, in a gated MLP, w3.
         fused_qkv (bool): queries, keys and values are stored as one ``qkv_proj``.
@@ -107,6 +109,7 @@ class Family:
     norms: Mapping[str, str] = field(default_factory=lambda: _BEFORE)
     norm: type[nn.Module] = RMSNorm
     qk_norm: Literal["head", "rotated", "whole"] | None = None
+    head_norms: Callable[[Config], type[HeadNorms] | None] = lambda config: None
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
     biases: Callable[[Config], tuple[bool, bool, bool]] = _own_biases
     mlp: tuple[str, ...] = ("gate_proj", "down_proj", "up_proj")
@@ -177,7 +180,8 @@ FAMILIES: dict[str, Family] = {
         partial_rotary=True,
         biases=lambda config: (config.use_qkv_bias, False, False),
         parallel=lambda config: config.use_parallel_residual,
-        refused={"qk_layernorm": (False,)},
+        head_norms=lambda config: SeparateHeadNorms if config.qk_layernorm else None,
+        qk_names=("q_layernorm", "k_layernorm"),
     ),
     "seed_oss": Family(biases=lambda config: (config.attention_bias, config.attention_out_bias, config.mlp_bias)),
     "hunyuan_v1_dense": Family(qk_norm="rotated", qk_names=("query_layernorm", "key_layernorm")),
@@ -189,7 +193,7 @@ FAMILIES: dict[str, Family] = {
         interleaved=True,
         partial_rotary=True,
     ),
-    "cohere": Family(**_COHERE, refused={"use_qk_norm": (False,)}),
+    "cohere": Family(**_COHERE, head_norms=lambda config: HeadNorms if config.use_qk_norm else None),
     "cohere2": Family(**_COHERE, windows="listed", rotates=lambda config, layer, sliding: sliding),
     "starcoder2": Family(
         norm=nn.LayerNorm, eps="norm_epsilon", biases=_all_biases, mlp=("c_fc", "c_proj"), windows="all"

@@ -54,7 +54,8 @@ def _split_name(name: str, prefix: str) -> tuple[str | None, str, str]:
     if not module.startswith(f"{prefix}layers."):
         return None, module, leaf
     layer, _, inside = module.removeprefix(f"{prefix}layers.").partition(".")
-    return layer, inside, leaf
+    inside, dot, head = inside.partition(".norms.")  # one for each head, which the leaf names
+    return layer, inside, f"norms.{head}.{leaf}" if dot else leaf
 
 
 def to_hf(tensors: Tensors, *, family: str, **heads: int) -> Tensors:

@@ -105,6 +105,31 @@ class PlainLayerNorm(nn.LayerNorm):
         super().__init__(width, eps=eps, bias=False)
 
 
+class HeadNorms(nn.Module):
+    """LayerNorm of each head, (..., heads, width), with weights of its own and no bias, in fp32."""
+
+    def __init__(self, heads: int, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(heads, width)), eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the shape of x."""
+        return (F.layer_norm(x.float(), x.shape[-1:], eps=self.eps) * self.weight.float()).type_as(x)
+
+
+class SeparateHeadNorms(HeadNorms):
+    """The same, with a tensor for each head, as StableLM stores them."""
+
+    def __init__(self, heads: int, width: int, eps: float) -> None:
+        super().__init__(heads, width, eps)
+        del self.weight
+        self.norms = nn.ModuleList(PlainLayerNorm(width, eps) for _ in range(heads))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Of the shape of x."""
+        return torch.stack([norm(head) for norm, head in zip(self.norms, x.unbind(-2), strict=True)], -2)
+
+
 class ScalelessLayerNorm(nn.LayerNorm):
     """OLMo's LayerNorm, without parameters."""
 

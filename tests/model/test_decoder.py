@@ -9,7 +9,7 @@ from spin.core.ranks import init_world
 from spin.model import build_model, prepare_model
 from spin.model.hf import export_hf, load_hf_weights
 from spin.model.hf_folder import text_name
-from tests.hf_folders import BUILT, REFUSED, forward_ids, stored_tensors, write_folder
+from tests.hf_folders import FOLDERS, REFUSED, forward_ids, stored_tensors, write_folder
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def from_folder(folder, world, **arguments):
     return model.eval()
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_logits_and_export(name, tmp_path, world):
     twin = write_folder(name, tmp_path / "in")
     (tmp_path / "in" / "tokenizer.json").write_text("{}")
@@ -45,7 +45,7 @@ def test_logits_and_export(name, tmp_path, world):
     assert all(torch.equal(tensor, stored[key]) for key, tensor in written.items())
 
 
-@pytest.mark.parametrize("name", [*REFUSED, "stablelm_qk_norm", "cohere_qk_norm"])
+@pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_built_is_refused_with_its_reason(name, tmp_path, world):
     write_folder(name, tmp_path)
     arguments = {"max_seq_len": 256} if name == "llama_dynamic" else {}

@@ -18,8 +18,7 @@ from spin.model.hf_config import unknown_keys
 from spin.model.hf_folder import read_config
 from spin.model.logits_check import compare_logits
 from tests.families import FAMILIES
-from tests.hf_folders import FULL, SLIDING, folder_config
-from tests.model.test_decoder import BUILT
+from tests.hf_folders import FOLDERS, FULL, SLIDING, folder_config
 from tests.model.test_hf_config import section_of
 
 
@@ -47,7 +46,7 @@ def check(file: Path, other: Path | None = None, model_type: str = "HF") -> None
     check_model(build_model(section(file), torch.float32), read_config(other), model_type, other)
 
 
-@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("name", FOLDERS)
 def test_models_agree_with_their_folder_and_with_transformers(name, config_file):
     file = config_file(name)
     check(file)
