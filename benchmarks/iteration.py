@@ -4,7 +4,7 @@
     python benchmarks/iteration.py --generator vllm --out results.json            # one GPU, Llama 3.2 1B shapes
     python benchmarks/iteration.py --generator embedded --prompts 512
     torchrun --nproc_per_node 2 benchmarks/iteration.py --generator vllm
-    python benchmarks/iteration.py --model llama3_1_8b --config llama3_1/8B_qlora --prompts 256   # adapters
+    python benchmarks/iteration.py --model llama3_1_8b --config benchmarks/configs/llama3_1_8B_qlora.yaml  # adapters
 
 Weights are random; prompts and real responses are pieces of the quickstart's text, of log-normal lengths (199 and 278
 tokens on average). A random model does not end its responses: each has all tokens that sampling.max_new_tokens allows,
@@ -196,7 +196,7 @@ def make_data(file: Path, num: int, share: float) -> None:
 
 def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, preset: Any, on_gpu: bool) -> DictConfig:
     """A packaged config, with this model's weights, these data and this generator."""
-    name = args.config or ("llama3_2/1B_full_vllm" if args.generator == "vllm" else "llama3_2/1B_full")
+    name = args.config or str(Path(__file__).parent / "configs" / "llama3_2_1B_full.yaml")
     overrides = [
         f"output_dir={folder / 'run'}", f"tokenizer.path={model_folder}",
         f"checkpointer.checkpoint_dir={model_folder}", f"dataset.source={folder / 'data.jsonl'}",
@@ -204,6 +204,12 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
         "dataset.on_long_prompt=cut", "dataset.on_long_response=cut",
         f"sampling.max_new_tokens={max(8, round(256 * preset.lengths))}", f"global_batch_size={args.batch}",
     ]  # fmt: skip
+    if args.generator == "vllm":
+        overrides += [
+            "generator=spin.generators.VLLMGenerator",
+            "~generator.batch_size",
+            "generator.max_model_len=2048",
+        ]
     if not on_gpu:
         overrides += ["device=cpu", "compute_dtype=fp32", "compile=false"]
         overrides += [f"pairs.row_tokens={4 * preset.row_tokens}"]  # masks are dense here
@@ -277,7 +283,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--model", choices=MODELS, default="llama3_2_1b")
     parser.add_argument("--model-folder", type=Path, help="where the model is kept, or taken from if it is there")
-    parser.add_argument("--config", help="packaged config or file that fits --model; default: llama3_2/1B_full")
+    parser.add_argument("--config", help="one that fits --model; default: configs/llama3_2_1B_full.yaml")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--generator", choices=("embedded", "vllm"), default="embedded")
     parser.add_argument("--prompts", type=int, default=512)

@@ -1,4 +1,6 @@
-"""Peak memory of a config on this GPU, against its estimate: `python benchmarks/memory.py --config llama3_1/8B_lora`.
+"""Peak memory of a config on this GPU, against its estimate.
+
+    python benchmarks/memory.py --config benchmarks/configs/llama3_1_8B_lora.yaml
 
 Random weights and tokens, nothing is read but the config: two optimizer steps over the rows of a batch of pairs of a
 given mean length, then responses to as many prompts of the greatest length as the generator takes at once. Prints both

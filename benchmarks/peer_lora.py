@@ -26,7 +26,7 @@ from spin.model.build import build_model
 from spin.model.lora import prepare_adapters
 from spin.model.sharding import clean_name, local_tensor, materialize, shard_model
 
-# of configs/llama3_1/8B_lora.yaml
+# of benchmarks/configs/llama3_1_8B_lora.yaml
 ADAPTERS = {
     "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],
     "apply_lora_to_mlp": True,
@@ -89,7 +89,7 @@ class LoRABench(PeerBench):
 
 
 class OursLoRA(Ours):
-    """The product as configs/llama3_1/8B_lora.yaml has it."""
+    """The product as benchmarks/configs/llama3_1_8B_lora.yaml has it."""
 
     title = "this project, LoRA"
     arm = ARMS["compiled"]

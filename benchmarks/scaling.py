@@ -52,7 +52,7 @@ PACKAGES = ("torch", "torchtune", "torchao", "transformers", *VLLM)
 ROW_TOKENS = {"llama3_2_1b": 12288, "llama3_1_8b": 6912}
 ITERATION_ROW_TOKENS = {"llama3_1_8b": 6144}
 LARGE = "llama3_1_8b"
-# as configs/llama3_1/8B_full.yaml, but with AdamW's moments in 8 bits and without activation checkpointing
+# as configs/llama3_1_8B_full.yaml, but with AdamW's moments in 8 bits and without activation checkpointing
 LARGE_OVERRIDES = (
     "checkpointer.model_type=LLAMA3", "fsdp_reshard_after_forward=true", "fsdp_accumulate_unsharded=false",
     "optimizer._component_=spin.training.AdamW8bit", "~optimizer.fused",

@@ -3,9 +3,9 @@
 Both respond to the same held-out prompts; a judge model compares the responses, shown to it in both orders, or they are
 checked against the data set's own (exact match).
 
-One machine:         tune run spin_evaluate --config evaluate/llama3_2_1B
-Eight GPUs:          tune run --nproc_per_node 8 spin_evaluate --config evaluate/llama3_2_1B
-The quickstart's:    tune run spin_evaluate --config evaluate/smollm2_135M_cpu
+One machine:         tune run spin_evaluate --config evaluate candidate.checkpoint_dir=A baseline.checkpoint_dir=B ...
+Eight GPUs:          tune run --nproc_per_node 8 spin_evaluate --config evaluate ...
+The quickstart's:    tune run spin_evaluate --config quickstart/evaluate
 
 Writes, into output_dir:
 

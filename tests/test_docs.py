@@ -30,7 +30,9 @@ def test_links_lead_somewhere_and_components_can_be_imported(page):
 @pytest.mark.parametrize("block", YAML_BLOCKS)
 def test_sections_of_a_config_are_accepted(block):
     """Each in the place of the recipe's own; no data are read."""
-    cfg = OmegaConf.merge(load_config("smollm2/135M_full"), {"output_dir": "runs/x"})
+    cfg = OmegaConf.merge(
+        load_config("full", ["model.path=FOLDER", "dataset.source=mine.jsonl"]), {"output_dir": "runs/x"}
+    )
     for name, section in OmegaConf.create(block).items():
         cfg[name] = section
     complete(cfg, SPINConfig)

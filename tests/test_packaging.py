@@ -133,7 +133,7 @@ def test_sdist_holds_the_licence_and_the_sources(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[-1] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "pyproject.toml", "recipes/spin_recipe.py"} <= names
-    assert "configs/llama3_2/1B_full.yaml" in names
+    assert "configs/lora.yaml" in names
 
 
 @pytest.mark.slow
@@ -151,18 +151,23 @@ def test_tune_run_from_any_directory(kind, wheel, checkout, environment, elsewhe
         env=user_env,
     )
     assert found.startswith(str(checkout if kind == "editable" else environment.site_packages))
-    assert "llama3_2/1B_full" in found
+    assert "lora" in found
 
     listed = run([str(environment.python), "-m", "spin", "ls"], cwd=elsewhere, env=user_env)
-    assert "spin_recipe\n" in listed and "llama3_2/1B_full " in listed
+    assert "spin_recipe\n" in listed and "  lora " in listed
     run([str(environment.python), "-m", "spin", "cp", "spin_recipe", "mine.py"], cwd=elsewhere, env=user_env)
     assert (elsewhere / "mine.py").read_bytes() == (checkout / "recipes" / "spin_recipe.py").read_bytes()
 
-    text = environment.tune("run", "spin_recipe", "--config", "llama3_2/1B_ful", cwd=elsewhere, env=user_env, status=1)
-    assert "error: config 'llama3_2/1B_ful' not found" in text and "Did you mean llama3_2/1B_full" in text
+    text = environment.tune(
+        "run", "spin_recipe", "--config", "quickstart/smollm2_135M_cp", cwd=elsewhere, env=user_env, status=1
+    )
+    assert (
+        "error: config 'quickstart/smollm2_135M_cp' not found" in text
+        and "Did you mean quickstart/smollm2_135M_cpu" in text
+    )
     assert "Traceback" not in text
     if kind == "wheel":
-        two = ["run", "--nproc_per_node", "2", "spin_recipe", "--config", "llama3_2/1B_full", "--help"]
+        two = ["run", "--nproc_per_node", "2", "spin_recipe", "--config", "lora", "--help"]
         assert environment.tune(*two, cwd=elsewhere, env=user_env, status=0).count("--config NAME_OR_FILE") == 2
 
 

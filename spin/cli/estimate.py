@@ -9,8 +9,8 @@ and, while the opponent plays, ``weights + gathered copy + optimizer + cache``. 
 counted tensor by tensor; the rest is exact. Measured peaks (torch's allocator, without the CUDA context) are in
 tests/cli/test_estimate.py.
 
-    python -m spin estimate --config llama3_1/8B_lora
-    python -m spin estimate --config llama3_1/8B_full --ranks 8 pairs.row_tokens=12288
+    python -m spin estimate --config lora model.path=FOLDER
+    python -m spin estimate --config full model.path=FOLDER --ranks 8 pairs.row_tokens=12288
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def main(argv: Sequence[str]) -> None:
     usage = "%(prog)s --config NAME_OR_FILE [--ranks N] [--pair-tokens N] [key=value ...]"
     description = "Memory that a config needs on each GPU, and disk, before anything is loaded."
     parser = parser_of("estimate", description, usage)
-    parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as llama3_1/8B_lora")
+    parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as lora")
     parser.add_argument("--ranks", type=int, default=1, help="number of GPUs")
     parser.add_argument("--pair-tokens", type=int, help="mean tokens of a pair: prompt, real and generated response")
     arguments, overrides = parse_overrides(parser, argv)

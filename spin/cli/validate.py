@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     usage = "%(prog)s CONFIG [key=value ...] [~key ...] [--recipe NAME_OR_FILE] [--logits]"
     description = "Check a config, its data and its arithmetic. Loads no weights and writes nothing."
     parser = parser_of("validate", description, usage)
-    parser.add_argument("config", help="a YAML file, or a packaged config such as llama3_2/1B_full")
+    parser.add_argument("config", help="a YAML file, or a packaged config such as lora")
     parser.add_argument("--recipe", help="the recipe whose config it is; default: the one that its header launches")
     parser.add_argument(
         "--logits",

@@ -33,7 +33,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def packaged_configs() -> list[str]:
-    """Names of the configs that come with this package, such as ``llama3_2/1B_full``, sorted."""
+    """Names of the configs that come with this package, such as ``paper/zephyr_7b``, sorted."""
     root = configs_root()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
 
@@ -152,12 +152,12 @@ def find_config(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    if path.is_dir():
-        raise ConfigError(f"config {name_or_path!r} is a folder, expected a YAML file.")
     name = name_or_path.removesuffix(".yaml")
     names = packaged_configs()
     if name in names:
         return configs_root() / f"{name}.yaml"
+    if path.is_dir():
+        raise ConfigError(f"config {name_or_path!r} is a folder, expected a YAML file.")
     nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
     raise ConfigError(

@@ -26,7 +26,7 @@ TO_FILL = {  # what a config cannot leave out: its meaning and an example
 
 def follow(values: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
     """A config with the sections, or their keys, that follow from its model's folder, as references to it."""
-    result = dict(values)
+    result: dict[str, Any] = dict(values)
     if issubclass(model, SPINConfig):
         section = _section(values.get("model", {}), FROM_HF)
         has_folder = not isinstance(section, Mapping) or section[COMPONENT] == FROM_HF or "path" in section
@@ -34,12 +34,18 @@ def follow(values: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
         of_run = {"checkpoint_dir": folder, "output_dir": "${output_dir}"}
         checkpointer = _LORA if _asks_for_adapters(section) else _SPIN
         result["tokenizer"] = _filled(values.get("tokenizer", {}), _TOKENIZER, path=folder)
-        result["checkpointer"] = _filled(values.get("checkpointer", {}), checkpointer, (_SPIN, _LORA), **of_run)
+        result["checkpointer"] = _section(values.get("checkpointer", {}), checkpointer)
+        if isinstance(result["checkpointer"], Mapping):  # one of the user's own too
+            result["checkpointer"] = {**of_run, **result["checkpointer"]}
         if "generator" in values:
             result["generator"] = _with_model_dir(values["generator"], result["checkpointer"], "checkpointer")
     if issubclass(model, EvaluateConfig):
         for role in ("candidate", "baseline", "judge"):
-            if isinstance(evaluated := values.get(role), Mapping) and evaluated.get("checkpoint_dir") is not None:
+            if not isinstance(evaluated := values.get(role), Mapping):
+                continue
+            if isinstance(evaluated.get("tokenizer"), Mapping):
+                result[role] = evaluated = {**evaluated, "tokenizer": _section(evaluated["tokenizer"], _TOKENIZER)}
+            if evaluated.get("checkpoint_dir") is not None:
                 folder = f"${{{role}.checkpoint_dir}}"
                 result[role] = {
                     **evaluated,
@@ -61,10 +67,10 @@ def _section(value: Any, component: str) -> Any:
     return {COMPONENT: component, **value} if isinstance(value, Mapping) else value
 
 
-def _filled(value: Any, component: str, also: tuple[str, ...] = (), **keys: str) -> Any:
+def _filled(value: Any, component: str, **keys: str) -> Any:
     """A section, which is of a component unless it says otherwise, and what keys of it are unless it sets them."""
     section = _section(value, component)
-    if not isinstance(section, Mapping) or section[COMPONENT] not in (component, *also):
+    if not isinstance(section, Mapping) or section[COMPONENT] != component:
         return value
     return {**keys, **section}
 

@@ -8,14 +8,17 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from spin.config.catalog import warn_shadowed_recipe, wrong_recipe_hint
 from spin.config.complete import ConfigT, complete
 from spin.config.files import load_config, parse_overrides
+from spin.config.follow import TO_FILL
 from spin.core.errors import ConfigError, SpinError, show_traceback
 from spin.core.terminal import escape_unencodable_output, printable
 
@@ -46,7 +49,8 @@ def parse(model: type[ConfigT]) -> Callable[[Callable[[ConfigT], int | None]], C
                     cfg = complete(raw, model)
                 except ConfigError as error:
                     origin = f"{name} with overrides" if overrides else name
-                    raise ConfigError(f"{origin}: {error}{wrong_recipe_hint(name, raw, model)}") from error
+                    hint = wrong_recipe_hint(name, raw, model) or _command_that_fills(name, overrides, str(error))
+                    raise ConfigError(f"{origin}: {error}{hint}") from error
                 code = recipe_main(cfg)
             except (SpinError, InterpolationResolutionError, MissingMandatoryValue) as error:
                 if show_traceback():
@@ -74,9 +78,16 @@ def _read_argv(argv: Sequence[str], description: str | None) -> tuple[str, list[
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as llama3_2/1B_full")
+    parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as lora")
     arguments, overrides = parse_overrides(parser, argv)
     return arguments.config, overrides
+
+
+def _command_that_fills(name: str, overrides: Sequence[str], faults: str) -> str:
+    """A line with the command of this recipe that sets what the config leaves to be filled in, if anything."""
+    filled = [f"{path}={example}" for path, (_, example) in TO_FILL.items() if f"{path}: not set" in faults]
+    command = shlex.join(["tune", "run", Path(sys.argv[0]).stem, "--config", name, *overrides, *filled])
+    return f"\nFor example: {command}" if filled else ""
 
 
 def _print_error(text: str) -> None:

@@ -239,7 +239,7 @@ def test_an_output_folder_that_cannot_be_written(validate, tmp_path, monkeypatch
     code, out, _ = validate("tokenizer.path=/nowhere", "checkpointer.checkpoint_dir=/nowhere")
     assert code == 1 and verdicts(out)["output folder"] == "FAULT"
     assert f"out: cannot write ({tmp_path} may not be written to). Change output_dir." in out
-    assert main(["validate", "evaluate/smollm2_135M_cpu", f"output_dir={tmp_path / 'out'}"]) == 1
+    assert main(["validate", "quickstart/evaluate", f"output_dir={tmp_path / 'out'}"]) == 1
     assert verdicts(capsys.readouterr().out)["output folder"] == "FAULT"
 
 

@@ -166,17 +166,17 @@ def test_a_file_that_is_no_config_is_named_with_the_line(tmp_path, content):
 def test_packaged_names(tmp_path, monkeypatch):
     """A packaged name works from any directory, with or without .yaml; a file of that name goes first."""
     monkeypatch.chdir(tmp_path)
-    assert "llama3_2/1B_full" in config.packaged_configs()
-    packaged = config.load_config("llama3_2/1B_full")
-    assert packaged == config.load_config("llama3_2/1B_full.yaml") and "model" in packaged
-    (tmp_path / "llama3_2").mkdir()
-    (tmp_path / "llama3_2" / "1B_full.yaml").write_text("mine: true\n")
-    assert config.load_config("llama3_2/1B_full.yaml") == {"mine": True}
+    assert "paper/zephyr_7b" in config.packaged_configs()
+    packaged = config.load_config("paper/zephyr_7b")
+    assert packaged == config.load_config("paper/zephyr_7b.yaml") and "model" in packaged
+    (tmp_path / "paper").mkdir()
+    (tmp_path / "paper" / "zephyr_7b.yaml").write_text("mine: true\n")
+    assert config.load_config("paper/zephyr_7b.yaml") == {"mine": True}
 
 
 def test_missing_config_suggests_packaged_names():
-    with pytest.raises(ConfigError, match=r"'llama3_2/1B_ful' not found.*Did you mean llama3_2/1B_full"):
-        config.load_config("llama3_2/1B_ful")
+    with pytest.raises(ConfigError, match=r"'paper/zephyr_7' not found.*Did you mean paper/zephyr_7b"):
+        config.load_config("paper/zephyr_7")
     with pytest.raises(ConfigError, match="not found"):
         config.load_config("../spin/core/errors.py/none")
 

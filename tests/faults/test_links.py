@@ -36,7 +36,7 @@ def test_a_link_under_a_temporary_name_is_not_followed(tmp_path, precious):
     for argv in (
         ["report", str(run)],
         ["pairs", str(store), "--export", str(run / "mine.jsonl"), "--tokenizer", str(REPO / "tests/assets/tiny_lm")],
-        ["cp", "llama3_2/1B_full", str(run / "mine.yaml")],
+        ["cp", "full", str(run / "mine.yaml")],
     ):
         assert main(argv) == 0
         assert precious.read_text() == "mine", argv

@@ -78,12 +78,10 @@ def test_slurm_script_of_the_documentation(tmp_path):
     """
     script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.+?)```", (REPO / "docs/reliability.md").read_text(), re.S)[1]
     arguments = shlex.join(["--config", str(CONFIG), *tiny_overrides(tmp_path / "out"), *SHORT])
-    assert script.count("--config llama3_1/8B_full output_dir=$HOME/spin") == 1
+    assert script.count("--config mine.yaml output_dir=$HOME/spin") == 1
     script = script.replace("MASTER_PORT=29500", f"MASTER_PORT={free_port()}")
     (tmp_path / "job.sh").write_text(
-        script.replace("--config llama3_1/8B_full output_dir=$HOME/spin", arguments).replace(
-            " python ", f" {sys.executable} "
-        )
+        script.replace("--config mine.yaml output_dir=$HOME/spin", arguments).replace(" python ", f" {sys.executable} ")
     )
     commands = {
         # without the option the ranks that are left wait for one that has failed
