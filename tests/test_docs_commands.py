@@ -56,6 +56,13 @@ def test_files_in_commands_exist():
 
 
 FORM = r"\bspin_(recipe|generate|lora_recipe|evaluate) --config"
+# the user's own files of the documents
+MINE = {
+    "my.yaml": CONFIG,
+    "mine.yaml": CONFIG,
+    "my_lora.yaml": CONFIG.with_name("tiny_lora.yaml"),
+    "my_evaluation.yaml": CONFIG.with_name("tiny_evaluate.yaml"),
+}
 LAUNCHES = [each for each in COMMANDS if re.search(FORM, each.text)]
 
 
@@ -64,7 +71,12 @@ def test_configs_and_overrides_of_launches_work(command):
     """As far as that can be known without the hardware and the model."""
     recipe, name, overrides = re.search(r"\b(spin_\w+) --config (\S+)(.*)", command.text).groups()
     words = [os.path.expandvars(word) for word in shlex.split(overrides)]
-    raw = load_config(*((str(CONFIG), [*tiny_overrides("x"), *words]) if name == "my.yaml" else (name, words)))
+    if name in MINE:
+        folders = ["candidate.checkpoint_dir=tests/assets/tiny_lm", "output_dir=x", "dataset.source=y"]
+        folders = folders if recipe == "spin_evaluate" else tiny_overrides("x")
+        raw = load_config(str(MINE[name]), [*folders, *words])
+    else:  # nothing is downloaded for a test
+        raw = load_config(name, [*words, *(["model.path=tests/assets/tiny_lm"] if recipe != "spin_evaluate" else [])])
     cfg = complete(raw, config_model(load_recipe(recipe)))
     if recipe == "spin_evaluate":
         check_evaluation(cfg)
@@ -115,4 +127,4 @@ def test_scripts_are_valid():
         assert done.returncode == 0, done.stderr
         assert re.search(r"#SBATCH .*--nodes=\d+.*--gpus-per-node=\d+", script)
         for name in re.findall(r"--config (\S+)", script):
-            load_config(name)
+            load_config(str(MINE.get(name, name)))

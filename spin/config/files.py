@@ -211,7 +211,7 @@ def _override_value(text: str) -> Any:
 def _remove(cfg: DictConfig, key: str, faults: Faults) -> None:
     parent_key, _, leaf = key.rpartition(".")
     parent = OmegaConf.select(cfg, parent_key, throw_on_resolution_failure=False) if parent_key else cfg
-    if isinstance(parent, DictConfig) and leaf in parent:
+    if isinstance(parent, DictConfig) and leaf in list(parent):  # "in parent" leaves out what is ???
         del parent[leaf]
         return
     known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []

@@ -125,10 +125,7 @@ def check_evaluation(cfg: EvaluateConfig) -> None:
 
     for role in eval_model_roles(cfg):
         section = cfg[role]
-        own_weights = section.checkpoint_dir is not None
-        if own_weights and section.model is None:
-            faults.add(f"{role}.model: not set, but {role}.checkpoint_dir needs it to be loaded.")
-        if not own_weights and section.generator.component == "spin.generators.TorchtuneGenerator":
+        if section.checkpoint_dir is None and section.generator.component == "spin.generators.TorchtuneGenerator":
             folder = "a Hugging Face folder, such as runs/mine/iteration_001/hf_model"
             faults.add(f"{role}.checkpoint_dir: not set. Name {folder}, or a generator that needs no weights.")
         if section.tokenizer is None:
