@@ -1,26 +1,28 @@
 """Hugging Face folders in and out.
 
-Reading, a rank takes only the rows of its shards, one tensor at a time; writing, it holds its shards, one layer, and
-one output file. torchtune's converters know names and layouts. This module asks them with meta tensors what a folder
-must contain, so that every fault of a folder is known from its headers, before a byte of weights is read; and with
-numbered rows where each row of a shard lies.
+Next to its shards a rank holds one tensor at a time: reading, the rows of its shards; writing, a whole one, which goes
+to its place in the file at once. torchtune's converters know names and layouts. This module asks them with meta tensors
+what a folder must contain, so that every fault of a folder is known from its headers, before a byte of weights is read;
+and with numbered rows where each row of a tensor lies.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -32,9 +34,9 @@ from spin.core.ranks import World, atomic_dir_of_ranks, gather_objects, raise_on
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, fill_nf4
 from spin.model.hf_check import check_model
 from spin.model.hf_config import CONFIG, unknown_keys
-from spin.model.hf_families import LAYOUTS, Tensors, check_model_type, config_of, converter_arguments
+from spin.model.hf_families import LAYOUTS, Tensors, check_model_type, config_of, converter_arguments, merges
 from spin.model.hf_folder import INDEX, broken_file, quantized, read_config, read_hf_config, text_name, weight_files
-from spin.model.hf_names import STACKED
+from spin.model.hf_names import CONSTANTS, STACKED
 from spin.model.sharding import check_weights, clean_name, is_finite, reshard, weight_gathers
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ _TOKENIZER_FILES = (
 _COMPANIONS = (GENERATION_CONFIG, "LICENSE*", "NOTICE*", "USE_POLICY*")
 _CHAT_TEMPLATE = "chat_template.jinja"  # goes before what tokenizer_config.json has
 _COMPARED_ROWS = 16384  # of two matrices, at a time
-_DTYPES = {"F64", "F32", "F16", "BF16"}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LM_HEAD, _EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 _INV_FREQ = "rotary_emb.inv_freq"  # a table that old folders hold; torchtune computes its own
 
@@ -154,9 +156,8 @@ class HFStream:
         config = read_config(folder / CONFIG)
         check_model(model, config, self.model_type, folder / CONFIG)
         tensors = _named_tensors(model)
-        layout = LAYOUTS[self.model_type]
-        self._to_hf = partial(layout.to_hf, **converter_arguments(config, self.model_type))
-        self._groups = _groups(tensors, config, self.model_type, by_layer=layout.merges)
+        self._to_hf = partial(LAYOUTS[self.model_type].to_hf, **converter_arguments(config, self.model_type))
+        self._groups = _groups(tensors, config, self.model_type, by_layer=merges(config, self.model_type))
         # a model that ties its output, in a folder that stores it twice
         self._repeats_head = "output.weight" not in tensors and not _ties(config, self.model_type)
 
@@ -549,25 +550,33 @@ def export_hf(
         if len(files) == 1
         else [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
     )
-    to_hf = partial(LAYOUTS[model_type].to_hf, **converter_arguments(config, model_type))
+    arguments = converter_arguments(config, model_type)
     too_large: list[str] = []
     with atomic_dir_of_ranks(out, kind, world, CheckpointError) as part:
-        # Rank r gathers file r of each round of world_size files, then all ranks write.
+        # Rank r writes file r of each round of world_size files. One tensor of each file is gathered, then all ranks
+        # write at the same time.
         for first in range(0, len(files), world.world_size):
-            mine: Tensors = {}
-            for owner, file in enumerate(files[first : first + world.world_size]):
-                for group in file:
-                    full = {}
-                    for name in group.tune:
-                        tensor = gathers[name](dtype)
-                        if owner == world.rank:
-                            full[name] = tensor.cpu()
-                            too_large += [] if is_finite(tensor) else [name]
-                    if owner == world.rank:
-                        mine |= {name: tensor.contiguous() for name, tensor in to_hf(full).items()}
+            of_ranks = files[first : first + world.world_size]
+            mine = None
+            if world.rank < len(of_ranks):
+                mine = _TensorFile(part / names[first + world.rank], of_ranks[world.rank], dtype)
+            weights = [
+                [weight for group in file for weight in _row_sources(group, model_type, arguments).items()]
+                for file in of_ranks
+            ]
+            for turn in zip_longest(*weights):
+                for owner, weight in enumerate(turn):
+                    if weight is not None:
+                        tensor = gathers[weight[0]](dtype)
+                        if mine is not None and owner == world.rank:
+                            too_large += [] if is_finite(tensor) else [weight[0]]
+                            mine.stage(tensor, weight[1])
+                        del tensor
+                if mine is not None:
+                    mine.write()
             with raise_on_all_ranks(world, CheckpointError):
-                if mine and not too_large:
-                    _write_tensors(mine, part / names[first + world.rank])
+                if mine is not None:
+                    mine.close()
         names_too_large = [name for part_of_rank in gather_objects(too_large, world) for name in part_of_rank]
         if names_too_large:
             raise CheckpointError(
@@ -597,12 +606,72 @@ def _split(groups: list[_Group], dtype: torch.dtype, max_file_bytes: int) -> lis
     return files
 
 
-def _write_tensors(tensors: Tensors, file: Path) -> None:
-    try:
-        save_file(tensors, file, metadata={"format": "pt"})
-        sync(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file}: cannot write ({error}). Is the disk full?") from error
+class _TensorFile:
+    """A safetensors file that is written a tensor at a time, after a header that says where each of them lies.
+
+    The first failure is raised by :meth:`close`: until then the ranks gather tensors together.
+
+    Source: https://github.com/huggingface/safetensors#format; the bytes are those of its ``save_file``.
+    """
+
+    def __init__(self, file: Path, groups: list[_Group], dtype: torch.dtype) -> None:
+        shapes = {name: shape for group in groups for name, shape in sorted(group.hf.items())}
+        stored = next(name for name, each in _DTYPES.items() if each == dtype)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in sorted(shapes):
+            start, end = end, end + math.prod(shapes[name]) * dtype.itemsize
+            header[name] = {"dtype": stored, "shape": shapes[name], "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        self._file, self._fault, self._left = file, None, end
+        self._starts = {name: 8 + len(text) + header[name]["data_offsets"][0] for name in shapes}
+        self._staged: tuple[torch.Tensor, _Pieces] | None = None
+        try:
+            self._stream = file.open("wb")
+            self._stream.write(len(text).to_bytes(8, "little") + text)
+        except OSError as error:
+            self._fault = error
+        for name, shape in shapes.items():
+            if not shape:
+                self._put(name, 0, torch.tensor([CONSTANTS[name.rpartition(".")[2]]], dtype=dtype))
+
+    def stage(self, tensor: torch.Tensor, pieces: _Pieces) -> None:
+        """Copies a weight to the CPU, with where its rows are stored; :meth:`write` comes before the next one."""
+        self._staged = tensor.cpu(), pieces
+
+    def write(self) -> None:
+        """Writes the staged weight, if there is one."""
+        if self._staged is None:
+            return
+        (tensor, pieces), self._staged, start = self._staged, None, 0
+        for name, rows in pieces:
+            block = tensor[start : start + len(rows)]
+            start += len(rows)
+            order = rows.argsort()
+            if not torch.equal(order, torch.arange(len(rows))):  # permuted within heads
+                block = block[order]
+            self._put(name, int(rows.min()), block)
+
+    def _put(self, name: str, first_row: int, block: torch.Tensor) -> None:
+        block = block.contiguous()
+        row_bytes = block[0].numel() * block.itemsize
+        if self._fault is None:
+            try:
+                self._stream.seek(self._starts[name] + first_row * row_bytes)
+                self._stream.write(memoryview(block.flatten().view(torch.uint8).numpy()))
+                self._left -= block.nbytes
+            except OSError as error:
+                self._fault = error
+
+    def close(self) -> None:
+        """Waits until all is on the disk."""
+        if self._fault is not None:
+            raise CheckpointError(f"{self._file}: cannot write ({self._fault}). Is the disk full?") from self._fault
+        self._stream.close()
+        if self._left:
+            raise CheckpointError(f"{self._file}: {self._left} bytes of its tensors did not come.")
+        sync(self._file)
 
 
 def _write_index(file: Path, files: list[list[_Group]], names: list[str], dtype: torch.dtype) -> None:

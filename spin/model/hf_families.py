@@ -78,7 +78,7 @@ LAYOUTS = {
     "QWEN2": Layout(("qwen2",), "torchtune.models.qwen2.qwen2", qwen2_hf_to_tune, qwen2_tune_to_hf, halves=True),
     "PHI3_MINI": _PHI,
     "PHI4": _PHI,
-    "HF": Layout(tuple(FAMILIES), "spin.model.from_hf", hf_names.to_tune, hf_names.to_hf, halves=True, merges=True),
+    "HF": Layout(tuple(FAMILIES), "spin.model.from_hf", hf_names.to_tune, hf_names.to_hf, halves=True),
 }
 
 
@@ -95,8 +95,14 @@ def config_of(config: dict[str, Any], model_type: str, file: str | Path = "confi
     return decoder_config({"model_type": LAYOUTS[model_type].families[0]} | config, file)
 
 
+def merges(config: dict[str, Any], model_type: str) -> bool:
+    """Whether several of torchtune's tensors of a layer are stored as one."""
+    return hf_names.is_fused(config["model_type"]) if model_type == "HF" else LAYOUTS[model_type].merges
+
+
 def converter_arguments(config: dict[str, Any], model_type: str) -> dict[str, Any]:
     """What a layout's converters take."""
     made = config_of(config, model_type)
     heads = dict(zip(("num_heads", "num_kv_heads", "head_dim"), heads_of(made), strict=True))
-    return heads | {"dim": made.hidden_size} | ({"family": config["model_type"]} if model_type == "HF" else {})
+    of_family = {"family": config["model_type"], "experts": getattr(made, "num_experts", 0)}
+    return heads | {"dim": made.hidden_size} | (of_family if model_type == "HF" else {})

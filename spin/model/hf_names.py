@@ -17,7 +17,7 @@ from spin.model.families import FAMILIES
 Tensors = dict[str, torch.Tensor]
 
 _OUTSIDE = {"tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head"}
-_XIELU = {"beta": 0.5, "eps": -1e-6}
+CONSTANTS = {"beta": 0.5, "eps": -1e-6}  # of xIELU, stored next to its parameters
 _QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("w1", "w3")
 
 # Experts: the parameters of spin.model.moe.MoE, to what is stored of each expert, and where all are stored as one
@@ -58,8 +58,13 @@ def _split_name(name: str, prefix: str) -> tuple[str | None, str, str]:
     return layer, inside, f"norms.{head}.{leaf}" if dot else leaf
 
 
-def to_hf(tensors: Tensors, *, family: str, **heads: int) -> Tensors:
-    """torchtune's tensors of whole layers, or of none, under the names of a folder."""
+def is_fused(family: str) -> bool:
+    """Whether a folder stores several weights of a layer as one."""
+    return bool(_fused(family))
+
+
+def to_hf(tensors: Tensors, *, family: str, experts: int = 0, **heads: int) -> Tensors:
+    """torchtune's tensors under the names of a folder; what it stores as one comes together."""
     whole_of = {part: whole for whole, parts in _fused(family).items() for part in parts}
     found: Tensors = {}
     pieces: dict[str, list[torch.Tensor]] = {}
@@ -69,16 +74,13 @@ def to_hf(tensors: Tensors, *, family: str, **heads: int) -> Tensors:
         if layer is None:
             found[f"{_OUTSIDE[module]}.{leaf}"] = tensor
         elif module == "mlp":
-            router = tensors[f"layers.{layer}.mlp.router"]
-            found |= {
-                f"model.layers.{layer}.{key}": part for key, part in _by_expert(leaf, tensor, len(router)).items()
-            }
+            found |= {f"model.layers.{layer}.{key}": part for key, part in _by_expert(leaf, tensor, experts).items()}
         elif module in whole_of:
             pieces.setdefault(f"model.layers.{layer}.{whole_of[module]}.{leaf}", []).append(tensor)
         else:
             if leaf == "alpha_p":  # xIELU's constants are stored next to it
                 stored = f"model.layers.{layer}.mlp.act_fn."
-                found |= {stored + key: tensor.new_tensor(value) for key, value in _XIELU.items()}
+                found |= {stored + key: tensor.new_tensor(value) for key, value in CONSTANTS.items()}
             found[f"model.layers.{layer}.{_in_layer(family)[module]}.{leaf}"] = tensor
     return found | {name: torch.cat(parts) for name, parts in pieces.items()}
 
@@ -104,7 +106,7 @@ def to_tune(
     experts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}
     for name, tensor in tensors.items():
         layer, module, leaf = _split_name(name, "model.")
-        if module == "mlp.act_fn" and leaf in _XIELU:
+        if module == "mlp.act_fn" and leaf in CONSTANTS:
             continue
         if f"{module}.{leaf}" == _ROUTER:
             found[f"layers.{layer}.mlp.router"] = tensor

@@ -264,7 +264,7 @@ def test_unknown_model_type_and_foreign_names(llama, tmp_path, world):
         export_hf(model, llama, tmp_path / "out", "LLAMA3_2", dtype=torch.float32, world=world)
 
 
-@pytest.mark.parametrize("point", ["save_file", "write_companions", "write_json", "commit_atomic_dir"])
+@pytest.mark.parametrize("point", ["sync", "write_companions", "write_json", "commit_atomic_dir"])
 def test_interrupted_export_shows_nothing_and_keeps_the_old_one(point, llama, tmp_path, world, monkeypatch):
     model = FAMILIES["llama3_2"]()
     out = tmp_path / "run" / "hf_model"
