@@ -77,6 +77,7 @@ class Family:
     """How a family's decoder differs from Llama's.
 
     Args:
+        models (str): released models of the family.
         norms (Mapping[str, str]): a layer's norms, torchtune's name to the stored one.
         norm (type[nn.Module]): class of every norm, called with a width and ``eps``.
         qk_norm (Literal["head", "rotated", "whole"] | None): norms of queries and keys: of each head before the
@@ -106,6 +107,7 @@ class Family:
         refused (Mapping[str, tuple[Any, ...]]): keys that may ask for what is not built here: the values that do not.
     """
 
+    models: str
     norms: Mapping[str, str] = field(default_factory=lambda: _BEFORE)
     norm: type[nn.Module] = RMSNorm
     qk_norm: Literal["head", "rotated", "whole"] | None = None
@@ -153,28 +155,46 @@ _COHERE: dict[str, Any] = {
 
 # By config.json's model_type.
 FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(biases=_no_biases, windows="all"),
-    "ministral": Family(biases=_no_biases, windows="listed"),
-    "ministral3": Family(biases=_no_biases, windows="all"),
-    "qwen2": Family(biases=lambda config: (True, False, False), windows="listed"),
-    "qwen3": Family(qk_norm="head", windows="listed"),
-    "qwen3_moe": Family(qk_norm="head", windows="all", sparse=_every_sparse_step),
-    "phi3": Family(biases=_no_biases, fused_qkv=True, fused_mlp=True, windows="all", partial_rotary=True),
-    "gemma": Family(**_GEMMA),
-    "gemma2": Family(**_GEMMA2, softcaps=("attn_logit_softcapping", "final_logit_softcapping")),
-    "gemma3_text": Family(**_GEMMA2, qk_norm="head", softcaps=(None, "final_logit_softcapping")),
-    "olmo": Family(norm=ScalelessLayerNorm, eps=None, clip_qkv=lambda config: config.clip_qkv),
-    "olmo2": Family(norms=_AFTER, qk_norm="whole"),
-    "olmo3": Family(norms=_AFTER, qk_norm="whole", windows="listed"),
-    "smollm3": Family(windows="listed", rotates=lambda config, layer, sliding: bool(config.no_rope_layers[layer])),
+    "llama": Family("Llama 2 to 3.3, SmolLM2, TinyLlama, Yi, DeepSeek-R1-Distill-Llama"),
+    "mistral": Family("Mistral 7B, Nemo, Small 2409; Zephyr", biases=_no_biases, windows="all"),
+    "ministral": Family("Ministral 8B", biases=_no_biases, windows="listed"),
+    "ministral3": Family("Ministral 3", biases=_no_biases, windows="all"),
+    "qwen2": Family(
+        "Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen", biases=lambda config: (True, False, False), windows="listed"
+    ),
+    "qwen3": Family("Qwen3 0.6B to 32B", qk_norm="head", windows="listed"),
+    "qwen3_moe": Family("Qwen3-30B-A3B, Qwen3-235B-A22B", qk_norm="head", windows="all", sparse=_every_sparse_step),
+    "phi3": Family(
+        "Phi-3, Phi-3.5-mini, Phi-4, Phi-4-mini",
+        biases=_no_biases,
+        fused_qkv=True,
+        fused_mlp=True,
+        windows="all",
+        partial_rotary=True,
+    ),
+    "gemma": Family("Gemma", **_GEMMA),
+    "gemma2": Family("Gemma 2", **_GEMMA2, softcaps=("attn_logit_softcapping", "final_logit_softcapping")),
+    "gemma3_text": Family(
+        "Gemma 3 1B; the text part of 4B to 27B (model_type gemma3)",
+        **_GEMMA2,
+        qk_norm="head",
+        softcaps=(None, "final_logit_softcapping"),
+    ),
+    "olmo": Family("OLMo", norm=ScalelessLayerNorm, eps=None, clip_qkv=lambda config: config.clip_qkv),
+    "olmo2": Family("OLMo 2", norms=_AFTER, qk_norm="whole"),
+    "olmo3": Family("OLMo 3", norms=_AFTER, qk_norm="whole", windows="listed"),
+    "smollm3": Family(
+        "SmolLM3", windows="listed", rotates=lambda config, layer, sliding: bool(config.no_rope_layers[layer])
+    ),
     "granite": Family(
+        "Granite 3, Granite 3.3",
         embedding_scale=lambda config: config.embedding_multiplier,
         residual_scale=lambda config: config.residual_multiplier,
         logits_scale=lambda config: 1 / config.logits_scaling,
         attention_scale=lambda config: config.attention_multiplier,
     ),
     "stablelm": Family(
+        "StableLM 2 1.6B, StableLM Zephyr 3B",
         norm=nn.LayerNorm,
         eps="layer_norm_eps",
         partial_rotary=True,
@@ -183,29 +203,39 @@ FAMILIES: dict[str, Family] = {
         head_norms=lambda config: SeparateHeadNorms if config.qk_layernorm else None,
         qk_names=("q_layernorm", "k_layernorm"),
     ),
-    "seed_oss": Family(biases=lambda config: (config.attention_bias, config.attention_out_bias, config.mlp_bias)),
-    "hunyuan_v1_dense": Family(qk_norm="rotated", qk_names=("query_layernorm", "key_layernorm")),
-    "exaone4": Family(norms=_AFTER, qk_norm="head", windows="listed", rotates=_rotates_sliding),
+    "seed_oss": Family(
+        "Seed-OSS 36B", biases=lambda config: (config.attention_bias, config.attention_out_bias, config.mlp_bias)
+    ),
+    "hunyuan_v1_dense": Family(
+        "Hunyuan dense 0.5B to 7B", qk_norm="rotated", qk_names=("query_layernorm", "key_layernorm")
+    ),
+    "exaone4": Family("EXAONE 4.0", norms=_AFTER, qk_norm="head", windows="listed", rotates=_rotates_sliding),
     "glm4": Family(
+        "GLM-4 0414",
         norms=_GLM4,
         biases=lambda config: (config.attention_bias, False, False),
         fused_mlp=True,
         interleaved=True,
         partial_rotary=True,
     ),
-    "cohere": Family(**_COHERE, head_norms=lambda config: HeadNorms if config.use_qk_norm else None),
-    "cohere2": Family(**_COHERE, windows="listed", rotates=lambda config, layer, sliding: sliding),
-    "starcoder2": Family(
-        norm=nn.LayerNorm, eps="norm_epsilon", biases=_all_biases, mlp=("c_fc", "c_proj"), windows="all"
+    "cohere": Family("Command R", **_COHERE, head_norms=lambda config: HeadNorms if config.use_qk_norm else None),
+    "cohere2": Family(
+        "Command R7B, Command A", **_COHERE, windows="listed", rotates=lambda config, layer, sliding: sliding
     ),
-    "nemotron": Family(norm=LayerNorm1P, eps="norm_eps", mlp=("up_proj", "down_proj"), partial_rotary=True),
-    "ernie4_5": Family(biases=_all_biases, interleaved=True),
+    "starcoder2": Family(
+        "StarCoder2", norm=nn.LayerNorm, eps="norm_epsilon", biases=_all_biases, mlp=("c_fc", "c_proj"), windows="all"
+    ),
+    "nemotron": Family(
+        "Nemotron 4, Minitron", norm=LayerNorm1P, eps="norm_eps", mlp=("up_proj", "down_proj"), partial_rotary=True
+    ),
+    "ernie4_5": Family("ERNIE 4.5 0.3B", biases=_all_biases, interleaved=True),
     "apertus": Family(
+        "Apertus",
         norms={"sa_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
         qk_norm="head",
         mlp=("up_proj", "down_proj"),
     ),
-    "internlm3": Family(),
+    "internlm3": Family("InternLM3"),
 }
 
 

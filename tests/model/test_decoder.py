@@ -9,6 +9,7 @@ from spin.core.ranks import init_world
 from spin.model import build_model, prepare_model
 from spin.model.hf import export_hf, load_hf_weights
 from spin.model.hf_folder import text_name
+from tests.families import FAMILIES, MODEL_TYPES
 from tests.hf_folders import FOLDERS, REFUSED, forward_ids, stored_tensors, write_folder
 
 
@@ -51,3 +52,20 @@ def test_what_is_not_built_is_refused_with_its_reason(name, tmp_path, world):
     arguments = {"max_seq_len": 256} if name == "llama_dynamic" else {}
     with pytest.raises((CheckpointError, ConfigError), match=r"config\.json"):
         from_folder(tmp_path, world, **arguments)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torchtunes_builders_compute_the_same(name, folders, tmp_path, world):
+    """Another layout of weights and another rotary embedding, or Gemma 2's own attention: the same logits and files."""
+    other = FAMILIES[name]().to("meta")
+    prepare_model(other, world, compute_dtype=torch.float32)
+    load_hf_weights(other, folders[name], MODEL_TYPES[name], world=world)
+    model = from_folder(folders[name], world)
+    ids = forward_ids()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids), other.eval()(ids), rtol=1e-5, atol=5e-5)
+    for kind, each in ((None, model), (MODEL_TYPES[name], other)):
+        export_hf(each, folders[name], tmp_path / str(kind), kind, dtype=torch.float32, world=world)
+    files = [load_file(tmp_path / str(kind) / "model.safetensors") for kind in (None, MODEL_TYPES[name])]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
