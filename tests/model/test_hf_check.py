@@ -120,7 +120,7 @@ def test_builder_and_model_type_go_together(config_file, folders):
     with pytest.raises(CheckpointError, match=r"set checkpointer\.model_type to LLAMA2 or LLAMA3 or LLAMA3_2 or MIST"):
         check_model(model, read_config(file), "HF", file)
     file = config_file("qwen3")
-    with pytest.raises(CheckpointError, match=r"torchtune has no builder: set model to _component_: spin\.model\.from"):
+    with pytest.raises(CheckpointError, match=r"torchtune's builders: set model to _component_: spin\.model\.from_hf"):
         check_model(model, read_config(file), "HF", file)
     for name in FAMILIES:  # both ways to build a folder's model
         check(folders[name] / "config.json")
