@@ -196,18 +196,19 @@ def make_data(file: Path, num: int, share: float) -> None:
 
 def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, preset: Any, on_gpu: bool) -> DictConfig:
     """A packaged config, with this model's weights, these data and this generator."""
-    name = args.config or str(Path(__file__).parent / "configs" / "llama3_2_1B_full.yaml")
-    overrides = [
-        f"output_dir={folder / 'run'}", f"tokenizer.path={model_folder}",
-        f"checkpointer.checkpoint_dir={model_folder}", f"dataset.source={folder / 'data.jsonl'}",
-        "dataset.split=null", "dataset.limit=null", "validation_dataset=null", "max_iterations=2", "max_epochs=1",
+    is_shape = "path" in preset.builder
+    name = args.config or ("full" if is_shape else str(Path(__file__).parent / "configs" / "llama3_2_1B_full.yaml"))
+    overrides = [f"{'model' if is_shape else 'tokenizer'}.path={model_folder}"]
+    overrides += [] if is_shape else [f"checkpointer.checkpoint_dir={model_folder}"]
+    overrides += [
+        f"output_dir={folder / 'run'}", f"dataset.source={folder / 'data.jsonl'}", "dataset.split=null", "dataset.limit=null", "validation_dataset=null", "max_iterations=2", "max_epochs=1",
         "dataset.on_long_prompt=cut", "dataset.on_long_response=cut",
         f"sampling.max_new_tokens={max(8, round(256 * preset.lengths))}", f"global_batch_size={args.batch}",
     ]  # fmt: skip
     if args.generator == "vllm":
         overrides += [
             "generator=spin.generators.VLLMGenerator",
-            "~generator.batch_size",
+            *([] if is_shape else ["~generator.batch_size"]),
             "generator.max_model_len=2048",
         ]
     if not on_gpu:
@@ -217,7 +218,7 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
             overrides += ["generator.dtype=fp32", "generator.enforce_eager=true", "generator.max_model_len=512"]
             overrides += ["generator.engine.kv_cache_memory_bytes=67108864"]
     raw = load_config(name, [*overrides, *args.overrides])
-    if raw.get("base_dtype") is None:
+    if raw.get("base_dtype") is None and not is_shape:
         raw.model = OmegaConf.create(preset.builder)
     return complete(raw, SPINConfig)
 
@@ -283,7 +284,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--model", choices=MODELS, default="llama3_2_1b")
     parser.add_argument("--model-folder", type=Path, help="where the model is kept, or taken from if it is there")
-    parser.add_argument("--config", help="one that fits --model; default: configs/llama3_2_1B_full.yaml")
+    parser.add_argument("--config", help="one that fits --model; default: configs/llama3_2_1B_full.yaml, or full")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--generator", choices=("embedded", "vllm"), default="embedded")
     parser.add_argument("--prompts", type=int, default=512)
