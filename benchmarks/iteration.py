@@ -201,7 +201,8 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
     overrides = [f"{'model' if is_shape else 'tokenizer'}.path={model_folder}"]
     overrides += [] if is_shape else [f"checkpointer.checkpoint_dir={model_folder}"]
     overrides += [
-        f"output_dir={folder / 'run'}", f"dataset.source={folder / 'data.jsonl'}", "dataset.split=null", "dataset.limit=null", "validation_dataset=null", "max_iterations=2", "max_epochs=1",
+        f"output_dir={folder / 'run'}", f"dataset.source={folder / 'data.jsonl'}", "dataset.split=null",
+        "dataset.limit=null", "validation_dataset=null", "max_iterations=2", "max_epochs=1",
         "dataset.on_long_prompt=cut", "dataset.on_long_response=cut",
         f"sampling.max_new_tokens={max(8, round(256 * preset.lengths))}", f"global_batch_size={args.batch}",
     ]  # fmt: skip
