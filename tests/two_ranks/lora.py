@@ -44,7 +44,7 @@ def base() -> nn.Module:
 
 
 def checkpointer(base_dir: Path, folder: Path) -> LoRACheckpointer:
-    return LoRACheckpointer(str(base_dir), "LLAMA3_2", str(folder), export_dtype="fp32", async_save=False)
+    return LoRACheckpointer(str(base_dir), str(folder), "LLAMA3_2", export_dtype="fp32", async_save=False)
 
 
 def adapted(kind: str, world: World, loader: LoRACheckpointer, checkpointing: bool = False) -> nn.Module:
