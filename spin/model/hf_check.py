@@ -197,7 +197,7 @@ def _layer_traits(layer: Any) -> dict[_Trait, Any]:
         else None,
         ("use_parallel_residual model_type", "attention and MLP in parallel"): isinstance(layer, ParallelLayer),
         **{
-            ("residual_multiplier model_type", f"as {name}"): _norm_kind(getattr(layer, name, None))
+            ("residual_multiplier model_type", name): _norm_kind(getattr(layer, name, None))
             for name in ("sa_norm", "sa_scale", "mlp_norm", "mlp_scale")
         },
         **{

@@ -66,7 +66,7 @@ OTHERS = [
     ("llama", {"model_type": "qwen2"}, "attention_bias"),
     ("llama", {"model_type": "gemma"}, "in place of 'GemmaRMSNorm (1 + weight)'"),
     ("llama", {"model_type": "olmo"}, "'ScalelessLayerNorm'"),
-    ("llama", {"model_type": "olmo2"}, "with as sa_norm 'RMSNorm' in place of 'none'"),
+    ("llama", {"model_type": "olmo2"}, "with sa_norm 'RMSNorm' in place of 'none'"),
     ("llama", {"model_type": "ernie4_5"}, "rotates other pairs"),
     ("mistral", NARROW, "sliding_window is 4 in 2 of 2 layers"),
     ("qwen3", {"attention_bias": True}, "attention_bias is true"),
