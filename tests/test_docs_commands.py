@@ -89,6 +89,9 @@ def desk(tmp_path_factory):
     run(folder / "runs" / "quickstart", "max_epochs=1", "limit_train_batches=2")
     cfg = load_config(str(CONFIG), tiny_overrides(folder / "runs" / "mine"))
     OmegaConf.save(cfg, folder / "my.yaml")
+    (folder / "Qwen").mkdir()
+    (folder / "Qwen/Qwen3-4B").symlink_to(REPO / "tests/assets/tiny_lm")
+    (folder / "mine.jsonl").symlink_to(REPO / "examples/quickstart/jargon_train.jsonl")
     return folder
 
 
@@ -98,9 +101,12 @@ SPIN_COMMANDS = [each for each in COMMANDS if each.text.startswith(SPIN)]
 @pytest.mark.parametrize("command", SPIN_COMMANDS, ids=str)
 def test_commands_of_python_m_spin(desk, monkeypatch, capsys, command):
     monkeypatch.chdir(desk)
-    if " cp " in command.text:
-        (desk / shlex.split(command.text)[-1]).unlink(missing_ok=True)
-    assert main(shlex.split(command.text)[3:]) == 0, capsys.readouterr().err
+    words = shlex.split(command.text)[3:]
+    if words[0] == "cp":
+        (desk / words[-1]).unlink(missing_ok=True)
+    if words[0] == "new":
+        words.append("--force")
+    assert main(words) == 0, capsys.readouterr().err
     assert capsys.readouterr().out
 
 

@@ -22,6 +22,7 @@ from spin.core.terminal import escape_unencodable_output, printable
 # name: module, what it does
 COMMANDS = {
     "ls": ("spin.cli.ls", "list recipes and configs"),
+    "new": ("spin.cli.new", "write a config for a model and data of yours, sized for this machine"),
     "cp": ("spin.cli.cp", "copy a recipe or a config, to edit it"),
     "validate": ("spin.cli.validate", "check a config, its data and its arithmetic; loads no weights"),
     "estimate": ("spin.cli.estimate", "say what memory and time a config will take"),

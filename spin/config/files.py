@@ -58,7 +58,11 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         ConfigError: If the file is missing, unreadable or not a YAML mapping, or an override has no such form.
     """
-    cfg = read_yaml(find_config(name_or_path))
+    return with_overrides(read_yaml(find_config(name_or_path)), overrides)
+
+
+def with_overrides(cfg: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """The same raw config, with overrides applied as :func:`load_config` does."""
     if any(override.startswith(f"{ALLOW_KEY}=") for override in overrides):
         cfg.pop(ALLOW_KEY, None)  # what the file allows counts for nothing
         cfg._set_flag(FROM_OUTSIDE, True)

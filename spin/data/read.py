@@ -14,6 +14,7 @@ from torch import nn
 from spin.core.errors import ConfigError, DataError
 from spin.data.dataset import Original, PromptDataset, PromptSource, check_is_dataset
 from spin.data.messages import (
+    ChatMessage,
     MessageTransform,
     RowNotes,
     Turns,
@@ -26,7 +27,7 @@ from spin.data.rows import Row, bad_row
 from spin.data.samples import Conversation, EncodedRow, LongAction, SampleFilter, SampleRules
 from spin.data.sources import Source, describe_source, read_rows
 from spin.data.stream import PromptStream, iteration_windows, shuffled_rows
-from spin.data.tokenizer import PromptTokenizer, or_error
+from spin.data.tokenizer import Encoded, PromptTokenizer, or_error
 from spin.data.torchtune_tokenizer import adapt_tokenizer
 from spin.types import Prompt
 
@@ -127,7 +128,7 @@ def prompt_dataset(
         message_transform=message_transform,
         system_prompt=system_prompt,
     )
-    converse = partial(_conversations, parse=parse, id_column=id_column, turns=turns)
+    converse = partial(conversations_of, parse=parse, id_column=id_column, turns=turns)
     chunk = min(_CHUNK_ROWS, limit or _CHUNK_ROWS)
     label = f"{len(source)} sources" if isinstance(source, list) else str(source)
     new_filter = partial(SampleFilter, label, rules, set())
@@ -234,7 +235,7 @@ def unknown_ids(model: nn.Module, tokenizer: PromptTokenizer) -> tuple[int, ...]
     return tuple(token for token in range(model.tok_embeddings.weight.shape[0]) if token not in known)
 
 
-def _conversations(row: Row, parse: Callable[..., Any], id_column: str, turns: Turns) -> list[Conversation]:
+def conversations_of(row: Row, parse: Callable[..., Any], id_column: str, turns: Turns) -> list[Conversation]:
     """The conversations in a row, or the one fault that stands for it."""
     notes = RowNotes(used={id_column: None})
     try:
@@ -254,11 +255,17 @@ def _encoded(
     rows: Iterator[Row], tokenizer: PromptTokenizer, converse: Callable[[Row], list[Conversation]], chunk: int
 ) -> Iterator[EncodedRow]:
     """The conversations of each row with their token ids, or what is wrong with them."""
-    batched = getattr(tokenizer, "encode_pairs", None)
     while of_rows := [converse(row) for row in islice(rows, chunk)]:
         usable = [each.messages for of_row in of_rows for each in of_row if each.fault is None]
-        ids = iter(batched(usable) if batched else (or_error(tokenizer.encode_pair, each) for each in usable))
+        ids = iter(encode_all(tokenizer, usable))
         yield from ([(each, next(ids) if each.fault is None else each.fault) for each in of_row] for of_row in of_rows)
+
+
+def encode_all(tokenizer: PromptTokenizer, conversations: Sequence[list[ChatMessage]]) -> list[Encoded | DataError]:
+    """The token ids of conversations, at once where the tokenizer can, or what is wrong with each."""
+    if batched := getattr(tokenizer, "encode_pairs", None):
+        return list(batched(conversations))
+    return [or_error(tokenizer.encode_pair, each) for each in conversations]
 
 
 def _sample_id(row: Row, id_column: str) -> str:
