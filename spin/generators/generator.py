@@ -143,7 +143,7 @@ class StreamingGenerator(Generator, Protocol):
 
         Returns:
             Iterator[tuple[int, Response]]: number of the request and its response, in the order in which they are
-            finished; a Python generator, which the caller closes to abort what runs.
+            finished; its ``close``, if it has one as Python's generators do, is called to abort what runs.
 
         Raises:
             GeneratorError: As ``generate``.

@@ -11,7 +11,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count, islice
 from numbers import Integral
@@ -240,7 +240,11 @@ def play(
     bounds = np.cumsum([0, *(len(parts[shard]) * per_prompt for shard in shards)])  # of each shard's requests
     is_done = np.zeros(bounds[-1], bool)
     found: dict[int, dict[int, Response]] = defaultdict(dict)  # of shards that are not complete
-    with closing(stream):
+    if not isinstance(stream, Iterable):
+        raise GeneratorError(f"generator: {name}.stream gave {_shortened(stream)}, expected an iterator of responses.")
+    with ExitStack() as stack:
+        if hasattr(stream, "close"):  # of a Python generator; an iterator need not have one
+            stack.callback(stream.close)
         for item in stream:
             if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
                 expected = "expected (number of the request, its Response)"

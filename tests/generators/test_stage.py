@@ -75,6 +75,22 @@ def test_a_store_does_not_depend_on_who_makes_which_shard(tmp_path):
     assert len(generator.calls) == 1, "an engine gets all shards at once"
 
 
+@pytest.mark.parametrize("kind", [iter, list])
+def test_a_stream_need_not_be_a_python_generator(tmp_path, kind):
+    """An iterator of a list has no ``close``."""
+    generator = Streaming()
+    whole = responses(played(tmp_path / "a", ALL, generator))
+    python_stream = generator.stream
+    generator.stream = lambda requests, sampling: kind(list(python_stream(requests, sampling)))
+    assert responses(played(tmp_path / "b", ALL, generator)) == whole
+    done = []
+    stopped = played(tmp_path / "c", ALL, generator, should_stop=lambda: bool(done), on_shard=done.append)
+    assert stopped.missing_shards() == [0, 1]
+    generator.stream = lambda requests, sampling: None
+    with pytest.raises(GeneratorError, match="Streaming.stream gave None of type NoneType, expected an iterator"):
+        played(tmp_path / "d", ALL, generator)
+
+
 @pytest.mark.parametrize(("kind", "missing"), [(SeedEcho, [1, 2]), (Streaming, [0, 1])])
 def test_stops_between_shards_and_keeps_what_is_done(tmp_path, kind, missing):
     """A stream's last request comes first."""
