@@ -147,7 +147,6 @@ def data(tmp_path_factory):
 def plan(file, **arms):
     """The product's plan, with the tiny model and few of everything."""
     content = yaml.safe_load(real_model.PLAN.read_text(encoding="utf-8"))
-    content["base"] = str(REPO / "tests/assets/tiny.yaml")
     few = {"validation_dataset.limit": 6, "sampling.max_new_tokens": 12, "optimizer.lr": 1e-3, "compute_dtype": "fp32"}
     small = content["forms"]["small"]
     small["settings"] |= few | {"global_batch_size": 4, "limit_train_batches": 2, "generator.batch_size": 8}
@@ -230,6 +229,7 @@ def test_a_supervised_step_is_the_mean_over_the_responses_tokens(tmp_path, tiny_
     (job,) = real_model.make_jobs(content, "small", [], [], tmp_path)
     changes = {
         "output_dir": str(tmp_path / "run"), "optimizer._component_": "torch.optim.SGD", "optimizer.lr": 0.5,
+        "optimizer.fused": False,
         "lr_scheduler.name": "constant", "lr_scheduler.warmup": 0, "clip_grad_norm": None,
     }  # fmt: skip
     stages, questions = (real_model.fill(job[name], job["paths"]) for name in ("stages", "questions"))
