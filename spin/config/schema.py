@@ -214,7 +214,7 @@ class Config(Section):
     """What the configs of all recipes have."""
 
     output_dir: Annotated[str, AfterValidator(_folder)] = key(
-        ..., "one for each run: checkpoints, logs, pairs, exports"
+        "runs/spin", "one for each run: checkpoints, logs, pairs, exports"
     )
     dataset: Component = key(component("spin.data.prompt_dataset"), "prompts with real responses")
     sampling: Sampling = Sampling()
