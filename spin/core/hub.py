@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from contextlib import nullcontext
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from spin.core.errors import ConfigError
@@ -32,17 +34,19 @@ def model_folder(name: str, key: str) -> str:
     """
     if os.path.exists(name) or not _NAME.fullmatch(name):
         return name
-    import httpx
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import WeakFileLock
 
     alone = constants.HF_HUB_OFFLINE or os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
     locks = Path(constants.HF_HUB_CACHE) / ".locks"
+    # huggingface_hub's own errors are of the first two; versions from 1.0 on let those of httpx through
+    errors = (OSError, ValueError, *([import_module("httpx").HTTPError] if find_spec("httpx") else []))
     try:
-        locks.mkdir(parents=True, exist_ok=True)
+        if not alone:
+            locks.mkdir(parents=True, exist_ok=True)
         with nullcontext() if alone else WeakFileLock(locks / f"spin--{name.replace('/', '--')}.lock"):
             return snapshot_download(name, allow_patterns=list(_FILES), ignore_patterns=list(_OTHER_LAYOUTS))
-    except (httpx.HTTPError, OSError, ValueError) as error:  # huggingface_hub's own are of these
+    except errors as error:
         raise ConfigError(
             f"{key}: {name!r} is no folder here, and as a model on huggingface.co it is not available "
             f"({type(error).__name__}: {' '.join(str(error).split()):.300}). Check the name, or download it where "
