@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from spin.core.errors import ConfigError
 
@@ -45,8 +46,9 @@ def model_folder(name: str, key: str) -> str:
         if not alone:
             locks.mkdir(parents=True, exist_ok=True)
         with nullcontext() if alone else WeakFileLock(locks / f"spin--{name.replace('/', '--')}.lock"):
-            patterns = {"allow_patterns": list(_FILES), "ignore_patterns": list(_OTHER_LAYOUTS)}
-            return snapshot_download(name, **patterns)  # nosec B615 - nothing of it is run; the record has the commit
+            patterns: Any = {"allow_patterns": list(_FILES), "ignore_patterns": list(_OTHER_LAYOUTS)}
+            folder: str = snapshot_download(name, **patterns)  # nosec B615 - nothing of it is run; the record has the commit
+            return folder
     except errors as error:
         raise ConfigError(
             f"{key}: {name!r} is no folder here, and as a model on huggingface.co it is not available "
