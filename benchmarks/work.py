@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import nn
 from torchtune.models.convert_weights import tune_to_hf
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 
 from spin.core.ranks import World
 from spin.data import Pair, Response
 from spin.model.moe import idle_parameters
+from spin.model.modules import LayerNorm1P
 from spin.model.sharding import local_tensor, named_full_tensors
 
 # mean tokens of prompt, real and generated responses
@@ -122,9 +124,11 @@ def randomize(model: nn.Module, world: World, seed: int = 0) -> None:
     """
     shards, shard = world.mesh["shard"].size(), world.mesh.get_local_rank("shard")  # replicas have the same weights
     draw = torch.Generator(world.device).manual_seed(seed * shards + shard)
-    for parameter in model.parameters():
-        local = local_tensor(parameter.detach())
-        local.fill_(1.0) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
+    for module in model.modules():
+        one = 0.0 if isinstance(module, GemmaRMSNorm | LayerNorm1P) else 1.0  # these multiply by 1 + weight
+        for parameter in module.parameters(recurse=False):
+            local = local_tensor(parameter.detach())
+            local.fill_(one) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
 
 
 def llama_config(model: Any) -> Any:
