@@ -17,8 +17,8 @@ from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 
 from spin.core.ranks import World
 from spin.data import Pair, Response
-from spin.model.moe import idle_parameters
 from spin.model.modules import LayerNorm1P
+from spin.model.moe import idle_parameters
 from spin.model.sharding import local_tensor, named_full_tensors
 
 # mean tokens of prompt, real and generated responses
