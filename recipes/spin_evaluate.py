@@ -40,7 +40,7 @@ from spin.data import Prompt, PromptDataset
 from spin.data.dataset import evaluated_part
 from spin.data.dates import fix_date
 from spin.evaluation import verdicts
-from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles, shared_samples
+from spin.evaluation.models import EvalModel, check_evaluation, shared_samples
 from spin.generators import engine_group, policy_loaded, sampling_params, stage
 from spin.pairs import RowLayout
 from spin.pairs.shards import missing_shards, open_store, seal
@@ -65,7 +65,7 @@ class SPINEvaluate:
         cfg = self._cfg
         self._world = init_world(cfg.device, **run.inputs_of_config(cfg))
         self._lock = run.lock_output_dir(self._output_dir, self._world)
-        self._models = {role: EvalModel(role, cfg[role]) for role in eval_model_roles(cfg)}
+        self._models = {role: EvalModel(role, cfg[role]) for role in cfg.roles}
         for model in self._models.values():
             fix_date(model.tokenizer, self._output_dir, self._world, cfg.candidate.checkpoint_dir)
         datasets = {}

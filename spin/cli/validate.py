@@ -28,7 +28,7 @@ from spin.data.messages import ChatMessage, row_to_messages, split_turns
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.data.sources import read_rows
 from spin.evaluation import verdicts
-from spin.evaluation.models import EvalModel, check_evaluation, eval_model_roles, shared_samples
+from spin.evaluation.models import EvalModel, check_evaluation, shared_samples
 from spin.generators import sampling_params, stage
 from spin.model.adapters import adapted_modules
 from spin.model.build import build_model
@@ -131,7 +131,7 @@ def _check_evaluation(cfg: config.EvaluateConfig, check: Checks, with_logits: bo
     """The checks of a config of spin_evaluate, which has two or three models and does not train."""
     check("output folder", partial(_output, cfg))
     datasets: dict[str, PromptSource | None] = {}
-    for role in eval_model_roles(cfg):
+    for role in cfg.roles:
         section = cfg[role]
         model = check(role, partial(_eval_model, role, section))
         if with_logits and section.checkpoint_dir is not None:

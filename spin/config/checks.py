@@ -124,6 +124,13 @@ def _check_worker(cfg: GenerateConfig, faults: Faults) -> None:
         faults.add(f"worker={cfg.worker}: expected 0 to num_workers - 1 = {cfg.num_workers - 1}.")
 
 
+def _check_evaluated_models(cfg: EvaluateConfig, faults: Faults) -> None:
+    for role in cfg.roles:
+        if cfg[role].checkpoint_dir is None and cfg[role].generator.component == "spin.generators.TorchtuneGenerator":
+            folder = "a Hugging Face folder, such as runs/mine/iteration_001/hf_model"
+            faults.add(f"{role}.checkpoint_dir: not set. Name {folder}, or a generator that needs no weights.")
+
+
 def check_transfer_dir(path: str, generator: Component, apart_from: dict[str, Any], faults: Faults) -> None:
     """Notes a generator's folder of weights that is one of the run's other folders, or somebody else's."""
     folder = generator.get("transfer_dir")
@@ -170,7 +177,9 @@ def _check_logger(cfg: SPINConfig, faults: Faults) -> None:
 
 _CHECKS: dict[type[Section], tuple[Callable[[Any, Faults], None], ...]] = {
     Config: (lambda cfg, faults: _check_sampling(cfg.sampling, "sampling", faults),),
-    EvaluateConfig: (lambda cfg, faults: _check_sampling(cfg.judge.sampling, "judge.sampling", faults),),
+    EvaluateConfig: (
+        lambda cfg, faults: _check_sampling(cfg.judge.sampling, "judge.sampling", faults), _check_evaluated_models,
+    ),
     SPINConfig: (
         _check_iterations, _check_optimizer, _check_resume, _check_responses, _check_checkpointing, _check_dtypes,
         _check_validation, _check_folders, _check_logger,

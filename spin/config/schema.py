@@ -358,6 +358,11 @@ class EvaluateConfig(Config):
     exact_match: ExactMatch = key(ExactMatch(), "read for verdict: exact_match only")
     prompts_per_shard: int = key(64, "fewer if often killed: a restart may generate them again", ge=1, le=2**20)
 
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The sections that hold a model which is used."""
+        return ("candidate", "baseline", "judge") if self.verdict == "judge" else ("candidate", "baseline")
+
 
 # Ranges of arguments of components, by section; any other number is below 2**63. The most is far above what makes
 # sense, and below what takes a machine down before its own check.

@@ -89,11 +89,6 @@ class EvalModel:
         return config.instantiate(self.section.generator, context=context)
 
 
-def eval_model_roles(cfg: EvaluateConfig) -> tuple[str, ...]:
-    """The sections of an evaluation's config that hold a model which is used."""
-    return ("candidate", "baseline", "judge") if cfg.verdict == "judge" else ("candidate", "baseline")
-
-
 def shared_samples(*datasets: PromptDataset) -> list[str]:
     """The ids of the samples that fit every model, in order; a sample that is too long for one is dropped for all."""
     in_all = set.intersection(*(set(dataset.sample_ids) for dataset in datasets))
@@ -123,11 +118,8 @@ def check_evaluation(cfg: EvaluateConfig) -> None:
         except ConfigError as error:
             faults.add(str(error))
 
-    for role in eval_model_roles(cfg):
+    for role in cfg.roles:
         section = cfg[role]
-        if section.checkpoint_dir is None and section.generator.component == "spin.generators.TorchtuneGenerator":
-            folder = "a Hugging Face folder, such as runs/mine/iteration_001/hf_model"
-            faults.add(f"{role}.checkpoint_dir: not set. Name {folder}, or a generator that needs no weights.")
         if section.tokenizer is None:
             faults.add(f"{role}.tokenizer: not set. It makes the prompts' token ids.")
         folders = {"output_dir": cfg.output_dir, f"{role}.checkpoint_dir": section.checkpoint_dir}
