@@ -128,7 +128,7 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
         **({"compile": packaged["compile"]} if machine.has_gpu else {}),
     }
     config = _Config(plain(with_overrides(OmegaConf.create(base), overrides)))
-    cfg = config.complete()  # finds the model
+    cfg = config.complete({"dataset.validation_fraction": 0.1})  # finds the model
     if cfg.model.component != FROM_HF or cfg.dataset.component != _DATA_SET or cfg.dataset.get("streaming"):
         raise ConfigError(
             "expected a model from its folder and one data set that is read whole. Set others in the written file."

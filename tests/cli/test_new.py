@@ -124,7 +124,7 @@ def test_what_the_user_sets_is_kept(tmp_path, capsys):
     data, out = jargon(tmp_path / "mine.jsonl", 40), tmp_path / "my.yaml"
     words = ("--model", TINY_LM, "--data", data, "--out", out)
     given = ("dataset.max_response_tokens=90", "global_batch_size=2", "loss.beta=0.2", "generator.batch_size=4")
-    assert new(capsys, *words, *given)[0] == 0
+    assert new(capsys, *words, *given, "validation.spin=true", "dataset.turns=all")[0] == 0
     written = yaml.safe_load(out.read_text())
     assert written["dataset"]["max_response_tokens"] == 90 and written["global_batch_size"] == 2
     assert written["loss"] == {"beta": 0.2} and written["generator"] == {"batch_size": 4}
