@@ -128,14 +128,15 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
         **({"compile": packaged["compile"]} if machine.has_gpu else {}),
     }
     config = _Config(plain(with_overrides(OmegaConf.create(base), overrides)))
-    cfg = config.complete({"dataset.validation_fraction": 0.1})  # finds the model
+    before = {"dataset.validation_fraction": 0.1}  # another one may be chosen below
+    cfg = config.complete(before)  # finds the model
     if cfg.model.component != FROM_HF or cfg.dataset.component != _DATA_SET or cfg.dataset.get("streaming"):
         raise ConfigError(
             "expected a model from its folder and one data set that is read whole. Set others in the written file."
         )
     if has_experts(cfg):  # which take no adapters
         config.values["model"].pop("apply_lora_to_mlp", None)
-    model = build_model(config.complete().model, torch.float32)
+    model = build_model(config.complete(before).model, torch.float32)
     context: int = model.max_seq_len  # type: ignore[assignment]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report = [
