@@ -53,9 +53,9 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_one_tensor_next_to_the_shards(ranks, folder, tmp_path, subprocess_env):
-    """Reading: a shard's rows of one tensor in fp32, and the pages of the file that is mapped for it. Writing: one tensor
-    in bf16. The exported file is 1 GiB. Between two ranks gloo keeps memory of its own for what it gathers, 0.3 GiB here
-    whatever becomes of the results; so there the limit is a part of the file."""
+    """Reading: a shard's rows of one tensor in fp32, and the pages of the file that is mapped for it. Writing: one
+    tensor in bf16. The exported file is 1 GiB. Between two ranks gloo keeps memory of its own for what it gathers, 0.3
+    GiB here whatever becomes of the results; so there the limit is a part of the file."""
     source, total = folder
     assert 1.9 * 2**30 < total < 2.1 * 2**30 and total / 2 < MAX_FILE_BYTES
     largest_file = max(file.stat().st_size for file in source.glob("*.safetensors"))

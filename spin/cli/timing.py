@@ -1,0 +1,198 @@
+"""What an iteration takes, stage by stage, from the rates of :mod:`spin.cli.rates`.
+
+Compute counts the least work that the pairs need: every prompt once, no padding, nothing made twice, except for
+activations that are made again in backward. Traffic hides behind the compute of the same row; what is left over adds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from spin.cli.rates import (
+    BUS_GB_PER_SECOND,
+    CPU_OPTIMIZER_GB_PER_SECOND,
+    DECODE_GB_PER_SECOND,
+    DISK_GB_PER_SECOND,
+    GATHER_GB_PER_SECOND,
+    GPUS,
+    LINK_FRACTION,
+    REDUCE_GB_PER_SECOND,
+    SCORE_FRACTION,
+    TRAIN_FRACTION,
+    TRAIN_FRACTION_ADAPTERS,
+    Rate,
+)
+from spin.config import SPINConfig
+
+# mean tokens of the pairs that rates were measured with: prompt, real and generated response
+MEASURED_PAIR = (199, 278, 278)
+_SEQUENCES = 256  # of an engine of vLLM at once
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where a run is to go."""
+
+    gpus: int
+    hosts: int
+    gpu: str  # of GPUS
+    links: int  # network cards of a host
+    gigabits: float  # a second, of each
+
+
+@dataclass(frozen=True)
+class Work:
+    """The sizes of a model and its traffic that times follow from; bytes are of the whole model."""
+
+    layer_weights: int  # that multiply a token
+    head_weights: int
+    layers: int
+    attention_dim: int  # of all heads of queries
+    trained: int
+    frozen: bool
+    weight_bytes: float  # of bf16 weights, as generation reads them
+    cache_bytes: float  # for each token of a sequence
+    gathered_bytes: float
+    checkpoint_bytes: float
+    export_bytes: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Seconds of a stage of an iteration."""
+
+    name: str
+    compute: float
+    exposed: float  # traffic that does not hide
+    rates: tuple[Rate, ...]
+
+    @property
+    def seconds(self) -> float:
+        """Both together."""
+        return self.compute + self.exposed
+
+
+def forward_flops(work: Work, prompt: float, responses: list[float]) -> tuple[float, float, float]:
+    """FLOPs of a pair's forward in layers, head and attention; a product and its addition are two."""
+    visible = prompt * (prompt + 1) / 2 + sum(n * prompt + n * (n + 1) / 2 for n in responses)
+    return (
+        2 * work.layer_weights * (prompt + sum(responses)),
+        2 * work.head_weights * sum(responses),
+        4 * work.layers * work.attention_dim * visible,
+    )
+
+
+def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tokens: int, rows: int) -> list[Stage]:
+    """The times of an iteration over ``prompts``.
+
+    ``pair_tokens`` is the mean of a prompt and its responses; ``rows`` are those that a GPU takes in an optimizer step.
+    """
+    gpu, shards = GPUS[cluster.gpu], cluster.gpus // cfg.replicas
+    scale = pair_tokens / sum(MEASURED_PAIR)
+    prompt, real, generated = (tokens * scale for tokens in MEASURED_PAIR)
+    generated = min(generated, cfg.sampling.max_new_tokens)
+    answers = cfg.pairs.responses_per_prompt
+    flops = forward_flops(work, prompt, [real, *[generated] * answers])
+
+    def share(table: dict[str, Rate]) -> Rate:
+        return table.get(cluster.gpu) or next(iter(table.values()))
+
+    # --- play ---
+    kind = cfg.generator.component.rsplit(".", 1)[-1]
+    method = "full" if not work.frozen else "qlora" if cfg.model.get("quantize_base") else "lora"
+    is_vllm = kind != "TorchtuneGenerator"
+    decode = DECODE_GB_PER_SECOND["vllm" if is_vllm else method]
+    bandwidth = decode.value * 1e9 * gpu.memory_gb_per_second / GPUS[decode.gpu].memory_gb_per_second
+    together = cfg.generator.get("tensor_parallel_size", 1) if is_vllm else 1
+    for_each = prompts * answers * together / cluster.gpus  # responses of an engine
+    batch = min(_SEQUENCES if is_vllm else cfg.generator.get("batch_size", 32), max(1, math.ceil(for_each)))
+    steps = for_each / batch * generated + max(0.0, cfg.sampling.max_new_tokens - generated)  # the last ones are alone
+    step = (work.weight_bytes + batch * (prompt + generated / 2) * work.cache_bytes) / together / bandwidth
+    scoring = share(SCORE_FRACTION)
+    score_rate = scoring.value * gpu.tflops * 1e12 * cluster.gpus
+    prefill = prompts * answers * 2 * work.layer_weights * prompt / score_rate
+    gather_all = _gather(cluster, shards, work.gathered_bytes, GATHER_GB_PER_SECOND)
+    play = Stage("play", steps * step + prefill, gather_all, (decode, scoring, GATHER_GB_PER_SECOND))
+
+    # --- score ---
+    offload = work.gathered_bytes / shards / (BUS_GB_PER_SECOND.value * 1e9) if cfg.fsdp_cpu_offload else 0.0
+    steps_of_epoch = math.ceil(prompts / cfg.global_batch_size)
+    compute = prompts * sum(flops) / score_rate
+    gathers = rows if cfg.fsdp_reshard_after_forward else 1
+    traffic = steps_of_epoch * gathers * (gather_all + offload)
+    score = Stage("score", compute, max(0.0, traffic - compute), (scoring, GATHER_GB_PER_SECOND))
+
+    # --- train ---
+    training = share(TRAIN_FRACTION_ADAPTERS if work.frozen else TRAIN_FRACTION)
+    layers, head, attention = flops
+    own = 0 if work.frozen else 1  # products for the weights' own gradients
+    needed = (2 + own) * (layers + head) + 3 * attention
+    if cfg.enable_activation_checkpointing:
+        every = cfg.ac_option or 1 if cfg.ac_mode == "selective" else 1
+        needed += (layers + attention) / every
+    steps_in_all = cfg.max_epochs * steps_of_epoch
+    compute = cfg.max_epochs * prompts * needed / (training.value * gpu.tflops * 1e12 * cluster.gpus)
+    gathers = 2 * rows if cfg.fsdp_reshard_after_forward else 1
+    reduces = 1 if cfg.fsdp_accumulate_unsharded else rows
+    reduce = _gather(cluster, shards, 4.0 * work.trained, REDUCE_GB_PER_SECOND)
+    if cfg.replicas > 1:  # an all-reduce of the shards' gradients, in the step's last row
+        card = cluster.links * cluster.gigabits / 8 * 1e9 * LINK_FRACTION.value / (cluster.gpus / cluster.hosts)
+        reduce += 8.0 * work.trained / shards * (1 - 1 / cfg.replicas) / card / reduces
+    exposed = max(0.0, steps_in_all * (gathers * (gather_all + offload) + reduces * reduce) - compute)
+    used = [training, GATHER_GB_PER_SECOND, REDUCE_GB_PER_SECOND]
+    if cfg.fsdp_cpu_offload:  # gradients down, and AdamW where nothing hides it: it reads 16 bytes and writes 12
+        exposed += steps_in_all * work.trained / shards * 4 / (BUS_GB_PER_SECOND.value * 1e9)
+        exposed += steps_in_all * work.trained / shards * 28 / (CPU_OPTIMIZER_GB_PER_SECOND.value * 1e9)
+        used += [BUS_GB_PER_SECOND, CPU_OPTIMIZER_GB_PER_SECOND]
+    if cluster.hosts > 1:
+        used.append(LINK_FRACTION)
+    train = Stage("train", compute, exposed, tuple(used))
+
+    # --- save and export ---
+    # written by all hosts; the export is waited for, and a checkpoint too unless it is saved in the background
+    is_waited_for = not cfg.checkpointer.get("async_save", True)
+    written = work.export_bytes + (work.checkpoint_bytes if is_waited_for else 0.0)
+    save = Stage("save, export", written / cluster.hosts / (DISK_GB_PER_SECOND.value * 1e9), 0.0, (DISK_GB_PER_SECOND,))
+    return [play, score, train, save]
+
+
+def _gather(cluster: Cluster, shards: int, whole_bytes: float, rate: Rate) -> float:
+    """Seconds in which every GPU of a group of shards receives the others', or reduces its own; rings use every link of
+    every host."""
+    bandwidth = rate.value
+    if shards > cluster.gpus // cluster.hosts:
+        bandwidth = min(bandwidth, cluster.links * cluster.gigabits / 8 * LINK_FRACTION.value)
+    return whole_bytes * (1 - 1 / shards) / (bandwidth * 1e9)
+
+
+def is_extrapolated(stage: Stage, gpu: str) -> bool:
+    """Whether a rate of a stage was assumed, or measured on another kind of GPU."""
+    return any(not rate.is_measured or rate.gpu != gpu for rate in stage.rates)
+
+
+def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int) -> str:
+    """The stages, a line each, and what the figures rest on."""
+    lines = [f"{f'time of an iteration of {prompts:,} prompts':<44}{'compute':>10}{'traffic':>10}{'in all':>10}"]
+    for stage in found:
+        mark = " *" if is_extrapolated(stage, cluster.gpu) else ""
+        cells = "".join(f"{_clock(seconds):>10}" for seconds in (stage.compute, stage.exposed, stage.seconds))
+        lines.append(f"{stage.name + mark:<44}{cells}")
+    lines.append(f"{'iteration':<64}{_clock(sum(stage.seconds for stage in found)):>10}")
+    rates = {rate for stage in found for rate in stage.rates}
+    measured = sorted({f"{rate.source} ({rate.gpu}, {rate.date})" for rate in rates if rate.is_measured})
+    assumed = sorted({rate.source.removeprefix("assumed: ") for rate in rates if not rate.is_measured})
+    links = f"; between hosts {cluster.links} x {cluster.gigabits:g} Gb/s each" if cluster.hosts > 1 else ""
+    return "\n".join(lines) + (
+        f"\npairs of {pair_tokens:,} tokens on average; traffic is what does not hide behind compute{links}"
+        f"\nmeasured: {', '.join(measured)}"
+        f"\n* extrapolated, from another GPU's measurement or an assumption: {'; '.join(assumed) or 'none assumed'}"
+    )
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 1:
+        return "0" if seconds < 0.05 else f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
