@@ -125,6 +125,7 @@ def spin(repo, cwd, cache, *arguments, **environment):
     return subprocess.run(command, cwd=cwd, env=env | environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_name_is_the_folder_in_the_cache_and_runs(repo, tmp_path, cache):
     """A run of one step by name; its record has the folder, from which the card takes the name again."""
     run = tmp_path / "run"
