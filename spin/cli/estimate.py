@@ -255,6 +255,11 @@ def estimate(
     )
 
 
+def usable_gib(memory_gib: float) -> float:
+    """What a GPU's memory leaves for tensors."""
+    return _IN_USE * memory_gib - _CUDA_GIB
+
+
 def shapes_of(cfg: SPINConfig) -> Any:
     """The config's model on the meta device."""
     return build_model(cfg.model, torch_dtype(cfg.base_dtype or cfg.dtype, torch.device("cpu")))
@@ -484,7 +489,7 @@ def main(argv: Sequence[str]) -> None:
     def found_of(cfg: SPINConfig, number: int) -> Estimate:
         return estimate(cfg, number, arguments.pair_tokens, kind.memory_gib, model)
 
-    usable = _IN_USE * kind.memory_gib - _CUDA_GIB
+    usable = usable_gib(kind.memory_gib)
 
     def fits(cfg: SPINConfig, number: int) -> bool:
         if number % cfg.replicas or cfg.generator.get("tensor_parallel_size", 1) > number:

@@ -18,7 +18,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from spin.cli import parser_of
-from spin.cli.estimate import Estimate, estimate
+from spin.cli.estimate import Estimate, estimate, shapes_of, usable_gib
+from spin.cli.rates import GPUS
+from spin.cli.timing import Cluster, clock, is_extrapolated, stages
 from spin.config import COMPONENT, SPINConfig, complete, instantiate, load_config, nested, parse_overrides, plain
 from spin.config.files import with_overrides
 from spin.config.follow import FROM_HF
@@ -77,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     with atomic_write(out, "xb") as stream:
         stream.write(text.encode())
     start = f" --nproc_per_node {machine.ranks}" if machine.ranks > 1 else ""
-    report += [f"written   {out}", f"next      python -m spin validate {out}"]
+    report += [f"written   {out}, for {machine.name}", f"next      python -m spin validate {out}"]
     print(printable("\n".join([*report, f"          tune run{start} spin_recipe --config {out}"])))
 
 
@@ -89,6 +91,7 @@ class Machine:
     ranks: int
     gib: float  # for each rank, of which some is left free
     has_gpu: bool
+    kind: str | None = None  # of the GPUs whose rates are known
     is_chosen: bool = False  # the CPU, although there is a GPU
 
     @classmethod
@@ -103,8 +106,12 @@ class Machine:
             return cls(f"CPU, {cores} cores, {gib:.0f} GiB of memory", 1, 0.8 * gib, False, is_chosen=found > 0)
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(ranks)) / 2**30
         name = torch.cuda.get_device_name(0)
-        # about 1 GiB is CUDA's own, and a twentieth is lost to fragments
-        return cls(f"{ranks} x {name}, {free:.0f} GiB free on each", ranks, 0.95 * free - 1, True)
+        return cls(f"{ranks} x {name}, {free:.0f} GiB free on each", ranks, usable_gib(free), True, kind_of_gpu(name))
+
+
+def kind_of_gpu(name: str) -> str | None:
+    """Which of ``GPUS`` a driver's name means: "NVIDIA A100-SXM4-80GB" is an A100-80."""
+    return next((kind for kind in GPUS if all(part in name for part in kind.split("-"))), None)
 
 
 def _memory_bytes() -> float:
@@ -139,10 +146,7 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     model = build_model(config.complete(before).model, torch.float32)
     context: int = model.max_seq_len  # type: ignore[assignment]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    report = [
-        f"model     {arguments.model}: context {context:,}; {parameters:,} parameters",
-        f"machine   {machine.name}",
-    ]
+    report = [f"model     {arguments.model}: context {context:,}; {parameters:,} parameters"]
 
     # --- The data: its columns, lengths and parts ---
     found = _survey(cfg, config, report)
@@ -182,6 +186,8 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
         f"memory    {needed.training:.1f} GiB to train, {needed.playing:.1f} to generate, of {machine.gib:.0f}: rows "
         f"of {cfg.pairs.row_tokens:,} tokens, {cfg.generator.get('batch_size', 32)} responses at once",
     ]
+    lengths_of_pair = found.prompt_lengths + 2 * found.real_lengths  # a response is about as long as the real one
+    report += _time(cfg, machine, steps * cfg.global_batch_size, round(lengths_of_pair[fit].mean()))
     report[0] += f", of which {needed.trained:,} are trained" if method != "full" else ""
     title = f"# SPIN, {_METHOD_TEXTS[method]}, sized by `python -m spin new` for {machine.name}"
     return f"{title}\n#   tune run spin_recipe --config {arguments.out}\n{config.text()}", report
@@ -308,15 +314,16 @@ def _fit_memory(config: _Config, machine: Machine, method: str, model: str) -> E
     long_rows, rows = ((8192, 4096), (8192, 4096, 2048, 1024, 512)) if machine.has_gpu else ((1024, 512), (1024, 512))
     training = [(False, row_tokens) for row_tokens in long_rows] + [(True, row_tokens) for row_tokens in rows]
     batch_sizes = (128, 64, 32, 16, 8, 4, 2, 1) if machine.has_gpu else (32, 16, 8, 4, 2, 1)
+    shapes = shapes_of(config.complete())  # which none of these changes
     for optimizer in (None, _SMALL_OPTIMIZER) if machine.has_gpu and method == "full" else (None,):
         changes: dict[str, Any] = {} if optimizer is None else {f"optimizer.{COMPONENT}": optimizer}
         for checkpoints, row_tokens in training:
             changes |= {"enable_activation_checkpointing": checkpoints, "pairs.row_tokens": row_tokens}
-            if estimate(config.complete(changes), machine.ranks).training <= machine.gib:
+            if estimate(config.complete(changes), machine.ranks, model=shapes).training <= machine.gib:
                 break
         for batch_size in batch_sizes:
             changes["generator.batch_size"] = batch_size
-            needed = estimate(config.complete(changes), machine.ranks)
+            needed = estimate(config.complete(changes), machine.ranks, model=shapes)
             if needed.playing <= machine.gib:
                 break
         if needed.peak <= machine.gib:
@@ -333,3 +340,15 @@ def _fit_memory(config: _Config, machine: Machine, method: str, model: str) -> E
     config.put("pairs.row_tokens", row_tokens, 8192)
     config.put("generator.batch_size", batch_size, 32)
     return needed
+
+
+def _time(cfg: SPINConfig, machine: Machine, prompts: int, pair_tokens: int) -> list[str]:
+    """How long the run takes by the rates of its GPUs, in a line; none if they are not known."""
+    if machine.kind is None:
+        return []
+    needed = estimate(cfg, machine.ranks, pair_tokens)
+    cluster = Cluster(machine.ranks, 1, machine.kind, 0, 0.0)
+    found = stages(cfg, needed.work, cluster, prompts, pair_tokens, needed.rows)
+    each, seconds = ", ".join(f"{stage.name} {clock(stage.seconds)}" for stage in found), sum(s.seconds for s in found)
+    origin = "extrapolated" if any(is_extrapolated(stage, machine.kind) for stage in found) else "by measured rates"
+    return [f"time      {clock(seconds)} an iteration ({each}), {clock(cfg.max_iterations * seconds)} in all; {origin}"]

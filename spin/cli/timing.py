@@ -176,9 +176,9 @@ def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int) 
     lines = [f"{f'time of an iteration of {prompts:,} prompts':<44}{'compute':>10}{'traffic':>10}{'in all':>10}"]
     for stage in found:
         mark = " *" if is_extrapolated(stage, cluster.gpu) else ""
-        cells = "".join(f"{_clock(seconds):>10}" for seconds in (stage.compute, stage.exposed, stage.seconds))
+        cells = "".join(f"{clock(seconds):>10}" for seconds in (stage.compute, stage.exposed, stage.seconds))
         lines.append(f"{stage.name + mark:<44}{cells}")
-    lines.append(f"{'iteration':<64}{_clock(sum(stage.seconds for stage in found)):>10}")
+    lines.append(f"{'iteration':<64}{clock(sum(stage.seconds for stage in found)):>10}")
     rates = {rate for stage in found for rate in stage.rates}
     measured = sorted({f"{rate.source} ({rate.gpu}, {rate.date})" for rate in rates if rate.is_measured})
     assumed = sorted({rate.source.removeprefix("assumed: ") for rate in rates if not rate.is_measured})
@@ -190,7 +190,8 @@ def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int) 
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds, minutes or hours, as they are read."""
     if seconds < 1:
         return "0" if seconds < 0.05 else f"{seconds:.1f} s"
     if seconds < 120:

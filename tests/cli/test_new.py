@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import yaml
 
 from spin.cli import main
-from spin.cli.new import Machine, draft
+from spin.cli.new import Machine, draft, kind_of_gpu
 from spin.core.errors import ConfigError, DataError
 from spin.data import PairStore
 from tests.data.test_chat_templates import QWEN3
@@ -158,7 +159,11 @@ def sized(tmp_path, machine, method=None):
     arguments = argparse.Namespace(
         model=str(tmp_path / "model"), data=str(data), method=method, out=tmp_path / "x.yaml"
     )
-    return yaml.safe_load(draft(arguments, machine, ["compute_dtype=bf16"])[0])
+    text, report = draft(arguments, machine, ["compute_dtype=bf16"])
+    assert len(report) <= 9 and any(
+        re.fullmatch(r"time .* s an iteration \(play .* in all; .*", line) for line in report
+    )
+    return yaml.safe_load(text)
 
 
 @pytest.mark.slow
@@ -167,7 +172,7 @@ def test_rows_checkpointing_and_optimizer_fit_the_memory(tmp_path):
     need a fraction; on eight GPUs nothing is given up."""
 
     def gpu(gib, ranks=1):
-        return Machine("a GPU", ranks, gib, has_gpu=True)
+        return Machine("a GPU", ranks, gib, has_gpu=True, kind="H100")
 
     large = sized(tmp_path, gpu(74))
     assert large["enable_activation_checkpointing"] and large["optimizer"]["fused"] and large["compile"]
@@ -178,6 +183,11 @@ def test_rows_checkpointing_and_optimizer_fit_the_memory(tmp_path):
         sized(tmp_path, gpu(22))
     assert sized(tmp_path, gpu(22), "qlora")["model"]["quantize_base"]
     assert "enable_activation_checkpointing" not in sized(tmp_path, gpu(74, ranks=8))
+
+
+def test_kinds_of_gpus_are_known_by_the_drivers_names():
+    names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100-80", "NVIDIA A100-PCIE-40GB": "A100-40"}
+    assert {name: kind_of_gpu(name) for name in names} == names and kind_of_gpu("Tesla T4") is None
 
 
 def test_what_is_refused(tmp_path, capsys):
