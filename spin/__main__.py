@@ -1,4 +1,4 @@
-"""``python -m spin``: see :mod:`spin.cli`."""
+"""``python -m spin``, which is ``spin``: see :mod:`spin.cli`."""
 
 import os
 import sys

@@ -1,7 +1,8 @@
-"""``python -m spin COMMAND``: what there is besides the recipes, which ``tune run`` starts.
+"""``spin COMMAND``, or ``python -m spin COMMAND``: starts recipes, and what there is besides them.
 
-Each command is a module with ``main(argv) -> int | None``, imported when it is asked for; so ``ls`` and ``cp`` load
-neither torch nor torchtune. Exit codes: 0 fine, 1 faults were found, 2 wrong usage.
+Each command is a module with ``main(argv) -> int | None``, imported when it is asked for. It parses its arguments
+before it imports torch, so that help and typos are answered at once.
+Exit codes: 0 fine, 1 faults were found, 2 wrong usage.
 """
 
 from __future__ import annotations
@@ -9,18 +10,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
 
 from omegaconf.errors import OmegaConfBaseException
 
+from spin import __version__
 from spin.core.errors import SpinError, show_traceback
 from spin.core.terminal import escape_unencodable_output, printable
 
 # name: module, what it does
 COMMANDS = {
+    "run": ("spin.cli.run", "start a recipe, in one process or by torchrun in several"),
     "ls": ("spin.cli.ls", "list recipes and configs"),
     "new": ("spin.cli.new", "write a config for a model and data of yours, sized for this machine"),
     "cp": ("spin.cli.cp", "copy a recipe or a config, to edit it"),
@@ -36,41 +38,43 @@ COMMANDS = {
 
 def parser_of(command: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
     """The parser of a command's arguments, without any yet."""
-    return argparse.ArgumentParser(f"python -m spin {command}", usage, description, allow_abbrev=False)
+    return argparse.ArgumentParser(f"spin {command}", usage, description, allow_abbrev=False)
 
 
 def usage() -> str:
-    """The text of ``python -m spin --help``."""
+    """The text of ``spin --help``."""
     lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
     return (
-        "usage: python -m spin COMMAND [ARGUMENTS]\n\n"
+        "usage: spin COMMAND [ARGUMENTS]\n\n"
         + "\n".join(lines)
-        + "\n\n`python -m spin COMMAND --help` says more. Training: `tune run spin_recipe --config NAME_OR_FILE`."
+        + "\n\n`spin COMMAND --help` says more. Training: `spin run spin_recipe --config NAME_OR_FILE`."
     )
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; a user's error is a line on stderr, without a traceback unless SPIN_TRACEBACK=1."""
+    argv = sys.argv[1:] if argv is None else argv
     escape_unencodable_output()
     if not argv or argv[0] in ("-h", "--help"):
         print(usage(), file=sys.stdout if argv else sys.stderr)
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"spin-torchtune {__version__}")
+        return 0
     name, arguments = argv[0], list(argv[1:])
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         print(f"error: unknown command {name!r}.{hint}\n\n{usage()}", file=sys.stderr)
         return 2
-    # that its C++ extensions do not fit this torch; nothing here uses them
-    logging.getLogger("torchao").setLevel(logging.ERROR)
     try:
         return importlib.import_module(COMMANDS[name][0]).main(arguments) or 0
-    except BrokenPipeError:  # `... | head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (SpinError, OmegaConfBaseException, OSError) as error:  # OSError: a file that may not be read
-        if show_traceback():
+        if show_traceback() or (name == "run" and not isinstance(error, SpinError)):  # what a recipe lets through
             raise
+        if isinstance(error, BrokenPipeError):  # `... | head`: whoever read has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         print(f"error: {printable(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

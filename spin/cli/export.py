@@ -1,4 +1,4 @@
-"""``python -m spin export``: a Hugging Face folder that says where it comes from."""
+"""``spin export``: a Hugging Face folder that says where it comes from."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from spin.cli import parser_of
-from spin.cli.card import model_card
 from spin.core.errors import OutputError
 from spin.core.files import MARKER, as_output_error, atomic_dir, check_can_be_made, replace_text, sync
 from spin.core.terminal import printable
-from spin.run.folder import iteration_folders, model_of
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,6 +23,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--base-model", metavar="ID", help="Hugging Face id of the model that training started from")
     parser.add_argument("--license", metavar="ID", help="of the exported model, which its base's and data's allow")
     arguments = parser.parse_args(argv)
+    from spin.cli.card import model_card  # loads torch
+    from spin.run.folder import iteration_folders, model_of
+
     run: Path = arguments.run
     found = {n: model_of(path, arguments.adapter) for n, path in iteration_folders(run).items()}
     models = {n: model for n, model in found.items() if model is not None}
@@ -62,6 +61,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _files_of(model: Path, run: Path) -> list[Path]:
     """The files of an exported model. None is a link out of the run, whose target would be published or written to."""
+    from safetensors import SafetensorError, safe_open
+
     files = [file for file in sorted(model.iterdir()) if file.is_file() and file.name != MARKER]
     for path in (model, *files):
         if run.resolve() not in path.resolve().parents:

@@ -1,11 +1,10 @@
-"""``python -m spin models``: which models are trained, from the table that builds them."""
+"""``spin models``: which models are trained, from the table that builds them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from spin.cli import parser_of
-from spin.model.families import FAMILIES
 
 # What was run on a GPU besides the tests that every family passes there: by model_type.
 GPU_RUNS: dict[str, str] = {}
@@ -24,6 +23,8 @@ REFUSED = {
 
 def page() -> str:
     """The tables as Markdown."""
+    from spin.model.families import FAMILIES  # loads torch
+
     lines = ["| model_type | models | run on a GPU |", "|---|---|---|"]
     lines += [f"| `{name}` | {row.models} | {GPU_RUNS.get(name, 'tests')} |" for name, row in sorted(FAMILIES.items())]
     lines += ["", "Refused with one sentence:", "", "| what | why |", "|---|---|"]

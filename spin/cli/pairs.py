@@ -1,4 +1,4 @@
-"""``python -m spin pairs``: shows, filters and exports the responses in a pair store."""
+"""``spin pairs``: shows, filters and exports the responses in a pair store."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from omegaconf import OmegaConf
 
 from spin import config
@@ -18,11 +17,13 @@ from spin.cli import parser_of
 from spin.core.errors import ConfigError, StoreError
 from spin.core.files import replace_text
 from spin.core.terminal import printable
-from spin.data import ChatTokenizer, Pair, PairStore, Response
-from spin.run.folder import read_config
+
+if TYPE_CHECKING:  # torch and pyarrow are loaded when a store is read
+    from spin.data import Pair, PairStore, Response
+
+    Item = tuple[Pair, int, Response]  # a pair, the number of one of its responses, the response
 
 _QUANTILES = (0, 10, 50, 90, 100)  # per cent
-Item = tuple[Pair, int, Response]  # a pair, the number of one of its responses, the response
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.sample < 0:
         parser.error(f"--sample {arguments.sample}: expected 0 or more")
+
+    from spin.data import PairStore
 
     store = PairStore.open(arguments.store)
     if arguments.check:
@@ -76,6 +79,8 @@ def main(argv: Sequence[str]) -> None:
 
 def summary_lines(store: PairStore, items: Sequence[Item]) -> list[str]:
     """Counts, lengths and margins of some of a store's responses."""
+    import numpy as np
+
     present = sum(map(store.has_shard, range(store.num_shards)))
     state = "sealed" if store.is_sealed else "not sealed: being written, or its run ended"
     lines = [f"{store.path}: {present} of {store.num_shards} shards, {state}", f"opponent        {store.opponent}"]
@@ -133,6 +138,9 @@ def _passes(item: Item, arguments: argparse.Namespace) -> bool:
 
 def _decoder(store: Path, folder: Path | None, trust: bool) -> Callable[[Sequence[int]], str]:
     """The tokenizer that was given, else the ChatTokenizer of the run around a store; nothing else is built."""
+    from spin.data import ChatTokenizer
+    from spin.run.folder import read_config
+
     if folder is not None:
         return ChatTokenizer(folder).decode
     for parent in store.resolve().parents:

@@ -1,4 +1,4 @@
-"""``python -m spin report``."""
+"""``spin report``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from spin.cli import parser_of
 from spin.core.files import replace_text
 from spin.core.terminal import printable
-from spin.report import read_run, render
 
 
 def main(argv: Sequence[str]) -> None:
@@ -17,6 +16,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, help="output_dir of the run")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the run's folder")
     arguments = parser.parse_args(argv)
+    from spin.report import read_run, render  # load pyarrow
+
     page = render(read_run(arguments.run))
     out: Path = arguments.out or arguments.run / "report.html"
     replace_text(out, page)

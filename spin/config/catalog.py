@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from spin.config.faults import nearest_of
 from spin.config.files import configs_root, find_config, packaged_configs
 from spin.config.schema import Section
 from spin.core.errors import ConfigError
@@ -46,12 +47,24 @@ def configs() -> dict[str, tuple[str, str]]:
     return found
 
 
+def find_recipe(name_or_path: str) -> Path:
+    """The file of a recipe: of a packaged one by its name, else of a file, whose suffix may be left out; ConfigError if
+    there is none."""
+    files = recipe_files()
+    if name_or_path in files:
+        return files[name_or_path]
+    for path in (Path(name_or_path), Path(f"{name_or_path}.py")):
+        if path.is_file():
+            return path
+    hint = nearest_of(name_or_path, list(files))
+    if name_or_path in packaged_configs():
+        hint = f" It is a config: spin run {recipe_of(find_config(name_or_path))} --config {name_or_path}"
+    raise ConfigError(f"recipe {name_or_path!r} not found: no such file, and the recipes are {', '.join(files)}.{hint}")
+
+
 def load_recipe(name_or_path: str) -> ModuleType:
     """Imports a recipe, by the name of a packaged one or from a file; ConfigError if there is none."""
-    files = recipe_files()
-    path = files.get(name_or_path, Path(name_or_path))
-    if not path.is_file():
-        raise ConfigError(f"recipe {name_or_path!r} not found: no such file, and the recipes are {', '.join(files)}.")
+    path = find_recipe(name_or_path)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{path}: not a Python file; expected a recipe.")
@@ -76,14 +89,14 @@ def wrong_recipe_hint(name: str, keys: Iterable[Any], model: type[Section]) -> s
     unknown = [key for key in keys if key not in model.model_fields]
     if not unknown or not any(key in config_model(load_recipe(recipe)).model_fields for key in unknown):
         return ""
-    return f"\n{name} is a config for {recipe}: tune run {recipe} --config {name}"
+    return f"\n{name} is a config for {recipe}: spin run {recipe} --config {name}"
 
 
 def warn_shadowed_recipe(recipe_main: Callable[..., Any]) -> None:
     """Says on rank 0 which file runs, if the folder has another recipe of the same name.
 
-    On one device `tune run` takes the installed file before that of the folder, torchrun and `python -m` the other way
-    round.
+    `spin run`, and on one device `tune run`, take the installed file before that of the folder, torchrun and
+    `python -m` the other way round.
     """
     file = recipe_main.__globals__.get("__file__")
     if file is None or os.environ.get("RANK", "0") != "0":

@@ -257,7 +257,10 @@ def _import(module: str, name: str, package: ModuleType | None = None) -> Module
             raise ConfigError(
                 f"{name}: importing {module} needs the package {error.name!r}, which is not installed."
             ) from error
-        raise ConfigError(f"{name}: cannot import {module}: {error}.") from error
+        remedy = ""
+        if module.startswith("torchtune.training"):
+            remedy = " torchtune's metric loggers need torchao 0.15 or earlier: pip install 'torchao<0.16'."
+        raise ConfigError(f"{name}: cannot import {module}: {error}.{remedy}") from error
 
 
 def _no_such(name: str, parent: str, holder: Any, part: str) -> ConfigError:

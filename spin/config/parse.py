@@ -86,7 +86,7 @@ def _read_argv(argv: Sequence[str], description: str | None) -> tuple[str, list[
 def _command_that_fills(name: str, overrides: Sequence[str], faults: str) -> str:
     """A line with the command of this recipe that sets what the config leaves to be filled in, if anything."""
     filled = [f"{path}={example}" for path, (_, example) in TO_FILL.items() if f"{path}: not set" in faults]
-    command = shlex.join(["tune", "run", Path(sys.argv[0]).stem, "--config", name, *overrides, *filled])
+    command = shlex.join(["spin", "run", Path(sys.argv[0]).stem, "--config", name, *overrides, *filled])
     return f"\nFor example: {command}" if filled else ""
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from spin.config import COMPONENT, Component, SPINConfig, instantiate
 from spin.config.schema import ACMode, Attention
@@ -23,7 +25,7 @@ from spin.model.flex import flex_unsupported_reason
 from spin.model.float8 import convert_float8
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.model.sharding import materialize, shard_model
-from spin.model.torchtune import TransformerDecoder, apply_selective_activation_checkpointing, set_default_dtype
+from spin.model.torchtune import TransformerDecoder
 from spin.pairs.packing import RowLayout
 from spin.pairs.row_mask import BLOCK
 
@@ -45,7 +47,7 @@ def build_model(section: Component | Mapping[str, Any] | DictConfig, dtype: torc
         ConfigError: If it builds something else.
     """
     try:
-        with torch.device("meta"), set_default_dtype(dtype), quantizing_at_once():
+        with torch.device("meta"), _default_dtype(dtype), quantizing_at_once():
             model = instantiate(section)
     except CheckpointError:  # of the folder that the model is built from
         raise
@@ -57,6 +59,23 @@ def build_model(section: Component | Mapping[str, Any] | DictConfig, dtype: torc
             f"model: {section.get(COMPONENT)} makes a {type(model).__name__}, expected a torchtune TransformerDecoder."
         )
     return model
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def checkpoint_activations(model: nn.Module, every: int = 1) -> None:
+    """Keeps of every ``every``-th layer its input alone; backward computes the layer again."""
+    for index, layer in enumerate(model.layers):
+        if (index + 1) % every == 0:
+            model.layers[index] = checkpoint_wrapper(layer, preserve_rng_state=False)
 
 
 def choose_attention(model: nn.Module, world: World, compute_dtype: torch.dtype, asked: Attention = "auto") -> bool:
@@ -152,7 +171,7 @@ def prepare_model(
     if float8:
         convert_float8(model, world.device)
     if activation_checkpointing:
-        apply_selective_activation_checkpointing(model, ac_mode, ac_option)
+        checkpoint_activations(model, ac_option or 1 if ac_mode == "selective" else 1)
     if compile_layers:
         compile_each_layer(model)
     shard_model(

@@ -1,4 +1,5 @@
-"""What this project takes of torchtune 0.6.1, in one place.
+"""What this project takes of torchtune 0.6.1, in one place. Nothing of ``torchtune.training``, which cannot be imported
+with torchao 0.16 and later.
 
 torchtune is not maintained any more: what it stops doing has to be replaced here. Other modules import its names from
 here; CONTRIBUTING.md lists the few places that cannot.
@@ -25,9 +26,6 @@ from torchtune.modules import FeedForward, FrozenNF4Linear, MultiHeadAttention, 
 from torchtune.modules import TiedLinear, TransformerCrossAttentionLayer, TransformerDecoder
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import LORA_ATTN_MODULES, DoRALinear, LoRALinear
-
-# Building and wrapping one.
-from torchtune.training import apply_selective_activation_checkpointing, set_default_dtype
 # isort: on
 
 __all__ = [
@@ -50,7 +48,6 @@ __all__ = [
     "TransformerCrossAttentionLayer",
     "TransformerDecoder",
     "TransformerSelfAttentionLayer",
-    "apply_selective_activation_checkpointing",
     "gemma2_hf_to_tune",
     "gemma2_tune_to_hf",
     "hf_to_tune",
@@ -58,6 +55,5 @@ __all__ = [
     "phi3_tune_to_hf",
     "qwen2_hf_to_tune",
     "qwen2_tune_to_hf",
-    "set_default_dtype",
     "tune_to_hf",
 ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-import shlex
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spin.core.command import spin_command
 from spin.core.terminal import printable
 from spin.run.progress import SPINProgress
 from spin.types import Pair
@@ -58,22 +58,21 @@ def log_table(logger: Any, name: str, rows: Sequence[Mapping[str, Any]], step: i
     W&B, MLflow and Comet have tables, TensorBoard shows text. A logger of your own gets the rows if it has a method
     ``log_table(name, rows, step)``. Others are skipped.
     """
-    from torchtune.training import metric_logging
-
     columns = list(rows[0])
     cells = [[row[column] for column in columns] for row in rows]
     file = f"{name}/step_{step:08d}"
+    kinds = {base.__name__ for base in type(logger).__mro__ if base.__module__ == "torchtune.training.metric_logging"}
     if callable(getattr(logger, "log_table", None)):
         logger.log_table(name, rows, step)
-    elif isinstance(logger, metric_logging.WandBLogger) and logger._wandb.run:
+    elif "WandBLogger" in kinds and logger._wandb.run:
         table = logger._wandb.Table(columns=columns, data=cells)
         logger._wandb.log({name: table, "global_step": step})
-    elif isinstance(logger, metric_logging.MLFlowLogger) and logger._mlflow.active_run():
+    elif "MLFlowLogger" in kinds and logger._mlflow.active_run():
         by_column = {column: [row[column] for row in rows] for column in columns}
         logger._mlflow.log_table(by_column, artifact_file=f"{file}.json", run_id=logger._run_id)
-    elif isinstance(logger, metric_logging.CometLogger) and logger.experiment is not None:
+    elif "CometLogger" in kinds and logger.experiment is not None:
         logger.experiment.log_table(f"{file}.csv", tabular_data=cells, headers=columns)
-    elif isinstance(logger, metric_logging.TensorBoardLogger) and logger._writer is not None:
+    elif "TensorBoardLogger" in kinds and logger._writer is not None:
         logger._writer.add_text(name, _markdown(columns, cells), global_step=step)
 
 
@@ -132,7 +131,7 @@ def iteration_summary(
         ("checkpoint", checkpoint),
         ("pairs", folder / "pairs"),
         ("log", output / "metrics.jsonl"),
-        ("report", f"python -m spin report {shlex.quote(str(output))}"),
+        ("report", spin_command("report", output)),
     ):
         lines.append(f"{label:>22}: {path}")
     return printable("\n".join(lines))
@@ -158,7 +157,7 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
             f"The run in {output_dir} was finished before, after {progress.step} steps: nothing was left to do. "
             "output_dir=<another folder> starts a new one."
         ]
-    lines.append(f"  report:      python -m spin report {shlex.quote(str(output_dir))}")
+    lines.append(f"  report:      {spin_command('report', output_dir)}")
     if models:
         lines.append(f"  model:       {models[-1]} loads in transformers and vLLM")
     if progress.step >= progress.iteration_start(progress.max_iterations):

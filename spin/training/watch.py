@@ -72,14 +72,14 @@ class CollapseMonitor:
         if (fraction := responses["truncated_fraction"]) > (self._limits["truncated_fraction"] or 1):
             found["truncated_fraction"] = (
                 f"{fraction:.1%} of the opponent's responses were truncated by sampling.max_new_tokens: they may lack "
-                f"their end. See `python -m spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
+                f"their end. See `spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
                 "Raise max_new_tokens, or train less"
             )
         drift, limit = responses.get("length_drift", 1.0), self._limits["length_drift"]
         if limit is not None and not 1 / limit <= drift <= limit:
             found["length_drift"] = (
                 f"the opponent's responses are {drift:.2f} times as long as in iteration 0: the policy may be drifting "
-                "away in length. Look at some with `python -m spin pairs`; lower optimizer.lr, or raise loss.beta"
+                "away in length. Look at some with `spin pairs`; lower optimizer.lr, or raise loss.beta"
             )
         alert = self._report(iteration, found)
         if alert is not None:

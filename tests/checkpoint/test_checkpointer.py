@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spin.checkpoint.checkpointer
@@ -26,6 +24,7 @@ from spin.core.errors import CheckpointError, ConfigError, OutputError
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import init_world
 from spin.data import ChatTokenizer
+from spin.model.build import checkpoint_activations
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.sharding import shard_model
 from tests.families import tiny_lm_model
@@ -116,7 +115,7 @@ def test_one_two_and_four_ranks_exchange_checkpoints(tmp_path, world, subprocess
 
 def test_wrappers_and_sharding_do_not_show_in_a_checkpoint(checkpointer, world):
     model = build()
-    set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+    checkpoint_activations(model)
     shard_model(model, world, compute_dtype=torch.bfloat16)
     optimizer = adamw(model)
     train(model, optimizer, world, range(1))

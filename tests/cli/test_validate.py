@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from spin.cli import main
-from spin.cli.validate import compare_ids
+from spin.cli.checks import compare_ids
 from spin.data import ChatTokenizer
 from tests.data.test_chat_templates import CHATML, QWEN3
 from tests.recipes.helpers import CONFIG, REPO, tiny_overrides

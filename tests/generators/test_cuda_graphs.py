@@ -322,11 +322,9 @@ def test_running_out_of_memory(make, model, many, caplog):
 @pytest.mark.parametrize("checkpointed", [True, False])
 def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpointed):
     """FSDP2 on one rank in bf16, as recipes prepare a model: recorded without a complaint, and fit for training."""
-    from torchtune.training import apply_selective_activation_checkpointing
-
     from spin.core.ranks import init_world, shutdown
     from spin.generators.engines import policy_loaded
-    from spin.model.build import compile_each_layer
+    from spin.model.build import checkpoint_activations, compile_each_layer
     from spin.model.sharding import shard_model
 
     world = init_world("cuda")
@@ -334,7 +332,7 @@ def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpoi
         model = copy.deepcopy(trained).cuda()
         patch_attention(model)
         if checkpointed:
-            apply_selective_activation_checkpointing(model, "full", None)
+            checkpoint_activations(model)
         compile_each_layer(model, backend="eager")
         shard_model(model, world, compute_dtype=torch.bfloat16)
         generator = TorchtuneGenerator(GeneratorContext(model, world.device, 512, tokenizer.decode), batch_size=32)

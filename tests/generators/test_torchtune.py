@@ -16,13 +16,13 @@ import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
-from torchtune.training import apply_selective_activation_checkpointing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin.core.errors import ConfigError, GeneratorError
 from spin.generators.generator import Generator, GeneratorContext, SamplingParams
 from spin.generators.slots import StepPlan
 from spin.generators.torchtune import TorchtuneGenerator
+from spin.model.build import checkpoint_activations
 from spin.model.gemma2 import fix_gemma2_softcap
 from tests.families import FAMILIES, MAX_SEQ_LEN, MODELS, VOCAB_SIZE, load_llama_weights
 from tests.generators.conftest import TEXTS
@@ -380,7 +380,7 @@ def test_wrapped_layers_are_run_plainly(make, model, prompts, monkeypatch, wrapp
 
     expected = _ids(make().generate(prompts, FEW, [0] * 9))
     if wrapped == "checkpointed":
-        apply_selective_activation_checkpointing(model, "full", None)
+        checkpoint_activations(model)
         monkeypatch.setattr(CheckpointWrapper, "forward", never)
     else:
         for layer in model.layers:

@@ -6,11 +6,10 @@ import time
 import pytest
 import torch
 from torch import nn
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
 
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import init_world
+from spin.model.build import checkpoint_activations
 from spin.model.fingerprint import CHUNK_ELEMENTS, position_weighted_sum, weights_fingerprint
 from spin.model.sharding import unsharded
 from tests.two_ranks.tiny import build, sharded
@@ -25,7 +24,7 @@ def test_fingerprint_does_not_depend_on_sharding_or_wrappers():
         pass
     assert weights_fingerprint(model) == plain
     wrapped = build()
-    set_activation_checkpointing(wrapped, auto_wrap_policy={TransformerSelfAttentionLayer})
+    checkpoint_activations(wrapped)
     assert weights_fingerprint(wrapped) == plain
     compiled = build()
     compiled.layers[0] = torch.compile(compiled.layers[0])

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchao.float8.float8_linear import Float8Linear
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
 
 from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
+from spin.model.build import checkpoint_activations
 from spin.model.float8 import convert_float8, float8_off
 from spin.model.sharding import materialize, shard_model
 from tests.families import FAMILIES
@@ -32,7 +31,7 @@ def prepared(world, family="llama3_1", converted=True, compute_dtype=torch.float
     if converted:
         convert_float8(model, CPU)
     names = list(model.state_dict())
-    set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+    checkpoint_activations(model)
     shard_model(model, world, compute_dtype=compute_dtype)
     materialize(model, world)
     assert names == list(weights)

@@ -4,8 +4,6 @@ import pytest
 import torch
 from tiny import backward, build, gradients, sharded, tokens, use_own_head
 from torch.distributed.tensor import DTensor
-from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.training import set_activation_checkpointing
 
 from spin.core.errors import CheckpointError
 from spin.core.ranks import (
@@ -19,6 +17,7 @@ from spin.core.ranks import (
     raise_on_all_ranks,
     shutdown,
 )
+from spin.model.build import checkpoint_activations
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.sharding import shard_model, unsharded
 
@@ -33,7 +32,7 @@ expected = gradients(alone)
 for checkpointing in (False, True):
     model = build()
     if checkpointing:
-        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+        checkpoint_activations(model)
     shard_model(model, world, compute_dtype=torch.float32)
     seen = use_own_head(model)
     backward(model, world, step=0)

@@ -1,0 +1,69 @@
+"""``spin run``: starts a recipe, in this process or by torchrun in several; takes the arguments of ``tune run``."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from spin.cli import parser_of
+from spin.config.catalog import find_recipe
+from spin.config.files import find_config
+
+_USAGE = "%(prog)s [--nproc_per_node N ...] RECIPE --config NAME_OR_FILE [key=value ...] [~key ...]"
+_TEXT = "Start a recipe. Options before its name are those of torchrun, which then starts the processes."
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """Runs a recipe of this package by its name, or any by its file."""
+    parser = parser_of("run", _TEXT, _USAGE)
+    parser.add_argument("recipe", metavar="RECIPE", help="a name that `spin ls` shows, or a file")
+    parser.add_argument("--config", metavar="NAME_OR_FILE", help="a packaged config, or a file; stands behind RECIPE")
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.parse_args(argv)
+    if argv[0].startswith("-"):
+        return _run_processes(argv)
+    recipe = _check(*argv)
+    # as `tune run`: packages of the user's own may lie in the folder; it is searched last
+    sys.path += [folder for folder in (str(recipe.parent), os.getcwd()) if folder not in sys.path]
+    sys.argv = [str(recipe), *argv[1:]]
+    runpy.run_path(str(recipe), run_name="__main__")
+    return None
+
+
+def _check(name: str, *arguments: str) -> Path:
+    """The recipe's file. That, and the config's, are looked for before torch is loaded."""
+    recipe = find_recipe(name)
+    if "--config" in arguments[:-1]:
+        find_config(arguments[arguments.index("--config") + 1])
+    return recipe
+
+
+def _run_processes(argv: Sequence[str]) -> int:
+    """torchrun's agent in this process; its children are ``spin run RECIPE ...``."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import determine_local_world_size, get_args_parser, run
+
+    parser = get_args_parser()
+    parser.prog, parser.usage = "spin run", _USAGE
+    arguments = parser.parse_args(list(argv))
+    _check(arguments.training_script, *arguments.training_script_args)
+    own = ["-u", "-m", "spin", "run", arguments.training_script]
+    arguments.training_script_args = [*own, *arguments.training_script_args]
+    arguments.training_script, arguments.no_python = sys.executable, True
+    if arguments.nnodes in ("1", "1:1") and not arguments.rdzv_endpoint and arguments.master_port is None:
+        arguments.standalone = True  # a free port, so that several runs share a host
+    if determine_local_world_size(arguments.nproc_per_node) > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, which it would print a banner for
+    try:
+        run(arguments)
+    except SignalException as error:
+        return 128 + error.sigval
+    except ChildFailedError as error:  # whose rank has printed why
+        rank, failure = error.get_first_failure()
+        print(f"error: rank {rank} ended first, with exit code {failure.exitcode}; see above.", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
