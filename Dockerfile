@@ -47,5 +47,5 @@ RUN if id ubuntu > /dev/null 2>&1; then userdel --remove ubuntu; fi \
 USER ${UID}
 WORKDIR /workspace
 
-ENTRYPOINT ["tune", "run"]
+ENTRYPOINT ["spin", "run"]
 CMD ["--help"]

@@ -1,4 +1,5 @@
 # make quickstart   two rounds of self-play of a small model on this machine's CPU
+# make report       curves and responses of the quickstart's run in one HTML file
 # make test         format, lint, types, and the tests that take less than ten seconds each: minutes
 # make test-all     the same, and then the slow tests: whole runs, kills, several ranks, vLLM
 # make lint         format, lint and types alone
@@ -24,11 +25,16 @@ export OMP_NUM_THREADS = $(THREADS)
 export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart experiment test test-slow test-all lint audit model vllm clean
+.PHONY: quickstart report experiment test test-slow test-all lint audit model vllm clean
 .DELETE_ON_ERROR:
 
 quickstart: model
-	$(BIN)/tune run spin_recipe --config quickstart/smollm2_135M_cpu output_dir=runs/quickstart
+	$(BIN)/spin run spin_recipe --config quickstart/smollm2_135M_cpu output_dir=runs/quickstart
+
+# RUN=runs/mine: of another run
+RUN ?= runs/quickstart
+report: $(VENV)/.stamp
+	$(BIN)/spin report $(RUN)
 
 experiment: model $(VENV)/.experiment-stamp
 	$(BIN)/python experiments/real_data.py --out .cache/experiment

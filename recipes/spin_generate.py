@@ -4,9 +4,9 @@ Takes the same config as spin_recipe and writes `<output_dir>/iteration_NNN/resp
 the same config, finds the responses and continues with scoring and training. The iteration is the one that begins at
 the newest checkpoint in output_dir (the first, if there is none).
 
-One machine:         tune run spin_generate --config full model.path=FOLDER dataset.source=mine.jsonl
-One of four:         tune run spin_generate --config full ... worker=0 num_workers=4
-Eight GPUs each:     tune run --nproc_per_node 8 spin_generate --config full ... worker=0 num_workers=4
+One machine:         spin run spin_generate --config full model.path=FOLDER dataset.source=mine.jsonl
+One of four:         spin run spin_generate --config full ... worker=0 num_workers=4
+Eight GPUs each:     spin run --nproc_per_node 8 spin_generate --config full ... worker=0 num_workers=4
 
 Workers share output_dir, or their shards are copied into one folder afterwards; the worker that finds all shards there
 seals the store. The same command resumes a worker that was killed, or stopped by a signal or max_time. All workers need

@@ -5,10 +5,10 @@ and scores the real responses and its own; then it learns to tell them apart. Th
 of an iteration the policy is the opponent, so responses and reference log-probs are made first, with the only weights
 there are, and land on disk.
 
-One GPU (or CPU):   tune run spin_recipe --config full model.path=FOLDER dataset.source=mine.jsonl
-Eight GPUs:         tune run --nproc_per_node 8 spin_recipe --config full ...
-Adapters:           tune run spin_recipe --config lora ... model.use_dora=true
-Change anything:    tune run spin_recipe --config full ... loss.beta=0.05 max_iterations=2
+One GPU (or CPU):   spin run spin_recipe --config full model.path=FOLDER dataset.source=mine.jsonl
+Eight GPUs:         spin run --nproc_per_node 8 spin_recipe --config full ...
+Adapters:           spin run spin_recipe --config lora ... model.use_dora=true
+Change anything:    spin run spin_recipe --config full ... loss.beta=0.05 max_iterations=2
 
 To make it yours, copy this file and its config and run it with `python spin_recipe.py --config my.yaml` or torchrun.
 Lines marked SPIN are the algorithm; lines marked PLUMBING can be left alone. Generation alone: spin_generate.

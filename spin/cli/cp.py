@@ -1,4 +1,4 @@
-"""``python -m spin cp``."""
+"""``spin cp``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spin.core.files import as_output_error, atomic_write
 def main(argv: Sequence[str]) -> None:
     """Copies a packaged recipe or config."""
     parser = parser_of("cp", "Copy a recipe or a config, to edit it.")
-    parser.add_argument("name", help="of a recipe or a config, as `python -m spin ls` shows it")
+    parser.add_argument("name", help="of a recipe or a config, as `spin ls` shows it")
     parser.add_argument("destination", type=Path, help="a file or a folder")
     parser.add_argument("--full", action="store_true", help="of a config: write all keys, with what each means")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
@@ -44,8 +44,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"{arguments.name} -> {target}")
     if target.name == source.name and target.stem in recipe_files():
         print(
-            f"The copy has the installed recipe's name, and `tune run {target.stem}` may start either. Rename it, to "
-            f"my_{target.name} for instance, before you change it."
+            "The copy has the installed recipe's name, and which of the two runs depends on the launcher. Rename it, "
+            f"to my_{target.name} for instance, before you change it."
         )
 
 
@@ -57,4 +57,4 @@ def _source(name: str) -> Path:
         return configs_root() / f"{name.removesuffix('.yaml')}.yaml"
     nearest = difflib.get_close_matches(name, [*recipes, *configs], n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-    raise ConfigError(f"{name!r} is neither a recipe nor a packaged config.{hint} `python -m spin ls` lists them.")
+    raise ConfigError(f"{name!r} is neither a recipe nor a packaged config.{hint} `spin ls` lists them.")

@@ -1,4 +1,4 @@
-"""``python -m spin doctor``: what is installed, what is missing or does not fit, and how to get it."""
+"""``spin doctor``: what is installed, what is missing or does not fit, and how to get it."""
 
 from __future__ import annotations
 

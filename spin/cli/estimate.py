@@ -12,8 +12,8 @@ before, and the head's own. So
 The activations of a compiled layer are counted tensor by tensor; the rest is exact. Measured peaks (torch's allocator,
 without the CUDA context) are in tests/cli/test_estimate.py; the rates of times in :mod:`spin.cli.rates`.
 
-    python -m spin estimate lora model.path=FOLDER
-    python -m spin estimate full --gpus 64 --hosts 8 --gpu H200 model.path=FOLDER pairs.row_tokens=12288
+    spin estimate lora model.path=FOLDER
+    spin estimate full --gpus 64 --hosts 8 --gpu H200 model.path=FOLDER pairs.row_tokens=12288
 """
 
 from __future__ import annotations

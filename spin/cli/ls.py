@@ -1,4 +1,4 @@
-"""``python -m spin ls``."""
+"""``spin ls``."""
 
 from __future__ import annotations
 

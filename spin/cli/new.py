@@ -1,4 +1,4 @@
-"""``python -m spin new``: a config for a model and data of the user's own, sized for this machine."""
+"""``spin new``: a config for a model and data of the user's own, sized for this machine."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from spin.config import COMPONENT, SPINConfig, complete, instantiate, load_confi
 from spin.config.files import with_overrides
 from spin.config.follow import FROM_HF
 from spin.config.schema import fields_of
+from spin.core.command import spin_command
 from spin.core.errors import ConfigError, DataError, OutputError
 from spin.core.files import atomic_write
 from spin.core.terminal import printable
@@ -78,9 +79,10 @@ def main(argv: Sequence[str]) -> None:
     text, report = draft(arguments, machine, overrides)
     with atomic_write(out, "xb") as stream:
         stream.write(text.encode())
-    start = f" --nproc_per_node {machine.ranks}" if machine.ranks > 1 else ""
-    report += [f"written   {out}, for {machine.name}", f"next      python -m spin validate {out}"]
-    print(printable("\n".join([*report, f"          tune run{start} spin_recipe --config {out}"])))
+    ranks = ("--nproc_per_node", machine.ranks) if machine.ranks > 1 else ()
+    report += [f"written   {out}, for {machine.name}", f"next      {spin_command('validate', out)}"]
+    report.append(f"          {spin_command('run', *ranks, 'spin_recipe', '--config', out)}")
+    print(printable("\n".join(report)))
 
 
 @dataclass(frozen=True)
@@ -189,8 +191,8 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     lengths_of_pair = found.prompt_lengths + 2 * found.real_lengths  # a response is about as long as the real one
     report += _time(cfg, machine, steps * cfg.global_batch_size, round(lengths_of_pair[fit].mean()))
     report[0] += f", of which {needed.trained:,} are trained" if method != "full" else ""
-    title = f"# SPIN, {_METHOD_TEXTS[method]}, sized by `python -m spin new` for {machine.name}"
-    return f"{title}\n#   tune run spin_recipe --config {arguments.out}\n{config.text()}", report
+    title = f"# SPIN, {_METHOD_TEXTS[method]}, sized by `spin new` for {machine.name}"
+    return f"{title}\n#   spin run spin_recipe --config {arguments.out}\n{config.text()}", report
 
 
 def has_experts(cfg: SPINConfig) -> bool:

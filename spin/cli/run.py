@@ -25,6 +25,8 @@ def main(argv: Sequence[str]) -> int | None:
         parser.parse_args(argv)
     if argv[0].startswith("-"):
         return _run_processes(argv)
+    if not any(word in ("-h", "--help") or word.startswith("--config") for word in argv):
+        parser.error(f"which config? {argv[0]} --config NAME_OR_FILE")
     recipe = _check(*argv)
     # as `tune run`: packages of the user's own may lie in the folder; it is searched last
     sys.path += [folder for folder in (str(recipe.parent), os.getcwd()) if folder not in sys.path]

@@ -197,7 +197,7 @@ def _check_types(values: Mapping[str, Any], model: type[Section], refused: set[s
                     wrong[path] = f"unknown key.{hint}"
                 else:
                     known = known_keys([key for key in fields_of(section) if key != COMPONENT])
-                    hint = " `python -m spin cp NAME FILE --full` writes all keys." if section is model else known
+                    hint = " `spin cp NAME FILE --full` writes all keys." if section is model else known
                     unknown.setdefault(hint, []).append(path)
             elif value == MISSING or (isinstance(value, str) and "${" in value):
                 faults.paths.add(path)  # a fault of its own

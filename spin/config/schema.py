@@ -1,7 +1,7 @@
 """The configs of the recipes as typed models: each key's default, type, range, choices and meaning stand here, once.
 
 A recipe of your own adds its keys by a subclass, ``class MyConfig(SPINConfig): my_key: int = 1``, and takes it by
-``@config.parse(MyConfig)``. Descriptions are what ``python -m spin cp NAME FILE --full`` writes behind the keys.
+``@config.parse(MyConfig)``. Descriptions are what ``spin cp NAME FILE --full`` writes behind the keys.
 """
 
 from __future__ import annotations

@@ -262,9 +262,7 @@ def self_test(cfg: config.SPINConfig, world: World) -> None:
         try:
             report = compare_logits(cfg.model, folder, model_type, SELF_TEST_PARAMETERS)
         except TooLargeError as error:
-            log.info(
-                f"self-test: no comparison with transformers: {error}. `python -m spin validate --logits` makes it."
-            )
+            log.info(f"self-test: no comparison with transformers: {error}. `spin validate --logits` makes it.")
             return
         if report.is_fault:
             raise CheckpointError(f"{folder}: {report}")

@@ -9,7 +9,10 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+from spin.core.command import spin_command
 
 _ONE_CTRL_C_SECONDS = 1.0
 _CTRL_C_MESSAGE = b"\nStopping when this step, or shard of responses, is done and saved; Ctrl-C again ends at once.\n"
@@ -74,16 +77,20 @@ def resume_command(resume: str = "auto") -> str:
     """
     interpreter, *arguments = sys.orig_argv
     arguments += [] if resume == "auto" else ["resume=auto"]
+    begins = (i for i in range(1, min(4, len(arguments))) if arguments[i] == "run")
+    spin_run = next((arguments[i + 1 :] for i in begins if Path(arguments[i - 1]).name == "spin"), None)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return shlex.join([interpreter, *arguments])
+        return shlex.join([interpreter, *arguments]) if spin_run is None else spin_command("run", *spin_run)
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    options = [] if nodes == 1 else ["--nnodes", str(nodes), "<rendezvous options as before>"]
+    options += ["--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    where = "" if nodes == 1 else "on each host: "
+    if spin_run is not None:
+        return where + spin_command("run", *options, *spin_run)
     while arguments and arguments[0] == "-u":  # torchrun's own
         arguments.pop(0)
-    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    launcher += ["--standalone"] if nodes == 1 else ["--nnodes", str(nodes), "<rendezvous options as before>"]
-    launcher += ["--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    where = "" if nodes == 1 else "on each host: "
-    return where + shlex.join([*launcher, *arguments])
+    launcher = [sys.executable, "-m", "torch.distributed.run", *(["--standalone"] if nodes == 1 else [])]
+    return where + shlex.join([*launcher, *options, *arguments])
 
 
 def resume_hint(step: int, resume: str = "auto") -> str:

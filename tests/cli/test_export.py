@@ -1,4 +1,4 @@
-"""`python -m spin export`: a folder that loads, and a card that says where it comes from."""
+"""`spin export`: a folder that loads, and a card that says where it comes from."""
 
 import hashlib
 import shutil

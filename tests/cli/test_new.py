@@ -1,4 +1,4 @@
-"""`python -m spin new`: three formats of data, three methods, what is found and chosen, and what is refused."""
+"""`spin new`: three formats of data, three methods, what is found and chosen, and what is refused."""
 
 import argparse
 import json
@@ -13,6 +13,7 @@ import yaml
 
 from spin.cli import main
 from spin.cli.new import Machine, draft, kind_of_gpu
+from spin.core.command import spin_command
 from spin.core.errors import ConfigError, DataError
 from spin.data import PairStore
 from tests.data.test_chat_templates import QWEN3
@@ -78,7 +79,8 @@ def test_what_is_written_is_valid_and_runs(name, method, form, folder, tmp_path,
     words = ["--model", model, "--data", data, "--out", out, f"output_dir={tmp_path / 'run'}"]
     code, lines, err = new(capsys, *words, *([f"--{method}"] if method != "full" else []))
     assert code == 0 and len(lines) <= 12, err
-    assert lines[-2:] == [f"next      python -m spin validate {out}", f"          tune run spin_recipe --config {out}"]
+    commands = (spin_command("validate", out), spin_command("run", "spin_recipe", "--config", out))
+    assert lines[-2:] == [f"next      {commands[0]}", f"          {commands[1]}"]
     written = yaml.safe_load(out.read_text())
     assert len(out.read_text().splitlines()) <= 20 and written["dataset"].get("column_map") == FORMATS[form][1]
     assert ("quantize_base" in written["model"], "lora_rank" in written["model"]) == (

@@ -1,4 +1,4 @@
-"""`python -m spin validate`: every fault by its place, nothing loaded or written, the run's own arithmetic."""
+"""`spin validate`: every fault by its place, nothing loaded or written, the run's own arithmetic."""
 
 import importlib.util
 import json
@@ -262,7 +262,7 @@ def test_the_arithmetic_counts_history_and_limits(validate):
 
 def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):
     config = tmp_path / "mine.yaml"
-    config.write_text("# tune run spin_generate --config mine.yaml\n" + CONFIG.read_text() + "\nnum_workers: 4\n")
+    config.write_text("# spin run spin_generate --config mine.yaml\n" + CONFIG.read_text() + "\nnum_workers: 4\n")
     code, out, _ = validate("num_workers=4", "worker=1", config=config)
     assert code == 0 and "for spin_generate" in out
     code, out, _ = validate("num_workers=4", "worker=5", config=config)

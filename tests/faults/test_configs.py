@@ -119,7 +119,7 @@ def test_dangerous_names_do_nothing_in_overrides_and_evaluations(lure):
 
 
 def test_validate_does_nothing_either(lure, capsys):
-    """`python -m spin validate` on configs with all of them: one fault for each place."""
+    """`spin validate` on configs with all of them: one fault for each place."""
     for number, place in enumerate(PLACES):
         name = DANGEROUS[4 * number]
         cfg = OmegaConf.merge(OmegaConf.load(CONFIG), placed(place, name), {"output_dir": "out"})

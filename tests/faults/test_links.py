@@ -70,7 +70,7 @@ def test_locks_and_metrics_are_no_links_and_no_pipes(tmp_path, precious):
 
 
 def test_modules_of_the_folder_where_a_command_is_started_are_not_imported(tmp_path):
-    """`cd somebodys_run; python -m spin report .`: the folder may hold a yaml.py."""
+    """`cd somebodys_run; spin report .`: the folder may hold a yaml.py."""
     for name in LURES:
         (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "recipes")])}

@@ -14,6 +14,7 @@ from spin_recipe import SPINRecipe
 
 import spin.checkpoint.checkpointer
 from spin.config import SPINConfig
+from spin.core.command import spin_command
 from spin.data import PairStore
 from spin.run.stopping import StopRequest, resume_command
 from tests.recipes.helpers import (
@@ -191,6 +192,18 @@ def test_the_command_under_every_launcher(monkeypatch):
     assert resume_command().startswith(f"{launcher} --standalone --nproc_per_node 8 -m spin_recipe --config")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "4")
     assert resume_command().startswith(f"on each host: {launcher} --nnodes 4 ")
+
+
+@pytest.mark.parametrize("start", [["/venv/bin/spin"], ["-m", "spin"], ["-u", "-m", "spin"]], ids=str)
+def test_the_command_of_spin_run(monkeypatch, start):
+    monkeypatch.setattr(sys, "orig_argv", ["python", *start, "run", "spin_recipe", "--config", "a b.yaml"])
+    assert resume_command() == spin_command("run", "spin_recipe", "--config", "a b.yaml")
+    assert resume_command("never").endswith(" resume=auto")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert resume_command() == spin_command("run", "--nproc_per_node", 8, "spin_recipe", "--config", "a b.yaml")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "4")
+    assert resume_command().startswith(f"on each host: {spin_command('run', '--nnodes', 4)} ")
 
 
 @pytest.mark.slow

@@ -408,7 +408,7 @@ def test_folders_that_are_no_model_are_named_before_anything_runs(paths, tmp_pat
 
 def test_validate_knows_an_evaluation(paths, tmp_path, capsys):
     config = tmp_path / "mine.yaml"
-    config.write_text("# tune run spin_evaluate --config mine.yaml\n" + CONFIG.read_text())
+    config.write_text("# spin run spin_evaluate --config mine.yaml\n" + CONFIG.read_text())
     arguments = ["validate", str(config), f"output_dir={tmp_path / 'out'}", *paths]
     assert main(arguments) == 0
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Every family, from a folder to a folder: a random model by transformers, `python -m spin validate`, one iteration by
+"""Every family, from a folder to a folder: a random model by transformers, `spin validate`, one iteration by
 the recipe's command line, and what transformers makes of the export."""
 
 import json
