@@ -90,8 +90,10 @@ def survey(
                 faults.add(each.where, f"id {each.sample_id!r} is taken by {place_of[each.sample_id]}.")
             else:
                 place_of[each.sample_id] = each.where
-                place = len(sample) if len(sample) < MOST_ENCODED else chance.randrange(len(place_of))
-                sample[place : place + 1] = [each] if place < MOST_ENCODED else sample[place : place + 1]
+                if len(sample) < MOST_ENCODED:
+                    sample.append(each)
+                elif (place := chance.randrange(len(place_of))) < MOST_ENCODED:
+                    sample[place] = each
         if len(place_of) >= (options.get("limit") or len(place_of) + 1):
             break
     encoded, lengths = [], []
