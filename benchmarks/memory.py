@@ -4,7 +4,7 @@
 
 Random weights and tokens, nothing is read but the config: two optimizer steps over the rows of a batch of pairs of a
 given mean length, then responses to as many prompts of the greatest length as the generator takes at once. Prints both
-peaks of torch's allocator next to :func:`spin.cli.estimate.estimate`, and writes them as JSON.
+peaks of torch's allocator next to :func:`spin.cli.memory.estimate`, and writes them as JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from torchtune import training
 
 from spin import config
-from spin.cli.estimate import estimate
+from spin.cli.memory import estimate
 from spin.config import SPINConfig
 from spin.core.ranks import init_world, shutdown
 from spin.data import Pair

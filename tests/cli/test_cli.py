@@ -44,8 +44,8 @@ def refused(monkeypatch, capsys, recipe, *arguments):
 
 LIGHT = [
     ["ls"], ["cp", "full", "mine"], ["--help"], ["--version"], [], ["typo"], ["run", "typo"], ["run", "spin_recipe"],
-    ["run", "spin_recipe", "--config", "typo"], ["validate", "typo"],
-    *([name, "--help"] for name in COMMANDS if name not in ("estimate", "new")),
+    ["run", "spin_recipe", "--config", "typo"], ["validate", "typo"], ["estimate", "typo"],
+    *([name, "--help"] for name in COMMANDS),
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from spin.cli import main, rates
-from spin.cli.estimate import data_limit, estimate
+from spin.cli.memory import data_limit, estimate
 from spin.cli.timing import Cluster, stages
 from spin.config import SPINConfig, complete, load_config
 from spin.core.errors import ConfigError

@@ -1,0 +1,515 @@
+"""What a config needs on each GPU and host and how long an iteration takes, before anything is loaded.
+
+Memory is arithmetic with the shapes of a model on the meta device; of a folder config.json is enough. Training peaks
+where the output layer works on a row: everything that the layers keep for backward is there, the gradients of the rows
+before, and the head's own. So
+
+    train = weights + gathered copy + gradients + optimizer + activations + head
+    score = the same without gradients: compiled layers record what backward would need
+    play  = weights + gathered copy + optimizer + cache
+    save  = weights + optimizer + one tensor
+
+The activations of a compiled layer are counted tensor by tensor; the rest is exact. Measured peaks (torch's allocator,
+without the CUDA context) are in tests/cli/test_estimate.py; the rates of times in :mod:`spin.cli.rates`.
+
+    spin estimate lora model.path=FOLDER
+    spin estimate full --gpus 64 --hosts 8 --gpu H200 model.path=FOLDER pairs.row_tokens=12288
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import nn
+
+from spin.cli.rates import GPUS
+from spin.cli.timing import MEASURED_PAIR, Cluster, Work, stages, table
+from spin.config import SPINConfig, complete, load_config
+from spin.core.dtypes import torch_dtype
+from spin.core.errors import ConfigError
+from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
+from spin.model.build import build_model
+from spin.model.moe import MoE, idle_parameters
+from spin.pairs.packing import RowLayout, plan_rows
+from spin.pairs.row_mask import BLOCK
+
+_GIB = 2**30
+STAGES = ("play", "score", "train", "save")
+# Bytes of optimizer state for a trained weight, by class; others are taken for AdamW.
+_OPTIMIZER_BYTES = {"AdamW8bit": 2, "AdamWStochasticRounding": 8, "AdamW": 8, "Adam": 8, "RMSprop": 4, "SGD": 0}
+# NF4: half a byte, a scale of one byte for 64 weights, a factor for 16,384.
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
+_NF4_WORKSPACE_BYTES = 2  # for each number that NF4 stands for, while a product is computed with them
+# Kept by eager layers for every tensor that compiled ones keep: 24.3 - 13.0 GiB against 20.6 - 13.0 (Llama 3.2 1B).
+_EAGER_FACTOR = 1.45
+_CACHE_STEP_TOKENS = 256
+_IN_USE = 0.92  # of a GPU's memory at most: blocks of many sizes leave gaps
+_CUDA_GIB = 1.0  # its context and NCCL's buffers
+_MOST_GPUS = 1024
+_SPREAD = 0.5  # of the logarithm of pairs' lengths, as in conversations
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory on each GPU, and disk, of a config; all in GiB."""
+
+    weights: float  # this rank's shards as they are stored, frozen ones included
+    gathered: float  # copies in the compute dtype that stay from forward to backward
+    gradients: float
+    optimizer: float
+    activations: float  # what layers keep for backward over one row
+    head: float  # logits of a chunk, and the sum of the output weight's gradient if it is trained
+    logits: float  # of that, those of a chunk
+    workspace: float  # dequantized NF4, or DoRA's norms, of the largest weight
+    cache: float  # keys and values while the opponent plays; 0 if that happens in a separate engine
+    playing_copy: float  # the gathered model while the opponent plays, or an engine's part of it
+    largest: float  # one tensor of an export
+    pinned: float  # on the host for each GPU: offloaded weights and gradients, and a checkpoint that is being written
+    host_states: float  # on the host for each GPU: the optimizer's, offloaded
+    pair_store: float  # on disk, for each iteration, at most
+    checkpoint: float  # on disk, for each resumable checkpoint
+    export: float  # on disk, for each iteration
+    records_graph: bool  # scoring keeps activations, as compiled layers do
+    row_tokens: int  # length of the row that was counted
+    rows: int  # of a GPU in an optimizer step, with pairs of the length that times are counted for
+    trained: int  # parameters
+    frozen: int  # parameters
+    idle: int  # of both, those of experts that a token does not go to
+    work: Work
+
+    def parts(self) -> dict[str, tuple[float | None, ...]]:
+        """What is there at the peak of each stage: play, score, train, save; its last entry is their sum."""
+        kept = self.activations if self.records_graph else 0.0
+        found: dict[str, tuple[float | None, ...]] = {
+            "weights": (self.weights,) * 4,
+            "gathered copy": (self.playing_copy, self.gathered, self.gathered, None),
+            "gradients": (None, None, self.gradients, None),
+            "optimizer": (self.optimizer,) * 4,
+            f"activations of a row of {self.row_tokens:,} tokens": (None, kept, self.activations, None),
+            "output layer": (None, self.logits, self.head, None),
+            "workspace": (*(self.workspace,) * 3, None),
+            "key-value cache": (self.cache, None, None, None),
+            "a tensor of the export": (None, None, None, self.largest),
+        }
+        return found | {"peak": tuple(sum(filter(None, column)) for column in zip(*found.values(), strict=True))}
+
+    @property
+    def playing(self) -> float:
+        """Peak while the opponent plays; the optimizer of the iteration before is still there."""
+        return self.peaks()[0]
+
+    @property
+    def scoring(self) -> float:
+        """Peak of the reference pass."""
+        return self.peaks()[1]
+
+    @property
+    def training(self) -> float:
+        """Peak of an optimizer step."""
+        return self.peaks()[2]
+
+    @property
+    def peak(self) -> float:
+        """The largest of all stages."""
+        return max(self.peaks())
+
+    def peaks(self) -> tuple[float, ...]:
+        """Of each of ``STAGES``."""
+        return tuple(value or 0.0 for value in self.parts()["peak"])
+
+    def host(self, gpus_of_host: int) -> str:
+        """What a host's CPU memory holds."""
+        states = f" and {self.host_states * gpus_of_host:.1f} GiB of optimizer state" if self.host_states else ""
+        return f"{self.pinned * gpus_of_host:.1f} GiB of pinned memory{states}"
+
+    def table(self, gpus_of_host: int = 1) -> str:
+        """Every part, and what it belongs to, a line each."""
+        lines = [f"{'GiB on each GPU':<44}{'play':>10}{'score':>10}{'train':>10}{'save':>10}"]
+        for name, values in self.parts().items():
+            cells = "".join(f"{'-' if value is None else f'{value:.1f}':>10}" for value in values)
+            lines.append(f"{name:<44}{cells}")
+        active = self.trained + self.frozen - self.idle
+        return "\n".join(lines) + (
+            f"\nand about {_CUDA_GIB:.0f} GiB for CUDA itself\n\n"
+            f"{self.trained:,} parameters are trained, {self.frozen:,} frozen"
+            f"{f'; a token is multiplied with {active:,} of them' if self.idle else ''}\n"
+            f"on each host: {self.host(gpus_of_host)}\n"
+            f"on disk: {self.pair_store:.2f} GiB of pairs at most and {self.export:.2f} GiB of exports each iteration, "
+            f"{self.checkpoint:.2f} GiB each checkpoint"
+        )
+
+
+def estimate(
+    cfg: SPINConfig,
+    gpus: int = 1,
+    pair_tokens: int | None = None,
+    gpu_gib: float | None = None,
+    model: nn.Module | None = None,
+) -> Estimate:
+    """Adds up what a complete config of a training recipe needs. Nothing is read but the config.
+
+    Args:
+        cfg (SPINConfig): of training.
+        gpus (int): one rank each.
+        pair_tokens (int | None): mean length of a pair, prompt and responses; it gives the rows that a batch of such
+            pairs is packed into. None takes the longest row that there can be.
+        gpu_gib (float | None): memory of a GPU, of which an engine of vLLM takes a part for its cache; None: no cache.
+
+        model (nn.Module | None): the config's, on the meta device; None: it is built.
+
+    Returns:
+        Estimate: of each GPU.
+
+    Raises:
+        ConfigError: If ``gpus`` or ``pair_tokens`` cannot be.
+    """
+    if gpus < 1 or gpus % cfg.replicas:
+        raise ConfigError(f"gpus={gpus}: expected 1 or more, in multiples of replicas={cfg.replicas}.")
+    if pair_tokens is not None and pair_tokens < 1:
+        raise ConfigError(f"pair_tokens={pair_tokens}: expected the mean tokens of a pair, 1 or more.")
+    shards = gpus // cfg.replicas
+    dtype, compute = (torch_dtype(name, torch.device("cpu")) for name in (cfg.dtype, cfg.compute_dtype))
+    model = shapes_of(cfg) if model is None else model
+    shapes = _Shapes(model)
+    trained, base = _split(model)
+    trained_count = sum(weight.numel() for weight in trained)
+
+    weights = trained_count * dtype.itemsize + sum(map(_stored_bytes, base))
+    playing_copy = trained_count * float(compute.itemsize)
+    for weight in base:
+        is_nf4 = as_nf4(weight) is not None
+        if gpus > 1 or not (is_nf4 or weight.dtype == compute):  # alone, what needs no cast is used where it is
+            playing_copy += _stored_bytes(weight) if is_nf4 else weight.numel() * compute.itemsize
+    gathered = playing_copy
+    if cfg.fsdp_reshard_after_forward:  # the root stays, and two layers: one that computes, one that is on its way
+        in_layers = 1 - shapes.root_parameters / shapes.parameters
+        gathered *= shapes.root_parameters / shapes.parameters + in_layers * min(1.0, 2 / shapes.layers)
+    # full ones are reduced after the last row's head, so they do not add to the shards'
+    gradients = trained_count * 4 / (1 if cfg.fsdp_accumulate_unsharded else shards)
+    state_bytes = _OPTIMIZER_BYTES.get(cfg.optimizer.component.rsplit(".", 1)[-1], 8)
+    if cfg.optimizer.get("momentum"):
+        state_bytes += 4
+    on_gpu = 0 if cfg.fsdp_cpu_offload else 1
+    row, rows = _row_tokens(cfg, gpus, pair_tokens), _rows(cfg, gpus, pair_tokens or sum(MEASURED_PAIR))
+    frozen_count, idle = sum(weight.numel() for weight in base), idle_parameters(model)
+    copy, cache = playing_copy / _GIB, _cache(cfg, model, shapes, compute) / _GIB
+    name = cfg.generator.component.rsplit(".", 1)[-1]
+    if name == "VLLMGenerator":
+        itemsize = 4 if cfg.generator.get("dtype") == "fp32" else 2
+        copy = shapes.parameters * itemsize / cfg.generator.get("tensor_parallel_size", 1) / _GIB
+        cache = max(0.0, cfg.generator.get("gpu_memory_utilization", 0.5) * (gpu_gib or 0.0) - copy)
+    elif name != "TorchtuneGenerator":  # an engine elsewhere
+        copy = 0.0
+    checkpoint = trained_count * (dtype.itemsize + state_bytes)
+    export = _export(cfg, model, trained_count if base else 0, dtype)
+    staged = checkpoint / shards if cfg.checkpointer.get("async_save", True) else 0.0
+    offloaded = (weights / shards + gradients) * (1 - on_gpu)
+    logits, head = _head(cfg, shapes, compute, is_trained=not base)
+
+    return Estimate(
+        weights=on_gpu * weights / shards / _GIB,
+        gathered=gathered / _GIB,
+        gradients=on_gpu * gradients / _GIB,
+        optimizer=on_gpu * trained_count * state_bytes / shards / _GIB,
+        activations=_activations(cfg, shapes, row, compute) / _GIB,
+        head=head / _GIB,
+        logits=logits / _GIB,
+        workspace=_workspace(model) / _GIB,
+        cache=cache,
+        playing_copy=copy,
+        largest=max(weight.numel() for weight in model.parameters()) * (4 if base else 2) / _GIB,
+        pinned=(offloaded + staged) / _GIB,
+        host_states=trained_count * state_bytes / shards * (1 - on_gpu) / _GIB,
+        pair_store=_pair_store(cfg, model, pair_tokens) / _GIB,
+        checkpoint=checkpoint / _GIB,
+        export=export / _GIB,
+        records_graph=cfg.compile,
+        row_tokens=row,
+        rows=rows,
+        trained=trained_count,
+        frozen=frozen_count,
+        idle=idle,
+        work=Work(
+            layer_weights=sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
+            - idle
+            - (trained_count if base else 0),
+            head_weights=shapes.vocab * shapes.width,
+            layers=shapes.layers,
+            attention_dim=shapes.queries,
+            trained=trained_count,
+            frozen=bool(base),
+            weight_bytes=2.0 * shapes.parameters,
+            cache_bytes=shapes.layers * 2 * shapes.keys * 2.0,
+            gathered_bytes=playing_copy,
+            checkpoint_bytes=checkpoint,
+            export_bytes=export,
+        ),
+    )
+
+
+def usable_gib(memory_gib: float) -> float:
+    """What a GPU's memory leaves for tensors."""
+    return _IN_USE * memory_gib - _CUDA_GIB
+
+
+def shapes_of(cfg: SPINConfig) -> Any:
+    """The config's model on the meta device."""
+    return build_model(cfg.model, torch_dtype(cfg.base_dtype or cfg.dtype, torch.device("cpu")))
+
+
+class _Shapes:
+    """The numbers of a decoder that activations and caches follow from."""
+
+    def __init__(self, model: Any) -> None:
+        layer = model.layers[0]
+        attention = layer.attn
+        self.layers = len(model.layers)
+        self.width = model.tok_embeddings.weight.shape[1]
+        self.vocab = model.tok_embeddings.weight.shape[0]
+        self.keys = attention.num_kv_heads * attention.head_dim
+        self.queries = attention.num_heads * attention.head_dim
+        of_mlp = max(_kept_by_mlp(layer.mlp, self.width) for layer in model.layers)
+        norms = (getattr(layer, name, None) for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"))
+        num_norms = sum(norm is not None and not isinstance(norm, nn.Identity) for norm in norms)
+        # elements for each token: in and out of each norm, q and attention's output, k, v, and those of the MLP
+        self.kept_by_layer = 2 * num_norms * self.width + 2 * self.queries + 2 * self.keys + of_mlp
+        self.parameters = sum(p.numel() for p in model.parameters())
+        self.root_parameters = self.parameters - sum(p.numel() for p in model.layers.parameters())
+
+
+def _kept_by_mlp(mlp: Any, width: int) -> int:
+    """Gate, up and their product; of each of a token's experts, its input and output as well."""
+    return mlp.top_k * (3 * mlp.hidden + 2 * width) if isinstance(mlp, MoE) else 3 * mlp.w1.weight.shape[0]
+
+
+def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Trained and frozen parameters: adapters and base, or all and none."""
+    parts = [part for module in adapted_modules(model).values() for part in adapter_parameters(module).values()]
+    if not parts:
+        return list(model.parameters()), []
+    return parts, [parameter for parameter in model.parameters() if all(parameter is not part for part in parts)]
+
+
+def _stored_bytes(weight: torch.Tensor) -> float:
+    return weight.numel() * (_NF4_BYTES if as_nf4(weight) is not None else weight.dtype.itemsize)
+
+
+def _row_tokens(cfg: SPINConfig, gpus: int, pair_tokens: int | None) -> int:
+    if pair_tokens is None:
+        limits = (data_limit(cfg, "max_prompt_tokens"), data_limit(cfg, "max_response_tokens"))
+        generated = cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
+        longest_pair = sum(limits) + generated if None not in limits else 0
+        return _layout(cfg).longest_row(longest_pair)
+    lengths, rows = _packed(cfg, gpus, pair_tokens)
+    longest = max(sum(lengths[i] for i in pairs) for rank in rows for pairs in rank)
+    return _layout(cfg).padded_length(longest)
+
+
+def _rows(cfg: SPINConfig, gpus: int, pair_tokens: int) -> int:
+    return len(_packed(cfg, gpus, pair_tokens)[1][0])
+
+
+def _layout(cfg: SPINConfig) -> RowLayout:
+    return RowLayout(cfg.pairs.row_tokens, math.lcm(cfg.pairs.row_multiple, BLOCK))  # as FlexAttention needs
+
+
+def _packed(cfg: SPINConfig, gpus: int, pair_tokens: int) -> tuple[list[int], Any]:
+    """A batch of pairs of ``pair_tokens`` on average: their lengths, and for each GPU the pairs of its rows."""
+    spread = NormalDist(math.log(pair_tokens) - _SPREAD**2 / 2, _SPREAD)  # of the logarithm; its mean is pair_tokens
+    size = cfg.global_batch_size
+    lengths = [max(1, round(math.exp(spread.inv_cdf((i + 0.5) / size)))) for i in range(size)]
+    return lengths, plan_rows(lengths, _layout(cfg), gpus)
+
+
+def _activations(cfg: SPINConfig, shapes: _Shapes, row: int, compute: torch.dtype) -> float:
+    layer = shapes.kept_by_layer * (1.0 if cfg.compile else _EAGER_FACTOR)
+    around = 4 * shapes.width  # embeddings, last hidden state, what the head takes of it, and its gradient
+    if not cfg.enable_activation_checkpointing:
+        elements = shapes.layers * layer
+    else:  # inputs of the layers that are checkpointed, and one of them in full, with gradients of about the same size
+        every = cfg.ac_option or 1 if cfg.ac_mode == "selective" else 1
+        checkpointed = shapes.layers // every
+        elements = checkpointed * shapes.width + (shapes.layers - checkpointed) * layer + 2 * layer
+    return float(row * (elements + around) * compute.itemsize)
+
+
+def _head(cfg: SPINConfig, shapes: _Shapes, compute: torch.dtype, is_trained: bool) -> tuple[float, float]:
+    """Logits of a chunk, and those with the sum of the weight's gradient in fp32."""
+    logits = cfg.logprob_chunk_tokens * shapes.vocab * compute.itemsize
+    return float(logits), float(logits + (shapes.vocab * shapes.width * 4 if is_trained else 0))
+
+
+def _workspace(model: nn.Module) -> float:
+    quantized = [weight.numel() for weight in model.parameters() if as_nf4(weight) is not None]
+    doras = [module.weight.numel() for module in adapted_modules(model).values() if hasattr(module, "magnitude")]
+    # DoRA's norms: the weight and its merged form in fp32
+    return max([0.0, *(n * _NF4_WORKSPACE_BYTES for n in quantized), *(n * 8.0 for n in doras)])
+
+
+def data_limit(cfg: SPINConfig, key: str) -> Any:
+    """A limit of the data set; of a mixture's sources the largest, and of their numbers of samples the sum."""
+    sources = cfg.dataset.get("sources")
+    if not sources:
+        return cfg.dataset.get(key)
+    limits = [source.get(key, (cfg.dataset.get("common") or {}).get(key)) for source in sources.values()]
+    if None in limits:
+        return None
+    return sum(limits) if key == "limit" else max(limits)
+
+
+def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:
+    if cfg.generator.component.rsplit(".", 1)[-1] != "TorchtuneGenerator":
+        return 0.0
+    batch = cfg.generator.get("batch_size", 32)
+    prompt = data_limit(cfg, "max_prompt_tokens") or model.max_seq_len
+    longest = min(model.max_seq_len, prompt + cfg.sampling.max_new_tokens)
+    capacity = math.ceil(longest / _CACHE_STEP_TOKENS) * _CACHE_STEP_TOKENS
+    keys_and_values = batch * capacity * shapes.layers * 2 * shapes.keys * compute.itemsize
+    return float(keys_and_values + batch * shapes.vocab * (compute.itemsize + 4))  # and logits of a step
+
+
+def _pair_store(cfg: SPINConfig, model: Any, pair_tokens: int | None) -> float:
+    """Responses, responses with log-probs, and rows to look them up: three times the token ids, 4 bytes each."""
+    samples = cfg.dataset.get("samples") or data_limit(cfg, "limit") or 0
+    if pair_tokens is None:
+        prompt, real = (data_limit(cfg, f"max_{part}_tokens") or model.max_seq_len for part in ("prompt", "response"))
+        pair_tokens = prompt + real + cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
+    return float(samples * (3 * 4 * pair_tokens + 300))
+
+
+def _export(cfg: SPINConfig, model: nn.Module, adapter: int, dtype: torch.dtype) -> float:
+    itemsize = {"bf16": 2, "fp16": 2, "fp32": 4}[cfg.checkpointer.get("export_dtype", "bf16")]
+    merged = cfg.checkpointer.get("export_merged", True)
+    plain = sum(parameter.numel() for parameter in model.parameters()) - adapter
+    return float(plain * itemsize * merged + adapter * dtype.itemsize)
+
+
+# --- What makes a config fit ---
+
+_Try = tuple[list[str], int]  # overrides, GPUs
+
+
+def _switches(cfg: SPINConfig, gpus: int, gpus_of_host: int) -> Iterator[list[_Try]]:
+    """What saves memory, from what costs least to what costs most; of each its settings, the mildest first."""
+    if not cfg.enable_activation_checkpointing:
+        yield [(["enable_activation_checkpointing=true"], gpus)]
+    halves = (cfg.pairs.row_tokens >> i for i in range(1, 16))
+    yield [([f"pairs.row_tokens={tokens}"], gpus) for tokens in halves if tokens >= 1024]
+    if cfg.optimizer.component.rsplit(".", 1)[-1] == "AdamW":
+        fused = ["~optimizer.fused"] if cfg.optimizer.get("fused") is not None else []
+        yield [(["optimizer._component_=spin.training.AdamW8bit", *fused], gpus)]
+    if not cfg.fsdp_cpu_offload and not cfg.model.get("quantize_base"):
+        yield [(["fsdp_cpu_offload=true"], gpus)]
+    if cfg.generator.component.rsplit(".", 1)[-1] == "TorchtuneGenerator":
+        size = cfg.generator.get("batch_size", 32)
+        smaller = [([f"generator.batch_size={size >> i}"], gpus) for i in range(1, 16) if size >> i]
+        engine = ["generator={_component_: spin.generators.VLLMGenerator}"]
+        sizes = [size for size in (1, 2, 4, 8) if size <= gpus_of_host and gpus % size == 0]
+        yield [*smaller, *(([*engine, f"generator.tensor_parallel_size={size}"], gpus) for size in sizes)]
+    more = (gpus << i for i in range(1, 11))
+    yield [([], number) for number in more if number <= _MOST_GPUS]
+
+
+def remedy(
+    load: Callable[[Sequence[str]], SPINConfig], gpus: int, gpus_of_host: int, fits: Callable[[SPINConfig, int], bool]
+) -> _Try | None:
+    """The least change that makes a config fit: the first switch that does alone, else the fewest, taken in order.
+
+    Args:
+        load (Callable[[Sequence[str]], SPINConfig]): the config with overrides.
+        gpus (int): how many there are.
+        gpus_of_host (int): the most that share an engine.
+        fits (Callable[[SPINConfig, int], bool]): whether a config does on that many GPUs.
+
+    Returns:
+        _Try | None: overrides and GPUs; None: nothing here does.
+    """
+    switches = [list(settings) for settings in _switches(load([]), gpus, gpus_of_host)]
+    switches = [settings for settings in switches if settings]
+
+    def do(tries: Sequence[_Try]) -> bool:
+        return fits(load([override for overrides, _ in tries for override in overrides]), tries[-1][1])
+
+    taken: list[_Try] = []
+    for settings in switches:
+        for each in settings:
+            if do([each]):
+                return each
+    for settings in switches:
+        for each in settings:
+            if do([*taken, each]):
+                return _fewest([*taken, each], do)
+        taken.append(settings[-1])
+    return None
+
+
+def _fewest(tries: list[_Try], do: Callable[[Sequence[_Try]], bool]) -> _Try:
+    for each in tries[:-1]:
+        fewer = [other for other in tries if other is not each]
+        tries = fewer if do(fewer) else tries
+    return [override for overrides, _ in tries for override in overrides], tries[-1][1]
+
+
+# --- The command ---
+
+
+def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Prints the tables of a config, and what makes it fit."""
+    gpus, hosts, kind = arguments.gpus, arguments.hosts, GPUS[arguments.gpu]
+    if hosts < 1 or gpus < 1 or gpus % hosts:
+        raise ConfigError(f"--gpus {gpus} --hosts {hosts}: expected the same number of GPUs on each host.")
+
+    def load(more: Sequence[str]) -> SPINConfig:
+        raw = load_config(arguments.config, [*overrides, *more])
+        if "candidate" in raw:
+            raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
+        if raw.get("compute_dtype", "auto") == "auto" and raw.get("device") != "cpu":
+            raw.compute_dtype = "bf16"  # of the GPUs that it is for, wherever this runs
+        return complete(raw, SPINConfig)
+
+    def found_of(cfg: SPINConfig, number: int) -> Estimate:
+        return estimate(cfg, number, arguments.pair_tokens, kind.memory_gib, model)
+
+    usable = usable_gib(kind.memory_gib)
+
+    def fits(cfg: SPINConfig, number: int) -> bool:
+        if number % cfg.replicas or cfg.generator.get("tensor_parallel_size", 1) > number:
+            return False
+        found = found_of(cfg, number)
+        engine = cfg.generator.get("gpu_memory_utilization", 0.5) * kind.memory_gib
+        is_engine = cfg.generator.component.endswith(".VLLMGenerator")
+        return found.peak <= usable and not (is_engine and found.playing_copy > 0.9 * engine)
+
+    cfg = load([])
+    model = shapes_of(cfg)  # no switch changes it
+    found = found_of(cfg, gpus)
+    of_hosts = f" of {hosts} hosts" if hosts > 1 else ""
+    print(f"{arguments.config} on {gpus} {arguments.gpu}{of_hosts}: an estimate\n\n{found.table(gpus // hosts)}\n")
+    if fits(cfg, gpus):
+        print(f"It fits: {found.peak:.1f} GiB of {usable:.1f} that {kind.memory_gib:.1f} leave for tensors.\n")
+    else:
+        over = [f"{name} ({peak:.1f})" for name, peak in zip(STAGES, found.peaks(), strict=True) if peak > usable]
+        what = f"{', '.join(over)} of {usable:.1f} GiB" if over else "the engine's weights in its part of the memory"
+        print(f"It does not fit: {what} that {kind.memory_gib:.1f} leave for tensors.")
+        change = remedy(load, gpus, min(8, gpus // hosts), fits)
+        if change is None:
+            print("No switch that is tried here makes it fit; the times are those that it would take.\n")
+        else:
+            cfg, more = load(change[0]), change[1] // gpus
+            gpus, hosts = gpus * more, hosts * more
+            found = found_of(cfg, gpus)
+            words = ([f"--gpus {gpus} --hosts {hosts}"] if more > 1 else []) + [shlex.quote(each) for each in change[0]]
+            peaks = ", ".join(f"{name} {peak:.1f}" for name, peak in zip(STAGES, found.peaks(), strict=True))
+            print(f"The least change that fits, with which the times are:\n  {' '.join(words)}")
+            print(f"  GiB: {peaks}; on each host {found.host(gpus // hosts)}\n")
+    prompts = arguments.prompts or data_limit(cfg, "limit") or 1000
+    pair_tokens = arguments.pair_tokens or sum(MEASURED_PAIR)
+    cluster = Cluster(gpus, hosts, arguments.gpu, *arguments.links)
+    print(table(stages(cfg, found.work, cluster, prompts, pair_tokens, found.rows), cluster, prompts, pair_tokens))
