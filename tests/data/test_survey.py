@@ -35,7 +35,7 @@ def test_columns_are_found_and_are_those_that_a_data_set_reads(source, row, row_
 
 
 def test_columns_that_mean_nothing_are_an_error_with_their_names(source):
-    with pytest.raises(DataError, match=r"data\.jsonl:1: columns q, foo; expected messages .* column_map"):
+    with pytest.raises(DataError, match=r"data\.jsonl:1: columns q, foo; expected messages .*column_map"):
         survey(Letters(), {"source": source({"q": "ab", "foo": "xy"})})
     with pytest.raises(DataError, match=r"none of its 2 rows can be used; .* columns prompt, response\.\n .*question"):
         survey(Letters(), {"source": source(pair(response="?"), pair(response="?"))})
