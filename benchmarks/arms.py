@@ -37,6 +37,7 @@ class Layout:
         long_row_tokens (int): the same of the arm with long rows.
         micro_batch (int): pairs of a padded batch.
         chunk_tokens (int): response tokens whose logits exist at a time.
+        window (int | None): positions that a layer with a sliding window sees.
     """
 
     world: World
@@ -45,6 +46,7 @@ class Layout:
     long_row_tokens: int
     micro_batch: int
     chunk_tokens: int
+    window: int | None = None
 
     @property
     def row_multiple(self) -> int:
@@ -53,7 +55,7 @@ class Layout:
 
     def rows(self, row_tokens: int) -> RowLayout:
         """Of rows with this many tokens."""
-        return RowLayout(row_tokens, self.row_multiple, flex=self.flex)
+        return RowLayout(row_tokens, self.row_multiple, flex=self.flex, window=self.window)
 
 
 @dataclass(frozen=True)

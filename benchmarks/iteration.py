@@ -168,8 +168,18 @@ def make_model(folder: Path, target: Path, preset: Any, device: str | None) -> N
             llama_config(model).save_pretrained(folder)
         for file in TOKENIZER.glob("tokenizer*"):
             shutil.copy(file, folder)
+        fill_vocabulary(folder / "tokenizer.json", model.tok_embeddings.num_embeddings)
     torch.distributed.barrier()
     export_hf(model, folder, target, "HF" if is_shape else "LLAMA3_2", dtype=torch.bfloat16, world=world)
+
+
+def fill_vocabulary(file: Path, size: int) -> None:
+    """Gives every row of the embeddings a token: a random model draws them all, and none may be unknown."""
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocab = tokenizer["model"]["vocab"]
+    taken = {*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    vocab |= {f"<unused_{number}>": number for number in range(size) if number not in taken}
+    file.write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 def make_data(file: Path, num: int, share: float) -> None:

@@ -62,7 +62,7 @@ from spin.config import SPINConfig
 from spin.core.files import write_json
 from spin.core.ranks import World, barrier, gather_objects, init_world, shutdown
 from spin.data import Pair, pack_row
-from spin.model.build import build_model, choose_attention, prepare_model
+from spin.model.build import build_model, choose_attention, prepare_model, window_of
 from spin.model.sharding import accumulating, clip_grad_norm, materialize, shard_model
 from spin.pairs.loader import load_rows
 from spin.pairs.packing import RowLayout
@@ -103,6 +103,7 @@ class Bench:
             long_row_tokens=args.long_row_tokens or 2 * row_tokens,
             micro_batch=MICRO_BATCHES[0],
             chunk_tokens=args.chunk_tokens,
+            window=window_of(shape),
         )
 
     # ---- models
