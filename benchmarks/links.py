@@ -1,6 +1,6 @@
 """What the estimate takes from a host: all-gather and reduce-scatter between its GPUs, and copies to and from the CPU.
 
-    torchrun --standalone --nproc_per_node 2 benchmarks/links.py --out benchmarks/results/links_h100x2.json
+    torchrun --standalone --nproc_per_node 2 benchmarks/links.py --out benchmarks/results/h200x2_links.json
 
 Rates are those that FSDP2's traffic is counted by: bytes that a rank receives, of sizes that one layer has, a second.
 """

@@ -245,6 +245,7 @@ def estimate(
             attention_dim=shapes.queries,
             trained=trained_count,
             frozen=bool(base),
+            sparse=idle > 0,
             weight_bytes=2.0 * shapes.parameters,
             cache_bytes=shapes.layers * 2 * shapes.keys * 2.0,
             gathered_bytes=playing_copy,

@@ -64,8 +64,10 @@ DECODE_GB_PER_SECOND = {
 }
 # GB/s that a host writes: a state of 48 GB and an export of 16 GB in 58.3 s
 DISK_GB_PER_SECOND = Rate(64.2 / 58.3, "H200", "scaling_h200x4_iteration.json", "2026-11-28")
-GATHER_GB_PER_SECOND = Rate(320, "H100", "assumed: 0.7 of NVLink's 450 GB/s")
-REDUCE_GB_PER_SECOND = Rate(320, "H100", "assumed: 0.7 of NVLink's 450 GB/s")
-BUS_GB_PER_SECOND = Rate(50, "H100", "assumed: PCIe 5 x16")  # between pinned CPU memory and a GPU
-LINK_FRACTION = Rate(0.8, "H100", "assumed: of the links' own rate")  # between hosts
+# Between two GPUs of a host, and between a GPU and pinned CPU memory while the other one copies too: a layer of an 8B
+GATHER_GB_PER_SECOND = Rate(225.8, "H200", "h200x2_links.json", "2026-11-28")
+REDUCE_GB_PER_SECOND = Rate(250.4, "H200", "h200x2_links.json", "2026-11-28")
+BUS_GB_PER_SECOND = Rate(52.6, "H200", "h200x2_links.json", "2026-11-28")
+LINK_FRACTION = Rate(0.8, "H100", "assumed: 0.8 of the links between hosts")
 CPU_OPTIMIZER_GB_PER_SECOND = Rate(20, "H100", "assumed: of a rank's share of its host's memory")
+DENSE = Rate(1, "H100", "assumed: experts run at a dense model's fraction, which no measurement shows")

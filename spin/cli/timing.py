@@ -7,12 +7,13 @@ activations that are made again in backward. Traffic hides behind the compute of
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spin.cli.rates import (
     BUS_GB_PER_SECOND,
     CPU_OPTIMIZER_GB_PER_SECOND,
     DECODE_GB_PER_SECOND,
+    DENSE,
     DISK_GB_PER_SECOND,
     GATHER_GB_PER_SECOND,
     GPUS,
@@ -51,6 +52,7 @@ class Work:
     attention_dim: int  # of all heads of queries
     trained: int
     frozen: bool
+    sparse: bool  # has experts, with which no rate was measured
     weight_bytes: float  # of bf16 weights, as generation reads them
     cache_bytes: float  # for each token of a sequence
     gathered_bytes: float
@@ -113,7 +115,9 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tok
     score_rate = scoring.value * gpu.tflops * 1e12 * cluster.gpus
     prefill = prompts * answers * 2 * work.layer_weights * prompt / score_rate
     gather_all = _gather(cluster, shards, work.gathered_bytes, GATHER_GB_PER_SECOND)
-    play = Stage("play", steps * step + prefill, gather_all, (decode, scoring, GATHER_GB_PER_SECOND))
+    between_hosts = [LINK_FRACTION] if cluster.hosts > 1 else []
+    links = [GATHER_GB_PER_SECOND, *between_hosts] if shards > 1 else []
+    play = Stage("play", steps * step + prefill, gather_all, (decode, scoring, *links))
 
     # --- score ---
     offload = work.gathered_bytes / shards / (BUS_GB_PER_SECOND.value * 1e9) if cfg.fsdp_cpu_offload else 0.0
@@ -121,7 +125,7 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tok
     compute = prompts * sum(flops) / score_rate
     gathers = rows if cfg.fsdp_reshard_after_forward else 1
     traffic = steps_of_epoch * gathers * (gather_all + offload)
-    score = Stage("score", compute, max(0.0, traffic - compute), (scoring, GATHER_GB_PER_SECOND))
+    score = Stage("score", compute, max(0.0, traffic - compute), (scoring, *links))
 
     # --- train ---
     training = share(TRAIN_FRACTION_ADAPTERS if work.frozen else TRAIN_FRACTION)
@@ -140,13 +144,11 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tok
         card = cluster.links * cluster.gigabits / 8 * 1e9 * LINK_FRACTION.value / (cluster.gpus / cluster.hosts)
         reduce += 8.0 * work.trained / shards * (1 - 1 / cfg.replicas) / card / reduces
     exposed = max(0.0, steps_in_all * (gathers * (gather_all + offload) + reduces * reduce) - compute)
-    used = [training, GATHER_GB_PER_SECOND, REDUCE_GB_PER_SECOND]
+    used = [training, *links, *([REDUCE_GB_PER_SECOND] if links else [])]
     if cfg.fsdp_cpu_offload:  # gradients down, and AdamW where nothing hides it: it reads 16 bytes and writes 12
         exposed += steps_in_all * work.trained / shards * 4 / (BUS_GB_PER_SECOND.value * 1e9)
         exposed += steps_in_all * work.trained / shards * 28 / (CPU_OPTIMIZER_GB_PER_SECOND.value * 1e9)
         used += [BUS_GB_PER_SECOND, CPU_OPTIMIZER_GB_PER_SECOND]
-    if cluster.hosts > 1:
-        used.append(LINK_FRACTION)
     train = Stage("train", compute, exposed, tuple(used))
 
     # --- save and export ---
@@ -154,7 +156,10 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tok
     is_waited_for = not cfg.checkpointer.get("async_save", True)
     written = work.export_bytes + (work.checkpoint_bytes if is_waited_for else 0.0)
     save = Stage("save, export", written / cluster.hosts / (DISK_GB_PER_SECOND.value * 1e9), 0.0, (DISK_GB_PER_SECOND,))
-    return [play, score, train, save]
+    found = [play, score, train]
+    if work.sparse:
+        found = [replace(stage, rates=(*stage.rates, DENSE)) for stage in found]
+    return [*found, save]
 
 
 def _gather(cluster: Cluster, shards: int, whole_bytes: float, rate: Rate) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spin.cli import main, rates
 from spin.cli.memory import data_limit, estimate
-from spin.cli.timing import Cluster, stages
+from spin.cli.timing import Cluster, is_extrapolated, stages
 from spin.config import SPINConfig, complete, load_config
 from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
@@ -291,6 +292,22 @@ def test_traffic_that_does_not_hide_by_hand():
     assert found.exposed == pytest.approx(traffic - found.compute, rel=1e-6)
     assert of_cluster(cfg, 64, hosts=8, links=(8, 1600.0))["train"].exposed < found.exposed / 20
     assert of_cluster(cfg, 8)["train"].exposed == 0
+
+
+def test_what_no_measurement_shows_is_marked():
+    """Dense layers on a host of H200s were measured. Other GPUs, links between hosts and experts were not."""
+
+    def marked(cfg, gpus=1, gpu="H200", hosts=1):
+        return [name for name, stage in of_cluster(cfg, gpus, hosts, gpu).items() if is_extrapolated(stage, gpu)]
+
+    full = config("llama3_1_8B_full")
+    assert marked(full) == []
+    assert marked(full, gpus=8) == []
+    assert marked(full, gpus=8, hosts=2) == ["play", "score", "train"]
+    assert marked(full, gpu="A100-80") == ["play", "score", "train", "save, export"]
+    work = replace(estimate(full).work, sparse=True)
+    found = stages(full, work, Cluster(1, 1, "H200", 8, 400.0), 64, 755, 1)
+    assert [stage.name for stage in found if is_extrapolated(stage, "H200")] == ["play", "score", "train"]
 
 
 def test_what_was_measured_has_its_file(repo):
