@@ -30,7 +30,6 @@ from spin.data.inputs import read_inputs
 from spin.model import build_model, prepare_model, weights_fingerprint
 from spin.pairs import PairStore, RowLayout
 from spin.reference import check_generator_logprobs
-from spin.run.stopping import resume_command
 
 log = get_logger("INFO")
 
@@ -98,8 +97,8 @@ class SPINGenerate:
                 tokenizer=self._tokenizer, group=self._group, should_stop=lambda: self._stop.is_asked,
                 worker=cfg.worker, num_workers=cfg.num_workers,
             )  # fmt: skip
-        except run.Stopped:  # on all ranks together
-            log.info(f"Worker {cfg.worker} stopped; finished shards are kept. Resume with:\n{resume_command()}")
+        except run.Stopped as stopped:  # on all ranks together
+            log.info(run.resume_hint(f"worker {cfg.worker}", str(stopped)))
             return
         if world.is_main:
             store = PairStore.open(folder / "responses")

@@ -152,10 +152,10 @@ class SPINRecipe:
                         raise run.Stopped
                 # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
                 self._finish_iteration(iteration)
-        except run.Stopped:  # on all ranks together
+        except run.Stopped as stopped:  # on all ranks together
             self._checkpointer.wait()
             self._run_log.check()
-            log.info(run.resume_hint(progress.step, self._cfg.resume))
+            log.info(run.resume_hint(f"at step {progress.step}", str(stopped), self._cfg.resume))
         else:
             log.info(run.finish_message(self._output_dir, progress, had_steps_left))
 

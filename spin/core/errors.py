@@ -56,4 +56,5 @@ def show_traceback() -> bool:
 
 
 class Stopped(Exception):  # noqa: N818 - no error
-    """A run was asked to stop, by a signal or its time limit. Raised on all ranks together; no error."""
+    """A run was asked to stop, by a signal or its time limit. Raised on all ranks together; no error. Its text, if it
+    has one, says what is kept."""

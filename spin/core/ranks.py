@@ -5,10 +5,11 @@ everybody else, so nothing in this project asks whether it runs distributed.
 """
 
 import ctypes
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -28,6 +29,7 @@ from spin.core.heartbeat import Heartbeat, compare_ranks, end_with_launcher, set
 _DEVICE_TIMEOUT, _OBJECT_TIMEOUT = timedelta(minutes=30), timedelta(hours=8)
 _START_TIMEOUT = timedelta(minutes=10)  # of the first rank for the last
 SILENCE_SECONDS = 300.0
+_LOOK_SECONDS = 0.5
 
 _STORE: Any = None  # of the ranks, while there is a process group of several
 _HEARTBEAT: Heartbeat | None = None
@@ -252,6 +254,25 @@ def all_reduce_sums(values: dict[str, float], world: World) -> dict[str, float]:
 def any_rank(flag: bool, world: World) -> bool:
     """True on every rank if ``flag`` is true on one."""
     return all_reduce_sums({"flag": float(flag)}, world)["flag"] > 0
+
+
+def any_rank_soon(flag: Callable[[], bool]) -> Callable[[], bool]:
+    """A function that is true within a second of ``flag`` being true on any rank, once and for all. Not collective, for
+    ranks that do not wait for each other: it asks their store now and then."""
+    store, next_look, found = _STORE, -math.inf, False
+
+    def is_set() -> bool:
+        nonlocal next_look, found
+        if store is None:
+            return flag()
+        if not found and time.monotonic() >= next_look:
+            next_look = time.monotonic() + _LOOK_SECONDS
+            found = flag() or store.check(["asked to stop"])
+            if found:
+                store.set("asked to stop", "")
+        return found
+
+    return is_set
 
 
 def with_own_process_group(world: World) -> World:

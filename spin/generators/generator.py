@@ -133,7 +133,7 @@ class StreamingGenerator(Generator, Protocol):
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
-    ) -> Iterator[tuple[int, Response]]:
+    ) -> Iterator[tuple[int, Response] | None]:
         """Responds to prompts in bulk.
 
         Args:
@@ -142,8 +142,9 @@ class StreamingGenerator(Generator, Protocol):
             sampling (SamplingParams): how to choose tokens and when to stop.
 
         Returns:
-            Iterator[tuple[int, Response]]: number of the request and its response, in the order in which they are
-            finished; its ``close``, if it has one as Python's generators do, is called to abort what runs.
+            Iterator[tuple[int, Response] | None]: number of the request and its response, in the order in which they
+            are finished, and None between the engine's steps, or twice a second, so that the caller can stop; its
+            ``close``, if it has one as Python's generators do, is called to abort what runs.
 
         Raises:
             GeneratorError: As ``generate``.
@@ -157,7 +158,7 @@ def generate_in_order(
     """``generate`` by ``stream``: responses in the order of the prompts."""
     if len(prompts) != len(seeds):
         raise GeneratorError(f"{len(prompts)} prompts and {len(seeds)} seeds: expected one seed per prompt.")
-    done = dict(generator.stream(zip(prompts, seeds, strict=True), sampling))
+    done = dict(filter(None, generator.stream(zip(prompts, seeds, strict=True), sampling)))
     return [done[index] for index in range(len(prompts))]
 
 

@@ -1,18 +1,20 @@
 """The first stage of an iteration: the opponent plays, that is, it responds to every prompt.
 
-Its responses fill a pair store shard by shard. A shard's content depends on the seed, the iteration and its samples,
-not on the rank that makes it or on what was there before, so a run that was killed resumes with the missing shards.
+Its responses fill a pair store shard by shard. A response depends on the seed, the iteration, its sample and its
+number, not on the rank that makes it or on what was there before, so a run that was stopped or killed resumes with
+those that are missing: a streaming generator's are in the shard's journal as soon as they are finished.
 """
 
 from __future__ import annotations
 
 import heapq
+import logging
 import math
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain, count, islice
 from numbers import Integral
 from pathlib import Path
@@ -23,10 +25,10 @@ from torch import nn
 
 from spin import config
 from spin.config import SPINConfig
-from spin.core.errors import GeneratorError, OutputError
+from spin.core.errors import GeneratorError, OutputError, Stopped
 from spin.core.files import json_fingerprint
 from spin.core.heartbeat import set_stage
-from spin.core.ranks import World, raise_on_all_ranks
+from spin.core.ranks import World, any_rank_soon, raise_on_all_ranks
 from spin.core.terminal import progress_bar
 from spin.data.dataset import PromptDataset
 from spin.data.tokenizer import PromptTokenizer
@@ -38,7 +40,10 @@ from spin.pairs.shards import missing_shards, open_store, seal, split_evenly
 from spin.pairs.store import PairStore
 from spin.types import Pair, Prompt, Response, TokenIds
 
+log = logging.getLogger(__name__)
+
 _ALONE = EngineGroup(0, 1)
+_STEPS = 16  # of an engine that ranks share, between two times that they agree on whether to stop
 
 
 @dataclass(frozen=True)
@@ -147,15 +152,16 @@ def play_tasks(
     the report's ``generator/logprob_gap``. Of several machines each makes its own shards, as ``worker``, from 0, of
     ``num_workers``; a store that lacks the others' is not sealed.
 
-    Raises Stopped if any rank was asked to stop before a store was complete, and what there is stays; GeneratorError if
-    responses do not fit the prompts; OutputError on all ranks if a store cannot be written.
+    Raises Stopped, which says how many responses are kept, if any rank was asked to stop before a store was complete;
+    GeneratorError if responses do not fit the prompts; OutputError on all ranks if a store cannot be written.
     """
     report: dict[str, float] | None = None
+    stores: dict[Path, PairStore] = {}
     with ExitStack() as loaded:
         for folder, task in tasks.items():
             fingerprint = play_fingerprint(task, cfg, opponent, tokenizer, generator)
             shards = num_shards(len(task.samples), cfg.pairs.prompts_per_shard, num_workers * group.count)
-            store = open_store(folder / "responses", fingerprint, shards, world)
+            store = stores[folder] = open_store(folder / "responses", fingerprint, shards, world)
             missing = missing_shards(store, world)
             if store.is_sealed and not missing:
                 continue
@@ -167,7 +173,24 @@ def play_tasks(
             play_shards(store, own, task, generator, world, group, f"{folder.name} responses", should_stop)
             if num_workers > 1 and (left := missing_shards(store, world)) and set(own).isdisjoint(left):
                 continue
-            seal(store, world, should_stop(), report)
+            try:
+                seal(store, world, should_stop(), report)
+            except Stopped:
+                raise Stopped(_kept(tasks, stores) if world.is_main else "") from None
+
+
+def _kept(tasks: Mapping[Path, PlayTask], stores: Mapping[Path, PairStore]) -> str:
+    """How many responses of all tasks are on disk, in words."""
+    kept = total = 0
+    for folder, task in tasks.items():
+        total += len(task.samples) * task.responses_per_prompt
+        if folder not in stores:
+            continue
+        store = stores[folder]
+        for shard, part in enumerate(split_evenly(len(task.samples), store.num_shards)):
+            count = len(part) * task.responses_per_prompt
+            kept += count if store.has_shard(shard) else len(store.journal(shard).read(count))
+    return f"{kept} of {total} responses are kept, {total - kept} remain to be generated."
 
 
 def play_shards(
@@ -183,6 +206,7 @@ def play_shards(
     """Makes shards of a store under a progress bar, each group its part, see :func:`play`. Collective at the end: each
     group makes as many shards as it has without waiting for other ranks."""
     mine, parts = shards_for_rank(shards, store, task, group), split_evenly(len(task.samples), store.num_shards)
+    should_stop = any_rank_soon(should_stop)
     with progress_bar(title, "prompt", sum(len(parts[shard]) for shard in mine), enabled=world.is_main) as bar:
         with raise_on_all_ranks(world, OutputError):
             play(store, mine, task, generator, group=group, should_stop=should_stop, on_shard=bar.update)
@@ -212,63 +236,86 @@ def play(
     on_shard: Callable[[int], None] = lambda prompts_done: None,
 ) -> None:
     """Generates responses into shards of a store while the generator is :func:`policy_loaded`. Not collective: each
-    group of ranks, or machine, makes its own shards. ``should_stop`` is asked after every response or every shard,
-    ``on_shard`` is called with the number of its prompts.
+    group of ranks, or machine, makes its own shards. ``on_shard`` is called with the number of a shard's prompts.
 
-    A generator that can is given all prompts at once, and a shard is written when its last response is there. Every
-    response passes :func:`check_response` when it arrives; a ``GeneratorError`` if they do not fit the prompts.
+    A generator that can is given all prompts at once, and ``should_stop`` is asked between its steps. Its responses are
+    in the shard's journal until the last one is there; those that an earlier run left there are not asked again. Any
+    other generator is given a shard at a time. Every response passes :func:`check_response` when it arrives; a
+    ``GeneratorError`` if they do not fit the prompts.
     """
     set_stage("generating responses")
-    if not shards or group.agree(should_stop()):
-        return
     parts, per_prompt = split_evenly(len(task.samples), store.num_shards), task.responses_per_prompt
     name, streams = name_of(generator), isinstance(generator, StreamingGenerator)
+    sampling = task.sampling
 
-    def prompts(shard: int) -> list[Prompt]:
-        return [task.prompts[task.samples[i]] for i in parts[shard]]
+    def prompt_of(shard: int, index: int) -> Prompt:
+        return task.prompts[task.samples[parts[shard][index // per_prompt]]]
+
+    def checked(shard: int, index: int, response: object) -> Response:
+        return check_response(response, prompt_of(shard, index), generator, sampling, task.limits)
 
     def requests(shard: int) -> Iterator[tuple[TokenIds, int]]:
-        for prompt in prompts(shard):
-            for k in range(per_prompt):
-                yield prompt.prompt_ids, sample_seed(task.seed, task.iteration, prompt.sample_id, k)
+        for index in left[shard]:
+            prompt = prompt_of(shard, index)
+            yield prompt.prompt_ids, sample_seed(task.seed, task.iteration, prompt.sample_id, index % per_prompt)
 
+    def finish(shard: int) -> None:
+        if group.writes:
+            prompts = [task.prompts[task.samples[i]] for i in parts[shard]]
+            store.write_shard(shard, _pairs(prompts, found[shard], task))
+        del found[shard], journals[shard]
+        on_shard(len(parts[shard]))
+
+    num_responses = {shard: len(parts[shard]) * per_prompt for shard in shards}
+    journals = {shard: store.journal(shard) for shard in shards}
+    found: dict[int, dict[int, Response]] = {  # of shards that are not complete
+        shard: journals[shard].read(num_responses[shard], partial(checked, shard)) if streams else {}
+        for shard in shards
+    }
+    left = {shard: [i for i in range(num_responses[shard]) if i not in found[shard]] for shard in shards}
+    if not shards or group.agree(should_stop()):  # all who share an engine have read the journals
+        return
+    for shard in shards:
+        if not left[shard]:
+            finish(shard)
     asked: Any = map(requests, shards)
-    sampling = task.sampling
     stream: Any = _shard_by_shard(generator, asked, sampling)
     if isinstance(generator, StreamingGenerator):
         stream = generator.stream(chain.from_iterable(asked), sampling)
-    bounds = np.cumsum([0, *(len(parts[shard]) * per_prompt for shard in shards)])  # of each shard's requests
+    bounds = np.cumsum([0, *(len(left[shard]) for shard in shards)])  # of each shard's requests
     is_done = np.zeros(bounds[-1], bool)
-    found: dict[int, dict[int, Response]] = defaultdict(dict)  # of shards that are not complete
+    steps = 0
     if not isinstance(stream, Iterable):
         raise GeneratorError(f"generator: {name}.stream gave {_shortened(stream)}, expected an iterator of responses.")
     with ExitStack() as stack:
         if hasattr(stream, "close"):  # of a Python generator; an iterator need not have one
             stack.callback(stream.close)
         for item in stream:
-            if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
-                expected = "expected (number of the request, its Response)"
-                raise GeneratorError(f"generator: {name} gave {_shortened(item)}, {expected}.")
-            number, response = item
-            if not 0 <= number < len(is_done) or is_done[number]:
-                raise GeneratorError(
-                    f"generator: {name} responded to request {number} twice, or none such was asked; the "
-                    f"{len(is_done)} requests are 0 to {len(is_done) - 1}."
-                )
-            is_done[number] = True
-            place = int(np.searchsorted(bounds, number, side="right")) - 1
-            shard, index = shards[place], number - int(bounds[place])
-            prompt = task.prompts[task.samples[parts[shard][index // per_prompt]]]
-            found[shard][index] = check_response(response, prompt, generator, sampling, task.limits)
-            if len(found[shard]) == len(parts[shard]) * per_prompt:
-                if group.writes:
-                    store.write_shard(shard, _pairs(prompts(shard), found[shard], task))
-                del found[shard]
-                on_shard(len(parts[shard]))
-                if group.agree(should_stop()):
-                    return
-            # asking those who share an engine takes a while; a shard that came at once is kept
-            elif streams and not group.is_shared and should_stop():
+            if item is None:  # between two steps
+                steps += 1
+                asks = not group.is_shared or steps % _STEPS == 0
+            else:
+                if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
+                    expected = "expected (number of the request, its Response)"
+                    raise GeneratorError(f"generator: {name} gave {_shortened(item)}, {expected}.")
+                number, response = item
+                if not 0 <= number < len(is_done) or is_done[number]:
+                    raise GeneratorError(
+                        f"generator: {name} responded to request {number} twice, or none such was asked; the "
+                        f"{len(is_done)} requests are 0 to {len(is_done) - 1}."
+                    )
+                is_done[number] = True
+                place = int(np.searchsorted(bounds, number, side="right")) - 1
+                shard, index = shards[place], left[shards[place]][number - int(bounds[place])]
+                found[shard][index] = kept = checked(shard, index, response)
+                if streams and group.writes:
+                    journals[shard].append(index, kept)
+                is_complete = len(found[shard]) == num_responses[shard]
+                if is_complete:
+                    finish(shard)
+                # asking those who share an engine takes a while; a shard that came at once is kept
+                asks = is_complete or (streams and not group.is_shared)
+            if asks and group.agree(should_stop()):
                 return
     if not is_done.all():
         raise GeneratorError(f"generator: {name} left {np.sum(~is_done)} of {len(is_done)} prompts without a response.")

@@ -89,7 +89,7 @@ class TorchtuneGenerator:
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
-    ) -> Iterator[tuple[int, Response]]:
+    ) -> Iterator[tuple[int, Response] | None]:
         """See ``StreamingGenerator``; the batch is never emptied in between."""
         left = self._in_order(requests, sampling)
         # no_grad, not inference_mode: whatever a module or FSDP makes on first use must stay fit for training.
@@ -97,9 +97,10 @@ class TorchtuneGenerator:
             try:
                 while left:
                     try:
-                        for index, response in self._run(list(left.values()), sampling):
-                            del left[index]
-                            yield index, response
+                        for finished in self._run(list(left.values()), sampling):
+                            if finished is not None:
+                                del left[finished[0]]
+                            yield finished
                     except torch.OutOfMemoryError as error:
                         shortage = str(error)  # without its traceback, which holds the tensors
                     else:
@@ -150,7 +151,7 @@ class TorchtuneGenerator:
         found.sort(key=lambda request: (request.index // window, -len(request.prompt), request.index))
         return {request.index: request for request in found}
 
-    def _run(self, waiting: list["_Request"], sampling: SamplingParams) -> Iterator[tuple[int, Response]]:
+    def _run(self, waiting: list["_Request"], sampling: SamplingParams) -> Iterator[tuple[int, Response] | None]:
         most = min(self.batch_size, len(waiting))
         slots = self._slots_for(sampling, most, max(len(request.prompt) + request.limit for request in waiting))
         slots.attach()
@@ -248,8 +249,8 @@ class _Run:
         # A token of text has at least one byte; 16 more for tokens without text (special ones, parts of a character).
         self.tail = max((len(text.encode()) for text in self.sampling.stop_strings), default=0) + 16
 
-    def loop(self) -> Iterator[tuple[int, Response]]:
-        """Responses by request index, until every request is done."""
+    def loop(self) -> Iterator[tuple[int, Response] | None]:
+        """Responses by request index, until every request is done, and None after each step."""
         while self.waiting or self.live or self.launched:
             group = min(self.prefill_batch, len(self.waiting))
             if self.waiting and self.most - self.live >= group:
@@ -260,6 +261,7 @@ class _Run:
             under_way = self.plan.lag if self.waiting or self.live else 0
             while len(self.launched) > under_way:
                 yield from self._read()
+            yield None
 
     def _admit(self, n: int) -> None:
         """Read n prompts into free slots, the first ones first."""

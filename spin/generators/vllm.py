@@ -148,7 +148,7 @@ class VLLMGenerator:
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
-    ) -> Iterator[tuple[int, Response]]:
+    ) -> Iterator[tuple[int, Response] | None]:
         """See ``StreamingGenerator``; prompts that share a beginning share its computation."""
         if not self._is_whole:
             raise GeneratorError("vLLM has no weights: wake it and update its weights before it generates.")
@@ -179,13 +179,14 @@ class VLLMGenerator:
                         ask(index, prompt, seed, ban=True)
                     else:
                         yield index, response
+                yield None
         except GeneratorError:
             raise
         except Exception as error:
             self._is_whole = False
             raise GeneratorError(
                 f"vLLM failed with {len(running)} responses unfinished: {type(error).__name__}: {error} Finished "
-                "shards are on disk; run the same command again to resume. If memory ran out, lower "
+                "responses are on disk; run the same command again to resume. If memory ran out, lower "
                 "generator.gpu_memory_utilization or generator.engine.max_num_seqs."
             ) from error
         finally:

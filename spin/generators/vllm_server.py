@@ -29,6 +29,7 @@ from spin.types import Response
 log = logging.getLogger(__name__)
 
 _SHORT_SECONDS = 60.0  # for what a server answers at once, if timeout_seconds is not less
+_LOOK_SECONDS = 0.5  # the longest time that a stream waits for a response before its caller may stop it
 _MOST_TIMEOUTS = 3  # of one request
 _PAUSE_SECONDS = 1.0  # before the first repetition; doubled each time
 _LONGEST_PAUSE_SECONDS = 30.0
@@ -135,7 +136,7 @@ class VLLMServerGenerator:
 
     def stream(
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
-    ) -> Iterator[tuple[int, Response]]:
+    ) -> Iterator[tuple[int, Response] | None]:
         """See ``StreamingGenerator``; the server batches requests and shares what prompts have in common."""
         if not self._has_weights:
             raise GeneratorError("the server has no weights of the policy: update them before it generates.")
@@ -150,8 +151,9 @@ class VLLMServerGenerator:
                     running[pool.submit(self._respond, list(map(int, prompt)), seed, limit, sampling)] = index
                 if not running:
                     return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                for future in wait(running, _LOOK_SECONDS, FIRST_COMPLETED).done:
                     yield running.pop(future), future.result()
+                yield None
         finally:
             self._client.abort()  # a stream that ends early does not wait for its requests
             pool.shutdown(wait=True, cancel_futures=True)
@@ -294,8 +296,8 @@ class VLLMServerGenerator:
                 if time.monotonic() + pause > deadline or timeouts >= _MOST_TIMEOUTS:
                     times = f"{timeouts} times" if timeouts >= _MOST_TIMEOUTS else f"for {self._wait:g} s"
                     raise GeneratorError(
-                        f"{self._url} did not answer {times}: {error}. Finished shards are on disk; start the server "
-                        "and run the same command again to resume."
+                        f"{self._url} did not answer {times}: {error}. Finished responses are on disk; start the "
+                        "server and run the same command again to resume."
                     ) from error
                 if not self._client.aborted.is_set():
                     log.warning(f"{self._url}: {error}; asking again in {pause:g} s.")

@@ -2,7 +2,8 @@
 
 A store is a folder of parquet shards with a ``manifest.json``. The manifest names what the store was made from (its
 fingerprint); it is written when the store is opened, and again, with every shard's checksum, when the store is sealed.
-A shard appears whole or not at all, so a store that a dead process left behind is resumed.
+A shard appears whole or not at all, and its responses are in a journal before, so a store that a dead process left
+behind is resumed.
 
 Each shard names, in its own metadata, the store that it was made for, its number, and the SHA-256 of its rows. So it
 may come from another machine's folder, and one of other weights, sampling or data, or with an edited row, is found. It
@@ -39,6 +40,7 @@ from spin.core.files import (
     read_json,
     write_json,
 )
+from spin.pairs.journal import Journal
 from spin.types import Pair, Response
 
 FORMAT_VERSION = 1
@@ -179,6 +181,10 @@ class PairStore:
             pq.write_table(table, stream, compression="zstd", write_page_checksum=True)
             self._check_is_same_store()
 
+    def journal(self, index: int) -> Journal:
+        """Where the responses of a shard are kept until all of them are there, and the store is sealed."""
+        return Journal(self.path / f"journal-{index:05d}.jsonl", self._origin(index))
+
     def seal(self, report: Mapping[str, Any] | None = None) -> None:
         """Records the checksum of every shard, once, and ``report``, counts to keep with the store. Call it on one
         rank; workers may call it at once. StoreError as of :meth:`write_shard`, or if a shard is missing."""
@@ -192,7 +198,8 @@ class PairStore:
             if on_disk["sealed"]:  # by another worker
                 self.manifest = on_disk
                 return
-            for name in (".shard-*.parquet.*.tmp", f".{MANIFEST}.*.tmp"):  # of processes that died while they wrote
+            # journals, and what processes left that died while they wrote
+            for name in ("journal-*.jsonl", ".shard-*.parquet.*.tmp", f".{MANIFEST}.*.tmp"):
                 for leftover in self.path.glob(name):
                     leftover.unlink(missing_ok=True)
             self.manifest["shards"] = shards = []

@@ -15,7 +15,6 @@ from typing import Any
 from spin.core.command import spin_command
 
 _ONE_CTRL_C_SECONDS = 1.0
-_CTRL_C_MESSAGE = b"\nStopping when this step, or shard of responses, is done and saved; Ctrl-C again ends at once.\n"
 
 
 def seconds_of(max_time: str | None) -> float:
@@ -48,15 +47,19 @@ class StopRequest:
         self._before = {}
 
     def note(self, signum: int, frame: object) -> None:
-        """The signals' handler. A second Ctrl-C raises KeyboardInterrupt, unless a launcher sent the first twice."""
-        if signum == signal.SIGINT:
-            if self._interrupted_at is None:
-                self._interrupted_at = time.monotonic()
-                if os.environ.get("RANK", "0") == "0":
-                    os.write(2, _CTRL_C_MESSAGE)  # print() could interrupt itself here
-            elif time.monotonic() - self._interrupted_at > _ONE_CTRL_C_SECONDS:
-                raise KeyboardInterrupt
+        """The signals' handler, which rank 0 acknowledges. A second Ctrl-C raises KeyboardInterrupt, unless a launcher
+        sent the first twice."""
         self.is_signalled = True
+        again = ""
+        if signum == signal.SIGINT:
+            if self._interrupted_at is not None:
+                if time.monotonic() - self._interrupted_at > _ONE_CTRL_C_SECONDS:
+                    raise KeyboardInterrupt
+                return
+            self._interrupted_at, again = time.monotonic(), " Ctrl-C again ends at once."
+        if os.environ.get("RANK", "0") == "0":
+            text = f"\n{signal.Signals(signum).name}: stopping; finished steps and responses are kept.{again}\n"
+            os.write(2, text.encode())  # print() could interrupt itself here
 
     @property
     def is_out_of_time(self) -> bool:
@@ -93,6 +96,6 @@ def resume_command(resume: str = "auto") -> str:
     return where + shlex.join([*launcher, *options, *arguments])
 
 
-def resume_hint(step: int, resume: str = "auto") -> str:
-    """The message of a run that stops early, with the command to resume in its second line."""
-    return f"Stopped at step {step} as asked. Resume with:\n{resume_command(resume)}"
+def resume_hint(where: str, kept: str = "", resume: str = "auto") -> str:
+    """The message of a run that stops early, with the command to resume in its second line. ``kept`` is a sentence."""
+    return f"Stopped {where} as asked.{kept and ' '}{kept} Resume with:\n{resume_command(resume)}"

@@ -58,6 +58,10 @@ def played(path, shards=ALL, generator=None, seed=5, iteration=1, **kwargs):
     return store
 
 
+def read_journal(store, shard):
+    return store.journal(shard).read(8)
+
+
 def responses(store):
     return [(p.sample_id, [np.asarray(r.token_ids).tolist() for r in p.generated]) for p in store.pairs()]
 
@@ -103,11 +107,68 @@ def test_stops_between_shards_and_keeps_what_is_done(tmp_path, kind, missing):
     assert sum(map(len, second.calls)) == 2 * (7 if missing == [1, 2] else 6)
 
 
+@pytest.mark.parametrize("finished", [0, 1, 6, 7, 13, 19])
+def test_every_finished_response_is_kept_and_not_asked_again(tmp_path, finished):
+    """Two responses to each of ten prompts in one, two or three shards' journals; the last request comes first."""
+    whole, count = responses(played(tmp_path / "whole")), []
+    store = played(tmp_path / "a", ALL, Streaming(), should_stop=lambda: len(count) >= finished or count.append(1))
+    whole_shards = 2 * sum(len(store.read_shard(shard)) for shard in ALL if store.has_shard(shard))
+    journals = sum(len(read_journal(store, shard)) for shard in ALL if not store.has_shard(shard))
+    assert whole_shards + journals == finished
+    rest = Streaming()
+    played(tmp_path / "a", store.missing_shards(), rest)
+    assert sum(map(len, rest.calls)) == 20 - finished
+    assert responses(store) == whole
+    store.seal()
+    assert not list(tmp_path.glob("a/journal-*"))
+
+
+def test_a_response_of_the_journal_passes_the_same_gate(tmp_path, caplog):
+    """A journal that says what no response to this prompt can be, under a right checksum."""
+    whole = responses(played(tmp_path / "whole"))
+    store = PairStore.open_or_create(tmp_path / "a", {"opponent": "w"}, 3)
+    journal = store.journal(0)
+    for index, ids in enumerate([[1] * 5, [STOP, STOP], [-1, STOP], ["a", STOP], [1, STOP]]):
+        journal.append(index, Response(ids, "stop"))
+    rest = Streaming()
+    played(tmp_path / "a", [0], rest)
+    assert len(rest.calls[0]) == 5 and "journal-00000.jsonl: 4 lines are not used" in caplog.text
+    assert responses(played(tmp_path / "a", [1, 2]))[3:] == whole[3:]
+    kept = [ids for _, found in responses(store)[:3] for ids in found]
+    assert kept == [ids if i != 4 else [1, STOP] for i, ids in enumerate(i for _, two in whole[:3] for i in two)]
+
+
+class Stepping(Streaming):
+    """Takes twenty steps to each response."""
+
+    def __init__(self):
+        super().__init__(lambda numbered: (item for each in numbered for item in [*[None] * 20, each]))
+
+
+def test_stops_between_two_steps_of_the_engine(tmp_path):
+    """At once where a rank has its own engine; every 16 steps where ranks share one, all at the same step."""
+    asked = []
+    store = played(tmp_path / "a", ALL, Stepping(), should_stop=lambda: asked.append(1) or len(asked) > 5)
+    assert len(asked) == 6 and store.missing_shards() == ALL
+    asked = []
+    for rank in (0, 1):
+        asked.clear()
+        group = EngineGroup(0, 1, rank == 0, is_shared=True, agree=lambda flag: asked.append(flag) or len(asked) > 3)
+        store = played(tmp_path / f"b{rank}", ALL, Stepping(), group=group)
+        # before the start, after steps 16, 32 and 48, when responses to requests 19 and 18 are there
+        assert len(asked) == 4 and len(read_journal(store, 2)) == (2 if rank == 0 else 0)
+    second = Stepping()
+    assert responses(played(tmp_path / "b0", ALL, second)) == responses(played(tmp_path / "whole"))
+    assert len(second.calls[0]) == 18
+
+
 def test_one_rank_of_a_group_writes_and_all_stop_together(tmp_path):
     store = played(tmp_path / "a", [0, 1], Streaming(), group=EngineGroup(0, 1, writes=False))
     assert store.missing_shards() == ALL
     agreed = []
-    group = EngineGroup(0, 1, agree=lambda flag: agreed.append(flag) or len(agreed) > 1)  # another rank was asked to
+    group = EngineGroup(
+        0, 1, is_shared=True, agree=lambda flag: agreed.append(flag) or len(agreed) > 1
+    )  # another rank was asked to
     assert played(tmp_path / "b", ALL, Streaming(), group=group).missing_shards() == [0, 1]
 
 

@@ -118,7 +118,7 @@ def test_an_engine_leaves_nothing_behind_and_says_what_is_wrong(report):
     assert "prompt 0 is empty" in report["empty"]
     assert "10 prompts and 1 seeds" in report["one seed"]
     assert "the GPU is gone" in report["engine failure"]
-    assert "Finished shards are on disk" in report["engine failure"]
+    assert "Finished responses are on disk" in report["engine failure"]
 
 
 # ---- recipes
