@@ -235,7 +235,7 @@ FAMILIES: dict[str, Family] = {
         qk_norm="head",
         mlp=("up_proj", "down_proj"),
     ),
-    "internlm3": Family("InternLM3"),
+    "internlm3": Family("InternLM3 (with transformers 5.23)"),
 }
 
 
