@@ -6,6 +6,7 @@
 # make audit        bandit on the code, pip-audit on what is installed
 # make experiment   self-play against supervised fine-tuning, small, on this machine's CPU: docs/experiments/real_model.md
 # make model        the quickstart's model alone, in .cache/quickstart
+# make torchao      the newest torchao that is allowed, for the tests that need it: peft wants a newer one than `tune run`
 # make vllm         vLLM for this machine's CPU, so that its tests run
 # make clean        remove what the others made, except runs/
 
@@ -25,7 +26,7 @@ export OMP_NUM_THREADS = $(THREADS)
 export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report experiment test test-slow test-all lint audit model vllm clean
+.PHONY: quickstart report experiment test test-slow test-all lint audit model torchao vllm clean
 .DELETE_ON_ERROR:
 
 quickstart: model
@@ -46,7 +47,7 @@ PYTEST = SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR
 test: lint
 	$(PYTEST) -m "not slow"
 
-test-slow: $(VENV)/.stamp
+test-slow: $(VENV)/.stamp torchao
 	$(PYTEST) -m slow
 
 test-all: test
@@ -65,6 +66,14 @@ lint: $(VENV)/.stamp
 
 model: $(VENV)/.stamp
 	$(BIN)/python examples/quickstart/get_model.py --out $(MODEL)
+
+# a folder that those tests put in front of the environment's own
+torchao: .cache/torchao-newest
+
+.cache/torchao-newest: pyproject.toml $(VENV)/.stamp
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ torchao==0.17.0
+	touch $@
 
 vllm: $(VENV)/.vllm-stamp
 

@@ -351,8 +351,8 @@ class SPINRecipe:
         """Takes what :meth:`state_dict` gave; a ``CheckpointError`` if what the results depend on has changed and is
         not in ``resume_with_changes``."""
         with as_checkpoint_error(self._output_dir / "checkpoints"):
-            allowed, within = self._cfg.resume_with_changes, not state["progress"].get("is_iteration_start", True)
-            run.check_unchanged(state["run"], self._run_fingerprint, allowed, self._output_dir, within)
+            within = not state["progress"].get("is_iteration_start", True)
+            run.check_unchanged(state["run"], self._run_fingerprint, self._cfg, within)
             self._progress.load_state_dict(state["progress"])
             self._plan.compare_schedules(state.get("total_steps"))
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]

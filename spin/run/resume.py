@@ -6,18 +6,20 @@ import hashlib
 import importlib.metadata
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from spin.config import Component, SPINConfig, plain
+from omegaconf import OmegaConf
+
+from spin.config import Component, SPINConfig, as_written, plain, read_yaml
 from spin.config.follow import FROM_HF
 from spin.config.schema import Config, EvaluatedModel
 from spin.core.errors import CheckpointError
 from spin.core.files import file_sha256, json_fingerprint
 from spin.core.ranks import World, check_ranks_agree
-from spin.core.redact import is_secret_key
+from spin.core.redact import is_secret_key, redacted
 from spin.model.hf_folder import weight_files
 from spin.pairs.store import differences
 
@@ -119,15 +121,12 @@ def run_fingerprint(
 
 
 def check_unchanged(
-    old: Mapping[str, Any],
-    new: Mapping[str, Any],
-    allowed: Sequence[str],
-    output_dir: Path,
-    within_iteration: bool = False,
+    old: Mapping[str, Any], new: Mapping[str, Any], cfg: SPINConfig, within_iteration: bool = False
 ) -> None:
     """Refuses to resume a run under a config that would silently make another run of it: a CheckpointError if the
-    :func:`run_fingerprint` of then and now differ in a key that is not allowed (``resume_with_changes``), or in one of
+    :func:`run_fingerprint` of then and now differ in a key that ``resume_with_changes`` does not allow, or in one of
     the data set within an iteration, whose samples have their responses."""
+    allowed, output_dir = cfg.resume_with_changes, Path(cfg.output_dir)
     data = [name for name in sorted({*old, *new}) if name.partition(".")[0] == "dataset"]
     moved = [name for name in data if name in allowed and old.get(name) != new.get(name)]
     if within_iteration and moved:
@@ -139,9 +138,21 @@ def check_unchanged(
     names = sorted({*old, *new} - set(allowed))
     changed = [name for name in names if old.get(name, missing) != new.get(name, missing)]
     if changed:
-        shown = differences(*({name: run[name] for name in changed if name in run} for run in (old, new)))
+        hashed = [name for name in ("dataset", "tokenizer") if name in changed]
+        named = [name for name in changed if name not in hashed]
+        found = differences(*({name: run[name] for name in named if name in run} for run in (old, new)))
+        found += [each for name in hashed for each in _changed_keys(name, cfg)]
         kept = [name for name in allowed if name in old or name in new]
         raise CheckpointError(
-            f"The run in {output_dir} was started with another config: {'; '.join(shown)}. Restore it, start a new "
+            f"The run in {output_dir} was started with another config: {'; '.join(found)}. Restore it, start a new "
             f"output_dir, or allow it by resume_with_changes=[{','.join([*kept, *changed])}]."
         )
+
+
+def _changed_keys(section: str, cfg: SPINConfig) -> list[str]:
+    """What has changed in a section that is compared by a hash of what it gives, since the last start's config.yaml."""
+    file = Path(cfg.output_dir) / "config.yaml"
+    configs = (read_yaml(file) if file.is_file() else OmegaConf.create(), as_written(cfg))
+    old, new = (redacted(OmegaConf.to_container(each, resolve=False)) for each in configs)
+    found = differences({section: old.get(section)}, {section: new[section]})
+    return found or [f"{section} has the keys that it had, and gives something else: its files have changed"]

@@ -13,6 +13,7 @@ from spin.core.ranks import init_world
 from spin.model.adapters import adapted_modules, adapter_parameters, full_magnitude
 from spin.model.sharding import reshard
 from tests.families import FAMILIES, MODEL_TYPES, MODELS, hf_twin, lora_model
+from tests.torchao_versions import needs_peft
 
 TOKENS = torch.arange(3, 23).reshape(2, 10)
 KINDS = {
@@ -84,12 +85,12 @@ def test_the_magnitudes_of_a_bf16_adapter_are_not_rounded(tmp_path):
     assert tensors[name.replace("magnitude_vector", "A.weight")].dtype == torch.bfloat16
 
 
+@needs_peft
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["llama3_2", "qwen2_5", "phi4", "hf/qwen3", "hf/gemma3", "hf/glm4", "hf/olmo2"])
-def test_peft_loads_it(name, kind, tmp_path, monkeypatch):
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    # it refuses every torchao that torchtune 0.6.1 works with, though nothing here is quantized by torchao
-    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+def test_peft_loads_it(name, kind, tmp_path):
+    import peft
+
     model, base, folder = exported(name, kind, tmp_path)
     loaded = peft.PeftModel.from_pretrained(base, folder)
     with torch.no_grad():

@@ -192,6 +192,8 @@ def test_a_changed_config_is_refused_by_name_unless_allowed(tmp_path):
         run(tmp_path, *short, "loss.beta=0.3", "clip_grad_norm=0.5")
     assert "clip_grad_norm" in str(error.value)
     assert "seed" not in str(error.value)
+    with pytest.raises(CheckpointError, match=r"config: dataset\.max_response_tokens is 70, was 80\. Restore"):
+        run(tmp_path, *short, "dataset.max_response_tokens=70")
     run(tmp_path, *short, "loss.beta=0.3", "resume_with_changes=[loss]")
     assert [row.get("beta") for row in metrics_of(tmp_path)] == [None, 0.1, 0.1, 0.3, 0.3, 0.3]
 

@@ -16,6 +16,7 @@ from spin.core.ranks import init_world, shutdown
 from spin.data import ChatTokenizer, adapt_tokenizer
 from tests.families import tiny_lm_model
 from tests.recipes.helpers import run, run_adapters
+from tests.torchao_versions import needs_peft
 
 END, ENDOFTEXT = 2, 0  # ids of <|im_end|>, which the tiny model writes, and <|endoftext|>, at which a base model stops
 CHATML = (
@@ -122,8 +123,8 @@ def test_the_next_run_finds_the_same_stop_tokens(full, tiny_lm, tmp_path):
         assert json.loads(copied) == json.loads((tiny_lm / name).read_text())
 
 
-@pytest.mark.parametrize("kind", ["hf_model", "adapter"])
-def test_adapters_stop_too(adapted, kind, monkeypatch):
+@pytest.mark.parametrize("kind", ["hf_model", pytest.param("adapter", marks=needs_peft)])
+def test_adapters_stop_too(adapted, kind):
     """Merged, and by peft with the settings that lie with the adapter; 7 is a stop token of the config."""
     base, iteration = adapted
     folder = iteration / kind
@@ -136,8 +137,8 @@ def test_adapters_stop_too(adapted, kind, monkeypatch):
     assert (mapped["eos_token"]["content"], mapped["bos_token"]) == ("<|im_end|>", "<|im_start|>")
     model = AutoModelForCausalLM.from_pretrained(base if kind == "adapter" else folder, dtype=torch.float32)
     if kind == "adapter":
-        peft = pytest.importorskip("peft", reason="peft is not installed")
-        monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)  # it refuses torchao 0.15
+        import peft
+
         model = peft.PeftModel.from_pretrained(model, folder)
     check_they_stop(responses_of(model, folder, generation_config=settings, do_sample=True), pad=ENDOFTEXT)
 
