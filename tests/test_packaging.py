@@ -1,6 +1,6 @@
 """The package as users get it: an sdist, the wheel made of it, an editable install, each in an environment of its own.
 
-RELIABILITY 25: `tune run spin_recipe` works from any directory, and torchtune's own `recipes/` folder is left alone.
+RELIABILITY 25: `spin run` and `tune run` work from any directory, and torchtune's own `recipes/` folder is left alone.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Environment:
 
     def __init__(self, root: Path) -> None:
         run([sys.executable, "-m", "venv", "--without-pip", str(root)], cwd=root.parent)
-        self.python = root / "bin" / "python"
+        self.python, self.spin = root / "bin" / "python", root / "bin" / "spin"
         self.site_packages = next(root.glob("lib/python*/site-packages"))
         (self.site_packages / "parent.pth").write_text(f"{SITE_PACKAGES}\n")
 
@@ -77,6 +77,10 @@ class Environment:
     def tune(self, *arguments: str, cwd: Path, env: dict[str, str], status: int) -> str:
         """Runs `tune ARGUMENTS`; the text of both streams."""
         return run([str(self.python), "-c", TUNE, *arguments], cwd=cwd, env=env, status=status)
+
+    def own(self, *arguments: str, cwd: Path, env: dict[str, str], status: int) -> str:
+        """Runs `spin ARGUMENTS`; the text of both streams."""
+        return run([str(self.spin), *arguments], cwd=cwd, env=env, status=status)
 
 
 def run(command: list[str], cwd: Path, env: dict[str, str] | None = None, status: int = 0) -> str:
@@ -138,7 +142,7 @@ def test_sdist_holds_the_licence_and_the_sources(sdist):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_tune_run_from_any_directory(kind, wheel, checkout, environment, elsewhere, user_env):
+def test_both_launchers_from_any_directory(kind, wheel, checkout, environment, elsewhere, user_env):
     """One process: a packaged config is looked up, and a wrong name is answered. Two: torchrun finds the module too."""
     environment.install(*(["--editable", str(checkout)] if kind == "editable" else [str(wheel)]))
     found = run(
@@ -153,22 +157,19 @@ def test_tune_run_from_any_directory(kind, wheel, checkout, environment, elsewhe
     assert found.startswith(str(checkout if kind == "editable" else environment.site_packages))
     assert "lora" in found
 
-    listed = run([str(environment.python), "-m", "spin", "ls"], cwd=elsewhere, env=user_env)
+    listed = run([str(environment.spin), "ls"], cwd=elsewhere, env=user_env)
     assert "spin_recipe\n" in listed and "  lora " in listed
-    run([str(environment.python), "-m", "spin", "cp", "spin_recipe", "mine.py"], cwd=elsewhere, env=user_env)
+    run([str(environment.spin), "cp", "spin_recipe", "mine.py"], cwd=elsewhere, env=user_env)
     assert (elsewhere / "mine.py").read_bytes() == (checkout / "recipes" / "spin_recipe.py").read_bytes()
 
-    text = environment.tune(
-        "run", "spin_recipe", "--config", "quickstart/smollm2_135M_cp", cwd=elsewhere, env=user_env, status=1
-    )
-    assert (
-        "error: config 'quickstart/smollm2_135M_cp' not found" in text
-        and "Did you mean quickstart/smollm2_135M_cpu" in text
-    )
-    assert "Traceback" not in text
-    if kind == "wheel":
-        two = ["run", "--nproc_per_node", "2", "spin_recipe", "--config", "lora", "--help"]
-        assert environment.tune(*two, cwd=elsewhere, env=user_env, status=0).count("--config NAME_OR_FILE") == 2
+    wrong = ["run", "spin_recipe", "--config", "quickstart/smollm2_135M_cp"]
+    two = ["run", "--nproc_per_node", "2", "mine", "--config", "lora", "--help"]
+    for launch in (environment.tune, environment.own):
+        text = launch(*wrong, cwd=elsewhere, env=user_env, status=1)
+        assert "error: config 'quickstart/smollm2_135M_cp' not found" in text
+        assert "Did you mean quickstart/smollm2_135M_cpu" in text and "Traceback" not in text
+        if kind == "wheel":
+            assert launch(*two, cwd=elsewhere, env=user_env, status=0).count("--config NAME_OR_FILE") == 2
 
 
 def test_install_and_uninstall_leave_torchtunes_recipes_alone(wheel, environment):

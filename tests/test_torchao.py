@@ -1,4 +1,4 @@
-"""The newest torchao that pyproject.toml allows, in processes of their own; all other tests have the oldest of CI's two.
+"""The newest torchao that pyproject.toml allows, in processes of their own; other tests have the environment's.
 
 `tune run` and torchtune's metric loggers end at torchao 0.15, where peft does not begin yet.
 """

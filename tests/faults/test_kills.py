@@ -45,7 +45,7 @@ def test_killed_at_random_points(ranks, kills, at_least, tmp_path, subprocess_en
 
 
 @pytest.mark.slow
-def test_two_ranks_of_tune_run_killed_and_started_again(tmp_path):
+def test_two_ranks_killed_and_started_again(tmp_path):
     """The real command, launcher and all; the responses so far are kept, and no step is missing or there twice."""
     short = ("max_iterations=1", "max_epochs=1", "save_interval=1", "validation_dataset=null")
     words = command_line(tmp_path / "out", *short, nproc=2)

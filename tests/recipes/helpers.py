@@ -183,11 +183,11 @@ def free_port():
 
 
 def command_line(output_dir, *overrides, recipe="spin_recipe", nproc=1, config=CONFIG, program=None):
-    """``tune run``, unless a program is given, with the paths of the test model and data."""
-    tune = [sys.executable, "-m", "torchtune._cli.tune", "run"]
+    """``spin run``, unless a program is given, with the paths of the test model and data."""
+    launcher = [sys.executable, "-m", "spin", "run"]
     ranks = ["--nproc_per_node", str(nproc)] if nproc > 1 else []
     base = tiny_overrides(output_dir) if recipe != "spin_evaluate" else [f"output_dir={output_dir}"]
-    return [*(program or [*tune, *ranks, recipe]), "--config", str(config), *base, *overrides]
+    return [*(program or [*launcher, *ranks, recipe]), "--config", str(config), *base, *overrides]
 
 
 def environment():

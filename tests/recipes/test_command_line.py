@@ -1,4 +1,4 @@
-"""The recipes as users start them: `tune run`, one and two processes, a copied file, and errors without a traceback."""
+"""The recipes as users start them: `spin run`, one and two processes, a copied file, and errors without a traceback."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ def one_process(tmp_path_factory):
 
 @pytest.mark.slow
 def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
-    """Same responses, same order, same losses up to rounding; `tune run` from another folder; 3 shards, 2 ranks."""
+    """Same responses, same order, same losses up to rounding; `spin run` from another folder; 3 shards, 2 ranks."""
     done = command(tmp_path / "out", *TWO, "pairs.prompts_per_shard=3", nproc=2, cwd=tmp_path)
     ours, theirs = metrics_of(tmp_path / "out"), metrics_of(one_process)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
@@ -95,7 +95,9 @@ def test_the_gradient_does_not_depend_on_rows_or_ranks(gradient, changes, ranks)
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_resumes_with_one(one_process, tmp_path):
-    command(tmp_path, *TWO, "save_interval=1", "max_steps=3", nproc=2)
+    """The two by `tune run`, which starts the same recipe with the same arguments."""
+    tune = [sys.executable, "-m", "torchtune._cli.tune", "run", "--nproc_per_node", "2", "spin_recipe"]
+    command(tmp_path, *TWO, "save_interval=1", "max_steps=3", program=tune)
     run(tmp_path, *TWO)
     losses = [row["loss"] for row in metrics_of(tmp_path) if "loss" in row]
     assert losses == pytest.approx([row["loss"] for row in metrics_of(one_process) if "loss" in row], rel=1e-4)
