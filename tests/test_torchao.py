@@ -50,7 +50,7 @@ def test_what_needs_torchtune_training_says_so(tmp_path):
     logger = "metric_logger={_component_: torchtune.training.metric_logging.StdoutLogger}"
     code = (
         "import sys; from spin.cli import main\n"
-        f"sys.argv = ['', *{command_line(tmp_path, logger, program=[])!r}]\n"
+        f"sys.argv = {command_line(tmp_path, logger, program=[''])!r}\n"
         "import spin_recipe\n"
         "assert 'torchtune.training' not in sys.modules\n"
         "try:\n    spin_recipe.recipe_main()\nexcept SystemExit as end:\n    assert end.code == 1"
