@@ -2,7 +2,7 @@
 
 import re
 
-ELSEWHERE = {"spin/config/components.py", "spin/data/torchtune_tokenizer.py", "spin/run/messages.py"}
+ELSEWHERE = {"spin/config/components.py", "spin/data/torchtune_tokenizer.py"}
 
 
 def test_torchtune_is_imported_in_one_place(repo):
