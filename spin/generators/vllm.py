@@ -39,6 +39,7 @@ INSTALL = (
 )
 # What may stand under `engine`. Others are decided by this class, or name code that vLLM imports (worker_cls,
 # logits_processors, plugins, connectors, the backend of compilation_config), models and files, or are of no use here.
+_MOST_BIASED = 1024  # tokens for which vLLM takes a bias in a request
 _ENGINE_ARGUMENTS = {
     "async_scheduling", "attention_backend", "block_size", "calculate_kv_scales", "cpu_offload_gb", "cuda_graph_sizes",
     "cudagraph_capture_sizes", "disable_cascade_attn", "disable_custom_all_reduce", "disable_log_stats",
@@ -154,9 +155,9 @@ class VLLMGenerator:
             raise GeneratorError("vLLM has no weights: wake it and update its weights before it generates.")
         engine = self.llm.llm_engine
         waiting = enumerate(requests)
-        running: dict[str, tuple[int, Sequence[int], int, bool]] = {}
+        running: dict[str, tuple[int, Sequence[int], int, frozenset[int]]] = {}
 
-        def ask(index: int, prompt: Sequence[int], seed: int, ban: bool = False) -> None:
+        def ask(index: int, prompt: Sequence[int], seed: int, ban: frozenset[int] = frozenset()) -> None:
             params = self._params(prompt, seed, index, sampling, ban)
             self._requests += 1
             name, asked = str(self._requests), {"type": "token", "prompt_token_ids": list(map(int, prompt))}
@@ -175,8 +176,8 @@ class VLLMGenerator:
                         continue
                     index, prompt, seed, ban = running.pop(output.request_id)
                     response = _response(output, sampling)
-                    if is_banned(response, sampling) and not ban:
-                        ask(index, prompt, seed, ban=True)
+                    if more := tokens_to_ban(response, sampling, ban):
+                        ask(index, prompt, seed, more)
                     else:
                         yield index, response
                 yield None
@@ -249,7 +250,9 @@ class VLLMGenerator:
             self.llm = None
             gc.collect()
 
-    def _params(self, prompt: Sequence[int], seed: int, index: int, sampling: SamplingParams, ban: bool) -> Any:
+    def _params(
+        self, prompt: Sequence[int], seed: int, index: int, sampling: SamplingParams, ban: frozenset[int]
+    ) -> Any:
         from vllm import SamplingParams as VLLMSamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -259,17 +262,22 @@ class VLLMGenerator:
         return VLLMSamplingParams(**named, logprobs=logprobs, detokenize=reads_text, output_kind=kind)
 
 
-def is_banned(response: Response, sampling: SamplingParams) -> bool:
-    """Whether a response holds a banned token, so that it is requested again with these banned.
+def tokens_to_ban(response: Response, sampling: SamplingParams, banned: frozenset[int]) -> frozenset[int]:
+    """What a response is requested again without, because it holds a banned token; empty: it holds none but ``banned``.
 
     A trained model hardly ever writes one. Banning some hundred in every request would cost vLLM as much as a decode
     step each time that a request starts or ends, and a list of the others that are allowed far more. The same seed
-    gives the same tokens up to the banned one.
+    gives the same tokens up to the banned one. vLLM takes a bias for 1,024 tokens at most: of more banned ones, those
+    are named that were written.
     """
-    return not set(sampling.banned_token_ids).isdisjoint(response.token_ids)
+    written = frozenset(response.token_ids) & frozenset(sampling.banned_token_ids)
+    if written <= banned or len(banned | written) > _MOST_BIASED:
+        return frozenset()
+    every = frozenset(sampling.banned_token_ids)
+    return every if len(every) <= _MOST_BIASED else banned | written
 
 
-def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: bool = False) -> dict[str, Any]:
+def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: frozenset[int] = frozenset()) -> dict[str, Any]:
     """Sampling parameters under vLLM's names, for its engine and its server alike."""
     return {
         **{name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "repetition_penalty")},
@@ -281,7 +289,7 @@ def vllm_sampling(sampling: SamplingParams, seed: int, limit: int, ban: bool = F
         "skip_special_tokens": False,  # a stop string may be one, and the embedded generator's text has them too
         "ignore_eos": True,  # the stop tokens say where a response ends, as for every other generator
         "seed": seed,
-        **({"logit_bias": dict.fromkeys(sampling.banned_token_ids, -100.0)} if ban else {}),  # the server's lowest
+        **({"logit_bias": dict.fromkeys(sorted(ban), -100.0)} if ban else {}),  # the server's lowest
     }
 
 

@@ -21,7 +21,7 @@ from spin.core.files import TRANSFER, check_own_folder
 from spin.core.ranks import barrier, raise_on_all_ranks
 from spin.generators.generator import GeneratorContext, SamplingParams, generate_in_order, max_response_tokens
 from spin.generators.http import Client, Reply, TimedOutError, UnavailableError
-from spin.generators.vllm import KNOWN, is_banned, is_too_old, vllm_response, vllm_sampling
+from spin.generators.vllm import KNOWN, is_too_old, tokens_to_ban, vllm_response, vllm_sampling
 from spin.model.hf import export_hf
 from spin.model.hf_families import check_model_type
 from spin.types import Response
@@ -192,7 +192,7 @@ class VLLMServerGenerator:
 
     # ---- the server
     def _respond(
-        self, prompt: list[int], seed: int, most: int, sampling: SamplingParams, ban: bool = False
+        self, prompt: list[int], seed: int, most: int, sampling: SamplingParams, ban: frozenset[int] = frozenset()
     ) -> Response:
         asked = {"model": self._name, "prompt": prompt, "return_token_ids": True}
         body = asked | vllm_sampling(sampling, seed, most, ban) | ({"logprobs": 0} if sampling.logprobs else {})
@@ -208,8 +208,8 @@ class VLLMServerGenerator:
         values = logprobs.get("token_logprobs") if sampling.logprobs and isinstance(logprobs, dict) else None
         values = values if isinstance(values, list) else None
         response = vllm_response(tokens, choices[0].get("finish_reason"), values, sampling)
-        again = not ban and is_banned(response, sampling)
-        return self._respond(prompt, seed, most, sampling, ban=True) if again else response
+        more = tokens_to_ban(response, sampling, ban)
+        return self._respond(prompt, seed, most, sampling, more) if more else response
 
     def _load_weights(self, idle: bool) -> None:
         """The server loads the weights of ``transfer_dir`` in place."""

@@ -14,11 +14,11 @@ import torch
 
 from spin.core.errors import ConfigError, GeneratorError
 from spin.core.ranks import World
-from spin.data import PairStore
+from spin.data import PairStore, Response
 from spin.generators import GeneratorContext, SamplingParams, VLLMGenerator, VLLMServerGenerator
 from spin.generators import vllm as vllm_module
 from spin.generators.generator import max_response_tokens
-from spin.generators.vllm import INSTALL, vllm_sampling, vllm_version
+from spin.generators.vllm import INSTALL, tokens_to_ban, vllm_sampling, vllm_version
 from tests.recipes.helpers import REPO, command, metrics_of
 
 
@@ -253,8 +253,20 @@ def test_sampling_parameters_have_vllms_names():
         "stop_token_ids": [2, 7], "stop": ["END"], "include_stop_str_in_output": True, "ignore_eos": True, "seed": 11,
         "skip_special_tokens": False,
     }  # fmt: skip
-    biased = vllm_sampling(SamplingParams(banned_token_ids=(8, 9)), seed=11, limit=20, ban=True)
+    biased = vllm_sampling(SamplingParams(banned_token_ids=(8, 9)), seed=11, limit=20, ban=frozenset((8, 9)))
     assert biased["logit_bias"] == {8: -100.0, 9: -100.0}
+
+
+def test_of_many_banned_tokens_those_that_were_written_are_named():
+    """vLLM takes a bias for 1,024 tokens: a tokenizer with fewer tokens than embeddings has more to ban."""
+    few, many = (SamplingParams(banned_token_ids=tuple(range(100, 100 + n))) for n in (3, 2000))
+    assert tokens_to_ban(Response([5, 101, 7], "stop"), few, frozenset()) == {100, 101, 102}
+    assert not tokens_to_ban(Response([5, 7], "stop"), few, frozenset())
+    first = tokens_to_ban(Response([5, 101, 7], "stop"), many, frozenset())
+    assert first == {101}
+    assert tokens_to_ban(Response([5, 900, 7], "stop"), many, first) == {101, 900}
+    assert not tokens_to_ban(Response([5, 101], "stop"), many, first)  # vLLM did not heed it
+    assert not tokens_to_ban(Response(range(100, 1200), "length"), many, frozenset())
 
 
 def test_room_ends_with_the_context():
