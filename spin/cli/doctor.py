@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 from spin.cli import parser_of
 from spin.core.packages import installed_version, installed_vllm
@@ -31,8 +32,8 @@ class Finding:
 def main(argv: Sequence[str]) -> int:
     """Looks at the environment."""
     parser_of("doctor", "Say what is installed, and what is missing or does not fit.").parse_args(argv)
-    findings = [Finding("python", _OK, f"{platform.python_version()}, {sys.executable}"), *packages(), *vllm()]
-    findings += devices()
+    findings = [Finding("python", _OK, f"{platform.python_version()}, {sys.executable}"), *packages(), *launchers()]
+    findings += [*vllm(), *devices()]
     for finding in findings:
         print(f"{finding.what:<14} {finding.verdict:<6} {finding.text}")
     faults = sum(finding.verdict == _FAULT for finding in findings)
@@ -64,6 +65,17 @@ def check_requirement(requirement: Requirement) -> Finding:
     if not requirement.specifier.contains(found, prereleases=True):
         return Finding(requirement.name, _FAULT, f"{found}, expected {requirement.specifier}: {remedy}")
     return Finding(requirement.name, _OK, found)
+
+
+def launchers() -> list[Finding]:
+    """What torchao decides besides: torchtune.training needs 0.15 or earlier, peft 0.16 or later."""
+    torchao = installed_version("torchao")
+    if torchao is None:  # a fault of its own
+        return []
+    if Version(torchao) < Version("0.16"):
+        return [Finding("launchers", _OK, "spin run, tune run; peft loads adapters with torchao 0.16 or later")]
+    text = f"spin run; tune run and torchtune's metric loggers need 'torchao<0.16', found {torchao}"
+    return [Finding("launchers", _NOTE, text)]
 
 
 def vllm() -> list[Finding]:

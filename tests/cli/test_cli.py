@@ -310,6 +310,15 @@ def test_doctor_says_what_is_missing_or_does_not_fit():
     assert "not installed: `pip install 'no-such-package>=2'`" in gone.text
 
 
+@pytest.mark.parametrize(
+    ("torchao", "verdict", "launcher"), [("0.15.0", "ok", "tune run;"), ("0.17.0", "note", "spin run;")]
+)
+def test_doctor_knows_which_launchers_torchao_lets_start(monkeypatch, torchao, verdict, launcher):
+    monkeypatch.setattr(doctor, "installed_version", lambda package: torchao)
+    (finding,) = doctor.launchers()
+    assert finding.verdict == verdict and launcher in finding.text
+
+
 def test_doctor_says_which_dtype_a_cpu_is_fast_in(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for fast in (True, False):
