@@ -346,7 +346,8 @@ def test_a_logger_takes_values_and_appends_to_logs(component, change, tmp_path):
     key = change.partition("=")[0]
     with pytest.raises(ConfigError, match=rf"metric_logger\.{key}.*expect"):
         SPINRecipe(tiny_config(tmp_path, f"metric_logger._component_={component}", f"metric_logger.{change}"))
-    SPINRecipe(tiny_config(tmp_path, "metric_logger.filename=my-log.1.txt"))
+    log = f"metric_logger={{_component_: {DISK}, log_dir: {tmp_path}, filename: my-log.1.txt}}"
+    SPINRecipe(tiny_config(tmp_path, log))
 
 
 @pytest.mark.parametrize(
