@@ -291,6 +291,7 @@ def test_home_and_variables_are_expanded_once_in_files_and_overrides(tmp_path, m
     monkeypatch.setenv("DATA_ROOT", "/data/$HOME")
     monkeypatch.delenv("NOTHING_HERE", raising=False)
     keys = ("output_dir", "tokenizer.path", "checkpointer.checkpoint_dir", "dataset.source", "metric_logger.log_dir")
+    logger = "torchtune.training.metric_logging.DiskLogger"
     file = tmp_path / "config.yaml"
     for typed, found in {
         "~/x #1": f"{tmp_path}/x #1", "$DATA_ROOT/y": "/data/$HOME/y", "/z/$NOTHING_HERE": "/z/$NOTHING_HERE",
@@ -299,8 +300,10 @@ def test_home_and_variables_are_expanded_once_in_files_and_overrides(tmp_path, m
         raw = OmegaConf.load(CONFIG)
         for key in keys:
             OmegaConf.update(raw, key, typed, force_add=True)
+        raw.metric_logger._component_ = logger
         file.write_text(OmegaConf.to_yaml(raw))
-        for cfg in (load_config(str(file)), load_config(str(CONFIG), [f"{key}={typed}" for key in keys])):
+        overrides = [f"metric_logger._component_={logger}", *(f"{key}={typed}" for key in keys)]
+        for cfg in (load_config(str(file)), load_config(str(CONFIG), overrides)):
             done = as_written(complete(cfg, SPINConfig))
             assert {OmegaConf.select(done, key) for key in keys} == {found}
 
