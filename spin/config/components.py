@@ -334,7 +334,8 @@ def _check_arguments(
     known = [each.name for each in named] + list(section.own)
     if not any(each.kind is each.VAR_KEYWORD for each in parameters):
         for key in [key for key in arguments if key not in known]:
-            faults.at(f"{path}.{key}", f"{name} has no such parameter.{nearest_or_known(str(key), known)}")
+            remove = f" If it is left from another component, remove it: ~{path}.{key}."
+            faults.at(f"{path}.{key}", f"{name} has no such parameter.{nearest_or_known(str(key), known)}{remove}")
     # of the recipe's own keys, and of its arguments, the schema has the types
     typed = {key: value for key, value in arguments.items() if key not in section.model_fields and value != MISSING}
     return check_values(path, component, typed, faults)

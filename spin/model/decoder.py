@@ -30,6 +30,7 @@ from spin.model.torchtune import (
 )
 
 _DEFAULT_CONTEXT = 8192  # positions; most models' own are more than anybody trains on
+_NF4_BLOCK = 64 * 256  # numbers that share a factor of scales
 _SLIDING = "sliding_attention"
 
 
@@ -87,6 +88,11 @@ class _Adapters:
         self._arguments = {"rank": rank, "alpha": alpha, "quantize_base": quantize_base}
 
     def linear(self, name: str, wide: int, out: int, bias: bool) -> nn.Module:
+        if self.quantized and wide * out % _NF4_BLOCK:
+            raise ConfigError(
+                f"model.quantize_base=true: the weight of {name} has {out} x {wide} numbers, and NF4 takes multiples "
+                f"of {_NF4_BLOCK:,}. Set quantize_base=false (LoRA over the weights as they are)."
+            )
         if name in self._adapted:
             return self._kind(wide, out, use_bias=bias, **self._arguments)
         if self.quantized:
@@ -329,7 +335,9 @@ def rope_frequencies(rope: dict[str, Any], config: Any, head_dim: int) -> tuple[
     share = rope.get("partial_rotary_factor") or 1.0
     if rope["rope_type"] in ("default", "dynamic"):  # dynamic is the default within the model's own context
         dim = int(head_dim * share)
-        base = rope["rope_theta"] * (rope.get("alpha") or 1.0) ** (dim / (dim - 2))  # alpha: HunYuan's, for all lengths
+        base = rope["rope_theta"]
+        if rope.get("alpha"):  # HunYuan's, for all lengths
+            base *= rope["alpha"] ** (dim / (dim - 2))
         return 1.0 / (base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

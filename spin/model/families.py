@@ -158,7 +158,7 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("Llama 2 to 3.3, SmolLM2, TinyLlama, Yi, DeepSeek-R1-Distill-Llama"),
     "mistral": Family("Mistral 7B, Nemo, Small 2409; Zephyr", biases=_no_biases, windows="all"),
     "ministral": Family("Ministral 8B", biases=_no_biases, windows="listed"),
-    "ministral3": Family("Ministral 3", biases=_no_biases, windows="all"),
+    "ministral3": Family("Ministral 3, its text part alone", biases=_no_biases, windows="all"),
     "qwen2": Family(
         "Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen", biases=lambda config: (True, False, False), windows="listed"
     ),

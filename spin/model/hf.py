@@ -543,6 +543,7 @@ def export_hf(
     tensors, gathers = _named_tensors(model), weight_gathers(model)
     with raise_on_all_ranks(world, CheckpointError):
         config = read_config(source / CONFIG, "The export copies it from checkpoint_dir.")
+        check_model(model, config, model_type, source / CONFIG)  # that it is still the model's
         groups = _groups(tensors, config, model_type)
     files = _split(groups, dtype, max_file_bytes)
     names = (

@@ -52,6 +52,7 @@ def _by_key(table: dict[str, _T]) -> dict[str, _T]:
 
 
 _COUNT = (_is_whole(1), "a whole number, 1 or more")
+_MAX_EXPERTS = 4096  # of a layer
 _SIZE = (_is_whole(1, _MAX_SIZE), f"a whole number, 1 or more, {_MAX_SIZE:,} at most")
 _POSITIVE = (_is_positive, "a number above 0")
 _FLAG = (lambda value: isinstance(value, bool), "true or false")
@@ -62,9 +63,10 @@ _KINDS = _by_key(
         "vocab_size": _SIZE,
         "num_hidden_layers": (_is_whole(1, MAX_LAYERS), f"a whole number, 1 or more, {MAX_LAYERS:,} at most"),
         "max_position_embeddings original_max_position_embeddings sliding_window decoder_sparse_step": _COUNT,
-        "max_window_layers no_rope_layer_interval num_experts num_local_experts num_experts_per_tok": (
-            _is_whole(0, _MAX_SIZE),
-            "a whole number, 0 or more",
+        "max_window_layers no_rope_layer_interval": (_is_whole(0, _MAX_SIZE), "a whole number, 0 or more"),
+        "num_experts num_local_experts num_experts_per_tok": (
+            _is_whole(0, _MAX_EXPERTS),
+            f"a whole number, {_MAX_EXPERTS:,} at most",
         ),
         "rms_norm_eps layer_norm_eps norm_eps norm_epsilon rope_theta rope_local_base_freq partial_rotary_factor "
         "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping embedding_multiplier residual_multiplier "
@@ -265,10 +267,10 @@ def foreign_faults(config: dict[str, Any], made: Any, context: int) -> list[str]
     Returns:
         list[str]: a sentence for each.
     """
-    faults = []
+    faults, known = [], _known(made.model_type)
     for key, value in config.items():
         # is_causal is checked even if it is null, which transformers takes for false
-        if key in _known(made.model_type) or (value is None and key != "is_causal"):
+        if key in known or (value is None and key != "is_causal"):
             continue
         if key in _NEUTRAL_IF:
             changes_nothing = _NEUTRAL_IF[key](value, made, context)

@@ -8,7 +8,7 @@ from typing import Any
 
 from spin.core.errors import CheckpointError
 from spin.core.files import read_json
-from spin.model.families import FAMILIES
+from spin.model.families import FAMILIES, decoder_config
 from spin.model.hf_config import CONFIG, check_values
 
 INDEX = "model.safetensors.index.json"
@@ -59,14 +59,26 @@ _UNQUANTIZED = {
 }
 
 
-def read_config(file: Path, remedy: str = _NO_CONFIG) -> dict[str, Any]:
+def read_config(file: Path, remedy: str | None = None) -> dict[str, Any]:
     """A config.json, with the types and ranges of its values checked.
 
     Raises a CheckpointError if it is missing or broken, of a model that SPIN cannot train, or has values that no model
     has; ``remedy`` says what to do about the first two.
     """
+    folder = file.parent
+    if not folder.is_dir():
+        if folder.exists():
+            kind = "a GGUF file" if folder.suffix == ".gguf" else "a file"
+            raise CheckpointError(
+                f"{folder}: {kind}, expected a folder. {_gguf(folder) or 'Name the folder it is in.'}"
+            )
+        raise CheckpointError(
+            f"{folder}: no such folder. A model is a Hugging Face folder on this disk: of a download (`hf download "
+            "NAME --local-dir FOLDER`), or iteration_NNN/hf_model of a run."
+        )
     if not file.exists():
-        raise CheckpointError(f"{file}: no such file. {remedy}")
+        raise CheckpointError(f"{file}: no such file. {remedy or _other_kind(folder) or _NO_CONFIG}")
+    remedy = remedy or _NO_CONFIG
     config = text_config(read_json(file, CheckpointError, remedy, allow_nan=True))
     fault = _unfit(config)
     if fault is not None:
@@ -78,6 +90,12 @@ def read_config(file: Path, remedy: str = _NO_CONFIG) -> dict[str, Any]:
     return config
 
 
+_SIZES = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+
+
 def text_config(config: dict[str, Any]) -> dict[str, Any]:
     """The config of the decoder in a multimodal Gemma 3; others as they are.
 
@@ -86,6 +104,8 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     inner = config.get("text_config")
     if config.get("model_type") != "gemma3" or not isinstance(inner, dict):
         return config
+    defaults = decoder_config({"model_type": "gemma3_text"})  # real folders leave them out
+    inner = {key: getattr(defaults, key) for key in _SIZES} | inner
     outer = {key: value for key, value in config.items() if not key.endswith("_config")}
     own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": None}
     return {"tie_word_embeddings": True, **outer, **inner, **own} | {
@@ -144,18 +164,6 @@ def read_hf_config(checkpoint_dir: str | Path) -> dict[str, Any]:
     or if it is a folder of another kind.
     """
     folder = Path(checkpoint_dir)
-    if not folder.is_dir():
-        if folder.exists():
-            kind = "a GGUF file" if folder.suffix == ".gguf" else "a file"
-            raise CheckpointError(
-                f"{folder}: {kind}, expected a folder. {_gguf(folder) or 'Name the folder it is in.'}"
-            )
-        raise CheckpointError(
-            f"{folder}: no such folder. checkpoint_dir is a Hugging Face model folder on this disk: of a download "
-            "(`tune download <repository> --output-dir <folder>`), or iteration_NNN/hf_model of a run."
-        )
-    if not (folder / CONFIG).exists():
-        raise CheckpointError(f"{folder / CONFIG}: no such file. {_other_kind(folder) or _NO_CONFIG}")
     config = read_config(folder / CONFIG)
     weight_files(folder)
     return config
@@ -248,7 +256,7 @@ def weight_files(folder: Path) -> list[Path]:
         return files
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    files = sorted(folder.glob("model-*-of-*.safetensors"))
+    files = sorted(path for path in folder.glob("model-*-of-*.safetensors") if path.is_file())
     if files:
         announced = files[0].stem.rsplit("-of-", 1)[1]
         if announced != f"{len(files):0{len(announced)}d}":
@@ -257,7 +265,7 @@ def weight_files(folder: Path) -> list[Path]:
     files = [
         path
         for path in sorted(folder.glob("*.safetensors"))
-        if not path.name.startswith(("adapter_model", "consolidated"))
+        if path.is_file() and not path.name.startswith(("adapter_model", "consolidated"))
     ]
     if not files:
         found = _other_format(folder) or _match(folder, _WEIGHTS) or "Download or save the model as safetensors."

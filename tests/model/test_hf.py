@@ -279,7 +279,7 @@ def test_interrupted_export_shows_nothing_and_keeps_the_old_one(point, llama, tm
         patch.setattr(spin.core.ranks if point == "commit_atomic_dir" else spin.model.hf, point, fail)
         for target in (fresh, out):
             with pytest.raises(CheckpointError, match="killed"):
-                export_hf(FAMILIES["llama3_1"](), llama, target, "LLAMA3", dtype=torch.float32, world=world)
+                export_hf(FAMILIES["llama3_2"](), llama, target, "LLAMA3_2", dtype=torch.float32, world=world)
     assert not fresh.exists()
     assert {file.name: file.read_bytes() for file in out.iterdir()} == before
     assert not list(out.parent.glob(".*"))
