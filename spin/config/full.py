@@ -73,6 +73,6 @@ def _arguments(name: str, path: str) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _short(text: str) -> str:
     """The first sentence of an argument's description, as a config's comment says it."""
-    sentence = re.split(r"[.:] ", re.sub(r"\s+|`+|:\w+:", " ", text))[0].strip().rstrip(".")
+    sentence = re.split(r"(?<!\.)\. ", re.sub(r"\s+|`+|:\w+:", " ", text))[0].strip().rstrip(".")
     words = re.sub(r"\bNone\b", "null", re.sub(r" +(?=[ ,;)])", "", sentence))
     return textwrap.shorten(words, 100, placeholder=" ...")
