@@ -127,7 +127,9 @@ def _columns(rows: Sequence[Row], column_map: dict[str, str]) -> tuple[str, dict
             guessed = {} if column_map or row.error is not None else _guessed(row.data)
             if guessed:
                 return detect_format(row.data, guessed), guessed
-    raise DataError(faults[0])
+    texts = [key for key, value in rows[0].data.items() if isinstance(value, str)] if rows and not rows[0].error else []
+    prompt, response = texts if len(texts) == 2 else ("COLUMN", "COLUMN")
+    raise DataError(f"{faults[0]} For example: 'dataset.column_map={{prompt: {prompt}, response: {response}}}'.")
 
 
 def _guessed(data: Mapping[str, Any]) -> dict[str, str]:
