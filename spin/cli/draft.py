@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from spin.cli.memory import Estimate, estimate, shapes_of, usable_gib
-from spin.cli.rates import GPUS
+from spin.cli.rates import kind_of_gpu
 from spin.cli.timing import Cluster, clock, is_extrapolated, stages
 from spin.config import COMPONENT, SPINConfig, complete, instantiate, load_config, nested, plain
 from spin.config.files import with_overrides
@@ -71,11 +71,6 @@ class Machine:
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(ranks)) / 2**30
         name = torch.cuda.get_device_name(0)
         return cls(f"{ranks} x {name}, {free:.0f} GiB free on each", ranks, usable_gib(free), True, kind_of_gpu(name))
-
-
-def kind_of_gpu(name: str) -> str | None:
-    """Which of ``GPUS`` a driver's name means: "NVIDIA A100-SXM4-80GB" is an A100-80."""
-    return next((kind for kind in GPUS if all(part in name for part in kind.split("-"))), None)
 
 
 def _memory_bytes() -> float:

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, or a packaged config such as lora")
     parser.add_argument("--gpus", type=int, default=1, help="on all hosts together")
     parser.add_argument("--hosts", type=int, default=1)
-    parser.add_argument("--gpu", choices=list(GPUS), default="H100", help="their kind")
+    parser.add_argument("--gpu", choices=list(GPUS), help="their kind; without it that of this machine, or H100")
     parser.add_argument("--links", type=_links, default=(8, 400.0), metavar="8x400", help="of a host to the others: "
                         "network cards x Gb/s")  # fmt: skip
     parser.add_argument("--pair-tokens", type=int, help="mean tokens of a pair: prompt, real and generated response")

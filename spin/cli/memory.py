@@ -19,9 +19,10 @@ without the CUDA context) are in tests/cli/test_estimate.py; the rates of times 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -29,8 +30,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spin.cli.rates import GPUS
-from spin.cli.timing import MEASURED_PAIR, Cluster, Work, stages, table
+from spin.cli.rates import GPUS, kind_of_gpu
+from spin.cli.timing import MEASURED_PAIR, Cluster, Stage, Work, stages, table
 from spin.config import SPINConfig, complete, load_config
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
@@ -44,6 +45,8 @@ _GIB = 2**30
 STAGES = ("play", "score", "train", "save")
 # Bytes of optimizer state for a trained weight, by class; others are taken for AdamW.
 _OPTIMIZER_BYTES = {"AdamW8bit": 2, "AdamWStochasticRounding": 8, "AdamW": 8, "Adam": 8, "RMSprop": 4, "SGD": 0}
+# of torch's AdamW, which the one of 8 bits does not take
+_ADAMW_KEYS = ("fused", "foreach", "capturable", "differentiable")
 # NF4: half a byte, a scale of one byte for 64 weights, a factor for 16,384.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
 _NF4_WORKSPACE_BYTES = 2  # for each number that NF4 stands for, while a product is computed with them
@@ -73,7 +76,7 @@ class Estimate:
     largest: float  # one tensor of an export
     pinned: float  # on the host for each GPU: offloaded weights and gradients, and a checkpoint that is being written
     host_states: float  # on the host for each GPU: the optimizer's, offloaded
-    pair_store: float  # on disk, for each iteration, at most
+    pair_store: float  # on disk, for each iteration, with pairs of the length that times are counted for
     checkpoint: float  # on disk, for each resumable checkpoint
     export: float  # on disk, for each iteration
     records_graph: bool  # scoring keeps activations, as compiled layers do
@@ -125,15 +128,22 @@ class Estimate:
         return tuple(value or 0.0 for value in self.parts()["peak"])
 
     def host(self, gpus_of_host: int) -> str:
-        """What a host's CPU memory holds."""
-        states = f" and {self.host_states * gpus_of_host:.1f} GiB of optimizer state" if self.host_states else ""
-        return f"{self.pinned * gpus_of_host:.1f} GiB of pinned memory{states}"
+        """What a host's CPU memory holds, and how much a host must have for it."""
+        held = (self.pinned + self.host_states) * gpus_of_host
+        if not held:
+            return "nothing is kept in CPU memory"
+        states = f" and {_size(self.host_states * gpus_of_host)} of optimizer state" if self.host_states else ""
+        gigabytes = math.ceil(held * _GIB / 1e9)
+        memory = f"{gigabytes} GB" if gigabytes < 1000 else f"{math.ceil(gigabytes / 100) / 10} TB"
+        return (
+            f"{_size(self.pinned * gpus_of_host)} of pinned memory{states}, which needs a host with {memory} of memory"
+        )
 
     def table(self, gpus_of_host: int = 1) -> str:
         """Every part, and what it belongs to, a line each."""
         lines = [f"{'GiB on each GPU':<44}{'play':>10}{'score':>10}{'train':>10}{'save':>10}"]
         for name, values in self.parts().items():
-            cells = "".join(f"{'-' if value is None else f'{value:.1f}':>10}" for value in values)
+            cells = "".join(f"{'-' if value is None else _size(value).removesuffix(' GiB'):>10}" for value in values)
             lines.append(f"{name:<44}{cells}")
         active = self.trained + self.frozen - self.idle
         return "\n".join(lines) + (
@@ -141,8 +151,8 @@ class Estimate:
             f"{self.trained:,} parameters are trained, {self.frozen:,} frozen"
             f"{f'; a token is multiplied with {active:,} of them' if self.idle else ''}\n"
             f"on each host: {self.host(gpus_of_host)}\n"
-            f"on disk: {self.pair_store:.2f} GiB of pairs at most and {self.export:.2f} GiB of exports each iteration, "
-            f"{self.checkpoint:.2f} GiB each checkpoint"
+            f"on disk: {_size(self.pair_store)} of pairs and {_size(self.export)} of exports each iteration, "
+            f"{_size(self.checkpoint)} each checkpoint"
         )
 
 
@@ -152,6 +162,7 @@ def estimate(
     pair_tokens: int | None = None,
     gpu_gib: float | None = None,
     model: nn.Module | None = None,
+    prompts: int | None = None,
 ) -> Estimate:
     """Adds up what a complete config of a training recipe needs. Nothing is read but the config.
 
@@ -161,8 +172,8 @@ def estimate(
         pair_tokens (int | None): mean length of a pair, prompt and responses; it gives the rows that a batch of such
             pairs is packed into. None takes the longest row that there can be.
         gpu_gib (float | None): memory of a GPU, of which an engine of vLLM takes a part for its cache; None: no cache.
-
         model (nn.Module | None): the config's, on the meta device; None: it is built.
+        prompts (int | None): of an iteration, whose pairs are stored; None: as many as the config limits the data to.
 
     Returns:
         Estimate: of each GPU.
@@ -227,7 +238,7 @@ def estimate(
         largest=max(weight.numel() for weight in model.parameters()) * (4 if base else 2) / _GIB,
         pinned=(offloaded + staged) / _GIB,
         host_states=trained_count * state_bytes / shards * (1 - on_gpu) / _GIB,
-        pair_store=_pair_store(cfg, model, pair_tokens) / _GIB,
+        pair_store=_pair_store(cfg, prompts, pair_tokens) / _GIB,
         checkpoint=checkpoint / _GIB,
         export=export / _GIB,
         records_graph=cfg.compile,
@@ -253,6 +264,13 @@ def estimate(
             export_bytes=export,
         ),
     )
+
+
+def _size(gib: float) -> str:
+    """GiB, or MiB of less than a tenth."""
+    if gib >= 0.1 or not gib:
+        return f"{gib:.1f} GiB"
+    return f"{gib * 1024:.0f} MiB" if gib * 1024 >= 10 else f"{max(0.1, gib * 1024):.1f} MiB"
 
 
 def usable_gib(memory_gib: float) -> float:
@@ -376,13 +394,10 @@ def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -
     return float(keys_and_values + batch * shapes.vocab * (compute.itemsize + 4))  # and logits of a step
 
 
-def _pair_store(cfg: SPINConfig, model: Any, pair_tokens: int | None) -> float:
+def _pair_store(cfg: SPINConfig, prompts: int | None, pair_tokens: int | None) -> float:
     """Responses, responses with log-probs, and rows to look them up: three times the token ids, 4 bytes each."""
-    samples = cfg.dataset.get("samples") or data_limit(cfg, "limit") or 0
-    if pair_tokens is None:
-        prompt, real = (data_limit(cfg, f"max_{part}_tokens") or model.max_seq_len for part in ("prompt", "response"))
-        pair_tokens = prompt + real + cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
-    return float(samples * (3 * 4 * pair_tokens + 300))
+    samples = prompts or cfg.dataset.get("samples") or data_limit(cfg, "limit") or 0
+    return float(samples * (3 * 4 * (pair_tokens or sum(MEASURED_PAIR)) + 300))
 
 
 def _export(cfg: SPINConfig, model: nn.Module, adapter: int, dtype: torch.dtype) -> float:
@@ -394,68 +409,77 @@ def _export(cfg: SPINConfig, model: nn.Module, adapter: int, dtype: torch.dtype)
 
 # --- What makes a config fit ---
 
-_Try = tuple[list[str], int]  # overrides, GPUs
+_Change = tuple[list[str], ...]  # overrides of each switch, none if it stays
 
 
-def _switches(cfg: SPINConfig, gpus: int, gpus_of_host: int) -> Iterator[list[_Try]]:
-    """What saves memory, from what costs least to what costs most; of each its settings, the mildest first."""
+def _switches(cfg: SPINConfig, gpus: int, gpus_of_host: int) -> list[list[list[str]]]:
+    """Settings that save memory on the same GPUs without offload, as overrides: a list for each switch, the mildest
+    first. The last switch is the generator."""
+    found = []
     if not cfg.enable_activation_checkpointing:
-        yield [(["enable_activation_checkpointing=true"], gpus)]
+        found.append([["enable_activation_checkpointing=true"]])
     halves = (cfg.pairs.row_tokens >> i for i in range(1, 16))
-    yield [([f"pairs.row_tokens={tokens}"], gpus) for tokens in halves if tokens >= 1024]
+    found.append([[f"pairs.row_tokens={tokens}"] for tokens in halves if tokens >= 1024])
     if cfg.optimizer.component.rsplit(".", 1)[-1] == "AdamW":
-        fused = ["~optimizer.fused"] if cfg.optimizer.get("fused") is not None else []
-        yield [(["optimizer._component_=spin.training.AdamW8bit", *fused], gpus)]
-    if not cfg.fsdp_cpu_offload and not cfg.model.get("quantize_base"):
-        yield [(["fsdp_cpu_offload=true"], gpus)]
+        without = [f"~optimizer.{key}" for key in _ADAMW_KEYS if key in (cfg.optimizer.model_extra or {})]
+        found.append([["optimizer._component_=spin.training.AdamW8bit", *without]])
+    generators = []
     if cfg.generator.component.rsplit(".", 1)[-1] == "TorchtuneGenerator":
         size = cfg.generator.get("batch_size", 32)
-        smaller = [([f"generator.batch_size={size >> i}"], gpus) for i in range(1, 16) if size >> i]
-        engine = ["generator={_component_: spin.generators.VLLMGenerator}"]
-        sizes = [size for size in (1, 2, 4, 8) if size <= gpus_of_host and gpus % size == 0]
-        yield [*smaller, *(([*engine, f"generator.tensor_parallel_size={size}"], gpus) for size in sizes)]
-    more = (gpus << i for i in range(1, 11))
-    yield [([], number) for number in more if number <= _MOST_GPUS]
+        generators = [[f"generator.batch_size={size >> i}"] for i in range(1, 16) if size >> i]
+        engine = "generator={_component_: spin.generators.VLLMGenerator}"
+        sizes = (size for size in (1, 2, 4, 8) if size <= gpus_of_host and gpus % size == 0)
+        generators += [[engine, f"generator.tensor_parallel_size={size}"] for size in sizes]
+    return [*(settings for settings in found if settings), generators]
 
 
 def remedy(
-    load: Callable[[Sequence[str]], SPINConfig], gpus: int, gpus_of_host: int, fits: Callable[[SPINConfig, int], bool]
-) -> _Try | None:
-    """The least change that makes a config fit: the first switch that does alone, else the fewest, taken in order.
+    load: Callable[[Sequence[str]], SPINConfig],
+    gpus: int,
+    gpus_of_host: int,
+    seconds: Callable[[SPINConfig, int], float | None],
+) -> tuple[list[str], int] | None:
+    """The least change that makes a config fit: of those that need every switch that they have, the fastest.
+
+    Of settings that differ in size alone it is the mildest, and of changes within 5 % the one of fewest switches.
+    Offload is tried where no other switch makes it fit, and more GPUs where that does not either.
 
     Args:
         load (Callable[[Sequence[str]], SPINConfig]): the config with overrides.
         gpus (int): how many there are.
         gpus_of_host (int): the most that share an engine.
-        fits (Callable[[SPINConfig, int], bool]): whether a config does on that many GPUs.
+        seconds (Callable[[SPINConfig, int], float | None]): of an iteration on that many GPUs; None: it does not fit.
 
     Returns:
-        _Try | None: overrides and GPUs; None: nothing here does.
+        tuple[list[str], int] | None: overrides and GPUs; None: nothing here does.
     """
-    switches = [list(settings) for settings in _switches(load([]), gpus, gpus_of_host)]
-    switches = [settings for settings in switches if settings]
-
-    def do(tries: Sequence[_Try]) -> bool:
-        return fits(load([override for overrides, _ in tries for override in overrides]), tries[-1][1])
-
-    taken: list[_Try] = []
-    for settings in switches:
-        for each in settings:
-            if do([each]):
-                return each
-    for settings in switches:
-        for each in settings:
-            if do([*taken, each]):
-                return _fewest([*taken, each], do)
-        taken.append(settings[-1])
+    cfg = load([])
+    *switches, generators = _switches(cfg, gpus, gpus_of_host)
+    can_offload = not cfg.fsdp_cpu_offload and not cfg.model.get("quantize_base")
+    hardest = [override for settings in switches for override in settings[-1]]
+    for number in (gpus << i for i in range(11) if gpus << i <= max(gpus, _MOST_GPUS)):
+        for last in ([], ["fsdp_cpu_offload=true"])[: 1 + can_offload]:
+            found: dict[tuple[int, ...], tuple[float, _Change]] = {}
+            for generator in ([], *generators):
+                if seconds(load([*hardest, *generator, *last]), number) is None:
+                    continue
+                for chosen in itertools.product(*([[], *settings] for settings in switches)):
+                    change = (*chosen, generator)
+                    sizes = tuple(map(len, change))  # an engine has two overrides, a batch size one
+                    if sizes in found or any(_is_part(other, change) for _, other in found.values()):
+                        continue
+                    if (time := seconds(load([*itertools.chain(*change), *last]), number)) is not None:
+                        found[sizes] = time, change
+            if found:
+                limit = 1.05 * min(time for time, _ in found.values())
+                fast = [change for time, change in found.values() if time <= limit]
+                return [*itertools.chain(*min(fast, key=lambda change: sum(map(bool, change)))), *last], number
     return None
 
 
-def _fewest(tries: list[_Try], do: Callable[[Sequence[_Try]], bool]) -> _Try:
-    for each in tries[:-1]:
-        fewer = [other for other in tries if other is not each]
-        tries = fewer if do(fewer) else tries
-    return [override for overrides, _ in tries for override in overrides], tries[-1][1]
+def _is_part(one: _Change, other: _Change) -> bool:
+    """Whether the second does what the first does, and perhaps more."""
+    return all(not mine or mine == its for mine, its in zip(one, other, strict=True))
 
 
 # --- The command ---
@@ -463,7 +487,9 @@ def _fewest(tries: list[_Try], do: Callable[[Sequence[_Try]], bool]) -> _Try:
 
 def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Prints the tables of a config, and what makes it fit."""
-    gpus, hosts, kind = arguments.gpus, arguments.hosts, GPUS[arguments.gpu]
+    gpus, hosts = arguments.gpus, arguments.hosts
+    name, note = (arguments.gpu, "") if arguments.gpu else _gpu_here()
+    kind = GPUS[name]
     if hosts < 1 or gpus < 1 or gpus % hosts:
         raise ConfigError(f"--gpus {gpus} --hosts {hosts}: expected the same number of GPUs on each host.")
 
@@ -476,41 +502,56 @@ def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
         return complete(raw, SPINConfig)
 
     def found_of(cfg: SPINConfig, number: int) -> Estimate:
-        return estimate(cfg, number, arguments.pair_tokens, kind.memory_gib, model)
+        return estimate(cfg, number, arguments.pair_tokens, kind.memory_gib, model, prompts)
+
+    def stages_of(cfg: SPINConfig, number: int, found: Estimate) -> tuple[list[Stage], Cluster]:
+        cluster = Cluster(number, hosts * number // gpus, name, *arguments.links)
+        return stages(cfg, found.work, cluster, prompts, pair_tokens, found.rows), cluster
 
     usable = usable_gib(kind.memory_gib)
 
-    def fits(cfg: SPINConfig, number: int) -> bool:
+    def seconds(cfg: SPINConfig, number: int) -> float | None:
         if number % cfg.replicas or cfg.generator.get("tensor_parallel_size", 1) > number:
-            return False
+            return None
         found = found_of(cfg, number)
         engine = cfg.generator.get("gpu_memory_utilization", 0.5) * kind.memory_gib
         is_engine = cfg.generator.component.endswith(".VLLMGenerator")
-        return found.peak <= usable and not (is_engine and found.playing_copy > 0.9 * engine)
+        if found.peak > usable or (is_engine and found.playing_copy > 0.9 * engine):
+            return None
+        return sum(stage.seconds for stage in stages_of(cfg, number, found)[0])
 
     cfg = load([])
     model = shapes_of(cfg)  # no switch changes it
+    prompts = arguments.prompts or cfg.dataset.get("samples") or data_limit(cfg, "limit") or 1000
+    pair_tokens = arguments.pair_tokens or sum(MEASURED_PAIR)
     found = found_of(cfg, gpus)
     of_hosts = f" of {hosts} hosts" if hosts > 1 else ""
-    print(f"{arguments.config} on {gpus} {arguments.gpu}{of_hosts}: an estimate\n\n{found.table(gpus // hosts)}\n")
-    if fits(cfg, gpus):
-        print(f"It fits: {found.peak:.1f} GiB of {usable:.1f} that {kind.memory_gib:.1f} leave for tensors.\n")
+    print(f"{note}{arguments.config} on {gpus} {name}{of_hosts}: an estimate\n\n{found.table(gpus // hosts)}\n")
+    if seconds(cfg, gpus) is not None:
+        print(f"It fits: {_size(found.peak)} of the {usable:.1f} GiB that {kind.memory_gib:.1f} leave for tensors.\n")
     else:
-        over = [f"{name} ({peak:.1f})" for name, peak in zip(STAGES, found.peaks(), strict=True) if peak > usable]
+        over = [f"{stage} ({peak:.1f})" for stage, peak in zip(STAGES, found.peaks(), strict=True) if peak > usable]
         what = f"{', '.join(over)} of {usable:.1f} GiB" if over else "the engine's weights in its part of the memory"
         print(f"It does not fit: {what} that {kind.memory_gib:.1f} leave for tensors.")
-        change = remedy(load, gpus, min(8, gpus // hosts), fits)
+        change = remedy(load, gpus, min(8, gpus // hosts), seconds)
         if change is None:
             print("No switch that is tried here makes it fit; the times are those that it would take.\n")
         else:
-            cfg, more = load(change[0]), change[1] // gpus
-            gpus, hosts = gpus * more, hosts * more
+            cfg, number = load(change[0]), change[1]
+            of_host = gpus // hosts
+            more = [f"--gpus {number} --hosts {number // of_host}"] if number > gpus else []
+            gpus, hosts = number, number // of_host
             found = found_of(cfg, gpus)
-            words = ([f"--gpus {gpus} --hosts {hosts}"] if more > 1 else []) + [shlex.quote(each) for each in change[0]]
-            peaks = ", ".join(f"{name} {peak:.1f}" for name, peak in zip(STAGES, found.peaks(), strict=True))
+            words = more + [shlex.quote(each) for each in change[0]]
+            peaks = ", ".join(f"{stage} {_size(peak)}" for stage, peak in zip(STAGES, found.peaks(), strict=True))
             print(f"The least change that fits, with which the times are:\n  {' '.join(words)}")
-            print(f"  GiB: {peaks}; on each host {found.host(gpus // hosts)}\n")
-    prompts = arguments.prompts or data_limit(cfg, "limit") or 1000
-    pair_tokens = arguments.pair_tokens or sum(MEASURED_PAIR)
-    cluster = Cluster(gpus, hosts, arguments.gpu, *arguments.links)
-    print(table(stages(cfg, found.work, cluster, prompts, pair_tokens, found.rows), cluster, prompts, pair_tokens))
+            print(f"  on each GPU: {peaks}\n  on each host: {found.host(gpus // hosts)}\n")
+    print(table(*stages_of(cfg, gpus, found), prompts, pair_tokens))
+
+
+def _gpu_here() -> tuple[str, str]:
+    """The kind of GPU of this machine, and a line if it is another that is assumed."""
+    here = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    kind = kind_of_gpu(here) if here else None
+    found = f"{here} here, whose rates are not known" if here else "no GPU here"
+    return (kind, "") if kind else ("H100", f"{found}: H100 assumed (--gpu names another)\n")

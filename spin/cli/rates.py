@@ -26,6 +26,11 @@ GPUS = {
 }
 
 
+def kind_of_gpu(name: str) -> str | None:
+    """Which of ``GPUS`` a driver's name means: "NVIDIA A100-SXM4-80GB" is an A100-80."""
+    return next((kind for kind in GPUS if all(part in name for part in kind.split("-"))), None)
+
+
 @dataclass(frozen=True)
 class Rate:
     """A number, and where it comes from."""
@@ -68,6 +73,6 @@ DISK_GB_PER_SECOND = Rate(64.2 / 58.3, "H200", "scaling_h200x4_iteration.json", 
 GATHER_GB_PER_SECOND = Rate(225.8, "H200", "h200x2_links.json", "2026-11-28")
 REDUCE_GB_PER_SECOND = Rate(250.4, "H200", "h200x2_links.json", "2026-11-28")
 BUS_GB_PER_SECOND = Rate(52.6, "H200", "h200x2_links.json", "2026-11-28")
-LINK_FRACTION = Rate(0.8, "H100", "assumed: 0.8 of the links between hosts")
-CPU_OPTIMIZER_GB_PER_SECOND = Rate(20, "H100", "assumed: of a rank's share of its host's memory")
-DENSE = Rate(1, "H100", "assumed: experts run at a dense model's fraction, which no measurement shows")
+LINK_FRACTION = Rate(0.8, "H100", "assumed: links between hosts reach 0.8 of their rate")
+CPU_OPTIMIZER_GB_PER_SECOND = Rate(20, "H100", "assumed: a rank's optimizer moves 20 GB/s in CPU memory")
+DENSE = Rate(1, "H100", "assumed: experts run at a dense model's fraction of the GPU's rate")

@@ -186,12 +186,14 @@ def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int) 
     lines.append(f"{'iteration':<64}{clock(sum(stage.seconds for stage in found)):>10}")
     rates = {rate for stage in found for rate in stage.rates}
     measured = sorted({f"{rate.source} ({rate.gpu}, {rate.date})" for rate in rates if rate.is_measured})
-    assumed = sorted({rate.source.removeprefix("assumed: ") for rate in rates if not rate.is_measured})
+    starred = [f"it is assumed that {rate.source.removeprefix('assumed: ')}" for rate in rates if not rate.is_measured]
+    if others := sorted({rate.gpu for rate in rates if rate.is_measured and rate.gpu != cluster.gpu}):
+        starred.append(f"a rate was measured on {' and '.join(others)}, not on {cluster.gpu}")
+    legend = f"\n* extrapolated: {'; '.join(sorted(starred))}" if starred else ""
     links = f"; between hosts {cluster.links} x {cluster.gigabits:g} Gb/s each" if cluster.hosts > 1 else ""
     return "\n".join(lines) + (
         f"\npairs of {pair_tokens:,} tokens on average; traffic is what does not hide behind compute{links}"
-        f"\nmeasured: {', '.join(measured)}"
-        f"\n* extrapolated, from another GPU's measurement or an assumption: {'; '.join(assumed) or 'none assumed'}"
+        f"\nmeasured: {', '.join(measured)}{legend}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -232,27 +233,87 @@ def test_an_engine_of_several_gpus_divides_its_weights():
     assert found.playing == pytest.approx(found.weights + found.optimizer + 69.9)
 
 
+EIGHT_BIT_AND_ENGINE = (
+    "  optimizer._component_=spin.training.AdamW8bit '~optimizer.fused' "
+    "'generator={{_component_: spin.generators.VLLMGenerator}}' generator.tensor_parallel_size={}\n"
+)
+
+
 @pytest.mark.parametrize(
     ("options", "fits", "change"),
     [
         (("qwen3_32b", "--gpus", "8", "--gpu", "H200"), True, ""),
         (("qwen3_32b", "--gpus", "4", "--gpu", "H200"), False, "  optimizer._component_=spin.training.AdamW8bit"),
+        (
+            ("qwen3_32b", "--gpus", "4", "--gpu", "H200", "optimizer.fused=null", "optimizer.foreach=false"),
+            False,
+            "AdamW8bit '~optimizer.fused' '~optimizer.foreach'\n",
+        ),
         (("qwen3_32b", "--gpus", "16", "--hosts", "2", "--gpu", "H200"), True, ""),
-        (("llama_70b", "--gpus", "8"), False, "fsdp_cpu_offload=true 'generator={_component_: "),
+        (("llama_70b", "--gpus", "8"), False, "generator.tensor_parallel_size=4 fsdp_cpu_offload=true\n"),
+        (("llama_70b", "--gpus", "8", "--gpu", "H200"), False, EIGHT_BIT_AND_ENGINE.format(4)),
+        (("qwen3_32b", "--gpus", "8", "--gpu", "H100"), False, EIGHT_BIT_AND_ENGINE.format(2)),
         (("llama_70b", "--gpus", "64", "--hosts", "8", "--gpu", "H200"), False, "generator.tensor_parallel_size="),
         (("llama_70b", "--gpus", "64", "--hosts", "8"), False, "VLLMGenerator}' generator.tensor_parallel_size="),
     ],
 )
 def test_a_plan_says_what_does_not_fit_and_what_makes_it(options, fits, change, capsys):
+    """What the advice says, added to the command, fits, and takes the time that was said."""
     name, *others = options
-    folder = REPO / "benchmarks" / "shapes" / name
-    assert main(["estimate", "full", *others, f"model.path={folder}", "dataset.source=mine.jsonl"]) == 0
+    command = ["estimate", "full", *others, f"model.path={REPO}/benchmarks/shapes/{name}", "dataset.source=mine.jsonl"]
+    assert main(command) == 0
     text = capsys.readouterr().out
     assert ("It fits" in text) == fits and ("The least change that fits" in text) == (not fits)
     assert change in text
-    for part in ("pinned memory", "play", "score", "train", "save, export", "measured: ", "* extrapolated"):
+    for part in ("pinned memory", "play", "score", "train", "save, export", "measured: "):
         assert part in text
+    assert ("* extrapolated: " in text) == any(name + " *" in text for name in ("play", "score", "train", "export"))
+    assert text.startswith("no GPU here: H100 assumed (--gpu names another)\n") == (
+        "--gpu" not in others and not torch.cuda.is_available()
+    )
+    if not fits:
+        advice = text.split("with which the times are:\n")[1].splitlines()[0]
+        assert main([*command, *shlex.split(advice)]) == 0
+        changed = capsys.readouterr().out
+        assert "It fits" in changed and changed[changed.index("\ntime") :] == text[text.index("\ntime") :]
     assert ("8 x 400 Gb/s" in text) == ("--hosts" in others)
+
+
+def estimated(capsys, *words: str) -> str:
+    assert main(["estimate", *words, "dataset.source=mine.jsonl"]) == 0
+    return capsys.readouterr().out
+
+
+def test_what_a_host_must_have_is_said(capsys):
+    """Qwen3 32B on 16 GPUs of two hosts: 12 bytes a weight of a checkpoint, half of it on a host, 196.6e9; offloaded,
+    8 more of weights and gradients and 8 of moments: 458.7e9. Nothing is pinned for a save that is waited for."""
+    command = [
+        "full",
+        "--gpus",
+        "16",
+        "--hosts",
+        "2",
+        "--gpu",
+        "H200",
+        f"model.path={REPO}/benchmarks/shapes/qwen3_32b",
+    ]
+    assert "183.1 GiB of pinned memory, which needs a host with 197 GB of memory\n" in estimated(capsys, *command)
+    offloaded = estimated(capsys, *command, "fsdp_cpu_offload=true")
+    assert "and 122.0 GiB of optimizer state, which needs a host with 459 GB of memory\n" in offloaded
+    on_one = estimated(capsys, *command, "--hosts", "1", "--gpus", "64", "replicas=4", "fsdp_cpu_offload=true")
+    assert "which needs a host with 3.7 TB of memory\n" in on_one  # 28 bytes for each weight of four replicas
+    waited = estimated(capsys, *command, "checkpointer.async_save=false")
+    assert "on each host: nothing is kept in CPU memory\n" in waited
+
+
+def test_small_figures_are_in_mib(repo, capsys):
+    """155,648 weights of adapters, 8 bytes of moments each: 1.2 MiB. 12 bytes a token of 1,000 pairs of 755, and 300
+    of each: 8.9 MiB; twice as many prompts store twice as much."""
+    text = estimated(capsys, "lora", "--gpu", "H100", f"model.path={repo}/tests/assets/tiny_lm")
+    assert text.split("optimizer")[1].split("\n")[0].split() == ["1.2", "MiB"] * 4
+    assert "on disk: 8.9 MiB of pairs and 2.3 MiB of exports" in text and "0.00" not in text
+    twice = estimated(capsys, "lora", "--prompts", "2000", f"model.path={repo}/tests/assets/tiny_lm")
+    assert "on disk: 18 MiB of pairs" in twice
 
 
 def of_cluster(cfg: DictConfig, gpus: int, hosts: int = 1, gpu: str = "H200", links=(8, 400.0), prompts: int = 64):

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from spin.cli import main
-from spin.cli.draft import Machine, draft, kind_of_gpu
+from spin.cli.draft import Machine, draft
+from spin.cli.rates import kind_of_gpu
 from spin.core.command import spin_command
 from spin.core.errors import ConfigError, DataError
 from spin.data import PairStore
