@@ -6,6 +6,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.hf_folders import FOLDERS, REFUSED, folder_config, forward_ids, stored_tensors, write_folder
 
+pytestmark = pytest.mark.slow
+
 WITHOUT = {  # a key of config.json to its value where it does nothing, or something else
     "sliding_window": 99, "no_rope_layers": [1, 1, 1, 1], "clip_qkv": None, "attn_logit_softcapping": None,
     "final_logit_softcapping": None, "norm_topk_prob": False, "num_experts_per_tok": 1, "max_window_layers": 0,
