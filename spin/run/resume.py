@@ -155,4 +155,6 @@ def _changed_keys(section: str, cfg: SPINConfig) -> list[str]:
     configs = (read_yaml(file) if file.is_file() else OmegaConf.create(), as_written(cfg))
     old, new = (redacted(OmegaConf.to_container(each, resolve=False)) for each in configs)
     found = differences({section: old.get(section)}, {section: new[section]})
-    return found or [f"{section} has the keys that it had, and gives something else: its files, or the tokenizer, have changed"]
+    return found or [
+        f"{section} has the keys that it had, and gives something else: its files, or the tokenizer, have changed"
+    ]
