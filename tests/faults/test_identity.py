@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spin.core.errors import CheckpointError
+from tests.families import edit_config
 from tests.recipes.helpers import metrics_of, run, run_adapters, step_of
 
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "save_interval=1", "lr_scheduler.name=constant")
@@ -48,9 +49,12 @@ def test_so_is_another_generator_and_another_base_dtype(begun):
         run_adapters(begun / "lora", *SHORT, "base_dtype=bf16")
 
 
-def test_it_can_be_allowed(begun, tmp_path):
+def test_it_can_be_allowed(begun, tiny_lm, tmp_path):
     shutil.copytree(begun / "full", tmp_path / "out")
-    assert step_of(run(tmp_path / "out", *SHORT, "model.norm_eps=1.1e-5", "resume_with_changes=[model]")) == 5
+    shutil.copytree(tiny_lm, tmp_path / "model")
+    edit_config(tmp_path / "model", rms_norm_eps=1.1e-5)  # which exports copy
+    changes = ("model.norm_eps=1.1e-5", f"checkpointer.checkpoint_dir={tmp_path}/model", "resume_with_changes=[model]")
+    assert step_of(run(tmp_path / "out", *SHORT, *changes)) == 5
 
 
 def test_responses_and_log_probs_of_the_same_weights_in_another_model_are_made_again(begun, tiny_lm, tmp_path, caplog):
