@@ -108,9 +108,8 @@ def text_config(config: dict[str, Any]) -> dict[str, Any]:
     inner = {key: getattr(defaults, key) for key in _SIZES} | inner
     outer = {key: value for key, value in config.items() if not key.endswith("_config")}
     own = {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "final_logit_softcapping": None}
-    return {"tie_word_embeddings": True, **outer, **inner, **own} | {
-        key: config[key] for key in ("tie_word_embeddings",) if key in config
-    }
+    tied = config.get("tie_word_embeddings", inner.get("tie_word_embeddings", True))
+    return {**outer, **inner, **own, "tie_word_embeddings": tied}
 
 
 # Where a multimodal folder has its decoder, in two generations of names, and what else it has.

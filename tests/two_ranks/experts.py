@@ -9,25 +9,14 @@ from pathlib import Path
 
 import torch
 
-import spin.model.hf
 from spin.core.ranks import all_reduce_sums, init_world, shutdown
 from spin.model import build_model, from_hf, prepare_model, weights_fingerprint
 from spin.model.hf import export_hf, from_hf_tensors, load_hf_weights
 from spin.model.sharding import full_tensor
 from tests.hf_folders import forward_ids, stored_tensors
+from tests.two_ranks.reading import bytes_read
 
 world, folder = init_world("cpu"), Path(sys.argv[1])
-read, bytes_read = spin.model.hf.read_rows, 0
-
-
-def counting_read(*args):
-    global bytes_read
-    piece = read(*args)
-    bytes_read += piece.nbytes
-    return piece
-
-
-spin.model.hf.read_rows = counting_read
 stored = stored_tensors(folder / "in")
 plain = from_hf(folder / "in")
 from_hf_tensors(plain, stored, json.loads((folder / "in" / "config.json").read_text()), "HF")
@@ -36,8 +25,9 @@ prepare_model(model, world, compute_dtype=torch.float32)
 load_hf_weights(model, folder / "in", "HF", world=world)
 assert weights_fingerprint(model) == weights_fingerprint(plain)
 size = sum(tensor.nbytes for tensor in stored.values())
-assert all_reduce_sums({"bytes": float(bytes_read)}, world)["bytes"] == size
-assert bytes_read < 0.51 * size  # five rows of a router cannot be halved
+mine = bytes_read()
+assert all_reduce_sums({"bytes": float(mine)}, world)["bytes"] == size
+assert mine < 0.51 * size  # five rows of a router cannot be halved
 
 ids = forward_ids(rows=world.world_size)
 (model(ids[world.rank, None]).square().mean()).backward()  # the mean over ranks is that over rows
