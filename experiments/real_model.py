@@ -6,7 +6,7 @@
 The model is what examples/quickstart/get_model.py makes, the data what experiments/real_data.py makes. The arms are in
 real_model.yaml: each is the product's own recipe with some settings changed. Every job (an arm and a seed) writes its
 figures to `OUT/jobs` after each iteration; the same command continues with what is missing. At the end the figures of
-all jobs are put into one JSON file, a page and a plot (--docs).
+all jobs are put into one JSON file, a page and pictures (--docs).
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from typing import Any
 
 import yaml
 from real_pool import run_jobs
-from real_report import write_report
+from real_report import PLAN, read_results, write_report
 
 from spin.core.files import write_json
-
-PLAN = Path(__file__).with_suffix(".yaml")
 
 
 def make_jobs(
@@ -186,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder of SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, required=True, help="folder made by real_data.py")
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"), help="results by job, logs, scratch space")
-    parser.add_argument("--docs", type=Path, help="folder for real_model.json, .md and .svg (default: OUT)")
+    parser.add_argument("--docs", type=Path, help="folder for real_model.json, .md and pictures (default: OUT)")
     parser.add_argument("--arms", default="", help="names with commas between them (default: the form's)")
     parser.add_argument("--seeds", default="", help="numbers with commas between them (default: the form's)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
@@ -204,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them finished before", flush=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     failed = run_jobs(missing, run_job, args.gpus.split(","), args.per_gpu, args.deadline, _tell)
-    write_report(args.out / "jobs", args.docs or args.out, list(plan["arms"]))
+    write_report(read_results(args.out / "jobs"), args.docs or args.out, list(plan["arms"]))
     return int(failed > 0)
 
 

@@ -1,4 +1,7 @@
-"""From the results of experiments/real_model.py's jobs to one JSON file, a page and a plot."""
+"""From the results of experiments/real_model.py's jobs to one JSON file, a page and pictures.
+
+python experiments/real_report.py    # page and pictures again, from docs/experiments/real_model.json
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from spin.core.files import write_json
+
+PLAN = Path(__file__).with_name("real_model.yaml")
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 # column head, measurement, format; arrows say which way is better
@@ -16,24 +23,34 @@ COLUMNS = (
     ("held-out loss ↓", "val_loss", ".3f"),
     ("distinguished ↓", "classifier_text", ".3f"),
     ("by opening ↓", "classifier_opening", ".3f"),
-    ("by length ↓", "classifier_length", ".3f"),
     ("tokens", "response_tokens", ".0f"),
     ("truncated", "truncated_fraction", ".2f"),
-    ("repeated ↓", "repeated_4grams", ".3f"),
-    ("distinct", "distinct_2grams", ".2f"),
     ("choices ↑", "choices_accuracy", ".3f"),
     ("sums ↑", "sums_accuracy", ".3f"),
     ("k tokens trained", "trained_tokens", ".0f"),
     ("s", "seconds", ".0f"),
 )
-PLOTS = (
-    ("val_loss", "held-out loss, nats per token"),
-    ("classifier_text", "classifier: accuracy, whole responses"),
-    ("classifier_opening", "classifier: accuracy, openings"),
-    ("response_tokens", "tokens of a response"),
-    ("repeated_4grams", "repeated groups of 4 tokens"),
-    ("choices_accuracy", "right choices"),
-)
+LOSS = ("val_loss", "held-out loss, nats per token")
+LENGTH = ("response_tokens", "tokens of a response (real ones have 25)")
+# a picture: its file's ending, its two measurements, its arms with what a reader calls them
+PICTURES = (
+    (
+        "fine_tuning",
+        (LOSS, ("classifier_text", "real and generated told apart (0.5: not at all)")),
+        {"spin": "SPIN", "sft": "SFT", "sft_slow": "SFT at SPIN's rate", "sft_spin": "SFT, then SPIN"},
+    ),
+    (
+        "rate_and_beta",
+        (LOSS, LENGTH),
+        {"spin": "SPIN", "spin_fast": "rate 1e-5", "spin_beta1": "beta 1", "spin_schedule": "the paper's schedule"},
+    ),
+    (
+        "options",
+        (LOSS, LENGTH),
+        {"spin": "SPIN", "spin_epochs2": "two epochs", "spin_history_all": "all earlier opponents",
+         "spin_drop_truncated": "truncated ones dropped"},
+    ),
+)  # fmt: skip
 START = "start"
 
 Results = list[dict[str, Any]]
@@ -115,77 +132,56 @@ def table(results: Results, order: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def by_iteration(results: Results, order: Sequence[str], name: str, form: str) -> str:
-    """One measurement after each iteration, a line for each arm.
-
-    Args:
-        results (Results): of the jobs.
-        order (Sequence[str]): arms.
-        name (str): the measurement.
-        form (str): of a number.
-
-    Returns:
-        str: Markdown.
-    """
-    arms = curves(results)
-    most = max(len(curve) for curve in arms.values())
-    lines = ["| arm | " + " | ".join("start" if i == 0 else f"iteration {i}" for i in range(most)) + " |"]
-    lines.append("|---" * (most + 1) + "|")
-    for arm in order:
-        if arm in arms and arm != START:
-            values = [cell(measured.get(name, []), form) for measured in arms[arm]]
-            lines.append(f"| `{arm}` | " + " | ".join([*values, *["-"] * (most - len(values))]) + " |")
-    return "\n".join(lines)
-
-
 def unfinished(results: Results) -> str:
     """The jobs that failed or were cut short, a line each; a sentence if there is none."""
     lines = [
-        f"- `{result['name']}`: {result['error'] or 'cut short by the deadline'} (after {len(result['iterations'])} "
-        "iterations)"
+        f"- `{result['arm']}-seed{result['seed']}`: {result['error'] or 'cut short by the deadline'} "
+        f"(after {len(result['iterations'])} iterations)"
         for result in results
         if not result["finished"]
     ]
     return "\n".join(lines) or "Every job ran to its end."
 
 
-def plot(results: Results, order: Sequence[str], file: Path) -> None:
-    """The measurements by iteration: a panel each, a line for each arm, a band of one standard deviation.
+def draw(results: Results, out: Path) -> None:
+    """The pictures: two panels each, lines named at their ends, a band of one standard deviation.
 
     Args:
         results (Results): of the jobs.
-        order (Sequence[str]): arms.
-        file (Path): an SVG file.
+        out (Path): folder of ``real_model_NAME.svg``.
     """
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "spin"  # the same file for the same results
+    # the same file for the same results; text stays text
+    matplotlib.rcParams |= {"svg.hashsalt": "spin", "svg.fonttype": "none", "font.family": "sans-serif"}
     from matplotlib import pyplot
 
     arms = curves(results)
-    shown = [arm for arm in order if arm in arms and arm != START]
-    colours = pyplot.get_cmap("tab20")
-    figure, panels = pyplot.subplots(2, 3, figsize=(13, 7.5), constrained_layout=True)
-    for panel, (name, label) in zip(panels.flat, PLOTS, strict=True):
-        for number, arm in enumerate(shown):
-            points = [(i, measured[name]) for i, measured in enumerate(arms[arm]) if measured.get(name)]
-            if not points:
-                continue
-            at, values = zip(*points, strict=True)
-            means = [statistics.mean(each) for each in values]
-            colour = colours(number % 20)
-            panel.plot(at, means, marker="o", markersize=3, label=arm, color=colour)
-            if any(len(each) > 1 for each in values):
-                spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+    for picture, measurements, titles in PICTURES:
+        figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
+        for panel, (name, label) in zip(panels, measurements, strict=True):
+            ends = []
+            for number, arm in enumerate(arm for arm in titles if arm in arms):
+                by_iteration = [measured[name] for measured in arms[arm] if name in measured]
+                at = range(len(arms[arm]) - len(by_iteration), len(arms[arm]))
+                means = [statistics.mean(each) for each in by_iteration]
+                spread = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in by_iteration]
                 low, high = ([m + sign * s for m, s in zip(means, spread, strict=True)] for sign in (-1, 1))
-                panel.fill_between(at, low, high, alpha=0.1, color=colour, linewidth=0)
-        panel.set(xlabel="iteration", title=label)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize="small")
-    figure.savefig(file, metadata={"Date": None})
-    pyplot.close(figure)
+                panel.plot(at, means, color=f"C{number}")
+                panel.fill_between(at, low, high, alpha=0.15, color=f"C{number}", linewidth=0)
+                ends.append((means[-1], at[-1], titles[arm], f"C{number}"))
+            room = 0.075 * (panel.get_ylim()[1] - panel.get_ylim()[0])  # between two names
+            free = -float("inf")
+            for value, last, title, colour in sorted(ends):
+                free = max(value, free + room)
+                panel.annotate(title, (last, free), (6, 0), textcoords="offset points", color=colour, va="center")
+            panel.set_title(label, fontsize="medium")
+            panel.set_xlabel("iteration")
+            panel.xaxis.get_major_locator().set_params(integer=True)
+            panel.spines[["top", "right"]].set_visible(False)
+        figure.savefig(out / f"real_model_{picture}.svg", metadata={"Date": None})
+        pyplot.close(figure)
 
 
 def figures(results: Results, order: Sequence[str]) -> str:
@@ -204,13 +200,6 @@ def figures(results: Results, order: Sequence[str]) -> str:
             f"{len(results)} jobs, on {devices}. Mean and standard deviation over seeds.",
             "After the last iteration:",
             table(results, order),
-            "Held-out loss by iteration:",
-            by_iteration(results, order, "val_loss", ".3f"),
-            "How well a classifier distinguishes real responses from generated ones, by iteration:",
-            by_iteration(results, order, "classifier_text", ".3f"),
-            "The same from the openings alone:",
-            by_iteration(results, order, "classifier_opening", ".3f"),
-            "![Measurements by iteration](real_model.svg)",
             unfinished(results),
         ]
     )
@@ -233,24 +222,30 @@ def replace_figures(page: str, content: str) -> str:
     return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
 
 
-def write_report(jobs: Path, out: Path, order: Sequence[str]) -> None:
-    """Writes real_model.json, real_model.svg and the figures in real_model.md; nothing if there is no result.
+def write_report(results: Results, out: Path, order: Sequence[str]) -> None:
+    """Writes real_model.json, the pictures and the figures in real_model.md; nothing if there is no result.
 
     Args:
-        jobs (Path): folder of the jobs' results.
+        results (Results): of the jobs.
         out (Path): where to.
         order (Sequence[str]): arms, as the page lists them.
     """
-    results = read_results(jobs)
     if not any(result["iterations"] for result in results):
         return
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "real_model.json", compact(results))
-    plot(results, order, out / "real_model.svg")
+    draw(results, out)
     page = out / "real_model.md"
     text = page.read_text(encoding="utf-8") if page.is_file() else "# Self-play with a real model\n"
     page.write_text(replace_figures(text, figures(results, order)), encoding="utf-8")
     print(f"{page}\n{table(results, order)}")
+
+
+def published() -> tuple[Results, Path, list[str]]:
+    """What :func:`write_report` takes to write the documentation's page again."""
+    docs = Path(__file__).resolve().parents[1] / "docs" / "experiments"
+    jobs = json.loads((docs / "real_model.json").read_text(encoding="utf-8"))["jobs"]
+    return jobs, docs, list(yaml.safe_load(PLAN.read_text(encoding="utf-8"))["arms"])
 
 
 def compact(results: Results) -> Mapping[str, Any]:
@@ -274,3 +269,7 @@ def compact(results: Results) -> Mapping[str, Any]:
             for result in results
         ]
     }
+
+
+if __name__ == "__main__":
+    write_report(*published())

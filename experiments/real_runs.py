@@ -29,7 +29,6 @@ from spin.reference.stage import score_batches
 from spin.training import Step, lr_factor
 
 SUM_TOKENS = 48  # of a response to a sum
-TARGET_KL = 5.0  # nats a response
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -148,30 +147,6 @@ class MeasuredSPIN(SPINRecipe):
         return self._tokenizer.decode([token for token in ids if token not in self._tokenizer.eos_ids]).strip()
 
 
-class NearSPIN(MeasuredSPIN):
-    """Learns nothing more in an iteration once the policy is ``TARGET_KL`` from the opponent: is that worth an option?
-
-    A generated response is the opponent's own draw, so the mean of log p_opponent - log p_policy over a batch of them
-    estimates KL(opponent || policy) in nats. The learning rate is 0 from then on.
-    """
-
-    def setup(self) -> None:
-        """As without."""
-        super().setup()
-        self._arrived: int | None = None  # in this iteration
-
-    def train_single_step(self, batch: RowBatch) -> Step:
-        """As without; then looks how far the policy is."""
-        iteration = self._progress.iteration
-        step = super().train_single_step(batch)
-        if -step.metrics["rewards_generated_mean"] / self._betas[iteration] >= TARGET_KL:
-            self._arrived = iteration
-        return step
-
-    def _lr(self) -> float:
-        return 0.0 if self._arrived == self._progress.iteration else super()._lr()
-
-
 class MeasuredSFT(MeasuredSPIN):
     """Supervised fine-tuning on the real responses alone, through the same rows, head and optimizer.
 
@@ -220,7 +195,7 @@ def _summed_loss(scale: float, logps: torch.Tensor) -> torch.Tensor:
     return -logps.sum() * scale
 
 
-RECIPES = {"spin": MeasuredSPIN, "spin_near": NearSPIN, "sft": MeasuredSFT}
+RECIPES = {"spin": MeasuredSPIN, "sft": MeasuredSFT}
 
 
 def run_stages(

@@ -198,7 +198,8 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
 
     page = (tmp_path / "out" / "real_model.md").read_text()
     assert "`spin` | 1 | 2 |" in page and "- `broken-seed0`: ConfigError" in page
-    assert "</svg>" in (tmp_path / "out" / "real_model.svg").read_text()
+    for picture in ("fine_tuning", "rate_and_beta", "options"):
+        assert ">SPIN</text>" in (tmp_path / "out" / f"real_model_{picture}.svg").read_text()
     published = (tmp_path / "out" / "real_model.json").read_text()
     assert len(json.loads(published)["jobs"]) == 4 and str(tmp_path) not in published
     assert str(data) not in (tmp_path / "out/jobs/spin-seed0.json").read_text()  # to be continued elsewhere
@@ -271,16 +272,7 @@ def test_figures_are_replaced_and_the_text_around_them_stays():
     assert "one" not in again and again.count("two") == 1 and again.endswith("More by hand.\n")
 
 
-@pytest.mark.slow
-def test_an_iteration_that_ends_at_a_target_learns_no_more(tmp_path, tiny_lm, data, monkeypatch):
-    """Two steps: a target that is never met changes nothing, one that is met at once takes the second step away."""
-    file = plan(tmp_path / "plan.yaml", spin=[{}], near=[{"recipe": "spin_near"}])
-    content = real_model.read_plan(file, Path(tiny_lm), data)
-    found = {}
-    for name, arm, target in (("plain", "spin", 0.0), ("far", "near", float("inf")), ("met", "near", float("-inf"))):
-        monkeypatch.setattr(real_runs, "TARGET_KL", target)
-        changes = {"max_iterations": 1, "lr_scheduler.warmup": 0}
-        (job,) = real_model.make_jobs(content, "small", [arm], [0], tmp_path / name, changes)
-        assert real_model.run_job(job), name
-        found[name] = json.loads(Path(job["result"]).read_text())["iterations"][0]["val_loss"]
-    assert found["far"] == found["plain"] != found["met"]
+def test_the_documentation_has_the_figures_of_its_json():
+    jobs, docs, order = real_report.published()
+    page = (docs / "real_model.md").read_text(encoding="utf-8")
+    assert real_report.replace_figures(page, real_report.figures(jobs, order)) == page
