@@ -1,14 +1,19 @@
-"""Run outputs, written by rank 0: metrics.jsonl, samples.jsonl, config.yaml and the metric logger."""
+"""Run outputs, written by rank 0: metrics.jsonl, samples.jsonl, starts.jsonl, config.yaml and the metric logger."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
@@ -18,6 +23,7 @@ from spin.core.files import as_output_error, is_marked, json_lines, keep_aside, 
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.core.redact import hide
 from spin.run.messages import log_table, sample_table
+from spin.run.stopping import resume_command
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +70,8 @@ class MetricService:
 
 
 class RunLog:
-    """Run outputs, written by rank 0: ``metrics.jsonl``, ``samples.jsonl``, ``config.yaml`` and the metric logger.
+    """Run outputs, written by rank 0: ``metrics.jsonl``, ``samples.jsonl``, ``starts.jsonl`` (time, command and hardware
+    of each start), ``config.yaml`` and the metric logger.
 
     A line that cannot be written must end all ranks, which wait for rank 0 in other places. So it is no error at once:
     nothing more is written, ``has_failed`` is sent with a collective that the run has anyway, and :meth:`check` ends
@@ -86,14 +93,16 @@ class RunLog:
     def _begin(self, cfg: config.SPINConfig, make_logger: Callable[[], Any], from_step: int) -> None:
         self._service = MetricService(make_logger)
         self._service.call("log_config", config.shown(cfg))  # which torchtune's loggers write to a file and send away
-        names = ("metrics.jsonl", "samples.jsonl")
+        names = ("metrics.jsonl", "samples.jsonl", "starts.jsonl")
         if cfg.resume == "never":
             self._keep_aside("is of a run before this one, and resume is never", names)
         if from_step < 0 and not is_marked(self._folder, _RUN):
             self._keep_aside("was there before the first run of this folder", (*names, "config.yaml"))
         with as_output_error(self._folder):
             mark(self._folder, _RUN)
-        self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names)
+            with open_own(self._folder / "starts.jsonl", "a") as stream:
+                stream.write(json.dumps(_start(max(0, from_step), self._world)) + "\n")
+        self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names[:2])
         text = OmegaConf.to_yaml(config.as_written(cfg))
         replace_text(self._folder / "config.yaml", text, private=config.holds_secrets(cfg))
 
@@ -140,6 +149,23 @@ class RunLog:
         """Ends the metric logger."""
         if self._world.is_main:
             self._service.call("close")
+
+
+def _start(step: int, world: World) -> dict[str, Any]:
+    """What a report says of a process that takes up a run at a step."""
+    if world.device.type == "cuda":
+        hardware = f"{world.world_size} x {torch.cuda.get_device_name(world.device)}"
+    else:
+        info = Path("/proc/cpuinfo")
+        model = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
+        hardware = f"{model[1] if model else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+    hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return {
+        "step": step,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": hide(resume_command()),
+        "hardware": hardware + (f" on {hosts} hosts" if hosts > 1 else ""),
+    }
 
 
 def _one_line(error: Exception) -> str:

@@ -186,6 +186,9 @@ def test_resume_never_keeps_the_log_of_the_run_before(tmp_path, caplog):
     RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.5})
     RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.25})
     assert read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.25}]
+    first, second = read_json_lines(tmp_path / "starts.jsonl")
+    assert first.keys() == {"step", "time", "command", "hardware"} and first["time"] <= second["time"]
+    assert "pytest" in first["command"] and "cores" in first["hardware"]
     (tmp_path / "nonfinite.jsonl").write_text('{"step": 1}\n')
     for loss in (0.125, 1.0):
         never = OmegaConf.create(section | {"resume": "never"})
@@ -193,4 +196,5 @@ def test_resume_never_keeps_the_log_of_the_run_before(tmp_path, caplog):
     kept = [tmp_path / f"metrics.jsonl.stale-{n}" for n in (0, 1)] + [tmp_path / "metrics.jsonl"]
     assert [read_json_lines(file)[0]["loss"] for file in kept] == [0.25, 0.125, 1.0]
     assert "resume is never: kept as metrics.jsonl.stale-1" in caplog.text
+    assert len(read_json_lines(tmp_path / "starts.jsonl")) == 1
     assert not (tmp_path / "nonfinite.jsonl").exists() and (tmp_path / "nonfinite.jsonl.stale-0").exists()
