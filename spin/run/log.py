@@ -70,8 +70,8 @@ class MetricService:
 
 
 class RunLog:
-    """Run outputs, written by rank 0: ``metrics.jsonl``, ``samples.jsonl``, ``starts.jsonl`` (time, command and hardware
-    of each start), ``config.yaml`` and the metric logger.
+    """Run outputs, written by rank 0: ``metrics.jsonl``, ``samples.jsonl``, ``starts.jsonl`` (time, command and
+    hardware of each start), ``config.yaml`` and the metric logger.
 
     A line that cannot be written must end all ranks, which wait for rank 0 in other places. So it is no error at once:
     nothing more is written, ``has_failed`` is sent with a collective that the run has anyway, and :meth:`check` ends
