@@ -27,7 +27,7 @@ class SPINLoss(nn.Module):
 
     Args:
         beta (float): the paper's lambda, NeMo-Aligner's ``ref_policy_kl_penalty``; more than 0.
-        loss_type (str): which ``l``.
+        loss_type (str): ``logistic``, ``hinge``, ``exponential`` or ``correlation``: which ``l``.
         label_smoothing (float): ``eps``, in [0, 0.5).
 
     Raises:

@@ -28,6 +28,7 @@ COMMANDS = {
     "cp": ("spin.cli.cp", "copy a recipe or a config, to edit it"),
     "validate": ("spin.cli.validate", "check a config, its data and its arithmetic; loads no weights"),
     "estimate": ("spin.cli.estimate", "say what memory and time a config will take"),
+    "keys": ("spin.cli.keys", "list every key of the configs: default, what it takes, what it does"),
     "models": ("spin.cli.models", "list the models that are trained"),
     "pairs": ("spin.cli.pairs", "look at a pair store, filter and export it"),
     "report": ("spin.cli.report", "make an HTML file of a run's curves and responses"),

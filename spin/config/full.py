@@ -20,6 +20,8 @@ from spin.core.errors import ConfigError
 
 _ARGUMENT = re.compile(r"^ +(\w+) \([^\n]*?\): (.*(?:\n {8,}.*)*)", flags=re.MULTILINE)
 _COLUMN = 44  # of comments
+_SIMPLE = (bool, int, float, str, type(None))
+REQUIRED = "???"  # in place of a default that there is not
 
 
 def full_text(name: str, model: type[Section]) -> str:
@@ -35,8 +37,11 @@ def _lines(values: Mapping[Any, Any], section: type[Section], path: str) -> Iter
     fields = fields_of(section)
     comments: dict[str, str] = {}
     if issubclass(section, Component):
-        defaults, comments = _arguments(values[COMPONENT], path)
-        values = {**values, **{key: value for key, value in defaults.items() if key not in values}}
+        arguments = arguments_of(values[COMPONENT], path)
+        comments = {key: textwrap.shorten(text, 100, placeholder=" ...") for key, (_, text) in arguments.items()}
+        if values[COMPONENT].startswith("spin."):
+            simple = {key: value for key, (value, _) in arguments.items() if isinstance(value, _SIMPLE)}
+            values = {**values, **{key: value for key, value in simple.items() if key not in values}}
     comments |= {key: field.description or comments.get(key, "") for key, field in fields.items()}
     for key in [*(key for key in fields if key in values), *(key for key in values if key not in fields)]:
         value = values[key]
@@ -54,25 +59,25 @@ def _with_comment(line: str, comment: str) -> str:
     return f"{line:<{_COLUMN - 2}}  # {comment}" if comment else line
 
 
-def _arguments(name: str, path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The defaults of a component's arguments that a config can hold, and what its docstring says of each."""
+def arguments_of(name: str, path: str) -> dict[str, tuple[Any, str]]:
+    """A component's arguments that a config can hold, each with its default and what its docstring says of it."""
     try:
         component = resolve_component(name, kind=kind_at(path))
         parameters = inspect.signature(component).parameters.values()
     except (ConfigError, ValueError):  # of a package that is not installed
-        return {}, {}
-    simple = (bool, int, float, str, type(None))
-    ours = [
-        each
+        return {}
+    documented = [inspect.getdoc(each) or "" for each in getattr(component, "__mro__", (component,))]
+    found = [argument for text in documented for argument in _ARGUMENT.findall(text)]
+    texts = {key: _first_sentence(text) for key, text in reversed(found)}  # the first one counts
+    return {
+        each.name: (REQUIRED if each.default is each.empty else each.default, texts.get(each.name, ""))
         for each in parameters
-        if name.startswith("spin.") and isinstance(each.default, simple) and each.name not in kind_at(path).supplied
-    ]
-    texts = {key: _short(text) for key, text in _ARGUMENT.findall(inspect.getdoc(component) or "")}
-    return {each.name: each.default for each in ours}, texts
+        if each.name not in kind_at(path).supplied and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+    }
 
 
-def _short(text: str) -> str:
-    """The first sentence of an argument's description, as a config's comment says it."""
-    sentence = re.split(r"(?<!\.)\. ", re.sub(r"\s+|`+|:\w+:", " ", text))[0].strip().rstrip(".")
-    words = re.sub(r"\bNone\b", "null", re.sub(r" +(?=[ ,;)])", "", sentence))
-    return textwrap.shorten(words, 100, placeholder=" ...")
+def _first_sentence(text: str) -> str:
+    """Of an argument's description, as a config's comment says it."""
+    plain = re.sub(r"\s+|`+|:\w+:|\(see [^)]*\)", " ", text)
+    sentence = re.split(r"(?<!\.)\. ", plain)[0].strip().rstrip(".")
+    return re.sub(r"\bNone\b", "null", re.sub(r" +(?=[ ,:;)])", "", sentence)).rstrip()

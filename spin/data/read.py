@@ -71,11 +71,11 @@ def prompt_dataset(
         tokenizer (Any): a ``PromptTokenizer`` or a torchtune model tokenizer; the recipe supplies it.
         source (Source): file, glob, folder, Hugging Face data set, or a list of these (see ``read_rows``).
         format (str): ``messages``, ``sharegpt``, ``prompt_response``, ``alpaca`` or ``auto`` (see ``row_to_messages``).
-        split (str | None): see ``read_rows``, as for the next three.
-        name (str | None): configuration.
-        data_dir (str | None): sub-folder.
-        revision (str | None): branch, tag or commit.
-        column_map (Mapping[str, str] | None): the format's column name to the data set's.
+        split (str | None): a split or parts of some, such as ``train[:1000]+test``. None: ``train``, or the only one.
+        name (str | None): of a data set with several configurations, the one to read.
+        data_dir (str | None): of a data set on huggingface.co or a folder, the sub-folder to read.
+        revision (str | None): of a data set on huggingface.co, the branch, tag or commit.
+        column_map (Mapping[str, str] | None): the format's column name to the data set's: ``{prompt: question}``.
         message_transform (MessageTransform | None): a torchtune message transform, in place of ``format``.
         system_prompt (str | None): put before conversations that have no system message.
         turns (Turns): ``last`` or ``all`` assistant turns are real responses; ``all`` adds ``#turn0``, ... to the id.
@@ -89,8 +89,8 @@ def prompt_dataset(
         on_bad_row (Literal["error", "skip"]): ``error``; ``skip`` leaves out rows that cannot be used. These cannot be
             read, are no conversation, do not fit the template or repeat an id (the first one stays).
         limit (int | None): stop reading after this many samples; what lies behind is not checked.
-        validation_fraction (float): of the samples, held out for validation: ``held_out`` of what is returned. A hash
-            of the id decides, with ``turns=all`` the row's, so a sample's part depends on no other sample.
+        validation_fraction (float): of the samples, held out for validation. They are what is returned's ``held_out``.
+            A hash of the id decides, with ``turns=all`` the row's, so a sample's part depends on no other sample.
         streaming (bool): ``limit`` is for each iteration, which gets the next samples of the source, and only these are
             in memory. Behind the source's end comes its beginning. Ids need be unique within an iteration only.
         shuffle_buffer (int): with ``streaming``, rows that are read at once and put into another order; 0 keeps the
