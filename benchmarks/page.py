@@ -163,7 +163,8 @@ def goals_section(results: Results) -> str:
                     _reached(ratio, ITERATION_GOAL),
                 ]
             )
-    return table(["ours against", "goal, times as fast", "measured", "reached"], rows) if rows else ""
+    goals = [table(["ours against", "goal, times as fast", "measured", "reached"], rows)] if rows else []
+    return "\n\n".join([*goals, _scaling_goal(results)])
 
 
 def _reached(ratio: float, goal: float) -> str:
@@ -247,7 +248,7 @@ def scaling_section(results: Results) -> str:
         skipped = [f"{name} ({reason})" for name, reason in result.get("skipped", {}).items()]
         parts += [*lines, *([f"Not run: {', '.join(skipped)}."] if skipped else [])]
     every = [run for _, runs in sections(results, "runs") for run in runs.values()]
-    return "\n\n".join([*parts, _scaling_goal(results), *_not_measured(every)])
+    return "\n\n".join([*parts, *_not_measured(every)])
 
 
 def _scaling_goal(results: Results) -> str:
@@ -398,7 +399,7 @@ def lora_section(results: Results) -> str:
     return step_section(results, "lora")
 
 
-def readme_section(results: Results) -> str:
+def summary_section(results: Results) -> str:
     """One row for each arm: how many times as fast this project is in each mix, and the peak of memory."""
     steps = by_mix(results)
     if not steps:
@@ -407,7 +408,7 @@ def readme_section(results: Results) -> str:
     # an arm may be in some mixes only
     titles = {name: run["title"] for _, step in steps.values() for name, run in step["arms"].items()}
     rows = []
-    for name, title in titles.items():
+    for name, title in sorted(titles.items(), key=lambda arm: -(speed(first["arms"].get(arm[0])) or 0)):
         cells = []
         for _, step in steps.values():
             arms = step["arms"]
@@ -423,6 +424,29 @@ def readme_section(results: Results) -> str:
     return f"{machine(result)}\n\n{table(columns, rows)}"
 
 
+def sentence_section(results: Results) -> str:
+    """What the README says: the hardest opponent first, ranges over the mixes."""
+    steps = [step["arms"] for _, step in by_mix(results).values()]
+    against = {
+        "Hugging Face without padding (layers compiled)": ("hf_packed",),
+        "a tuned TRL `DPOTrainer`": TUNED,
+        "that trainer with its defaults": ("trl",),
+    }
+    parts = []
+    for title, names in against.items():
+        ratios = [
+            ours / theirs
+            for arms in steps
+            if (ours := speed(arms.get("ours"))) is not None and (theirs := fastest(arms, names)) is not None
+        ]
+        if ratios:
+            parts.append(f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as {title}")
+    if not parts:
+        return ""
+    device = next(iter(by_mix(results).values()))[0]["setup"]["device"]
+    return f"A training step of a 1B model on one {device} is {', '.join(parts[:-1])} and {parts[-1]}."
+
+
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "goals": goals_section,
     "step": step_section,
@@ -431,7 +455,8 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "iteration": iteration_section,
     "lora": lora_section,
     "scaling": scaling_section,
-    "readme": readme_section,
+    "summary": summary_section,
+    "sentence": sentence_section,
     "plot": lambda results: f"![pairs per second of a training step]({PLOT.name})" if by_mix(results) else "",
 }
 
@@ -443,7 +468,7 @@ OTHERS = "#8c8c8c"
 
 
 def plot(results: Results) -> str:
-    """Pairs per second of the training step as an SVG: a group of bars for every mix, whiskers over all rounds.
+    """Pairs per second of the training step as an SVG: the fastest first, whiskers over all rounds.
 
     Args:
         results (Results): of all files.
@@ -451,29 +476,21 @@ def plot(results: Results) -> str:
     Returns:
         str: the picture; the same for the same results.
     """
-    steps = by_mix(results)
-    longest = max(
-        (high for _, step in steps.values() for run in step["arms"].values() if (high := _range(run, step)[2])),
-        default=1.0,
-    )
-    marks, y = [], 24
-    for mix, (_, step) in steps.items():
-        marks.append(f'<text x="8" y="{y}" font-weight="bold">{escape(mix)}: pairs/s of a training step</text>')
-        y += 10
-        for name, run in step["arms"].items():
-            middle, low, high = _range(run, step)
-            width, center = WIDE * middle / longest, y + BAR / 2
-            marks.append(f'<text x="{LEFT - 8}" y="{y + 12}" text-anchor="end">{escape(run["title"])}</text>')
-            marks.append(
-                f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{COLORS.get(name, OTHERS)}"/>'
-            )
-            if middle:
-                ends = f'x1="{LEFT + WIDE * low / longest:.1f}" x2="{LEFT + WIDE * high / longest:.1f}"'
-                marks.append(f'<line {ends} y1="{center}" y2="{center}" stroke="black"/>')
-            label = number(middle) if middle else "failed"
-            marks.append(f'<text x="{LEFT + WIDE * high / longest + 6:.1f}" y="{y + 12}">{label}</text>')
-            y += BAR + GAP
-        y += 22
+    result, step = next(iter(by_mix(results).values()))
+    runs = [(name, run["title"], *_range(run, step)) for name, run in step["arms"].items() if "step" in run]
+    runs.sort(key=lambda run: -run[2])
+    longest = max(high for *_, high in runs)
+    setup = result["setup"]
+    head = f"pairs per second of a training step, {setup['model']}, one {setup['device']}"
+    marks, y = [f'<text x="8" y="20" font-weight="bold">{escape(head)}</text>'], 32
+    for name, title, middle, low, high in runs:
+        width, center = WIDE * middle / longest, y + BAR / 2
+        marks.append(f'<text x="{LEFT - 8}" y="{y + 12}" text-anchor="end">{escape(title)}</text>')
+        marks.append(f'<rect x="{LEFT}" y="{y}" width="{width:.1f}" height="{BAR}" fill="{COLORS.get(name, OTHERS)}"/>')
+        ends = f'x1="{LEFT + WIDE * low / longest:.1f}" x2="{LEFT + WIDE * high / longest:.1f}"'
+        marks.append(f'<line {ends} y1="{center}" y2="{center}" stroke="black"/>')
+        marks.append(f'<text x="{LEFT + WIDE * high / longest + 6:.1f}" y="{y + 12}">{number(middle)}</text>')
+        y += BAR + GAP
     size = f'width="{LEFT + WIDE + 60}" height="{y}"'
     style = 'font-family="sans-serif" font-size="12"'
     return "\n".join(
@@ -482,9 +499,7 @@ def plot(results: Results) -> str:
 
 
 def _range(run: dict[str, Any], step: dict[str, Any]) -> tuple[float, float, float]:
-    """Median, least and greatest pairs per second; zeros for an arm that failed."""
-    if "step" not in run:
-        return 0.0, 0.0, 0.0
+    """Median, least and greatest pairs per second."""
     seconds = run["step"]
     return step["pairs"] / seconds["median"], step["pairs"] / seconds["max"], step["pairs"] / seconds["min"]
 

@@ -15,7 +15,7 @@ def test_pages_of_this_repository_are_made_from_its_results():
 
 def test_pages_are_written_between_their_markers(tmp_path):
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text("words\n\n<!-- peers: readme -->\nold\n<!-- peers: end -->\nmore\n")
+    (tmp_path / "README.md").write_text("words\n\n<!-- peers: sentence -->\nold\n<!-- peers: end -->\nmore\n")
     (tmp_path / "docs" / "benchmarks.md").write_text("# Title\n<!-- peers: plot -->\n<!-- peers: end -->\n")
     with pytest.raises(SystemExit, match="Run: python benchmarks/page.py"):
         page.main(["--root", str(tmp_path), "--check"])
