@@ -72,12 +72,12 @@ def test_one_of_two_ranks_gets_the_signal_and_both_stop(tmp_path):
 
 @pytest.mark.slow
 def test_slurm_script_of_the_documentation(tmp_path):
-    """The script as it stands in docs/reliability.md, with stand-ins for SLURM's commands and a small run.
+    """The script as it stands in docs/restarts.md, with stand-ins for SLURM's commands and a small run.
 
     SLURM signals the script; the script the step; the run saves and ends; the job is queued again. The second job ends
     by itself and is not.
     """
-    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.+?)```", (REPO / "docs/reliability.md").read_text(), re.S)[1]
+    script = re.search(r"```bash\n(#!/bin/bash\n#SBATCH.+?)```", (REPO / "docs/restarts.md").read_text(), re.S)[1]
     arguments = shlex.join(["--config", str(CONFIG), *tiny_overrides(tmp_path / "out"), *SHORT])
     assert script.count("--config mine.yaml output_dir=$HOME/spin") == 1
     script = script.replace("MASTER_PORT=29500", f"MASTER_PORT={free_port()}")
