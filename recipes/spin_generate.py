@@ -71,7 +71,7 @@ class SPINGenerate:
             self._iteration = progress["iteration"]
         prepare_model(model, world, compute_dtype=compute_dtype)
         if path is None:
-            checkpointer.load_model(model, world)
+            checkpointer.load_start(model, world)
         else:
             checkpointer.load(path, model=model, optimizer=None, world=world)
         self._prompts, self._samples = prompts.window(self._iteration), plan.samples(self._iteration)

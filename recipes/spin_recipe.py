@@ -45,6 +45,8 @@ class SPINRecipe:
     resume, Hugging Face export per iteration.
     """
 
+    _sums = training.PairSums
+
     def __init__(self, cfg: config.SPINConfig) -> None:
         self._cfg = cfg
         self._output_dir = Path(cfg.output_dir)
@@ -108,7 +110,7 @@ class SPINRecipe:
         self._new_optimizer = partial(config.instantiate, cfg.optimizer, trained, lr=self._lrs[0])
         self._optimizer = self._new_optimizer()
         if resume_path is None:
-            self._checkpointer.load_model(self._model, world)
+            self._checkpointer.load_start(self._model, world)
         else:
             optimizer = None if self._plan.resets_optimizer else self._optimizer
             into = {"model": self._model, "optimizer": optimizer, "world": world}
@@ -157,7 +159,7 @@ class SPINRecipe:
             self._run_log.check()
             log.info(run.resume_hint(f"at step {progress.step}", str(stopped), self._cfg.resume))
         else:
-            log.info(run.finish_message(self._output_dir, progress, had_steps_left))
+            log.info(plan.finish_message(had_steps_left))
 
     def augment_dataloader(self, iteration: int) -> Mapping[tuple[int, str], Pair]:
         """The pairs of an iteration by (iteration of the responses, sample), made now or found on disk: the opponent's
@@ -172,6 +174,7 @@ class SPINRecipe:
                 val_samples = range(self._plan.num_val_samples)
                 tasks[val_folder] = self._task(self._val_prompts, val_samples, iteration=iteration)
             self._play(tasks)
+            self._play_metrics = generators.play_report(folder)  # into the line of the first step
             self._monitor.start(iteration, training.response_metrics(folder, self._folder(0), self._world))
             played_in = [*map(self._folder, self._plan.history(iteration)), folder]
             kept = generators.filtered_responses(played_in, self._cfg.pairs)
@@ -193,17 +196,11 @@ class SPINRecipe:
         iteration, epoch = progress.iteration, progress.epoch
         self._last_batch = batch.pairs
         # the mean over the pairs of the global batch; FSDP2 averages gradients over ranks, world_size undoes that
-        scale = world.world_size / (batch.weight or 1.0)
+        scale, sums = world.world_size / (batch.weight or 1.0), self._sums()
 
-        def objective(row: PackedRow, logps: torch.Tensor) -> torch.Tensor:  # SPIN: change the loss here
-            """A row's part, each term of one pair only, by the policy's summed log-probs in nats, shape (m,)."""
-            real, generated, opponent = row.real, row.generated, row.reference_logps
-            losses, _, _ = self._loss(logps[real], logps[generated], opponent[real], opponent[generated])
-            if cfg.nll_weight > 0:
-                losses = losses - cfg.nll_weight * (logps / row.response_lengths)[real]
-            return (losses * row.weights).sum() * scale
+        def objective(row: PackedRow, logps: torch.Tensor) -> torch.Tensor:
+            return self.row_loss(row, logps) * scale
 
-        sums = training.PairSums()
         with accumulating(self._model, batch.rows, unsharded_gradients=cfg.fsdp_accumulate_unsharded) as rows:
             for row in (row.to(world.device) for row in rows):
                 of_row = partial(objective, row)
@@ -217,7 +214,7 @@ class SPINRecipe:
         totals = all_reduce_sums({**sums.totals(), **asked}, world)  # the step's host/device sync
         grad_norm = norm.item()
         is_finite = self._nonfinite.check(totals["loss"], grad_norm, progress.step, batch.pairs, world)
-        metrics = training.pair_metrics(totals, cfg.nll_weight) if is_finite else {}
+        metrics = sums.metrics(totals, cfg.nll_weight) if is_finite else {}
         if cfg.self_test and metrics and self._trained_in != iteration:
             expected = training.initial_loss(self._loss, batch.pairs, self._layout)  # ln 2 and 0 for SPIN
             training.check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
@@ -237,6 +234,15 @@ class SPINRecipe:
             **training.speed_metrics(totals, len(batch.pairs), time.perf_counter() - started),
         }  # fmt: skip
         return training.Step(metrics, must_stop=totals["stop"] > 0, out_of_time=totals["out_of_time"] > 0)
+
+    def row_loss(self, row: PackedRow, logps: torch.Tensor) -> torch.Tensor:  # SPIN: change the loss here
+        """A row's part of a batch's summed loss, each term of one pair only, by the policy's summed log-probs in nats,
+        shape (m,)."""
+        real, generated, opponent = row.real, row.generated, row.reference_logps
+        losses, _, _ = self._loss(logps[real], logps[generated], opponent[real], opponent[generated])
+        if self._cfg.nll_weight > 0:
+            losses = losses - self._cfg.nll_weight * (logps / row.response_lengths)[real]
+        return (losses * row.weights).sum()
 
     @torch.no_grad()
     def run_validation(self) -> dict[str, float]:
@@ -283,15 +289,13 @@ class SPINRecipe:
         if self._plan.resets_optimizer:
             self._optimizer = self._new_optimizer()
         self._history, self._val_loss_before = [], self._val_loss
-        if self._progress.is_iteration_start:  # what is known of its play goes into the line of its first step
-            self._play_metrics = generators.play_report(self._folder(iteration))
 
     def _batches(self, pairs: Mapping[tuple[int, str], Pair], iteration: int) -> Iterator[RowBatch]:
         """The steps that an iteration has left, epoch by epoch; to be asked for the next one after each."""
         progress = self._progress
         while progress.iteration == iteration and not progress.is_done:
             epoch, num_steps = progress.epoch, progress.steps_in_epoch(iteration)
-            title = f"iteration {iteration}, epoch {epoch}"
+            title = f"{self._title(iteration)}, epoch {epoch}"
             with progress_bar(title, "step", num_steps, enabled=self._world.is_main) as bar:
                 bar.update(progress.step_in_epoch)
                 for batch in self._rows(self._plan.batches(pairs, iteration, epoch, start=progress.step_in_epoch)):
@@ -322,7 +326,7 @@ class SPINRecipe:
         checkpoint, folder = self.save_checkpoint(), self._folder(iteration)
         if self._world.is_main:
             found = (self._history, self._val_loss_before, folder, model_dir, checkpoint)
-            print(run.iteration_summary(iteration, *found), flush=True)
+            print(run.iteration_summary(self._title(iteration), *found), flush=True)
             (folder / "rows").unlink(missing_ok=True)  # scratch
 
     # PLUMBING: what is saved, and small things.
@@ -377,8 +381,13 @@ class SPINRecipe:
         if self._val_step == step:
             values = {"val_loss": self._val_loss or 0.0}
         elif pairs:
-            _, real_rewards, generated_rewards, _ = self._eval_losses(pairs)
-            values = {"rewards of the last batch": (real_rewards + generated_rewards).sum().item()}
+            chunk_tokens = self._cfg.logprob_chunk_tokens
+            scored = reference.score_batches(
+                self._model, [pairs], self._world, layout=self._layout, chunk_tokens=chunk_tokens
+            )
+            values = {
+                "log-prob of the last batch": sum(logp or 0.0 for pair in scored for logp in pair.reference_logps)
+            }
         training.check_last_update(self._model, self._world, step, values)
 
     def _abort(self, alert: training.Alert, iteration: int) -> None:
@@ -391,6 +400,9 @@ class SPINRecipe:
             self.save_checkpoint()
         self._checkpointer.wait()
         raise alert.error(self._progress.step)
+
+    def _title(self, iteration: int) -> str:
+        return f"iteration {iteration}"
 
     def _folder(self, iteration: int) -> Path:
         return self._output_dir / f"iteration_{iteration:03d}"

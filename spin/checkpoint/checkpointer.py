@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from spin.checkpoint.tensors import METADATA, check_targets, load_tensors, model
 from spin.core.dtypes import DTYPES
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.files import (
+    SFT_STAGE,
     as_output_error,
     check_can_be_made,
     file_sha256,
@@ -182,6 +183,29 @@ class SPINCheckpointer:
     def load_model(self, model: nn.Module, world: World) -> None:
         """Fills the model from ``checkpoint_dir``; see :func:`spin.model.hf.load_hf_weights`."""
         load_hf_weights(model, self.checkpoint_dir, self.model_type, world=world)
+
+    def load_start(self, model: nn.Module, world: World) -> None:
+        """Fills the model with what a new run starts from: ``checkpoint_dir``, or the result of :meth:`sft_result`."""
+        self.load_model(model, world)
+        if (checkpoint := self.sft_result(world)) is not None:
+            log.info(f"Starting from the result of supervised fine-tuning, {checkpoint}")
+            self._verified = checkpoint
+            self.load(checkpoint, model=model, optimizer=None, world=world)
+
+    def sft_result(self, world: World | None = None) -> Path | None:
+        """The checkpoint that the SFT stage in the run's folder ended with; None without such a stage, CheckpointError
+        if it has not ended. With ``world`` collective and compared with its checksums, as :meth:`latest` does."""
+        folder = Path(self.output_dir) / SFT_STAGE
+        if not (folder.is_dir() if world is None else broadcast_object(folder.is_dir(), world)):
+            return None
+        checkpoint = replace(self, output_dir=str(folder)).latest(world=world)
+        state = self.read_state(checkpoint) if checkpoint else {}
+        if not state or state["progress"]["step"] < state["total_steps"]:
+            raise CheckpointError(
+                f"{folder}: supervised fine-tuning has not ended, and self-play starts from its result. Run spin_sft "
+                "with this config again, which resumes it, or remove the folder to start from the model as it is."
+            )
+        return checkpoint
 
     def export(
         self, model: nn.Module, iteration: int, world: World, tokenizer: object = None, stop_ids: Sequence[int] = ()

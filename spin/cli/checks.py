@@ -139,13 +139,16 @@ def _config(name: str, overrides: Sequence[str], recipe_name: str | None) -> tup
         check_evaluation(cfg)
     elif isinstance(cfg, config.SPINConfig):
         check_lora(cfg)
+        cfg = config.sft_stage(cfg) if isinstance(cfg, config.SFTConfig) else cfg
     return cfg, f"{name} for {recipe_name}: every key is known, and their values go together"
 
 
 def _checkpointer(cfg: config.SPINConfig) -> tuple[SPINCheckpointer, str]:
     checkpointer: SPINCheckpointer = _built("checkpointer", lambda: config.instantiate(cfg.checkpointer))
-    path = checkpointer.latest(cfg.resume)
-    return checkpointer, "a new run" if path is None else f"the run resumes from {path}"
+    if (path := checkpointer.latest(cfg.resume)) is not None:
+        return checkpointer, f"the run resumes from {path}"
+    result = checkpointer.sft_result()
+    return checkpointer, "a new run" if result is None else f"a new run, from the result of spin_sft, {result}"
 
 
 def _loss_and_optimizer(cfg: config.SPINConfig) -> tuple[None, str]:
@@ -279,7 +282,8 @@ def _arithmetic(cfg: config.SPINConfig, num_val_prompts: int, prompts: PromptSou
     plan = RunPlan(cfg, prompts, num_val_prompts)
     progress, iterations = plan.progress, range(cfg.max_iterations)
     played = [len(plan.samples(i)) for i in iterations]
-    shards = [stage.num_shards(count, cfg.pairs.prompts_per_shard, 1) for count in played]
+    counts = [stage.num_shards(count, cfg.pairs.prompts_per_shard, 1) for count in played]
+    shards = "" if isinstance(cfg, config.SFTConfig) else f", in {_numbers(counts)} shards (more with several engines)"
     every = [
         f"{what} every {interval} steps" if interval else f"no {what} within an iteration"
         for what, interval in (("validation", plan.val_every), ("checkpoint", plan.save_every))
@@ -287,8 +291,7 @@ def _arithmetic(cfg: config.SPINConfig, num_val_prompts: int, prompts: PromptSou
     return None, (
         f"{progress.total_steps} steps: {cfg.max_iterations} iterations x {cfg.max_epochs} epochs x "
         f"{_numbers([progress.steps_in_epoch(i) for i in iterations])} steps of {cfg.global_batch_size} prompts\n"
-        f"{_numbers(played)} prompts in an iteration ({prompts.samples_per_iteration - played[0]} left over), in "
-        f"{_numbers(shards)} shards (more with several engines)\n"
+        f"{_numbers(played)} prompts in an iteration ({prompts.samples_per_iteration - played[0]} left over){shards}\n"
         f"{'; '.join(every)}; {plan.num_val_samples} validation samples"
     )
 

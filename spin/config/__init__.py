@@ -6,10 +6,20 @@ from spin.config.faults import Faults
 from spin.config.files import find_config, load_config, packaged_configs, parse_overrides, read_yaml
 from spin.config.interpolation import escaped
 from spin.config.parse import parse
-from spin.config.schema import COMPONENT, Component, Config, EvaluateConfig, GenerateConfig, Section, SPINConfig
+from spin.config.schema import (
+    COMPONENT,
+    Component,
+    Config,
+    EvaluateConfig,
+    GenerateConfig,
+    Section,
+    SFTConfig,
+    SPINConfig,
+)
+from spin.config.sft import sft_stage
 
 __all__ = [
-    "COMPONENT", "Component", "Config", "EvaluateConfig", "Faults", "GenerateConfig", "SPINConfig", "Section",
-    "as_written", "complete", "component_of", "escaped", "find_config", "holds_secrets", "instantiate", "load_config",
-    "nested", "packaged_configs", "parse", "parse_overrides", "plain", "read_yaml", "shown",
+    "COMPONENT", "Component", "Config", "EvaluateConfig", "Faults", "GenerateConfig", "SFTConfig", "SPINConfig",
+    "Section", "as_written", "complete", "component_of", "escaped", "find_config", "holds_secrets", "instantiate",
+    "load_config", "nested", "packaged_configs", "parse", "parse_overrides", "plain", "read_yaml", "sft_stage", "shown",
 ]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -73,12 +73,12 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
     faults.messages += of_components.messages
     faults.paths |= of_components.paths
     result = _right_values(values, model, faults.paths) if faults.messages else model.model_validate(values)
-    _place_components(result, sections, own)
+    place_components(result, own)
     check_together(result, faults)
     faults.raise_if_any()
     if (located := with_folders(values)) != values:
         values, result = located, model.model_validate(located)
-        _place_components(result, sections, own)
+        place_components(result, own)
     result._written = OmegaConf.create(escaped(values))
     for keys, text in environment:
         if plain(parent_of(whole, keys)[keys[-1]]) == parent_of(values, keys)[keys[-1]]:  # no ~ in the variable
@@ -86,8 +86,9 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
     return result
 
 
-def _place_components(cfg: Section, sections: Iterable[str], own: tuple[str, ...]) -> None:
-    for path in sections:
+def place_components(cfg: Section, own: tuple[str, ...]) -> None:
+    """Tells a config's components where they are, and which packages of the user's own they may name."""
+    for path, _ in _components(type(cfg)):
         section: Any = cfg
         for key in path.split("."):
             section = getattr(section, key, None)

@@ -12,7 +12,7 @@ from spin.core.hub import model_folder
 FROM_HF = "spin.model.from_hf"
 _TOKENIZER = "spin.data.ChatTokenizer"
 _DATASET = "spin.data.prompt_dataset"
-_SPIN, _LORA = "spin.checkpoint.SPINCheckpointer", "spin.checkpoint.LoRACheckpointer"
+_SPIN, LORA_CHECKPOINTER = "spin.checkpoint.SPINCheckpointer", "spin.checkpoint.LoRACheckpointer"
 _OF_FOLDERS = ("model", "tokenizer", "checkpointer", "generator", "candidate", "baseline", "judge")
 _MODEL = "a model: a Hugging Face folder, or a name on huggingface.co"
 TO_FILL = {  # what a config cannot leave out: its meaning and an example
@@ -32,7 +32,7 @@ def follow(values: Mapping[str, Any], model: type[Section]) -> dict[str, Any]:
         has_folder = not isinstance(section, Mapping) or section[COMPONENT] == FROM_HF or "path" in section
         folder = "${model.path}" if has_folder else MISSING
         of_run = {"checkpoint_dir": folder, "output_dir": "${output_dir}"}
-        checkpointer = _LORA if _asks_for_adapters(section) else _SPIN
+        checkpointer = LORA_CHECKPOINTER if _asks_for_adapters(section) else _SPIN
         result["tokenizer"] = _filled(values.get("tokenizer", {}), _TOKENIZER, path=folder)
         result["checkpointer"] = _section(values.get("checkpointer", {}), checkpointer)
         if isinstance(result["checkpointer"], Mapping):  # one of the user's own too
@@ -104,7 +104,7 @@ def settle_dtypes(values: dict[str, Any]) -> None:
 
         values["compute_dtype"] = "bf16" if values.get("dtype") == "bf16" else fast_dtype(values.get("device"))
     checkpointer = values.get("checkpointer")
-    has_adapters = isinstance(checkpointer, Mapping) and checkpointer.get(COMPONENT) == _LORA
+    has_adapters = isinstance(checkpointer, Mapping) and checkpointer.get(COMPONENT) == LORA_CHECKPOINTER
     if has_adapters and values.get("base_dtype", "") is None:
         values["base_dtype"] = values["compute_dtype"]
 

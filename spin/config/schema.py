@@ -165,6 +165,15 @@ class LRScheduler(Section):
     min_ratio: Fraction = key(0.0, "above 0 if learning stalls at the end: fraction of lr that is left there")
 
 
+class SFT(Section):
+    """The supervised fine-tuning that a run may begin with, by ``spin_sft``; what is not here, the run's keys say."""
+
+    epochs: int = key(1, "more while val_loss still falls: passes over the data set", ge=1, le=10_000)
+    lr: LearningRate | None = key(None, "null: 2e-5 for all weights, 3e-4 for adapters; 20 to 100 times that of SPIN")
+    lr_scheduler: LRScheduler = LRScheduler(name="cosine")
+    limit_train_batches: Limit = key(1.0, "less to try it: fewer steps of an epoch. int: batches; float: fraction")
+
+
 class WatchLimit(Section):
     """A limit and what passing it does."""
 
@@ -247,6 +256,7 @@ class SPINConfig(Config):
     nll_weight: float = key(0.0, "above 0 if real responses lose probability: weight of their NLL", ge=0, le=1e6)
     optimizer: Optimizer = Field(default=component("torch.optim.AdamW", lr=5e-7))
     lr_scheduler: LRScheduler = LRScheduler()
+    sft: SFT = key(SFT(), "what spin_sft does: the fine-tuning that self-play starts from, in output_dir/sft")
     max_iterations: int = key(3, "rounds of self-play; each starts against the policy of the last", ge=1, le=10_000)
     max_epochs: int = key(2, "passes over the pairs in an iteration", ge=1, le=10_000)
     max_steps: Literal[-1] | Annotated[int, Field(ge=1, le=10**9)] | None = key(
@@ -289,6 +299,10 @@ class SPINConfig(Config):
     fsdp_accumulate_unsharded: bool = key(False, "true reduces gradients once per step; 4 bytes more a weight")
     fsdp_cpu_offload: bool = key(False, "true keeps weights and optimizer in CPU memory; slow")
     deterministic: bool = key(False, "true to debug a GPU run: a restart gives the same bits; slower")
+
+
+class SFTConfig(SPINConfig):
+    """The config of ``spin_sft``: that of the run."""
 
 
 class GenerateConfig(SPINConfig):

@@ -25,6 +25,7 @@ from spin.core.errors import ConfigError, OutputError, SpinError
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
+SFT_STAGE = "sft"  # folder, in that of a run, of its SFT stage
 TRANSFER = "transfer_dir of a generator"  # a kind of folder, see begin_atomic_dir
 MARKER = ".spin"  # in every folder that this program may delete
 # Limits of JSON that may come from anyone. The largest tokenizer.json in use has 35 MB, 12 levels and 31-digit numbers.

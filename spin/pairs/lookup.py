@@ -61,6 +61,7 @@ class PairLookup(Mapping[Key, Pair]):
         """Copies pairs to a scratch file, one at a time; one that is there is replaced."""
         if path.exists() and not (path.is_file() and path.open("rb").read(len(_MAGIC)) == _MAGIC):
             keep_aside(path, "is in the way of an iteration's scratch file")
+        path.parent.mkdir(parents=True, exist_ok=True)
         hashes, bounds = array("q"), array("q", [len(_MAGIC)])
         with atomic_write(path, "xb") as stream:
             stream.write(_MAGIC)

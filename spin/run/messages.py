@@ -89,7 +89,7 @@ def _markdown(columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
 
 
 def iteration_summary(
-    iteration: int,
+    title: str,
     history: Sequence[Mapping[str, float]],
     val_loss_before: float | None,
     folder: Path,
@@ -99,7 +99,7 @@ def iteration_summary(
     """What an iteration did, and where its results are; ``history`` has the metrics of its steps since the start of the
     program, ``val_loss_before`` the validation loss when the iteration began."""
     steps = [metrics for metrics in history if "loss" in metrics]
-    lines = [f"\n=== Iteration {iteration}: {len(history)} steps ==="]
+    lines = [f"\n=== {title[0].upper()}{title[1:]}: {len(history)} steps ==="]
     if steps and abs(steps[0].get("margin", 1.0)) < 1e-4:
         lines.append("(at the first step model and opponent are still the same: no rewards, acc 0)")
     for name, label in (
@@ -129,7 +129,7 @@ def iteration_summary(
     for label, path in (
         ("model", model_dir),
         ("checkpoint", checkpoint),
-        ("pairs", folder / "pairs"),
+        *([("pairs", folder / "pairs")] if (folder / "pairs").exists() else []),
         ("log", output / "metrics.jsonl"),
         ("report", spin_command("report", output)),
     ):
@@ -137,18 +137,23 @@ def iteration_summary(
     return printable("\n".join(lines))
 
 
-def start_message(progress: SPINProgress, batch_size: int, num_samples: int, num_val_samples: int) -> str:
+def start_message(
+    progress: SPINProgress, batch_size: int, num_samples: int, num_val_samples: int, is_sft: bool = False
+) -> str:
     """What a run is going to do, in a line."""
     steps = [progress.steps_in_epoch(iteration) for iteration in range(progress.max_iterations)]
     per_epoch = str(steps[0]) if len(set(steps)) == 1 else f"({', then '.join(map(str, steps))})"
+    does, trained = "the model responds to prompts, scores its own and the real responses, and trains", "pairs"
+    does = f"{progress.max_iterations} iterations: in each {does}"
+    if is_sft:
+        does, trained = "Fine-tuning trains", "real responses"
     return (
-        f"{num_samples:,} samples, {num_val_samples:,} for validation. {progress.max_iterations} iterations: in each "
-        f"the model responds to prompts, scores its own and the real responses, and trains {progress.max_epochs} x "
-        f"{per_epoch} steps of {batch_size} pairs; {progress.total_steps} steps in all, {progress.step} done."
+        f"{num_samples:,} samples, {num_val_samples:,} for validation. {does} {progress.max_epochs} x {per_epoch} "
+        f"steps of {batch_size} {trained}; {progress.total_steps} steps in all, {progress.step} done."
     )
 
 
-def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: bool) -> str:
+def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: bool, is_sft: bool = False) -> str:
     """Outputs and next commands at a run's end; ``had_steps_left`` tells whether this start of the program trained."""
     models = sorted(output_dir.glob("iteration_*/hf_model"))
     lines = [f"Finished after {progress.step} steps; everything is in {output_dir}"]
@@ -160,7 +165,9 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
     lines.append(f"  report:      {spin_command('report', output_dir)}")
     if models:
         lines.append(f"  model:       {models[-1]} loads in transformers and vLLM")
-    if progress.step >= progress.iteration_start(progress.max_iterations):
+    if is_sft:
+        lines.append("  self-play:   spin_recipe with the same config starts from it")
+    elif progress.step >= progress.iteration_start(progress.max_iterations):
         lines.append(f"  train more:  the same command with max_iterations={progress.max_iterations + 1}")
     return "\n".join(lines)
 

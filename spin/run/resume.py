@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from spin.config import Component, SPINConfig, as_written, plain, read_yaml
+from spin.config import Component, SFTConfig, SPINConfig, as_written, plain, read_yaml
 from spin.config.follow import FROM_HF
 from spin.config.schema import Config, EvaluatedModel
 from spin.core.errors import CheckpointError
@@ -28,6 +28,7 @@ RESULTS_DEPEND_ON = (
     "limit_train_batches", "clip_grad_norm", "dtype", "compute_dtype",
     "enable_float8_training", "model",
 )  # fmt: skip
+_OF_PAIRS = {"sampling", "loss", "nll_weight", "generator"}  # what an SFT stage does not depend on
 _COMPARED_BY_CONTENT = {"source", "path", "data_dir", "data_files", "checkpoint_dir", "model_dir"}
 _OF_ONE_RANK = {"url", "verify", "api_key_env"}  # each rank may ask a server of its own
 
@@ -110,7 +111,7 @@ def run_fingerprint(
     values = plain(cfg)
     if cfg.model.component == FROM_HF:  # the folder may move; what it holds may not change
         values["model"]["path"] = file_sha256(Path(cfg.model.path) / "config.json")[:12]
-    return {
+    found = {
         **{key: values[key] for key in RESULTS_DEPEND_ON},
         **({} if cfg.base_dtype is None else {"base_dtype": cfg.base_dtype}),
         "generator": {"_component_": cfg.generator.component},  # its other keys are its speed
@@ -118,6 +119,7 @@ def run_fingerprint(
         "dataset": dataset,
         "tokenizer": tokenizer,
     }
+    return {key: value for key, value in found.items() if not (isinstance(cfg, SFTConfig) and key in _OF_PAIRS)}
 
 
 def check_unchanged(

@@ -2,6 +2,7 @@
 
 from spin.training.metrics import (
     PairSums,
+    ResponseSums,
     Step,
     UpdateFraction,
     pair_metrics,
@@ -23,6 +24,7 @@ __all__ = [
     "CollapseMonitor",
     "NonFiniteGuard",
     "PairSums",
+    "ResponseSums",
     "Step",
     "UpdateFraction",
     "check_first_loss",

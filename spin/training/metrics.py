@@ -43,11 +43,20 @@ class PairSums:
     @torch.no_grad()
     def add(self, row: PackedRow, logps: torch.Tensor, loss: nn.Module) -> None:
         """Adds a row."""
+        values = self.values(row, logps, loss)
+        sums = torch.stack([each.double().sum() for each in values.values()])
+        self._names, self._total = tuple(values), self._total + sums
+        self._counts["comparisons"] += row.weights.numel()
+        self._counts["tokens"] += row.used_tokens
+        self._counts["positions"] += row.tokens.numel()
+
+    def values(self, row: PackedRow, logps: torch.Tensor, loss: nn.Module) -> dict[str, torch.Tensor]:
+        """What is summed up of a row, by name; ``loss`` among it."""
         losses, real_rewards, generated_rewards = pair_losses(loss, row, logps)
         weights = row.weights.double()
         drift = logps.double() - row.reference_logps  # (m,)
         lengths = row.response_lengths.double()
-        values = {
+        return {
             "weight": weights,
             "loss": weights * losses,
             "acc": weights * (real_rewards > generated_rewards),
@@ -60,16 +69,27 @@ class PairSums:
             "generated_tokens": lengths[row.generated],
             "truncated": row.truncated,
         }
-        sums = torch.stack([each.double().sum() for each in values.values()])
-        self._names, self._total = tuple(values), self._total + sums
-        self._counts["comparisons"] += row.weights.numel()
-        self._counts["tokens"] += row.used_tokens
-        self._counts["positions"] += row.tokens.numel()
 
     def totals(self) -> dict[str, float]:
         """The sums of this rank, by name; waits for the device."""
         sums = self._total.tolist()
         return dict(zip(self._names, sums, strict=True)) | {name: float(n) for name, n in self._counts.items()}
+
+    def metrics(self, totals: Mapping[str, float], nll_weight: float) -> dict[str, float]:
+        """:func:`pair_metrics` of the totals of all ranks."""
+        return pair_metrics(totals, nll_weight)
+
+
+class ResponseSums(PairSums):
+    """The same for real responses alone, without pairs."""
+
+    def values(self, row: PackedRow, logps: torch.Tensor, loss: nn.Module) -> dict[str, torch.Tensor]:
+        """Nats and tokens of the responses."""
+        return {"loss": -logps, "response_tokens": row.response_lengths}
+
+    def metrics(self, totals: Mapping[str, float], nll_weight: float) -> dict[str, float]:
+        """``loss`` in nats per token."""
+        return {"loss": totals["loss"] / totals["response_tokens"]}
 
 
 def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[str, float]:

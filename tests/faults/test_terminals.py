@@ -103,7 +103,7 @@ def test_tables(tmp_path):
     for text in (
         sample_table([row]),
         summary_table({**summary, "unreadable": 0, "win_rate": None}),
-        iteration_summary(0, [], None, folder, folder, folder),
+        iteration_summary("iteration 0", [], None, folder, folder, folder),
     ):
         assert not unseen(text) and r"\x1b" in text
 

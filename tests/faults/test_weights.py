@@ -31,11 +31,11 @@ def saved(folder):
 @pytest.mark.parametrize(
     ("run_of", "changes", "message"),
     [
-        (run, (*NO_VALIDATION, "optimizer.lr=1e9"), "step 1: rewards of the last batch is nan after the last update"),
+        (run, (*NO_VALIDATION, "optimizer.lr=1e9"), "step 1: log-prob of the last batch is nan after the last update"),
         (
             run_adapters,
             (*NO_VALIDATION, "optimizer.lr=1e10", "model.lora_alpha=1e18"),
-            r"step 1: rewards of the last batch is .*resume_with_changes=\[optimizer\]",
+            r"step 1: log-prob of the last batch is .*resume_with_changes=\[optimizer\]",
         ),
         (run, (*SHORT, "optimizer.lr=1e9"), "step 1: val_loss is nan after the last update, though every weight is"),
     ],
