@@ -256,7 +256,7 @@ class SPINConfig(Config):
     nll_weight: float = key(0.0, "above 0 if real responses lose probability: weight of their NLL", ge=0, le=1e6)
     optimizer: Optimizer = Field(default=component("torch.optim.AdamW", lr=5e-7))
     lr_scheduler: LRScheduler = LRScheduler()
-    sft: SFT = key(SFT(), "what spin_sft does: the fine-tuning that self-play starts from, in output_dir/sft")
+    sft: SFT = key(SFT(), "of spin_sft, fine-tuning before self-play")
     max_iterations: int = key(3, "rounds of self-play; each starts against the policy of the last", ge=1, le=10_000)
     max_epochs: int = key(2, "passes over the pairs in an iteration", ge=1, le=10_000)
     max_steps: Literal[-1] | Annotated[int, Field(ge=1, le=10**9)] | None = key(
