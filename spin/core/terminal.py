@@ -46,6 +46,7 @@ def get_logger(level: str = "INFO") -> logging.Logger:
         handler = logging.StreamHandler()
         handler.setFormatter(_PrintableFormatter())
         log.addHandler(handler)
+        log.propagate = False  # to a root that a library, such as vLLM, sets up later: every line would be there twice
     log.setLevel(level if os.environ.get("RANK", "0") == "0" else "WARNING")
     return log
 

@@ -166,6 +166,9 @@ def prepare_model(
         )
     # torchtune's RMSNorm gives fp32 inputs and bf16 weights to torch, which is right, and which torch remarks upon
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+    # Programs of layers, or of FlexAttention alone: one for each length of a row, with and without gradients, for each
+    # kind of layer. Past these limits torch ends the run.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**16
     patch_attention(model)
     fix_gemma2_softcap(model)
     if float8:
@@ -189,7 +192,5 @@ def compile_each_layer(model: nn.Module, backend: str | Callable[..., Any] = "in
 
     What FSDP2 does before and after a layer stays outside, because it hangs on the module and not on its forward.
     """
-    # one program for each length, with and without gradients, and for each kind of layer (Gemma 2 has two)
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for layer in model.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False, backend=backend)

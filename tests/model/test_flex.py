@@ -6,9 +6,10 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from spin.core.errors import ConfigError
+from spin.core.ranks import init_world, shutdown
 from spin.data import Pair, Response, pack_batch, pack_row
 from spin.model.attention import patch_attention
-from spin.model.build import choose_attention, compile_each_layer, window_of
+from spin.model.build import choose_attention, compile_each_layer, prepare_model, window_of
 from spin.model.flex import flex_unsupported_reason
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.pairs.packing import RowLayout
@@ -186,6 +187,28 @@ def test_on_a_gpu_log_probs_and_gradients_equal_the_dense_mask(family, compiled)
     print(family, compiled, "flex", off, "dense", allowed)
     assert off[0] < 2 * allowed[0] + 1e-4
     assert off[1] < 2 * allowed[1] + 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile_layers", [False, True])
+def test_on_a_gpu_rows_may_have_any_number_of_lengths(compile_layers):
+    """As in a run of many batches, with more lengths than torch compiles a function for by default."""
+    torch._dynamo.reset()
+    with torch.device("meta"):
+        model = MODELS["llama3_2"]()
+    world = init_world("cuda")
+    try:
+        prepare_model(model, world, compute_dtype=torch.bfloat16, compile_layers=compile_layers)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        pairs = random_pairs(np.random.default_rng(0), 1, 40)
+        for length in range(BLOCK, 10 * BLOCK, BLOCK):
+            row = pack_row(pairs, length, RowLayout(flex=True)).to(world.device)
+            total, _ = pair_objective(model, row, torch.sum, 100)
+            total.backward()
+            assert total.isfinite()
+    finally:
+        shutdown()
 
 
 @pytest.mark.gpu
