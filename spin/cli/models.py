@@ -9,8 +9,8 @@ from spin.cli import parser_of
 # What was run on a GPU besides the tests that every family passes there: by model_type.
 GPU_RUNS: dict[str, str] = {
     "llama": "whole runs of 1B and 8B, steps of 4B shapes",
-    "qwen3": "a whole iteration and steps of 4B shapes; vLLM takes its weights",
-    "gemma3_text": "a whole iteration of 4B shapes",
+    "qwen3": "iterations and steps of 4B shapes, also with vLLM; QLoRA of 14B",
+    "gemma3_text": "iterations and steps of 4B shapes, also with vLLM",
 }
 # What is refused, and why.
 REFUSED = {

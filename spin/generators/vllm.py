@@ -385,13 +385,15 @@ def _short_collections() -> Iterator[None]:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Restores what starting an engine changes in the process: seeds, threads, garbage collection, environment."""
+    """Restores what starting an engine changes in the process: seeds, threads, compiler, garbage collection,
+    environment."""
     states = random.getstate(), np.random.get_state()
     set_num_threads, threads, dtype = torch.set_num_threads, torch.get_num_threads(), torch.get_default_dtype()
     environment = dict(os.environ)
+    import torch._dynamo.config as dynamo
     import torch._inductor.config as inductor
 
-    compile_threads = inductor.compile_threads
+    compile_threads, recompile_limit = inductor.compile_threads, dynamo.recompile_limit
     try:
         with torch.random.fork_rng(range(torch.cuda.device_count())):
             yield
@@ -401,7 +403,7 @@ def _undisturbed() -> Iterator[None]:
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
         torch.set_default_dtype(dtype)
-        inductor.compile_threads = compile_threads
+        inductor.compile_threads, dynamo.recompile_limit = compile_threads, recompile_limit
         gc.unfreeze()
         for name in set(os.environ) - set(environment):
             if not name.startswith("VLLM_"):  # its own it may read again

@@ -9,7 +9,7 @@ from spin.core.errors import ConfigError
 from spin.core.ranks import init_world, shutdown
 from spin.data import Pair, Response, pack_batch, pack_row
 from spin.model.attention import patch_attention
-from spin.model.build import choose_attention, compile_each_layer, prepare_model, window_of
+from spin.model.build import build_model, choose_attention, compile_each_layer, prepare_model, window_of
 from spin.model.flex import flex_unsupported_reason
 from spin.model.gemma2 import fix_gemma2_softcap
 from spin.pairs.packing import RowLayout
@@ -194,8 +194,9 @@ def test_on_a_gpu_log_probs_and_gradients_equal_the_dense_mask(family, compiled)
 def test_on_a_gpu_rows_may_have_any_number_of_lengths(compile_layers):
     """As in a run of many batches, with more lengths than torch compiles a function for by default."""
     torch._dynamo.reset()
-    with torch.device("meta"):
-        model = MODELS["llama3_2"]()
+    sizes = {"vocab_size": 160, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "max_seq_len": 4096}
+    builder = {"_component_": "torchtune.models.llama3_2.llama3_2", **sizes, "intermediate_dim": 96}
+    model = build_model(builder, torch.float32)
     world = init_world("cuda")
     try:
         prepare_model(model, world, compute_dtype=torch.bfloat16, compile_layers=compile_layers)
