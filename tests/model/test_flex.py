@@ -194,8 +194,9 @@ def test_on_a_gpu_log_probs_and_gradients_equal_the_dense_mask(family, compiled)
 def test_on_a_gpu_rows_may_have_any_number_of_lengths(compile_layers):
     """As in a run of many batches, with more lengths than torch compiles a function for by default."""
     torch._dynamo.reset()
-    sizes = {"vocab_size": 160, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "max_seq_len": 4096}
-    builder = {"_component_": "torchtune.models.llama3_2.llama3_2", **sizes, "intermediate_dim": 96}
+    sizes = {"vocab_size": 160, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64}
+    sizes |= {"intermediate_dim": 96, "max_seq_len": 4096}
+    builder = {"_component_": "torchtune.models.llama3_2.llama3_2", **sizes}
     model = build_model(builder, torch.float32)
     world = init_world("cuda")
     try:
