@@ -159,7 +159,7 @@ class SPINRecipe:
             self._run_log.check()
             log.info(run.resume_hint(f"at step {progress.step}", str(stopped), self._cfg.resume))
         else:
-            log.info(plan.finish_message(had_steps_left))
+            log.info(run.finish_message(self._output_dir, progress, had_steps_left, plan.is_sft))
 
     def augment_dataloader(self, iteration: int) -> Mapping[tuple[int, str], Pair]:
         """The pairs of an iteration by (iteration of the responses, sample), made now or found on disk: the opponent's

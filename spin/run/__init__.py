@@ -3,7 +3,7 @@
 from spin.core.errors import Stopped
 from spin.run.folder import lock_output_dir
 from spin.run.log import RunLog
-from spin.run.messages import iteration_summary, sample_rows
+from spin.run.messages import finish_message, iteration_summary, sample_rows
 from spin.run.plan import RunPlan
 from spin.run.resume import check_files_agree, check_unchanged, inputs_of_config, run_fingerprint
 from spin.run.stopping import StopRequest, resume_hint
@@ -15,6 +15,7 @@ __all__ = [
     "Stopped",
     "check_files_agree",
     "check_unchanged",
+    "finish_message",
     "inputs_of_config",
     "iteration_summary",
     "lock_output_dir",

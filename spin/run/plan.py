@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from spin.config import SFTConfig, SPINConfig
 from spin.core.errors import ConfigError
 from spin.data.dataset import PromptSource
 from spin.data.order import epoch_order, history_window, iteration_items
 from spin.pairs.lookup import LazySequence
-from spin.run.messages import finish_message, start_message
+from spin.run.messages import start_message
 from spin.run.progress import SPINProgress, compute_interval, compute_limit_batches, compute_num_steps_per_epoch
 from spin.types import Pair
 
@@ -30,7 +29,7 @@ class RunPlan:
     def __init__(self, cfg: SPINConfig, prompts: PromptSource, num_val_prompts: int = 0) -> None:
         self._prompts, self._seed, self._size = prompts, cfg.seed, cfg.global_batch_size
         size = self._size
-        self._output_dir, self._is_sft = Path(cfg.output_dir), isinstance(cfg, SFTConfig)
+        self.is_sft = isinstance(cfg, SFTConfig)
         self._history = cfg.pairs.history, cfg.pairs.history_fraction
         self._reset_each_iteration = cfg.optimizer.reset_each_iteration
         self.steps = compute_num_steps_per_epoch(prompts.samples_per_iteration, size, cfg.limit_train_batches)
@@ -49,12 +48,8 @@ class RunPlan:
 
     def start_message(self) -> str:
         """What the run is going to do, in a line."""
-        num_samples, is_sft = self._prompts.samples_per_iteration, self._is_sft
+        num_samples, is_sft = self._prompts.samples_per_iteration, self.is_sft
         return start_message(self.progress, self._size, num_samples, self.num_val_samples, is_sft)
-
-    def finish_message(self, had_steps_left: bool) -> str:
-        """Outputs and next commands at the run's end, see :func:`spin.run.messages.finish_message`."""
-        return finish_message(self._output_dir, self.progress, had_steps_left, self._is_sft)
 
     def batched(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
         """Pairs in order, as many as a global batch has in each list."""
