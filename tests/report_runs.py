@@ -56,10 +56,22 @@ def write_run(folder, iterations=2, steps=10, finished=True, changes=None, promp
     return folder
 
 
-def write_store(path, scored=False):
+CHAT = "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def write_fixed_prompts(folder, responses, prompt=CHAT):
+    """The responses to one prompt before training and after each iteration; the last one is truncated."""
+    with (folder / "fixed_prompts.jsonl").open("w") as file:
+        for iteration, response in enumerate(responses):
+            reason = "length" if iteration == len(responses) - 1 else "stop"
+            row = {"iteration": iteration, "step": 10 * iteration, "sample_id": "a", "prompt": prompt}
+            row |= {"real": "The real one.", "response": response, "finish_reason": reason}
+            file.write(json.dumps(row) + "\n")
+
+
+def write_store(path, scored=False, responses=(([7, 2], "stop", -30.0), ([7, 8, 9, 7], "length", -15.0))):
     """Two responses of 2 and 4 tokens in two shards, the second one cut; the margins are +10 and -5 nats."""
     store = PairStore.open_or_create(path, {"opponent": "0" * 64, "dataset": "d" * 64, "tokenizer": "t" * 64}, 2)
-    responses = [([7, 2], "stop", -30.0), ([7, 8, 9, 7], "length", -15.0)]
     for shard, (ids, reason, logp) in enumerate(responses):
         response = Response(ids, reason, logp if scored else None)
         pair = Pair(f"sample-{shard}", 0, [1, 5, 6], [8, 2], [response], -20.0 if scored else None)

@@ -119,7 +119,16 @@ def test_wheel_holds_the_package_the_recipes_and_the_configs_and_nothing_else(wh
     assert tops == {"spin", f"spin_torchtune-{spin.__version__}.dist-info"} | recipes
     python = {str(path.relative_to(repo)) for path in (repo / "spin").rglob("*.py")}
     configs = {f"spin/{path.relative_to(repo)}" for path in (repo / "configs").rglob("*.yaml")}
-    data = {"spin/py.typed", "spin/report/page.html"}
+    report = (
+        "page.html",
+        "sections.html",
+        "page.css",
+        "page.js",
+        "uPlot.iife.min.js",
+        "uPlot.min.css",
+        "uPlot.LICENSE",
+    )
+    data = {"spin/py.typed"} | {f"spin/report/{name}" for name in report}
     assert {name for name in names if name.startswith("spin/")} == python | configs | data
     assert f"Version: {spin.__version__}\n" in metadata and "Requires-Dist: torchtune==0.6.1\n" in metadata
 

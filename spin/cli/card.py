@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +16,7 @@ from spin.core.hub import hub_name
 from spin.core.terminal import printable
 from spin.data import PairStore
 from spin.report.record import is_number
-from spin.run.folder import iteration_folders, read_config, read_json_lines
+from spin.run.folder import data_sources, iteration_folders, read_config, read_json_lines
 from spin.training.schedules import per_iteration
 
 
@@ -33,12 +32,6 @@ def model_card(
             raise OutputError(f"{run / 'config.yaml'}: {key} is {found!r}; it is not known how the model was made.")
     base_model = base_model or hub_name(cfg.checkpointer.checkpoint_dir)
     base = base_model or Path(cfg.checkpointer.checkpoint_dir).name
-    sources = OmegaConf.select(cfg, "dataset.sources")
-    parts = [part for part in sources.values() if OmegaConf.is_dict(part)] if OmegaConf.is_dict(sources) else []
-    source = OmegaConf.select(cfg, "dataset.source") or ", ".join(
-        f"{part.get('source')} (weight {part.weight})" if "weight" in part else str(part.get("source"))
-        for part in parts
-    )
     head = {
         "library_name": "peft" if (model / "adapter_config.json").is_file() else "transformers",
         "pipeline_tag": "text-generation",
@@ -52,7 +45,7 @@ def model_card(
         f"{base} after {iteration + 1} iteration{'s' if iteration else ''} of self-play fine-tuning "
         "([SPIN](https://arxiv.org/abs/2401.01335)): in each one, the model learns to prefer the real responses of "
         f"a supervised data set to its own. Made with spin-torchtune {spin.__version__}.",
-        "## How it was made\n\n" + _table(("", ""), _settings(cfg, source)),
+        "## How it was made\n\n" + _table(("", ""), _settings(cfg)),
         "## Iterations\n\n" + _iterations(run, cfg, iteration),
         "Loss is the SPIN loss at the first and the last step of an iteration (ln 2 = 0.693 is where two equal models "
         "stand); acc the fraction of pairs whose real response gained more than the generated one, at the last step; "
@@ -63,7 +56,7 @@ def model_card(
     return printable("\n\n".join(sections) + "\n")
 
 
-def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
+def _settings(cfg: DictConfig) -> list[tuple[str, str]]:
     always = {
         "prompts of a step": "global_batch_size",
         "epochs of an iteration": "max_epochs",
@@ -82,7 +75,7 @@ def _settings(cfg: DictConfig, source: Any) -> list[tuple[str, str]]:
         "weight of the real responses' log-prob": "nll_weight",
     }
     unused = {"responses to a prompt": 1}
-    rows = [("started from", f"`{cfg.checkpointer.checkpoint_dir}`"), ("data", f"`{source}`")]
+    rows = [("started from", f"`{cfg.checkpointer.checkpoint_dir}`"), ("data", f"`{data_sources(cfg)}`")]
     for label, key in {**always, **where_used}.items():
         value = OmegaConf.select(cfg, key) if key else None
         if value is not None and not (label in where_used and value == unused.get(label, 0)):

@@ -15,7 +15,7 @@ import re
 import shutil
 import socket
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TextIO, cast
@@ -229,15 +229,48 @@ def read_lines(file: Path) -> Iterator[bytes]:
                 return
 
 
-def json_lines(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def json_lines(lines: Iterable[bytes]) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Lines of a run's JSON Lines file with their objects; incomplete lines, and those with no object, are skipped."""
-    for line in read_lines(file):
+    for line in lines:
         try:
             row = parse_json(line, allow_nan=True)
         except ValueError:
             continue
         if isinstance(row, dict):
             yield line, row
+
+
+class AppendedLines:
+    """The objects of a JSON Lines file that grows, or that a restart replaces."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._stream: BinaryIO | None = None  # stays open: no other file can get its inode
+        self.rows: list[dict[str, Any]] = []
+        self.times_replaced = 0
+
+    def read(self) -> list[dict[str, Any]]:
+        """All objects so far; what is read is only what was appended since the last call, by whole lines."""
+        if not self._file.is_file():
+            return self.rows
+        stream, held = open_regular(self._file), self._stream
+        is_same = held is not None and os.path.sameopenfile(stream.fileno(), held.fileno())
+        if held is not None and is_same and os.fstat(held.fileno()).st_size >= held.tell():
+            stream.close()
+            stream = held
+        else:
+            self._stream, self.rows = stream, []
+            self.times_replaced += 1
+        self.rows += [row for _, row in json_lines(self._whole_lines(stream))]
+        return self.rows
+
+    def _whole_lines(self, stream: BinaryIO) -> Iterator[bytes]:
+        while line := stream.readline(MAX_JSON_BYTES + 1):
+            if not line.endswith(b"\n"):
+                if len(line) <= MAX_JSON_BYTES:
+                    stream.seek(-len(line), os.SEEK_CUR)  # it is still being written
+                return
+            yield line
 
 
 @contextmanager

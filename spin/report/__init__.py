@@ -1,7 +1,11 @@
-"""One HTML file for a run: curves, responses side by side, and advice. No script, no network, no other files."""
+"""One HTML page for runs: curves, tables, responses and advice, as a file without a network or live from loopback.
 
-from spin.report.advice import advice
+The charts are drawn by uPlot 1.6.32 (https://github.com/leeoniya/uPlot, MIT), as its npm package has it:
+``uPlot.iife.min.js``, ``uPlot.min.css`` and ``uPlot.LICENSE``.
+"""
+
+from spin.report.advice import advice, verdict
 from spin.report.page import render
-from spin.report.record import RunRecord, read_run
+from spin.report.record import RunRecord, read_evaluations, read_run
 
-__all__ = ["RunRecord", "advice", "read_run", "render"]
+__all__ = ["RunRecord", "advice", "read_evaluations", "read_run", "render", "verdict"]

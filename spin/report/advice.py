@@ -15,7 +15,50 @@ LOSS_ABOVE = 0.2  # over ln 2
 WON_ACC = 0.99
 UPDATED_FRACTION = 0.1
 VAL_LOSS_RISE = 0.02  # relative to the start
+LOSS_MOVES = 0.005  # nats between thirds of an iteration
+LENGTH_CHANGE = 0.1  # relative to the first iteration
+TRUNCATED_RISE = 0.05
 LN_2 = math.log(2)
+
+
+def verdict(run: RunRecord) -> str:
+    """One sentence: what the newest iteration with enough steps does, and what to watch."""
+    trained = [iteration for iteration in run.iterations if len(iteration.steps) >= LEAST_STEPS]
+    if not trained:
+        return f"Too early to say: an iteration needs {LEAST_STEPS} steps for a verdict."
+    found = [f"Iteration {trained[-1].number} {_progress(trained[-1].steps)}"]
+    losses = [value for _, value in run.series("val_loss")]
+    if len(losses) > 1:
+        rise = losses[-1] / losses[0] - 1 if losses[0] else 0.0
+        found.append(
+            "validation loss rises: watch" if rise > VAL_LOSS_RISE else "validation loss falls" if rise < 0 else ""
+        )
+    played = [iteration for iteration in run.iterations if iteration.responses]
+    if played:
+        first, last = played[0], played[-1]
+        ratio = last.mean_tokens["generated"] / (first.mean_tokens["generated"] or 1.0)
+        if abs(ratio - 1) > LENGTH_CHANGE:
+            found.append(f"responses get {'longer' if ratio > 1 else 'shorter'}: watch")
+        if last.truncated / last.responses > first.truncated / first.responses + TRUNCATED_RISE:
+            found.append("more responses are truncated: watch")
+    return "; ".join(text for text in found if text) + "."
+
+
+def _progress(steps: Sequence[Metrics]) -> str:
+    third = len(steps) // 3
+    middle, end = (_mean(part, "loss") or 0.0 for part in (steps[-2 * third : -third], steps[-third:]))
+    acc = _mean(steps[-third:], "acc")
+    if acc is not None and acc >= WON_ACC:
+        return "has little left to learn"
+    if all(row.get("acc") == 0 for row in steps[1:]):
+        return "does not learn"
+    return (
+        "still learns"
+        if end < middle - LOSS_MOVES
+        else "gets worse"
+        if end > middle + LOSS_MOVES
+        else "has levelled off"
+    )
 
 
 def advice(run: RunRecord) -> list[str]:

@@ -14,10 +14,11 @@ import pyarrow.parquet as pq
 
 from spin import config
 from spin.core.errors import ConfigError, StoreError
-from spin.core.files import open_regular, read_json
-from spin.run.folder import iteration_folders, model_of, read_config, read_json_lines
+from spin.core.files import AppendedLines, open_regular, read_json
+from spin.run.folder import data_sources, iteration_folders, model_of, read_config
 
 Metrics = Mapping[str, Any]
+EVALUATIONS = ("*_vs_*/summary.json", "*/*_vs_*/summary.json")
 
 
 @dataclass
@@ -42,8 +43,13 @@ class RunRecord:
     config: dict[str, Any]  # what it was started with; empty before it has written it
     rows: Sequence[Metrics]  # metrics by step, ascending
     iterations: list[IterationRecord]  # ascending
+    fixed_prompts: Sequence[dict[str, Any]] = ()  # their responses before training and after each iteration
+    starts: Sequence[dict[str, Any]] = ()  # time, command and hardware of each start, see spin.run.log.RunLog
+    data: str = ""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # summaries of spin_evaluate
     remarks: list[str] = field(default_factory=list)  # what could not be read
     written_at: float | None = None  # when metrics.jsonl was last written, in seconds since 1970
+    times_replaced: int = 0  # metrics.jsonl, by restarts, while it was read
 
     @property
     def is_finished(self) -> bool:
@@ -78,49 +84,104 @@ def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+class RunReader:
+    """Reads a run's folder, and later what was appended or has changed since."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        names = ("metrics.jsonl", "samples.jsonl", "fixed_prompts.jsonl", "starts.jsonl")
+        self._files = [AppendedLines(path / name) for name in names]
+        self._shards: dict[tuple[str, int], dict[str, int]] = {}  # by path and time
+
+    def signature(self) -> list[tuple[str, int, int]]:
+        """Changes when :meth:`read` would find something else."""
+        patterns = ("*.jsonl", "config.yaml", "iteration_*", "iteration_*/*/*", *EVALUATIONS)
+        files = {file for pattern in patterns for file in self._path.glob(pattern)}
+        return sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
+
+    def read(self) -> RunRecord:
+        """The run as far as it has come; an OutputError if this is no run's folder."""
+        path, folders = self._path, iteration_folders(self._path)
+        metrics, samples = ([row for row in f.read() if isinstance(row.get("step"), int)] for f in self._files[:2])
+        by_step = {row["step"]: row for row in metrics}
+        rows = [by_step[step] for step in sorted(by_step)]
+        fixed, starts = (file.read() for file in self._files[2:])
+        record = RunRecord(path, {}, rows, [], fixed, starts, times_replaced=self._files[0].times_replaced)
+        try:
+            if (cfg := read_config(path)) is not None:
+                record.config, record.data = config.plain(cfg), data_sources(cfg)
+        except ConfigError as error:
+            record.remarks.append(str(error))
+        if (path / "metrics.jsonl").exists():
+            record.written_at = (path / "metrics.jsonl").stat().st_mtime
+        own: dict[int, list[Metrics]] = {number: [] for number in folders}
+        for row in rows:
+            if isinstance(row.get("iteration"), int):
+                own.setdefault(row["iteration"], []).append(row)
+        for number in sorted(own):
+            record.iterations.append(self._iteration(number, own[number], samples, folders.get(number), record.remarks))
+        record.evaluations = read_evaluations(path, record.remarks)
+        return record
+
+    def _iteration(
+        self,
+        number: int,
+        own: Sequence[Metrics],
+        samples: Sequence[dict[str, Any]],
+        folder: Path | None,
+        remarks: list[str],
+    ) -> IterationRecord:
+        found = IterationRecord(number)
+        found.steps = [row for row in own if is_number(row.get("loss"))]
+        if own:
+            for stage, name in (("fit", "step_time"), ("validate", "validation_step_time")):
+                found.seconds[stage] = sum(row[name] for row in own if is_number(row.get(name)))
+            shown = [row for row in samples if own[0]["step"] <= row["step"] <= own[-1]["step"]]
+            last = max((row["step"] for row in shown), default=None)
+            # a step that was made again after a restart shows its samples again
+            latest = [row for row in shown if row["step"] == last]
+            found.samples = list(
+                {(str(row.get("sample_id")), str(row.get("generated"))): row for row in latest}.values()
+            )
+        if folder is not None:
+            for stage, name in (("play", "responses"), ("score", "pairs")):
+                seconds = _store_seconds(folder / name / "manifest.json")
+                if seconds is not None:
+                    found.seconds[stage] = seconds
+            self._count_responses(folder / "responses", found, remarks)
+            found.is_exported = model_of(folder) is not None
+        return found
+
+    def _count_responses(self, store: Path, found: IterationRecord, remarks: list[str]) -> None:
+        sums = {"responses": 0, "truncated": 0, "prompt": 0, "real": 0, "generated": 0}
+        for shard in sorted(store.glob("shard-*.parquet")):
+            try:
+                key = (str(shard), shard.stat().st_mtime_ns)
+                if key not in self._shards:
+                    self._shards[key] = _counts_of(shard)
+            except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+                remarks.append(f"{shard}: cannot be read ({error}); its responses are not counted.")
+                continue
+            for name, count in self._shards[key].items():
+                sums[name] += count
+        found.responses, found.truncated = sums.pop("responses"), sums.pop("truncated")
+        if found.responses:
+            found.mean_tokens = {name: count / found.responses for name, count in sums.items()}
+
+
 def read_run(path: Path) -> RunRecord:
-    """Reads a run's folder."""
-    folders = iteration_folders(path)
-    metrics, samples = (
-        [row for row in read_json_lines(path / name) if isinstance(row.get("step"), int)]
-        for name in ("metrics.jsonl", "samples.jsonl")
-    )
-    by_step = {row["step"]: row for row in metrics}
-    rows = [by_step[step] for step in sorted(by_step)]
-    record = RunRecord(path, {}, rows, [])
-    try:
-        record.config = {} if (cfg := read_config(path)) is None else config.plain(cfg)
-    except ConfigError as error:
-        record.remarks.append(str(error))
-    if (path / "metrics.jsonl").exists():
-        record.written_at = (path / "metrics.jsonl").stat().st_mtime
-    played = {row["iteration"] for row in rows if isinstance(row.get("iteration"), int)}
-    for number in sorted(played | folders.keys()):
-        record.iterations.append(_iteration(number, rows, samples, folders.get(number), record.remarks))
-    return record
+    """Reads a run's folder once."""
+    return RunReader(path).read()
 
 
-def _iteration(
-    number: int, rows: Sequence[Metrics], samples: Sequence[dict[str, Any]], folder: Path | None, remarks: list[str]
-) -> IterationRecord:
-    found = IterationRecord(number)
-    own = [row for row in rows if row.get("iteration") == number]
-    found.steps = [row for row in own if is_number(row.get("loss"))]
-    if own:
-        for stage, name in (("fit", "step_time"), ("validate", "validation_step_time")):
-            found.seconds[stage] = sum(row[name] for row in own if is_number(row.get(name)))
-        shown = [row for row in samples if own[0]["step"] <= row["step"] <= own[-1]["step"]]
-        last = max((row["step"] for row in shown), default=None)
-        # a step that was made again after a restart shows its samples again
-        latest = [row for row in shown if row["step"] == last]
-        found.samples = list({(str(row.get("sample_id")), str(row.get("generated"))): row for row in latest}.values())
-    if folder is not None:
-        for stage, name in (("play", "responses"), ("score", "pairs")):
-            seconds = _store_seconds(folder / name / "manifest.json")
-            if seconds is not None:
-                found.seconds[stage] = seconds
-        _count_responses(folder / "responses", found, remarks)
-        found.is_exported = model_of(folder) is not None
+def read_evaluations(path: Path, remarks: list[str]) -> list[dict[str, Any]]:
+    """Each ``summary.json`` of spin_evaluate in a folder, or in those within it."""
+    found = []
+    for file in sorted(file for pattern in EVALUATIONS for file in path.glob(pattern)):
+        try:
+            found.append(read_json(file, StoreError, ""))
+        except StoreError as error:
+            remarks.append(str(error))
     return found
 
 
@@ -134,20 +195,10 @@ def _store_seconds(manifest: Path) -> float | None:
     return float(sealed) - float(begun) if is_number(begun) and is_number(sealed) else None
 
 
-def _count_responses(store: Path, found: IterationRecord, remarks: list[str]) -> None:
-    tokens = {"prompt": 0, "real": 0, "generated": 0}
-    for shard in sorted(store.glob("shard-*.parquet")):
-        try:
-            with open_regular(shard) as stream:
-                table = pq.read_table(stream, columns=["finish_reason", *(f"{name}_ids" for name in tokens)])
-            truncated = pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
-            lengths = {name: pc.sum(pc.list_value_length(table[f"{name}_ids"])).as_py() or 0 for name in tokens}
-        except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            remarks.append(f"{shard}: cannot be read ({error}); its responses are not counted.")
-            continue
-        found.responses += table.num_rows
-        found.truncated += truncated
-        for name, length in lengths.items():
-            tokens[name] += length
-    if found.responses:
-        found.mean_tokens = {name: count / found.responses for name, count in tokens.items()}
+def _counts_of(shard: Path) -> dict[str, int]:
+    names = ("prompt", "real", "generated")
+    with open_regular(shard) as stream:
+        table = pq.read_table(stream, columns=["finish_reason", *(f"{name}_ids" for name in names)])
+    truncated = pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+    lengths = {name: pc.sum(pc.list_value_length(table[f"{name}_ids"])).as_py() or 0 for name in names}
+    return {"responses": table.num_rows, "truncated": truncated, **lengths}

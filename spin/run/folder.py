@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from spin import config
 from spin.core.errors import OutputError
-from spin.core.files import FolderLock, json_lines
+from spin.core.files import FolderLock, json_lines, read_lines
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.core.redact import redacted
 
@@ -19,7 +19,7 @@ _ITERATION = re.compile(r"iteration_(\d+)")
 
 def read_json_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON Lines file, without incomplete lines; none if it is missing."""
-    return [row for _, row in json_lines(file)] if file.is_file() else []
+    return [row for _, row in json_lines(read_lines(file))] if file.is_file() else []
 
 
 def read_config(run: Path) -> DictConfig | None:
@@ -29,6 +29,14 @@ def read_config(run: Path) -> DictConfig | None:
         return None
     content = OmegaConf.to_container(config.read_yaml(file), resolve=False)
     return OmegaConf.create(config.escaped(redacted(content)))
+
+
+def data_sources(cfg: DictConfig) -> str:
+    """The data of a run's config: its source, or those of a mixture with their weights."""
+    sources = OmegaConf.select(cfg, "dataset.sources")
+    parts = [part for part in sources.values() if OmegaConf.is_dict(part)] if OmegaConf.is_dict(sources) else []
+    mixed = (f"{part.get('source')}{f' (weight {part.weight})' if 'weight' in part else ''}" for part in parts)
+    return str(OmegaConf.select(cfg, "dataset.source") or ", ".join(mixed))
 
 
 def model_of(iteration: Path, adapter: bool = False) -> Path | None:

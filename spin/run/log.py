@@ -19,7 +19,16 @@ from tqdm import tqdm
 
 from spin import config
 from spin.core.errors import ConfigError, OutputError, SpinError, show_traceback
-from spin.core.files import as_output_error, is_marked, json_lines, keep_aside, mark, open_own, replace_text
+from spin.core.files import (
+    as_output_error,
+    is_marked,
+    json_lines,
+    keep_aside,
+    mark,
+    open_own,
+    read_lines,
+    replace_text,
+)
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.core.redact import hide
 from spin.run.messages import log_table, sample_table
@@ -185,7 +194,7 @@ class MetricsFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 # a line that a kill cut short belongs to a step that will be made again
-                for line, row in json_lines(path):
+                for line, row in json_lines(read_lines(path)):
                     if isinstance(step := row.get("step"), int) and step <= from_step:
                         kept.append(f"{line.decode()}\n")
         replace_text(path, "".join(kept))

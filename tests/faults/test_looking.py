@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import random
 import shutil
 import sys
@@ -104,7 +105,8 @@ def test_numbers_at_the_ends_of_what_a_float_can_be(tmp_path):
         changes = {0: {"loss": low, "val_loss": low}, 1: {"loss": high, "val_loss": low}}
         run = write_run(tmp_path, iterations=1, changes=lambda step, changes=changes: changes[step % 2])
         assert look(["report", str(run)])[0] == 0
-        assert "nan" not in (run / "report.html").read_text().lower().replace("nanum", "")
+        own = re.sub(r"<(style|script)>.*?</\1>", "", (run / "report.html").read_text(), flags=re.DOTALL)
+        assert "nan" not in own.lower()
 
 
 def test_a_name_that_is_too_long_for_a_file(tmp_path, tiny_lm, capsys, monkeypatch):

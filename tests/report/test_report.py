@@ -1,20 +1,21 @@
 """The report: what is read, what is drawn, what is advised, and that nothing in a run can take the page over."""
 
+import hashlib
 import html
 import json
 import math
 import re
 import shutil
-import subprocess
+from base64 import b64encode
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from spin.cli import main
-from spin.report import advice, read_run, render
-from spin.report.charts import MOST_POINTS, Chart, Series, nice_ticks, number
-from tests.report_runs import SCRIPT, step_metrics, write_run
+from spin.report import advice, read_run, render, verdict
+from spin.report.page import MOST_POINTS, number
+from spin.report.texts import marked, turns
+from tests.report_runs import SCRIPT, step_metrics, write_fixed_prompts, write_run, write_store
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +26,11 @@ def run_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(run_folder):
     return render(read_run(run_folder))
+
+
+def chart_data(page):
+    """What the page's script draws."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page)[1])
 
 
 class Elements(HTMLParser):
@@ -44,12 +50,22 @@ class Elements(HTMLParser):
 
 
 def test_the_page_stands_alone(page):
-    """No script, no style sheet, image or font from elsewhere, no handler: one file, readable without a network."""
+    """One file, readable without a network: no style sheet, image, font or script from elsewhere, no handler. The
+    policy lets only the page's own script and style sheet run, by their hashes, and no request out."""
     found = Elements(page)
-    assert not {"script", "link", "img", "iframe", "object", "embed", "form"} & set(found.tags)
+    assert not {"link", "img", "iframe", "object", "embed", "form", "a"} & set(found.tags)
     assert not [each for each in found.attributes if each[1] in ("src", "href", "srcset", "action", "style")]
     assert not [each for each in found.attributes if each[1].startswith("on")]
-    assert "@import" not in page and "url(" not in page
+    style, data, script = re.findall(r"<(?:style|script[^>]*)>(.*?)</(?:style|script)>", page, re.DOTALL)
+    assert "@import" not in style and "url(" not in style and json.loads(data)["version"] is None
+    policy = next(
+        value for tag, name, value in found.attributes if (tag, name) == ("meta", "content") and "src" in value
+    )
+    parts = dict(part.strip().split(" ", 1) for part in policy.split(";"))
+    for kind, text in (("script-src", script), ("style-src", style)):
+        assert parts[kind] == f"'sha256-{b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+    assert parts["default-src"] == parts["connect-src"] == parts["base-uri"] == "'none'"
+    assert "Permission is hereby granted" in script and "uPlot (v1.6.32)" in script
     assert "prefers-color-scheme: dark" in page and 'name="viewport"' in page
 
 
@@ -62,7 +78,7 @@ def test_what_comes_from_the_run_is_escaped(tmp_path):
         stream.write(json.dumps(row) + "\n")
     page = render(read_run(folder))
     found = Elements(page)
-    assert not {"script", "img", "a"} & set(found.tags)
+    assert found.tags.count("script") == 2 and not {"img", "a"} & set(found.tags)
     assert "onerror" not in {name for _, name, _ in found.attributes}
     assert SCRIPT not in page and html.escape(SCRIPT, quote=False).split("'")[0] in page
     assert "generated <b>response" not in page and "generated &lt;b&gt;response" in page
@@ -71,14 +87,115 @@ def test_what_comes_from_the_run_is_escaped(tmp_path):
 def test_numbers_of_the_run_are_there(page):
     """Validation losses 3.0, 2.9, 2.8; last margin 2, its loss log(1 + e^-2); half of two responses truncated."""
     assert "Finished after 20 steps." in page
-    assert f"0.6931 → {math.log1p(math.exp(-2)):.4g}" in page
-    assert "<dt>validation loss</dt><dd>2.8</dd>" in page
+    loss = math.log1p(math.exp(-2))
+    assert f"0.6931 → {loss:.4g}" in page
+    for label, value, change, kind, good in (
+        ("loss", f"{loss:.4g}", f"▼ {math.log(2) - loss:.4g} since the start", " better", "lower is better"),
+        ("validation loss", "2.8", "▼ 0.2 since the start", " better", "lower is better"),
+        ("truncated responses", "50%", "as at the start", "", "lower is better"),
+    ):
+        tile = f'<dt>{label}</dt><dd>{value}</dd><dd class="change{kind}">{change}</dd><dd class="change">{good}</dd>'
+        assert tile in page
     assert "15 / -5" in page and "<td>50%</td>" in page and "<td>3 / 2 / 3</td>" in page
-    for title in ("Loss", "Rewards", "Log-prob against the opponent&#39;s, nats", "Validation loss, nats per token"):
-        assert f"<figcaption>{title}</figcaption>" in page
-    assert "ln 2: equal models" in page
+    charts = {chart["title"]: chart for chart in chart_data(page)["charts"]}
+    assert {"Rewards", "Log-prob against the opponent's, nats", "Validation loss, nats per token"} < charts.keys()
+    assert charts["Loss"]["level"] == [pytest.approx(math.log(2)), "ln 2: equal models"]
     assert page.count('<section class="sample">') == 4
     assert "real response of 0" in page and "real response of 1" in page
+
+
+def test_a_curve_ends_where_an_iteration_does(page):
+    """Steps 0 (validation alone), 1 to 10 and 11 to 20: a point without values between two of them."""
+    (run,) = chart_data(page)["runs"]
+    assert run["x"] == [0, 0.5, *range(1, 11), 10.5, *range(11, 21)]
+    assert [x for x, loss in zip(run["x"], run["y"]["loss"], strict=True) if loss is None] == [0, 0.5, 10.5]
+    assert run["marks"] == [[1, "iteration 0"], [11, "iteration 1"]] and "low" not in run
+
+
+def test_several_runs_and_an_evaluation_in_one_page(run_folder, tmp_path, capsys):
+    """The charts have both; two folders of one name are told apart by their paths."""
+    other = write_run(tmp_path / "my run", iterations=1, steps=5)
+    summary = {
+        "candidate": {"name": "<b>new</b>", "mean_tokens": 80.25, "truncated_fraction": 0.25},
+        "baseline": {"name": "old", "mean_tokens": 90, "truncated_fraction": 0.5}, "verdict": "judge", "samples": 50,
+        "wins": 30, "ties": 5, "losses": 15, "win_rate": 0.65, "win_rate_interval": [0.51, 0.77], "sign_test_p": 0.036,
+    }  # fmt: skip
+    for folder in (other / "evaluation", tmp_path / "elsewhere"):
+        (folder / "new_vs_old").mkdir(parents=True)
+        (folder / "new_vs_old" / "summary.json").write_text(json.dumps(summary))
+    (other / "odd_vs_old").mkdir()
+    (other / "odd_vs_old" / "summary.json").write_text('{"candidate": 5, "win_rate_interval": [1], "wins": "<i>"}')
+    out = tmp_path / "both.html"
+    assert main(["report", str(run_folder), str(other), str(tmp_path / "elsewhere"), "--out", str(out)]) == 0
+    page = out.read_text()
+    data = chart_data(page)
+    assert [run["name"] for run in data["runs"]] == [str(run_folder), str(other)]
+    assert [len(run["y"]["loss"]) for run in data["runs"]] == [23, 7]
+    row = "<td>50</td><td>30</td><td>5</td><td>15</td><td>65% (51% to 77%)</td><td>0.036</td><td>80.25 / 90</td>"
+    assert page.count(row) == 2 and "&lt;b&gt;new&lt;/b&gt; against old" in page and "&lt;i&gt;" in page
+    assert capsys.readouterr().out == f"{out}\n"
+
+
+def test_start_command_and_hardware(run_folder, tmp_path):
+    folder = write_run(tmp_path, iterations=1, config={"dataset": {"source": "mine.jsonl"}})
+    starts = [
+        {"step": step, "time": f"2026-01-0{day}T10:00:00+00:00", "command": f"spin <run> {day}", "hardware": "8 x H100"}
+        for day, step in ((1, 0), (2, 6))
+    ]
+    (folder / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    page = render(read_run(folder))
+    for fact in (
+        "<dt>data</dt><dd>mine.jsonl</dd>", "<dt>hardware</dt><dd>8 x H100</dd>",
+        "<dt>started</dt><dd>2026-01-01 10:00:00 UTC, resumed 1 times, last at step 6</dd>",
+        "<dt>command</dt><dd>spin &lt;run&gt; 2</dd>",
+    ):  # fmt: skip
+        assert fact in page
+
+
+def test_fixed_prompts_before_and_after(tmp_path):
+    """Turns instead of special tokens; words that a response has in place of those of the one before it are marked."""
+    folder = write_run(tmp_path, iterations=2)
+    write_fixed_prompts(folder, ["A cat <b>sat.", "A dog <b>sat.", "A dog <b>ran."])
+    page = render(read_run(folder))
+    table = page[page.index("Before and after") :]
+    for text in (
+        '<th scope="col">before training</th>', '<th scope="col">after iteration 1</th>',
+        "<b>system</b>", "<b>user</b>",
+        '<td class="text">A cat &lt;b&gt;sat.</td><td class="text">A <mark>dog</mark> &lt;b&gt;sat.</td>',
+        '<td class="text">A dog &lt;b&gt;<mark>ran</mark>. <small>truncated</small></td>',
+        '<td class="text">The real one.</td>',
+    ):  # fmt: skip
+        assert text in table
+    assert "im_start" not in table[: table.index("Iterations")]
+    assert "Before and after" not in render(read_run(write_run(tmp_path / "without", iterations=1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+            "system:Be. user:Hi",
+        ),
+        (
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|><|start_header_id|>assistant"
+            "<|end_header_id|>\n\nYes<|eot_id|>",
+            "user:Hi assistant:Yes",
+        ),
+        ("<bos><start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nYes<end_of_turn>", "user:Hi assistant:Yes"),
+        ("<s>[INST] Hi [/INST] Yes</s>[INST] So?[/INST]", "user:Hi assistant:Yes user:So?"),
+        ("<|system|>\nBe.</s>\n<|user|>\nHi</s>\n<|assistant|>\n", "system:Be. user:Hi"),
+        ("No <markup> here", ":No <markup> here"),
+        (None, ""),
+    ],
+)  # fmt: skip
+def test_chat_markup_becomes_turns(text, expected):
+    assert " ".join(f"{role}:{said}" for role, said in turns(text)) == expected
+
+
+def test_only_differences_are_marked():
+    assert marked("the cat sat", "the old cat sat down.") == "the<mark> old</mark> cat sat<mark> down.</mark>"
+    assert marked("<a>", "<a>") == "&lt;a&gt;" and marked("a", "") == ""
 
 
 def test_time_by_stage(run_folder, page):
@@ -120,13 +237,13 @@ def test_a_run_without_one_of_its_parts(tmp_path, gone):
         (folder / "iteration_000" / "responses").mkdir(parents=True)
     page = render(read_run(folder))
     assert "</html>" in page
-    assert gone != "all" or ("Not finished" in page and "<figure>" not in page)
+    assert gone != "all" or ("Not finished" in page and chart_data(page)["charts"] == [])
 
 
 @pytest.mark.parametrize("loss", [None, "text", {"_component_": "mine.Loss"}], ids=str)
 def test_a_loss_section_of_another_form_and_a_config_that_is_being_written(tmp_path, loss):
     folder = write_run(tmp_path, iterations=1, steps=5, config={"loss": loss})
-    assert ("ln 2: equal models" in render(read_run(folder))) == (not isinstance(loss, dict))
+    assert ("ln 2: equal models" in str(chart_data(render(read_run(folder))))) == (not isinstance(loss, dict))
     (folder / "config.yaml").write_text("loss: {beta: 0.1")
     assert re.search(r"config.yaml:\d+:\d+: not valid YAML", render(read_run(folder)))
 
@@ -188,57 +305,56 @@ def test_validation_by_source(tmp_path):
     folder = write_run(tmp_path, iterations=1, steps=5)
     by_source = {f"val_loss/{name}": 2.0 + i for i, name in enumerate(("chat", "math", "code", "law"))}
     add_line(folder, 6, 0, 1.0, val_loss=3.5, **by_source)
-    page = render(read_run(folder))
-    assert page.count("<figcaption>Validation loss by source, nats per token</figcaption>") == 2
-    for name in ("chat", "math", "code", "law"):
-        assert f"{name} " in page
+    (chart,) = (each for each in chart_data(render(read_run(folder)))["charts"] if "by source" in each["title"])
+    assert [label for _, label, _ in chart["lines"]] == ["chat", "code", "law", "math"]
 
 
 def test_another_loss_is_not_measured_by_ln_2(tmp_path):
     changes = {"loss": {"beta": 0.1, "loss_type": "hinge"}}
     folder = write_run(tmp_path, iterations=1, steps=10, changes=lambda step: {"loss": 1.5}, config=changes)
     assert not any("ln 2" in text for text in advice(read_run(folder)))
-    assert "ln 2: equal models" not in render(read_run(folder))
+    assert "ln 2: equal models" not in str(chart_data(render(read_run(folder))))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "Iteration 1 still learns; validation loss falls."),
+        ({"loss": 0.6}, "Iteration 1 has levelled off; validation loss falls."),
+        ({"acc": 0.995}, "Iteration 1 has little left to learn; validation loss falls."),
+        ({"acc": 0.0}, "Iteration 1 does not learn; validation loss falls."),
+    ],
+)
+def test_the_verdict(tmp_path, changes, expected):
+    assert verdict(read_run(write_run(tmp_path, iterations=2, steps=10, changes=lambda _: changes))) == expected
+
+
+def test_the_verdict_of_a_run_that_has_begun_or_changes_its_length(tmp_path):
+    """Two steps say nothing. Later, 100 tokens instead of 3 on average, and all of them truncated."""
+    assert verdict(read_run(write_run(tmp_path / "new", iterations=1, steps=2))).startswith("Too early to say")
+    folder = write_run(tmp_path, iterations=2, steps=10)
+    shutil.rmtree(folder / "iteration_001" / "responses")
+    write_store(folder / "iteration_001" / "responses", responses=[([7] * 100, "length", -30.0)] * 2)
+    add_line(folder, 21, 1, 1.0, val_loss=4.0)
+    assert verdict(read_run(folder)) == (
+        "Iteration 1 still learns; validation loss rises: watch; responses get longer: watch; more responses are "
+        "truncated: watch."
+    )
 
 
 # --- Charts ---
 
 
-def test_ticks_are_round_and_enclose_the_range():
-    for low, high, ticks in (
-        (0.0, 1.0, [0.0, 0.25, 0.5, 0.75, 1.0]),
-        (-3.0, 5.0, [-4.0, -2.0, 0.0, 2.0, 4.0, 6.0]),
-        (0.61, 0.7, [0.6, 0.625, 0.65, 0.675, 0.7]),
-        (2.0, 2.0, [1.8, 1.9, 2.0, 2.1, 2.2]),
-        (0.0, 0.0, [-1.0, -0.5, 0.0, 0.5, 1.0]),
-    ):
-        assert nice_ticks(low, high) == pytest.approx(ticks)
-
-
-def coordinates(svg, tag="polyline"):
-    return [
-        [tuple(map(float, point.split(","))) for point in points.split()]
-        for points in re.findall(rf'<{tag} class="s\d" points="([^"]*)"', svg)
-    ]
-
-
-def test_a_curve_ends_where_an_iteration_does():
-    """Steps 1, 2 | 3, 4 of two iterations: two lines, each from its first to its last step; up is less."""
-    points = [(1, 0.0), (2, 1.0), (3, 0.0), (4, 1.0)]
-    svg = Chart("Loss", [Series("training", points)], marks=[(1, "0"), (3, "1")]).svg()
-    first, second = coordinates(svg)
-    assert [x for x, _ in first + second] == sorted(x for x, _ in first + second)
-    assert first[0][1] == second[0][1] > first[1][1] == second[1][1]
-    joined = Chart("v", [Series("validation", [(1, 0.0), (4, 1.0)], is_dots=True)], marks=[(3, "1")]).svg()
-    assert len(coordinates(joined)) == 1 and joined.count("<circle") == 2
-
-
-def test_many_points_are_averaged_over_their_range():
-    """1000 points that alternate between 0 and 1: about 250 of 0.5, and behind them a band from 0 to 1."""
-    svg = Chart("t", [Series("s", [(i, float(i % 2)) for i in range(1000)])]).svg()
-    (line,), (band,) = coordinates(svg), coordinates(svg, "polygon")
-    assert len(line) == 250 <= MOST_POINTS and len({y for _, y in line}) == 1
-    assert min(y for _, y in band) < line[0][1] < max(y for _, y in band)
+def test_a_hundred_thousand_steps_make_a_page_of_bounded_size(tmp_path):
+    """100,000 losses that alternate between 0 and 1: means of 0.5 over a range from 0 to 1."""
+    folder = write_run(tmp_path, iterations=1, steps=1)
+    with (folder / "metrics.jsonl").open("w") as file:
+        file.writelines(f'{{"step": {i}, "iteration": {i // 50000}, "loss": {i % 2}}}\n' for i in range(100_000))
+    page = render(read_run(folder))
+    (run,) = chart_data(page)["runs"]
+    drawn = {kind: {value for value in run[kind]["loss"] if value is not None} for kind in ("y", "low", "high")}
+    assert drawn == {"y": {0.5}, "low": {0}, "high": {1}} and len(run["x"]) <= MOST_POINTS + 2
+    assert run["x"][-1] == 99_999 and len(page) < 200_000
 
 
 def test_numbers_are_short():
@@ -270,49 +386,3 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path, capsys):
     for command in ("report", "export"):
         assert main([command, str(tmp_path)]) == 1
         assert "an evaluation's folder" in (text := capsys.readouterr().err) and "a_vs_b/summary.json" in text
-
-
-# --- In a browser ---
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-def chromium(page, tmp_path, *options):
-    command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=2000",
-        f"--user-data-dir={tmp_path / 'profile'}", *options, f"file://{page}",
-    ]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium; `apt-get install chromium` fetches it")
-@pytest.mark.parametrize("width", [1200, 390])
-def test_in_a_browser(run_folder, tmp_path, width):
-    """A script that measures the page, which is the only one that runs: nothing is wider than the screen, curves and
-    letters have a size, and the script in the prompts is text."""
-    measure = """<script>addEventListener("load", () => {
-      const wide = [...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll table")
-        && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName);
-      const svg = document.querySelector("svg").getBoundingClientRect();
-      document.body.append(Object.assign(document.createElement("output"), {textContent: JSON.stringify({
-        wide, title: document.title, width: innerWidth, svg: [svg.width, svg.height],
-        letters: document.querySelector("svg text").getBoundingClientRect().height,
-        curve: document.querySelector("polyline").getBoundingClientRect().width,
-        samples: document.querySelectorAll(".sample").length})}));
-    })</script>"""
-    page = tmp_path / "page.html"
-    frame = tmp_path / "frame.html"
-    page.write_text(render(read_run(run_folder)).replace("</body>", measure + "</body>"))
-    # a window is never narrower than 500 pixels; a frame is
-    frame.write_text(
-        f'<iframe id="f" src="page.html" style="width: {width}px; height: 900px; border: 0"></iframe><pre></pre>'
-        '<script>addEventListener("load", () => setTimeout(() => document.querySelector("pre").textContent = '
-        'document.getElementById("f").contentDocument.querySelector("output").textContent, 100))</script>'
-    )
-    dom = chromium(frame, tmp_path, "--allow-file-access-from-files", "--window-size=1300,1000", "--dump-dom")
-    found = json.loads(html.unescape(re.search(r"<pre>(\{.*?\})</pre>", dom, re.DOTALL)[1]))
-    assert found["width"] == width and found["wide"] == []
-    assert found["title"] == f"{Path(run_folder).name} · SPIN"
-    assert found["svg"][0] > 280 and found["svg"][1] > 140
-    assert found["letters"] > 9 and found["curve"] > 100
-    assert found["samples"] == 4
