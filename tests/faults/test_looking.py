@@ -3,8 +3,8 @@
 import io
 import json
 import os
-import re
 import random
+import re
 import shutil
 import sys
 from contextlib import redirect_stderr, redirect_stdout
