@@ -1,5 +1,6 @@
 """Commands of the documentation: `spin` runs, configs and overrides of launches work, scripts are valid."""
 
+import io
 import os
 import re
 import shlex
@@ -107,6 +108,7 @@ def test_commands_of_spin(desk, monkeypatch, capsys, command):
         (desk / words[-1]).unlink(missing_ok=True)
     if words[0] == "new":
         words.append("--force")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))  # of spin chat
     assert main(words) == 0, capsys.readouterr().err
     assert capsys.readouterr().out
 

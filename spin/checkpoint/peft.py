@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spin.core.errors import CheckpointError
@@ -81,6 +81,36 @@ def export_peft(
                 sync(part / WEIGHTS)
                 write_json(part / CONFIG, _config(ranks, list(modules.values()), source_dir, exclude))
     return out
+
+
+@torch.no_grad()
+def merge_peft(model: Any, folder: str | Path) -> None:
+    """Merges an adapter of peft into the transformers model that it was trained on, in place, without peft.
+
+    Raises CheckpointError if the folder is damaged, the adapter is for another model, or is more than LoRA or DoRA of
+    linear layers.
+
+    Source: LoRA (arXiv 2106.09685), W + s B A; DoRA (arXiv 2402.09353): its rows scaled to the norms m.
+    """
+    settings = read_json(Path(folder) / CONFIG, CheckpointError, "Export the adapter again.")
+    try:
+        tensors = load_file(Path(folder) / WEIGHTS)
+        for name in [name for name in tensors if name.endswith(".lora_A.weight")]:
+            stem = name.removesuffix(".lora_A.weight")
+            parameter = model.get_submodule(stem.removeprefix("base_model.model.")).weight
+            a, b = (tensors.pop(f"{stem}.lora_{each}.weight").to(parameter.device).float() for each in "AB")
+            alpha = settings.get("alpha_pattern", {}).get(stem.rsplit(".", 1)[-1], settings["lora_alpha"])
+            weight = parameter.float() + alpha / len(a) ** (0.5 if settings.get("use_rslora") else 1) * b @ a
+            magnitude = tensors.pop(f"{stem}.lora_magnitude_vector", None)
+            if magnitude is not None:
+                weight *= (magnitude.to(weight.device) / weight.norm(dim=1))[:, None]
+            parameter.copy_(weight)
+    except (AttributeError, KeyError, OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: this adapter does not fit its base ({type(error).__name__}: {error})."
+        ) from error
+    if tensors:
+        raise CheckpointError(f"{folder}: more than an adapter of linear layers, it has {sorted(tensors)[0]} too.")
 
 
 def _stored_adapter(

@@ -32,6 +32,7 @@ COMMANDS = {
     "models": ("spin.cli.models", "list the models that are trained"),
     "pairs": ("spin.cli.pairs", "look at a pair store, filter and export it"),
     "report": ("spin.cli.report", "make an HTML file of a run's curves and responses"),
+    "chat": ("spin.cli.chat", "talk to a run's model, or to two models side by side"),
     "export": ("spin.cli.export", "make a Hugging Face folder with a model card"),
     "doctor": ("spin.cli.doctor", "say what is installed, and what is missing or does not fit"),
 }

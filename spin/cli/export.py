@@ -24,19 +24,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--license", metavar="ID", help="of the exported model, which its base's and data's allow")
     arguments = parser.parse_args(argv)
     from spin.cli.card import model_card  # loads torch
-    from spin.run.folder import iteration_folders, model_of
+    from spin.run.folder import exported_model
 
     run: Path = arguments.run
-    found = {n: model_of(path, arguments.adapter) for n, path in iteration_folders(run).items()}
-    models = {n: model for n, model in found.items() if model is not None}
-    if not models and arguments.adapter and any(map(model_of, iteration_folders(run).values())):
-        raise OutputError(f"{run}: its iterations have no adapter, only LoRA runs do. Leave --adapter out.")
-    if not models:
-        raise OutputError(f"{run}: no iteration is finished, so there is no model yet.")
-    iteration = max(models) if arguments.iteration is None else arguments.iteration
-    if iteration not in models:
-        raise OutputError(f"{run}: iteration {iteration} has no model; finished are {', '.join(map(str, models))}.")
-    source = models[iteration]
+    iteration, source = exported_model(run, arguments.iteration, arguments.adapter)
     files = _files_of(source, run)
     card = model_card(run, iteration, source, base_model=arguments.base_model, license_id=arguments.license)
     if arguments.out is None:

@@ -65,6 +65,26 @@ def iteration_folders(run: Path) -> dict[int, Path]:
     return {int(match[1]): path for match, path in folders}
 
 
+def exported_model(run: Path, iteration: int | None = None, adapter: bool = False) -> tuple[int, Path]:
+    """An iteration, by default the last that is finished, and the folder of its model (:func:`model_of`)."""
+    found = {n: model_of(path, adapter) for n, path in iteration_folders(run).items()}
+    models = {n: model for n, model in found.items() if model is not None}
+    if not models and adapter and any(map(model_of, iteration_folders(run).values())):
+        raise OutputError(f"{run}: its iterations have no adapter, only LoRA runs do. Leave --adapter out.")
+    if not models:
+        raise OutputError(f"{run}: no iteration is finished, so there is no model yet.")
+    number = max(models) if iteration is None else iteration
+    if number not in models:
+        raise OutputError(f"{run}: iteration {number} has no model; finished are {', '.join(map(str, models))}.")
+    return number, models[number]
+
+
+def run_of(model: Path) -> Path | None:
+    """The run whose iteration made a model, by its folder's place; None if it lies elsewhere."""
+    iteration = model.absolute().parent
+    return iteration.parent if _ITERATION.fullmatch(iteration.name) else None
+
+
 def lock_output_dir(folder: Path, world: World, shared: bool = False) -> FolderLock | None:
     """Rank 0's lock of a run's folder, see :class:`spin.core.files.FolderLock`; an ``OutputError`` is raised on all
     ranks. Collective."""

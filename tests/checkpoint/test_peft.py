@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from spin.checkpoint.peft import export_peft
+from spin.checkpoint.peft import export_peft, merge_peft
+from spin.core.errors import CheckpointError
 from spin.core.ranks import init_world
 from spin.model.adapters import adapted_modules, adapter_parameters, full_magnitude
 from spin.model.sharding import reshard
@@ -58,7 +60,8 @@ def apply_by_hand(base, folder) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_files_numbers_give_the_adapted_model(name, kind, tmp_path):
-    """Every family, Phi's joined weights among them: transformers with the adapter has torchtune's logits."""
+    """Every family, Phi's joined weights among them: transformers with the adapter has torchtune's logits, merged by
+    hand or by `merge_peft`."""
     model, base, folder = exported(name, kind, tmp_path)
     expected = model(TOKENS)
     if name == "gemma2":
@@ -66,9 +69,27 @@ def test_the_files_numbers_give_the_adapted_model(name, kind, tmp_path):
 
         fix_gemma2_softcap(model)
         expected = model(TOKENS)
+    merged = deepcopy(base)
+    merge_peft(merged, folder)
     apply_by_hand(base, folder)
-    torch.testing.assert_close(base(TOKENS).logits, expected, rtol=1e-3, atol=1e-3)
+    for each in (base, merged):
+        torch.testing.assert_close(each(TOKENS).logits, expected, rtol=1e-3, atol=1e-3)
     reshard(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"base_model.model.lm_head.weight": torch.ones(1)}, "more than an adapter of linear layers"),
+        ({"base_model.model.model.layers.7.mlp.up_proj.lora_A.weight": torch.ones(1, 1)}, "does not fit its base"),
+    ],
+)
+def test_an_adapter_that_cannot_be_merged(change, words, tmp_path):
+    _, base, folder = exported("llama3_2", "lora", tmp_path)
+    weights = folder / "adapter_model.safetensors"
+    save_file(load_file(weights) | change, weights)
+    with pytest.raises(CheckpointError, match=words):
+        merge_peft(base, folder)
 
 
 def test_the_magnitudes_of_a_bf16_adapter_are_not_rounded(tmp_path):

@@ -1,0 +1,188 @@
+"""`spin chat`: what it answers is what transformers answers, in pipes, in columns and in a terminal."""
+
+import io
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spin.cli import main
+from spin.core.dtypes import DTYPES, fast_dtype
+from tests.recipes.helpers import TINY_LORA, run
+
+QUESTIONS = ['What does "copyleft" mean?', "Shorter, please."]
+SYSTEM = "Answer in one sentence."
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny_lm, tmp_path_factory):
+    """A LoRA run of two iterations on a base without a chat template, which the config brings."""
+    folder = tmp_path_factory.mktemp("chat")
+    shutil.copytree(tiny_lm, folder / "base")
+    tokenizer = json.loads((tiny_lm / "tokenizer_config.json").read_text())
+    (folder / "chatml.jinja").write_text(tokenizer.pop("chat_template"))
+    (folder / "base/tokenizer_config.json").write_text(json.dumps(tokenizer))
+    changes = {
+        "checkpointer.checkpoint_dir": folder / "base", "tokenizer.path": folder / "base", "max_iterations": 2,
+        "tokenizer.chat_template": folder / "chatml.jinja", "checkpointer.export_dtype": "fp32", "max_epochs": 1,
+        "validation_dataset": "null", "limit_train_batches": 2, "optimizer.lr": 1e-2,
+    }  # fmt: skip
+    run(folder / "run", *(f"{key}={value}" for key, value in changes.items()), config=TINY_LORA)
+    return folder / "run"
+
+
+def chat(monkeypatch, capsys, lines, *arguments, code=0):
+    """What is printed when these lines are piped in."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    assert main(["chat", "--max-new-tokens", "24", "--temperature", "0", *map(str, arguments)]) == code
+    return capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def expected(adapted):
+    """What transformers answers to both questions in one conversation, by the name of a model."""
+
+    def answers(weights):
+        tokenizer = AutoTokenizer.from_pretrained(adapted / "iteration_001/hf_model")
+        model = AutoModelForCausalLM.from_pretrained(weights, dtype=DTYPES[fast_dtype(None)])
+        messages = [{"role": "system", "content": SYSTEM}]
+        for question in QUESTIONS:
+            messages.append({"role": "user", "content": question})
+            prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")
+            ids = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+            messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
+        return [message["content"] for message in messages if message["role"] == "assistant"]
+
+    folders = {name: adapted / name / "hf_model" for name in ("iteration_000", "iteration_001")}
+    found = {name: answers(folder) for name, folder in (folders | {"base": adapted.parent / "base"}).items()}
+    assert len({tuple(texts) for texts in found.values()}) == 3  # every model says something else
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "name"),
+    [
+        ("run", [], "iteration_001"),
+        ("run", ["--iteration", "0"], "iteration_000"),
+        ("run/iteration_000/hf_model", [], "iteration_000"),
+        ("run/iteration_001/adapter", [], "iteration_001"),
+    ],
+)
+def test_a_conversation(adapted, expected, monkeypatch, capsys, model, options, name):
+    """The second message is answered with the first in mind; after /reset it is not; /exit leaves what follows."""
+    lines = [*QUESTIONS, "", "/reset", QUESTIONS[0], "/exit", QUESTIONS[1]]
+    out = chat(monkeypatch, capsys, lines, adapted.parent / model, "--system", SYSTEM, *options).out
+    first, second = expected[name]
+    assert out == f"{first}\n\n{second}\n\n{first}\n\n"
+
+
+@pytest.mark.parametrize(
+    ("against", "name", "title"),
+    [
+        ("0", "iteration_000", "run, iteration_000"),
+        ("base", "base", "base"),
+        ("run/iteration_000/adapter", "iteration_000", "run, iteration_000"),
+    ],
+)
+def test_two_models(adapted, expected, monkeypatch, capsys, against, name, title):
+    """One below the other, or in columns where there is room; each has a conversation of its own."""
+    other = adapted.parent / against if "/" in against else against
+    options = (adapted, "--against", other, "--system", SYSTEM)
+    both = list(zip(expected["iteration_001"], expected[name], strict=True))
+    monkeypatch.setenv("COLUMNS", "99")
+    out = chat(monkeypatch, capsys, QUESTIONS, *options).out
+    assert out == "".join(f"[run, iteration_001]\n{left}\n\n[{title}]\n{right}\n\n" for left, right in both)
+    monkeypatch.setenv("COLUMNS", "100")
+    rows = chat(monkeypatch, capsys, QUESTIONS, *options).out.split("\n")
+    assert all(row == "" or row[48:51].ljust(3) == " | " for row in rows)
+    assert rows[0] == f"{'run, iteration_001':<48} | {title}"
+    blocks = "\n".join(rows).strip().split("\n\n")
+    for block, (left, right) in zip(blocks, both, strict=True):
+        lines = block.split("\n")[2:]
+        for column, text in ((slice(48), left), (slice(51, None), right)):
+            assert " ".join(line[column].strip() for line in lines).split() == text.split()
+
+
+def test_what_a_terminal_would_obey_is_escaped(adapted, expected, tmp_path, monkeypatch, capsys):
+    """A tokenizer that writes byte 27; and a truncated answer is said to be one, not in its text."""
+    shutil.copytree(adapted / "iteration_001/hf_model", tmp_path / "model")
+    file = tmp_path / "model/tokenizer.json"
+    content = json.loads(file.read_text())
+    red = {"type": "Replace", "pattern": {"String": "e"}, "content": "\x1b[31me"}
+    file.write_text(json.dumps(content | {"decoder": {"type": "Sequence", "decoders": [content["decoder"], red]}}))
+    out = chat(monkeypatch, capsys, [QUESTIONS[0]], tmp_path / "model", "--system", SYSTEM).out
+    assert out == expected["iteration_001"][0].replace("e", "\\x1b[31me") + "\n\n" and "\\x1b" in out
+    err = chat(monkeypatch, capsys, [QUESTIONS[0]], tmp_path / "model", "--max-new-tokens", "2").err
+    assert err == "(truncated by --max-new-tokens: model)\n\n"
+
+
+@pytest.mark.slow
+def test_an_interrupted_answer_in_a_terminal(adapted, subprocess_env):
+    """Ctrl-C ends the answer, not the program, which waits for the next message; Ctrl-D ends it."""
+    terminal, other_end = pty.openpty()
+    words = ["chat", str(adapted), "--temperature", "9", "--max-new-tokens", "400"]  # noise, which no stop token ends
+    command = [sys.executable, "-m", "spin", *words]
+    process = subprocess.Popen(
+        command, env=subprocess_env, stdin=other_end, stdout=other_end, stderr=other_end, start_new_session=True
+    )
+    os.close(other_end)
+    seen = ""
+
+    def wait_for(text):
+        nonlocal seen
+        deadline = time.monotonic() + 120
+        while text not in seen:
+            assert time.monotonic() < deadline and process.poll() is None, seen
+            seen += os.read(terminal, 4096).decode(errors="replace")
+        seen = seen.partition(text)[2]
+
+    try:
+        for _ in range(2):
+            wait_for("> ")
+            os.write(terminal, b"Hello\n")
+            wait_for("Hello\r\n")
+            wait_for(" ")
+            os.kill(process.pid, signal.SIGINT)
+            wait_for("(stopped)")
+        wait_for("> ")
+        os.write(terminal, b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(terminal)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere"], "nowhere: no such folder; expected the output_dir of a run"),
+        (["run", "--iteration", "2"], "iteration 2 has no model; finished are 0, 1"),
+        (["base", "--against", "base"], "base is no model of a run"),
+        (["base", "--iteration", "0"], "--iteration chooses among those of a run"),
+        (["base"], "has no chat template"),
+        (["damaged"], "has no weights for model.norm.weight"),
+    ],
+)
+def test_what_cannot_chat(adapted, monkeypatch, capsys, arguments, words):
+    monkeypatch.chdir(adapted.parent)
+    if arguments == ["damaged"]:
+        folder = shutil.copytree("run/iteration_001/hf_model", "damaged")
+        tensors = load_file(folder + "/model.safetensors")
+        del tensors["model.norm.weight"]
+        save_file(tensors, folder + "/model.safetensors", {"format": "pt"})
+    assert words in chat(monkeypatch, capsys, [], *arguments, code=1).err
+
+
+def test_a_conversation_that_is_too_long(adapted, monkeypatch, capsys):
+    """The message is dropped with its reason, and the conversation goes on; a script sees it in the exit code."""
+    out, err = chat(monkeypatch, capsys, ["word " * 600, QUESTIONS[0]], adapted, code=1)
+    assert "the model reads 512. Type /reset" in err and out.strip()
