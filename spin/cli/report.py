@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,15 @@ def main(argv: Sequence[str]) -> None:
 def _watch(runs: Sequence[Path], evaluations: Sequence[dict[str, Any]], port: int | None) -> None:
     from spin.report.watch import make_server
 
+    waited_for: Path | None = None
+    while missing := [run for run in runs if not (run / "metrics.jsonl").exists()]:
+        if missing[0] != waited_for:
+            waited_for = missing[0]
+            print(
+                printable(f"Waiting for a run to begin in {waited_for}: there is no metrics.jsonl. Ctrl-C ends."),
+                flush=True,
+            )
+        time.sleep(1)
     try:
         server, address = make_server(runs, evaluations, port or PORT)
     except OSError as error:

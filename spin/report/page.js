@@ -57,7 +57,7 @@
     ctx.lineWidth = ratio;
     ctx.font = `${11 * ratio}px system-ui, sans-serif`;
     ctx.textBaseline = "alphabetic";
-    for (const [step, label] of data.runs[0].marks)
+    for (const [step, label] of new Map(data.runs.flatMap(run => run.marks)))
       if (step >= u.scales.x.min && step <= u.scales.x.max) {
         const x = u.valToPos(step, "x", true);
         line(x, bbox.top, x, bbox.top + bbox.height, [2, 3], label, x + 3 * ratio, "left");

@@ -128,10 +128,10 @@ def sections(runs: Sequence[RunRecord], evaluations: Sequence[Mapping[str, Any]]
 
 def state_of(run: RunRecord) -> str:
     """Where the run stands, in a sentence."""
-    if run.is_finished:
-        return f"Finished after {run.last_step} steps."
     written = None if run.written_at is None else datetime.fromtimestamp(run.written_at, timezone.utc)
     when = "" if written is None else f" Last written {written:%Y-%m-%d %H:%M:%S} UTC."
+    if run.is_finished:
+        return f"Finished after {run.last_step} steps.{when}"
     at = f"at step {run.last_step}, in iteration {run.iterations[-1].number}" if run.iterations else "not started"
     return f"Not finished: {at}. It runs, or was stopped; the same command resumes from its newest checkpoint.{when}"
 

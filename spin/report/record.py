@@ -62,8 +62,10 @@ class RunRecord:
 
     @property
     def is_logistic(self) -> bool:
-        """The loss of two equal models is ln 2."""
+        """The loss of two equal models is ln 2; one of supervised fine-tuning, which has no margin, is another."""
         loss = self.config.get("loss")
+        if self.rows and not any("margin" in row for row in self.rows):
+            return False
         if not isinstance(loss, dict):
             return True
         known = loss.get("_component_", "spin.loss.SPINLoss") == "spin.loss.SPINLoss"

@@ -92,10 +92,13 @@ def test_the_page_and_nothing_else_is_served(live):
 
 
 def test_the_command_serves_until_ctrl_c(tmp_path, repo):
-    folder = write_run(tmp_path, iterations=1, steps=3)
-    before = sorted(folder.rglob("*"))
+    """It waits for a run that has not begun, and writes nothing."""
+    folder = tmp_path / "run"
     command = [sys.executable, "-m", "spin", "report", str(folder), "--watch"]
     with subprocess.Popen(command, cwd=repo, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline().startswith(f"Waiting for a run to begin in {folder}")
+        write_run(tmp_path / "made", iterations=1, steps=3).rename(folder)
+        before = sorted(folder.rglob("*"))
         address = urlsplit(process.stdout.readline().strip())
         assert f"ssh -L {address.port}:127.0.0.1:{address.port} " in process.stdout.readline()
         assert get(address, address.path)[0] == 200
