@@ -48,17 +48,13 @@ def _progress(steps: Sequence[Metrics]) -> str:
     third = len(steps) // 3
     middle, end = (_mean(part, "loss") or 0.0 for part in (steps[-2 * third : -third], steps[-third:]))
     acc = _mean(steps[-third:], "acc")
-    if acc is not None and acc >= WON_ACC:
-        return "has little left to learn"
     if all(row.get("acc") == 0 for row in steps[1:]):
         return "does not learn"
-    return (
-        "still learns"
-        if end < middle - LOSS_MOVES
-        else "gets worse"
-        if end > middle + LOSS_MOVES
-        else "has levelled off"
-    )
+    if end < middle - LOSS_MOVES:
+        return "still learns"
+    if end > middle + LOSS_MOVES:
+        return "gets worse"
+    return "has little left to learn" if acc is not None and acc >= WON_ACC else "has levelled off"
 
 
 def advice(run: RunRecord) -> list[str]:

@@ -225,8 +225,8 @@ def _tiles(run: RunRecord) -> list[dict[str, str]]:
         if not series:
             continue
         change = series[-1] - series[0]
-        shown = text(abs(change))
-        is_equal = shown == text(0.0)
+        shown = text(abs(change)).replace("%", " points")
+        is_equal = text(abs(change)) == text(0.0)
         tiles.append(
             {
                 "label": label,

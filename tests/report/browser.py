@@ -97,7 +97,7 @@ class Browser:
 
     def hover(self, selector, along=0.5):
         """Moves the mouse to a place within an element, by the fraction of its width."""
-        self.run(f'document.querySelector("{selector}").scrollIntoView({{block: "center"}})')
+        self.run(f'document.querySelector("{selector}").scrollIntoViewIfNeeded()')
         box = self.run(f'document.querySelector("{selector}").getBoundingClientRect().toJSON()')
         x, y = box["left"] + along * box["width"], box["top"] + box["height"] / 2
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
@@ -115,11 +115,9 @@ def main(docs, *runs):
         page = Path(folder, "page.html")
         page.write_text(render(*(read_run(Path(run)) for run in runs)), encoding="utf-8")
         browser = Browser(Path(folder, "profile"))
-        for width, height in ((1280, 1500), (390, 1500)):
+        for width, height in ((1280, 1250), (390, 1250)):
             browser.open(f"file://{page}", width, height)
-            if width > 500:
-                browser.hover("figure .u-over", 0.6)
-                browser.run("scrollTo(0, 0)")
+            browser.hover("figure .u-over", 0.7)
             browser.picture(Path(docs, f"report_{width}.png"))
         browser.close()
 

@@ -321,7 +321,7 @@ def test_another_loss_is_not_measured_by_ln_2(tmp_path):
     [
         ({}, "Iteration 1 still learns; validation loss falls."),
         ({"loss": 0.6}, "Iteration 1 has levelled off; validation loss falls."),
-        ({"acc": 0.995}, "Iteration 1 has little left to learn; validation loss falls."),
+        ({"acc": 0.995, "loss": 0.1}, "Iteration 1 has little left to learn; validation loss falls."),
         ({"acc": 0.0}, "Iteration 1 does not learn; validation loss falls."),
     ],
 )
