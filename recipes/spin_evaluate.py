@@ -32,6 +32,7 @@ import torch
 from spin import config, run
 from spin.config import EvaluateConfig
 from spin.config.schema import Sampling
+from spin.core import progress
 from spin.core.errors import DataError
 from spin.core.files import as_output_error, replace_text
 from spin.core.ranks import barrier, broadcast_object, init_world, shutdown
@@ -158,8 +159,6 @@ class SPINEvaluate:
         store = open_store(folder, fingerprint, num_shards, world)
         missing = missing_shards(store, world)
         if missing:
-            if world.is_main:
-                log.info(f"{who.name}: {len(missing)} of {store.num_shards} shards of responses missing")
             model = who.load(world, cfg.compute_dtype) if who.has_weights else None
             generator = generator or who.generator(model, world)
             group = engine_group(generator, world)
@@ -169,7 +168,9 @@ class SPINEvaluate:
                     check_generator_logprobs(
                         generator, model, world, prompts, sampling, layout=layout, chunk_tokens=2048
                     )
-                stage.play_shards(store, missing, task, generator, world, group, who.name)
+                kept, total = stage.count_kept(task, store) if world.is_main else (0, 0)
+                with progress.stage("generate", "response", total, kept, f"{who.name}: generate") as bar:
+                    stage.play_shards(store, missing, task, generator, world, group, bar)
         if generator is not None:
             generator.close()
         model = generator = None

@@ -27,8 +27,9 @@ import torch
 
 from spin import config, generators, reference, run, training
 from spin.checkpoint.manifest import as_checkpoint_error
+from spin.core.progress import stage
 from spin.core.ranks import all_reduce_sums, init_world, shutdown
-from spin.core.terminal import get_logger, progress_bar
+from spin.core.terminal import get_logger
 from spin.data.inputs import read_inputs
 from spin.model import accumulating, build_policy, clip_grad_norm, prepare_policy, self_test, weights_fingerprint
 from spin.pairs import PackedRow, RowBatch, load_rows, share_lookup
@@ -96,7 +97,7 @@ class SPINRecipe:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
             from_step = self._progress.step
             log.info(f"Resuming at step {from_step} from {resume_path}")
-        log.info(self._plan.start_message())
+        self._plan.start(self._stop.ends_at)
 
         # ---- model, optimizer, generator
         if cfg.self_test and resume_path is None:
@@ -123,7 +124,7 @@ class SPINRecipe:
             responses_per_prompt=cfg.pairs.responses_per_prompt,
             limits=generators.limits_of(self._model, context, self._tokenizer),
         )  # fmt: skip
-        self._run_log = run.RunLog(cfg, partial(config.instantiate, cfg.metric_logger), from_step, world)
+        self._run_log = run.RunLog(cfg, from_step, world)
 
     # SPIN: the algorithm.
     def train(self) -> None:
@@ -259,7 +260,8 @@ class SPINRecipe:
         if shown:
             _, real_rewards, generated_rewards, _ = self._eval_losses(shown)
             margins = (real_rewards - generated_rewards).tolist()
-            self._run_log.samples(run.sample_rows(shown, margins, self._tokenizer.decode, self._progress.step))
+            rows = run.sample_rows(shown, margins, self._tokenizer.decode, self._progress.step)
+            self._run_log.samples(rows, is_shown=self._plan.is_iteration_over)
         return metrics | ({"validation_step_time": time.perf_counter() - started} if metrics else {})
 
     # SPIN: parts of the stages.
@@ -292,17 +294,13 @@ class SPINRecipe:
 
     def _batches(self, pairs: Mapping[tuple[int, str], Pair], iteration: int) -> Iterator[RowBatch]:
         """The steps that an iteration has left, epoch by epoch; to be asked for the next one after each."""
-        progress = self._progress
-        while progress.iteration == iteration and not progress.is_done:
-            epoch, num_steps = progress.epoch, progress.steps_in_epoch(iteration)
-            title = f"{self._title(iteration)}, epoch {epoch}"
-            with progress_bar(title, "step", num_steps, enabled=self._world.is_main) as bar:
-                bar.update(progress.step_in_epoch)
-                for batch in self._rows(self._plan.batches(pairs, iteration, epoch, start=progress.step_in_epoch)):
+        progress, plan = self._progress, self._plan
+        with stage("train", "step", plan.steps_in(iteration), plan.steps_of(iteration)) as bar:
+            while progress.iteration == iteration and not progress.is_done:
+                for batch in self._rows(plan.batches(pairs, iteration, progress.epoch, start=progress.step_in_epoch)):
                     yield batch
-                    bar.update()
                     shown = {k: v for k, v in self._history[-1].items() if k in ("loss", "total_loss", "acc", "margin")}
-                    bar.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
+                    bar.update(notes={name: f"{value:.4f}" for name, value in shown.items()})
                     if progress.is_done:
                         return
 
@@ -320,10 +318,11 @@ class SPINRecipe:
         return training.eval_pair_losses(self._loss, self._model, batches, self._world, self._layout, chunk_tokens)
 
     def _finish_iteration(self, iteration: int) -> None:
-        self._check_last_update()
-        stops = self._sampling.stop_token_ids
-        model_dir = self._checkpointer.export(self._model, iteration, self._world, self._tokenizer, stops)
-        checkpoint, folder = self.save_checkpoint(), self._folder(iteration)
+        stops, folder = self._sampling.stop_token_ids, self._folder(iteration)
+        with stage("save"):
+            self._check_last_update()
+            model_dir = self._checkpointer.export(self._model, iteration, self._world, self._tokenizer, stops)
+            checkpoint = self.save_checkpoint()
         if self._world.is_main:
             found = (self._history, self._val_loss_before, folder, model_dir, checkpoint)
             print(run.iteration_summary(self._title(iteration), *found), flush=True)

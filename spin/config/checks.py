@@ -24,7 +24,8 @@ from spin.config.schema import (
 from spin.core.errors import ConfigError
 from spin.core.files import TRANSFER, check_own_folder
 
-_PACKAGES = {  # of torchtune's loggers, which import them when they are made: after the weights are loaded
+_PACKAGES = {  # of loggers, which import them when they are made: after the weights are loaded
+    "TrackioLogger": "trackio",
     "WandBLogger": "wandb",
     "MLFlowLogger": "mlflow",
     "CometLogger": "comet_ml",
@@ -141,12 +142,14 @@ def check_transfer_dir(path: str, generator: Component, apart_from: dict[str, An
             faults.add(str(error))
 
 
-def _check_logger(cfg: SPINConfig, faults: Faults) -> None:
+def _check_loggers(cfg: SPINConfig, faults: Faults) -> None:
+    for section in cfg.metric_loggers:
+        _check_logger(section, faults)
+
+
+def _check_logger(section: Component, faults: Faults) -> None:
     """A service's library takes further settings: among them programs to run and servers that get the key."""
-    section = cfg.metric_logger
-    if section is None:
-        return
-    logger = section.component.rpartition(".")[2]
+    where, logger = section._where, section.component.rpartition(".")[2]
     if section.component.startswith("torchtune."):  # not one of the user's own
         parameters = inspect.signature(component_of(section)).parameters.values()
         named = [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
@@ -155,22 +158,22 @@ def _check_logger(cfg: SPINConfig, faults: Faults) -> None:
             hint = nearest_of(key, named)
             if key not in (COMPONENT, *named) and (hint or not takes_more):
                 hint = nearest_or_known(key, named) or " It takes none."
-                faults.add(f"metric_logger.{key}: {section.component} has no such parameter.{hint}")
+                faults.add(f"{where}.{key}: {section.component} has no such parameter.{hint}")
             items = value if isinstance(value, list) else [value]
             if key == "settings" or any(isinstance(item, dict | list) for item in items):
                 faults.add(
-                    f"metric_logger.{key}: found {value!r:.80}, expected a number, a text, a switch or a list of them."
+                    f"{where}.{key}: found {value!r:.80}, expected a number, a text, a switch or a list of them."
                 )
         name = section.get("filename")
         if name is not None and not (isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.(txt|log)", name)):
             faults.add(
-                f"metric_logger.filename={name!r}: lines are appended to it; expected a name such as log.txt, without "
+                f"{where}.filename={name!r}: lines are appended to it; expected a name such as log.txt, without "
                 "a folder (that is log_dir)."
             )
     package = _PACKAGES.get(logger)
     if package is not None and importlib.util.find_spec(package) is None:
         faults.add(
-            f"metric_logger: {logger} needs the package {package}, which is not installed: pip install {package}. "
+            f"{where}: {logger} needs the package {package}, which is not installed: pip install {package}. "
             "metrics.jsonl has everything in any case."
         )
 
@@ -182,7 +185,7 @@ _CHECKS: dict[type[Section], tuple[Callable[[Any, Faults], None], ...]] = {
     ),
     SPINConfig: (
         _check_iterations, _check_optimizer, _check_resume, _check_responses, _check_checkpointing, _check_dtypes,
-        _check_validation, _check_folders, _check_logger,
+        _check_validation, _check_folders, _check_loggers,
     ),
     GenerateConfig: (_check_worker,),
 }  # fmt: skip

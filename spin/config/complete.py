@@ -92,8 +92,9 @@ def place_components(cfg: Section, own: tuple[str, ...]) -> None:
         section: Any = cfg
         for key in path.split("."):
             section = getattr(section, key, None)
-        if isinstance(section, Component):
-            section._where, section._packages = path, own
+        for index, part in enumerate(section if isinstance(section, list) else [section]):
+            if isinstance(part, Component):
+                part._where, part._packages = f"{path}[{index}]" if isinstance(section, list) else path, own
 
 
 # --- Of complete configs ---
@@ -145,6 +146,8 @@ def with_defaults(value: Any, default: Any, section: type[Section]) -> Any:
     is_component = issubclass(section, Component)
     if is_component and isinstance(value, str) and "${" not in value and value != MISSING:
         value = {COMPONENT: value}  # optimizer=torch.optim.SGD, as in torchtune
+    if is_component and isinstance(value, list):
+        return [with_defaults(item, {}, section) for item in value]
     if not isinstance(value, Mapping):
         return value
     default = default if isinstance(default, Mapping) else {}
@@ -288,6 +291,8 @@ def _right_values(values: Mapping[str, Any], section: type[Section], faulty: set
             inner = section_of(field.annotation)
             if inner is not None and isinstance(value, Mapping):
                 value = _right_values(value, inner, faulty, at)
+            elif inner is not None and isinstance(value, list):
+                value = [_right_values(item, inner, faulty, f"{at}[{i}]") for i, item in enumerate(value)]
             result.__dict__[name] = value
         elif at not in faulty and isinstance(key, str) and result.__pydantic_extra__ is not None:
             result.__pydantic_extra__[key] = value

@@ -125,8 +125,11 @@ KINDS: dict[str, Kind] = {
     ),
     "checkpointer": Kind("a checkpointer", _each("spin.checkpoint.", ("SPINCheckpointer", "LoRACheckpointer"))),
     "metric_logger": Kind(
-        "a metric logger of torchtune",
-        _each(_LOGGING, ("Comet", "Disk", "MLFlow", "Stdout", "TensorBoard", "WandB"), "Logger"),
+        "a metric logger",
+        (
+            *_each(_LOGGING, ("Comet", "Disk", "MLFlow", "Stdout", "TensorBoard", "WandB"), "Logger"),
+            "spin.run.TrackioLogger",
+        ),
     ),
 }  # fmt: skip
 # What a section of any other name may hold, such as one that a recipe of the user's own adds
@@ -141,7 +144,7 @@ _NOTHING = Kind("nothing: components stand within components as message_transfor
 
 def kind_at(path: str, within: str | None = None) -> Kind:
     """What may stand at a place of a config."""
-    key = path.rpartition(".")[2]
+    key = re.sub(r"\[\d+\]$", "", path.rpartition(".")[2])  # of a list
     return KINDS.get(key, _ANY if within is None else _NOTHING)
 
 

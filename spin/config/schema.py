@@ -292,13 +292,21 @@ class SPINConfig(Config):
     enable_float8_training: bool = key(False, "true: the layers' products in float8; H100 and later, with compile")
     self_test: bool = key(True, "false for a loss of your own that starts elsewhere than at ln 2, zero rewards")
     watch: Watch = Watch()
-    metric_logger: Component | None = key(None, "W&B, TensorBoard, ... as in torchtune; null: metrics.jsonl alone")
+    metric_logger: Component | list[Component] | None = key(
+        None, "trackio, W&B, TensorBoard, ...: one or a list of them; null: metrics.jsonl alone"
+    )
     log_every_n_steps: int = key(1, "more to spare a slow logging service", ge=1, le=10**9)
     replicas: int = key(1, "HSDP, for slow links between hosts: groups with all of a model", ge=1, le=2**16)
     fsdp_reshard_after_forward: bool = key(True, "false gathers a layer once per step; more memory")
     fsdp_accumulate_unsharded: bool = key(False, "true reduces gradients once per step; 4 bytes more a weight")
     fsdp_cpu_offload: bool = key(False, "true keeps weights and optimizer in CPU memory; slow")
     deterministic: bool = key(False, "true to debug a GPU run: a restart gives the same bits; slower")
+
+    @property
+    def metric_loggers(self) -> list[Component]:
+        """``metric_logger`` as a list."""
+        given = self.metric_logger
+        return given if isinstance(given, list) else [] if given is None else [given]
 
 
 class SFTConfig(SPINConfig):

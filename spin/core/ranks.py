@@ -275,6 +275,26 @@ def any_rank_soon(flag: Callable[[], bool]) -> Callable[[], bool]:
     return is_set
 
 
+class CountOfRanks:
+    """A count that all ranks add to through their store, now and then, without waiting for each other. Every rank makes
+    as many of them."""
+
+    def __init__(self) -> None:
+        global _MEETINGS  # noqa: PLW0603
+        _MEETINGS += 1
+        self._key, self._pending, self._known, self._next_look = f"count/{_MEETINGS}", 0, 0, -math.inf
+
+    def add(self, count: int, look: bool = False) -> int:
+        """Adds to it; gives by how much it has grown since the last call. What others added is seen twice a second, or
+        at once with ``look``."""
+        self._pending += count
+        if _STORE is not None and (look or time.monotonic() >= self._next_look):
+            count = _STORE.add(self._key, self._pending) - self._known
+            self._pending, self._next_look = 0, time.monotonic() + _LOOK_SECONDS
+        self._known += count
+        return count
+
+
 def with_own_process_group(world: World) -> World:
     """The same ranks with a process group of their own on the CPU, for another thread's collectives. Collective."""
     return replace(world, group=dist.new_group(backend="gloo", timeout=_OBJECT_TIMEOUT))

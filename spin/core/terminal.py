@@ -1,4 +1,4 @@
-"""Console output: escaped foreign text, logging, and progress as a bar or plain lines."""
+"""Console output: escaped foreign text, and logging."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ import logging
 import os
 import re
 import sys
-import time
-from collections.abc import Iterable
-from typing import Any
 
 from tqdm import tqdm
 
 from spin.core.redact import hide
 
-LINE_SECONDS = 30.0  # between two lines of a stage
 # What a terminal obeys instead of showing it (C0, DEL, C1), or what changes the order, the place or the number of the
 # characters around it without being seen: marks of direction, separators, tags, halves of surrogate pairs.
 _UNSEEN = (
@@ -38,12 +34,21 @@ class _PrintableFormatter(logging.Formatter):
         return printable(hide(super().format(record)))
 
 
+class _AboveBars(logging.StreamHandler):
+    """Writes lines above the bars of a terminal instead of into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a line."""
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
+
 def get_logger(level: str = "INFO") -> logging.Logger:
     """The logger of this package and its recipes, to stderr unless the program has set up its own; other ranks than 0
     only warn. torchtune's is one for all of its modules, and the last that is imported sets its level."""
     log = logging.getLogger("spin")
     if not log.hasHandlers():
-        handler = logging.StreamHandler()
+        handler = _AboveBars()
         handler.setFormatter(_PrintableFormatter())
         log.addHandler(handler)
         log.propagate = False  # to a root that a library, such as vLLM, sets up later: every line would be there twice
@@ -58,31 +63,6 @@ def escape_unencodable_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def progress_bar(
-    description: str, unit: str, total: int | None = None, iterable: Iterable[Any] | None = None, enabled: bool = True
-) -> tqdm:
-    """A progress bar, or plain lines where stderr is no terminal. ``unit``, in the singular, is what ``iterable``
-    or calls of ``update`` count."""
-    kind = tqdm if sys.stderr.isatty() else ProgressLines
-    return kind(iterable, desc=printable(description, one_line=True), unit=unit, total=total, disable=not enabled)
-
-
-class ProgressLines(tqdm):
-    """A tqdm that writes lines: one at the start, one every ``LINE_SECONDS``, one at the end."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._next_line = 0.0
-        line = "{desc}: {n_fmt}/{total_fmt} {unit} in {elapsed}, {rate_noinv_fmt}{postfix}"
-        super().__init__(*args, **kwargs, leave=False, bar_format=line)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Writes a line if it is time for one; tqdm asks with an empty text when the bar is closed."""
-        now = time.monotonic()
-        if now < self._next_line and msg != "":
-            return
-        self._next_line = now + LINE_SECONDS
-        self.fp.write(f"{self}\n")
-        self.fp.flush()
-
-    def clear(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: lines stay."""
+def plural(noun: str, count: int = 2) -> str:
+    """The noun for a count of it: 1 batch, 2 batches."""
+    return noun if count == 1 else f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"

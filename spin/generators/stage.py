@@ -28,8 +28,8 @@ from spin.config import SPINConfig
 from spin.core.errors import GeneratorError, OutputError, Stopped
 from spin.core.files import json_fingerprint
 from spin.core.heartbeat import set_stage
-from spin.core.ranks import World, any_rank_soon, raise_on_all_ranks
-from spin.core.terminal import progress_bar
+from spin.core.progress import Stage, stage
+from spin.core.ranks import CountOfRanks, World, any_rank_soon, raise_on_all_ranks
 from spin.data.dataset import PromptDataset
 from spin.data.tokenizer import PromptTokenizer
 from spin.generators.engines import EngineGroup, name_of, policy_loaded
@@ -156,13 +156,21 @@ def play_tasks(
     GeneratorError if responses do not fit the prompts; OutputError on all ranks if a store cannot be written.
     """
     report: dict[str, float] | None = None
-    stores: dict[Path, PairStore] = {}
-    with ExitStack() as loaded:
+    stores = {}
+    for folder, task in tasks.items():
+        fingerprint = play_fingerprint(task, cfg, opponent, tokenizer, generator)
+        shards = num_shards(len(task.samples), cfg.pairs.prompts_per_shard, num_workers * group.count)
+        stores[folder] = open_store(folder / "responses", fingerprint, shards, world)
+
+    def count() -> tuple[int, int]:
+        """Responses of this worker that are on disk, and all of them."""
+        found = [count_kept(tasks[folder], stores[folder], worker, num_workers) for folder in tasks]
+        return sum(kept for kept, _ in found), sum(total for _, total in found)
+
+    kept, total = count() if world.is_main else (0, 0)
+    with stage("generate", "response", total, kept) as bar, ExitStack() as loaded:
         for folder, task in tasks.items():
-            fingerprint = play_fingerprint(task, cfg, opponent, tokenizer, generator)
-            shards = num_shards(len(task.samples), cfg.pairs.prompts_per_shard, num_workers * group.count)
-            store = stores[folder] = open_store(folder / "responses", fingerprint, shards, world)
-            missing = missing_shards(store, world)
+            store, missing = stores[folder], missing_shards(stores[folder], world)
             if store.is_sealed and not missing:
                 continue
             if report is None:
@@ -170,27 +178,25 @@ def play_tasks(
                 gap = verify()
                 report = {} if gap is None else {"generator/logprob_gap": gap}
             own = [shard for shard in missing if shard % num_workers == worker]
-            play_shards(store, own, task, generator, world, group, f"{folder.name} responses", should_stop)
+            play_shards(store, own, task, generator, world, group, bar, should_stop)
             if num_workers > 1 and (left := missing_shards(store, world)) and set(own).isdisjoint(left):
                 continue
             try:
                 seal(store, world, should_stop(), report)
             except Stopped:
-                raise Stopped(_kept(tasks, stores) if world.is_main else "") from None
+                if not world.is_main:
+                    raise
+                kept, total = count()
+                raise Stopped(f"{kept} of {total} responses are kept, {total - kept} left to generate.") from None
 
 
-def _kept(tasks: Mapping[Path, PlayTask], stores: Mapping[Path, PairStore]) -> str:
-    """How many responses of all tasks are on disk, in words."""
-    kept = total = 0
-    for folder, task in tasks.items():
-        total += len(task.samples) * task.responses_per_prompt
-        if folder not in stores:
-            continue
-        store = stores[folder]
-        for shard, part in enumerate(split_evenly(len(task.samples), store.num_shards)):
-            count = len(part) * task.responses_per_prompt
-            kept += count if store.has_shard(shard) else len(store.journal(shard).read(count))
-    return f"{kept} of {total} responses are kept, {total - kept} remain to be generated."
+def count_kept(task: PlayTask, store: PairStore, worker: int = 0, num_workers: int = 1) -> tuple[int, int]:
+    """Responses of a worker's shards that are on disk, and all of theirs."""
+    parts = split_evenly(len(task.samples), store.num_shards)
+    shards = range(worker, store.num_shards, num_workers)
+    sizes = {shard: len(parts[shard]) * task.responses_per_prompt for shard in shards}
+    kept = (n if store.has_shard(shard) else len(store.journal(shard).read(n)) for shard, n in sizes.items())
+    return sum(kept), sum(sizes.values())
 
 
 def play_shards(
@@ -200,16 +206,25 @@ def play_shards(
     generator: Generator,
     world: World,
     group: EngineGroup,
-    title: str,
+    bar: Stage,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Makes shards of a store under a progress bar, each group its part, see :func:`play`. Collective at the end: each
-    group makes as many shards as it has without waiting for other ranks."""
-    mine, parts = shards_for_rank(shards, store, task, group), split_evenly(len(task.samples), store.num_shards)
-    should_stop = any_rank_soon(should_stop)
-    with progress_bar(title, "prompt", sum(len(parts[shard]) for shard in mine), enabled=world.is_main) as bar:
-        with raise_on_all_ranks(world, OutputError):
-            play(store, mine, task, generator, group=group, should_stop=should_stop, on_shard=bar.update)
+    """Makes shards of a store, each group its part, see :func:`play`, and counts the responses of all ranks on a bar.
+    Collective at the end: each group makes as many shards as it has without waiting for other ranks."""
+    mine, should_stop = shards_for_rank(shards, store, task, group), any_rank_soon(should_stop)
+    responses, tokens = CountOfRanks(), CountOfRanks()
+
+    def count(num_responses: int = 0, num_tokens: int = 0, look: bool = False) -> None:
+        bar.update(responses.add(num_responses, look), tokens.add(num_tokens, look))
+
+    def on_response(response: Response) -> None:
+        if group.writes:
+            count(1, len(response.token_ids))
+
+    with raise_on_all_ranks(world, OutputError):
+        play(store, mine, task, generator, group=group, should_stop=should_stop, on_response=on_response)
+        count(look=True)
+    count(look=True)  # all have added theirs
 
 
 def filtered_responses(folders: Iterable[Path], policies: Any) -> FilteredPairs:
@@ -233,10 +248,10 @@ def play(
     *,
     group: EngineGroup = _ALONE,
     should_stop: Callable[[], bool] = lambda: False,
-    on_shard: Callable[[int], None] = lambda prompts_done: None,
+    on_response: Callable[[Response], None] = lambda response: None,
 ) -> None:
     """Generates responses into shards of a store while the generator is :func:`policy_loaded`. Not collective: each
-    group of ranks, or machine, makes its own shards. ``on_shard`` is called with the number of a shard's prompts.
+    group of ranks, or machine, makes its own shards. ``on_response`` is called with every new response.
 
     A generator that can is given all prompts at once, and ``should_stop`` is asked between its steps. Its responses are
     in the shard's journal until the last one is there; those that an earlier run left there are not asked again. Any
@@ -264,7 +279,6 @@ def play(
             prompts = [task.prompts[task.samples[i]] for i in parts[shard]]
             store.write_shard(shard, _pairs(prompts, found[shard], task))
         del found[shard], journals[shard]
-        on_shard(len(parts[shard]))
 
     num_responses = {shard: len(parts[shard]) * per_prompt for shard in shards}
     journals = {shard: store.journal(shard) for shard in shards}
@@ -310,6 +324,7 @@ def play(
                 found[shard][index] = kept = checked(shard, index, response)
                 if streams and group.writes:
                     journals[shard].append(index, kept)
+                on_response(kept)
                 is_complete = len(found[shard]) == num_responses[shard]
                 if is_complete:
                     finish(shard)

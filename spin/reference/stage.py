@@ -22,8 +22,8 @@ from spin import config
 from spin.config import SPINConfig
 from spin.core.errors import CheckpointError, OutputError
 from spin.core.heartbeat import set_stage
+from spin.core.progress import stage
 from spin.core.ranks import World, any_rank, gather_objects, raise_on_all_ranks
-from spin.core.terminal import progress_bar
 from spin.model.sharding import reshard
 from spin.pairs.loader import load_rows
 from spin.pairs.packing import RowLayout
@@ -41,6 +41,7 @@ def score_batches(
     layout: RowLayout,
     chunk_tokens: int = 2048,
     as_in_training: bool = False,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> list[Pair]:
     """The pairs of global batches, in order, with their reference log-probs. Collective: every rank scores its rows and
     gets all pairs. Batches, ``layout`` and ``chunk_tokens`` (see :func:`spin.reference.logprobs.response_logps`) are
@@ -57,6 +58,7 @@ def score_batches(
             with torch.set_grad_enabled(as_in_training):
                 logps.append(response_logps(model, row.to(world.device), chunk_tokens).detach())
             keys.extend((key, count) for key, _, count in row.pair_responses)
+        on_batch()
     if as_in_training:
         reshard(model)  # no backward will
     values = iter(torch.cat(logps).tolist() if logps else [])  # the only wait for the device
@@ -121,19 +123,19 @@ def score_pairs(
     num_pairs = len(batches) * cfg.global_batch_size
     fingerprint = score_fingerprint(batches, cfg, layout, opponent, world.world_size)
     store = open_store(path, fingerprint, math.ceil(num_pairs / cfg.pairs.prompts_per_shard), world)
-    shards = split_evenly(len(batches), store.num_shards)
-    with progress_bar(f"{path.parent.name} reference log-probs", "pair", num_pairs, enabled=world.is_main) as bar:
-        for shard in missing_shards(store, world):
+    shards, missing = split_evenly(len(batches), store.num_shards), missing_shards(store, world)
+    done = len(batches) - sum(len(shards[shard]) for shard in missing)
+    with stage("score", "batch", len(batches), done) as bar:
+        for shard in missing:
             if any_rank(should_stop(), world):
                 break
             pairs = score_batches(
                 model, [batches[i] for i in shards[shard]], world, layout=layout,
-                chunk_tokens=cfg.logprob_chunk_tokens, as_in_training=cfg.compile,
+                chunk_tokens=cfg.logprob_chunk_tokens, as_in_training=cfg.compile, on_batch=bar.update,
             )  # fmt: skip
             with raise_on_all_ranks(world, OutputError):
                 if world.is_main:
                     store.write_shard(shard, pairs)
-            bar.update(len(pairs))
     seal(store, world, should_stop(), report)
 
 

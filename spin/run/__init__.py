@@ -7,12 +7,14 @@ from spin.run.messages import finish_message, iteration_summary, sample_rows
 from spin.run.plan import RunPlan
 from spin.run.resume import check_files_agree, check_unchanged, inputs_of_config, run_fingerprint
 from spin.run.stopping import StopRequest, resume_hint
+from spin.run.trackio import TrackioLogger
 
 __all__ = [
     "RunLog",
     "RunPlan",
     "StopRequest",
     "Stopped",
+    "TrackioLogger",
     "check_files_agree",
     "check_unchanged",
     "finish_message",

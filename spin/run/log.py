@@ -1,4 +1,4 @@
-"""Run outputs, written by rank 0: metrics.jsonl, samples.jsonl, starts.jsonl, config.yaml and the metric logger."""
+"""Run outputs, written by rank 0: metrics.jsonl, samples.jsonl, starts.jsonl, config.yaml and the metric loggers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from spin.run.stopping import resume_command
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 2  # sample responses on the screen, at the end of an iteration
 _RUN = "run"  # a kind of folder, see spin.core.files.begin_atomic_dir
 
 
@@ -45,18 +46,19 @@ class MetricService:
     Nothing is lost by that: ``metrics.jsonl`` has every step. ConfigError if its package is not installed.
     """
 
-    def __init__(self, make: Callable[[], Any]) -> None:
+    def __init__(self, section: config.Component) -> None:
+        self._name = f"{section._where} ({section.component.rpartition('.')[2]})"
         self._logger: Any = None
         self._failures = 0
         try:
-            self._logger = make()
+            self._logger = config.instantiate(section)
         except SpinError:
             raise
         except ImportError as error:
-            raise ConfigError(f"metric_logger: {error}") from error
+            raise ConfigError(f"{self._name}: {error}") from error
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
             log.warning(
-                f"metric_logger cannot be started ({_one_line(error)}). Training continues; metrics.jsonl has "
+                f"{self._name} cannot be started ({_one_line(error)}). Training continues; metrics.jsonl has "
                 "everything.",
                 exc_info=show_traceback(),
             )
@@ -71,37 +73,38 @@ class MetricService:
         except Exception as error:  # noqa: BLE001 - a service's library may raise anything
             self._failures += 1
             if self._failures & (self._failures - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
+                times = "for the first time" if self._failures == 1 else f"{self._failures} times so far"
                 log.warning(
-                    f"metric_logger.{method} failed ({_one_line(error)}), {self._failures} times so far. "
-                    "Training continues; metrics.jsonl has everything.",
+                    f"{self._name}: {method} failed ({_one_line(error)}), {times}. Training continues; metrics.jsonl "
+                    "has everything.",
                     exc_info=show_traceback(),
                 )
 
 
 class RunLog:
     """Run outputs, written by rank 0: ``metrics.jsonl``, ``samples.jsonl``, ``starts.jsonl`` (time, command and
-    hardware of each start), ``config.yaml`` and the metric logger.
+    hardware of each start), ``config.yaml`` and the metric loggers.
 
     A line that cannot be written must end all ranks, which wait for rank 0 in other places. So it is no error at once:
     nothing more is written, ``has_failed`` is sent with a collective that the run has anyway, and :meth:`check` ends
     the run before a checkpoint is saved whose log would lack the line.
 
-    Raises on all ranks what :class:`MetricService` (of ``make_logger``) and :class:`MetricsFile` (of ``from_step``,
-    negative before the first run of a folder) raise. The copy of a config with secrets is readable by its owner alone.
+    Raises on all ranks what :class:`MetricService` and :class:`MetricsFile` (of ``from_step``, negative before the
+    first run of a folder) raise. The copy of a config with secrets is readable by its owner alone.
     """
 
-    def __init__(self, cfg: config.SPINConfig, make_logger: Callable[[], Any], from_step: int, world: World) -> None:
+    def __init__(self, cfg: config.SPINConfig, from_step: int, world: World) -> None:
         self._folder = Path(cfg.output_dir)
         self._every = cfg.log_every_n_steps
         self._world = world
         self._failure: OutputError | None = None
         with raise_on_all_ranks(world, OutputError):
             if world.is_main:
-                self._begin(cfg, make_logger, from_step)
+                self._begin(cfg, from_step)
 
-    def _begin(self, cfg: config.SPINConfig, make_logger: Callable[[], Any], from_step: int) -> None:
-        self._service = MetricService(make_logger)
-        self._service.call("log_config", config.shown(cfg))  # which torchtune's loggers write to a file and send away
+    def _begin(self, cfg: config.SPINConfig, from_step: int) -> None:
+        self._services = [MetricService(section) for section in cfg.metric_loggers]
+        self._call("log_config", config.shown(cfg))  # which torchtune's loggers write to a file and send away
         names = ("metrics.jsonl", "samples.jsonl", "starts.jsonl")
         if cfg.resume == "never":
             self._keep_aside("is of a run before this one, and resume is never", names)
@@ -114,6 +117,10 @@ class RunLog:
         self._file, self._samples = (MetricsFile(self._folder / name, from_step) for name in names[:2])
         text = OmegaConf.to_yaml(config.as_written(cfg))
         replace_text(self._folder / "config.yaml", text, private=config.holds_secrets(cfg))
+
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> None:
+        for service in self._services:
+            service.call(method, *args, **kwargs)
 
     def _keep_aside(self, because: str, names: Sequence[str]) -> None:
         for file in (self._folder / name for name in (*names, "nonfinite.jsonl")):
@@ -136,15 +143,17 @@ class RunLog:
         if self._world.is_main:
             self._write(self._file, step, metrics)
             if step % self._every == 0 or "val_loss" in metrics:
-                self._service.call("log_dict", metrics, step=step)
+                self._call("log_dict", metrics, step=step)
 
-    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes rows of :func:`spin.run.messages.sample_rows` to the file, the logger and the screen."""
+    def samples(self, rows: Sequence[Mapping[str, Any]], is_shown: bool = False) -> None:
+        """Writes rows of :func:`spin.run.messages.sample_rows` to the file and the loggers; ``is_shown`` writes the
+        first ones to the screen too."""
         if self._world.is_main and rows:
             for row in rows:
                 self._write(self._samples, row["step"], row)
-            self._service.call("log_table", "samples", rows, rows[0]["step"])
-            tqdm.write(sample_table(rows))
+            self._call("log_table", "samples", rows, rows[0]["step"])
+            if is_shown:
+                tqdm.write(sample_table(rows[:_SHOWN]))
 
     def _write(self, file: MetricsFile, step: int, content: Mapping[str, Any]) -> None:
         if self._failure is not None:
@@ -155,9 +164,9 @@ class RunLog:
             self._failure = error
 
     def close(self) -> None:
-        """Ends the metric logger."""
+        """Ends the metric loggers."""
         if self._world.is_main:
-            self._service.call("close")
+            self._call("close")
 
 
 def _start(step: int, world: World) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from spin.config import SFTConfig, SPINConfig
 from spin.core.errors import ConfigError
+from spin.core.progress import KINDS, Kind, RunProgress, begin_run
 from spin.data.dataset import PromptSource
 from spin.data.order import epoch_order, history_window, iteration_items
 from spin.pairs.lookup import LazySequence
@@ -27,7 +28,7 @@ class RunPlan:
     """
 
     def __init__(self, cfg: SPINConfig, prompts: PromptSource, num_val_prompts: int = 0) -> None:
-        self._prompts, self._seed, self._size = prompts, cfg.seed, cfg.global_batch_size
+        self._cfg, self._prompts, self._seed, self._size = cfg, prompts, cfg.seed, cfg.global_batch_size
         size = self._size
         self.is_sft = isinstance(cfg, SFTConfig)
         self._history = cfg.pairs.history, cfg.pairs.history_fraction
@@ -46,10 +47,34 @@ class RunPlan:
         val_batches = compute_limit_batches(math.ceil(num_val_prompts / size), cfg.limit_val_batches)
         self.num_val_samples = min(num_val_prompts, val_batches * size)
 
-    def start_message(self) -> str:
-        """What the run is going to do, in a line."""
-        num_samples, is_sft = self._prompts.samples_per_iteration, self.is_sft
-        return start_message(self.progress, self._size, num_samples, self.num_val_samples, is_sft)
+    def start(self, ends_at: float) -> None:
+        """Says what the run is going to do, and begins its progress where it stands; ``ends_at`` is when ``max_time``
+        is over, by ``time.monotonic``."""
+        progress, cfg, samples = self.progress, self._cfg, self._prompts.samples_per_iteration
+        log.info(start_message(progress, self._size, samples, self.num_val_samples, self.is_sft))
+        # --- stages ---
+        step, total, first = progress.step, progress.total_steps, progress.iteration_start
+        iterations = [i for i in range(progress.max_iterations) if first(i) < total]
+        at_start = int(self.num_val_samples > 0 and cfg.validation.at_start)
+        stages: list[tuple[Kind, int | None]] = [("validate", None)] * at_start
+        kinds = KINDS[KINDS.index("train" if self.is_sft else "generate") :]
+        stages += [(kind, None if self.is_sft else i) for i in iterations for kind in kinds]
+        within = 0 if progress.is_iteration_start else kinds.index("train")
+        done = at_start + len(kinds) * progress.iteration + within if step else 0
+        # --- work ---
+        to_play = [] if self.is_sft else [i for i in iterations if first(i) >= step]
+        val_samples = self.num_val_samples if cfg.validation.spin else 0
+        validated = {first(i) + self.steps_in(i) for i in iterations}  # after these steps
+        validated |= set(range(self.val_every, total, self.val_every)) if self.val_every else set()
+        validations = sum(each > step for each in validated) + (at_start if step == 0 else 0)
+        left: dict[Kind, int] = {
+            "validate": validations * math.ceil(self.num_val_samples / self._size),
+            "generate": len(to_play) * (self.steps * self._size + val_samples) * cfg.pairs.responses_per_prompt,
+            "score": sum(progress.steps_in_epoch(i) + math.ceil(val_samples / self._size) for i in to_play),
+            "train": total - step,
+            "save": sum(first(i + 1) > step for i in iterations),
+        }
+        begin_run(RunProgress(stages, done, left, ends_at))
 
     def batched(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
         """Pairs in order, as many as a global batch has in each list."""
@@ -90,6 +115,11 @@ class RunPlan:
     def steps_of(self, iteration: int) -> int:
         """Steps of the iteration so far."""
         return self.progress.step - self.progress.iteration_start(iteration)
+
+    def steps_in(self, iteration: int) -> int:
+        """Steps of the iteration in all."""
+        first = self.progress.iteration_start
+        return min(first(iteration + 1), self.progress.total_steps) - first(iteration)
 
     def lr_span(self, total_steps: int | None = None) -> tuple[int, int]:
         """The first step of the learning rate's schedule, and the step after its last: of the iteration with

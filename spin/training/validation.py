@@ -11,8 +11,8 @@ from torch import nn
 
 from spin.config import SPINConfig
 from spin.core.heartbeat import set_stage
+from spin.core.progress import stage
 from spin.core.ranks import World
-from spin.core.terminal import progress_bar
 from spin.data.dataset import PromptDataset
 from spin.pairs.loader import load_rows
 from spin.pairs.packing import PackedRow, RowLayout, pack_row
@@ -36,16 +36,18 @@ def validation_loss(
     size = cfg.global_batch_size
     batches = [pairs[i : i + size] for i in range(0, num_samples, size)]
     rows = load_rows(batches, world, layout)
-    for batch in progress_bar("validation", "batch", len(batches), rows, enabled=world.is_main):
-        for row in (row.to(world.device) for row in batch.rows):
-            logps = response_logps(model, row, cfg.logprob_chunk_tokens)
-            belongs = torch.ones(len(names), row.num_responses, dtype=torch.float64)  # (sources, responses)
-            for number, name in enumerate(names[1:], start=1):
-                for (_, sample_id), first, count in row.pair_responses:
-                    belongs[number, first : first + count] = prompts.count_sources([sample_id])[name]
-            belongs = belongs.to(world.device, non_blocking=True)
-            nats -= belongs @ logps
-            tokens += belongs @ row.response_lengths.double()
+    with stage("validate", "batch", len(batches)) as bar:
+        for batch in rows:
+            for row in (row.to(world.device) for row in batch.rows):
+                logps = response_logps(model, row, cfg.logprob_chunk_tokens)
+                belongs = torch.ones(len(names), row.num_responses, dtype=torch.float64)  # (sources, responses)
+                for number, name in enumerate(names[1:], start=1):
+                    for (_, sample_id), first, count in row.pair_responses:
+                        belongs[number, first : first + count] = prompts.count_sources([sample_id])[name]
+                belongs = belongs.to(world.device, non_blocking=True)
+                nats -= belongs @ logps
+                tokens += belongs @ row.response_lengths.double()
+            bar.update()
     sums = torch.stack((nats, tokens))
     dist.all_reduce(sums)
     losses = dict(zip(names, zip(*sums.tolist(), strict=True), strict=True))  # host/device sync

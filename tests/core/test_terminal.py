@@ -2,7 +2,6 @@
 
 import io
 import logging
-import re
 import sys
 
 import pytest
@@ -11,45 +10,9 @@ from spin import config
 from spin.core import terminal
 
 
-def catch_stderr(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    return stream
-
-
-def test_a_log_file_gets_lines(monkeypatch):
-    """100 steps, one each second: a line at the start, one every 30 seconds, and one at the end."""
-    stderr = catch_stderr(monkeypatch)
-    now = [1000.0]
-    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
-    bar = terminal.progress_bar("iteration 0", "step", 100)
-    for _ in range(100):
-        now[0] += 1
-        bar.update()
-        bar.set_postfix({"loss": "0.5"})
-    bar.close()
-    bar.close()
-    text = stderr.getvalue()
-    assert "\r" not in text and "\x1b" not in text and text.endswith("\n")
-    assert re.findall(r"^iteration 0: (\d+)/100", text, re.M) == ["0", "30", "60", "90", "100"]
-    assert text.splitlines()[-1].endswith("loss=0.5")
-
-
-@pytest.mark.parametrize("enabled", [True, False])
-def test_an_iterable_is_counted_to_its_end(monkeypatch, enabled):
-    stderr = catch_stderr(monkeypatch)
-    bar = terminal.progress_bar("validation", "batch", iterable=iter("ab"), total=2, enabled=enabled)
-    assert list(bar) == ["a", "b"]
-    assert re.findall(r"^validation: (\d)/2 batch", stderr.getvalue(), re.M) == (["0", "2"] if enabled else [])
-    assert enabled or not stderr.getvalue()
-
-
-def test_a_terminal_gets_a_bar(monkeypatch):
-    stderr = catch_stderr(monkeypatch)
-    monkeypatch.setattr(stderr, "isatty", lambda: True, raising=False)
-    bar = terminal.progress_bar("iteration 0", "step", 2)
-    bar.close()
-    assert "\r" in stderr.getvalue() and not isinstance(bar, terminal.ProgressLines)
+@pytest.mark.parametrize(("noun", "many"), [("step", "steps"), ("batch", "batches"), ("prefix", "prefixes")])
+def test_one_and_many(noun, many):
+    assert [terminal.plural(noun, count) for count in (0, 1, 2)] == [many, noun, many]
 
 
 @pytest.mark.parametrize(("rank", "level"), [(None, logging.INFO), ("0", logging.INFO), ("3", logging.WARNING)])

@@ -98,9 +98,7 @@ def test_every_stop_keeps_what_is_finished(whole, tmp_path, monkeypatch, caplog,
         made += tokens
         kept += finished
         assert len(tokens) == finished and len(journals(folder)) == kept and not list(folder.glob("shard-*"))
-        said = (
-            f"Stopped at step 0 as asked. {kept} of 16 responses are kept, {16 - kept} remain to be generated. Resume"
-        )
+        said = f"Stopped at step 0 as asked. {kept} of 16 responses are kept, {16 - kept} left to generate. Resume"
         assert said in caplog.text
         (number,) = signals.values()
         again = " Ctrl-C again ends at once." if number == signal.SIGINT else ""
@@ -155,10 +153,13 @@ def test_one_of_two_ranks_is_asked_and_both_stop_within_two_seconds(long_pairs, 
     asked = time.time()
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output[-3000:]
-    kept, left = map(int, re.search(r"(\d+) of 40 responses are kept, (\d+) remain", output).groups())
+    kept, left = map(int, re.search(r"(\d+) of 40 responses are kept, (\d+) left", output).groups())
+    # rank 0 alone shows progress, of all ranks
+    assert re.findall(r"^generate: (\d+)/40 responses", output, re.M) == ["0", str(kept)]
     assert kept == len(journals(folder)) and kept + left == 40 and left > 0
     assert max(file.stat().st_mtime for file in folder.glob("journal-*.jsonl")) - asked < 2
     again = re.search(r"Resume with:\n(.+)\n", output)[1]
     output, _ = start(shlex.split(again)).communicate(timeout=240)
     assert "All 2 shards are there" in output, output[-3000:]
+    assert re.findall(r"^generate: (\d+)/40 responses", output, re.M) == [str(kept), "40"]
     assert pairs_of(folder) == long_pairs and not journals(folder)

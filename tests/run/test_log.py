@@ -2,19 +2,23 @@
 
 import json
 import logging
-from functools import partial
+import sqlite3
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
+from typing import ClassVar
 
 import pytest
-from omegaconf import OmegaConf
 
-from spin import config
+from spin.config import Component, SPINConfig
+from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
-from spin.run.log import MetricService, RunLog
+from spin.run.log import RunLog
 from spin.run.messages import log_table
-from tests.recipes.helpers import run
+from tests.recipes.helpers import run, tiny_config
 
+TORCHTUNE = "torchtune.training.metric_logging"
 ROWS = [
     {"step": 2, "prompt": "What is\na `pipe |`?", "real": "<b>&", "generated": "# *no*", "margin": 0.25},
     {"step": 2, "prompt": "second", "real": "x", "generated": "$y_1$", "margin": -1.0},
@@ -26,10 +30,9 @@ def log(tmp_path, caplog):
     """A run's log with a service, which warns of nothing; two steps, the second with a table."""
 
     def write(service, **arguments):
-        logger = {"_component_": f"torchtune.training.metric_logging.{service}", **arguments}
-        values = {"output_dir": str(tmp_path), "resume": "auto", "log_every_n_steps": 1, "metric_logger": logger}
-        cfg = OmegaConf.create(values)
-        run_log = RunLog(cfg, partial(config.instantiate, cfg.metric_logger), -1, init_world("cpu"))
+        logger = Component(_component_=service, **arguments)
+        cfg = SPINConfig(output_dir=str(tmp_path), metric_logger=logger)
+        run_log = RunLog(cfg, -1, init_world("cpu"))
         for step in (1, 2):
             run_log.metrics(step, {"loss": 1.0 / step, "generator/logprob_gap": 0.5, "samples/a.b": 3.0})
         run_log.samples(ROWS)
@@ -44,7 +47,7 @@ def test_tensorboard(log, tmp_path):
     from tensorboard import plugin_util
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log("TensorBoardLogger", log_dir=str(tmp_path / "events"), organize_logs=False)
+    log(f"{TORCHTUNE}.TensorBoardLogger", log_dir=str(tmp_path / "events"), organize_logs=False)
     events = EventAccumulator(str(tmp_path / "events")).Reload()
     assert [tuple(event.tensor_proto.float_val) for event in events.Tensors("loss")] == [(1.0,), (0.5,)]
     (text,) = events.Tensors("samples/text_summary")
@@ -60,7 +63,7 @@ def test_mlflow(log, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}" if find_spec("sqlalchemy") else (tmp_path / "mlruns").as_uri()
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    log("MLFlowLogger", tracking_uri=uri, experiment_name="spin")
+    log(f"{TORCHTUNE}.MLFlowLogger", tracking_uri=uri, experiment_name="spin")
     client = mlflow.MlflowClient(uri)
     (found,) = client.search_runs([client.get_experiment_by_name("spin").experiment_id])
     history = client.get_metric_history(found.info.run_id, "loss")
@@ -76,7 +79,7 @@ def test_wandb_offline(log, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     tables = []
     monkeypatch.setattr(wandb, "Table", _recorded(wandb.Table, tables))
-    log("WandBLogger", project="spin", log_dir=str(tmp_path), mode="offline")
+    log(f"{TORCHTUNE}.WandBLogger", project="spin", log_dir=str(tmp_path), mode="offline")
     (table,) = tables
     assert table.columns == list(ROWS[0]) and table.data == [list(row.values()) for row in ROWS]
     (written,) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
@@ -87,11 +90,35 @@ def test_comet_offline(log, tmp_path):
     pytest.importorskip("comet_ml")
     import zipfile
 
-    log("CometLogger", online=False, log_code=False, offline_directory=str(tmp_path / "comet"), api_key="none")
+    log(
+        f"{TORCHTUNE}.CometLogger",
+        online=False,
+        log_code=False,
+        offline_directory=str(tmp_path / "comet"),
+        api_key="none",
+    )
     (archive,) = (tmp_path / "comet").glob("*.zip")
     with zipfile.ZipFile(archive) as content:
         texts = [content.read(name).decode("utf-8", "replace") for name in content.namelist()]
     assert any("second,x,$y_1$,-1.0" in text for text in texts)
+
+
+def test_trackio(log, tmp_path, monkeypatch, capfd):
+    """A local file, which is read with SQLite alone; a restart continues the run of its name."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pytest.importorskip("trackio")
+    for _ in range(2):
+        log("spin.run.TrackioLogger", project="own", name="first")
+    (file,) = (tmp_path / "trackio").glob("*.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
+    found = [(name, step, json.loads(text)) for name, step, text in rows]
+    assert {name for name, _, _ in found} == {"first"}
+    assert [(step, values["loss"]) for _, step, values in found if "loss" in values] == [(1, 1.0), (2, 0.5)] * 2
+    assert found[0][2]["generator/logprob_gap"] == 0.5
+    tables = [values["samples"] for _, _, values in found if "samples" in values]
+    assert len(tables) == 2 and [row["generated"] for row in tables[0]["_value"]] == ["# *no*", "$y_1$"]
 
 
 def test_a_logger_of_ones_own_gets_the_rows_and_others_nothing():
@@ -108,14 +135,11 @@ def test_a_logger_of_ones_own_gets_the_rows_and_others_nothing():
 class Broken:
     """A service that takes numbers but no tables."""
 
-    def __init__(self):
-        self.steps = []
-
     def log_config(self, cfg):
         pass
 
     def log_dict(self, metrics, step):
-        self.steps.append(step)
+        pass
 
     def log_table(self, name, rows, step):
         raise RuntimeError("quota")
@@ -124,18 +148,61 @@ class Broken:
         pass
 
 
-def test_a_table_that_fails_stops_nothing(tmp_path, monkeypatch, caplog):
-    service = Broken()
-    instantiate = config.instantiate
+class Down:
+    """A service that does not answer."""
 
-    def make(node, *args, **kwargs):
-        return service if node is None else instantiate(node, *args, **kwargs)
+    def __init__(self):
+        raise RuntimeError("no such place")
 
-    monkeypatch.setattr(config, "instantiate", make)
-    run(tmp_path, "max_steps=2", "val_check_interval=1")
-    assert service.steps == [0, 1, 2]
-    assert "metric_logger.log_table failed (RuntimeError: quota), 1 times" in caplog.text
+
+class Working(Broken):
+    """A service that keeps what it gets."""
+
+    got: ClassVar[list] = []
+
+    def log_dict(self, metrics, step):
+        self.got.append(step)
+
+    def log_table(self, name, rows, step):
+        self.got.append(name)
+
+    def close(self):
+        self.got.append("closed")
+
+
+@pytest.fixture
+def own_loggers(monkeypatch):
+    package = ModuleType("own_loggers")
+    for each in (Broken, Down, Working):
+        monkeypatch.setattr(each, "__module__", "own_loggers")
+        setattr(package, each.__name__, each)
+    monkeypatch.setitem(sys.modules, "own_loggers", package)
+    monkeypatch.setattr(Working, "got", [])
+    return "allow_components=[own_loggers]"
+
+
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_a_logger_that_fails_stops_neither_the_run_nor_the_others(tmp_path, monkeypatch, caplog, own_loggers, is_asked):
+    """What failed is named, and where on request: a service that is down does not fill the log."""
+    monkeypatch.setenv("SPIN_TRACEBACK", "1" if is_asked else "0")
+    loggers = "metric_logger=[own_loggers.Down, own_loggers.Broken, {_component_: own_loggers.Working}]"
+    run(tmp_path, "max_steps=2", "val_check_interval=1", loggers, own_loggers)
+    assert Working.got == [0, "samples", 1, "samples", 2, "closed"]
+    assert "metric_logger[0] (Down) cannot be started (RuntimeError: no such place). Training" in caplog.text
+    assert "metric_logger[1] (Broken): log_table failed (RuntimeError: quota), for the first time. Tr" in caplog.text
+    for line in ('raise RuntimeError("no such place")', 'raise RuntimeError("quota")'):
+        assert (line in caplog.text) == is_asked
     assert (tmp_path / "samples.jsonl").read_text().count("\n") == 8
+
+
+def test_faults_of_a_list_of_loggers_name_the_logger(tmp_path):
+    loggers = "[{_component_: torchtune.training.metric_logging.StdoutLogger, foo: 1}, spin.run.TrackioLoger]"
+    with pytest.raises(ConfigError) as caught:
+        tiny_config(tmp_path, f"metric_logger={loggers}")
+    assert "metric_logger[0].foo: torchtune.training.metric_logging.StdoutLogger has no such par" in str(caught.value)
+    assert "Did you mean 'spin.run.TrackioLogger'?" in str(caught.value)
+    with pytest.raises(ConfigError, match=r"metric_logger: found 3, expected a section .* a list of .* or null"):
+        tiny_config(tmp_path, "metric_logger=3")
 
 
 def _recorded(made_by, into):
@@ -145,20 +212,3 @@ def _recorded(made_by, into):
             into.append(self)
 
     return Recorded
-
-
-@pytest.mark.parametrize("is_asked", [False, True])
-def test_where_a_logger_of_your_own_failed_is_shown_on_request(monkeypatch, caplog, is_asked):
-    """In a line without, so that a service that is down does not fill the log."""
-    monkeypatch.setenv("SPIN_TRACEBACK", "1" if is_asked else "0")
-    service = MetricService(Broken)
-    service.call("log_table", "samples", ROWS, 2)
-    assert caplog.text.count("metric_logger.log_table failed (RuntimeError: quota)") == 1
-    assert ('raise RuntimeError("quota")' in caplog.text) == is_asked
-
-    def cannot_start():
-        raise RuntimeError("no such place")
-
-    MetricService(cannot_start)
-    assert "cannot be started (RuntimeError: no such place)" in caplog.text
-    assert ('raise RuntimeError("no such place")' in caplog.text) == is_asked

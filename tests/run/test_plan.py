@@ -1,9 +1,12 @@
 """The arithmetic of a run, from a config: samples, steps, intervals, and the batches of an epoch."""
 
+import math
+
 import pytest
 from omegaconf import OmegaConf
 
 from spin.core.errors import ConfigError
+from spin.core.progress import stage
 from spin.data import Pair, Prompt, PromptDataset, epoch_order, iteration_samples
 from spin.run.plan import RunPlan
 
@@ -91,3 +94,26 @@ def test_a_schedule_that_had_another_end_is_logged(caplog):
         one_each.progress.advance(4)
     one_each.compare_schedules(6)
     assert len(caplog.messages) == 2, "iteration 1 begins with a schedule of its own"
+
+
+@pytest.mark.parametrize(
+    ("step", "kind", "number", "left"),
+    [
+        # validation of 2 batches, at the start and after steps 2, 4, 6, 8 and 10; two responses to 12 and 6 prompts
+        (0, "validate", 1, {"validate": 2 * 6, "generate": 2 * 2 * 18, "score": 2 * (3 + 2), "train": 10, "save": 2}),
+        (4, "train", 4, {"validate": 2 * 3, "generate": 2 * 18, "score": 3 + 2, "train": 6, "save": 2}),
+        (6, "generate", 6, {"validate": 2 * 2, "generate": 2 * 18, "score": 3 + 2, "train": 4, "save": 1}),
+        (8, "train", 8, {"validate": 2, "train": 2, "save": 1}),
+    ],
+)
+def test_the_progress_of_a_run_begins_where_it_stands(step, kind, number, left):
+    """Of three iterations of 6 steps max_steps leaves 10 steps, in two."""
+    made = plan(
+        num_val=6, max_steps=10, val_check_interval=2, validation={"at_start": True, "spin": True},
+        pairs={"history": 0, "history_fraction": 1.0, "responses_per_prompt": 2},
+    )  # fmt: skip
+    made.progress.step = step
+    made.start(math.inf)
+    with stage(kind, "unit", 1) as bar:
+        assert bar.run.place + 1 == number and len(bar.run.stages) == 1 + 2 * 4
+        assert +bar.run.left == left

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
+from spin.config import SPINConfig
 from spin.core.ranks import init_world
 from spin.data import Pair, Response, pack_row
 from spin.loss import SPINLoss
@@ -182,17 +182,16 @@ def test_metrics_file_keeps_texts_with_line_separators_and_outlives_a_truncated_
 
 def test_resume_never_keeps_the_log_of_the_run_before(tmp_path, caplog):
     """With resume=auto a run without a checkpoint makes its first lines again; with never it is another run."""
-    world, section = init_world("cpu"), {"output_dir": str(tmp_path), "log_every_n_steps": 1, "resume": "auto"}
-    RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.5})
-    RunLog(OmegaConf.create(section), lambda: None, -1, world).metrics(1, {"loss": 0.25})
+    world, section = init_world("cpu"), {"output_dir": str(tmp_path), "log_every_n_steps": 1}
+    RunLog(SPINConfig(**section), -1, world).metrics(1, {"loss": 0.5})
+    RunLog(SPINConfig(**section), -1, world).metrics(1, {"loss": 0.25})
     assert read_json_lines(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.25}]
     first, second = read_json_lines(tmp_path / "starts.jsonl")
     assert first.keys() == {"step", "time", "command", "hardware"} and first["time"] <= second["time"]
     assert "pytest" in first["command"] and "cores" in first["hardware"]
     (tmp_path / "nonfinite.jsonl").write_text('{"step": 1}\n')
     for loss in (0.125, 1.0):
-        never = OmegaConf.create(section | {"resume": "never"})
-        RunLog(never, lambda: None, -1, world).metrics(1, {"loss": loss})
+        RunLog(SPINConfig(**section, resume="never"), -1, world).metrics(1, {"loss": loss})
     kept = [tmp_path / f"metrics.jsonl.stale-{n}" for n in (0, 1)] + [tmp_path / "metrics.jsonl"]
     assert [read_json_lines(file)[0]["loss"] for file in kept] == [0.25, 0.125, 1.0]
     assert "resume is never: kept as metrics.jsonl.stale-1" in caplog.text

@@ -1,0 +1,283 @@
+"""Where a run stands: its stages, what each has done and how fast, and the time left that follows from it.
+
+Rank 0 shows it on stderr: in a terminal as a line for the run with bars under it, elsewhere as a line now and then.
+:func:`show_on` gives it to another front end instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, get_args
+
+from tqdm import tqdm
+
+from spin.core.terminal import plural, printable
+
+Kind = Literal["validate", "generate", "score", "train", "save"]
+KINDS: tuple[Kind, ...] = get_args(Kind)  # the first also before all iterations, and within training
+
+LINE_SECONDS = 30.0  # between two lines of a stage, or a tenth of its time if that is longer
+
+
+class RunProgress:
+    """A run's stages and the speed of each kind of them.
+
+    Args:
+        stages (Sequence[tuple[Kind, int | None]]): all stages of the run in order, with their iterations.
+        next_stage (int): the first one that is not done.
+        left (Mapping[Kind, int] | None): what is left of each kind, in its unit.
+        ends_at (float): when ``max_time`` is over, by ``time.monotonic``.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[Kind, int | None]] = (),
+        next_stage: int = 0,
+        left: Mapping[Kind, int] | None = None,
+        ends_at: float = math.inf,
+    ) -> None:
+        self.stages, self.place = stages, next_stage
+        self.active: list[Stage] = []  # a stage, and those within it
+        self.left, self._done = Counter[Kind](left or {}), Counter[Kind]()
+        self._seconds: dict[Kind, float] = defaultdict(float)
+        self._first_step = 0.0  # its seconds: it compiles, allocates and reads ahead
+        self._ends_at = ends_at
+        self._began = self._charged = time.monotonic()
+
+    def begin(self, stage: Stage) -> None:
+        """A stage begins; if none is active, it is the run's next one of its kind."""
+        self._charge()
+        stage.is_inner = bool(self.active)
+        if not stage.is_inner:
+            places = (i for i in range(self.place, len(self.stages)) if self.stages[i][0] == stage.kind)
+            self.place = next(places, self.place)
+        self.active.append(stage)
+        self.left[stage.kind] -= stage.done
+
+    def move(self, stage: Stage, count: int) -> None:
+        """A stage has done so many more."""
+        self._charge()
+        self.left[stage.kind] -= count
+        self._done[stage.kind] += count
+        if stage.kind == "train" and self._done["train"] == 1:
+            self._first_step = self._seconds["train"]
+
+    def end(self, stage: Stage) -> None:
+        """A stage has ended, and with it what it did not need to do. One that is not counted is one of its kind."""
+        self._charge()
+        self.active.remove(stage)
+        self.left[stage.kind] -= 1 if stage.total is None else stage.total - stage.done
+        self._done[stage.kind] += stage.total is None
+
+    def _charge(self) -> None:
+        """Adds the time since the last call to the innermost stage."""
+        now = time.monotonic()
+        if self.active:
+            self.active[-1].seconds += now - self._charged
+            self._seconds[self.active[-1].kind] += now - self._charged
+        self._charged = now
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the run was started, or started again."""
+        return time.monotonic() - self._began
+
+    @property
+    def time_left(self) -> tuple[float, bool]:
+        """Seconds that what is left takes as fast as what was done, and whether all of its kinds have been seen: if not
+        they are a lower bound."""
+        total, is_complete = 0.0, True
+        for kind, left in self.left.items():
+            done, seconds = self._done[kind], self._seconds[kind]
+            if kind == "train" and done > 1:
+                done, seconds = done - 1, seconds - self._first_step
+            total += max(0, left) * seconds / max(1, done)
+            is_complete &= left <= 0 or done > 0
+        return total, is_complete
+
+    def __str__(self) -> str:
+        """The run in a line; empty if it has no plan."""
+        if not self.stages:
+            return ""
+        left, is_complete = self.time_left
+        text = f"stage {self.place + 1} of {len(self.stages)}, {clock(self.elapsed)} elapsed"
+        if left >= 1:
+            text += f", {'about' if is_complete else 'more than'} {clock(left)} left"
+        if self._ends_at < math.inf:
+            until = max(0.0, self._ends_at - time.monotonic())
+            if left > until or (left and is_complete):
+                text += f", {'past' if left > until else 'before'} max_time (in {clock(until)})"
+            else:
+                text += f", max_time in {clock(until)}"
+        return text
+
+
+@dataclass
+class Stage:
+    """A part of a run, as a front end is shown it."""
+
+    run: RunProgress
+    kind: Kind
+    title: str
+    unit: str  # of the counts, in the singular
+    total: int | None  # None: it is not counted
+    done: int = 0
+    seconds: float = 0.0  # so far, without stages within it
+    notes: dict[str, str] = field(default_factory=dict)  # such as its loss
+    tokens: int = 0  # of what was done now
+    before: int = field(init=False)  # done by an earlier start of the run
+    is_inner: bool = False  # it stands within another stage
+
+    def __post_init__(self) -> None:
+        """What is done before it begins was done before."""
+        self.before = self.done
+
+    def update(self, count: int = 1, tokens: int = 0, notes: Mapping[str, str] | None = None) -> None:
+        """So many more are done. ``notes`` stand behind the counts from now on."""
+        self.done += count
+        self.tokens += tokens
+        self.notes |= notes or {}
+        if count:
+            self.run.move(self, count)
+        _front_end.move(self)
+
+    def __str__(self) -> str:
+        """The stage in a line."""
+        parts = [] if self.total is None else [f"{self.done:,}/{self.total:,} {plural(self.unit, self.total)}"]
+        made = self.done - self.before
+        if made and self.seconds > 0:
+            rate = made / self.seconds
+            parts.append(
+                f"{_number(rate)} {plural(self.unit)}/s" if rate >= 1 else f"{_number(1 / rate)} s/{self.unit}"
+            )
+            parts += [f"{_number(self.tokens / self.seconds)} tokens/s"] if self.tokens else []
+        parts += [f"{name} {value}" for name, value in self.notes.items()]
+        return f"{self.title}: {', '.join(parts)}" if parts else self.title
+
+
+class FrontEnd(Protocol):
+    """Shows a run. Stages within a stage end before it does."""
+
+    def begin(self, stage: Stage) -> None:
+        """A stage begins."""
+
+    def move(self, stage: Stage) -> None:
+        """The innermost stage has moved."""
+
+    def end(self, stage: Stage) -> None:
+        """The innermost stage has ended, or was stopped."""
+
+
+class Console:
+    """A run on stderr of rank 0."""
+
+    def __init__(self) -> None:
+        self._bars: list[tqdm] = []  # a line for the run, then a bar for each active stage
+        self._next_line = math.inf
+
+    def begin(self, stage: Stage) -> None:
+        """Draws a bar, or writes a line for a stage that stands within no other."""
+        self._next_line = time.monotonic() + LINE_SECONDS
+        if sys.stderr.isatty():
+            if not self._bars:
+                self._bars.append(tqdm(leave=False, bar_format="{desc}", desc=str(stage.run)))
+            line = "{desc}" if stage.total is None else "{percentage:3.0f}%|{bar:20}| {desc}"
+            self._bars.append(tqdm(total=stage.total, initial=stage.done, leave=False, bar_format=line))
+            self._bars[-1].set_description_str(str(stage))
+        elif not stage.is_inner:
+            self._write(stage)
+
+    def move(self, stage: Stage) -> None:
+        """Draws again, not more often than a screen needs, or writes a line if it is time for one."""
+        if self._bars:
+            self._bars[-1].set_description_str(str(stage), refresh=False)
+            if self._bars[-1].update(stage.done - self._bars[-1].n):
+                self._bars[0].set_description_str(str(stage.run))
+        elif (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + max(LINE_SECONDS, stage.seconds / 10)
+            self._write(stage)
+
+    def end(self, stage: Stage) -> None:
+        """Removes the bar; what the stage did stays as a line, unless it is a short one within another."""
+        closed = self._bars[-1 if stage.is_inner else 0 :]
+        del self._bars[len(self._bars) - len(closed) :]
+        for bar in reversed(closed):
+            bar.close()
+        if not stage.is_inner or stage.seconds > LINE_SECONDS:
+            self._write(stage, f" in {clock(stage.seconds)}")
+
+    def _write(self, stage: Stage, took: str = "") -> None:
+        run = "" if stage.is_inner or not stage.run.stages else f" | {stage.run}"
+        tqdm.write(printable(f"{stage}{took}{run}", one_line=True), file=sys.stderr)
+
+
+class Silence:
+    """Shows nothing: other ranks than 0."""
+
+    def begin(self, stage: Stage) -> None:
+        """Does nothing, as the others do."""
+
+    move = end = begin
+
+
+_front_end: FrontEnd = Console() if os.environ.get("RANK", "0") == "0" else Silence()
+_run = RunProgress()  # one process does one thing at a time
+
+
+def show_on(front_end: FrontEnd) -> FrontEnd:
+    """Shows runs of this process elsewhere from now on; gives the front end that did before."""
+    global _front_end  # noqa: PLW0603
+    before, _front_end = _front_end, front_end
+    return before
+
+
+def begin_run(progress: RunProgress) -> None:
+    """The stages from now on are those of a run."""
+    global _run  # noqa: PLW0603
+    _run = progress
+
+
+@contextmanager
+def stage(kind: Kind, unit: str = "", total: int | None = None, done: int = 0, title: str = "") -> Iterator[Stage]:
+    """A stage of the current run, or of a program without one.
+
+    Args:
+        kind (Kind): what it is.
+        unit (str): what is counted, in the singular.
+        total (int | None): how many there are; None: it is not counted.
+        done (int): how many of them an earlier start of the program did. A stage with nothing left is not shown.
+        title (str): what it is called instead of its kind.
+
+    Yields:
+        Stage: its ``update`` counts.
+    """
+    found = Stage(_run, kind, title or kind, unit, total, done)
+    _run.begin(found)
+    if not title and not found.is_inner and _run.stages and (iteration := _run.stages[_run.place][1]) is not None:
+        found.title = f"iteration {iteration}, {kind}"
+    is_shown = total is None or done < total
+    try:
+        if is_shown:
+            _front_end.begin(found)
+        yield found
+    finally:
+        found.run.end(found)
+        if is_shown:
+            _front_end.end(found)
+
+
+def clock(seconds: float) -> str:
+    """A duration as ``mm:ss`` or ``h:mm:ss``."""
+    return tqdm.format_interval(seconds)
+
+
+def _number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
