@@ -13,7 +13,7 @@ class TrackioLogger:
 
     Args:
         project (str): the project.
-        name (str | None): the run; None is the name of ``output_dir``'s folder. A run of that name is continued.
+        name (str | None): the run, which is continued if it is there; None names it as the folder ``output_dir``.
         group (str | None): the group of runs.
         space_id (str | None): ``name`` or ``organisation/name`` of a Space, made if it is not there; the token is that
             of ``hf auth login``, or ``HF_TOKEN``.
