@@ -118,8 +118,8 @@ def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
         )
     elif acc is not None and acc >= WON_ACC:
         found.append(
-            f"acc is {acc:.3f} at the end: the policy prefers nearly every real response to its own. Fewer epochs, or a "
-            "higher loss.beta in later iterations."
+            f"acc is {acc:.3f} at the end: the policy prefers nearly every real response to its own. Fewer epochs, or "
+            "a higher loss.beta in later iterations."
         )
     if logistic and loss is not None and loss > LN_2 + LOSS_ABOVE:
         found.append(
