@@ -132,7 +132,8 @@ class SPINRecipe:
         progress, plan, had_steps_left = self._progress, self._plan, not self._progress.is_done
         try:
             if progress.step == 0 and plan.num_val_samples and self._cfg.validation.at_start:
-                self._log(self.run_validation())
+                self._log(metrics := self.run_validation())
+                self._monitor.lowest_val_loss = metrics["val_loss"]
             while not progress.is_done:
                 iteration = progress.iteration
                 # --- 1. Play and 2. score: the policy is the opponent ---

@@ -88,6 +88,11 @@ class Pair:
         return [self.reference_real_logp, *(response.reference_logp for response in self.generated)]
 
     @property
+    def equal_to_real(self) -> list[bool]:
+        """Of each generated response: its tokens are the real one's."""
+        return [np.array_equal(response.token_ids, self.real_ids) for response in self.generated]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the pair takes in a row: the prompt once, and every response."""
         return sum(map(len, self.parts))

@@ -191,12 +191,21 @@ class Watch(Section):
     """What a policy looks like that self-play is ruining."""
 
     window: int = key(20, "more if small batches make noise: steps averaged for the first three", ge=1, le=10**6)
-    real_logp_drift: WatchLimit = key(WatchLimit(limit=50.0), "nats that real responses may lose in an iteration")
+    val_loss: WatchLimit = key(WatchLimit(limit=0.25), "fraction that the validation loss may be above its lowest")
+    val_loss_collapse: WatchLimit = key(
+        WatchLimit(limit=1.0, action="stop"), "the same, of a model that is being ruined"
+    )
+    real_nll_rise: WatchLimit = key(
+        WatchLimit(limit=0.25), "fraction by which the NLL of real responses may rise in an iteration"
+    )
     acc: WatchLimit = key(
         WatchLimit(limit=0.99), "above, the policy prefers nearly every real response: little is left to learn"
     )
     margin: WatchLimit = key(WatchLimit(limit=5.0), "above, the loss is flat")
     truncated_fraction: WatchLimit = key(WatchLimit(limit=0.5), "of an iteration's responses")
+    equal_fraction: WatchLimit = key(
+        WatchLimit(limit=0.5), "of an iteration's responses, those equal to the real one: nothing is learned from them"
+    )
     length_drift: LengthLimit = key(LengthLimit(), "mean length of responses: times, or one in, that of iteration 0")
 
 
@@ -209,7 +218,7 @@ class Loss(Component):
 class Optimizer(Component):
     """The optimizer, given its learning rate by the recipe."""
 
-    lr: LearningRate | list[LearningRate] = key(..., "lower if real_logp_drift alerts; a list: one per iteration")
+    lr: LearningRate | list[LearningRate] = key(..., "lower if real_nll_rise alerts; a list: one per iteration")
     reset_each_iteration: bool = key(True, "false for short iterations: moments stay although the opponent has changed")
     own: ClassVar[tuple[str, ...]] = ("reset_each_iteration",)
 

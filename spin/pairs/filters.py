@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-import numpy as np
-
 from spin.core.errors import StoreError
 from spin.types import Pair
 
@@ -35,11 +33,11 @@ class FilteredPairs(Iterable[Pair]):
         num_pairs = 0
         for num_pairs, pair in enumerate(self._pairs, start=1):  # noqa: B007
             kept = []
-            for response in pair.generated:
+            for response, equal in zip(pair.generated, pair.equal_to_real, strict=True):
                 size = len(response.token_ids)
                 kinds = {
                     "truncated": response.truncated,
-                    "equal_to_real": np.array_equal(response.token_ids, pair.real_ids),
+                    "equal_to_real": equal,
                     "empty": size == 0 or (size == 1 and not response.truncated),
                 }
                 counts.update(responses=1, **kinds)

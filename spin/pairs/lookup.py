@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from spin.core.errors import OutputError, StoreError
-from spin.core.files import atomic_write, keep_aside
+from spin.core.files import as_output_error, atomic_write, keep_aside
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.types import Pair, Response
 
@@ -61,7 +61,8 @@ class PairLookup(Mapping[Key, Pair]):
         """Copies pairs to a scratch file, one at a time; one that is there is replaced."""
         if path.exists() and not (path.is_file() and path.open("rb").read(len(_MAGIC)) == _MAGIC):
             keep_aside(path, "is in the way of an iteration's scratch file")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with as_output_error(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         hashes, bounds = array("q"), array("q", [len(_MAGIC)])
         with atomic_write(path, "xb") as stream:
             stream.write(_MAGIC)

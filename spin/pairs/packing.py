@@ -73,6 +73,7 @@ class PackedRow:
     real: torch.Tensor  # the response that is real in each comparison, int64, shape (c,)
     generated: torch.Tensor  # the one that is generated, int64, shape (c,)
     truncated: torch.Tensor  # the length limit ended the generated response, bool, shape (c,)
+    equal: torch.Tensor  # the generated response is the real one, bool, shape (c,)
     # of each comparison in the loss, float32, shape (c,); a pair's sum to 1, or less where truncated ones are masked
     weights: torch.Tensor
     used_tokens: int  # tokens of the row that are not padding
@@ -168,6 +169,7 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout
         real=real,
         generated=generated,
         truncated=torch.tensor([each.truncated for pair in pairs for each in pair.generated], dtype=torch.bool),
+        equal=torch.tensor([is_equal for pair in pairs for is_equal in pair.equal_to_real], dtype=torch.bool),
         weights=torch.tensor(weights, dtype=torch.float32),
         used_tokens=used,
         pair_responses=list(zip((pair.key for pair in pairs), firsts, counts, strict=False)),

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -219,15 +220,17 @@ class PairStore:
         for index in range(self.num_shards):
             yield from self.read_shard(index)
 
-    def count_responses(self) -> tuple[int, int, int]:
-        """The number of responses, of truncated ones, and of the tokens of all; reads two columns of every shard."""
-        responses = truncated = tokens = 0
+    def count_responses(self) -> tuple[int, int, int, int]:
+        """The number of responses, of truncated ones, of those equal to the real one, and of the tokens of all; reads three
+        columns of every shard."""
+        responses = truncated = equal = tokens = 0
         for index in range(self.num_shards):
-            table = self._table(index, columns=["finish_reason", "generated_ids"])
+            table = self._table(index, columns=["finish_reason", "real_ids", "generated_ids"])
             responses += table.num_rows
+            equal += sum(map(eq, table["real_ids"].to_pylist(), table["generated_ids"].to_pylist()))
             truncated += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
             tokens += pc.sum(pc.list_value_length(table["generated_ids"])).as_py() or 0
-        return responses, truncated, tokens
+        return responses, truncated, equal, tokens
 
     def _shard(self, index: int) -> Path:
         return self.path / _shard_name(index)

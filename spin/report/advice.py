@@ -108,13 +108,13 @@ def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
             f"both log-probs fall (real {real:.1f}, generated {generated:.1f} nats against the opponent's): the loss "
             "is lowered by making everything less likely. Set nll_weight above 0, or lower optimizer.lr."
         )
-    if all(row.get("acc") == 0 for row in steps[1:]):
+    if all(row.get("margin") == 0 for row in steps[1:]):
         updated = _mean(tail, "updated_fraction")
         remedy = "raise optimizer.lr"
         if updated is not None and updated < UPDATED_FRACTION:
             remedy = f"a step changes {updated:.1%} of the weights: set dtype=fp32, or raise optimizer.lr"
         found.append(
-            f"acc stays at 0: no real response gains on its generated one, so the policy does not learn; {remedy}."
+            f"the margin stays at 0: no real response gains on its generated one, so the policy does not learn; {remedy}."
         )
     elif acc is not None and acc >= WON_ACC:
         found.append(

@@ -101,7 +101,7 @@ def iteration_summary(
     steps = [metrics for metrics in history if "loss" in metrics]
     lines = [f"\n=== {title[0].upper()}{title[1:]}: {len(history)} steps ==="]
     if steps and abs(steps[0].get("margin", 1.0)) < 1e-4:
-        lines.append("(at the first step model and opponent are still the same: no rewards, acc 0)")
+        lines.append("(at the first step model and opponent are still the same: no rewards, acc 0.5)")
     for name, label in (
         ("loss", "loss"),
         ("total_loss", "loss with NLL term"),

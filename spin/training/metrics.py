@@ -59,11 +59,13 @@ class PairSums:
         return {
             "weight": weights,
             "loss": weights * losses,
-            "acc": weights * (real_rewards > generated_rewards),
+            "ties": weights * (row.equal | (real_rewards == generated_rewards)),
+            "won": weights * (~row.equal & (real_rewards > generated_rewards)),
             "real_rewards": weights * real_rewards,
             "generated_rewards": weights * generated_rewards,
             "squared_rewards": weights * (real_rewards.double() ** 2 + generated_rewards.double() ** 2),
             "real_drift": weights * drift[row.real],
+            "real_reference": weights * row.reference_logps[row.real],
             "generated_drift": weights * drift[row.generated],
             "real_nll": weights * -(logps.double() / lengths)[row.real],
             "generated_tokens": lengths[row.generated],
@@ -96,7 +98,7 @@ def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[s
     """Means over the pairs of a global batch.
 
     ``loss``, ``acc`` and the ``rewards_*`` carry NeMo-Aligner's names and count pairs whose weight is not 0; rewards
-    are scaled by beta. A tie counts as wrong in ``acc``. With an NLL term, ``nll_loss`` is that term before its
+    are scaled by beta. ``acc`` is of pairs that are no ties, and 0.5 where all are. With an NLL term, ``nll_loss`` is that term before its
     weight, and ``total_loss = loss + nll_weight * nll_loss`` what the step minimises. Nothing if no pair has weight.
 
     Source:
@@ -112,7 +114,7 @@ def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[s
     return {
         "loss": loss,
         **({"nll_loss": nll, "total_loss": loss + nll_weight * nll} if nll_weight else {}),
-        "acc": totals["acc"] / n,
+        "acc": _fraction_won(totals["won"], n - totals["ties"]),
         "rewards_actual_mean": real,
         "rewards_generated_mean": generated,
         "rewards_all_mean": both,
@@ -123,7 +125,13 @@ def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[s
         "real_logp_drift": totals["real_drift"] / n,
         "generated_logp_drift": totals["generated_drift"] / n,
         "real_nll": nll,
+        "real_nll_rise": totals["real_drift"] / min(totals["real_reference"], -1e-9),
     }
+
+
+def _fraction_won(won: float, decided: float) -> float:
+    """Pairs won of those that are no ties."""
+    return won / decided if decided > 1e-9 else 0.5
 
 
 def speed_metrics(totals: Mapping[str, float], pairs: int, seconds: float) -> dict[str, float]:
@@ -145,10 +153,14 @@ def validation_metrics(
         return {}
     values = {
         "val_spin_loss": losses,
-        "val_acc": real_rewards > generated_rewards,
         "val_margin": real_rewards - generated_rewards,
     }
-    return {name: (weights.double() @ each.double() / total).item() for name, each in values.items()}
+    means = {name: (weights.double() @ each.double() / total).item() for name, each in values.items()}
+    won, lost = (
+        weights.double() @ each.double()
+        for each in (real_rewards > generated_rewards, real_rewards < generated_rewards)
+    )
+    return means | {"val_acc": _fraction_won(won.item(), (won + lost).item())}
 
 
 def prefix_keys(name: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -1,13 +1,15 @@
 """Detects collapse: thresholds on metrics of steps and of responses, and what to do about it.
 
 Four things are known to go wrong. Real responses become unlikely (only the margin is trained, so both rewards may
-fall); responses no longer end; responses become much longer or shorter; and the game is won, so that nothing is learned
-from it any more. The first and the last show in a step's metrics, the others in an iteration's responses.
+fall); responses no longer end; responses become much longer or shorter; and the game is over, so that nothing is learned
+from it any more: every pair is won, or responses equal the real ones. The first shows in the validation loss and, as the
+margin does, in a step's metrics, the others in an iteration's responses.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,8 +23,9 @@ from spin.pairs.store import MANIFEST, PairStore
 
 log = logging.getLogger(__name__)
 
-_IN_STEPS = ("real_logp_drift", "acc", "margin")
-LIMITS = (*_IN_STEPS, "truncated_fraction", "length_drift")
+_IN_STEPS = ("real_nll_rise", "acc", "margin")
+_IN_VALIDATIONS = ("val_loss", "val_loss_collapse")
+LIMITS = (*_IN_STEPS, *_IN_VALIDATIONS, "truncated_fraction", "equal_fraction", "length_drift")
 
 
 @dataclass(frozen=True)
@@ -47,33 +50,45 @@ class CollapseMonitor:
         self._is_main = is_main
         self._recent = {name: deque[float](maxlen=watch["window"]) for name in _IN_STEPS}
         self._warned: set[tuple[int, str]] = set()
+        self.lowest_val_loss = math.inf  # so far
         self.metrics: dict[str, float] = {}  # of the iteration's responses, for the log
 
     @property
     def can_roll_back(self) -> bool:
         """A limit rolls back, so the state at an iteration's start is needed until its end."""
-        return any(self._limits[name] is not None and self._actions[name] == "rollback" for name in _IN_STEPS)
+        looked_at = (*_IN_STEPS, *_IN_VALIDATIONS)
+        return any(self._limits[name] is not None and self._actions[name] == "rollback" for name in looked_at)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last steps' values, and the responses' metrics; JSON values."""
-        return {"recent": {name: list(values) for name, values in self._recent.items()}, "metrics": self.metrics}
+        """The last steps' values, the lowest validation loss, and the responses' metrics; JSON values."""
+        lowest = {"lowest_val_loss": self.lowest_val_loss} if math.isfinite(self.lowest_val_loss) else {}
+        return {
+            "recent": {name: list(values) for name, values in self._recent.items()},
+            "metrics": self.metrics,
+        } | lowest
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes a saved state; one without values is that of an older version."""
-        for name, values in state.get("recent", {}).items():
-            self._recent[name].extend(values)
+        for name, values in self._recent.items():
+            values.extend(state.get("recent", {}).get(name, []))
+        self.lowest_val_loss = state.get("lowest_val_loss", math.inf)
         self.metrics = dict(state.get("metrics", {}))
 
     def start(self, iteration: int, responses: Mapping[str, float]) -> None:
         """Looks at an iteration's :func:`response_metrics` before anything is trained on the responses; a CollapseError
         if a limit was passed whose action is not ``warn``."""
-        self.metrics = {name: value for name, value in responses.items() if name == "length_drift"}
+        self.metrics = {name: value for name, value in responses.items() if name != "truncated_fraction"}
         found = {}
         if (fraction := responses["truncated_fraction"]) > (self._limits["truncated_fraction"] or 1):
             found["truncated_fraction"] = (
                 f"{fraction:.1%} of the opponent's responses were truncated by sampling.max_new_tokens: they may lack "
                 f"their end. See `spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
                 "Raise max_new_tokens, or train less"
+            )
+        if (fraction := responses["equal_fraction"]) > (self._limits["equal_fraction"] or 1):
+            found["equal_fraction"] = (
+                f"{fraction:.1%} of the opponent's responses equal the real ones: the SPIN loss learns nothing from them. "
+                "The model may have learned what this data can teach; more of other data, or stop here"
             )
         drift, limit = responses.get("length_drift", 1.0), self._limits["length_drift"]
         if limit is not None and not 1 / limit <= drift <= limit:
@@ -86,7 +101,18 @@ class CollapseMonitor:
             raise CollapseError(f"{alert.message} Nothing was trained on these responses yet.")
 
     def step(self, iteration: int, step_in_iteration: int, metrics: Mapping[str, float]) -> Alert | None:
-        """Looks at the mean of the last steps, once an iteration has as many."""
+        """Looks at the validation loss, if ``metrics`` has one, and at the mean of the last steps, once an iteration has
+        as many."""
+        found = {}
+        val_loss, lowest = metrics.get("val_loss", self.lowest_val_loss), self.lowest_val_loss
+        self.lowest_val_loss = min(val_loss, lowest)
+        for name in _IN_VALIDATIONS:
+            if self._passes(name, val_loss / lowest - 1):
+                found[name] = (
+                    f"the validation loss is {val_loss:.4g}, {val_loss / lowest - 1:.0%} above its lowest so far: the policy "
+                    "unlearns what the data teaches. The model of an earlier iteration is better; lower optimizer.lr, or "
+                    "raise loss.beta or nll_weight"
+                )
         for name, values in self._recent.items():
             if step_in_iteration == 1:
                 values.clear()
@@ -94,12 +120,11 @@ class CollapseMonitor:
                 values.append(metrics[name])
         means = {name: sum(v) / len(v) for name, v in self._recent.items() if len(v) == v.maxlen}
         if len(means) < len(self._recent):
-            return None
+            return self._report(iteration, found)
         steps = f"mean of {self._recent['acc'].maxlen} steps"
-        found = {}
-        if self._passes("real_logp_drift", -means["real_logp_drift"]):
-            found["real_logp_drift"] = (
-                f"real responses have lost {-means['real_logp_drift']:.1f} nats against the iteration's start ({steps}"
+        if self._passes("real_nll_rise", means["real_nll_rise"]):
+            found["real_nll_rise"] = (
+                f"the NLL of real responses is {means['real_nll_rise']:.0%} above that at the iteration's start ({steps}"
                 "): the policy unlearns what it should learn. Raise nll_weight, or lower optimizer.lr"
             )
         if self._passes("acc", means["acc"]):
@@ -133,14 +158,15 @@ class CollapseMonitor:
 
 def response_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, float]:
     """How an iteration's responses end and how long they are, from the store in its folder: ``truncated_fraction``, and
-    ``length_drift``, their mean length over that of iteration 0, whose store may be gone. Collective."""
+    ``length_drift``, their mean length over that of iteration 0, whose store may be gone; ``equal_fraction``, those equal
+    to the real response. Collective."""
     metrics: dict[str, float] = {}
     with raise_on_all_ranks(world, StoreError):
         if world.is_main:
-            count, truncated, tokens = PairStore.open(folder / "responses").count_responses()
-            metrics["truncated_fraction"] = truncated / max(1, count)
+            count, truncated, equal, tokens = PairStore.open(folder / "responses").count_responses()
+            metrics = {"truncated_fraction": truncated / max(1, count), "equal_fraction": equal / max(1, count)}
             if tokens and (first_folder / "responses" / MANIFEST).exists():
-                first_count, _, first_tokens = PairStore.open(first_folder / "responses").count_responses()
+                first_count, _, _, first_tokens = PairStore.open(first_folder / "responses").count_responses()
                 if first_tokens:
                     metrics["length_drift"] = (tokens / count) / (first_tokens / first_count)
     return broadcast_object(metrics, world)

@@ -19,14 +19,14 @@ def watch(window=2, is_main=True, **limits):
     return CollapseMonitor({"window": window, **QUIET, **limits}, is_main)
 
 
-def step(drift=0.0, acc=0.5, margin=0.0):
-    return {"real_logp_drift": drift, "acc": acc, "margin": margin}
+def step(rise=0.0, acc=0.5, margin=0.0):
+    return {"real_nll_rise": rise, "acc": acc, "margin": margin}
 
 
 @pytest.mark.parametrize(
     ("name", "limit", "value", "shown"),
     [
-        ("real_logp_drift", 10.0, step(drift=-11.0), "lost 11.0 nats"),
+        ("real_nll_rise", 0.2, step(rise=0.3), "30% above that at the iteration's start"),
         ("acc", 0.9, step(acc=0.95), "acc is 0.950"),
         ("margin", 3.0, step(margin=3.5), "margin is 3.50"),
     ],
@@ -56,13 +56,40 @@ def test_steps(name, limit, value, shown, caplog):
 
 
 def test_gains_and_steps_without_comparisons_are_no_alarm_and_the_state_is_resumed():
-    watched = watch(window=1, **{name: {"limit": 1.0, "action": "stop"} for name in ("real_logp_drift", "margin")})
-    assert watched.step(0, 1, step(drift=50.0, margin=-50.0)) is None
+    watched = watch(window=1, **{name: {"limit": 1.0, "action": "stop"} for name in ("real_nll_rise", "margin")})
+    assert watched.step(0, 1, step(rise=-0.5, margin=-50.0)) is None
     assert watched.step(0, 2, {"lr": 1.0}) is None
     watched, again = (watch(acc={"limit": 0.9, "action": "stop"}) for _ in range(2))
     watched.step(0, 1, step(acc=1.0))
     again.load_state_dict(json.loads(json.dumps(watched.state_dict())))
     assert again.step(0, 2, step(acc=1.0)) is not None
+
+
+def test_validation_loss_against_the_lowest_so_far(caplog):
+    """The losses of a run that collapsed: its fourth is eight times the first, and nothing else moved."""
+    limits = {"val_loss": {"limit": 0.25, "action": "warn"}, "val_loss_collapse": {"limit": 1.0, "action": "rollback"}}
+    watched = watch(**limits)
+    assert watched.can_roll_back
+    watched.lowest_val_loss = 0.019
+    assert watched.step(0, 40, {"val_loss": 0.0235}) is None and not caplog.text
+    assert watched.step(1, 40, {"val_loss": 0.028}) is None
+    assert "Iteration 1: the validation loss is 0.028, 47% above its lowest" in caplog.text
+    again = watch(**limits)
+    again.load_state_dict(json.loads(json.dumps(watched.state_dict())))
+    for resumed in (watched, again):
+        alert = resumed.step(2, 40, {"val_loss": 0.15})
+        assert alert.rolls_back and "watch.val_loss_collapse.limit=1.0" in alert.message
+    assert watch(**limits).step(0, 1, {"val_loss": 9.0}) is None  # the first that is measured
+
+
+def test_responses_equal_to_the_real_ones(tmp_path):
+    store = PairStore.open_or_create(tmp_path / "responses", {"opponent": "w"}, 2)
+    for shard, response in enumerate(([2, 3], [2])):
+        store.write_shard(shard, [Pair(f"s{shard}", 0, [1], [2, 3], [Response(response, "stop")])])
+    found = response_metrics(tmp_path, tmp_path, init_world("cpu"))
+    assert found["equal_fraction"] == 0.5
+    with pytest.raises(CollapseError, match=r"50.0% of the opponent's responses equal the real ones"):
+        watch(equal_fraction={"limit": 0.4, "action": "stop"}).start(0, found)
 
 
 def test_responses_against_iteration_0(tmp_path):
@@ -74,12 +101,13 @@ def test_responses_against_iteration_0(tmp_path):
             reason = "length" if length == 9 else "stop"
             store.write_shard(shard, [Pair(f"s{shard}", 0, [1], [2], [Response([5] * length, reason)])])
     found = response_metrics(tmp_path / "now", tmp_path / "first", world)
-    assert found == {"truncated_fraction": 0.5, "length_drift": 2.0}
-    assert response_metrics(tmp_path / "now", tmp_path / "gone", world) == {"truncated_fraction": 0.5}
+    assert found == {"truncated_fraction": 0.5, "equal_fraction": 0.0, "length_drift": 2.0}
+    gone = response_metrics(tmp_path / "now", tmp_path / "gone", world)
+    assert gone == {"truncated_fraction": 0.5, "equal_fraction": 0.0}
     watch().start(1, found)
     quiet = watch(length_drift={"limit": 2.0, "action": "stop"})
     quiet.start(1, found)
-    assert quiet.metrics == {"length_drift": 2.0}
+    assert quiet.metrics == {"length_drift": 2.0, "equal_fraction": 0.0}
     for limit, drift in ((1.9, 2.0), (1.9, 0.5)):
         strict = watch(length_drift={"limit": limit, "action": "stop"})
         with pytest.raises(CollapseError, match=f"{drift:.2f} times as long as in iteration 0.*Nothing was trained"):

@@ -51,8 +51,10 @@ def test_pairs_come_back_in_any_order(tmp_path, monkeypatch, with_equal_hashes):
     assert (0, "nobody") not in lookup and (1, "ü0") not in lookup and (0, "ü0") in lookup
     with pytest.raises(KeyError):
         lookup[5, "s5"]
-    with pytest.raises(OutputError, match="no/rows: cannot write .No such file"):
-        PairLookup.write(tmp_path / "no" / "rows", expected)
+    with pytest.raises(
+        OutputError, match="rows/no: cannot write .*[Nn]ot a directory|rows/no: cannot write .File exists"
+    ):
+        PairLookup.write(tmp_path / "rows" / "no", expected)
 
 
 def test_no_pairs_and_two_of_one_key(lookup_of):

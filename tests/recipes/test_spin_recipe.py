@@ -112,7 +112,12 @@ def test_every_iteration_starts_at_ln_2_and_learns(request, whole):
     rows = {row["step"]: row for row in metrics_of(output_dir)}
     for first in (1, 11):
         assert rows[first]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-        assert rows[first]["rewards_actual_mean"] == rows[first]["rewards_generated_mean"] == rows[first]["acc"] == 0.0
+        assert (
+            rows[first]["rewards_actual_mean"]
+            == rows[first]["rewards_generated_mean"]
+            == rows[first]["acc"] - 0.5
+            == 0.0
+        )
         assert abs(rows[first + 1]["loss"] - math.log(2)) > 1e-4
         assert rows[first + 9]["loss"] < 0.55
         assert rows[first]["updated_fraction"] > 0.9  # of adapters' runs the frozen base is not counted
@@ -327,7 +332,7 @@ def test_options_start_at_the_loss_of_equal_models(tmp_path, config, changes):
     _, first, second = metrics_of(tmp_path)
     zero, loss = torch.zeros(1), tiny_config("unused", *changes, config=config).loss
     assert first["loss"] == pytest.approx(instantiate(loss)(zero, zero, zero, zero)[0].item(), abs=1e-4)
-    assert first["acc"] == 0.0 and second["grad_norm"] > 0
+    assert first["acc"] == 0.5 and second["grad_norm"] > 0
     exported = tmp_path / "iteration_000"
     assert (exported / "hf_model").exists() == ("checkpointer.export_merged=false" not in changes)
     assert (exported / "adapter" / "adapter_config.json").exists() == (config == TINY_LORA)
@@ -355,7 +360,7 @@ def test_a_finished_run_says_so_and_resumes_with_more_iterations(tmp_path, caplo
     assert "1 x 2 steps of 4 pairs; 4 steps in all, 0 don" in caplog.text
     assert f"Finished after 4 steps; everything is in {tmp_path}" in caplog.text
     assert "iteration_001/hf_model loads in transformers" in caplog.text and "max_iterations=3" in caplog.text
-    assert capsys.readouterr().out.count("no rewards, acc 0)") == 2
+    assert capsys.readouterr().out.count("no rewards, acc 0.5)") == 2
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["step"] for row in samples] == [2] * 4 + [4] * 4  # without a validation set, those trained on
     caplog.clear()

@@ -272,8 +272,8 @@ def falling(step):
     ("changes", "words"),
     [
         (falling, ["both log-probs fall", "nll_weight"]),
-        (lambda step: {"acc": 0.0}, ["acc stays at 0", "optimizer.lr"]),
-        (lambda step: {"acc": 0.0, "updated_fraction": 0.01}, ["acc stays at 0", "dtype=fp32"]),
+        (lambda step: {"margin": 0.0}, ["margin stays at 0", "optimizer.lr"]),
+        (lambda step: {"margin": 0.0, "updated_fraction": 0.01}, ["margin stays at 0", "dtype=fp32"]),
         (lambda step: {"acc": 1.0}, ["acc is 1.000", "epochs"]),
         (lambda step: {"loss": math.log(2) + 0.1 * (step - 1)}, ["far above ln 2", "optimizer.lr"]),
         (lambda step: {"loss": 0.75 if step == 1 else 0.5}, ["first loss is 0.7500", "self_test"]),

@@ -41,12 +41,12 @@ def run(rows, policy, truncated="keep", beta=0.5, nll_weight=0.0):
 
 
 def test_by_hand():
-    """beta 0.5; real rewards 0.5, 0, -1; generated rewards -0.5, 0, 0.5; margins 1, 0, -1.5; a tie is wrong."""
+    """beta 0.5; real rewards 0.5, 0, -1; generated rewards -0.5, 0, 0.5; margins 1, 0, -1.5; a tie does not count."""
     both = torch.tensor([0.5, 0.0, -1.0, -0.5, 0.0, 0.5])
     assert run([three_pairs()], POLICY) == pytest.approx(
         {
             "loss": torch.nn.functional.softplus(-torch.tensor([1.0, 0.0, -1.5])).mean().item(),
-            "acc": 1 / 3,
+            "acc": 1 / 2,
             "rewards_actual_mean": -0.5 / 3,
             "rewards_generated_mean": 0.0,
             "rewards_all_mean": both.mean().item(),
@@ -57,6 +57,7 @@ def test_by_hand():
             "real_logp_drift": (1 + 0 - 2) / 3,
             "generated_logp_drift": 0.0,
             "real_nll": (9 + 10 + 12) / 2 / 3,
+            "real_nll_rise": 1 / 30,
         }
     )
 
@@ -80,7 +81,7 @@ def test_rows_add_up():
 def test_masked_pairs_count_in_lengths_only():
     metrics = run([three_pairs()], POLICY, truncated="mask")
     names = ("acc", "margin", "avg_generated_lengths", "truncated_fraction")
-    assert [metrics[name] for name in names] == pytest.approx([1 / 2, 0.5, 3.0, 1 / 3])
+    assert [metrics[name] for name in names] == pytest.approx([1.0, 0.5, 3.0, 1 / 3])
 
 
 def test_several_responses_share_their_pairs_weight():
