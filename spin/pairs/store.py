@@ -221,8 +221,8 @@ class PairStore:
             yield from self.read_shard(index)
 
     def count_responses(self) -> tuple[int, int, int, int]:
-        """The number of responses, of truncated ones, of those equal to the real one, and of the tokens of all; reads three
-        columns of every shard."""
+        """The number of responses, of truncated ones, of those equal to the real one, and of the tokens of all; reads
+        three columns of every shard."""
         responses = truncated = equal = tokens = 0
         for index in range(self.num_shards):
             table = self._table(index, columns=["finish_reason", "real_ids", "generated_ids"])

@@ -114,7 +114,7 @@ def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
         if updated is not None and updated < UPDATED_FRACTION:
             remedy = f"a step changes {updated:.1%} of the weights: set dtype=fp32, or raise optimizer.lr"
         found.append(
-            f"the margin stays at 0: no real response gains on its generated one, so the policy does not learn; {remedy}."
+            f"the margin stays at 0: no real response gains on its generated one, so nothing is learned; {remedy}."
         )
     elif acc is not None and acc >= WON_ACC:
         found.append(

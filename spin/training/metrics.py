@@ -98,8 +98,9 @@ def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[s
     """Means over the pairs of a global batch.
 
     ``loss``, ``acc`` and the ``rewards_*`` carry NeMo-Aligner's names and count pairs whose weight is not 0; rewards
-    are scaled by beta. ``acc`` is of pairs that are no ties, and 0.5 where all are. With an NLL term, ``nll_loss`` is that term before its
-    weight, and ``total_loss = loss + nll_weight * nll_loss`` what the step minimises. Nothing if no pair has weight.
+    are scaled by beta. ``acc`` is of pairs that are no ties, and 0.5 where all are. With an NLL term, ``nll_loss`` is
+    that term before its weight, and ``total_loss = loss + nll_weight * nll_loss`` what the step minimises. Nothing if
+    no pair has weight.
 
     Source:
         ``megatron_gpt_spin_model.py`` of https://github.com/NVIDIA/NeMo-Aligner for the names.

@@ -1,9 +1,9 @@
 """Detects collapse: thresholds on metrics of steps and of responses, and what to do about it.
 
 Four things are known to go wrong. Real responses become unlikely (only the margin is trained, so both rewards may
-fall); responses no longer end; responses become much longer or shorter; and the game is over, so that nothing is learned
-from it any more: every pair is won, or responses equal the real ones. The first shows in the validation loss and, as the
-margin does, in a step's metrics, the others in an iteration's responses.
+fall); responses no longer end; responses become much longer or shorter; and the game is over, so that nothing is
+learned from it any more: every pair is won, or responses equal the real ones. The first shows in the validation loss
+and, as the margin does, in a step's metrics, the others in an iteration's responses.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class CollapseMonitor:
             )
         if (fraction := responses["equal_fraction"]) > (self._limits["equal_fraction"] or 1):
             found["equal_fraction"] = (
-                f"{fraction:.1%} of the opponent's responses equal the real ones: the SPIN loss learns nothing from them. "
-                "The model may have learned what this data can teach; more of other data, or stop here"
+                f"{fraction:.1%} of the opponent's responses equal the real ones: the SPIN loss learns nothing from "
+                "them. The model may have learned what this data can teach; more of other data, or stop here"
             )
         drift, limit = responses.get("length_drift", 1.0), self._limits["length_drift"]
         if limit is not None and not 1 / limit <= drift <= limit:
@@ -101,17 +101,17 @@ class CollapseMonitor:
             raise CollapseError(f"{alert.message} Nothing was trained on these responses yet.")
 
     def step(self, iteration: int, step_in_iteration: int, metrics: Mapping[str, float]) -> Alert | None:
-        """Looks at the validation loss, if ``metrics`` has one, and at the mean of the last steps, once an iteration has
-        as many."""
+        """Looks at the validation loss, if ``metrics`` has one, and at the mean of the last steps, once an iteration
+        has as many."""
         found = {}
         val_loss, lowest = metrics.get("val_loss", self.lowest_val_loss), self.lowest_val_loss
         self.lowest_val_loss = min(val_loss, lowest)
         for name in _IN_VALIDATIONS:
-            if self._passes(name, val_loss / lowest - 1):
+            if lowest and self._passes(name, val_loss / lowest - 1):
                 found[name] = (
-                    f"the validation loss is {val_loss:.4g}, {val_loss / lowest - 1:.0%} above its lowest so far: the policy "
-                    "unlearns what the data teaches. The model of an earlier iteration is better; lower optimizer.lr, or "
-                    "raise loss.beta or nll_weight"
+                    f"the validation loss is {val_loss:.4g}, {val_loss / lowest - 1:.0%} above its lowest so far: the "
+                    "policy unlearns what the data teaches. The model of an earlier iteration is better; lower "
+                    "optimizer.lr, or raise loss.beta or nll_weight"
                 )
         for name, values in self._recent.items():
             if step_in_iteration == 1:
@@ -124,8 +124,8 @@ class CollapseMonitor:
         steps = f"mean of {self._recent['acc'].maxlen} steps"
         if self._passes("real_nll_rise", means["real_nll_rise"]):
             found["real_nll_rise"] = (
-                f"the NLL of real responses is {means['real_nll_rise']:.0%} above that at the iteration's start ({steps}"
-                "): the policy unlearns what it should learn. Raise nll_weight, or lower optimizer.lr"
+                f"the NLL of real responses is {means['real_nll_rise']:.0%} above that at the iteration's start ("
+                f"{steps}): the policy unlearns what it should learn. Raise nll_weight, or lower optimizer.lr"
             )
         if self._passes("acc", means["acc"]):
             found["acc"] = (
@@ -158,8 +158,8 @@ class CollapseMonitor:
 
 def response_metrics(folder: Path, first_folder: Path, world: World) -> dict[str, float]:
     """How an iteration's responses end and how long they are, from the store in its folder: ``truncated_fraction``, and
-    ``length_drift``, their mean length over that of iteration 0, whose store may be gone; ``equal_fraction``, those equal
-    to the real response. Collective."""
+    ``length_drift``, their mean length over that of iteration 0, whose store may be gone; ``equal_fraction``, those
+    equal to the real response. Collective."""
     metrics: dict[str, float] = {}
     with raise_on_all_ranks(world, StoreError):
         if world.is_main:
