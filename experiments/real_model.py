@@ -3,7 +3,7 @@
     python experiments/real_model.py --form small --model FOLDER --data FOLDER              # a CPU, minutes
     python experiments/real_model.py --model FOLDER --data FOLDER --gpus 0,1 --per-gpu 4    # GPUs, all arms and seeds
 
-The model is what examples/quickstart/get_model.py makes, the data what experiments/real_data.py makes. The arms are in
+The model is what `spin demo --only-model` makes, the data what experiments/real_data.py makes. The arms are in
 real_model.yaml: each is the product's own recipe with some settings changed. Every job (an arm and a seed) writes its
 figures to `OUT/jobs` after each iteration; the same command continues with what is missing. At the end the figures of
 all jobs are put into one JSON file, a page and pictures (--docs).

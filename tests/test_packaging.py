@@ -118,7 +118,7 @@ def test_wheel_holds_the_package_the_recipes_and_the_configs_and_nothing_else(wh
     recipes = {path.name for path in (repo / "recipes").glob("*.py")}
     assert tops == {"spin", f"spin_torchtune-{spin.__version__}.dist-info"} | recipes
     python = {str(path.relative_to(repo)) for path in (repo / "spin").rglob("*.py")}
-    configs = {f"spin/{path.relative_to(repo)}" for path in (repo / "configs").rglob("*.yaml")}
+    configs = {f"spin/{path.relative_to(repo)}" for path in (repo / "configs").rglob("*.*")}
     report = (
         "page.html",
         "sections.html",
@@ -179,6 +179,17 @@ def test_both_launchers_from_any_directory(kind, wheel, checkout, environment, e
         assert "Did you mean quickstart/smollm2_135M_cpu" in text and "Traceback" not in text
         if kind == "wheel":
             assert launch(*two, cwd=elsewhere, env=user_env, status=0).count("--config NAME_OR_FILE") == 2
+
+
+@pytest.mark.slow
+def test_demo_from_a_wheel_in_an_empty_folder(wheel, environment, tmp_path, tiny_lm, user_env):
+    """Config and data come with the wheel; the model is one that is there, because tests have no network."""
+    environment.install(str(wheel))
+    shutil.copytree(tiny_lm, tmp_path / "empty" / ".cache" / "quickstart" / "SmolLM2-135M-Instruct")
+    changes = ["dataset.max_prompt_tokens=256", "max_iterations=1", "limit_train_batches=1", "global_batch_size=4"]
+    text = environment.own("demo", "--out", "mine", *changes, cwd=tmp_path / "empty", env=user_env, status=0)
+    assert (tmp_path / "empty" / "mine" / "iteration_000" / "hf_model" / "model.safetensors").is_file()
+    assert f"{environment.spin} report mine" in text or "spin report mine" in text
 
 
 def test_install_and_uninstall_leave_torchtunes_recipes_alone(wheel, environment):

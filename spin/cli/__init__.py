@@ -22,6 +22,7 @@ from spin.core.terminal import escape_unencodable_output, printable
 
 # name: module, what it does
 COMMANDS = {
+    "demo": ("spin.cli.demo", "two iterations of self-play of a small model on this CPU, in minutes"),
     "run": ("spin.cli.run", "start a recipe, in one process or by torchrun in several"),
     "ls": ("spin.cli.ls", "list recipes and configs"),
     "new": ("spin.cli.new", "write a config for a model and data of yours, sized for this machine"),

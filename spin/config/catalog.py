@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any
 
 from spin.config.faults import nearest_of
-from spin.config.files import configs_root, find_config, packaged_configs
+from spin.config.files import find_config, packaged_configs
+from spin.config.interpolation import configs_root
 from spin.config.schema import Section
 from spin.core.errors import ConfigError
 

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spin.config.components import ALLOW_KEY, DOTPATH, FROM_OUTSIDE
 from spin.config.faults import Faults, first_line, joined, nearest_or_known
-from spin.config.interpolation import bounded
+from spin.config.interpolation import bounded, configs_root
 from spin.config.schema import COMPONENT
 from spin.core.errors import ConfigError
 
@@ -36,12 +36,6 @@ def packaged_configs() -> list[str]:
     """Names of the configs that come with this package, such as ``paper/zephyr_7b``, sorted."""
     root = configs_root()
     return sorted(path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.yaml"))
-
-
-def configs_root() -> Path:
-    """The folder of the packaged configs."""
-    installed = Path(__file__).parents[1] / "configs"  # a wheel maps configs/ to spin/configs/
-    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"  # checkout, editable install
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> DictConfig:

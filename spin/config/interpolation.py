@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import Container, DictConfig, ListConfig, OmegaConf
@@ -17,6 +18,7 @@ from spin.core.errors import ConfigError
 
 MISSING = "???"
 PATH_KEY = re.compile(r"(?:.*_)?(?:dir|path|file|folder)|source|resume")  # keys that hold a path, or a list of them
+_PACKAGED = "packaged:"
 _VARIABLE = re.compile(r"\$(\w+)")
 _MOST_RESOLVED = 2_000_000  # characters of a resolved config; 100 more for a value, 1000 for a reference
 Keys = tuple[Any, ...]
@@ -49,8 +51,17 @@ def with_paths(value: Any, change: Callable[[str], str]) -> Any:
     }
 
 
+def configs_root() -> Path:
+    """The folder of the packaged configs and of the quickstart's data."""
+    installed = Path(__file__).parents[1] / "configs"  # a wheel maps configs/ to spin/configs/
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "configs"  # checkout, editable install
+
+
 def expanded(path: str) -> str:
-    """A path without ``~``, and ``$HOME/x`` as ``${oc.env:HOME}/x``; a variable that is not set stays as typed."""
+    """A path without ``~``, ``packaged:x`` as the file of this package, and ``$HOME/x`` as ``${oc.env:HOME}/x``; a variable
+    that is not set stays as typed."""
+    if path.startswith(_PACKAGED):
+        return str(configs_root() / path.removeprefix(_PACKAGED))
     with_variables = _VARIABLE.sub(lambda name: f"${{oc.env:{name[1]}}}" if name[1] in os.environ else name[0], path)
     return os.path.expanduser(with_variables)
 

@@ -17,6 +17,7 @@ from spin.core.dtypes import DTYPES
 from spin.core.errors import ConfigError, GeneratorError
 from spin.generators.fused import fused
 from spin.generators.generator import GeneratorContext, SamplingParams, generate_in_order, max_response_tokens
+from spin.generators.prepacked import prepacked
 from spin.generators.sampling import uniforms
 from spin.generators.slots import Chosen, Slots, StepPlan
 from spin.model.attention import generation_kernels, patch_attention
@@ -342,9 +343,10 @@ class _Run:
 
 @contextmanager
 def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, layers uncompiled, no checkpointing, no FSDP hooks, on a GPU this project's kernels."""
+    """Evaluation mode, layers uncompiled, no checkpointing, no FSDP hooks, on a GPU this project's kernels, on a CPU
+    packed weights."""
     kernels = generation_kernels(device.type)
-    small_modules = fused(model, kernels) if kernels else nullcontext()
+    faster = prepacked(model) if device.type == "cpu" else fused(model, kernels) if kernels else nullcontext()
     training = [module for module in model.modules() if module.training]
     unembed = vars(model).get("unembed")
     wrappers = {each: vars(each).get("forward") for each in model.modules() if isinstance(each, ActivationWrapper)}
@@ -353,7 +355,7 @@ def _ready_to_generate(model: Any, device: torch.device) -> Iterator[None]:
         module.forward = module._checkpoint_wrapped_module.__call__
     try:
         # Compiled layers would be compiled again for every length of the cache.
-        with torch.compiler.set_stance("force_eager"), float8_off(model), without_fsdp_hooks(model), small_modules:
+        with torch.compiler.set_stance("force_eager"), float8_off(model), without_fsdp_hooks(model), faster:
             yield
     finally:
         for module, forward in wrappers.items():

@@ -104,13 +104,16 @@ def test_house_style(name):
     assert sections == sorted(sections, key=keys.index), "sections are out of order"
 
 
-def test_quickstart_finds_its_data(repo):
-    cfg = config.load_config("quickstart/smollm2_135M_cpu")
-    for section in (cfg.dataset, cfg.validation_dataset):
-        assert (repo / section.source).is_file()
+def test_quickstart_finds_its_data(repo, tmp_path, monkeypatch):
+    """In any folder; where the Makefile looks for its model and its run is where the config has them."""
+    raw = config.load_config("quickstart/smollm2_135M_cpu")
     makefile = (repo / "Makefile").read_text(encoding="utf-8")
-    assert f"MODEL := {cfg.model.path}\n" in makefile
-    assert f"output_dir={cfg.output_dir}" in makefile
+    assert f"MODEL := {raw.model.path}\n" in makefile and f"RUN ?= {raw.output_dir}\n" in makefile
+    monkeypatch.chdir(tmp_path)
+    raw.model.path = str(repo / TINY)
+    cfg = config.complete(raw, config.SPINConfig)
+    for section in (cfg.dataset, cfg.validation_dataset):
+        assert Path(section.source).is_file()
 
 
 def test_quickstart_data_are_conversations(repo):

