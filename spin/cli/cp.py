@@ -9,8 +9,8 @@ from pathlib import Path
 from spin.cli import parser_of
 from spin.config.catalog import config_model, load_recipe, recipe_files, recipe_of
 from spin.config.files import packaged_configs
-from spin.config.interpolation import configs_root
 from spin.config.full import full_text
+from spin.config.interpolation import configs_root
 from spin.core.errors import ConfigError, OutputError
 from spin.core.files import as_output_error, atomic_write
 

