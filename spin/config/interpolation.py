@@ -58,8 +58,8 @@ def configs_root() -> Path:
 
 
 def expanded(path: str) -> str:
-    """A path without ``~``, ``packaged:x`` as a file of this package, ``$HOME/x`` as ``${oc.env:HOME}/x``; a variable that
-    is not set stays as typed."""
+    """A path without ``~``, ``packaged:x`` as a file of this package, ``$HOME/x`` as ``${oc.env:HOME}/x``; a variable
+    that is not set stays as typed."""
     if path.startswith(_PACKAGED):
         return str(configs_root() / path.removeprefix(_PACKAGED))
     with_variables = _VARIABLE.sub(lambda name: f"${{oc.env:{name[1]}}}" if name[1] in os.environ else name[0], path)
