@@ -25,7 +25,7 @@ def journeys() -> dict[str, list[str]]:
     return {title: "".join(found).splitlines() for title, found in blocks.items() if found}
 
 
-def run(commands: list[str], folder: Path, **environment: str) -> list[float]:
+def run(commands: list[str], folder: Path, **environment: str) -> list[tuple[float, float]]:
     """Runs commands one after another in one shell, as a user does.
 
     Args:
@@ -34,29 +34,31 @@ def run(commands: list[str], folder: Path, **environment: str) -> list[float]:
         **environment (str): variables besides those of this process.
 
     Returns:
-        list[float]: seconds that each took.
+        list[tuple[float, float]]: seconds that each took, and those of its processes on all cores.
 
     Raises:
         CalledProcessError: If one failed; those behind it were not run.
     """
     times = folder / ".times"
-    timed = [f'begun=$EPOCHREALTIME\n{each}\necho "$begun $EPOCHREALTIME" >> {times}' for each in commands]
-    subprocess.run(["bash", "-euc", "\n".join(timed)], cwd=folder, env=os.environ | environment, check=True)
-    seconds = [float(end) - float(begun) for begun, end in (line.split() for line in times.read_text().splitlines())]
+    timed = [f"{{ time {{\n{each}\n}} 2>&3; }} 2>> {times}" for each in commands]
+    script = "\n".join(["exec 3>&2", "TIMEFORMAT='%R %U %S'", *timed])
+    subprocess.run(["bash", "-euc", script], cwd=folder, env=os.environ | environment, check=True)
+    found = [[float(word) for word in line.split()] for line in times.read_text().splitlines()]
     times.unlink()
-    return seconds
+    return [(real, user + system) for real, user, system in found]
 
 
 def main() -> None:
     """Runs all journeys in one folder and writes the table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    rows = []
+    lines = []
     with tempfile.TemporaryDirectory() as folder:
         for commands in journeys().values():
-            rows += list(zip(commands, run(commands, Path(folder)), strict=True))
-    lines = [f"| `{command}` | {seconds:.0f} |" for command, seconds in rows if command.split()[0] in ("spin", "echo")]
-    head = f"On {os.cpu_count()} cores of {cpu()}, with the demo's model in all three journeys:"
-    table = "\n".join([head, "", "| command | seconds |", "|---|---|", *lines, ""])
+            for command, (real, cores) in zip(commands, run(commands, Path(folder)), strict=True):
+                if "spin" in command:
+                    lines.append(f"| `{command.replace('|', chr(92) + '|')}` | {real:.0f} | {cores:.0f} |")
+    head = f"On {os.cpu_count()} cores ({cpu()}), with the demo's model:"
+    table = "\n".join([head, "", "| command | seconds | processor seconds |", "|---|---|---|", *lines, ""])
     PAGE.write_text(TIMES.sub(lambda _: table, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(table)
 

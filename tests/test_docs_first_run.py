@@ -38,7 +38,8 @@ def test_own_model_and_data_then_fine_tuning_before_self_play(shell):
     """The run that follows fine-tuning begins at ln 2 and from its result; the exported folder is a Qwen3 model."""
     folder, model = shell
     own, both = first_run.journeys().values()
-    assert all(seconds > 0 for seconds in first_run.run([*own, *both], folder, MODEL=model))
+    times = first_run.run([*own, *both], folder, MODEL=model)
+    assert len(times) == len(own) + len(both) and sum(cores for _, cores in times) > 10
 
     def steps(run: str) -> list[dict]:
         lines = (folder / run / "metrics.jsonl").read_text().splitlines()
