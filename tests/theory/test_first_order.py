@@ -1,0 +1,85 @@
+"""At an iteration's start SPIN is supervised fine-tuning with half of beta as its step, and with noise.
+
+With policy = opponent a pair has the gradient ``-(beta / 2) (grad log p(real) - grad log p(generated))``, and
+a response that the policy draws at temperature 1 has a score whose mean is zero. Everything here is a sum over all
+responses, so nothing is sampled; the model is too small to become the data's source.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torchtune.models.llama3_2 import llama3_2
+
+from spin.loss import SPINLoss
+
+TOKENS, LENGTH, PROMPTS = 3, 2, 2
+RESPONSES = torch.tensor(list(itertools.product(range(TOKENS), repeat=LENGTH)))
+SEQUENCES = torch.cat([torch.cat((torch.full((len(RESPONSES), 1), TOKENS + i), RESPONSES), 1) for i in range(PROMPTS)])
+
+
+def model(width, seed):
+    torch.manual_seed(seed)
+    made = llama3_2(
+        vocab_size=TOKENS + PROMPTS, num_layers=1, num_heads=2, num_kv_heads=2, embed_dim=width, intermediate_dim=width,
+        max_seq_len=8, tie_word_embeddings=True,
+    ).double()  # fmt: skip
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return made
+
+
+def log_probs(of, temperature=1.0):
+    """Of every response to every prompt: (prompts, responses)."""
+    logits = of(SEQUENCES[:, :-1]).double()[..., :TOKENS] / temperature
+    chosen = logits.log_softmax(-1).gather(-1, SEQUENCES[:, 1:, None])
+    return chosen.sum((1, 2)).view(PROMPTS, -1)
+
+
+def gradient(of, value):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(value, list(of.parameters()), retain_graph=True)])
+
+
+def mean_gradients(beta, temperature=1.0):
+    """Of SPIN with responses drawn at a temperature, and of supervised fine-tuning."""
+    student = model(4, seed=1)
+    data = log_probs(model(16, seed=2)).detach().exp()
+    drawn = log_probs(student, temperature).detach().exp()
+    logps = log_probs(student)
+    real, generated = (each.reshape(-1) for each in torch.broadcast_tensors(logps[:, :, None], logps[:, None, :]))
+    losses, _, _ = SPINLoss(beta=beta)(real, generated, real.detach(), generated.detach())
+    weights = (data[:, :, None] * drawn[:, None, :]).reshape(-1) / PROMPTS
+    return gradient(student, weights @ losses), gradient(student, -(data * logps).sum() / PROMPTS)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+def test_the_mean_gradient_is_that_of_fine_tuning_times_half_of_beta(beta):
+    spin, supervised = mean_gradients(beta)
+    torch.testing.assert_close(spin, beta / 2 * supervised, rtol=1e-4, atol=1e-6 * beta)  # norms are fp32
+
+
+@pytest.mark.parametrize(("temperature", "side"), [(0.5, 1), (2.0, -1)])
+def test_responses_drawn_at_another_temperature_add_a_pull_of_their_own(temperature, side):
+    """Cool ones take probability from what is probable, which flattens; hot ones take it from the tail."""
+    spin, supervised = mean_gradients(1.0, temperature)
+    pull = spin - supervised / 2
+    assert pull.norm() > 0.05 * (supervised / 2).norm()
+    student = model(4, seed=1)
+    logps = log_probs(student)
+    entropy = gradient(student, -(logps.exp() * logps).sum())
+    assert side * (-pull @ entropy) > 0  # a step goes against the gradient
+
+
+def test_a_pair_is_noisier_than_a_supervised_response():
+    """The noise of the generated response comes on top, independent of the real one's."""
+    student = model(4, seed=1)
+    logps = log_probs(student)[0]
+    scores = torch.stack([gradient(student, logp) for logp in logps])
+    data, own = log_probs(model(16, seed=2))[0].detach().exp(), logps.detach().exp()
+
+    def variance(weights):
+        return weights @ scores.pow(2).sum(1) - (weights @ scores).pow(2).sum()
+
+    supervised, pair = variance(data), variance(data) + variance(own)
+    assert (own @ scores).norm() < 1e-6  # the policy's own score has mean zero
+    assert 1.2 < (pair / supervised).sqrt() < 2
