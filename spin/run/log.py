@@ -30,7 +30,7 @@ from spin.core.files import (
     replace_text,
 )
 from spin.core.ranks import World, raise_on_all_ranks
-from spin.core.redact import hide
+from spin.core.redact import hide, redacted
 from spin.run.messages import log_table, sample_table
 from spin.run.stopping import resume_command
 
@@ -181,7 +181,7 @@ def _start(step: int, world: World) -> dict[str, Any]:
     return {
         "step": step,
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": hide(resume_command()),
+        "command": redacted(hide(resume_command())),
         "hardware": hardware + (f" on {hosts} hosts" if hosts > 1 else ""),
     }
 

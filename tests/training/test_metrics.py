@@ -1,6 +1,7 @@
 """Metrics of a batch, by hand and against torch; the fraction of weights updated; the metrics file after a restart."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from spin.config import SPINConfig
 from spin.core.ranks import init_world
+from spin.core.redact import remember
 from spin.data import Pair, Response, pack_row
 from spin.loss import SPINLoss
 from spin.model.sharding import shard_model
@@ -179,6 +181,17 @@ def test_metrics_file_keeps_texts_with_line_separators_and_outlives_a_truncated_
         stream.write('{"step": 2, "real": "é'.encode()[:-1])  # killed while writing
     MetricsFile(path, from_step=1).write(2, {"real": "é"})
     assert read_json_lines(path) == [{"step": 1, **row}, {"step": 2, "real": "é"}]
+
+
+def test_a_start_keeps_no_secrets_of_the_command(tmp_path, monkeypatch):
+    """One that the config is known to hold, and one within a URL."""
+    monkeypatch.setattr(
+        sys, "orig_argv", ["python", "r.py", "logger.key=sk-in-config", "dataset.source=s3://me:pw@host/x"]
+    )
+    remember("sk-in-config")
+    RunLog(SPINConfig(output_dir=str(tmp_path), log_every_n_steps=1), -1, init_world("cpu"))
+    (start,) = read_json_lines(tmp_path / "starts.jsonl")
+    assert start["command"] == "python r.py logger.key=*** dataset.source=s3://***@host/x"
 
 
 def test_resume_never_keeps_the_log_of_the_run_before(tmp_path, caplog):
