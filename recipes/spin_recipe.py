@@ -19,6 +19,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class SPINRecipe:
         # made now, so that a wrong argument shows before anything is loaded, not after the first responses
         self._losses = [config.instantiate(cfg.loss, beta=beta) for beta in self._betas]
         self._stop = run.StopRequest(cfg.stop_signals, cfg.max_time)
+        self._cleanup = ExitStack()  # of what setup has made, in case that it fails half-way
         self._nonfinite = training.NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir)
         self._opponent = ""  # fingerprint of the weights that this iteration plays against
         self._trained_in = -1  # the last iteration in which a batch moved the weights
@@ -74,8 +76,12 @@ class SPINRecipe:
         self._world = world = init_world(
             cfg.device, replicas=cfg.replicas, deterministic=cfg.deterministic, **run.inputs_of_config(cfg)
         )
+        self._cleanup.callback(shutdown)
         self._stop.install()
+        self._cleanup.callback(self._stop.release)
         self._lock = run.lock_output_dir(self._output_dir, world)  # before anything in the folder is touched
+        if self._lock is not None:
+            self._cleanup.callback(self._lock.release)
         self._monitor = training.CollapseMonitor(cfg.watch, world.is_main)
         self._checkpointer = config.instantiate(cfg.checkpointer)
         self._checkpointer.validate(cfg.max_iterations)
@@ -118,6 +124,8 @@ class SPINRecipe:
             self._checkpointer.load(resume_path, **into, new_options="optimizer" in cfg.resume_with_changes)
         engine = generators.GeneratorContext(self._model, world.device, context, self._tokenizer.decode, world)
         self._generator = config.instantiate(cfg.generator, context=engine)
+        self._cleanup.callback(self._generator.close)  # an engine may take the process group with it
+        self._cleanup.callback(self._checkpointer.close)
         self._engine_group = generators.engine_group(self._generator, world)
         self._task = partial(
             generators.PlayTask, sampling=self._sampling, seed=cfg.seed,
@@ -125,6 +133,7 @@ class SPINRecipe:
             limits=generators.limits_of(self._model, context, self._tokenizer),
         )  # fmt: skip
         self._run_log = run.RunLog(cfg, from_step, world)
+        self._cleanup.callback(self._run_log.close)
 
     # SPIN: the algorithm.
     def train(self) -> None:
@@ -365,14 +374,8 @@ class SPINRecipe:
             self._monitor.load_state_dict(state.get("watch", {}))
 
     def cleanup(self) -> None:
-        """Closes the checkpointer, the logs, the generator and the process group, and unlocks the folder."""
-        self._checkpointer.close()
-        self._run_log.close()
-        self._generator.close()  # an engine may take the process group with it
-        shutdown()
-        if self._lock is not None:
-            self._lock.release()
-        self._stop.release()
+        """Closes the logs, the checkpointer, the generator and the process group, and unlocks the folder."""
+        self._cleanup.close()
 
     def _check_last_update(self) -> None:
         """A step's loss is of the weights before it: what it left must be finite before it is saved or exported."""

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 import spin
 from spin.config import plain
 from spin.core.errors import OutputError
-from spin.core.files import file_sha256
+from spin.core.files import SFT_STAGE, file_sha256
 from spin.core.hub import hub_name
 from spin.core.terminal import printable
 from spin.data import PairStore
@@ -39,12 +39,22 @@ def model_card(
         **({"base_model": base_model} if base_model else {}),
         **({"license": license_id} if license_id else {}),
     }
+    title, what = (
+        f"{base}, SPIN iteration {iteration}",
+        (
+            f"{base} after {iteration + 1} iteration{'s' if iteration else ''} of self-play fine-tuning "
+            "([SPIN](https://arxiv.org/abs/2401.01335)): in each one, the model learns to prefer the real responses of "
+            "a supervised data set to its own."
+        ),
+    )
+    if run.resolve().name == SFT_STAGE:
+        title, what = f"{base}, fine-tuned", f"{base} after supervised fine-tuning on the real responses of a data set."
+    elif (run / SFT_STAGE).is_dir():
+        what += " It was fine-tuned on them before."
     sections = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {base}, SPIN iteration {iteration}",
-        f"{base} after {iteration + 1} iteration{'s' if iteration else ''} of self-play fine-tuning "
-        "([SPIN](https://arxiv.org/abs/2401.01335)): in each one, the model learns to prefer the real responses of "
-        f"a supervised data set to its own. Made with spin-torchtune {spin.__version__}.",
+        f"# {title}",
+        f"{what} Made with spin-torchtune {spin.__version__}.",
         "## How it was made\n\n" + _table(("", ""), _settings(cfg)),
         "## Iterations\n\n" + _iterations(run, cfg, iteration),
         "Loss is the SPIN loss at the first and the last step of an iteration (ln 2 = 0.693 is where two equal models "

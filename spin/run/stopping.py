@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +38,9 @@ class StopRequest:
         self.is_signalled = False
 
     def install(self) -> None:
-        """Catches the signals from now on, in the main thread."""
-        self._before = {each: signal.signal(each, self.note) for each in self._signals}
+        """Catches the signals from now on; in another thread than the main one they are the program's."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {each: signal.signal(each, self.note) for each in self._signals}
 
     def release(self) -> None:
         """Restores the handlers that were there before."""
@@ -78,6 +80,8 @@ def resume_command(resume: str = "auto") -> str:
     A ``resume`` other than ``auto`` is overridden at its end. Under torchrun it starts all processes of this host; of
     several hosts each has a launcher, whose own command is not known here.
     """
+    if "ipykernel" in sys.modules:
+        return "the same cell of the notebook"
     interpreter, *arguments = sys.orig_argv
     arguments += [] if resume == "auto" else ["resume=auto"]
     begins = (i for i in range(1, min(4, len(arguments))) if arguments[i] == "run")

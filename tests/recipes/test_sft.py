@@ -71,7 +71,7 @@ def test_it_resumes_bit_for_bit_and_self_play_starts_from_its_result(tmp_path, c
     recipe = SPINRecipe(tiny_config(tmp_path / "stopped", *SHORT, config=config))
     with pytest.raises(CheckpointError, match=r"sft: supervised fine-tuning has not ended.*Run spin_sft"):
         recipe.setup()
-    recipe._stop.release()
+    recipe.cleanup()
     resumed = sft(tmp_path / "stopped", *keys, "sampling.max_new_tokens=9", config=config)  # of pairs alone: may change
     assert resumed.final_weights == whole.final_weights
     assert metrics_of(tmp_path / "stopped/sft") == metrics_of(tmp_path / "whole/sft")
