@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +38,7 @@ def shell(tmp_path, monkeypatch, subprocess_env):
 def test_own_model_and_data_then_fine_tuning_before_self_play(shell):
     """The run that follows fine-tuning begins at ln 2 and from its result; the exported folder is a Qwen3 model."""
     folder, model = shell
-    own, both = first_run.journeys().values()
+    _, own, both = first_run.journeys().values()
     times = first_run.run([*own, *both], folder, MODEL=model)
     assert len(times) == len(own) + len(both) and sum(cores for _, cores in times) > 10
 
@@ -51,3 +52,14 @@ def test_own_model_and_data_then_fine_tuning_before_self_play(shell):
     assert "question" in (folder / "my.yaml").read_text()
     for page in ("runs/my/report.html", "report.html"):
         assert (folder / page).stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+def test_demo(shell, real_model):
+    """With the model that `make model` has made in place of a download."""
+    folder, _ = shell
+    (folder / ".cache/quickstart").mkdir(parents=True)
+    (folder / ".cache/quickstart" / Path(real_model).name).symlink_to(real_model)
+    demo, *_ = first_run.journeys().values()
+    first_run.run(demo, folder)
