@@ -26,13 +26,12 @@ from typing import Any
 
 import torch
 
-from spin import config, generators, reference, run, training
+from spin import config, generators, model, reference, run, training
 from spin.checkpoint.manifest import as_checkpoint_error
 from spin.core.progress import stage
 from spin.core.ranks import all_reduce_sums, init_world, shutdown
 from spin.core.terminal import get_logger
 from spin.data.inputs import read_inputs
-from spin.model import accumulating, build_policy, clip_grad_norm, prepare_policy, self_test, weights_fingerprint
 from spin.pairs import PackedRow, RowBatch, load_rows, share_lookup
 from spin.types import Pair
 
@@ -87,7 +86,7 @@ class SPINRecipe:
         self._checkpointer.validate(cfg.max_iterations)
 
         # ---- data and arithmetic
-        self._model = build_policy(cfg, world)  # no memory yet
+        self._model = model.build_policy(cfg, world)  # no memory yet
         context = self._model.max_seq_len
         self._tokenizer, self._prompts, self._val_prompts, unknown_ids = read_inputs(cfg, self._model, world)
         self._sampling = generators.sampling_params(cfg.sampling, self._tokenizer.eos_ids, unknown_ids)
@@ -107,10 +106,10 @@ class SPINRecipe:
 
         # ---- model, optimizer, generator
         if cfg.self_test and resume_path is None:
-            self_test(cfg, world)
+            model.self_test(cfg, world)
         longest = max(self._prompts.longest, self._val_prompts.longest)
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
-        self._layout = prepare_policy(self._model, world, cfg, longest)
+        self._layout = model.prepare_policy(self._model, world, cfg, longest)
         # this rank's rows of each batch, packed while the device computes
         self._rows = partial(load_rows, world=world, layout=self._layout)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
@@ -178,7 +177,7 @@ class SPINRecipe:
         folder, val_folder = self._folder(iteration), self._folder(iteration) / "validation"
         with_val = self._cfg.validation.spin and self._plan.num_val_samples > 0
         if self._progress.is_iteration_start:
-            self._opponent = weights_fingerprint(self._model)
+            self._opponent = model.weights_fingerprint(self._model)
             prompts, samples = self._prompts.window(iteration), self._plan.samples(iteration)
             tasks = {folder: self._task(prompts, samples, iteration=iteration)}
             if with_val:
@@ -212,13 +211,13 @@ class SPINRecipe:
         def objective(row: PackedRow, logps: torch.Tensor) -> torch.Tensor:
             return self.row_loss(row, logps) * scale
 
-        with accumulating(self._model, batch.rows, unsharded_gradients=cfg.fsdp_accumulate_unsharded) as rows:
+        with model.accumulating(self._model, batch.rows, unsharded_gradients=cfg.fsdp_accumulate_unsharded) as rows:
             for row in (row.to(world.device) for row in rows):
                 of_row = partial(objective, row)
                 total, logps = reference.pair_objective(self._model, row, of_row, cfg.logprob_chunk_tokens)
                 total.backward()
                 sums.add(row, logps, self._loss)
-        norm = clip_grad_norm(self._model, cfg.clip_grad_norm)
+        norm = model.clip_grad_norm(self._model, cfg.clip_grad_norm)
         # a checkpoint or a log that could not be written ends the run too: save_checkpoint raises what went wrong
         failed = self._checkpointer.has_failed or self._run_log.has_failed
         asked = {"stop": self._stop.is_asked or failed, "out_of_time": self._stop.is_out_of_time}

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from spin.checkpoint.manifest import (
     MANIFEST,
+    METADATA,
     STATE,
     STEP_FOLDER,
     encode_document,
@@ -35,7 +36,7 @@ from spin.checkpoint.manifest import (
     write_manifest,
 )
 from spin.checkpoint.optimizer_state import allocate_optimizer_state, describe_optimizer, restore_optimizer
-from spin.checkpoint.tensors import METADATA, check_targets, load_tensors, model_tensors, read_metadata, save_tensors
+from spin.checkpoint.tensors import check_targets, load_tensors, model_tensors, read_metadata, save_tensors
 from spin.core.dtypes import DTYPES
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.files import (

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from spin.checkpoint.tensors import METADATA
 from spin.core.errors import CheckpointError, SpinError
 from spin.core.files import file_sha256, json_fingerprint, read_json, write_json
 
 FORMAT_VERSION = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, METADATA = "manifest.json", "state.json", ".metadata"  # the last is written by torch
 STEP_FOLDER = re.compile(r"step_(\d+)(\.old)?")
 _REMEDY = "Resume from another checkpoint."
 

@@ -15,12 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
+from spin.checkpoint.manifest import METADATA
 from spin.core.dtypes import DTYPES
 from spin.core.errors import CheckpointError
 from spin.core.ranks import World
 from spin.model.sharding import clean_name, reshard
-
-METADATA = ".metadata"
 
 
 def model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

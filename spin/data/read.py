@@ -7,9 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
-from typing import Any, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from spin.core.errors import ConfigError, DataError
 from spin.data.dataset import Original, PromptDataset, PromptSource, check_is_dataset
@@ -30,6 +28,9 @@ from spin.data.stream import PromptStream, iteration_windows, shuffled_rows
 from spin.data.tokenizer import Encoded, PromptTokenizer, or_error
 from spin.data.torchtune_tokenizer import adapt_tokenizer
 from spin.types import Prompt
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _CHUNK_ROWS = 512  # encoded together, because a tokenizer that takes many texts at once uses all cores
 

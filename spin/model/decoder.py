@@ -17,7 +17,7 @@ from spin.model.families import FAMILIES, Family, decoder_config, heads_of, keys
 from spin.model.gemma2 import set_final_softcap
 from spin.model.hf_config import shown
 from spin.model.hf_folder import CONFIG, read_config
-from spin.model.modules import ACTIVATIONS, ParallelLayer, Rope, Scaled, clamp_output, scale_output
+from spin.model.modules import ACTIVATIONS, HEAD_NORMS, NORMS, ParallelLayer, Rope, Scaled, clamp_output, scale_output
 from spin.model.moe import MoE
 from spin.model.torchtune import (
     DoRALinear,
@@ -115,6 +115,7 @@ class DecoderBuilder:
         self.file, self.adapters = file, adapters
         self.config = c = decoder_config(config, file)
         self.family: Family = FAMILIES[c.model_type]
+        self.norm = NORMS[self.family.norm]
         self.heads, self.kv_heads, self.head_dim = heads_of(c)
         if not getattr(c, "head_dim", None) and c.hidden_size % self.heads:
             self._refuse(f"hidden_size is {c.hidden_size} and num_attention_heads {self.heads}: expected a multiple")
@@ -139,7 +140,7 @@ class DecoderBuilder:
         self._check_experts()
         embeddings = nn.Embedding(c.vocab_size, c.hidden_size)
         scale_output(embeddings, self.family.embedding_scale(c), rounded=True)
-        norm = self.family.norm(c.hidden_size, eps=self.eps)
+        norm = self.norm(c.hidden_size, eps=self.eps)
         scale_output(norm, self.family.logits_scale(c))
         output = (
             TiedLinear(embeddings)
@@ -164,7 +165,7 @@ class DecoderBuilder:
 
     def _layer(self, index: int) -> nn.Module:
         c, family = self.config, self.family
-        norms = {name: family.norm(c.hidden_size, eps=self.eps) for name in family.norms}
+        norms = {name: self.norm(c.hidden_size, eps=self.eps) for name in family.norms}
         kind = TransformerSelfAttentionLayer
         if family.parallel(c):
             kind = ParallelLayer
@@ -187,13 +188,13 @@ class DecoderBuilder:
         norms: dict[str, nn.Module] = {}
         if own := family.head_norms(c):
             norms = {
-                "q_norm": own(self.heads, self.head_dim, self.eps),
-                "k_norm": own(self.kv_heads, self.head_dim, self.eps),
+                "q_norm": HEAD_NORMS[own](self.heads, self.head_dim, self.eps),
+                "k_norm": HEAD_NORMS[own](self.kv_heads, self.head_dim, self.eps),
             }
         elif family.qk_norm:
             widths = (queries, keys) if family.qk_norm == "whole" else (self.head_dim, self.head_dim)
             norms = {
-                name: family.norm(width, eps=self.eps) for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
+                name: self.norm(width, eps=self.eps) for name, width in zip(("q_norm", "k_norm"), widths, strict=True)
             }
         attention = Attention(
             num_heads=self.heads,

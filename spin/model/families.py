@@ -16,11 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from spin.core.errors import CheckpointError
-from spin.model.modules import HeadNorms, LayerNorm1P, PlainLayerNorm, ScalelessLayerNorm, SeparateHeadNorms
-from spin.model.torchtune import GemmaRMSNorm, RMSNorm
 
 # A layer's norms: torchtune's name to the stored one. sa_scale and mlp_scale stand after attention and MLP.
 _BEFORE = {"sa_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
@@ -79,11 +75,11 @@ class Family:
     Args:
         models (str): released models of the family.
         norms (Mapping[str, str]): a layer's norms, torchtune's name to the stored one.
-        norm (type[nn.Module]): class of every norm, called with a width and ``eps``.
+        norm (str): class of every norm, a name of :data:`spin.model.modules.NORMS`.
         qk_norm (Literal["head", "rotated", "whole"] | None): norms of queries and keys: of each head before the
             rotation, of each head after it, or of all heads as one vector.
-        head_norms (Callable[[Config], type[HeadNorms] | None]): norms of queries and keys before the rotation that have
-            weights for each head.
+        head_norms (Callable[[Config], str | None]): norms of queries and keys before the rotation that have weights for
+            each head, a name of :data:`spin.model.modules.HEAD_NORMS`.
         qk_names (tuple[str, str]): the stored names of both.
         biases (Callable[[Config], tuple[bool, bool, bool]]): of q, k and v; of the output projection; of the MLP.
         mlp (tuple[str, ...]): stored names of w1, w2 and, in a gated MLP, w3.
@@ -109,9 +105,9 @@ class Family:
 
     models: str
     norms: Mapping[str, str] = field(default_factory=lambda: _BEFORE)
-    norm: type[nn.Module] = RMSNorm
+    norm: str = "RMSNorm"
     qk_norm: Literal["head", "rotated", "whole"] | None = None
-    head_norms: Callable[[Config], type[HeadNorms] | None] = lambda config: None
+    head_norms: Callable[[Config], str | None] = lambda config: None
     qk_names: tuple[str, str] = ("q_norm", "k_norm")
     biases: Callable[[Config], tuple[bool, bool, bool]] = _own_biases
     mlp: tuple[str, ...] = ("gate_proj", "down_proj", "up_proj")
@@ -134,7 +130,7 @@ class Family:
 
 
 _GEMMA: dict[str, Any] = {
-    "norm": GemmaRMSNorm,
+    "norm": "GemmaRMSNorm",
     "embedding_scale": lambda config: config.hidden_size**0.5,
     "refused": {"use_bidirectional_attention": (None, False)},
 }
@@ -146,7 +142,7 @@ _GEMMA2: dict[str, Any] = _GEMMA | {
 
 _COHERE: dict[str, Any] = {
     "norms": {"sa_norm": "input_layernorm"},
-    "norm": PlainLayerNorm,
+    "norm": "PlainLayerNorm",
     "eps": "layer_norm_eps",
     "parallel": lambda config: True,
     "interleaved": True,
@@ -180,7 +176,7 @@ FAMILIES: dict[str, Family] = {
         qk_norm="head",
         softcaps=(None, "final_logit_softcapping"),
     ),
-    "olmo": Family("OLMo", norm=ScalelessLayerNorm, eps=None, clip_qkv=lambda config: config.clip_qkv),
+    "olmo": Family("OLMo", norm="ScalelessLayerNorm", eps=None, clip_qkv=lambda config: config.clip_qkv),
     "olmo2": Family("OLMo 2", norms=_AFTER, qk_norm="whole"),
     "olmo3": Family("OLMo 3", norms=_AFTER, qk_norm="whole", windows="listed"),
     "smollm3": Family(
@@ -195,12 +191,12 @@ FAMILIES: dict[str, Family] = {
     ),
     "stablelm": Family(
         "StableLM 2 1.6B, StableLM Zephyr 3B",
-        norm=nn.LayerNorm,
+        norm="LayerNorm",
         eps="layer_norm_eps",
         partial_rotary=True,
         biases=lambda config: (config.use_qkv_bias, False, False),
         parallel=lambda config: config.use_parallel_residual,
-        head_norms=lambda config: SeparateHeadNorms if config.qk_layernorm else None,
+        head_norms=lambda config: "SeparateHeadNorms" if config.qk_layernorm else None,
         qk_names=("q_layernorm", "k_layernorm"),
     ),
     "seed_oss": Family(
@@ -218,15 +214,15 @@ FAMILIES: dict[str, Family] = {
         interleaved=True,
         partial_rotary=True,
     ),
-    "cohere": Family("Command R", **_COHERE, head_norms=lambda config: HeadNorms if config.use_qk_norm else None),
+    "cohere": Family("Command R", **_COHERE, head_norms=lambda config: "HeadNorms" if config.use_qk_norm else None),
     "cohere2": Family(
         "Command R7B, Command A", **_COHERE, windows="listed", rotates=lambda config, layer, sliding: sliding
     ),
     "starcoder2": Family(
-        "StarCoder2", norm=nn.LayerNorm, eps="norm_epsilon", biases=_all_biases, mlp=("c_fc", "c_proj"), windows="all"
+        "StarCoder2", norm="LayerNorm", eps="norm_epsilon", biases=_all_biases, mlp=("c_fc", "c_proj"), windows="all"
     ),
     "nemotron": Family(
-        "Nemotron 4, Minitron", norm=LayerNorm1P, eps="norm_eps", mlp=("up_proj", "down_proj"), partial_rotary=True
+        "Nemotron 4, Minitron", norm="LayerNorm1P", eps="norm_eps", mlp=("up_proj", "down_proj"), partial_rotary=True
     ),
     "ernie4_5": Family("ERNIE 4.5 0.3B", biases=_all_biases, interleaved=True),
     "apertus": Family(

@@ -13,6 +13,7 @@ from torch import nn
 
 from spin.core.errors import CheckpointError
 from spin.model.families import FAMILIES
+from spin.model.modules import NORMS
 
 Tensors = dict[str, torch.Tensor]
 
@@ -100,7 +101,7 @@ def to_tune(
     """A folder's tensors under torchtune's names."""
     inside = {stored: name for name, stored in _in_layer(family).items()}
     outside = {stored: name for name, stored in _OUTSIDE.items()}
-    has_scale = not issubclass(FAMILIES[family].norm, nn.LayerNorm)
+    has_scale = not issubclass(NORMS[FAMILIES[family].norm], nn.LayerNorm)
     rows = [heads * head_dim for heads in (num_heads, num_kv_heads, num_kv_heads)]
     found: Tensors = {}
     experts: dict[str, dict[tuple[int, int], torch.Tensor]] = {}

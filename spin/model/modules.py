@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from spin.model.torchtune import TransformerSelfAttentionLayer
+from spin.model.torchtune import GemmaRMSNorm, RMSNorm, TransformerSelfAttentionLayer
 
 
 class Rope(nn.Module):
@@ -143,6 +143,14 @@ class LayerNorm1P(nn.LayerNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The norm over the last dimension."""
         return F.layer_norm(x, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
+
+
+# By the names in spin.model.families, which loads no torch. Made with a width and ``eps``, HEAD_NORMS with heads before
+NORMS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (RMSNorm, GemmaRMSNorm, nn.LayerNorm, PlainLayerNorm, ScalelessLayerNorm, LayerNorm1P)
+}
+HEAD_NORMS = {kind.__name__: kind for kind in (HeadNorms, SeparateHeadNorms)}
 
 
 class ReLU2(nn.Module):

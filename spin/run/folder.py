@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from spin import config
 from spin.core.errors import OutputError
 from spin.core.files import FolderLock, json_lines, read_lines
-from spin.core.ranks import World, raise_on_all_ranks
 from spin.core.redact import redacted
+
+if TYPE_CHECKING:
+    from spin.core.ranks import World
 
 _ITERATION = re.compile(r"iteration_(\d+)")
 
@@ -88,5 +90,7 @@ def run_of(model: Path) -> Path | None:
 def lock_output_dir(folder: Path, world: World, shared: bool = False) -> FolderLock | None:
     """Rank 0's lock of a run's folder, see :class:`spin.core.files.FolderLock`; an ``OutputError`` is raised on all
     ranks. Collective."""
+    from spin.core.ranks import raise_on_all_ranks  # imports torch, which reports and exports need not
+
     with raise_on_all_ranks(world, OutputError):
         return FolderLock(folder, shared) if world.is_main else None

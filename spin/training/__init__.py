@@ -1,21 +1,28 @@
 """What a training step needs besides the model and the loss."""
 
-from spin.training.metrics import (
-    PairSums,
-    ResponseSums,
-    Step,
-    UpdateFraction,
-    pair_metrics,
-    prefix_keys,
-    speed_metrics,
-    validation_metrics,
-)
-from spin.training.nonfinite import NonFiniteGuard, check_last_update
-from spin.training.optim import AdamW8bit, AdamWStochasticRounding, optimizer_step
-from spin.training.schedules import in_each_iteration, lr_factor, per_iteration
-from spin.training.selftest import check_first_loss, check_updated_fraction
-from spin.training.validation import eval_pair_losses, initial_loss, validation_loss
-from spin.training.watch import Alert, CollapseMonitor, response_metrics
+from typing import TYPE_CHECKING
+
+from spin.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from spin.training.metrics import (
+        PairSums,
+        ResponseSums,
+        Step,
+        UpdateFraction,
+        pair_metrics,
+        prefix_keys,
+        speed_metrics,
+        validation_metrics,
+    )
+    from spin.training.nonfinite import NonFiniteGuard, check_last_update
+    from spin.training.optim import AdamW8bit, AdamWStochasticRounding, optimizer_step
+    from spin.training.schedules import in_each_iteration, lr_factor, per_iteration
+    from spin.training.selftest import check_first_loss, check_updated_fraction
+    from spin.training.validation import eval_pair_losses, initial_loss, validation_loss
+    from spin.training.watch import Alert, CollapseMonitor, response_metrics
+else:
+    __getattr__, __dir__ = lazy_names(__name__, __file__)
 
 __all__ = [
     "AdamW8bit",
