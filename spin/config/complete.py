@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from spin.config.checks import check_together
-from spin.config.components import ALLOW_KEY, check_components, own_packages
+from spin.config.components import ALLOW_KEY, check_arguments, own_packages, refused_components
 from spin.config.faults import UNIONS, Faults, expected, joined, known_keys, nearest_of, yaml_text
 from spin.config.follow import TO_FILL, follow, settle_dtypes, with_folders
 from spin.config.interpolation import (
@@ -38,6 +38,14 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
+def check_keys(cfg: DictConfig, model: type[Section]) -> None:
+    """Of the faults that :func:`complete` finds those of keys, of their values' types and of components' names, before
+    any component is imported: torch takes seconds."""
+    faults = Faults()
+    _Reading(cfg, model, faults)
+    faults.raise_if_any()
+
+
 def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
     """Merges defaults below a config and checks every key and value of it; then fetches the model that it names.
 
@@ -58,20 +66,10 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
             faults are in one message.
     """
     faults = Faults()
-    given = follow(OmegaConf.to_container(cfg, resolve=False), model)  # type: ignore[arg-type]
-    merged = with_paths(with_defaults(given, {}, model), expanded)
-    whole = OmegaConf.create(merged)
-    resolved, is_whole = resolve(whole, faults)
-    environment = from_environment(merged, whole) if is_whole else []
-    values: dict[str, Any] = with_paths(resolved, os.path.expanduser)
+    read = _Reading(cfg, model, faults)
+    values, own = read.values, read.own
     settle_dtypes(values)
-    _remember_secrets(values)
-    own = own_packages(cfg, values.get(ALLOW_KEY), faults)
-    sections, of_components = dict(_components(model)), Faults()
-    refused = check_components(values, own, sections, of_components)
-    _check_types(values, model, refused, faults)
-    faults.messages += of_components.messages
-    faults.paths |= of_components.paths
+    check_arguments(values, own, dict(_components(model)), read.refused, faults)
     result = _right_values(values, model, faults.paths) if faults.messages else model.model_validate(values)
     place_components(result, own)
     check_together(result, faults)
@@ -80,10 +78,26 @@ def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:
         values, result = located, model.model_validate(located)
         place_components(result, own)
     result._written = OmegaConf.create(escaped(values))
-    for keys, text in environment:
-        if plain(parent_of(whole, keys)[keys[-1]]) == parent_of(values, keys)[keys[-1]]:  # no ~ in the variable
+    for keys, text in read.environment:
+        if plain(parent_of(read.whole, keys)[keys[-1]]) == parent_of(values, keys)[keys[-1]]:  # no ~ in the variable
             parent_of(result._written, keys)[keys[-1]] = text
     return result
+
+
+class _Reading:
+    """A config over its defaults, with every ``${...}`` resolved; notes the faults of keys, types and names."""
+
+    def __init__(self, cfg: DictConfig, model: type[Section], faults: Faults) -> None:
+        given = follow(OmegaConf.to_container(cfg, resolve=False), model)  # type: ignore[arg-type]
+        merged = with_paths(with_defaults(given, {}, model), expanded)
+        self.whole = OmegaConf.create(merged)
+        resolved, is_whole = resolve(self.whole, faults)
+        self.environment = from_environment(merged, self.whole) if is_whole else []
+        self.values: dict[str, Any] = with_paths(resolved, os.path.expanduser)
+        _remember_secrets(self.values)
+        self.own = own_packages(cfg, self.values.get(ALLOW_KEY), faults)
+        self.refused = refused_components(self.values, self.own, faults)
+        _check_types(self.values, model, self.refused, faults)
 
 
 def place_components(cfg: Section, own: tuple[str, ...]) -> None:

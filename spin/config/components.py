@@ -18,7 +18,7 @@ import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -291,14 +291,10 @@ def own_packages(cfg: DictConfig, given: Any, faults: Faults) -> tuple[str, ...]
     return own
 
 
-def check_components(
-    values: Mapping[str, Any], own: Sequence[str], sections: Mapping[str, type[Component]], faults: Faults
-) -> set[str]:
-    """Notes components that their places may not name, and arguments that they do not take or lack; returns the places
-    of the former."""
+def refused_components(values: Mapping[str, Any], own: Sequence[str], faults: Faults) -> set[str]:
+    """Notes components that their places may not name, by their text; returns these places."""
     refused = set()
-    nodes = list(_component_nodes(values))
-    for path, node, within in nodes:  # all of them, before anything is imported
+    for path, node, within in _component_nodes(values):
         for key in (COMPONENT, *PATH_ARGUMENTS):
             value = node.get(key)
             if value != MISSING and (key == COMPONENT or isinstance(value, str)):
@@ -306,10 +302,20 @@ def check_components(
                 if reason is not None:
                     refused.add(path)
                     faults.at(joined(path, key), reason)
-    for path, node, within in nodes:
+    return refused
+
+
+def check_arguments(
+    values: Mapping[str, Any],
+    own: Sequence[str],
+    sections: Mapping[str, type[Component]],
+    refused: Collection[str],
+    faults: Faults,
+) -> None:
+    """Notes arguments that components do not take or lack; those that are not refused are imported."""
+    for path, node, within in _component_nodes(values):
         if path not in refused and node[COMPONENT] != MISSING:
             _check_arguments(path, node, kind_at(path, within), own, sections.get(path, Component), faults)
-    return refused
 
 
 def _check_arguments(
