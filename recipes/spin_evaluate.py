@@ -266,7 +266,7 @@ class SPINEvaluate:
         return summary | {"sampling": config.plain(cfg.sampling), "seed": cfg.seed}
 
 
-@config.parse(EvaluateConfig)
+@config.parse(config.EvaluateConfig)
 def recipe_main(cfg: EvaluateConfig) -> None:
     """Runs the recipe; see the head of this file."""
     recipe = SPINEvaluate(cfg)

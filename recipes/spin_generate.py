@@ -117,7 +117,7 @@ class SPINGenerate:
         self._stop.release()
 
 
-@config.parse(GenerateConfig)
+@config.parse(config.GenerateConfig)
 def recipe_main(cfg: GenerateConfig) -> None:
     """Runs the recipe; see the head of this file."""
     recipe = SPINGenerate(cfg)

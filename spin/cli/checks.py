@@ -14,11 +14,10 @@ import torch
 
 from spin import config
 from spin.checkpoint import SPINCheckpointer
-from spin.config.catalog import config_model, load_recipe, recipe_of
+from spin.cli.validate import Checks
 from spin.config.schema import EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.files import check_can_be_made
-from spin.core.terminal import printable
 from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dataset import check_is_dataset, evaluated_part
 from spin.data.dates import known_date
@@ -47,43 +46,16 @@ _PROBES = (
 )
 
 
-def run_checks(name: str, overrides: Sequence[str], recipe: str | None, with_logits: bool) -> int:
-    """Prints a line for each check of a config; the number of faults."""
+def run_checks(cfg: config.Section, check: Checks, with_logits: bool) -> None:
+    """Prints a line for each check of a complete config."""
     log = logging.getLogger("spin.data.samples")
     level = log.level
     log.setLevel(logging.ERROR)  # what it warns of is printed below
-    check = Checks()
     try:
-        cfg = check("config", partial(_config, name, overrides, recipe))
-        if cfg is not None:
-            is_evaluation = isinstance(cfg, config.EvaluateConfig)
-            (_check_evaluation if is_evaluation else _check_training)(cfg, check, with_logits)
+        is_evaluation = isinstance(cfg, config.EvaluateConfig)
+        (_check_evaluation if is_evaluation else _check_training)(cfg, check, with_logits)
     finally:
         log.setLevel(level)
-    return check.faults
-
-
-class Checks:
-    """Runs checks, prints a line for each, and counts faults."""
-
-    def __init__(self) -> None:
-        self.faults = 0
-
-    def __call__(self, label: str, check: Callable[..., tuple[Any, str]], **needs: Any) -> Any:
-        """The result of ``check(*needs)``; None after a fault, or if something that it needs is None."""
-        missing = [name for name, value in needs.items() if value is None]
-        if missing:
-            result, verdict, text = None, "-", f"skipped: needs the {' and '.join(missing)}"
-        else:
-            try:
-                result, text = check(*needs.values())
-                verdict = "ok"
-            except SpinError as error:
-                result, verdict, text = None, "FAULT", str(error)
-                self.faults += 1
-        head, *rest = printable(text).split("\n")
-        print(f"{label:<16} {verdict:<6} {head}", *(f"{'':<23} {line}" for line in rest), sep="\n", flush=True)
-        return result
 
 
 def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) -> None:
@@ -132,15 +104,14 @@ def _check_evaluation(cfg: config.EvaluateConfig, check: Checks, with_logits: bo
 # --- The checks: each returns its result and what to print, or raises a SpinError ---
 
 
-def _config(name: str, overrides: Sequence[str], recipe_name: str | None) -> tuple[config.Section, str]:
-    recipe_name = recipe_name or recipe_of(config.find_config(name))
-    cfg = config.complete(config.load_config(name, overrides), config_model(load_recipe(recipe_name)))
+def stage_of(cfg: config.Section) -> config.Section:
+    """The config of what a recipe runs; a ConfigError if it refuses what a complete config asks for."""
     if isinstance(cfg, config.EvaluateConfig):
         check_evaluation(cfg)
     elif isinstance(cfg, config.SPINConfig):
         check_lora(cfg)
-        cfg = config.sft_stage(cfg) if isinstance(cfg, config.SFTConfig) else cfg
-    return cfg, f"{name} for {recipe_name}: every key is known, and their values go together"
+        return config.sft_stage(cfg) if isinstance(cfg, config.SFTConfig) else cfg
+    return cfg
 
 
 def _checkpointer(cfg: config.SPINConfig) -> tuple[SPINCheckpointer, str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spin.cli import parser_of
-from spin.config.catalog import config_model, load_recipe, recipe_files, recipe_of
+from spin.config.catalog import model_of, recipe_files, recipe_of
 from spin.config.files import packaged_configs
 from spin.config.full import full_text
 from spin.config.interpolation import configs_root
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
         raise OutputError(f"{target}: is there already. Choose another name, or give --force to replace it.")
     with atomic_write(target, "xb") as stream:
         if arguments.full and source.suffix == ".yaml":
-            stream.write(full_text(str(source), config_model(load_recipe(recipe_of(source)))).encode())
+            stream.write(full_text(str(source), model_of(recipe_of(source))).encode())
         else:
             stream.write(source.read_bytes())
     print(f"{arguments.name} -> {target}")

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 from spin.cli import parser_of
 from spin.cli.rates import GPUS
-from spin.config.files import find_config, parse_overrides
+from spin.config.complete import check_keys
+from spin.config.files import load_config, parse_overrides
+from spin.config.schema import SPINConfig
+from spin.core.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
@@ -23,7 +26,10 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--pair-tokens", type=int, help="mean tokens of a pair: prompt, real and generated response")
     parser.add_argument("--prompts", type=int, help="of an iteration; without it the data set's limit, or 1,000")
     arguments, overrides = parse_overrides(parser, argv)
-    find_config(arguments.config)  # a typo is reported before torch is loaded
+    raw = load_config(arguments.config, overrides)
+    if "candidate" in raw:
+        raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
+    check_keys(raw, SPINConfig)  # before torch is loaded
     from spin.cli.memory import print_estimate
 
     print_estimate(arguments, overrides)

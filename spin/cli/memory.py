@@ -495,8 +495,6 @@ def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
 
     def load(more: Sequence[str]) -> SPINConfig:
         raw = load_config(arguments.config, [*overrides, *more])
-        if "candidate" in raw:
-            raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
         if raw.get("compute_dtype", "auto") == "auto" and raw.get("device") != "cpu":
             raw.compute_dtype = "bf16"  # of the GPUs that it is for, wherever this runs
         return complete(raw, SPINConfig)

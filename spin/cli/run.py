@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import runpy
 import sys
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spin.cli import parser_of
-from spin.config.catalog import find_recipe
-from spin.config.files import find_config
+from spin.config.catalog import find_recipe, named_model
+from spin.config.complete import check_keys
+from spin.config.parse import read_argv, read_config
 
 _USAGE = "%(prog)s [--nproc_per_node N ...] RECIPE --config NAME_OR_FILE [key=value ...] [~key ...]"
 _TEXT = "Start a recipe. Options before its name are those of torchrun, which then starts the processes."
@@ -25,9 +27,7 @@ def main(argv: Sequence[str]) -> int | None:
         parser.parse_args(argv)
     if argv[0].startswith("-"):
         return _run_processes(argv)
-    if not any(word in ("-h", "--help") or word.startswith("--config") for word in argv):
-        parser.error(f"which config? {argv[0]} --config NAME_OR_FILE")
-    recipe = _check(*argv)
+    recipe = _check(argv[0], argv[1:])
     # as `tune run`: packages of the user's own may lie in the folder; it is searched last
     sys.path += [folder for folder in (str(recipe.parent), os.getcwd()) if folder not in sys.path]
     sys.argv = [str(recipe), *argv[1:]]
@@ -35,11 +35,13 @@ def main(argv: Sequence[str]) -> int | None:
     return None
 
 
-def _check(name: str, *arguments: str) -> Path:
-    """The recipe's file. That, and the config's, are looked for before torch is loaded."""
+def _check(name: str, arguments: Sequence[str]) -> Path:
+    """The recipe's file. Help, what is not there and faults of the config's keys end here, before torch is loaded."""
     recipe = find_recipe(name)
-    if "--config" in arguments[:-1]:
-        find_config(arguments[arguments.index("--config") + 1])
+    model = named_model(recipe)
+    if model is not None:
+        config, overrides = read_argv(arguments, ast.get_docstring(ast.parse(recipe.read_bytes())), f"spin run {name}")
+        read_config(name, config, overrides, model, check_keys)
     return recipe
 
 
@@ -52,7 +54,7 @@ def _run_processes(argv: Sequence[str]) -> int:
     parser = get_args_parser()
     parser.prog, parser.usage = "spin run", _USAGE
     arguments = parser.parse_args(list(argv))
-    _check(arguments.training_script, *arguments.training_script_args)
+    _check(arguments.training_script, arguments.training_script_args)
     own = ["-u", "-m", "spin", "run", arguments.training_script]
     arguments.training_script_args = [*own, *arguments.training_script_args]
     arguments.training_script, arguments.no_python = sys.executable, True

@@ -11,12 +11,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from spin.config import schema
 from spin.config.faults import nearest_of
 from spin.config.files import find_config, packaged_configs
 from spin.config.interpolation import configs_root
 from spin.config.schema import Section
+from spin.core.command import spin_command
 from spin.core.errors import ConfigError
 
+_PARSED = re.compile(r"^@config\.parse\(config\.(\w+)\)$", flags=re.MULTILINE)
 _LAUNCH = re.compile(r"^#.*\b(spin_\w+) --config", flags=re.MULTILINE)
 
 
@@ -59,7 +62,8 @@ def find_recipe(name_or_path: str) -> Path:
             return path
     hint = nearest_of(name_or_path, list(files))
     if name_or_path in packaged_configs():
-        hint = f" It is a config: spin run {recipe_of(find_config(name_or_path))} --config {name_or_path}"
+        command = spin_command("run", recipe_of(find_config(name_or_path)), "--config", name_or_path)
+        hint = f" It is a config: {command}"
     raise ConfigError(f"recipe {name_or_path!r} not found: no such file, and the recipes are {', '.join(files)}.{hint}")
 
 
@@ -84,13 +88,24 @@ def config_model(recipe: ModuleType) -> type[Section]:
     raise ConfigError(f"{recipe.__file__}: no function with @config.parse(...). Is this a recipe?")
 
 
+def named_model(recipe: Path) -> type[Section] | None:
+    """What :func:`config_model` finds, where a recipe's text names a model of :mod:`spin.config`; imports nothing."""
+    named = _PARSED.search(recipe.read_text(encoding="utf-8", errors="replace"))
+    return getattr(schema, named[1], None) if named else None
+
+
+def model_of(name_or_path: str) -> type[Section]:
+    """Every key that the config of a recipe may have. The recipe, and torch with it, is imported if that is needed."""
+    return named_model(find_recipe(name_or_path)) or config_model(load_recipe(name_or_path))
+
+
 def wrong_recipe_hint(name: str, keys: Iterable[Any], model: type[Section]) -> str:
     """A line that says whose config it is, if it has keys that only that recipe knows."""
     recipe = recipe_of(find_config(name))
     unknown = [key for key in keys if key not in model.model_fields]
-    if not unknown or not any(key in config_model(load_recipe(recipe)).model_fields for key in unknown):
+    if not unknown or not any(key in model_of(recipe).model_fields for key in unknown):
         return ""
-    return f"\n{name} is a config for {recipe}: spin run {recipe} --config {name}"
+    return f"\n{name} is a config for {recipe}: {spin_command('run', recipe, '--config', name)}"
 
 
 def warn_shadowed_recipe(recipe_main: Callable[..., Any]) -> None:

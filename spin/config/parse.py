@@ -1,6 +1,7 @@
 """The command line of a recipe: ``sys.argv`` in, one checked and typed config out, errors as text and exit codes.
 
-Importing this module imports neither torch nor torchtune; they load when a component is looked up.
+Importing this module imports neither torch nor torchtune; they load when a component is looked up. So `spin run` has
+:func:`read_argv` and :func:`read_config` find what they can before it imports a recipe.
 """
 
 from __future__ import annotations
@@ -8,19 +9,23 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
+from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 
 from spin.config.catalog import warn_shadowed_recipe, wrong_recipe_hint
 from spin.config.complete import ConfigT, complete
 from spin.config.files import load_config, parse_overrides
 from spin.config.follow import TO_FILL
+from spin.core.command import spin_command
 from spin.core.errors import ConfigError, SpinError, show_traceback
 from spin.core.terminal import escape_unencodable_output, printable
+
+T = TypeVar("T")
 
 
 def parse(model: type[ConfigT]) -> Callable[[Callable[[ConfigT], int | None]], Callable[[], None]]:
@@ -41,17 +46,10 @@ def parse(model: type[ConfigT]) -> Callable[[Callable[[ConfigT], int | None]], C
         @functools.wraps(recipe_main)
         def wrapper() -> None:
             escape_unencodable_output()
-            name, overrides = _read_argv(sys.argv[1:], recipe_main.__doc__)
+            name, overrides = read_argv(sys.argv[1:], recipe_main.__globals__.get("__doc__"))
             warn_shadowed_recipe(recipe_main)
             try:
-                raw = load_config(name, overrides)
-                try:
-                    cfg = complete(raw, model)
-                except ConfigError as error:
-                    origin = f"{name} with overrides" if overrides else name
-                    hint = wrong_recipe_hint(name, raw, model) or _command_that_fills(name, overrides, str(error))
-                    raise ConfigError(f"{origin}: {error}{hint}") from error
-                code = recipe_main(cfg)
+                code = recipe_main(read_config(Path(sys.argv[0]).stem, name, overrides, model))
             except (SpinError, InterpolationResolutionError, MissingMandatoryValue) as error:
                 if show_traceback():
                     raise
@@ -70,8 +68,10 @@ def parse(model: type[ConfigT]) -> Callable[[Callable[[ConfigT], int | None]], C
     return decorate
 
 
-def _read_argv(argv: Sequence[str], description: str | None) -> tuple[str, list[str]]:
+def read_argv(argv: Sequence[str], description: str | None, prog: str | None = None) -> tuple[str, list[str]]:
+    """The config and the overrides on a recipe's command line; ends the program for help and for wrong options."""
     parser = argparse.ArgumentParser(
+        prog=prog,
         description=description,
         usage="%(prog)s --config NAME_OR_FILE [key=value ...] [~key ...]",
         epilog="Overrides are YAML: loss.beta=0.2, loss.beta=[0.1,0.2], validation_dataset=null. ~key removes a key.",
@@ -83,10 +83,27 @@ def _read_argv(argv: Sequence[str], description: str | None) -> tuple[str, list[
     return arguments.config, overrides
 
 
-def _command_that_fills(name: str, overrides: Sequence[str], faults: str) -> str:
-    """A line with the command of this recipe that sets what the config leaves to be filled in, if anything."""
+def read_config(
+    recipe: str,
+    name: str,
+    overrides: Sequence[str],
+    model: type[ConfigT],
+    check: Callable[[DictConfig, type[ConfigT]], T] = complete,
+) -> T:
+    """What ``check`` makes of a config; its ConfigError says which config it is, and the command that is meant."""
+    raw = load_config(name, overrides)
+    try:
+        return check(raw, model)
+    except ConfigError as error:
+        origin = f"{name} with overrides" if overrides else name
+        hint = wrong_recipe_hint(name, raw, model) or _command_that_fills(recipe, name, overrides, str(error))
+        raise ConfigError(f"{origin}: {error}{hint}") from error
+
+
+def _command_that_fills(recipe: str, name: str, overrides: Sequence[str], faults: str) -> str:
+    """A line with the command of a recipe that sets what the config leaves to be filled in, if anything."""
     filled = [f"{path}={example}" for path, (_, example) in TO_FILL.items() if f"{path}: not set" in faults]
-    command = shlex.join(["spin", "run", Path(sys.argv[0]).stem, "--config", name, *overrides, *filled])
+    command = spin_command("run", recipe, "--config", name, *overrides, *filled)
     return f"\nFor example: {command}" if filled else ""
 
 
