@@ -14,7 +14,6 @@ import torch
 
 from spin import config
 from spin.checkpoint import SPINCheckpointer
-from spin.cli.validate import Checks
 from spin.config.schema import EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.files import check_can_be_made
@@ -46,8 +45,8 @@ _PROBES = (
 )
 
 
-def run_checks(cfg: config.Section, check: Checks, with_logits: bool) -> None:
-    """Prints a line for each check of a complete config."""
+def run_checks(cfg: Any, check: Callable[..., Any], with_logits: bool) -> None:
+    """Makes every check of a complete config; ``check`` prints them (:class:`spin.cli.validate.Checks`)."""
     log = logging.getLogger("spin.data.samples")
     level = log.level
     log.setLevel(logging.ERROR)  # what it warns of is printed below
@@ -58,7 +57,7 @@ def run_checks(cfg: config.Section, check: Checks, with_logits: bool) -> None:
         log.setLevel(level)
 
 
-def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) -> None:
+def _check_training(cfg: config.SPINConfig, check: Callable[..., Any], with_logits: bool) -> None:
     """The checks of a training config, in the order in which a run would meet the faults."""
     checkpointer = check("checkpointer", partial(_checkpointer, cfg))
     check("loss, optimizer", partial(_loss_and_optimizer, cfg))
@@ -84,7 +83,7 @@ def _check_training(cfg: config.SPINConfig, check: Checks, with_logits: bool) ->
     check("arithmetic", partial(_arithmetic, cfg, num_val), data=prompts)
 
 
-def _check_evaluation(cfg: config.EvaluateConfig, check: Checks, with_logits: bool) -> None:
+def _check_evaluation(cfg: config.EvaluateConfig, check: Callable[..., Any], with_logits: bool) -> None:
     """The checks of a config of spin_evaluate, which has two or three models and does not train."""
     check("output folder", partial(_output, cfg))
     datasets: dict[str, PromptSource | None] = {}

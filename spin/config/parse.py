@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
@@ -24,8 +24,6 @@ from spin.config.follow import TO_FILL
 from spin.core.command import spin_command
 from spin.core.errors import ConfigError, SpinError, show_traceback
 from spin.core.terminal import escape_unencodable_output, printable
-
-T = TypeVar("T")
 
 
 def parse(model: type[ConfigT]) -> Callable[[Callable[[ConfigT], int | None]], Callable[[], None]]:
@@ -88,8 +86,8 @@ def read_config(
     name: str,
     overrides: Sequence[str],
     model: type[ConfigT],
-    check: Callable[[DictConfig, type[ConfigT]], T] = complete,
-) -> T:
+    check: Callable[[DictConfig, type[ConfigT]], Any] = complete,
+) -> Any:
     """What ``check`` makes of a config; its ConfigError says which config it is, and the command that is meant."""
     raw = load_config(name, overrides)
     try:

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import nn
 
 from spin.core.ranks import World
-from spin.model.sharding import local_tensor
 from spin.pairs.packing import PackedRow
 
 
@@ -178,6 +177,8 @@ class UpdateFraction:
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, per_parameter: int = 1024) -> None:
+        from spin.model.sharding import local_tensor  # imports torchtune, which sums of metrics need not
+
         self._sample = []  # views: the step changes weights in place
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from spin.cli import COMMANDS, doctor, main
 from spin.config import SPINConfig, complete, load_config, packaged_configs, plain
 from spin.config.catalog import config_model, configs, load_recipe, recipe_files, recipe_of
+from spin.core.command import spin_command
 from spin.data import PairStore
 from tests.report_runs import write_run, write_store
 
@@ -44,7 +45,9 @@ def refused(monkeypatch, capsys, recipe, *arguments):
 
 LIGHT = [
     ["ls"], ["cp", "full", "mine"], ["--help"], ["--version"], [], ["typo"], ["run", "typo"], ["run", "spin_recipe"],
-    ["run", "spin_recipe", "--config", "typo"], ["validate", "typo"], ["estimate", "typo"],
+    ["run", "spin_recipe", "--config", "typo"], ["validate", "typo"], ["estimate", "typo"], ["models"],
+    ["run", "spin_recipe", "--help"], ["run", "spin_recipe", "--config", "full", "max_iteration=1"],
+    *([name, "full", "max_iteration=1", "model.path=x"] for name in ("validate", "estimate")),
     *([name, "--help"] for name in COMMANDS),
 ]  # fmt: skip
 
@@ -61,6 +64,21 @@ def test_help_and_typos_load_nothing_heavy(tmp_path, subprocess_env):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=subprocess_env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "imports, heavy",
+    [
+        ("spin_recipe, spin_sft", {"torchtune", "torchao", "transformers", "datasets"}),
+        ("spin.data; spin.data.PairStore; spin.data.ChatTokenizer; import spin.report", {"torch", "transformers"}),
+        ("spin.config; spin.config.SPINConfig", {"torch", "numpy", "pyarrow"}),
+    ],
+)
+def test_what_is_imported_only_where_it_is_used(imports, heavy, subprocess_env):
+    """Seconds of every start: of a run whose config is wrong, and of commands that read what a run has written."""
+    code = f"import {imports}; import sys; sys.exit(str({heavy} & sys.modules.keys() or 0))"
+    done = subprocess.run([sys.executable, "-c", code], env=subprocess_env, capture_output=True, text=True)
+    assert done.stderr in ("", "0\n"), done.stderr
 
 
 def test_doctor_starts_where_torch_is_missing(subprocess_env):
@@ -137,7 +155,7 @@ def test_a_config_without_a_header_is_known_by_its_keys(tmp_path):
 )
 def test_a_config_of_another_recipe_is_named(monkeypatch, capsys, config, program, recipe):
     text = refused(monkeypatch, capsys, program, "--config", config)
-    assert f"{config} is a config for {recipe}: spin run {recipe} --config {config}" in text
+    assert f"{config} is a config for {recipe}: {spin_command('run', recipe, '--config', config)}" in text
     assert text.count("Known keys:") <= 2  # all strangers in one line
 
 

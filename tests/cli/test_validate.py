@@ -159,7 +159,8 @@ def test_a_stream(validate):
 
 def test_all_faults_of_a_config_at_once(validate):
     for changes, words in (
-        (("loss.betta=1", "optimiser=x", "generator._component_=os.system"), ("3 faults", "'optimizer'?", "os.system")),
+        (("max_epoch=1", "optimiser=x", "generator._component_=os.system"), ("3 faults", "'optimizer'?", "os.system")),
+        (("loss.betta=1", "dataset.limitt=3", "ac_mode=selective"), ("3 faults", "'beta'?", "ac_option=null")),
         (("loss.beta=[0.1,-0.2]", "global_batch_size=0", "max_time=soon"), ("3 faults",)),
     ):
         code, out, _ = validate(*changes)
