@@ -119,6 +119,13 @@ def test_commands_of_spin(desk, monkeypatch, capsys, command):
     assert capsys.readouterr().out
 
 
+def test_the_readme_answers_with_the_model_of_a_run(desk, monkeypatch, capsys):
+    monkeypatch.chdir(desk)
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", (REPO / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    exec(snippet, {})
+    assert capsys.readouterr().out.strip()
+
+
 def test_what_the_report_of_a_real_run_says(desk):
     """Two iterations of two steps; the recipe's stores, metrics and samples are what the report reads."""
     from spin.report import read_run, render
