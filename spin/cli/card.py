@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,18 +16,65 @@ import spin
 from spin.config import plain
 from spin.core.errors import OutputError
 from spin.core.files import SFT_STAGE, file_sha256
-from spin.core.hub import hub_name
+from spin.core.hub import hub_name, is_hub_name
 from spin.core.terminal import printable
 from spin.data import PairStore
+from spin.data.rows import kind_of
 from spin.report.record import is_number
+from spin.report.texts import plain_text, turns
 from spin.run.folder import data_sources, iteration_folders, read_config, read_json_lines
 from spin.training.schedules import per_iteration
 
+_SAMPLES, _SAMPLE_CHARS = 3, 1000  # shown, and of a text
+_LIMITS = """## Limits
+
+The model learned to respond as its data do, in content, style and length. Self-play adds neither knowledge nor safety:
+what the base model gets wrong, or must not be used for, holds here too. The figures above are those of training; they
+do not evaluate the model's use."""
+_CITATION = """## Citation
+
+```bibtex
+@inproceedings{chen2024selfplay,
+  title     = {Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models},
+  author    = {Chen, Zixiang and Deng, Yihe and Yuan, Huizhuo and Ji, Kaixuan and Gu, Quanquan},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2401.01335}
+}
+```"""
+_CHAT = """messages = [{"role": "user", "content": "What is self-play?"}]
+"""
+_USE_MODEL = (
+    """from transformers import pipeline
+
+chat = pipeline("text-generation", MODEL)
+"""
+    + _CHAT
+    + """print(chat(messages, max_new_tokens=128)[0]["generated_text"][-1]["content"])"""
+)
+_USE_ADAPTER = (
+    """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+base = AutoModelForCausalLM.from_pretrained(BASE)
+model = PeftModel.from_pretrained(base, MODEL).merge_and_unload()
+model.generation_config = GenerationConfig.from_pretrained(MODEL)  # with the tokens that end a response
+chat = pipeline("text-generation", model, tokenizer=AutoTokenizer.from_pretrained(MODEL))
+"""
+    + _CHAT
+    + """print(chat(messages, max_new_tokens=128)[0]["generated_text"][-1]["content"])"""
+)
+
 
 def model_card(
-    run: Path, iteration: int, model: Path, base_model: str | None = None, license_id: str | None = None
+    run: Path,
+    iteration: int,
+    model: Path,
+    base_model: str | None = None,
+    license_id: str | None = None,
+    name: str | None = None,
 ) -> str:
-    """Writes a model card."""
+    """Writes a model card; ``name`` is the model's on huggingface.co, None the folder that the card lies in."""
     cfg = read_config(run)
     if cfg is None:
         raise OutputError(f"{run / 'config.yaml'}: missing, so it is not known how the model was made.")
@@ -32,11 +83,16 @@ def model_card(
             raise OutputError(f"{run / 'config.yaml'}: {key} is {found!r}; it is not known how the model was made.")
     base_model = base_model or hub_name(cfg.checkpointer.checkpoint_dir)
     base = base_model or Path(cfg.checkpointer.checkpoint_dir).name
+    sources = [cfg.get("dataset"), *((OmegaConf.select(cfg, "dataset.sources") or {}).values())]
+    named = [each.get("source") for each in sources if OmegaConf.is_dict(each)]
+    datasets = [each for each in named if isinstance(each, str) and _is_data_set(each)]
+    is_adapter = (model / "adapter_config.json").is_file()
     head = {
-        "library_name": "peft" if (model / "adapter_config.json").is_file() else "transformers",
+        "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["spin", "self-play", "torchtune"],
+        "tags": ["spin", "self-play", "torchtune", "conversational", *(["lora"] if is_adapter else [])],
         **({"base_model": base_model} if base_model else {}),
+        **({"datasets": datasets} if datasets else {}),
         **({"license": license_id} if license_id else {}),
     }
     title, what = (
@@ -55,15 +111,59 @@ def model_card(
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {title}",
         f"{what} Made with spin-torchtune {spin.__version__}.",
+        "## Use\n\n" + _usage(name, base_model or cfg.checkpointer.checkpoint_dir, is_adapter),
+        *_samples(run, iteration),
         "## How it was made\n\n" + _table(("", ""), _settings(cfg)),
         "## Iterations\n\n" + _iterations(run, cfg, iteration),
         "Loss is the SPIN loss at the first and the last step of an iteration (ln 2 = 0.693 is where two equal models "
         "stand); acc the fraction of pairs whose real response gained more than the generated one, at the last step; "
         "validation loss the mean negative log-prob per token of real responses, in nats.",
+        _LIMITS,
         "## Hashes\n\n" + _table(("what", "hash"), _hashes(run, iteration, model)),
         f"## Config\n\n```yaml\n{yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True)}```",
+        _CITATION,
     ]
     return printable("\n\n".join(sections) + "\n")
+
+
+def _is_data_set(source: str) -> bool:
+    return is_hub_name(source) and not kind_of(Path(source)) and not os.path.exists(source)
+
+
+def _usage(name: str | None, base: str, is_adapter: bool) -> str:
+    """Code that runs as it is: by the model's name, or in the folder that the card lies in."""
+    model = name or "."
+    code = _USE_ADAPTER if is_adapter else _USE_MODEL
+    for word, value in (("MODEL", model), ("BASE", base)):
+        code = re.sub(rf"\b{word}\b", lambda _, value=value: json.dumps(value), code)  # type: ignore[misc]
+    serve = [base, "--enable-lora", "--lora-modules", f"spin={model}"] if is_adapter else [model]
+    where = "" if name else "In this folder:\n\n"
+    return f"{where}```python\n{code}\n```\n\nor, as a server, `vllm serve {shlex.join(serve)}`."
+
+
+def _samples(run: Path, iteration: int) -> list[str]:
+    """The section of responses to the run's fixed prompts, if it has any: before training, and by this model."""
+    rows = read_json_lines(run / "fixed_prompts.jsonl")
+    before, after = (
+        {str(row.get("sample_id")): row for row in rows if row.get("iteration") == n} for n in (0, iteration + 1)
+    )
+    shown = [(before[sample], row) for sample, row in after.items() if sample in before][:_SAMPLES]
+    if not shown:
+        return []
+    blocks = []
+    for old, new in shown:
+        parts = [(f"[{role or 'prompt'}]", text) for role, text in turns(new.get("prompt"))]
+        parts += [
+            ("[before training]", plain_text(old.get("response"))),
+            ("[this model]", plain_text(new.get("response"))),
+        ]
+        text = "\n\n".join(
+            f"{head}\n{text if len(text) <= _SAMPLE_CHARS else text[:_SAMPLE_CHARS] + ' … (cut here)'}"
+            for head, text in parts
+        )
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))  # nothing in a text ends the block
+        blocks.append(f"{fence}text\n{text}\n{fence}")
+    return ["## Samples\n\nResponses to the same prompts:\n\n" + "\n\n".join(blocks)]
 
 
 def _settings(cfg: DictConfig) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""``spin export``: a Hugging Face folder that says where it comes from."""
+"""``spin export``: a Hugging Face folder that says where it comes from, and its upload."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from spin.core.terminal import printable
 
 def main(argv: Sequence[str]) -> None:
     """Adds a model card to an iteration's model, or copies both elsewhere."""
-    text = "Write a model card (README.md) next to an iteration's Hugging Face model; with --out copy both."
+    text = (
+        "Write a model card (README.md) next to an iteration's Hugging Face model; with --out copy both, with --push "
+        "upload both to huggingface.co."
+    )
     parser = parser_of("export", text)
     parser.add_argument("run", type=Path, help="output_dir of the run")
     parser.add_argument("--iteration", type=int, metavar="N", help="counted from 0; default: the last that is finished")
@@ -22,19 +25,36 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="a new folder for the copy")
     parser.add_argument("--base-model", metavar="ID", help="Hugging Face id of the model that training started from")
     parser.add_argument("--license", metavar="ID", help="of the exported model, which its base's and data's allow")
+    parser.add_argument(
+        "--push", metavar="ORG/NAME", help="upload to this repository, after showing what; see HF_TOKEN"
+    )
+    parser.add_argument("--public", action="store_true", help="everybody may read it; without this it is private")
+    parser.add_argument("--yes", action="store_true", help="upload without asking")
     arguments = parser.parse_args(argv)
+    if arguments.push is None and (arguments.public or arguments.yes):
+        parser.error("--public and --yes go with --push")
+    from spin.cli.push import Repository  # loads huggingface_hub
+
+    repository = None if arguments.push is None else Repository(arguments.push, arguments.public)
     from spin.cli.card import model_card  # loads torch
     from spin.run.folder import exported_model
 
     run: Path = arguments.run
     iteration, source = exported_model(run, arguments.iteration, arguments.adapter)
     files = _files_of(source, run)
-    card = model_card(run, iteration, source, base_model=arguments.base_model, license_id=arguments.license)
+    card = model_card(run, iteration, source, arguments.base_model, arguments.license, arguments.push)
     if arguments.out is None:
         replace_text(source / "README.md", card)
-        print(printable(source))
-        return
-    out: Path = arguments.out
+    else:
+        _copy(files, card, arguments.out)
+    folder = arguments.out or source
+    print(printable(folder))
+    if repository is not None:
+        names = sorted({"README.md", *(file.name for file in files)})
+        print(repository.upload(folder, names, f"SPIN, iteration {iteration}", arguments.yes))
+
+
+def _copy(files: Sequence[Path], card: str, out: Path) -> None:
     if out.exists():
         raise OutputError(f"{out}: is there already. Give --out a folder that is not.")
     with as_output_error(out):
@@ -47,7 +67,6 @@ def main(argv: Sequence[str]) -> None:
             (part / "README.md").write_text(card, encoding="utf-8")
             for file in part.iterdir():
                 sync(file)
-    print(printable(out))
 
 
 def _files_of(model: Path, run: Path) -> list[Path]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 from contextlib import nullcontext
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +31,13 @@ def model_folder(name: str, key: str) -> str:
     Raises:
         ConfigError: If the name is unknown, gated, or neither in the cache nor to be had.
     """
-    if os.path.exists(name) or not _NAME.fullmatch(name):
+    if os.path.exists(name) or not is_hub_name(name):
         return name
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.utils import WeakFileLock
 
     alone = constants.HF_HUB_OFFLINE or os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
     locks = Path(constants.HF_HUB_CACHE) / ".locks"
-    # huggingface_hub's own errors are of the first two; versions from 1.0 on let those of httpx through
-    errors = (OSError, ValueError, *([import_module("httpx").HTTPError] if find_spec("httpx") else []))
     try:
         if not alone:
             locks.mkdir(parents=True, exist_ok=True)
@@ -49,13 +45,26 @@ def model_folder(name: str, key: str) -> str:
             patterns: Any = {"allow_patterns": list(_FILES), "ignore_patterns": list(_OTHER_LAYOUTS)}
             folder: str = snapshot_download(name, **patterns)  # nosec B615 - nothing of it is run; the record has the commit
             return folder
-    except errors as error:
+    except hub_errors() as error:
         raise ConfigError(
             f"{key}: {name!r} is no folder here, and as a model on huggingface.co it is not available "
             f"({type(error).__name__}: {' '.join(str(error).split()):.300}). Check the name, or download it where "
             f"there is a network: `hf download {name}`. For a gated model accept its licence on its page and set "
             "HF_TOKEN."
         ) from error
+
+
+def is_hub_name(text: str) -> bool:
+    """Whether a text has the form ``ORG/NAME``."""
+    return _NAME.fullmatch(text) is not None
+
+
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises: its own errors, and those of the HTTP library that its version is built on."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    of_library = [each for each in HfHubHTTPError.__mro__ if each.__name__ in ("HTTPError", "RequestException")]
+    return (OSError, ValueError, *of_library)
 
 
 def hub_name(folder: str | Path) -> str | None:

@@ -1,6 +1,7 @@
 """`spin export`: a folder that loads, and a card that says where it comes from."""
 
 import hashlib
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import save
 
 from spin.cli import main
 from spin.cli.card import model_card
-from tests.report_runs import write_run
+from tests.report_runs import write_fixed_prompts, write_run
 
 
 @pytest.fixture
@@ -49,6 +50,40 @@ def test_the_last_finished_iteration_is_exported_elsewhere(run_folder, tmp_path,
     assert digest in card and "beta:" in card
     AutoModelForCausalLM.from_pretrained(out)
     AutoTokenizer.from_pretrained(out)
+    assert "datasets" not in head and "## Samples" not in card and "chen2024selfplay" in card
+
+
+def test_the_code_on_the_card_runs(run_folder, tmp_path, monkeypatch, capsys):
+    """As it stands there, in the folder of the card; what it prints is an answer of the model."""
+    out = tmp_path / "model"
+    assert main(["export", str(run_folder), "--out", str(out)]) == 0
+    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), flags=re.DOTALL)[1]
+    capsys.readouterr()
+    monkeypatch.chdir(out)
+    torch.manual_seed(0)  # a pipeline samples
+    exec(compile(code, "card", "exec"), {})
+    answer = capsys.readouterr().out.strip()
+    assert len(answer.split()) > 3 and "What is self-play" not in answer and "<|" not in answer
+
+
+def test_data_sets_and_samples_are_on_the_card(run_folder):
+    """A local file is no data set of huggingface.co; a response cannot end the block that it stands in."""
+    cfg = OmegaConf.load(run_folder / "config.yaml")
+    cfg.dataset = {"sources": {"a": {"source": "org/data"}, "b": {"source": "data/mine.jsonl"}}}
+    OmegaConf.save(cfg, run_folder / "config.yaml")
+    hostile = "```\n# Owned\n<img src=x>\x1b[2J"
+    write_fixed_prompts(run_folder, ["First.", "Second.", hostile])
+    model = run_folder / "iteration_001" / "hf_model"
+    card = model_card(run_folder, 1, model, name="org/my-model")
+    assert yaml.safe_load(card.split("---\n")[1])["datasets"] == ["org/data"]
+    block = re.search(r"^(````+)text\n(.*?)\n\1$", card, flags=re.MULTILINE | re.DOTALL)[2]
+    for part in ("[system]\nBe.", "[user]\nSay it.", "[before training]\nFirst.", "[this model]\n```\n# Owned"):
+        assert part in block
+    assert "Second." not in card and "\x1b" not in card and r"\x1b[2J" in block
+    assert (
+        "vllm serve org/my-model" in card
+        and "First." not in model_card(run_folder, 0, model).partition("[this model]")[2]
+    )
 
 
 def test_the_options_that_were_used_are_on_the_card(run_folder):
