@@ -6,7 +6,8 @@ from spin.cli import main
 def test_the_page_is_what_the_command_prints(repo, capsys):
     assert main(["keys"]) == 0
     page = (repo / "docs" / "keys.md").read_text(encoding="utf-8")
-    assert page.partition("<!-- keys -->\n")[2].partition("\n<!-- /keys -->")[0] == capsys.readouterr().out.strip()
+    shown = page.partition("<!-- keys -->\n")[2].partition("\n<!-- /keys -->")[0]
+    assert shown == capsys.readouterr().out.strip(), "put what `spin keys` prints between the marks of docs/keys.md"
 
 
 def test_a_word_shows_its_rows(capsys):
