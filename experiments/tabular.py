@@ -174,16 +174,16 @@ def plot(results: dict[str, Any], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "spin"  # the same file for the same results
+    # the same file for the same results; text stays text
+    matplotlib.rcParams |= {"svg.hashsalt": "spin", "svg.fonttype": "none", "font.family": "sans-serif"}
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
-    for lam, result in results["to_the_end"].items():
-        left.plot([max(value, 1e-16) for value in result["kl"]], marker="o", markersize=3, label=f"$\\lambda$ = {lam}")
-    for lam, result in results["step_by_step"].items():
-        right.plot(
-            range(0, results["steps"] + 1, 20), [max(v, 1e-16) for v in result["kl"]], label=f"$\\lambda$ = {lam}"
-        )
+    steps = range(0, results["steps"] + 1, 20)
+    for number, (lam, end) in enumerate(results["to_the_end"].items()):
+        shown = {"color": f"C{number}", "label": f"lambda {lam}"}
+        left.plot([max(value, 1e-16) for value in end["kl"]], marker="o", markersize=3, **shown)
+        right.plot(steps, [max(value, 1e-16) for value in results["step_by_step"][lam]["kl"]], **shown)
     left.set(xlabel="iteration, each trained to its end", ylabel="KL(data | policy), nats", yscale="log")
     right.set(xlabel="gradient step of the first iteration", yscale="log", ylim=(1e-7, 1e2))
     left.set_ylim(1e-16, 1e3)
