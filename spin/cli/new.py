@@ -45,5 +45,6 @@ def main(argv: Sequence[str]) -> None:
         stream.write(text.encode())
     ranks = ("--nproc_per_node", machine.ranks) if machine.ranks > 1 else ()
     report += [f"written   {out}, for {machine.name}", f"next      {spin_command('validate', out)}"]
-    report.append(f"          {spin_command('run', *ranks, 'spin_recipe', '--config', out)}")
+    sft, spin = (spin_command("run", *ranks, recipe, "--config", out) for recipe in ("spin_sft", "spin_recipe"))
+    report += [f"          {sft}    # unless the model was fine-tuned on this data", f"          {spin}"]
     print(printable("\n".join(report)))

@@ -79,9 +79,9 @@ def test_what_is_written_is_valid_and_runs(name, method, form, folder, tmp_path,
     data = jargon(tmp_path / "mine.jsonl", 24, form)
     words = ["--model", model, "--data", data, "--out", out, f"output_dir={tmp_path / 'run'}"]
     code, lines, err = new(capsys, *words, *([f"--{method}"] if method != "full" else []))
-    assert code == 0 and len(lines) <= 12, err
-    commands = (spin_command("validate", out), spin_command("run", "spin_recipe", "--config", out))
-    assert lines[-2:] == [f"next      {commands[0]}", f"          {commands[1]}"]
+    assert code == 0 and len(lines) <= 13, err
+    sft, spin = (spin_command("run", recipe, "--config", out) for recipe in ("spin_sft", "spin_recipe"))
+    assert [line[10:].partition("    #")[0] for line in lines[-3:]] == [spin_command("validate", out), sft, spin]
     written = yaml.safe_load(out.read_text())
     assert len(out.read_text().splitlines()) <= 20 and written["dataset"].get("column_map") == FORMATS[form][1]
     assert ("quantize_base" in written["model"], "lora_rank" in written["model"]) == (
