@@ -25,7 +25,7 @@ from spin.config import GenerateConfig
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import CheckpointError
 from spin.core.ranks import init_world, shutdown
-from spin.core.terminal import get_logger
+from spin.core.terminal import counted, get_logger
 from spin.data.inputs import read_inputs
 from spin.model import build_model, prepare_model, weights_fingerprint
 from spin.pairs import PairStore, RowLayout
@@ -103,9 +103,9 @@ class SPINGenerate:
         if world.is_main:
             store = PairStore.open(folder / "responses")
             if store.is_sealed:
-                log.info(f"All {store.num_shards} shards are there: {store.path}")
+                log.info(f"Complete, in {counted(store.num_shards, 'shard')}: {store.path}")
             else:
-                found = f"{len(store.missing_shards())} of {store.num_shards} shards are missing in {store.path}"
+                found = f"{len(store.missing_shards())} of {counted(store.num_shards, 'shard')} missing in {store.path}"
                 log.info(f"Worker {cfg.worker} is done; {found}")
 
     def cleanup(self) -> None:

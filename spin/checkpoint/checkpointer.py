@@ -59,6 +59,7 @@ from spin.core.ranks import (
     raise_on_all_ranks,
     with_own_process_group,
 )
+from spin.core.terminal import counted
 from spin.model.hf import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIGS,
@@ -141,10 +142,9 @@ class SPINCheckpointer:
         # A new export or checkpoint is complete before an old one goes.
         kept = iterations if self.keep_exports is None else min(iterations, self.keep_exports + 1)
         exports = max(1, kept - len({folder.parent for _, folder in self._exports()}))
-        plural = "s" if exports > 1 else ""
         if free < least + exports * export:
             raise CheckpointError(
-                f"{self.output_dir}: {_size(free)} free, but one checkpoint and {exports} export{plural} of "
+                f"{self.output_dir}: {_size(free)} free, but one checkpoint and {counted(exports, 'export')} of "
                 f"{parameters:,} parameters take {_size(least + exports * export)} to "
                 f"{_size(usual + exports * export)}. Free some space, change output_dir, or keep fewer exports "
                 "(checkpointer.keep_exports=1)."
@@ -153,7 +153,7 @@ class SPINCheckpointer:
         if free < wanted and not self._complete():
             log.warning(
                 f"{self.output_dir}: {_size(free)} free; keep_last={self.keep_last} and keep_best={self.keep_best} "
-                f"with fp32 AdamW and {exports} export{plural} can need {_size(wanted)}."
+                f"with fp32 AdamW and {counted(exports, 'export')} can need {_size(wanted)}."
             )
 
     def check_source(self) -> int:

@@ -17,7 +17,7 @@ from spin.config import plain
 from spin.core.errors import OutputError
 from spin.core.files import SFT_STAGE, file_sha256
 from spin.core.hub import hub_name, is_hub_name
-from spin.core.terminal import printable
+from spin.core.terminal import counted, printable
 from spin.data import PairStore
 from spin.data.rows import kind_of
 from spin.report.record import is_number
@@ -98,7 +98,7 @@ def model_card(
     title, what = (
         f"{base}, SPIN iteration {iteration}",
         (
-            f"{base} after {iteration + 1} iteration{'s' if iteration else ''} of self-play fine-tuning "
+            f"{base} after {counted(iteration + 1, 'iteration')} of self-play fine-tuning "
             "([SPIN](https://arxiv.org/abs/2401.01335)): in each one, the model learns to prefer the real responses of "
             "a supervised data set to its own."
         ),

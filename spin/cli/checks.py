@@ -17,6 +17,7 @@ from spin.checkpoint import SPINCheckpointer
 from spin.config.schema import EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.files import check_can_be_made
+from spin.core.terminal import counted, plural
 from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dataset import check_is_dataset, evaluated_part
 from spin.data.dates import known_date
@@ -206,9 +207,9 @@ def _data(
     check_is_dataset(data)
     prompts = data.window(0)
     report = prompts.report
-    lines = [f"{len(prompts):,} samples of {report.rows:,} rows"]
+    lines = [f"{counted(len(prompts), 'sample')} of {counted(report.rows, 'row')}"]
     if data is not prompts:
-        lines[0] = f"a stream, of whose first {report.rows:,} rows iteration 0 plays {len(prompts):,} samples"
+        lines[0] = f"a stream, of whose first {report.rows:,} rows iteration 0 plays {counted(len(prompts), 'sample')}"
     needed = data.samples_per_iteration
     chosen = (prompts.sample_ids[index] for index in data.iteration_samples(needed, 0, 0))
     counts = [f"{name} {count:,.0f}" for name, count in data.count_sources(chosen).items()]
@@ -223,7 +224,7 @@ def _data(
 
 
 def _held_out(prompts: PromptSource) -> tuple[PromptSource, str]:
-    return prompts, f"{prompts.samples_per_iteration:,} samples, held out by dataset.validation_fraction"
+    return prompts, f"{counted(prompts.samples_per_iteration, 'sample')}, held out by dataset.validation_fraction"
 
 
 def _same_ids(section: config.Component, tokenizer: PromptTokenizer, prompts: PromptSource) -> tuple[None, str]:
@@ -251,18 +252,24 @@ def _vocabulary(
 def _arithmetic(cfg: config.SPINConfig, num_val_prompts: int, prompts: PromptSource) -> tuple[None, str]:
     plan = RunPlan(cfg, prompts, num_val_prompts)
     progress, iterations = plan.progress, range(cfg.max_iterations)
-    played = [len(plan.samples(i)) for i in iterations]
+    played, steps = [len(plan.samples(i)) for i in iterations], [progress.steps_in_epoch(i) for i in iterations]
     counts = [stage.num_shards(count, cfg.pairs.prompts_per_shard, 1) for count in played]
-    shards = "" if isinstance(cfg, config.SFTConfig) else f", in {_numbers(counts)} shards (more with several engines)"
+    shards = (
+        ""
+        if isinstance(cfg, config.SFTConfig)
+        else f", in {_numbers(counts)} {plural('shard', max(counts))} (more with several engines)"
+    )
     every = [
-        f"{what} every {interval} steps" if interval else f"no {what} within an iteration"
+        f"{what} every {counted(interval, 'step')}" if interval else f"no {what} within an iteration"
         for what, interval in (("validation", plan.val_every), ("checkpoint", plan.save_every))
     ]
     return None, (
-        f"{progress.total_steps} steps: {cfg.max_iterations} iterations x {cfg.max_epochs} epochs x "
-        f"{_numbers([progress.steps_in_epoch(i) for i in iterations])} steps of {cfg.global_batch_size} prompts\n"
-        f"{_numbers(played)} prompts in an iteration ({prompts.samples_per_iteration - played[0]} left over){shards}\n"
-        f"{'; '.join(every)}; {plan.num_val_samples} validation samples"
+        f"{counted(progress.total_steps, 'step')}: {counted(cfg.max_iterations, 'iteration')} x "
+        f"{counted(cfg.max_epochs, 'epoch')} x {_numbers(steps)} {plural('step', max(steps))} of "
+        f"{counted(cfg.global_batch_size, 'prompt')}\n"
+        f"{_numbers(played)} {plural('prompt', max(played))} in an iteration "
+        f"({prompts.samples_per_iteration - played[0]} left over){shards}\n"
+        f"{'; '.join(every)}; {counted(plan.num_val_samples, 'validation sample')}"
     )
 
 
@@ -290,7 +297,7 @@ def _eval_vocabulary(sampling: Sampling, model: EvalModel, *prompts: PromptSourc
 
 def _shared(cfg: config.EvaluateConfig, candidate: PromptDataset, baseline: PromptDataset) -> tuple[None, str]:
     originals = {sample_id: candidate.originals[sample_id] for sample_id in shared_samples(candidate, baseline)}
-    text = f"{len(originals):,} samples fit both models"
+    text = f"{counted(len(originals), 'sample')} fit both models"
     if cfg.verdict == "judge":
         return None, text
     verdicts.right_answers(originals, cfg.exact_match.column, cfg.exact_match.reference_pattern)

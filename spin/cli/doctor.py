@@ -15,6 +15,7 @@ from packaging.version import Version
 
 from spin.cli import parser_of
 from spin.core.packages import installed_version, installed_vllm
+from spin.core.terminal import counted
 
 DISTRIBUTION = "spin-torchtune"
 _OK, _FAULT, _NOTE = "ok", "FAULT", "note"
@@ -99,7 +100,7 @@ def vllm() -> list[Finding]:
 def devices() -> list[Finding]:
     """Processors, memory, GPUs, and the compilers that optional parts ask for."""
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    findings = [Finding("cpu", _OK, f"{len(os.sched_getaffinity(0))} cores, {gib:.0f} GiB of memory")]
+    findings = [Finding("cpu", _OK, f"{counted(len(os.sched_getaffinity(0)), 'core')}, {gib:.0f} GiB of memory")]
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     missing = "no compiler; compile=true and spin.training's optimizers need one (apt install g++)"
     findings.append(Finding("c++", _OK if compiler else _NOTE, compiler or missing))

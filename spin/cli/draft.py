@@ -25,6 +25,7 @@ from spin.config.files import with_overrides
 from spin.config.follow import FROM_HF
 from spin.config.schema import fields_of
 from spin.core.errors import ConfigError, DataError
+from spin.core.terminal import counted
 from spin.data import ChatTokenizer, PromptTokenizer, adapt_tokenizer
 from spin.data.conversation_template import THINKING_OPTIONS
 from spin.data.survey import Survey, survey
@@ -67,7 +68,8 @@ class Machine:
             raise ConfigError(f"--gpus {gpus}: expected 0 to {found}, the GPUs that torch finds here.")
         if not ranks:
             cores, gib = len(os.sched_getaffinity(0)), _memory_bytes() / 2**30
-            return cls(f"CPU, {cores} cores, {gib:.0f} GiB of memory", 1, 0.8 * gib, False, is_chosen=found > 0)
+            name = f"CPU, {counted(cores, 'core')}, {gib:.0f} GiB of memory"
+            return cls(name, 1, 0.8 * gib, False, is_chosen=found > 0)
         free = min(torch.cuda.mem_get_info(index)[0] for index in range(ranks)) / 2**30
         name = torch.cuda.get_device_name(0)
         return cls(f"{ranks} x {name}, {free:.0f} GiB free on each", ranks, usable_gib(free), True, kind_of_gpu(name))
@@ -125,7 +127,7 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
         config.put("dataset.on_bad_row", "skip")
     config.put("sampling.max_new_tokens", most_response, 256)
     trained, held_out = _hold_out(found, fit, cfg, config)
-    report.append(f"split     {trained:,} samples to train on, {held_out:,} held out for validation")
+    report.append(f"split     {counted(trained, 'sample')} to train on, {held_out:,} held out for validation")
 
     # --- Steps, and what fits the memory ---
     size = 64
@@ -140,10 +142,10 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     if steps < 1:
         raise ConfigError(f"global_batch_size={cfg.global_batch_size}: {trained} samples are no step. Lower it.")
     report += [
-        f"steps     {cfg.max_iterations} iterations x {cfg.max_epochs} epochs x {steps:,} steps of "
-        f"{cfg.global_batch_size} prompts",
+        f"steps     {counted(cfg.max_iterations, 'iteration')} x {counted(cfg.max_epochs, 'epoch')} x "
+        f"{counted(steps, 'step')} of {counted(cfg.global_batch_size, 'prompt')}",
         f"memory    {needed.training:.1f} GiB to train, {needed.playing:.1f} to generate, of {machine.gib:.0f}: rows "
-        f"of {cfg.pairs.row_tokens:,} tokens, {cfg.generator.get('batch_size', 32)} responses at once",
+        f"of {cfg.pairs.row_tokens:,} tokens, {counted(cfg.generator.get('batch_size', 32), 'response')} at once",
     ]
     lengths_of_pair = found.prompt_lengths + 2 * found.real_lengths  # a response is about as long as the real one
     report += _time(cfg, machine, steps * cfg.global_batch_size, round(lengths_of_pair[fit].mean()))
@@ -229,7 +231,7 @@ def _survey(cfg: SPINConfig, config: _Config, report: list[str]) -> Survey:
     if found.column_map and not options.get("column_map"):
         config.put("dataset.column_map", found.column_map)
     columns = "".join(f", {column} is the column {name}" for column, name in found.column_map.items())
-    report.append(f"data      {found.rows:,} rows in the format {found.row_format}{columns}")
+    report.append(f"data      {counted(found.rows, 'row')} in the format {found.row_format}{columns}")
     if found.faults.total:
         report.append(f"          {found.faults.total:,} cannot be used and are skipped: {found.faults.lines()[0]}")
     return found

@@ -16,7 +16,7 @@ from spin import config
 from spin.cli import parser_of
 from spin.core.errors import ConfigError, StoreError
 from spin.core.files import replace_text
-from spin.core.terminal import printable
+from spin.core.terminal import counted, printable
 
 if TYPE_CHECKING:  # torch and pyarrow are loaded when a store is read
     from spin.data import Pair, PairStore, Response
@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> None:
         if faults:
             raise StoreError("\n".join(faults))
         state = "sealed" if store.is_sealed else "not sealed"
-        print(f"{printable(store.path)}: {store.num_shards} shards ({state}), complete, unchanged, and of this store")
+        shards = f"{counted(store.num_shards, 'shard')} ({state})"
+        print(f"{printable(store.path)}: {shards}, complete, unchanged, and of this store")
         return
     items = [item for item in _items(store) if _passes(item, arguments)]
     print(printable("\n".join(summary_lines(store, items))))
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"[{column}] {printable(row[column])}")
     if arguments.export:
         replace_text(arguments.export, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        print(f"\n{len(rows)} responses -> {printable(arguments.export)}")
+        print(f"\n{counted(len(rows), 'response')} -> {printable(arguments.export)}")
 
 
 def summary_lines(store: PairStore, items: Sequence[Item]) -> list[str]:
@@ -83,9 +84,12 @@ def summary_lines(store: PairStore, items: Sequence[Item]) -> list[str]:
 
     present = sum(map(store.has_shard, range(store.num_shards)))
     state = "sealed" if store.is_sealed else "not sealed: being written, or its run ended"
-    lines = [f"{store.path}: {present} of {store.num_shards} shards, {state}", f"opponent        {store.opponent}"]
+    lines = [
+        f"{store.path}: {present} of {counted(store.num_shards, 'shard')}, {state}",
+        f"opponent        {store.opponent}",
+    ]
     pairs = {pair.key for pair, _, _ in items}
-    lines.append(f"responses       {len(items)} to {len(pairs)} prompts")
+    lines.append(f"responses       {len(items):,} to {counted(len(pairs), 'prompt')}")
     if not items:
         return lines
     truncated = sum(response.truncated for _, _, response in items)

@@ -25,6 +25,7 @@ from spin.cli.rates import (
     Rate,
 )
 from spin.config import SPINConfig
+from spin.core.terminal import counted
 
 # mean tokens of the pairs that rates were measured with: prompt, real and generated response
 MEASURED_PAIR = (199, 278, 278)
@@ -178,7 +179,8 @@ def is_extrapolated(stage: Stage, gpu: str) -> bool:
 
 def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int) -> str:
     """The stages, a line each, and what the figures rest on."""
-    lines = [f"{f'time of an iteration of {prompts:,} prompts':<44}{'compute':>10}{'traffic':>10}{'in all':>10}"]
+    title = f"time of an iteration of {counted(prompts, 'prompt')}"
+    lines = [f"{title:<44}{'compute':>10}{'traffic':>10}{'in all':>10}"]
     for stage in found:
         mark = " *" if is_extrapolated(stage, cluster.gpu) else ""
         cells = "".join(f"{clock(seconds):>10}" for seconds in (stage.compute, stage.exposed, stage.seconds))

@@ -23,6 +23,7 @@ from spin.config.schema import (
 )
 from spin.core.errors import ConfigError
 from spin.core.files import TRANSFER, check_own_folder
+from spin.core.terminal import counted
 
 _PACKAGES = {  # of loggers, which import them when they are made: after the weights are loaded
     "TrackioLogger": "trackio",
@@ -50,10 +51,9 @@ def _check_iterations(cfg: SPINConfig, faults: Faults) -> None:
     for section, name in (("loss", "beta"), ("optimizer", "lr")):
         value = getattr(getattr(cfg, section, None), name, None)
         if isinstance(value, list) and len(value) != cfg.max_iterations:
-            count = f"{len(value)} value{'s' if len(value) != 1 else ''}"
             faults.add(
-                f"{section}.{name}: {value} has {count} for {cfg.max_iterations} iterations. Give one number, or one "
-                "for each iteration."
+                f"{section}.{name}: {value} has {counted(len(value), 'value')} for "
+                f"{counted(cfg.max_iterations, 'iteration')}. Give one number, or one for each iteration."
             )
 
 

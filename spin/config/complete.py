@@ -27,6 +27,7 @@ from spin.config.interpolation import (
 )
 from spin.config.schema import COMPONENT, Component, Section, fields_of, section_of
 from spin.core import redact
+from spin.core.terminal import plural
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 
@@ -237,7 +238,7 @@ def _check_types(values: Mapping[str, Any], model: type[Section], refused: set[s
         if path.removesuffix(f".{COMPONENT}") not in refused:
             faults.at(path, text)
     for hint, paths in unknown.items():
-        faults.add(f"{', '.join(paths)}: unknown key{'s' if len(paths) > 1 else ''}.{hint}")
+        faults.add(f"{', '.join(paths)}: unknown {plural('key', len(paths))}.{hint}")
 
 
 def _place(

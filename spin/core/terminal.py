@@ -65,4 +65,9 @@ def escape_unencodable_output() -> None:
 
 def plural(noun: str, count: int = 2) -> str:
     """The noun for a count of it: 1 batch, 2 batches."""
-    return noun if count == 1 else f"{noun}es" if noun.endswith(("ch", "s", "x")) else f"{noun}s"
+    return noun if count == 1 else f"{noun}es" if noun.endswith(("tch", "s", "x")) else f"{noun}s"
+
+
+def counted(count: int, noun: str) -> str:
+    """A count of something: 1 batch, 2 batches."""
+    return f"{count:,} {plural(noun, count)}"

@@ -10,6 +10,7 @@ from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from spin.core.errors import ConfigError, DataError
+from spin.core.terminal import counted
 from spin.data.dataset import Original, PromptDataset, PromptSource, check_is_dataset
 from spin.data.messages import (
     ChatMessage,
@@ -131,7 +132,7 @@ def prompt_dataset(
     )
     converse = partial(conversations_of, parse=parse, id_column=id_column, turns=turns)
     chunk = min(_CHUNK_ROWS, limit or _CHUNK_ROWS)
-    label = f"{len(source)} sources" if isinstance(source, list) else str(source)
+    label = counted(len(source), "source") if isinstance(source, list) else str(source)
     new_filter = partial(SampleFilter, label, rules, set())
     where: dict[str, Any] = {"split": split, "name": name, "data_dir": data_dir, "revision": revision}
     if streaming:

@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from spin.core.errors import ConfigError, DataError
-from spin.core.terminal import printable
+from spin.core.terminal import counted, printable
 from spin.data.dataset import Original
 from spin.data.messages import ChatMessage
 
@@ -134,8 +134,9 @@ def right_answers(
     if faults:
         where = "the real response" if column is None else f"the column {column!r}"
         raise DataError(
-            f"{len(faults)} samples have no right answer in {where} that reference_pattern={reference_pattern!r} "
-            f"finds: {'; '.join(faults[:5])}. Change exact_match.column or exact_match.reference_pattern."
+            f"{counted(len(faults), 'sample')} without a right answer in {where} that "
+            f"reference_pattern={reference_pattern!r} finds: {'; '.join(faults[:5])}. Change exact_match.column or "
+            "exact_match.reference_pattern."
         )
     return found
 
@@ -206,7 +207,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     """The summary as a person reads it."""
     candidate, baseline = summary["candidate"], summary["baseline"]
     width = max(len(candidate["name"]), len(baseline["name"]))
-    lines = [f"\n=== {candidate['name']} against {baseline['name']}, {summary['samples']} prompts ==="]
+    lines = [f"\n=== {candidate['name']} against {baseline['name']}, {counted(summary['samples'], 'prompt')} ==="]
     for model in (candidate, baseline):
         tokens, truncated = model["mean_tokens"], model["truncated_fraction"]
         line = f"{model['name']:{width}}  {tokens:8.1f} tokens on average, {truncated:.1%} truncated"
@@ -222,7 +223,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     if judge is not None:
         lines.append(
             f"judge {judge['name']}: {judge['asked']} verdicts{_unreadable(judge['unreadable'], 'verdicts')}, "
-            f"{judge['equal_responses']} prompts with equal responses not asked"
+            f"{counted(judge['equal_responses'], 'prompt')} with equal responses not asked"
         )
         if judge["first_fraction"] is not None:
             first = judge["first_fraction"]

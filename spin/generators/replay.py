@@ -15,6 +15,7 @@ import torch
 
 from spin.core.errors import ConfigError, GeneratorError
 from spin.core.files import parse_json, read_lines
+from spin.core.terminal import counted
 from spin.generators.generator import GeneratorContext, SamplingParams
 from spin.types import FinishReason, Response
 
@@ -106,7 +107,7 @@ class ReplayGenerator:
                 "of responses per prompt, or set generator.on_missing=empty."
             )
         if missing:
-            found_none = f"{len(missing)} of {len(prompts)} prompts got an empty response"
+            found_none = f"{len(missing)} of {counted(len(prompts), 'prompt')} got an empty response"
             log.warning(f"{self.path}: {found_none} (on_missing=empty).")
         return responses
 

@@ -31,6 +31,7 @@ from spin.core.files import (
 )
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.core.redact import hide, redacted
+from spin.core.terminal import counted
 from spin.run.messages import log_table, sample_table
 from spin.run.stopping import resume_command
 
@@ -176,7 +177,7 @@ def _start(step: int, world: World) -> dict[str, Any]:
     else:
         info = Path("/proc/cpuinfo")
         model = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
-        hardware = f"{model[1] if model else platform.machine()}, {len(os.sched_getaffinity(0))} cores"
+        hardware = f"{model[1] if model else platform.machine()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
     hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     return {
         "step": step,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.core.command import spin_command
-from spin.core.terminal import printable
+from spin.core.terminal import counted, plural, printable
 from spin.run.progress import SPINProgress
 from spin.types import Pair
 
@@ -99,7 +99,7 @@ def iteration_summary(
     """What an iteration did, and where its results are; ``history`` has the metrics of its steps since the start of the
     program, ``val_loss_before`` the validation loss when the iteration began."""
     steps = [metrics for metrics in history if "loss" in metrics]
-    lines = [f"\n=== {title[0].upper()}{title[1:]}: {len(history)} steps ==="]
+    lines = [f"\n=== {title[0].upper()}{title[1:]}: {counted(len(history), 'step')} ==="]
     if steps and abs(steps[0].get("margin", 1.0)) < 1e-4:
         lines.append("(at the first step model and opponent are still the same: no rewards, acc 0.5)")
     for name, label in (
@@ -143,24 +143,25 @@ def start_message(
     """What a run is going to do, in a line."""
     steps = [progress.steps_in_epoch(iteration) for iteration in range(progress.max_iterations)]
     per_epoch = str(steps[0]) if len(set(steps)) == 1 else f"({', then '.join(map(str, steps))})"
-    does, trained = "the model responds to prompts, scores its own and the real responses, and trains", "pairs"
-    does = f"{progress.max_iterations} iterations: in each {does}"
+    does, trained = "the model responds to prompts, scores its own and the real responses, and trains", "pair"
+    does = f"{counted(progress.max_iterations, 'iteration')}: in each {does}"
     if is_sft:
-        does, trained = "Fine-tuning trains", "real responses"
+        does, trained = "Fine-tuning trains", "real response"
     return (
-        f"{num_samples:,} samples, {num_val_samples:,} for validation. {does} {progress.max_epochs} x {per_epoch} "
-        f"steps of {batch_size} {trained}; {progress.total_steps} steps in all, {progress.step} done."
+        f"{counted(num_samples, 'sample')}, {num_val_samples:,} for validation. {does} "
+        f"{progress.max_epochs} x {per_epoch} {plural('step', max(steps))} of {counted(batch_size, trained)}; "
+        f"{counted(progress.total_steps, 'step')} in all, {progress.step:,} done."
     )
 
 
 def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: bool, is_sft: bool = False) -> str:
     """Outputs and next commands at a run's end; ``had_steps_left`` tells whether this start of the program trained."""
     models = sorted(output_dir.glob("iteration_*/hf_model"))
-    lines = [f"Finished after {progress.step} steps; everything is in {output_dir}"]
+    lines = [f"Finished after {counted(progress.step, 'step')}; everything is in {output_dir}"]
     if not had_steps_left:
         lines = [
-            f"The run in {output_dir} was finished before, after {progress.step} steps: nothing was left to do. "
-            "output_dir=<another folder> starts a new one."
+            f"The run in {output_dir} was finished before, after {counted(progress.step, 'step')}: nothing was "
+            "left to do. output_dir=<another folder> starts a new one."
         ]
     lines.append(f"  report:      {spin_command('report', output_dir)}")
     if models:

@@ -4,6 +4,7 @@ import math
 from typing import TypeVar
 
 from spin.core.errors import ConfigError
+from spin.core.terminal import counted
 
 Number = TypeVar("Number", int, float)
 
@@ -15,8 +16,8 @@ def per_iteration(value: Number | list[Number], iteration: int, max_iterations: 
         return value
     if not iteration < len(value) == max_iterations:
         raise ConfigError(
-            f"{value} has {len(value)} values for {max_iterations} iterations. Give one number, or one for each "
-            "iteration."
+            f"{value} has {counted(len(value), 'value')} for {counted(max_iterations, 'iteration')}. Give one "
+            "number, or one for each iteration."
         )
     return value[iteration]
 

@@ -269,7 +269,7 @@ def test_pairs_exports_what_it_filters_as_text_and_numbers(store, tmp_path, tiny
     code, text, _ = spin(capsys, "pairs", store, *options, "--export", out, "--tokenizer", tiny_lm)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert code == 0 and [row["sample_id"] for row in rows] == kept
-    assert f"{len(kept)} to {len(kept)} prompts" in text
+    assert f"{len(kept)} to {len(kept)} prompt" in text
     if options:
         return
     row = rows[1]
@@ -291,7 +291,7 @@ def test_pairs_of_a_store_that_is_being_made(store, capsys):
     manifest.write_text(json.dumps({**content, "sealed": False}))
     (store / "shard-00001.parquet").unlink()
     code, out, _ = spin(capsys, "pairs", store)
-    assert code == 0 and "1 of 2 shards, not sealed" in out and "1 to 1 prompts" in out
+    assert code == 0 and "1 of 2 shards, not sealed" in out and "1 to 1 prompt\n" in out
 
 
 def test_pairs_refuses_what_it_cannot_do(tmp_path, capsys):

@@ -258,7 +258,7 @@ def test_the_arithmetic_counts_history_and_limits(validate):
     """3 steps of new pairs an iteration; from iteration 1 on as many of the one before: 3 + 6 + 6."""
     changes = ("pairs.history=1", "max_iterations=3", "max_epochs=1", "limit_train_batches=3", "global_batch_size=4")
     code, out, _ = validate(*changes)
-    assert code == 0 and "15 steps: 3 iterations x 1 epochs x 3, 6, 6 steps of 4 prompts" in out
+    assert code == 0 and "15 steps: 3 iterations x 1 epoch x 3, 6, 6 steps of 4 prompts" in out
 
 
 def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):

@@ -10,7 +10,7 @@ from spin import config
 from spin.core import terminal
 
 
-@pytest.mark.parametrize(("noun", "many"), [("step", "steps"), ("batch", "batches"), ("prefix", "prefixes")])
+@pytest.mark.parametrize(("noun", "many"), [("epoch", "epochs"), ("batch", "batches"), ("prefix", "prefixes")])
 def test_one_and_many(noun, many):
     assert [terminal.plural(noun, count) for count in (0, 1, 2)] == [many, noun, many]
 

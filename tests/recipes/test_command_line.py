@@ -52,7 +52,7 @@ def test_two_processes_make_the_same_run_as_one(one_process, tmp_path):
         assert word in done.stdout
     # stderr is a file here: whole lines, and those of one rank
     assert "\r" not in done.stderr
-    for line in ("Finished after 4 steps", "iteration_000 responses: 0/", "iteration 1, epoch 0: 2/2 step"):
+    for line in ("Finished after 4 steps", "iteration 0, generate: 8/8 responses", "iteration 1, train: 2/2 steps"):
         assert done.stderr.count(line) == 1, done.stderr[-3000:]
 
 

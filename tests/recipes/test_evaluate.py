@@ -294,7 +294,7 @@ def test_what_no_data_and_no_model_have_is_found_before_anything_is_generated(qu
         ((*exact_match, "exact_match.column=solution"), "column=solution: no row has it; found the columns id, mess"),
         (
             (*exact_match, r"exact_match.reference_pattern='= (\d+)'"),
-            "12 samples have no right answer in the real",
+            "12 samples without a right answer in the real",
         ),
         (["sampling.stop_token_ids=[99999]"], "stop token 99999"),
         (["judge.sampling.stop_token_ids=[99999]"], "stop token 99999"),

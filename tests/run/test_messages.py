@@ -20,7 +20,7 @@ def test_a_finished_run_says_that_it_was_finished_before(tmp_path):
     progress = SPINProgress(1, 1, 1)
     progress.advance(4)
     (tmp_path / "iteration_000" / "hf_model").mkdir(parents=True)
-    assert finish_message(tmp_path, progress, had_steps_left=True).startswith("Finished after 1 steps")
+    assert finish_message(tmp_path, progress, had_steps_left=True).startswith("Finished after 1 step;")
     assert "spin report 'my runs/a'" in finish_message(Path("my runs/a"), progress, had_steps_left=True)  # for a shell
     text = finish_message(tmp_path, progress, had_steps_left=False)
     assert "was finished before" in text and "iteration_000/hf_model loads in transformers" in text
