@@ -3,6 +3,8 @@
 `tune run` and torchtune's metric loggers end at torchao 0.15, where peft does not begin yet.
 """
 
+import re
+
 import pytest
 
 from tests.recipes.helpers import TINY_LORA, command_line
@@ -34,6 +36,10 @@ def test_a_run_whose_adapter_peft_loads(tmp_path, tiny_lm):
     for noise in ("cpp extensions", "Failed to load", "is an Enum subclass", "Traceback"):
         assert noise not in output
     with_newest(["-c", LOAD, str(tiny_lm), *(str(out / "iteration_000" / name) for name in ("hf_model", "adapter"))])
+    with_newest(["-m", "spin", "export", str(out), "--adapter"])
+    adapter = out / "iteration_000" / "adapter"
+    code = re.search(r"```python\n(.*?)```", (adapter / "README.md").read_text(), flags=re.DOTALL)[1]
+    assert with_newest(["-c", f"import os; os.chdir({str(adapter)!r})\n{code}"]).strip()  # the code on the card
 
 
 def test_adapters_quantized_bases_float8_and_8_bit_moments_are_right():

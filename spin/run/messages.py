@@ -166,6 +166,7 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
     lines.append(f"  report:      {spin_command('report', output_dir)}")
     if models:
         lines.append(f"  model:       {models[-1]} loads in transformers and vLLM")
+        lines.append(f"  try it:      {spin_command('chat', output_dir)}")
     if is_sft:
         lines.append("  self-play:   spin_recipe with the same config starts from it")
     elif progress.step >= progress.iteration_start(progress.max_iterations):

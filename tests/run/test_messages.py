@@ -24,4 +24,5 @@ def test_a_finished_run_says_that_it_was_finished_before(tmp_path):
     assert "spin report 'my runs/a'" in finish_message(Path("my runs/a"), progress, had_steps_left=True)  # for a shell
     text = finish_message(tmp_path, progress, had_steps_left=False)
     assert "was finished before" in text and "iteration_000/hf_model loads in transformers" in text
+    assert f" chat {tmp_path}" in text
     assert "max_iterations=2" in text
