@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from spin import config, generators, model, reference, run, training
+from spin import config, generators, model, reference, report, run, training
 from spin.checkpoint.manifest import as_checkpoint_error
 from spin.core.progress import stage
 from spin.core.ranks import all_reduce_sums, init_world, shutdown
@@ -164,6 +164,7 @@ class SPINRecipe:
                         raise run.Stopped
                 # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
                 self._finish_iteration(iteration)
+            self._answer_fixed_prompts()
         except run.Stopped as stopped:  # on all ranks together
             self._checkpointer.wait()
             self._run_log.check()
@@ -183,7 +184,8 @@ class SPINRecipe:
             if with_val:
                 val_samples = range(self._plan.num_val_samples)
                 tasks[val_folder] = self._task(self._val_prompts, val_samples, iteration=iteration)
-            self._play(tasks)
+            self._play(tasks | self._fixed_tasks(iteration))
+            self._write_fixed_prompts(iteration)
             self._play_metrics = generators.play_report(folder)  # into the line of the first step
             self._monitor.start(iteration, training.response_metrics(folder, self._folder(0), self._world))
             played_in = [*map(self._folder, self._plan.history(iteration)), folder]
@@ -286,6 +288,30 @@ class SPINRecipe:
             tasks, self._generator, self._model, self._world, self._cfg, opponent=self._opponent, verify=verify,
             tokenizer=self._tokenizer, group=self._engine_group, should_stop=lambda: self._stop.is_asked,
         )  # fmt: skip
+
+    def _fixed_tasks(self, finished: int) -> dict[Path, generators.PlayTask]:
+        """What the policy of so many finished iterations is asked besides: always the same, with the same numbers."""
+        if not self._plan.num_fixed_prompts:
+            return {}
+        samples = range(self._plan.num_fixed_prompts)
+        return {self._fixed_folder(finished): self._task(self._val_prompts, samples, responses_per_prompt=1)}
+
+    def _write_fixed_prompts(self, finished: int) -> list[dict[str, Any]]:
+        """Into ``fixed_prompts.jsonl``, from the responses that are on disk; on rank 0."""
+        if not self._world.is_main or not self._plan.num_fixed_prompts:
+            return []
+        steps = [min(self._progress.iteration_start(i), self._progress.step) for i in range(finished + 1)]
+        played = {i: (self._fixed_folder(i) / "responses", step) for i, step in enumerate(steps)}
+        return report.write_fixed_prompts(self._output_dir / "fixed_prompts.jsonl", played, self._tokenizer.decode)
+
+    def _answer_fixed_prompts(self) -> None:
+        """The fixed prompts' last responses, of the weights at the end of the run, and all of them side by side."""
+        finished = self._progress.iteration + (not self._progress.is_iteration_start)
+        if tasks := self._fixed_tasks(finished):
+            self._opponent = model.weights_fingerprint(self._model)
+            self._play(tasks)
+            if rows := self._write_fixed_prompts(finished):
+                print(report.fixed_prompts_table(rows), flush=True)
 
     def _score(self, folder: Path, batches: Sequence[list[Pair]], counts: Mapping[str, int]) -> None:
         """The opponent scores all responses, into the store ``pairs`` of the folder, which keeps ``counts`` too."""
@@ -408,6 +434,9 @@ class SPINRecipe:
 
     def _folder(self, iteration: int) -> Path:
         return self._output_dir / f"iteration_{iteration:03d}"
+
+    def _fixed_folder(self, finished: int) -> Path:
+        return self._output_dir / "fixed_prompts" / f"{finished:03d}"
 
     def _log(self, metrics: dict[str, float]) -> None:
         metrics, self._play_metrics = metrics | self._play_metrics, {}

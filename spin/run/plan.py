@@ -24,7 +24,8 @@ class RunPlan:
 
     ``steps`` counts those of an epoch over an iteration's own samples (history adds to that), ``val_every`` and
     ``save_every`` those between two validations or checkpoints (0 for never), ``num_val_samples`` is what a validation
-    takes. ConfigError if there would be no step, or an interval is less than one.
+    takes, ``num_fixed_prompts`` the held-out prompts that are always answered. ConfigError if there would be no step,
+    or an interval is less than one.
     """
 
     def __init__(self, cfg: SPINConfig, prompts: PromptSource, num_val_prompts: int = 0) -> None:
@@ -46,6 +47,7 @@ class RunPlan:
         self.save_every = compute_interval("save_interval", cfg.save_interval, self.steps)
         val_batches = compute_limit_batches(math.ceil(num_val_prompts / size), cfg.limit_val_batches)
         self.num_val_samples = min(num_val_prompts, val_batches * size)
+        self.num_fixed_prompts = 0 if self.is_sft else min(num_val_prompts, cfg.validation.fixed_prompts)
 
     def start(self, ends_at: float) -> None:
         """Says what the run is going to do, and begins its progress where it stands; ``ends_at`` is when ``max_time``
@@ -59,6 +61,7 @@ class RunPlan:
         stages: list[tuple[Kind, int | None]] = [("validate", None)] * at_start
         kinds = KINDS[KINDS.index("train" if self.is_sft else "generate") :]
         stages += [(kind, None if self.is_sft else i) for i in iterations for kind in kinds]
+        stages += [("generate", None)] * min(1, self.num_fixed_prompts)  # by the weights at the end
         within = 0 if progress.is_iteration_start else kinds.index("train")
         done = at_start + len(kinds) * progress.iteration + within if step else 0
         # --- work ---
@@ -69,7 +72,8 @@ class RunPlan:
         validations = sum(each > step for each in validated) + (at_start if step == 0 else 0)
         left: dict[Kind, int] = {
             "validate": validations * math.ceil(self.num_val_samples / self._size),
-            "generate": len(to_play) * (self.steps * self._size + val_samples) * cfg.pairs.responses_per_prompt,
+            "generate": len(to_play) * (self.steps * self._size + val_samples) * cfg.pairs.responses_per_prompt
+            + (len(to_play) + 1) * self.num_fixed_prompts,
             "score": sum(progress.steps_in_epoch(i) + math.ceil(val_samples / self._size) for i in to_play),
             "train": total - step,
             "save": sum(first(i + 1) > step for i in iterations),

@@ -19,6 +19,7 @@ def plan(num_val=0, prompts=PROMPTS, **changes):
         "seed": 7, "global_batch_size": 4, "limit_train_batches": 0.6, "limit_val_batches": 1.0, "max_iterations": 3,
         "max_epochs": 2, "max_steps": -1, "val_check_interval": 0.34, "save_interval": 2,
         "pairs": {"history": 0, "history_fraction": 1.0}, "optimizer": {"reset_each_iteration": True},
+        "validation": {"at_start": True, "spin": False, "fixed_prompts": 0},
     }  # fmt: skip
     return RunPlan(OmegaConf.create(values | changes), prompts, num_val)
 
@@ -99,21 +100,28 @@ def test_a_schedule_that_had_another_end_is_logged(caplog):
 @pytest.mark.parametrize(
     ("step", "kind", "number", "left"),
     [
-        # validation of 2 batches, at the start and after steps 2, 4, 6, 8 and 10; two responses to 12 and 6 prompts
-        (0, "validate", 1, {"validate": 2 * 6, "generate": 2 * 2 * 18, "score": 2 * (3 + 2), "train": 10, "save": 2}),
-        (4, "train", 4, {"validate": 2 * 3, "generate": 2 * 18, "score": 3 + 2, "train": 6, "save": 2}),
-        (6, "generate", 6, {"validate": 2 * 2, "generate": 2 * 18, "score": 3 + 2, "train": 4, "save": 1}),
-        (8, "train", 8, {"validate": 2, "train": 2, "save": 1}),
+        # validation of 2 batches, at the start and after steps 2, 4, 6, 8 and 10; two responses to 12 and 6
+        # prompts, one to 3 fixed ones in each iteration and at the end
+        (
+            0,
+            "validate",
+            1,
+            {"validate": 2 * 6, "generate": 2 * (2 * 18 + 3) + 3, "score": 2 * (3 + 2), "train": 10, "save": 2},
+        ),
+        (4, "train", 4, {"validate": 2 * 3, "generate": 2 * 18 + 2 * 3, "score": 3 + 2, "train": 6, "save": 2}),
+        (6, "generate", 6, {"validate": 2 * 2, "generate": 2 * 18 + 2 * 3, "score": 3 + 2, "train": 4, "save": 1}),
+        (8, "train", 8, {"validate": 2, "generate": 3, "train": 2, "save": 1}),
     ],
 )
 def test_the_progress_of_a_run_begins_where_it_stands(step, kind, number, left):
     """Of three iterations of 6 steps max_steps leaves 10 steps, in two."""
     made = plan(
-        num_val=6, max_steps=10, val_check_interval=2, validation={"at_start": True, "spin": True},
+        num_val=6, max_steps=10, val_check_interval=2,
+        validation={"at_start": True, "spin": True, "fixed_prompts": 3},
         pairs={"history": 0, "history_fraction": 1.0, "responses_per_prompt": 2},
     )  # fmt: skip
     made.progress.step = step
     made.start(math.inf)
     with stage(kind, "unit", 1) as bar:
-        assert bar.run.place + 1 == number and len(bar.run.stages) == 1 + 2 * 4
+        assert bar.run.place + 1 == number and len(bar.run.stages) == 1 + 2 * 4 + 1
         assert +bar.run.left == left
