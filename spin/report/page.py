@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 import spin
 from spin.core.hub import hub_name
-from spin.core.terminal import printable
+from spin.core.terminal import counted, printable
 from spin.report.advice import LN_2, advice, verdict
 from spin.report.record import IterationRecord, RunRecord, is_number
 from spin.report.texts import marked, plain_text, turns
@@ -131,7 +131,7 @@ def state_of(run: RunRecord) -> str:
     written = None if run.written_at is None else datetime.fromtimestamp(run.written_at, timezone.utc)
     when = "" if written is None else f" Last written {written:%Y-%m-%d %H:%M:%S} UTC."
     if run.is_finished:
-        return f"Finished after {run.last_step} steps.{when}"
+        return f"Finished after {counted(run.last_step, 'step')}.{when}"
     at = f"at step {run.last_step}, in iteration {run.iterations[-1].number}" if run.iterations else "not started"
     return f"Not finished: {at}. It runs, or was stopped; the same command resumes from its newest checkpoint.{when}"
 
@@ -237,7 +237,7 @@ def _tiles(run: RunRecord) -> list[dict[str, str]]:
             }
         )
     total = sum(sum(iteration.seconds.values()) for iteration in run.iterations)
-    done = {"label": "time", "value": duration(total), "change": f"{run.last_step} steps", "good": "", "kind": ""}
+    done = {"label": "time", "value": duration(total), "change": counted(run.last_step, "step"), "good": "", "kind": ""}
     return tiles + ([done] if total else [])
 
 
