@@ -39,18 +39,6 @@ def main(argv: Sequence[str]) -> int | None:
     except SystemExit as ended:
         if ended.code or not any(Path(args.out).glob("iteration_*/hf_model")):
             raise
-    print(_next_steps(args.out))
-    return None
-
-
-def _next_steps(out: str) -> str:
     new = spin_command("new", "--model", "Qwen/Qwen3-0.6B", "--data", "mine.jsonl")
-    return "\n".join(
-        (
-            "Next:",
-            f"  look:        {spin_command('report', out)}",
-            f"  try it:      {spin_command('chat', out, '--against', 'base')}",
-            f"  your own:    {new}",
-            f"  every key:   {spin_command('cp', _CONFIG, 'my.yaml', '--full')}",
-        )
-    )
+    print(f"  your own:    {new}\n  every key:   {spin_command('cp', _CONFIG, 'my.yaml', '--full')}")
+    return None
