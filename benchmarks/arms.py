@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
 from spin.core.ranks import World
 from spin.data import PackedRow, Pair, pack_batch, pack_row, plan_rows
 from spin.loss import SPINLoss
+from spin.model.float8 import convert_float8
 from spin.pairs.packing import RowLayout
 from spin.reference.logprobs import pair_objective, response_logps
 
@@ -93,7 +96,8 @@ class Arm:
 
     Args:
         title (str): what it adds to the one before.
-        variant (str): which model it runs: ``torchtune`` (untouched), ``eager`` or ``compiled`` (the product's).
+        variant (str): which model it runs: ``torchtune`` (untouched), ``eager`` or ``compiled`` (the product's), or,
+            compiled too, one of ``FLOAT8``.
         lay_out (Callable[[Sequence[Pair], Layout], list[Any]]): this rank's share of a global batch, on the host.
         loss (Callable[[nn.Module, Any, int], torch.Tensor]): sum of the pairs' losses of one piece of it, given the
             model and ``chunk_tokens``; fp64, with a gradient.
@@ -196,4 +200,18 @@ ARMS = {
     "fused": Arm("+ fused head", "eager", shared_rows, fused_loss),
     "compiled": Arm("+ compiled layers", "compiled", shared_rows, fused_loss),
     "long": Arm("+ long rows", "compiled", long_rows, fused_loss),
+}
+
+
+def _by_torchao(model: nn.Module, device: torch.device, recipe: str) -> None:
+    """torchao's float8 in the layers that the product converts."""
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), emulate=device.type == "cpu", pad_inner_dim=True)
+    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name.startswith("layers."))
+
+
+# what makes the layers of a variant multiply in float8, given the model and its device
+FLOAT8: dict[str, Callable[[nn.Module, torch.device], Any]] = {
+    "tensorwise": partial(_by_torchao, recipe="tensorwise"),
+    "rowwise": partial(_by_torchao, recipe="rowwise"),
+    "float8": convert_float8,
 }

@@ -41,7 +41,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # arms 
 
 import torch
 import torch.distributed as dist
-from arms import ARMS, ROW_MULTIPLE, Arm, Layout, objective_of
+from arms import ARMS, FLOAT8, ROW_MULTIPLE, Arm, Layout, objective_of
 from omegaconf import OmegaConf
 from page import table
 from torch import nn
@@ -119,6 +119,8 @@ class Bench:
                 shard_model(model, self.world, compute_dtype=torch.float32 if exact else self.compute_dtype)
                 materialize(model, self.world)
             else:
+                if variant in FLOAT8:
+                    FLOAT8[variant](model, self.world.device)
                 prepare_model(
                     model,
                     self.world,
@@ -132,7 +134,7 @@ class Bench:
 
     def is_compiled(self, variant: str) -> bool:
         """Whether its layers are compiled; on a CPU that takes longer than a smoke test may."""
-        return variant == "compiled" and self.on_gpu
+        return variant in ("compiled", *FLOAT8) and self.on_gpu
 
     def drop(self, *variants: str) -> None:
         """Gives the memory of models back."""

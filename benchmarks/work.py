@@ -54,6 +54,10 @@ class Preset:
 
 
 _LLAMA = {"_component_": "torchtune.models.llama3_2.llama3_2", "max_seq_len": 131072, "tie_word_embeddings": True}
+_LLAMA_8B = {
+    "_component_": "torchtune.models.llama3_1.llama3_1", "vocab_size": 128256, "num_heads": 32, "num_kv_heads": 8,
+    "embed_dim": 4096, "intermediate_dim": 14336, "max_seq_len": 131072,
+}  # fmt: skip
 _SMALL = {"num_layers": 4, "num_heads": 8, "num_kv_heads": 4, "embed_dim": 256, "intermediate_dim": 1024}
 _TINY = {"num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 64, "intermediate_dim": 128}
 SHAPES = Path(__file__).parent / "shapes"  # a config.json of each, as its model's folder has it
@@ -71,6 +75,7 @@ MODELS = {
     "qwen3_32b": Preset(_shape("qwen3_32b"), pairs=32),
     "llama3_2_1b": Preset({"_component_": "torchtune.models.llama3_2.llama3_2_1b"}),
     "llama3_1_8b": Preset({"_component_": "torchtune.models.llama3_1.llama3_1_8b"}),
+    "llama3_1_8b_8_layers": Preset({**_LLAMA_8B, "num_layers": 8}),  # of 32: what one GPU trains with fp32 weights
     # some minutes on two CPU cores
     "small": Preset(
         {**_LLAMA, **_SMALL, "vocab_size": 32000},

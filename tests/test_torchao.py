@@ -42,9 +42,9 @@ def test_a_run_whose_adapter_peft_loads(tmp_path, tiny_lm):
     assert with_newest(["-c", f"import os; os.chdir({str(adapter)!r})\n{code}"]).strip()  # the code on the card
 
 
-def test_adapters_quantized_bases_float8_and_8_bit_moments_are_right():
+def test_adapters_quantized_bases_and_8_bit_moments_are_right():
     """Their own tests, with peft unpatched; none of them may be skipped for want of a torchao."""
-    files = ["checkpoint/test_peft.py", "model/test_adapters.py", "model/test_float8.py", "training/test_optim.py"]
+    files = ["checkpoint/test_peft.py", "model/test_adapters.py", "training/test_optim.py"]
     stops = "tests/recipes/test_stops.py::test_adapters_stop_too"
     options = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
     output = with_newest([*options, *(f"tests/{file}" for file in files), stops], timeout=1200)

@@ -1,26 +1,106 @@
-"""float8 matmuls for a decoder's body, by torchao; weights stay what they are, and so does the state dict."""
+"""Products of a decoder's layers in float8; weights stay what they are, and so does the state dict.
+
+Activations, weights and gradients are quantized by rows, with powers of two as scales, and each once for all products:
+
+    y = x w^T      the scales of both rows stand outside the sum
+    dx = dy w      the sum runs over rows of w, whose scales are multiplied into dy before that is quantized
+    dw = dy^T x    the sum runs over rows of dy and x, whose scales shift dy's float8 values to those of the largest row
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
-from torchao.float8 import Float8LinearConfig, convert_to_float8_training
-from torchao.float8.float8_linear import Float8Linear
+from torch.nn import functional as F
 
 from spin.core.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-# Not torchao's "tensorwise": its one scale for all of a row's tokens lets the log-probs of a pair depend on what the
-# pair is packed with, by half a nat in a tiny model, and the reference's packing is not that of every epoch.
-_RECIPE = "rowwise"
 _BODY = "layers."
-_MULTIPLE = 16  # of what float8 matmuls take
+_MULTIPLE = 16  # of what float8 products take
+_E4M3 = torch.float8_e4m3fn  # 3 bits of mantissa, 2**-9 to 448; for gradients too, since every row has its own scale
+_EXPONENT = 0x7F800000  # bits of a float32
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer whose three products are in float8."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As ``nn.Linear``: (..., in) -> (..., out)."""
+        y = _Float8Product.apply(x.flatten(0, -2), self.weight).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+class _Float8Product(torch.autograd.Function):
+    """``x @ weight.T`` of (t, in) and (out, in)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x8, x_scales = _quantize(x)
+        weight8, weight_scales = _quantize(weight)
+        # not weight8: FSDP2 frees the gathered weight until backward, and would not free that
+        ctx.save_for_backward(x8, x_scales, weight, weight_scales)
+        return _product(x8, weight8.t(), x_scales, weight_scales.t(), x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x8, x_scales, weight, weight_scales = ctx.saved_tensors
+        dy8, dy_scales = _quantize(dy * weight_scales.t())
+        ones = torch.ones_like(x_scales), x_scales.new_ones(1, x8.shape[1])
+        weight8 = _transpose(weight, weight_scales.reciprocal())  # (in, out)
+        dx = _product(dy8, weight8.t(), dy_scales, ones[1], dy.dtype)
+        scales = dy_scales * x_scales
+        largest = scales.amax()
+        dy8 = _transpose(dy8, scales / largest)  # (out, t)
+        dw = _product(dy8, _transpose(x8, ones[0]).t(), largest / weight_scales, ones[1], weight.dtype)
+        return dx, dw
+
+
+def _quantize(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8 values of a matrix (m, n) and what each row of them is to be multiplied by, shape (m, 1).
+
+    A row's largest value becomes 128 to 256 of the 448 that there are: a power of two rounds nothing itself.
+    """
+    wide = matrix.float()
+    largest = wide.abs().amax(-1, keepdim=True).clamp(min=2.0**-56)  # so that two scales' product is a normal number
+    scales = (largest.view(torch.int32) & _EXPONENT).view(torch.float32) * 2.0**-7
+    return (wide / scales).to(_E4M3, memory_format=torch.contiguous_format), scales
+
+
+# one operation to compilers, which make one of several equal calls: the input of q, k and v is transposed once
+@torch.library.custom_op("spin::float8_transpose", mutates_args=())
+def _transpose(matrix: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """float8 values of rows (m, n) times their factors (m, 1), as (n, m), m padded with zeros to what products take."""
+    out = _empty_transpose(matrix, factors)
+    if matrix.is_cuda:
+        from spin.model import float8_kernels  # only where there is Triton
+
+        float8_kernels.transpose(matrix, factors, out)
+    else:
+        out.copy_(F.pad((matrix.float() * factors).t(), (0, out.shape[1] - matrix.shape[0])))
+    return out
+
+
+@_transpose.register_fake
+def _empty_transpose(matrix: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    rows, columns = matrix.shape
+    return matrix.new_empty(columns, -(-rows // _MULTIPLE) * _MULTIPLE, dtype=_E4M3)
+
+
+def _product(
+    left: torch.Tensor, right: torch.Tensor, left_scales: torch.Tensor, right_scales: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """(m, k) times (k, n), whose columns are contiguous; scales of shape (m, 1) and (1, n). Emulated on a CPU."""
+    if left.is_cuda:
+        options: dict[str, Any] = {"out_dtype": torch.bfloat16, "use_fast_accum": True}
+        return torch._scaled_mm(left, right, left_scales, right_scales, **options).to(dtype)
+    return (left.float() @ right.float() * left_scales * right_scales).to(dtype)
 
 
 def convert_float8(model: nn.Module, device: torch.device) -> int:
@@ -41,8 +121,7 @@ def convert_float8(model: nn.Module, device: torch.device) -> int:
         ConfigError: If the GPU has no float8, or no layer can be converted.
 
     Source:
-        Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433; the layers are
-        ``torchao.float8``'s.
+        Micikevicius et al., FP8 Formats for Deep Learning, https://arxiv.org/abs/2209.05433.
     """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         found = "{}.{}".format(*torch.cuda.get_device_capability(device))
@@ -50,7 +129,7 @@ def convert_float8(model: nn.Module, device: torch.device) -> int:
             f"float8 needs a GPU of compute capability 8.9 or more (H100, H200, L40S, RTX 4090), found "
             f"{torch.cuda.get_device_name(device)} with {found}. Set enable_float8_training=false."
         )
-    fitting = {name for name, module in model.named_modules() if _fits(name, module)}
+    fitting = [module for name, module in model.named_modules() if _fits(name, module)]
     if not fitting:
         raise ConfigError(
             f"float8: {type(model).__name__} has no linear layer in `{_BODY}` whose dimensions are multiples of "
@@ -58,11 +137,8 @@ def convert_float8(model: nn.Module, device: torch.device) -> int:
         )
     if device.type == "cpu":
         log.warning("float8 is emulated on CPU: slower than without it, for tests only.")
-    # weight gradients sum over a row's tokens, whose number may be odd: padded to what float8 takes
-    config = dataclasses.replace(
-        Float8LinearConfig.from_recipe_name(_RECIPE), emulate=device.type == "cpu", pad_inner_dim=True
-    )
-    convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in fitting)
+    for module in fitting:
+        module.__class__ = Float8Linear
     return len(fitting)
 
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchao.float8.float8_linear import Float8Linear
 
 from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
 from spin.model.build import checkpoint_activations
-from spin.model.float8 import convert_float8, float8_off
+from spin.model.float8 import Float8Linear, convert_float8, float8_off
 from spin.model.sharding import materialize, shard_model
 from tests.families import FAMILIES
 
@@ -122,11 +121,44 @@ def test_off_reaches_compiled_layers():
             assert torch.equal(logps(model), plain)
 
 
-def test_weight_gradients_of_an_odd_number_of_tokens(world):
-    """Their matmul sums over tokens; the GPU's wants a multiple of 16, so torchao is set to pad."""
-    model = prepared(world)
-    linear = next(module for module in model.modules() if isinstance(module, Float8Linear))
-    assert all(config.pad_inner_dim for config in linear.linear_mm_config)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("num_tokens", [37, 64])
+def test_products_of_what_float8_can_hold_are_exact(device, num_tokens):
+    """Whole numbers up to 15 take 4 bits, sums of their products are exact, and rows differ by powers of two only: the
+    linear layer itself is what to expect. Those of dy and x differ by 2**8 at most, so shifted values stay normal."""
+    draw = torch.Generator().manual_seed(0)
+
+    def rows(m: int, n: int, spread: int) -> torch.Tensor:
+        values, powers = (
+            torch.randint(low, high, (m, k), generator=draw) for low, high, k in ((-15, 16, n), (0, spread, 1))
+        )
+        return (values * 2.0 ** (powers - 20)).to(device)
+
+    linear = nn.Linear(32, 48, device=device)
+    linear.weight.data, x, dy = rows(48, 32, 1), rows(num_tokens, 32, 4), rows(num_tokens, 48, 4)
+    linear.bias.data.zero_()
+    results = []
+    for kind in (nn.Linear, Float8Linear):
+        linear.__class__ = kind
+        linear.zero_grad()
+        leaf = x.clone()[None].requires_grad_()
+        y = linear(leaf)
+        y.backward(dy[None])
+        results.append((y, leaf.grad, linear.weight.grad.clone(), linear.bias.grad.clone()))
+    for exact, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0 if device == "cpu" else 2**-8, atol=0)
+
+
+def test_what_is_not_finite_stays_so_and_nothing_becomes_it():
+    """A row of zeros, such as padding's gradient, has a scale; one with NaN or infinity spoils itself alone."""
+    linear = nn.Linear(32, 16, bias=False)
+    linear.__class__ = Float8Linear
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    x[0], x[1, 5] = 0, float("inf")
+    y = linear(x)
+    assert (y[0] == 0).all() and not y[1].isfinite().any() and y[2].isfinite().all()
+    linear(x[::2]).backward(torch.zeros(2, 16))
+    assert (linear.weight.grad == 0).all()
 
 
 def test_what_cannot_be_converted(monkeypatch):

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
-from torchao.float8.float8_linear import Float8Linear
 
 from spin.core.dtypes import DTYPES
 from spin.core.errors import CheckpointError, ConfigError
@@ -16,7 +15,7 @@ from spin.core.ranks import init_world
 from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator
 from spin.model import build_model, prepare_model, weights_fingerprint
 from spin.model.build import compile_each_layer
-from spin.model.float8 import convert_float8
+from spin.model.float8 import Float8Linear, convert_float8
 from spin.model.hf import HFStream, export_hf, load_hf_weights, stored_elements
 from spin.model.hf_families import LAYOUTS, converter_arguments
 from spin.model.moe import MoE, idle_parameters
