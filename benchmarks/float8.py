@@ -60,7 +60,7 @@ def speed(model: str, args: argparse.Namespace) -> dict[str, Any]:
     options += ["--device", args.device] if args.device else []
     bench = Bench(step_args([*options, "--keep-gathered", "--unsharded-gradients"]))
     pairs = bench.mixed_pairs("short")
-    arms = {name: replace(ARMS["compiled"], variant=name) for name in TITLES}
+    arms = {name: replace(ARMS["compiled"], variant=name) for name in args.arms}
     batch = bench.lay_out(arms["compiled"], pairs)
     run = {name: lambda arm=arm: bench.forward_backward(arm, batch, len(pairs)) for name, arm in arms.items()}
     result: dict[str, Any] = {
@@ -69,6 +69,16 @@ def speed(model: str, args: argparse.Namespace) -> dict[str, Any]:
         "pairs": len(pairs),
         "rows": [piece.tokens.numel() for piece in batch],
     }
+    result["off"] = {}  # from bf16's gradient, relative; large for random weights, but 1 would be another gradient
+    exact: list[torch.Tensor] = []
+    for name, function in run.items():
+        function()
+        found = [parameter.grad.to_local() for parameter in bench.model(name).parameters()]
+        exact = exact or found
+        norms = [torch.stack([t.norm() for t in ts]).norm() for ts in (exact, map(torch.sub, found, exact))]
+        result["off"][name] = (norms[1] / norms[0]).item()
+        bench.zero_grads()
+    del exact, found
     result["forward and backward"] = bench.race({name: (name, function) for name, function in run.items()})
     steps = {}
     for name in ("compiled", "float8"):
@@ -156,12 +166,13 @@ def tables(results: dict[str, Any]) -> str:
     for model, section in results.get("speed", {}).items():
         parts.append(f"**{model}**, {section['device']}, {section['pairs']} pairs in rows of {section['rows']} tokens")
         rows = []
-        for name, title in TITLES.items():
-            cells = [title]
+        for name in section["forward and backward"]:
+            cells = [TITLES[name]]
             for what in ("forward and backward", "optimizer step"):
                 run, bf16 = (section[what].get(key) for key in (name, "compiled"))
                 cells += [f"{1e3 * run['median_seconds']:.0f}", _ratio(bf16, run)] if run else ["-", "-"]
-            rows.append([*cells, f"{section['forward and backward'][name]['peak_gib'] or float('nan'):.1f}"])
+            peak = section["forward and backward"][name]["peak_gib"]
+            rows.append([*cells, "-" if peak is None else f"{peak:.1f}"])
         parts.append(
             table(["", "forward and backward, ms", "x bf16", "optimizer step, ms", "x bf16", "peak GiB"], rows)
         )
@@ -206,6 +217,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="print the tables of a results file and measure nothing")
     parser.add_argument("--what", type=listed(WHAT), default=list(WHAT), help=",".join(WHAT))
     parser.add_argument("--models", type=listed(list(MODELS)), default=["llama3_2_1b", "llama3_1_8b_8_layers"])
+    parser.add_argument("--arms", type=listed(list(TITLES)), default=list(TITLES), help=",".join(TITLES))
     parser.add_argument("--row-tokens", type=int, default=12288)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))

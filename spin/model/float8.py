@@ -1,10 +1,13 @@
 """Products of a decoder's layers in float8; weights stay what they are, and so does the state dict.
 
-Activations, weights and gradients are quantized by rows, with powers of two as scales, and each once for all products:
+Activations, weights and gradients are quantized by rows, each once for all products:
 
     y = x w^T      the scales of both rows stand outside the sum
     dx = dy w      the sum runs over rows of w, whose scales are multiplied into dy before that is quantized
-    dw = dy^T x    the sum runs over rows of dy and x, whose scales shift dy's float8 values to those of the largest row
+    dw = dy^T x    the sum runs over rows of dy and x, whose scales, powers of two, shift dy's float8 values
+
+A weight's scales are no powers of two: of a weight that was stored in bf16 one value in 16 would stand in the middle
+between two of float8's, and the first step, however small, would move all of these.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ log = logging.getLogger(__name__)
 _BODY = "layers."
 _MULTIPLE = 16  # of what float8 products take
 _E4M3 = torch.float8_e4m3fn  # 3 bits of mantissa, 2**-9 to 448; for gradients too, since every row has its own scale
+_WEIGHT_MAX = 443.0  # rounds to e4m3's largest, 448; a prime, so that no bf16 value is in the middle of two float8's
 _EXPONENT = 0x7F800000  # bits of a float32
 
 
@@ -37,24 +41,26 @@ class Float8Linear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
 
+@torch._dynamo.allow_in_graph  # as a whole: torch 2.11's own look into such functions loses gradients
 class _Float8Product(torch.autograd.Function):
     """``x @ weight.T`` of (t, in) and (out, in)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        x8, x_scales = _quantize(x)
-        weight8, weight_scales = _quantize(weight)
-        # not weight8: FSDP2 frees the gathered weight until backward, and would not free that
+        x_scales, weight_scales = _powers_of_two(_largest(x)), _largest(weight) / _WEIGHT_MAX
+        x8 = _quantize(x, x_scales)
+        # not the weight's values: FSDP2 frees the gathered weight until backward, and would not free those
         ctx.save_for_backward(x8, x_scales, weight, weight_scales)
-        return _product(x8, weight8.t(), x_scales, weight_scales.t(), x.dtype)
+        return _product(x8, _quantize(weight, weight_scales).t(), x_scales, weight_scales.t(), x.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x8, x_scales, weight, weight_scales = ctx.saved_tensors
-        dy8, dy_scales = _quantize(dy * weight_scales.t())
+        scaled = dy * weight_scales.t()
+        dy_scales = _powers_of_two(_largest(scaled))
+        dy8 = _quantize(scaled, dy_scales)
         ones = torch.ones_like(x_scales), x_scales.new_ones(1, x8.shape[1])
-        weight8 = _transpose(weight, weight_scales.reciprocal())  # (in, out)
-        dx = _product(dy8, weight8.t(), dy_scales, ones[1], dy.dtype)
+        dx = _product(dy8, _transpose(weight, weight_scales.reciprocal()).t(), dy_scales, ones[1], dy.dtype)
         scales = dy_scales * x_scales
         largest = scales.amax()
         dy8 = _transpose(dy8, scales / largest)  # (out, t)
@@ -62,15 +68,18 @@ class _Float8Product(torch.autograd.Function):
         return dx, dw
 
 
-def _quantize(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8 values of a matrix (m, n) and what each row of them is to be multiplied by, shape (m, 1).
+def _largest(matrix: torch.Tensor) -> torch.Tensor:
+    """The largest absolute value of each row, (m, n) -> (m, 1); the least makes two scales' product a normal number."""
+    return matrix.float().abs().amax(-1, keepdim=True).clamp(min=2.0**-56)
 
-    A row's largest value becomes 128 to 256 of the 448 that there are: a power of two rounds nothing itself.
-    """
-    wide = matrix.float()
-    largest = wide.abs().amax(-1, keepdim=True).clamp(min=2.0**-56)  # so that two scales' product is a normal number
-    scales = (largest.view(torch.int32) & _EXPONENT).view(torch.float32) * 2.0**-7
-    return (wide / scales).to(_E4M3, memory_format=torch.contiguous_format), scales
+
+def _powers_of_two(largest: torch.Tensor) -> torch.Tensor:
+    """Scales with which rows' largest values become 128 to 256 of the 448 that there are."""
+    return (largest.view(torch.int32) & _EXPONENT).view(torch.float32) * 2.0**-7
+
+
+def _quantize(matrix: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    return (matrix.float() / scales).to(_E4M3, memory_format=torch.contiguous_format)
 
 
 # one operation to compilers, which make one of several equal calls: the input of q, k and v is transposed once

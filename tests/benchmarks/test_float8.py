@@ -19,8 +19,9 @@ def test_gradients_speed_and_tables(tiny_lm):
         assert arm["cosine"] > (1 - 1e-9 if name == "compiled" else 0.98)
         assert len(arm["matrices"]) == 4 * 7
     shutdown()
-    speed = float8.speed("tiny", SimpleNamespace(rounds=1, row_tokens=256, device="cpu"))
+    speed = float8.speed("tiny", SimpleNamespace(rounds=1, row_tokens=256, device="cpu", arms=list(float8.TITLES)))
     assert all(run["median_seconds"] > 0 for run in speed["forward and backward"].values())
+    assert speed["off"].pop("compiled") == 0 and all(0 < off < 0.5 for off in speed["off"].values())
     printed = float8.tables({"speed": {"tiny": speed}, "gradients": section})
     assert all(title in printed for title in float8.TITLES.values())
     shutdown()
