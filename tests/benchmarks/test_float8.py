@@ -10,6 +10,7 @@ import work
 from spin.core.ranks import init_world, shutdown
 
 
+@pytest.mark.slow
 def test_gradients_speed_and_tables(tiny_lm):
     world = init_world("cpu")
     section = float8.gradients(tiny_lm, work.mixed_pairs("short", 4, 1000, 1.0, share=1 / 16), world)
