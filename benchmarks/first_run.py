@@ -51,16 +51,24 @@ def run(commands: list[str], folder: Path, **environment: str) -> list[tuple[flo
 def main() -> None:
     """Runs all journeys in one folder and writes the table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    lines = []
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         for commands in journeys().values():
-            for command, (real, cores) in zip(commands, run(commands, Path(folder)), strict=True):
-                if "spin" in command:
-                    lines.append(f"| `{command.replace('|', chr(92) + '|')}` | {real:.0f} | {cores:.0f} |")
-    head = f"On {os.cpu_count()} cores ({cpu()}), with the demo's model:"
-    table = "\n".join([head, "", "| command | seconds | processor seconds |", "|---|---|---|", *lines, ""])
+            rows += zip(commands, run(commands, Path(folder)), strict=True)
+    table = table_of(rows, os.getloadavg()[2])
     PAGE.write_text(TIMES.sub(lambda _: table, PAGE.read_text(encoding="utf-8")), encoding="utf-8")
     print(table)
+
+
+def table_of(rows: list[tuple[str, tuple[float, float]]], load: float) -> str:
+    """The page's table of ``spin`` commands, by the times of :func:`run` and the machine's load meanwhile."""
+    head = f"On {os.cpu_count()} cores ({cpu()}) with a load of {load:.0f} processes, with the demo's model:"
+    lines = [
+        f"| `{command}` | {real:.0f} | {cores:.0f} |".replace("| spin", "\\| spin")
+        for command, (real, cores) in rows
+        if "spin" in command
+    ]
+    return "\n".join([head, "", "| command | seconds | processor seconds |", "|---|---|---|", *lines, ""])
 
 
 def cpu() -> str:
