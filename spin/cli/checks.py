@@ -246,7 +246,10 @@ def _vocabulary(
     stop_ids = sampling_params(cfg.sampling, tokenizer.eos_ids).stop_token_ids
     check_vocabulary(model, tokenizer, stop_ids, *sources)
     unknown = len(unknown_ids(model, tokenizer))
-    return None, _EMBEDDED + (f"; {unknown:,} of its ids have no token and are never sampled" if unknown else "")
+    text = _EMBEDDED + (f"; {unknown:,} of its ids have no token and are never sampled" if unknown else "")
+    folder = cfg.checkpointer.get("checkpoint_dir")
+    warning = tokenizer.foreign_tokens(folder) if folder and isinstance(tokenizer, ChatTokenizer) else None
+    return None, f"{text}\nwarning: {warning}" if warning else text
 
 
 def _arithmetic(cfg: config.SPINConfig, num_val_prompts: int, prompts: PromptSource) -> tuple[None, str]:
@@ -259,6 +262,10 @@ def _arithmetic(cfg: config.SPINConfig, num_val_prompts: int, prompts: PromptSou
         if isinstance(cfg, config.SFTConfig)
         else f", in {_numbers(counts)} {plural('shard', max(counts))} (more with several engines)"
     )
+    samples, size = prompts.samples_per_iteration, cfg.global_batch_size
+    searched = (range(size - 1, size // 2, -1), range(size + 1, 2 * size)) if 0 < samples - played[0] < size else ()
+    nearest = [str(each) for sizes in searched for each in [each for each in sizes if samples % each == 0][:1]]
+    even = f"; none with global_batch_size={' or '.join(nearest)}" if nearest else ""
     every = [
         f"{what} every {counted(interval, 'step')}" if interval else f"no {what} within an iteration"
         for what, interval in (("validation", plan.val_every), ("checkpoint", plan.save_every))
@@ -268,7 +275,7 @@ def _arithmetic(cfg: config.SPINConfig, num_val_prompts: int, prompts: PromptSou
         f"{counted(cfg.max_epochs, 'epoch')} x {_numbers(steps)} {plural('step', max(steps))} of "
         f"{counted(cfg.global_batch_size, 'prompt')}\n"
         f"{_numbers(played)} {plural('prompt', max(played))} in an iteration "
-        f"({prompts.samples_per_iteration - played[0]} left over){shards}\n"
+        f"({prompts.samples_per_iteration - played[0]} left over{even}){shards}\n"
         f"{'; '.join(every)}; {counted(plan.num_val_samples, 'validation sample')}"
     )
 

@@ -126,6 +126,26 @@ class ChatTokenizer:
         """The ids that have a token; a model may have more rows, and a vocabulary holes."""
         return frozenset(self._tokenizer.get_vocab().values())
 
+    def foreign_tokens(self, model_folder: str) -> str | None:
+        """A warning, if the ids with which the texts of a model begin or end are no special tokens here."""
+        file = Path(model_folder) / "config.json"
+        special, model = (
+            {*self._tokenizer.all_special_ids, *self._tokenizer.added_tokens_decoder},
+            read_tokenizer_json(file),
+        )
+        found = [
+            f"{key} {token} is {self.decode([token])!r}"
+            for key in ("bos_token_id", "eos_token_id")
+            for token in (model[key] if isinstance(model.get(key), list) else [model.get(key)])
+            if type(token) is int and token not in special
+        ]
+        if not found:
+            return None
+        return (
+            f"{file}: by the tokenizer in {self.path}, {' and '.join(found)}, which is no special token. "
+            "Does the tokenizer belong to this model?"
+        )
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over vocabulary, special tokens, stop tokens, chat template and its options; the date in plain text,

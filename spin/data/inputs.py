@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from torch import nn
@@ -9,11 +10,14 @@ from torch import nn
 from spin import config
 from spin.config import SPINConfig
 from spin.core.ranks import World
+from spin.data.chat import ChatTokenizer
 from spin.data.dataset import PromptDataset, PromptSource
 from spin.data.dates import fix_date
 from spin.data.read import check_vocabulary, unknown_ids
 from spin.data.tokenizer import PromptTokenizer
 from spin.data.torchtune_tokenizer import adapt_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 def read_inputs(
@@ -33,4 +37,7 @@ def read_inputs(
         val_prompts = prompts.held_out or val_prompts
     stop_token_ids = (*tokenizer.eos_ids, *cfg.sampling.stop_token_ids)
     check_vocabulary(model, tokenizer, stop_token_ids, prompts, val_prompts)
+    folder = cfg.checkpointer.get("checkpoint_dir")
+    if isinstance(tokenizer, ChatTokenizer) and folder and (warning := tokenizer.foreign_tokens(folder)):
+        log.warning(warning)
     return tokenizer, prompts, val_prompts, unknown_ids(model, tokenizer)

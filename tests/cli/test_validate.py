@@ -261,6 +261,18 @@ def test_the_arithmetic_counts_history_and_limits(validate):
     assert code == 0 and "15 steps: 3 iterations x 1 epoch x 3, 6, 6 steps of 4 prompts" in out
 
 
+def test_a_batch_size_that_leaves_samples_over_and_a_tokenizer_of_another_model(validate, tmp_path, tiny_lm):
+    """Neither ends a run; of 20 samples in batches of 3 two are left over."""
+    folder = shutil.copytree(tiny_lm, tmp_path / "model")
+    model = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(model | {"bos_token_id": 300, "eos_token_id": [2, 5000]}))
+    code, out, _ = validate("global_batch_size=3", f"checkpointer.checkpoint_dir={folder}")
+    assert code == 0 and "18 prompts in an iteration (2 left over; none with global_batch_size=2 or 4)" in out
+    assert "warning: " + str(folder / "config.json") in out and "Does the tokenizer belong to this model?" in out
+    assert "bos_token_id 300 is '" in out and "eos_token_id 5000 is '\N{REPLACEMENT CHARACTER}'" in out
+    assert "eos_token_id 2 " not in out
+
+
 def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("# spin run spin_generate --config mine.yaml\n" + CONFIG.read_text() + "\nnum_workers: 4\n")
