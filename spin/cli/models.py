@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from spin.cli import parser_of
 
-# What was run on a GPU besides the tests that every family passes there: by model_type.
+# By model_type: what was run on a GPU besides the tests that every family passes there.
 GPU_RUNS: dict[str, str] = {
     "llama": "whole runs of 1B and 8B, steps of 4B shapes",
     "qwen3": "iterations and steps of 4B shapes, also with vLLM; QLoRA of 14B",
@@ -29,8 +29,8 @@ def page() -> str:
     """The tables as Markdown."""
     from spin.model.families import FAMILIES  # loads torch
 
-    lines = ["| model_type | models | run on a GPU |", "|---|---|---|"]
-    lines += [f"| `{name}` | {row.models} | {GPU_RUNS.get(name, 'tests')} |" for name, row in sorted(FAMILIES.items())]
+    lines = ["| model_type | models | run on a GPU besides the tests |", "|---|---|---|"]
+    lines += [f"| `{name}` | {row.models} | {GPU_RUNS.get(name, '')} |" for name, row in sorted(FAMILIES.items())]
     lines += ["", "Refused with one sentence:", "", "| what | why |", "|---|---|"]
     return "\n".join([*lines, *(f"| {what} | {why} |" for what, why in REFUSED.items())])
 

@@ -95,7 +95,7 @@ class Repository:
         try:
             yield
         except hub_errors() as error:
-            cause = f"{type(error).__name__}: {' '.join(str(error).split()):.300}"
+            cause = f"{type(error).__name__}: {' '.join(str(error).split()):.120}"
             raise OutputError(
                 f"--push {self.name}: cannot {what} ({cause}). Check the network, that HF_HUB_OFFLINE is not set, and "
                 f"that HF_TOKEN may write to {self.name}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import typing
 from collections.abc import Iterator, Mapping
@@ -256,15 +257,20 @@ def _place(
 
 
 def _hint(name: str, section: type[Section], model: type[Section]) -> str:
-    """What an unknown key may stand for: the same name in another section, else the nearest of its own."""
+    """What an unknown key may stand for: the same name in another section, else the nearest of its own, else of all."""
     if "." in name:
         first, _, rest = name.partition(".")
         return f" In a file write it nested: {first}: {{{rest}: ...}}."
     inner = {key: section_of(field.annotation) for key, field in fields_of(model).items()}
-    elsewhere = [repr(f"{key}.{name}") for key, each in inner.items() if each is not None and name in fields_of(each)]
-    if elsewhere:
-        return f" Did you mean {' or '.join(elsewhere)}?"
-    return nearest_of(name, [key for key in fields_of(section) if key != COMPONENT])
+    places: dict[str, list[str]] = {}  # of the keys of sections
+    for key, each in inner.items():
+        for leaf in set() if each is None else fields_of(each).keys() - {COMPONENT}:
+            places.setdefault(leaf, []).append(repr(f"{key}.{leaf}"))
+    own = "" if name in places else nearest_of(name, [key for key in fields_of(section) if key != COMPONENT])
+    elsewhere = difflib.get_close_matches(name, places, n=1, cutoff=0.8)
+    if elsewhere and not own:
+        return f" Did you mean {' or '.join(places[elsewhere[0]])}?"
+    return own
 
 
 def _missing_values(value: Any, path: str = "") -> Iterator[str]:

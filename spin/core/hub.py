@@ -46,12 +46,23 @@ def model_folder(name: str, key: str) -> str:
             folder: str = snapshot_download(name, **patterns)  # nosec B615 - nothing of it is run; the record has the commit
             return folder
     except hub_errors() as error:
-        raise ConfigError(
-            f"{key}: {name!r} is no folder here, and as a model on huggingface.co it is not available "
-            f"({type(error).__name__}: {' '.join(str(error).split()):.300}). Check the name, or download it where "
-            f"there is a network: `hf download {name}`. For a gated model accept its licence on its page and set "
-            "HF_TOKEN."
-        ) from error
+        raise ConfigError(f"{key}: {name!r} is no folder here, and {_reason(error, name)}") from error
+
+
+def _reason(error: Exception, name: str) -> str:
+    """Why a model is not to be had from huggingface.co, and the remedy."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"the model is gated. Accept its licence on https://huggingface.co/{name} and set HF_TOKEN."
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "huggingface.co has no model of this name, or a private one. Check the name, or set HF_TOKEN."
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return (
+            "it is not in the cache, and huggingface.co cannot be reached. Check the name and the network, or "
+            f"download it elsewhere: `hf download {name}`."
+        )
+    return f"its download failed ({type(error).__name__}: {' '.join(str(error).split()):.120})."
 
 
 def is_hub_name(text: str) -> bool:

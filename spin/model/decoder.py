@@ -315,7 +315,7 @@ class DecoderBuilder:
         try:
             self.ropes[kind] = Rope(frequencies, self.context, self.family.interleaved)
         except (KeyError, ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            self._refuse(f"rope_parameters is {rope}, of which no rotary table can be computed ({error})")
+            self._refuse(f"rope_parameters is {shown(rope)}, of which no rotary table can be computed ({error})")
         return self.ropes[kind]
 
 

@@ -206,7 +206,7 @@ def test_what_is_refused(tmp_path, capsys):
         ("--data", unusable): "none of its 3 rows can be used; the first one has the columns prompt, response",
         ("--data", jargon(tmp_path / "one.jsonl", 1)): "too few to train on some and hold out others",
         ("--model", tmp_path / "nowhere"): "nowhere",
-        ("--model", "nobody/nothing"): "'nobody/nothing' is no folder here, and as a model on huggingface.co",
+        ("--model", "nobody/nothing"): "'nobody/nothing' is no folder here, and it is not in the cache",
         ("--model", tmp_path / "mamba"): "mamba2",
         ("--gpus", found + 1): f"--gpus {found + 1}: expected 0 to {found}, the GPUs that torch finds here",
         ("--out", tmp_path / "no/my.yaml"): "no such folder",

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
 
 from spin.config import EvaluateConfig, SPINConfig, complete, load_config, plain
@@ -151,7 +152,31 @@ def test_a_name_that_is_not_in_the_cache_says_what_to_do(repo, tmp_path, cache):
     result = spin(repo, tmp_path, cache, "-m", "spin", *arguments)
     assert result.returncode == 1
     assert "model.path: 'someone/other' is no folder here" in result.stdout
-    assert "`hf download someone/other`" in result.stdout and "HF_TOKEN" in result.stdout
+    assert "`hf download someone/other`" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        ("GatedRepoError", "gated. Accept its licence on https://huggingface.co/a/b and set HF_TOKEN."),
+        ("RepositoryNotFoundError", "no model of this name, or a private one. Check the name, or set HF_TOKEN."),
+        ("LocalEntryNotFoundError", "cannot be reached. Check the name and the network, or"),
+        ("OfflineModeIsEnabled", "its download failed (OfflineModeIsEnabled: 500 down)."),
+    ],
+)
+def test_an_error_of_the_hub_is_one_line_that_says_what_to_do(monkeypatch, error, text):
+    kind = getattr(huggingface_hub.errors, error)
+
+    def fail(*_, **__):
+        found = kind.__new__(kind, "500\n\ndown")  # newer versions want the library's response, older ones another's
+        raise found
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ConfigError) as caught:
+        model_folder("a/b", "model.path")
+    message = str(caught.value)
+    assert text in message and message.startswith("model.path: 'a/b' is no folder here, and ")
+    assert "\n" not in message and len(message) < 250
 
 
 def test_a_local_folder_wins_and_other_texts_are_no_names(tmp_path, monkeypatch):

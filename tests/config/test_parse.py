@@ -243,6 +243,7 @@ WRONG = (
     ("resume=???", "resume: not set"),
     ("max_iteratons=2", r"max_iteratons: unknown key\. Did you mean 'max_iterations'"),
     ("lr_scheduler.warmpu=2", r"lr_scheduler\.warmpu: unknown key\. Did you mean 'warmup'"),
+    ("warmpu=5", r"warmpu: unknown key\. Did you mean 'lr_scheduler\.warmup'"),
     ("warmup=5", r"warmup: unknown key\. Did you mean 'lr_scheduler\.warmup'"),
     ("optimizer.reset_each_iter=true", r"optimizer\.reset_each_iter: .*Did you mean 'reset_each_iteration'"),
     ("lr_scheduler._component_=torch.optim.SGD", r"lr_scheduler\._component_: unknown key"),
