@@ -7,8 +7,8 @@ import shutil
 import subprocess
 import sys
 
-import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from spin.config import EvaluateConfig, SPINConfig, complete, load_config, plain
 from spin.core.dtypes import has_fast_bf16
@@ -165,13 +165,13 @@ def test_a_name_that_is_not_in_the_cache_says_what_to_do(repo, tmp_path, cache):
     ],
 )
 def test_an_error_of_the_hub_is_one_line_that_says_what_to_do(monkeypatch, error, text):
-    kind = getattr(huggingface_hub.errors, error)
+    kind = getattr(errors, error)
 
     def fail(*_, **__):
         found = kind.__new__(kind, "500\n\ndown")  # newer versions want the library's response, older ones another's
         raise found
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(ConfigError) as caught:
         model_folder("a/b", "model.path")
     message = str(caught.value)
