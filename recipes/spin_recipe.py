@@ -81,7 +81,7 @@ class SPINRecipe:
         self._lock = run.lock_output_dir(self._output_dir, world)  # before anything in the folder is touched
         if self._lock is not None:
             self._cleanup.callback(self._lock.release)
-        self._monitor = training.CollapseMonitor(cfg.watch, world.is_main)
+        self._monitor = training.CollapseMonitor(cfg.watch, cfg.output_dir, world.is_main)
         self._checkpointer = config.instantiate(cfg.checkpointer)
         self._checkpointer.validate(cfg.max_iterations)
 

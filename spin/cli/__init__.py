@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from omegaconf.errors import OmegaConfBaseException
 
 from spin import __version__
+from spin.core.command import spin_command
 from spin.core.errors import SpinError, show_traceback
 from spin.core.terminal import escape_unencodable_output, printable
 
@@ -41,16 +42,17 @@ COMMANDS = {
 
 def parser_of(command: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
     """The parser of a command's arguments, without any yet."""
-    return argparse.ArgumentParser(f"spin {command}", usage, description, allow_abbrev=False)
+    return argparse.ArgumentParser(spin_command(command), usage, description, allow_abbrev=False)
 
 
 def usage() -> str:
     """The text of ``spin --help``."""
     lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
     return (
-        "usage: spin COMMAND [ARGUMENTS]\n\n"
+        f"usage: {spin_command()} COMMAND [ARGUMENTS]\n\n"
         + "\n".join(lines)
-        + "\n\n`spin COMMAND --help` says more. Training: `spin run spin_recipe --config NAME_OR_FILE`."
+        + f"\n\nMore: {spin_command('COMMAND', '--help')}\n"
+        + f"Training: {spin_command('run', 'spin_recipe', '--config', 'NAME_OR_FILE')}"
     )
 
 

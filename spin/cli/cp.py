@@ -11,6 +11,7 @@ from spin.config.catalog import model_of, recipe_files, recipe_of
 from spin.config.files import packaged_configs
 from spin.config.full import full_text
 from spin.config.interpolation import configs_root
+from spin.core.command import spin_command
 from spin.core.errors import ConfigError, OutputError
 from spin.core.files import as_output_error, atomic_write
 
@@ -58,4 +59,4 @@ def _source(name: str) -> Path:
         return configs_root() / f"{name.removesuffix('.yaml')}.yaml"
     nearest = difflib.get_close_matches(name, [*recipes, *configs], n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(nearest)}?" if nearest else ""
-    raise ConfigError(f"{name!r} is neither a recipe nor a packaged config.{hint} `spin ls` lists them.")
+    raise ConfigError(f"{name!r} is neither a recipe nor a packaged config.{hint} All: {spin_command('ls')}")

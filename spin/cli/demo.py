@@ -12,8 +12,8 @@ from spin.core.command import spin_command
 
 _CONFIG = "quickstart/smollm2_135M_cpu"
 _TEXT = (
-    f"Two iterations of self-play of a 135M-parameter model on this machine's CPU, in a few minutes: `spin run "
-    f"spin_recipe --config {_CONFIG}`, after a download of 93 MB."
+    f"Two iterations of self-play of a 135M-parameter model on this machine's CPU, in a few minutes, after a download "
+    f"of 93 MB. What it runs: {spin_command('run', 'spin_recipe', '--config', _CONFIG)}"
 )
 
 

@@ -13,6 +13,7 @@ from spin.cli import parser_of
 from spin.config.catalog import find_recipe, named_model
 from spin.config.complete import check_keys
 from spin.config.parse import read_argv, read_config
+from spin.core.command import spin_command
 
 _USAGE = "%(prog)s [--nproc_per_node N ...] RECIPE --config NAME_OR_FILE [key=value ...] [~key ...]"
 _TEXT = "Start a recipe. Options before its name are those of torchrun, which then starts the processes."
@@ -40,7 +41,9 @@ def _check(name: str, arguments: Sequence[str]) -> Path:
     recipe = find_recipe(name)
     model = named_model(recipe)
     if model is not None:
-        config, overrides = read_argv(arguments, ast.get_docstring(ast.parse(recipe.read_bytes())), f"spin run {name}")
+        config, overrides = read_argv(
+            arguments, ast.get_docstring(ast.parse(recipe.read_bytes())), spin_command("run", name)
+        )
         read_config(name, config, overrides, model, check_keys)
     return recipe
 
@@ -52,7 +55,7 @@ def _run_processes(argv: Sequence[str]) -> int:
     from torch.distributed.run import determine_local_world_size, get_args_parser, run
 
     parser = get_args_parser()
-    parser.prog, parser.usage = "spin run", _USAGE
+    parser.prog, parser.usage = spin_command("run"), _USAGE
     arguments = parser.parse_args(list(argv))
     _check(arguments.training_script, arguments.training_script_args)
     own = ["-u", "-m", "spin", "run", arguments.training_script]

@@ -28,6 +28,7 @@ from spin.config.interpolation import (
 )
 from spin.config.schema import COMPONENT, Component, Section, fields_of, section_of
 from spin.core import redact
+from spin.core.command import spin_command
 from spin.core.terminal import plural
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -217,7 +218,7 @@ def _check_types(values: Mapping[str, Any], model: type[Section], refused: set[s
                     wrong[path] = f"unknown key.{hint}"
                 else:
                     known = known_keys([key for key in fields_of(section) if key != COMPONENT])
-                    hint = " `spin cp NAME FILE --full` writes all keys." if section is model else known
+                    hint = f" All keys: {spin_command('keys')}" if section is model else known
                     unknown.setdefault(hint, []).append(path)
             elif value == MISSING or (isinstance(value, str) and "${" in value):
                 faults.paths.add(path)  # a fault of its own

@@ -22,7 +22,7 @@ def load_tokenizer(path: Path) -> Any:
 
     if not path.is_dir():
         raise DataError(
-            f"tokenizer.path={path} is no folder. Download the model first (tune download org/name --output-dir ...) "
+            f"tokenizer.path={path} is no folder. Download the model first (hf download ORG/NAME --local-dir FOLDER) "
             "and name the folder with tokenizer.json or tokenizer.model."
         )
     for file in (path / "chat_template.jinja", *path.glob("chat_templates/*.jinja")):

@@ -326,7 +326,7 @@ def _rope_faults(rotary: Any, rope: Rope | None, asked: Asked, context: int) -> 
     if ours is None or theirs is None:
         log.warning(
             f"{CONFIG}: the model's {name} has no table that could be compared with {where}. "
-            "`spin validate CONFIG --logits` compares the logits."
+            "`--logits` has `spin validate` compare the logits."
         )
         return []
     whole, even = torch.arange(head_dim), head_dim // 2 * 2

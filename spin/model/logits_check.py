@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from spin import config
+from spin.core.command import spin_command
 from spin.core.errors import CheckpointError
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, patch_dora
@@ -262,7 +263,8 @@ def self_test(cfg: config.SPINConfig, world: World) -> None:
         try:
             report = compare_logits(cfg.model, folder, model_type, SELF_TEST_PARAMETERS)
         except TooLargeError as error:
-            log.info(f"self-test: no comparison with transformers: {error}. `spin validate --logits` makes it.")
+            command = spin_command("validate", Path(cfg.output_dir) / "config.yaml", "--logits")
+            log.info(f"self-test: no comparison with transformers: {error}. This makes it: {command}")
             return
         if report.is_fault:
             raise CheckpointError(f"{folder}: {report}")

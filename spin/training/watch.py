@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.config import schema
+from spin.core.command import spin_command
 from spin.core.errors import CollapseError, StoreError
 from spin.core.ranks import World, broadcast_object, raise_on_all_ranks
 from spin.pairs.store import MANIFEST, PairStore
@@ -44,7 +45,8 @@ class Alert:
 class CollapseMonitor:
     """Compares an iteration's numbers with the config's limits, alike on every rank; ``is_main`` prints warnings."""
 
-    def __init__(self, watch: schema.Watch, is_main: bool) -> None:
+    def __init__(self, watch: schema.Watch, output_dir: str | Path, is_main: bool) -> None:
+        self._output_dir = Path(output_dir)
         self._limits = {name: watch[name]["limit"] for name in LIMITS}
         self._actions = {name: watch[name]["action"] for name in LIMITS}
         self._is_main = is_main
@@ -79,10 +81,11 @@ class CollapseMonitor:
         if a limit was passed whose action is not ``warn``."""
         self.metrics = {name: value for name, value in responses.items() if name != "truncated_fraction"}
         found = {}
+        look = spin_command("pairs", self._output_dir / f"iteration_{iteration:03d}" / "responses", "--sample", 5)
         if (fraction := responses["truncated_fraction"]) > (self._limits["truncated_fraction"] or 1):
             found["truncated_fraction"] = (
                 f"{fraction:.1%} of the opponent's responses were truncated by sampling.max_new_tokens: they may lack "
-                f"their end. See `spin pairs <output_dir>/iteration_{iteration:03d}/responses --sample 5`. "
+                f"their end. See `{look}`. "
                 "Raise max_new_tokens, or train less"
             )
         if (fraction := responses["equal_fraction"]) > (self._limits["equal_fraction"] or 1):
@@ -94,7 +97,7 @@ class CollapseMonitor:
         if limit is not None and not 1 / limit <= drift <= limit:
             found["length_drift"] = (
                 f"the opponent's responses are {drift:.2f} times as long as in iteration 0: the policy may be drifting "
-                "away in length. Look at some with `spin pairs`; lower optimizer.lr, or raise loss.beta"
+                f"away in length. See `{look}`. Lower optimizer.lr, or raise loss.beta"
             )
         alert = self._report(iteration, found)
         if alert is not None:

@@ -16,7 +16,7 @@ SHORT = ("max_iterations=2", "max_epochs=1", "validation_dataset=null", "watch.t
 
 
 def watch(window=2, is_main=True, **limits):
-    return CollapseMonitor({"window": window, **QUIET, **limits}, is_main)
+    return CollapseMonitor({"window": window, **QUIET, **limits}, "runs/my run", is_main)
 
 
 def step(rise=0.0, acc=0.5, margin=0.0):
@@ -112,7 +112,7 @@ def test_responses_against_iteration_0(tmp_path):
         strict = watch(length_drift={"limit": limit, "action": "stop"})
         with pytest.raises(CollapseError, match=f"{drift:.2f} times as long as in iteration 0.*Nothing was trained"):
             strict.start(1, found | {"length_drift": drift})
-    with pytest.raises(CollapseError, match="50.0%"):
+    with pytest.raises(CollapseError, match=r"50\.0%.* pairs 'runs/my run/iteration_000/responses' --sample 5`"):
         watch(truncated_fraction={"limit": 0.4, "action": "rollback"}).start(0, found)
 
 
