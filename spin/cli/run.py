@@ -12,8 +12,13 @@ from pathlib import Path
 from spin.cli import parser_of
 from spin.config.catalog import find_recipe, named_model
 from spin.config.complete import check_keys
+from spin.config.follow import FROM_HF
 from spin.config.parse import read_argv, read_config
+from spin.config.schema import COMPONENT
 from spin.core.command import spin_command
+from spin.core.hub import is_hub_name
+from spin.model.hf_config import CONFIG
+from spin.model.hf_folder import read_config as read_folder_config
 
 _USAGE = "%(prog)s [--nproc_per_node N ...] RECIPE --config NAME_OR_FILE [key=value ...] [~key ...]"
 _TEXT = "Start a recipe. Options before its name are those of torchrun, which then starts the processes."
@@ -37,14 +42,17 @@ def main(argv: Sequence[str]) -> int | None:
 
 
 def _check(name: str, arguments: Sequence[str]) -> Path:
-    """The recipe's file. Help, what is not there and faults of the config's keys end here, before torch is loaded."""
+    """The recipe's file. Help, what is not there, faults of the config's keys and of the model folder's config.json end
+    here, before torch is loaded."""
     recipe = find_recipe(name)
     model = named_model(recipe)
     if model is not None:
-        config, overrides = read_argv(
-            arguments, ast.get_docstring(ast.parse(recipe.read_bytes())), spin_command("run", name)
-        )
-        read_config(name, config, overrides, model, check_keys)
+        description = ast.get_docstring(ast.parse(recipe.read_bytes()))
+        config, overrides = read_argv(arguments, description, spin_command("run", name))
+        section = read_config(name, config, overrides, model, check_keys).get("model") or {}
+        folder = section.get("path") if section.get(COMPONENT) == FROM_HF else None
+        if folder and (os.path.exists(folder) or not is_hub_name(folder)):
+            read_folder_config(Path(folder) / CONFIG)
     return recipe
 
 

@@ -41,12 +41,13 @@ def plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def check_keys(cfg: DictConfig, model: type[Section]) -> None:
-    """Of the faults that :func:`complete` finds those of keys, of their values' types and of components' names, before
-    any component is imported: torch takes seconds."""
+def check_keys(cfg: DictConfig, model: type[Section]) -> dict[str, Any]:
+    """The config's values. Of the faults that :func:`complete` finds those of keys, of their values' types and of
+    components' names are raised, before any component is imported: torch takes seconds."""
     faults = Faults()
-    _Reading(cfg, model, faults)
+    read = _Reading(cfg, model, faults)
     faults.raise_if_any()
+    return read.values
 
 
 def complete(cfg: DictConfig, model: type[ConfigT]) -> ConfigT:

@@ -47,6 +47,7 @@ LIGHT = [
     ["ls"], ["cp", "full", "mine"], ["--help"], ["--version"], [], ["typo"], ["run", "typo"], ["run", "spin_recipe"],
     ["run", "spin_recipe", "--config", "typo"], ["validate", "typo"], ["estimate", "typo"], ["models"],
     ["run", "spin_recipe", "--help"], ["run", "spin_recipe", "--config", "full", "max_iteration=1"],
+    ["run", "spin_recipe", "--config", "lora", "model.path=/nowhere", "dataset.source=x.jsonl"],
     *([name, "full", "max_iteration=1", "model.path=x"] for name in ("validate", "estimate")),
     *([name, "--help"] for name in COMMANDS),
 ]  # fmt: skip
