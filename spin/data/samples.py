@@ -125,16 +125,18 @@ class SampleFilter:
         if most is None and longest is not None:
             most, origin = longest - 1, f"max_seq_len={longest}, less one for the response"
         if most is not None and len(prompt_ids) > most:
-            fault = f"the prompt has {len(prompt_ids)} tokens, at most {most} fit ({origin})."
-            if self._note(conversation.where, "long_prompt", rules.on_long_prompt, fault) != "cut":
+            where = f"{conversation.where} ({len(prompt_ids)} tokens)"  # so that the messages of all rows are equal
+            fault = f"the prompt is longer than {most} tokens ({origin})."
+            if self._note(where, "long_prompt", rules.on_long_prompt, fault) != "cut":
                 return None
             prompt_ids = prompt_ids[-most:]
-        most, origin = rules.max_response_tokens, f"dataset.max_response_tokens={rules.max_response_tokens}"
+        most, lengths = rules.max_response_tokens, f"{len(real_ids)} tokens"
+        fault = f"the real response is longer than {most} tokens (dataset.max_response_tokens={most})."
         if longest is not None and (most is None or most > longest - len(prompt_ids)):
-            most, origin = longest - len(prompt_ids), f"max_seq_len={longest}, less {len(prompt_ids)} of the prompt"
+            most, lengths = longest - len(prompt_ids), f"{len(prompt_ids)} + {len(real_ids)} tokens"
+            fault = f"prompt and real response are longer than {longest} tokens (max_seq_len={longest})."
         if most is not None and len(real_ids) > most:
-            fault = f"the real response has {len(real_ids)} tokens, at most {most} fit ({origin})."
-            if self._note(conversation.where, "long_response", rules.on_long_response, fault) != "cut":
+            if self._note(f"{conversation.where} ({lengths})", "long_response", rules.on_long_response, fault) != "cut":
                 return None
             real_ids = real_ids[:most]
         self._where_of[conversation.sample_id] = conversation.where

@@ -46,7 +46,7 @@ def test_a_config_that_works(validate):
     assert "20 prompts in an iteration (0 left over), in 4 shards" in out
     assert "validation every 2 steps; checkpoint every 2 steps; 6 validation samples" in out
     assert "918,656 parameters" in out and "vocabulary 1,024" in out and "2 '<|im_end|>'" in out
-    assert "jargon_train.jsonl:1: the real response has 83 tokens" in out  # what is cut is said
+    assert "jargon_train.jsonl:1 (83 tokens)" in out  # what is cut is said
 
 
 def test_templates_that_do_not_fit(validate, tmp_path):

@@ -121,7 +121,7 @@ def test_sources_of_a_config(files):
     assert dataset.samples_per_iteration == 6 and len(dataset) == 8
     assert dataset.report.rows == 8 and dataset.report.counts == {"long_response_cut": 6}
     assert dataset.report.examples[0].startswith(
-        "x: a.jsonl:2, a.jsonl:3, a.jsonl:4 and 2 more: the real response has 5 tokens"
+        "x: a.jsonl:2 (5 tokens), a.jsonl:3 (5 tokens), a.jsonl:4 (5 tokens) and 2 more: the real response is longer "
     )
     assert {"x/a-1", "y/b-2"} < set(dataset.sample_ids)
     assert dataset[dataset.sample_ids.index("y/b-1")].real_ids == [ord("r"), 0]

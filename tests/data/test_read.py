@@ -127,14 +127,34 @@ def test_options(source, rows, options, samples, counts):
         ([pair(id="a"), pair(id="a")], {}, r"l:2: id 'a' is taken by data\.jsonl:1\. Give each row an id of its own"),
         ([pair()], {"id_column": "key"}, "column 'key' is empty or missing; found columns prompt, response"),
         *(
-            ([pair(), LONG], limits, r"data\.jsonl:2: the (prompt|real response) " + message + ".*=drop or cut")
+            ([pair(), LONG], limits, r"data\.jsonl:2 " + message + ".*=drop or cut")
             for limits, message in (
-                ({"max_seq_len": 7}, r"has 7 tokens, at most 6 fit \(max_seq_len=7, less one for the response\)"),
-                ({"max_prompt_tokens": 5}, r"has 7 tokens, at most 5 fit \(dataset.max_prompt_tokens=5\)"),
-                ({"max_seq_len": 12}, r"has 6 tokens, at most 5 fit \(max_seq_len=12, less 7 of the prompt\)"),
-                ({"max_response_tokens": 4}, r"has 6 tokens, at most 4 fit \(dataset.max_response_tokens=4\)"),
-                ({"max_response_tokens": 5, "max_seq_len": 10}, r".* 3 fit \(max_seq_len=10, less 7 of the prompt\)"),
+                (
+                    {"max_seq_len": 7},
+                    r"\(7 tokens\): the prompt is longer than 6 tokens \(max_seq_len=7, less one for the response\)",
+                ),
+                (
+                    {"max_prompt_tokens": 5},
+                    r"\(7 tokens\): the prompt is longer than 5 tokens \(dataset.max_prompt_tokens=5\)",
+                ),
+                (
+                    {"max_seq_len": 12},
+                    r"\(7 \+ 6 tokens\): prompt and real response are longer than 12 tokens \(max_seq_len=12\)",
+                ),
+                (
+                    {"max_response_tokens": 4},
+                    r"\(6 tokens\): the real response is longer than 4 tokens \(dataset.max_response_tokens=4\)",
+                ),
+                (
+                    {"max_response_tokens": 5, "max_seq_len": 10},
+                    r"\(7 \+ 6 tokens\): prompt and real response .* \(max_seq_len=10\)",
+                ),
             )
+        ),
+        (
+            [LONG, pair("abcdefg")],
+            {"max_prompt_tokens": 5},
+            r"\n  data\.jsonl:1 \(7 tokens\), data\.jsonl:2 \(8 tokens\): the prompt is longer than 5 tokens",
         ),
         ([pair()], {"message_transform": transform, "column_map": {"prompt": "q"}}, "takes the place of"),
         ([pair()], {"message_transform": transform, "format": "alpaca"}, "takes the place of"),
