@@ -6,11 +6,16 @@ import shutil
 import sys
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from spin.cli import main
 from spin.cli.checks import compare_ids
+from spin.config import SPINConfig, complete, load_config
+from spin.core.ranks import init_world
 from spin.data import ChatTokenizer
+from spin.data.inputs import read_inputs
+from spin.model.build import build_model
 from tests.data.test_chat_templates import CHATML, QWEN3
 from tests.recipes.helpers import CONFIG, REPO, tiny_overrides
 
@@ -271,6 +276,17 @@ def test_a_batch_size_that_leaves_samples_over_and_a_tokenizer_of_another_model(
     assert "warning: " + str(folder / "config.json") in out and "Does the tokenizer belong to this model?" in out
     assert "bos_token_id 300 is '" in out and "eos_token_id 5000 is '\N{REPLACEMENT CHARACTER}'" in out
     assert "eos_token_id 2 " not in out
+
+
+def test_a_run_warns_of_a_tokenizer_of_another_model(tmp_path, tiny_lm, caplog):
+    folder = shutil.copytree(tiny_lm, tmp_path / "model")
+    (folder / "config.json").write_text('{"eos_token_id": 300}')
+    for path, warned in ((folder, True), (tiny_lm, False)):
+        changes = [*tiny_overrides(tmp_path / "out"), f"checkpointer.checkpoint_dir={path}"]
+        cfg = complete(load_config(str(CONFIG), changes), SPINConfig)
+        caplog.clear()
+        read_inputs(cfg, build_model(cfg.model, torch.float32), init_world("cpu"))
+        assert ("Does the tokenizer belong to this model?" in caplog.text) is warned
 
 
 def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):
