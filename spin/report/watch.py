@@ -7,11 +7,13 @@ import secrets
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
+from spin.core.errors import OutputError
 from spin.report.page import chart_data, render, sections
 from spin.report.record import RunReader, RunRecord
 
@@ -37,7 +39,7 @@ class LiveRuns:
         signature: list[object] = [reader.signature() for reader in self._readers]
         if signature == self._signature:
             return
-        self._runs = [reader.read() for reader in self._readers]
+        self._runs = [self._read(number) for number in range(len(self._readers))]
         self._data = chart_data(self._runs)
         self._signature, self._version = (
             signature,
@@ -46,6 +48,14 @@ class LiveRuns:
         for name, html in sections(self._runs, self._evaluations).items():
             if name not in self._sections or self._sections[name][0] != html:
                 self._sections[name] = (str(html), self._version)
+
+    def _read(self, number: int) -> RunRecord:
+        try:
+            return self._readers[number].read()
+        except (OutputError, OSError):  # removed or moved since: what was shown stays
+            if not self._runs:
+                raise
+            return self._runs[number]
 
     def page(self) -> str:
         """The page as of now."""
@@ -84,13 +94,13 @@ def make_server(
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            url = urlsplit(self.path)
-            if urlsplit(f"//{self.headers.get('Host', '')}").hostname not in OWN_NAMES:
+            path, _, query = self.path.partition("?")
+            if self.headers.get("Host", "").partition(":")[0].lower() not in OWN_NAMES:
                 self._answer(403, "text/plain", "this server is for 127.0.0.1 and localhost alone")
-            elif url.path == prefix:
+            elif path == prefix:
                 self._answer(200, "text/html", live.page())
-            elif url.path == f"{prefix}since":
-                asked = {name: values[0] for name, values in parse_qs(url.query).items()}
+            elif path == f"{prefix}since":
+                asked = {name: values[0] for name, values in parse_qs(query).items()}
                 try:
                     news = live.since(int(asked["version"]), asked["have"].split(","))
                 except (KeyError, ValueError):
@@ -113,8 +123,9 @@ def make_server(
                 ("X-Content-Type-Options", "nosniff"),
             ):
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # a browser that has closed the page
+                self.end_headers()
+                self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
             pass  # a line for each second

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -71,8 +72,24 @@ def test_a_page_gets_what_it_lacks(tmp_path):
     assert news["version"] > first["version"] and news["sections"].keys() == {"summary", "iterations"}
 
 
+def test_a_run_that_vanishes_stays_as_it_was_shown(tmp_path):
+    """The other run goes on; the one that is made again is read from its beginning."""
+    gone, other = (write_run(tmp_path / name, iterations=1, steps=10) for name in ("gone", "other"))
+    live = LiveRuns([gone, other], [])
+    version = live.since(0, ["0:0", "0:0"])["version"]
+    shutil.rmtree(gone)
+    with (other / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(step_metrics(11, 0, 0.5)) + "\n")
+    news = live.since(version, ["0:0", "0:0"])
+    assert [run["x"][-1] for run in news["runs"]] == [10, 11] and "Iterations</h2>" in live.page()
+    write_run(gone, iterations=1, steps=3)
+    again = live.since(news["version"], ["0:0", "0:0"])
+    assert [run["x"][-1] for run in again["runs"]] == [3, 11]
+
+
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "127.0.0.1@evil.example", ""]
+    "host",
+    ["evil.example", "evil.example:80", "127.0.0.1.evil.example", "127.0.0.1@evil.example", "evil@127.0.0.1", "[", ""],
 )
 def test_other_names_than_this_machines_are_refused(live, host):
     """A foreign page whose name was pointed to 127.0.0.1 would have this page's origin."""
@@ -85,7 +102,13 @@ def test_the_page_and_nothing_else_is_served(live):
         status, headers, body = get(live, live.path, Host=host)
         assert status == 200 and "Iterations</h2>" in body and "connect-src &#39;self&#39;" in body
     assert headers["Content-Security-Policy"] == "frame-ancestors 'none'" and headers["Cache-Control"] == "no-store"
-    for path in ("/", "/config.yaml", f"{live.path}config.yaml", f"{live.path}../config.yaml", f"{live.path}%2e%2e/"):
+    for path in (
+        "/",
+        "/config.yaml",
+        f"{live.path}config.yaml",
+        f"{live.path}../config.yaml",
+        f"{live.path}%2e%2e/",
+    ):
         assert get(live, path)[0] == 404
     for query in ("", "?version=x&have=0:0", "?version=1", "?version=1&have=0:0,0:0"):
         assert get(live, f"{live.path}since{query}")[0] == 400
