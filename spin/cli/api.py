@@ -125,6 +125,8 @@ class SPIN:
     ) -> None:
         from spin.config import SPINConfig, complete, load_config
 
+        if method not in ("full", "lora", "qlora"):
+            raise ConfigError(f"method={method!r}: expected 'full', 'lora' or 'qlora'.")
         overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in options.items()]
         if config is None:
             if model is None or data is None:

@@ -60,6 +60,9 @@ def test_errors_say_what_the_command_line_says(repo, monkeypatch):
         SPIN(config="tests/assets/tiny.yaml", output_dir="x", optimiser="torch.optim.SGD")
     with pytest.raises(ConfigError, match="says what to train"):
         SPIN(model="x")
+    for named in ({"config": "tests/assets/tiny.yaml"}, {"model": "tests/assets/tiny_lm", "data": "x.jsonl"}):
+        with pytest.raises(ConfigError, match="method='dora': expected 'full', 'lora' or 'qlora'"):
+            SPIN(**named, method="dora")
 
 
 def test_model_and_data_alone_are_sized_as_spin_new_does_and_read_again(repo, tmp_path, monkeypatch):
