@@ -31,6 +31,7 @@ def start(tmp_path, monkeypatch):
         database.executemany("INSERT INTO faq VALUES (?, ?, ?)", [(i, *term) for i, term in enumerate(TERMS)])
     for name, body in MODULES.items():
         (tmp_path / f"{name}.py").write_text(body, encoding="utf-8")
+        sys.modules.pop(name, None)  # another test's module of this name
 
     def started(sections, command=COMMAND):
         cfg = load_config(str(CONFIG), [*tiny_overrides("run"), "max_iterations=1", "max_epochs=1"])

@@ -143,7 +143,7 @@ def test_it_works_in_such_a_folder_and_clears_up_after_itself(crowded):
     before = tree(folder)
     run(folder, *SHORT)  # the same run again: finished
     changed = {name for name, content in tree(folder).items() if before.get(name) != content}
-    assert changed <= {"config.yaml", ".lock"} | {name for name in changed if name.startswith("logs/")}
+    assert changed <= {"config.yaml", ".lock", "starts.jsonl"} | {name for name in changed if name.startswith("logs/")}
 
 
 def test_what_a_dead_process_left_is_removed_if_it_is_marked(tmp_path):
