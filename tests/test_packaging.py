@@ -151,7 +151,7 @@ def test_sdist_holds_the_licence_and_the_sources(sdist):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_both_launchers_from_any_directory(kind, wheel, checkout, environment, elsewhere, user_env):
+def test_both_launchers_from_any_directory(kind, wheel, checkout, environment, elsewhere, user_env, tiny_lm):
     """One process: a packaged config is looked up, and a wrong name is answered. Two: torchrun finds the module too."""
     environment.install(*(["--editable", str(checkout)] if kind == "editable" else [str(wheel)]))
     found = run(
@@ -172,13 +172,14 @@ def test_both_launchers_from_any_directory(kind, wheel, checkout, environment, e
     assert (elsewhere / "mine.py").read_bytes() == (checkout / "recipes" / "spin_recipe.py").read_bytes()
 
     wrong = ["run", "spin_recipe", "--config", "quickstart/smollm2_135M_cp"]
-    two = ["run", "--nproc_per_node", "2", "mine", "--config", "lora", "--help"]
+    changes = ["device=cpu", f"model.path={tiny_lm}", "dataset.source=nowhere.jsonl"]
+    two = ["run", "--nproc_per_node", "2", "mine", "--config", "lora", *changes]
     for launch in (environment.tune, environment.own):
         text = launch(*wrong, cwd=elsewhere, env=user_env, status=1)
         assert "error: config 'quickstart/smollm2_135M_cp' not found" in text
         assert "Did you mean quickstart/smollm2_135M_cpu" in text and "Traceback" not in text
         if kind == "wheel":
-            assert launch(*two, cwd=elsewhere, env=user_env, status=0).count("--config NAME_OR_FILE") == 2
+            assert launch(*two, cwd=elsewhere, env=user_env, status=1).count("nowhere.jsonl: no such file") == 2
 
 
 @pytest.mark.slow

@@ -170,7 +170,8 @@ def curves_of(run: RunRecord) -> dict[str, Any]:
     columns = {kind: {name: [] for name in names} for kind in ("y", "low", "high")}
     before = None
     for (_, iteration), numbered in itertools.groupby(
-        enumerate(run.rows), key=lambda pair: (pair[0] // size, pair[1].get("iteration"))
+        enumerate(run.rows),
+        key=lambda pair: (pair[0] // size, own if isinstance(own := pair[1].get("iteration"), int) else None),
     ):
         part = [row for _, row in numbered]
         if x and iteration != before:
