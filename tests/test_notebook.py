@@ -43,7 +43,7 @@ def test_it_runs(cells, repo, tmp_path, subprocess_env):
     assert done.returncode == 0, done.stderr
     out = done.stdout
     assert "tests/assets/tiny.yaml" in out
-    firsts = r"^ +(\d)\.0000 +0\.6931 +0\.0000 +0\.0000 +0\.0000$"
+    firsts = r"^ +(\d)\.0000 +0\.6931 +0\.5000 +0\.0000 +0\.0000$"
     assert re.findall(firsts, out, flags=re.MULTILINE) == ["0", "1"]
     assert "32 pairs" in out and "generated (-" in out
     last = out.rsplit(str(tmp_path / "run" / "report.html"), 1)[1]
