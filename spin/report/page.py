@@ -171,7 +171,7 @@ def curves_of(run: RunRecord) -> dict[str, Any]:
     before = None
     for (_, iteration), numbered in itertools.groupby(
         enumerate(run.rows),
-        key=lambda pair: (pair[0] // size, own if isinstance(own := pair[1].get("iteration"), int) else None),
+        key=lambda pair: (pair[0] // size, own if isinstance(own := pair[1].get("iteration"), int) else -1),
     ):
         part = [row for _, row in numbered]
         if x and iteration != before:
