@@ -227,9 +227,11 @@ class PairStore:
         for index in range(self.num_shards):
             table = self._table(index, columns=["finish_reason", "real_ids", "generated_ids"])
             responses += table.num_rows
-            equal += sum(map(eq, table["real_ids"].to_pylist(), table["generated_ids"].to_pylist()))
             truncated += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
-            tokens += pc.sum(pc.list_value_length(table["generated_ids"])).as_py() or 0
+            lengths = pc.list_value_length(table["generated_ids"])
+            tokens += pc.sum(lengths).as_py() or 0
+            alike = table.filter(pc.equal(lengths, pc.list_value_length(table["real_ids"])))
+            equal += sum(map(eq, alike["real_ids"].to_pylist(), alike["generated_ids"].to_pylist()))
         return responses, truncated, equal, tokens
 
     def _shard(self, index: int) -> Path:

@@ -65,6 +65,15 @@ def step_of(recipe):
     return recipe.state_dict()["progress"]["step"]
 
 
+def dies(recipe_class, output_dir, *overrides):
+    """A run of a recipe that raises KeyboardInterrupt."""
+    recipe = recipe_class(tiny_config(output_dir, *overrides))
+    recipe.setup()
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train()
+    recipe.cleanup()
+
+
 def dies_before_training(output_dir, *overrides):
     """A run that ends between the scoring of its pairs and its first step."""
 
@@ -72,11 +81,7 @@ def dies_before_training(output_dir, *overrides):
         def train_single_step(self, batch):
             raise KeyboardInterrupt
 
-    recipe = Dies(tiny_config(output_dir, *overrides))
-    recipe.setup()
-    with pytest.raises(KeyboardInterrupt):
-        recipe.train()
-    recipe.cleanup()
+    dies(Dies, output_dir, *overrides)
 
 
 def generate(output_dir, *overrides):

@@ -7,7 +7,7 @@ import spin_recipe
 
 from spin.generators import TorchtuneGenerator
 from spin.report import fixed_prompts_table
-from tests.recipes.helpers import TIMES, run, tiny_config
+from tests.recipes.helpers import TIMES, dies, run
 
 SHORT = [
     "max_iterations=2",
@@ -53,11 +53,7 @@ def test_a_killed_run_asks_nothing_twice_and_ends_with_the_same_file(straight, t
             if iteration == 1:
                 raise KeyboardInterrupt
 
-    recipe = Dies(tiny_config(tmp_path, *FIXED))
-    recipe.setup()
-    with pytest.raises(KeyboardInterrupt):
-        recipe.train()
-    recipe.cleanup()
+    dies(Dies, tmp_path, *FIXED)
     assert {row["iteration"] for row in lines(tmp_path / "fixed_prompts.jsonl")} == {0, 1}
 
     asked, stream = [], TorchtuneGenerator.stream
