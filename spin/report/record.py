@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -98,8 +99,12 @@ class RunReader:
     def signature(self) -> list[tuple[str, int, int]]:
         """Changes when :meth:`read` would find something else."""
         patterns = ("*.jsonl", "config.yaml", "iteration_*", "iteration_*/*/*", *EVALUATIONS)
-        files = {file for pattern in patterns for file in self._path.glob(pattern)}
-        return sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists())
+        found = []
+        for file in {file for pattern in patterns for file in self._path.glob(pattern)}:
+            with suppress(FileNotFoundError):  # gone since it was found
+                stat = file.stat()
+                found.append((str(file), stat.st_size, stat.st_mtime_ns))
+        return sorted(found)
 
     def read(self) -> RunRecord:
         """The run as far as it has come; an OutputError if this is no run's folder."""
