@@ -90,7 +90,8 @@ def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("desk")
     run(folder / "runs" / "quickstart", "max_epochs=1", "limit_train_batches=2")
     cfg = load_config(str(CONFIG), tiny_overrides(folder / "runs" / "mine"))
-    OmegaConf.save(cfg, folder / "my.yaml")
+    for name in ("my.yaml", "own.yaml"):  # which commands write too, maybe in another process
+        OmegaConf.save(cfg, folder / name)
     for name in ("beta_1", "my"):
         (folder / "runs" / name).symlink_to(folder / "runs" / "quickstart")
     (folder / "Qwen").mkdir()
