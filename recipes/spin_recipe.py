@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from spin.core.progress import stage
 from spin.core.ranks import all_reduce_sums, init_world, shutdown
 from spin.core.terminal import get_logger
 from spin.data.inputs import read_inputs
-from spin.pairs import PackedRow, RowBatch, load_rows, share_lookup
+from spin.pairs import PackedRow, RowBatch, fit_lengths, load_rows, share_lookup
 from spin.types import Pair
 
 log = get_logger("INFO")
@@ -64,6 +65,7 @@ class SPINRecipe:
         self._val_step = -1  # where that was measured
         self._val_pairs: list[Pair] = []  # with validation.spin: this iteration's pairs of validation prompts
         self._last_batch: Sequence[Pair] = []
+        self._row_lengths: tuple[int, ...] = ()  # that an earlier start has fitted
         self._warned: set[int] = set()  # iterations whose steps were found to move next to nothing
         self._history: list[dict[str, float]] = []  # metrics of this iteration's steps
         self._play_metrics: dict[str, float] = {}  # of this iteration's play, not logged yet
@@ -109,9 +111,7 @@ class SPINRecipe:
             model.self_test(cfg, world)
         longest = max(self._prompts.longest, self._val_prompts.longest)
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
-        self._layout = model.prepare_policy(self._model, world, cfg, longest)
-        # this rank's rows of each batch, packed while the device computes
-        self._rows = partial(load_rows, world=world, layout=self._layout)
+        self._layout = replace(model.prepare_policy(self._model, world, cfg, longest), fitted=self._row_lengths)
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._new_optimizer = partial(config.instantiate, cfg.optimizer, trained, lr=self._lrs[0])
         self._optimizer = self._new_optimizer()
@@ -191,7 +191,7 @@ class SPINRecipe:
             played_in = [*map(self._folder, self._plan.history(iteration)), folder]
             kept = generators.filtered_responses(played_in, self._cfg.pairs)
             pairs = share_lookup(folder / "rows", kept, self._world)
-            self._score(folder, self._plan.batches(pairs, iteration, epoch=0), kept.counts)
+            self._score(folder, self._fit_rows(pairs, iteration), kept.counts)
             if with_val:
                 kept = generators.filtered_responses([val_folder], self._cfg.pairs)
                 self._score(val_folder, self._plan.batched(list(kept)), kept.counts)
@@ -320,6 +320,13 @@ class SPINRecipe:
             report=counts, should_stop=lambda: self._stop.is_asked,
         )  # fmt: skip
 
+    def _fit_rows(self, pairs: Mapping[tuple[int, str], Pair], iteration: int) -> Sequence[list[Pair]]:
+        """The batches of an iteration's first epoch, whose rows' lengths are those of all of its rows."""
+        batches = self._plan.batches(pairs, iteration, epoch=0)
+        tokens = ([pair.num_tokens for pair in batch] for batch in batches)
+        self._layout = fit_lengths(tokens, self._layout, self._world.world_size)
+        return batches
+
     def _begin_training(self, iteration: int) -> None:
         """Beta, learning rate and, unless it continues, the optimizer of an iteration."""
         self._loss = self._losses[iteration]
@@ -332,7 +339,9 @@ class SPINRecipe:
         progress, plan = self._progress, self._plan
         with stage("train", "step", plan.steps_in(iteration), plan.steps_of(iteration)) as bar:
             while progress.iteration == iteration and not progress.is_done:
-                for batch in self._rows(plan.batches(pairs, iteration, progress.epoch, start=progress.step_in_epoch)):
+                batches = plan.batches(pairs, iteration, progress.epoch, start=progress.step_in_epoch)
+                # this rank's rows of each, packed while the device computes
+                for batch in load_rows(batches, self._world, self._layout):
                     yield batch
                     shown = {k: v for k, v in self._history[-1].items() if k in ("loss", "total_loss", "acc", "margin")}
                     bar.update(notes={name: f"{value:.4f}" for name, value in shown.items()})
@@ -383,6 +392,7 @@ class SPINRecipe:
             "progress": self._progress.state_dict(), "total_steps": self._progress.total_steps,
             "opponent": self._opponent, "trained_in": self._trained_in, "val_loss": self._val_loss,
             "nonfinite": self._nonfinite.skipped, "watch": self._monitor.state_dict(), "run": self._run_fingerprint,
+            "row_lengths": self._layout.fitted,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -397,6 +407,7 @@ class SPINRecipe:
             self._trained_in = state.get("trained_in", self._progress.iteration - self._progress.is_iteration_start)
             self._nonfinite.skipped = state.get("nonfinite", [])
             self._monitor.load_state_dict(state.get("watch", {}))
+            self._row_lengths = tuple(state.get("row_lengths", ()))
 
     def cleanup(self) -> None:
         """Closes the logs, the checkpointer, the generator and the process group, and unlocks the folder."""

@@ -39,7 +39,9 @@ class SFTRecipe(SPINRecipe):
         prompts = self._prompts.window(iteration)
         samples = (prompts[index] for index in self._plan.samples(iteration))
         pairs = (Pair(each.sample_id, iteration, each.prompt_ids, each.real_ids) for each in samples)
-        return share_lookup(self._folder(iteration) / "rows", pairs, self._world)
+        found = share_lookup(self._folder(iteration) / "rows", pairs, self._world)
+        self._fit_rows(found, iteration)
+        return found
 
     def train_single_step(self, batch: RowBatch) -> training.Step:
         """One optimizer step over a global batch of responses."""

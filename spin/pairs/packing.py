@@ -9,9 +9,9 @@ prompt token, whose hidden state is therefore used once per response.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,12 @@ import torch
 from spin.pairs.row_mask import FlexMask, RowBlocks, Segment, is_hopper, row_block_mask, row_blocks
 from spin.types import Pair
 
-# Rows come in these fractions of row_tokens, so that compiled layers meet few shapes. They are dense near 1, where rows
-# are that share a batch evenly: n full rows and a bit more become n + 1 rows of at least n / (n + 1).
+# Until lengths are fitted, rows come in these fractions of row_tokens, so that compiled layers meet few shapes: dense
+# near 1, where rows are that share a batch evenly: n full rows and a bit more become n + 1 rows of n / (n + 1).
 ROW_FRACTIONS = (1, 15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 1 / 2)
+MAX_FITTED = 3  # each costs seconds of compilation, in the reference pass and again in training
+_STEPS = 32  # fitted lengths are multiples of this part of row_tokens
+_WORTH_COMPILING = 1.03  # padded tokens of the lengths that were, by those of new ones
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,13 @@ class RowLayout:
     truncated: str = "keep"  # mask gives comparisons with a truncated response the weight 0
     flex: bool = False  # rows describe their mask in blocks, for FlexAttention; else it is dense
     window: int | None = None  # sliding window of some of the model's layers, in positions
+    fitted: tuple[int, ...] = ()  # lengths that suit the pairs, ascending, see fit_lengths; empty: ROW_FRACTIONS
 
     def lengths(self) -> list[int]:
-        """The lengths in tokens that rows are padded to, ascending: at most eight."""
+        """The lengths in tokens that rows are padded to, ascending: those that were fitted and ``row_tokens``, which
+        few rows need then; else at most eight."""
+        if self.fitted:
+            return sorted({*self.fitted, self._rounded(self.row_tokens)})
         return sorted({self._rounded(self.row_tokens * fraction) for fraction in ROW_FRACTIONS})
 
     def padded_length(self, used: int) -> int:
@@ -206,17 +213,45 @@ def plan_rows(lengths: Sequence[int], layout: RowLayout, num_ranks: int = 1) -> 
     pair longer than ``row_tokens`` gets a row of its own. The plan depends on the arguments only: ``plan[rank][row]``
     holds indices into ``lengths``, the pairs' tokens, ascending.
     """
-    row_tokens = layout.row_tokens
+    plan = _fewest_rows(lengths, layout.row_tokens, num_ranks)
+    others = (spread(lengths, len(plan[0]) + more * num_ranks) for more in (1, 2))
+    plans = [plan, *(other for other in others if _fits(*other, layout.row_tokens))]
+    rows, loads = min(plans, key=lambda plan: sum(layout.padded_length(max(1, load)) for load in plan[1]))
+    by_load = sorted(range(len(rows)), key=lambda row: (-loads[row], row))
+    return [[sorted(rows[row]) for row in by_load[rank::num_ranks]] for rank in range(num_ranks)]
+
+
+def fit_lengths(batches: Iterable[Sequence[int]], layout: RowLayout, num_ranks: int = 1) -> RowLayout:
+    """The layout with the three lengths that leave least padding in the rows of global batches, given as the tokens of
+    their pairs; with the lengths that it was fitted with before if those leave hardly more."""
+    step = layout._rounded(layout.row_tokens / _STEPS)
+    plans = (_fewest_rows(lengths, layout.row_tokens, num_ranks) for lengths in batches)
+    # all ranks wait for the longest of their n-th rows
+    loads = [max(1, load) for _, loads in plans for load in sorted(loads, reverse=True)[::num_ranks]]
+    units = [math.ceil(load / step) for load in loads if load <= layout.row_tokens]
+    if not units:
+        return layout
+    longest = max(units)
+    rows_up_to = np.bincount(units).cumsum().tolist()
+
+    def positions(lengths: tuple[int, ...]) -> int:
+        return sum(length * (rows_up_to[length] - rows_up_to[shorter]) for shorter, length in pairwise((0, *lengths)))
+
+    shorter = combinations(range(1, longest), min(MAX_FITTED, longest) - 1)
+    best = min(((*each, longest) for each in shorter), key=positions)
+    fitted = replace(layout, fitted=tuple(min(each * step, layout._rounded(layout.row_tokens)) for each in best))
+    before, now = (sum(map(each.padded_length, loads)) for each in (layout, fitted))
+    return layout if layout.fitted and before <= _WORTH_COMPILING * now else fitted
+
+
+def _fewest_rows(lengths: Sequence[int], row_tokens: int, num_ranks: int) -> tuple[list[list[int]], list[int]]:
+    """:func:`spread` over as few rows as hold the pairs, equally many on every rank."""
     # There must be so many: a pair that is longer than a row takes one, and two of more than half a row share none.
     by_tokens = sum(min(length, row_tokens) for length in lengths) / row_tokens
     per_rank = max(1, math.ceil(max(by_tokens, sum(2 * length > row_tokens for length in lengths)) / num_ranks))
     while not _fits(*(plan := spread(lengths, per_rank * num_ranks)), row_tokens):
         per_rank += 1
-    others = (spread(lengths, (per_rank + more) * num_ranks) for more in (1, 2))
-    plans = [plan, *(other for other in others if _fits(*other, row_tokens))]
-    rows, loads = min(plans, key=lambda plan: sum(layout.padded_length(max(1, load)) for load in plan[1]))
-    by_load = sorted(range(len(rows)), key=lambda row: (-loads[row], row))
-    return [[sorted(rows[row]) for row in by_load[rank::num_ranks]] for rank in range(num_ranks)]
+    return plan
 
 
 def spread(lengths: Sequence[int], num_rows: int) -> tuple[list[list[int]], list[int]]:

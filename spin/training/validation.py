@@ -15,7 +15,7 @@ from spin.core.progress import stage
 from spin.core.ranks import World
 from spin.data.dataset import PromptDataset
 from spin.pairs.loader import load_rows
-from spin.pairs.packing import PackedRow, RowLayout, pack_row
+from spin.pairs.packing import PackedRow, RowLayout, fit_lengths, pack_row
 from spin.reference.logprobs import response_logps
 from spin.reference.stage import score_batches
 from spin.training.metrics import pair_losses
@@ -35,7 +35,8 @@ def validation_loss(
     pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in samples]
     size = cfg.global_batch_size
     batches = [pairs[i : i + size] for i in range(0, num_samples, size)]
-    rows = load_rows(batches, world, layout)
+    tokens_of = ([pair.num_tokens for pair in batch] for batch in batches)
+    rows = load_rows(batches, world, fit_lengths(tokens_of, replace(layout, fitted=()), world.world_size))
     with stage("validate", "batch", len(batches)) as bar:
         for batch in rows:
             for row in (row.to(world.device) for row in batch.rows):

@@ -13,7 +13,7 @@ from spin.data import Pair, Response, pack_batch, pack_row, plan_rows
 from spin.model.attention import patch_attention
 from spin.model.gemma2 import final_softcap, fix_gemma2_softcap, softcap
 from spin.pairs import packing
-from spin.pairs.packing import RowLayout, loss_weight
+from spin.pairs.packing import RowLayout, fit_lengths, loss_weight
 from spin.reference.logprobs import replaced_unembed, response_logps
 from tests.families import FAMILIES
 
@@ -228,3 +228,57 @@ def test_rows_of_64_realistic_pairs_are_full_and_even(means, num_ranks, row_toke
         by_rank.append(used.sum(1).max() / used.sum(1).mean())
     assert np.mean(fills) >= 0.93 and np.mean(by_row) > 0.9 and np.mean(by_rank) < 1.03
     assert len(shapes) <= 8
+
+
+def realistic(rng, pairs=64, scale=1.0):
+    """Tokens of a batch's pairs: log-normal prompts, real and generated responses of 199, 278 and 278 on average."""
+    drawn = [np.exp(rng.normal(np.log(mean * scale) - 0.18, 0.6, pairs)).clip(8, 2048) for mean in (199, 278, 278)]
+    return sum(each.astype(int) for each in drawn).tolist()
+
+
+def padding(batches, layout, num_ranks):
+    """Positions that all ranks' rows take, the longest n-th row of all for each, by the tokens in them; and lengths."""
+    total, found = 0, set()
+    for lengths in batches:
+        plan = plan_rows(lengths, layout, num_ranks)
+        rows = [[layout.padded_length(max(1, sum(lengths[i] for i in row))) for row in rank] for rank in plan]
+        found.update(length for rank in rows for length in rank)
+        total += num_ranks * sum(map(max, zip(*rows, strict=True)))
+    return total / sum(map(sum, batches)), found
+
+
+def test_fitted_lengths_are_those_that_pad_least():
+    """Rows of one pair each: 6 x 300, 3 x 500 and 1 x 900 tokens, in units of 1024 / 32 = 32: 10, 16 and 29 of them.
+    Three lengths hold them in 320, 512 and 928 tokens. 700 more of 100 (4 units, 128) take the place of the 512s: with
+    128, 320 and 928 these pad 3 x 416, without 320 the 300s would pad 6 x 192 instead, which is less."""
+    batches = [[length] for length in [300] * 6 + [500] * 3 + [900]]
+    assert fit_lengths(batches, RowLayout(1024)).fitted == (320, 512, 928)
+    fitted = fit_lengths([*batches, *[[100]] * 700], RowLayout(1024))
+    assert fitted.fitted == (128, 512, 928)
+    assert fitted.lengths() == [128, 512, 928, 1024]  # what comes later may be longer
+    assert fit_lengths([[5000]], RowLayout(1024)) == RowLayout(1024)  # longer than any row
+
+
+@pytest.mark.parametrize(("row_tokens", "num_ranks"), [(8192, 1), (12288, 1), (12288, 2), (24576, 1), (8192, 8)])
+def test_three_fitted_lengths_pad_about_as_little_as_eight(row_tokens, num_ranks):
+    """Also in batches that they were not fitted to: another epoch's, and 15 % longer ones after a second fit."""
+    rng, plain = np.random.default_rng(0), RowLayout(row_tokens, 128)
+    first, second, longer = ([realistic(rng, scale=scale) for _ in range(32)] for scale in (1, 1, 1.15))
+    fitted = fit_lengths(first, plain, num_ranks)
+    for batches in (first, second):
+        excess, found = padding(batches, fitted, num_ranks)
+        assert excess < padding(batches, plain, num_ranks)[0] + 0.025
+        assert len(found - {row_tokens}) <= 3
+    assert len(padding(first, fitted, num_ranks)[1]) <= 3
+    assert fit_lengths(second, fitted, num_ranks) == fitted  # nothing to gain: nothing is compiled
+    again = fit_lengths(longer, fitted, num_ranks)
+    assert again == fit_lengths(longer, again, num_ranks)  # a restart finds the same
+    assert padding(longer, again, num_ranks)[0] < padding(longer, plain, num_ranks)[0] + 0.03
+
+
+def test_fitted_rows_of_small_parts_of_a_batch_are_full():
+    """Eight ranks share 64 short pairs: a rank's part is a fifth of a row, of which the shortest length was a half."""
+    rng, plain = np.random.default_rng(0), RowLayout(12288, 128)
+    batches = [realistic(rng, scale=0.45) for _ in range(32)]
+    assert padding(batches, plain, 8)[0] > 2
+    assert padding(batches, fit_lengths(batches, plain, 8), 8)[0] < 1.15
