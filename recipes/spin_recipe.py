@@ -438,6 +438,7 @@ class SPINRecipe:
         else:
             self.save_checkpoint()
         self._checkpointer.wait()
+        log.info(f"Best model: {run.best_by_validation(self._output_dir) or 'not known without validation data'}")
         raise alert.error(self._progress.step)
 
     def _title(self, iteration: int) -> str:

@@ -37,7 +37,6 @@ _MOST_LINES, _HEADER_LINES = 20, 2  # of a config
 _FIRST_KEYS = ("output_dir", "model", "tokenizer", "dataset", "sampling", "generator", "pairs", "optimizer")
 _KEPT = 0.99  # of prompts, and of responses, are within the limits that are chosen
 _FEW_STEPS = 8  # of an epoch, before its batches are made smaller
-_MANY_SAMPLES = 20_000  # from here on an iteration passes over them once
 _MOST_HELD_OUT = 1000  # about
 _DATA_SET, _SMALL_OPTIMIZER = "spin.data.prompt_dataset", "spin.training.AdamW8bit"
 _METHOD_TEXTS = {"full": "every weight is trained", "lora": "LoRA", "qlora": "QLoRA"}
@@ -91,7 +90,7 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
         "output_dir": f"runs/{arguments.out.stem}",
         "model": {**packaged["model"], "path": arguments.model},
         "dataset": {"source": arguments.data},
-        "optimizer": packaged["optimizer"],
+        **{section: packaged[section] for section in ("loss", "optimizer", "max_epochs")},
         **({"device": "cpu"} if machine.is_chosen else {}),
         **({"compile": packaged["compile"]} if machine.has_gpu else {}),
     }
@@ -108,6 +107,9 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     context: int = model.max_seq_len  # type: ignore[assignment]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     report = [f"model     {arguments.model}: context {context:,}; {parameters:,} parameters"]
+
+    if not config.get("nll_weight"):  # which equal responses have a gradient by
+        config.put("pairs.equal_to_real", packaged["pairs"]["equal_to_real"])
 
     # --- The data: its columns, lengths and parts ---
     found = _survey(cfg, config, report)
@@ -134,8 +136,6 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     while size > machine.ranks and trained // size < _FEW_STEPS:
         size //= 2
     config.put("global_batch_size", max(1, min(size, trained // 2)), 64)  # two steps, validation behind each
-    if trained >= _MANY_SAMPLES:
-        config.put("max_epochs", 1, 2)
     needed = _fit_memory(config, machine, method, arguments.model)
     cfg = config.complete()
     steps = trained // cfg.global_batch_size

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from spin.core.errors import Stopped
     from spin.run.folder import lock_output_dir
     from spin.run.log import RunLog
-    from spin.run.messages import finish_message, iteration_summary, sample_rows
+    from spin.run.messages import best_by_validation, finish_message, iteration_summary, sample_rows
     from spin.run.plan import RunPlan
     from spin.run.resume import check_files_agree, check_unchanged, inputs_of_config, run_fingerprint
     from spin.run.stopping import StopRequest, resume_hint
@@ -22,6 +22,7 @@ __all__ = [
     "StopRequest",
     "Stopped",
     "TrackioLogger",
+    "best_by_validation",
     "check_files_agree",
     "check_unchanged",
     "finish_message",

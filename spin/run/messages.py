@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.core.command import spin_command
+from spin.core.files import AppendedLines
 from spin.core.terminal import counted, plural, printable
 from spin.run.progress import SPINProgress
 from spin.types import Pair
@@ -164,6 +165,7 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
             "left to do. output_dir=<another folder> starts a new one."
         ]
     lines.append(f"  report:      {spin_command('report', output_dir)}")
+    lines += [f"  best:        {best}"] if (best := best_by_validation(output_dir)) else []
     if models:
         lines.append(f"  model:       {models[-1]} loads in transformers and vLLM")
         lines.append(f"  try it:      {spin_command('chat', output_dir)}")
@@ -172,6 +174,25 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
     elif progress.step >= progress.iteration_start(progress.max_iterations):
         lines.append(f"  train more:  the same command with max_iterations={progress.max_iterations + 1}")
     return "\n".join(lines)
+
+
+def best_by_validation(output_dir: Path) -> str:
+    """Which of the models that a run began with and made has the lowest validation loss; empty if none was measured."""
+    losses: dict[int, float] = {}  # at the end of each iteration; of -1: before training
+    for row in AppendedLines(output_dir / "metrics.jsonl").read():
+        if "val_loss" in row:
+            losses[row.get("iteration", -1)] = row["val_loss"]
+    if not losses.keys() - {-1}:
+        return ""
+    names = {number: f"iteration {number}" if number >= 0 else "the start" for number in losses}
+    best = min(losses, key=lambda number: losses[number])
+    others = [number for number in dict.fromkeys((-1, max(losses))) if number in losses and number != best]
+    compared = "".join(f"; {names[number]} {losses[number]:.4g}" for number in others)
+    text = f"{names[best]} by validation (val_loss {losses[best]:.4g}{compared}), "
+    if best < 0:
+        return f"{text}so no iteration is better: lower optimizer.lr, raise nll_weight, or fine-tune (spin_sft)"
+    folder = output_dir / f"iteration_{best:03d}" / "hf_model"
+    return text + (str(folder) if folder.exists() else "which was not kept (checkpointer.keep_exports)")
 
 
 def _wrap(text: str, width: int, keep_end: bool) -> list[str]:

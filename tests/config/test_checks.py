@@ -44,8 +44,8 @@ def test_a_changed_section_is_told_by_what_differs_in_it():
     with pytest.raises(CheckpointError) as error:
         check_unchanged(run, changed, completed("output_dir=out"))
     assert str(error.value) == (
-        "The run in out was started with another config: optimizer.lr is 1e-06, was 0.0001. Restore it, start a new "
-        "output_dir, or allow it by resume_with_changes=[optimizer]."
+        "The run in out was started with another config: optimizer.lr is 1e-06, was 0.0001. Restore it "
+        "(--config out/config.yaml), start a new output_dir, or allow it by resume_with_changes=[optimizer]."
     )
 
 

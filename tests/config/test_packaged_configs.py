@@ -151,12 +151,19 @@ def test_a_config_for_adapters_is_the_full_one_with_adapters(name):
     full, lora = (flat(OmegaConf.to_container(config.load_config(n), resolve=False)) for n in ("full", name))
     allowed = OF_ADAPTERS | ({"pairs.row_tokens"} if name == "qlora" else set())  # less memory is what NF4 is for
     assert {key[1:] for key in full | lora if full.get(key) != lora.get(key)} <= allowed
-    assert lora[".optimizer.lr"] == pytest.approx(10 * full[".optimizer.lr"])
     assert lora.get(".model.quantize_base", False) == (name == "qlora")
     cfg = completed(name, "device=cuda")  # as on a machine with a GPU
     assert (cfg.compute_dtype, cfg.base_dtype, cfg.dtype) == ("bf16", "bf16", "fp32")
     shape = cfg.model.model_copy(update={"quantize_base": False})
     assert len(adapted_modules(build_model(shape, torch.float32))) == 4 * 7
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "qlora"])
+def test_a_config_suits_a_model_that_was_fine_tuned(name):
+    """A hundredth of fine-tuning's rate, beta 1, one epoch, and no pairs without a gradient."""
+    cfg = completed(name)
+    assert cfg.optimizer.lr == pytest.approx(config.sft_stage(cfg).optimizer.lr / 100)
+    assert (cfg.loss.beta, cfg.max_epochs, cfg.pairs.equal_to_real, cfg.nll_weight) == (1.0, 1, "drop", 0.0)
 
 
 def test_the_papers_run_has_its_hyper_parameters():

@@ -39,3 +39,5 @@ def test_policies(policies, kept):
 def test_all_pairs_dropped_is_an_error():
     with pytest.raises(StoreError, match="No pair is left of 1: {'responses': 1"):
         list(FilteredPairs(PAIRS[3:4]))
+    with pytest.raises(StoreError, match="All 1 responses equal the real ones, so the model has learned what"):
+        list(FilteredPairs(PAIRS[2:3], equal_to_real="drop"))

@@ -1,6 +1,9 @@
 """What a run says at its start and its end."""
 
+import json
 from pathlib import Path
+
+import pytest
 
 from spin.run.messages import finish_message, start_message
 from spin.run.progress import SPINProgress
@@ -26,3 +29,25 @@ def test_a_finished_run_says_that_it_was_finished_before(tmp_path):
     assert "was finished before" in text and "iteration_000/hf_model loads in transformers" in text
     assert f" chat {tmp_path}" in text
     assert "max_iterations=2" in text
+
+
+@pytest.mark.parametrize(
+    ("of_start", "of_iterations", "text"),
+    [
+        ([2.0], [1.9, 1.5, 1.7], "iteration 1 by validation (val_loss 1.5; the start 2; iteration 2 1.7), {}/iteration_001"),
+        ([], [1.9, 1.7, 1.5], "iteration 2 by validation (val_loss 1.5), which was not kept"),
+        ([0.019], [0.024, 0.15], "the start by validation (val_loss 0.019; iteration 1 0.15), so no iteration is better"),
+        ([2.0], [], None),
+    ],
+)  # fmt: skip
+def test_the_best_model_by_validation_is_named(tmp_path, of_start, of_iterations, text):
+    """The last value of an iteration counts; the last iteration's model is gone."""
+    rows = [{"step": 0, "val_loss": loss} for loss in of_start]
+    for iteration, loss in enumerate(of_iterations):
+        (tmp_path / f"iteration_{iteration:03d}" / "hf_model").mkdir(parents=True)
+        rows += [{"step": iteration, "iteration": iteration, "val_loss": each} for each in (0.001, loss)]
+    if of_iterations[2:]:
+        (tmp_path / "iteration_002" / "hf_model").rmdir()
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    said = finish_message(tmp_path, SPINProgress(1, 1, 1), had_steps_left=True)
+    assert f"  best:        {text.format(tmp_path)}" in said if text else "best:" not in said
