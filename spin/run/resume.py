@@ -147,7 +147,8 @@ def check_unchanged(
         kept = [name for name in allowed if name in old or name in new]
         raise CheckpointError(
             f"The run in {output_dir} was started with another config: {'; '.join(found)}. Restore it (--config "
-            f"{output_dir / 'config.yaml'}), start a new output_dir, or allow it by resume_with_changes=[{','.join([*kept, *changed])}]."
+            f"{output_dir / 'config.yaml'}), start a new output_dir, or allow it by resume_with_changes="
+            f"[{','.join([*kept, *changed])}]."
         )
 
 
