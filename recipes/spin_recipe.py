@@ -187,8 +187,10 @@ class SPINRecipe:
             self._play(tasks | self._fixed_tasks(iteration))
             self._write_fixed_prompts(iteration)
             self._play_metrics = generators.play_report(folder)  # into the line of the first step
-            self._monitor.start(iteration, training.response_metrics(folder, self._folder(0), self._world))
+            found = training.response_metrics(folder, self._folder(0), self._world)
             played_in = [*map(self._folder, self._plan.history(iteration)), folder]
+            found |= self._check([val_folder, *played_in] if with_val else played_in)
+            self._monitor.start(iteration, found)
             kept = generators.filtered_responses(played_in, self._cfg.pairs)
             pairs = share_lookup(folder / "rows", kept, self._world)
             self._score(folder, self._fit_rows(pairs, iteration), kept.counts)
@@ -288,6 +290,11 @@ class SPINRecipe:
             tasks, self._generator, self._model, self._world, self._cfg, opponent=self._opponent, verify=verify,
             tokenizer=self._tokenizer, group=self._engine_group, should_stop=lambda: self._stop.is_asked,
         )  # fmt: skip
+
+    def _check(self, folders: Sequence[Path]) -> dict[str, float]:
+        """What the user's own checker, if there is one, says of the responses in the folders."""
+        checked_by = (self._cfg.pairs.checker, self._tokenizer, self._world)
+        return generators.check_responses(folders, *checked_by, should_stop=lambda: self._stop.is_asked)
 
     def _fixed_tasks(self, finished: int) -> dict[Path, generators.PlayTask]:
         """What the policy of so many finished iterations is asked besides: always the same, with the same numbers."""

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 
 FinishReason = Literal["stop", "length"]
+Verdict = Literal["right", "wrong", "unknown"]  # of a checker
 # a list where people write them, an int32 array where they come from a store
 TokenIds: TypeAlias = "Sequence[int] | np.ndarray"
 
@@ -38,12 +39,14 @@ class Response:
         reference_logp (float | None): the opponent's log-prob, summed over the tokens, in nats; None until scored.
         logprobs (Sequence[float] | None): the generator's, per token, in nats, under the unaltered distribution; None
             unless asked for. Not stored.
+        verdict (Verdict | None): what ``pairs.checker`` says of it; None if there is none.
     """
 
     token_ids: TokenIds
     finish_reason: FinishReason
     reference_logp: float | None = None
     logprobs: Sequence[float] | None = field(default=None, kw_only=True)
+    verdict: Verdict | None = field(default=None, kw_only=True)
 
     @property
     def truncated(self) -> bool:

@@ -36,7 +36,10 @@ def start(tmp_path, monkeypatch):
     def started(sections, command=COMMAND):
         cfg = load_config(str(CONFIG), [*tiny_overrides("run"), "max_iterations=1", "max_epochs=1"])
         for section in sections:
-            cfg.update(section)
+            if "pairs" in section:
+                cfg.merge_with(section)
+            else:
+                cfg.update(section)
         OmegaConf.save(cfg, "my.yaml")
         with pytest.raises(SystemExit) as ended:
             main(shlex.split(command))

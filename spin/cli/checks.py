@@ -14,7 +14,7 @@ import torch
 
 from spin import config
 from spin.checkpoint import SPINCheckpointer
-from spin.config.schema import EvaluatedModel, Sampling
+from spin.config.schema import Checker, EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.files import check_can_be_made
 from spin.core.terminal import counted, plural
@@ -62,6 +62,8 @@ def _check_training(cfg: config.SPINConfig, check: Callable[..., Any], with_logi
     """The checks of a training config, in the order in which a run would meet the faults."""
     checkpointer = check("checkpointer", partial(_checkpointer, cfg))
     check("loss, optimizer", partial(_loss_and_optimizer, cfg))
+    if cfg.pairs.checker is not None:
+        check("checker", partial(_checker, cfg.pairs.checker))
     model = check("model", partial(_model, cfg))
     check("adapters", partial(_adapters, cfg), model=model)
     parameters = check("model folder", _folder, checkpointer=checkpointer, model=model)
@@ -129,6 +131,11 @@ def _loss_and_optimizer(cfg: config.SPINConfig) -> tuple[None, str]:
     loss = _built("loss", lambda: config.instantiate(cfg.loss, beta=beta))
     optimizer = _built("optimizer", lambda: config.instantiate(cfg.optimizer, parameters, lr=lr))
     return None, f"{type(loss).__name__} with beta {cfg.loss.beta}, {type(optimizer).__name__}"
+
+
+def _checker(section: Checker) -> tuple[None, str]:
+    weights = f"weight {section.right_weight:g} if right, 1 if wrong, {section.unknown_weight:g} if unknown"
+    return None, f"{section.component} is there and takes what it is called with; responses have {weights}"
 
 
 def _model(cfg: config.SPINConfig) -> tuple[torch.nn.Module, str]:

@@ -6,9 +6,10 @@ import argparse
 import json
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from omegaconf import OmegaConf
 
@@ -17,6 +18,7 @@ from spin.cli import parser_of
 from spin.core.errors import ConfigError, StoreError
 from spin.core.files import replace_text
 from spin.core.terminal import counted, printable
+from spin.types import Verdict
 
 if TYPE_CHECKING:  # torch and pyarrow are loaded when a store is read
     from spin.data import Pair, PairStore, Response
@@ -42,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--min-length", type=int, metavar="TOKENS", help="of the generated response")
     parser.add_argument("--max-length", type=int, metavar="TOKENS", help="of the generated response")
     parser.add_argument("--finish", choices=("stop", "length"), help="length: truncated responses")
+    parser.add_argument("--verdict", choices=get_args(Verdict), help="of pairs.checker")
     parser.add_argument("--export", type=Path, metavar="FILE.jsonl", help="write the responses as JSON Lines")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the run's, if it is a ChatTokenizer")
     parser.add_argument("--trust", action="store_true", help="take that tokenizer from another user's run too")
@@ -70,7 +73,8 @@ def main(argv: Sequence[str]) -> None:
         row = _row(item, decode)
         margin = "" if row["margin"] is None else f", margin {row['margin']:.2f} nats"
         sample_id = printable(row["sample_id"], one_line=True)
-        print(f"\n--- {sample_id} #{row['k']}, finish reason {row['finish_reason']}{margin}")
+        verdict = "" if row["verdict"] is None else f", verdict {row['verdict']}"
+        print(f"\n--- {sample_id} #{row['k']}, finish reason {row['finish_reason']}{verdict}{margin}")
         for column in ("prompt", "real", "generated"):
             print(f"[{column}] {printable(row[column])}")
     if arguments.export:
@@ -96,6 +100,8 @@ def summary_lines(store: PairStore, items: Sequence[Item]) -> list[str]:
     equal = sum(np.array_equal(response.token_ids, pair.real_ids) for pair, _, response in items)
     lines.append(f"truncated       {truncated} ({truncated / len(items):.1%})")
     lines.append(f"equal to real   {equal}")
+    for verdict, count in Counter(response.verdict for _, _, response in items).items():
+        lines += [] if verdict is None else [f"{verdict:<15} {count} ({count / len(items):.1%})"]
     columns: dict[str, list[float]] = {
         "prompt": [len(pair.prompt_ids) for pair, _, _ in items],
         "real": [len(pair.real_ids) for pair, _, _ in items],
@@ -137,7 +143,8 @@ def _passes(item: Item, arguments: argparse.Namespace) -> bool:
         (len(response.token_ids), arguments.min_length, arguments.max_length),
     )
     is_within = all((least is None or n >= least) and (most is None or n <= most) for n, least, most in limits)
-    return is_within and arguments.finish in (None, response.finish_reason)
+    asked = ((arguments.finish, response.finish_reason), (arguments.verdict, response.verdict))
+    return is_within and all(wanted in (None, found) for wanted, found in asked)
 
 
 def _decoder(store: Path, folder: Path | None, trust: bool) -> Callable[[Sequence[int]], str]:
@@ -179,6 +186,7 @@ def _row(item: Item, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
         **{name: decode(list(map(int, tokens))) for name, tokens in ids.items()},
         **{f"{name}_tokens": len(tokens) for name, tokens in ids.items()},
         "finish_reason": response.finish_reason,
+        "verdict": response.verdict,
         "reference_real_logp": pair.reference_real_logp,
         "reference_generated_logp": response.reference_logp,
         "margin": margin_of(item),

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from spin.config.components import component_of
+from spin.config.components import KINDS, component_of
 from spin.config.faults import Faults, nearest_of, nearest_or_known
 from spin.config.schema import (
     COMPONENT,
@@ -82,6 +82,15 @@ def _check_responses(cfg: SPINConfig, faults: Faults) -> None:
             f"prompt would be the same. Set sampling.{greedy}={Sampling()[greedy]} to sample them, or "
             "pairs.responses_per_prompt=1."
         )
+
+
+def _check_checker(cfg: SPINConfig, faults: Faults) -> None:
+    section, supplied = cfg.pairs.checker, KINDS["checker"].supplied
+    if section is not None:
+        try:
+            inspect.signature(component_of(section)).bind(**dict.fromkeys(supplied), **(section.model_extra or {}))
+        except TypeError as error:
+            faults.add(f"pairs.checker: {section.component}: {error}; it is called with {', '.join(supplied)} by name.")
 
 
 def _check_checkpointing(cfg: SPINConfig, faults: Faults) -> None:
@@ -184,8 +193,8 @@ _CHECKS: dict[type[Section], tuple[Callable[[Any, Faults], None], ...]] = {
         lambda cfg, faults: _check_sampling(cfg.judge.sampling, "judge.sampling", faults), _check_evaluated_models,
     ),
     SPINConfig: (
-        _check_iterations, _check_optimizer, _check_resume, _check_responses, _check_checkpointing, _check_dtypes,
-        _check_validation, _check_folders, _check_loggers,
+        _check_iterations, _check_optimizer, _check_resume, _check_responses, _check_checker, _check_checkpointing,
+        _check_dtypes, _check_validation, _check_folders, _check_loggers,
     ),
     GenerateConfig: (_check_worker,),
 }  # fmt: skip

@@ -118,6 +118,7 @@ KINDS: dict[str, Kind] = {
         "a generator of spin.generators",
         _each("spin.generators.", ("Replay", "Torchtune", "VLLM", "VLLMServer"), "Generator"), supplied=("context",),
     ),
+    "checker": Kind("a function of your own", supplied=("prompt", "real", "generated", "truncated")),
     "loss": Kind("a loss", ("spin.loss.SPINLoss", "torchtune.rlhf.loss.DPOLoss")),
     "optimizer": Kind(
         "an optimizer", _each("spin.training.", ("AdamW8bit", "AdamWStochasticRounding")),
@@ -508,12 +509,12 @@ def _build(
         raise ConfigError(f"{where}: {name} cannot be made: {error}. Check the paths of the section.") from error
     except (TypeError, ValueError, LookupError) as error:
         raise ConfigError(
-            f"{where}: {name} does not take these values ({type(error).__name__}: {error}{_place_in(name, error)}). "
+            f"{where}: {name} does not take these values ({type(error).__name__}: {error}{place_in(name, error)}). "
             "Check the section; SPIN_TRACEBACK=1 shows where it happened."
         ) from error
 
 
-def _place_in(name: str, error: BaseException) -> str:
+def place_in(name: str, error: BaseException) -> str:
     """Where a component of the user's own raised, as ', at file:line': the last line that is its package's."""
     root, place = name.split(".")[0], ""
     if root in ROOTS:

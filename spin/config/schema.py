@@ -133,6 +133,14 @@ class Sampling(Section):
         return next((name for name, is_greedy in greedy.items() if is_greedy), None)
 
 
+class Checker(Component):
+    """A function of the user's own that says of each response whether it is right: information from outside."""
+
+    right_weight: Fraction = key(0.0, "weight in the loss of responses that it calls right; 0: they are dropped")
+    unknown_weight: Fraction = key(1.0, "weight of those of which it says None; 0: they are dropped")
+    own: ClassVar[tuple[str, ...]] = ("right_weight", "unknown_weight")
+
+
 class Pairs(Section):
     """Which pairs are trained on, and how they are packed into rows."""
 
@@ -142,6 +150,9 @@ class Pairs(Section):
     truncated: Truncated = key("keep", "those that max_new_tokens truncated; if there are many: keep | mask | drop")
     equal_to_real: KeepOrDrop = key("keep", "drop if the model knows many responses by heart: keep | drop")
     empty: KeepOrDrop = key("drop", "responses without text; keep if that may be right: keep | drop")
+    checker: Checker | None = key(
+        None, "if a program can tell right from wrong responses: a function of yours, such as my_checker.check"
+    )
     prompts_per_shard: int = key(256, "fewer if often killed: a restart may generate them again", ge=1, le=2**20)
     row_tokens: int = key(8192, "longest packed row; lower when memory runs out; higher is faster", ge=1, le=2**24)
     row_multiple: int = key(128, "higher for fewer shapes to compile; rows are padded to this", ge=1, le=2**16)

@@ -30,6 +30,10 @@ class GeneratorError(SpinError, RuntimeError):
     """A generator that failed, or whose responses do not fit the prompts."""
 
 
+class CheckerError(SpinError, RuntimeError):
+    """A checker of responses that raised, or said neither right, wrong nor unknown."""
+
+
 class CheckpointError(SpinError, RuntimeError):
     """A checkpoint that is missing, damaged, or does not fit the model or the config."""
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from spin.core.terminal import plural, printable
 
-Kind = Literal["validate", "generate", "score", "train", "save"]
+Kind = Literal["validate", "generate", "check", "score", "train", "save"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # the first also before all iterations, and within training
 
 LINE_SECONDS = 30.0  # between two lines of a stage, or a tenth of its time if that is longer

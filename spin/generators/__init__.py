@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from spin.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from spin.generators.checker import check_responses
     from spin.generators.engines import EngineGroup, engine_group, policy_loaded
     from spin.generators.generator import (
         Generator,
@@ -25,6 +26,7 @@ else:
 __all__ = [
     "EngineGroup",
     "PlayTask",
+    "check_responses",
     "engine_group",
     "filtered_responses",
     "limits_of",

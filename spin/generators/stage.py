@@ -25,6 +25,7 @@ from torch import nn
 
 from spin import config
 from spin.config import SPINConfig
+from spin.config.schema import Pairs
 from spin.core.errors import GeneratorError, OutputError, Stopped
 from spin.core.files import json_fingerprint
 from spin.core.heartbeat import set_stage
@@ -227,12 +228,15 @@ def play_shards(
     count(look=True)  # all have added theirs
 
 
-def filtered_responses(folders: Iterable[Path], policies: Any) -> FilteredPairs:
-    """The pairs that were played into folders, see :func:`play_tasks`, less what the config's ``pairs`` drops."""
-    stores = [PairStore.open(folder / "responses") for folder in folders]
-    pairs = chain.from_iterable(store.pairs() for store in stores)
-    chosen = {kind: getattr(policies, kind) for kind in ("truncated", "equal_to_real", "empty")}
-    return FilteredPairs(pairs, **chosen)
+def filtered_responses(folders: Iterable[Path], policies: Pairs) -> FilteredPairs:
+    """The pairs that were played into folders, see :func:`play_tasks`, and checked if there is a checker, less what the
+    config's ``pairs`` drops."""
+    chosen: dict[str, Any] = {kind: policies[kind] for kind in ("truncated", "equal_to_real", "empty")}
+    if policies.checker is not None:
+        weights = {"right": policies.checker.right_weight, "wrong": 1.0, "unknown": policies.checker.unknown_weight}
+        chosen["verdicts"] = {verdict: "keep" if weight > 0 else "drop" for verdict, weight in weights.items()}
+    stores = [PairStore.open(folder / ("checked" if "verdicts" in chosen else "responses")) for folder in folders]
+    return FilteredPairs(chain.from_iterable(store.pairs() for store in stores), **chosen)
 
 
 def play_report(folder: Path) -> dict[str, float]:

@@ -104,10 +104,13 @@ def window_of(model: nn.Module) -> int | None:
 
 def row_layout(model: nn.Module, cfg: SPINConfig, flex: bool) -> RowLayout:
     """How pairs are packed into rows that a model takes."""
+    checker = cfg.pairs.checker
     return RowLayout(
         row_tokens=cfg.pairs.row_tokens,
         row_multiple=math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
         truncated=cfg.pairs.truncated,
+        right_weight=1.0 if checker is None else checker.right_weight,
+        unknown_weight=1.0 if checker is None else checker.unknown_weight,
         flex=flex,
         window=window_of(model),
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from spin.core.errors import StoreError
 from spin.types import Pair
@@ -15,15 +16,22 @@ class FilteredPairs(Iterable[Pair]):
 
     ``keep`` and ``drop`` are for each of three kinds: responses that the length limit ended (kept as they are, without
     an end token; ``mask`` leaves them without weight in the loss), those equal to the real one, which have no gradient,
-    and those of a stop token alone. Responses without any token cannot be scored and are always dropped. Iterating
-    raises ``StoreError`` at the end if no pair was left.
+    and those of a stop token alone; where there is a checker, ``verdicts`` has as much for each of its verdicts.
+    Responses without any token cannot be scored and are always dropped. Iterating raises ``StoreError`` at the end if
+    no pair was left.
     """
 
     def __init__(
-        self, pairs: Iterable[Pair], *, truncated: str = "keep", equal_to_real: str = "keep", empty: str = "drop"
+        self,
+        pairs: Iterable[Pair],
+        *,
+        truncated: str = "keep",
+        equal_to_real: str = "keep",
+        empty: str = "drop",
+        verdicts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._pairs = pairs
-        self._policies = {"truncated": truncated, "equal_to_real": equal_to_real, "empty": empty}
+        self._pairs, self._verdicts = pairs, verdicts
+        self._policies = {"truncated": truncated, "equal_to_real": equal_to_real, "empty": empty, **verdicts}
         self.counts: Counter[str] = Counter()
 
     def __iter__(self) -> Iterator[Pair]:
@@ -39,6 +47,7 @@ class FilteredPairs(Iterable[Pair]):
                     "truncated": response.truncated,
                     "equal_to_real": equal,
                     "empty": size == 0 or (size == 1 and not response.truncated),
+                    **{verdict: response.verdict == verdict for verdict in self._verdicts},
                 }
                 counts.update(responses=1, **kinds)
                 if size > 0 and not any(found and self._policies[kind] == "drop" for kind, found in kinds.items()):
@@ -55,5 +64,6 @@ class FilteredPairs(Iterable[Pair]):
                 )
             raise StoreError(
                 f"No pair is left of {num_pairs}: {dict(counts)}. Every response was dropped by pairs.truncated, "
-                "pairs.equal_to_real or pairs.empty; relax them, or raise sampling.max_new_tokens."
+                "pairs.equal_to_real, pairs.empty or the weight 0 of a verdict of pairs.checker; relax them, or raise "
+                "sampling.max_new_tokens."
             )

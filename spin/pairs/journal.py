@@ -31,8 +31,10 @@ class Journal:
 
     def append(self, index: int, response: Response) -> None:
         """Keeps a response, which is number ``index`` of its shard; OutputError if it cannot be written."""
-        row = {"index": index, "token_ids": list(response.token_ids), "finish_reason": response.finish_reason}
-        text = json.dumps(row if response.logprobs is None else row | {"logprobs": list(response.logprobs)}).encode()
+        row = {"index": index, "token_ids": list(map(int, response.token_ids)), "finish_reason": response.finish_reason}
+        row |= {} if response.logprobs is None else {"logprobs": list(response.logprobs)}
+        row |= {} if response.verdict is None else {"verdict": response.verdict}
+        text = json.dumps(row).encode()
         with as_output_error(self._file):
             self._stream = self._stream or open_own(self._file, "a")
             # the line feed comes first, since the line before may be torn

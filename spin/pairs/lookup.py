@@ -115,7 +115,7 @@ def hash_of(key: Key) -> int:
 
 def _encode(pair: Pair) -> bytes:
     ids = pair.parts
-    responses = [(response.finish_reason, response.reference_logp) for response in pair.generated]
+    responses = [(response.finish_reason, response.reference_logp, response.verdict) for response in pair.generated]
     head = [pair.sample_id, pair.iteration, [len(each) for each in ids], pair.reference_real_logp, responses]
     return b"".join([json.dumps(head).encode(), b"\n", *(np.asarray(each, np.int32).tobytes() for each in ids)])
 
@@ -125,5 +125,8 @@ def _decode(content: bytes) -> Pair:
     sample_id, iteration, lengths, real_logp, responses = json.loads(head)
     tokens = np.frombuffer(ids, np.int32)
     prompt_ids, real_ids, *generated = (tokens[a:b] for a, b in pairwise(accumulate(lengths, initial=0)))
-    written = [Response(each, *rest) for each, rest in zip(generated, responses, strict=True)]
+    written = [
+        Response(each, reason, logp, verdict=verdict)
+        for each, (reason, logp, verdict) in zip(generated, responses, strict=True)
+    ]
     return Pair(sample_id, iteration, prompt_ids, real_ids, written, real_logp)

@@ -35,6 +35,8 @@ class RowLayout:
     row_tokens: int = 8192  # of a row at most; a longer pair gets a row of its own
     row_multiple: int = 1  # every row's length is a multiple of this; FlexAttention needs one of 128
     truncated: str = "keep"  # mask gives comparisons with a truncated response the weight 0
+    right_weight: float = 1.0  # of comparisons with a response that the checker calls right
+    unknown_weight: float = 1.0  # with one that it does not know
     flex: bool = False  # rows describe their mask in blocks, for FlexAttention; else it is dense
     window: int | None = None  # sliding window of some of the model's layers, in positions
     fitted: tuple[int, ...] = ()  # lengths that suit the pairs, ascending, see fit_lengths; empty: ROW_FRACTIONS
@@ -81,7 +83,8 @@ class PackedRow:
     generated: torch.Tensor  # the one that is generated, int64, shape (c,)
     truncated: torch.Tensor  # the length limit ended the generated response, bool, shape (c,)
     equal: torch.Tensor  # the generated response is the real one, bool, shape (c,)
-    # of each comparison in the loss, float32, shape (c,); a pair's sum to 1, or less where truncated ones are masked
+    # of each comparison in the loss, float32, shape (c,); a pair's sum to 1, or less where truncated ones are masked or
+    # a checker's verdict has less weight
     weights: torch.Tensor
     used_tokens: int  # tokens of the row that are not padding
     pair_responses: list[tuple[tuple[int, str], int, int]]  # key, first response, number of responses of each pair
@@ -277,12 +280,18 @@ def pack_batch(pairs: Sequence[Pair], layout: RowLayout, rank: int = 0, num_rank
 
 
 def loss_weight(pairs: Sequence[Pair], layout: RowLayout) -> float:
-    """What a global batch's summed loss is divided by: its number of pairs, less the weight that masking takes."""
-    if layout.truncated != "mask":
+    """What a global batch's summed loss is divided by: its number of pairs, less the weight that masking and a
+    checker's verdicts take."""
+    if layout.truncated != "mask" and layout.right_weight == layout.unknown_weight == 1:
         return float(sum(bool(pair.generated) for pair in pairs))
     return sum(sum(_comparison_weights(pair, layout)) for pair in pairs)
 
 
 def _comparison_weights(pair: Pair, layout: RowLayout) -> list[float]:
-    is_masked = [layout.truncated == "mask" and response.truncated for response in pair.generated]
-    return [0.0 if masked else 1.0 / len(is_masked) for masked in is_masked]
+    of_verdict = {"right": layout.right_weight, "unknown": layout.unknown_weight}
+    return [
+        0.0
+        if layout.truncated == "mask" and response.truncated
+        else of_verdict.get(response.verdict or "", 1.0) / len(pair.generated)
+        for response in pair.generated
+    ]

@@ -16,12 +16,13 @@ import hashlib
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from operator import eq
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +43,7 @@ from spin.core.files import (
     write_json,
 )
 from spin.pairs.journal import Journal
-from spin.types import Pair, Response
+from spin.types import FinishReason, Pair, Response, Verdict
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -63,6 +64,9 @@ _SCHEMA = pa.schema(
         ("opponent", pa.string()),
     ]
 )
+
+
+_CHECKED_SCHEMA = _SCHEMA.append(pa.field("verdict", pa.string()))  # where a checker has looked at the responses
 
 
 class PairStore:
@@ -234,6 +238,11 @@ class PairStore:
             equal += sum(map(eq, alike["real_ids"].to_pylist(), alike["generated_ids"].to_pylist()))
         return responses, truncated, equal, tokens
 
+    def count_verdicts(self) -> Counter[str]:
+        """Responses by what a checker said of them; reads one column of every shard."""
+        tables = (self._table(index, columns=["finish_reason", "verdict"]) for index in range(self.num_shards))
+        return Counter(verdict for table in tables for verdict in table["verdict"].to_pylist())
+
     def _shard(self, index: int) -> Path:
         return self.path / _shard_name(index)
 
@@ -269,7 +278,7 @@ class PairStore:
         try:
             open_regular(file).close()  # of a pipe nothing would ever come
             schema = pq.read_schema(file)
-            if not schema.equals(_SCHEMA):
+            if schema not in (_SCHEMA, _CHECKED_SCHEMA):
                 return f"damaged (it has the columns {schema.names}, expected {_SCHEMA.names})"
             origin = _read_origin(schema)
             fault = self._origin_fault(index, origin)
@@ -344,8 +353,11 @@ def _values_fault(table: pa.Table) -> str | None:
             ids = pc.list_flatten(table[name])
             if ids.null_count or (pc.min(ids).as_py() or 0) < 0:
                 return f"{name} holds what is no token id"
-    unknown = set(pc.unique(table["finish_reason"]).to_pylist()) - {"stop", "length"}
-    return f"finish_reason is {', '.join(sorted(unknown))}" if unknown else None
+    for name, values in (("finish_reason", FinishReason), ("verdict", Verdict)):
+        unknown = set(pc.unique(table[name]).to_pylist() if name in table.column_names else ()) - {*get_args(values)}
+        if unknown:
+            return f"{name} is {', '.join(sorted(unknown))}"
+    return None
 
 
 def _read_origin(schema: pa.Schema) -> dict[str, Any]:
@@ -378,19 +390,21 @@ def _rows_sha256(table: pa.Table) -> str:
 def _table_of(pairs: Sequence[Pair], opponent: str) -> pa.Table:
     rows = [
         (pair.sample_id, pair.iteration, k, pair.prompt_ids, pair.real_ids, response.token_ids)
-        + (response.finish_reason, pair.reference_real_logp, response.reference_logp, opponent)
+        + (response.finish_reason, pair.reference_real_logp, response.reference_logp, opponent, response.verdict)
         for pair in pairs
         for k, response in enumerate(pair.generated)
     ]
-    columns = list(zip(*rows, strict=True)) or [()] * len(_SCHEMA)
-    return pa.table(
-        [pa.array(values, each.type) for values, each in zip(columns, _SCHEMA, strict=True)], schema=_SCHEMA
-    )
+    schema = _CHECKED_SCHEMA if any(row[-1] is not None for row in rows) else _SCHEMA
+    columns = list(zip(*rows, strict=True)) or [()] * len(schema)
+    return pa.table([pa.array(values, each.type) for values, each in zip(columns, schema, strict=False)], schema=schema)
 
 
 def _pairs_of(table: pa.Table) -> list[Pair]:
     columns: list[list[Any]] = []
-    for name in _SCHEMA.names[:-1]:
+    for name in ("verdict", *_SCHEMA.names[:-1]):
+        if name not in table.column_names:  # there was no checker
+            columns.append([None] * table.num_rows)
+            continue
         column = table[name].combine_chunks()
         if name.endswith("_ids"):
             ids = column.values.to_numpy()
@@ -398,8 +412,10 @@ def _pairs_of(table: pa.Table) -> list[Pair]:
         else:
             columns.append(column.to_pylist())
     pairs: list[Pair] = []
-    for sample_id, iteration, k, prompt_ids, real_ids, ids, reason, real_logp, logp in zip(*columns, strict=True):
+    for verdict, sample_id, iteration, k, prompt_ids, real_ids, ids, reason, real_logp, logp in zip(
+        *columns, strict=True
+    ):
         if k == 0 or not pairs or pairs[-1].key != (iteration, sample_id):
             pairs.append(Pair(sample_id, iteration, prompt_ids, real_ids, [], real_logp))
-        pairs[-1].generated.append(Response(ids, reason, logp))
+        pairs[-1].generated.append(Response(ids, reason, logp, verdict=verdict))
     return pairs

@@ -91,7 +91,7 @@ def score_fingerprint(
     return {
         "opponent": opponent,
         "pairs": digest.hexdigest(),
-        "packing": asdict(layout),
+        "packing": {name: value for name, value in asdict(layout).items() if not name.endswith("_weight")},
         "compute_dtype": cfg.compute_dtype,
         "float8": cfg.enable_float8_training,
         "num_ranks": num_ranks,

@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 from statistics import fmean as mean
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -23,6 +23,7 @@ from spin.core.terminal import counted, printable
 from spin.report.advice import LN_2, advice, verdict
 from spin.report.record import IterationRecord, RunRecord, is_number
 from spin.report.texts import marked, plain_text, turns
+from spin.types import Verdict
 
 SECTIONS = ("summary", "prompts", "evaluation", "iterations", "responses", "configs")  # macros of sections.html
 STAGES = ("play", "score", "fit", "validate")
@@ -39,6 +40,7 @@ CHARTS = {
     "Validation loss, nats per token": (("val_loss", "real responses", 1),),
     "Length of responses, tokens": (("avg_generated_lengths", "generated", 0), ("real_tokens", "real", 0)),
     "Truncated fraction of generated responses": (("truncated_fraction", "training", 0),),
+    "Responses by the checker's verdict": tuple((f"{name}_fraction", name, 0) for name in get_args(Verdict)),
     "Gradient norm": (("grad_norm", "before clipping", 0),),
     "Generator off the policy, nats per token": (("generator/logprob_gap", "mean gap", 1),),
     "Speed, pairs per second": (("pairs_per_second", "training step", 0),),

@@ -60,6 +60,7 @@ class RunPlan:
         at_start = int(self.num_val_samples > 0 and cfg.validation.at_start)
         stages: list[tuple[Kind, int | None]] = [("validate", None)] * at_start
         kinds = KINDS[KINDS.index("train" if self.is_sft else "generate") :]
+        kinds = tuple(kind for kind in kinds if kind != "check" or cfg.pairs.checker is not None)
         stages += [(kind, None if self.is_sft else i) for i in iterations for kind in kinds]
         stages += [("generate", None)] * min(1, self.num_fixed_prompts)  # by the weights at the end
         within = 0 if progress.is_iteration_start else kinds.index("train")
@@ -70,10 +71,11 @@ class RunPlan:
         validated = {first(i) + self.steps_in(i) for i in iterations}  # after these steps
         validated |= set(range(self.val_every, total, self.val_every)) if self.val_every else set()
         validations = sum(each > step for each in validated) + (at_start if step == 0 else 0)
+        responses = len(to_play) * (self.steps * self._size + val_samples) * cfg.pairs.responses_per_prompt
         left: dict[Kind, int] = {
             "validate": validations * math.ceil(self.num_val_samples / self._size),
-            "generate": len(to_play) * (self.steps * self._size + val_samples) * cfg.pairs.responses_per_prompt
-            + (len(to_play) + 1) * self.num_fixed_prompts,
+            "generate": responses + (len(to_play) + 1) * self.num_fixed_prompts,
+            "check": responses if "check" in kinds else 0,
             "score": sum(progress.steps_in_epoch(i) + math.ceil(val_samples / self._size) for i in to_play),
             "train": total - step,
             "save": sum(first(i + 1) > step for i in iterations),

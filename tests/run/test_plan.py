@@ -18,7 +18,7 @@ def plan(num_val=0, prompts=PROMPTS, **changes):
     values = {
         "seed": 7, "global_batch_size": 4, "limit_train_batches": 0.6, "limit_val_batches": 1.0, "max_iterations": 3,
         "max_epochs": 2, "max_steps": -1, "val_check_interval": 0.34, "save_interval": 2,
-        "pairs": {"history": 0, "history_fraction": 1.0}, "optimizer": {"reset_each_iteration": True},
+        "pairs": {"history": 0, "history_fraction": 1.0, "checker": None}, "optimizer": {"reset_each_iteration": True},
         "validation": {"at_start": True, "spin": False, "fixed_prompts": 0},
     }  # fmt: skip
     return RunPlan(OmegaConf.create(values | changes), prompts, num_val)
@@ -118,7 +118,7 @@ def test_the_progress_of_a_run_begins_where_it_stands(step, kind, number, left):
     made = plan(
         num_val=6, max_steps=10, val_check_interval=2,
         validation={"at_start": True, "spin": True, "fixed_prompts": 3},
-        pairs={"history": 0, "history_fraction": 1.0, "responses_per_prompt": 2},
+        pairs={"history": 0, "history_fraction": 1.0, "responses_per_prompt": 2, "checker": None},
     )  # fmt: skip
     made.progress.step = step
     made.start(math.inf)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,15 @@ import spin_generate
 from spin_recipe import SPINRecipe
 
 from spin.config import GenerateConfig
-from spin.core.errors import GeneratorError, NonFiniteError, SpinError, StoreError
+from spin.core.errors import CheckerError, GeneratorError, NonFiniteError, SpinError, StoreError
 from spin.core.ranks import barrier, gather_objects, init_world, shutdown
-from spin.data import PairStore
-from spin.generators import TorchtuneGenerator
+from spin.data import ChatTokenizer, Pair, PairStore, Response
+from spin.generators import TorchtuneGenerator, check_responses
 from spin.pairs.lookup import share_lookup
 from spin.pairs.shards import missing_shards
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.recipes.helpers import changing_loss, step_of, tiny_config, weights_of  # noqa: E402
+from tests.recipes.helpers import TINY_LM, changing_loss, step_of, tiny_config, weights_of  # noqa: E402
 
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "pairs.prompts_per_shard=5")
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -78,6 +79,29 @@ for name, recipe in (("generator", SPINRecipe(tiny_config(folder / "generator", 
     store = PairStore.open(folder / name / "iteration_000" / "responses")
     assert not store.is_sealed and len(store.missing_shards()) == 1  # of two for each rank
 barrier(world)
+
+
+if world.is_main:
+    played = PairStore.open_or_create(folder / "it" / "responses", {"opponent": "w"}, 4)
+    for shard in range(4):  # rank 1 has the second and the last
+        played.write_shard(shard, [Pair(f"s{shard}{i}", 0, [5], [6], [Response([7], "length")]) for i in range(3)])
+    played.seal()
+    (folder / "own_checker.py").write_text("says = []\ndef check(**given):\n    return says.pop()\n")
+barrier(world)
+os.environ["SPIN_ALLOW_COMPONENTS"] = "own_checker"
+sys.path.insert(0, str(folder))
+section = tiny_config(folder, "pairs.checker=own_checker.check").pairs.checker
+check = partial(check_responses, [folder / "it"], section, ChatTokenizer(TINY_LM), world, lambda: False)
+says = sys.modules["own_checker"].says
+says[:] = [True, None, "no" if rank == 1 else False, True, True, True]  # from the last to the first
+with pytest.raises(
+    CheckerError, match="^rank 1: pairs.checker: sample s30: own_checker.check returned 'no' of type str"
+):
+    check()
+assert len(says) == 2 * rank  # rank 1 was asked the first of its last shard
+says[:] = [True, None, False] * (1 - rank)  # the last shard is rank 0's now
+assert check() == {"right_fraction": 8 / 12, "wrong_fraction": 2 / 12, "unknown_fraction": 2 / 12}
+assert says == []
 
 
 disk = folder if world.is_main else folder / "of_another_host"

@@ -1,0 +1,184 @@
+"""The checker of a user's own: what it is given, what its verdicts do, and that none is asked for twice."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from spin.core.errors import CheckerError, ConfigError, Stopped
+from spin.core.ranks import init_world
+from spin.data import ChatTokenizer, Pair, PairStore, Response
+from spin.generators import check_responses, filtered_responses
+from spin.pairs import RowLayout, share_lookup
+from spin.pairs.packing import loss_weight, pack_row
+from spin.run.resume import run_fingerprint
+from tests.recipes.helpers import TINY_LM, tiny_config
+
+PACKAGE = "checker_of_test"
+SAMPLES = 10  # of two responses each, in four shards; response number i of a sample has i as its last word
+SOURCE = """
+import numpy as np
+
+calls, says = [], {}
+
+def check(prompt, real, generated, truncated, mark=None):
+    calls.append((prompt, real, generated, truncated, mark))
+    found = says.get(generated, generated.endswith("1"))
+    if isinstance(found, BaseException):
+        raise found
+    return found
+
+class Checker:
+    def __init__(self, tolerance):
+        pass
+
+    def __call__(self, **given):
+        return self
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return ChatTokenizer(TINY_LM)
+
+
+@pytest.fixture
+def checker(tmp_path, monkeypatch):
+    """The user's module, importable and allowed."""
+    (tmp_path / f"{PACKAGE}.py").write_text(SOURCE, encoding="utf-8")
+    monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", PACKAGE)
+    monkeypatch.syspath_prepend(tmp_path)
+    tiny_config("runs/none", f"pairs.checker={PACKAGE}.check")  # imports it
+    yield sys.modules[PACKAGE]
+    del sys.modules[PACKAGE]
+
+
+def pairs_config(*overrides):
+    return tiny_config("runs/none", f"pairs.checker={PACKAGE}.check", *overrides).pairs
+
+
+def played(folder, tokenizer):
+    """A folder with responses; those of odd samples are truncated."""
+    pairs = []
+    for i in range(SAMPLES):
+        turns = [{"role": "user", "content": f"Größe {i}?"}, {"role": "assistant", "content": "Es ist 1."}]
+        prompt, real = tokenizer.encode_pair(turns)
+        responses = []
+        for k in range(2):
+            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": f"{i} 東 {k}"}]
+            ids = tokenizer.encode_pair(turns)[1]
+            responses.append(Response(ids[:-1], "length") if i % 2 else Response(ids, "stop"))
+        pairs.append(Pair(f"s{i}", 0, prompt, real, responses))
+    store = PairStore.open_or_create(folder / "responses", {"opponent": "w"}, 4)
+    for shard, part in enumerate(np.array_split(np.arange(SAMPLES), 4)):
+        store.write_shard(shard, [pairs[i] for i in part])
+    store.seal()
+    return folder
+
+
+def checked(folder, tokenizer, section=None, should_stop=lambda: False):
+    return check_responses([folder], section or pairs_config().checker, tokenizer, init_world("cpu"), should_stop)
+
+
+def verdicts(folder):
+    return [[each.verdict for each in pair.generated] for pair in PairStore.open(folder / "checked").pairs()]
+
+
+def test_what_it_is_given_and_what_becomes_of_what_it_says(checker, tokenizer, tmp_path, caplog):
+    """Of ten samples each second response is right but one, of which nothing is known; one of another is numpy's."""
+    folder = played(tmp_path / "it", tokenizer)
+    checker.says.update({"3 東 1": None, "4 東 0": np.bool_(True)})
+    pairs = pairs_config(
+        f"pairs.checker={{_component_: {PACKAGE}.check, mark: m, right_weight: 0.25, unknown_weight: 0.5}}"
+    )
+    with caplog.at_level("INFO"):
+        found = checked(folder, tokenizer, pairs.checker)
+    assert found == {"right_fraction": 0.5, "wrong_fraction": 0.45, "unknown_fraction": 0.05}
+    assert "10 right, 9 wrong, 1 unknown" in caplog.text
+    prompt = "<|im_start|>user\nGröße 1?<|im_end|>\n<|im_start|>assistant\n"
+    assert checker.calls[2:4] == [(prompt, "Es ist 1.", f"1 東 {k}", True, "m") for k in range(2)]
+    expected = [["wrong", "right"]] * SAMPLES
+    expected[3], expected[4] = ["wrong", "unknown"], ["right", "right"]
+    assert verdicts(folder) == expected
+
+    kept = filtered_responses([folder], pairs)
+    lookup = share_lookup(tmp_path / "rows", kept, init_world("cpu"))
+    assert [[each.verdict for each in pair.generated] for pair in lookup.values()] == expected
+    assert {name: kept.counts[name] for name in ("right", "wrong", "unknown", "dropped")} == {
+        "right": 10, "wrong": 9, "unknown": 1, "dropped": 0
+    }  # fmt: skip
+    layout = RowLayout(right_weight=0.25, unknown_weight=0.5)
+    three = [lookup[0, f"s{i}"] for i in (2, 3, 4)]
+    assert pack_row(three, layout=layout).weights.tolist() == [0.5, 0.125, 0.5, 0.25, 0.125, 0.125]
+    assert loss_weight(three, layout) == 0.625 + 0.75 + 0.25
+    unweighted = filtered_responses([folder], pairs_config())  # right: 0, so dropped; unknown: 1
+    assert [[each.verdict for each in pair.generated] for pair in unweighted][2:] == [
+        ["wrong"], ["wrong", "unknown"], *[["wrong"]] * 5
+    ]  # fmt: skip
+    assert unweighted.counts["dropped_pairs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        (ValueError("no number"), r"raised ValueError: no number, at .*checker_of_test.py:10\."),
+        (SystemExit(3), "raised SystemExit: 3"),
+        ("wrong", "returned 'wrong' of type str, expected True"),
+        (1, "returned 1 of type int"),
+        (np.array([True]), r"returned array\(\[ True\]\) of type ndarray"),
+    ],
+)
+def test_a_failure_names_the_sample_and_costs_nothing(checker, tokenizer, tmp_path, says, message):
+    folder = played(tmp_path / "it", tokenizer)
+    checker.says["4 東 1"] = says
+    with pytest.raises(CheckerError, match=rf"^pairs.checker: sample s4: {PACKAGE}.check {message}") as error:
+        checked(folder, tokenizer)
+    assert "rerun the same command" in str(error.value)
+    checker.says.clear()
+    before = len(checker.calls)
+    checked(folder, tokenizer)
+    assert len(checker.calls) == before + 2 * SAMPLES - 9, "nine had their verdict"
+    assert verdicts(folder) == [["wrong", "right"]] * SAMPLES
+    checked(folder, tokenizer)
+    assert len(checker.calls) == before + 2 * SAMPLES - 9
+
+
+def test_stops_between_responses_and_looks_again_when_the_code_has_changed(checker, tokenizer, tmp_path):
+    folder = played(tmp_path / "it", tokenizer)
+    with pytest.raises(Stopped):
+        checked(folder, tokenizer, should_stop=lambda: len(checker.calls) == 7)
+    checked(folder, tokenizer)
+    assert len(checker.calls) == 2 * SAMPLES
+    with open(checker.__file__, "a", encoding="utf-8") as stream:
+        stream.write("# other code\n")
+    checked(folder, tokenizer)
+    assert len(checker.calls) == 4 * SAMPLES
+
+
+def test_without_one_nothing_changes(tokenizer, tmp_path):
+    cfg = tiny_config("runs/none")
+    assert "checker" not in run_fingerprint(cfg, "data", "tokens")["pairs"]
+    folder = played(tmp_path / "it", tokenizer)
+    assert check_responses([folder], cfg.pairs.checker, tokenizer, init_world("cpu"), bool) == {}
+    assert set(filtered_responses([folder], cfg.pairs).counts) == set()
+    assert not (folder / "checked").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"pairs.checker={PACKAGE}.chekc", "has no 'chekc'. Did you mean 'check'"),
+        (
+            f"pairs.checker={PACKAGE}.Checker",
+            "Checker: missing a required argument: 'tolerance'; it is called with prompt",
+        ),
+        (f"pairs.checker={{_component_: {PACKAGE}.check, marc: 1}}", "marc: .*Did you mean 'mark'"),
+        (f"pairs.checker={{_component_: {PACKAGE}.check, real: 1}}", "checker.real: the recipe supplies it"),
+        (f"pairs.checker={{_component_: {PACKAGE}.check, right_weight: 2}}", "right_weight: found 2"),
+        ("pairs.checker=another.check", r"the section takes a function of your own.*allow_components=\[another\]"),
+        ("pairs.checker=os.system", "belongs to Python itself"),
+    ],
+)
+def test_refused_before_anything_is_loaded(checker, override, message):
+    with pytest.raises(ConfigError, match=message):
+        tiny_config("runs/none", override)
