@@ -56,7 +56,7 @@ class PeerBench(Bench):
     def __init__(self, args: Any) -> None:
         super().__init__(args)
         self.weight_dtype = torch.float32
-        self._shared: Any = None
+        self._shared: dict[torch.dtype, Any] = {}
 
     def plain(self, seed: int, dtype: torch.dtype, checkpointing: bool = False) -> nn.Module:
         """torchtune's own model, sharded over this one device.
@@ -77,27 +77,29 @@ class PeerBench(Bench):
         randomize(model, self.world, seed)
         return model
 
-    def twin(self, attention: str = "sdpa") -> Any:
-        """A ``LlamaForCausalLM`` of its own whose parameters are those of all twins; memory for them exists once."""
+    def twin(self, attention: str, dtype: torch.dtype) -> Any:
+        """A ``LlamaForCausalLM`` of its own whose parameters are those of all twins of this type; memory for them
+        exists once."""
         from transformers import LlamaForCausalLM
 
-        if self._shared is None:
+        if dtype not in self._shared:
             source = self.model("compiled")
-            self._shared = hf_twin(source, self.weight_dtype, self.world.device, self.twin_weights(source))
-        config = type(self._shared.config).from_dict(self._shared.config.to_dict())
+            self._shared[dtype] = hf_twin(source, dtype, self.world.device, self.twin_weights(source))
+        shared = self._shared[dtype]
+        config = type(shared.config).from_dict(shared.config.to_dict())
         config._attn_implementation = attention
         with torch.device("meta"):
             model = LlamaForCausalLM(config)
         with torch.device(self.world.device):
             model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
-        sources = dict(self._shared.named_modules())
+        sources = dict(shared.named_modules())
         for name, module in model.named_modules():  # Liger's layers lack modules without parameters
             module._parameters.update(sources[name]._parameters)
         return model.train()
 
-    def twin_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
-        """The parameters that all twins share, by transformers' names."""
-        return self._shared.named_parameters()  # type: ignore[no-any-return]
+    def twin_parameters(self, dtype: torch.dtype) -> Iterable[tuple[str, nn.Parameter]]:
+        """The parameters that all twins of a type share, by transformers' names."""
+        return self._shared[dtype].named_parameters()  # type: ignore[no-any-return]
 
     def twin_weights(self, source: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
         """What twins have of the product's model, by torchtune's names."""
@@ -316,10 +318,12 @@ class Twin(Peer):
 
     packages = ("transformers",)
     attention = "sdpa"
+    bf16_weights = False  # where it computes in bf16
 
     def __init__(self, bench: PeerBench) -> None:
         super().__init__(bench)
-        self.model = bench.twin(self.attention if bench.on_gpu else "sdpa")
+        self.dtype = bench.compute_dtype if self.bf16_weights else bench.weight_dtype
+        self.model = bench.twin(self.attention if bench.on_gpu else "sdpa", self.dtype)
 
     @property
     def policy(self) -> nn.Module:
@@ -331,7 +335,7 @@ class Twin(Peer):
 
     def gradients(self) -> dict[str, torch.Tensor]:
         # by the names of the first twin, because an arm may have other modules (Liger's)
-        named = {name: p.grad for name, p in self.bench.twin_parameters() if p.grad is not None}
+        named = {name: p.grad for name, p in self.bench.twin_parameters(self.dtype) if p.grad is not None}
         return hf_to_tune(named, **heads_of(self.model.config))
 
 

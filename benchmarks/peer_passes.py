@@ -9,14 +9,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from arms import ARMS
 from generation import generate_in_batches
-from peer_arms import PeerBench
-from peer_trl import REFERENCES, TRL, TRLTuned, preference_data
+from peer_arms import Ours, Peer, PeerBench
+from peer_trl import REFERENCES, TRL, TRLBf16WithVLLM, TRLTuned, TRLWithVLLM, preference_data
 from rounds import attempt, free, race, spread
 from work import hf_twin
 
@@ -33,11 +35,14 @@ PASS_TITLES = {
     "trl": "TRL's precompute_ref_log_probs, default",
     "trl_tuned": "TRL's precompute_ref_log_probs, sorted by length, best batch",
 }
-ITERATION_TITLES = {
-    "ours": "this project",
-    "trl": "transformers.generate, TRL DPOTrainer, default",
-    "trl_tuned": "transformers.generate, TRL DPOTrainer, tuned",
+ITERATION_PEERS: dict[str, type[Peer]] = {
+    "ours": Ours,
+    "trl": TRL,
+    "trl_tuned": TRLTuned,
+    "trl_vllm": TRLWithVLLM,
+    "trl_bf16_vllm": TRLBf16WithVLLM,
 }
+VLLM_SLOTS = 512  # requests that vLLM works on at once
 
 Logps = list[tuple[float, float]]  # of the real and the generated response of each pair, in nats
 
@@ -237,7 +242,7 @@ def _fitting(pair: Pair, vocab_size: int) -> Pair:
 
 
 class PeerIteration:
-    """Responses by transformers.generate, then reference log-probs and an epoch by TRL's trainer.
+    """Responses by another engine, then reference log-probs and an epoch by TRL's trainer.
 
     Args:
         bench (PeerBench): gives weights and device.
@@ -246,13 +251,28 @@ class PeerIteration:
 
     def __init__(self, bench: PeerBench, pairs: Sequence[Pair]) -> None:
         self.bench, self.pairs = bench, pairs
-        self.model = hf_twin(bench.model("compiled"), bench.compute_dtype, bench.world.device).eval()
 
-    def responses(self, pairs: Sequence[Pair]) -> list[Pair]:
+    @cached_property
+    def model(self) -> Any:
+        """transformers' model that generates."""
+        return hf_twin(self.bench.model("compiled"), self.bench.compute_dtype, self.bench.world.device).eval()
+
+    @cached_property
+    def engines(self) -> Any:
+        """vLLM, in a process of its own, as ``vllm.LLM`` has it; random weights of its own write as fast."""
+        from vllm_arms import Engines
+
+        slots = SimpleNamespace(batch_size=VLLM_SLOTS if self.bench.on_gpu else 4)
+        return Engines(SimpleNamespace(model=self.bench.model("compiled"), on_gpu=self.bench.on_gpu, args=slots))
+
+    def responses(self, writer: str, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs with responses of their own."""
         prompts = [pair.prompt_ids.tolist() for pair in pairs]
         limits = [len(pair.generated[0].token_ids) for pair in pairs]
-        written = generate_in_batches(self.model, prompts, limits, do_sample=True)
+        if writer == "vLLM":
+            written = self.engines.process and self.engines.ask((prompts, limits, False))
+        else:
+            written = generate_in_batches(self.model, prompts, limits, do_sample=True)
         return [
             replace(pair, generated=[Response(torch.tensor(ids).numpy(), "length")])
             for pair, ids in zip(pairs, written, strict=True)
@@ -262,10 +282,11 @@ class PeerIteration:
         self, peer: TRL, pairs: Sequence[Pair], seconds: Callable[[Callable[[], Any]], float]
     ) -> dict[str, float]:
         """Seconds of the trainer's start, which scores the pairs, and of an epoch over them."""
-        size, batch = peer.micro_batch or 1, self.bench.args.pairs or self.bench.preset.pairs
+        batch = self.bench.args.pairs or self.bench.preset.pairs
+        size = min(max(peer.micro_batches, default=peer.micro_batch or 1), batch)
         options = {
             "per_device_train_batch_size": size,
-            "gradient_accumulation_steps": max(1, batch // size),
+            "gradient_accumulation_steps": batch // size,
             "num_train_epochs": 1,
         }
         made: list[Any] = []
@@ -276,44 +297,74 @@ class PeerIteration:
         peer.forget()
         return {"reference log-probs": scored, "train": trained}
 
+    def close(self) -> None:
+        """Ends vLLM."""
+        if "engines" in vars(self):
+            self.engines.close()
 
-def iteration(bench: PeerBench, args: Any, names: Sequence[str], failed: dict[str, str]) -> dict[str, Any]:
+
+def iteration(
+    bench: PeerBench,
+    args: Any,
+    names: Sequence[str],
+    failed: dict[str, str],
+    on_arm: Callable[[dict[str, Any]], None] = lambda section: None,
+) -> dict[str, Any]:
     """Whole iterations, warm: responses to all prompts, reference log-probs, one epoch.
 
     The product's run first, in a process of their own, because its engine keeps memory; peers then generate for the
-    same prompts, responses as long as its own were, and learn from these pairs.
+    same prompts, responses as long as its own were, and learn from these pairs, one peer after another, twice: the
+    first time compiles.
 
     Args:
         bench (PeerBench): gives model and device.
         args (Any): of the command line.
-        names (Sequence[str]): arms, of ``ITERATION_TITLES``.
+        names (Sequence[str]): arms, of ``ITERATION_PEERS``.
         failed (dict[str, str]): errors by name; gets more.
+        on_arm (Callable[[dict[str, Any]], None]): gets what is returned, as it is after each arm.
 
     Returns:
         dict[str, Any]: numbers of prompts and tokens, and for each arm the seconds of every stage and their sum.
     """
-    rows: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    rows: dict[str, list[dict[str, float]]] = {}
     rows["ours"], pairs = our_iterations(bench, args)
-    peers = PeerIteration(bench, pairs)
-    batch = pairs[: bench.args.pairs or bench.preset.pairs]
-    for number in range(args.rounds + 1):  # the first one, on one global batch, compiles
-        chosen = batch if number == 0 else pairs
-        generated: list[Any] = []
-        written = bench.seconds(lambda: generated.append(peers.responses(chosen)))  # noqa: B023 - called at once
-        for name in (name for name in names if name != "ours"):
-            peer = attempt(failed, name, lambda name=name: TRL_ARMS[name](bench))  # type: ignore[misc]
-            learnt = attempt(failed, name, lambda peer=peer: peers.learn(peer, generated[0], bench.seconds))  # type: ignore[misc]  # noqa: B023
-            if number > 0 and learnt is not None:
-                rows[name].append({"generate": written, **learnt})
-            free()
-    arms: dict[str, dict[str, Any]] = {}
-    for name in names:
-        arms[name] = {"title": ITERATION_TITLES[name]}
-        if name in failed:
-            arms[name]["error"] = failed[name]
-        else:
-            totals = [sum(row.values()) for row in rows[name]]
-            arms[name]["stages"] = {stage: spread([row[stage] for row in rows[name]]) for stage in rows[name][0]}
-            arms[name]["seconds"] = spread(totals)
     lengths = [len(pair.generated[0].token_ids) for pair in pairs]
-    return {"prompts": len(pairs), "generated_tokens": sum(lengths) / len(lengths), "arms": arms}
+
+    def section() -> dict[str, Any]:
+        arms: dict[str, dict[str, Any]] = {}
+        for name in (name for name in names if name in rows or name in failed):
+            kind = ITERATION_PEERS[name]
+            arms[name] = {"title": f"{kind.writer}, {kind.title}" if issubclass(kind, TRL) else kind.title}
+            if name in failed:
+                arms[name]["error"] = failed[name]
+            else:
+                totals = [sum(row.values()) for row in rows[name]]
+                arms[name]["stages"] = {stage: spread([row[stage] for row in rows[name]]) for stage in rows[name][0]}
+                arms[name]["seconds"] = spread(totals)
+        return {"prompts": len(pairs), "generated_tokens": sum(lengths) / len(lengths), "arms": arms}
+
+    on_arm(section())
+    peers = PeerIteration(bench, pairs)
+    written: dict[str, tuple[list[Pair], list[float]]] = {}  # by engine: the last responses, seconds of each round
+
+    def write(writer: str) -> None:
+        if writer not in written:
+            peers.responses(writer, pairs[:8])  # starts vLLM
+            found: list[list[Pair]] = []
+            seconds = [bench.seconds(lambda: found.append(peers.responses(writer, pairs))) for _ in range(args.rounds)]
+            written[writer] = found[-1], seconds
+
+    def measured(kind: Any) -> list[dict[str, float]]:
+        write(kind.writer)
+        peer, (own, seconds) = kind(bench), written[kind.writer]
+        learnt = [peers.learn(peer, own, bench.seconds) for _ in range(args.rounds + 1)]
+        return [{"generate": s, **row} for s, row in zip(seconds, learnt[1:], strict=True)]
+
+    for name in (name for name in names if name != "ours"):
+        found = attempt(failed, name, lambda name=name: measured(ITERATION_PEERS[name]))  # type: ignore[misc]
+        if found is not None:
+            rows[name] = found
+        on_arm(section())
+        free()
+    peers.close()
+    return section()

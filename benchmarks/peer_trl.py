@@ -74,6 +74,7 @@ class TRL(Twin):
     title = "TRL DPOTrainer, default"
     packages = ("trl", "accelerate", "datasets")
     micro_batch = 8
+    writer = "transformers.generate"  # of a whole iteration's responses
     options: dict[str, Any] = {}  # of DPOConfig
     compiled = False  # compile the layers, on a GPU
 
@@ -161,6 +162,26 @@ class TRLTuned(TRL):
     compiled = True
 
 
+class TRLBf16(TRLTuned):
+    """The same with weights that were loaded in bf16, and so AdamW's moments: faster, and small updates are lost."""
+
+    title = "TRL DPOTrainer, bf16 weights, grouped by length, compiled layers"
+    bf16_weights = True
+
+
+class TRLWithVLLM(TRLTuned):
+    """TRLTuned in whole iterations whose responses vLLM writes."""
+
+    packages = (*TRL.packages, "vllm")
+    writer = "vLLM"
+
+
+class TRLBf16WithVLLM(TRLBf16):
+    """TRLBf16 in whole iterations whose responses vLLM writes."""
+
+    packages, writer = TRLWithVLLM.packages, TRLWithVLLM.writer
+
+
 class TRLTorchCompile(TRL):
     """The same with the whole model compiled, which is what the trainer's ``torch_compile`` does.
 
@@ -212,6 +233,7 @@ class TRLLiger(TRL):
 TRL_PEERS: dict[str, type[Twin]] = {
     "trl": TRL,
     "trl_tuned": TRLTuned,
+    "trl_bf16": TRLBf16,
     "trl_torch_compile": TRLTorchCompile,
     "trl_liger": TRLLiger,
 }

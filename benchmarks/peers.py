@@ -24,6 +24,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # arms 
 import torch
 from peer_arms import PLAIN_PEERS, Padded, Peer, PeerBench
 from peer_lora import LORA_PEERS, LoRABench
-from peer_passes import ITERATION_TITLES, PASS_TITLES, generation, iteration, reference
+from peer_passes import ITERATION_PEERS, PASS_TITLES, generation, iteration, reference
 from peer_trl import TRL_PEERS
 from rounds import Figures, attempt, free, race
 from training_step import ceilings
@@ -48,7 +49,7 @@ from spin.model.sharding import local_tensor
 GIB = 2**30
 PARTS = ("step", "reference", "generation", "iteration", "lora8b")
 PEERS: dict[str, type[Peer]] = {**PLAIN_PEERS, **TRL_PEERS}
-DEFAULT_ARMS = [name for name in PEERS if name != "trl_torch_compile"]  # which takes minutes to compile
+NOT_BY_DEFAULT = ("trl_torch_compile",)  # takes minutes to compile
 ENGINES = "embedded,embedded_64,transformers,transformers_cb,vllm,vllm_bare"  # see benchmarks/generation.py
 CHECKED_PAIRS = 8
 # by how much an arm may be off, as fractions: in fp32, and in bf16 where torchtune's own forward is not off by much
@@ -259,7 +260,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="JSON file for the results; one that exists keeps its other sections")
     parser.add_argument("--model", choices=MODELS, help="default: llama3_2_1b, of lora8b llama3_1_8b")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    parser.add_argument("--arms", type=listed(list(PEERS)), default=DEFAULT_ARMS, help=",".join(PEERS))
+    arms = [*PEERS, *(name for name in ITERATION_PEERS if name not in PEERS)]
+    default = [name for name in arms if name not in NOT_BY_DEFAULT]
+    parser.add_argument("--arms", type=listed(arms), default=default, help=",".join(arms))
     parser.add_argument("--mixes", type=listed(list(MIXES)), default=["short"], help=",".join(MIXES))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further round of step after as many")
@@ -324,7 +327,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     if args.part == "generation":
         keep("generation", generation(args))
         return results
-    kinds = LORA_PEERS if args.part == "lora8b" else PEERS
+    kinds: dict[str, type[Peer]] = {"lora8b": LORA_PEERS, "iteration": ITERATION_PEERS}.get(args.part, PEERS)
     wanted = [name for name in args.arms if name in kinds]
     skipped = {name: reason for name in wanted if (reason := kinds[name].skip_reason(bench.on_gpu))}
     names = [name for name in wanted if name not in skipped]
@@ -341,7 +344,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     elif args.part == "reference":
         keep("reference", reference(bench, [name for name in names if name in PASS_TITLES], failed))
     elif args.part == "iteration":
-        keep("iteration", iteration(bench, args, [name for name in names if name in ITERATION_TITLES], failed))
+        keep("iteration", iteration(bench, args, names, failed, partial(keep, "iteration")))
     keep("skipped", results.get("skipped", {}) | skipped)
     return results
 

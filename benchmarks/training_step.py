@@ -287,8 +287,9 @@ def _bytes(model: nn.Module) -> int:
 
 # ---------------------------------------------------------------------------------------------------- sections
 def ceilings(bench: Bench) -> dict[str, float]:
-    """What this device does at best: a large matrix product on random data, and a copy within its memory."""
-    n = 8192 if bench.on_gpu else 512
+    """What this device does: a large matrix product on random data in a burst and for seconds, after which a GPU is as
+    slow as its power allows, and a copy within its memory."""
+    n, many = (8192, 2000) if bench.on_gpu else (512, 10)
     left, right = torch.randn(2, n, n, device=bench.world.device, dtype=bench.compute_dtype)
     source = torch.randn(2**29 if bench.on_gpu else 2**20, device=bench.world.device)
     target = torch.empty_like(source)
@@ -299,6 +300,7 @@ def ceilings(bench: Bench) -> dict[str, float]:
 
     return {
         "matmul_tflops": 2 * n**3 / best(lambda: left @ right) / 1e12,
+        "sustained_matmul_tflops": 2 * n**3 * many / bench.seconds(lambda: [left @ right for _ in range(many)]) / 1e12,
         "copy_gb_per_second": 2 * source.numel() * source.element_size() / best(lambda: target.copy_(source)) / 1e9,
     }
 
@@ -641,7 +643,9 @@ def tables(results: dict[str, Any]) -> str:
     ceiling, share = results["ceilings"], f"% of {peak:g} TFLOP/s"
     parts = [
         f"{setup['devices']} x {setup['device']}, torch {setup['torch']}, {setup['model']}, {setup['compute_dtype']}. "
-        f"Ceilings in the same run: matmul {ceiling['matmul_tflops']:.3g} TFLOP/s, copy "
+        f"Ceilings in the same run: matmul {ceiling['matmul_tflops']:.3g} TFLOP/s"
+        + (f" ({sustained:.3g} sustained)" if (sustained := ceiling.get("sustained_matmul_tflops")) else "")
+        + f", copy "
         f"{ceiling['copy_gb_per_second']:.3g} GB/s. Medians of {setup['rounds']} rounds (minimum to maximum)."
     ]
     for mix, section in results.get("ladder", {}).items():
