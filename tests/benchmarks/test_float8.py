@@ -29,3 +29,14 @@ def test_gradients_speed_and_tables(tiny_lm):
     printed = float8.tables({"speed": {"tiny": speed}, "gradients": section})
     assert all(title in printed for title in float8.TITLES.values())
     shutdown()
+
+
+def test_figures_of_answers():
+    """Four words, of which three are among the five real ones: 2 * 3 / 9. The second says `a b c` twice: of its
+    six words four trigrams, three of them different."""
+    rows = [
+        {"response": "The cat sat there.", "real": "a cat sat there, twice", "finish_reason": "stop"},
+        {"response": "a b c a b c", "real": "d", "finish_reason": "length"},
+    ]
+    found = float8.answer_figures(rows)
+    assert found == {"answers": 2, "words": 5, "truncated": 0.5, "overlap": (2 * 3 / 9) / 2, "repeated": (1 / 4) / 2}
