@@ -295,6 +295,8 @@ class PeerIteration:
         (trainer,) = made
         trained = seconds(trainer.train)
         peer.forget()
+        del trainer, made
+        free()  # the optimizer's states
         return {"reference log-probs": scored, "train": trained}
 
     def close(self) -> None:
@@ -357,7 +359,8 @@ def iteration(
     def measured(kind: Any) -> list[dict[str, float]]:
         write(kind.writer)
         peer, (own, seconds) = kind(bench), written[kind.writer]
-        learnt = [peers.learn(peer, own, bench.seconds) for _ in range(args.rounds + 1)]
+        # in another order each time, or TRL would find its reference log-probs in its cache
+        learnt = [peers.learn(peer, own[i:] + own[:i], bench.seconds) for i in range(args.rounds + 1)]
         return [{"generate": s, **row} for s, row in zip(seconds, learnt[1:], strict=True)]
 
     for name in (name for name in names if name != "ours"):
