@@ -295,7 +295,8 @@ class PeerIteration:
         (trainer,) = made
         trained = seconds(trainer.train)
         peer.forget()
-        del trainer, made
+        del trainer
+        made.clear()
         free()  # the optimizer's states
         return {"reference log-probs": scored, "train": trained}
 
