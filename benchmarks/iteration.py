@@ -15,6 +15,11 @@ torch's pool. Beside it stands the most that torch's own allocator had given out
 torchrun seconds are those of rank 0, peaks those of the fullest rank; --out has every rank's. States and exported
 models are not written unless --save is given; --save-last writes those of the last iteration alone, for small disks.
 
+"imports" are what passes from the process's start to the command's own work. The table of starts sums up what a user
+waits for: from the process's start to the end of iteration 0, without the making of model and data, against iteration
+1, and seconds of torch.compile by stage. TORCHINDUCTOR_CACHE_DIR=<an empty folder> makes a cold start, the same command
+again a warm one (with --folder removed and --model-folder kept). --iterations 1 stops after the first.
+
 The last line compares training with the arithmetic that the pairs need at least; frozen weights need none for
 gradients of their own. It takes the median step of the last iteration.
 """
@@ -57,6 +62,7 @@ TOKENIZER = REPO / "tests" / "assets" / "tiny_lm"
 TEXT = REPO / "examples" / "quickstart" / "jargon_train.jsonl"
 TOKENIZER_TOKENS = 1024
 POLL_SECONDS = 0.02
+MEMORY = ("peak_gib", "tensors_gib", "after_gib")
 
 
 class Stages:
@@ -65,14 +71,14 @@ class Stages:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.iteration = -1  # before the first one
+        self.spans: list[list[float]] = []  # when each iteration began and ended
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times a block and adds it to the stage of this name in the current iteration."""
         row = next((r for r in self.rows if (r["iteration"], r["stage"]) == (self.iteration, name)), None)
         if row is None:
-            row = {"iteration": self.iteration, "stage": name, "seconds": 0.0, "peak_gib": 0.0, "after_gib": 0.0}
-            row["tensors_gib"] = 0.0
+            row = {"iteration": self.iteration, "stage": name, "seconds": 0.0} | dict.fromkeys(MEMORY, 0.0)
             self.rows.append(row)
         done, peak = threading.Event(), [_used_gib()]
         if torch.cuda.is_available():
@@ -126,6 +132,7 @@ class Staged:
     def augment_dataloader(self, iteration: int) -> Any:
         """Begins an iteration's rows."""
         self.stages.iteration = iteration
+        self.stages.spans.append([time.perf_counter()])
         return super().augment_dataloader(iteration)  # type: ignore[misc]
 
     def _play(self, *args: Any, **kwargs: Any) -> None:
@@ -146,6 +153,7 @@ class Staged:
             with self.stages.stage("save and export"):
                 super()._finish_iteration(iteration)  # type: ignore[misc]
                 self._checkpointer.wait()  # type: ignore[attr-defined]
+        self.stages.spans[-1].append(time.perf_counter())
 
 
 class StagedRecipe(Staged, SPINRecipe):
@@ -212,7 +220,7 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
     overrides += [] if is_shape else [f"checkpointer.checkpoint_dir={model_folder}"]
     overrides += [
         f"output_dir={folder / 'run'}", f"dataset.source={folder / 'data.jsonl'}", "dataset.split=null",
-        "dataset.limit=null", "validation_dataset=null", "max_iterations=2", "max_epochs=1",
+        "dataset.limit=null", "validation_dataset=null", f"max_iterations={args.iterations}", "max_epochs=1",
         "dataset.on_long_prompt=cut", "dataset.on_long_response=cut",
         f"sampling.max_new_tokens={max(8, round(256 * preset.lengths))}", f"global_batch_size={args.batch}",
     ]  # fmt: skip
@@ -234,11 +242,39 @@ def make_config(args: argparse.Namespace, folder: Path, model_folder: Path, pres
     return complete(raw, SPINConfig)
 
 
+def age() -> float:
+    """Seconds since this process was started."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
+
+
+def starts(stages: Stages, before: float, metrics: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What came before iteration 0, whole iterations, and compilation, in seconds; two ratios of them."""
+    compiling: list[dict[str, float]] = [{} for _ in stages.spans]
+    for row in metrics:
+        for name in (name for name in row if name.startswith("compile_time/")):
+            own = compiling[row.get("iteration", 0)]
+            own[name.partition("/")[2]] = own.get(name.partition("/")[2], 0.0) + row[name]
+    whole = [end - begin for begin, end in stages.spans]
+    seconds = {(row["iteration"], row["stage"]): row["seconds"] for row in stages.rows}
+    found = {
+        "before iteration 0": before,
+        "iterations": whole,
+        "compiling": compiling,
+        "reference pass / epoch": [
+            seconds[i, "reference log-probs"] / seconds[i, "train"] for i in range(len(stages.spans))
+        ],
+    }
+    if len(whole) > 1:
+        found["iteration 0 from the process's start / iteration 1"] = (before + whole[0]) / whole[1]
+    return found
+
+
 def with_every_rank(rows: list[dict[str, Any]], world: World) -> None:
     """Puts every rank's peak of memory into rank 0's rows, and the highest in the place of its own. Collective."""
     for row, ranks in zip(rows, zip(*gather_objects(rows, world), strict=True), strict=True):
         row["peak_gib_by_rank"] = [other["peak_gib"] for other in ranks]
-        for peak in ("peak_gib", "tensors_gib", "after_gib"):
+        for peak in MEMORY:
             row[peak] = max(other[peak] for other in ranks)
 
 
@@ -280,6 +316,8 @@ def table(results: dict[str, Any]) -> str:
             f"| {iteration} | {row['stage']} | {row['seconds']:.1f} | {row['peak_gib']:.1f} | {row['tensors_gib']:.1f} "
             f"| {row['after_gib']:.1f} |"
         )
+    for name, value in results.get("starts", {}).items():
+        lines.append(f"\n{name}: {json.dumps(value, default=str)}")
     speed = results["training"]
     lines += [
         "",
@@ -299,6 +337,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--generator", choices=("embedded", "vllm"), default="embedded")
     parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64, help="global_batch_size")
     parser.add_argument("--save", action="store_true", help="write checkpoints and exported models, as a stage")
     parser.add_argument("--save-last", action="store_true", help="the same after the last iteration alone")
@@ -309,7 +348,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     """Makes model and data, runs the recipe, prints."""
-    args = parse_args()
+    args, imports = parse_args(), age()
     if args.generator == "embedded":  # vLLM's memory cannot be had back with it
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     preset = MODELS[args.model]
@@ -317,6 +356,7 @@ def main() -> None:
         preset = replace(preset, builder={**preset.builder, "vocab_size": TOKENIZER_TOKENS})
     folder = args.folder or Path(tempfile.gettempdir()) / "spin-iteration"
     world = init_world(args.device)
+    prepared = time.perf_counter()
     if world.is_main:
         if args.folder is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -326,6 +366,7 @@ def main() -> None:
     model_folder = args.model_folder or folder / "model"
     if not (model_folder / "config.json").exists():
         make_model(folder / "source", model_folder, preset, args.device)
+    prepared = time.perf_counter() - prepared  # model and data, which a user has
     stages = Stages()
     on_gpu = world.device.type == "cuda"
     if on_gpu:
@@ -335,7 +376,9 @@ def main() -> None:
     last = cfg.max_iterations - 1
     saved = range(0 if args.save else last, last + 1 if args.save or args.save_last else 0)
     recipe: Any = StagedRecipe(cfg, stages, saved)
+    stages.rows.append({"iteration": -1, "stage": "imports", "seconds": imports} | dict.fromkeys(MEMORY, 0.0))
     recipe.setup()
+    before = age() - prepared
     recipe.train()
     with_every_rank(stages.rows, world)
     sizes = Sizes.of(build_model(OmegaConf.create(preset.builder), torch.float32))
@@ -353,13 +396,16 @@ def main() -> None:
             "batch": args.batch,
             "generated_tokens": sum(row["avg_generated_lengths"] for row in metrics) / len(metrics),
             "logprob_gap": [row[name] for row in metrics for name in row if name == "generator/logprob_gap"],
-            "first_losses": [metrics[0]["loss"], metrics[len(metrics) // 2]["loss"]],
+            "first_losses": [
+                next(row["loss"] for row in metrics if row["iteration"] == i) for i in range(cfg.max_iterations)
+            ],
         },
         "stages": stages.rows,
+        "starts": starts(stages, before, metrics),
         "training": against_floor(
-            folder / "run" / "iteration_001",
+            folder / "run" / f"iteration_{last:03d}",
             sizes,
-            [row["step_time"] for row in metrics if row["iteration"] == 1 and "step_time" in row],
+            [row["step_time"] for row in metrics if row["iteration"] == last and "step_time" in row],
             is_lora,
             world.world_size,
         ),

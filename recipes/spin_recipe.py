@@ -29,7 +29,7 @@ import torch
 
 from spin import config, generators, model, reference, report, run, training
 from spin.checkpoint.manifest import as_checkpoint_error
-from spin.core.progress import stage
+from spin.core.progress import compile_seconds, stage
 from spin.core.ranks import all_reduce_sums, init_world, shutdown
 from spin.core.terminal import get_logger
 from spin.data.inputs import read_inputs
@@ -225,8 +225,9 @@ class SPINRecipe:
         # a checkpoint or a log that could not be written ends the run too: save_checkpoint raises what went wrong
         failed = self._checkpointer.has_failed or self._run_log.has_failed
         asked = {"stop": self._stop.is_asked or failed, "out_of_time": self._stop.is_out_of_time}
-        totals = all_reduce_sums({**sums.totals(), **asked}, world)  # the step's host/device sync
-        grad_norm = norm.item()
+        mean_norm = norm.double() / world.world_size  # the same on all ranks: it rides along
+        totals = all_reduce_sums({**sums.totals(), **asked, "grad_norm": mean_norm}, world)  # host/device sync
+        grad_norm = totals["grad_norm"]
         is_finite = self._nonfinite.check(totals["loss"], grad_norm, progress.step, batch.pairs, world)
         metrics = sums.metrics(totals, cfg.nll_weight) if is_finite else {}
         if cfg.self_test and metrics and self._trained_in != iteration:
@@ -234,7 +235,7 @@ class SPINRecipe:
             training.check_first_loss(metrics, expected, cfg.compute_dtype, iteration)
         lr, updated = self._lr(), 0.0
         if metrics:  # a batch that is left out, or whose pairs all are, moves nothing, momentum included
-            updated = training.optimizer_step(self._optimizer, self._model, lr, world)
+            updated = training.optimizer_step(self._optimizer, self._model, lr)
             self._trained_in = iteration
             if world.is_main:
                 training.check_updated_fraction(updated, lr, self._optimizer, cfg.dtype, iteration, self._warned)
@@ -459,6 +460,7 @@ class SPINRecipe:
 
     def _log(self, metrics: dict[str, float]) -> None:
         metrics, self._play_metrics = metrics | self._play_metrics, {}
+        metrics |= training.prefix_keys("compile_time", compile_seconds())
         self._history.append(metrics)
         self._run_log.metrics(self._progress.step, metrics)
 

@@ -26,6 +26,12 @@ KINDS: tuple[Kind, ...] = get_args(Kind)  # the first also before all iterations
 LINE_SECONDS = 30.0  # between two lines of a stage, or a tenth of its time if that is longer
 
 
+def _compile_seconds() -> float:
+    """Seconds that torch.compile has taken in this process so far."""
+    counters = sys.modules.get("torch._dynamo.utils")  # it takes a second to import, for nothing where none compiles
+    return counters.calculate_time_spent()["total_wall_time"] if counters else 0.0
+
+
 class RunProgress:
     """A run's stages and the speed of each kind of them.
 
@@ -50,6 +56,8 @@ class RunProgress:
         self._first_step = 0.0  # its seconds: it compiles, allocates and reads ahead
         self._ends_at = ends_at
         self._began = self._charged = time.monotonic()
+        self._compiled = _compile_seconds()
+        self._compiling: dict[str, float] = defaultdict(float)
 
     def begin(self, stage: Stage) -> None:
         """A stage begins; if none is active, it is the run's next one of its kind."""
@@ -78,11 +86,20 @@ class RunProgress:
 
     def _charge(self) -> None:
         """Adds the time since the last call to the innermost stage."""
-        now = time.monotonic()
+        now, compiled = time.monotonic(), _compile_seconds()
         if self.active:
             self.active[-1].seconds += now - self._charged
             self._seconds[self.active[-1].kind] += now - self._charged
-        self._charged = now
+            self.active[-1].compiling += compiled - self._compiled
+            self._compiling[self.active[-1].kind] += compiled - self._compiled
+        self._charged, self._compiled = now, compiled
+
+    def compile_seconds(self) -> dict[str, float]:
+        """Seconds that torch.compile took since the last call, by stage; only those that took any."""
+        self._charge()
+        found = {kind: seconds for kind, seconds in self._compiling.items() if seconds}
+        self._compiling.clear()
+        return found
 
     @property
     def elapsed(self) -> float:
@@ -130,6 +147,7 @@ class Stage:
     total: int | None  # None: it is not counted
     done: int = 0
     seconds: float = 0.0  # so far, without stages within it
+    compiling: float = 0.0  # of these, of torch.compile
     notes: dict[str, str] = field(default_factory=dict)  # such as its loss
     tokens: int = 0  # of what was done now
     before: int = field(init=False)  # done by an earlier start of the run
@@ -159,6 +177,7 @@ class Stage:
             )
             parts += [f"{_number(self.tokens / self.seconds)} tokens/s"] if self.tokens else []
         parts += [f"{name} {value}" for name, value in self.notes.items()]
+        parts += [f"{self.compiling:.0f} s of it compiling"] if self.compiling >= 1 else []
         return f"{self.title}: {', '.join(parts)}" if parts else self.title
 
 
@@ -242,6 +261,11 @@ def begin_run(progress: RunProgress) -> None:
     """The stages from now on are those of a run."""
     global _run  # noqa: PLW0603
     _run = progress
+
+
+def compile_seconds() -> dict[str, float]:
+    """:meth:`RunProgress.compile_seconds` of the current run."""
+    return _run.compile_seconds()
 
 
 @contextmanager

@@ -242,13 +242,17 @@ def atomic_dir_of_ranks(folder: Path, kind: str, world: World, error: type[SpinE
         raise
 
 
-def all_reduce_sums(values: dict[str, float], world: World) -> dict[str, float]:
-    """Sums each value over all ranks in float64, in one all-reduce; keys are the same on every rank, in any order."""
-    names = sorted(values)
-    packed = torch.tensor([values[name] for name in names], dtype=torch.float64, device=world.device)
-    dist.all_reduce(packed)
-    sums = dict(zip(names, packed.tolist(), strict=True))  # host/device sync
-    return {name: sums[name] for name in values}
+def all_reduce_sums(values: Mapping[str, float | torch.Tensor], world: World) -> dict[str, float]:
+    """Sums each value, a number or a tensor of shape (), over all ranks in float64, in one all-reduce and one wait for
+    the device; keys are the same on every rank, in any order."""
+    tensors = sorted(name for name, value in values.items() if isinstance(value, torch.Tensor))
+    numbers = sorted(values.keys() - tensors)
+    packed = [torch.tensor([values[name] for name in numbers], dtype=torch.float64), *(values[n] for n in tensors)]
+    # a copy from the CPU would wait for all that the device still has to do
+    sums = torch.cat([torch.as_tensor(v).to(world.device, torch.float64, non_blocking=True).view(-1) for v in packed])
+    dist.all_reduce(sums)
+    found = dict(zip([*numbers, *tensors], sums.tolist(), strict=True))  # host/device sync
+    return {name: found[name] for name in values}
 
 
 def any_rank(flag: bool, world: World) -> bool:

@@ -25,7 +25,8 @@ from spin.types import Pair
 ROW_FRACTIONS = (1, 15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 1 / 2)
 MAX_FITTED = 3  # each costs seconds of compilation, in the reference pass and again in training
 _STEPS = 32  # fitted lengths are multiples of this part of row_tokens
-_WORTH_COMPILING = 1.03  # padded tokens of the lengths that were, by those of new ones
+# What new lengths must save in an epoch, of all tokens and in tokens of a rank: to compile them takes some 20 s
+_WORTH_COMPILING = (0.03, 250_000)
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,8 @@ def fit_lengths(batches: Iterable[Sequence[int]], layout: RowLayout, num_ranks: 
     best = min(((*each, longest) for each in shorter), key=positions)
     fitted = replace(layout, fitted=tuple(min(each * step, layout._rounded(layout.row_tokens)) for each in best))
     before, now = (sum(map(each.padded_length, loads)) for each in (layout, fitted))
-    return layout if layout.fitted and before <= _WORTH_COMPILING * now else fitted
+    fraction, tokens = _WORTH_COMPILING
+    return layout if layout.fitted and before - now <= max(fraction * now, tokens) else fitted
 
 
 def _fewest_rows(lengths: Sequence[int], row_tokens: int, num_ranks: int) -> tuple[list[list[int]], list[int]]:

@@ -263,7 +263,7 @@ def _table_row(iteration: IterationRecord) -> dict[str, Any]:
         "responses": f"{iteration.responses or ''}",
         "truncated": f"{iteration.truncated / iteration.responses:.0%}" if iteration.responses else "",
         "tokens": " / ".join(f"{value:.0f}" for value in iteration.mean_tokens.values()),
-        "seconds": [iteration.seconds.get(stage) for stage in STAGES],
+        "seconds": [*map(iteration.seconds.get, STAGES), iteration.compiling or None],
     }
 
 

@@ -29,6 +29,7 @@ class IterationRecord:
     number: int
     steps: list[Metrics] = field(default_factory=list)  # its lines of metrics.jsonl that have a loss
     seconds: dict[str, float] = field(default_factory=dict)  # wall-clock time of the stages that are known
+    compiling: float = 0.0  # seconds of these that torch.compile took
     responses: int = 0  # of the opponent, on disk
     truncated: int = 0  # of these, by the length limit
     mean_tokens: dict[str, float] = field(default_factory=dict)  # of ``prompt``, ``real`` and ``generated``
@@ -143,6 +144,8 @@ class RunReader:
         if own:
             for stage, name in (("fit", "step_time"), ("validate", "validation_step_time")):
                 found.seconds[stage] = sum(row[name] for row in own if is_number(row.get(name)))
+            times = (row[name] for row in own for name in row if name.startswith("compile_time/"))
+            found.compiling = sum(filter(is_number, times))
             shown = [row for row in samples if own[0]["step"] <= row["step"] <= own[-1]["step"]]
             last = max((row["step"] for row in shown), default=None)
             # a step that was made again after a restart shows its samples again

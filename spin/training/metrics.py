@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from spin.core.ranks import World
 from spin.pairs.packing import PackedRow
 
 
@@ -32,7 +30,7 @@ def pair_losses(
 
 
 class PairSums:
-    """Adds up what the metrics of a batch of pairs are made of; one host/device sync, in :meth:`totals`."""
+    """Adds up what the metrics of a batch of pairs are made of, on the device."""
 
     def __init__(self) -> None:
         self._names: tuple[str, ...] = ()
@@ -71,10 +69,9 @@ class PairSums:
             "truncated": row.truncated,
         }
 
-    def totals(self) -> dict[str, float]:
-        """The sums of this rank, by name; waits for the device."""
-        sums = self._total.tolist()
-        return dict(zip(self._names, sums, strict=True)) | {name: float(n) for name, n in self._counts.items()}
+    def totals(self) -> dict[str, float | torch.Tensor]:
+        """The sums of this rank, by name; those that the device makes have shape ()."""
+        return {**dict(zip(self._names, self._total.unbind(), strict=True)), **self._counts}
 
     def metrics(self, totals: Mapping[str, float], nll_weight: float) -> dict[str, float]:
         """:func:`pair_metrics` of the totals of all ranks."""
@@ -169,7 +166,7 @@ def prefix_keys(name: str, metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 class UpdateFraction:
-    """The fraction of weights that an optimizer step really changes, from a sample of each parameter's own shard.
+    """The fraction of weights that an optimizer step really changes, from a sample of each of this rank's shards.
 
     Made before the step, asked after it. At SPIN's learning rates a step on pure bf16 weights rounds back to where it
     started almost everywhere.
@@ -187,10 +184,6 @@ class UpdateFraction:
                 self._sample.append(flat[::stride][:per_parameter])
         self._before = torch.cat(self._sample)
 
-    def measure(self, world: World) -> float:
-        """Changed weights per sampled one, over all ranks: one all-reduce, and one wait for the step to be done."""
-        moved = torch.cat(self._sample) != self._before
-        counts = torch.stack((moved.sum(), moved.new_full((), moved.numel(), dtype=torch.int64))).to(world.device)
-        dist.all_reduce(counts)
-        changed, sampled = counts.tolist()  # host/device sync
-        return changed / sampled
+    def measure(self) -> float:
+        """Changed weights per sampled one; waits for the step to be done."""
+        return (torch.cat(self._sample) != self._before).double().mean().item()  # host/device sync

@@ -27,7 +27,6 @@ from torchao.optim.subclass_8bit import OptimState8bit
 
 from spin.core.errors import ConfigError
 from spin.core.files import json_fingerprint
-from spin.core.ranks import World
 from spin.model.sharding import local_tensor
 from spin.training.metrics import UpdateFraction
 
@@ -196,11 +195,11 @@ class AdamWStochasticRounding(_ShardedAdamW):
             )
 
 
-def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float, world: World) -> float:
+def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float) -> float:
     """Updates the weights; gives the fraction of them that changed, see :class:`spin.training.metrics.UpdateFraction`.
 
     If an optimizer's first step fails, unless for want of memory, the device or another rank, it cannot update such
-    weights at all: a ConfigError. Collective.
+    weights at all: a ConfigError.
     """
     is_first = not optimizer.state
     for group in optimizer.param_groups:
@@ -219,7 +218,7 @@ def optimizer_step(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float
             "checkpoint was written of it. Check the section, or choose another, such as torch.optim.AdamW; "
             "SPIN_TRACEBACK=1 shows where it happened."
         ) from error
-    return updated.measure(world)
+    return updated.measure()
 
 
 def _block_size(parameter: torch.Tensor) -> int:

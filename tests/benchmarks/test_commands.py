@@ -54,12 +54,15 @@ def test_whole_iterations(adapters, tmp_path, measured_by):
         work += ["--save"]
     results, printed = measured_by("benchmarks/iteration.py", *work)
     stages = ["generate", "reference log-probs", "train", "save and export"]
-    expected = [(-1, "start"), *((iteration, stage) for iteration in (0, 1) for stage in stages)]
+    expected = [(-1, "imports"), (-1, "start"), *((iteration, stage) for iteration in (0, 1) for stage in stages)]
     if adapters:
         expected.remove((0, "save and export"))
     assert [(row["iteration"], row["stage"]) for row in results["stages"]] == expected
     assert all(row["seconds"] > 0 and row["peak_gib_by_rank"] == [row["peak_gib"]] for row in results["stages"])
     assert results["setup"]["first_losses"] == [0.6931471805599453] * 2
+    starts = results["starts"]
+    assert starts["before iteration 0"] > results["stages"][0]["seconds"] > 0
+    assert starts["iteration 0 from the process's start / iteration 1"] > 1
     assert "| 1 | train |" in printed
     training = results["training"]
     assert training["pairs_per_second"] * sum(training["step_seconds"]) / 2 == pytest.approx(4)  # two steps of 4 pairs

@@ -6,9 +6,10 @@ import re
 import sys
 
 import pytest
+import torch
 
 from spin.core import progress
-from spin.core.progress import RunProgress, Silence, begin_run, show_on, stage
+from spin.core.progress import RunProgress, Silence, begin_run, compile_seconds, show_on, stage
 
 ITERATIONS = [("validate", None), *((kind, i) for i in (0, 1) for kind in ("generate", "score", "train", "save"))]
 WORK = {"validate": 6, "generate": 20, "score": 4, "train": 10, "save": 2}
@@ -159,3 +160,21 @@ def test_another_front_end_gets_every_event(clock, monkeypatch):
 
 def test_a_run_without_a_limit_does_not_speak_of_it(clock):
     assert "max_time" not in str(RunProgress(ITERATIONS, ends_at=math.inf)) and str(RunProgress()) == ""
+
+
+def test_compilation_is_charged_to_the_stage_that_waits_for_it(clock, monkeypatch):
+    """Torch counts seconds of its own; of two lengths of an input, the first is compiled while scoring."""
+    stream = catch_stderr(monkeypatch)
+    compiled = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    with stage("score", "batch", 1) as scoring:
+        compiled(torch.zeros(2))
+        scoring.update()
+        scoring.compiling += 60  # as if it had been a large model
+    with stage("train", "step", 1) as training:
+        compiled(torch.zeros(2))
+        assert [*compile_seconds()] == ["score"]
+        compiled(torch.zeros(3))
+        training.update()
+    assert compile_seconds()["train"] > 0
+    assert compile_seconds() == {}
+    assert "s of it compiling in 00:00" in stream.getvalue()

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -38,15 +39,18 @@ from tests.recipes.helpers import (
 
 
 class Recorder(SPINRecipe):
-    """Notes how many optimizer steps the opponent of each step has behind it."""
+    """Notes how many optimizer steps the opponent of each step has behind it, and counts the second step's
+    operations."""
 
     def setup(self):
         super().setup()
-        self.weights_at, self.opponent_steps, self.saves = {weights_of(self): 0}, [], []
+        self.weights_at, self.opponent_steps, self.saves, self.operations = {weights_of(self): 0}, [], [], {}
 
     def train_single_step(self, batch):
         self.opponent_steps.append(self.weights_at.get(self.state_dict()["opponent"]))
-        step = super().train_single_step(batch)
+        with torch.profiler.profile() if step_of(self) == 1 else nullcontext() as profile:
+            step = super().train_single_step(batch)
+        self.operations = {each.key: each.count for each in profile.key_averages()} if profile else self.operations
         self.weights_at[weights_of(self)] = step_of(self)
         return step
 
@@ -91,6 +95,13 @@ def test_opponents_steps_validations_saves_and_metrics_are_nemos_and_samples_are
     assert {"prompt", "real", "generated", "margin", "step"} <= {*samples[0]}
     last = [row for row in samples if row["step"] == 20]
     assert len(last) == 4 and "What does the hacker slang term" in last[0]["prompt"]
+
+
+def test_a_step_reduces_all_but_gradients_at_once(whole_run):
+    """Sums and requests to stop of all ranks together. The gradient's norm, which clipping needs first, is one more
+    where there are several."""
+    _, recipe = whole_run
+    assert recipe.operations["c10d::allreduce_"] == 1
 
 
 def test_the_generator_is_woken_once_for_an_iteration_and_its_validation(tmp_path, monkeypatch):
