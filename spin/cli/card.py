@@ -115,8 +115,8 @@ def model_card(
         *_samples(run, iteration),
         "## How it was made\n\n" + _table(("", ""), _settings(cfg)),
         "## Iterations\n\n" + _iterations(run, cfg, iteration),
-        "Loss is the SPIN loss at the first and the last step of an iteration (ln 2 = 0.693 is where two equal models "
-        "stand); acc the fraction of pairs whose real response gained more than the generated one, at the last step; "
+        "Loss is that of the first step of an iteration, where two equal models stand, and of its last; acc the "
+        "fraction of pairs whose real response gained more than the generated one, at the last step; "
         "validation loss the mean negative log-prob per token of real responses, in nats.",
         _LIMITS,
         "## Hashes\n\n" + _table(("what", "hash"), _hashes(run, iteration, model)),
@@ -171,7 +171,7 @@ def _settings(cfg: DictConfig) -> list[tuple[str, str]]:
         "prompts of a step": "global_batch_size",
         "epochs of an iteration": "max_epochs",
         "beta": "loss.beta",
-        "loss": "loss.loss_type",
+        "loss": "loss.loss_type" if "loss_type" in cfg.loss else "loss._component_",
         "learning rate": "optimizer.lr",
         "optimizer": "optimizer._component_",
         "temperature": "sampling.temperature",

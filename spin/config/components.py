@@ -119,7 +119,7 @@ KINDS: dict[str, Kind] = {
         _each("spin.generators.", ("Replay", "Torchtune", "VLLM", "VLLMServer"), "Generator"), supplied=("context",),
     ),
     "checker": Kind("a function of your own", supplied=("prompt", "real", "generated", "truncated")),
-    "loss": Kind("a loss", ("spin.loss.SPINLoss", "torchtune.rlhf.loss.DPOLoss")),
+    "loss": Kind("a loss", ("spin.loss.SPINLoss", "spin.loss.SPACELoss", "torchtune.rlhf.loss.DPOLoss")),
     "optimizer": Kind(
         "an optimizer", _each("spin.training.", ("AdamW8bit", "AdamWStochasticRounding")),
         ("torch.optim", "torchao.optim"), _is_optimizer, supplied=("params",),

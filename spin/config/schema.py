@@ -313,7 +313,9 @@ class SPINConfig(Config):
     ac_option: int | None = key(None, "for ac_mode=selective; higher saves time, lower saves memory", ge=1, le=10_000)
     compile: bool = key(False, "torch.compile each layer: a minute more to start, then 1.5 times faster")
     enable_float8_training: bool = key(False, "true: the layers' products in float8; H100 and later, with compile")
-    self_test: bool = key(True, "false for a loss of your own that starts elsewhere than at ln 2, zero rewards")
+    self_test: bool = key(
+        True, "false to skip tests of the arithmetic: logits, and the loss of two equal models in each iteration"
+    )
     watch: Watch = Watch()
     metric_logger: Component | list[Component] | None = key(
         None, "trackio, W&B, TensorBoard, ...: one or a list of them; null: metrics.jsonl alone"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torchtune.models.llama3_2 import llama3_2
 
-from spin.loss import SPINLoss
+from spin.loss import SPACELoss, SPINLoss
 
 TOKENS, LENGTH, PROMPTS = 3, 2, 2
 RESPONSES = torch.tensor(list(itertools.product(range(TOKENS), repeat=LENGTH)))
@@ -40,28 +40,55 @@ def gradient(of, value):
     return torch.cat([part.flatten() for part in torch.autograd.grad(value, list(of.parameters()), retain_graph=True)])
 
 
-def mean_gradients(beta, temperature=1.0):
-    """Of SPIN with responses drawn at a temperature, and of supervised fine-tuning."""
+def mean_gradients(loss, temperature=1.0):
+    """Of self-play with responses drawn at a temperature, and of supervised fine-tuning."""
     student = model(4, seed=1)
     data = log_probs(model(16, seed=2)).detach().exp()
     drawn = log_probs(student, temperature).detach().exp()
     logps = log_probs(student)
     real, generated = (each.reshape(-1) for each in torch.broadcast_tensors(logps[:, :, None], logps[:, None, :]))
-    losses, _, _ = SPINLoss(beta=beta)(real, generated, real.detach(), generated.detach())
+    losses, _, _ = loss(real, generated, real.detach(), generated.detach())
     weights = (data[:, :, None] * drawn[:, None, :]).reshape(-1) / PROMPTS
     return gradient(student, weights @ losses), gradient(student, -(data * logps).sum() / PROMPTS)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_the_mean_gradient_is_that_of_fine_tuning_times_half_of_beta(beta):
-    spin, supervised = mean_gradients(beta)
+    spin, supervised = mean_gradients(SPINLoss(beta=beta))
     torch.testing.assert_close(spin, beta / 2 * supervised, rtol=1e-4, atol=1e-6 * beta)  # norms are fp32
+
+
+@pytest.mark.parametrize(("beta", "mu"), [(1.0, 1.0), (0.1, 4.0)])
+def test_that_of_space_is_that_of_spin_with_another_beta(beta, mu):
+    space, supervised = mean_gradients(SPACELoss(beta, mu))
+    torch.testing.assert_close(space, mu * beta / (1 + mu) * supervised, rtol=1e-4, atol=1e-6 * beta)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rests"),
+    [
+        (SPACELoss(mu=1.0), True),
+        (SPACELoss(mu=3.0), True),
+        (SPINLoss(beta=1.0), True),
+        (SPACELoss(beta=0.1), False),
+        (SPINLoss(beta=0.1), False),
+    ],
+)
+def test_a_model_that_is_the_data_rests_at_beta_1_whatever_the_opponent_is(loss, rests):
+    """There sigma is the probability that a response is real, p / (p + mu q), or that the first of a pair is."""
+    student, opponent = model(4, seed=1), log_probs(model(16, seed=2)).detach()
+    logps = log_probs(student)
+    real, generated = (each.reshape(-1) for each in torch.broadcast_tensors(logps[:, :, None], logps[:, None, :]))
+    of_opponent = torch.broadcast_tensors(opponent[:, :, None], opponent[:, None, :])
+    losses, _, _ = loss(real, generated, *(each.reshape(-1) for each in of_opponent))
+    weights = (logps.detach()[:, :, None] + opponent[:, None, :]).exp().reshape(-1)
+    assert (gradient(student, weights @ losses).norm() < 1e-6) == rests
 
 
 @pytest.mark.parametrize(("temperature", "side"), [(0.5, 1), (2.0, -1)])
 def test_responses_drawn_at_another_temperature_add_a_pull_of_their_own(temperature, side):
     """Cool ones take probability from what is probable, which flattens; hot ones take it from the tail."""
-    spin, supervised = mean_gradients(1.0, temperature)
+    spin, supervised = mean_gradients(SPINLoss(beta=1.0), temperature)
     pull = spin - supervised / 2
     assert pull.norm() > 0.05 * (supervised / 2).norm()
     student = model(4, seed=1)
