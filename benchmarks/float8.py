@@ -47,7 +47,7 @@ from work import MODELS, floor_of_work, listed
 from spin.core.files import write_json
 from spin.core.ranks import World, init_world, shutdown
 from spin.data import PackedRow, Pair, pack_batch
-from spin.model.build import build_model, choose_attention, prepare_model
+from spin.model.build import build_model, prepare_model
 from spin.model.float8 import Float8Linear, convert_float8
 from spin.model.hf import load_hf_weights
 from spin.model.sharding import accumulating, local_tensor
@@ -207,9 +207,7 @@ def _gradients(
 ) -> dict[str, tuple[float, dict[str, torch.Tensor]]]:
     """Mean loss over the pairs and the gradients of the layers' matrices, for both losses."""
     model = _model(model_dir, world, dtype, variant)
-    flex = choose_attention(model, world, dtype)
-    rows = pack_batch(pairs, RowLayout(ROW_TOKENS, ROW_MULTIPLE, flex=flex), world.rank, world.world_size)
-    rows = [row.to(world.device) for row in rows]
+    rows = _rows(pairs, world)
     with torch.no_grad():
         rows = [replace(row, reference_logps=response_logps(model, row, CHUNK_TOKENS)) for row in rows]
     found = {}
@@ -224,6 +222,11 @@ def _gradients(
         found[name] = (total, {key: local_tensor(p.grad) for key, p in matrices.items()})
         model.zero_grad(set_to_none=True)
     return found
+
+
+def _rows(pairs: Sequence[Pair], world: World) -> list[PackedRow]:
+    """With dense masks: nothing is compiled."""
+    return [row.to(world.device) for row in pack_batch(pairs, RowLayout(ROW_TOKENS, ROW_MULTIPLE), 0, 1)]
 
 
 def _model(model_dir: Path, world: World, dtype: torch.dtype, variant: str | None) -> nn.Module:
@@ -309,7 +312,7 @@ def answer_figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _held_out_nll(model_dir: Path, pairs: Sequence[Pair], world: World) -> float:
     """Mean negative log-likelihood per token of the real responses in fp32, in nats."""
     model = _model(model_dir, world, torch.float32, None)
-    rows = [row.to(world.device) for row in pack_batch(pairs, RowLayout(ROW_TOKENS, ROW_MULTIPLE, flex=False), 0, 1)]
+    rows = _rows(pairs, world)
     logps = [response_logps(model, row, CHUNK_TOKENS)[row.real].sum() for row in rows]
     return -float(sum(logps)) / sum(len(pair.real_ids) for pair in pairs)
 
