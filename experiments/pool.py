@@ -35,7 +35,8 @@ def run_jobs(
     """Runs jobs in their order, as many at a time as there are workers. A worker keeps its process from job to job.
 
     Args:
-        jobs (Sequence[Job]): with a ``name`` and the ``log`` file that takes what they print.
+        jobs (Sequence[Job]): with a ``name``, the ``log`` file that takes what they print and, if it has any, the name
+            of the job that it ``needs`` to have succeeded.
         work (Callable[[Job], bool]): a module's function, called in a worker; whether the job succeeded. It keeps its
             own results. A worker whose job failed or that died is replaced.
         gpus (Sequence[str]): what CUDA_VISIBLE_DEVICES is for the workers; an empty text leaves no GPU.
@@ -47,25 +48,27 @@ def run_jobs(
         int: jobs that did not succeed, those that never began among them.
     """
     started = time.monotonic()
-    waiting, succeeded = list(jobs), 0
+    waiting, unfinished = list(jobs), {job["name"] for job in jobs}
     # the first jobs go to different GPUs
     places = [gpu for _ in range(per_gpu) for gpu in gpus][: len(waiting)]
     workers = [_start(gpu, work) for gpu in places]
     try:
         while True:
             for worker in workers:
-                if worker.job is None and waiting:
-                    worker.job = waiting.pop(0)
-                    worker.connection.send(worker.job)
+                job = next((job for job in waiting if job.get("needs") not in unfinished), None)
+                if worker.job is None and job:
+                    waiting.remove(job)
+                    worker.job = job
+                    worker.connection.send(job)
             busy = [worker for worker in workers if worker.job is not None]
             if not busy:
-                return len(jobs) - succeeded
+                return len(unfinished)
             left = None if deadline_seconds is None else max(0.0, started + deadline_seconds - time.monotonic())
             ready = wait([worker.connection for worker in busy], left)
             if not ready:
                 names = ", ".join(worker.job["name"] for worker in busy if worker.job)
                 tell(f"time is up after {deadline_seconds:.0f} s; not finished: {names}; not begun: {len(waiting)}")
-                return len(jobs) - succeeded
+                return len(unfinished)
             for index, worker in enumerate(workers):
                 if worker.job is None or worker.connection not in ready:
                     continue
@@ -73,9 +76,10 @@ def run_jobs(
                     done, seconds = worker.connection.recv()
                 except EOFError:  # it died
                     done, seconds = False, float("nan")
-                succeeded += done
                 elapsed = time.monotonic() - started
                 tell(f"{elapsed:6.0f} s  {worker.job['name']}: {'done' if done else 'FAILED'} in {seconds:.0f} s")
+                if done:
+                    unfinished.remove(worker.job["name"])
                 worker.job = None
                 if not done:
                     _stop(worker)

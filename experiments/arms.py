@@ -1,0 +1,186 @@
+"""Arms of an experiment: recipes with some settings changed, each with several seeds, as jobs that keep their figures.
+
+A plan is a YAML file: ``base``, a packaged config; ``settings`` of every arm; ``measure``, the function that measures;
+``others``, prompts that it takes besides the validation set, as arguments of ``prompt_dataset``; and ``forms``, sizes
+that it comes in. A form has ``seeds``, ``settings``, those of every ``sft`` arm, ``starts`` and ``arms``. A start is a
+model that ``spin_sft`` makes for arms to begin with, by settings and, if it has one, another ``start``. An arm has a
+``recipe`` (spin if none is named; sft; none, which measures), a ``start``, ``settings``, and ``seeds`` if not all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pool import run_jobs
+
+from spin.core.files import write_json
+
+Job = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """What the commands of all experiments take."""
+    parser.add_argument("--out", type=Path, default=Path(out), help="results by job, logs, models (default: %(default)s)")
+    parser.add_argument("--docs", type=Path, help="folder for the JSON file, pages and pictures (default: OUT)")
+    parser.add_argument("--arms", default="", help="names with commas between them (default: the form's)")
+    parser.add_argument("--seeds", default="", help="numbers with commas between them (default: the form's)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
+    parser.add_argument("--gpus", default="", help="numbers of GPUs with commas between them (default: no GPU)")
+    parser.add_argument("--per-gpu", type=int, default=1, help="jobs at a time on each GPU, or on the CPU")
+    parser.add_argument("--deadline", type=float, help="seconds after which jobs are ended; what is finished stays")
+
+
+def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> list[Job]:
+    """Starts, and one job for each arm and seed, all of the first seed first.
+
+    Args:
+        plan (Mapping[str, Any]): of a YAML file.
+        form (str): one of its ``forms``.
+        args (argparse.Namespace): of :func:`add_arguments`.
+
+    Returns:
+        list[Job]: what :func:`run_job` takes.
+
+    Raises:
+        SystemExit: If an arm is unknown.
+    """
+    shape = plan["forms"][form]
+    arms: dict[str, Any] = shape["arms"]
+    names = [name for name in args.arms.split(",") if name] or list(arms)
+    if unknown := [name for name in names if name not in arms]:
+        raise SystemExit(f"error: no arm {', '.join(unknown)}; there are {', '.join(arms)}.")
+    changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.set)}
+    seeds = [int(seed) for seed in args.seeds.split(",") if seed]
+    jobs: dict[str, Job] = {}
+
+    def add(kind: str, name: str, seed: int, arm: Mapping[str, Any]) -> str:
+        key, recipe, start = f"{name}-seed{seed}", arm.get("recipe", "spin"), arm.get("start")
+        if start:
+            start = add("starts", start, seed, {"recipe": "sft", **shape["starts"][start]})
+        settings = {**plan["settings"], **shape["settings"], **(shape["sft"] if recipe == "sft" else {})}
+        settings |= {"model.path": "${start}" if start else "${model}", **arm.get("settings", {}), "seed": seed} | changes
+        jobs.setdefault(
+            key,
+            {
+                "name": key, "arm": name, "seed": seed, "form": form, "recipe": recipe, "needs": start,
+                "keeps": kind == "starts", "settings": settings, "base": plan["base"], "measure": plan["measure"],
+                "others": plan["others"], "folder": str(args.out / kind / key),
+                "start_folder": start and str(args.out / "starts" / start / "sft" / "iteration_000" / "hf_model"),
+                "result": str(args.out / "jobs" / f"{key}.json"), "log": str(args.out / "logs" / f"{key}.log"),
+            },
+        )  # fmt: skip
+        return key
+
+    for seed in seeds or shape["seeds"]:
+        for name in names:
+            if seed in seeds or seed in arms[name].get("seeds", shape["seeds"]):
+                add("arms", name, seed, arms[name])
+    return list(jobs.values())
+
+
+def run_plan(
+    plan: Mapping[str, Any], form: str, paths: Mapping[str, str], args: argparse.Namespace
+) -> tuple[list[Job], int]:
+    """Runs the jobs that are not finished yet.
+
+    Args:
+        plan (Mapping[str, Any]): of a YAML file.
+        form (str): one of its ``forms``.
+        paths (Mapping[str, str]): what ``${model}`` and other names in the plan stand for.
+        args (argparse.Namespace): of :func:`add_arguments`.
+
+    Returns:
+        tuple[list[Job], int]: results of the jobs that have begun, in the plan's order; how many did not succeed.
+    """
+    jobs = make_jobs(plan, form, args)
+    missing = [{**job, "paths": dict(paths)} for job in jobs if not is_finished(job)]
+    print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them finished before", flush=True)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    failed = run_jobs(
+        missing, run_job, args.gpus.split(","), args.per_gpu, args.deadline, lambda line: print(line, flush=True)
+    )
+    files = [Path(job["result"]) for job in jobs]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()], failed
+
+
+def is_finished(job: Job) -> bool:
+    """Whether a job's result is there, complete and made with the same settings, wherever model and data lay."""
+    file = Path(job["result"])
+    if not file.is_file():
+        return False
+    result = json.loads(file.read_text(encoding="utf-8"))
+    return result["finished"] and result["settings"] == json.loads(json.dumps(job["settings"]))
+
+
+def run_job(job: Job) -> bool:
+    """Runs a job in this process and keeps its figures, what went wrong among them.
+
+    Args:
+        job (Job): from :func:`make_jobs`, with ``paths``.
+
+    Returns:
+        bool: it ran to its end.
+    """
+    result: dict[str, Any] = {
+        **{name: job[name] for name in ("arm", "seed", "form", "recipe", "needs", "settings")},
+        "device": None, "finished": False, "error": None, "iterations": [],
+    }  # fmt: skip
+    file = Path(job["result"])
+    file.parent.mkdir(parents=True, exist_ok=True)
+
+    def report(measured: dict[str, Any]) -> None:
+        result["iterations"].append(measured)
+        write_json(file, result)
+
+    try:
+        import torch  # not before: the worker first says which GPU it has
+        from measured import run_recipe
+
+        result["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        paths = job["paths"] | {"${start}": job["start_folder"] or ""}
+        run_recipe({**job, **{name: fill(job[name], paths) for name in ("settings", "others")}}, report)
+        result["finished"] = True
+    except Exception as error:  # noqa: BLE001 - an arm that fails is a result; the others continue
+        traceback.print_exc()
+        result["error"] = f"{type(error).__name__}: {error}"
+    write_json(file, result)
+    return result["finished"]
+
+
+def fill(value: Any, paths: Mapping[str, str]) -> Any:
+    """JSON values with the paths in place of their names.
+
+    Args:
+        value (Any): such as a job's settings.
+        paths (Mapping[str, str]): by name, ``${model}``, say.
+
+    Returns:
+        Any: a copy.
+    """
+    if isinstance(value, Mapping):
+        return {key: fill(item, paths) for key, item in value.items()}
+    if isinstance(value, str):
+        for name, path in paths.items():
+            value = value.replace(name, path)
+    return value
+
+
+def compact(results: Sequence[Job]) -> list[Job]:
+    """What is worth keeping of results: figures to four places, and no path of this machine."""
+    return [
+        {name: result[name] for name in ("arm", "seed", "form", "needs", "device", "finished", "error")}
+        | {
+            "iterations": [
+                {k: round(v, 4) if isinstance(v, float) else v for k, v in measured.items()}
+                for measured in result["iterations"]
+            ]
+        }
+        for result in results
+    ]

@@ -1,0 +1,164 @@
+"""The tables and the picture of docs/when_it_helps.md, from the results of experiments/checkable.py.
+
+python experiments/checkable_report.py    # again, from docs/experiments/checkable_cpu.json and checkable_gpu.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pages import drawing, fill_sections, save
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PLAN = Path(__file__).with_name("checkable.yaml")
+FORMS = {"cpu": "100k parameters", "gpu": "135M parameters"}
+WRONG = {"s": "wrong step", "w": "wrong answer", "f": "no answer", "t": "truncated"}
+
+Results = Mapping[str, Mapping[int, Any]]  # of a form: the last iteration by arm and seed
+
+
+def read_results(folder: Path) -> dict[str, Results]:
+    """What the finished jobs of each form measured last.
+
+    Args:
+        folder (Path): of ``checkable_FORM.json``.
+
+    Returns:
+        dict[str, Results]: by form; those whose file is there.
+    """
+    found: dict[str, Any] = {}
+    for form in FORMS:
+        file = folder / f"checkable_{form}.json"
+        for job in json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []:
+            if job["finished"]:
+                found.setdefault(form, {}).setdefault(job["arm"], {})[job["seed"]] = job["iterations"][-1]
+    return found
+
+
+def difference(arm: Mapping[int, Any], other: Mapping[int, Any]) -> tuple[float, float] | None:
+    """How many more problems an arm solves than another, by responses at temperature 1 to the same problems.
+
+    Args:
+        arm (Mapping[int, Any]): measurements by seed.
+        other (Mapping[int, Any]): likewise.
+
+    Returns:
+        tuple[float, float] | None: the mean, and half of a 95 % interval that takes in problems and, where there are
+        several, seeds; None if no seed has both.
+    """
+    seeds = sorted(arm.keys() & other.keys())
+    if not seeds:
+        return None
+
+    def solved(measured: Any) -> list[float]:  # of each problem, the fraction of right responses
+        return [letters.count("r") / len(letters) for letters in zip(*measured["verdicts"][1:], strict=True)]
+
+    by_seed = [[a - b for a, b in zip(solved(arm[s]), solved(other[s]), strict=True)] for s in seeds]
+    by_problem = [statistics.mean(each) for each in zip(*by_seed, strict=True)]
+    variance = statistics.variance(by_problem) / len(by_problem)
+    if len(seeds) > 1:
+        variance += statistics.variance(map(statistics.mean, by_seed)) / len(seeds)
+    return statistics.mean(by_problem), 1.96 * math.sqrt(variance)
+
+
+def change(arm: Mapping[int, Any], other: Mapping[int, Any]) -> str:
+    """:func:`difference` in percentage points, bold if its interval leaves zero out."""
+    found = difference(arm, other)
+    if found is None:
+        return "-"
+    text = f"{100 * found[0]:+.1f} ± {100 * found[1]:.1f}"
+    return f"**{text}**" if abs(found[0]) > found[1] else text
+
+
+def mean(arm: Mapping[int, Any], name: str, form: str = ".3f") -> str:
+    """A measurement: its mean over seeds, with several also the standard deviation between them."""
+    values = [measured[name] for measured in arm.values()]
+    text = format(statistics.mean(values), form)
+    return text if len(values) == 1 else f"{text} ± {format(statistics.stdev(values), form)}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
+
+
+def arms_table(results: Results, arms: Mapping[str, Any]) -> str:
+    """A line for each arm that has a result, next to its own start."""
+    rows = []
+    for name, arm in arms.items():
+        if name not in results:
+            continue
+        measured, start = results[name], results.get(start_of(arms, name), {})
+        rows.append(
+            [
+                f"`{name}`", arm["what"], str(len(measured)), mean(measured, "greedy"), mean(measured, "sampled"),
+                "" if arm.get("recipe") == "none" else change(measured, start), mean(measured, "pass_4"),
+                " / ".join(f"{100 * statistics.mean(m[f'errors_{k}'] for m in measured.values()):.1f}" for k in WRONG),
+                mean(measured, "val_loss", ".4f"), mean(measured, "unseen"), mean(measured, "nll_text", ".2f"),
+                f"{statistics.mean(m['trained_tokens'] for m in measured.values()) / 1000:.0f}",
+            ]
+        )  # fmt: skip
+    heads = ["arm", "what", "seeds", "greedy", "temperature 1", "against its start, points", "pass@4",
+             f"{' / '.join(WRONG.values())}, %", "val_loss", "unseen families", "NLL of other text", "k tokens"]  # fmt: skip
+    return table(heads, rows)
+
+
+def start_of(arms: Mapping[str, Any], name: str) -> str:
+    """The arm that measures where another one begins."""
+    start = arms[name].get("start")
+    return next(each for each, arm in arms.items() if arm.get("recipe") == "none" and arm.get("start") == start)
+
+
+def situations_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
+    """SFT and SPIN from each kind of start."""
+    rows = []
+    for form, of_form in results.items():
+        arms = plan["forms"][form]["arms"]
+        for what, sft, spin in plan["forms"][form]["situations"]:
+            if sft in of_form and spin in of_form and (start := of_form.get(start_of(arms, spin))):
+                columns = [mean(each, "sampled") for each in (start, of_form[sft], of_form[spin])]
+                rows.append([what, FORMS[form], *columns, change(of_form[spin], of_form[sft])])
+    return table(["start", "model", "at the start", "SFT", "SPIN", "SPIN less SFT, points"], rows)
+
+
+def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) -> None:
+    """Each arm that starts at the plateau against that start: a point with its interval, a panel for each form."""
+    pyplot = drawing()
+    figure, panels = pyplot.subplots(1, len(results), figsize=(5.5 * len(results), 4.6), constrained_layout=True)
+    for panel, (form, of_form) in zip([panels] if len(results) == 1 else panels, results.items(), strict=True):
+        arms = plan["forms"][form]["arms"]
+        shown = [n for n, arm in arms.items() if arm.get("start") == "plateau" and n != "start" and n in of_form]
+        for place, name in enumerate(reversed(shown)):
+            middle, half = (100 * each for each in difference(of_form[name], of_form["start"]) or (0.0, 0.0))
+            colour = "C1" if arms[name].get("recipe") == "sft" else "C0"
+            panel.errorbar(middle, place, xerr=half, fmt="o", color=colour, capsize=2)
+        panel.set_yticks(range(len(shown)), [arms[name]["what"] for name in reversed(shown)], fontsize="small")
+        panel.axvline(0, color="grey", linewidth=0.8)
+        panel.set_title(f"{FORMS[form]}: points against the start", fontsize="medium")
+        panel.spines[["top", "right"]].set_visible(False)
+    save(figure, file)
+
+
+def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[str, str]:
+    """What stands between the marks of docs/when_it_helps.md and docs/experiments/checkable.md."""
+    tables = {form: arms_table(of_form, plan["forms"][form]["arms"]) for form, of_form in results.items()}
+    return {"situations": situations_table(results, plan), **tables}
+
+
+def write_pages(docs: Path = DOCS) -> None:
+    """Tables into the pages, and the picture."""
+    plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
+    results = read_results(docs / "experiments")
+    for page in (docs / "when_it_helps.md", docs / "experiments" / "checkable.md"):
+        page.write_text(fill_sections(page.read_text(encoding="utf-8"), sections(results, plan)), encoding="utf-8")
+    draw(results, plan, docs / "when_it_helps.svg")
+
+
+if __name__ == "__main__":
+    write_pages()

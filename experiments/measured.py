@@ -1,0 +1,145 @@
+"""A job of an experiment: the product's own recipe, and measurements after each iteration."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from spin_recipe import SPINRecipe
+from spin_sft import SFTRecipe
+
+from spin.checkpoint import SPINCheckpointer
+from spin.config import SPINConfig, complete, load_config
+from spin.data import Pair, Prompt, Response, prompt_dataset
+from spin.generators.engines import policy_loaded
+from spin.generators.sampling import sample_seed
+from spin.pairs.loader import RowBatch
+from spin.reference.stage import score_batches
+from spin.training import Step
+
+Report = Callable[[dict[str, Any]], None]
+RECIPES = {"spin": SPINRecipe, "sft": SFTRecipe, "none": SPINRecipe}  # none: measure the start
+
+
+class ExportsOnly(SPINCheckpointer):
+    """Writes models and no checkpoints: a run of an experiment is short."""
+
+    def save(self, *, step: int, **state: Any) -> Path:
+        """Nothing; where a checkpoint would be."""
+        return self.checkpoints_dir / f"step_{step:08d}"
+
+
+class KeepsNothing(ExportsOnly):
+    """Writes no models either: a run leaves its figures only."""
+
+    def export(self, model: torch.nn.Module, iteration: int, world: Any, *of_tokenizer: object) -> Path:
+        """Nothing; where a model would be."""
+        return Path(self.output_dir) / f"iteration_{iteration:03d}" / "hf_model"
+
+
+class Measured:
+    """Mixed into a recipe: measures at every validation. A ``measure`` function gets the recipe and uses what has no
+    underscore here."""
+
+    def __init__(self, cfg: SPINConfig, job: Mapping[str, Any], report: Report) -> None:
+        super().__init__(cfg)
+        self._job, self._report = job, report
+        module, name = job["measure"].rsplit(".", 1)
+        self._measure = getattr(importlib.import_module(module), name)
+        self._trained_tokens, self._measuring = 0, 0.0
+
+    def setup(self) -> None:
+        """As the recipe's, and what else is asked."""
+        super().setup()
+        self.sampling, self.val_prompts = self._sampling, list(self._val_prompts)
+        self.others = {
+            name: list(prompt_dataset(tokenizer=self._tokenizer, max_seq_len=self._model.max_seq_len, **arguments))
+            for name, arguments in self._job["others"].items()
+        }
+        self._started = time.perf_counter()
+
+    def train_single_step(self, batch: RowBatch) -> Step:
+        """As the recipe's; counts tokens through forward and backward, prompts included."""
+        self._trained_tokens += sum(row.used_tokens for row in batch.rows)
+        return super().train_single_step(batch)
+
+    @torch.no_grad()
+    def run_validation(self) -> dict[str, float]:
+        """As the recipe's, and everything else that is measured."""
+        metrics = super().run_validation()
+        started = time.perf_counter()
+        self.is_over = self._job["recipe"] == "none" or self._progress.is_done
+        measured = self._measure(self)
+        self._measuring += time.perf_counter() - started
+        seconds = round(time.perf_counter() - self._started - self._measuring, 1)
+        counts = {"trained_tokens": self._trained_tokens, "seconds": seconds}
+        self._report({"val_loss": metrics["val_loss"], **measured, **counts})
+        return metrics
+
+    def policy(self) -> AbstractContextManager[None]:
+        """In its block the generator responds as the policy does."""
+        return policy_loaded(self._generator, self._model)
+
+    def respond(self, prompts: Sequence[Prompt], sampling: Any, number: int = 0) -> list[Response]:
+        """One response to each prompt; the same random numbers in every iteration and arm of a seed."""
+        return self._generator.generate(
+            [list(map(int, prompt.prompt_ids)) for prompt in prompts],
+            sampling,
+            [sample_seed(self._cfg.seed, -1, prompt.sample_id, number) for prompt in prompts],
+        )
+
+    def nll(self, prompts: Sequence[Prompt]) -> list[float]:
+        """Mean negative log-prob of each prompt's real response in nats per token."""
+        pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in prompts]
+        scored = score_batches(
+            self._model,
+            self._plan.batched(pairs),
+            self._world,
+            layout=self._layout,
+            chunk_tokens=self._cfg.logprob_chunk_tokens,
+        )
+        found = {pair.sample_id: -pair.reference_real_logp / len(pair.real_ids) for pair in scored}
+        return [found[prompt.sample_id] for prompt in prompts]
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Of a response, without its stop token."""
+        ids = [int(token) for token in token_ids]
+        return self._tokenizer.decode([token for token in ids if token not in self._tokenizer.eos_ids]).strip()
+
+
+def run_recipe(job: Mapping[str, Any], report: Report) -> None:
+    """Runs a job's recipe in a folder of its own. One that ``keeps`` a model leaves it there; of others nothing is left
+    but what ``report`` gets after each iteration; a RuntimeError if the recipe stopped before its last step."""
+    folder, is_kept = Path(job["folder"]), job["keeps"]
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = {
+        **job["settings"],
+        "output_dir": str(folder),
+        "checkpointer._component_": f"measured.{'ExportsOnly' if is_kept else 'KeepsNothing'}",
+    }
+    cfg = complete(load_config(job["base"], [f"{k}={json.dumps(v)}" for k, v in settings.items()]), SPINConfig)
+    kind = type("Recipe", (Measured, RECIPES[job["recipe"]]), {})
+    recipe = kind(cfg, job, report)
+    try:
+        recipe.setup()
+        if job["recipe"] == "none":
+            recipe.run_validation()
+        else:
+            recipe.train()
+            if not recipe._progress.is_done:
+                raise RuntimeError(f"stopped at step {recipe._progress.step}")
+    finally:
+        recipe.cleanup()
+        del recipe
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not is_kept:
+            shutil.rmtree(folder, ignore_errors=True)
