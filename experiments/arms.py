@@ -2,9 +2,9 @@
 
 A plan is a YAML file: ``base``, a packaged config; ``settings`` of every arm; ``measure``, the function that measures;
 ``others``, prompts that it takes besides the validation set, as arguments of ``prompt_dataset``; and ``forms``, sizes
-that it comes in. A form has ``seeds``, ``settings``, those of every ``sft`` arm, ``starts`` and ``arms``. A start is a
-model that ``spin_sft`` makes for arms to begin with, by settings and, if it has one, another ``start``. An arm has a
-``recipe`` (spin if none is named; sft; none, which measures), a ``start``, ``settings``, and ``seeds`` if not all.
+that it comes in. A form has ``seeds``, ``settings``, those of every ``sft`` arm, arguments of all ``others`` if any,
+``starts`` and ``arms``. A start is a model that ``spin_sft`` makes for arms to begin with, by its settings. An arm has
+a ``recipe`` (spin if none is named; sft; none, which measures), a ``start``, ``settings``, and ``seeds`` if not all.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ Job = dict[str, Any]
 
 def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """What the commands of all experiments take."""
-    parser.add_argument("--out", type=Path, default=Path(out), help="results by job, logs, models (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path(out), help="results by job, logs, models (default: %(default)s)"
+    )
     parser.add_argument("--docs", type=Path, help="folder for the JSON file, pages and pictures (default: OUT)")
     parser.add_argument("--arms", default="", help="names with commas between them (default: the form's)")
     parser.add_argument("--seeds", default="", help="numbers with commas between them (default: the form's)")
@@ -58,6 +60,7 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
         raise SystemExit(f"error: no arm {', '.join(unknown)}; there are {', '.join(arms)}.")
     changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.set)}
     seeds = [int(seed) for seed in args.seeds.split(",") if seed]
+    others = {name: {**prompts, **shape.get("others", {})} for name, prompts in plan["others"].items()}
     jobs: dict[str, Job] = {}
 
     def add(kind: str, name: str, seed: int, arm: Mapping[str, Any]) -> str:
@@ -65,13 +68,17 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
         if start:
             start = add("starts", start, seed, {"recipe": "sft", **shape["starts"][start]})
         settings = {**plan["settings"], **shape["settings"], **(shape["sft"] if recipe == "sft" else {})}
-        settings |= {"model.path": "${start}" if start else "${model}", **arm.get("settings", {}), "seed": seed} | changes
+        settings |= {
+            "model.path": "${start}" if start else "${model}",
+            **arm.get("settings", {}),
+            "seed": seed,
+        } | changes
         jobs.setdefault(
             key,
             {
                 "name": key, "arm": name, "seed": seed, "form": form, "recipe": recipe, "needs": start,
                 "keeps": kind == "starts", "settings": settings, "base": plan["base"], "measure": plan["measure"],
-                "others": plan["others"], "folder": str(args.out / kind / key),
+                "others": others, "folder": str(args.out / kind / key),
                 "start_folder": start and str(args.out / "starts" / start / "sft" / "iteration_000" / "hf_model"),
                 "result": str(args.out / "jobs" / f"{key}.json"), "log": str(args.out / "logs" / f"{key}.log"),
             },
@@ -170,6 +177,11 @@ def fill(value: Any, paths: Mapping[str, str]) -> Any:
         for name, path in paths.items():
             value = value.replace(name, path)
     return value
+
+
+def overrides(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as a command line has them; ``~KEY`` removes a key of the base."""
+    return [key if key.startswith("~") else f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def compact(results: Sequence[Job]) -> list[Job]:

@@ -1,11 +1,11 @@
 """Does self-play add anything to a model that is fine-tuned already?  Problems whose answers a program checks.
 
     python experiments/checkable.py                                          # a CPU: no download, minutes
-    python experiments/checkable.py --form gpu --model FOLDER --gpus 0 --per-gpu 6    # SmolLM2-135M-Instruct
+    python experiments/checkable.py --form full --model FOLDER --gpus 0 --per-gpu 6    # SmolLM2-135M-Instruct
 
-The second takes the model that `spin demo --only-model` makes. The arms are in checkable.yaml: each is the product's own
-recipe with some settings changed. Every job (an arm and a seed) writes its figures to `OUT/jobs` after each iteration;
-the same command continues with what is missing. At the end all figures are put into one JSON file (--docs).
+The second takes the model that `spin demo --only-model` makes. The arms are in checkable.yaml: each is the product's
+own recipe with some settings changed. Every job (an arm and a seed) writes its figures to `OUT/FORM/jobs` after each
+iteration; the same command continues with what is missing. At the end all figures are put into one JSON file (--docs).
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what is missing and writes the figures; 1 if a job did not succeed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, default=PLAN, help="the arms (default: %(default)s)")
-    parser.add_argument("--form", default="cpu", help="of the plan (default: %(default)s)")
+    parser.add_argument("--form", default="small", help="of the plan (default: %(default)s)")
     parser.add_argument("--model", type=Path, help="Hugging Face folder; none: a small one is made")
     add_arguments(parser, out="runs/checkable")
     args = parser.parse_args(arguments)

@@ -6,6 +6,7 @@ checksum says so, so that none is ever in both parts, whoever draws them.
 
 from __future__ import annotations
 
+import calendar
 import json
 import re
 import zlib
@@ -14,10 +15,10 @@ from pathlib import Path
 from random import Random
 
 MARK = "#"  # before the answer
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = list(calendar.month_name)[1:]
 DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
-NAMES = "Ann Ben Cara Dev Eli Fay Gus Hana Ivo June Kim Leo Mia Ned Ola Pam".split()
-THINGS = "pen cup book lamp chair apple ball card hat key mug plum rope sock toy vase".split()
+NAMES = ["Ann", "Ben", "Cara", "Dev", "Eli", "Fay", "Gus", "Hana", "Ivo", "June", "Kim", "Leo", "Mia", "Ned", "Ola"]
+THINGS = ["pen", "cup", "book", "lamp", "chair", "apple", "ball", "card", "hat", "key", "mug", "plum", "rope", "sock"]
 VERDICTS = {"r": "right", "s": "wrong step", "w": "right steps, wrong answer", "f": "no answer", "t": "truncated"}
 
 _EQUATION = re.compile(r"(\d+)([-+*])(\d+)=(-?\d+)")
@@ -95,12 +96,11 @@ def shop(r: Random) -> Problem:
     total = a * b + c * d
     paid = (total // 50 + 1) * 50
     question = (
-        f"{name} buys {a} {one}s at {b} dollars each and {c} {other}s at {d} dollars each and pays with {paid} dollars. "
-        f"How many dollars does {name} get back?"
+        f"{name} buys {a} {one}s at {b} dollars each and {c} {other}s at {d} dollars each and pays with {paid} "
+        f"dollars. How many dollars does {name} get back?"
     )
-    return question, f"{a}*{b}={a * b}. {c}*{d}={c * d}. {a * b}+{c * d}={total}. {paid}-{total}={paid - total}.", str(
-        paid - total
-    )
+    steps = f"{a}*{b}={a * b}. {c}*{d}={c * d}. {a * b}+{c * d}={total}. {paid}-{total}={paid - total}."
+    return question, steps, str(paid - total)
 
 
 def bags(r: Random) -> Problem:

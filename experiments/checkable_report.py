@@ -1,6 +1,6 @@
 """The tables and the picture of docs/when_it_helps.md, from the results of experiments/checkable.py.
 
-python experiments/checkable_report.py    # again, from docs/experiments/checkable_cpu.json and checkable_gpu.json
+python experiments/checkable_report.py    # again, from docs/experiments/checkable_*.json
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import yaml
 from pages import drawing, fill_sections, save
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = (DOCS / "when_it_helps.md", DOCS / "experiments" / "checkable.md")
 PLAN = Path(__file__).with_name("checkable.yaml")
-FORMS = {"cpu": "100k parameters", "gpu": "135M parameters"}
+FORMS = {"small": "140k parameters", "full": "135M parameters"}
 WRONG = {"s": "wrong step", "w": "wrong answer", "f": "no answer", "t": "truncated"}
 
 Results = Mapping[str, Mapping[int, Any]]  # of a form: the last iteration by arm and seed
@@ -105,7 +106,8 @@ def arms_table(results: Results, arms: Mapping[str, Any]) -> str:
             ]
         )  # fmt: skip
     heads = ["arm", "what", "seeds", "greedy", "temperature 1", "against its start, points", "pass@4",
-             f"{' / '.join(WRONG.values())}, %", "val_loss", "unseen families", "NLL of other text", "k tokens"]  # fmt: skip
+             f"{' / '.join(WRONG.values())}, %", "val_loss", "unseen families", "NLL of other text",
+             "k tokens"]  # fmt: skip
     return table(heads, rows)
 
 
@@ -151,13 +153,13 @@ def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[st
     return {"situations": situations_table(results, plan), **tables}
 
 
-def write_pages(docs: Path = DOCS) -> None:
+def write_pages() -> None:
     """Tables into the pages, and the picture."""
     plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
-    results = read_results(docs / "experiments")
-    for page in (docs / "when_it_helps.md", docs / "experiments" / "checkable.md"):
+    results = read_results(DOCS / "experiments")
+    for page in PAGES:
         page.write_text(fill_sections(page.read_text(encoding="utf-8"), sections(results, plan)), encoding="utf-8")
-    draw(results, plan, docs / "when_it_helps.svg")
+    draw(results, plan, DOCS / "when_it_helps.svg")
 
 
 if __name__ == "__main__":

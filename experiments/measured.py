@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arms import overrides
 from spin_recipe import SPINRecipe
 from spin_sft import SFTRecipe
 
@@ -125,7 +125,7 @@ def run_recipe(job: Mapping[str, Any], report: Report) -> None:
         "output_dir": str(folder),
         "checkpointer._component_": f"measured.{'ExportsOnly' if is_kept else 'KeepsNothing'}",
     }
-    cfg = complete(load_config(job["base"], [f"{k}={json.dumps(v)}" for k, v in settings.items()]), SPINConfig)
+    cfg = complete(load_config(job["base"], overrides(settings)), SPINConfig)
     kind = type("Recipe", (Measured, RECIPES[job["recipe"]]), {})
     recipe = kind(cfg, job, report)
     try:

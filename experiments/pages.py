@@ -11,7 +11,7 @@ _MARKED = re.compile(r"(<!-- figures: (?P<name>[\w-]+) -->\n).*?(<!-- figures: e
 
 
 def fill_sections(page: str, sections: Mapping[str, str]) -> str:
-    """A page with text in place of what stands between its marks, ``<!-- figures: NAME -->`` and ``<!-- figures: end -->``.
+    """A page with text in place of what stands between ``<!-- figures: NAME -->`` and ``<!-- figures: end -->``.
 
     Args:
         page (str): Markdown.

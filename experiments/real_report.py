@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from arms import compact
+from pages import drawing, fill_sections, save
 
 from spin.core.files import write_json
 
 PLAN = Path(__file__).with_name("real_model.yaml")
 
-BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 # column head, measurement, format; arrows say which way is better
 COLUMNS = (
     ("held-out loss ↓", "val_loss", ".3f"),
@@ -52,20 +53,9 @@ PICTURES = (
     ),
 )  # fmt: skip
 START = "start"
+EMPTY_PAGE = "# Self-play with a real model\n\n<!-- figures: real_model -->\n<!-- figures: end -->\n"
 
 Results = list[dict[str, Any]]
-
-
-def read_results(folder: Path) -> Results:
-    """The results of all jobs, by name.
-
-    Args:
-        folder (Path): where they are.
-
-    Returns:
-        Results: may be empty.
-    """
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
 
 
 def curves(results: Results) -> dict[str, list[dict[str, list[float]]]]:
@@ -150,13 +140,7 @@ def draw(results: Results, out: Path) -> None:
         results (Results): of the jobs.
         out (Path): folder of ``real_model_NAME.svg``.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    # the same file for the same results; text stays text
-    matplotlib.rcParams |= {"svg.hashsalt": "spin", "svg.fonttype": "none", "font.family": "sans-serif"}
-    from matplotlib import pyplot
-
+    pyplot = drawing()
     arms = curves(results)
     for picture, measurements, titles in PICTURES:
         figure, panels = pyplot.subplots(1, 2, figsize=(11, 3.6), constrained_layout=True)
@@ -180,8 +164,7 @@ def draw(results: Results, out: Path) -> None:
             panel.set_xlabel("iteration")
             panel.xaxis.get_major_locator().set_params(integer=True)
             panel.spines[["top", "right"]].set_visible(False)
-        figure.savefig(out / f"real_model_{picture}.svg", metadata={"Date": None})
-        pyplot.close(figure)
+        save(figure, out / f"real_model_{picture}.svg")
 
 
 def figures(results: Results, order: Sequence[str]) -> str:
@@ -205,23 +188,6 @@ def figures(results: Results, order: Sequence[str]) -> str:
     )
 
 
-def replace_figures(page: str, content: str) -> str:
-    """A page with the text between its marks replaced; a page without marks gets them at its end.
-
-    Args:
-        page (str): Markdown.
-        content (str): Markdown.
-
-    Returns:
-        str: the new page.
-    """
-    if BEGIN not in page or END not in page:
-        page = f"{page.rstrip()}\n\n{BEGIN}\n{END}\n".lstrip()
-    before, rest = page.split(BEGIN, 1)
-    _, after = rest.split(END, 1)
-    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
-
-
 def write_report(results: Results, out: Path, order: Sequence[str]) -> None:
     """Writes real_model.json, the pictures and the figures in real_model.md; nothing if there is no result.
 
@@ -233,11 +199,11 @@ def write_report(results: Results, out: Path, order: Sequence[str]) -> None:
     if not any(result["iterations"] for result in results):
         return
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "real_model.json", compact(results))
+    write_json(out / "real_model.json", {"jobs": compact(results)})
     draw(results, out)
     page = out / "real_model.md"
-    text = page.read_text(encoding="utf-8") if page.is_file() else "# Self-play with a real model\n"
-    page.write_text(replace_figures(text, figures(results, order)), encoding="utf-8")
+    text = page.read_text(encoding="utf-8") if page.is_file() else EMPTY_PAGE
+    page.write_text(fill_sections(text, {"real_model": figures(results, order)}), encoding="utf-8")
     print(f"{page}\n{table(results, order)}")
 
 
@@ -245,30 +211,7 @@ def published() -> tuple[Results, Path, list[str]]:
     """What :func:`write_report` takes to write the documentation's page again."""
     docs = Path(__file__).resolve().parents[1] / "docs" / "experiments"
     jobs = json.loads((docs / "real_model.json").read_text(encoding="utf-8"))["jobs"]
-    return jobs, docs, list(yaml.safe_load(PLAN.read_text(encoding="utf-8"))["arms"])
-
-
-def compact(results: Results) -> Mapping[str, Any]:
-    """What is worth keeping of the jobs: figures to four places, and no path of this machine.
-
-    Args:
-        results (Results): of the jobs.
-
-    Returns:
-        Mapping[str, Any]: JSON values.
-    """
-    return {
-        "jobs": [
-            {name: result[name] for name in ("arm", "seed", "device", "finished", "error")}
-            | {
-                "iterations": [
-                    {k: round(v, 4) if isinstance(v, float) else v for k, v in measured.items()}
-                    for measured in result["iterations"]
-                ]
-            }
-            for result in results
-        ]
-    }
+    return jobs, docs, list(yaml.safe_load(PLAN.read_text(encoding="utf-8"))["forms"]["full"]["arms"])
 
 
 if __name__ == "__main__":

