@@ -159,7 +159,8 @@ def write_pages() -> None:
     results = read_results(DOCS / "experiments")
     for page in PAGES:
         page.write_text(fill_sections(page.read_text(encoding="utf-8"), sections(results, plan)), encoding="utf-8")
-    draw(results, plan, DOCS / "when_it_helps.svg")
+    if results:
+        draw(results, plan, DOCS / "when_it_helps.svg")
 
 
 if __name__ == "__main__":
