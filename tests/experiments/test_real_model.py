@@ -105,8 +105,10 @@ def test_the_rows_of_the_data(monkeypatch):
 
 
 def pool_jobs(folder, *names, **needs):
-    places = {"result": str(folder), "log": str(folder / "log")}
-    return [{"name": name, "needs": needs.get(name), **places} for name in names]
+    return [
+        {"name": name, "needs": needs.get(name), "result": str(folder / name), "log": str(folder / f"{name}.log")}
+        for name in names
+    ]
 
 
 def test_a_job_that_fails_or_dies_ends_no_other_but_those_that_need_it(tmp_path):
