@@ -18,7 +18,13 @@ drop_import_remarks()  # before torchao, wherever that is imported first
 def __getattr__(name: str) -> Any:
     """``SPIN``, imported when it is asked for."""
     if name != "SPIN":
-        raise AttributeError(f"module 'spin' has no attribute {name!r}")
+        from spin.core.terminal import nearest_of
+
+        raise AttributeError(f"module 'spin' has no attribute {name!r}.{nearest_of(name, __dir__())}")
     from spin.cli.api import SPIN
 
     return SPIN
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "SPIN"]

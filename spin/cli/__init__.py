@@ -8,18 +8,19 @@ Exit codes: 0 fine, 1 faults were found, 2 wrong usage.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from omegaconf.errors import OmegaConfBaseException
 
 from spin import __version__
 from spin.core.command import spin_command
 from spin.core.errors import SpinError, show_traceback
-from spin.core.terminal import escape_unencodable_output, printable
+from spin.core.terminal import escape_unencodable_output, nearest_of, printable
 
 # name: module, what it does
 COMMANDS = {
@@ -40,9 +41,17 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Ends the program; of an option that is not known the nearest one is named."""
+        found = re.search(r"(?:unrecognized arguments:|unknown option) (--[\w-]+)", message)
+        nearest = nearest_of(found[1], list(self._option_string_actions)) if found else ""
+        super().error(f"{message}.{nearest}" if nearest else message)
+
+
 def parser_of(command: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
     """The parser of a command's arguments, without any yet."""
-    return argparse.ArgumentParser(spin_command(command), usage, description, allow_abbrev=False)
+    return _Parser(spin_command(command), usage, description, allow_abbrev=False)
 
 
 def usage() -> str:
@@ -68,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, arguments = argv[0], list(argv[1:])
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        print(f"error: unknown command {name!r}.{hint}\n\n{usage()}", file=sys.stderr)
+        print(f"error: unknown command {name!r}.{nearest_of(name, list(COMMANDS))}\n\n{usage()}", file=sys.stderr)
         return 2
     try:
         return importlib.import_module(COMMANDS[name][0]).main(arguments) or 0

@@ -95,7 +95,7 @@ class SPIN:
         model (str | Path | None): Hugging Face folder, or a name on huggingface.co.
         data (str | Path | None): prompts with real responses: a file, glob, folder, or a data set's name.
         config (str | Path | None): a file, or the name of a packaged config; None: chosen for model and data.
-        method (Literal["full", "lora", "qlora"]): what is trained, where no config says so.
+        method (Literal["full", "lora", "qlora"] | None): what is trained, for ``model`` and ``data``; None is full.
         **options (Any): keys of the config: ``seed=1``, ``optimizer={"lr": 1e-6}`` or ``**{"optimizer.lr": 1e-6}``.
 
     Attributes:
@@ -120,18 +120,23 @@ class SPIN:
         data: str | Path | None = None,
         *,
         config: str | Path | None = None,
-        method: Literal["full", "lora", "qlora"] = "full",
+        method: Literal["full", "lora", "qlora"] | None = None,
         **options: Any,
     ) -> None:
         from spin.config import SPINConfig, complete, load_config
 
-        if method not in ("full", "lora", "qlora"):
+        if method not in (None, "full", "lora", "qlora"):
             raise ConfigError(f"method={method!r}: expected 'full', 'lora' or 'qlora'.")
         overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in options.items()]
         if config is None:
             if model is None or data is None:
                 raise ConfigError("SPIN(model=..., data=...) or SPIN(config=...): one of them says what to train.")
             config = _drafted(str(model), str(data), method, overrides, options)
+        elif method is not None:
+            raise ConfigError(
+                f"method={method!r} is for model=... and data=...: config={str(config)!r} itself says what is trained. "
+                f"The packaged configs are 'full', 'lora' and 'qlora': config={method!r}."
+            )
         else:
             named = {"model.path": model, "dataset.source": data}
             overrides += [f"{key}={json.dumps(str(value))}" for key, value in named.items() if value is not None]
@@ -174,7 +179,7 @@ class SPIN:
         return Result(folder)
 
 
-def _drafted(model: str, data: str, method: str, overrides: Sequence[str], options: dict[str, Any]) -> Path:
+def _drafted(model: str, data: str, method: str | None, overrides: Sequence[str], options: dict[str, Any]) -> Path:
     """The file that ``spin new`` writes for a run, or wrote when it began."""
     import torch
 

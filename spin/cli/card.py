@@ -6,8 +6,9 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -18,10 +19,10 @@ from spin.core.errors import OutputError
 from spin.core.files import SFT_STAGE, file_sha256
 from spin.core.hub import hub_name, is_hub_name
 from spin.core.terminal import counted, printable
+from spin.core.texts import plain_text, turns
 from spin.data import PairStore
 from spin.data.rows import kind_of
 from spin.report.record import is_number
-from spin.report.texts import plain_text, turns
 from spin.run.folder import data_sources, iteration_folders, read_config, read_json_lines
 from spin.training.schedules import per_iteration
 
@@ -86,6 +87,8 @@ def model_card(
     sources = [cfg.get("dataset"), *((OmegaConf.select(cfg, "dataset.sources") or {}).values())]
     named = [each.get("source") for each in sources if OmegaConf.is_dict(each)]
     datasets = [each for each in named if isinstance(each, str) and _is_data_set(each)]
+    start = cfg.checkpointer.checkpoint_dir if name is None else base
+    cfg = OmegaConf.create(_without_folders(plain(cfg)))
     is_adapter = (model / "adapter_config.json").is_file()
     head = {
         "library_name": "peft" if is_adapter else "transformers",
@@ -111,7 +114,7 @@ def model_card(
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {title}",
         f"{what} Made with spin-torchtune {spin.__version__}.",
-        "## Use\n\n" + _usage(name, base_model or cfg.checkpointer.checkpoint_dir, is_adapter),
+        "## Use\n\n" + _usage(name, base_model or start, is_adapter),
         *_samples(run, iteration),
         "## How it was made\n\n" + _table(("", ""), _settings(cfg)),
         "## Iterations\n\n" + _iterations(run, cfg, iteration),
@@ -124,6 +127,16 @@ def model_card(
         _CITATION,
     ]
     return printable("\n\n".join(sections) + "\n")
+
+
+def _without_folders(value: Any) -> Any:
+    """A config's values; of an absolute path the model's name on huggingface.co or the last part alone."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(item) for item in value]
+    is_path = isinstance(value, str) and value.startswith(("/", "~/")) and value.count("/") > 1 and "\n" not in value
+    return hub_name(value) or Path(value).name if is_path else value
 
 
 def _is_data_set(source: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -17,16 +18,13 @@ from spin.core.terminal import printable
 if TYPE_CHECKING:
     from spin.cli.chat_model import Answer, ChatModel
 
+_COMMANDS = "/reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer."
 _WIDE = 100  # columns of a terminal in which two answers stand side by side
 
 
 def main(argv: Sequence[str]) -> int:
     """Answers every line of the standard input."""
-    text = (
-        "Talk to a model: every line is a message. /reset begins a new conversation, /exit or Ctrl-D leaves, Ctrl-C "
-        "stops an answer."
-    )
-    parser = parser_of("chat", text)
+    parser = parser_of("chat", f"Talk to a model: every line is a message. {_COMMANDS}")
     where = "output_dir of a run, folder of a model or of an adapter, or a name on huggingface.co"
     parser.add_argument("model", metavar="RUN_OR_FOLDER", help=where)
     parser.add_argument("--iteration", type=int, metavar="N", help="of the run; default: the last that is finished")
@@ -48,6 +46,10 @@ def main(argv: Sequence[str]) -> int:
             break
         if message == "/reset":
             conversations = [start for _ in models]
+            continue
+        if re.fullmatch(r"/\w+", message):
+            print(f"error: no command {message!r}. {_COMMANDS}", file=sys.stderr)
+            code = 1
             continue
         asked = [[*conversation, {"role": "user", "content": message}] for conversation in conversations]
         try:
@@ -101,6 +103,8 @@ def _messages() -> Iterator[str]:
         yield from filter(None, map(str.strip, sys.stdin))
         return
     import readline  # noqa: F401 - gives input() its editing and history
+
+    print(_COMMANDS)
 
     while True:
         try:

@@ -38,6 +38,7 @@ _FIRST_KEYS = ("output_dir", "model", "tokenizer", "dataset", "sampling", "gener
 _KEPT = 0.99  # of prompts, and of responses, are within the limits that are chosen
 _FEW_STEPS = 8  # of an epoch, before its batches are made smaller
 _MOST_HELD_OUT = 1000  # about
+_ANSWERED = 5  # fixed prompts, side by side in the terminal and in the report
 _DATA_SET, _SMALL_OPTIMIZER = "spin.data.prompt_dataset", "spin.training.AdamW8bit"
 _METHOD_TEXTS = {"full": "every weight is trained", "lora": "LoRA", "qlora": "QLoRA"}
 _REMEDIES = {
@@ -129,7 +130,9 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
         config.put("dataset.on_bad_row", "skip")
     config.put("sampling.max_new_tokens", most_response, 256)
     trained, held_out = _hold_out(found, fit, cfg, config)
-    report.append(f"split     {counted(trained, 'sample')} to train on, {held_out:,} held out for validation")
+    config.put("validation.fixed_prompts", _ANSWERED)
+    split = f"{counted(trained, 'sample')} to train on, {held_out:,} held out for validation"
+    report.append(f"split     {split}, {_ANSWERED} of them answered before and after each iteration")
 
     # --- Steps, and what fits the memory ---
     size = 64
@@ -144,14 +147,18 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     report += [
         f"steps     {counted(cfg.max_iterations, 'iteration')} x {counted(cfg.max_epochs, 'epoch')} x "
         f"{counted(steps, 'step')} of {counted(cfg.global_batch_size, 'prompt')}",
-        f"memory    {needed.training:.1f} GiB to train, {needed.playing:.1f} to generate, of {machine.gib:.0f}: rows "
-        f"of {cfg.pairs.row_tokens:,} tokens, {counted(cfg.generator.get('batch_size', 32), 'response')} at once",
+        f"memory    {_gib(needed.training)} GiB to train, {_gib(needed.playing)} to generate, of {machine.gib:.0f}: "
+        f"rows of {cfg.pairs.row_tokens:,} tokens, {counted(cfg.generator.get('batch_size', 32), 'response')} at once",
     ]
     lengths_of_pair = found.prompt_lengths + 2 * found.real_lengths  # a response is about as long as the real one
     report += _time(cfg, machine, steps * cfg.global_batch_size, round(lengths_of_pair[fit].mean()))
     report[0] += f", of which {needed.trained:,} are trained" if method != "full" else ""
     title = f"# SPIN, {_METHOD_TEXTS[method]}, sized by `spin new` for {machine.name}"
     return f"{title}\n#   spin run spin_recipe --config {arguments.out}\n{config.text()}", report
+
+
+def _gib(value: float) -> str:
+    return f"{value:.1f}" if value >= 0.05 else "under 0.1"
 
 
 def has_experts(cfg: SPINConfig) -> bool:

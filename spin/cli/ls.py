@@ -14,7 +14,7 @@ def main(argv: Sequence[str]) -> None:
     known = configs()
     width = max(map(len, known)) + 2
     for recipe in recipe_files():
-        print(recipe)
+        print(recipe + ("  takes the configs of spin_recipe" if recipe == "spin_sft" else ""))
         for name, (for_recipe, title) in known.items():
             if for_recipe == recipe:
                 print(f"  {name:<{width}}{title}")

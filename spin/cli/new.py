@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
 from spin.cli import parser_of
-from spin.config.files import parse_overrides
+from spin.config.complete import check_keys
+from spin.config.files import parse_overrides, with_overrides
+from spin.config.schema import SPINConfig
 from spin.core.command import spin_command
 from spin.core.errors import OutputError
 from spin.core.files import atomic_write
+from spin.core.hub import is_hub_name
 from spin.core.terminal import printable
+from spin.data.sources import read_rows
+from spin.model.hf_folder import check_local
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,7 +44,12 @@ def main(argv: Sequence[str]) -> None:
         raise OutputError(f"{out}: is there already. Choose another name by --out, or give --force to replace it.")
     if not out.parent.is_dir():
         raise OutputError(f"{out.parent}: no such folder. Make it.")
-    from spin.cli.draft import Machine, draft  # load torch
+    given = {"model": {"path": arguments.model}, "dataset": {"source": arguments.data}}
+    dataset = check_keys(with_overrides(OmegaConf.create(given), overrides), SPINConfig)["dataset"]
+    check_local(arguments.model)
+    if not is_hub_name(arguments.data.removeprefix("hf:")):
+        next(read_rows(arguments.data, **{key: dataset.get(key) for key in ("split", "name", "data_dir")}))
+    from spin.cli.draft import Machine, draft  # load torch, for whose sake the above is checked first
 
     machine = Machine.here(arguments.gpus)
     text, report = draft(arguments, machine, overrides)

@@ -16,9 +16,7 @@ from spin.config.follow import FROM_HF
 from spin.config.parse import read_argv, read_config
 from spin.config.schema import COMPONENT
 from spin.core.command import spin_command
-from spin.core.hub import is_hub_name
-from spin.model.hf_config import CONFIG
-from spin.model.hf_folder import read_config as read_folder_config
+from spin.model.hf_folder import check_local
 
 _USAGE = "%(prog)s [--nproc_per_node N ...] RECIPE --config NAME_OR_FILE [key=value ...] [~key ...]"
 _TEXT = "Start a recipe. Options before its name are those of torchrun, which then starts the processes."
@@ -51,8 +49,8 @@ def _check(name: str, arguments: Sequence[str]) -> Path:
         config, overrides = read_argv(arguments, description, spin_command("run", name))
         section = read_config(name, config, overrides, model, check_keys).get("model") or {}
         folder = section.get("path") if section.get(COMPONENT) == FROM_HF else None
-        if folder and (os.path.exists(folder) or not is_hub_name(folder)):
-            read_folder_config(Path(folder) / CONFIG)
+        if folder:
+            check_local(folder)
     return recipe
 
 

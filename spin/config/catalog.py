@@ -12,12 +12,12 @@ from types import ModuleType
 from typing import Any
 
 from spin.config import schema
-from spin.config.faults import nearest_of
 from spin.config.files import find_config, packaged_configs
 from spin.config.interpolation import configs_root
 from spin.config.schema import Section
 from spin.core.command import spin_command
 from spin.core.errors import ConfigError
+from spin.core.terminal import nearest_of
 
 _PARSED = re.compile(r"^@config\.parse\(config\.(\w+)\)$", flags=re.MULTILINE)
 _LAUNCH = re.compile(r"^#.*\b(spin_\w+) --config", flags=re.MULTILINE)

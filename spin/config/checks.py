@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spin.config.components import KINDS, component_of
-from spin.config.faults import Faults, nearest_of, nearest_or_known
+from spin.config.faults import Faults, nearest_or_known
 from spin.config.schema import (
     COMPONENT,
     Component,
@@ -23,7 +23,7 @@ from spin.config.schema import (
 )
 from spin.core.errors import ConfigError
 from spin.core.files import TRANSFER, check_own_folder
-from spin.core.terminal import counted
+from spin.core.terminal import counted, nearest_of
 
 _PACKAGES = {  # of loggers, which import them when they are made: after the weights are loaded
     "TrackioLogger": "trackio",

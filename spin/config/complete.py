@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from spin.config.checks import check_together
 from spin.config.components import ALLOW_KEY, check_arguments, own_packages, refused_components
-from spin.config.faults import UNIONS, Faults, expected, joined, known_keys, nearest_of, yaml_text
+from spin.config.faults import UNIONS, Faults, expected, joined, known_keys, yaml_text
 from spin.config.follow import TO_FILL, follow, settle_dtypes, with_folders
 from spin.config.interpolation import (
     MISSING,
@@ -29,7 +29,7 @@ from spin.config.interpolation import (
 from spin.config.schema import COMPONENT, Component, Section, fields_of, section_of
 from spin.core import redact
 from spin.core.command import spin_command
-from spin.core.terminal import plural
+from spin.core.terminal import nearest_of, plural
 
 ConfigT = TypeVar("ConfigT", bound=Section)
 

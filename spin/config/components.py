@@ -27,10 +27,11 @@ from typing import Annotated, Any
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, TypeAdapter, ValidationError
 
-from spin.config.faults import KIND_WORDS, UNIONS, Faults, expected, joined, nearest_of, nearest_or_known, yaml_text
+from spin.config.faults import KIND_WORDS, UNIONS, Faults, expected, joined, nearest_or_known, yaml_text
 from spin.config.interpolation import MISSING, PATH_KEY
 from spin.config.schema import ARGUMENTS, COMPONENT, Component
 from spin.core.errors import ConfigError, SpinError
+from spin.core.terminal import nearest_of
 
 ALLOW_KEY = "allow_components"
 ALLOW_VARIABLE = "SPIN_ALLOW_COMPONENTS"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 import typing
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pydantic.fields import FieldInfo
 
 from spin.config.schema import COMPONENT, Component, Section, fields_of
 from spin.core.errors import ConfigError
+from spin.core.terminal import nearest_of
 
 UNIONS = (typing.Union, types.UnionType)
 KIND_WORDS: dict[Any, str] = {
@@ -50,13 +50,6 @@ class Faults:
         if self.messages:
             lines = ["\n    ".join(message.splitlines()) for message in self.messages]
             raise ConfigError(f"{len(lines)} faults:\n  - " + "\n  - ".join(lines))
-
-
-def nearest_of(name: str, known: Sequence[str]) -> str:
-    """' Did you mean ...?', or nothing."""
-    by_lower_case = {candidate.lower(): candidate for candidate in known}
-    nearest = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
-    return f" Did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""
 
 
 def known_keys(known: Sequence[str]) -> str:

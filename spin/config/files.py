@@ -156,7 +156,8 @@ def find_config(name_or_path: str) -> Path:
         return configs_root() / f"{name}.yaml"
     if path.is_dir():
         raise ConfigError(f"config {name_or_path!r} is a folder, expected a YAML file.")
-    nearest = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    files = map(str, path.parent.glob("*.yaml"))
+    nearest = difflib.get_close_matches(name_or_path, files, n=1) or difflib.get_close_matches(name, names, 3, 0.5)
     hint = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
     raise ConfigError(
         f"config {name_or_path!r} not found: there is no such file and no packaged config of that name. "

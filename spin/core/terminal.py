@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import io
 import logging
 import os
 import re
 import sys
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
@@ -71,3 +73,10 @@ def plural(noun: str, count: int = 2) -> str:
 def counted(count: int, noun: str) -> str:
     """A count of something: 1 batch, 2 batches."""
     return f"{count:,} {plural(noun, count)}"
+
+
+def nearest_of(name: str, known: Sequence[str]) -> str:
+    """' Did you mean ...?', or nothing."""
+    by_lower_case = {candidate.lower(): candidate for candidate in known}
+    nearest = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
+    return f" Did you mean {by_lower_case[nearest[0]]!r}?" if nearest else ""

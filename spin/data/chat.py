@@ -272,7 +272,8 @@ class ChatTokenizer:
         rest = full_ids[len(prompt_ids) :] if begins else self._encode([full[len(prompt) :]])[0]
         return prompt_ids, closed_response(rest, self)
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+    def decode(self, ids: Sequence[int] | int, skip_special_tokens: bool = False) -> str:
+        ids = [ids] if isinstance(ids, int) else ids  # which transformers' streamers have given since 5.24
         options = {"skip_special_tokens": skip_special_tokens, "clean_up_tokenization_spaces": False}
         return decode_known(ids, self.known_ids, lambda known: self._tokenizer.decode(known, **options))
 

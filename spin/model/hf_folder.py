@@ -8,6 +8,7 @@ from typing import Any
 
 from spin.core.errors import CheckpointError
 from spin.core.files import read_json
+from spin.core.hub import is_hub_name
 from spin.model.families import FAMILIES, decoder_config
 from spin.model.hf_config import CONFIG, check_values
 
@@ -57,6 +58,12 @@ _UNQUANTIZED = {
     "compressed": "transformers writes it in bf16 with quantization_config=CompressedTensorsConfig("
     "run_compressed=False)",
 }
+
+
+def check_local(name: str) -> None:
+    """What :func:`read_config` raises of a model's folder; nothing of a name on huggingface.co."""
+    if os.path.exists(name) or not is_hub_name(name):
+        read_config(Path(name) / CONFIG)
 
 
 def read_config(file: Path, remedy: str | None = None) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spin.config import Component, Faults, SPINConfig, component_of
-from spin.config.faults import nearest_of, yaml_text
+from spin.config.faults import yaml_text
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.core.ranks import World
+from spin.core.terminal import nearest_of
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, patch_dora, patch_nf4
 from spin.model.build import (
     build_model,

@@ -83,7 +83,9 @@ class PairStore:
         file = Path(path) / MANIFEST
         if not file.exists():
             files = [file for depth in ("*", "*/*") for file in Path(path).glob(f"{depth}/{MANIFEST}")]
-            below = sorted(str(file.parent.relative_to(path)) for file in files)
+            below = sorted(
+                str(file.parent.relative_to(path)) for file in files if file.parent.parent.name != "checkpoints"
+            )
             hint = f" Below it there are {', '.join(below[:6])}{', ...' if len(below) > 6 else ''}." if below else ""
             raise StoreError(f"{path}: no pair store here ({MANIFEST} is missing).{hint}")
         manifest = read_json(file, StoreError, "Remove the folder; it will be made again.")

@@ -12,8 +12,8 @@ from typing import Any
 
 from spin.core.files import replace_text
 from spin.core.terminal import printable
+from spin.core.texts import plain_text, turns
 from spin.pairs.store import PairStore
-from spin.report.texts import plain_text, turns
 
 _NARROWEST = 24  # columns of a response that stands next to others
 _MOST_LINES = 12

@@ -20,9 +20,9 @@ from markupsafe import Markup
 import spin
 from spin.core.hub import hub_name
 from spin.core.terminal import counted, printable
+from spin.core.texts import marked, plain_text, turns
 from spin.report.advice import LN_2, advice, verdict
 from spin.report.record import IterationRecord, RunRecord, is_number
-from spin.report.texts import marked, plain_text, turns
 from spin.types import Verdict
 
 SECTIONS = ("summary", "prompts", "evaluation", "iterations", "responses", "configs")  # macros of sections.html

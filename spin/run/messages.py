@@ -12,6 +12,7 @@ from typing import Any
 from spin.core.command import spin_command
 from spin.core.files import AppendedLines
 from spin.core.terminal import counted, plural, printable
+from spin.core.texts import plain_text, turns
 from spin.run.progress import SPINProgress
 from spin.types import Pair
 
@@ -45,7 +46,9 @@ def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines += [_line({name: name for name in _WIDTHS}), "-+-".join("-" * width for width in _WIDTHS.values())]
     for row in rows:
         # of a long prompt the end says most: it is what was asked last
-        cells = {name: _wrap(row[name], width, name == "prompt") for name, width in _WIDTHS.items() if name != "margin"}
+        texts = {name: plain_text(row[name]) for name in ("real", "generated")}
+        texts["prompt"] = "\n".join(f"{role}: {text}" if role else text for role, text in turns(row["prompt"]))
+        cells = {name: _wrap(text, _WIDTHS[name], name == "prompt") for name, text in texts.items()}
         cells["margin"] = [f"{row['margin']:+.3f}"]
         for i in range(max(map(len, cells.values()))):
             lines.append(_line({name: cell[i] if i < len(cell) else "" for name, cell in cells.items()}))

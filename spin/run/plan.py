@@ -48,6 +48,9 @@ class RunPlan:
         val_batches = compute_limit_batches(math.ceil(num_val_prompts / size), cfg.limit_val_batches)
         self.num_val_samples = min(num_val_prompts, val_batches * size)
         self.num_fixed_prompts = 0 if self.is_sft else min(num_val_prompts, cfg.validation.fixed_prompts)
+        if self.num_fixed_prompts and cfg.generator.component == "spin.generators.ReplayGenerator":
+            log.info("validation.fixed_prompts: left out, because recorded responses are not the policy's.")
+            self.num_fixed_prompts = 0
 
     def start(self, ends_at: float) -> None:
         """Says what the run is going to do, and begins its progress where it stands; ``ends_at`` is when ``max_time``

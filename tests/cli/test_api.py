@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+import spin
 from spin import SPIN
 from spin.core.errors import ConfigError, SpinError
 
@@ -63,6 +64,10 @@ def test_errors_say_what_the_command_line_says(repo, monkeypatch):
     for named in ({"config": "tests/assets/tiny.yaml"}, {"model": "tests/assets/tiny_lm", "data": "x.jsonl"}):
         with pytest.raises(ConfigError, match="method='dora': expected 'full', 'lora' or 'qlora'"):
             SPIN(**named, method="dora")
+    with pytest.raises(ConfigError, match="method='lora' is for model=.* itself says what is trained"):
+        SPIN(config="tests/assets/tiny.yaml", method="lora")
+    with pytest.raises(AttributeError, match="no attribute 'SPN'. Did you mean 'SPIN'?"):
+        spin.SPN  # noqa: B018
 
 
 def test_model_and_data_alone_are_sized_as_spin_new_does_and_read_again(repo, tmp_path, monkeypatch):

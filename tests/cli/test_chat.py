@@ -147,6 +147,9 @@ def test_an_interrupted_answer_in_a_terminal(adapted, subprocess_env):
     try:
         for _ in range(2):
             wait_for("> ")
+            os.write(terminal, b"/rest\n")
+            wait_for("error: no command '/rest'. /reset begins a new conversation")
+            wait_for("> ")
             os.write(terminal, b"Hello\n")
             wait_for("Hello\r\n")
             wait_for(" ")

@@ -105,6 +105,8 @@ def test_every_command_has_help_and_refuses_unknown_options(capsys):
         assert code == 0 and out.startswith(f"usage: {spin_command(name)} ") and f"\n  {name} " in commands
         code, _, err = spin(capsys, name, "--no-such-option")
         assert code == 2 and "usage" in err
+    assert "Did you mean '--against'?" in spin(capsys, "chat", "run", "--agains", "1")[2]
+    assert "Did you mean '--force'?" in spin(capsys, "new", "--model", "x", "--data", "x", "--forse")[2]
     code, _, err = spin(capsys, "reprot")
     assert code == 2 and "Did you mean 'report'?" in err
 
@@ -127,7 +129,7 @@ def test_ls_shows_every_config_under_its_recipe(capsys):
     code, out, _ = spin(capsys, "ls")
     assert code == 0
     lines = out.splitlines()
-    assert [line for line in lines if not line.startswith(" ")] == sorted(recipe_files())
+    assert [line.split()[0] for line in lines if not line.startswith(" ")] == sorted(recipe_files())
     assert sorted(line.split()[0] for line in lines if line.startswith(" ")) == packaged_configs()
     assert lines.index("spin_generate") < next(i for i, line in enumerate(lines) if "generate " in line)
     assert {recipe for recipe, _ in configs().values()} <= recipe_files().keys()
@@ -303,6 +305,7 @@ def test_pairs_refuses_what_it_cannot_do(tmp_path, capsys):
         ("responses", ("--min-margin", 0), "is not scored"),
         ("responses", ("--sample", 1), "--tokenizer"),
         ("nowhere", (), "no pair store here"),
+        (".", (), "Below it there are broken, responses."),
         ("broken", (), "shard-00001.parquet: missing"),
     ):
         code, _, err = spin(capsys, "pairs", tmp_path / name, *options)

@@ -40,7 +40,7 @@ def test_the_last_finished_iteration_is_exported_elsewhere(run_folder, tmp_path,
     head = yaml.safe_load(card.split("---\n")[1])
     assert head["base_model"] == "org/Some-1B" and head["license"] == "mit" and "spin" in head["tags"]
     assert "# org/Some-1B, SPIN iteration 1" in card and "after 2 iterations" in card
-    assert "`/models/Some-1B`" in card and "`org/data\\|set`" in card
+    assert "/models" not in card and "| `Some-1B` |" in card and "`org/data\\|set`" in card
     rows = [line.split(" | ") for line in card.splitlines() if line.startswith(("| 0 |", "| 1 |"))]
     assert [row[1] for row in rows] == ["0.1", "0.2"] and [row[2] for row in rows] == ["5", "5"]
     assert rows[0][3].startswith("0.6931 to 0.1269") and "2.9000" in rows[0][5]

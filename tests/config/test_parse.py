@@ -174,9 +174,12 @@ def test_packaged_names(tmp_path, monkeypatch):
     assert config.load_config("paper/zephyr_7b.yaml") == {"mine": True}
 
 
-def test_missing_config_suggests_packaged_names():
+def test_missing_config_suggests_packaged_names_and_files_nearby(tmp_path):
     with pytest.raises(ConfigError, match=r"'paper/zephyr_7' not found.*Did you mean paper/zephyr_7b"):
         config.load_config("paper/zephyr_7")
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"Did you mean \S+/mine.yaml\?"):
+        config.load_config(str(tmp_path / "mien.yaml"))
     with pytest.raises(ConfigError, match="not found"):
         config.load_config("../spin/core/errors.py/none")
 

@@ -173,3 +173,4 @@ def test_ids_that_the_folders_tokenizer_lacks_are_a_placeholder(chat):
     assert chat.decode([*real_ids[:-1], 1024, 99999]) == "A person.\ufffd\ufffd"
     assert chat.decode([1024, *real_ids], skip_special_tokens=True) == "\ufffdA person."
     assert chat.decode([]) == ""
+    assert chat.decode(real_ids[0]) == chat.decode(real_ids[:1])  # as transformers' streamers ask

@@ -260,14 +260,15 @@ def test_history_mixes_in_the_iteration_before_under_todays_opponent(tmp_path):
     assert [rows[step]["loss"] for step in (1, 3, 6)] == pytest.approx([math.log(2)] * 3, abs=1e-6)
 
 
-def test_responses_from_a_store_are_played_back(tmp_path):
+def test_responses_from_a_store_are_played_back(tmp_path, caplog):
     """A run on the responses of another run's store has that run's losses; other responses are not taken for them."""
     changes = ("max_iterations=1", "max_epochs=1")
     run(tmp_path / "a", *changes)
     responses = tmp_path / "a" / "iteration_000" / "responses"
     replay = ("~generator.batch_size", "generator._component_=spin.generators.ReplayGenerator")
-    run(tmp_path / "b", *changes, *replay, f"generator.path={responses}")
+    run(tmp_path / "b", *changes, *replay, f"generator.path={responses}", "validation.fixed_prompts=2")
     assert metrics_of(tmp_path / "b") == metrics_of(tmp_path / "a")
+    assert "fixed_prompts: left out" in caplog.text and not (tmp_path / "b" / "fixed_prompts.jsonl").exists()
     store = PairStore.open(tmp_path / "b" / "iteration_000" / "responses")
     assert store.manifest["fingerprint"]["generator"] == "spin.generators.replay.ReplayGenerator"
     assert store.manifest["fingerprint"]["generator_source"]

@@ -12,9 +12,9 @@ from html.parser import HTMLParser
 import pytest
 
 from spin.cli import main
+from spin.core.texts import marked, turns
 from spin.report import advice, read_run, render, verdict
 from spin.report.page import MOST_POINTS, number
-from spin.report.texts import marked, turns
 from tests.report_runs import SCRIPT, step_metrics, write_fixed_prompts, write_run, write_store
 
 

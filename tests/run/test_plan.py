@@ -20,6 +20,7 @@ def plan(num_val=0, prompts=PROMPTS, **changes):
         "max_epochs": 2, "max_steps": -1, "val_check_interval": 0.34, "save_interval": 2,
         "pairs": {"history": 0, "history_fraction": 1.0, "checker": None}, "optimizer": {"reset_each_iteration": True},
         "validation": {"at_start": True, "spin": False, "fixed_prompts": 0},
+        "generator": {"component": "spin.generators.TorchtuneGenerator"},
     }  # fmt: skip
     return RunPlan(OmegaConf.create(values | changes), prompts, num_val)
 
