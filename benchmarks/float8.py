@@ -62,6 +62,7 @@ TITLES = {
     "rowwise": "float8, torchao's rowwise",
     "float8": "float8 (`enable_float8_training`)",
 }
+LOGGED = ("step", "iteration", "loss", "acc", "margin", "real_nll", "grad_norm", "val_loss", "val_acc", "val_margin")
 CHUNK_TOKENS, ROW_TOKENS = 512, 2048
 RUNS = {
     "fp32": ("compute_dtype=fp32",),
@@ -281,9 +282,13 @@ def _curves(folder: Path) -> dict[str, Any]:
     answers: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for row in lines(folder / "fixed_prompts.jsonl"):
         answers[row["iteration"]].append(row)
+
+    def curve(file: Path) -> list[dict[str, Any]]:
+        return [{key: line[key] for key in LOGGED if key in line} for line in lines(file)]
+
     return {
-        "SFT": lines(folder / "sft" / "metrics.jsonl"),
-        "SPIN": lines(folder / "metrics.jsonl"),
+        "SFT": curve(folder / "sft" / "metrics.jsonl"),
+        "SPIN": curve(folder / "metrics.jsonl"),
         "answers": [answer_figures(answers[iteration]) for iteration in sorted(answers)],
     }
 
