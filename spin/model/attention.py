@@ -114,7 +114,13 @@ def _forward(
     if self.qk_norm_at == "head":
         q, k = self.q_norm(q), self.k_norm(k)
     v = self.v_proj(y).view(b, y.shape[1], self.num_kv_heads, self.head_dim)
-    if self.pos_embeddings is not None:
+    kv: KVSlots | None = getattr(self, _KV)
+    norms_rotated = self.q_norm is not None and self.qk_norm_at == "rotated"
+    # one kernel that rotates and writes to the cache, see spin.generators.fused
+    into_cache = None if kv is None or norms_rotated else getattr(self.pos_embeddings, "into_cache", None)
+    if into_cache is not None:
+        q, k = into_cache(q, k, v, input_pos, *kv.places(k))  # type: ignore[union-attr]
+    elif self.pos_embeddings is not None:
         q = self.pos_embeddings(q, input_pos=input_pos)
         k = self.pos_embeddings(k, input_pos=input_pos)
     if self.query_growth is not None:
@@ -122,12 +128,11 @@ def _forward(
         positions = torch.arange(s, device=x.device)[None] if input_pos is None else input_pos
         q = (q * (1 + rate * torch.log1p(positions // period))[..., None, None]).to(q.dtype)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (b, s, h, hd) -> (b, h, s, hd)
-    if self.q_norm is not None and self.qk_norm_at == "rotated":
+    if norms_rotated:
         q, k = self.q_norm(q), self.k_norm(k)
 
-    kv: KVSlots | None = getattr(self, _KV)
     decodes = kv is not None and kv.view.positions is not None
-    if kv is not None:
+    if kv is not None and into_cache is None:
         k, v = kv.update(k, v)  # a decode step gets all keys so far; a prompt its own, untouched
         q = q.to(k.dtype)
 
@@ -294,7 +299,7 @@ class KVView:
         self.capacity = capacity
         self.kernel = kernel
         self.layers: list[KVSlots] = []
-        self.targets: slice | torch.Tensor = slice(0, 0)
+        self.targets: int | torch.Tensor = 0
         self.rows: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None  # None: the next forward takes prompts
         self.length = 0
@@ -304,7 +309,7 @@ class KVView:
 
         Row r goes to slot ``slots + r``, or to ``slots[r]``, int64, shape (n,).
         """
-        self.targets = slice(slots, None) if isinstance(slots, int) else slots
+        self.targets = slots
         self.positions = None
 
     def decode(self, positions: torch.Tensor, length: int) -> None:
@@ -356,23 +361,28 @@ class KVSlots:
         That is the arguments for prompts, and views of the cache of shape (b, n_kv, length, hd) for a decode step.
         """
         view = self.view
+        keys, values, targets = self.places(k.transpose(1, 2))
+        n, _, s, _ = k.shape
+        if view.positions is None:
+            where = slice(targets, targets + n) if isinstance(targets, int) else targets
+            keys[where, :, :s] = k.to(keys.dtype)
+            values[where, :, :s] = v.to(values.dtype)
+            return k, v
+        rows = view.rows[:n]  # type: ignore[index]
+        keys[rows, :, view.positions] = k[:, :, 0].to(keys.dtype)  # (b, n_kv, 1, hd) -> (b, n_kv, hd)
+        values[rows, :, view.positions] = v[:, :, 0].to(values.dtype)
+        return keys[:n, :, : view.length], values[:n, :, : view.length]
+
+    def places(self, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+        """The cache's keys and values, made for keys like k, (b, s, n_kv, hd), and the slots of its rows: of row 0, or
+        of each."""
+        view = self.view
         if self.k is None or self.v is None:
-            shape = (view.slots, k.shape[1], view.capacity, k.shape[3])
+            shape = (view.slots, k.shape[2], view.capacity, k.shape[3])
             # Zeros, not empty: a masked key contributes 0 * v, which is NaN if v happens to be.
             self.k = torch.zeros(shape, dtype=self.dtype or k.dtype, device=self.device or k.device)
             self.v = torch.zeros_like(self.k)
-        n, _, s, _ = k.shape
-        if view.positions is None:
-            targets = view.targets
-            if isinstance(targets, slice):
-                targets = slice(targets.start, targets.start + n)
-            self.k[targets, :, :s] = k.to(self.k.dtype)
-            self.v[targets, :, :s] = v.to(self.v.dtype)
-            return k, v
-        rows = view.rows[:n]  # type: ignore[index]
-        self.k[rows, :, view.positions] = k[:, :, 0].to(self.k.dtype)  # (b, n_kv, 1, hd) -> (b, n_kv, hd)
-        self.v[rows, :, view.positions] = v[:, :, 0].to(self.v.dtype)
-        return self.k[:n, :, : view.length], self.v[:n, :, : view.length]
+        return self.k, self.v, view.targets if view.positions is None else 0
 
     def grow(self, capacity: int) -> None:
         """Copy into larger tensors; see ``KVView.grow``."""

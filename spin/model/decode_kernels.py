@@ -68,43 +68,99 @@ def _attend_slots(
 
 
 @triton.jit
+def _angles(table, position, table_row, dtype: tl.constexpr, neighbors: tl.constexpr, rounded: tl.constexpr,
+            half: tl.constexpr, half_block: tl.constexpr):  # fmt: skip
+    """Cosine and sine of each pair, (1, half_block); those behind the pairs turn nothing."""
+    pair = tl.arange(0, half_block)
+    line = table + position * table_row
+    if neighbors:  # cos and sin of a pair side by side
+        cos = tl.load(line + 2 * pair, mask=pair < half, other=1.0)
+        sin = tl.load(line + 2 * pair + 1, mask=pair < half, other=0.0)
+    else:  # all cosines twice, then all sines twice
+        cos = tl.load(line + pair, mask=pair < half, other=1.0)
+        sin = tl.load(line + 2 * half + pair, mask=pair < half, other=0.0)
+    if rounded:
+        cos = cos.to(dtype)
+        sin = sin.to(dtype)
+    return cos.to(tl.float32)[None, :], sin.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _put(values, at, inside, out, cache, cache_at, cached: tl.constexpr):
+    values = values.to(out.dtype.element_ty)
+    tl.store(out + at, values, mask=inside)
+    if cached:
+        tl.store(cache + cache_at, values.to(cache.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _turn(
+    x, out, cache, cos, sin, heads, cache_head, cached: tl.constexpr, interleaved: tl.constexpr, head_dim: tl.constexpr,
+    half: tl.constexpr, half_block: tl.constexpr, head_block: tl.constexpr,
+):  # fmt: skip
+    """All heads of a token, contiguous in x and out; the cache's heads are ``cache_head`` apart."""
+    head = tl.arange(0, head_block)[:, None]
+    if interleaved:  # whole heads are loaded, and their pairs split in registers
+        dim = tl.arange(0, 2 * half_block)[None, :]
+        inside = (head < heads) & (dim < head_dim)
+        value = tl.load(x + head * head_dim + dim, mask=inside, other=0.0).to(tl.float32)
+        left, right = tl.split(tl.reshape(value, (head_block, half_block, 2)))
+        turned = tl.join(left * cos - right * sin, right * cos + left * sin)
+        turned = tl.reshape(turned, (head_block, 2 * half_block))
+        _put(turned, head * head_dim + dim, inside, out, cache, head * cache_head + dim, cached)
+    else:
+        pair = tl.arange(0, half_block)[None, :]
+        inside = (head < heads) & (pair < half)
+        at = head * head_dim + pair
+        cache_at = head * cache_head + pair
+        left = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        right = tl.load(x + at + half, mask=inside, other=0.0).to(tl.float32)
+        _put(left * cos - right * sin, at, inside, out, cache, cache_at, cached)
+        _put(right * cos + left * sin, at + half, inside, out, cache, cache_at + half, cached)
+        for start in tl.static_range(2 * half, head_dim, half_block):
+            inside = (head < heads) & (pair + start < head_dim)
+            value = tl.load(x + at + start, mask=inside, other=0.0)
+            _put(value, at + start, inside, out, cache, cache_at + start, cached)
+
+
+@triton.jit
 def _rotate(
-    x, table, positions, out, length, heads, head_dim, table_row, has_positions: tl.constexpr,
-    interleaved: tl.constexpr, neighbors: tl.constexpr, rounded: tl.constexpr, half: tl.constexpr,
+    x, table, positions, out, length, heads, table_row, has_positions: tl.constexpr, interleaved: tl.constexpr,
+    neighbors: tl.constexpr, rounded: tl.constexpr, head_dim: tl.constexpr, half: tl.constexpr,
     half_block: tl.constexpr, head_block: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
-    if has_positions:
-        position = tl.load(positions + token)
-    else:
-        position = token % length
-    pair = tl.arange(0, half_block)
-    head = tl.arange(0, head_block)
-    inside = (head < heads)[:, None] & (pair < half)[None, :]
-    line = table + position * table_row
-    if neighbors:  # cos and sin of a pair side by side
-        cos = tl.load(line + 2 * pair, mask=pair < half, other=0.0)
-        sin = tl.load(line + 2 * pair + 1, mask=pair < half, other=0.0)
-    else:  # all cosines twice, then all sines twice
-        cos = tl.load(line + pair, mask=pair < half, other=0.0)
-        sin = tl.load(line + 2 * half + pair, mask=pair < half, other=0.0)
-    if interleaved:
-        first = 2 * pair
-        second = 2 * pair + 1
-    else:
-        first = pair
-        second = pair + half
-    if rounded:
-        cos = cos.to(x.dtype.element_ty)
-        sin = sin.to(x.dtype.element_ty)
-    cos = cos.to(tl.float32)[None, :]
-    sin = sin.to(tl.float32)[None, :]
-    at = (token * heads + head)[:, None] * head_dim
-    left = tl.load(x + at + first[None, :], mask=inside, other=0.0).to(tl.float32)
-    right = tl.load(x + at + second[None, :], mask=inside, other=0.0).to(tl.float32)
-    kind = out.dtype.element_ty
-    tl.store(out + at + first[None, :], (left * cos - right * sin).to(kind), mask=inside)
-    tl.store(out + at + second[None, :], (right * cos + left * sin).to(kind), mask=inside)
+    position = tl.load(positions + token) if has_positions else token % length
+    cos, sin = _angles(table, position, table_row, x.dtype.element_ty, neighbors, rounded, half, half_block)
+    at = token * heads * head_dim
+    _turn(x + at, out + at, out, cos, sin, heads, 0, False, interleaved, head_dim, half, half_block, head_block)
+
+
+@triton.jit(do_not_specialize=["length", "first_slot"])
+def _rotate_into_cache(
+    q, k, v, table, positions, slots, q_out, k_out, keys, values, length, first_slot, heads, key_heads, table_row,
+    cache_row, cache_head, has_positions: tl.constexpr, has_slots: tl.constexpr, interleaved: tl.constexpr,
+    neighbors: tl.constexpr, rounded: tl.constexpr, head_dim: tl.constexpr, half: tl.constexpr,
+    half_block: tl.constexpr, head_block: tl.constexpr, key_block: tl.constexpr, dim_block: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row = token // length
+    position = tl.load(positions + token) if has_positions else token % length
+    slot = tl.load(slots + row) if has_slots else first_slot + row
+    cos, sin = _angles(table, position, table_row, q.dtype.element_ty, neighbors, rounded, half, half_block)
+    at = token * heads * head_dim
+    _turn(q + at, q_out + at, q_out, cos, sin, heads, 0, False, interleaved, head_dim, half, half_block, head_block)
+    at = token * key_heads * head_dim
+    place = slot * cache_row + position * head_dim
+    _turn(
+        k + at, k_out + at, keys + place, cos, sin, key_heads, cache_head, True, interleaved, head_dim, half,
+        half_block, key_block,
+    )  # fmt: skip
+    head = tl.arange(0, key_block)[:, None]
+    dim = tl.arange(0, dim_block)[None, :]
+    inside = (head < key_heads) & (dim < head_dim)
+    value = tl.load(v + at + head * head_dim + dim, mask=inside, other=0.0)
+    tl.store(values + place + head * cache_head + dim, value.to(values.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -190,26 +246,61 @@ def _draw(
 
 
 def rotate(
-    x: torch.Tensor, table: torch.Tensor, positions: torch.Tensor | None, *, interleaved: bool, rounded: bool = False
-) -> torch.Tensor:
+    x: torch.Tensor, input_pos: torch.Tensor | None = None, *, table: torch.Tensor, interleaved: bool,
+    rounded: bool = False,
+) -> torch.Tensor:  # fmt: skip
     """Rotary position embeddings, computed in fp32.
 
-    x is queries or keys, shape (b, s, h, hd). ``table`` is fp32 with a line for each position: cosine and sine of each
-    pair, shape (p, pairs, 2), or all cosines and all sines, both twice, shape (p, 2 * hd). ``positions`` is int64,
-    shape (b, s); None counts from 0. With ``interleaved`` a pair's two dimensions are neighbors; else they are
-    ``pairs`` apart. Dimensions behind the pairs stay as they are. With ``rounded`` the table is rounded to the dtype of
-    ``x`` first.
+    x is queries or keys, shape (b, s, h, hd). ``input_pos`` has their positions, int64, shape (b, s); None counts from
+    0. ``table`` is fp32 with a line for each position: cosine and sine of each pair, shape (p, pairs, 2), or all
+    cosines and all sines, both twice, shape (p, 2 * hd). With ``interleaved`` a pair's two dimensions are neighbors;
+    else they are ``pairs`` apart. Dimensions behind the pairs stay as they are. With ``rounded`` the table is rounded to
+    the dtype of ``x`` first.
     """
     b, s, heads, head_dim = x.shape
-    pairs = table.shape[1] if table.dim() == 3 else head_dim // 2
     x = x.contiguous()
-    out = x.clone() if 2 * pairs < head_dim else torch.empty_like(x)
+    out = torch.empty_like(x)
     _rotate[(b * s,)](
-        x, table, x if positions is None else positions.contiguous(), out, s, heads, head_dim, table[0].numel(),
-        has_positions=positions is not None, interleaved=interleaved, neighbors=table.dim() == 3, rounded=rounded,
-        half=pairs, half_block=triton.next_power_of_2(pairs), head_block=triton.next_power_of_2(heads), num_warps=4,
+        x, table, x if input_pos is None else input_pos.contiguous(), out, s, heads, table[0].numel(),
+        has_positions=input_pos is not None, head_block=triton.next_power_of_2(heads), num_warps=4,
+        **_layout(table, head_dim, interleaved, rounded),
     )  # fmt: skip
     return out
+
+
+def rotate_into_cache(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, input_pos: torch.Tensor | None, keys: torch.Tensor,
+    values: torch.Tensor, slots: int | torch.Tensor, *, table: torch.Tensor, interleaved: bool, rounded: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """:func:`rotate` for q and k, both of which are returned, and the rotated k and v written to the cache at their
+    positions: bit for bit what separate steps write.
+
+    q is (b, s, h, hd), k and v (b, s, n_kv, hd); ``keys`` and ``values`` are (slots, n_kv, capacity, hd), contiguous;
+    row r goes to slot ``slots + r``, or to ``slots[r]``, int64, shape (b,).
+    """
+    b, s, heads, head_dim = q.shape
+    key_heads = k.shape[2]
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    q_out, k_out = torch.empty_like(q), torch.empty_like(k)
+    is_range = isinstance(slots, int)
+    _rotate_into_cache[(b * s,)](
+        q, k, v, table, q if input_pos is None else input_pos.contiguous(), q if is_range else slots, q_out, k_out,
+        keys, values, s, slots if is_range else 0, heads, key_heads, table[0].numel(), keys.stride(0), keys.stride(1),
+        has_positions=input_pos is not None, has_slots=not is_range, head_block=triton.next_power_of_2(heads),
+        key_block=triton.next_power_of_2(key_heads), dim_block=triton.next_power_of_2(head_dim), num_warps=4,
+        **_layout(table, head_dim, interleaved, rounded),
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def _layout(table: torch.Tensor, head_dim: int, interleaved: bool, rounded: bool) -> dict[str, int]:
+    """What the kernels know at compile time about rotary embeddings."""
+    pairs = table.shape[1] if table.dim() == 3 else head_dim // 2
+    block = triton.next_power_of_2(head_dim) // 2 if interleaved else triton.next_power_of_2(pairs)
+    return {
+        "interleaved": interleaved, "rounded": rounded, "neighbors": table.dim() == 3, "head_dim": head_dim,
+        "half": pairs, "half_block": block,
+    }  # fmt: skip
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:

@@ -19,6 +19,7 @@ from spin.generators.slots import Slots
 from spin.generators.torchtune import TorchtuneGenerator
 from spin.model.attention import generation_kernels, patch_attention
 from spin.model.gemma2 import fix_gemma2_softcap
+from spin.model.modules import Rope
 from tests.families import MAX_SEQ_LEN, MODELS, VOCAB_SIZE
 
 pytestmark = pytest.mark.gpu
@@ -118,6 +119,47 @@ def test_kernel_equals_pytorch(dtype, h, n_kv, head_dim, capacity, softcap, wind
     expected = scores.masked_fill(~visible[:, None, None], -torch.inf).softmax(-1) @ values
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("h", "n_kv", "head_dim", "pairs", "interleaved"),
+    [
+        (32, 8, 64, 32, True),  # Llama 3.2 1B
+        (14, 2, 64, 32, False),  # Qwen2.5 0.5B
+        (4, 4, 96, 48, False),  # Phi 3 mini
+        (4, 2, 80, 10, False),  # some dimensions are not rotated
+        (4, 2, 80, 10, True),
+    ],
+)
+def test_rotation_into_the_cache_equals_separate_steps(dtype, cache_dtype, h, n_kv, head_dim, pairs, interleaved):
+    """Bit for bit, for a group of prompts and for a step, whose rows are at positions of their own."""
+    from spin.model.decode_kernels import rotate, rotate_into_cache
+
+    draw = torch.Generator("cuda").manual_seed(0)
+    theta = 1.0 / 10000 ** (torch.arange(pairs) / pairs)
+    with torch.device("cuda"):
+        rope = Rope(lambda: (theta, 1.1), 50, interleaved)
+    rotary = {"table": rope.cache, "interleaved": interleaved}
+    slots = torch.tensor([4, 0, 3], device="cuda")
+    some = torch.tensor([[0], [49], [17]], device="cuda")
+    for s, input_pos, into in ((7, None, 2), (7, None, slots), (1, some, 0)):
+        q, k, v = (torch.randn(3, s, n, head_dim, device="cuda", generator=draw).to(dtype) for n in (h, n_kv, n_kv))
+        keys, values = (torch.zeros(6, n_kv, 60, head_dim, device="cuda", dtype=cache_dtype) for _ in "kv")
+        got = rotate_into_cache(q, k, v, input_pos, keys, values, into, **rotary)
+        for rotated, x in zip(got, (q, k), strict=True):
+            assert torch.equal(rotated, rotate(x, input_pos, **rotary))
+            wide = rope(x.float(), input_pos=input_pos)
+            torch.testing.assert_close(
+                rotated.float(), wide.to(dtype).float(), rtol=1e-5 if x.itemsize > 2 else 1e-2, atol=1e-6
+            )
+        rows = into if isinstance(into, torch.Tensor) else torch.arange(into, into + 3, device="cuda")
+        places = torch.arange(s, device="cuda").expand(3, s) if input_pos is None else input_pos
+        for cache, new in ((keys, got[1]), (values, v)):
+            expected = torch.zeros_like(cache)
+            expected[rows[:, None], :, places] = new.to(cache_dtype)
+            assert torch.equal(cache, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
