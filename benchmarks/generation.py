@@ -24,9 +24,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -44,7 +46,7 @@ from work import MODELS, hf_twin, listed, log_normal_lengths, randomize
 
 from spin.core.files import write_json
 from spin.core.ranks import World, init_world, shutdown
-from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator
+from spin.generators import GeneratorContext, SamplingParams, TorchtuneGenerator, shortest_last
 from spin.generators.engines import policy_loaded
 from spin.model.build import build_model, prepare_model
 from spin.model.sharding import materialize, shard_model
@@ -54,6 +56,7 @@ PROMPT_TOKENS = (50, 350)  # shortest and longest
 MEAN_NEW_TOKENS = 128
 CHECKED = (8, 24)  # prompts and greedy tokens that are compared with fp32
 HF_BATCH = 64
+LENGTH_NOISE = 0.4  # standard deviation of the logarithm of a response's length over the expected one
 
 Tokens = list[list[int]]
 
@@ -166,7 +169,7 @@ class Embedded(Arm):
 
     title = "embedded"
     starts = True
-    batch_size: int | None = None  # None: --batch-size
+    batch_size: int | str | None = None  # None: --batch-size
     cuda_graphs = True
 
     def __init__(self, bench: Bench) -> None:
@@ -204,6 +207,41 @@ class Embedded64(Embedded):
 
     title = "embedded, 64 at a time"
     batch_size = HF_BATCH
+
+
+class Embedded512(Embedded):
+    """Two times the default of the benchmark."""
+
+    title = "embedded, 512 at a time"
+    batch_size = 512
+
+
+class Embedded1024(Embedded):
+    """Four times."""
+
+    title = "embedded, 1,024 at a time"
+    batch_size = 1024
+
+
+class EmbeddedAuto(Embedded):
+    """As many at a time as the free memory allows."""
+
+    title = "embedded, batch_size: auto"
+    batch_size = "auto"
+
+
+class EmbeddedShortestLast(EmbeddedAuto):
+    """The responses that are expected to be the shortest are started last, as ``spin.generators.stage`` does it."""
+
+    title = "embedded, batch_size: auto, the shortest started last"
+
+    def run(self, prompts: Tokens, limits: Sequence[int]) -> Tokens:
+        # of the logarithm; what a response of the iteration before says of the next is no better
+        noise = np.random.default_rng(1).normal(0, LENGTH_NOISE, len(limits))
+        order = shortest_last(range(len(prompts)), (np.array(limits) * np.exp(noise)).round().tolist())
+        responses = super().run([prompts[i] for i in order], [limits[i] for i in order])
+        by_request = dict(zip(order, responses, strict=True))
+        return [by_request[i] for i in range(len(prompts))]
 
 
 class EmbeddedEager(Embedded):
@@ -336,6 +374,10 @@ class TransformersContinuous(Transformers):
 ARMS: dict[str, type[Arm]] = {
     "embedded": Embedded,
     "embedded_64": Embedded64,
+    "embedded_512": Embedded512,
+    "embedded_1024": Embedded1024,
+    "embedded_auto": EmbeddedAuto,
+    "embedded_shortest_last": EmbeddedShortestLast,
     "embedded_eager": EmbeddedEager,
     "transformers": Transformers,
     "transformers_cb": TransformersContinuous,
@@ -364,7 +406,7 @@ def check(bench: Bench, arms: dict[str, Arm], failed: dict[str, str]) -> dict[st
     free()
     shares = {}
     for name, arm in arms.items():
-        if name in ("embedded_64", "embedded_eager", "vllm_bare", "vllm_bare_seeded", "vllm_process"):
+        if name not in ("embedded", "transformers", "transformers_cb", "vllm"):
             continue  # the same code as another arm, or other weights
         try:
             shares[name] = {
@@ -402,12 +444,24 @@ def _agreement(got: Tokens, expected: Tokens) -> float:
     return agreed / sum(map(len, expected))
 
 
-def race(bench: Bench, arms: dict[str, Arm], failed: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Interleaved rounds of all arms."""
+def race(
+    bench: Bench, arms: dict[str, Arm], failed: dict[str, str], on_round: Callable[[dict[str, dict[str, Any]]], None]
+) -> dict[str, dict[str, Any]]:
+    """Interleaved rounds of all arms; what there is by then goes to ``on_round`` after each."""
+
+    def summary() -> dict[str, dict[str, Any]]:
+        return {
+            name: {"title": arms[name].title, "error": failed[name]} if name in failed else _speed(result)
+            for name, result in results.items()
+        }
+
+    until = time.monotonic() + bench.args.seconds
     results: dict[str, dict[str, Any]] = {
         name: {"title": arm.title, "first_seconds": [], "seconds": [], "peak_gib": []} for name, arm in arms.items()
     }
     for turn in range(bench.args.rounds + 1):  # the first one is a warm-up
+        if turn > 1 and time.monotonic() > until:
+            break
         for name, arm in arms.items():
             if name in failed:
                 continue
@@ -419,18 +473,18 @@ def race(bench: Bench, arms: dict[str, Arm], failed: dict[str, str]) -> dict[str
             except Exception as error:
                 if isinstance(arm, Embedded):
                     raise
+                traceback.print_exc()
                 failed[name] = _reason(error)  # another library's engine: its failure is a result
-    return {
-        name: {"title": arms[name].title, "error": failed[name]} if name in failed else _speed(result)
-        for name, result in results.items()
-    }
+        if turn > 0:
+            on_round(summary())
+    return summary()
 
 
 def _warm_up(bench: Bench, arm: Arm) -> None:
     """Everything once; for an arm without a slow start a few tokens suffice."""
     chosen = bench.share(arm.one_in)
     prompts, limits = [bench.prompts[i] for i in chosen], [bench.limits[i] for i in chosen]
-    if not arm.starts:
+    if not arm.starts or bench.args.once:
         prompts, limits = prompts[:HF_BATCH], [min(limit, 8) for limit in limits[:HF_BATCH]]
     free()
     with arm.ready():
@@ -447,9 +501,9 @@ def _measure(bench: Bench, arm: Arm, result: dict[str, Any]) -> None:
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     with arm.ready():
-        if arm.starts:
+        if arm.starts and not bench.args.once:
             result["first_seconds"].append(bench.seconds(lambda: arm.run(prompts, limits)))
-        result["seconds"].append(bench.seconds(lambda: arm.run(prompts, limits)))
+        result["seconds"].append(bench.seconds(lambda: _checked(arm.run(prompts, limits), limits)))
         if bench.on_gpu:
             result["peak_gib"].append((torch.cuda.max_memory_allocated() - held) / GIB)
     result.update(requests=len(prompts), useful_tokens=sum(limits))
@@ -462,14 +516,12 @@ def _checked(responses: Tokens, limits: Sequence[int]) -> None:
 
 def _speed(result: dict[str, Any]) -> dict[str, Any]:
     tokens, seconds = result["useful_tokens"], result["seconds"]
-    first = result.pop("first_seconds")
-    peaks = result.pop("peak_gib")
+    first, peaks = result["first_seconds"], result["peak_gib"]
     return result | {
         "tokens_per_second": tokens / statistics.median(seconds),
         "min_tokens_per_second": tokens / max(seconds),
         "max_tokens_per_second": tokens / min(seconds),
         "first_tokens_per_second": tokens / statistics.median(first) if first else None,
-        "first_seconds": first,
         "peak_gib": max(peaks) if peaks else None,
     }
 
@@ -570,6 +622,8 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     parser.add_argument("--arms", type=listed(list(ARMS)), default=DEFAULT_ARMS, help=f"of {','.join(ARMS)}")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no further round begins after that many")
+    parser.add_argument("--once", action="store_true", help="one run each time an engine is woken, instead of two")
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=256, help="sequences at a time of the embedded generator")
@@ -600,6 +654,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "model": args.model,
             "compute_dtype": str(bench.compute_dtype).removeprefix("torch."),
             "rounds": args.rounds,
+            "once": args.once,
             "requests": args.requests,
             "batch_size": args.batch_size,
             "prefill_batch": args.prefill_batch,
@@ -618,8 +673,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     arms = {name: ARMS[name](bench) for name in args.arms if name not in skipped}
     failed: dict[str, str] = {}
     keep("check", {} if args.no_check else check(bench, arms, failed))
-    runs = race(bench, arms, failed)
-    keep("arms", runs | {name: {"title": ARMS[name].title, "skipped": reason} for name, reason in skipped.items()})
+    left_out = {name: {"title": ARMS[name].title, "skipped": reason} for name, reason in skipped.items()}
+    runs = race(bench, arms, failed, lambda runs: keep("arms", runs | left_out))
+    keep("arms", runs | left_out)
     if "vllm" in arms and "vllm" not in failed:
         keep("vllm_sync", engines_of(bench).sync(max(3, args.rounds)))
     if args.profile:

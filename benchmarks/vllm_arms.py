@@ -1,6 +1,7 @@
 """vLLM in the generation benchmark: the product's generator, and vLLM's own ``LLM.generate`` with the same engine.
 
-The engine is started once and shared by the arms that run in this process. ``vllm_process`` is a second engine, started
+An engine is started once and shared by the arms that run in this process. Arms whose name ends in a number have one
+that is set up for so many requests at a time. ``vllm_process`` is a second engine, started
 as ``vllm.LLM`` starts it by default: in a process of its own.
 """
 
@@ -42,15 +43,26 @@ class LimitedVLLM(VLLMGenerator):
         return super()._params(prompt, seed, index, replace(sampling, max_new_tokens=self.limits[index]), ban)
 
 
+def at_its_best(sequences: int) -> dict[str, Any]:
+    """An engine's arguments for many short requests on one GPU: so many at a time, CUDA graphs up to them, the host a
+    step ahead; every prompt is another one, so that looking for common beginnings cannot help."""
+    sizes = [1, 2, 4, 8, 16, *range(32, sequences + 1, 32)]
+    return {
+        "max_num_seqs": sequences, "max_num_batched_tokens": 16384, "cudagraph_capture_sizes": sizes,
+        "async_scheduling": True, "enable_prefix_caching": False,
+    }  # fmt: skip
+
+
 class Engines:
     """The engines, made when first needed, and what starting them took.
 
     Args:
         bench (Any): the benchmark's weights and device.
+        engine (dict[str, Any] | None): arguments of vLLM's; None: its own choices, for ``--batch-size`` at a time.
     """
 
-    def __init__(self, bench: Any) -> None:
-        self.bench = bench
+    def __init__(self, bench: Any, engine: dict[str, Any] | None = None) -> None:
+        self.bench, self.engine = bench, engine
         self.folder = Path(tempfile.mkdtemp(prefix="spin-vllm-"))
         llama_config(bench.model).save_pretrained(self.folder)
         for file in TOKENIZER.glob("tokenizer*"):
@@ -68,7 +80,7 @@ class Engines:
             start = time.perf_counter()
             context = GeneratorContext(self.bench.model, self.bench.device, MAX_MODEL_LEN, str, self.bench.world)
             cpu = {} if self.bench.on_gpu else {"enforce_eager": True, "dtype": "fp32"}
-            engine = {"max_num_seqs": self.bench.args.batch_size}
+            engine = self.engine or {"max_num_seqs": self.bench.args.batch_size}
             if not self.bench.on_gpu:
                 engine |= {"kv_cache_memory_bytes": 64 << 20, "block_size": 32}
             self._generator = LimitedVLLM(
@@ -138,14 +150,15 @@ def _used() -> int:
     return total - free
 
 
-_engines: dict[int, Engines] = {}
+_engines: dict[tuple[int, int | None], Engines] = {}
 
 
-def engines_of(bench: Any) -> Engines:
-    """The engines of a benchmark."""
-    if id(bench) not in _engines:
-        _engines[id(bench)] = Engines(bench)
-    return _engines[id(bench)]
+def engines_of(bench: Any, sequences: int | None = None) -> Engines:
+    """The engines of a benchmark: as they come, or :func:`at_its_best` for so many sequences."""
+    key = id(bench), sequences
+    if key not in _engines:
+        _engines[key] = Engines(bench, None if sequences is None else at_its_best(sequences))
+    return _engines[key]
 
 
 def _separate_engine(connection: Any, folder: str, batch_size: int, on_gpu: bool) -> None:
@@ -198,18 +211,23 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
         title = "vLLM by VLLMGenerator, a seed for each answer"
         starts = True
         exact = False
+        sequences: int | None = None  # of an engine at its best
+
+        @property
+        def engines(self) -> Engines:
+            return engines_of(self.bench, self.sequences)
 
         def ready(self) -> AbstractContextManager[Any]:
-            return policy_loaded(engines_of(self.bench).generator, self.bench.model)
+            return policy_loaded(self.engines.generator, self.bench.model)
 
         def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
-            generator = engines_of(self.bench).generator
+            generator = self.engines.generator
             generator.limits = limits
             sampling = SamplingParams(max_new_tokens=self.bench.max_new_tokens)
             return [c.token_ids for c in generator.generate(prompts, sampling, list(range(len(prompts))))]
 
         def greedy(self, prompts: list[list[int]], new_tokens: int, dtype: torch.dtype) -> list[list[int]]:
-            generator = engines_of(self.bench).generator
+            generator = self.engines.generator
             generator.limits = [new_tokens] * len(prompts)
             with self.ready():
                 sampling = SamplingParams(temperature=0, max_new_tokens=new_tokens)
@@ -222,7 +240,7 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
         seeded = False
 
         def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
-            return _generate(engines_of(self.bench).generator.llm, prompts, limits, self.seeded)
+            return _generate(self.engines.generator.llm, prompts, limits, self.seeded)
 
     class BareSeeded(Bare):
         """The same with a seed for each response."""
@@ -241,7 +259,13 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
             yield
 
         def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
-            engines = engines_of(self.bench)
-            return engines.process and engines.ask((prompts, list(limits), self.seeded))
+            return self.engines.process and self.engines.ask((prompts, list(limits), self.seeded))
 
-    return {"vllm": VLLM, "vllm_bare": Bare, "vllm_bare_seeded": BareSeeded, "vllm_process": Process}
+    arms: dict[str, type] = {
+        "vllm": VLLM, "vllm_bare": Bare, "vllm_bare_seeded": BareSeeded, "vllm_process": Process
+    }  # fmt: skip
+    for name, kind in list(arms.items())[:3]:
+        for sequences in (512, 1024):
+            title = f"{kind.title}, {sequences:,} at a time"
+            arms[f"{name}_{sequences}"] = type(kind.__name__, (kind,), {"sequences": sequences, "title": title})
+    return arms

@@ -180,7 +180,8 @@ class SPINRecipe:
         if self._progress.is_iteration_start:
             self._opponent = model.weights_fingerprint(self._model)
             prompts, samples = self._prompts.window(iteration), self._plan.samples(iteration)
-            tasks = {folder: self._task(prompts, samples, iteration=iteration)}
+            expected = generators.response_tokens(self._folder(iteration - 1))
+            tasks = {folder: self._task(prompts, samples, iteration=iteration, expected_tokens=expected)}
             if with_val:
                 val_samples = range(self._plan.num_val_samples)
                 tasks[val_folder] = self._task(self._val_prompts, val_samples, iteration=iteration)

@@ -29,7 +29,7 @@ from spin.core.terminal import counted
 
 # mean tokens of the pairs that rates were measured with: prompt, real and generated response
 MEASURED_PAIR = (199, 278, 278)
-_SEQUENCES = 256  # of an engine of vLLM at once
+_SEQUENCES = 256  # of an engine of vLLM at once, and of the embedded one with ``batch_size: auto``
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,8 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tok
     bandwidth = decode.value * 1e9 * gpu.memory_gb_per_second / GPUS[decode.gpu].memory_gb_per_second
     together = cfg.generator.get("tensor_parallel_size", 1) if is_vllm else 1
     for_each = prompts * answers * together / cluster.gpus  # responses of an engine
-    batch = min(_SEQUENCES if is_vllm else cfg.generator.get("batch_size", 32), max(1, math.ceil(for_each)))
+    size = cfg.generator.get("batch_size", 32)
+    batch = min(_SEQUENCES if is_vllm or size == "auto" else size, max(1, math.ceil(for_each)))
     steps = for_each / batch * generated + max(0.0, cfg.sampling.max_new_tokens - generated)  # the last ones are alone
     step = (work.weight_bytes + batch * (prompt + generated / 2) * work.cache_bytes) / together / bandwidth
     scoring = share(SCORE_FRACTION)

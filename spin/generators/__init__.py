@@ -15,7 +15,15 @@ if TYPE_CHECKING:
         sampling_params,
     )
     from spin.generators.replay import ReplayGenerator
-    from spin.generators.stage import PlayTask, filtered_responses, limits_of, play_report, play_tasks
+    from spin.generators.stage import (
+        PlayTask,
+        filtered_responses,
+        limits_of,
+        play_report,
+        play_tasks,
+        response_tokens,
+        shortest_last,
+    )
     from spin.generators.torchtune import TorchtuneGenerator
     from spin.generators.vllm import VLLMGenerator
     from spin.generators.vllm_server import VLLMServerGenerator
@@ -33,6 +41,8 @@ __all__ = [
     "play_report",
     "play_tasks",
     "policy_loaded",
+    "response_tokens",
+    "shortest_last",
     "Response",
     "Generator",
     "GeneratorContext",

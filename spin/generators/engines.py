@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -59,14 +60,16 @@ def policy_loaded(generator: Generator, model: nn.Module) -> Iterator[None]:
     """Gives a generator the policy's weights for the time of a block. Collective at entry, not inside. A generator that
     runs the policy in place finds it gathered; another one is handed its tensors one at a time."""
     set_stage("giving the generator its weights")
-    generator.wake()
-    if not generator.shares_policy_weights:
-        generator.update_weights(named_full_tensors(model))
-    try:
-        with unsharded(model) if generator.shares_policy_weights else nullcontext():
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # training's free blocks fit neither weights nor a cache
+    with unsharded(model) if generator.shares_policy_weights else nullcontext():
+        generator.wake()
+        if not generator.shares_policy_weights:
+            generator.update_weights(named_full_tensors(model))
+        try:
             yield
-    finally:
-        generator.sleep()
+        finally:
+            generator.sleep()
 
 
 def name_of(generator: object) -> str:

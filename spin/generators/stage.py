@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain, count, islice
+from itertools import chain, count, islice, starmap
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import nn
@@ -26,7 +26,7 @@ from torch import nn
 from spin import config
 from spin.config import SPINConfig
 from spin.config.schema import Pairs
-from spin.core.errors import GeneratorError, OutputError, Stopped
+from spin.core.errors import GeneratorError, OutputError, Stopped, StoreError
 from spin.core.files import json_fingerprint
 from spin.core.heartbeat import set_stage
 from spin.core.progress import Stage, stage
@@ -43,7 +43,9 @@ from spin.types import Pair, Prompt, Response, TokenIds
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 _ALONE = EngineGroup(0, 1)
+_STARTED_LAST = 1024  # responses that are started last: as many as run at a time at most
 _STEPS = 16  # of an engine that ranks share, between two times that they agree on whether to stop
 
 
@@ -74,6 +76,8 @@ class PlayTask:
         iteration (int): counted from 0.
         responses_per_prompt (int): responses to each prompt.
         limits (Limits): what responses must stay within.
+        expected_tokens (Mapping[str, int]): lengths of earlier responses, by sample; where there is none, the real
+            response's stands in. Only the order in which prompts are started depends on it.
     """
 
     prompts: PromptDataset
@@ -83,6 +87,7 @@ class PlayTask:
     iteration: int = 0
     responses_per_prompt: int = 1
     limits: Limits = field(default_factory=Limits)
+    expected_tokens: Mapping[str, int] = field(default_factory=dict)
 
 
 def num_shards(num_samples: int, prompts_per_shard: int, groups: int) -> int:
@@ -239,6 +244,18 @@ def filtered_responses(folders: Iterable[Path], policies: Pairs) -> FilteredPair
     return FilteredPairs(chain.from_iterable(store.pairs() for store in stores), **chosen)
 
 
+def response_tokens(folder: Path) -> dict[str, int]:
+    """The mean length of the responses that were played into a folder, by sample; nothing if they cannot be read, since
+    only an order depends on them."""
+    try:
+        pairs = list(PairStore.open(folder / "responses").pairs())
+    except StoreError:
+        return {}
+    return {
+        pair.sample_id: sum(len(each.token_ids) for each in pair.generated) // len(pair.generated) for pair in pairs
+    }
+
+
 def play_report(folder: Path) -> dict[str, float]:
     """What was measured when a folder's responses were played, by the log's names."""
     return dict(PairStore.open(folder / "responses").manifest.get("report", {}))
@@ -273,10 +290,13 @@ def play(
     def checked(shard: int, index: int, response: object) -> Response:
         return check_response(response, prompt_of(shard, index), generator, sampling, task.limits)
 
-    def requests(shard: int) -> Iterator[tuple[TokenIds, int]]:
-        for index in left[shard]:
-            prompt = prompt_of(shard, index)
-            yield prompt.prompt_ids, sample_seed(task.seed, task.iteration, prompt.sample_id, index % per_prompt)
+    def request(shard: int, index: int) -> tuple[TokenIds, int]:
+        prompt = prompt_of(shard, index)
+        return prompt.prompt_ids, sample_seed(task.seed, task.iteration, prompt.sample_id, index % per_prompt)
+
+    def expected_tokens(place: tuple[int, int]) -> int:
+        prompt = prompt_of(*place)
+        return task.expected_tokens.get(prompt.sample_id, len(prompt.real_ids))
 
     def finish(shard: int) -> None:
         if group.writes:
@@ -296,12 +316,17 @@ def play(
     for shard in shards:
         if not left[shard]:
             finish(shard)
-    asked: Any = map(requests, shards)
-    stream: Any = _shard_by_shard(generator, asked, sampling)
+    order = [(shard, index) for shard in shards for index in left[shard]]
+    asked: Any
+    stream: Any
     if isinstance(generator, StreamingGenerator):
-        stream = generator.stream(chain.from_iterable(asked), sampling)
-    bounds = np.cumsum([0, *(len(left[shard]) for shard in shards)])  # of each shard's requests
-    is_done = np.zeros(bounds[-1], bool)
+        order = shortest_last(order, list(map(expected_tokens, order)))
+        asked = starmap(request, order)
+        stream = generator.stream(asked, sampling)
+    else:
+        asked = ((request(shard, index) for index in left[shard]) for shard in shards)
+        stream = _shard_by_shard(generator, asked, sampling)
+    is_done = np.zeros(len(order), bool)
     steps = 0
     if not isinstance(stream, Iterable):
         raise GeneratorError(f"generator: {name}.stream gave {_shortened(stream)}, expected an iterator of responses.")
@@ -323,8 +348,7 @@ def play(
                         f"{len(is_done)} requests are 0 to {len(is_done) - 1}."
                     )
                 is_done[number] = True
-                place = int(np.searchsorted(bounds, number, side="right")) - 1
-                shard, index = shards[place], left[shards[place]][number - int(bounds[place])]
+                shard, index = order[number]
                 found[shard][index] = kept = checked(shard, index, response)
                 if streams and group.writes:
                     journals[shard].append(index, kept)
@@ -338,6 +362,14 @@ def play(
                 return
     if not is_done.all():
         raise GeneratorError(f"generator: {name} left {np.sum(~is_done)} of {len(is_done)} prompts without a response.")
+
+
+def shortest_last(requests: Sequence[T], expected_tokens: Sequence[int]) -> list[T]:
+    """The requests as they are started: the shortest responses last, and the longest of these first, so that all end
+    together. Others stay in order, and shards complete one after another."""
+    by_length = sorted(range(len(requests)), key=lambda i: -expected_tokens[i])[-_STARTED_LAST:]
+    last = set(by_length)
+    return [request for i, request in enumerate(requests) if i not in last] + [requests[i] for i in by_length]
 
 
 def _pairs(prompts: Sequence[Prompt], responses: Mapping[int, Response], task: PlayTask) -> list[Pair]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import ActivationWrapper
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -31,6 +32,10 @@ _PREFILL_TOKENS = 16384  # of prompts that are read together, padding included
 _WINDOW = 4  # batches whose prompts are sorted by length together
 _SIZES = 4  # numbers of rows that are captured as CUDA graphs at most: all slots, half of them, ...
 _SMALLEST_SIZE = 16  # rows; fewer take as long
+_PREFILL_PROMPTS = 32  # that are read together at most, unless the config says so; slots wait empty for them
+_FEWEST_SLOTS, _SLOTS_STEP, _MOST_SLOTS = 32, 64, 1024  # of ``auto``: speed hardly grows beyond the last
+_CACHE_FRACTION = 0.8  # of the free memory that ``auto`` takes; the rest is for prompts that are read
+_LOGIT_BYTES = 40  # of a slot for each token of the vocabulary: logits, and those that are sorted for top_p
 _CAPACITY_STEP = 256  # tokens; the capacity of a GPU's cache is a multiple, so that later prompts fit too
 _LENGTH_STEP = 256  # tokens; of steps without the kernel
 
@@ -49,10 +54,11 @@ class TorchtuneGenerator:
 
     Args:
         context (GeneratorContext): gives the model, its device and its longest sequence.
-        batch_size (int): sequences at a time; higher is faster and takes more memory for the cache. Halved when memory
-            runs out.
-        prefill_batch (int | None): prompts that are read together; None takes an eighth of the batch. So many
-            slots must be free before a running batch is interrupted for it.
+        batch_size (int | str): sequences at a time; higher is faster and takes more memory for the cache. Halved when
+            memory runs out. ``auto`` takes what the GPU has free, up to 1,024; 32 on a CPU and where torch's algorithms
+            are deterministic, since other numbers round otherwise.
+        prefill_batch (int | None): prompts that are read together; None takes an eighth of the batch, 32 at most. So
+            many slots must be free before a running batch is interrupted for it.
         cache_dtype (torch.dtype | str | None): fp32, bf16 or fp16; None is the dtype that the model computes in.
         cuda_graphs (bool): on a GPU, capture decode steps; False is slower and needs less memory. It launches every
             kernel by itself, and is for finding faults. A CPU has none either way.
@@ -66,20 +72,26 @@ class TorchtuneGenerator:
     def __init__(
         self,
         context: GeneratorContext,
-        batch_size: int = 32,
+        batch_size: int | str = 32,
         prefill_batch: int | None = None,
         cache_dtype: torch.dtype | str | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         if context.model is None:
             raise ConfigError("TorchtuneGenerator runs the policy itself and was given no model.")
-        if batch_size < 1 or (prefill_batch is not None and prefill_batch < 1):
-            raise ConfigError(f"generator.batch_size={batch_size}, prefill_batch={prefill_batch}: expected 1 or more.")
+        is_auto = batch_size == "auto"
+        if not is_auto and (isinstance(batch_size, str) or batch_size < 1):
+            raise ConfigError(f"generator.batch_size={batch_size}: expected auto, or 1 or more.")
+        if prefill_batch is not None and prefill_batch < 1:
+            raise ConfigError(f"generator.prefill_batch={prefill_batch}: expected 1 or more.")
         if isinstance(cache_dtype, str) and cache_dtype not in DTYPES:
             raise ConfigError(f"generator.cache_dtype={cache_dtype!r}: expected one of {', '.join(DTYPES)} or null.")
         patch_attention(context.model)
         self.model: Any = context.model
-        self.batch_size, self._prefill_batch = batch_size, prefill_batch
+        self.batch_size, self._prefill_batch = _FEWEST_SLOTS if is_auto else int(batch_size), prefill_batch
+        on_gpu = context.device.type == "cuda"
+        self._plans_slots = is_auto and on_gpu and not torch.are_deterministic_algorithms_enabled()
+        self._most_slots, self._free_bytes = _MOST_SLOTS, 0
         self._cache_dtype = DTYPES[cache_dtype] if isinstance(cache_dtype, str) else cache_dtype
         self._context, self._cuda_graphs, self._awake = context, cuda_graphs, False
         self.slots: Slots | None = None
@@ -92,9 +104,11 @@ class TorchtuneGenerator:
         self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams
     ) -> Iterator[tuple[int, Response] | None]:
         """See ``StreamingGenerator``; the batch is never emptied in between."""
-        left = self._in_order(requests, sampling)
         # no_grad, not inference_mode: whatever a module or FSDP makes on first use must stay fit for training.
         with unsharded(self.model), torch.no_grad(), _ready_to_generate(self.model, self._context.device):
+            if not self._awake:
+                self._look_for_memory()
+            left = self._in_order(requests, sampling)
             try:
                 while left:
                     try:
@@ -133,23 +147,26 @@ class TorchtuneGenerator:
         self._drop()
 
     def wake(self) -> None:
-        """From now on cache and graphs outlive ``generate``, for the next shard of prompts."""
+        """From now on cache and graphs outlive ``generate``, for the next shard of prompts. With ``batch_size: auto``
+        all ranks must call it together, with the weights gathered."""
         self._awake = True
-        if self._context.device.type == "cuda":  # training's free blocks do not fit the cache
-            torch.cuda.empty_cache()
+        self._look_for_memory()
 
     def close(self) -> None:
         self.sleep()  # the model belongs to the recipe
 
     def _in_order(self, requests: Iterable[tuple[Sequence[int], int]], sampling: SamplingParams) -> dict[int, Any]:
-        """The requests by number, in the order in which they run. The longest first keeps padding small and finds out
-        early if memory does not suffice; a few batches at a time keep those together that make a shard."""
+        """The requests by number, in the order in which they run. The longest prompts first keeps padding small and
+        finds out early if memory does not suffice; a few batches at a time keep those together that make a shard. The
+        last batch stays last: its responses are the shortest, as far as is known."""
         found = [
             _Request(index, prompt, max_response_tokens(prompt, index, sampling, self._max_seq_len), seed)
             for index, (prompt, seed) in enumerate(requests)
         ]
-        window = _WINDOW * self.batch_size
-        found.sort(key=lambda request: (request.index // window, -len(request.prompt), request.index))
+        if self._plans_slots and found:
+            self._plan_slots(max(len(request.prompt) + request.limit for request in found))
+        window, tail = _WINDOW * self.batch_size, len(found) - self.batch_size
+        found.sort(key=lambda each: (each.index >= tail, each.index // window, -len(each.prompt), each.index))
         return {request.index: request for request in found}
 
     def _run(self, waiting: list["_Request"], sampling: SamplingParams) -> Iterator[tuple[int, Response] | None]:
@@ -157,7 +174,7 @@ class TorchtuneGenerator:
         slots = self._slots_for(sampling, most, max(len(request.prompt) + request.limit for request in waiting))
         slots.attach()
         try:
-            limits = most, min(most, self._prefill_batch or max(1, self.batch_size // 8))
+            limits = most, min(most, self._prefill_batch or max(1, min(self.batch_size // 8, _PREFILL_PROMPTS)))
             yield from _Run(slots, self._context.decode, waiting, limits).loop()
         finally:
             slots.detach()
@@ -168,9 +185,34 @@ class TorchtuneGenerator:
             self._drop()
             plan = self.step_plan(slots)
             if plan.sizes:
-                capacity = min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self._max_seq_len)
+                capacity = self._rounded(capacity)
             self.slots = Slots(self.model, sampling, slots, capacity, plan, self._context.device, self._cache_dtype)
         return self.slots
+
+    def _rounded(self, capacity: int) -> int:
+        return min(-(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP, self._max_seq_len)
+
+    def _look_for_memory(self) -> None:
+        """The GPU memory that is free for ``auto`` once weights are gathered, on the rank that has least."""
+        if self._plans_slots:
+            torch.cuda.empty_cache()
+            free = torch.tensor(torch.cuda.mem_get_info(self._context.device)[0], device=self._context.device)
+            if self._context.world is not None:
+                dist.all_reduce(free, dist.ReduceOp.MIN)
+            self._free_bytes = int(free)
+
+    def _plan_slots(self, longest: int) -> None:
+        """As many slots as there is memory for, unless those that exist serve the longest request."""
+        if self.slots is not None and longest <= self.slots.capacity:
+            return
+        kept = sum(2 * each.num_kv_heads * each.head_dim for each in self.model.modules() if hasattr(each, "spin_kv"))
+        weight = self.model.tok_embeddings.weight
+        cache = self._rounded(longest) * kept * (self._cache_dtype or weight.dtype).itemsize
+        slots = int(self._free_bytes * _CACHE_FRACTION) // (cache + weight.shape[0] * _LOGIT_BYTES)
+        planned = max(_FEWEST_SLOTS, min(slots // _SLOTS_STEP * _SLOTS_STEP, self._most_slots))
+        if planned != self.batch_size:
+            log.info(f"generator.batch_size=auto: {planned} sequences of up to {longest} tokens at a time.")
+        self.batch_size = planned
 
     def step_plan(self, slots: int) -> StepPlan:
         """How steps run on this device."""
@@ -203,7 +245,7 @@ class TorchtuneGenerator:
                 f"and up to {longest.limit} new ones: {shortage} Lower max_new_tokens or max_seq_len, set "
                 "generator.cache_dtype=bf16, or shard over more GPUs."
             )
-        self.batch_size //= 2
+        self.batch_size = self._most_slots = self.batch_size // 2
         log.warning("Out of memory while generating; continuing with generator.batch_size=%d.", self.batch_size)
 
 

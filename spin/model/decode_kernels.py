@@ -254,8 +254,8 @@ def rotate(
     x is queries or keys, shape (b, s, h, hd). ``input_pos`` has their positions, int64, shape (b, s); None counts from
     0. ``table`` is fp32 with a line for each position: cosine and sine of each pair, shape (p, pairs, 2), or all
     cosines and all sines, both twice, shape (p, 2 * hd). With ``interleaved`` a pair's two dimensions are neighbors;
-    else they are ``pairs`` apart. Dimensions behind the pairs stay as they are. With ``rounded`` the table is rounded to
-    the dtype of ``x`` first.
+    else they are ``pairs`` apart. Dimensions behind the pairs stay as they are. With ``rounded`` the table is first
+    rounded to the dtype of ``x``.
     """
     b, s, heads, head_dim = x.shape
     x = x.contiguous()

@@ -361,6 +361,19 @@ def test_running_out_of_memory(make, model, many, caplog):
     _same(got, expected * 12, model, work)
 
 
+@pytest.mark.parametrize(("free_mib", "slots"), [(10**6, 1024), (400, 576), (1, 32)])
+def test_auto_takes_what_is_free(make, model, many, monkeypatch, caplog, free_mib, slots):
+    """A slot takes 512 KiB for 256 tokens (4 layers, k and v, 2 heads of 32, float32) and 40 for logits (1,024 tokens
+    of 40 bytes): 0.8 x 400 MiB hold 593, which is nine times 64."""
+    expected = make(batch_size=64).generate(many, GREEDY, [0] * 90)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_mib * 2**20, 10**12))
+    generator = make(batch_size="auto")
+    with caplog.at_level(logging.INFO):
+        _same(generator.generate(many, GREEDY, [0] * 90), expected, model, many)
+    assert generator.batch_size == slots
+    assert (f"{slots} sequences" in caplog.text) == (slots != 32)
+
+
 @pytest.mark.parametrize("checkpointed", [True, False])
 def test_sharded_compiled_model(make, trained, tokenizer, many, caplog, checkpointed):
     """FSDP2 on one rank in bf16, as recipes prepare a model: recorded without a complaint, and fit for training."""

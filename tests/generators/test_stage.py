@@ -212,3 +212,18 @@ def test_a_generator_that_lacks_something_is_refused_by_name():
     with pytest.raises(GeneratorError, match=r"SeedEcho has no close, sleep, update_weights, wake; expected .* wake\."):
         engine_group(SeedEcho(), ALONE)
     assert engine_group(Streaming(), ALONE).count == 1
+
+
+def test_the_shortest_responses_are_started_last(tmp_path, monkeypatch):
+    """The longest of the four first; the rest in order; what is stored is as ever. A sample without an earlier response
+    counts as its real one, of two tokens."""
+    monkeypatch.setattr("spin.generators.stage._STARTED_LAST", 4)
+    expected = {f"s{i}": tokens for i, tokens in enumerate([9, 1, 9, 9, 9, 9, 3, 9, 9])}  # none for s9
+    store = PairStore.open_or_create(tmp_path / "sorted", {"opponent": "w"}, 3)
+    generator = Streaming()
+    play(store, ALL, PlayTask(PROMPTS, range(10), SAMPLING, 5, 1, expected_tokens=expected), generator)
+    assert [ids[1] - 1 for ids in generator.calls[0]] == [0, 2, 3, 4, 5, 7, 8, 6, 9, 1]
+    as_ever = PairStore.open_or_create(tmp_path / "as_ever", {"opponent": "w"}, 3)
+    play(as_ever, ALL, PlayTask(PROMPTS, range(10), SAMPLING, 5, 1), SeedEcho())
+    kept, expected = ([list(p.generated[0].token_ids) for p in each.pairs()] for each in (store, as_ever))
+    assert kept == expected

@@ -115,12 +115,12 @@ def test_cached_greedy_equals_full_forwards(name, kind):
     ids=["greedy", "plain", "filtered"],
 )  # fmt: skip
 def test_batch_and_order_do_not_matter(make, prompts, sampling):
-    """Batches of 1, 3 and 16, shuffled prompts, other groups of prompts: the same tokens for the same seed."""
+    """Batches of 1, 3, 16 and 32, shuffled prompts, other groups of prompts: the same tokens for the same seed."""
     prompts = prompts + prompts[::-1]  # each prompt twice, with two seeds
     seeds = list(range(100, 100 + len(prompts)))
     expected = _ids(make(batch_size=1).generate(prompts, sampling, seeds))
     for static, batch_size, prefill_batch in (
-        *((False, 3, None), (False, 16, None), (False, 8, 8)),
+        *((False, "auto", None), (False, 3, None), (False, 16, None), (False, 8, 8)),
         *((True, 1, None), (True, 5, None), (True, 16, None), (True, 8, 3)),
     ):
         generator = make(batch_size=batch_size, prefill_batch=prefill_batch, static=static)
@@ -335,7 +335,8 @@ def test_out_of_memory_with_one_row_gives_advice(make, model, prompts):
 
 def test_impossible_arguments(make):
     for arguments, message in (
-        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 0}, "batch_size=0: expected auto, or 1 or more"),
+        ({"batch_size": "most"}, "batch_size=most: expected auto, or 1 or more"),
         ({"prefill_batch": 0}, "prefill_batch=0"),
         ({"cache_dtype": "int8"}, "cache_dtype='int8': expected one of fp32, bf16, fp16"),
     ):
