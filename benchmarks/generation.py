@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -169,7 +169,7 @@ class Embedded(Arm):
 
     title = "embedded"
     starts = True
-    batch_size: int | str | None = None  # None: --batch-size
+    batch_size: int | Literal["auto"] | None = None  # None: --batch-size
     cuda_graphs = True
 
     def __init__(self, bench: Bench) -> None:

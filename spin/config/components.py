@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, TypeAdapter, ValidationError
@@ -374,7 +374,7 @@ def _simple_type(hint: Any, default: Any) -> Any:
     """The type of an argument that takes numbers, texts, paths, booleans or null only, or as many numbers as its
     default has, as an optimizer's betas; else Any."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
-    if all(kind in KIND_WORDS or kind is Path for kind in kinds):
+    if all(kind in KIND_WORDS or kind is Path or typing.get_origin(kind) is Literal for kind in kinds):
         return typing.Union[tuple(str if kind is Path else kind for kind in kinds)]  # noqa: UP007
     if isinstance(default, tuple) and default and all(type(item) in (int, float, type(None)) for item in default):
         count = len(default)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -54,9 +54,9 @@ class TorchtuneGenerator:
 
     Args:
         context (GeneratorContext): gives the model, its device and its longest sequence.
-        batch_size (int | str): sequences at a time; higher is faster and takes more memory for the cache. Halved when
-            memory runs out. ``auto`` takes what the GPU has free, up to 1,024; 32 on a CPU and where torch's algorithms
-            are deterministic, since other numbers round otherwise.
+        batch_size (int | Literal["auto"]): sequences at a time; higher is faster and takes more memory for the cache.
+            Halved when memory runs out. ``auto`` takes what the GPU has free, up to 1,024; 32 on a CPU and where
+            torch's algorithms are deterministic, since other numbers round otherwise.
         prefill_batch (int | None): prompts that are read together; None takes an eighth of the batch, 32 at most. So
             many slots must be free before a running batch is interrupted for it.
         cache_dtype (torch.dtype | str | None): fp32, bf16 or fp16; None is the dtype that the model computes in.
@@ -72,15 +72,14 @@ class TorchtuneGenerator:
     def __init__(
         self,
         context: GeneratorContext,
-        batch_size: int | str = 32,
+        batch_size: int | Literal["auto"] = 32,
         prefill_batch: int | None = None,
         cache_dtype: torch.dtype | str | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         if context.model is None:
             raise ConfigError("TorchtuneGenerator runs the policy itself and was given no model.")
-        is_auto = batch_size == "auto"
-        if not is_auto and (isinstance(batch_size, str) or batch_size < 1):
+        if batch_size != "auto" and (isinstance(batch_size, str) or batch_size < 1):
             raise ConfigError(f"generator.batch_size={batch_size}: expected auto, or 1 or more.")
         if prefill_batch is not None and prefill_batch < 1:
             raise ConfigError(f"generator.prefill_batch={prefill_batch}: expected 1 or more.")
@@ -88,9 +87,9 @@ class TorchtuneGenerator:
             raise ConfigError(f"generator.cache_dtype={cache_dtype!r}: expected one of {', '.join(DTYPES)} or null.")
         patch_attention(context.model)
         self.model: Any = context.model
-        self.batch_size, self._prefill_batch = _FEWEST_SLOTS if is_auto else int(batch_size), prefill_batch
-        on_gpu = context.device.type == "cuda"
-        self._plans_slots = is_auto and on_gpu and not torch.are_deterministic_algorithms_enabled()
+        self.batch_size, self._prefill_batch = _FEWEST_SLOTS if batch_size == "auto" else batch_size, prefill_batch
+        is_free = context.device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
+        self._plans_slots = batch_size == "auto" and is_free
         self._most_slots, self._free_bytes = _MOST_SLOTS, 0
         self._cache_dtype = DTYPES[cache_dtype] if isinstance(cache_dtype, str) else cache_dtype
         self._context, self._cuda_graphs, self._awake = context, cuda_graphs, False
