@@ -149,7 +149,9 @@ class SPINRecipe:
                 # --- 3. Fit: tell the real responses from the opponent's ---
                 self._begin_training(iteration)
                 for batch in self._batches(pairs, iteration):
+                    compared = self.compare_gradients(pairs, batch)
                     step = self.train_single_step(batch)
+                    step.metrics |= compared
                     if plan.validates_now or step.out_of_time:
                         step.metrics |= self.run_validation()
                     self._log(step.metrics)
@@ -250,6 +252,17 @@ class SPINRecipe:
             **training.speed_metrics(totals, len(batch.pairs), time.perf_counter() - started),
         }  # fmt: skip
         return training.Step(metrics, must_stop=totals["stop"] > 0, out_of_time=totals["out_of_time"] > 0)
+
+    def compare_gradients(self, pairs: Mapping[tuple[int, str], Pair], batch: RowBatch) -> dict[str, float]:
+        """At an iteration's start and a few times within, before a step on ``batch``: how the loss's gradient compares
+        with that of fine-tuning on the same real responses. Changes nothing."""
+        progress, plan, cfg = self._progress, self._plan, self._cfg
+        step, steps = plan.steps_of(progress.iteration), plan.steps_in(progress.iteration)
+        if plan.is_sft or not training.is_checked(step, steps, len(batch.rows), cfg.watch.gradient_checks):
+            return {}
+        batches = plan.batches(pairs, progress.iteration, progress.epoch, start=progress.step_in_epoch)
+        rows = load_rows(batches, self._world, self._layout, num_workers=0)
+        return training.compare_gradients(self._model, rows, self.row_loss, self._world, cfg)
 
     def row_loss(self, row: PackedRow, logps: torch.Tensor) -> torch.Tensor:  # SPIN: change the loss here
         """A row's part of a batch's summed loss, each term of one pair only, by the policy's summed log-probs in nats,

@@ -220,6 +220,10 @@ class Watch(Section):
     equal_fraction: WatchLimit = key(
         WatchLimit(limit=0.5), "of an iteration's responses, those equal to the real one: nothing is learned from them"
     )
+    gradient_checks: Annotated[int, Field(ge=0, le=1000, title="a whole number")] | None = key(
+        None,
+        "how often in an iteration to compare SPIN's gradient with SFT's; null: up to 4, for 2 % of its steps",
+    )
     length_drift: LengthLimit = key(LengthLimit(), "mean length of responses: times, or one in, that of iteration 0")
 
 

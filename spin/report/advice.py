@@ -16,6 +16,7 @@ WON_ACC = 0.99
 UPDATED_FRACTION = 0.1
 VAL_LOSS_RISE = 0.02  # relative to the start
 LOSS_MOVES = 0.005  # nats between thirds of an iteration
+SAME_WAY, OTHER_WAY = 0.8, 0.5  # cosine of SPIN's gradient to that of fine-tuning
 LENGTH_CHANGE = 0.1  # relative to the first iteration
 TRUNCATED_RISE = 0.05
 LN_2 = math.log(2)
@@ -60,6 +61,8 @@ def _progress(steps: Sequence[Metrics]) -> str:
 def advice(run: RunRecord) -> list[str]:
     """Known failures that show in a run."""
     found = [text for iteration in run.iterations for text in _of_iteration(run, iteration)]
+    compared = [iteration for iteration in run.iterations if any("gradient/signal" in row for row in iteration.steps)]
+    found += [f"Iteration {iteration.number}: {_of_gradients(iteration.steps)}" for iteration in compared[-1:]]
     losses = run.series("val_loss")
     if len(losses) > 1 and losses[-1][1] > losses[0][1] * (1 + VAL_LOSS_RISE):
         found.append(
@@ -127,6 +130,32 @@ def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
             "ones. Lower optimizer.lr, or lengthen lr_scheduler.warmup."
         )
     return found
+
+
+def _of_gradients(steps: Sequence[Metrics]) -> str:
+    """What the comparisons of an iteration's gradients say, of which there is at least one."""
+    names = [f"gradient/{name}" for name in ("cosine", "cosine_error", "ratio", "signal", "sft_signal")]
+    clear = [[row[name] for name in names] for row in steps if all(is_number(row.get(name)) for name in names)]
+    if not clear:
+        return (
+            "no direction stands out of the noise between pairs, neither of SPIN's gradient nor of fine-tuning's on "
+            "the same responses: there may be nothing left to learn from this data. Use other data, or stop here."
+        )
+    (cosine, error, ratio, signal, of_sft), (last, last_error, *_) = clear[0], clear[-1]
+    text = f"SPIN's gradient has the cosine {cosine:.2f} ± {error:.2f} to that of fine-tuning on the same responses"
+    if cosine > SAME_WAY:
+        size = f"1/{1 / ratio:.0f} of its size" if 0 < ratio < 0.67 else f"{ratio:.1f} times its size"
+        text = (
+            f"this iteration moves as fine-tuning on the same responses would (cosine {cosine:.2f} ± {error:.2f}), by "
+            f"a gradient of {size}, of which {signal:.1%} is signal and the rest noise (of fine-tuning's {of_sft:.1%} "
+            "is signal): fine-tune instead (spin_sft)"
+        )
+    if last < OTHER_WAY < cosine:
+        text += (
+            f". At its end the cosine is {last:.2f} ± {last_error:.2f}: the policy has left the opponent whose "
+            "responses it trains on. Fewer steps an iteration, or a lower optimizer.lr"
+        )
+    return f"{text}."
 
 
 def _mean(rows: Sequence[Metrics], name: str) -> float | None:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from spin.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from spin.training.gradients import compare_gradients, gradient_metrics, is_checked
     from spin.training.metrics import (
         PairSums,
         ResponseSums,
@@ -37,9 +38,12 @@ __all__ = [
     "check_first_loss",
     "check_last_update",
     "check_updated_fraction",
+    "compare_gradients",
     "eval_pair_losses",
+    "gradient_metrics",
     "in_each_iteration",
     "initial_loss",
+    "is_checked",
     "lr_factor",
     "optimizer_step",
     "pair_metrics",

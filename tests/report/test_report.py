@@ -306,6 +306,28 @@ def test_a_truncated_fraction_and_a_rising_validation_loss_get_advice_and_a_good
     assert advice(read_run(folder)) == []
 
 
+GRADIENTS = {"cosine": 0.98, "cosine_error": 0.01, "ratio": 0.05, "signal": 0.02, "sft_signal": 0.04}
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "words"),
+    [
+        (GRADIENTS, None, "Iteration 1: this iteration moves as fine-tuning on the same responses would (cosine 0.98 ± "
+         "0.01), by a gradient of 1/20 of its size, of which 2.0% is signal and the rest noise (of fine-tuning's 4.0% "
+         "is signal): fine-tune instead (spin_sft)."),
+        (GRADIENTS, GRADIENTS | {"cosine": 0.2}, "(spin_sft). At its end the cosine is 0.20 ± 0.01: the"),
+        (GRADIENTS | {"cosine": 0.6, "ratio": 1.5}, None, "Iteration 1: SPIN's gradient has the cosine 0.60 ±"),
+        ({"signal": 0.001, "sft_signal": -0.001}, None, "Iteration 1: no direction stands out of the noise"),
+    ],
+)  # fmt: skip
+def test_what_gradients_say_is_said_of_the_newest_iteration(tmp_path, first, last, words):
+    at = {1: GRADIENTS, 11: first, 16: last or {}}
+    named = {step: {f"gradient/{name}": value for name, value in found.items()} for step, found in at.items()}
+    run = read_run(write_run(tmp_path, iterations=2, steps=10, changes=lambda step: named.get(step, {})))
+    (found,) = (text for text in advice(run) if "fine-tun" in text)
+    assert words in found
+
+
 def test_validation_by_source(tmp_path):
     folder = write_run(tmp_path, iterations=1, steps=5)
     by_source = {f"val_loss/{name}": 2.0 + i for i, name in enumerate(("chat", "math", "code", "law"))}

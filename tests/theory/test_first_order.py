@@ -12,6 +12,7 @@ import torch
 from torchtune.models.llama3_2 import llama3_2
 
 from spin.loss import SPACELoss, SPINLoss
+from spin.training import gradient_metrics
 
 TOKENS, LENGTH, PROMPTS = 3, 2, 2
 RESPONSES = torch.tensor(list(itertools.product(range(TOKENS), repeat=LENGTH)))
@@ -110,3 +111,35 @@ def test_a_pair_is_noisier_than_a_supervised_response():
     supervised, pair = variance(data), variance(data) + variance(own)
     assert (own @ scores).norm() < 1e-6  # the policy's own score has mean zero
     assert 1.2 < (pair / supervised).sqrt() < 2
+
+
+@pytest.mark.parametrize(("beta", "pairs"), [(0.1, 2000), (1.0, 2000), (1.0, 30)])
+def test_what_a_run_measures_of_its_gradients_is_this_law(beta, pairs):
+    """From eight parts of drawn pairs: cosine 1, ratio beta / 2, and the signal of a step's gradient, exactly known.
+    The cosine of the two halves' plain means is lower, by their noise."""
+    student = model(4, seed=1)
+    logps = log_probs(student)
+    data, own = (log_probs(of).detach().exp() for of in (model(16, seed=2), student))
+    torch.manual_seed(0)
+
+    def part():
+        prompt = torch.randint(PROMPTS, (pairs,))
+        real, generated = (logps[prompt, torch.multinomial(from_[prompt], 1)[:, 0]] for from_ in (data, own))
+        losses, _, _ = SPINLoss(beta=beta)(real, generated, real.detach(), generated.detach())
+        return gradient(student, losses.sum()), gradient(student, -real.sum())
+
+    gradients = torch.stack([each for kind in zip(*(part() for _ in range(8)), strict=True) for each in kind])
+    found = gradient_metrics(gradients @ gradients.T, torch.full((8,), float(pairs)), batch_size=64)
+    assert found["gradient/cosine"] == pytest.approx(1, abs=3 * found["gradient/cosine_error"] + 1e-3)
+    assert found["gradient/cosine_error"] < (0.01 if pairs > 100 else 0.15)
+    assert found["gradient/ratio"] == pytest.approx(beta / 2, rel=0.05 if pairs > 100 else 0.3)
+    one, other = gradients[:4].sum(0), gradients[12:].sum(0)
+    assert torch.cosine_similarity(one, other, dim=0) < found["gradient/cosine"]
+
+    scores = torch.stack([gradient(student, logp) for logp in logps.flatten()])
+    weights = [each.flatten() / PROMPTS for each in (data, own)]
+    mean = weights[0] @ scores
+    squares = [(each @ scores.pow(2).sum(1)).item() for each in weights]
+    for name, noise in (("sft_signal", squares[0]), ("signal", sum(squares))):  # the own score has mean zero
+        exact = mean.pow(2).sum() / (mean.pow(2).sum() + (noise - mean.pow(2).sum()) / 64)
+        assert found[f"gradient/{name}"] == pytest.approx(exact.item(), rel=0.05 if pairs > 100 else 0.3)
