@@ -104,7 +104,7 @@ class SPINRecipe:
             self.load_state_dict(self._checkpointer.read_state(resume_path))
             from_step = self._progress.step
             log.info(f"Resuming at step {from_step} from {resume_path}")
-        self._plan.start(self._stop.ends_at)
+        self._plan.start(self._stop.ends_at, self._output_dir / "rates.json")
 
         # ---- model, optimizer, generator
         if cfg.self_test and resume_path is None:

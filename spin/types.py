@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
-
-import numpy as np
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 FinishReason = Literal["stop", "length"]
 Verdict = Literal["right", "wrong", "unknown"]  # of a checker
+if TYPE_CHECKING:
+    import numpy as np
+
 # a list where people write them, an int32 array where they come from a store
 TokenIds: TypeAlias = "Sequence[int] | np.ndarray"
 
@@ -93,6 +94,8 @@ class Pair:
     @property
     def equal_to_real(self) -> list[bool]:
         """Of each generated response: its tokens are the real one's."""
+        import numpy as np  # the command line imports this module before it has parsed anything
+
         return [np.array_equal(response.token_ids, self.real_ids) for response in self.generated]
 
     @property

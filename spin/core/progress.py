@@ -6,6 +6,7 @@ Rank 0 shows it on stderr: in a terminal as a line for the run with bars under i
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -14,10 +15,13 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 from tqdm import tqdm
 
+from spin.core.errors import OutputError
+from spin.core.files import read_json, replace_text
 from spin.core.terminal import plural, printable
 
 Kind = Literal["validate", "generate", "check", "score", "train", "save"]
@@ -40,6 +44,7 @@ class RunProgress:
         next_stage (int): the first one that is not done.
         left (Mapping[Kind, int] | None): what is left of each kind, in its unit.
         ends_at (float): when ``max_time`` is over, by ``time.monotonic``.
+        rates (Path | None): the file that keeps each kind's seconds, for the next start of the run.
     """
 
     def __init__(
@@ -48,13 +53,16 @@ class RunProgress:
         next_stage: int = 0,
         left: Mapping[Kind, int] | None = None,
         ends_at: float = math.inf,
+        rates: Path | None = None,
     ) -> None:
         self.stages, self.place = stages, next_stage
         self.active: list[Stage] = []  # a stage, and those within it
         self.left, self._done = Counter[Kind](left or {}), Counter[Kind]()
         self._seconds: dict[Kind, float] = defaultdict(float)
         self._first_step = 0.0  # its seconds: it compiles, allocates and reads ahead
-        self._ends_at = ends_at
+        self._ends_at, self._rates_file = ends_at, rates
+        known = read_json(rates, OutputError, "Remove it.") if rates and rates.is_file() else {}
+        self._known = {kind: float(known[kind]) for kind in KINDS if isinstance(known.get(kind), int | float)}
         self._began = self._charged = time.monotonic()
         self._compiled = _compile_seconds()
         self._compiling: dict[str, float] = defaultdict(float)
@@ -83,6 +91,8 @@ class RunProgress:
         self.active.remove(stage)
         self.left[stage.kind] -= 1 if stage.total is None else stage.total - stage.done
         self._done[stage.kind] += stage.total is None
+        if self._rates_file and not self.active and os.environ.get("RANK", "0") == "0":
+            replace_text(self._rates_file, json.dumps(self._rates()))
 
     def _charge(self) -> None:
         """Adds the time since the last call to the innermost stage."""
@@ -110,14 +120,23 @@ class RunProgress:
     def time_left(self) -> tuple[float, bool]:
         """Seconds that what is left takes as fast as what was done, and whether all of its kinds have been seen: if not
         they are a lower bound."""
-        total, is_complete = 0.0, True
+        total, is_complete, rates = 0.0, True, self._rates()
         for kind, left in self.left.items():
-            done, seconds = self._done[kind], self._seconds[kind]
-            if kind == "train" and done > 1:
-                done, seconds = done - 1, seconds - self._first_step
-            total += max(0, left) * seconds / max(1, done)
-            is_complete &= left <= 0 or done > 0
+            done = self._done[kind]
+            total += max(0, left) * rates.get(kind, self._seconds[kind] / max(1, done))
+            is_complete &= left <= 0 or done > 0 or kind in rates
         return total, is_complete
+
+    def _rates(self) -> dict[Kind, float]:
+        """Seconds of a unit of each kind, as they were seen now or else by an earlier start of the run."""
+        rates = dict(self._known)
+        for kind, done in self._done.items():
+            seconds = self._seconds[kind]
+            if kind == "train":
+                done, seconds = done - 1, seconds - self._first_step
+            if done > 0:
+                rates[kind] = seconds / done
+        return rates
 
     def __str__(self) -> str:
         """The run in a line; empty if it has no plan."""

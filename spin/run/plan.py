@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from spin.config import SFTConfig, SPINConfig
 from spin.core.errors import ConfigError
@@ -52,9 +53,9 @@ class RunPlan:
             log.info("validation.fixed_prompts: left out, because recorded responses are not the policy's.")
             self.num_fixed_prompts = 0
 
-    def start(self, ends_at: float) -> None:
+    def start(self, ends_at: float, rates: Path | None = None) -> None:
         """Says what the run is going to do, and begins its progress where it stands; ``ends_at`` is when ``max_time``
-        is over, by ``time.monotonic``."""
+        is over, by ``time.monotonic``, ``rates`` the file that keeps how fast its stages are."""
         progress, cfg, samples = self.progress, self._cfg, self._prompts.samples_per_iteration
         log.info(start_message(progress, self._size, samples, self.num_val_samples, self.is_sft))
         # --- stages ---
@@ -83,7 +84,7 @@ class RunPlan:
             "train": total - step,
             "save": sum(first(i + 1) > step for i in iterations),
         }
-        begin_run(RunProgress(stages, done, left, ends_at))
+        begin_run(RunProgress(stages, done, left, ends_at, rates))
 
     def batched(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
         """Pairs in order, as many as a global batch has in each list."""

@@ -100,10 +100,11 @@ def test_the_time_left_is_learned_from_the_runs_own_stages(clock, monkeypatch):
     assert len(lines) == 2 * 9 + 1, "a long first step has a line more, a short stage within another none"
 
 
-def test_after_a_restart_what_was_done_before_does_not_count(clock, monkeypatch):
-    """Eight of ten responses were there: the other two take 2 s each, and the next iteration's ten as long each."""
-    stderr = catch_stderr(monkeypatch)
-    begin_run(run := RunProgress(ITERATIONS, 1, WORK | {"validate": 0}))
+def test_after_a_restart_what_was_done_before_does_not_count(clock, monkeypatch, tmp_path):
+    """Eight of ten responses were there: the other two take 2 s each, and the next iteration's ten as long each. The
+    next start knows that, and of training no more than a first step."""
+    stderr, rates = catch_stderr(monkeypatch), tmp_path / "rates.json"
+    begin_run(run := RunProgress(ITERATIONS, 1, WORK | {"validate": 0}, rates=rates))
     work(clock, 2, "generate", "response", 10, done=8)
     assert run.time_left == (10 * 2, False)
     assert "iteration 0, generate: 8/10 responses | stage 2 of 9, 00:00 elapsed" in stderr.getvalue()
@@ -112,6 +113,11 @@ def test_after_a_restart_what_was_done_before_does_not_count(clock, monkeypatch)
     work(clock, 2, "score", "batch", 2, done=2)
     assert stderr.getvalue() == before, "nothing was left to do"
     assert str(run).startswith("stage 3 of 9, ")
+    work(clock, 7, "train", "step", 1)
+    work(clock, 5, "save")
+    again = RunProgress(ITERATIONS, 4, {"generate": 4, "train": 5, "save": 1}, rates=rates)
+    assert again.time_left == (4 * 2 + 5, False)
+    assert RunProgress(ITERATIONS, 4, {"generate": 4, "save": 1}, rates=rates).time_left == (4 * 2 + 5, True)
 
 
 def test_a_terminal_gets_a_line_for_the_run_and_a_bar(clock, monkeypatch):
