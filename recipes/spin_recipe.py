@@ -190,15 +190,16 @@ class SPINRecipe:
             self._play(tasks | self._fixed_tasks(iteration))
             self._write_fixed_prompts(iteration)
             self._play_metrics = generators.play_report(folder)  # into the line of the first step
-            found = training.response_metrics(folder, self._folder(0), self._world)
             played_in = [*map(self._folder, self._plan.history(iteration)), folder]
-            found |= self._check([val_folder, *played_in] if with_val else played_in)
+            found = training.response_metrics(folder, self._folder(0), self._world) | self._check(played_in)
+            if with_val:
+                found |= {f"val_{name}": value for name, value in self._check([val_folder]).items()}
             self._monitor.start(iteration, found)
             kept = generators.filtered_responses(played_in, self._cfg.pairs)
             pairs = share_lookup(folder / "rows", kept, self._world)
             self._score(folder, self._fit_rows(pairs, iteration), kept.counts)
             if with_val:
-                kept = generators.filtered_responses([val_folder], self._cfg.pairs)
+                kept = generators.filtered_responses([val_folder], self._cfg.pairs, drop_verdicts=False)
                 self._score(val_folder, self._plan.batched(list(kept)), kept.counts)
         if with_val:
             self._val_pairs = list(reference.open_scored(val_folder / "pairs", self._opponent).pairs())

@@ -233,13 +233,14 @@ def play_shards(
     count(look=True)  # all have added theirs
 
 
-def filtered_responses(folders: Iterable[Path], policies: Pairs) -> FilteredPairs:
+def filtered_responses(folders: Iterable[Path], policies: Pairs, drop_verdicts: bool = True) -> FilteredPairs:
     """The pairs that were played into folders, see :func:`play_tasks`, and checked if there is a checker, less what the
-    config's ``pairs`` drops."""
+    config's ``pairs`` drops. Without ``drop_verdicts`` pairs of a verdict without weight stay, and only have none."""
     chosen: dict[str, Any] = {kind: policies[kind] for kind in ("truncated", "equal_to_real", "empty")}
     if policies.checker is not None:
         weights = {"right": policies.checker.right_weight, "wrong": 1.0, "unknown": policies.checker.unknown_weight}
-        chosen["verdicts"] = {verdict: "keep" if weight > 0 else "drop" for verdict, weight in weights.items()}
+        dropped = [verdict for verdict, weight in weights.items() if weight == 0 and drop_verdicts]
+        chosen["verdicts"] = dict.fromkeys(weights, "keep") | dict.fromkeys(dropped, "drop")
     stores = [PairStore.open(folder / ("checked" if "verdicts" in chosen else "responses")) for folder in folders]
     return FilteredPairs(chain.from_iterable(store.pairs() for store in stores), **chosen)
 

@@ -57,11 +57,12 @@ class FilteredPairs(Iterable[Pair]):
             if kept:
                 yield replace(pair, generated=kept)
         if counts["dropped_pairs"] == num_pairs:
-            if counts["equal_to_real"] == counts["responses"]:
-                raise StoreError(
-                    f"All {counts['responses']:,} responses equal the real ones, so the model has learned what this "
-                    "data can teach and no pair is left (pairs.equal_to_real=drop). Stop here, or give more data."
-                )
+            for kind, are in (("equal_to_real", "equal the real ones"), ("right", "are right by pairs.checker")):
+                if counts[kind] == counts["responses"]:
+                    raise StoreError(
+                        f"All {counts['responses']:,} responses {are}, so the model has learned what this data can "
+                        "teach and no pair is left to train on. Stop here, or give more data."
+                    )
             raise StoreError(
                 f"No pair is left of {num_pairs}: {dict(counts)}. Every response was dropped by pairs.truncated, "
                 "pairs.equal_to_real, pairs.empty or the weight 0 of a verdict of pairs.checker; relax them, or raise "

@@ -40,7 +40,10 @@ CHARTS = {
     "Validation loss, nats per token": (("val_loss", "real responses", 1),),
     "Length of responses, tokens": (("avg_generated_lengths", "generated", 0), ("real_tokens", "real", 0)),
     "Truncated fraction of generated responses": (("truncated_fraction", "training", 0),),
-    "Responses by the checker's verdict": tuple((f"{name}_fraction", name, 0) for name in get_args(Verdict)),
+    "Responses by the checker's verdict": (
+        *((f"{name}_fraction", name, 0) for name in get_args(Verdict)),
+        ("val_right_fraction", "right, held-out prompts", 0),
+    ),
     "Gradient norm": (("grad_norm", "before clipping", 0),),
     "Generator off the policy, nats per token": (("generator/logprob_gap", "mean gap", 1),),
     "Speed, pairs per second": (("pairs_per_second", "training step", 0),),

@@ -116,6 +116,8 @@ def test_what_it_is_given_and_what_becomes_of_what_it_says(checker, tokenizer, t
         ["wrong"], ["wrong", "unknown"], *[["wrong"]] * 5
     ]  # fmt: skip
     assert unweighted.counts["dropped_pairs"] == 1
+    held_out = filtered_responses([folder], pairs_config(), drop_verdicts=False)
+    assert len(list(held_out)) == SAMPLES and held_out.counts["dropped"] == 0
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,22 @@ def test_policies(policies, kept):
         assert pairs.counts == {"responses": 6, "truncated": 1, "equal_to_real": 1, "empty": 2} | dropped
 
 
+def test_verdicts_drop_what_has_no_weight():
+    """Of two right, one wrong and one unknown response; a pair with nothing else goes."""
+    pairs = [
+        Pair(name, 0, [1], [2, STOP], [Response([3, STOP], "stop", verdict=verdict) for verdict in verdicts])
+        for name, verdicts in {"a": ["right", "wrong"], "b": ["unknown"], "c": ["right"]}.items()
+    ]
+    kept = FilteredPairs(pairs, verdicts={"right": "drop", "wrong": "keep", "unknown": "keep"})
+    assert {pair.sample_id: [each.verdict for each in pair.generated] for pair in kept} == {
+        "a": ["wrong"], "b": ["unknown"]
+    }  # fmt: skip
+    found = {"right": 2, "wrong": 1, "unknown": 1, "dropped": 2, "dropped_pairs": 1}
+    assert kept.counts == {"responses": 4, "truncated": 0, "equal_to_real": 0, "empty": 0} | found
+    with pytest.raises(StoreError, match="^All 1 responses are right by pairs.checker, so the model has learned"):
+        list(FilteredPairs(pairs[2:], verdicts={"right": "drop"}))
+
+
 def test_all_pairs_dropped_is_an_error():
     with pytest.raises(StoreError, match="No pair is left of 1: {'responses': 1"):
         list(FilteredPairs(PAIRS[3:4]))
