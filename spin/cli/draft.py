@@ -17,7 +17,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from spin.cli.memory import Estimate, estimate, shapes_of, usable_gib
+from spin.cli.memory import Estimate, estimate, fewest_sequences, shapes_of, usable_gib
 from spin.cli.rates import kind_of_gpu
 from spin.cli.timing import Cluster, clock, is_extrapolated, stages
 from spin.config import COMPONENT, SPINConfig, complete, instantiate, load_config, nested, plain
@@ -148,7 +148,7 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
         f"steps     {counted(cfg.max_iterations, 'iteration')} x {counted(cfg.max_epochs, 'epoch')} x "
         f"{counted(steps, 'step')} of {counted(cfg.global_batch_size, 'prompt')}",
         f"memory    {_gib(needed.training)} GiB to train, {_gib(needed.playing)} to generate, of {machine.gib:.0f}: "
-        f"rows of {cfg.pairs.row_tokens:,} tokens, {counted(cfg.generator.get('batch_size', 32), 'response')} at once",
+        f"rows of {cfg.pairs.row_tokens:,} tokens, {counted(fewest_sequences(cfg), 'response')} or more at once",
     ]
     lengths_of_pair = found.prompt_lengths + 2 * found.real_lengths  # a response is about as long as the real one
     report += _time(cfg, machine, steps * cfg.global_batch_size, round(lengths_of_pair[fit].mean()))
@@ -281,7 +281,6 @@ def _fit_memory(config: _Config, machine: Machine, method: str, model: str) -> E
     """Chooses rows, checkpointing, optimizer and the generator's batch so that a run fits; what it will need."""
     long_rows, rows = ((8192, 4096), (8192, 4096, 2048, 1024, 512)) if machine.has_gpu else ((1024, 512), (1024, 512))
     training = [(False, row_tokens) for row_tokens in long_rows] + [(True, row_tokens) for row_tokens in rows]
-    batch_sizes = (128, 64, 32, 16, 8, 4, 2, 1) if machine.has_gpu else (32, 16, 8, 4, 2, 1)
     shapes = shapes_of(config.complete())  # which none of these changes
     for optimizer in (None, _SMALL_OPTIMIZER) if machine.has_gpu and method == "full" else (None,):
         changes: dict[str, Any] = {} if optimizer is None else {f"optimizer.{COMPONENT}": optimizer}
@@ -289,7 +288,7 @@ def _fit_memory(config: _Config, machine: Machine, method: str, model: str) -> E
             changes |= {"enable_activation_checkpointing": checkpoints, "pairs.row_tokens": row_tokens}
             if estimate(config.complete(changes), machine.ranks, model=shapes).training <= machine.gib:
                 break
-        for batch_size in batch_sizes:
+        for batch_size in ("auto", 16, 8, 4, 2, 1):
             changes["generator.batch_size"] = batch_size
             needed = estimate(config.complete(changes), machine.ranks, model=shapes)
             if needed.playing <= machine.gib:
@@ -306,7 +305,7 @@ def _fit_memory(config: _Config, machine: Machine, method: str, model: str) -> E
         config.values["optimizer"].pop("fused", None)
     config.put("enable_activation_checkpointing", checkpoints, False)
     config.put("pairs.row_tokens", row_tokens, 8192)
-    config.put("generator.batch_size", batch_size, 32)
+    config.put("generator.batch_size", batch_size, "auto")
     return needed
 
 

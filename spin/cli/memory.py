@@ -386,7 +386,7 @@ def data_limit(cfg: SPINConfig, key: str) -> Any:
 def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:
     if cfg.generator.component.rsplit(".", 1)[-1] != "TorchtuneGenerator":
         return 0.0
-    batch = _fewest_sequences(cfg)
+    batch = fewest_sequences(cfg)
     prompt = data_limit(cfg, "max_prompt_tokens") or model.max_seq_len
     longest = min(model.max_seq_len, prompt + cfg.sampling.max_new_tokens)
     capacity = math.ceil(longest / _CACHE_STEP_TOKENS) * _CACHE_STEP_TOKENS
@@ -394,9 +394,9 @@ def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -
     return float(keys_and_values + batch * shapes.vocab * (compute.itemsize + 4))  # and logits of a step
 
 
-def _fewest_sequences(cfg: SPINConfig) -> int:
+def fewest_sequences(cfg: SPINConfig) -> int:
     """Sequences at a time of the embedded generator; of ``auto``, which takes what is free, the fewest."""
-    size = cfg.generator.get("batch_size", 32)
+    size = cfg.generator.get("batch_size", "auto")
     return 32 if size == "auto" else int(size)
 
 
@@ -431,7 +431,7 @@ def _switches(cfg: SPINConfig, gpus: int, gpus_of_host: int) -> list[list[list[s
         found.append([["optimizer._component_=spin.training.AdamW8bit", *without]])
     generators = []
     if cfg.generator.component.rsplit(".", 1)[-1] == "TorchtuneGenerator":
-        size = _fewest_sequences(cfg)
+        size = fewest_sequences(cfg)
         generators = [[f"generator.batch_size={size >> i}"] for i in range(1, 16) if size >> i]
         engine = "generator={_component_: spin.generators.VLLMGenerator}"
         sizes = (size for size in (1, 2, 4, 8) if size <= gpus_of_host and gpus % size == 0)

@@ -109,7 +109,7 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tok
     bandwidth = decode.value * 1e9 * gpu.memory_gb_per_second / GPUS[decode.gpu].memory_gb_per_second
     together = cfg.generator.get("tensor_parallel_size", 1) if is_vllm else 1
     for_each = prompts * answers * together / cluster.gpus  # responses of an engine
-    size = cfg.generator.get("batch_size", 32)
+    size = cfg.generator.get("batch_size", "auto")
     batch = min(_SEQUENCES if is_vllm or size == "auto" else size, max(1, math.ceil(for_each)))
     steps = for_each / batch * generated + max(0.0, cfg.sampling.max_new_tokens - generated)  # the last ones are alone
     step = (work.weight_bytes + batch * (prompt + generated / 2) * work.cache_bytes) / together / bandwidth

@@ -72,7 +72,7 @@ class TorchtuneGenerator:
     def __init__(
         self,
         context: GeneratorContext,
-        batch_size: int | Literal["auto"] = 32,
+        batch_size: int | Literal["auto"] = "auto",
         prefill_batch: int | None = None,
         cache_dtype: torch.dtype | str | None = None,
         cuda_graphs: bool = True,
