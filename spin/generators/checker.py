@@ -94,7 +94,8 @@ def _check_shards(
                 if should_stop():
                     break
                 if index not in found:
-                    found[index] = replace(response, verdict=verdict_of(pair, response))
+                    ids = list(map(int, response.token_ids))
+                    found[index] = replace(response, token_ids=ids, verdict=verdict_of(pair, response))
                     journal.append(index, found[index])
                 bar.update(count.add(1))
             else:

@@ -31,7 +31,7 @@ class Journal:
 
     def append(self, index: int, response: Response) -> None:
         """Keeps a response, which is number ``index`` of its shard; OutputError if it cannot be written."""
-        row = {"index": index, "token_ids": list(map(int, response.token_ids)), "finish_reason": response.finish_reason}
+        row = {"index": index, "token_ids": list(response.token_ids), "finish_reason": response.finish_reason}
         row |= {} if response.logprobs is None else {"logprobs": list(response.logprobs)}
         row |= {} if response.verdict is None else {"verdict": response.verdict}
         text = json.dumps(row).encode()
