@@ -6,6 +6,7 @@ import gc
 import html
 import importlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import OmegaConf
 
 from spin.core.errors import ConfigError
 from spin.core.files import SFT_STAGE, replace_text
+from spin.core.progress import Cell, show_on
 from spin.core.terminal import printable
 
 if TYPE_CHECKING:
@@ -168,15 +170,26 @@ class SPIN:
         import torch
 
         recipe = getattr(importlib.import_module(module), name)(self.config)
+        before = show_on(_in_cell()) if "ipykernel" in sys.modules else None
         try:
             recipe.setup()
             recipe.train()
         finally:
+            if before is not None:
+                show_on(before)
             recipe.cleanup()
             del recipe
             gc.collect()  # a model and its hooks refer to each other
             torch.cuda.empty_cache()
         return Result(folder)
+
+
+def _in_cell() -> Cell:
+    """Progress in the cell of a notebook that is being run."""
+    from IPython.display import HTML, display
+
+    shown = display(HTML(""), display_id=True)
+    return Cell(lambda text: shown.update(HTML(text)))
 
 
 def _drafted(model: str, data: str, method: str | None, overrides: Sequence[str], options: dict[str, Any]) -> Path:

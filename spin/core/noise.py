@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 _REMARKS = {
     # its own compiled kernels do not fit this torch; nothing here calls them
@@ -17,6 +18,8 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 def drop_import_remarks() -> None:
-    """Leaves these remarks out of the log; whatever else their loggers say is shown."""
+    """Leaves these remarks out of the log; whatever else their loggers say is shown. Bars of other libraries in a
+    notebook ask for ipywidgets, which nothing here needs."""
     for name in _REMARKS:
         logging.getLogger(name).addFilter(_is_shown)
+    warnings.filterwarnings("ignore", "IProgress not found")

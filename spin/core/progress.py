@@ -11,10 +11,11 @@ import math
 import os
 import sys
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -254,6 +255,37 @@ class Console:
     def _write(self, stage: Stage, took: str = "") -> None:
         run = "" if stage.is_inner or not stage.run.stages else f" | {stage.run}"
         tqdm.write(printable(f"{stage}{took}{run}", one_line=True), file=sys.stderr)
+
+
+class Cell:
+    """A run in a notebook's cell: what has ended, a line for the run, and bars that move; ``update`` takes HTML."""
+
+    def __init__(self, update: Callable[[str], object]) -> None:
+        self._update = update
+        self._ended: deque[str] = deque(maxlen=12)
+        self._drawn = 0.0
+
+    def begin(self, stage: Stage) -> None:
+        """Draws its bar."""
+        self._draw(stage.run)
+
+    def move(self, stage: Stage) -> None:
+        """Draws again, five times a second at most."""
+        if time.monotonic() >= self._drawn + 0.2:
+            self._draw(stage.run)
+
+    def end(self, stage: Stage) -> None:
+        """A line in place of its bar."""
+        if not stage.is_inner:
+            self._ended.append(f"{stage} in {clock(stage.seconds)}")
+        self._draw(stage.run)
+
+    def _draw(self, run: RunProgress) -> None:
+        self._drawn = time.monotonic()
+        lines = [escape(line) for line in (*self._ended, str(run)) if line]
+        bars = [(f'max="{stage.total}" value="{stage.done}"' if stage.total else "", stage) for stage in run.active]
+        lines += [f"<progress {attributes}></progress> {escape(str(stage))}" for attributes, stage in bars]
+        self._update("".join(f"<div>{line}</div>" for line in lines))
 
 
 class Silence:

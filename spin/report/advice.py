@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from spin.core.terminal import plural
 from spin.report.record import IterationRecord, Metrics, RunRecord, is_number
 
 TAIL = 0.2  # fraction of an iteration's steps that stands for its end
@@ -60,7 +61,11 @@ def _progress(steps: Sequence[Metrics]) -> str:
 
 def advice(run: RunRecord) -> list[str]:
     """Known failures that show in a run."""
-    found = [text for iteration in run.iterations for text in _of_iteration(run, iteration)]
+    of_text: dict[str, list[int]] = {}
+    for iteration in run.iterations:
+        for text in _of_iteration(run, iteration):
+            of_text.setdefault(text, []).append(iteration.number)
+    found = [f"{plural('Iteration', len(of))} {', '.join(map(str, of))}: {text}" for text, of in of_text.items()]
     compared = [iteration for iteration in run.iterations if any("gradient/signal" in row for row in iteration.steps)]
     found += [f"Iteration {iteration.number}: {_of_gradients(iteration.steps)}" for iteration in compared[-1:]]
     losses = run.series("val_loss")
@@ -79,7 +84,7 @@ def advice(run: RunRecord) -> list[str]:
 
 
 def _of_iteration(run: RunRecord, iteration: IterationRecord) -> list[str]:
-    found, steps, where = [], iteration.steps, f"Iteration {iteration.number}: "
+    found, steps = [], iteration.steps
     truncated = iteration.truncated / iteration.responses if iteration.responses else 0.0
     if truncated > TRUNCATED_FRACTION:
         found.append(
@@ -97,7 +102,7 @@ def _of_iteration(run: RunRecord, iteration: IterationRecord) -> list[str]:
         )
     if len(steps) >= LEAST_STEPS:
         found += _of_curves(steps, run.is_logistic)
-    return [where + text for text in found]
+    return found
 
 
 def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
@@ -119,7 +124,7 @@ def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
         found.append(
             f"the margin stays at 0: no real response gains on its generated one, so nothing is learned; {remedy}."
         )
-    elif acc is not None and acc >= WON_ACC:
+    elif acc is not None and acc >= WON_ACC and len(tail) > 1:  # one batch says little
         found.append(
             f"acc is {acc:.3f} at the end: the policy prefers nearly every real response to its own. Fewer epochs, or "
             "a higher loss.beta in later iterations."

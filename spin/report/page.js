@@ -2,7 +2,7 @@
 // Draws the charts of the page's data; with `spin report --watch`, asks for what is new.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const box = document.getElementById("charts"), slider = document.getElementById("smoothing");
+  const boxes = document.querySelectorAll(".charts"), slider = document.getElementById("smoothing"), FIRST = 3;
   const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const shown = value => value == null ? "" : String(+value.toPrecision(4));
   const STEPS = [1, 2, 5].flatMap(n => [...Array(12).keys()].map(power => n * 10 ** power)).sort((a, b) => a - b);
@@ -46,11 +46,14 @@
   // where iterations begin, and the level that a chart is read against
   function drawMarks(u, chart) {
     const {ctx, bbox} = u, ratio = devicePixelRatio;
-    const line = (x0, y0, x1, y1, dash, text, x, align) => {
+    const line = (x0, y0, x1, y1, dash, text, x, y, align) => {
       ctx.setLineDash(dash.map(n => n * ratio));
       ctx.beginPath(); ctx.moveTo(x0, y0); ctx.lineTo(x1, y1); ctx.stroke();
       ctx.textAlign = align;
-      ctx.fillText(text, x, y0 - 4 * ratio);
+      ctx.setLineDash([]); ctx.lineWidth = 4 * ratio; ctx.strokeStyle = colour("--card");  // a halo, on lines too
+      ctx.strokeText(text, x, y);
+      ctx.lineWidth = ratio; ctx.strokeStyle = colour("--soft");
+      ctx.fillText(text, x, y);
     };
     ctx.save();
     ctx.strokeStyle = ctx.fillStyle = colour("--soft");
@@ -60,12 +63,12 @@
     for (const [step, label] of new Map(data.runs.flatMap(run => run.marks)))
       if (step >= u.scales.x.min && step <= u.scales.x.max) {
         const x = u.valToPos(step, "x", true);
-        line(x, bbox.top, x, bbox.top + bbox.height, [2, 3], label, x + 3 * ratio, "left");
+        line(x, bbox.top, x, bbox.top + bbox.height, [2, 3], label, x + 3 * ratio, bbox.top - 4 * ratio, "left");
       }
     if (chart.level) {
       const y = u.valToPos(chart.level[0], "y", true);
       const end = bbox.left + bbox.width;
-      line(bbox.left, y, end, y, [6, 4], chart.level[1], end, "right");
+      line(bbox.left, y, end, y, [6, 4], chart.level[1], end, y + 12 * ratio, "right");
     }
     ctx.restore();
   }
@@ -77,12 +80,12 @@
 
   function draw() {
     plots.forEach(({plot}) => plot.destroy());
-    box.replaceChildren();
-    plots = data.charts.map(chart => {
+    boxes.forEach(box => box.replaceChildren());
+    plots = data.charts.map((chart, i) => {
       const figure = document.createElement("figure"), caption = document.createElement("figcaption");
       caption.textContent = chart.title;
       figure.append(caption);
-      box.append(figure);
+      boxes[+(i >= FIRST)].append(figure);
       const plot = new uPlot(options(chart), columns(chart), figure);
       plot.ctx.canvas.setAttribute("role", "img");
       describe({plot, chart});
@@ -142,7 +145,7 @@
   }
 
   draw();
-  new ResizeObserver(resize).observe(box);
+  new ResizeObserver(resize).observe(boxes[0]);
   slider.addEventListener("input", () => {
     slider.nextElementSibling.textContent = slider.value;
     refresh();

@@ -18,6 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import spin
+from spin.config.interpolation import configs_root
 from spin.core.hub import hub_name
 from spin.core.terminal import counted, printable
 from spin.core.texts import marked, plain_text, turns
@@ -211,7 +212,7 @@ def _facts(run: RunRecord) -> list[tuple[str, str]]:
     resumed = f", resumed {len(run.starts) - 1} times, last at step {last.get('step')}" if len(run.starts) > 1 else ""
     facts = {
         "model": (hub_name(folder) or folder) if isinstance(folder, str) else None,
-        "data": run.data,
+        "data": run.data.replace(f"{configs_root()}/", "packaged:"),
         "hardware": last.get("hardware"),
         "started": f"{first.get('time')}{resumed}".replace("T", " ").replace("+00:00", " UTC") if first else None,
         "command": last.get("command"),
@@ -224,7 +225,7 @@ def _tiles(run: RunRecord) -> list[dict[str, str]]:
     played = [iteration for iteration in run.iterations if iteration.responses]
     values += [
         ("responses, tokens", [iteration.mean_tokens["generated"] for iteration in played], 0, number),
-        ("truncated responses", [iteration.truncated / iteration.responses for iteration in played], -1, percent),
+        ("truncated", [iteration.truncated / iteration.responses for iteration in played], -1, percent),
     ]
     tiles = []
     for label, series, good, text in values:
@@ -237,7 +238,7 @@ def _tiles(run: RunRecord) -> list[dict[str, str]]:
             {
                 "label": label,
                 "value": text(series[-1]),
-                "change": "as at the start" if is_equal else f"{'▲' if change > 0 else '▼'} {shown} since the start",
+                "change": "as at the start" if is_equal else f"{'▲' if change > 0 else '▼'} {shown}",
                 "good": {-1: "lower is better", 0: "", 1: "higher is better"}[good],
                 "kind": "" if is_equal or not good else "better" if change * good > 0 else "worse",
             }

@@ -142,15 +142,15 @@ def iteration_summary(
 
 
 def start_message(
-    progress: SPINProgress, batch_size: int, num_samples: int, num_val_samples: int, is_sft: bool = False
+    progress: SPINProgress, batch_size: int, num_samples: int, num_val_samples: int, sft_lr: float | None = None
 ) -> str:
-    """What a run is going to do, in a line."""
+    """What a run is going to do, in a line; ``sft_lr`` is the learning rate of fine-tuning, None for self-play."""
     steps = [progress.steps_in_epoch(iteration) for iteration in range(progress.max_iterations)]
     per_epoch = str(steps[0]) if len(set(steps)) == 1 else f"({', then '.join(map(str, steps))})"
     does, trained = "the model responds to prompts, scores its own and the real responses, and trains", "pair"
     does = f"{counted(progress.max_iterations, 'iteration')}: in each {does}"
-    if is_sft:
-        does, trained = "Fine-tuning trains", "real response"
+    if sft_lr is not None:
+        does, trained = f"Fine-tuning (sft.lr={sft_lr:g}) trains", "real response"
     return (
         f"{counted(num_samples, 'sample')}, {num_val_samples:,} for validation. {does} "
         f"{progress.max_epochs} x {per_epoch} {plural('step', max(steps))} of {counted(batch_size, trained)}; "

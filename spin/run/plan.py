@@ -57,7 +57,8 @@ class RunPlan:
         """Says what the run is going to do, and begins its progress where it stands; ``ends_at`` is when ``max_time``
         is over, by ``time.monotonic``, ``rates`` the file that keeps how fast its stages are."""
         progress, cfg, samples = self.progress, self._cfg, self._prompts.samples_per_iteration
-        log.info(start_message(progress, self._size, samples, self.num_val_samples, self.is_sft))
+        lr = cfg.optimizer["lr"] if self.is_sft else None
+        log.info(start_message(progress, self._size, samples, self.num_val_samples, lr))
         # --- stages ---
         step, total, first = progress.step, progress.total_steps, progress.iteration_start
         iterations = [i for i in range(progress.max_iterations) if first(i) < total]

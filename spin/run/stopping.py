@@ -87,6 +87,8 @@ def resume_command(resume: str = "auto") -> str:
     begins = (i for i in range(1, min(4, len(arguments))) if arguments[i] == "run")
     spin_run = next((arguments[i + 1 :] for i in begins if Path(arguments[i - 1]).name == "spin"), None)
     if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if arguments and Path(arguments[0]) == Path(sys.executable).with_name("spin"):
+            return spin_command(*arguments[1:])
         return shlex.join([interpreter, *arguments]) if spin_run is None else spin_command("run", *spin_run)
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     options = [] if nodes == 1 else ["--nnodes", str(nodes), "<rendezvous options as before>"]

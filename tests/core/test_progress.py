@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spin.core import progress
-from spin.core.progress import RunProgress, Silence, begin_run, compile_seconds, show_on, stage
+from spin.core.progress import Cell, RunProgress, Silence, begin_run, compile_seconds, show_on, stage
 
 ITERATIONS = [("validate", None), *((kind, i) for i in (0, 1) for kind in ("generate", "score", "train", "save"))]
 WORK = {"validate": 6, "generate": 20, "score": 4, "train": 10, "save": 2}
@@ -162,6 +162,24 @@ def test_another_front_end_gets_every_event(clock, monkeypatch):
         ("begin", "validate: 0/1 batch"), ("move", 1, 1, True), ("end", "validate"), ("end", "train"),
     ]  # fmt: skip
     assert not stderr.getvalue()
+
+
+def test_a_notebooks_cell_has_bars_and_what_has_ended(clock):
+    drawn = []
+    before = show_on(Cell(drawn.append))
+    try:
+        begin_run(RunProgress(ITERATIONS, 1, WORK))
+        work(clock, 2, "generate", "response", 4)
+        with stage("train", "step", 5) as bar:
+            clock[0] += 3
+            bar.update(2, notes={"loss": "<b>"})
+    finally:
+        show_on(before)
+    assert any('<progress max="4" value="3"></progress> iteration 0, generate: 3/4 responses' in each for each in drawn)
+    ended, run, bar = drawn[-2].removesuffix("</div>").split("</div>")
+    assert ended == "<div>iteration 0, generate: 4/4 responses, 2 s/response in 00:08" and "stage 4 of 9" in run
+    assert bar.endswith("</progress> iteration 0, train: 2/5 steps, 1.5 s/step, loss &lt;b&gt;")
+    assert "<div>iteration 0, train: 2/5 steps" in drawn[-1] and "<progress" not in drawn[-1]
 
 
 def test_a_run_without_a_limit_does_not_speak_of_it(clock):

@@ -117,7 +117,8 @@ def main(docs, *runs):
         browser = Browser(Path(folder, "profile"))
         for width, height in ((1280, 1250), (390, 1250)):
             browser.open(f"file://{page}", width, height)
-            browser.hover("figure .u-over", 0.7)
+            if width > 500:
+                browser.hover("figure .u-over", 0.7)
             browser.picture(Path(docs, f"report_{width}.png"))
         browser.close()
 

@@ -13,6 +13,7 @@ def test_a_run_says_what_it_will_do():
     text = start_message(SPINProgress(5, 2, 3), 4, 20, 8)
     assert text.startswith("20 samples, 8 for validation. 3 iterations") and "trains 2 x 5 steps of 4 pairs" in text
     assert "30 steps in all, 0 done" in text
+    assert "Fine-tuning (sft.lr=2e-05) trains 2 x 5 steps" in start_message(SPINProgress(5, 2, 1), 4, 20, 8, 2e-5)
     # with history later iterations are longer
     assert "trains 1 x (5, then 10) steps of 4 pairs; 15 steps in all" in start_message(
         SPINProgress([5, 10], 1, 2), 4, 20, 0
