@@ -381,8 +381,14 @@ class SPINRecipe:
 
     def _eval_losses(self, pairs: list[Pair]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Losses, rewards and weights of scored pairs under the policy as it is now."""
-        batches, chunk_tokens = self._plan.batched(pairs), self._cfg.logprob_chunk_tokens
-        return training.eval_pair_losses(self._loss, self._model, batches, self._world, self._layout, chunk_tokens)
+        return training.eval_pair_losses(self._loss, pairs, self._scored_now(pairs), self._layout)
+
+    def _scored_now(self, pairs: Sequence[Pair]) -> list[Pair]:
+        """Pairs with log-probs under the policy as it is now, by training's programs. Collective."""
+        return reference.score_batches(
+            self._model, self._plan.batched(pairs), self._world, layout=self._layout,
+            chunk_tokens=self._cfg.logprob_chunk_tokens, as_in_training=self._cfg.compile,
+        )  # fmt: skip
 
     def _finish_iteration(self, iteration: int) -> None:
         stops, folder = self._sampling.stop_token_ids, self._folder(iteration)
@@ -443,10 +449,7 @@ class SPINRecipe:
         if self._val_step == step:
             values = {"val_loss": self._val_loss or 0.0}
         elif pairs:
-            chunk_tokens = self._cfg.logprob_chunk_tokens
-            scored = reference.score_batches(
-                self._model, [pairs], self._world, layout=self._layout, chunk_tokens=chunk_tokens
-            )
+            scored = self._scored_now(pairs)
             values = {
                 "log-prob of the last batch": sum(logp or 0.0 for pair in scored for logp in pair.reference_logps)
             }

@@ -550,7 +550,7 @@ def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
             peaks = ", ".join(f"{stage} {_size(peak)}" for stage, peak in zip(STAGES, found.peaks(), strict=True))
             print(f"The least change that fits, with which the times are:\n  {' '.join(words)}")
             print(f"  on each GPU: {peaks}\n  on each host: {found.host(gpus // hosts)}\n")
-    print(table(*stages_of(cfg, gpus, found), prompts, pair_tokens))
+    print(table(*stages_of(cfg, gpus, found), prompts, pair_tokens, cfg.max_iterations))
 
 
 def _gpu_here() -> tuple[str, str]:

@@ -178,15 +178,18 @@ def is_extrapolated(stage: Stage, gpu: str) -> bool:
     return any(not rate.is_measured or rate.gpu != gpu for rate in stage.rates)
 
 
-def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int) -> str:
+def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int, iterations: int = 1) -> str:
     """The stages, a line each, and what the figures rest on."""
+    total = sum(stage.seconds for stage in found)
     title = f"time of an iteration of {counted(prompts, 'prompt')}"
-    lines = [f"{title:<44}{'compute':>10}{'traffic':>10}{'in all':>10}"]
+    lines = [f"{title:<44}{'compute':>10}{'traffic':>10}{'in all':>10}{'part':>7}"]
     for stage in found:
         mark = " *" if is_extrapolated(stage, cluster.gpu) else ""
         cells = "".join(f"{clock(seconds):>10}" for seconds in (stage.compute, stage.exposed, stage.seconds))
-        lines.append(f"{stage.name + mark:<44}{cells}")
-    lines.append(f"{'iteration':<64}{clock(sum(stage.seconds for stage in found)):>10}")
+        lines.append(f"{stage.name + mark:<44}{cells}{stage.seconds / total:>7.0%}")
+    lines.append(f"{'iteration':<64}{clock(total):>10}")
+    if iterations > 1:
+        lines.append(f"{counted(iterations, 'iteration'):<64}{clock(iterations * total):>10}")
     rates = {rate for stage in found for rate in stage.rates}
     measured = sorted({f"{rate.source} ({rate.gpu}, {rate.date})" for rate in rates if rate.is_measured})
     starred = [f"it is assumed that {rate.source.removeprefix('assumed: ')}" for rate in rates if not rate.is_measured]

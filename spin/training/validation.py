@@ -17,7 +17,6 @@ from spin.data.dataset import PromptDataset
 from spin.pairs.loader import load_rows
 from spin.pairs.packing import PackedRow, RowLayout, fit_lengths, pack_row
 from spin.reference.logprobs import response_logps
-from spin.reference.stage import score_batches
 from spin.training.metrics import pair_losses
 from spin.types import Pair
 
@@ -57,23 +56,13 @@ def validation_loss(
 
 @torch.no_grad()
 def eval_pair_losses(
-    loss: nn.Module,
-    model: nn.Module,
-    batches: Sequence[Sequence[Pair]],
-    world: World,
-    layout: RowLayout,
-    chunk_tokens: int,
+    loss: nn.Module, pairs: Sequence[Pair], now: Sequence[Pair], layout: RowLayout
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses, rewards of the real and of the generated responses, and weights of scored pairs under the policy as it is
-    now: one for every generated response in order, each of shape (c,), on the CPU. A pair's weights sum to 1 less what
-    masking takes away. Collective."""
-    now = iter(score_batches(model, batches, world, layout=layout, chunk_tokens=chunk_tokens))
-    found = []
-    for batch in batches:
-        row, policy = (_one_row(pairs, layout) for pairs in (batch, [next(now) for _ in batch]))
-        found.append((*pair_losses(loss, row, policy.reference_logps), row.weights))
-    losses, real_rewards, generated_rewards, weights = map(torch.cat, zip(*found, strict=True))
-    return losses, real_rewards, generated_rewards, weights
+    """Losses, rewards of the real and of the generated responses, and weights of pairs that the opponent has scored,
+    and ``now`` the policy: one for every generated response in order, each of shape (c,), on the CPU. A pair's weights
+    sum to 1 less what masking takes away."""
+    row, policy = (_one_row(each, layout) for each in (pairs, now))
+    return (*pair_losses(loss, row, policy.reference_logps), row.weights)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -102,6 +103,26 @@ def test_a_step_reduces_all_but_gradients_at_once(whole_run):
     where there are several."""
     _, recipe = whole_run
     assert recipe.operations["c10d::allreduce_"] == 1
+
+
+@pytest.mark.gpu
+def test_a_step_waits_for_the_device_twice(tmp_path):
+    """For the sums before the update, and for what it changed."""
+    waits = []
+
+    class Watched(SPINRecipe):
+        def train_single_step(self, batch):
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                torch.cuda.set_sync_debug_mode("warn")
+                step = super().train_single_step(batch)
+                torch.cuda.set_sync_debug_mode("default")
+            waits.append([f"{each.filename}:{each.lineno}" for each in found if "synchroniz" in str(each.message)])
+            return step
+
+    changes = ("device=cuda", "compute_dtype=bf16", "optimizer.fused=true", "max_epochs=1", "max_iterations=1")
+    run(tmp_path, *changes, recipe_class=Watched)
+    assert [len(each) for each in waits[1:]] == [2] * len(waits[1:]), waits  # the first checks itself too
 
 
 def test_the_generator_is_woken_once_for_an_iteration_and_its_validation(tmp_path, monkeypatch):
