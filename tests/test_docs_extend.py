@@ -55,11 +55,12 @@ def start(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_transform_loss_generator_and_logger(start, tmp_path):
+def test_transform_checker_loss_generator_and_logger(start, tmp_path):
     """IPO's loss of two equal models is (1 / 2 beta)^2 = 25 at beta 0.1, by hand."""
     steps = start([section for section in SECTIONS if "my_data" not in OmegaConf.to_yaml(section)])
     assert len(steps) == 4 and steps[0]["loss"] == pytest.approx(25.0)
     assert steps[-1]["loss"] < 24.5
+    assert sum(steps[0][f"{verdict}_fraction"] for verdict in ("right", "wrong", "unknown")) == 1
     logged = [row for row in csv.reader((tmp_path / "metrics.csv").open()) if row[1] == "loss"]
     assert [float(value) for *_, value in logged] == pytest.approx([row["loss"] for row in steps])
     assert "It is answer number" in (tmp_path / "run" / "samples.jsonl").read_text()

@@ -25,6 +25,7 @@ from spin.core.files import file_sha256, json_fingerprint
 from spin.core.heartbeat import set_stage
 from spin.core.progress import Stage, stage
 from spin.core.ranks import CountOfRanks, World, any_rank_soon, broadcast_object, raise_on_all_ranks
+from spin.core.redact import redacted
 from spin.data.tokenizer import PromptTokenizer
 from spin.pairs.shards import missing_shards, open_store, seal
 from spin.pairs.store import PairStore
@@ -51,8 +52,11 @@ def check_responses(
         return {}
     check, arguments = component_of(section), section.model_extra or {}
     verdict_of = partial(_verdict_of, section.component, partial(check, **arguments), tokenizer)
-    made_by = {"component": section.component, **arguments}
-    made_by["source"] = file_sha256(Path(str(sys.modules[check.__module__].__file__)))  # its file alone
+    made_by = {
+        "component": section.component,
+        "arguments": redacted(arguments),
+        "source": file_sha256(Path(str(sys.modules[check.__module__].__file__))),  # of its file alone
+    }
     for folder in folders:
         responses = PairStore.open(folder / "responses")
         made_from = json_fingerprint([responses.manifest["fingerprint"], responses.manifest["shards"]])
@@ -121,7 +125,7 @@ def _verdict_of(
             truncated=response.truncated,
         )
     except (Exception, SystemExit) as error:
-        raised = f"{type(error).__name__}: {error}{place_in(name, error)}"
+        raised = f"{type(error).__name__}: {str(error):.300}{place_in(name, error)}"
         raise CheckerError(f"{by} raised {raised}. {kept} SPIN_TRACEBACK=1 shows where it happened.") from error
     if said is None:
         return "unknown"

@@ -113,7 +113,11 @@ def run_fingerprint(
         values["model"]["path"] = file_sha256(Path(cfg.model.path) / "config.json")[:12]
     found = {
         **{key: values[key] for key in RESULTS_DEPEND_ON},
-        "pairs": {key: value for key, value in values["pairs"].items() if key != "checker" or value is not None},
+        "pairs": {
+            key: redacted(value) if key == "checker" else value  # a judge on a server has a key
+            for key, value in values["pairs"].items()
+            if key != "checker" or value is not None
+        },
         **({} if cfg.base_dtype is None else {"base_dtype": cfg.base_dtype}),
         "generator": {"_component_": cfg.generator.component},  # its other keys are its speed
         **{f"dataset.{key}": value for key, value in dataset_settings.items()},

@@ -21,7 +21,7 @@ import numpy as np
 
 calls, says = [], {}
 
-def check(prompt, real, generated, truncated, mark=None):
+def check(prompt, real, generated, truncated, mark=None, api_key=None):
     calls.append((prompt, real, generated, truncated, mark))
     found = says.get(generated, generated.endswith("1"))
     if isinstance(found, BaseException):
@@ -155,6 +155,18 @@ def test_stops_between_responses_and_looks_again_when_the_code_has_changed(check
         stream.write("# other code\n")
     checked(folder, tokenizer)
     assert len(checker.calls) == 4 * SAMPLES
+
+
+def test_a_key_of_a_server_is_written_nowhere(checker, tokenizer, tmp_path):
+    """Another one asks for no verdict again, and a resume does not refuse it."""
+    folder, prints = played(tmp_path / "it", tokenizer), []
+    for key in ("hidden-once", "hidden-twice"):
+        cfg = tiny_config("runs/none", f"pairs.checker={{_component_: {PACKAGE}.check, api_key: {key}, mark: m}}")
+        checked(folder, tokenizer, cfg.pairs.checker)
+        prints.append(run_fingerprint(cfg, "data", "tokens"))
+    assert len(checker.calls) == 2 * SAMPLES and prints[0] == prints[1]
+    assert prints[0]["pairs"]["checker"]["mark"] == "m"
+    assert "hidden" not in (folder / "checked" / "manifest.json").read_text() + str(prints)
 
 
 def test_without_one_nothing_changes(tokenizer, tmp_path):
