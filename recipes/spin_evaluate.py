@@ -36,7 +36,7 @@ from spin.core import progress
 from spin.core.errors import DataError
 from spin.core.files import as_output_error, replace_text
 from spin.core.ranks import barrier, broadcast_object, init_world, shutdown
-from spin.core.terminal import get_logger
+from spin.core.terminal import get_logger, show
 from spin.data import Prompt, PromptDataset
 from spin.data.dataset import evaluated_part
 from spin.data.dates import fix_date
@@ -118,7 +118,7 @@ class SPINEvaluate:
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             replace_text(folder / "rows.jsonl", lines)
             replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-            print(verdicts.summary_table(summary), f"rows and summary: {folder}", sep="\n\n", flush=True)
+            show(f"{verdicts.summary_table(summary)}\n\nrows and summary: {folder}")
         barrier(self._world)
         if summary["win_rate"] is None:
             example = json.dumps(next(row["judge_texts"][0] for row in rows if row["outcome"] is None))

@@ -31,7 +31,7 @@ from spin import config, generators, model, reference, report, run, training
 from spin.checkpoint.manifest import as_checkpoint_error
 from spin.core.progress import compile_seconds, stage
 from spin.core.ranks import all_reduce_sums, init_world, shutdown
-from spin.core.terminal import get_logger
+from spin.core.terminal import get_logger, show
 from spin.data.inputs import read_inputs
 from spin.pairs import PackedRow, RowBatch, fit_lengths, load_rows, share_lookup
 from spin.types import Pair
@@ -334,7 +334,7 @@ class SPINRecipe:
             self._opponent = model.weights_fingerprint(self._model)
             self._play(tasks)
             if rows := self._write_fixed_prompts(finished):
-                print(report.fixed_prompts_table(rows), flush=True)
+                show(report.fixed_prompts_table(rows))
 
     def _score(self, folder: Path, batches: Sequence[list[Pair]], counts: Mapping[str, int]) -> None:
         """The opponent scores all responses, into the store ``pairs`` of the folder, which keeps ``counts`` too."""
@@ -398,7 +398,7 @@ class SPINRecipe:
             checkpoint = self.save_checkpoint()
         if self._world.is_main:
             found = (self._history, self._val_loss_before, folder, model_dir, checkpoint)
-            print(run.iteration_summary(self._title(iteration), *found), flush=True)
+            show(run.iteration_summary(self._title(iteration), *found))
             (folder / "rows").unlink(missing_ok=True)  # scratch
 
     # PLUMBING: what is saved, and small things.

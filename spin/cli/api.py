@@ -7,7 +7,9 @@ import html
 import importlib
 import json
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from spin.config import SPINConfig
+
+_one_at_a_time = threading.Lock()  # progress, seeds and the process group are the process's
 
 
 @dataclass(frozen=True)
@@ -127,9 +131,15 @@ class SPIN:
     ) -> None:
         from spin.config import SPINConfig, complete, load_config
 
+        for name, value in {"model": model, "data": data, "config": config}.items():
+            if not isinstance(value, str | Path | None):
+                raise ConfigError(
+                    f"{name} is a {type(value).__name__}: expected a path or a name. A resume reads it again, so rows "
+                    'lie in a file: pandas.DataFrame(rows).to_json("mine.jsonl", orient="records", lines=True).'
+                )
         if method not in (None, "full", "lora", "qlora"):
             raise ConfigError(f"method={method!r}: expected 'full', 'lora' or 'qlora'.")
-        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in options.items()]
+        overrides = [f"{key}={json.dumps(value, default=_plain)}" for key, value in options.items()]
         if config is None:
             if model is None or data is None:
                 raise ConfigError("SPIN(model=..., data=...) or SPIN(config=...): one of them says what to train.")
@@ -169,18 +179,21 @@ class SPIN:
     def _run(self, module: str, name: str, folder: Path) -> Result:
         import torch
 
-        recipe = getattr(importlib.import_module(module), name)(self.config)
-        before = show_on(_in_cell()) if "ipykernel" in sys.modules else None
-        try:
-            recipe.setup()
-            recipe.train()
-        finally:
-            if before is not None:
-                show_on(before)
-            recipe.cleanup()
-            del recipe
-            gc.collect()  # a model and its hooks refer to each other
-            torch.cuda.empty_cache()
+        if not _one_at_a_time.acquire(blocking=False):
+            raise ConfigError("another run is going on in this process. Wait for it, or start this one by `spin run`.")
+        with ExitStack() as ends:
+            ends.callback(_one_at_a_time.release)
+            ends.callback(torch.cuda.empty_cache)
+            ends.callback(gc.collect)  # a model and its hooks refer to each other
+            recipe = getattr(importlib.import_module(module), name)(self.config)
+            if "ipykernel" in sys.modules:
+                ends.callback(show_on, show_on(_in_cell()))
+            try:
+                recipe.setup()
+                recipe.train()
+            finally:
+                recipe.cleanup()
+                del recipe
         return Result(folder)
 
 
@@ -190,6 +203,11 @@ def _in_cell() -> Cell:
 
     shown = display(HTML(""), display_id=True)
     return Cell(lambda text: shown.update(HTML(text)))
+
+
+def _plain(value: Any) -> Any:
+    """A number of numpy or torch as one of Python, anything else as text."""
+    return value.item() if hasattr(value, "item") else str(value)
 
 
 def _drafted(model: str, data: str, method: str | None, overrides: Sequence[str], options: dict[str, Any]) -> Path:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     temperature = "0 is greedy; default: what the model's generation_config.json says"
     parser.add_argument("--temperature", type=float, metavar="T", help=temperature)
     arguments = parser.parse_args(argv)
-    if arguments.max_new_tokens < 1 or (arguments.temperature or 0) < 0:
+    if arguments.max_new_tokens < 1 or not (arguments.temperature or 0) >= 0:  # NaN is not
         parser.error("--max-new-tokens must be at least 1, --temperature at least 0")
     models = _load(arguments.model, arguments.iteration, arguments.against)
     start = [{"role": "system", "content": arguments.system}] if arguments.system else []
@@ -49,6 +49,10 @@ def main(argv: Sequence[str]) -> int:
             continue
         if re.fullmatch(r"/\w+", message):
             print(f"error: no command {message!r}. {_COMMANDS}", file=sys.stderr)
+            code = 1
+            continue
+        if re.search("[\ud800-\udfff]", message):
+            print("error: this message is not UTF-8.", file=sys.stderr)
             code = 1
             continue
         asked = [[*conversation, {"role": "user", "content": message}] for conversation in conversations]
@@ -65,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
             if all(answer.text for answer in answers):  # else a message that was interrupted is forgotten
                 replies = [[{"role": "assistant", "content": answer.text}] for answer in answers]
                 conversations = [messages + reply for messages, reply in zip(asked, replies, strict=True)]
-    return code
+    return 0 if sys.stdin.isatty() else code
 
 
 def _load(model: str, iteration: int | None, against: str | None) -> list[ChatModel]:
@@ -82,7 +86,7 @@ def _load(model: str, iteration: int | None, against: str | None) -> list[ChatMo
         return path
 
     folder, other = find(model, iteration), None
-    if against is not None and (against == "base" or against.isdigit()):
+    if against is not None and (against == "base" or against.isdecimal()):
         run = run_of(folder)
         cfg = read_config(run) if run else None
         if run is None or cfg is None:

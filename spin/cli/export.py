@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spin.cli import parser_of
 from spin.core.errors import OutputError
-from spin.core.files import MARKER, as_output_error, atomic_dir, check_can_be_made, replace_text, sync
+from spin.core.files import MARKER, as_output_error, atomic_dir, check_can_be_made, read_json, replace_text, sync
+from spin.core.hub import hub_name, is_hub_name
 from spin.core.terminal import printable
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,18 +47,39 @@ def main(argv: Sequence[str]) -> None:
     iteration, source = exported_model(run, arguments.iteration, arguments.adapter)
     files = _files_of(source, run)
     card = model_card(run, iteration, source, arguments.base_model, arguments.license, arguments.push)
+    texts = {"README.md": card, **_with_base_named(files, arguments.base_model, arguments.push)}
     if arguments.out is None:
         replace_text(source / "README.md", card)
     else:
-        _copy(files, card, arguments.out)
+        _copy(files, texts, arguments.out)
     folder = arguments.out or source
     print(printable(folder))
     if repository is not None:
         names = sorted({"README.md", *(file.name for file in files)})
-        print(repository.upload(folder, names, f"SPIN, iteration {iteration}", arguments.yes))
+        print(repository.upload(folder, names, texts, f"SPIN, iteration {iteration}", arguments.yes))
 
 
-def _copy(files: Sequence[Path], card: str, out: Path) -> None:
+def _with_base_named(files: Sequence[Path], base: str | None, push: str | None) -> dict[str, str]:
+    """The texts of the JSON files that name the base by a folder of this machine, with its name on huggingface.co."""
+    found = {}
+    for file in (file for file in files if file.name in ("config.json", "tokenizer_config.json", ADAPTER_CONFIG)):
+        content = read_json(file, OutputError, "Export another iteration.")
+        local = {key: str(value) for key, value in content.items() if key.endswith("name_or_path") and value}
+        local = {key: value for key, value in local.items() if not is_hub_name(value)}
+        for key, folder in local.items():
+            name = base or hub_name(folder)
+            if push and not name and file.name == ADAPTER_CONFIG:
+                raise OutputError(
+                    f"{file}: the adapter's base is a folder of this machine, {folder}. --base-model ORG/NAME says "
+                    "which model on huggingface.co that is."
+                )
+            content[key] = name or (Path(folder).name if push else folder)
+        if local:
+            found[file.name] = json.dumps(content, indent=2) + "\n"
+    return found
+
+
+def _copy(files: Sequence[Path], texts: Mapping[str, str], out: Path) -> None:
     if out.exists():
         raise OutputError(f"{out}: is there already. Give --out a folder that is not.")
     with as_output_error(out):
@@ -64,7 +89,8 @@ def _copy(files: Sequence[Path], card: str, out: Path) -> None:
         with atomic_dir(out, "copy of a model") as part:
             for file in files:
                 shutil.copyfile(file, part / file.name)
-            (part / "README.md").write_text(card, encoding="utf-8")
+            for name, text in texts.items():
+                (part / name).write_text(text, encoding="utf-8")
             for file in part.iterdir():
                 sync(file)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,7 +50,9 @@ class Repository:
         if not found.private and not public:
             raise OutputError(f"{name} is public on huggingface.co. If everybody may read the model, add --public.")
 
-    def upload(self, folder: Path, names: Sequence[str], message: str, confirmed: bool) -> str:
+    def upload(
+        self, folder: Path, names: Sequence[str], texts: Mapping[str, str], message: str, confirmed: bool
+    ) -> str:
         """Shows what would be done and does it if that is confirmed, in one commit.
 
         Weights of another export that the repository holds are deleted, since they would be loaded with the new ones.
@@ -58,6 +60,7 @@ class Repository:
         Args:
             folder (Path): where the files are.
             names (Sequence[str]): the files.
+            texts (Mapping[str, str]): of those of them that are published with another content.
             message (str): of the commit.
             confirmed (bool): do not ask.
 
@@ -82,7 +85,7 @@ class Repository:
         if not confirmed and not (sys.stdin.isatty() and input("Upload? [y/N] ").strip().lower() in ("y", "yes")):
             raise OutputError("nothing was uploaded. Answer y, or add --yes.")
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
-            *(CommitOperationAdd(name, folder / name) for name in names),
+            *(CommitOperationAdd(name, texts[name].encode() if name in texts else folder / name) for name in names),
             *map(CommitOperationDelete, stale),
         ]
         with self._errors("upload"):

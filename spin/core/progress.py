@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from spin.core.errors import OutputError
 from spin.core.files import read_json, replace_text
-from spin.core.terminal import plural, printable
+from spin.core.terminal import plural, printable, show
 
 Kind = Literal["validate", "generate", "check", "score", "train", "save"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # the first also before all iterations, and within training
@@ -224,11 +224,12 @@ class Console:
     def begin(self, stage: Stage) -> None:
         """Draws a bar, or writes a line for a stage that stands within no other."""
         self._next_line = time.monotonic() + LINE_SECONDS
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":  # which cannot move its cursor
             if not self._bars:
-                self._bars.append(tqdm(leave=False, bar_format="{desc}", desc=str(stage.run)))
+                self._bars.append(tqdm(leave=False, dynamic_ncols=True, bar_format="{desc}", desc=str(stage.run)))
             line = "{desc}" if stage.total is None else "{percentage:3.0f}%|{bar:20}| {desc}"
-            self._bars.append(tqdm(total=stage.total, initial=stage.done, leave=False, bar_format=line))
+            counts = {"total": stage.total, "initial": stage.done}
+            self._bars.append(tqdm(**counts, leave=False, dynamic_ncols=True, bar_format=line))
             self._bars[-1].set_description_str(str(stage))
         elif not stage.is_inner:
             self._write(stage)
@@ -254,7 +255,7 @@ class Console:
 
     def _write(self, stage: Stage, took: str = "") -> None:
         run = "" if stage.is_inner or not stage.run.stages else f" | {stage.run}"
-        tqdm.write(printable(f"{stage}{took}{run}", one_line=True), file=sys.stderr)
+        show(printable(f"{stage}{took}{run}", one_line=True), sys.stderr)
 
 
 class Cell:

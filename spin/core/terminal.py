@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -43,6 +44,18 @@ class _AboveBars(logging.StreamHandler):
         """Writes a line."""
         with tqdm.external_write_mode(file=self.stream):
             super().emit(record)
+
+
+def show(text: str, stream: TextIO | None = None) -> None:
+    """Writes a line to the console (default: stdout), above a terminal's bars. No run ends because nobody reads it any
+    more, or the disk of its log is full: what follows then goes nowhere."""
+    stream = stream or sys.stdout
+    try:
+        tqdm.write(text, file=stream)
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        logging.getLogger(__name__).warning(f"{stream.name}: cannot be written ({error.strerror}). The run goes on.")
 
 
 def get_logger(level: str = "INFO") -> logging.Logger:

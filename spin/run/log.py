@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from tqdm import tqdm
 
 from spin import config
 from spin.core.errors import ConfigError, OutputError, SpinError, show_traceback
@@ -31,7 +30,7 @@ from spin.core.files import (
 )
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.core.redact import hide, redacted
-from spin.core.terminal import counted
+from spin.core.terminal import counted, show
 from spin.run.messages import log_table, sample_table
 from spin.run.stopping import resume_command
 
@@ -154,7 +153,7 @@ class RunLog:
                 self._write(self._samples, row["step"], row)
             self._call("log_table", "samples", rows, rows[0]["step"])
             if is_shown:
-                tqdm.write(sample_table(rows[:_SHOWN]))
+                show(sample_table(rows[:_SHOWN]))
 
     def _write(self, file: MetricsFile, step: int, content: Mapping[str, Any]) -> None:
         if self._failure is not None:

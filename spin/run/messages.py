@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from spin.core.texts import plain_text, turns
 from spin.run.progress import SPINProgress
 from spin.types import Pair
 
-_WIDTHS = {"prompt": 32, "real": 38, "generated": 38, "margin": 8}
+_TEXTS, _MARGIN_WIDTH = ("prompt", "real", "generated"), 8
 _MAX_LINES = 6
 
 
@@ -41,17 +42,23 @@ def sample_rows(
 
 
 def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of :func:`sample_rows` as a table of text; long cells are truncated."""
+    """The rows of :func:`sample_rows` as a table of text as wide as the terminal; long cells are truncated."""
+    room = (shutil.get_terminal_size((120, 24)).columns - _MARGIN_WIDTH - 3 * len(_TEXTS)) // len(_TEXTS)
+    widths = dict.fromkeys(_TEXTS, max(8, min(room, 38))) | {"margin": _MARGIN_WIDTH}
+
+    def line(cells: Mapping[str, str]) -> str:
+        return " | ".join(f"{cells[name]:<{width}}" for name, width in widths.items()).rstrip()
+
     lines = ["margin: reward of the real less that of the generated response"]
-    lines += [_line({name: name for name in _WIDTHS}), "-+-".join("-" * width for width in _WIDTHS.values())]
+    lines += [line({name: name for name in widths}), "-+-".join("-" * width for width in widths.values())]
     for row in rows:
         # of a long prompt the end says most: it is what was asked last
         texts = {name: plain_text(row[name]) for name in ("real", "generated")}
         texts["prompt"] = "\n".join(f"{role}: {text}" if role else text for role, text in turns(row["prompt"]))
-        cells = {name: _wrap(text, _WIDTHS[name], name == "prompt") for name, text in texts.items()}
+        cells = {name: _wrap(text, widths[name], name == "prompt") for name, text in texts.items()}
         cells["margin"] = [f"{row['margin']:+.3f}"]
         for i in range(max(map(len, cells.values()))):
-            lines.append(_line({name: cell[i] if i < len(cell) else "" for name, cell in cells.items()}))
+            lines.append(line({name: cell[i] if i < len(cell) else "" for name, cell in cells.items()}))
         lines.append("")
     return "\n".join(lines)
 
@@ -118,7 +125,7 @@ def iteration_summary(
         if steps and name in steps[0]:
             mean = sum(metrics[name] for metrics in steps) / len(steps)
             lines.append(
-                f"{label:>22}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step"
+                f"{label:>20}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step"
             )
     for name, label, before in (
         ("val_loss", "validation loss", val_loss_before),
@@ -128,7 +135,7 @@ def iteration_summary(
         values = [metrics[name] for metrics in history if name in metrics]
         if values:
             start = "" if before is None else f"{before:9.4f} before      "
-            lines.append(f"{label:>22}: {start}{values[-1]:9.4f} after")
+            lines.append(f"{label:>20}: {start}{values[-1]:9.4f} after")
     output = folder.parent
     for label, path in (
         ("model", model_dir),
@@ -137,7 +144,7 @@ def iteration_summary(
         ("log", output / "metrics.jsonl"),
         ("report", spin_command("report", output)),
     ):
-        lines.append(f"{label:>22}: {path}")
+        lines.append(f"{label:>20}: {path}")
     return printable("\n".join(lines))
 
 
@@ -205,7 +212,3 @@ def _wrap(text: str, width: int, keep_end: bool) -> list[str]:
     if keep_end:
         return ["..." + lines[-_MAX_LINES][3:], *lines[1 - _MAX_LINES :]]
     return [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1][: width - 3] + "..."]
-
-
-def _line(cells: Mapping[str, str]) -> str:
-    return " | ".join(f"{cells[name]:<{width}}" for name, width in _WIDTHS.items())

@@ -5,11 +5,14 @@ import subprocess
 import sys
 import threading
 
+import numpy as np
 import pytest
+import torch
 
 import spin
 from spin import SPIN
 from spin.core.errors import ConfigError, SpinError
+from spin.core.progress import Silence, show_on
 
 SMALL = {
     "config": "tests/assets/tiny.yaml", "max_iterations": 1, "max_epochs": 1, "limit_train_batches": 2,
@@ -80,3 +83,36 @@ def test_model_and_data_alone_are_sized_as_spin_new_does_and_read_again(repo, tm
     assert SPIN(**named, max_iterations=3).config.pairs == first.config.pairs
     with pytest.raises(ConfigError, match=r"runs/jargon_train\.yaml: was made for another model or data"):
         SPIN(**named | {"model": tmp_path})
+
+
+@pytest.mark.parametrize("name", ["data", "model", "config"])
+def test_what_is_no_path_is_refused_with_what_to_do(repo, name):
+    with pytest.raises(ConfigError, match=rf"{name} is a list: expected a path or a name.*to_json"):
+        SPIN(**{"config": repo / "tests/assets/tiny.yaml", name: [{"prompt": "a", "response": "b"}]})
+
+
+def test_numbers_of_numpy_are_numbers(repo, tmp_path, monkeypatch):
+    monkeypatch.chdir(repo)
+    values = {"max_iterations": np.int64(2), "nll_weight": np.float32(0.5), "seed": torch.tensor(3)}
+    found = SPIN(**SMALL | values, output_dir=tmp_path / "run").config
+    assert (found.max_iterations, found.nll_weight, found.seed) == (2, 0.5, 3)
+
+
+def test_one_run_at_a_time_in_a_process(repo, tmp_path, monkeypatch):
+    """Another front end is shown a stage of the first run, and starts the second one from there."""
+    monkeypatch.chdir(repo)
+    refused = []
+
+    class Impatient(Silence):
+        def begin(self, stage):
+            if not refused:
+                with pytest.raises(ConfigError, match="another run is going on in this process") as error:
+                    SPIN(**SMALL, output_dir=tmp_path / "other").train()
+                refused.append(error)
+
+    before = show_on(Impatient())
+    try:
+        assert SPIN(**SMALL, output_dir=tmp_path / "run").train().models
+    finally:
+        show_on(before)
+    assert refused and not (tmp_path / "other").exists()

@@ -170,6 +170,7 @@ def test_an_interrupted_answer_in_a_terminal(adapted, subprocess_env):
         (["nowhere"], "nowhere: no such folder; expected the output_dir of a run"),
         (["run", "--iteration", "2"], "iteration 2 has no model; finished are 0, 1"),
         (["base", "--against", "base"], "base is no model of a run"),
+        (["run", "--against", "\N{SUPERSCRIPT TWO}"], "\N{SUPERSCRIPT TWO}: no such folder"),
         (["base", "--iteration", "0"], "--iteration chooses among those of a run"),
         (["base"], "has no chat template"),
         (["damaged"], "has no weights for model.norm.weight"),
@@ -189,3 +190,9 @@ def test_a_conversation_that_is_too_long(adapted, monkeypatch, capsys):
     """The message is dropped with its reason, and the conversation goes on; a script sees it in the exit code."""
     out, err = chat(monkeypatch, capsys, ["word " * 600, QUESTIONS[0]], adapted, code=1)
     assert "the model reads 512. Type /reset" in err and out.strip()
+
+
+def test_a_message_that_is_no_text(adapted, monkeypatch, capsys):
+    """Bytes of another encoding: the message is refused, not the template."""
+    out, err = chat(monkeypatch, capsys, ["caf\udce9", QUESTIONS[0]], adapted, code=1)
+    assert err.startswith("error: this message is not UTF-8.\n") and out.strip()

@@ -168,3 +168,22 @@ def test_what_cannot_be_pushed(hub, export, words, variables, code, message):
 
 def test_public_without_push_is_refused(export):
     assert export("http://127.0.0.1:9", "--public")[0] == 2
+
+
+@pytest.mark.parametrize("word", ["org/Some-1B", None])
+def test_an_adapter_names_its_base_as_others_find_it(hub, export, word):
+    """Not by a folder of the machine that it was made on; nor does any other file."""
+    for name, content in {
+        "adapter_config.json": {"base_model_name_or_path": "/home/ada/Some-1B", "r": 4},
+        "tokenizer_config.json": {"name_or_path": "/home/ada/Some-1B"},
+    }.items():
+        (export.model / name).write_text(json.dumps(content))
+    (export.model / "config.json").unlink()
+    export.model.rename(export.model.with_name("adapter"))
+    code, _, err = export(hub.url, "--push", NAME, "--yes", *(["--base-model", word] if word else []))
+    if word is None:
+        assert code == 1 and "--base-model ORG/NAME says which model" in err and not hub.files
+        return
+    assert code == 0, err
+    assert json.loads(hub.files["adapter_config.json"]) == {"base_model_name_or_path": word, "r": 4}
+    assert not [name for name, content in hub.files.items() if b"/home/ada" in content]

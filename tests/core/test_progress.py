@@ -2,8 +2,13 @@
 
 import io
 import math
+import os
+import pty
 import re
+import select
 import sys
+import termios
+import time
 
 import pytest
 import torch
@@ -123,6 +128,7 @@ def test_after_a_restart_what_was_done_before_does_not_count(clock, monkeypatch,
 def test_a_terminal_gets_a_line_for_the_run_and_a_bar(clock, monkeypatch):
     stderr = catch_stderr(monkeypatch)
     monkeypatch.setattr(stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
     begin_run(RunProgress(ITERATIONS, 3, WORK))
     with stage("train", "step", 2) as bar:
         bar.update()
@@ -202,3 +208,40 @@ def test_compilation_is_charged_to_the_stage_that_waits_for_it(clock, monkeypatc
     assert compile_seconds()["train"] > 0
     assert compile_seconds() == {}
     assert "s of it compiling in 00:00" in stream.getvalue()
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(clock, monkeypatch):
+    stderr = catch_stderr(monkeypatch)
+    monkeypatch.setattr(stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "dumb")
+    work(clock, 1, "train", "step", 2)
+    assert len(stderr.getvalue().splitlines()) == 2 and "\r" not in stderr.getvalue()
+
+
+def test_bars_follow_a_terminal_that_becomes_narrower(monkeypatch):
+    """60 columns in place of 120: no line is longer, which would leave its rest on the screen."""
+    terminal, other_end = pty.openpty()
+    monkeypatch.setattr(sys, "stderr", open(other_end, "w"))  # noqa: SIM115 - closed below
+    monkeypatch.setenv("TERM", "xterm")
+    begin_run(RunProgress(ITERATIONS, 3, WORK))
+
+    def drawn():
+        text = b""
+        while select.select([terminal], [], [], 0.1)[0]:
+            text += os.read(terminal, 9999)
+        return text.decode()
+
+    try:
+        termios.tcsetwinsize(terminal, (24, 120))
+        with stage("train", "step", 9) as bar:
+            assert "0/9" in drawn()
+            termios.tcsetwinsize(terminal, (24, 60))
+            bar.update(notes={"loss": "0.6931", "acc": "0.5000", "margin": "0.0000", "more": "x" * 40})
+            time.sleep(0.15)  # than which bars are not drawn more often
+            bar.update()
+            lines = re.split(r"[\r\n]|\x1b\[A", drawn())
+    finally:
+        begin_run(RunProgress())
+        sys.stderr.close()
+        os.close(terminal)
+    assert any("train: 2/9 steps" in line for line in lines) and max(map(len, lines)) <= 60

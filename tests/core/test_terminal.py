@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 
 import pytest
@@ -41,3 +42,19 @@ def test_a_screen_without_unicode_ends_nothing(monkeypatch):
         main()
     print("caf\xe9 \u65e5")
     assert screen.getvalue() == b"caf\\xe9 \\u65e5\n"
+
+
+@pytest.mark.parametrize("where", ["a pipe that nobody reads", "/dev/full"])
+def test_a_console_that_is_gone_ends_no_run(monkeypatch, caplog, where):
+    """It is said once, and what follows goes nowhere, at the end of the program too."""
+    if where == "/dev/full":
+        stream = open(where, "w")  # noqa: SIM115 - closed below
+    else:
+        read, write = os.pipe()
+        os.close(read)
+        stream = open(write, "w")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", stream)
+    terminal.show("the first line")
+    terminal.show("the second line")
+    stream.close()
+    assert len(caplog.messages) == 1 and "cannot be written" in caplog.text and "The run goes on" in caplog.text

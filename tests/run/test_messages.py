@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from spin.run.messages import finish_message, start_message
+from spin.run.messages import finish_message, iteration_summary, sample_table, start_message
 from spin.run.progress import SPINProgress
 
 
@@ -52,3 +52,14 @@ def test_the_best_model_by_validation_is_named(tmp_path, of_start, of_iterations
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     said = finish_message(tmp_path, SPINProgress(1, 1, 1), had_steps_left=True)
     assert f"  best:        {text.format(tmp_path)}" in said if text else "best:" not in said
+
+
+@pytest.mark.parametrize(("columns", "widest"), [(80, 80), (60, 59), (300, 131)])
+def test_tables_are_as_wide_as_the_terminal(monkeypatch, columns, widest):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = "What does the hacker slang term grok mean to somebody who never heard it? " * 3
+    table = sample_table([{"prompt": text, "real": text, "generated": text, "margin": -1.25}])
+    assert max(map(len, table.splitlines()[1:])) == widest and "-1.250" in table
+    metrics = dict.fromkeys(("loss", "total_loss", "rewards_generated_mean", "val_spin_loss"), -12.3456)
+    summary = iteration_summary("iteration 0", [metrics], -12.3, Path("a/i"), Path("m"), Path("c"))
+    assert max(len(line) for line in summary.splitlines() if "step" in line) <= 80
