@@ -194,6 +194,7 @@ def _settings(cfg: DictConfig) -> list[tuple[str, str]]:
     where_used = {
         "samples of an iteration, streamed": "dataset.limit" if OmegaConf.select(cfg, "dataset.streaming") else "",
         "responses to a prompt": "pairs.responses_per_prompt",
+        "checker of responses, besides self-play": "pairs.checker._component_",
         "earlier iterations trained on": "pairs.history",
         "weight of the real responses' log-prob": "nll_weight",
     }
