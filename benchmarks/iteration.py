@@ -380,6 +380,8 @@ def main() -> None:
     recipe.setup()
     before = age() - prepared
     recipe.train()
+    if len(stages.spans[-1]) == 1:
+        raise SystemExit("The run was stopped before its last iteration ended; nothing is written.")
     with_every_rank(stages.rows, world)
     sizes = Sizes.of(build_model(OmegaConf.create(preset.builder), torch.float32))
     metrics = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -1,5 +1,7 @@
 """The documentation's pages of figures are those of benchmarks/results."""
 
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import page
@@ -26,3 +28,10 @@ def test_pages_are_written_between_their_markers(tmp_path):
     ElementTree.parse(tmp_path / "docs" / "benchmarks.svg")
     with pytest.raises(SystemExit, match="marks the section speed; expected one of goals"):
         page.filled("<!-- peers: speed -->\n<!-- peers: end -->\n", [])
+
+
+@pytest.mark.slow
+def test_plans_of_many_hosts_are_what_their_command_writes(subprocess_env):
+    command = [sys.executable, "benchmarks/plans.py", "--check"]
+    done = subprocess.run(command, cwd=page.REPO, env=subprocess_env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -306,6 +306,14 @@ def test_what_a_host_must_have_is_said(capsys):
     assert "on each host: nothing is kept in CPU memory\n" in waited
 
 
+def test_longer_rows_are_named_where_they_fit_and_a_step_fills_them(capsys):
+    """64 pairs of 755 tokens, 48,320: rows of 24,576 fit one GPU's part, none beyond 8,192 an eighth of it."""
+    command = ["full", "--gpu", "H200", f"model.path={REPO}/benchmarks/shapes/llama_4b"]
+    assert "fit too: pairs.row_tokens=24576\n" in estimated(capsys, *command, "--gpus", "1")
+    assert "fit too" not in estimated(capsys, *command, "--gpus", "8")
+    assert "fit too" not in estimated(capsys, *command, "--gpus", "1", "pairs.row_tokens=24576")
+
+
 def test_small_figures_are_in_mib(repo, capsys):
     """155,648 weights of adapters, 8 bytes of moments each: 1.2 MiB. 12 bytes a token of 1,000 pairs of 755, and 300
     of each: 8.9 MiB; twice as many prompts store twice as much."""
