@@ -126,3 +126,13 @@ def test_the_progress_of_a_run_begins_where_it_stands(step, kind, number, left):
     with stage(kind, "unit", 1) as bar:
         assert bar.run.place + 1 == number and len(bar.run.stages) == 1 + 2 * 4 + 1
         assert +bar.run.left == left
+
+
+def test_a_checker_is_a_stage_of_each_iteration():
+    """Three iterations of 12 prompts and 6 held-out ones; before the first, validation."""
+    pairs = {"history": 0, "history_fraction": 1.0, "responses_per_prompt": 2, "checker": {"right_weight": 0.0}}
+    made = plan(num_val=6, pairs=pairs, validation={"at_start": True, "spin": True, "fixed_prompts": 0})
+    made.start(math.inf)
+    with stage("check", "unit", 1) as bar:
+        assert bar.title == "iteration 0, check" and len(bar.run.stages) == 1 + 3 * 5
+        assert bar.run.left["check"] == bar.run.left["generate"] == 3 * 2 * (12 + 6)
