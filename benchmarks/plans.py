@@ -80,8 +80,8 @@ def hosts_table() -> str:
                     *map(clock, (waits, save.seconds, whole)),
                     f"{alone / whole / hosts:.0%}" if fits else "does not fit",
                 ])  # fmt: skip
-    columns = ["pairs a step", "GPUs on hosts", "sharded over", "play", "score", "train", "traffic", "padding, waits"]
-    return table([*columns, "save", "iteration", "of linear"], rows) + "\n"
+    columns = ["pairs a step", "GPUs on hosts", "sharded over", "generate", "score", "train", "traffic"]
+    return table([*columns, "padding, waits", "save", "iteration", "of linear"], rows) + "\n"
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ before, and the head's own. So
 
     train = weights + gathered copy + gradients + optimizer + activations + head
     score = the same without gradients: compiled layers record what backward would need
-    play  = weights + gathered copy + optimizer + cache
+    generate = weights + gathered copy + optimizer + cache
     save  = weights + optimizer + one tensor
 
 The activations of a compiled layer are counted tensor by tensor; the rest is exact. Measured peaks (torch's allocator,
@@ -42,7 +42,7 @@ from spin.pairs.packing import RowLayout, plan_rows
 from spin.pairs.row_mask import BLOCK
 
 _GIB = 2**30
-STAGES = ("play", "score", "train", "save")
+STAGES = ("generate", "score", "train", "save")
 # Bytes of optimizer state for a trained weight, by class; others are taken for AdamW.
 _OPTIMIZER_BYTES = {"AdamW8bit": 2, "AdamWStochasticRounding": 8, "AdamW": 8, "Adam": 8, "RMSprop": 4, "SGD": 0}
 # of torch's AdamW, which the one of 8 bits does not take
@@ -88,7 +88,7 @@ class Estimate:
     work: Work
 
     def parts(self) -> dict[str, tuple[float | None, ...]]:
-        """What is there at the peak of each stage: play, score, train, save; its last entry is their sum."""
+        """What is there at the peak of each stage: generate, score, train, save; its last entry is their sum."""
         kept = self.activations if self.records_graph else 0.0
         found: dict[str, tuple[float | None, ...]] = {
             "weights": (self.weights,) * 4,
@@ -141,7 +141,7 @@ class Estimate:
 
     def table(self, gpus_of_host: int = 1) -> str:
         """Every part, and what it belongs to, a line each."""
-        lines = [f"{'GiB on each GPU':<44}{'play':>10}{'score':>10}{'train':>10}{'save':>10}"]
+        lines = [f"{'GiB on each GPU':<44}{'generate':>10}{'score':>10}{'train':>10}{'save':>10}"]
         for name, values in self.parts().items():
             cells = "".join(f"{'-' if value is None else _size(value).removesuffix(' GiB'):>10}" for value in values)
             lines.append(f"{name:<44}{cells}")

@@ -119,7 +119,7 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tok
     gather_all = _gather(cluster, shards, work.gathered_bytes, GATHER_GB_PER_SECOND)
     between_hosts = [LINK_FRACTION] if cluster.hosts > 1 else []
     links = [GATHER_GB_PER_SECOND, *between_hosts] if shards > 1 else []
-    play = Stage("play", steps * step + prefill, gather_all, (decode, scoring, *links))
+    play = Stage("generate", steps * step + prefill, gather_all, (decode, scoring, *links))
 
     # --- score ---
     offload = work.gathered_bytes / shards / (BUS_GB_PER_SECOND.value * 1e9) if cfg.fsdp_cpu_offload else 0.0

@@ -348,8 +348,8 @@ def _hub_rows(hub_name: str, options: _Options, streaming: bool) -> Iterable[Row
         loaded = datasets.load_dataset(hub_name, **given, **({"streaming": True} if streaming else {}))  # nosec B615
     except (OSError, ValueError, RuntimeError) as error:  # not found, no network, unknown configuration or split
         raise DataError(
-            f"dataset.source={hub_name} is no file here, and as a Hugging Face data set it cannot be loaded: {error} "
-            f"{_nearby(Path(hub_name))}"
+            f"dataset.source={hub_name} is no file here, and as a Hugging Face data set it cannot be loaded: "
+            f"{str(error).rstrip('.')}. {_nearby(Path(hub_name))}"
         ) from error
     if options["split"] is None or isinstance(loaded, Mapping):
         return _dataset_rows(loaded, hub_name, options["split"])

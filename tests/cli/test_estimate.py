@@ -265,9 +265,9 @@ def test_a_plan_says_what_does_not_fit_and_what_makes_it(options, fits, change, 
     text = capsys.readouterr().out
     assert ("It fits" in text) == fits and ("The least change that fits" in text) == (not fits)
     assert change in text
-    for part in ("pinned memory", "play", "score", "train", "save, export", "measured: "):
+    for part in ("pinned memory", "generate", "score", "train", "save, export", "measured: "):
         assert part in text
-    assert ("* extrapolated: " in text) == any(name + " *" in text for name in ("play", "score", "train", "export"))
+    assert ("* extrapolated: " in text) == any(name + " *" in text for name in ("generate", "score", "train", "export"))
     assert text.startswith("no GPU here: H100 assumed (--gpu names another)\n") == (
         "--gpu" not in others and not torch.cuda.is_available()
     )
@@ -349,7 +349,7 @@ def test_times_of_measured_generation_are_met_within_10_per_cent(name, repo):
     rows = json.loads(file.read_text(encoding="utf-8"))["stages"]
     measured = next(row["seconds"] for row in rows if (row["iteration"], row["stage"]) == (1, "generate"))
     overrides = ["sampling.max_new_tokens=256"]
-    assert of_cluster(config(name, *overrides), 1, prompts=256)["play"].seconds == pytest.approx(measured, rel=0.1)
+    assert of_cluster(config(name, *overrides), 1, prompts=256)["generate"].seconds == pytest.approx(measured, rel=0.1)
 
 
 def test_traffic_that_does_not_hide_by_hand():
@@ -372,11 +372,11 @@ def test_what_no_measurement_shows_is_marked():
     full = config("llama3_1_8B_full")
     assert marked(full) == []
     assert marked(full, gpus=8) == []
-    assert marked(full, gpus=8, hosts=2) == ["play", "score", "train"]
-    assert marked(full, gpu="A100-80") == ["play", "score", "train", "save, export"]
+    assert marked(full, gpus=8, hosts=2) == ["generate", "score", "train"]
+    assert marked(full, gpu="A100-80") == ["generate", "score", "train", "save, export"]
     work = replace(estimate(full).work, sparse=True)
     found = stages(full, work, Cluster(1, 1, "H200", 8, 400.0), 64, 755, 1)
-    assert [stage.name for stage in found if is_extrapolated(stage, "H200")] == ["play", "score", "train"]
+    assert [stage.name for stage in found if is_extrapolated(stage, "H200")] == ["generate", "score", "train"]
 
 
 def test_what_was_measured_has_its_file(repo):
