@@ -23,6 +23,7 @@ from torchtune.models.mistral import lora_mistral, mistral
 from torchtune.models.phi3 import lora_phi3, phi3
 from torchtune.models.qwen2 import lora_qwen2, qwen2
 from torchtune.modules import TransformerDecoder
+from transformers import CONFIG_MAPPING
 
 from spin.model.adapters import adapted_modules, adapter_parameters, patch_dora, patch_nf4
 from spin.model.hf_families import LAYOUTS
@@ -62,8 +63,10 @@ FAMILIES: dict[str, Callable[[], TransformerDecoder]] = {
     "phi3": partial(_build, phi3, **{**_SHAPE, "num_kv_heads": 4}),
     "phi4": partial(_build, phi3, **_SHAPE, rope_base=250_000),
 }
-# Those that are built from their folder: one of each model_type.
-FROM_HF: dict[str, Callable[[], Any]] = {f"hf/{name}": partial(decoder, name) for name in ONE_OF_EACH}
+# Those that are built from their folder: one of each model_type that the installed transformers knows.
+FROM_HF: dict[str, Callable[[], Any]] = {
+    f"hf/{name}": partial(decoder, name) for name in ONE_OF_EACH if name in CONFIG_MAPPING
+}
 MODELS = FAMILIES | FROM_HF
 MODEL_TYPES = {
     "llama2": "LLAMA2", "llama3_1": "LLAMA3", "llama3_2": "LLAMA3_2", "mistral": "MISTRAL", "qwen2": "QWEN2",
