@@ -1,7 +1,7 @@
 """vLLM in the generation benchmark: the product's generator, and vLLM's own ``LLM.generate`` with the same engine.
 
 An engine is started once and shared by the arms that run in this process. Arms whose name ends in a number have one
-that is set up for so many requests at a time. ``vllm_process`` is a second engine, started
+that is set up for so many requests at a time; a process can have one engine that sleeps, so name one number in a run. ``vllm_process`` is a second engine, started
 as ``vllm.LLM`` starts it by default: in a process of its own.
 """
 
@@ -62,7 +62,7 @@ class Engines:
     """
 
     def __init__(self, bench: Any, engine: dict[str, Any] | None = None) -> None:
-        self.bench, self.engine = bench, engine
+        self.bench, self.engine = bench, engine or {"max_num_seqs": bench.args.batch_size}
         self.folder = Path(tempfile.mkdtemp(prefix="spin-vllm-"))
         llama_config(bench.model).save_pretrained(self.folder)
         for file in TOKENIZER.glob("tokenizer*"):
@@ -80,7 +80,7 @@ class Engines:
             start = time.perf_counter()
             context = GeneratorContext(self.bench.model, self.bench.device, MAX_MODEL_LEN, str, self.bench.world)
             cpu = {} if self.bench.on_gpu else {"enforce_eager": True, "dtype": "fp32"}
-            engine = self.engine or {"max_num_seqs": self.bench.args.batch_size}
+            engine = dict(self.engine)
             if not self.bench.on_gpu:
                 engine |= {"kv_cache_memory_bytes": 64 << 20, "block_size": 32}
             self._generator = LimitedVLLM(
@@ -98,7 +98,7 @@ class Engines:
             context = multiprocessing.get_context("spawn")
             self._process, theirs = context.Pipe()
             # vLLM remembers its environment: whoever has an engine in process cannot start one outside
-            arguments = (theirs, str(self.folder), self.bench.args.batch_size, self.bench.on_gpu)
+            arguments = (theirs, str(self.folder), self.engine, self.bench.on_gpu)
             context.Process(target=_separate_engine, args=arguments).start()
             self.ask(None)  # until it has started
         return self._process
@@ -161,7 +161,7 @@ def engines_of(bench: Any, sequences: int | None = None) -> Engines:
     return _engines[key]
 
 
-def _separate_engine(connection: Any, folder: str, batch_size: int, on_gpu: bool) -> None:
+def _separate_engine(connection: Any, folder: str, engine: dict[str, Any], on_gpu: bool) -> None:
     """Serves lists of prompts and limits until the other side is gone. Dummy weights draw as many tokens as others."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     try:
@@ -174,7 +174,7 @@ def _separate_engine(connection: Any, folder: str, batch_size: int, on_gpu: bool
         )
         llm = LLM(
             model=folder, load_format="dummy", generation_config="vllm", max_model_len=MAX_MODEL_LEN, seed=0,
-            max_num_seqs=batch_size, **place,
+            **engine, **place,
         )  # fmt: skip
         while True:
             work = connection.recv()
@@ -264,7 +264,7 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
     arms: dict[str, type] = {
         "vllm": VLLM, "vllm_bare": Bare, "vllm_bare_seeded": BareSeeded, "vllm_process": Process
     }  # fmt: skip
-    for name, kind in list(arms.items())[:3]:
+    for name, kind in list(arms.items()):
         for sequences in (512, 1024):
             title = f"{kind.title}, {sequences:,} at a time"
             arms[f"{name}_{sequences}"] = type(kind.__name__, (kind,), {"sequences": sequences, "title": title})
