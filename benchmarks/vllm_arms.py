@@ -1,8 +1,8 @@
 """vLLM in the generation benchmark: the product's generator, and vLLM's own ``LLM.generate`` with the same engine.
 
 An engine is started once and shared by the arms that run in this process. Arms whose name ends in a number have one
-that is set up for so many requests at a time; a process can have one engine that sleeps, so name one number in a run. ``vllm_process`` is a second engine, started
-as ``vllm.LLM`` starts it by default: in a process of its own.
+that is set up for so many requests at a time; a process has one engine that sleeps, so a run takes arms of one number.
+``vllm_process`` is a second engine, started as ``vllm.LLM`` starts it by default: in a process of its own.
 """
 
 from __future__ import annotations
