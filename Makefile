@@ -4,7 +4,7 @@
 # make test-all     the same, and then the slow tests: whole runs, kills, several ranks, vLLM
 # make lint         format, lint and types alone
 # make audit        bandit on the code, pip-audit on what is installed
-# make experiment   self-play against supervised fine-tuning, small, on this machine's CPU: docs/experiments/real_model.md
+# make experiment   self-play against supervised fine-tuning, small, on two cores: docs/experiments/checkable.md
 # make model        the quickstart's model alone, in .cache/quickstart
 # make torchao      the newest torchao that is allowed, for the tests that need it: peft wants a newer one than `tune run`
 # make vllm         vLLM for this machine's CPU, so that its tests run
@@ -38,9 +38,8 @@ RUN ?= runs/quickstart
 report: $(VENV)/.stamp
 	$(BIN)/spin report $(RUN)
 
-experiment: model $(VENV)/.experiment-stamp
-	$(BIN)/python experiments/real_data.py --out .cache/experiment
-	$(BIN)/python experiments/real_model.py --form small --model $(MODEL) --data .cache/experiment --out runs/experiment
+experiment: $(VENV)/.stamp
+	OMP_NUM_THREADS=1 $(BIN)/python experiments/checkable.py --per-gpu 2
 
 # worksteal: neighbours, which share runs by fixtures, go to one process
 PYTEST = SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal
@@ -99,10 +98,6 @@ $(VENV)/.stamp: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev,eval]"
-	touch $@
-
-$(VENV)/.experiment-stamp: $(VENV)/.stamp
-	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[experiments]"
 	touch $@
 
 clean:

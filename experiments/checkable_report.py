@@ -20,6 +20,31 @@ PAGES = (DOCS / "when_it_helps.md", DOCS / "experiments" / "checkable.md")
 PLAN = Path(__file__).with_name("checkable.yaml")
 FORMS = {"small": "140k parameters", "full": "135M parameters"}
 WRONG = {"s": "wrong step", "w": "wrong answer", "f": "no answer", "t": "truncated"}
+# how SPIN departs from SFT, and arms that show it
+DEPARTURES = (
+    (
+        "After the first steps the generated responses are no longer the policy's own, and pushing them down is not "
+        "balanced any more: a drift, and at too high a rate a collapse",
+        ("spin_slow", "spin", "spin_fast", "spin_faster"),
+    ),
+    (
+        "A larger beta, or the real responses' own loss, pulls back",
+        ("spin_fast_beta1", "spin_fast_beta5", "spin_fast_nll.2", "spin_fast_nll1"),
+    ),
+    (
+        "Greedy and cool responses lack the tail: what is most probable loses probability, which flattens",
+        ("spin_greedy", "spin_cool", "spin_top_p"),
+    ),
+    ("Hot responses hold more of the tail: what is improbable loses probability, which sharpens", ("spin_hot",)),
+    ("Which pairs, and how many", ("spin_drop_equal", "spin_history", "spin_k4")),
+    ("Another function of the same four log-probs", ("spin_space",)),
+    (
+        "A checker says which responses are wrong: information that is not in the data, so an upper bound, and no "
+        "longer self-play alone",
+        ("spin_checker",),
+    ),
+    ("For comparison: more SFT", ("sft_slow", "sft", "sft_fast")),
+)
 
 Results = Mapping[str, Mapping[int, Any]]  # of a form: the last iteration by arm and seed
 
@@ -129,6 +154,18 @@ def situations_table(results: Mapping[str, Results], plan: Mapping[str, Any]) ->
     return table(["start", "model", "at the start", "SFT", "SPIN", "SPIN less SFT, points"], rows)
 
 
+def departures_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
+    """What arms that begin at the plateau change, by the ways in which SPIN departs from SFT."""
+
+    def shown(form: str, names: Sequence[str]) -> str:
+        arms, of_form = plan["forms"][form]["arms"], results[form]
+        there = [name for name in names if name in of_form]
+        return "<br>".join(f"{arms[name]['what']}: {change(of_form[name], of_form['start'])}" for name in there)
+
+    rows = [[text, *(shown(form, names) for form in results)] for text, names in DEPARTURES]
+    return table(["how", *(FORMS[form] for form in results)], rows)
+
+
 def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) -> None:
     """Each arm that starts at the plateau against that start: a point with its interval, a panel for each form."""
     pyplot = drawing()
@@ -150,7 +187,8 @@ def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) ->
 def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[str, str]:
     """What stands between the marks of docs/when_it_helps.md and docs/experiments/checkable.md."""
     tables = {form: arms_table(of_form, plan["forms"][form]["arms"]) for form, of_form in results.items()}
-    return {"situations": situations_table(results, plan), **tables}
+    ways, starts = departures_table(results, plan), situations_table(results, plan)
+    return {"departures": ways, "situations": starts, **tables}
 
 
 def write_pages() -> None:
