@@ -50,7 +50,7 @@ Results = Mapping[str, Mapping[int, Any]]  # of a form: the last iteration by ar
 
 
 def read_results(folder: Path) -> dict[str, Results]:
-    """What the finished jobs of each form measured last.
+    """What the jobs of each form measured at their end.
 
     Args:
         folder (Path): of ``checkable_FORM.json``.
@@ -62,9 +62,23 @@ def read_results(folder: Path) -> dict[str, Results]:
     for form in FORMS:
         file = folder / f"checkable_{form}.json"
         for job in json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []:
-            if job["finished"]:
+            if job["iterations"] and "verdicts" in job["iterations"][-1]:
                 found.setdefault(form, {}).setdefault(job["arm"], {})[job["seed"]] = job["iterations"][-1]
     return found
+
+
+def jobs_line(folder: Path, form: str) -> str:
+    """Where the jobs of a form ran, and which did not get to their end."""
+    file = folder / f"checkable_{form}.json"
+    jobs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    ended = [
+        f"`{job['arm']}` (seed {job['seed']})"
+        for job in jobs
+        if not job["iterations"] or "verdicts" not in job["iterations"][-1]
+    ]
+    devices = ", ".join(sorted({job["device"] for job in jobs}))
+    left_out = f" Ended by the deadline, and left out: {', '.join(ended)}." if ended else ""
+    return f"{len(jobs) - len(ended)} jobs, starts among them, on: {devices}.{left_out}"
 
 
 def difference(arm: Mapping[int, Any], other: Mapping[int, Any]) -> tuple[float, float] | None:
@@ -114,26 +128,26 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 
-def arms_table(results: Results, arms: Mapping[str, Any]) -> str:
+def arms_table(results: Results, arms: Mapping[str, Any], reads_english: bool) -> str:
     """A line for each arm that has a result, next to its own start."""
     rows = []
-    for name, arm in arms.items():
-        if name not in results:
-            continue
+    for name in (name for name in arms if name in results):
         measured, start = results[name], results.get(start_of(arms, name), {})
-        rows.append(
-            [
-                f"`{name}`", arm["what"], str(len(measured)), mean(measured, "greedy"), mean(measured, "sampled"),
-                "" if arm.get("recipe") == "none" else change(measured, start), mean(measured, "pass_4"),
-                " / ".join(f"{100 * statistics.mean(m[f'errors_{k}'] for m in measured.values()):.1f}" for k in WRONG),
-                mean(measured, "val_loss", ".4f"), mean(measured, "unseen"), mean(measured, "nll_text", ".2f"),
-                f"{statistics.mean(m['trained_tokens'] for m in measured.values()) / 1000:.0f}",
-            ]
-        )  # fmt: skip
-    heads = ["arm", "what", "seeds", "greedy", "temperature 1", "against its start, points", "pass@4",
-             f"{' / '.join(WRONG.values())}, %", "val_loss", "unseen families", "NLL of other text",
-             "k tokens"]  # fmt: skip
-    return table(heads, rows)
+        errors = (100 * statistics.mean(each[f"errors_{kind}"] for each in measured.values()) for kind in WRONG)
+        row = {
+            "arm": f"`{name}`", "what": arms[name]["what"], "seeds": str(len(measured)),
+            "greedy": mean(measured, "greedy"), "temperature 1": mean(measured, "sampled"),
+            "against its start, points": "" if arms[name].get("recipe") == "none" else change(measured, start),
+            "pass@4": mean(measured, "pass_4"),
+            f"{' / '.join(WRONG.values())}, %": " / ".join(f"{each:.1f}" for each in errors),
+            "val_loss": mean(measured, "val_loss", ".4f"), "unseen families": mean(measured, "unseen"),
+            "NLL of other text": mean(measured, "nll_text", ".2f"),
+            "k tokens": f"{statistics.mean(each['trained_tokens'] for each in measured.values()) / 1000:.0f}",
+        }  # fmt: skip
+        if not reads_english:
+            del row["NLL of other text"]
+        rows.append(row)
+    return table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def start_of(arms: Mapping[str, Any], name: str) -> str:
@@ -167,12 +181,12 @@ def departures_table(results: Mapping[str, Results], plan: Mapping[str, Any]) ->
 
 
 def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) -> None:
-    """Each arm that starts at the plateau against that start: a point with its interval, a panel for each form."""
+    """The arms of :func:`departures_table`: points with their intervals, a panel for each form."""
     pyplot = drawing()
     figure, panels = pyplot.subplots(1, len(results), figsize=(5.5 * len(results), 4.6), constrained_layout=True)
     for panel, (form, of_form) in zip([panels] if len(results) == 1 else panels, results.items(), strict=True):
         arms = plan["forms"][form]["arms"]
-        shown = [n for n, arm in arms.items() if arm.get("start") == "plateau" and n != "start" and n in of_form]
+        shown = [name for _, names in DEPARTURES for name in names if name in of_form]
         for place, name in enumerate(reversed(shown)):
             middle, half = (100 * each for each in difference(of_form[name], of_form["start"]) or (0.0, 0.0))
             colour = "C1" if arms[name].get("recipe") == "sft" else "C0"
@@ -186,7 +200,12 @@ def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) ->
 
 def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[str, str]:
     """What stands between the marks of docs/when_it_helps.md and docs/experiments/checkable.md."""
-    tables = {form: arms_table(of_form, plan["forms"][form]["arms"]) for form, of_form in results.items()}
+    tables = {
+        form: jobs_line(DOCS / "experiments", form)
+        + "\n\n"
+        + arms_table(of_form, plan["forms"][form]["arms"], reads_english=form == "full")
+        for form, of_form in results.items()
+    }
     ways, starts = departures_table(results, plan), situations_table(results, plan)
     return {"departures": ways, "situations": starts, **tables}
 

@@ -70,6 +70,13 @@ def test_a_difference_and_its_interval_by_hand():
     assert checkable_report.difference({0: arm}, {1: arm}) is None
 
 
+def test_the_pages_have_the_figures_of_the_results():
+    results = checkable_report.read_results(checkable_report.DOCS / "experiments")
+    for page in checkable_report.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert checkable_report.fill_sections(text, checkable_report.sections(results, PLAN)) == text
+
+
 # --- From start to page ---
 
 
