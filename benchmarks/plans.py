@@ -68,7 +68,7 @@ def hosts_table() -> str:
                 found = estimate(cfg, gpus, sum(MEASURED_PAIR), GPUS[GPU].memory_gib, prompts=PROMPTS)
                 cluster = Cluster(gpus, hosts, GPU, 8, 400.0)
                 times = stages(cfg, found.work, cluster, PROMPTS, sum(MEASURED_PAIR), found.rows)
-                play, score, train, save = times
+                generate, score, train, save = times
                 longer = stretch(size, gpus, cfg.pairs.row_tokens)
                 waits = (longer - 1) * (score.compute + train.compute)
                 whole = sum(stage.seconds for stage in times) + waits
@@ -76,7 +76,7 @@ def hosts_table() -> str:
                 fits = found.peak <= usable_gib(GPUS[GPU].memory_gib)
                 rows.append([
                     str(size), f"{gpus} on {hosts}", "whole cluster" if replicas == 1 else "a host",
-                    *map(clock, (play.seconds, score.compute, train.compute, score.exposed + train.exposed)),
+                    *map(clock, (generate.seconds, score.compute, train.compute, score.exposed + train.exposed)),
                     *map(clock, (waits, save.seconds, whole)),
                     f"{alone / whole / hosts:.0%}" if fits else "does not fit",
                 ])  # fmt: skip
