@@ -256,14 +256,15 @@ def generation_section(results: Results) -> str:
                 continue
             low, high = (number(run[f"{which}_tokens_per_second"]) for which in ("min", "max"))
             middle = run["tokens_per_second"]
-            peak = number(run["peak_gib"])
-            rows.append([run["title"], f"{number(middle)} ({low} to {high})", times(middle, base), peak])
+            speeds = f"{number(middle)} ({low} to {high})"
+            rows.append([run["title"], speeds, number(run["peak_gib"]), times(middle, base)])
+        columns = ["", "useful tokens/s", "GiB beyond the weights", "x transformers.generate"]
         vllm = f", vLLM {setup['vllm']}" if setup["vllm"] else ""
         parts.append(
             f"{setup['device']}, torch {setup['torch']}, transformers {setup['transformers']}{vllm}; "
-            f"{setup['requests']} prompts of {setup['mean_prompt_tokens']:.0f} tokens, responses of "
+            f"{setup['requests']:,} prompts of {setup['mean_prompt_tokens']:.0f} tokens, responses of "
             f"{setup['mean_new_tokens']:.0f}.\n\n"
-            + table(["", "useful tokens/s", "x transformers.generate", "GiB beyond the weights"], rows)
+            + table(columns[: 4 if base else 3], [row[: 4 if base else 3] for row in rows])
         )
     return "\n\n".join(parts)
 
