@@ -29,6 +29,7 @@ RESULTS_DEPEND_ON = (
     "enable_float8_training", "model",
 )  # fmt: skip
 _OF_PAIRS = {"sampling", "loss", "nll_weight", "generator"}  # what an SFT stage does not depend on
+_SET_BY_SFT = {"max_epochs", "limit_train_batches", "lr_scheduler", "optimizer"}
 _COMPARED_BY_CONTENT = {"source", "path", "data_dir", "data_files", "checkpoint_dir", "model_dir"}
 _OF_ONE_RANK = {"url", "verify", "api_key_env"}  # each rank may ask a server of its own
 
@@ -150,10 +151,12 @@ def check_unchanged(
         found = differences(*({name: run[name] for name in named if name in run} for run in (old, new)))
         found += [each for name in hashed for each in _changed_keys(name, cfg)]
         kept = [name for name in allowed if name in old or name in new]
+        # an SFT stage's config.yaml is what spin_sft makes of the run's config, not what it takes
+        where = "" if isinstance(cfg, SFTConfig) else f" (--config {output_dir / 'config.yaml'})"
+        of_sft = "; the section sft sets it" if isinstance(cfg, SFTConfig) and _SET_BY_SFT & {*changed} else ""
         raise CheckpointError(
-            f"The run in {output_dir} was started with another config: {'; '.join(found)}. Restore it (--config "
-            f"{output_dir / 'config.yaml'}), start a new output_dir, or allow it by resume_with_changes="
-            f"[{','.join([*kept, *changed])}]."
+            f"The run in {output_dir} was started with another config: {'; '.join(found)}{of_sft}. Restore it{where}, "
+            f"start a new output_dir, or allow it by resume_with_changes=[{','.join([*kept, *changed])}]."
         )
 
 

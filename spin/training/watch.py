@@ -107,12 +107,14 @@ class CollapseMonitor:
         """Looks at the validation loss, if ``metrics`` has one, and at the mean of the last steps, once an iteration
         has as many."""
         found = {}
-        val_loss, lowest = metrics.get("val_loss", self.lowest_val_loss), self.lowest_val_loss
-        self.lowest_val_loss = min(val_loss, lowest)
+        val_loss, lowest = metrics.get("val_loss", 0.0), self.lowest_val_loss
+        if "val_loss" in metrics:
+            self.lowest_val_loss = min(lowest, val_loss)  # in this order NaN is not the lowest
+        rise = val_loss / lowest - 1 if lowest else 0.0
         for name in _IN_VALIDATIONS:
-            if lowest and self._passes(name, val_loss / lowest - 1):
+            if self._limits[name] is not None and not rise <= self._limits[name]:  # which NaN is not either
                 found[name] = (
-                    f"the validation loss is {val_loss:.4g}, {val_loss / lowest - 1:.0%} above its lowest so far: the "
+                    f"the validation loss is {val_loss:.4g}, {rise:.0%} above its lowest so far: the "
                     "policy unlearns what the data teaches. The model of an earlier iteration is better; lower "
                     "optimizer.lr, or raise loss.beta or nll_weight"
                 )

@@ -1,6 +1,7 @@
 """The collapse watch: every limit warns, stops or rolls back, at the right moment and with its number."""
 
 import json
+import math
 
 import pytest
 from spin_recipe import SPINRecipe
@@ -80,6 +81,15 @@ def test_validation_loss_against_the_lowest_so_far(caplog):
         alert = resumed.step(2, 40, {"val_loss": 0.15})
         assert alert.rolls_back and "watch.val_loss_collapse.limit=1.0" in alert.message
     assert watch(**limits).step(0, 1, {"val_loss": 9.0}) is None  # the first that is measured
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_validation_loss_that_is_no_number_passes_every_limit_and_is_not_the_lowest(loss):
+    watched = watch(val_loss={"limit": 100.0, "action": "stop"})
+    assert watched.step(0, 1, {"val_loss": 2.0}) is None
+    assert f"the validation loss is {loss}" in watched.step(0, 2, {"val_loss": loss}).message
+    assert watched.lowest_val_loss == 2.0
+    assert watched.step(0, 3, {"lr": 1.0}) is None
 
 
 def test_responses_equal_to_the_real_ones(tmp_path):

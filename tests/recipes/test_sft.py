@@ -75,6 +75,10 @@ def test_it_resumes_bit_for_bit_and_self_play_starts_from_its_result(tmp_path, c
     resumed = sft(tmp_path / "stopped", *keys, "sampling.max_new_tokens=9", config=config)  # of pairs alone: may change
     assert resumed.final_weights == whole.final_weights
     assert metrics_of(tmp_path / "stopped/sft") == metrics_of(tmp_path / "whole/sft")
+    recipe = SFTRecipe(tiny_config(tmp_path / "stopped", "sft.epochs=3", config=config, model=SFTConfig))
+    with pytest.raises(CheckpointError, match=r"max_epochs is 3, was 2;.* the section sft sets it\. Restore it, start"):
+        recipe.setup()
+    recipe.cleanup()
     rows = metrics_of(tmp_path / "whole/sft")
     assert rows[-1]["loss"] < rows[1]["loss"] - 0.1
 
