@@ -294,13 +294,20 @@ def ceilings(bench: Bench) -> dict[str, float]:
     source = torch.randn(2**29 if bench.on_gpu else 2**20, device=bench.world.device)
     target = torch.empty_like(source)
 
-    def best(function: Callable[[], Any], times: int = 10) -> float:
+    def repeat(function: Callable[[], Any], times: int) -> float:
+        def run() -> None:
+            for _ in range(times):
+                function()
+
+        return bench.seconds(run) / times
+
+    def best(function: Callable[[], Any]) -> float:
         function()
-        return min(bench.seconds(lambda: [function() for _ in range(times)]) / times for _ in range(5))
+        return min(repeat(function, 10) for _ in range(5))
 
     return {
         "matmul_tflops": 2 * n**3 / best(lambda: left @ right) / 1e12,
-        "sustained_matmul_tflops": 2 * n**3 * many / bench.seconds(lambda: [left @ right for _ in range(many)]) / 1e12,
+        "sustained_matmul_tflops": 2 * n**3 / repeat(lambda: left @ right, many) / 1e12,
         "copy_gb_per_second": 2 * source.numel() * source.element_size() / best(lambda: target.copy_(source)) / 1e9,
     }
 
