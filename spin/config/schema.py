@@ -316,7 +316,10 @@ class SPINConfig(Config):
     ac_mode: ACMode = key("full", "full: every layer | selective, for speed: every ac_option-th")
     ac_option: int | None = key(None, "for ac_mode=selective; higher saves time, lower saves memory", ge=1, le=10_000)
     compile: bool = key(False, "torch.compile each layer: a minute more to start, then 1.5 times faster")
-    enable_float8_training: bool = key(False, "true: the layers' products in float8; H100 and later, with compile")
+    enable_float8_training: bool = key(
+        False,
+        "true: the layers' products in float8, for spin_sft; too coarse for self-play; H100 and later, with compile",
+    )
     self_test: bool = key(
         True, "false to skip tests of the arithmetic: logits, and the loss of two equal models in each iteration"
     )

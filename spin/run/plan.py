@@ -59,6 +59,11 @@ class RunPlan:
         progress, cfg, samples = self.progress, self._cfg, self._prompts.samples_per_iteration
         lr = cfg.optimizer["lr"] if self.is_sft else None
         log.info(start_message(progress, self._size, samples, self.num_val_samples, lr))
+        if cfg.enable_float8_training and not self.is_sft:
+            log.warning(
+                "enable_float8_training=true: float8's rounding moves log-probs by more than a step of self-play does, "
+                "so loss, acc and margin are mostly noise. Set it to false; spin_sft can have it."
+            )
         # --- stages ---
         step, total, first = progress.step, progress.total_steps, progress.iteration_start
         iterations = [i for i in range(progress.max_iterations) if first(i) < total]

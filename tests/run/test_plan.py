@@ -20,7 +20,7 @@ def plan(num_val=0, prompts=PROMPTS, **changes):
         "max_epochs": 2, "max_steps": -1, "val_check_interval": 0.34, "save_interval": 2,
         "pairs": {"history": 0, "history_fraction": 1.0, "checker": None}, "optimizer": {"reset_each_iteration": True},
         "validation": {"at_start": True, "spin": False, "fixed_prompts": 0},
-        "generator": {"component": "spin.generators.TorchtuneGenerator"},
+        "generator": {"component": "spin.generators.TorchtuneGenerator"}, "enable_float8_training": False,
     }  # fmt: skip
     return RunPlan(OmegaConf.create(values | changes), prompts, num_val)
 
@@ -136,3 +136,9 @@ def test_a_checker_is_a_stage_of_each_iteration():
     with stage("check", "unit", 1) as bar:
         assert bar.title == "iteration 0, check" and len(bar.run.stages) == 1 + 3 * 5
         assert bar.run.left["check"] == bar.run.left["generate"] == 3 * 2 * (12 + 6)
+
+
+def test_float8_is_doubtful_in_self_play(caplog):
+    pairs = {"history": 0, "history_fraction": 1.0, "responses_per_prompt": 1, "checker": None}
+    plan(enable_float8_training=True, pairs=pairs).start(math.inf)
+    assert "enable_float8_training=true" in caplog.text and "spin_sft can have it" in caplog.text
