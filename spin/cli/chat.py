@@ -73,7 +73,6 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _load(model: str, iteration: int | None, against: str | None) -> list[ChatModel]:
-    from spin.cli.chat_model import ChatModel  # loads torch
     from spin.core.hub import model_folder
     from spin.run.folder import exported_model, read_config, run_of
 
@@ -97,6 +96,8 @@ def _load(model: str, iteration: int | None, against: str | None) -> list[ChatMo
             other = exported_model(run, int(against))[1]
     elif against is not None:
         other = find(against)
+    from spin.cli.chat_model import ChatModel  # loads torch, when both folders are found
+
     first = ChatModel(folder)
     return [first] if other is None else [first, ChatModel(other, like=first if against == "base" else None)]
 

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
     findings = [Finding("python", _OK, f"{platform.python_version()}, {sys.executable}"), *packages(), *launchers()]
     findings += [*vllm(), *devices()]
     for finding in findings:
-        print(f"{finding.what:<14} {finding.verdict:<6} {finding.text}")
+        print(f"{finding.what:<16} {finding.verdict:<6} {finding.text}")
     faults = sum(finding.verdict == _FAULT for finding in findings)
     if faults:
         print(f"error: {faults} of these keep runs from working.", file=sys.stderr)

@@ -46,29 +46,24 @@
   // where iterations begin, and the level that a chart is read against
   function drawMarks(u, chart) {
     const {ctx, bbox} = u, ratio = devicePixelRatio;
-    const line = (x0, y0, x1, y1, dash, text, x, y, align) => {
+    const line = (x0, y0, x1, y1, dash) => {
       ctx.setLineDash(dash.map(n => n * ratio));
       ctx.beginPath(); ctx.moveTo(x0, y0); ctx.lineTo(x1, y1); ctx.stroke();
-      ctx.textAlign = align;
-      ctx.setLineDash([]); ctx.lineWidth = 4 * ratio; ctx.strokeStyle = colour("--card");  // a halo, on lines too
-      ctx.strokeText(text, x, y);
-      ctx.lineWidth = ratio; ctx.strokeStyle = colour("--soft");
-      ctx.fillText(text, x, y);
     };
     ctx.save();
     ctx.strokeStyle = ctx.fillStyle = colour("--soft");
     ctx.lineWidth = ratio;
     ctx.font = `${11 * ratio}px system-ui, sans-serif`;
-    ctx.textBaseline = "alphabetic";
+    ctx.textAlign = "left"; ctx.textBaseline = "alphabetic";
     for (const [step, label] of new Map(data.runs.flatMap(run => run.marks)))
       if (step >= u.scales.x.min && step <= u.scales.x.max) {
         const x = u.valToPos(step, "x", true);
-        line(x, bbox.top, x, bbox.top + bbox.height, [2, 3], label, x + 3 * ratio, bbox.top - 4 * ratio, "left");
+        line(x, bbox.top, x, bbox.top + bbox.height, [2, 3]);
+        ctx.fillText(label, x + 3 * ratio, bbox.top - 4 * ratio);
       }
     if (chart.level) {
       const y = u.valToPos(chart.level[0], "y", true);
-      const end = bbox.left + bbox.width;
-      line(bbox.left, y, end, y, [6, 4], chart.level[1], end, y + 12 * ratio, "right");
+      line(bbox.left, y, bbox.left + bbox.width, y, [6, 4]);
     }
     ctx.restore();
   }
@@ -83,7 +78,9 @@
     boxes.forEach(box => box.replaceChildren());
     plots = data.charts.map((chart, i) => {
       const figure = document.createElement("figure"), caption = document.createElement("figcaption");
-      caption.textContent = chart.title;
+      const level = document.createElement("small");
+      level.textContent = chart.level ? ` dashed: ${chart.level[1]}` : "";
+      caption.append(chart.title, level);
       figure.append(caption);
       boxes[+(i >= FIRST)].append(figure);
       const plot = new uPlot(options(chart), columns(chart), figure);
