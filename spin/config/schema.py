@@ -207,7 +207,7 @@ class Watch(Section):
     window: int = key(20, "more if small batches make noise: steps averaged for the first three", ge=1, le=10**6)
     val_loss: WatchLimit = key(WatchLimit(limit=0.25), "fraction that the validation loss may be above its lowest")
     val_loss_collapse: WatchLimit = key(
-        WatchLimit(limit=1.0, action="stop"), "the same, of a model that is being ruined"
+        WatchLimit(limit=0.4, action="stop"), "the same, of a model that is being ruined"
     )
     real_nll_rise: WatchLimit = key(
         WatchLimit(limit=0.25), "fraction by which the NLL of real responses may rise in an iteration"

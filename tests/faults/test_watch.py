@@ -2,15 +2,17 @@
 
 import json
 import math
+import random
 
 import pytest
 from spin_recipe import SPINRecipe
 
+from spin.config import SPINConfig, complete, load_config
 from spin.core.errors import CheckpointError, CollapseError
 from spin.core.ranks import init_world
 from spin.data import Pair, PairStore, Response
 from spin.training.watch import LIMITS, CollapseMonitor, response_metrics
-from tests.recipes.helpers import metrics_of, run, step_of, stops_at
+from tests.recipes.helpers import REPO, metrics_of, run, step_of, stops_at
 
 QUIET = {name: {"limit": None, "action": "warn"} for name in LIMITS}
 SHORT = ("max_iterations=2", "max_epochs=1", "validation_dataset=null", "watch.truncated_fraction.limit=null")
@@ -197,3 +199,54 @@ def test_responses_that_are_truncated_stop_the_run_before_it_trains(tmp_path):
         run(tmp_path, *changes)
     assert not (tmp_path / "iteration_000" / "pairs").exists()
     assert (tmp_path / "iteration_000" / "responses").exists()
+
+
+@pytest.fixture(scope="module")
+def sorting(tmp_path_factory):
+    """Overrides that have the packaged config go on from a Llama of 137,792 parameters, fine-tuned by ``spin_sft`` (at
+    3e-3, for 12 epochs) until it sorted 195 of 200 held-out lists of five numbers."""
+    folder, draw = tmp_path_factory.mktemp("sorting"), random.Random(0)
+    for name, count in (("train", 512), ("held_out", 100)):
+        lists = ([draw.randint(1, 99) for _ in range(5)] for _ in range(count))
+        rows = ({"prompt": f"s {_text(each)}", "response": f"#{_text(sorted(each))}"} for each in lists)
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return (
+        f"model.path={REPO / 'tests/assets/sorter'}", f"dataset.source={folder / 'train.jsonl'}", "device=cpu",
+        f"validation_dataset={{_component_: spin.data.prompt_dataset, source: {folder / 'held_out.jsonl'}}}",
+        "compile=false", "enable_activation_checkpointing=false", "optimizer.fused=false", "compute_dtype=fp32",
+        "sampling.max_new_tokens=24", "pairs.row_tokens=1024", "generator.batch_size=512", "global_batch_size=32",
+        "dataset.max_prompt_tokens=64", "dataset.max_response_tokens=64", "max_iterations=2", "val_check_interval=8",
+    )  # fmt: skip
+
+
+def _text(numbers):
+    return " ".join(map(str, numbers))
+
+
+def selfplay(*overrides):
+    recipe = SPINRecipe(complete(load_config("full", list(overrides)), SPINConfig))
+    recipe.setup()
+    try:
+        recipe.train()
+    finally:
+        recipe.cleanup()
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_model_that_self_play_ruins_is_noticed_and_the_model_before_it_named(sorting, tmp_path, caplog):
+    """At a thirtieth of fine-tuning's rate and with beta 0.1 the model unlearns; the SPIN loss shows nothing."""
+    ruins = ("optimizer.lr=1e-4", "loss.beta=0.1", "max_epochs=2", "pairs.equal_to_real=keep")
+    with pytest.raises(CollapseError, match="watch.val_loss_collapse.limit=0.4, action stop"):
+        selfplay(*sorting, *ruins, f"output_dir={tmp_path}")
+    assert "above its lowest so far: the policy unlearns" in caplog.text and "Best model: the start by" in caplog.text
+    steps = [row for row in metrics_of(tmp_path) if "loss" in row]
+    assert steps[-1]["iteration"] == 0 and len(steps) <= 32
+    assert sum(row["loss"] for row in steps) / len(steps) == pytest.approx(math.log(2), abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_packaged_configs_choices_keep_a_fine_tuned_model(sorting, tmp_path, caplog):
+    """A hundredth of fine-tuning's rate, beta 1, one epoch, no equal pairs."""
+    selfplay(*sorting, "optimizer.lr=3e-5", f"output_dir={tmp_path}")
+    losses = [row["val_loss"] for row in metrics_of(tmp_path) if "val_loss" in row]
+    assert max(losses) < 1.1 * losses[0] and "unlearns" not in caplog.text
