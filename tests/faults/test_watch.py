@@ -8,6 +8,7 @@ import pytest
 from spin_recipe import SPINRecipe
 
 from spin.config import SPINConfig, complete, load_config
+from spin.config.schema import Watch
 from spin.core.errors import CheckpointError, CollapseError
 from spin.core.ranks import init_world
 from spin.data import Pair, PairStore, Response
@@ -83,6 +84,21 @@ def test_validation_loss_against_the_lowest_so_far(caplog):
         alert = resumed.step(2, 40, {"val_loss": 0.15})
         assert alert.rolls_back and "watch.val_loss_collapse.limit=1.0" in alert.message
     assert watch(**limits).step(0, 1, {"val_loss": 9.0}) is None  # the first that is measured
+
+
+@pytest.mark.parametrize(
+    ("arm", "warns", "stops"),
+    [("spin_fast", 0, 1), ("spin", None, None), ("spin_fast_beta1", None, None), ("spin_drop_equal", None, None)],
+)
+def test_default_limits_on_a_real_model_that_self_play_ruined(arm, warns, stops, caplog):
+    """The experiment's validation losses: a warning in the first iteration, the end in the second, and else nothing."""
+    jobs = json.loads((REPO / "docs/experiments/checkable_full.json").read_text())
+    start, measured = (next(job for job in jobs if (job["arm"], job["seed"]) == (each, 0)) for each in ("start", arm))
+    watched = CollapseMonitor(Watch(), "runs/my run", is_main=True)
+    watched.lowest_val_loss = start["iterations"][-1]["val_loss"]
+    losses = enumerate(row["val_loss"] for row in measured["iterations"])
+    stopped = next((i for i, loss in losses if watched.step(i, 48, {"val_loss": loss}) is not None), None)
+    assert stopped == stops and (f"Iteration {warns}: the validation loss" in caplog.text) == (warns is not None)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
