@@ -63,7 +63,9 @@ def read_results(folder: Path) -> dict[str, Results]:
         file = folder / f"checkable_{form}.json"
         for job in json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []:
             if job["iterations"] and "verdicts" in job["iterations"][-1]:
-                found.setdefault(form, {}).setdefault(job["arm"], {})[job["seed"]] = job["iterations"][-1]
+                losses = [measured["val_loss"] for measured in job["iterations"]]
+                measured = {**job["iterations"][-1], "val_losses": losses}
+                found.setdefault(form, {}).setdefault(job["arm"], {})[job["seed"]] = measured
     return found
 
 
@@ -180,6 +182,19 @@ def departures_table(results: Mapping[str, Results], plan: Mapping[str, Any]) ->
     return table(["how", *(FORMS[form] for form in results)], rows)
 
 
+def collapse_line(results: Mapping[str, Results]) -> str:
+    """What the validation loss says of the arm that collapses."""
+    of_form = results.get("full", {})
+    runs = [
+        ", ".join(f"{loss:.3f}" for loss in (of_form["start"][seed]["val_loss"], *arm["val_losses"]))
+        for seed, arm in of_form.get("spin_fast", {}).items()
+    ]
+    return (
+        "Its validation loss shows it, and `watch.val_loss` looks at it ([collapse watch](restarts.md#collapse-watch)): at "
+        f"the start and after each iteration of the 135M model's rate 1e-5, a seed each: {'; '.join(runs)}."
+    )
+
+
 def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) -> None:
     """The arms of :func:`departures_table`: points with their intervals, a panel for each form."""
     pyplot = drawing()
@@ -207,7 +222,7 @@ def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[st
         for form, of_form in results.items()
     }
     ways, starts = departures_table(results, plan), situations_table(results, plan)
-    return {"departures": ways, "situations": starts, **tables}
+    return {"departures": ways, "situations": starts, "collapse": collapse_line(results), **tables}
 
 
 def write_pages() -> None:
