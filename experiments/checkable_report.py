@@ -190,8 +190,8 @@ def collapse_line(results: Mapping[str, Results]) -> str:
         for seed, arm in of_form.get("spin_fast", {}).items()
     ]
     return (
-        "Its validation loss shows it, where `watch.val_loss` looks ([collapse watch](restarts.md#collapse-watch)): of the "
-        f"135M model at rate 1e-5, at the start and after each iteration, a seed each: {'; '.join(runs)}."
+        "Its validation loss shows it, where `watch.val_loss` looks ([collapse watch](restarts.md#collapse-watch)): "
+        f"of the 135M model at rate 1e-5, at the start and after each iteration, a seed each: {'; '.join(runs)}."
     )
 
 
