@@ -190,7 +190,7 @@ def collapse_line(results: Mapping[str, Results]) -> str:
         for seed, arm in of_form.get("spin_fast", {}).items()
     ]
     return (
-        "Its validation loss shows it, where `watch.val_loss` looks ([collapse watch](restarts.md#collapse-watch)): "
+        "A collapse shows in the validation loss ([the watch](restarts.md#collapse-watch) looks at `val_loss`): "
         f"of the 135M model at rate 1e-5, at the start and after each iteration, a seed each: {'; '.join(runs)}."
     )
 
