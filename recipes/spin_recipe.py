@@ -116,7 +116,12 @@ class SPINRecipe:
         self._new_optimizer = partial(config.instantiate, cfg.optimizer, trained, lr=self._lrs[0])
         self._optimizer = self._new_optimizer()
         if resume_path is None:
-            self._checkpointer.load_start(self._model, world)
+            fine_tuned = self._checkpointer.load_start(self._model, world)
+            if fine_tuned and (changed := run.changed_sft(self._checkpointer.read_state(fine_tuned)["run"], cfg)):
+                log.warning(
+                    f"{changed}: self-play starts from what was fine-tuned before this change. To fine-tune with it, "
+                    "set a new output_dir and run spin_sft, then spin_recipe."
+                )
         else:
             optimizer = None if self._plan.resets_optimizer else self._optimizer
             into = {"model": self._model, "optimizer": optimizer, "world": world}

@@ -185,13 +185,14 @@ class SPINCheckpointer:
         """Fills the model from ``checkpoint_dir``; see :func:`spin.model.hf.load_hf_weights`."""
         load_hf_weights(model, self.checkpoint_dir, self.model_type, world=world)
 
-    def load_start(self, model: nn.Module, world: World) -> None:
-        """Fills the model with what a new run starts from: ``checkpoint_dir``, or the result of :meth:`sft_result`."""
+    def load_start(self, model: nn.Module, world: World) -> Path | None:
+        """Fills the model with what a new run starts from: ``checkpoint_dir``, or what :meth:`sft_result` returns."""
         self.load_model(model, world)
         if (checkpoint := self.sft_result(world)) is not None:
             log.info(f"Starting from the result of supervised fine-tuning, {checkpoint}")
             self._verified = checkpoint
             self.load(checkpoint, model=model, optimizer=None, world=world)
+        return checkpoint
 
     def sft_result(self, world: World | None = None) -> Path | None:
         """The checkpoint that the SFT stage in the run's folder ended with; None without such a stage, CheckpointError

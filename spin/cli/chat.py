@@ -6,14 +6,14 @@ import re
 import shutil
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
-from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
 
 from spin.cli import parser_of
 from spin.core.errors import OutputError, SpinError
-from spin.core.terminal import printable
+from spin.core.terminal import fill, printable, wrap
 
 if TYPE_CHECKING:
     from spin.cli.chat_model import Answer, ChatModel
@@ -147,7 +147,7 @@ def _show_in_columns(names: Sequence[str], answers: Sequence[Answer], width: int
     columns = [_lines(answer, width) for answer in answers]
     try:
         for left, right in chain([names, ("-" * width, "-" * width)], zip_longest(*columns, fillvalue="")):
-            print(f"{left:<{width}} | {right}".rstrip(), flush=True)
+            print(f"{fill(left, width)} | {right}".rstrip(), flush=True)
         print()
     finally:
         for column in columns:
@@ -155,11 +155,11 @@ def _show_in_columns(names: Sequence[str], answers: Sequence[Answer], width: int
 
 
 def _lines(pieces: Iterable[str], width: int) -> Generator[str]:
-    """A text that comes in pieces as lines of ``width`` characters at most, each as soon as it is complete."""
-    wrap = TextWrapper(width, drop_whitespace=False, replace_whitespace=False).wrap
+    """A text that comes in pieces as lines of ``width`` cells at most, each as soon as it is complete."""
+    wrapped = partial(wrap, width=width, drop_whitespace=False, replace_whitespace=False)
     begun = ""
     for piece in chain(pieces, ["\n"]):
         *ended, begun = (begun + piece).split("\n")
-        *full, begun = wrap(begun) or [""]
-        lines = [part for line in ended for part in wrap(line) or [""]] + full
+        *full, begun = wrapped(begun) or [""]
+        lines = [part for line in ended for part in wrapped(line) or [""]] + full
         yield from map(str.rstrip, lines)

@@ -8,8 +8,10 @@ import logging
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
-from typing import TextIO
+from textwrap import TextWrapper
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -28,6 +30,60 @@ def printable(text: object, one_line: bool = False) -> str:
     escaped as ``\\x1b`` or ``\\u202e``; ``one_line`` escapes line feeds and tabs too."""
     pattern = _UNSEEN_IN_A_LINE if one_line else _UNSEEN_IN_LINES
     return pattern.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+
+
+def cells(text: str) -> int:
+    """The cells of a terminal that a text takes: two for a wide character (CJK, emoji), none for a combining mark."""
+    if text.isascii():
+        return str.__len__(text)
+    return sum(
+        0
+        if unicodedata.category(char) in ("Mn", "Me") or "\u200b" <= char <= "\u200d"  # marks, and joiners of emoji
+        else 1 + (unicodedata.east_asian_width(char) in "WF")
+        for char in text
+    )
+
+
+def fill(text: str, width: int) -> str:
+    """The text, with spaces up to so many cells."""
+    return text + " " * (width - cells(text))
+
+
+def cut(text: str, width: int) -> str:
+    """As much of the text's start as fits into so many cells; a mark stays with its character."""
+    taken = 0
+    for i, char in enumerate(text):
+        taken += cells(char)
+        if taken > width:
+            return text[:i]
+    return text
+
+
+def wrap(text: str, width: int, **options: Any) -> list[str]:
+    """Lines of so many cells at most, by :class:`textwrap.TextWrapper` and its options; no line for an empty text."""
+    return _CellWrapper(width, **options).wrap(text)
+
+
+class _Word(str):
+    """A word whose length is its cells."""
+
+    __slots__ = ()
+
+    def __len__(self) -> int:
+        return cells(self)
+
+
+class _CellWrapper(TextWrapper):
+    """Counts cells where its base counts characters."""
+
+    def _split(self, text: str) -> list[str]:
+        return [_Word(chunk) for chunk in super()._split(text)]
+
+    def _handle_long_word(self, reversed_chunks: list[str], cur_line: list[str], cur_len: int, width: int) -> None:
+        word = reversed_chunks.pop()
+        head = cut(word, width - cur_len)
+        cur_line.append(_Word(head))
+        reversed_chunks.append(_Word(word.removeprefix(head)))
 
 
 class _PrintableFormatter(logging.Formatter):

@@ -88,9 +88,9 @@ class ChatTokenizer:
             own = {"default": self.chat_template}
         if not own:
             raise DataError(
-                f"The tokenizer in {self.path} has no chat template, so nothing marks where turns begin and end. Set "
-                "tokenizer.chat_template to a Jinja file (that of the model's instruct version), or use a torchtune "
-                "tokenizer."
+                f"The tokenizer in {self.path} has no chat template, so nothing marks where turns begin and end. Put "
+                "that of the model's instruct version there as chat_template.jinja. A config can name the file instead "
+                "(tokenizer.chat_template), or a torchtune tokenizer."
             )
         if "default" not in own:
             raise DataError(

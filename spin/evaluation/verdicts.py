@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from spin.core.errors import ConfigError, DataError
-from spin.core.terminal import counted, printable
+from spin.core.terminal import cells, counted, fill, printable
 from spin.data.dataset import Original
 from spin.data.messages import ChatMessage
 
@@ -206,11 +206,11 @@ def accuracy_summary(right: Sequence[bool]) -> dict[str, Any]:
 def summary_table(summary: Mapping[str, Any]) -> str:
     """The summary as a person reads it."""
     candidate, baseline = summary["candidate"], summary["baseline"]
-    width = max(len(candidate["name"]), len(baseline["name"]))
+    width = max(cells(candidate["name"]), cells(baseline["name"]))
     lines = [f"\n=== {candidate['name']} against {baseline['name']}, {counted(summary['samples'], 'prompt')} ==="]
     for model in (candidate, baseline):
         tokens, truncated = model["mean_tokens"], model["truncated_fraction"]
-        line = f"{model['name']:{width}}  {tokens:8.1f} tokens on average, {truncated:.1%} truncated"
+        line = f"{fill(model['name'], width)}  {tokens:8.1f} tokens on average, {truncated:.1%} truncated"
         if "accuracy" in model:
             line += f"; accuracy {_percent(model['accuracy'], model['accuracy_interval'])}"
         lines.append(line)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from spin.core.files import replace_text
-from spin.core.terminal import printable
+from spin.core.terminal import fill, printable, wrap
 from spin.core.texts import plain_text, turns
 from spin.pairs.store import PairStore
 
@@ -61,9 +60,7 @@ def fixed_prompts_table(rows: Sequence[Mapping[str, Any]], columns: int | None =
                 lines += [f"  {head}", *(f"    {line}" for line in _wrap(text, columns - 4))]
             continue
         wrapped = [[head, "-" * width, *_wrap(text, width)] for head, text in cells]
-        lines += [
-            " | ".join(f"{cell:<{width}}" for cell in row).rstrip() for row in zip_longest(*wrapped, fillvalue="")
-        ]
+        lines += [" | ".join(fill(cell, width) for cell in row).rstrip() for row in zip_longest(*wrapped, fillvalue="")]
     return "\n".join(lines)
 
 
@@ -76,5 +73,5 @@ def _response(row: Mapping[str, Any]) -> str:
 
 
 def _wrap(text: str, width: int) -> list[str]:
-    lines = textwrap.wrap(printable(" ".join(text.split())), max(width, 8))
+    lines = wrap(printable(" ".join(text.split())), max(width, 8))
     return lines if len(lines) <= _MOST_LINES else [*lines[: _MOST_LINES - 1], "..."]

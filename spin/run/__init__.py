@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from spin.run.log import RunLog
     from spin.run.messages import best_by_validation, finish_message, iteration_summary, sample_rows
     from spin.run.plan import RunPlan
-    from spin.run.resume import check_files_agree, check_unchanged, inputs_of_config, run_fingerprint
+    from spin.run.resume import changed_sft, check_files_agree, check_unchanged, inputs_of_config, run_fingerprint
     from spin.run.stopping import StopRequest, resume_hint
     from spin.run.trackio import TrackioLogger
 else:
@@ -23,6 +23,7 @@ __all__ = [
     "Stopped",
     "TrackioLogger",
     "best_by_validation",
+    "changed_sft",
     "check_files_agree",
     "check_unchanged",
     "finish_message",

@@ -5,14 +5,13 @@ from __future__ import annotations
 import html
 import re
 import shutil
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spin.core.command import spin_command
 from spin.core.files import AppendedLines
-from spin.core.terminal import counted, plural, printable
+from spin.core.terminal import counted, cut, fill, plural, printable, wrap
 from spin.core.texts import plain_text, turns
 from spin.run.progress import SPINProgress
 from spin.types import Pair
@@ -47,7 +46,7 @@ def sample_table(rows: Sequence[Mapping[str, Any]]) -> str:
     widths = dict.fromkeys(_TEXTS, max(8, min(room, 38))) | {"margin": _MARGIN_WIDTH}
 
     def line(cells: Mapping[str, str]) -> str:
-        return " | ".join(f"{cells[name]:<{width}}" for name, width in widths.items()).rstrip()
+        return " | ".join(fill(cells[name], width) for name, width in widths.items()).rstrip()
 
     lines = ["margin: reward of the real less that of the generated response"]
     lines += [line({name: name for name in widths}), "-+-".join("-" * width for width in widths.values())]
@@ -206,9 +205,9 @@ def best_by_validation(output_dir: Path) -> str:
 
 
 def _wrap(text: str, width: int, keep_end: bool) -> list[str]:
-    lines = textwrap.wrap(printable(" ".join(text.split())), width) or [""]
+    lines = wrap(printable(" ".join(text.split())), width) or [""]
     if len(lines) <= _MAX_LINES:
         return lines
     if keep_end:
-        return ["..." + lines[-_MAX_LINES][3:], *lines[1 - _MAX_LINES :]]
-    return [*lines[: _MAX_LINES - 1], lines[_MAX_LINES - 1][: width - 3] + "..."]
+        return ["..." + lines[-_MAX_LINES].removeprefix(cut(lines[-_MAX_LINES], 4)), *lines[1 - _MAX_LINES :]]
+    return [*lines[: _MAX_LINES - 1], cut(lines[_MAX_LINES - 1], width - 3) + "..."]

@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from spin.config import Component, SFTConfig, SPINConfig, as_written, plain, read_yaml
+from spin.config import Component, SFTConfig, SPINConfig, as_written, plain, read_yaml, sft_stage
 from spin.config.follow import FROM_HF
 from spin.config.schema import Config, EvaluatedModel
 from spin.core.errors import CheckpointError
@@ -158,6 +158,20 @@ def check_unchanged(
             f"The run in {output_dir} was started with another config: {'; '.join(found)}{of_sft}. Restore it{where}, "
             f"start a new output_dir, or allow it by resume_with_changes=[{','.join([*kept, *changed])}]."
         )
+
+
+def changed_sft(old: Mapping[str, Any], cfg: SPINConfig) -> str:
+    """How the section ``sft`` differs from that of an SFT stage with this :func:`run_fingerprint`, in words."""
+    ran, would_run = (
+        {
+            "epochs": values["max_epochs"],
+            "limit_train_batches": values["limit_train_batches"],
+            "lr": values["optimizer"]["lr"],
+            "lr_scheduler": values["lr_scheduler"],
+        }
+        for values in (old, plain(sft_stage(cfg)))
+    )
+    return "; ".join(differences({"sft": ran}, {"sft": would_run}))
 
 
 def _changed_keys(section: str, cfg: SPINConfig) -> list[str]:

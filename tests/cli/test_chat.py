@@ -15,8 +15,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spin.cli import main
+from spin.cli.chat_model import ChatModel
 from spin.core.dtypes import DTYPES, fast_dtype
+from spin.core.terminal import cells
 from tests.recipes.helpers import TINY_LORA, run
+
+
+class Spoken(list):
+    """Pieces of an answer, and what else an answer has."""
+
+    text, is_truncated = "said", False
+
 
 QUESTIONS = ['What does "copyleft" mean?', "Shorter, please."]
 SYSTEM = "Answer in one sentence."
@@ -172,7 +181,7 @@ def test_an_interrupted_answer_in_a_terminal(adapted, subprocess_env):
         (["base", "--against", "base"], "base is no model of a run"),
         (["run", "--against", "\N{SUPERSCRIPT TWO}"], "\N{SUPERSCRIPT TWO}: no such folder"),
         (["base", "--iteration", "0"], "--iteration chooses among those of a run"),
-        (["base"], "has no chat template"),
+        (["base"], "there as chat_template.jinja"),
         (["damaged"], "has no weights for model.norm.weight"),
     ],
 )
@@ -184,6 +193,15 @@ def test_what_cannot_chat(adapted, monkeypatch, capsys, arguments, words):
         del tensors["model.norm.weight"]
         save_file(tensors, folder + "/model.safetensors", {"format": "pt"})
     assert words in chat(monkeypatch, capsys, [], *arguments, code=1).err
+
+
+def test_columns_of_wide_text_are_aligned(adapted, monkeypatch, capsys):
+    """Wide names and answers, as the tokenizer of a Chinese model writes them."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(ChatModel, "answer", lambda *_: Spoken(["\u6c49\u5b57", " \uff0c\u304b\u306a" * 30, " end"]))
+    rows = chat(monkeypatch, capsys, [QUESTIONS[0]], adapted, "--against", "0").out.split("\n")[2:-2]
+    assert len(rows) >= 4 and {cells(row.partition(" | ")[0]) for row in rows} == {48}
+    assert "".join(row.partition(" | ")[0].strip() for row in rows).count("\u304b\u306a") == 30
 
 
 def test_a_conversation_that_is_too_long(adapted, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import sys
+import textwrap
 
 import pytest
 
@@ -26,6 +27,29 @@ def test_other_ranks_only_warn(monkeypatch, rank, level):
     assert logging.getLogger("spin.model.build").getEffectiveLevel() == level
     monkeypatch.delenv("RANK", raising=False)
     terminal.get_logger("INFO")
+
+
+WIDE = "\u6c49\u5b57\uff0c\u304b\u306a"  # five characters of two cells
+
+
+@pytest.mark.parametrize(
+    ("text", "cells"),
+    [("word", 4), (WIDE, 10), ("cafe\u0301", 4), ("\u0915\u094d\u0937", 2), ("\U0001f600!", 3), ("\uff76", 1)],
+)
+def test_widths_are_cells_of_a_terminal(text, cells):
+    assert terminal.cells(text) == cells
+    assert terminal.fill(text, 12) == text + " " * (12 - cells)
+
+
+@pytest.mark.parametrize("width", [8, 9, 40])
+@pytest.mark.parametrize("text", [WIDE * 9, f"a word, {WIDE * 5} and more of {WIDE} " * 3, "e\u0301" * 50, "a-b " * 30])
+def test_wrapped_lines_fit_and_lose_nothing(width, text):
+    lines = terminal.wrap(text, width)
+    assert width - 2 <= max(map(terminal.cells, lines)) <= width
+    assert not any(line.startswith("\u0301") for line in lines)
+    assert "".join("".join(lines).split()) == "".join(text.split())
+    plain = text.encode("ascii", "replace").decode()
+    assert terminal.wrap(plain, width) == textwrap.wrap(plain, width)
 
 
 def test_a_screen_without_unicode_ends_nothing(monkeypatch):

@@ -5,6 +5,7 @@ import json
 import pytest
 import spin_recipe
 
+from spin.core.terminal import cells
 from spin.generators import TorchtuneGenerator
 from spin.report import fixed_prompts_table
 from tests.recipes.helpers import TIMES, dies, run
@@ -85,3 +86,10 @@ def test_the_table_fits_the_terminal(columns):
     assert (" | after iteration 0" in text) == (columns >= 105)
     for head in ("before training", "after iteration 0", "after iteration 1", "real"):
         assert head in text
+
+
+def test_the_table_of_wide_text_is_aligned():
+    row = {"sample_id": "a", "prompt": "Q", "real": "short", "finish_reason": "stop", "response": "\u6c49\u5b57" * 40}
+    lines = fixed_prompts_table([{**row, "iteration": i} for i in range(2)], 100).splitlines()[4:]
+    assert len(lines) > 4 and max(map(cells, lines)) <= 100
+    assert {cells(line[: line.rindex(" | ")]) for line in lines if line.count(" | ") == 2} == {65}

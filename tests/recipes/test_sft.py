@@ -63,7 +63,7 @@ def test_a_step_is_that_of_transformers_on_the_mean_over_all_response_tokens(tmp
 
 
 @pytest.mark.parametrize("config", [CONFIG, TINY_LORA], ids=["full", "lora"])
-def test_it_resumes_bit_for_bit_and_self_play_starts_from_its_result(tmp_path, config):
+def test_it_resumes_bit_for_bit_and_self_play_starts_from_its_result(tmp_path, config, caplog):
     """The same config does both; SPIN's first loss is that of two equal models, its policy the one that SFT left."""
     keys = ("sft.epochs=2", "save_interval=1")
     whole = sft(tmp_path / "whole", *keys, config=config)
@@ -82,8 +82,14 @@ def test_it_resumes_bit_for_bit_and_self_play_starts_from_its_result(tmp_path, c
     rows = metrics_of(tmp_path / "whole/sft")
     assert rows[-1]["loss"] < rows[1]["loss"] - 0.1
 
-    recipe = SPINRecipe(tiny_config(tmp_path / "whole", *SHORT, config=config))
-    recipe.setup()
+    for changes, warned in (("sft.epochs=3", "sft.lr=2e-3"), True), (("sft.epochs=2", "loss.beta=0.3"), False):
+        caplog.clear()
+        recipe = SPINRecipe(tiny_config(tmp_path / "whole", *SHORT, *changes, config=config))
+        recipe.setup()
+        assert ("sft.epochs is 3, was 2; sft.lr is 0.002, was 0.001: self-play" in caplog.text) == warned
+        assert ("set a new output_dir and run spin_sft" in caplog.text) == warned
+        if warned:
+            recipe.cleanup()
     assert weights_of(recipe) == whole.final_weights
     recipe.train()
     recipe.cleanup()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from spin.core.terminal import cells
 from spin.run.messages import finish_message, iteration_summary, sample_table, start_message
 from spin.run.progress import SPINProgress
 
@@ -60,6 +61,10 @@ def test_tables_are_as_wide_as_the_terminal(monkeypatch, columns, widest):
     text = "What does the hacker slang term grok mean to somebody who never heard it? " * 3
     table = sample_table([{"prompt": text, "real": text, "generated": text, "margin": -1.25}])
     assert max(map(len, table.splitlines()[1:])) == widest and "-1.250" in table
+    wide = "\u6c49\u5b57\uff0ccafe\u0301 " * 30
+    lines = sample_table([{"prompt": wide, "real": "short", "generated": wide, "margin": 0.5}]).splitlines()[1:]
+    assert max(map(cells, lines)) <= widest
+    assert cells(lines[2].rpartition(" | ")[0]) == cells(lines[1].rpartition("-+-")[0])
     metrics = dict.fromkeys(("loss", "total_loss", "rewards_generated_mean", "val_spin_loss"), -12.3456)
     summary = iteration_summary("iteration 0", [metrics], -12.3, Path("a/i"), Path("m"), Path("c"))
     assert max(len(line) for line in summary.splitlines() if "step" in line) <= 80
