@@ -115,8 +115,8 @@ class CollapseMonitor:
             if self._limits[name] is not None and not rise <= self._limits[name]:  # which NaN is not either
                 found[name] = (
                     f"the validation loss is {val_loss:.4g}, {rise:.0%} above its lowest so far: the "
-                    "policy unlearns what the data teaches. The model of an earlier iteration is better; lower "
-                    "optimizer.lr, or raise loss.beta or nll_weight"
+                    "policy unlearns what the data teaches. An earlier model is better; lower the learning rate or "
+                    "train less; in self-play a higher loss.beta or nll_weight holds the policy, too"
                 )
         for name, values in self._recent.items():
             if step_in_iteration == 1:
