@@ -63,8 +63,9 @@ class FilteredPairs(Iterable[Pair]):
                         f"All {counts['responses']:,} responses {are}, so the model has learned what this data can "
                         "teach and no pair is left to train on. Stop here, or give more data."
                     )
+            found = ", ".join(f"{kind.replace('_', ' ')} {count:,}" for kind, count in counts.items())
             raise StoreError(
-                f"No pair is left of {num_pairs}: {dict(counts)}. Every response was dropped by pairs.truncated, "
+                f"No pair is left of {num_pairs:,}: {found}. Every response was dropped by pairs.truncated, "
                 "pairs.equal_to_real, pairs.empty or the weight 0 of a verdict of pairs.checker; relax them, or raise "
                 "sampling.max_new_tokens."
             )

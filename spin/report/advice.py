@@ -142,9 +142,17 @@ def _of_gradients(steps: Sequence[Metrics]) -> str:
     names = [f"gradient/{name}" for name in ("cosine", "cosine_error", "ratio", "signal", "sft_signal")]
     clear = [[row[name] for name in names] for row in steps if all(is_number(row.get(name)) for name in names)]
     if not clear:
+        (first, *_) = (row for row in steps if names[3] in row)
+        # no number: gradients that are zero throughout
+        signal, of_sft = (first[name] if is_number(first[name]) else 0.0 for name in names[3:])
         return (
-            "no direction stands out of the noise between pairs, neither of SPIN's gradient nor of fine-tuning's on "
-            "the same responses: there may be nothing left to learn from this data. Use other data, or stop here."
+            "SPIN's gradient and fine-tuning's on the same responses do not both stand out of the noise between pairs "
+            f"({signal:.1%} and {of_sft:.1%} of a step's are signal): "
+            + (
+                "fine-tune instead (spin_sft)."
+                if of_sft > 0.5
+                else "there may be nothing left to learn from this data. Use other data, or stop here."
+            )
         )
     (cosine, error, ratio, signal, of_sft), (last, last_error, *_) = clear[0], clear[-1]
     text = f"SPIN's gradient has the cosine {cosine:.2f} ± {error:.2f} to that of fine-tuning on the same responses"

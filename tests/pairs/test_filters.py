@@ -53,7 +53,7 @@ def test_verdicts_drop_what_has_no_weight():
 
 
 def test_all_pairs_dropped_is_an_error():
-    with pytest.raises(StoreError, match="No pair is left of 1: {'responses': 1"):
+    with pytest.raises(StoreError, match="No pair is left of 1: responses 1, truncated 0, equal to real 0, empty 1, "):
         list(FilteredPairs(PAIRS[3:4]))
     with pytest.raises(StoreError, match="All 1 responses equal the real ones, so the model has learned what"):
         list(FilteredPairs(PAIRS[2:3], equal_to_real="drop"))
