@@ -143,7 +143,6 @@ def _of_gradients(steps: Sequence[Metrics]) -> str:
     clear = [[row[name] for name in names] for row in steps if all(is_number(row.get(name)) for name in names)]
     if not clear:
         (first, *_) = (row for row in steps if names[3] in row)
-        # no number: gradients that are zero throughout
         signal, of_sft = (first[name] if is_number(first[name]) else 0.0 for name in names[3:])
         return (
             "SPIN's gradient and fine-tuning's on the same responses do not both stand out of the noise between pairs "

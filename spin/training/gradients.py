@@ -122,7 +122,8 @@ def gradient_metrics(products: torch.Tensor, pairs: torch.Tensor, batch_size: in
     mean = between(list(range(parts)))
     without = torch.stack([between([each for each in range(parts) if each != part]) for part in range(parts)])
     noise = (counts * (products.diagonal() - mean[:2].repeat_interleave(parts))).view(2, parts).mean(1)  # of one pair
-    signal, sft_signal = (mean[:2] / (mean[:2] + noise / batch_size)).tolist()
+    fractions = mean[:2] / (mean[:2] + noise / batch_size)
+    signal, sft_signal = fractions.nan_to_num(0.0).tolist()  # 0 / 0: a gradient that is zero throughout
     found = {"signal": signal, "sft_signal": sft_signal}
     if (mean[:2] > _CLEAR * error(without)[:2]).all() and (without[:, :2] > 0).all():
         found["cosine"], found["cosine_error"] = cosines(mean).item(), error(cosines(without)).item()

@@ -317,7 +317,7 @@ GRADIENTS = {"cosine": 0.98, "cosine_error": 0.01, "ratio": 0.05, "signal": 0.02
          "is signal): fine-tune instead (spin_sft)."),
         (GRADIENTS, GRADIENTS | {"cosine": 0.2}, "(spin_sft). At its end the cosine is 0.20 ± 0.01: the"),
         (GRADIENTS | {"cosine": 0.6, "ratio": 1.5}, None, "Iteration 1: SPIN's gradient has the cosine 0.60 ±"),
-        ({"signal": 0.001, "sft_signal": -0.001}, None, "0.1% and -0.1% of a step's are signal): there may be nothing left"),
+        ({"signal": 0.001, "sft_signal": -0.001}, None, "0.1% and -0.1% of a step's are signal): there may be"),
         ({"signal": None, "sft_signal": 0.2}, None, "0.0% and 20.0% of a step's are signal): there may be"),
         ({"signal": -0.05, "sft_signal": 0.95}, None, "-5.0% and 95.0% of a step's are signal): fine-tune instead"),
     ],

@@ -53,6 +53,8 @@ def test_what_does_not_stand_out_of_the_noise_has_no_cosine():
     found = gradient_metrics(noise @ noise.T, torch.ones(8), batch_size=8)
     assert found.keys() == {"gradient/signal", "gradient/sft_signal"} and abs(found["gradient/signal"]) < 0.1
     assert gradient_metrics(torch.full((16, 16), torch.nan), torch.ones(8), batch_size=8) == {}
+    noise[:8] = 0  # pairs of equal responses have no gradient
+    assert gradient_metrics(noise @ noise.T, torch.ones(8), batch_size=8)["gradient/signal"] == 0
 
 
 @pytest.mark.parametrize(
