@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arms import add_arguments, compact, run_plan
 from checkable_problems import VERDICTS, verdict, write_problems
+from jobs import add_arguments, compact, run_plan
 
 from spin.core.files import write_json
 

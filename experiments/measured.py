@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import overrides
+from jobs import overrides
 from spin_recipe import SPINRecipe
 from spin_sft import SFTRecipe
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arms import add_arguments, run_plan
+from jobs import add_arguments, run_plan
 from real_report import PLAN, write_report
 
 SUM_TOKENS = 48  # of a response to a sum

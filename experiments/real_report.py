@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from arms import compact
+from jobs import compact
 from pages import drawing, fill_sections, save
 
 from spin.core.files import write_json

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import spin
-from spin.config import plain
+from spin.config import escaped, plain
 from spin.core.errors import OutputError
 from spin.core.files import SFT_STAGE, file_sha256
 from spin.core.hub import hub_name, is_hub_name
@@ -88,7 +88,7 @@ def model_card(
     named = [each.get("source") for each in sources if OmegaConf.is_dict(each)]
     datasets = [each for each in named if isinstance(each, str) and _is_data_set(each)]
     start = cfg.checkpointer.checkpoint_dir if name is None else base
-    cfg = OmegaConf.create(_without_folders(plain(cfg)))
+    cfg = OmegaConf.create(escaped(_without_folders(plain(cfg))))  # a reference to the environment stays one
     is_adapter = (model / "adapter_config.json").is_file()
     head = {
         "library_name": "peft" if is_adapter else "transformers",

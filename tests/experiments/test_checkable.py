@@ -13,9 +13,9 @@ from spin.config import SPINConfig, complete, load_config
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "experiments"))  # as when it runs, and for its workers
 
-import arms  # noqa: E402
 import checkable  # noqa: E402
 import checkable_report  # noqa: E402
+import jobs as job_plan  # noqa: E402
 from checkable_problems import FAMILIES, check, make_rows, verdict  # noqa: E402
 
 PLAN = yaml.safe_load(checkable.PLAN.read_text(encoding="utf-8"))
@@ -82,7 +82,7 @@ def test_the_pages_have_the_figures_of_the_results():
 
 def arguments(out, *given):
     parser = argparse.ArgumentParser()
-    arms.add_arguments(parser, out=str(out))
+    job_plan.add_arguments(parser, out=str(out))
     return parser.parse_args(given)
 
 
@@ -93,16 +93,16 @@ def arguments(out, *given):
 def test_every_arm_of_the_plans_is_a_config_that_works(experiment, form, tmp_path, tiny_lm):
     """As far as can be known without the model: keys, kinds, lists by iteration."""
     plan = yaml.safe_load((REPO / "experiments" / f"{experiment}.yaml").read_text(encoding="utf-8"))
-    seeds = {job["seed"] for job in arms.make_jobs(plan, form, arguments(tmp_path))}
+    seeds = {job["seed"] for job in job_plan.make_jobs(plan, form, arguments(tmp_path))}
     assert seeds == set(plan["forms"][form]["seeds"])
-    jobs = arms.make_jobs(plan, form, arguments(tmp_path, "--seeds", "0"))
+    jobs = job_plan.make_jobs(plan, form, arguments(tmp_path, "--seeds", "0"))
     names = [job["name"] for job in jobs]
     assert len(set(names)) == len(names)
     for job in jobs:
         assert job["needs"] is None or names.index(job["needs"]) < names.index(job["name"])
         paths = {"${model}": str(tiny_lm), "${start}": str(tiny_lm), "${data}": str(tmp_path)}
-        settings = {**arms.fill(job["settings"], paths), "output_dir": str(tmp_path), "device": "cpu"}
-        complete(load_config(job["base"], arms.overrides(settings)), SPINConfig)
+        settings = {**job_plan.fill(job["settings"], paths), "output_dir": str(tmp_path), "device": "cpu"}
+        complete(load_config(job["base"], job_plan.overrides(settings)), SPINConfig)
     for _, *both in plan["forms"][form].get("situations", []):
         assert {f"{name}-seed0" for name in both} <= set(names)
 
@@ -147,7 +147,7 @@ def test_the_smallest_form_from_start_to_page(tmp_path, capfd):
 
 def test_an_unknown_arm_and_form_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit, match="no arm spun; there are start, sft"):
-        arms.make_jobs(PLAN, "small", arguments(tmp_path, "--arms", "spun"))
+        job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--arms", "spun"))
     with pytest.raises(SystemExit):
         checkable.main(["--form", "large"])
     assert "--form large: expected small, full" in capsys.readouterr().err
