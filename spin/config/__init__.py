@@ -16,10 +16,11 @@ from spin.config.schema import (
     SFTConfig,
     SPINConfig,
 )
-from spin.config.sft import sft_stage
+from spin.config.sft import sft_settings, sft_stage
 
 __all__ = [
     "COMPONENT", "Component", "Config", "EvaluateConfig", "Faults", "GenerateConfig", "SFTConfig", "SPINConfig",
     "Section", "as_written", "complete", "component_of", "escaped", "find_config", "holds_secrets", "instantiate",
-    "load_config", "nested", "packaged_configs", "parse", "parse_overrides", "plain", "read_yaml", "sft_stage", "shown",
+    "load_config", "nested", "packaged_configs", "parse", "parse_overrides", "plain", "read_yaml", "sft_settings",
+    "sft_stage", "shown",
 ]  # fmt: skip

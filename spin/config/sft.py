@@ -16,11 +16,16 @@ from spin.core.files import SFT_STAGE
 _EMBEDDED = "spin.generators.TorchtuneGenerator"
 
 
+def sft_settings(cfg: SPINConfig) -> dict[str, Any]:
+    """The section ``sft``, with the learning rate that it has for null."""
+    # what most of torchtune 0.6.1's configs have
+    lr = cfg.sft.lr or (3e-4 if cfg.checkpointer.component == LORA_CHECKPOINTER else 2e-5)
+    return {**plain(cfg.sft), "lr": lr}
+
+
 def sft_stage(cfg: SPINConfig) -> SFTConfig:
     """The config of a run's SFT stage: one iteration without opponent, by what the section ``sft`` says."""
-    folder, sft, beta = str(Path(cfg.output_dir) / SFT_STAGE), cfg.sft, cfg.loss.beta
-    # what most of torchtune 0.6.1's configs have
-    lr = sft.lr or (3e-4 if cfg.checkpointer.component == LORA_CHECKPOINTER else 2e-5)
+    folder, sft, beta = str(Path(cfg.output_dir) / SFT_STAGE), sft_settings(cfg), cfg.loss.beta
     is_embedded = cfg.generator.component == _EMBEDDED
 
     def moved(path: str) -> str:
@@ -31,9 +36,9 @@ def sft_stage(cfg: SPINConfig) -> SFTConfig:
         writes = {name: values[name] for name in ("checkpointer", "metric_logger")}
         return {
             **values, **with_paths(writes, moved),
-            "output_dir": folder, "max_iterations": 1, "max_epochs": sft.epochs,
-            "limit_train_batches": sft.limit_train_batches, "lr_scheduler": plain(sft.lr_scheduler),
-            "optimizer": {**values["optimizer"], "lr": lr},
+            "output_dir": folder, "max_iterations": 1, "max_epochs": sft["epochs"],
+            "limit_train_batches": sft["limit_train_batches"], "lr_scheduler": sft["lr_scheduler"],
+            "optimizer": {**values["optimizer"], "lr": sft["lr"]},
             "loss": {**values["loss"], "beta": beta[0] if isinstance(beta, list) else beta},
             "pairs": {**values["pairs"], "history": 0}, "validation": {**values["validation"], "spin": False},
             # what answers the prompts of the table of samples

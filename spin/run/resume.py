@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from spin.config import Component, SFTConfig, SPINConfig, as_written, plain, read_yaml, sft_stage
+from spin.config import Component, SFTConfig, SPINConfig, as_written, plain, read_yaml, sft_settings
 from spin.config.follow import FROM_HF
 from spin.config.schema import Config, EvaluatedModel
 from spin.core.errors import CheckpointError
@@ -162,16 +162,9 @@ def check_unchanged(
 
 def changed_sft(old: Mapping[str, Any], cfg: SPINConfig) -> str:
     """How the section ``sft`` differs from that of an SFT stage with this :func:`run_fingerprint`, in words."""
-    ran, would_run = (
-        {
-            "epochs": values["max_epochs"],
-            "limit_train_batches": values["limit_train_batches"],
-            "lr": values["optimizer"]["lr"],
-            "lr_scheduler": values["lr_scheduler"],
-        }
-        for values in (old, plain(sft_stage(cfg)))
-    )
-    return "; ".join(differences({"sft": ran}, {"sft": would_run}))
+    ran = {"epochs": old["max_epochs"], "lr": old["optimizer"]["lr"]}
+    ran |= {key: old[key] for key in ("lr_scheduler", "limit_train_batches")}
+    return "; ".join(differences({"sft": ran}, {"sft": sft_settings(cfg)}))
 
 
 def _changed_keys(section: str, cfg: SPINConfig) -> list[str]:

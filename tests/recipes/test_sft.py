@@ -8,7 +8,7 @@ from spin_recipe import SPINRecipe
 from spin_sft import SFTRecipe
 from transformers import AutoModelForCausalLM
 
-from spin.config import SFTConfig, as_written, plain, sft_stage
+from spin.config import SFTConfig, SPINConfig, as_written, plain, sft_stage
 from spin.core.errors import CheckpointError
 from tests.recipes.helpers import (
     CONFIG,
@@ -23,6 +23,12 @@ from tests.recipes.helpers import (
 )
 
 SHORT = ("max_iterations=1", "max_epochs=1", "limit_train_batches=2", "sft.lr=1e-3")
+
+
+class OwnConfig(SPINConfig):
+    """Of a recipe of one's own, which spin_sft does not know."""
+
+    greeting: str = "hello"
 
 
 def sft(output_dir, *overrides, recipe_class=SFTRecipe, config=CONFIG):
@@ -84,7 +90,7 @@ def test_it_resumes_bit_for_bit_and_self_play_starts_from_its_result(tmp_path, c
 
     for changes, warned in (("sft.epochs=3", "sft.lr=2e-3"), True), (("sft.epochs=2", "loss.beta=0.3"), False):
         caplog.clear()
-        recipe = SPINRecipe(tiny_config(tmp_path / "whole", *SHORT, *changes, config=config))
+        recipe = SPINRecipe(tiny_config(tmp_path / "whole", *SHORT, *changes, config=config, model=OwnConfig))
         recipe.setup()
         assert ("sft.epochs is 3, was 2; sft.lr is 0.002, was 0.001: self-play" in caplog.text) == warned
         assert ("set a new output_dir and run spin_sft" in caplog.text) == warned
