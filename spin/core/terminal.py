@@ -81,7 +81,7 @@ class _CellWrapper(TextWrapper):
 
     def _handle_long_word(self, reversed_chunks: list[str], cur_line: list[str], cur_len: int, width: int) -> None:
         word = reversed_chunks.pop()
-        head = cut(word, width - cur_len)
+        head = cut(word, width - cur_len) or word[: not cur_len]  # a line has at least one character
         cur_line.append(_Word(head))
         reversed_chunks.append(_Word(word.removeprefix(head)))
 

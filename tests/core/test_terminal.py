@@ -50,6 +50,7 @@ def test_wrapped_lines_fit_and_lose_nothing(width, text):
     assert "".join("".join(lines).split()) == "".join(text.split())
     plain = text.encode("ascii", "replace").decode()
     assert terminal.wrap(plain, width) == textwrap.wrap(plain, width)
+    assert terminal.wrap("\u6f22\u5b57", 1) == ["\u6f22", "\u5b57"], "a character that is wider than the line ends"
 
 
 def test_a_screen_without_unicode_ends_nothing(monkeypatch):
