@@ -39,7 +39,10 @@ class Alert:
     def error(self, step: int) -> CollapseError:
         """The error that ends the run, once it is rolled back or saved at ``step``."""
         state = "back at the iteration's start" if self.rolls_back else f"saved at step {step}"
-        return CollapseError(f"{self.message} The run is {state}; fix the config and rerun the same command to resume.")
+        back = "" if self.rolls_back else "; resume=FOLDER goes back to an earlier checkpoint"
+        return CollapseError(
+            f"{self.message} The run is {state}{back}; fix the config and rerun the same command to resume."
+        )
 
 
 class CollapseMonitor:
