@@ -164,7 +164,7 @@ def sized(tmp_path, machine, method=None):
     )
     text, report = draft(arguments, machine, ["compute_dtype=bf16"])
     assert len(report) <= 9 and any(
-        re.fullmatch(r"time .* s an iteration \(play .* in all; .*", line) for line in report
+        re.fullmatch(r"time .* s an iteration \(generate .*, .* in all; .*", line) for line in report
     )
     return yaml.safe_load(text)
 
