@@ -157,7 +157,7 @@ def test_a_run_is_the_same_whoever_generates_on_however_many_ranks(tmp_path, emb
         assert our_row.pop("row_fill", 0) >= 0 and their_row.pop("row_fill", 0) >= 0  # rows depend on the ranks
         for name in [name for name in our_row if name.endswith("logp_drift")]:  # of summed log-probs, rounded to 2e-5
             assert our_row.pop(name) == pytest.approx(their_row.pop(name), rel=1e-4, abs=1e-4)
-        updated = [row.pop("updated_fraction") for row in (our_row, their_row)]  # of the first rank's shards
+        updated = [row.pop("updated_fraction", 1.0) for row in (our_row, their_row)]  # of the first rank's shards
         assert updated[0] == pytest.approx(updated[1], abs=1e-3)
         assert our_row == pytest.approx(their_row, rel=1e-4, abs=1e-5)
 
