@@ -14,7 +14,39 @@ LOSS_TYPES = ("logistic", "hinge", "exponential", "correlation")
 _ALIASES = {"sigmoid": "logistic"}
 
 
-class SPINLoss(nn.Module):
+class _RewardLoss(nn.Module):
+    """A loss of pairs by the rewards of their two responses."""
+
+    beta: float
+
+    def forward(
+        self,
+        policy_real_logps: torch.Tensor,
+        policy_generated_logps: torch.Tensor,
+        reference_real_logps: torch.Tensor,
+        reference_generated_logps: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            policy_real_logps (torch.Tensor): summed log-probs in nats of the real responses, shape (n,).
+            policy_generated_logps (torch.Tensor): the same of the generated responses, shape (n,).
+            reference_real_logps (torch.Tensor): the opponent's, shape (n,).
+            reference_generated_logps (torch.Tensor): the opponent's, shape (n,).
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor, torch.Tensor]: losses, rewards of the real and rewards of the generated
+            responses, each of shape (n,). Rewards are ``beta * (log p - log p_ref)``, detached.
+        """
+        real_rewards = self.beta * (policy_real_logps - reference_real_logps)
+        generated_rewards = self.beta * (policy_generated_logps - reference_generated_logps)
+        losses = self._losses(real_rewards, generated_rewards)
+        return losses, real_rewards.detach(), generated_rewards.detach()
+
+    def _losses(self, real_rewards: torch.Tensor, generated_rewards: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class SPINLoss(_RewardLoss):
     """Self-Play fIne-tuNing loss: tells the real response from the opponent's.
 
     With ``z = beta * [(log p(real) - log p_ref(real)) - (log p(gen) - log p_ref(gen))]`` the loss of a pair is
@@ -58,31 +90,12 @@ class SPINLoss(nn.Module):
         self.loss_type = loss_type
         self.label_smoothing = float(label_smoothing)
 
-    def forward(
-        self,
-        policy_real_logps: torch.Tensor,
-        policy_generated_logps: torch.Tensor,
-        reference_real_logps: torch.Tensor,
-        reference_generated_logps: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            policy_real_logps (torch.Tensor): summed log-probs in nats of the real responses, shape (n,).
-            policy_generated_logps (torch.Tensor): the same of the generated responses, shape (n,).
-            reference_real_logps (torch.Tensor): the opponent's, shape (n,).
-            reference_generated_logps (torch.Tensor): the opponent's, shape (n,).
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor, torch.Tensor]: losses, rewards of the real and rewards of the generated
-            responses, each of shape (n,). Rewards are ``beta * (log p - log p_ref)``, detached.
-        """
-        real_rewards = self.beta * (policy_real_logps - reference_real_logps)
-        generated_rewards = self.beta * (policy_generated_logps - reference_generated_logps)
+    def _losses(self, real_rewards: torch.Tensor, generated_rewards: torch.Tensor) -> torch.Tensor:
         margins = real_rewards - generated_rewards
         losses = self._pair_loss(margins)
         if self.label_smoothing > 0:
             losses = (1 - self.label_smoothing) * losses + self.label_smoothing * self._pair_loss(-margins)
-        return losses, real_rewards.detach(), generated_rewards.detach()
+        return losses
 
     def _pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
         if self.loss_type == "logistic":
@@ -94,7 +107,7 @@ class SPINLoss(nn.Module):
         return 1 - margins
 
 
-class SPACELoss(nn.Module):
+class SPACELoss(_RewardLoss):
     """Self-PlAy via noise Contrastive Estimation: tells real and generated responses apart, each by itself.
 
     With ``r = beta * (log p - log p_ref)`` of a response and ``sigma_mu(r) = 1 / (1 + mu * exp(-r))``, the probability
@@ -132,30 +145,9 @@ class SPACELoss(nn.Module):
             raise ConfigError(f"loss.mu={mu}: expected a number above 0, of generated responses for each real one.")
         self.beta, self.mu = float(beta), float(mu)
 
-    def forward(
-        self,
-        policy_real_logps: torch.Tensor,
-        policy_generated_logps: torch.Tensor,
-        reference_real_logps: torch.Tensor,
-        reference_generated_logps: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As :meth:`SPINLoss.forward`.
-
-        Args:
-            policy_real_logps (torch.Tensor): summed log-probs in nats of the real responses, shape (n,).
-            policy_generated_logps (torch.Tensor): the same of the generated responses, shape (n,).
-            reference_real_logps (torch.Tensor): the opponent's, shape (n,).
-            reference_generated_logps (torch.Tensor): the opponent's, shape (n,).
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor, torch.Tensor]: losses, rewards of the real and rewards of the generated
-            responses, each of shape (n,). Rewards are ``r``, detached.
-        """
-        real_rewards = self.beta * (policy_real_logps - reference_real_logps)
-        generated_rewards = self.beta * (policy_generated_logps - reference_generated_logps)
+    def _losses(self, real_rewards: torch.Tensor, generated_rewards: torch.Tensor) -> torch.Tensor:
         log_mu = math.log(self.mu)  # sigma_mu(r) = sigmoid(r - log mu)
-        losses = -F.logsigmoid(real_rewards - log_mu) - self.mu * F.logsigmoid(log_mu - generated_rewards)
-        return losses, real_rewards.detach(), generated_rewards.detach()
+        return -F.logsigmoid(real_rewards - log_mu) - self.mu * F.logsigmoid(log_mu - generated_rewards)
 
 
 def _check_beta(beta: float) -> None:
