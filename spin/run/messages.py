@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -191,6 +192,7 @@ def best_by_validation(output_dir: Path) -> str:
     for row in AppendedLines(output_dir / "metrics.jsonl").read():
         if "val_loss" in row:
             losses[row.get("iteration", -1)] = row["val_loss"]
+    losses = {number: loss for number, loss in losses.items() if math.isfinite(loss)}  # NaN compares as the lowest
     if not losses.keys() - {-1}:
         return ""
     names = {number: f"iteration {number}" if number >= 0 else "the start" for number in losses}
