@@ -17,8 +17,9 @@ models are not written unless --save is given; --save-last writes those of the l
 
 "imports" are what passes from the process's start to the command's own work. The table of starts sums up what a user
 waits for: from the process's start to the end of iteration 0, without the making of model and data, against iteration
-1, and seconds of torch.compile by stage. TORCHINDUCTOR_CACHE_DIR=<an empty folder> makes a cold start, the same command
-again a warm one (with --folder removed and --model-folder kept). --iterations 1 stops after the first.
+1, seconds of torch.compile by stage, and how many programs torch's cache had. TORCHINDUCTOR_CACHE_DIR and
+TRITON_CACHE_DIR=<an empty folder> make a cold start, the same command again a warm one (with --folder removed and
+--model-folder kept). --iterations 1 stops after the first.
 
 The last line compares training with the arithmetic that the pairs need at least; frozen weights need none for
 gradients of their own. It takes the median step of the last iteration.
@@ -45,6 +46,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rounds import free
 from spin_recipe import SPINRecipe
+from torch._dynamo.utils import counters
 from transformers import AutoTokenizer
 from work import MIXES, MODELS, Sizes, floor_of_work, llama_config, log_normal_lengths, randomize
 
@@ -261,6 +263,12 @@ def starts(stages: Stages, before: float, metrics: Sequence[dict[str, Any]]) -> 
         "before iteration 0": before,
         "iterations": whole,
         "compiling": compiling,
+        "program cache": {
+            name: count
+            for kind in ("aot_autograd", "inductor")
+            for name, count in counters[kind].items()
+            if "cache" in name
+        },
         "reference pass / epoch": [
             seconds[i, "reference log-probs"] / seconds[i, "train"] for i in range(len(stages.spans))
         ],
