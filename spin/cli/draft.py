@@ -17,7 +17,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from spin.cli.memory import Estimate, estimate, fewest_sequences, shapes_of, usable_gib
+from spin.cli.memory import Estimate, estimate, fewest_sequences, longer_rows, shapes_of, usable_gib
 from spin.cli.rates import kind_of_gpu
 from spin.cli.timing import Cluster, clock, is_extrapolated, stages
 from spin.config import COMPONENT, SPINConfig, complete, instantiate, load_config, nested, plain
@@ -139,7 +139,9 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     while size > machine.ranks and trained // size < _FEW_STEPS:
         size //= 2
     config.put("global_batch_size", max(1, min(size, trained // 2)), 64)  # two steps, validation behind each
-    needed = _fit_memory(config, machine, method, arguments.model)
+    # a response is about as long as the real one
+    pair_tokens = float((found.prompt_lengths + 2 * found.real_lengths)[fit].mean())
+    needed = _fit_memory(config, machine, method, arguments.model, pair_tokens)
     cfg = config.complete()
     steps = trained // cfg.global_batch_size
     if steps < 1:
@@ -150,8 +152,7 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
         f"memory    {_gib(needed.training)} GiB to train, {_gib(needed.playing)} to generate, of {machine.gib:.0f}: "
         f"rows of {cfg.pairs.row_tokens:,} tokens, {counted(fewest_sequences(cfg), 'response')} or more at once",
     ]
-    lengths_of_pair = found.prompt_lengths + 2 * found.real_lengths  # a response is about as long as the real one
-    report += _time(cfg, machine, steps * cfg.global_batch_size, round(lengths_of_pair[fit].mean()))
+    report += _time(cfg, machine, steps * cfg.global_batch_size, round(pair_tokens))
     report[0] += f", of which {needed.trained:,} are trained" if method != "full" else ""
     title = f"# SPIN, {_METHOD_TEXTS[method]}, sized by `spin new` for {machine.name}"
     return f"{title}\n#   spin run spin_recipe --config {arguments.out}\n{config.text()}", report
@@ -277,11 +278,16 @@ def _hold_out(found: Survey, fit: np.ndarray, cfg: SPINConfig, config: _Config) 
     return parts
 
 
-def _fit_memory(config: _Config, machine: Machine, method: str, model: str) -> Estimate:
+def _fit_memory(config: _Config, machine: Machine, method: str, model: str, pair_tokens: float) -> Estimate:
     """Chooses rows, checkpointing, optimizer and the generator's batch so that a run fits; what it will need."""
-    long_rows, rows = ((8192, 4096), (8192, 4096, 2048, 1024, 512)) if machine.has_gpu else ((1024, 512), (1024, 512))
-    training = [(False, row_tokens) for row_tokens in long_rows] + [(True, row_tokens) for row_tokens in rows]
-    shapes = shapes_of(config.complete())  # which none of these changes
+    cfg = config.complete()
+    shapes = shapes_of(cfg)  # which none of these changes
+    long_rows, short_rows = [1024, 512], []
+    if machine.has_gpu:
+        long_rows = [*reversed(longer_rows(cfg, machine.ranks, pair_tokens, shapes)), 8192, 4096]
+        short_rows = [2048, 1024, 512]
+    training = [(False, row_tokens) for row_tokens in long_rows]
+    training += [(True, row_tokens) for row_tokens in (*long_rows, *short_rows)]
     for optimizer in (None, _SMALL_OPTIMIZER) if machine.has_gpu and method == "full" else (None,):
         changes: dict[str, Any] = {} if optimizer is None else {f"optimizer.{COMPONENT}": optimizer}
         for checkpoints, row_tokens in training:

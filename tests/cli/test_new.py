@@ -149,8 +149,8 @@ def test_a_template_that_reasons_is_told_not_to_where_responses_do_not(tmp_path,
     assert main(["validate", str(out)]) == 0, capsys.readouterr().out
 
 
-def sized(tmp_path, machine, method=None):
-    """The config of a model of 4B parameters (Qwen3's shape) on a machine."""
+def sized(tmp_path, machine, method=None, rows=None, overrides=("compute_dtype=bf16",)):
+    """The config of a model of 4B parameters (Qwen3's shape) on a machine, for the quickstart's data or other rows."""
     from tests.hf_folders import folder_config
 
     shape = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
@@ -158,11 +158,11 @@ def sized(tmp_path, machine, method=None):
     folder_config("qwen3", **shape, tie_word_embeddings=True).save_pretrained(tmp_path / "model")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TINY_LM / file, tmp_path / "model")
-    data = jargon(tmp_path / "mine.jsonl", 40)
+    data = jargon(tmp_path / "mine.jsonl", 40) if rows is None else write_data(tmp_path / "mine.jsonl", rows)
     arguments = argparse.Namespace(
         model=str(tmp_path / "model"), data=str(data), method=method, out=tmp_path / "x.yaml"
     )
-    text, report = draft(arguments, machine, ["compute_dtype=bf16"])
+    text, report = draft(arguments, machine, list(overrides))
     assert len(report) <= 9 and any(
         re.fullmatch(r"time .* s an iteration \(generate .*, .* in all; .*", line) for line in report
     )
@@ -186,6 +186,25 @@ def test_rows_checkpointing_and_optimizer_fit_the_memory(tmp_path):
         sized(tmp_path, gpu(22))
     assert sized(tmp_path, gpu(22), "qlora")["model"]["quantize_base"]
     assert "enable_activation_checkpointing" not in sized(tmp_path, gpu(74, ranks=8))
+
+
+@pytest.mark.slow
+def test_rows_are_as_long_as_memory_and_a_ranks_part_of_a_batch_allow(tmp_path):
+    """Batches of 20 pairs of 400 + 2 x 1,000 words, over 24,576 tokens on one GPU and under 12,288 on each of eight.
+    Memory decides down to checkpointing; a dense mask costs the square of a row, so rows stay short with it."""
+    rows = [FORMATS["columns"][0]("w " * 400, "w " * 1000)] * 40
+
+    def row_tokens(gib, ranks=1, *overrides):
+        machine, changes = Machine("a GPU", ranks, gib, has_gpu=True, kind="H100"), ("global_batch_size=20", *overrides)
+        written = sized(tmp_path, machine, "lora", rows, changes)
+        return written["pairs"].get("row_tokens", 8192), written.get("enable_activation_checkpointing", False)
+
+    bf16 = "compute_dtype=bf16"
+    found = {gib: row_tokens(gib, 1, bf16) for gib in (127, 71, 50, 35, 20)}
+    assert found == {127: (24576, False), 71: (16384, False), 50: (12288, False), 35: (4096, False), 20: (24576, True)}
+    assert row_tokens(127, 8, bf16)[0] == row_tokens(127, 1, bf16, "attention=dense")[0] == 8192
+    assert row_tokens(127, 1, "compute_dtype=fp32")[0] == 8192
+    assert row_tokens(127, 1, bf16, "pairs.row_tokens=2048")[0] == 2048
 
 
 def test_kinds_of_gpus_are_known_by_the_drivers_names():
