@@ -31,6 +31,10 @@ from spin.pairs.row_mask import BLOCK
 
 log = logging.getLogger(__name__)
 
+# What an H200 computes in the 8.6 s that a further length of a row takes to compile, in the reference pass and again in
+# training (Llama 3.2 1B; programs grow with a layer's operations, not with its size), for each of three iterations
+_COMPILING_FLOPS = 8.6 * 471e12 / 3
+
 
 def build_model(section: Component | Mapping[str, Any] | DictConfig, dtype: torch.dtype) -> nn.Module:
     """Builds a model on the meta device: its shapes, no memory.
@@ -105,6 +109,8 @@ def window_of(model: nn.Module) -> int | None:
 def row_layout(model: nn.Module, cfg: SPINConfig, flex: bool) -> RowLayout:
     """How pairs are packed into rows that a model takes."""
     checker = cfg.pairs.checker
+    # of a token: twice the weights in the reference pass, six times in each epoch
+    token_flops = (2 + 6 * cfg.max_epochs) * sum(parameter.numel() for parameter in model.parameters())
     return RowLayout(
         row_tokens=cfg.pairs.row_tokens,
         row_multiple=math.lcm(cfg.pairs.row_multiple, BLOCK if flex else 1),
@@ -113,6 +119,7 @@ def row_layout(model: nn.Module, cfg: SPINConfig, flex: bool) -> RowLayout:
         unknown_weight=1.0 if checker is None else checker.unknown_weight,
         flex=flex,
         window=window_of(model),
+        compiling_tokens=round(_COMPILING_FLOPS / token_flops) if flex and cfg.compile else 0,
     )
 
 

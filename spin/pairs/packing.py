@@ -23,10 +23,9 @@ from spin.types import Pair
 # Until lengths are fitted, rows come in these fractions of row_tokens, so that compiled layers meet few shapes: dense
 # near 1, where rows are that share a batch evenly: n full rows and a bit more become n + 1 rows of n / (n + 1).
 ROW_FRACTIONS = (1, 15 / 16, 7 / 8, 13 / 16, 3 / 4, 11 / 16, 5 / 8, 1 / 2)
-MAX_FITTED = 3  # each costs seconds of compilation, in the reference pass and again in training
+MAX_FITTED = 3
 _STEPS = 32  # fitted lengths are multiples of this part of row_tokens
-# What new lengths must save in an epoch, of all tokens and in tokens of a rank: to compile them takes some 20 s
-_WORTH_COMPILING = (0.03, 250_000)
+_LEAST_GAIN = 0.03  # of an epoch's tokens: less is by chance, and the next iteration's pairs want other lengths
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class RowLayout:
     unknown_weight: float = 1.0  # with one that it does not know
     flex: bool = False  # rows describe their mask in blocks, for FlexAttention; else it is dense
     window: int | None = None  # sliding window of some of the model's layers, in positions
+    compiling_tokens: int = 0  # what a length must save in an epoch, on each rank, to be worth its compilation
     fitted: tuple[int, ...] = ()  # lengths that suit the pairs, ascending, see fit_lengths; empty: ROW_FRACTIONS
 
     def lengths(self) -> list[int]:
@@ -226,8 +226,9 @@ def plan_rows(lengths: Sequence[int], layout: RowLayout, num_ranks: int = 1) -> 
 
 
 def fit_lengths(batches: Iterable[Sequence[int]], layout: RowLayout, num_ranks: int = 1) -> RowLayout:
-    """The layout with the three lengths that leave least padding in the rows of global batches, given as the tokens of
-    their pairs; with the lengths that it was fitted with before if those leave hardly more."""
+    """The layout with the lengths, three at most, that leave least padding in the rows of global batches, given as the
+    tokens of their pairs; each must save more than ``compiling_tokens``. Lengths that were fitted before stay if they
+    leave hardly more."""
     step = layout._rounded(layout.row_tokens / _STEPS)
     plans = (_fewest_rows(lengths, layout.row_tokens, num_ranks) for lengths in batches)
     # all ranks wait for the longest of their n-th rows
@@ -241,12 +242,13 @@ def fit_lengths(batches: Iterable[Sequence[int]], layout: RowLayout, num_ranks: 
     def positions(lengths: tuple[int, ...]) -> int:
         return sum(length * (rows_up_to[length] - rows_up_to[shorter]) for shorter, length in pairwise((0, *lengths)))
 
-    shorter = combinations(range(1, longest), min(MAX_FITTED, longest) - 1)
-    best = min(((*each, longest) for each in shorter), key=positions)
+    compiling = layout.compiling_tokens
+    shorter = (each for number in range(MAX_FITTED) for each in combinations(range(1, longest), number))
+    best = min(((*each, longest) for each in shorter), key=lambda each: positions(each) * step + len(each) * compiling)
     fitted = replace(layout, fitted=tuple(min(each * step, layout._rounded(layout.row_tokens)) for each in best))
     before, now = (sum(map(each.padded_length, loads)) for each in (layout, fitted))
-    fraction, tokens = _WORTH_COMPILING
-    return layout if layout.fitted and before - now <= max(fraction * now, tokens) else fitted
+    worth = max(_LEAST_GAIN * now, compiling * len({*fitted.fitted} - {*layout.fitted}))
+    return layout if layout.fitted and before - now <= worth else fitted
 
 
 def _fewest_rows(lengths: Sequence[int], row_tokens: int, num_ranks: int) -> tuple[list[list[int]], list[int]]:
