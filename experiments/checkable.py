@@ -36,43 +36,40 @@ def measure(recipe: Any) -> dict[str, Any]:
         recipe (Any): a ``measured.Measured``.
 
     Returns:
-        dict[str, Any]: JSON values; those of sampled responses at the end of a run only. ``verdicts`` has a text for
-        the greedy responses and each of the sampled ones, with a letter of ``VERDICTS`` for each problem.
+        dict[str, Any]: JSON values; none of a start, nor before the end of a run. ``verdicts`` has a text for the
+        greedy responses and each of the sampled ones, with a letter of ``VERDICTS`` for each problem.
     """
+    if recipe.is_start or not recipe.is_over:  # a start is measured by an arm of its own
+        return {}
     plain = replace(recipe.sampling, temperature=1.0, top_p=1.0)
     greedy = replace(plain, temperature=0.0)
+    val, unseen = recipe.val_prompts, recipe.others["unseen"]
 
-    def judged(prompts: Sequence[Any], sampling: Any, number: int = 0) -> tuple[str, float]:
-        responses = recipe.respond(prompts, sampling, number)
-        letters = (
+    def judged(prompts: Sequence[Any], responses: Sequence[Any]) -> str:
+        return "".join(
             verdict(recipe.text(prompt.real_ids), recipe.text(each.token_ids), each.finish_reason == "length")
             for prompt, each in zip(prompts, responses, strict=True)
         )
-        return "".join(letters), sum(len(each.token_ids) for each in responses) / len(responses)
 
     with recipe.policy():
-        at_0, tokens = judged(recipe.val_prompts, greedy)
-        at_1 = [judged(recipe.val_prompts, plain, number)[0] for number in range(SAMPLES)] if recipe.is_over else []
-        unseen = judged(recipe.others["unseen"], greedy)[0]
-    families = [prompt.sample_id.split(":")[0] for prompt in recipe.val_prompts]
-    measured = {
+        (responses,) = recipe.respond([*val, *unseen], greedy)
+        at_1 = [judged(val, each) for each in recipe.respond(val, plain, range(SAMPLES))]
+    at_0, of_unseen = judged(val, responses[: len(val)]), judged(unseen, responses[len(val) :])
+    families = [prompt.sample_id.split(":")[0] for prompt in val]
+    return {
         "greedy": share("r", at_0),
         "families": {
             family: round(share("r", [letter for letter, of in zip(at_0, families, strict=True) if of == family]), 4)
             for family in dict.fromkeys(families)
         },
-        "response_tokens": tokens,
-        "unseen": share("r", unseen),
+        "response_tokens": sum(len(each.token_ids) for each in responses[: len(val)]) / len(val),
+        "unseen": share("r", of_unseen),
         **{f"nll_{name}": sum(nlls := recipe.nll(prompts)) / len(nlls) for name, prompts in recipe.others.items()},
+        "sampled": share("r", "".join(at_1)),
+        "pass_4": sum("r" in letters for letters in zip(*at_1, strict=True)) / len(at_0),
+        **{f"errors_{letter}": share(letter, "".join(at_1)) for letter in VERDICTS if letter != "r"},
+        "verdicts": [at_0, *at_1],
     }
-    if at_1:
-        measured |= {
-            "sampled": share("r", "".join(at_1)),
-            "pass_4": sum("r" in letters for letters in zip(*at_1, strict=True)) / len(at_0),
-            **{f"errors_{letter}": share(letter, "".join(at_1)) for letter in VERDICTS if letter != "r"},
-            "verdicts": [at_0, *at_1],
-        }
-    return measured
 
 
 def share(letter: str, letters: Sequence[str]) -> float:

@@ -76,7 +76,7 @@ def jobs_line(folder: Path, form: str) -> str:
     ended = [
         f"`{job['arm']}` (seed {job['seed']})"
         for job in jobs
-        if not job["iterations"] or "verdicts" not in job["iterations"][-1]
+        if not job["finished"] and "verdicts" not in (job["iterations"] or [{}])[-1]
     ]
     devices = ", ".join(sorted({job["device"] for job in jobs}))
     left_out = f" Ended by the deadline, and left out: {', '.join(ended)}." if ended else ""

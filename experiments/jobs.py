@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 
 
 def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> list[Job]:
-    """Starts, and one job for each arm and seed, all of the first seed first.
+    """All starts, then one job for each arm and seed, in the order of the arms: what a deadline cuts off comes last.
 
     Args:
         plan (Mapping[str, Any]): of a YAML file.
@@ -85,11 +85,10 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
         )  # fmt: skip
         return key
 
-    for seed in seeds or shape["seeds"]:
-        for name in names:
-            if seed in seeds or seed in arms[name].get("seeds", shape["seeds"]):
-                add("arms", name, seed, arms[name])
-    return list(jobs.values())
+    for name in names:
+        for seed in seeds or arms[name].get("seeds", shape["seeds"]):
+            add("arms", name, seed, arms[name])
+    return sorted(jobs.values(), key=lambda job: not job["keeps"])
 
 
 def run_plan(

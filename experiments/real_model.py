@@ -38,10 +38,10 @@ def measure(recipe: Any) -> dict[str, Any]:
 
     prompts, sums, choices = recipe.val_prompts, recipe.others["sums"], recipe.others["choices"]
     with recipe.policy():
-        responses = recipe.respond(prompts, recipe.sampling)
+        (responses,) = recipe.respond(prompts, recipe.sampling)
         # greedy, as for a sum
         short = replace(recipe.sampling, temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=SUM_TOKENS)
-        results = recipe.respond(sums, short)
+        (results,) = recipe.respond(sums, short)
     real = [recipe.text(prompt.real_ids) for prompt in prompts]
     generated = [recipe.text(response.token_ids) for response in responses]
     tokens = [response.token_ids for response in responses]
