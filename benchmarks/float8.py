@@ -7,7 +7,8 @@
 
 What is measured (--what):
     speed      forward and backward, and whole optimizer steps, of benchmarks/training_step.py's batches, arms by turns;
-               first a matrix product for as long as a step, whose rate is what steps are fractions of
+               first a matrix product for as long as a step, whose rate is what steps are fractions of. TFLOP/s are of
+               the least work that the pairs need, whatever the arithmetic
     gradients  the layers' matrices of the quickstart's model against fp32, of SFT's loss and of an iteration's first
                step, over the pairs of a run (--pairs); also with some of the three products in float8 alone. On a CPU
                float8 is emulated and all else fp32: only the quantization shows
@@ -105,7 +106,8 @@ def speed(model: str, args: argparse.Namespace) -> dict[str, Any]:
         result["off"][name] = (norms[1] / norms[0]).item()
         bench.zero_grads()
     del exact, found
-    result["forward and backward"] = bench.race({name: (name, function) for name, function in run.items()})
+    if not args.step_alone:
+        result["forward and backward"] = bench.race({name: (name, function) for name, function in run.items()})
     bench.drop("tensorwise")
     steps, states = {}, None
     for name, arm in ((name, arm) for name, arm in arms.items() if name != "tensorwise"):
@@ -333,21 +335,23 @@ def tables(results: dict[str, Any]) -> str:
             + (f"; a matrix product in bf16 {sustained:.0f} TFLOP/s, sustained" if sustained else "")
         )
         rows = []
-        for name in section["forward and backward"]:
-            cells = [TITLES[name]]
+        for name in section["off"]:
+            cells, peak = [TITLES[name]], None
             for what in ("forward and backward", "optimizer step"):
-                run, bf16 = (section[what].get(key) for key in (name, "compiled"))
+                run, bf16 = (section.get(what, {}).get(key) for key in (name, "compiled"))
                 cells += [f"{1e3 * run['median_seconds']:.0f}", _ratio(bf16, run)] if run else ["-", "-"]
+                peak = peak or (run and run["peak_gib"])
             step = section["optimizer step"].get(name)
-            rate = section["floor_tflop"] / step["median_seconds"] / sustained if sustained and step else None
-            peak = section["forward and backward"][name]["peak_gib"]
-            rows.append([*cells, _percent(rate), "-" if peak is None else f"{peak:.1f}"])
+            tflops = section["floor_tflop"] / step["median_seconds"] if step and "floor_tflop" in section else None
+            rate = tflops / sustained if tflops and sustained else None
+            rows.append([*cells, _number(tflops, ".0f"), _percent(rate), _number(peak, ".1f")])
         columns = [
             "",
             "forward and backward, ms",
             "x bf16",
             "optimizer step, ms",
             "x bf16",
+            "TFLOP/s",
             "of the product",
             "peak GiB",
         ]
@@ -361,6 +365,10 @@ def tables(results: dict[str, Any]) -> str:
 
 def _percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{100 * fraction:.0f} %"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
 
 
 def _gradient_tables(section: dict[str, Any]) -> list[str]:
@@ -429,6 +437,7 @@ def main() -> None:
     parser.add_argument("--arms", type=listed(list(TITLES)), default=list(TITLES), help=",".join(TITLES))
     parser.add_argument("--row-tokens", type=int, default=12288)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--step-alone", action="store_true", help="speed without forward and backward")
     parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
     parser.add_argument("--pairs", type=Path, default=Path("runs/quickstart/iteration_000/pairs"))
     parser.add_argument("--num-pairs", type=int, default=64)

@@ -661,6 +661,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "mean_prompt_tokens": statistics.mean(map(len, bench.prompts)),
             "mean_new_tokens": statistics.mean(bench.limits),
             "max_new_tokens": bench.max_new_tokens,
+            "cpus": os.cpu_count(),
+            "load": os.getloadavg()[0],  # processes that ran or waited for a CPU, over the last minute
         }
     }
 

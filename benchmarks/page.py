@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -39,7 +40,11 @@ ITERATION_GOALS = (
     ("whole iteration, vLLM and TRL, tuned, bf16 weights", "trl_bf16_vllm", 3.0),
 )
 FLOAT8_GOALS = (("llama3_1_8b_8_layers", "8 layers of 8B", 1.35), ("llama3_2_1b", "1B", 1.2))
-VLLM_GOAL = 1.3  # the embedded generator's tokens a second by vLLM's, 4,096 prompts of the 1B in both
+FLOAT8_TFLOPS_GOAL = 744.0  # of the least work, of FLOAT8_GOALS' first: Megatron-Bridge's Llama 3 8B, FP8, on an H100
+VLLM_GOAL = 1.3  # the embedded generator's tokens a second by vLLM's
+ADAPTER_GOAL = 0.95  # tokens a second through VLLMGenerator by those of its engine called bare
+QUIET = 0.25  # of a host's CPUs may be busy before engines are compared
+HASH = "hash of the weights"  # a stage of whole iterations that TRL alone has, as in benchmarks/peer_passes.py
 START_GOAL, REFERENCE_GOAL = 1.5, 0.35  # at most: iteration 0 by iteration 1, a reference pass by an epoch
 PRODUCT_GOAL = 0.75  # of a sustained matrix product of the same run, by the least work that the pairs need
 SCALING_GOAL = 0.92  # of linear, the 8B's step on eight GPUs
@@ -54,10 +59,23 @@ def sections(results: Results, name: str) -> list[tuple[dict[str, Any], dict[str
     return [(result, result[name]) for result in results if name in result]
 
 
-def by_mix(results: Results, name: str = "step") -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
-    """Results and step by mix of lengths; of two files with one mix the later one counts."""
-    found = {mix: (result, step) for result, steps in sections(results, name) for mix, step in steps.items()}
-    return {mix: found[mix] for mix in MIXES if mix in found}
+def by_mix(results: Results, name: str = "step") -> dict[str, list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Results and step by mix of lengths; of two files with one mix the later one comes first."""
+    newest = sections(results, name)[::-1]
+    found = {mix: [(result, steps[mix]) for result, steps in newest if mix in steps] for mix in MIXES}
+    return {mix: steps for mix, steps in found.items() if steps}
+
+
+def against(
+    steps: Iterable[tuple[dict[str, Any], dict[str, Any]]], names: Iterable[str]
+) -> tuple[float, dict[str, Any]] | None:
+    """How many times as fast this project is as the fastest of some arms in one run, the newest that has both; and
+    the run."""
+    for result, step in steps:
+        ours, theirs = speed(step["arms"].get("ours")), fastest(step["arms"], names)
+        if ours is not None and theirs is not None:
+            return ours / theirs, result
+    return None
 
 
 def speed(run: dict[str, Any] | None, figure: str = "step") -> float | None:
@@ -119,7 +137,7 @@ def _rounds(arms: dict[str, Any] | None, name: str) -> str:
 def step_section(results: Results, name: str = "step") -> str:
     """A table for every mix: speed of the whole step, of forward and backward, memory, agreement with fp32."""
     parts = []
-    for mix, (result, step) in by_mix(results, name).items():
+    for mix, (result, step) in ((mix, each) for mix, steps in by_mix(results, name).items() for each in steps):
         mean, arms = step["mean_tokens"], step["arms"]
         ours, rows = speed(arms.get("ours")), []
         for arm, run in arms.items():
@@ -130,7 +148,7 @@ def step_section(results: Results, name: str = "step") -> str:
             gradient = checked.get("gradient_deviation", checked["grad_norm_deviation"])
             rows.append(
                 [
-                    run["title"] + (f", {run['micro_batch']} pairs a time" if run["micro_batch"] else ""),
+                    _sized(arm, run, result["setup"]),
                     spread(run["step"], step["pairs"]),
                     times(ours, speed(run)),
                     number(speed(run, "forward_backward")),
@@ -148,6 +166,15 @@ def step_section(results: Results, name: str = "step") -> str:
     return "\n\n".join(parts)
 
 
+def _sized(arm: str, run: dict[str, Any], setup: dict[str, Any]) -> str:
+    """An arm's title with the size of what it computes at a time."""
+    rows = setup["row_tokens"] if arm.startswith("ours") else run.get("row_tokens")
+    size = (
+        f", {run['micro_batch']} pairs a time" if run["micro_batch"] else f", rows of {rows:,} tokens" if rows else ""
+    )
+    return str(run["title"]) + size
+
+
 def _skipped(result: dict[str, Any]) -> str:
     reasons = [f"{name}: {reason}" for name, reason in result.get("skipped", {}).items()]
     return f"\n\nNot run: {'; '.join(reasons)}." if reasons else ""
@@ -159,21 +186,25 @@ def goals_section(results: Results) -> str:
     steps = by_mix(results)
     for title, names, goal, mixes in GOALS:
         for mix in (mix for mix in mixes if mix in steps):
-            arms = steps[mix][1]["arms"]
-            ours, theirs = speed(arms.get("ours")), fastest(arms, names)
-            if ours is not None and theirs is not None:
-                rows.append(_goal(f"step, {title}, {mix}", goal, ours / theirs, steps[mix][0]["file"]))
+            if found := against(steps[mix], names):
+                rows.append(_goal(f"step, {title}, {mix}", goal, found[0], found[1]["file"]))
     for result, section in sections(results, "iteration"):
-        seconds = {name: run["seconds"]["median"] for name, run in section["arms"].items() if "seconds" in run}
+        runs = {name: run for name, run in section["arms"].items() if "seconds" in run}
         for title, arm, goal in ITERATION_GOALS:
-            if {"ours", arm} <= seconds.keys():
-                rows.append(_goal(title, goal, seconds[arm] / seconds["ours"], result["file"]))
-    for mix, (result, step) in steps.items():
-        sustained, run = result["ceilings"].get("sustained_matmul_tflops"), step["arms"].get("ours", {})
-        if sustained and "step" in run:
-            share = step["floor_tflop"] / run["step"]["median"] / sustained
-            rows.append(_goal(f"step, {mix}, part of a sustained matrix product", PRODUCT_GOAL, share, result["file"]))
-    rows += [*_float8_goals(), *_generator_goal(), *_start_goals()] if results else []
+            if {"ours", arm} <= runs.keys():
+                theirs, ours = runs[arm]["seconds"]["median"], runs["ours"]["seconds"]["median"]
+                rows.append(_goal(title, goal, theirs / ours, result["file"]))
+                if hashed := _hash_seconds(runs[arm]):
+                    title += f", without TRL's {HASH}"
+                    rows.append(_goal(title, goal, (theirs - hashed) / ours, result["file"]))
+    for mix, runs_of_mix in steps.items():
+        for result, step in runs_of_mix:
+            sustained, run = result["ceilings"].get("sustained_matmul_tflops"), step["arms"].get("ours", {})
+            if sustained and "step" in run:
+                share = step["floor_tflop"] / run["step"]["median"] / sustained
+                title = f"step, {mix}, part of a sustained matrix product"
+                rows.append(_goal(title, PRODUCT_GOAL, share, result["file"]))
+    rows += [*_float8_goals(), *_generator_goals(results), *_start_goals()] if results else []
     goals = [table(["what", "goal", "measured", "reached", "file of benchmarks/results"], rows)] if rows else []
     return "\n\n".join([*goals, _scaling_goal(results)])
 
@@ -181,7 +212,8 @@ def goals_section(results: Results) -> str:
 def _goal(title: str, goal: float, measured: float, file: str, at_most: bool = False) -> list[str]:
     """A row: times as fast, or a fraction."""
     reached = measured <= goal if at_most else measured >= goal
-    return [title, f"{'at most ' * at_most}{goal:g}", f"{measured:.2f}", "yes" if reached else "no", file]
+    figure = f"{measured:.2f}" if measured < 100 else f"{measured:.0f}"
+    return [title, f"{'at most ' * at_most}{goal:g}", figure, "yes" if reached else "no", file]
 
 
 def _read_all(pattern: str) -> list[tuple[str, dict[str, Any]]]:
@@ -189,24 +221,36 @@ def _read_all(pattern: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _float8_goals() -> Iterable[list[str]]:
-    for name, result in _read_all("h200_float8.json"):
+    for name, result in _read_all("h200_float8*.json"):
         for model, title, goal in FLOAT8_GOALS:
-            steps = result["speed"][model]["optimizer step"]
+            if model not in result["speed"]:
+                continue
+            section = result["speed"][model]
+            steps, title = section["optimizer step"], f"{title}, rows of {max(section['rows']):,} tokens"
             ratio = steps["compiled"]["median_seconds"] / steps["float8"]["median_seconds"]
             yield _goal(f"step in float8 against bf16, {title}", goal, ratio, name)
+            if model == FLOAT8_GOALS[0][0] and "floor_tflop" in section:
+                rate = section["floor_tflop"] / steps["float8"]["median_seconds"]
+                yield _goal(f"step in float8, {title}, TFLOP/s of needed work", FLOAT8_TFLOPS_GOAL, rate, name)
 
 
-def _generator_goal() -> Iterable[list[str]]:
-    """The fastest of each, of all files with 4,096 prompts."""
-    best: dict[str, tuple[float, str]] = {}
-    for name, result in _read_all("h200_generation*.json"):
-        for arm, run in result["arms"].items():
-            if result["setup"]["requests"] == 4096 and "tokens_per_second" in run:
-                kind = "vllm" if "vllm" in arm else arm
-                best[kind] = max(best.get(kind, (0.0, "")), (run["tokens_per_second"], name))
-    if {"vllm", "embedded"} <= best.keys():
-        (ours, one), (theirs, other) = best["embedded"], best["vllm"]
-        yield _goal("embedded generator against vLLM, 4,096 prompts", VLLM_GOAL, ours / theirs, f"{one}, {other}")
+def _generator_goals(results: Results) -> Iterable[list[str]]:
+    """The fastest of each kind in one run, and vLLM's engine through the product and by itself; on quiet hosts."""
+    for result, section in sections(results, "generation"):
+        setup = section["setup"]
+        if setup.get("load", math.inf) > QUIET * setup.get("cpus", 0):
+            continue
+        speeds = {name: run["tokens_per_second"] for name, run in section["arms"].items() if "tokens_per_second" in run}
+        ours, theirs = ([speeds[n] for n in speeds if n.startswith(kind)] for kind in ("embedded", "vllm"))
+        prompts = f"{setup['requests']:,} prompts"
+        if ours and theirs:
+            title = f"embedded generator against vLLM, {prompts}"
+            yield _goal(title, VLLM_GOAL, max(ours) / max(theirs), result["file"])
+        for name in speeds:
+            bare = name.replace("vllm", "vllm_bare", 1)
+            if bare != name and bare in speeds:
+                title = f"vLLM through the product against the same engine called bare, {prompts}"
+                yield _goal(title, ADAPTER_GOAL, speeds[name] / speeds[bare], result["file"])
 
 
 def _start_goals() -> Iterable[list[str]]:
@@ -275,20 +319,27 @@ def iteration_section(results: Results) -> str:
     for result, section in sections(results, "iteration"):
         arms, rows = section["arms"], []
         ours = arms.get("ours", {}).get("seconds", {}).get("median")
-        stages = next((list(run["stages"]) for run in arms.values() if "stages" in run), [])
+        every = [list(run["stages"]) for run in arms.values() if "stages" in run]
+        stages, has_hash = max(every, key=len, default=[]), any(_hash_seconds(run) for run in arms.values())
         for run in arms.values():
             if "error" in run:
-                rows.append([run["title"], run["error"], *["-"] * (1 + len(stages))])
+                rows.append([run["title"], run["error"], *["-"] * (1 + len(stages) + has_hash)])
                 continue
-            ratio = "-" if ours is None else f"{run['seconds']['median'] / ours:.2f}"
-            each = [number(run["stages"][stage]["median"]) for stage in stages]
-            rows.append([run["title"], *each, spread(run["seconds"]), ratio])
+            whole, hashed = run["seconds"]["median"], _hash_seconds(run)
+            ratios = ["-" if ours is None else f"{seconds / ours:.2f}" for seconds in (whole, whole - hashed)]
+            each = [number(run["stages"].get(stage, {}).get("median")) for stage in stages]
+            rows.append([run["title"], *each, spread(run["seconds"]), *ratios[: 1 + has_hash]])
         columns = ["", *(f"{stage}, s" for stage in stages), "iteration, s", "ours: times as fast"]
+        columns += [f"without the {HASH}"] if has_hash else []
         parts.append(
             f"{section['prompts']} prompts, responses of {section['generated_tokens']:.0f} tokens, one epoch, warm. "
             f"{machine(result, arms)}\n\n{table(columns, rows)}"
         )
     return "\n\n".join(parts)
+
+
+def _hash_seconds(run: dict[str, Any]) -> float:
+    return float(run.get("stages", {}).get(HASH, {}).get("median", 0.0))
 
 
 def scaling_section(results: Results) -> str:
@@ -459,46 +510,40 @@ def summary_section(results: Results) -> str:
     steps = by_mix(results)
     if not steps:
         return ""
-    result, first = next(iter(steps.values()))
-    # an arm may be in some mixes only
-    titles = {name: run["title"] for _, step in steps.values() for name, run in step["arms"].items()}
+    newest = next(iter(steps.values()))
+    # an arm may be in some mixes only, or in an older run
+    titles = {name: run["title"] for runs in steps.values() for _, step in runs for name, run in step["arms"].items()}
     rows = []
-    for name, title in sorted(titles.items(), key=lambda arm: -(speed(first["arms"].get(arm[0])) or 0)):
-        cells = []
-        for _, step in steps.values():
-            arms = step["arms"]
-            cells.append(
-                number(speed(arms.get("ours")))
-                if name == "ours"
-                else times(speed(arms.get("ours")), speed(arms.get(name)))
-            )
-        peak = first["arms"].get(name, {}).get("peak_gib")
+    for name, title in titles.items():
+        if name == "ours":
+            cells = [number(speed(runs[0][1]["arms"].get("ours"))) for runs in steps.values()]
+        else:
+            ratios = [against(runs, (name,)) for runs in steps.values()]
+            cells = [f"{found[0]:.2f}" if found else "-" for found in ratios]
+        peak = next((run["peak_gib"] for _, step in newest if "peak_gib" in (run := step["arms"].get(name, {}))), None)
         memory = number(peak["median"]) if peak else "-"
         rows.append([title + (" (pairs/s)" if name == "ours" else ""), *cells, memory])
+    rows.sort(key=lambda row: (not row[0].endswith("(pairs/s)"), float(row[1]) if row[1] != "-" else math.inf))
     columns = ["this project is times as fast as", *steps, f"peak GiB, {next(iter(steps))}"]
-    return f"{machine(result)}\n\n{table(columns, rows)}"
+    return f"{machine(newest[0][0])}\n\n{table(columns, rows)}"
 
 
 def sentence_section(results: Results) -> str:
     """What the README says: the hardest opponent first, ranges over the mixes."""
-    steps = [step["arms"] for _, step in by_mix(results).values()]
-    against = {
+    steps = by_mix(results)
+    opponents = {
         "Hugging Face without padding (layers compiled)": ("hf_packed",),
         "a tuned TRL `DPOTrainer`": TUNED,
         "that trainer with its defaults": ("trl",),
     }
     parts = []
-    for title, names in against.items():
-        ratios = [
-            ours / theirs
-            for arms in steps
-            if (ours := speed(arms.get("ours"))) is not None and (theirs := fastest(arms, names)) is not None
-        ]
+    for title, names in opponents.items():
+        ratios = [found[0] for runs in steps.values() if (found := against(runs, names))]
         if ratios:
             parts.append(f"{min(ratios):.1f} to {max(ratios):.1f} times as fast as {title}")
     if not parts:
         return ""
-    device = next(iter(by_mix(results).values()))[0]["setup"]["device"]
+    device = next(iter(steps.values()))[0][0]["setup"]["device"]
     return f"A training step of a 1B model on one {device} is {', '.join(parts[:-1])} and {parts[-1]}."
 
 
@@ -531,9 +576,12 @@ def plot(results: Results) -> str:
     Returns:
         str: the picture; the same for the same results.
     """
-    result, step = next(iter(by_mix(results).values()))
-    runs = [(name, run["title"], *_range(run, step)) for name, run in step["arms"].items() if "step" in run]
-    runs.sort(key=lambda run: -run[2])
+    steps = next(iter(by_mix(results).values()))
+    arms = {name: (run, step) for _, step in steps[::-1] for name, run in step["arms"].items() if "step" in run}
+    result = steps[0][0]
+    runs = sorted(
+        ((name, run["title"], *_range(run, step)) for name, (run, step) in arms.items()), key=lambda each: -each[2]
+    )
     longest = max(high for *_, high in runs)
     setup = result["setup"]
     head = f"pairs per second of a training step, {setup['model']}, one {setup['device']}"

@@ -156,6 +156,7 @@ class Peer:
     micro_batch: int | None = None  # pairs of a padded batch
     micro_batches: tuple[int, ...] = ()  # the fastest of these that fits becomes micro_batch, or the first
     as_it_is = False  # the first that fits
+    size_name = "micro_batch"  # what sizes are of
 
     def __init__(self, bench: PeerBench) -> None:
         self.bench = bench
@@ -168,6 +169,14 @@ class Peer:
         if missing:
             return f"{', '.join(missing)} not installed"
         return cls.gpu_only if cls.gpu_only and not on_gpu else None
+
+    def sizes(self, num_pairs: int) -> list[int]:
+        """What to choose from for a global batch of so many pairs."""
+        return [size for size in self.micro_batches if num_pairs % size == 0]
+
+    def shapes(self, pieces: Sequence[Any]) -> list[Any]:
+        """Some of the pieces, after which no other compiles."""
+        return list(pieces)
 
     def ready(self) -> AbstractContextManager[Any]:
         """Around an arm's turn: holds what need not stay between turns."""
@@ -381,15 +390,25 @@ class PackedTwin(Twin):
 
     title = "Hugging Face, padding-free by position ids, compiled layers"
     attention = FLEX
+    size_name = "row_tokens"
 
     def __init__(self, bench: PeerBench) -> None:
         register_flex()
         super().__init__(bench)
+        self.row_tokens = bench.layout.long_row_tokens
         if bench.on_gpu:
             compile_layers(self.model, dynamic=False)
 
+    def sizes(self, num_pairs: int) -> list[int]:
+        """Rows as long as the product's, or half as long."""
+        longest = self.bench.layout.long_row_tokens
+        return [longest // 2, longest]
+
+    def shapes(self, pieces: Sequence[PackedRow]) -> list[PackedRow]:
+        return list({piece.tokens.numel(): piece for piece in pieces}.values())
+
     def lay_out(self, pairs: Sequence[Pair]) -> list[PackedRow]:
-        rows = unshared_rows(pairs, self.bench.layout)
+        rows = unshared_rows(pairs, replace(self.bench.layout, long_row_tokens=self.row_tokens))
         return [row.pin_memory() for row in rows] if self.bench.on_gpu else rows
 
     def piece_loss(self, piece: PackedRow) -> torch.Tensor:

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from generation import generate_in_batches
 from peer_arms import Ours, Peer, PeerBench
 from peer_trl import REFERENCES, TRL, TRLBf16WithVLLM, TRLTuned, TRLWithVLLM, preference_data
 from rounds import attempt, free, race, spread
+from torch._dynamo.utils import calculate_time_spent
 from work import hf_twin
 
 from spin.data import Pair, PairStore, Response
@@ -43,6 +46,8 @@ ITERATION_PEERS: dict[str, type[Peer]] = {
     "trl_bf16_vllm": TRLBf16WithVLLM,
 }
 VLLM_SLOTS = 512  # requests that vLLM works on at once
+WARM_BATCHES = 2  # global batches that a peer trains on before its epoch is timed
+HASH = "hash of the weights"  # a stage that TRL alone has
 
 Logps = list[tuple[float, float]]  # of the real and the generated response of each pair, in nats
 
@@ -211,7 +216,8 @@ def generation(args: Any) -> dict[str, Any]:
 def our_iterations(bench: PeerBench, args: Any) -> tuple[list[dict[str, Any]], list[Pair]]:
     """Stages of the recipe's iterations, run by benchmarks/iteration.py, and the pairs of the last one.
 
-    The first iteration compiles and starts the generator's engine; those after it count, one for each round.
+    The first iteration compiles and starts the generator's engine; those after it count, one for each round, without
+    the seconds that they still compile.
 
     Args:
         bench (PeerBench): gives model and device.
@@ -224,12 +230,17 @@ def our_iterations(bench: PeerBench, args: Any) -> tuple[list[dict[str, Any]], l
         folder = Path(parent) / "work"
         command = ["--model", bench.args.model, "--folder", str(folder), "--generator", args.generator]
         command += ["--device", bench.world.device.type, "--prompts", str(args.prompts)]
-        command += ["--batch", str(bench.args.pairs or bench.preset.pairs)]
-        rows = run_script("iteration.py", [*command, f"max_iterations={args.rounds + 1}"])["stages"]
-        stages = [
-            {row["stage"]: row["seconds"] for row in rows if row["iteration"] == iteration}
-            for iteration in range(1, args.rounds + 1)
-        ]
+        command += ["--batch", str(bench.args.pairs or bench.preset.pairs), f"max_iterations={args.rounds + 1}"]
+        if bench.on_gpu:
+            command += [f"pairs.row_tokens={bench.layout.long_row_tokens}"]
+            command += ["generator.batch_size=auto"] if args.generator == "embedded" else []
+        found = run_script("iteration.py", command)
+        stages = []
+        for iteration in range(1, args.rounds + 1):
+            rows = {row["stage"]: row["seconds"] for row in found["stages"] if row["iteration"] == iteration}
+            compiling = found["starts"]["compiling"][iteration]
+            kinds = {"generate": "generate", "score": "reference log-probs", "train": "train"}
+            stages.append({stage: rows[stage] - compiling.get(kind, 0.0) for kind, stage in kinds.items()})
         store = PairStore.open(folder / "run" / f"iteration_{args.rounds:03d}" / "pairs")
         return stages, [_fitting(pair, bench.sizes.vocab_size) for pair in store.pairs()]
 
@@ -239,6 +250,36 @@ def _fitting(pair: Pair, vocab_size: int) -> Pair:
     prompt, real = pair.prompt_ids % vocab_size, pair.real_ids % vocab_size
     response = replace(pair.generated[0], token_ids=pair.generated[0].token_ids % vocab_size)
     return replace(pair, prompt_ids=prompt, real_ids=real, generated=[response])
+
+
+@contextmanager
+def hashing(instead: str | None) -> Iterator[list[float]]:
+    """Seconds of TRL's hash of all weights, by which it finds log-probs of the same data and weights again.
+
+    Args:
+        instead (str | None): a hash to take without computing one.
+
+    Yields:
+        list[float]: of each hash that was computed.
+    """
+    from trl.trainer import dpo_trainer
+
+    whole, seconds = dpo_trainer.hash_module, []
+
+    def timed(module: Any) -> str:
+        if instead is not None:
+            return instead
+        began = time.perf_counter()
+        try:
+            return str(whole(module))
+        finally:
+            seconds.append(time.perf_counter() - began)
+
+    dpo_trainer.hash_module = timed
+    try:
+        yield seconds
+    finally:
+        dpo_trainer.hash_module = whole
 
 
 class PeerIteration:
@@ -260,17 +301,17 @@ class PeerIteration:
     @cached_property
     def engines(self) -> Any:
         """vLLM, in a process of its own, as ``vllm.LLM`` has it; random weights of its own write as fast."""
-        from vllm_arms import Engines
+        from vllm_arms import Engines, at_its_best
 
-        slots = SimpleNamespace(batch_size=VLLM_SLOTS if self.bench.on_gpu else 4)
-        return Engines(SimpleNamespace(model=self.bench.model("compiled"), on_gpu=self.bench.on_gpu, args=slots))
+        engine = at_its_best(VLLM_SLOTS) if self.bench.on_gpu else {"max_num_seqs": 4}
+        return Engines(SimpleNamespace(model=self.bench.model("compiled"), on_gpu=self.bench.on_gpu), engine)
 
     def responses(self, writer: str, pairs: Sequence[Pair]) -> list[Pair]:
         """The pairs with responses of their own."""
         prompts = [pair.prompt_ids.tolist() for pair in pairs]
         limits = [len(pair.generated[0].token_ids) for pair in pairs]
         if writer == "vLLM":
-            written = self.engines.process and self.engines.ask((prompts, limits, False))
+            written = self.engines.ask((prompts, limits, False))
         else:
             written = generate_in_batches(self.model, prompts, limits, do_sample=True)
         return [
@@ -278,10 +319,17 @@ class PeerIteration:
             for pair, ids in zip(pairs, written, strict=True)
         ]
 
-    def learn(
-        self, peer: TRL, pairs: Sequence[Pair], seconds: Callable[[Callable[[], Any]], float]
-    ) -> dict[str, float]:
-        """Seconds of the trainer's start, which scores the pairs, and of an epoch over them."""
+    def learn(self, peer: TRL, pairs: Sequence[Pair], warm: bool = True) -> dict[str, float]:
+        """Seconds of the trainer's start, which hashes the weights and scores the pairs, and of an epoch over them.
+
+        Args:
+            peer (TRL): whose trainer it is.
+            pairs (Sequence[Pair]): without log-probs of the reference.
+            warm (bool): not the first time. What is compiled still is left out; before, weights are not hashed.
+
+        Returns:
+            dict[str, float]: by stage.
+        """
         batch = self.bench.args.pairs or self.bench.preset.pairs
         size = min(max(peer.micro_batches, default=peer.micro_batch or 1), batch)
         options = {
@@ -291,14 +339,21 @@ class PeerIteration:
         }
         made: list[Any] = []
         data = preference_data(pairs, references=False)
-        scored = seconds(lambda: made.append(peer.trainer(data, **options)))
+        with hashing(None if warm else str(time.perf_counter())) as hashed:
+            scored = self._seconds(lambda: made.append(peer.trainer(data, **options)))
         (trainer,) = made
-        trained = seconds(trainer.train)
+        trained = self._seconds(trainer.train)
         peer.forget()
         del trainer
         made.clear()
         free()  # the optimizer's states
-        return {"reference log-probs": scored, "train": trained}
+        return {HASH: sum(hashed), "reference log-probs": scored - sum(hashed), "train": trained}
+
+    def _seconds(self, function: Callable[[], Any]) -> float:
+        """Of a function, without compilation."""
+        compiled = calculate_time_spent()["total_wall_time"]
+        seconds = self.bench.seconds(function)
+        return seconds - (calculate_time_spent()["total_wall_time"] - compiled)
 
     def close(self) -> None:
         """Ends vLLM."""
@@ -316,8 +371,8 @@ def iteration(
     """Whole iterations, warm: responses to all prompts, reference log-probs, one epoch.
 
     The product's run first, in a process of their own, because its engine keeps memory; peers then generate for the
-    same prompts, responses as long as its own were, and learn from these pairs, one peer after another, twice: the
-    first time compiles.
+    same prompts, responses as long as its own were, and learn from these pairs, one peer after another. Before, each
+    learns from some of them, which compiles, while vLLM starts. What is compiled later is left out of all times.
 
     Args:
         bench (PeerBench): gives model and device.
@@ -352,17 +407,21 @@ def iteration(
 
     def write(writer: str) -> None:
         if writer not in written:
-            peers.responses(writer, pairs[:8])  # starts vLLM
+            peers.responses(writer, pairs[:8])  # waits for vLLM
             found: list[list[Pair]] = []
             seconds = [bench.seconds(lambda: found.append(peers.responses(writer, pairs))) for _ in range(args.rounds)]
             written[writer] = found[-1], seconds
 
     def measured(kind: Any) -> list[dict[str, float]]:
+        if kind.writer == "vLLM":
+            peers.engines.start_process()
+        peer = kind(bench)
+        peers.learn(peer, pairs[: WARM_BATCHES * (bench.args.pairs or bench.preset.pairs)], warm=False)
         write(kind.writer)
-        peer, (own, seconds) = kind(bench), written[kind.writer]
+        own, seconds = written[kind.writer]
         # in another order each time, or TRL would find its reference log-probs in its cache
-        learnt = [peers.learn(peer, own[i:] + own[:i], bench.seconds) for i in range(args.rounds + 1)]
-        return [{"generate": s, **row} for s, row in zip(seconds, learnt[1:], strict=True)]
+        learnt = [peers.learn(peer, own[i:] + own[:i]) for i in range(args.rounds)]
+        return [{"generate": s, **row} for s, row in zip(seconds, learnt, strict=True)]
 
     for name in (name for name in names if name != "ours"):
         found = attempt(failed, name, lambda name=name: measured(ITERATION_PEERS[name]))  # type: ignore[misc]

@@ -161,17 +161,18 @@ def _norm(tensors: dict[str, torch.Tensor]) -> float:
     return float(torch.stack([tensor.double().square().sum() for tensor in tensors.values()]).sum().sqrt())
 
 
-def best_micro_batch(bench: PeerBench, peer: Peer, pairs: Sequence[Pair]) -> list[Any]:
+def best_size(bench: PeerBench, peer: Peer, pairs: Sequence[Pair]) -> list[Any]:
     """The pairs laid out for the arm: in batches of its own size, or the next that fits; or of the fastest size."""
     found: list[tuple[float, int]] = []
-    for size in (size for size in peer.micro_batches if len(pairs) % size == 0):
-        peer.micro_batch = size
+    for size in peer.sizes(len(pairs)):
+        setattr(peer, peer.size_name, size)
         try:
             pieces = peer.lay_out(pairs)
             with peer.ready():
                 try:
-                    for _ in range(1 if peer.as_it_is else 2):  # the first compiles
-                        seconds = bench.seconds(lambda pieces=pieces: peer.forward_backward(pieces, len(pairs)))
+                    if not peer.as_it_is:  # compile
+                        peer.forward_backward(peer.shapes(pieces), len(pairs))
+                    seconds = bench.seconds(lambda pieces=pieces: peer.forward_backward(pieces, len(pairs)))
                 finally:
                     peer.forget()
         except torch.OutOfMemoryError:
@@ -183,7 +184,7 @@ def best_micro_batch(bench: PeerBench, peer: Peer, pairs: Sequence[Pair]) -> lis
         if fits == peer.as_it_is:
             break
     if found:
-        peer.micro_batch = min(found)[1]
+        setattr(peer, peer.size_name, min(found)[1])
     return peer.lay_out(pairs)
 
 
@@ -219,7 +220,7 @@ def step(
     pairs, failed = bench.mixed_pairs(mix), dict(failed)  # who fails with one mix may do another
     turns = {}
     for name, peer in peers.items():
-        pieces = attempt(failed, name, lambda peer=peer: best_micro_batch(bench, peer, pairs))  # type: ignore[misc]
+        pieces = attempt(failed, name, lambda peer=peer: best_size(bench, peer, pairs))  # type: ignore[misc]
         if pieces is not None:
             turns[name] = turn_of(bench, peer, pieces, len(pairs))
     has_adapters = isinstance(bench, LoRABench)
@@ -239,7 +240,9 @@ def step(
         for name, run in runs.items():
             run["title"] = kinds[name].title
             if "error" not in run:
-                run["micro_batch"] = peers[name].micro_batch
+                peer = peers[name]
+                run["micro_batch"] = None
+                run[peer.size_name] = getattr(peer, peer.size_name)
                 for key in ("forward_backward", "step"):
                     run[key]["pairs_per_second"] = len(pairs) / run[key]["median"]
         return {**work, "arms": runs}
@@ -277,8 +280,8 @@ def engine_arguments(args: argparse.Namespace) -> argparse.Namespace:
     """Arguments of benchmarks/training_step.py with which the product is what its config for one GPU says."""
     model = args.model or ("llama3_1_8b" if args.part == "lora8b" else "llama3_2_1b")
     command = ["--model", model, "--rounds", str(args.rounds), "--keep-gathered", "--unsharded-gradients"]
-    row_tokens = MODELS[model].row_tokens
-    command += ["--long-row-tokens", str(row_tokens * 3 // 2)]
+    # as long as an H200's memory allows where all weights are trained, which is what `spin new` chooses
+    command += ["--long-row-tokens", str(MODELS[model].row_tokens * 3)]
     if args.device:
         command += ["--device", args.device]
     if args.pairs:

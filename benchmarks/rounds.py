@@ -49,7 +49,8 @@ def race(
     Args:
         turns (dict[str, Callable[[bool], Figures]]): by name; a turn gets whether it is the first, gives seconds of
             what it timed and ``peak_gib``.
-        rounds (int): how often each takes its turn, after a first one that does not count.
+        rounds (int): how often each takes its turn, after a first one that does not count; with 0 all is compiled, for
+            the next process too, and nothing measured.
         failed (dict[str, str]): errors by name; gets more.
         until (float): once ``time.monotonic()`` says so, no further round but the first that counts begins.
         on_round (Callable[[dict[str, dict[str, Any]]], None]): gets what is returned, as it is after each round that
@@ -79,6 +80,7 @@ def _summary(rows: dict[str, list[Figures]], failed: dict[str, str]) -> dict[str
         if name in failed
         else {key: spread([row[key] for row in found]) for key in found[0]}
         for name, found in rows.items()
+        if found or name in failed
     }
 
 

@@ -13,8 +13,8 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from spin.model.sharding import named_full_tensors
 GIB = 2**30
 MAX_MODEL_LEN = 2048
 SHARE = 0.45  # of the GPU's memory
+PROCESS_SHARE, PROCESS_CACHE = 0.25, 24 << 30  # of an engine in another process: free at its start; bytes of its cache
 TOKENIZER = Path(__file__).parents[1] / "tests" / "assets" / "tiny_lm"  # never asked: prompts are token ids
 
 
@@ -91,20 +92,18 @@ class Engines:
             self.notes["asleep_gib"] = (_used() - before) / GIB
         return self._generator
 
-    @property
-    def process(self) -> Any:
-        """A connection to a process that has an engine in yet another one, as ``vllm.LLM`` is by default."""
+    def start_process(self) -> None:
+        """Starts a process that has an engine in yet another one, as ``vllm.LLM`` is by default; does not wait."""
         if self._process is None:
             context = multiprocessing.get_context("spawn")
             self._process, theirs = context.Pipe()
             # vLLM remembers its environment: whoever has an engine in process cannot start one outside
             arguments = (theirs, str(self.folder), self.engine, self.bench.on_gpu)
             context.Process(target=_separate_engine, args=arguments).start()
-            self.ask(None)  # until it has started
-        return self._process
 
     def ask(self, work: Any) -> Any:
-        """Sends work to the engine's process and waits for what it says."""
+        """Sends work to the engine's process, which it starts if need be, and waits for what it says."""
+        self.start_process()
         self._process.send(work)
         response = self._process.recv()
         if isinstance(response, str):
@@ -164,11 +163,12 @@ def engines_of(bench: Any, sequences: int | None = None) -> Engines:
 def _separate_engine(connection: Any, folder: str, engine: dict[str, Any], on_gpu: bool) -> None:
     """Serves lists of prompts and limits until the other side is gone. Dummy weights draw as many tokens as others."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    os.environ.pop("PYTORCH_ALLOC_CONF", None)  # of the other arms
     try:
         from vllm import LLM
 
         place = (
-            {"dtype": "bfloat16", "gpu_memory_utilization": 0.3}
+            {"dtype": "bfloat16", "gpu_memory_utilization": PROCESS_SHARE, "kv_cache_memory_bytes": PROCESS_CACHE}
             if on_gpu
             else {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 64 << 20, "block_size": 32}
         )
@@ -251,15 +251,17 @@ def vllm_arms(arm_class: type) -> dict[str, type]:
     class Process(Bare):
         """vLLM's engine in a process of its own; it sends token ids to and fro."""
 
-        title = "vLLM by LLM.generate, engine in another process, a seed for each answer"
-        seeded = True
+        title = "vLLM by LLM.generate, engine in another process, no seeds"
 
-        @contextmanager
-        def ready(self) -> Iterator[None]:
-            yield
+        def __init__(self, bench: Any) -> None:
+            super().__init__(bench)
+            self.engines.start_process()  # all at the same time, while other arms warm up
+
+        def ready(self) -> AbstractContextManager[Any]:
+            return nullcontext()
 
         def run(self, prompts: list[list[int]], limits: Sequence[int]) -> list[list[int]]:
-            return self.engines.process and self.engines.ask((prompts, list(limits), self.seeded))
+            return self.engines.ask((prompts, list(limits), self.seeded))
 
     arms: dict[str, type] = {
         "vllm": VLLM, "vllm_bare": Bare, "vllm_bare_seeded": BareSeeded, "vllm_process": Process

@@ -153,6 +153,7 @@ def test_arms_take_turns():
     assert [first for _, first in seen] == [True] * 3 + [False] * 5
     assert results["a"]["seconds"] == {"values": [4.0, 7.0], "median": 5.5, "min": 4.0, "max": 7.0}
     assert results["c"] == {"error": "ValueError: late"}
+    assert rounds.race({"a": lambda first: {"seconds": 1.0}}, 0, {}) == {}  # compiled, and nothing measured
     # none begins after the time is over, but one that counts there must be
     results = rounds.race({"a": lambda first: {"seconds": 1.0}}, 5, {}, until=0.0)
     assert results["a"]["seconds"]["values"] == [1.0]
@@ -172,9 +173,29 @@ def test_size_of_a_batch_is_the_fastest_that_fits(bench, monkeypatch):
             return {1: 3.0, 2: 1.0, 4: 2.0}[self.micro_batch]
 
     peer = Sized(bench)
-    pieces = peers.best_micro_batch(bench, peer, bench.mixed_pairs("short", 8))
+    pieces = peers.best_size(bench, peer, bench.mixed_pairs("short", 8))
     assert peer.tried == [1, 1, 2, 2, 4, 4, 8]  # 3 does not divide the pairs
     assert peer.micro_batch == 2 and len(pieces) == 4
+
+
+def test_rows_without_padding_are_as_long_as_is_fastest(bench, monkeypatch):
+    monkeypatch.setattr(bench, "seconds", lambda function: function())
+    longest, pairs = bench.layout.long_row_tokens, bench.mixed_pairs("long", 16)
+
+    class Timed(peer_arms.PackedTwin):
+        tried: list[tuple[int, list[int]]] = []
+
+        def forward_backward(self, pieces, num_pairs):
+            self.tried.append((self.row_tokens, [piece.tokens.numel() for piece in pieces]))
+            return float(abs(self.row_tokens - self.fastest))
+
+    for fastest in (longest // 2, longest):
+        peer = Timed(bench)
+        peer.fastest, peer.tried = fastest, []
+        pieces = peers.best_size(bench, peer, pairs)
+        assert {tokens for tokens, _ in peer.tried} == {longest // 2, longest} and peer.row_tokens == fastest
+        shapes, rows = peer.tried[2 * (fastest == longest)][1], [piece.tokens.numel() for piece in pieces]
+        assert sorted(shapes) == sorted(set(rows)) and max(rows) <= fastest  # compiled first, one of each
 
 
 def test_rows_without_padding_have_every_token_of_both_sequences(bench):
@@ -245,8 +266,9 @@ def test_whole_iterations_have_all_stages(measured, monkeypatch):
     section = measured("iteration", "--prompts", "16")["iteration"]
     ran = set(kinds) - skipped_here(kinds, kinds).keys()
     assert section["arms"].keys() == ran and section["prompts"] == 16
-    for run in section["arms"].values():
-        assert list(run["stages"]) == ["generate", "reference log-probs", "train"]
+    for name, run in section["arms"].items():
+        hashed = [] if name == "ours" else [peer_passes.HASH]
+        assert list(run["stages"]) == ["generate", *hashed, "reference log-probs", "train"]
         assert run["seconds"]["median"] == pytest.approx(sum(stage["median"] for stage in run["stages"].values()))
 
 
