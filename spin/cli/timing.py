@@ -15,6 +15,7 @@ from spin.cli.rates import (
     DECODE_GB_PER_SECOND,
     DENSE,
     DISK_GB_PER_SECOND,
+    FLOAT8_SPEEDUP,
     GATHER_GB_PER_SECOND,
     GPUS,
     LINK_FRACTION,
@@ -138,7 +139,10 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tok
         every = cfg.ac_option or 1 if cfg.ac_mode == "selective" else 1
         needed += (layers + attention) / every
     steps_in_all = cfg.max_epochs * steps_of_epoch
-    compute = cfg.max_epochs * prompts * needed / (training.value * gpu.tflops * 1e12 * cluster.gpus)
+    measured = [each for size, each in FLOAT8_SPEEDUP.items() if work.layer_weights >= size * work.layers]
+    in_float8 = measured[-1:] if cfg.enable_float8_training else []
+    speedup = math.prod(each.value for each in in_float8)
+    compute = cfg.max_epochs * prompts * needed / (training.value * speedup * gpu.tflops * 1e12 * cluster.gpus)
     gathers = 2 * rows if cfg.fsdp_reshard_after_forward else 1
     reduces = 1 if cfg.fsdp_accumulate_unsharded else rows
     reduce = _gather(cluster, shards, 4.0 * work.trained, REDUCE_GB_PER_SECOND)
@@ -146,7 +150,7 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tok
         card = cluster.links * cluster.gigabits / 8 * 1e9 * LINK_FRACTION.value / (cluster.gpus / cluster.hosts)
         reduce += 8.0 * work.trained / shards * (1 - 1 / cfg.replicas) / card / reduces
     exposed = max(0.0, steps_in_all * (gathers * (gather_all + offload) + reduces * reduce) - compute)
-    used = [training, *links, *([REDUCE_GB_PER_SECOND] if links else [])]
+    used = [training, *in_float8, *links, *([REDUCE_GB_PER_SECOND] if links else [])]
     if cfg.fsdp_cpu_offload:  # gradients down, and AdamW where nothing hides it: it reads 16 bytes and writes 12
         exposed += steps_in_all * work.trained / shards * 4 / (BUS_GB_PER_SECOND.value * 1e9)
         exposed += steps_in_all * work.trained / shards * 28 / (CPU_OPTIMIZER_GB_PER_SECOND.value * 1e9)
@@ -205,8 +209,10 @@ def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int, 
 
 def clock(seconds: float) -> str:
     """Seconds, minutes or hours, as they are read."""
+    if seconds < 0.05:
+        return f"{1000 * seconds:.0f} ms" if seconds >= 0.0005 else "under 1 ms" if seconds else "0"
     if seconds < 1:
-        return "0" if seconds < 0.05 else f"{seconds:.1f} s"
+        return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -320,6 +321,7 @@ def test_small_figures_are_in_mib(repo, capsys):
     text = estimated(capsys, "lora", "--gpu", "H100", f"model.path={repo}/tests/assets/tiny_lm")
     assert text.split("optimizer")[1].split("\n")[0].split() == ["1.2", "MiB"] * 4
     assert "on disk: 8.9 MiB of pairs and 2.3 MiB of exports" in text and "0.00" not in text
+    assert re.search(r"\nscore +\d ms +0 +\d ms ", text), "a small model's times"
     twice = estimated(capsys, "lora", "--prompts", "2000", f"model.path={repo}/tests/assets/tiny_lm")
     assert "on disk: 18 MiB of pairs" in twice
 
@@ -341,6 +343,23 @@ def test_times_of_measured_steps_are_met_within_8_per_cent(repo):
         seconds = of_cluster(cfg, run["gpus"], prompts=run["pairs"])["train"].seconds
         measured = run["result"]["optimizer_step"]["runs"]["optimizer step"]["median_seconds"]
         assert seconds == pytest.approx(measured, rel=0.08), name
+
+
+def test_float8_is_as_much_faster_as_it_was_measured(repo):
+    """A step of Llama 3.2 1B, and of 8 layers of Llama 3.1 8B. Of smaller layers nothing is known."""
+    measured = json.loads((repo / "benchmarks/results/h200_float8.json").read_text(encoding="utf-8"))["speed"]
+    names = {"llama3_2_1b": "llama3_2_1B_full", "llama3_1_8b_8_layers": "llama3_1_8B_full"}
+    for name, runs in ((name, measured[name]["optimizer step"]) for name in names):
+        cfg = config(names[name], "max_epochs=1")
+        bf16, float8 = (
+            of_cluster(cfg.model_copy(update={"enable_float8_training": on}), 1)["train"] for on in (False, True)
+        )
+        times = runs["compiled"]["median_seconds"] / runs["float8"]["median_seconds"]
+        assert bf16.compute / float8.compute == pytest.approx(times, rel=0.001)
+        assert "h200_float8.json" in {rate.source for rate in float8.rates}
+    overrides = [f"model.path={repo}/tests/assets/tiny_lm", "device=cpu"]
+    tiny = complete(load_config("full", [*overrides, "dataset.source=x"]), SPINConfig)
+    assert of_cluster(tiny.model_copy(update={"enable_float8_training": True}), 1) == of_cluster(tiny, 1)
 
 
 @pytest.mark.parametrize("name", ITERATIONS)
