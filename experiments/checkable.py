@@ -55,15 +55,12 @@ def measure(recipe: Any) -> dict[str, Any]:
         (responses,) = recipe.respond([*val, *unseen], greedy)
         at_1 = [judged(val, each) for each in recipe.respond(val, plain, range(SAMPLES))]
     at_0, of_unseen = judged(val, responses[: len(val)]), judged(unseen, responses[len(val) :])
-    families = [prompt.sample_id.split(":")[0] for prompt in val]
     return {
         "greedy": share("r", at_0),
-        "families": {
-            family: round(share("r", [letter for letter, of in zip(at_0, families, strict=True) if of == family]), 4)
-            for family in dict.fromkeys(families)
-        },
+        "families": by_family(val, at_0),
         "response_tokens": sum(len(each.token_ids) for each in responses[: len(val)]) / len(val),
         "unseen": share("r", of_unseen),
+        "unseen_families": by_family(unseen, of_unseen),
         **{f"nll_{name}": sum(nlls := recipe.nll(prompts)) / len(nlls) for name, prompts in recipe.others.items()},
         "sampled": share("r", "".join(at_1)),
         "pass_4": sum("r" in letters for letters in zip(*at_1, strict=True)) / len(at_0),
@@ -75,6 +72,15 @@ def measure(recipe: Any) -> dict[str, Any]:
 def share(letter: str, letters: Sequence[str]) -> float:
     """The fraction of letters that are this one."""
     return sum(each == letter for each in letters) / len(letters)
+
+
+def by_family(prompts: Sequence[Any], letters: str) -> dict[str, float]:
+    """The fraction of right responses to the problems of each family."""
+    found: dict[str, str] = {}
+    for prompt, letter in zip(prompts, letters, strict=True):
+        family = prompt.sample_id.split(":")[0]
+        found[family] = found.get(family, "") + letter
+    return {family: round(share("r", of_family), 4) for family, of_family in found.items()}
 
 
 def tiny_model(folder: Path) -> None:

@@ -117,6 +117,20 @@ def descending(r: Random) -> Problem:
     return f"Sort these numbers, the largest first: {_listed(numbers)}", "", _listed(sorted(numbers, reverse=True))
 
 
+def chain_sum(r: Random) -> Problem:
+    """The task of that name of reasoning-gym, as it words it; it has no steps."""
+    a, b, sign = r.randint(10, 99), r.randint(10, 99), r.choice("+-")
+    answer = a + b if sign == "+" else a - b
+    return f"State the final answer to the following arithmetic problem: {a} {sign} {b} =", "", str(answer)
+
+
+def products(r: Random) -> Problem:
+    """Likewise."""
+    a, b = r.randint(1, 99), r.randint(1, 99)
+    question = f"Solve the following multiplication: {a} * {b}. Give only the result as your final answer."
+    return question, "", str(a * b)
+
+
 def short_date(r: Random, least: int = 5, most: int = 75) -> Problem:
     """``date`` in few characters and without the year, for a model that reads one at a time."""
     while "-29=" in (problem := date(r, least, most))[1]:  # a leap year's February
@@ -148,7 +162,10 @@ def _in_digits(text: str) -> str:
 
 FAMILIES: dict[str, Callable[[Random], Problem]] = {
     each.__name__: each
-    for each in (calculate, trace, date, clock, sort, shop, bags, descending, short_date, short_far_date, short_sort)
+    for each in (
+        *(calculate, trace, date, clock, sort, shop, bags, descending, chain_sum, products),
+        *(short_date, short_far_date, short_sort),
+    )
 }
 
 
