@@ -182,6 +182,34 @@ def departures_table(results: Mapping[str, Results], plan: Mapping[str, Any]) ->
     return table(["how", *(FORMS[form] for form in results)], rows)
 
 
+def gradients_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
+    """How SPIN's gradient compares with that of SFT, of the arms that have ``watch.gradient_checks``."""
+    beta, rows = plan["settings"]["loss.beta"], []
+    for form, of_form in results.items():
+        arms = plan["forms"][form]["arms"]
+        for name in (name for name in arms if any("gradients" in each for each in of_form.get(name, {}).values())):
+            checks = [check for each in of_form[name].values() for check in each.get("gradients", ())]
+            firsts = {
+                min(c["samples"] for c in checks if c["iteration"] == i) for i in {c["iteration"] for c in checks}
+            }
+            for when, is_first in (("at an iteration's start", True), ("within an iteration", False)):
+                found = [check for check in checks if (check["samples"] in firsts) == is_first]
+                cells = [_spread(found, "cosine"), _spread(found, "ratio", 2 / beta)]
+                cells += [_spread(found, "signal"), _spread(found, "sft_signal")]
+                rows.append([arms[start_of(arms, name)]["what"], FORMS[form], when, *cells])
+    heads = ["start", "model", "when", "cosine", "norm / (beta / 2 of SFT's)", "signal of SPIN", "signal of SFT"]
+    return table(heads, rows)
+
+
+def _spread(checks: Sequence[Mapping[str, float]], name: str, factor: float = 1.0) -> str:
+    """Mean and standard deviation of the checks that have a figure, and how many these are."""
+    values = [factor * check[name] for check in checks if name in check]
+    if not values:
+        return f"none of {len(checks)}"
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.3f} ± {deviation:.3f} ({len(values)} of {len(checks)})"
+
+
 def collapse_line(results: Mapping[str, Results]) -> str:
     """What the validation loss says of the arm that collapses."""
     of_form = results.get("full", {})
@@ -222,7 +250,8 @@ def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[st
         for form, of_form in results.items()
     }
     ways, starts = departures_table(results, plan), situations_table(results, plan)
-    return {"departures": ways, "situations": starts, "collapse": collapse_line(results), **tables}
+    found = {"departures": ways, "situations": starts, "collapse": collapse_line(results), **tables}
+    return found | {"gradients": gradients_table(results, plan)}
 
 
 def write_pages() -> None:
