@@ -80,6 +80,7 @@ class Bench:
         prepare_model(self.model, self.world, compute_dtype=self.compute_dtype)
         randomize(self.model, self.world)
         self.vocab_size = self.model.tok_embeddings.num_embeddings
+        self.busy_cpus: float | None = None  # once all have warmed up
         rng = np.random.default_rng(0)
         low, high = (max(1, round(tokens * preset.lengths)) for tokens in PROMPT_TOKENS)
         self.max_new_tokens = max(2, round(args.max_new_tokens * preset.lengths))
@@ -475,9 +476,28 @@ def race(
                     raise
                 traceback.print_exc()
                 failed[name] = _reason(error)  # another library's engine: its failure is a result
-        if turn > 0:
+        if turn == 0:
+            bench.busy_cpus = busy_cpus()
+        else:
             on_round(summary())
     return summary()
+
+
+def busy_cpus(seconds: float = 1.0) -> float | None:
+    """How many of the host's CPUs others keep busy, other guests of the machine included; None where the system does
+    not say."""
+
+    def times() -> tuple[int, int]:
+        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        return sum(fields), fields[3] + fields[4]  # idle, and waiting for a disk
+
+    try:
+        before = times()
+        time.sleep(seconds)
+        whole, idle = (now - then for now, then in zip(times(), before, strict=True))
+    except OSError:
+        return None
+    return (os.cpu_count() or 1) * (1 - idle / whole) if whole else None
 
 
 def _warm_up(bench: Bench, arm: Arm) -> None:
@@ -662,7 +682,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "mean_new_tokens": statistics.mean(bench.limits),
             "max_new_tokens": bench.max_new_tokens,
             "cpus": os.cpu_count(),
-            "load": os.getloadavg()[0],  # processes that ran or waited for a CPU, over the last minute
         }
     }
 
@@ -676,8 +695,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     failed: dict[str, str] = {}
     keep("check", {} if args.no_check else check(bench, arms, failed))
     left_out = {name: {"title": ARMS[name].title, "skipped": reason} for name, reason in skipped.items()}
-    runs = race(bench, arms, failed, lambda runs: keep("arms", runs | left_out))
-    keep("arms", runs | left_out)
+
+    def keep_runs(runs: dict[str, dict[str, Any]]) -> None:
+        results["setup"]["busy_cpus"] = bench.busy_cpus
+        keep("arms", runs | left_out)
+
+    keep_runs(race(bench, arms, failed, keep_runs))
     if "vllm" in arms and "vllm" not in failed:
         keep("vllm_sync", engines_of(bench).sync(max(3, args.rounds)))
     if args.profile:

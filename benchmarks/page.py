@@ -238,7 +238,8 @@ def _generator_goals(results: Results) -> Iterable[list[str]]:
     """The fastest of each kind in one run, and vLLM's engine through the product and by itself; on quiet hosts."""
     for result, section in sections(results, "generation"):
         setup = section["setup"]
-        if setup.get("load", math.inf) > QUIET * setup.get("cpus", 0):
+        busy = setup.get("busy_cpus")
+        if busy is None or busy > QUIET * setup["cpus"]:
             continue
         speeds = {name: run["tokens_per_second"] for name, run in section["arms"].items() if "tokens_per_second" in run}
         ours, theirs = ([speeds[n] for n in speeds if n.startswith(kind)] for kind in ("embedded", "vllm"))
@@ -307,10 +308,15 @@ def generation_section(results: Results) -> str:
         parts.append(
             f"{setup['device']}, torch {setup['torch']}, transformers {setup['transformers']}{vllm}; "
             f"{setup['requests']:,} prompts of {setup['mean_prompt_tokens']:.0f} tokens, responses of "
-            f"{setup['mean_new_tokens']:.0f}.\n\n"
+            f"{setup['mean_new_tokens']:.0f}{_busy(setup)}.\n\n"
             + table(columns[: 4 if base else 3], [row[: 4 if base else 3] for row in rows])
         )
     return "\n\n".join(parts)
+
+
+def _busy(setup: dict[str, Any]) -> str:
+    busy = setup.get("busy_cpus")
+    return "" if busy is None else f"; {busy:.1f} of the host's {setup['cpus']} CPUs had other work"
 
 
 def iteration_section(results: Results) -> str:

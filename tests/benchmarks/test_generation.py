@@ -35,6 +35,7 @@ def test_the_command_and_the_table_from_the_file(tmp_path, capsys, monkeypatch):
         assert run["tokens_per_second"] == pytest.approx(run["useful_tokens"] / run["seconds"][0])
         assert (run["first_tokens_per_second"] is None) == (name == "transformers")
     assert results["profile"]["kernels"]
+    assert 0 <= results["setup"]["busy_cpus"] <= results["setup"]["cpus"]
     monkeypatch.setattr(sys, "argv", ["generation.py", "--table", str(out)])
     generation.main()
     assert printed.endswith(capsys.readouterr().out)

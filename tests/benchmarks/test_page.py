@@ -47,11 +47,15 @@ def test_goals_and_ratios_are_of_one_run():
     iteration = {"file": "it.json", "iteration": {"arms": {"ours": {"seconds": {"median": 10.0}}, "trl_vllm": whole}}}
     speeds = {"embedded_auto": 80.0, "vllm_512": 38.0, "vllm_bare_512": 40.0, "vllm_process_1024": 50.0}
     arms = {name: {"tokens_per_second": speed} for name, speed in speeds.items()}
+    hosts = {
+        "quiet.json": {"cpus": 16, "busy_cpus": 2.0},
+        "busy.json": {"cpus": 16, "busy_cpus": 9.0},
+        "unknown.json": {},
+    }
     engines = [
         {"file": file, "generation": {"setup": {"requests": 4096, **host}, "arms": arms}}
-        for file, host in (("quiet.json", {"cpus": 16, "load": 2.0}), ("busy.json", {"cpus": 16, "load": 9.0}),
-                           ("unknown.json", {}))
-    ]  # fmt: skip
+        for file, host in hosts.items()
+    ]
     results = [old, new, iteration, *engines]
     rows = [line.strip("| ").split(" | ") for line in page.goals_section(results).splitlines()[2:]]
     found = {(row[0], row[-1]): row[1:-1] for row in rows if row[-1] in {each["file"] for each in results}}
