@@ -440,7 +440,7 @@ class SPINRecipe:
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
             self._trained_in = state.get("trained_in", self._progress.iteration - self._progress.is_iteration_start)
             self._nonfinite.skipped = state.get("nonfinite", [])
-            self._monitor.load_state_dict(state.get("watch", {}))
+            self._monitor.load_state_dict(state.get("watch", {}), state["run"] == self._run_fingerprint)
             self._row_lengths = tuple(state.get("row_lengths", ()))
 
     def cleanup(self) -> None:

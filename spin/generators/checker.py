@@ -7,12 +7,14 @@ so a checker is called once for a response, and one that has changed does not co
 from __future__ import annotations
 
 import logging
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from traceback import format_exception_only
 from typing import Any, get_args
 
 import numpy as np
@@ -114,7 +116,8 @@ def _verdict_of(
     name: str, check: Callable[..., Any], tokenizer: PromptTokenizer, pair: Pair, response: Response
 ) -> Verdict:
     """What a checker says of a response; it gets the prompt as the template wrote it, and responses without special
-    tokens. CheckerError if it raises, or says something else."""
+    tokens. CheckerError if it raises, even what is no ``Exception`` (time limits of some libraries), or says something
+    else. Ctrl-C names the response at which it hung."""
     by = f"pairs.checker: sample {pair.sample_id}: {name}"
     kept = "The responses and the verdicts so far are kept: correct it, and rerun the same command to resume."
     try:
@@ -124,14 +127,17 @@ def _verdict_of(
             generated=tokenizer.decode(list(map(int, response.token_ids)), skip_special_tokens=True),
             truncated=response.truncated,
         )
-    except (Exception, SystemExit) as error:
-        raised = f"{type(error).__name__}: {str(error):.300}{place_in(name, error)}"
+    except KeyboardInterrupt:
+        log.warning(f"{by} had not returned; let it end what may hang. {kept}")
+        raise
+    except BaseException as error:  # noqa: BLE001 - code of the user's own may raise anything
+        raised = f"{' '.join(''.join(format_exception_only(error)).split()):.300}{place_in(name, error)}"
         raise CheckerError(f"{by} raised {raised}. {kept} SPIN_TRACEBACK=1 shows where it happened.") from error
     if said is None:
         return "unknown"
     if isinstance(said, bool | np.bool_):
         return "right" if said else "wrong"
     raise CheckerError(
-        f"{by} returned {said!r:.60} of type {type(said).__name__}, expected True (right), False (wrong) or None "
-        f"(unknown). {kept}"
+        f"{by} returned {reprlib.repr(said)} of type {type(said).__name__}, expected True (right), False (wrong) or "
+        f"None (unknown). {kept}"
     )

@@ -35,14 +35,23 @@ class Alert:
 
     rolls_back: bool  # the iteration's steps are to be undone
     message: str  # what was found, and what to do
+    name: str  # of the limit
 
     def error(self, step: int) -> CollapseError:
         """The error that ends the run, once it is rolled back or saved at ``step``."""
-        state = "back at the iteration's start" if self.rolls_back else f"saved at step {step}"
-        back = "" if self.rolls_back else "; resume=FOLDER goes back to an earlier checkpoint"
-        return CollapseError(
-            f"{self.message} The run is {state}{back}; fix the config and rerun the same command to resume."
-        )
+        if self.rolls_back:
+            state = "back at the iteration's start; fix the config and rerun the same command to resume"
+        else:
+            state = f"saved at step {step}; {_choices(self.name)}"
+        return CollapseError(f"{self.message} The run is {state}.")
+
+
+def _choices(name: str) -> str:
+    """Of a run that a limit has stopped."""
+    return (
+        "change what ruins it (such as optimizer.lr=... resume_with_changes=[optimizer]), go on all the same "
+        f"(watch.{name}.limit=null), or go back to an earlier checkpoint (resume=FOLDER)"
+    )
 
 
 class CollapseMonitor:
@@ -57,6 +66,7 @@ class CollapseMonitor:
         self._warned: set[tuple[int, str]] = set()
         self.lowest_val_loss = math.inf  # so far
         self.metrics: dict[str, float] = {}  # of the iteration's responses, for the log
+        self._stopped: Alert | None = None
 
     @property
     def can_roll_back(self) -> bool:
@@ -65,15 +75,24 @@ class CollapseMonitor:
         return any(self._limits[name] is not None and self._actions[name] == "rollback" for name in looked_at)
 
     def state_dict(self) -> dict[str, Any]:
-        """The last steps' values, the lowest validation loss, and the responses' metrics; JSON values."""
-        lowest = {"lowest_val_loss": self.lowest_val_loss} if math.isfinite(self.lowest_val_loss) else {}
-        return {
-            "recent": {name: list(values) for name, values in self._recent.items()},
-            "metrics": self.metrics,
-        } | lowest
+        """The last steps' values, the lowest validation loss, the responses' metrics, and what stopped the run; JSON
+        values."""
+        found: dict[str, Any] = {"recent": {name: list(values) for name, values in self._recent.items()}}
+        found["metrics"] = self.metrics
+        if math.isfinite(self.lowest_val_loss):
+            found["lowest_val_loss"] = self.lowest_val_loss
+        if self._stopped is not None:
+            name = self._stopped.name
+            found["stopped"] = {"name": name, "message": self._stopped.message, "limit": self._limits[name]}
+        return found
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes a saved state; one without values is that of an older version."""
+    def load_state_dict(self, state: Mapping[str, Any], is_unchanged: bool = False) -> None:
+        """Takes a saved state; one without values is that of an older version. CollapseError if a limit stopped the run
+        there, and neither the limit nor anything else that matters (``is_unchanged``) is another one now."""
+        if is_unchanged and (stopped := state.get("stopped")):
+            name, limit = stopped["name"], stopped["limit"]
+            if self._limits[name] == limit and self._actions[name] != "warn":
+                raise CollapseError(f"{stopped['message']} The run was stopped there; {_choices(name)}.")
         for name, values in self._recent.items():
             values.extend(state.get("recent", {}).get(name, []))
         self.lowest_val_loss = state.get("lowest_val_loss", math.inf)
@@ -156,7 +175,10 @@ class CollapseMonitor:
             rolls_back = any(self._actions[name] == "rollback" for name in ending)
             name = ending[0]
             limit = f"watch.{name}.limit={self._limits[name]}"
-            return Alert(rolls_back, f"Iteration {iteration}: {found[name]}. ({limit}, action {self._actions[name]})")
+            text = f"Iteration {iteration}: {found[name]}. ({limit}, action {self._actions[name]})"
+            alert = Alert(rolls_back, text, name)
+            self._stopped = None if rolls_back else alert
+            return alert
         for name, text in found.items():
             if (iteration, name) not in self._warned and self._is_main:
                 log.warning(f"Iteration {iteration}: {text}. (watch.{name}.limit={self._limits[name]})")

@@ -161,14 +161,24 @@ def without_margin(output_dir):
 
 
 @pytest.mark.slow
-def test_stop_saves_first_and_a_higher_limit_resumes(tmp_path):
-    limits = ("watch.window=2", "watch.margin.limit=3.0", "watch.margin.action=stop")
-    for step in (2, 3, 4, 5):  # each try makes one more step, the last of them the iteration's last
-        with pytest.raises(CollapseError, match=f"margin is 9.00 .*The run is saved at step {step}"):
+def test_stop_saves_first_and_only_a_change_resumes(tmp_path):
+    """Each other limit makes one more step, the last of them the iteration's last."""
+    stops = ("watch.window=2", "watch.margin.action=stop")
+    for step, limit in ((2, 3.0), (3, 3.1), (4, 3.2), (5, 3.3)):
+        limits = (*stops, f"watch.margin.limit={limit}")
+        with pytest.raises(CollapseError, match=f"margin is 9.00 .*The run is saved at step {step}; change"):
             run(tmp_path, *SHORT, *limits, recipe_class=collapses(0))
+        for _ in range(2):
+            with pytest.raises(CollapseError, match="margin is 9.00 .*The run was stopped there; .*margin.limit=null"):
+                run(tmp_path, *SHORT, *limits, recipe_class=collapses(0))
         assert metrics_of(tmp_path)[-1]["step"] == step
         assert (tmp_path / "checkpoints" / f"step_{step:08d}").is_dir()
     assert (tmp_path / "iteration_000" / "hf_model").is_dir()
+    with pytest.raises(CollapseError, match="Iteration 1: .* The run is saved at step 7"):
+        run(
+            tmp_path / "copy", *SHORT, *limits, f"resume={tmp_path / 'checkpoints' / 'step_00000005'}",
+            "nll_weight=0.5", "resume_with_changes=[nll_weight]", recipe_class=collapses(1),
+        )  # fmt: skip
     finished = run(tmp_path, *SHORT)
     unbroken = run(tmp_path / "unbroken", *SHORT)
     assert finished.final_weights == unbroken.final_weights

@@ -37,6 +37,13 @@ class Checker:
 """
 
 
+class Opaque(BaseException):
+    """No ``Exception``, as the time limit of a library may be, and without a text."""
+
+    def __str__(self):
+        raise ValueError
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return ChatTokenizer(TINY_LM)
@@ -125,6 +132,8 @@ def test_what_it_is_given_and_what_becomes_of_what_it_says(checker, tokenizer, t
     [
         (ValueError("no number"), r"raised ValueError: no number, at .*checker_of_test.py:10\."),
         (SystemExit(3), "raised SystemExit: 3"),
+        (AssertionError(), "raised AssertionError, at "),
+        (Opaque(), r"raised .*Opaque: <exception str\(\) failed>, at "),
         ("wrong", "returned 'wrong' of type str, expected True"),
         (1, "returned 1 of type int"),
         (np.array([True]), r"returned array\(\[ True\]\) of type ndarray"),
@@ -143,6 +152,14 @@ def test_a_failure_names_the_sample_and_costs_nothing(checker, tokenizer, tmp_pa
     assert verdicts(folder) == [["wrong", "right"]] * SAMPLES
     checked(folder, tokenizer)
     assert len(checker.calls) == before + 2 * SAMPLES - 9
+
+
+def test_ctrl_c_names_the_response_at_which_it_hung(checker, tokenizer, tmp_path, caplog):
+    folder = played(tmp_path / "it", tokenizer)
+    checker.says["4 東 1"] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        checked(folder, tokenizer)
+    assert f"sample s4: {PACKAGE}.check had not returned" in caplog.text
 
 
 def test_stops_between_responses_and_looks_again_when_the_code_has_changed(checker, tokenizer, tmp_path):
