@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -26,6 +27,14 @@ def live(tmp_path_factory):
     yield urlsplit(address)
     server.shutdown()
     server.server_close()
+
+
+def news(live, version, have):
+    """What is new, once the server looks again."""
+    ends_at = time.monotonic() + 60
+    while (found := live.since(version, have)) is None and time.monotonic() < ends_at:
+        time.sleep(0.01)
+    return found
 
 
 def get(live, path, **headers):
@@ -66,10 +75,26 @@ def test_a_page_gets_what_it_lacks(tmp_path):
     (run,) = first["runs"]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(step_metrics(11, 0, 0.5, loss=0.25)) + "\n")
-    news = live.since(first["version"], [f"{run['key']}:{len(run['x'])}"])
-    (run,) = news["runs"]
+    found = news(live, first["version"], [f"{run['key']}:{len(run['x'])}"])
+    (run,) = found["runs"]
     assert run["from"] == 11 and run["x"] == [10, 11] and run["y"]["loss"][-1] == 0.25
-    assert news["version"] > first["version"] and news["sections"].keys() == {"summary", "iterations"}
+    assert found["version"] > first["version"] and found["sections"].keys() == {"summary", "iterations"}
+
+
+def test_a_long_run_is_not_read_again_for_each_line(tmp_path):
+    """All lines come, with a twentieth of a core, whoever asks without a pause."""
+    folder = write_run(tmp_path, iterations=1, steps=500)
+    live = LiveRuns([folder], [])
+    version, brought = live.since(0, ["0:0"])["version"], []
+    began, used = time.monotonic(), time.thread_time()
+    while len(brought) < 3:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(step_metrics(501 + len(brought), 0, 0.5)) + "\n")
+        found = news(live, version, ["0:0"])
+        version = found["version"]
+        brought.append(found["runs"][0]["x"][-1])
+    assert brought == [501, 502, 503]
+    assert time.thread_time() - used < (time.monotonic() - began) / 5
 
 
 def test_a_run_that_vanishes_stays_as_it_was_shown(tmp_path):
@@ -80,10 +105,10 @@ def test_a_run_that_vanishes_stays_as_it_was_shown(tmp_path):
     shutil.rmtree(gone)
     with (other / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(step_metrics(11, 0, 0.5)) + "\n")
-    news = live.since(version, ["0:0", "0:0"])
-    assert [run["x"][-1] for run in news["runs"]] == [10, 11] and "Iterations</h2>" in live.page()
+    found = news(live, version, ["0:0", "0:0"])
+    assert [run["x"][-1] for run in found["runs"]] == [10, 11] and "Iterations</h2>" in live.page()
     write_run(gone, iterations=1, steps=3)
-    again = live.since(news["version"], ["0:0", "0:0"])
+    again = news(live, found["version"], ["0:0", "0:0"])
     assert [run["x"][-1] for run in again["runs"]] == [3, 11]
 
 
