@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+
+from spin.run.log import processor_name
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "first_run.md"
 TIMES = re.compile(r"(?<=<!-- times -->\n).*(?=<!-- /times -->)", re.DOTALL)
@@ -62,20 +63,13 @@ def main() -> None:
 
 def table_of(rows: list[tuple[str, tuple[float, float]]], load: float) -> str:
     """The page's table of ``spin`` commands, by the times of :func:`run` and the machine's load meanwhile."""
-    head = f"On {os.cpu_count()} cores ({cpu()}) with a load of {load:.0f} processes, with the demo's model:"
+    head = f"On {os.cpu_count()} cores ({processor_name()}) with a load of {load:.0f} processes, with the demo's model:"
     lines = [
         f"| `{command}` | {real:.0f} | {cores:.0f} |".replace("| spin", "\\| spin")
         for command, (real, cores) in rows
         if "spin" in command
     ]
     return "\n".join([head, "", "| command | seconds | processor seconds |", "|---|---|---|", *lines, ""])
-
-
-def cpu() -> str:
-    """The processor's name."""
-    file = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.+)$", file.read_text(), re.MULTILINE) if file.is_file() else None
-    return found[1] if found else platform.processor()
 
 
 if __name__ == "__main__":

@@ -226,19 +226,17 @@ class PairStore:
         for index in range(self.num_shards):
             yield from self.read_shard(index)
 
-    def count_responses(self) -> tuple[int, int, int, int]:
-        """The number of responses, of truncated ones, of those equal to the real one, and of the tokens of all; reads
-        three columns of every shard."""
-        responses = truncated = equal = tokens = 0
+    def count_responses(self) -> Counter[str]:
+        """:func:`count_responses` of every shard, without prompts, and the responses that are ``equal`` to the real
+        one."""
+        total: Counter[str] = Counter()
         for index in range(self.num_shards):
             table = self._table(index, columns=["finish_reason", "real_ids", "generated_ids"])
-            responses += table.num_rows
-            truncated += pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
-            lengths = pc.list_value_length(table["generated_ids"])
-            tokens += pc.sum(lengths).as_py() or 0
-            alike = table.filter(pc.equal(lengths, pc.list_value_length(table["real_ids"])))
-            equal += sum(map(eq, alike["real_ids"].to_pylist(), alike["generated_ids"].to_pylist()))
-        return responses, truncated, equal, tokens
+            total += count_responses(table)
+            lengths = (pc.list_value_length(table[name]) for name in ("real_ids", "generated_ids"))
+            alike = table.filter(pc.equal(*lengths))
+            total["equal"] += sum(map(eq, alike["real_ids"].to_pylist(), alike["generated_ids"].to_pylist()))
+        return total
 
     def count_verdicts(self) -> Counter[str]:
         """Responses by what a checker said of them; reads one column of every shard."""
@@ -387,6 +385,15 @@ def _rows_sha256(table: pa.Table) -> str:
         else:  # a log-prob is finite or missing, and then NaN here
             digest.update(array.to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()
+
+
+def count_responses(table: pa.Table) -> Counter[str]:
+    """The number of ``responses`` of a shard, of ``truncated`` ones, and, as far as their columns are there, the tokens
+    of all: ``prompt``, ``real`` and ``generated``."""
+    truncated = pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
+    names = (name for name in ("prompt", "real", "generated") if f"{name}_ids" in table.column_names)
+    tokens = {name: pc.sum(pc.list_value_length(table[f"{name}_ids"])).as_py() or 0 for name in names}
+    return Counter(responses=table.num_rows, truncated=truncated, **tokens)
 
 
 def _table_of(pairs: Sequence[Pair], opponent: str) -> pa.Table:

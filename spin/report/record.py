@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from spin import config
 from spin.core.errors import ConfigError, StoreError
 from spin.core.files import AppendedLines, open_regular, read_json
+from spin.pairs.store import count_responses
 from spin.run.folder import data_sources, iteration_folders, model_of, read_config
 
 Metrics = Mapping[str, Any]
+_LENGTHS = ("prompt", "real", "generated")
 EVALUATIONS = ("*_vs_*/summary.json", "*/*_vs_*/summary.json")
 
 
@@ -95,7 +97,7 @@ class RunReader:
         self._path = path
         names = ("metrics.jsonl", "samples.jsonl", "fixed_prompts.jsonl", "starts.jsonl")
         self._files = [AppendedLines(path / name) for name in names]
-        self._shards: dict[tuple[str, int], dict[str, int]] = {}  # by path and time
+        self._shards: dict[tuple[str, int], Counter[str]] = {}  # by path and time
 
     def signature(self) -> list[tuple[str, int, int]]:
         """Changes when :meth:`read` would find something else."""
@@ -163,20 +165,22 @@ class RunReader:
         return found
 
     def _count_responses(self, store: Path, found: IterationRecord, remarks: list[str]) -> None:
-        sums = {"responses": 0, "truncated": 0, "prompt": 0, "real": 0, "generated": 0}
+        """Of the shards that are there: the store may be unfinished."""
+        total: Counter[str] = Counter()
         for shard in sorted(store.glob("shard-*.parquet")):
             try:
                 key = (str(shard), shard.stat().st_mtime_ns)
                 if key not in self._shards:
-                    self._shards[key] = _counts_of(shard)
+                    with open_regular(shard) as stream:
+                        table = pq.read_table(stream, columns=["finish_reason", *(f"{name}_ids" for name in _LENGTHS)])
+                    self._shards[key] = count_responses(table)
             except (OSError, ValueError, KeyError, pa.ArrowException) as error:
                 remarks.append(f"{shard}: cannot be read ({error}); its responses are not counted.")
                 continue
-            for name, count in self._shards[key].items():
-                sums[name] += count
-        found.responses, found.truncated = sums.pop("responses"), sums.pop("truncated")
+            total += self._shards[key]
+        found.responses, found.truncated = total["responses"], total["truncated"]
         if found.responses:
-            found.mean_tokens = {name: count / found.responses for name, count in sums.items()}
+            found.mean_tokens = {name: total[name] / found.responses for name in _LENGTHS}
 
 
 def read_run(path: Path) -> RunRecord:
@@ -203,12 +207,3 @@ def _store_seconds(manifest: Path) -> float | None:
         return None  # not begun
     begun, sealed = content.get("begun_at"), content.get("sealed_at")
     return float(sealed) - float(begun) if is_number(begun) and is_number(sealed) else None
-
-
-def _counts_of(shard: Path) -> dict[str, int]:
-    names = ("prompt", "real", "generated")
-    with open_regular(shard) as stream:
-        table = pq.read_table(stream, columns=["finish_reason", *(f"{name}_ids" for name in names)])
-    truncated = pc.sum(pc.equal(table["finish_reason"], "length")).as_py() or 0
-    lengths = {name: pc.sum(pc.list_value_length(table[f"{name}_ids"])).as_py() or 0 for name in names}
-    return {"responses": table.num_rows, "truncated": truncated, **lengths}

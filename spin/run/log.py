@@ -174,9 +174,7 @@ def _start(step: int, world: World) -> dict[str, Any]:
     if world.device.type == "cuda":
         hardware = f"{world.world_size} x {torch.cuda.get_device_name(world.device)}"
     else:
-        info = Path("/proc/cpuinfo")
-        model = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
-        hardware = f"{model[1] if model else platform.machine()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
+        hardware = f"{processor_name()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
     hosts = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     return {
         "step": step,
@@ -184,6 +182,13 @@ def _start(step: int, world: World) -> dict[str, Any]:
         "command": redacted(hide(resume_command())),
         "hardware": hardware + (f" on {hosts} hosts" if hosts > 1 else ""),
     }
+
+
+def processor_name() -> str:
+    """The CPU's, or its kind where the system does not tell."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.+)", info.read_text(encoding="utf-8")) if info.exists() else None
+    return found[1] if found else platform.machine()
 
 
 def _one_line(error: Exception) -> str:

@@ -193,10 +193,11 @@ def response_metrics(folder: Path, first_folder: Path, world: World) -> dict[str
     metrics: dict[str, float] = {}
     with raise_on_all_ranks(world, StoreError):
         if world.is_main:
-            count, truncated, equal, tokens = PairStore.open(folder / "responses").count_responses()
-            metrics = {"truncated_fraction": truncated / max(1, count), "equal_fraction": equal / max(1, count)}
-            if tokens and (first_folder / "responses" / MANIFEST).exists():
-                first_count, _, _, first_tokens = PairStore.open(first_folder / "responses").count_responses()
-                if first_tokens:
-                    metrics["length_drift"] = (tokens / count) / (first_tokens / first_count)
+            found = PairStore.open(folder / "responses").count_responses()
+            metrics = {f"{name}_fraction": found[name] / max(1, found["responses"]) for name in ("truncated", "equal")}
+            if found["generated"] and (first_folder / "responses" / MANIFEST).exists():
+                first = PairStore.open(first_folder / "responses").count_responses()
+                if first["generated"]:
+                    mean, first_mean = (each["generated"] / each["responses"] for each in (found, first))
+                    metrics["length_drift"] = mean / first_mean
     return broadcast_object(metrics, world)
