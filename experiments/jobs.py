@@ -42,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
 def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> list[Job]:
     """All starts, then one job for each arm and seed, in the order of the arms: what a deadline cuts off comes last.
 
+    Seeds after the first of an arm with ``later`` come after all others.
+
     Args:
         plan (Mapping[str, Any]): of a YAML file.
         form (str): one of its ``forms``.
@@ -88,7 +90,12 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
     for name in names:
         for seed in seeds or arms[name].get("seeds", shape["seeds"]):
             add("arms", name, seed, arms[name])
-    return sorted(jobs.values(), key=lambda job: not job["keeps"])
+
+    def order(job: Job) -> tuple[bool, int]:
+        later = not job["keeps"] and arms[job["arm"]].get("later", False)
+        return not job["keeps"], job["seed"] if later else 0
+
+    return sorted(jobs.values(), key=order)
 
 
 def run_plan(
