@@ -28,7 +28,10 @@ def main(argv: Sequence[str]) -> int:
     where = "output_dir of a run, folder of a model or of an adapter, or a name on huggingface.co"
     parser.add_argument("model", metavar="RUN_OR_FOLDER", help=where)
     parser.add_argument("--iteration", type=int, metavar="N", help="of the run; default: the last that is finished")
-    against = "answers too: another run or folder, N for that iteration of the run, or `base` for what it started from"
+    against = (
+        "answers too: another run or folder (after spin_sft: RUN/sft), N for that iteration of the run, or `base` "
+    )
+    against += "for the model as it was before all training"
     parser.add_argument("--against", metavar="OTHER", help=against)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer; default: 512")

@@ -14,6 +14,7 @@ import torch
 
 from spin import config
 from spin.checkpoint import SPINCheckpointer
+from spin.config.checks import doubtful
 from spin.config.schema import Checker, EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.files import check_can_be_made
@@ -130,7 +131,9 @@ def _loss_and_optimizer(cfg: config.SPINConfig) -> tuple[None, str]:
     parameters = [torch.nn.Parameter(torch.zeros(8, 8))]
     loss = _built("loss", lambda: config.instantiate(cfg.loss, beta=beta))
     optimizer = _built("optimizer", lambda: config.instantiate(cfg.optimizer, parameters, lr=lr))
-    return None, f"{type(loss).__name__} with beta {cfg.loss.beta}, {type(optimizer).__name__}"
+    doubts = [] if isinstance(cfg, config.SFTConfig) else doubtful(cfg)
+    text = f"{type(loss).__name__} with beta {cfg.loss.beta}, {type(optimizer).__name__}"
+    return None, "\n".join([text, *(f"warning: {doubt}" for doubt in doubts)])
 
 
 def _checker(section: Checker) -> tuple[None, str]:

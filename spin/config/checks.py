@@ -47,6 +47,23 @@ def check_together(cfg: Section, faults: Faults) -> None:
                     raise
 
 
+def doubtful(cfg: SPINConfig) -> list[str]:
+    """What a run of self-play may do with this config, and is seldom meant."""
+    found = []
+    if cfg.enable_float8_training:
+        found.append(
+            "enable_float8_training=true: float8's rounding moves log-probs by more than a step of self-play does, "
+            "so loss, acc and margin are mostly noise. Set it to false; spin_sft can have it."
+        )
+    trained = "nll_weight" if cfg.nll_weight else "SPACELoss" if cfg.loss.component.endswith(".SPACELoss") else ""
+    if trained and cfg.pairs.equal_to_real == "drop":
+        found.append(
+            f"pairs.equal_to_real=drop with {trained}: pairs of equal responses have a gradient there, which holds the "
+            "model where it is right. Set pairs.equal_to_real=keep."
+        )
+    return found
+
+
 def _check_iterations(cfg: SPINConfig, faults: Faults) -> None:
     for section, name in (("loss", "beta"), ("optimizer", "lr")):
         value = getattr(getattr(cfg, section, None), name, None)
@@ -87,8 +104,21 @@ def _check_responses(cfg: SPINConfig, faults: Faults) -> None:
 def _check_checker(cfg: SPINConfig, faults: Faults) -> None:
     section, supplied = cfg.pairs.checker, KINDS["checker"].supplied
     if section is not None:
+        check = component_of(section)
+        called = check if inspect.isroutine(check) or inspect.isclass(check) else check.__call__
+        for is_kind, kind in (
+            (inspect.isclass, "a class"),
+            (inspect.iscoroutinefunction, "an async function"),
+            (inspect.isgeneratorfunction, "a generator function"),
+        ):
+            if is_kind(called):
+                faults.add(
+                    f"pairs.checker: {section.component} is {kind}, expected a function that returns True, False or "
+                    "None; a class has none, but a method of an instance in your module may be named."
+                )
+                return
         try:
-            inspect.signature(component_of(section)).bind(**dict.fromkeys(supplied), **(section.model_extra or {}))
+            inspect.signature(check).bind(**dict.fromkeys(supplied), **(section.model_extra or {}))
         except TypeError as error:
             faults.add(f"pairs.checker: {section.component}: {error}; it is called with {', '.join(supplied)} by name.")
 

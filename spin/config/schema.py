@@ -204,7 +204,9 @@ class LengthLimit(WatchLimit):
 class Watch(Section):
     """What a policy looks like that self-play is ruining."""
 
-    window: int = key(20, "more if small batches make noise: steps averaged for the first three", ge=1, le=10**6)
+    window: int = key(
+        20, "more if small batches make noise: steps averaged for real_nll_rise, acc and margin", ge=1, le=10**6
+    )
     val_loss: WatchLimit = key(WatchLimit(limit=0.25), "fraction that the validation loss may be above its lowest")
     val_loss_collapse: WatchLimit = key(
         WatchLimit(limit=0.4, action="stop"), "the same, of a model that is being ruined"

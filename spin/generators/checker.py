@@ -7,6 +7,7 @@ so a checker is called once for a response, and one that has changed does not co
 from __future__ import annotations
 
 import logging
+import os
 import reprlib
 import sys
 from collections.abc import Callable, Sequence
@@ -120,6 +121,7 @@ def _verdict_of(
     else. Ctrl-C names the response at which it hung."""
     by = f"pairs.checker: sample {pair.sample_id}: {name}"
     kept = "The responses and the verdicts so far are kept: correct it, and rerun the same command to resume."
+    here = os.getcwd()  # to which the run's paths may be relative
     try:
         said = check(
             prompt=tokenizer.decode(list(map(int, pair.prompt_ids))),
@@ -133,6 +135,8 @@ def _verdict_of(
     except BaseException as error:  # noqa: BLE001 - code of the user's own may raise anything
         raised = f"{' '.join(''.join(format_exception_only(error)).split()):.300}{place_in(name, error)}"
         raise CheckerError(f"{by} raised {raised}. {kept} SPIN_TRACEBACK=1 shows where it happened.") from error
+    finally:
+        os.chdir(here)
     if said is None:
         return "unknown"
     if isinstance(said, bool | np.bool_):

@@ -16,6 +16,7 @@ LOSS_ABOVE = 0.2  # over ln 2
 WON_ACC = 0.99
 UPDATED_FRACTION = 0.1
 VAL_LOSS_RISE = 0.02  # relative to the start
+VAL_LOSS_FALL = 0.005  # the same; less is no gain
 LOSS_MOVES = 0.005  # nats between thirds of an iteration
 SAME_WAY, OTHER_WAY = 0.8, 0.5  # cosine of SPIN's gradient to that of fine-tuning
 LENGTH_CHANGE = 0.1  # relative to the first iteration
@@ -32,9 +33,12 @@ def verdict(run: RunRecord) -> str:
     losses = [value for _, value in run.series("val_loss")]
     if len(losses) > 1:
         rise = losses[-1] / losses[0] - 1 if losses[0] else 0.0
-        found.append(
-            "validation loss rises: watch" if rise > VAL_LOSS_RISE else "validation loss falls" if rise < 0 else ""
-        )
+        if rise > VAL_LOSS_RISE:
+            found.append("validation loss rises: watch")
+        elif abs(rise) < VAL_LOSS_FALL:
+            found.append("validation loss stays")
+        elif rise < 0:
+            found.append("validation loss falls")
     played = [iteration for iteration in run.iterations if iteration.responses]
     if played:
         first, last = played[0], played[-1]
@@ -43,7 +47,7 @@ def verdict(run: RunRecord) -> str:
             found.append(f"responses get {'longer' if ratio > 1 else 'shorter'}: watch")
         if last.truncated / last.responses > first.truncated / first.responses + TRUNCATED_RISE:
             found.append("more responses are truncated: watch")
-    return "; ".join(text for text in found if text) + "."
+    return "; ".join(found) + "."
 
 
 def _progress(steps: Sequence[Metrics]) -> str:
@@ -146,11 +150,11 @@ def _of_gradients(steps: Sequence[Metrics]) -> str:
         signal, of_sft = (first[name] if is_number(first[name]) else 0.0 for name in names[3:])
         return (
             "SPIN's gradient and fine-tuning's on the same responses do not both stand out of the noise between pairs "
-            f"({signal:.1%} and {of_sft:.1%} of a step's are signal): "
+            f"({signal:.1%} and {of_sft:.1%} of a step's squared gradient are signal): "
             + (
                 "fine-tune instead (spin_sft)."
                 if of_sft > 0.5
-                else "there may be nothing left to learn from this data. Use other data, or stop here."
+                else "there may be too few rows to tell, or nothing left to learn from this data. Look at val_loss."
             )
         )
     (cosine, error, ratio, signal, of_sft), (last, last_error, *_) = clear[0], clear[-1]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spin.core.command import spin_command
-from spin.core.files import AppendedLines
+from spin.core.files import SFT_STAGE, AppendedLines
 from spin.core.terminal import counted, cut, fill, plural, printable, wrap
 from spin.core.texts import plain_text, turns
 from spin.run.progress import SPINProgress
@@ -19,6 +19,7 @@ from spin.types import Pair
 
 _TEXTS, _MARGIN_WIDTH = ("prompt", "real", "generated"), 8
 _MAX_LINES = 6
+_LEAST_GAIN = 0.005  # of the validation loss, relative; as in the report's verdict
 
 
 def sample_rows(
@@ -178,7 +179,8 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
     lines += [f"  best:        {best}"] if (best := best_by_validation(output_dir)) else []
     if models:
         lines.append(f"  model:       {models[-1]} loads in transformers and vLLM")
-        lines.append(f"  try it:      {spin_command('chat', output_dir)}")
+        before = ("--against", output_dir / SFT_STAGE) if (output_dir / SFT_STAGE).is_dir() else ()
+        lines.append(f"  try it:      {spin_command('chat', output_dir, *before)}")
     if is_sft:
         lines.append("  self-play:   spin_recipe with the same config starts from it")
     elif progress.step >= progress.iteration_start(progress.max_iterations):
@@ -198,8 +200,13 @@ def best_by_validation(output_dir: Path) -> str:
     names = {number: f"iteration {number}" if number >= 0 else "the start" for number in losses}
     best = min(losses, key=lambda number: losses[number])
     others = [number for number in dict.fromkeys((-1, max(losses))) if number in losses and number != best]
-    compared = "".join(f"; {names[number]} {losses[number]:.4g}" for number in others)
-    text = f"{names[best]} by validation (val_loss {losses[best]:.4g}{compared}), "
+    shown = {number: f"{loss:.4g}" for number, loss in losses.items()}
+    if any(shown[number] == shown[best] for number in others):
+        shown = {number: f"{loss:.6g}" for number, loss in losses.items()}
+    compared = "".join(f"; {names[number]} {shown[number]}" for number in others)
+    if best >= 0 and losses.get(-1, math.inf) - losses[best] < _LEAST_GAIN * losses[best]:
+        compared += ": next to no gain"
+    text = f"{names[best]} by validation (val_loss {shown[best]}{compared}), "
     if best < 0:
         return f"{text}so no iteration is better: lower optimizer.lr, raise nll_weight, or fine-tune (spin_sft)"
     folder = output_dir / f"iteration_{best:03d}" / "hf_model"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from spin.config import SFTConfig, SPINConfig
+from spin.config.checks import doubtful
 from spin.core.errors import ConfigError
 from spin.core.progress import KINDS, Kind, RunProgress, begin_run
 from spin.data.dataset import PromptSource
@@ -59,11 +60,8 @@ class RunPlan:
         progress, cfg, samples = self.progress, self._cfg, self._prompts.samples_per_iteration
         lr = cfg.optimizer["lr"] if self.is_sft else None
         log.info(start_message(progress, self._size, samples, self.num_val_samples, lr))
-        if cfg.enable_float8_training and not self.is_sft:
-            log.warning(
-                "enable_float8_training=true: float8's rounding moves log-probs by more than a step of self-play does, "
-                "so loss, acc and margin are mostly noise. Set it to false; spin_sft can have it."
-            )
+        for doubt in () if self.is_sft else doubtful(cfg):
+            log.warning(doubt)
         # --- stages ---
         step, total, first = progress.step, progress.total_steps, progress.iteration_start
         iterations = [i for i in range(progress.max_iterations) if first(i) < total]

@@ -50,7 +50,7 @@ def _choices(name: str) -> str:
     """Of a run that a limit has stopped."""
     return (
         "change what ruins it (such as optimizer.lr=... resume_with_changes=[optimizer]), go on all the same "
-        f"(watch.{name}.limit=null), or go back to an earlier checkpoint (resume=FOLDER)"
+        f"(watch.{name}.limit=null), go back to an earlier checkpoint (resume=FOLDER), or start over (resume=never)"
     )
 
 

@@ -1,6 +1,7 @@
 """The checker of a user's own: what it is given, what its verdicts do, and that none is asked for twice."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from tests.recipes.helpers import TINY_LM, tiny_config
 PACKAGE = "checker_of_test"
 SAMPLES = 10  # of two responses each, in four shards; response number i of a sample has i as its last word
 SOURCE = """
+import os
+
 import numpy as np
 
 calls, says = [], {}
@@ -28,11 +31,21 @@ def check(prompt, real, generated, truncated, mark=None, api_key=None):
         raise found
     return found
 
+async def check_async(prompt, real, generated, truncated):
+    return True
+
+def check_many(prompt, real, generated, truncated):
+    yield True
+
+def check_elsewhere(prompt, real, generated, truncated):
+    os.chdir("/")
+    return True
+
 class Checker:
     def __init__(self, tolerance):
         pass
 
-    def __call__(self, **given):
+    def method(self, **given):
         return self
 """
 
@@ -130,7 +143,7 @@ def test_what_it_is_given_and_what_becomes_of_what_it_says(checker, tokenizer, t
 @pytest.mark.parametrize(
     ("says", "message"),
     [
-        (ValueError("no number"), r"raised ValueError: no number, at .*checker_of_test.py:10\."),
+        (ValueError("no number"), r"raised ValueError: no number, at .*checker_of_test.py:12\."),
         (SystemExit(3), "raised SystemExit: 3"),
         (AssertionError(), "raised AssertionError, at "),
         (Opaque(), r"raised .*Opaque: <exception str\(\) failed>, at "),
@@ -160,6 +173,15 @@ def test_ctrl_c_names_the_response_at_which_it_hung(checker, tokenizer, tmp_path
     with pytest.raises(KeyboardInterrupt):
         checked(folder, tokenizer)
     assert f"sample s4: {PACKAGE}.check had not returned" in caplog.text
+
+
+def test_a_checker_that_changes_the_working_directory(checker, tokenizer, tmp_path, monkeypatch):
+    """The run's paths are relative to it."""
+    monkeypatch.chdir(tmp_path)
+    played(tmp_path / "it", tokenizer)
+    section = tiny_config("runs/none", f"pairs.checker={PACKAGE}.check_elsewhere").pairs.checker
+    assert checked(Path("it"), tokenizer, section)["right_fraction"] == 1.0
+    assert Path.cwd() == tmp_path
 
 
 def test_stops_between_responses_and_looks_again_when_the_code_has_changed(checker, tokenizer, tmp_path):
@@ -199,10 +221,10 @@ def test_without_one_nothing_changes(tokenizer, tmp_path):
     ("override", "message"),
     [
         (f"pairs.checker={PACKAGE}.chekc", "has no 'chekc'. Did you mean 'check'"),
-        (
-            f"pairs.checker={PACKAGE}.Checker",
-            "Checker: missing a required argument: 'tolerance'; it is called with prompt",
-        ),
+        (f"pairs.checker={PACKAGE}.Checker", "Checker is a class, expected a function"),
+        (f"pairs.checker={PACKAGE}.Checker.method", "missing a required argument: 'self'; it is called with prompt"),
+        (f"pairs.checker={PACKAGE}.check_async", "check_async is an async function"),
+        (f"pairs.checker={PACKAGE}.check_many", "check_many is a generator function"),
         (f"pairs.checker={{_component_: {PACKAGE}.check, marc: 1}}", "marc: .*Did you mean 'mark'"),
         (f"pairs.checker={{_component_: {PACKAGE}.check, real: 1}}", "checker.real: the recipe supplies it"),
         (f"pairs.checker={{_component_: {PACKAGE}.check, right_weight: 2}}", "right_weight: found 2"),

@@ -317,9 +317,9 @@ GRADIENTS = {"cosine": 0.98, "cosine_error": 0.01, "ratio": 0.05, "signal": 0.02
          "is signal): fine-tune instead (spin_sft)."),
         (GRADIENTS, GRADIENTS | {"cosine": 0.2}, "(spin_sft). At its end the cosine is 0.20 ± 0.01: the"),
         (GRADIENTS | {"cosine": 0.6, "ratio": 1.5}, None, "Iteration 1: SPIN's gradient has the cosine 0.60 ±"),
-        ({"signal": 0.001, "sft_signal": -0.001}, None, "0.1% and -0.1% of a step's are signal): there may be"),
-        ({"signal": None, "sft_signal": 0.2}, None, "0.0% and 20.0% of a step's are signal): there may be"),
-        ({"signal": -0.05, "sft_signal": 0.95}, None, "-5.0% and 95.0% of a step's are signal): fine-tune instead"),
+        ({"signal": 0.001, "sft_signal": -0.001}, None, "0.1% and -0.1% of a step's squared gradient are signal): t"),
+        ({"signal": None, "sft_signal": 0.2}, None, "0.0% and 20.0% of a step's squared gradient are signal): there"),
+        ({"signal": -0.05, "sft_signal": 0.95}, None, "-5.0% and 95.0% of a step's squared gradient are signal): fine"),
     ],
 )  # fmt: skip
 def test_what_gradients_say_is_said_of_the_newest_iteration(tmp_path, first, last, words):
@@ -356,6 +356,16 @@ def test_another_loss_is_not_measured_by_ln_2(tmp_path):
 )
 def test_the_verdict(tmp_path, changes, expected):
     assert verdict(read_run(write_run(tmp_path, iterations=2, steps=10, changes=lambda _: changes))) == expected
+
+
+@pytest.mark.parametrize(
+    ("val_loss", "said"), [(3.01, "; validation loss stays"), (2.99, "; validation loss stays"), (3.05, "")]
+)
+def test_a_validation_loss_within_half_a_percent_neither_falls_nor_rises(tmp_path, val_loss, said):
+    """It was 3.0 before training."""
+    folder = write_run(tmp_path, iterations=1, steps=10)
+    add_line(folder, 11, 0, 0.01, val_loss=val_loss)
+    assert verdict(read_run(folder)) == f"Iteration 0 gets worse{said}."
 
 
 def test_the_verdict_of_a_run_that_has_begun_or_changes_its_length(tmp_path):

@@ -39,6 +39,7 @@ def test_a_finished_run_says_that_it_was_finished_before(tmp_path):
         ([2.0], [1.9, 1.5, 1.7], "iteration 1 by validation (val_loss 1.5; the start 2; iteration 2 1.7), {}/i"),
         ([], [1.9, 1.7, 1.5], "iteration 2 by validation (val_loss 1.5), which was not kept"),
         ([2.0], [float("nan"), 1.5], "iteration 1 by validation (val_loss 1.5; the start 2), {}/i"),
+        ([1.2271], [1.2269], "iteration 0 by validation (val_loss 1.2269; the start 1.2271: next to no gain), {}/i"),
         ([0.019], [0.024, 0.15], "the start by validation (val_loss 0.019; iteration 1 0.15), so no"),
         ([2.0], [], None),
     ],

@@ -1,6 +1,7 @@
 """The arithmetic of a run, from a config: samples, steps, intervals, and the batches of an epoch."""
 
 import math
+import re
 
 import pytest
 from omegaconf import OmegaConf
@@ -21,6 +22,7 @@ def plan(num_val=0, prompts=PROMPTS, **changes):
         "pairs": {"history": 0, "history_fraction": 1.0, "checker": None}, "optimizer": {"reset_each_iteration": True},
         "validation": {"at_start": True, "spin": False, "fixed_prompts": 0},
         "generator": {"component": "spin.generators.TorchtuneGenerator"}, "enable_float8_training": False,
+        "loss": {"component": "spin.loss.SPINLoss"}, "nll_weight": 0.0,
     }  # fmt: skip
     return RunPlan(OmegaConf.create(values | changes), prompts, num_val)
 
@@ -138,7 +140,16 @@ def test_a_checker_is_a_stage_of_each_iteration():
         assert bar.run.left["check"] == bar.run.left["generate"] == 3 * 2 * (12 + 6)
 
 
-def test_float8_is_doubtful_in_self_play(caplog):
-    pairs = {"history": 0, "history_fraction": 1.0, "responses_per_prompt": 1, "checker": None}
-    plan(enable_float8_training=True, pairs=pairs).start(math.inf)
-    assert "enable_float8_training=true" in caplog.text and "spin_sft can have it" in caplog.text
+@pytest.mark.parametrize(
+    ("changes", "doubt"),
+    [
+        ({"enable_float8_training": True}, "enable_float8_training=true.*spin_sft can have it"),
+        ({"nll_weight": 0.1}, "pairs.equal_to_real=drop with nll_weight.*equal_to_real=keep"),
+        ({"loss": {"component": "spin.loss.SPACELoss"}}, "pairs.equal_to_real=drop with SPACELoss"),
+        ({}, None),
+    ],
+)
+def test_what_is_doubtful_in_self_play_is_said(changes, doubt, caplog):
+    pairs = {"history": 0, "history_fraction": 1.0, "responses_per_prompt": 1, "checker": None, "equal_to_real": "drop"}
+    plan(pairs=pairs, **changes).start(math.inf)
+    assert re.search(doubt, caplog.text) if doubt else "=drop" not in caplog.text
