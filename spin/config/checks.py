@@ -105,7 +105,7 @@ def _check_checker(cfg: SPINConfig, faults: Faults) -> None:
     section, supplied = cfg.pairs.checker, KINDS["checker"].supplied
     if section is not None:
         check = component_of(section)
-        called = check if inspect.isroutine(check) or inspect.isclass(check) else check.__call__
+        called = check if inspect.isroutine(check) or inspect.isclass(check) else type(check).__call__
         for is_kind, kind in (
             (inspect.isclass, "a class"),
             (inspect.iscoroutinefunction, "an async function"),
@@ -113,8 +113,8 @@ def _check_checker(cfg: SPINConfig, faults: Faults) -> None:
         ):
             if is_kind(called):
                 faults.add(
-                    f"pairs.checker: {section.component} is {kind}, expected a function that returns True, False or "
-                    "None; a class has none, but a method of an instance in your module may be named."
+                    f"pairs.checker: {section.component} is {kind}, expected a function, or an instance that can be "
+                    "called, which returns True, False or None."
                 )
                 return
         try:

@@ -195,7 +195,10 @@ def prompt_dataset(
     if validation_fraction:
         if not len(dataset) or not held_out:
             found = f"of {dataset.report.samples} samples of {label} {len(held_out)} are held out"
-            raise DataError(f"dataset.validation_fraction={validation_fraction}: {found}, expected some and not all.")
+            raise DataError(
+                f"dataset.validation_fraction={validation_fraction}: {found}, expected some and not all. "
+                "Change the fraction, or set 0 and name a validation_dataset."
+            )
         dataset.held_out = PromptDataset(held_out)
         dataset.held_out.originals = originals
         dataset.settings = {"validation_fraction": validation_fraction}

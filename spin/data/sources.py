@@ -317,7 +317,7 @@ def _not_empty(rows: Iterable[Row], label: str) -> Iterator[Row]:
     for row in rows:
         yield row
     if row is None:
-        raise DataError(f"{label} has no rows. Training needs at least one.")
+        raise DataError(f"{label} has no rows, expected at least one.")
 
 
 def _disk_rows(path: Path, split: str | None) -> Iterable[Row]:
