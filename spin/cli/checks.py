@@ -22,8 +22,8 @@ from spin.core.terminal import counted, plural
 from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dataset import check_is_dataset, evaluated_part
 from spin.data.dates import known_date
-from spin.data.messages import ChatMessage, row_to_messages, split_turns
-from spin.data.read import check_vocabulary, unknown_ids
+from spin.data.messages import ChatMessage
+from spin.data.read import check_vocabulary, row_parser, unknown_ids
 from spin.data.sources import read_rows
 from spin.evaluation import verdicts
 from spin.evaluation.models import EvalModel, check_evaluation, shared_samples
@@ -381,26 +381,10 @@ def _conversations(section: config.Component) -> Iterator[tuple[str, list[ChatMe
 
 def _conversations_of(section: config.Component, options: Mapping[str, Any]) -> Iterator[tuple[str, list[ChatMessage]]]:
     node = config.nested(section, options.get("message_transform"), "message_transform")
-    transform = config.instantiate(node)
+    conversations_of = row_parser(options, config.instantiate(node))
+    where = {key: options.get(key) for key in ("split", "name", "data_dir", "revision")}
     try:
-        rows = read_rows(
-            options["source"],
-            streaming=options.get("streaming", False),
-            **{key: options.get(key) for key in ("split", "name", "data_dir", "revision")},
-        )
-        for row in rows:
-            try:
-                messages = row_to_messages(
-                    row.data,
-                    row_format=options.get("format", "auto"),
-                    column_map=options.get("column_map"),
-                    message_transform=transform,
-                    system_prompt=options.get("system_prompt"),
-                    from_arrow=row.from_arrow,
-                )
-            except DataError:
-                continue
-            for mark, part in split_turns(messages, options.get("turns", "last")):
-                yield row.where + mark, part
+        for row in read_rows(options["source"], streaming=options.get("streaming", False), **where):
+            yield from ((each.where, each.messages) for each in conversations_of(row) if each.fault is None)
     except DataError:
         return

@@ -123,14 +123,8 @@ def prompt_dataset(
             "dataset.message_transform takes the place of dataset.format and dataset.column_map and must be callable. "
             "Remove those, and give the transform its own column_map."
         )
-    parse = partial(
-        row_to_messages,
-        row_format=format,
-        column_map=column_map,
-        message_transform=message_transform,
-        system_prompt=system_prompt,
-    )
-    converse = partial(conversations_of, parse=parse, id_column=id_column, turns=turns)
+    options = {"format": format, "column_map": column_map, "system_prompt": system_prompt}
+    converse = row_parser(options | {"turns": turns, "id_column": id_column}, message_transform)
     chunk = min(_CHUNK_ROWS, limit or _CHUNK_ROWS)
     label = counted(len(source), "source") if isinstance(source, list) else str(source)
     new_filter = partial(SampleFilter, label, rules, set())
@@ -240,8 +234,19 @@ def unknown_ids(model: nn.Module, tokenizer: PromptTokenizer) -> tuple[int, ...]
     return tuple(token for token in range(model.tok_embeddings.weight.shape[0]) if token not in known)
 
 
-def conversations_of(row: Row, parse: Callable[..., Any], id_column: str, turns: Turns) -> list[Conversation]:
-    """The conversations in a row, or the one fault that stands for it."""
+def row_parser(
+    options: Mapping[str, Any], message_transform: MessageTransform | None
+) -> Callable[[Row], list[Conversation]]:
+    """What gives the conversations in a row, or the one fault that stands for it, by arguments of
+    :func:`prompt_dataset`."""
+    parse = partial(
+        row_to_messages, row_format=options.get("format", "auto"), column_map=options.get("column_map"),
+        message_transform=message_transform, system_prompt=options.get("system_prompt"),
+    )  # fmt: skip
+    return partial(_conversations_of, parse, options.get("id_column", "id"), options.get("turns", "last"))
+
+
+def _conversations_of(parse: Callable[..., Any], id_column: str, turns: Turns, row: Row) -> list[Conversation]:
     notes = RowNotes(used={id_column: None})
     try:
         if row.error is not None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
 
 from spin.core.errors import DataError
-from spin.data.messages import MessageTransform, detect_format, row_to_messages
-from spin.data.read import conversations_of, encode_all, is_held_out
+from spin.data.messages import MessageTransform, detect_format
+from spin.data.read import encode_all, is_held_out, row_parser
 from spin.data.rows import Row
 from spin.data.samples import Conversation, Findings
 from spin.data.sources import read_rows
@@ -72,18 +71,12 @@ def survey(
     row_format, column_map = options.get("format", "auto"), dict(options.get("column_map") or {})
     if message_transform is None and row_format == "auto":
         row_format, column_map = _columns(head, column_map)
-    parse = partial(
-        row_to_messages,
-        row_format=options.get("format", "auto"),
-        column_map=column_map,
-        message_transform=message_transform,
-        system_prompt=options.get("system_prompt"),
-    )
+    conversations_of = row_parser({**options, "column_map": column_map}, message_transform)
     faults, place_of = Findings(), dict[str, str]()
     sample: list[Conversation] = []
     chance, number = random.Random(0), 0  # nosec B311 - a sample of rows
     for number, row in enumerate(chain(head, rows), start=1):  # noqa: B007 - how many there are
-        for each in conversations_of(row, parse, options.get("id_column", "id"), options.get("turns", "last")):
+        for each in conversations_of(row):
             if each.fault is not None:
                 faults.add(each.where, str(each.fault))
             elif each.sample_id in place_of:
