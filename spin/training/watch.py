@@ -149,25 +149,20 @@ class CollapseMonitor:
         if len(means) < len(self._recent):
             return self._report(iteration, found)
         steps = f"mean of {self._recent['acc'].maxlen} steps"
-        if self._passes("real_nll_rise", means["real_nll_rise"]):
-            found["real_nll_rise"] = (
-                f"the NLL of real responses is {means['real_nll_rise']:.0%} above that at the iteration's start ("
-                f"{steps}): the policy unlearns what it should learn. Raise nll_weight, or lower optimizer.lr"
-            )
-        if self._passes("acc", means["acc"]):
-            found["acc"] = (
-                f"acc is {means['acc']:.3f} ({steps}): the policy prefers nearly every real response to its own. "
-                "Little is left to learn in this iteration; use fewer epochs, or raise loss.beta"
-            )
-        if self._passes("margin", means["margin"]):
-            found["margin"] = (
-                f"the margin is {means['margin']:.2f} ({steps}): the loss is flat there. Use fewer epochs, or lower "
-                "loss.beta or optimizer.lr"
-            )
+        texts = {
+            "real_nll_rise": f"the NLL of real responses is {means['real_nll_rise']:.0%} above that at the iteration's "
+            f"start ({steps}): the policy unlearns what it should learn. Raise nll_weight, or lower optimizer.lr",
+            "acc": f"acc is {means['acc']:.3f} ({steps}): the policy prefers nearly every real response to its own. "
+            "Little is left to learn in this iteration; use fewer epochs, or raise loss.beta",
+            "margin": f"the margin is {means['margin']:.2f} ({steps}): the loss is flat there. Use fewer epochs, or "
+            "lower loss.beta or optimizer.lr",
+        }
+        found |= {
+            name: text
+            for name, text in texts.items()
+            if (limit := self._limits[name]) is not None and means[name] > limit
+        }
         return self._report(iteration, found)
-
-    def _passes(self, name: str, value: float) -> bool:
-        return self._limits[name] is not None and value > self._limits[name]
 
     def _report(self, iteration: int, found: Mapping[str, str]) -> Alert | None:
         ending = [name for name in found if self._actions[name] != "warn"]
