@@ -18,7 +18,7 @@ from pages import drawing, fill_sections, save
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = (DOCS / "when_it_helps.md", DOCS / "experiments" / "checkable.md")
 PLAN = Path(__file__).with_name("checkable.yaml")
-FORMS = {"small": "140k parameters", "full": "135M parameters"}
+FORMS = {"small": "140k parameters", "full": "135M parameters", "four_epochs": "135M parameters, after four epochs"}
 WRONG = {"s": "wrong step", "w": "wrong answer", "f": "no answer", "t": "truncated"}
 # how SPIN departs from SFT, and arms that show it
 DEPARTURES = (
@@ -212,14 +212,14 @@ def _spread(checks: Sequence[Mapping[str, float]], name: str, factor: float = 1.
 
 def collapse_line(results: Mapping[str, Results]) -> str:
     """What the validation loss says of the arm that collapses."""
-    of_form = results.get("full", {})
+    of_form = results.get("four_epochs", {})
     runs = [
         ", ".join(f"{loss:.3f}" for loss in (of_form["start"][seed]["val_loss"], *arm["val_losses"]))
         for seed, arm in of_form.get("spin_fast", {}).items()
     ]
     return (
         "A collapse shows in the validation loss ([the watch](restarts.md#collapse-watch) looks at `val_loss`): "
-        f"of the 135M model at rate 1e-5, at the start and after each iteration, a seed each: {'; '.join(runs)}."
+        f"of the 135M model after four epochs, at rate 1e-5, at the start and after each iteration, a seed each: {'; '.join(runs)}."
     )
 
 
@@ -246,7 +246,7 @@ def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[st
     tables = {
         form: jobs_line(DOCS / "experiments", form)
         + "\n\n"
-        + arms_table(of_form, plan["forms"][form]["arms"], reads_english=form == "full")
+        + arms_table(of_form, plan["forms"][form]["arms"], reads_english=form != "small")
         for form, of_form in results.items()
     }
     ways, starts = departures_table(results, plan), situations_table(results, plan)
