@@ -219,7 +219,8 @@ def collapse_line(results: Mapping[str, Results]) -> str:
     ]
     return (
         "A collapse shows in the validation loss ([the watch](restarts.md#collapse-watch) looks at `val_loss`): "
-        f"of the 135M model after four epochs, at rate 1e-5, at the start and after each iteration, a seed each: {'; '.join(runs)}."
+        "of the 135M model after four epochs, at rate 1e-5, at the start and after each iteration, a seed each: "
+        f"{'; '.join(runs)}."
     )
 
 
