@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("model", metavar="RUN_OR_FOLDER", help=where)
     parser.add_argument("--iteration", type=int, metavar="N", help="of the run; default: the last that is finished")
     against = (
-        "answers too: another run or folder (after spin_sft: RUN/sft), N for that iteration of the run, or `base` "
+        "answers too: another run or folder (after spin_sft: RUN/sft), N for that iteration of the run, "
+        "or `base` for the model as it was before all training"
     )
-    against += "for the model as it was before all training"
     parser.add_argument("--against", metavar="OTHER", help=against)
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="of an answer; default: 512")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from spin.core.terminal import plural
 from spin.report.record import IterationRecord, Metrics, RunRecord, is_number
+from spin.run.messages import LEAST_GAIN
 
 TAIL = 0.2  # fraction of an iteration's steps that stands for its end
 LEAST_STEPS = 4  # fewer say nothing
@@ -16,7 +17,6 @@ LOSS_ABOVE = 0.2  # over ln 2
 WON_ACC = 0.99
 UPDATED_FRACTION = 0.1
 VAL_LOSS_RISE = 0.02  # relative to the start
-VAL_LOSS_FALL = 0.005  # the same; less is no gain
 LOSS_MOVES = 0.005  # nats between thirds of an iteration
 SAME_WAY, OTHER_WAY = 0.8, 0.5  # cosine of SPIN's gradient to that of fine-tuning
 LENGTH_CHANGE = 0.1  # relative to the first iteration
@@ -35,7 +35,7 @@ def verdict(run: RunRecord) -> str:
         rise = losses[-1] / losses[0] - 1 if losses[0] else 0.0
         if rise > VAL_LOSS_RISE:
             found.append("validation loss rises: watch")
-        elif abs(rise) < VAL_LOSS_FALL:
+        elif abs(rise) < LEAST_GAIN:
             found.append("validation loss stays")
         elif rise < 0:
             found.append("validation loss falls")

@@ -19,7 +19,7 @@ from spin.types import Pair
 
 _TEXTS, _MARGIN_WIDTH = ("prompt", "real", "generated"), 8
 _MAX_LINES = 6
-_LEAST_GAIN = 0.005  # of the validation loss, relative; as in the report's verdict
+LEAST_GAIN = 0.005  # of the validation loss, relative to it; less is none
 
 
 def sample_rows(
@@ -204,7 +204,7 @@ def best_by_validation(output_dir: Path) -> str:
     if any(shown[number] == shown[best] for number in others):
         shown = {number: f"{loss:.6g}" for number, loss in losses.items()}
     compared = "".join(f"; {names[number]} {shown[number]}" for number in others)
-    if best >= 0 and losses.get(-1, math.inf) - losses[best] < _LEAST_GAIN * losses[best]:
+    if best >= 0 and losses.get(-1, math.inf) - losses[best] < LEAST_GAIN * losses[best]:
         compared += ": next to no gain"
     text = f"{names[best]} by validation (val_loss {shown[best]}{compared}), "
     if best < 0:
