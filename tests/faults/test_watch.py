@@ -87,12 +87,20 @@ def test_validation_loss_against_the_lowest_so_far(caplog):
 
 
 @pytest.mark.parametrize(
-    ("arm", "warns", "stops"),
-    [("spin_fast", 0, 1), ("spin", None, None), ("spin_fast_beta1", None, None), ("spin_drop_equal", None, None)],
+    ("form", "arm", "warns", "stops"),
+    [
+        ("four_epochs", "spin_fast", 0, 1),
+        ("four_epochs", "spin", None, None),
+        ("four_epochs", "spin_fast_beta1", None, None),
+        ("four_epochs", "spin_drop_equal", None, None),
+        ("full", "spin_faster", None, 0),
+        ("full", "spin_fast", None, None),
+        ("full", "spin", None, None),
+    ],
 )
-def test_default_limits_on_a_real_model_that_self_play_ruined(arm, warns, stops, caplog):
-    """The experiment's validation losses: a warning in the first iteration, the end in the second, and else nothing."""
-    jobs = json.loads((REPO / "docs/experiments/checkable_full.json").read_text())
+def test_default_limits_on_a_real_model_that_self_play_ruined(form, arm, warns, stops, caplog):
+    """The experiments' validation losses: a collapse is warned of or stopped in its first iteration."""
+    jobs = json.loads((REPO / f"docs/experiments/checkable_{form}.json").read_text())
     start, measured = (next(job for job in jobs if (job["arm"], job["seed"]) == (each, 0)) for each in ("start", arm))
     watched = CollapseMonitor(Watch(), "runs/my run", is_main=True)
     watched.lowest_val_loss = start["iterations"][-1]["val_loss"]
