@@ -53,13 +53,15 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
         list[Job]: what :func:`run_job` takes.
 
     Raises:
-        SystemExit: If an arm is unknown.
+        SystemExit: If an arm is unknown, or figures in ``--docs`` would be lost.
     """
     shape = plan["forms"][form]
     arms: dict[str, Any] = shape["arms"]
     names = [name for name in args.arms.split(",") if name] or list(arms)
     if unknown := [name for name in names if name not in arms]:
         raise SystemExit(f"error: no arm {', '.join(unknown)}; there are {', '.join(arms)}.")
+    if args.docs and args.arms:
+        raise SystemExit("error: --docs with --arms would replace the figures of all arms by a few. Leave one out.")
     changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.set)}
     seeds = [int(seed) for seed in args.seeds.split(",") if seed]
     others = {name: {**prompts, **shape.get("others", {})} for name, prompts in plan["others"].items()}

@@ -145,9 +145,11 @@ def test_the_smallest_form_from_start_to_page(tmp_path, capfd):
     assert "5 jobs, 5 of them finished before" in capfd.readouterr().out
 
 
-def test_an_unknown_arm_and_form_are_named(tmp_path, capsys):
+def test_an_unknown_arm_or_form_and_figures_that_would_be_lost(tmp_path, capsys):
     with pytest.raises(SystemExit, match="no arm spun; there are start, sft"):
         job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--arms", "spun"))
+    with pytest.raises(SystemExit, match="--docs with --arms would replace"):
+        job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--arms", "spin", "--docs", str(tmp_path)))
     with pytest.raises(SystemExit):
         checkable.main(["--form", "large"])
     assert "--form large: expected small, full" in capsys.readouterr().err
