@@ -356,9 +356,10 @@ class PeerIteration:
         return seconds - (calculate_time_spent()["total_wall_time"] - compiled)
 
     def close(self) -> None:
-        """Ends vLLM."""
+        """Ends vLLM, whose memory the trainer gets."""
         if "engines" in vars(self):
             self.engines.close()
+            del self.engines
 
 
 def iteration(
@@ -372,7 +373,8 @@ def iteration(
 
     The product's run first, in a process of their own, because its engine keeps memory; peers then generate for the
     same prompts, responses as long as its own were, and learn from these pairs, one peer after another. Before, each
-    learns from some of them, which compiles, while vLLM starts. What is compiled later is left out of all times.
+    learns from some of them, which compiles; what is compiled later is left out of all times. vLLM ends when it has
+    written, so that all of the GPU's memory is TRL's; its sleep and wake are not counted.
 
     Args:
         bench (PeerBench): gives model and device.
@@ -411,14 +413,13 @@ def iteration(
             found: list[list[Pair]] = []
             seconds = [bench.seconds(lambda: found.append(peers.responses(writer, pairs))) for _ in range(args.rounds)]
             written[writer] = found[-1], seconds
+            peers.close()
 
     def measured(kind: Any) -> list[dict[str, float]]:
-        if kind.writer == "vLLM":
-            peers.engines.start_process()
-        peer = kind(bench)
-        peers.learn(peer, pairs[: WARM_BATCHES * (bench.args.pairs or bench.preset.pairs)], warm=False)
         write(kind.writer)
         own, seconds = written[kind.writer]
+        peer = kind(bench)
+        peers.learn(peer, pairs[: WARM_BATCHES * (bench.args.pairs or bench.preset.pairs)], warm=False)
         # in another order each time, or TRL would find its reference log-probs in its cache
         learnt = [peers.learn(peer, own[i:] + own[:i]) for i in range(args.rounds)]
         return [{"generate": s, **row} for s, row in zip(seconds, learnt, strict=True)]

@@ -32,6 +32,7 @@ GIB = 2**30
 MAX_MODEL_LEN = 2048
 SHARE = 0.45  # of the GPU's memory
 PROCESS_SHARE, PROCESS_CACHE = 0.25, 24 << 30  # of an engine in another process: free at its start; bytes of its cache
+_GOODBYE_SECONDS = 60.0
 TOKENIZER = Path(__file__).parents[1] / "tests" / "assets" / "tiny_lm"  # never asked: prompts are token ids
 
 
@@ -69,7 +70,8 @@ class Engines:
         for file in TOKENIZER.glob("tokenizer*"):
             shutil.copy(file, self.folder)
         self._generator: LimitedVLLM | None = None
-        self._process: Any = None
+        self._process: Any = None  # the connection to a worker
+        self._worker: Any = None
         self.notes: dict[str, float] = {}
 
     @property
@@ -99,7 +101,8 @@ class Engines:
             self._process, theirs = context.Pipe()
             # vLLM remembers its environment: whoever has an engine in process cannot start one outside
             arguments = (theirs, str(self.folder), self.engine, self.bench.on_gpu)
-            context.Process(target=_separate_engine, args=arguments).start()
+            self._worker = context.Process(target=_separate_engine, args=arguments)
+            self._worker.start()
 
     def ask(self, work: Any) -> Any:
         """Sends work to the engine's process, which it starts if need be, and waits for what it says."""
@@ -138,6 +141,8 @@ class Engines:
             self._generator.close()
         if self._process is not None:
             self._process.close()
+            self._worker.join(_GOODBYE_SECONDS)  # then its memory is free
+            self._worker.kill()
         shutil.rmtree(self.folder)
 
 
