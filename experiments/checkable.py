@@ -5,7 +5,8 @@
 
 The second takes the model that `spin demo --only-model` makes. The arms are in checkable.yaml: each is the product's
 own recipe with some settings changed. Every job (an arm and a seed) writes its figures to `OUT/FORM/jobs` after each
-iteration; the same command continues with what is missing. At the end all figures are put into one JSON file (--docs).
+iteration; the same command continues with what is missing. At the end all figures are put into one JSON file (--docs),
+which those of some --arms or --seeds are added to.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import yaml
 from checkable_problems import VERDICTS, verdict, write_problems
-from jobs import add_arguments, compact, run_plan
+from jobs import add_arguments, added, compact, run_plan
 
 from spin.core.files import write_json
 
@@ -132,7 +133,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results, failed = run_plan(plan, args.form, paths, args)
     file = (args.docs or args.out) / f"checkable_{args.form}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, compact(results))
+    results = compact(results)
+    if (args.arms or args.seeds) and file.is_file():
+        results = added(json.loads(file.read_text(encoding="utf-8")), results)
+    write_json(file, results)
     print(file)
     return int(failed > 0)
 

@@ -46,7 +46,8 @@ DEPARTURES = (
     ("For comparison: more SFT", ("sft_slow", "sft", "sft_fast")),
 )
 
-Results = Mapping[str, Mapping[int, Any]]  # of a form: the last iteration by arm and seed
+Run = tuple[int, str | None]  # seed, and fingerprint of the weights that it began with, if known
+Results = Mapping[str, Mapping[Run, Any]]  # of a form: the last iteration by arm and run
 
 
 def read_results(folder: Path) -> dict[str, Results]:
@@ -65,7 +66,8 @@ def read_results(folder: Path) -> dict[str, Results]:
             if job["iterations"] and "verdicts" in job["iterations"][-1]:
                 losses = [measured["val_loss"] for measured in job["iterations"]]
                 measured = {**job["iterations"][-1], "val_losses": losses}
-                found.setdefault(form, {}).setdefault(job["arm"], {})[job["seed"]] = measured
+                run = job["seed"], measured.get("began")
+                found.setdefault(form, {}).setdefault(job["arm"], {})[run] = measured
     return found
 
 
@@ -83,33 +85,33 @@ def jobs_line(folder: Path, form: str) -> str:
     return f"{len(jobs) - len(ended)} jobs, starts among them, on: {devices}.{left_out}"
 
 
-def difference(arm: Mapping[int, Any], other: Mapping[int, Any]) -> tuple[float, float] | None:
+def difference(arm: Mapping[Run, Any], other: Mapping[Run, Any]) -> tuple[float, float] | None:
     """How many more problems an arm solves than another, by responses at temperature 1 to the same problems.
 
     Args:
-        arm (Mapping[int, Any]): measurements by seed.
-        other (Mapping[int, Any]): likewise.
+        arm (Mapping[Run, Any]): measurements by seed and start.
+        other (Mapping[Run, Any]): likewise.
 
     Returns:
         tuple[float, float] | None: the mean, and half of a 95 % interval that takes in problems and, where there are
-        several, seeds; None if no seed has both.
+        several, runs; None if no seed and start has both.
     """
-    seeds = sorted(arm.keys() & other.keys())
-    if not seeds:
+    runs = [run for run in arm if run in other]
+    if not runs:
         return None
 
     def solved(measured: Any) -> list[float]:  # of each problem, the fraction of right responses
         return [letters.count("r") / len(letters) for letters in zip(*measured["verdicts"][1:], strict=True)]
 
-    by_seed = [[a - b for a, b in zip(solved(arm[s]), solved(other[s]), strict=True)] for s in seeds]
-    by_problem = [statistics.mean(each) for each in zip(*by_seed, strict=True)]
+    by_run = [[a - b for a, b in zip(solved(arm[run]), solved(other[run]), strict=True)] for run in runs]
+    by_problem = [statistics.mean(each) for each in zip(*by_run, strict=True)]
     variance = statistics.variance(by_problem) / len(by_problem)
-    if len(seeds) > 1:
-        variance += statistics.variance(map(statistics.mean, by_seed)) / len(seeds)
+    if len(runs) > 1:
+        variance += statistics.variance(map(statistics.mean, by_run)) / len(runs)
     return statistics.mean(by_problem), 1.96 * math.sqrt(variance)
 
 
-def change(arm: Mapping[int, Any], other: Mapping[int, Any]) -> str:
+def change(arm: Mapping[Run, Any], other: Mapping[Run, Any]) -> str:
     """:func:`difference` in percentage points, bold if its interval leaves zero out."""
     found = difference(arm, other)
     if found is None:
@@ -118,8 +120,8 @@ def change(arm: Mapping[int, Any], other: Mapping[int, Any]) -> str:
     return f"**{text}**" if abs(found[0]) > found[1] else text
 
 
-def mean(arm: Mapping[int, Any], name: str, form: str = ".3f") -> str:
-    """A measurement: its mean over seeds, with several also the standard deviation between them."""
+def mean(arm: Mapping[Run, Any], name: str, form: str = ".3f") -> str:
+    """A measurement: its mean over runs, with several also the standard deviation between them."""
     values = [measured[name] for measured in arm.values()]
     text = format(statistics.mean(values), form)
     return text if len(values) == 1 else f"{text} ± {format(statistics.stdev(values), form)}"
@@ -214,8 +216,8 @@ def collapse_line(results: Mapping[str, Results]) -> str:
     """What the validation loss says of the arm that collapses."""
     of_form = results.get("four_epochs", {})
     runs = [
-        ", ".join(f"{loss:.3f}" for loss in (of_form["start"][seed]["val_loss"], *arm["val_losses"]))
-        for seed, arm in of_form.get("spin_fast", {}).items()
+        ", ".join(f"{loss:.3f}" for loss in (of_form["start"][run]["val_loss"], *arm["val_losses"]))
+        for run, arm in of_form.get("spin_fast", {}).items()
     ]
     return (
         "A collapse shows in the validation loss ([the watch](restarts.md#collapse-watch) looks at `val_loss`): "

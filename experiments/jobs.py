@@ -53,15 +53,13 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
         list[Job]: what :func:`run_job` takes.
 
     Raises:
-        SystemExit: If an arm is unknown, or figures in ``--docs`` would be lost.
+        SystemExit: If an arm is unknown.
     """
     shape = plan["forms"][form]
     arms: dict[str, Any] = shape["arms"]
     names = [name for name in args.arms.split(",") if name] or list(arms)
     if unknown := [name for name in names if name not in arms]:
         raise SystemExit(f"error: no arm {', '.join(unknown)}; there are {', '.join(arms)}.")
-    if args.docs and args.arms:
-        raise SystemExit("error: --docs with --arms would replace the figures of all arms by a few. Leave one out.")
     changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.set)}
     seeds = [int(seed) for seed in args.seeds.split(",") if seed]
     others = {name: {**prompts, **shape.get("others", {})} for name, prompts in plan["others"].items()}
@@ -204,3 +202,28 @@ def compact(results: Sequence[Job]) -> list[Job]:
         }
         for result in results
     ]
+
+
+def added(earlier: Sequence[Job], results: Sequence[Job]) -> list[Job]:
+    """Results of some arms or seeds beside those of earlier runs.
+
+    Args:
+        earlier (Sequence[Job]): of :func:`compact`; those of the same arm, seed and start are replaced, and what did not
+            finish then but is there now.
+        results (Sequence[Job]): likewise, new.
+
+    Returns:
+        list[Job]: all.
+    """
+    new = {(result["arm"], result["seed"]): _began(result) for result in results}
+
+    def stays(result: Job) -> bool:
+        key = result["arm"], result["seed"]
+        return key not in new or (result["finished"] and _began(result) != new[key])
+
+    return [*filter(stays, earlier), *results]
+
+
+def _began(result: Job) -> str | None:
+    """Of the weights that a job began with, a fingerprint."""
+    return next((measured["began"] for measured in result["iterations"] if "began" in measured), None)

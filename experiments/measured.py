@@ -23,6 +23,7 @@ from spin.data import Pair, Prompt, Response, prompt_dataset
 from spin.data.dataset import PromptSource
 from spin.generators.engines import policy_loaded
 from spin.generators.sampling import sample_seed
+from spin.model.fingerprint import weights_fingerprint
 from spin.pairs.loader import RowBatch
 from spin.reference.stage import score_batches
 from spin.training import Step
@@ -74,6 +75,7 @@ class Measured:
         """As the recipe's, and what else is asked."""
         with self._timed("setup"):
             super().setup()
+            self._began = weights_fingerprint(self._model)[:12]
             reading = {"tokenizer": self._tokenizer, "max_seq_len": self._model.max_seq_len}
             self.others = {name: list(prompts(**reading, **given)) for name, given in self._job["others"].items()}
         self.sampling, self.val_prompts = self._sampling, list(self._val_prompts)
@@ -94,6 +96,7 @@ class Measured:
         with self._timed("measure"):
             measured = self._measure(self)
         counts = {
+            "began": self._began,
             "trained_tokens": self._trained_tokens,
             "seconds": round(time.perf_counter() - self._started - self._spent["measure"], 1),
             "spent": {stage: round(seconds, 1) for stage, seconds in self._spent.items()},

@@ -87,6 +87,8 @@ def run_jobs(
                         workers[index] = _start(worker.gpu, work)
     finally:
         for worker in workers:
+            worker.connection.close()  # so that those that have nothing to do end at the same time
+        for worker in workers:
             _stop(worker)
 
 

@@ -70,6 +70,15 @@ def test_a_difference_and_its_interval_by_hand():
     assert checkable_report.difference({0: arm}, {1: arm}) is None
 
 
+def test_added_figures_stand_beside_those_of_other_starts_and_replace_those_of_the_same():
+    def result(arm, began, finished=True):
+        return {"arm": arm, "seed": 0, "finished": finished, "iterations": [{"began": began}] if began else []}
+
+    earlier = [result("start", "a"), result("spin", "a"), result("k4", None, finished=False), result("sft", None)]
+    new = [result("start", "b"), result("spin", "a"), result("k4", "b")]
+    assert job_plan.added(earlier, new) == [earlier[0], earlier[3], *new]
+
+
 def test_the_pages_have_the_figures_of_the_results():
     results = checkable_report.read_results(checkable_report.DOCS / "experiments")
     for page in checkable_report.PAGES:
@@ -144,12 +153,18 @@ def test_the_smallest_form_from_start_to_page(tmp_path, capfd):
     assert checkable.main(command) == 0
     assert "5 jobs, 5 of them finished before" in capfd.readouterr().out
 
+    assert checkable.main([*command[:-1], "1", "--arms", "start"]) == 0  # another seed of some arms is added
+    results = checkable_report.read_results(tmp_path)["small"]
+    assert {arm: [seed for seed, _ in runs] for arm, runs in results.items()} == {
+        "start": [0, 1], "sft": [0], "spin": [0], "spin_checker": [0]
+    }  # fmt: skip
+    (began,) = {began for runs in results.values() for seed, began in runs if seed == 0}
+    assert began not in {began for seed, began in results["start"] if seed == 1}
 
-def test_an_unknown_arm_or_form_and_figures_that_would_be_lost(tmp_path, capsys):
+
+def test_an_unknown_arm_or_form(tmp_path, capsys):
     with pytest.raises(SystemExit, match="no arm spun; there are start, sft"):
         job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--arms", "spun"))
-    with pytest.raises(SystemExit, match="--docs with --arms would replace"):
-        job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--arms", "spin", "--docs", str(tmp_path)))
     with pytest.raises(SystemExit):
         checkable.main(["--form", "large"])
     assert "--form large: expected small, full" in capsys.readouterr().err
