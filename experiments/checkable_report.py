@@ -19,6 +19,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = (DOCS / "when_it_helps.md", DOCS / "experiments" / "checkable.md")
 PLAN = Path(__file__).with_name("checkable.yaml")
 FORMS = {"small": "140k parameters", "full": "135M parameters", "four_epochs": "135M parameters, after four epochs"}
+OUTSIDE = "chain_sum"  # an unseen family
 WRONG = {"s": "wrong step", "w": "wrong answer", "f": "no answer", "t": "truncated"}
 # how SPIN departs from SFT, and arms that show it
 DEPARTURES = (
@@ -226,6 +227,19 @@ def collapse_line(results: Mapping[str, Results]) -> str:
     )
 
 
+def outside_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
+    """Right greedy responses to a kind of problem that no training has, of arms that begin alike, by seed."""
+    of_form, arms = results.get("full", {}), plan["forms"]["full"]["arms"]
+    shown = {name: of_form.get(name, {}) for name in ("paper_start", "paper_spin_fast", "paper_sft")}
+    runs = [run for run in shown["paper_start"] if all(run in measured for measured in shown.values())]
+    heads = ["", *(f"seed {seed}" for seed, _ in runs), "mean"]
+    rows = []
+    for name, measured in shown.items():
+        right = [measured[run]["unseen_families"][OUTSIDE] for run in runs]
+        rows.append([arms[name]["what"], *(f"{each:.2f}" for each in right), f"{statistics.mean(right or [0.0]):.2f}"])
+    return table(heads, rows)
+
+
 def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) -> None:
     """The arms of :func:`departures_table`: points with their intervals, a panel for each form."""
     pyplot = drawing()
@@ -254,7 +268,7 @@ def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[st
     }
     ways, starts = departures_table(results, plan), situations_table(results, plan)
     found = {"departures": ways, "situations": starts, "collapse": collapse_line(results), **tables}
-    return found | {"gradients": gradients_table(results, plan)}
+    return found | {"gradients": gradients_table(results, plan), "outside": outside_table(results, plan)}
 
 
 def write_pages() -> None:

@@ -208,8 +208,8 @@ def added(earlier: Sequence[Job], results: Sequence[Job]) -> list[Job]:
     """Results of some arms or seeds beside those of earlier runs.
 
     Args:
-        earlier (Sequence[Job]): of :func:`compact`; those of the same arm, seed and start are replaced, and what did not
-            finish then but is there now.
+        earlier (Sequence[Job]): of :func:`compact`. Those of the same arm, seed and start are replaced, and those that
+            did not finish then and are there now.
         results (Sequence[Job]): likewise, new.
 
     Returns:

@@ -87,21 +87,24 @@ def test_validation_loss_against_the_lowest_so_far(caplog):
 
 
 @pytest.mark.parametrize(
-    ("form", "arm", "warns", "stops"),
+    ("form", "arm", "seed", "warns", "stops"),
     [
-        ("four_epochs", "spin_fast", 0, 1),
-        ("four_epochs", "spin", None, None),
-        ("four_epochs", "spin_fast_beta1", None, None),
-        ("four_epochs", "spin_drop_equal", None, None),
-        ("full", "spin_faster", None, 0),
-        ("full", "spin_fast", None, None),
-        ("full", "spin", None, None),
+        ("four_epochs", "spin_fast", 0, 0, 1),
+        ("four_epochs", "spin", 0, None, None),
+        ("four_epochs", "spin_fast_beta1", 0, None, None),
+        ("four_epochs", "spin_drop_equal", 0, None, None),
+        ("full", "spin_faster", 0, None, 0),
+        ("full", "spin_faster", 1, None, 0),
+        ("full", "spin_faster", 2, 0, 1),
+        *(("full", arm, seed, None, None) for arm in ("spin", "spin_fast", "spin_k4") for seed in range(3)),
     ],
 )
-def test_default_limits_on_a_real_model_that_self_play_ruined(form, arm, warns, stops, caplog):
+def test_default_limits_on_a_real_model_that_self_play_ruined(form, arm, seed, warns, stops, caplog):
     """The experiments' validation losses: a collapse is warned of or stopped in its first iteration."""
     jobs = json.loads((REPO / f"docs/experiments/checkable_{form}.json").read_text())
-    start, measured = (next(job for job in jobs if (job["arm"], job["seed"]) == (each, 0)) for each in ("start", arm))
+    start, measured = (
+        next(job for job in jobs if (job["arm"], job["seed"]) == (each, seed)) for each in ("start", arm)
+    )
     watched = CollapseMonitor(Watch(), "runs/my run", is_main=True)
     watched.lowest_val_loss = start["iterations"][-1]["val_loss"]
     losses = enumerate(row["val_loss"] for row in measured["iterations"])
