@@ -67,7 +67,7 @@ def hosts_table() -> str:
                 gpus = hosts * GPUS_OF_HOST
                 found = estimate(cfg, gpus, sum(MEASURED_PAIR), GPUS[GPU].memory_gib, prompts=PROMPTS)
                 cluster = Cluster(gpus, hosts, GPU, 8, 400.0)
-                times = stages(cfg, found.work, cluster, PROMPTS, sum(MEASURED_PAIR), found.rows)
+                times = stages(cfg, found.work, cluster, PROMPTS, found.pair, found.rows)
                 generate, score, train, save = times
                 longer = stretch(size, gpus, cfg.pairs.row_tokens)
                 waits = (longer - 1) * (score.compute + train.compute)

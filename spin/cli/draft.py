@@ -139,8 +139,10 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     while size > machine.ranks and trained // size < _FEW_STEPS:
         size //= 2
     config.put("global_batch_size", max(1, min(size, trained // 2)), 64)  # two steps, validation behind each
-    # a response is about as long as the real one
-    pair_tokens = float((found.prompt_lengths + 2 * found.real_lengths)[fit].mean())
+    # a response is about as long as the real one, if it may be
+    generated = np.minimum(found.real_lengths, config.get("sampling.max_new_tokens") or 256)
+    generated = (config.get("pairs.responses_per_prompt") or 1) * generated
+    pair_tokens = float((found.prompt_lengths + found.real_lengths + generated)[fit].mean())
     needed = _fit_memory(config, machine, method, arguments.model, pair_tokens)
     cfg = config.complete()
     steps = trained // cfg.global_batch_size
@@ -321,7 +323,7 @@ def _time(cfg: SPINConfig, machine: Machine, prompts: int, pair_tokens: int) -> 
         return []
     needed = estimate(cfg, machine.ranks, pair_tokens)
     cluster = Cluster(machine.ranks, 1, machine.kind, 0, 0.0)
-    found = stages(cfg, needed.work, cluster, prompts, pair_tokens, needed.rows)
+    found = stages(cfg, needed.work, cluster, prompts, needed.pair, needed.rows)
     each, seconds = ", ".join(f"{stage.name} {clock(stage.seconds)}" for stage in found), sum(s.seconds for s in found)
     origin = "extrapolated" if any(is_extrapolated(stage, machine.kind) for stage in found) else "by measured rates"
     return [f"time      {clock(seconds)} an iteration ({each}), {clock(cfg.max_iterations * seconds)} in all; {origin}"]

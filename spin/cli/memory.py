@@ -31,16 +31,18 @@ import torch
 from torch import nn
 
 from spin.cli.rates import GPUS, kind_of_gpu
-from spin.cli.timing import MEASURED_PAIR, Cluster, Stage, Work, stages, table
-from spin.config import SPINConfig, complete, load_config
+from spin.cli.timing import MEASURED_PAIR, Cluster, PairTokens, Stage, Work, stages, table
+from spin.config import SPINConfig, complete, load_config, plain
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
+from spin.core.terminal import counted
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
 from spin.model.flex import flex_unsupported_reason
 from spin.model.moe import MoE, idle_parameters
 from spin.pairs.packing import RowLayout, plan_rows
 from spin.pairs.row_mask import BLOCK
+from spin.run.progress import compute_num_steps_per_epoch
 
 _GIB = 2**30
 STAGES = ("generate", "score", "train", "save")
@@ -85,6 +87,7 @@ class Estimate:
     records_graph: bool  # scoring keeps activations, as compiled layers do
     row_tokens: int  # length of the row that was counted
     rows: int  # of a GPU in an optimizer step, with pairs of the length that times are counted for
+    pair: PairTokens  # that times are counted for
     trained: int  # parameters
     frozen: int  # parameters
     idle: int  # of both, those of experts that a token does not go to
@@ -172,17 +175,18 @@ def estimate(
     Args:
         cfg (SPINConfig): of training.
         gpus (int): one rank each.
-        pair_tokens (int | None): mean length of a pair, prompt and responses; it gives the rows that a batch of such
-            pairs is packed into. None takes the longest row that there can be.
+        pair_tokens (int | None): mean length of a pair, prompt and responses, or less if the config lets less through;
+            it gives the rows that a batch of such pairs is packed into. None takes the longest row that there can be.
         gpu_gib (float | None): memory of a GPU, of which an engine of vLLM takes a part for its cache; None: no cache.
         model (nn.Module | None): the config's, on the meta device; None: it is built.
-        prompts (int | None): of an iteration, whose pairs are stored; None: as many as the config limits the data to.
+        prompts (int | None): of an iteration, whose pairs are stored, or fewer if the config limits the data to fewer;
+            None: as many as it limits them to.
 
     Returns:
         Estimate: of each GPU.
 
     Raises:
-        ConfigError: If ``gpus`` or ``pair_tokens`` cannot be.
+        ConfigError: If ``gpus``, ``pair_tokens`` or ``prompts`` cannot be, or the limits of the data leave no step.
     """
     if gpus < 1 or gpus % cfg.replicas:
         raise ConfigError(f"gpus={gpus}: expected 1 or more, in multiples of replicas={cfg.replicas}.")
@@ -211,7 +215,9 @@ def estimate(
     if cfg.optimizer.get("momentum"):
         state_bytes += 4
     on_gpu = 0 if cfg.fsdp_cpu_offload else 1
-    row, rows = _row_tokens(cfg, gpus, pair_tokens), _rows(cfg, gpus, pair_tokens or sum(MEASURED_PAIR))
+    context: int = model.max_seq_len  # type: ignore[assignment]
+    pair, most = mean_pair(cfg, context, pair_tokens), _longest_pair(cfg, context)
+    row = _layout(cfg).longest_row(most or 0) if pair_tokens is None else _row_of_batch(cfg, gpus, pair.total, most)
     frozen_count, idle = sum(weight.numel() for weight in base), idle_parameters(model)
     copy, cache = playing_copy / _GIB, _cache(cfg, model, shapes, compute) / _GIB
     name = cfg.generator.component.rsplit(".", 1)[-1]
@@ -241,12 +247,13 @@ def estimate(
         largest=max(weight.numel() for weight in model.parameters()) * (4 if base else 2) / _GIB,
         pinned=(offloaded + staged) / _GIB,
         host_states=trained_count * state_bytes / shards * (1 - on_gpu) / _GIB,
-        pair_store=_pair_store(cfg, prompts, pair_tokens) / _GIB,
+        pair_store=_pair_store(most_prompts(cfg, prompts) or 0, pair) / _GIB,
         checkpoint=checkpoint / _GIB,
         export=export / _GIB,
         records_graph=cfg.compile,
         row_tokens=row,
-        rows=rows,
+        rows=len(_packed(cfg, gpus, pair.total, most)[1][0]),
+        pair=pair,
         trained=trained_count,
         frozen=frozen_count,
         idle=idle,
@@ -323,30 +330,56 @@ def _stored_bytes(weight: torch.Tensor) -> float:
     return weight.numel() * (_NF4_BYTES if as_nf4(weight) is not None else weight.dtype.itemsize)
 
 
-def _row_tokens(cfg: SPINConfig, gpus: int, pair_tokens: int | None) -> int:
+def _limits(cfg: SPINConfig, context: int) -> tuple[int, int, int]:
+    """The most tokens of a prompt, of a real response, and of all generated ones of a pair."""
+    prompt, real = (data_limit(cfg, f"max_{part}_tokens") or context for part in ("prompt", "response"))
+    generated = cfg.pairs.responses_per_prompt * min(cfg.sampling.max_new_tokens, context - 1)
+    return min(prompt, context - 1), min(real, context - 1), generated
+
+
+def _longest_pair(cfg: SPINConfig, context: int) -> int | None:
+    """The most tokens of a pair; None if the data set has no limits, where a context says too little."""
+    if None in (data_limit(cfg, "max_prompt_tokens"), data_limit(cfg, "max_response_tokens")):
+        return None
+    prompt, real, generated = _limits(cfg, context)
+    return min(prompt + real, context) + generated
+
+
+def mean_pair(cfg: SPINConfig, context: int, pair_tokens: int | None = None) -> PairTokens:
+    """What times are counted for: the pairs that rates were measured with, or ``pair_tokens`` divided as theirs, but no
+    part of more tokens than the config and a model of ``context`` tokens let through."""
+    answers = cfg.pairs.responses_per_prompt
+    parts = dict(zip(PairTokens._fields, MEASURED_PAIR[:2] + (answers * MEASURED_PAIR.generated,), strict=True))
+    limits = dict(zip(PairTokens._fields, _limits(cfg, context), strict=True))
     if pair_tokens is None:
-        limits = (data_limit(cfg, "max_prompt_tokens"), data_limit(cfg, "max_response_tokens"))
-        generated = cfg.pairs.responses_per_prompt * cfg.sampling.max_new_tokens
-        longest_pair = sum(limits) + generated if None not in limits else 0
-        return _layout(cfg).longest_row(longest_pair)
-    lengths, rows = _packed(cfg, gpus, pair_tokens)
+        found = {name: min(tokens, limits[name]) for name, tokens in parts.items()}
+    else:  # what one part may not have, those after it do
+        found, rest, weight = {}, float(pair_tokens), sum(parts.values())
+        for name in sorted(parts, key=lambda name: limits[name] / parts[name]):
+            found[name] = min(rest * parts[name] / weight, limits[name])
+            rest, weight = rest - found[name], weight - parts[name]
+    shrink = min(1.0, context / (found["prompt"] + found["real"]))
+    return PairTokens(shrink * found["prompt"], shrink * found["real"], found["generated"])
+
+
+def _row_of_batch(cfg: SPINConfig, gpus: int, pair_tokens: int, most: int | None) -> int:
+    lengths, rows = _packed(cfg, gpus, pair_tokens, most)
     longest = max(sum(lengths[i] for i in pairs) for rank in rows for pairs in rank)
     return _layout(cfg).padded_length(longest)
-
-
-def _rows(cfg: SPINConfig, gpus: int, pair_tokens: int) -> int:
-    return len(_packed(cfg, gpus, pair_tokens)[1][0])
 
 
 def _layout(cfg: SPINConfig) -> RowLayout:
     return RowLayout(cfg.pairs.row_tokens, math.lcm(cfg.pairs.row_multiple, BLOCK))  # as FlexAttention needs
 
 
-def _packed(cfg: SPINConfig, gpus: int, pair_tokens: int) -> tuple[list[int], Any]:
-    """A batch of pairs of ``pair_tokens`` on average: their lengths, and for each GPU the pairs of its rows."""
+def _packed(cfg: SPINConfig, gpus: int, pair_tokens: int, most: int | None) -> tuple[list[int], Any]:
+    """A batch of pairs of ``pair_tokens`` on average and ``most`` at most: their lengths, and for each GPU the pairs of
+    its rows."""
     spread = NormalDist(math.log(pair_tokens) - _SPREAD**2 / 2, _SPREAD)  # of the logarithm; its mean is pair_tokens
     size = cfg.global_batch_size
     lengths = [max(1, round(math.exp(spread.inv_cdf((i + 0.5) / size)))) for i in range(size)]
+    if most is not None:
+        lengths = [min(length, most) for length in lengths]
     return lengths, plan_rows(lengths, _layout(cfg), gpus)
 
 
@@ -376,14 +409,52 @@ def _workspace(model: nn.Module) -> float:
 
 
 def data_limit(cfg: SPINConfig, key: str) -> Any:
-    """A limit of the data set; of a mixture's sources the largest, and of their numbers of samples the sum."""
-    sources = cfg.dataset.get("sources")
-    if not sources:
-        return cfg.dataset.get(key)
-    limits = [source.get(key, (cfg.dataset.get("common") or {}).get(key)) for source in sources.values()]
-    if None in limits:
-        return None
-    return sum(limits) if key == "limit" else max(limits)
+    """A limit of the tokens of the data set's samples, in a mixture the largest; None if a source has none."""
+    limits: list[Any] = [part.get(key) for part in _sources(cfg)]
+    return None if None in limits else max(limits)
+
+
+def _sources(cfg: SPINConfig) -> list[dict[str, Any]]:
+    """The options of each source of the data set."""
+    options = plain(cfg.dataset)
+    return [{**(options.get("common") or {}), **each} for each in (options.get("sources") or {"": options}).values()]
+
+
+def most_prompts(cfg: SPINConfig, prompts: int | None = None) -> int | None:
+    """Prompts of an iteration: as many as the limits of the data and ``limit_train_batches`` leave, in whole batches,
+    or ``prompts`` if these are fewer. None if neither is known. How many samples ``validation_fraction`` holds out is
+    known on average."""
+    if prompts is not None and prompts < 1:
+        raise ConfigError(f"prompts={prompts}: expected those of an iteration, 1 or more.")
+    size, limit, parts = cfg.global_batch_size, cfg.limit_train_batches, _sources(cfg)
+    samples = trained = cfg.dataset.get("samples")
+    if not samples and all(part.get("limit") for part in parts):
+        weights = [part.get("weight") for part in parts]
+        read = [part["limit"] for part in parts]
+        samples = _mixed(read, weights)
+        fractions = [1 - (part.get("validation_fraction") or 0.0) for part in parts]
+        trained = _mixed([n * fraction for n, fraction in zip(read, fractions, strict=True)], weights)
+    if samples:
+        if not compute_num_steps_per_epoch(samples, size, limit):
+            raise ConfigError(
+                f"global_batch_size={size}: an epoch has no step, so nothing would be trained. The limits of the data "
+                f"leave {counted(samples, 'sample')} at most, and limit_train_batches is {limit}. Lower the batch size "
+                "or raise the limit."
+            )
+        most = max(1, compute_num_steps_per_epoch(trained, size, limit)) * size
+    elif isinstance(limit, int) and limit > 0:
+        most = limit * size
+    else:
+        return prompts
+    return most if prompts is None else min(prompts, most)
+
+
+def _mixed(samples: Sequence[float], weights: Sequence[float | None]) -> int:
+    """Samples of an iteration, of sources that have so many: all, or with weights as many as these allow."""
+    given = [weight for weight in weights if weight]
+    if not given:
+        return round(sum(samples))
+    return round(sum(given) * min(n / weight for n, weight in zip(samples, given, strict=True)))
 
 
 def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:
@@ -403,10 +474,9 @@ def fewest_sequences(cfg: SPINConfig) -> int:
     return 32 if size == "auto" else int(size)
 
 
-def _pair_store(cfg: SPINConfig, prompts: int | None, pair_tokens: int | None) -> float:
+def _pair_store(prompts: int, pair: PairTokens) -> float:
     """Responses, responses with log-probs, and rows to look them up: three times the token ids, 4 bytes each."""
-    samples = prompts or cfg.dataset.get("samples") or data_limit(cfg, "limit") or 0
-    return float(samples * (3 * 4 * (pair_tokens or sum(MEASURED_PAIR)) + 300))
+    return float(prompts * (3 * 4 * pair.total + 300))
 
 
 def _export(cfg: SPINConfig, model: nn.Module, adapter: int, dtype: torch.dtype) -> float:
@@ -523,7 +593,7 @@ def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
 
     def stages_of(cfg: SPINConfig, number: int, found: Estimate) -> tuple[list[Stage], Cluster]:
         cluster = Cluster(number, hosts * number // gpus, name, *arguments.links)
-        return stages(cfg, found.work, cluster, prompts, pair_tokens, found.rows), cluster
+        return stages(cfg, found.work, cluster, prompts, found.pair, found.rows), cluster
 
     usable = usable_gib(kind.memory_gib)
 
@@ -539,9 +609,13 @@ def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
 
     cfg = load([])
     model = shapes_of(cfg)  # no switch changes it
-    prompts = arguments.prompts or cfg.dataset.get("samples") or data_limit(cfg, "limit") or 1000
-    pair_tokens = arguments.pair_tokens or sum(MEASURED_PAIR)
+    prompts = most_prompts(cfg, arguments.prompts) or 1000
     found = found_of(cfg, gpus)
+    pair_tokens = found.pair.total
+    given = {"--pair-tokens": (arguments.pair_tokens, pair_tokens), "--prompts": (arguments.prompts, prompts)}
+    for option, (asked, taken) in given.items():
+        if asked is not None and taken < asked:
+            note += f"{option} {asked}: the config lets {taken:,} through at most, which are counted\n"
     of_hosts = f" of {hosts} hosts" if hosts > 1 else ""
     print(f"{note}{arguments.config} on {gpus} {name}{of_hosts}: an estimate\n\n{found.table(gpus // hosts)}\n")
     if seconds(cfg, gpus) is not None:

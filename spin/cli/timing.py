@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from spin.cli.rates import (
     BUS_GB_PER_SECOND,
@@ -28,8 +29,21 @@ from spin.cli.rates import (
 from spin.config import SPINConfig
 from spin.core.terminal import counted
 
-# mean tokens of the pairs that rates were measured with: prompt, real and generated response
-MEASURED_PAIR = (199, 278, 278)
+
+class PairTokens(NamedTuple):
+    """Mean tokens of a pair, part by part."""
+
+    prompt: float
+    real: float
+    generated: float  # all responses together
+
+    @property
+    def total(self) -> int:
+        """What the pair takes in a row."""
+        return round(sum(self))
+
+
+MEASURED_PAIR = PairTokens(199, 278, 278)  # that rates were measured with
 _SEQUENCES = 256  # of an engine of vLLM at once, and of the embedded one with ``batch_size: auto``
 
 
@@ -87,16 +101,12 @@ def forward_flops(work: Work, prompt: float, responses: list[float]) -> tuple[fl
     )
 
 
-def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair_tokens: int, rows: int) -> list[Stage]:
-    """The times of an iteration over ``prompts``.
-
-    ``pair_tokens`` is the mean of a prompt and its responses; ``rows`` are those that a GPU takes in an optimizer step.
-    """
+def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair: PairTokens, rows: int) -> list[Stage]:
+    """The times of an iteration over ``prompts``, whose pairs have the means of ``pair``; ``rows`` are those that a GPU
+    takes in an optimizer step."""
     gpu, shards = GPUS[cluster.gpu], cluster.gpus // cfg.replicas
-    scale = pair_tokens / sum(MEASURED_PAIR)
-    prompt, real, generated = (tokens * scale for tokens in MEASURED_PAIR)
-    generated = min(generated, cfg.sampling.max_new_tokens)
     answers = cfg.pairs.responses_per_prompt
+    prompt, real, generated = pair.prompt, pair.real, pair.generated / answers
     flops = forward_flops(work, prompt, [real, *[generated] * answers])
 
     def share(table: dict[str, Rate]) -> Rate:

@@ -13,8 +13,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from spin.cli import main, rates
-from spin.cli.memory import data_limit, estimate
-from spin.cli.timing import Cluster, is_extrapolated, stages
+from spin.cli.memory import data_limit, estimate, most_prompts
+from spin.cli.timing import MEASURED_PAIR, Cluster, is_extrapolated, stages
 from spin.config import SPINConfig, complete, load_config
 from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
@@ -329,7 +329,7 @@ def test_small_figures_are_in_mib(repo, capsys):
 def of_cluster(cfg: DictConfig, gpus: int, hosts: int = 1, gpu: str = "H200", links=(8, 400.0), prompts: int = 64):
     found = estimate(cfg, gpus, pair_tokens=755)
     cluster = Cluster(gpus, hosts, gpu, *links)
-    return {each.name: each for each in stages(cfg, found.work, cluster, prompts, 755, found.rows)}
+    return {each.name: each for each in stages(cfg, found.work, cluster, prompts, found.pair, found.rows)}
 
 
 def test_times_of_measured_steps_are_met_within_8_per_cent(repo):
@@ -394,7 +394,7 @@ def test_what_no_measurement_shows_is_marked():
     assert marked(full, gpus=8, hosts=2) == ["generate", "score", "train"]
     assert marked(full, gpu="A100-80") == ["generate", "score", "train", "save, export"]
     work = replace(estimate(full).work, sparse=True)
-    found = stages(full, work, Cluster(1, 1, "H200", 8, 400.0), 64, 755, 1)
+    found = stages(full, work, Cluster(1, 1, "H200", 8, 400.0), 64, MEASURED_PAIR, 1)
     assert [stage.name for stage in found if is_extrapolated(stage, "H200")] == ["generate", "score", "train"]
 
 
@@ -411,8 +411,90 @@ def test_what_was_measured_has_its_file(repo):
 def test_a_mixture_counts_as_the_longest_of_its_sources():
     sources = {"a": {"max_prompt_tokens": 300, "limit": 7}, "b": {"max_response_tokens": 9}}
     cfg = OmegaConf.create({"dataset": {"common": {"max_prompt_tokens": 100, "limit": 5}, "sources": sources}})
-    limits = [data_limit(cfg, key) for key in ("max_prompt_tokens", "max_response_tokens", "limit")]
-    assert limits == [300, None, 12]
+    limits = [data_limit(cfg, key) for key in ("max_prompt_tokens", "max_response_tokens")]
+    assert limits == [300, None]
+
+
+SMALL = ("dataset.max_prompt_tokens=48", "dataset.max_response_tokens=16", "sampling.max_new_tokens=16")
+
+
+@pytest.mark.parametrize(
+    ("pair_tokens", "changes", "parts"),
+    [
+        (None, (), (199, 278, 278)),
+        (None, SMALL, (48, 16, 16)),
+        (9000, SMALL, (48, 16, 16)),
+        (9000, (), (1024, 1024, 512)),
+        (None, (*SMALL, "pairs.responses_per_prompt=3"), (48, 16, 48)),
+        (None, ("pairs.responses_per_prompt=2",), (199, 278, 2 * 278)),
+        (477 + 32, ("sampling.max_new_tokens=32",), (199, 278, 32)),  # what a response may not have, the others do
+        (1000, ("dataset.max_response_tokens=100", "sampling.max_new_tokens=100"), (800, 100, 100)),
+    ],
+)
+def test_no_part_of_a_pair_is_longer_than_the_config_lets_it_be(pair_tokens, changes, parts, repo):
+    cfg = large("llama_4b", *changes)
+    found = estimate(cfg, pair_tokens=pair_tokens, prompts=64)
+    assert found.pair == pytest.approx(parts)
+    assert found.pair_store * GIB == pytest.approx(64 * (12 * sum(parts) + 300))
+    assert found.row_tokens <= 8192
+
+
+def test_packed_pairs_are_no_longer_than_the_longest_that_there_can_be():
+    """64 pairs of at most 80 tokens, 6 or 12 of them in a row."""
+    packed = [estimate(large("llama_4b", *SMALL, f"pairs.row_tokens={n}"), pair_tokens=80) for n in (512, 1024)]
+    assert [each.rows for each in packed] == [11, 5]
+    one = estimate(large("llama_4b", *SMALL, "pairs.row_tokens=128"), pair_tokens=80)
+    assert one.row_tokens == 128  # a log-normal pair of 80 on average may have 266
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "most"),
+    [
+        ((), None, None),
+        ((), 500, 500),
+        (("dataset.limit=61", "global_batch_size=4"), None, 60),
+        (("dataset.limit=61", "global_batch_size=4"), 1000, 60),
+        (("dataset.limit=61", "global_batch_size=4"), 8, 8),
+        (("dataset.limit=61", "global_batch_size=4", "dataset.validation_fraction=0.1"), None, 52),  # 54.9
+        (
+            ("dataset.limit=4", "global_batch_size=4", "dataset.validation_fraction=0.1"),
+            None,
+            4,
+        ),  # perhaps none held out
+        (("dataset.limit=64", "global_batch_size=4", "limit_train_batches=0.25"), None, 16),
+        (("global_batch_size=5", "limit_train_batches=4"), 1000, 20),
+    ],
+)
+def test_an_iteration_has_no_more_prompts_than_the_config_lets_it_play(changes, prompts, most):
+    assert most_prompts(large("llama_4b", *changes), prompts) == most
+
+
+def test_prompts_of_a_mixture():
+    """90 and 10 samples: all of them, or 20 if half of an iteration's are of the smaller source; `samples` are played
+    whatever there is."""
+    cfg = large("llama_4b", "global_batch_size=10")
+    parts = {"a": {"source": "a.jsonl", "limit": 90}, "b": {"source": "b.jsonl", "limit": 10}}
+
+    def mixture(**options):
+        values = {"_component_": "spin.data.mixed_prompt_dataset", "sources": parts, **options}
+        return cfg.model_copy(update={"dataset": type(cfg.dataset)(**values)})
+
+    assert most_prompts(mixture()) == 100
+    halves = {name: {**part, "weight": 0.5} for name, part in parts.items()}
+    assert most_prompts(mixture(sources=halves)) == 20
+    assert most_prompts(mixture(sources=halves, samples=50)) == 50
+
+
+def test_the_command_says_what_the_config_does_not_let_through(capsys):
+    command = ["full", "--gpu", "H200", f"model.path={REPO}/benchmarks/shapes/llama_4b", *SMALL]
+    command += ["dataset.limit=61", "global_batch_size=4"]
+    text = estimated(capsys, *command)
+    assert "time of an iteration of 60 prompts" in text and "\npairs of 80 tokens on average" in text
+    assert "--prompts" not in text
+    asked = estimated(capsys, *command, "--prompts", "1000", "--pair-tokens", "755")
+    assert "--pair-tokens 755: the config lets 80 through at most, which are counted\n" in asked
+    assert "--prompts 1000: the config lets 60 through at most, which are counted\n" in asked
+    assert asked[asked.index("\ntime") :] == text[text.index("\ntime") :]
 
 
 def test_numbers_that_cannot_be():
@@ -420,6 +502,10 @@ def test_numbers_that_cannot_be():
         estimate(config("llama3_1_8B_full", "replicas=2"), gpus=3)
     with pytest.raises(ConfigError, match="pair_tokens=-5: expected the mean tokens of a pair, 1 or more"):
         estimate(config("llama3_1_8B_full"), pair_tokens=-5)
+    with pytest.raises(ConfigError, match="prompts=-5: expected those of an iteration, 1 or more"):
+        estimate(config("llama3_1_8B_full"), prompts=-5)
+    with pytest.raises(ConfigError, match="batch_size=64: an epoch has no step.* leave 61 samples at most"):
+        estimate(config("llama3_1_8B_full", "dataset.limit=61"))
 
 
 def test_the_command_prints_all_parts_and_refuses_a_wrong_name(capsys):
