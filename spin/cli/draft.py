@@ -241,10 +241,19 @@ def _survey(cfg: SPINConfig, config: _Config, report: list[str]) -> Survey:
     if found.column_map and not options.get("column_map"):
         config.put("dataset.column_map", found.column_map)
     columns = "".join(f", {column} is the column {name}" for column, name in found.column_map.items())
-    report.append(f"data      {counted(found.rows, 'row')} in the format {found.row_format}{columns}")
+    report.append(f"data      {counted(found.rows, 'row')}{_formats(found)}{columns}")
     if found.faults.total:
         report.append(f"          {found.faults.total:,} cannot be used and are skipped: {found.faults.lines()[0]}")
     return found
+
+
+def _formats(found: Survey) -> str:
+    """Which format the rows have, or how many of them have which."""
+    (first, count), *others = found.formats.items()
+    if others:
+        return f" of several formats: {', '.join(f'{name} {count:,}' for name, count in found.formats.items())}"
+    how = "by dataset.message_transform" if first is None else f"in the format {first}"
+    return f" {how}" if count == found.rows else f", {count:,} of them {how}"
 
 
 def _without_reasoning(tokenizer: PromptTokenizer) -> tuple[str, ChatTokenizer] | None:

@@ -62,11 +62,13 @@ _TRANSFORM_FAULTS = (LookupError, TypeError, ValueError, AttributeError, Asserti
 @dataclass(slots=True)
 class RowNotes:
     """What became of a row besides its conversation: names of what was changed, columns that were looked at, and those
-    with a value that were not (``messages[].key`` for keys of messages); each once, in order."""
+    with a value that were not (``messages[].key`` for keys of messages), each once, in order; and the format that it is
+    read in, None by a message transform."""
 
     changes: dict[str, None] = field(default_factory=dict)
     used: dict[str, None] = field(default_factory=dict)
     unused: dict[str, None] = field(default_factory=dict)
+    row_format: str | None = None
 
 
 @dataclass(slots=True)
@@ -211,6 +213,7 @@ def row_to_messages(
         messages = _transformed(row, message_transform)
     else:
         chosen = detect_format(data, column_map) if row_format == "auto" else row_format
+        row.notes.row_format = chosen
         if data.get("system") is None and data.get("system_prompt") and "system_prompt" not in row.names.values():
             row.names.setdefault("system", "system_prompt")
         _refuse_columns(row, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -30,7 +31,7 @@ _RESPONSES = ("response", "completion", "answer", "output", "solution", "assista
 class Survey:
     """What is known of a data set whose rows were all read, and of which some samples were tokenized."""
 
-    row_format: str
+    formats: dict[str | None, int]  # rows that were read in each, most first; None: by a message transform
     column_map: dict[str, str]
     rows: int
     sample_ids: list[str]  # of the samples that were tokenized; of all if there are more
@@ -68,15 +69,18 @@ def survey(
     where: dict[str, Any] = {key: options.get(key) for key in ("split", "name", "data_dir", "revision")}
     rows = read_rows(source, **where)
     head = list(islice(rows, _HEAD_ROWS))
-    row_format, column_map = options.get("format", "auto"), dict(options.get("column_map") or {})
-    if message_transform is None and row_format == "auto":
-        row_format, column_map = _columns(head, column_map)
+    column_map = dict(options.get("column_map") or {})
+    if message_transform is None and options.get("format", "auto") == "auto":
+        column_map = _columns(head, column_map)
     conversations_of = row_parser({**options, "column_map": column_map}, message_transform)
-    faults, place_of = Findings(), dict[str, str]()
+    faults, place_of, formats = Findings(), dict[str, str](), Counter[str | None]()
     sample: list[Conversation] = []
     chance, number = random.Random(0), 0  # nosec B311 - a sample of rows
     for number, row in enumerate(chain(head, rows), start=1):  # noqa: B007 - how many there are
-        for each in conversations_of(row):
+        conversations = conversations_of(row)
+        if conversations[0].fault is None:
+            formats[conversations[0].notes.row_format] += 1
+        for each in conversations:
             if each.fault is not None:
                 faults.add(each.where, str(each.fault))
             elif each.sample_id in place_of:
@@ -104,22 +108,23 @@ def survey(
         )
     prompt_lengths, real_lengths = np.array(lengths).T
     ids_of_all = encoded if len(place_of) == len(sample) else list(place_of)
-    return Survey(row_format, column_map, number, ids_of_all, prompt_lengths, real_lengths, faults)
+    return Survey(dict(formats.most_common()), column_map, number, ids_of_all, prompt_lengths, real_lengths, faults)
 
 
-def _columns(rows: Sequence[Row], column_map: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """The format of the first row that has one, and which of its columns are meant where names are not the format's."""
+def _columns(rows: Sequence[Row], column_map: dict[str, str]) -> dict[str, str]:
+    """Which columns are meant, of the first row that has a format, where names are not the format's."""
     faults = []
     for row in rows:
         try:
             if row.error is not None:
                 raise DataError(row.error)
-            return detect_format(row.data, column_map), column_map
+            detect_format(row.data, column_map)
+            return column_map
         except DataError as error:
             faults.append(f"{row.where}: {error}")
             guessed = {} if column_map or row.error is not None else _guessed(row.data)
             if guessed:
-                return detect_format(row.data, guessed), guessed
+                return guessed
     texts = [key for key, value in rows[0].data.items() if isinstance(value, str)] if rows and not rows[0].error else []
     prompt, response = texts if len(texts) == 2 else ("COLUMN", "COLUMN")
     raise DataError(f"{faults[0]} For example: 'dataset.column_map={{prompt: {prompt}, response: {response}}}'.")

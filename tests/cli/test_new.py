@@ -115,6 +115,7 @@ def test_lengths_split_and_steps_follow_from_the_data(tmp_path, capsys):
     assert section["max_response_tokens"] % 16 == 0 and section["max_response_tokens"] < 300
     assert (section["on_long_response"], section["on_bad_row"]) == ("drop", "skip")
     assert any("of 400 1.0% are longer and dropped" in line for line in lines)
+    assert any("408 rows, 400 of them in the format prompt_response, prompt is the column" in line for line in lines)
     assert any("8 cannot be used and are skipped: mine.jsonl:401, mine" in line for line in lines)
     trained, held_out = (int(next(line for line in lines if line.startswith("split")).split()[i]) for i in (1, 6))
     assert trained + held_out == 396 and trained // written["global_batch_size"] >= 8 > trained // 64
@@ -122,6 +123,20 @@ def test_lengths_split_and_steps_follow_from_the_data(tmp_path, capsys):
     assert main(["validate", str(out)]) == 0
     told = capsys.readouterr().out
     assert f"{trained} samples of 408 rows" in told and f"{held_out} samples, held out" in told
+
+
+def test_how_many_rows_have_which_format_is_said(tmp_path, capsys):
+    """A run reads them all."""
+    forms = [form for form, count in (("messages", 12), ("alpaca", 20)) for _ in range(count)]
+    rows = [FORMATS[form][0](*turns[-2:]) for form, turns in zip(forms, TURNS, strict=False)]
+    data, out = write_data(tmp_path / "mine.jsonl", rows), tmp_path / "my.yaml"
+    code, lines, err = new(capsys, "--model", TINY_LM, "--data", data, "--out", out)
+    assert code == 0 and "data      32 rows of several formats: alpaca 20, messages 12" in lines, err
+    assert main(["validate", str(out)]) == 0 and " of 32 rows" in capsys.readouterr().out
+    transform = "dataset.message_transform._component_=torchtune.data.OpenAIToMessages"
+    words = ("--model", TINY_LM, "--data", jargon(tmp_path / "talks.jsonl", 20), "--out", out, "--force", transform)
+    code, lines, err = new(capsys, *words)
+    assert code == 0 and "data      20 rows by dataset.message_transform" in lines, err
 
 
 def test_what_the_user_sets_is_kept(tmp_path, capsys):

@@ -28,10 +28,23 @@ TALK = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "xy"
 def test_columns_are_found_and_are_those_that_a_data_set_reads(source, row, row_format, column_map):
     path = source("broken", row)
     found = survey(Letters(), {"source": path})
-    assert (found.row_format, found.column_map, found.faults.total) == (row_format, column_map, 1)
+    assert (found.formats, found.column_map, found.faults.total) == ({row_format: 1}, column_map, 1)
     read = prompt_dataset(Letters(), source=path, column_map=column_map, on_bad_row="skip")
     assert (found.prompt_lengths.tolist(), found.real_lengths.tolist()) == ([3], [3])
     assert read.lengths.tolist() == [6] and found.sample_ids == read.sample_ids
+
+
+def test_rows_of_several_formats_are_counted_by_format(source):
+    """As a data set reads them: columns are those of the first row that has a format, a row without one is a fault."""
+    alpaca = {"instruction": "ab", "output": "xy"}
+    path = source({"question": "ab", "answer": "xy"}, alpaca, {"messages": TALK}, alpaca, pair("ab", "xy"))
+    found = survey(Letters(), {"source": path})
+    assert list(found.formats.items()) == [("alpaca", 2), ("prompt_response", 1), ("messages", 1)]
+    assert found.rows == 5 and found.faults.total == 1
+    read = prompt_dataset(Letters(), source=path, column_map=found.column_map, on_bad_row="skip")
+    assert found.sample_ids == read.sample_ids and len(read) == 4
+    given = survey(Letters(), {"source": path, "format": "alpaca"})
+    assert given.formats == {"alpaca": 2} and given.faults.total == 3
 
 
 def test_columns_that_mean_nothing_are_an_error_with_their_names(source):
