@@ -131,6 +131,10 @@ class SPIN:
     ) -> None:
         from spin.config import SPINConfig, complete, load_config
 
+        if isinstance(data, list | tuple) and data and all(isinstance(each, str | Path) for each in data):
+            from spin.cli.new import several_files
+
+            raise ConfigError(f"data is one source; there are {several_files([str(each) for each in data])}")
         for name, value in {"model": model, "data": data, "config": config}.items():
             if not isinstance(value, str | Path | None):
                 raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from spin.config.complete import check_keys
 from spin.config.files import parse_overrides, with_overrides
 from spin.config.schema import SPINConfig
 from spin.core.command import spin_command
-from spin.core.errors import OutputError
+from spin.core.errors import ConfigError, OutputError
 from spin.core.files import atomic_write
 from spin.core.hub import is_hub_name
 from spin.core.terminal import printable
+from spin.data.rows import kind_of
 from spin.data.sources import read_rows
 from spin.model.hf_folder import check_local
 
@@ -39,6 +41,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--gpus", type=int, help="how many to use; default: all; 0: the CPU")
     parser.add_argument("--force", action="store_true", help="replace a file that is there")
     arguments, overrides = parse_overrides(parser, argv)
+    if more := [each for each in overrides if _is_source(each)]:
+        raise ConfigError(f"--data takes one source; there are {several_files([arguments.data, *more])}")
     out: Path = arguments.out
     if out.exists() and not arguments.force:
         raise OutputError(f"{out}: is there already. Choose another name by --out, or give --force to replace it.")
@@ -60,3 +64,18 @@ def main(argv: Sequence[str]) -> None:
     sft, spin = (spin_command("run", *ranks, recipe, "--config", out) for recipe in ("spin_sft", "spin_recipe"))
     report += [f"          {sft}    # unless the model was fine-tuned on this data", f"          {spin}"]
     print(printable("\n".join(report)))
+
+
+def several_files(sources: Sequence[str]) -> str:
+    """Which they are, and what to do with them where one is expected."""
+    kind, folders = kind_of(Path(sources[0])), {Path(source).parent for source in sources}
+    shown = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+    if not kind:
+        return f"{shown}. Give one of them, and add the others to the config with spin.data.mixed_prompt_dataset."
+    folder = folders.pop() if len(folders) == 1 else Path("FOLDER")
+    return f"{shown}. Name the folder that they are in, or a pattern in quotes: '{folder / f'*{kind}'}'."
+
+
+def _is_source(word: str) -> bool:
+    """Whether a word among the overrides is a file or a data set's name, as where a shell has expanded a pattern."""
+    return os.path.exists(word) or ("=" not in word and bool(kind_of(Path(word)) or "/" in word))

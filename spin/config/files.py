@@ -171,7 +171,8 @@ def _apply_override(cfg: DictConfig, override: str, faults: Faults) -> None:
         return
     key, equals, text = override.partition("=")
     if not equals or not key:
-        faults.add(f"override {override!r:.200}: expected key=value, or ~key to remove a key.")
+        one = " A command takes one config." if override.endswith((".yaml", ".yml")) else ""
+        faults.add(f"override {override!r:.200}: expected key=value, or ~key to remove a key.{one}")
         return
     try:
         value = _override_value(text)

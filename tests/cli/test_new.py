@@ -11,6 +11,7 @@ import spin_recipe
 import torch
 import yaml
 
+from spin import SPIN
 from spin.cli import main
 from spin.cli.draft import Machine, draft
 from spin.cli.rates import kind_of_gpu
@@ -225,6 +226,46 @@ def test_rows_are_as_long_as_memory_and_a_ranks_part_of_a_batch_allow(tmp_path):
 def test_kinds_of_gpus_are_known_by_the_drivers_names():
     names = {"NVIDIA H100 80GB HBM3": "H100", "NVIDIA A100-SXM4-80GB": "A100-80", "NVIDIA A100-PCIE-40GB": "A100-40"}
     assert {name: kind_of_gpu(name) for name in names} == names and kind_of_gpu("Tesla T4") is None
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (
+            ("a.jsonl", "b.jsonl"),
+            "a.jsonl, b.jsonl. Name the folder that they are in, or a pattern in quotes: '*.jsonl'.",
+        ),
+        (
+            tuple(f"part=1/{i}.csv" for i in range(5)),  # as a shell expands part=1/*.csv
+            "part=1/0.csv, part=1/1.csv, part=1/2.csv and 2 more. Name the folder that they are in, or a pattern in "
+            "quotes: 'part=1/*.csv'.",
+        ),
+        (("x/a.jsonl", "y/b.jsonl"), "or a pattern in quotes: 'FOLDER/*.jsonl'."),
+        (
+            ("org/one", "org/two"),
+            "org/one, org/two. Give one of them, and add the others to the config with spin.data.mi",
+        ),
+    ],
+)
+def test_several_sources_are_refused_with_what_to_do(sources, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for source in sources[: 0 if "org" in sources[0] else None]:
+        (tmp_path / source).parent.mkdir(exist_ok=True)
+        jargon(tmp_path / source, 12)
+    code, lines, err = new(capsys, "--model", TINY_LM, "--data", *sources, "--out", "my.yaml")
+    assert code == 1 and lines == [] and "--data takes one source; there are " in err and message in err
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        SPIN(model=TINY_LM, data=list(sources))
+    code, _, err = new(capsys, "--model", TINY_LM, "--data", sources[0], "lora")
+    assert code == 1 and err == "error: override 'lora': expected key=value, or ~key to remove a key.\n"
+
+
+def test_the_pattern_that_is_named_works(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        jargon(tmp_path / f"{name}.jsonl", 12)
+    code, lines, err = new(capsys, "--model", TINY_LM, "--data", "*.jsonl")
+    assert code == 0 and "data      24 rows in the format messages" in lines, err
 
 
 def test_what_is_refused(tmp_path, capsys):

@@ -300,6 +300,11 @@ def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):
     assert code == 1 and "worker: unknown key" in out
 
 
+def test_one_config_is_taken(validate, tmp_path):
+    code, out, _ = validate(str(tmp_path / "other.yaml"))
+    assert code == 1 and "other.yaml': expected key=value, or ~key to remove a key. A command takes one config." in out
+
+
 def test_a_recipe_of_your_own(validate, tmp_path):
     """Its model says which keys there are."""
     text = (REPO / "recipes" / "spin_recipe.py").read_text()
