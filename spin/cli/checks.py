@@ -61,14 +61,16 @@ def run_checks(cfg: Any, check: Callable[..., Any], with_logits: bool) -> None:
 
 def _check_training(cfg: config.SPINConfig, check: Callable[..., Any], with_logits: bool) -> None:
     """The checks of a training config, in the order in which a run would meet the faults."""
+    is_sft, only_generates = isinstance(cfg, config.SFTConfig), isinstance(cfg, config.GenerateConfig)
     checkpointer = check("checkpointer", partial(_checkpointer, cfg))
-    check("loss, optimizer", partial(_loss_and_optimizer, cfg))
-    if cfg.pairs.checker is not None:
+    if not only_generates:
+        check("loss, optimizer", partial(_loss_and_optimizer, cfg))
+    if cfg.pairs.checker is not None and not (is_sft or only_generates):
         check("checker", partial(_checker, cfg.pairs.checker))
     model = check("model", partial(_model, cfg))
     check("adapters", partial(_adapters, cfg), model=model)
     parameters = check("model folder", _folder, checkpointer=checkpointer, model=model)
-    check("output folder", partial(_output, cfg, checkpointer, parameters))
+    check("output folder", partial(_output, cfg, *(() if only_generates else (checkpointer, parameters))))
     if with_logits:
         check("logits", lambda made, _: _logits(cfg.model, made), checkpointer=checkpointer, model=model)
     tokenizer = check("tokenizer", partial(_tokenizer, cfg))
@@ -76,7 +78,9 @@ def _check_training(cfg: config.SPINConfig, check: Callable[..., Any], with_logi
     context = None if model is None else model.max_seq_len
     prompts = check("data", partial(_data, cfg.dataset, context), tokenizer=tokenizer)
     validation = None
-    if cfg.validation_dataset is not None:
+    if only_generates:
+        pass
+    elif cfg.validation_dataset is not None:
         validation = check("validation data", partial(_data, cfg.validation_dataset, context), tokenizer=tokenizer)
     elif isinstance(prompts, PromptDataset) and prompts.held_out:
         validation = check("validation data", partial(_held_out, prompts.held_out))
@@ -131,8 +135,11 @@ def _loss_and_optimizer(cfg: config.SPINConfig) -> tuple[None, str]:
     parameters = [torch.nn.Parameter(torch.zeros(8, 8))]
     loss = _built("loss", lambda: config.instantiate(cfg.loss, beta=beta))
     optimizer = _built("optimizer", lambda: config.instantiate(cfg.optimizer, parameters, lr=lr))
-    doubts = [] if isinstance(cfg, config.SFTConfig) else doubtful(cfg)
-    text = f"{type(loss).__name__} with beta {cfg.loss.beta}, {type(optimizer).__name__}"
+    name, rate = type(optimizer).__name__, "learning rate"
+    if isinstance(cfg, config.SFTConfig):  # which makes the loss of the run too, and does not use it
+        return None, f"negative log-likelihood of the real responses, {name} with {rate} {cfg.optimizer.lr}"
+    doubts = doubtful(cfg)
+    text = f"{type(loss).__name__} with beta {cfg.loss.beta}, {name} with {rate} {cfg.optimizer.lr}"
     return None, "\n".join([text, *(f"warning: {doubt}" for doubt in doubts)])
 
 
@@ -219,11 +226,11 @@ def _data(
     report = prompts.report
     lines = [f"{counted(len(prompts), 'sample')} of {counted(report.rows, 'row')}"]
     if data is not prompts:
-        lines[0] = f"a stream, of whose first {report.rows:,} rows iteration 0 plays {counted(len(prompts), 'sample')}"
+        lines[0] = f"a stream, of whose first {report.rows:,} rows iteration 0 takes {counted(len(prompts), 'sample')}"
     needed = data.samples_per_iteration
     chosen = (prompts.sample_ids[index] for index in data.iteration_samples(needed, 0, 0))
     counts = [f"{name} {count:,.0f}" for name, count in data.count_sources(chosen).items()]
-    lines += [f"of {needed:,} that an iteration can play: {', '.join(counts)}"] if counts else []
+    lines += [f"of {needed:,} that an iteration can take: {', '.join(counts)}"] if counts else []
     for what, lengths in (("prompts", prompts.prompt_lengths), ("real responses", prompts.real_lengths)):
         lines.append(f"{what}: {lengths.mean():.0f} tokens on average, {lengths.max()} at most")
     lines += [f"dropped or truncated: {reason} {count:,}" for reason, count in report.counts.items()]
@@ -266,12 +273,6 @@ def _arithmetic(cfg: config.SPINConfig, num_val_prompts: int, prompts: PromptSou
     plan = RunPlan(cfg, prompts, num_val_prompts)
     progress, iterations = plan.progress, range(cfg.max_iterations)
     played, steps = [len(plan.samples(i)) for i in iterations], [progress.steps_in_epoch(i) for i in iterations]
-    counts = [stage.num_shards(count, cfg.pairs.prompts_per_shard, 1) for count in played]
-    shards = (
-        ""
-        if isinstance(cfg, config.SFTConfig)
-        else f", in {_numbers(counts)} {plural('shard', max(counts))} (more with several engines)"
-    )
     samples, size = prompts.samples_per_iteration, cfg.global_batch_size
     searched = (range(size - 1, size // 2, -1), range(size + 1, 2 * size)) if 0 < samples - played[0] < size else ()
     nearest = [str(each) for sizes in searched for each in [each for each in sizes if samples % each == 0][:1]]
@@ -280,14 +281,22 @@ def _arithmetic(cfg: config.SPINConfig, num_val_prompts: int, prompts: PromptSou
         f"{what} every {counted(interval, 'step')}" if interval else f"no {what} within an iteration"
         for what, interval in (("validation", plan.val_every), ("checkpoint", plan.save_every))
     ]
-    return None, (
-        f"{counted(progress.total_steps, 'step')}: {counted(cfg.max_iterations, 'iteration')} x "
-        f"{counted(cfg.max_epochs, 'epoch')} x {_numbers(steps)} {plural('step', max(steps))} of "
-        f"{counted(cfg.global_batch_size, 'prompt')}\n"
-        f"{_numbers(played)} {plural('prompt', max(played))} in an iteration "
-        f"({prompts.samples_per_iteration - played[0]} left over{even}){shards}\n"
-        f"{'; '.join(every)}; {counted(plan.num_val_samples, 'validation sample')}"
-    )
+    total, epochs = counted(progress.total_steps, "step"), counted(cfg.max_epochs, "epoch")
+    left = f"({samples - played[0]} left over{even})"
+    in_iteration = f"{_numbers(played)} {plural('prompt', max(played))} in an iteration {left}"
+    counts = [stage.num_shards(count, cfg.pairs.prompts_per_shard, 1) for count in played]
+    in_iteration += f", in {_numbers(counts)} {plural('shard', max(counts))} (more with several engines)"
+    if isinstance(cfg, config.GenerateConfig):
+        worker = f"; this is worker {cfg.worker}, from 0, of {cfg.num_workers}" if cfg.num_workers > 1 else ""
+        return None, in_iteration + worker
+    in_epoch = f"{_numbers(steps)} {plural('step', max(steps))} of"
+    last = f"{'; '.join(every)}; {counted(plan.num_val_samples, 'validation sample')}"
+    if isinstance(cfg, config.SFTConfig):
+        lines = [f"{total}: {epochs} x {in_epoch} {counted(size, 'real response')}", f"{played[0]} in an epoch {left}"]
+    else:
+        iterations_of = counted(cfg.max_iterations, "iteration")
+        lines = [f"{total}: {iterations_of} x {epochs} x {in_epoch} {counted(size, 'prompt')}", in_iteration]
+    return None, "\n".join([*lines, last])
 
 
 def _numbers(values: Sequence[int]) -> str:

@@ -126,7 +126,7 @@ def test_a_mixture(validate, tmp_path):
     mixture = {"_component_": "spin.data.mixed_prompt_dataset", "common": common, "sources": sources}
     code, out, err = validate("~dataset.source", config=changed_config(tmp_path, mixture))
     assert code == 0, out + err
-    assert "26 samples of 26 rows" in out and "of 24 that an iteration can play: a 18, b 6" in out
+    assert "26 samples of 26 rows" in out and "of 24 that an iteration can take: a 18, b 6" in out
     assert "24 prompts in an iteration" in out and "in the first 200 conversations" in out
     sources["b"]["wieght"] = 2
     code, out, _ = validate("~dataset.source", config=changed_config(tmp_path, mixture))
@@ -156,7 +156,7 @@ def test_a_stream(validate):
     """Its first iteration is read: 8 samples; 2 steps of 4 in each of 2 x 2 epochs."""
     code, out, err = validate("dataset.streaming=true", "dataset.limit=8")
     assert code == 0, out + err
-    assert "a stream, of whose first 8 rows iteration 0 plays 8 samples" in out
+    assert "a stream, of whose first 8 rows iteration 0 takes 8 samples" in out
     assert "8 steps: 2 iterations x 2 epochs x 2 steps of 4 prompts" in out
     code, out, _ = validate("dataset.streaming=true", "dataset.limit=2000")
     assert code == 1 and "has 912 usable samples, dataset.limit=2000 asks for more" in out
@@ -294,10 +294,35 @@ def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):
     config.write_text("# spin run spin_generate --config mine.yaml\n" + CONFIG.read_text() + "\nnum_workers: 4\n")
     code, out, _ = validate("num_workers=4", "worker=1", config=config)
     assert code == 0 and "for spin_generate" in out
+    assert not {"loss, optimizer", "validation data"} & set(verdicts(out)) and "steps" not in out
+    assert "20 prompts in an iteration (0 left over), in 4 shards (more with" in out
+    assert "; this is worker 1, from 0, of 4\n" in out
     code, out, _ = validate("num_workers=4", "worker=5", config=config)
     assert code == 1 and "worker=5: expected 0 to num_workers - 1 = 3" in out
     code, out, _ = validate("num_workers=4", "worker=1")
     assert code == 1 and "worker: unknown key" in out
+
+
+def test_what_fine_tuning_does_not_use_is_not_printed(validate, tmp_path, monkeypatch):
+    """It has a loss and a rate of its own, plays nothing and asks no checker; a wrong argument of the run's loss stops
+    it all the same."""
+    (tmp_path / "a_checker.py").write_text("def check(prompt, real, generated, truncated):\n    return True\n")
+    monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", "a_checker")
+    monkeypatch.syspath_prepend(tmp_path)
+    changes = ("pairs.checker=a_checker.check", "loss.beta=0.3", "nll_weight=1", "pairs.equal_to_real=drop")
+    changes += ("sft.lr=3e-5", "sft.epochs=3")
+    code, out, _ = validate(*changes, "--recipe", "spin_sft")
+    assert code == 0 and "checker" not in verdicts(out), out
+    assert "ok     negative log-likelihood of the real responses, AdamW with learning rate 3e-05\n" in out
+    assert "15 steps: 3 epochs x 5 steps of 4 real responses\n" in out and "20 in an epoch (0 left over)\n" in out
+    for word in ("SPINLoss", "beta", "warning", "iteration", "prompts in an", "shard"):
+        assert word not in out.replace("iteration_", ""), word
+    code, out, _ = validate(*changes)
+    assert (
+        code == 0 and "SPINLoss with beta 0.3, AdamW with learning rate 0.0001\n" in out and "checker" in verdicts(out)
+    )
+    code, out, _ = validate("--recipe", "spin_sft", "loss.loss_type=logistik")
+    assert code == 1 and verdicts(out)["loss, optimizer"] == "FAULT"
 
 
 def test_one_config_is_taken(validate, tmp_path):
