@@ -81,7 +81,7 @@ class PackedRow:
     response_lengths: torch.Tensor  # tokens of each response, int64, shape (m,)
     reference_logps: torch.Tensor  # the opponent's summed log-probs in nats, float64, shape (m,); NaN until scored
     real: torch.Tensor  # the response that is real in each comparison, int64, shape (c,)
-    generated: torch.Tensor  # the one that is generated, int64, shape (c,)
+    generated: torch.Tensor  # the one that is generated, int64, shape (c,); the real one where they are equal
     truncated: torch.Tensor  # the length limit ended the generated response, bool, shape (c,)
     equal: torch.Tensor  # the generated response is the real one, bool, shape (c,)
     # of each comparison in the loss, float32, shape (c,); a pair's sum to 1, or less where truncated ones are masked or
@@ -164,6 +164,10 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout
     firsts = list(accumulate(counts[:-1], initial=0))
     comparisons = [(first, first + k) for first, count in zip(firsts, counts, strict=False) for k in range(1, count)]
     real, generated = torch.tensor(comparisons, dtype=torch.int64).reshape(len(comparisons), 2).T.contiguous()
+    equal = torch.tensor([is_equal for pair in pairs for is_equal in pair.equal_to_real], dtype=torch.bool)
+    # d l(z) / d log p(real) + d l(z) / d log p(gen) = 0 where both are one response; of two copies in a row rounding
+    # would leave a gradient, which Adam scales to full steps
+    generated = torch.where(equal, real, generated)
     weights = [weight for pair in pairs for weight in _comparison_weights(pair, layout)]
     by_window = layout.flex and layout.window is not None
     return PackedRow(
@@ -180,7 +184,7 @@ def pack_row(pairs: Sequence[Pair], length: int | None = None, layout: RowLayout
         real=real,
         generated=generated,
         truncated=torch.tensor([each.truncated for pair in pairs for each in pair.generated], dtype=torch.bool),
-        equal=torch.tensor([is_equal for pair in pairs for is_equal in pair.equal_to_real], dtype=torch.bool),
+        equal=equal,
         weights=torch.tensor(weights, dtype=torch.float32),
         used_tokens=used,
         pair_responses=list(zip((pair.key for pair in pairs), firsts, counts, strict=False)),

@@ -11,8 +11,13 @@ import pytest
 import torch
 from torchtune.models.llama3_2 import llama3_2
 
-from spin.loss import SPACELoss, SPINLoss
+from spin.loss import LOSS_TYPES, SPACELoss, SPINLoss
+from spin.model.attention import patch_attention
+from spin.pairs.packing import pack_row
+from spin.reference.logprobs import response_logps
 from spin.training import gradient_metrics
+from spin.training.metrics import pair_losses
+from spin.types import Pair, Response
 
 TOKENS, LENGTH, PROMPTS = 3, 2, 2
 RESPONSES = torch.tensor(list(itertools.product(range(TOKENS), repeat=LENGTH)))
@@ -23,7 +28,7 @@ def model(width, seed):
     torch.manual_seed(seed)
     made = llama3_2(
         vocab_size=TOKENS + PROMPTS, num_layers=1, num_heads=2, num_kv_heads=2, embed_dim=width, intermediate_dim=width,
-        max_seq_len=8, tie_word_embeddings=True,
+        max_seq_len=64, tie_word_embeddings=True,
     ).double()  # fmt: skip
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -143,3 +148,42 @@ def test_what_a_run_measures_of_its_gradients_is_this_law(beta, pairs):
     for name, noise in (("sft_signal", squares[0]), ("signal", sum(squares))):  # the own score has mean zero
         exact = mean.pow(2).sum() / (mean.pow(2).sum() + (noise - mean.pow(2).sum()) / 64)
         assert found[f"gradient/{name}"] == pytest.approx(exact.item(), rel=0.05 if pairs > 100 else 0.3)
+
+
+def of_row(generated, loss, dtype, real=(0, 1, 2)):
+    """A row's summed loss, in which three prompts have the same responses, and its gradient; the opponent is another
+    model, of a kind: its log-probs of two copies of one response are the same number."""
+    student = model(4, seed=1).to(dtype)
+    patch_attention(student)
+    opponent = {ids: -0.5 * sum(ids) for ids in (real, *generated)}
+    responses = [Response(list(ids), "stop", opponent[ids]) for ids in generated]
+    pairs = [Pair(f"s{i}", 0, [TOKENS, TOKENS + 1, i], list(real), responses, opponent[real]) for i in range(3)]
+    row = pack_row(pairs)
+    losses, _, _ = pair_losses(loss, row, response_logps(student, row))
+    value = (losses * row.weights).sum()
+    return value, gradient(student, value)
+
+
+@pytest.mark.parametrize("generated", [[(0, 1, 2)], [(0, 1, 2)] * 3])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_response_that_equals_the_real_one_has_no_gradient_whatever_is_rounded(loss_type, generated):
+    """Exactly none: Adam makes full steps of the least. Beside others it leaves theirs, of its own weight."""
+    loss = SPINLoss(beta=0.7, loss_type=loss_type, label_smoothing=0.1)
+    value, found = of_row(generated, loss, torch.bfloat16)
+    assert not found.any() and value.isfinite()
+    (_, both), (_, alone) = (of_row([*each, (2, 0)], loss, torch.float64) for each in (generated, []))
+    torch.testing.assert_close(both * (len(generated) + 1), alone, rtol=1e-5, atol=1e-8)  # norms are fp32
+
+
+def test_space_holds_a_response_that_is_real_and_generated_at_once():
+    """``beta * (sigma(r) - sigma(-r)) grad log p`` of each copy: as of two responses that are not known to be equal."""
+    loss, row_of = SPACELoss(beta=0.7), of_row([(0, 1, 2)], SPACELoss(beta=0.7), torch.float64)
+    student = model(4, seed=1)  # each response in a forward of its own
+    logps = torch.stack([
+        student(torch.tensor([[TOKENS, TOKENS + 1, i, 0, 1, 2]]))[0, 2:-1].double().log_softmax(-1).diagonal().sum()
+        for i in range(3)
+    ])  # fmt: skip
+    losses, _, _ = loss(logps, logps, *torch.full((2, 3), -1.5))
+    torch.testing.assert_close(row_of[0], losses.sum(), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(row_of[1], gradient(student, losses.sum()), rtol=1e-4, atol=1e-7)
+    assert row_of[1].abs().max() > 1e-3
