@@ -117,7 +117,8 @@ class SPINRecipe:
         self._optimizer = self._new_optimizer()
         if resume_path is None:
             fine_tuned = self._checkpointer.load_start(self._model, world)
-            if fine_tuned and (changed := run.changed_sft(self._checkpointer.read_state(fine_tuned)["run"], cfg)):
+            changed = fine_tuned and run.changed_sft(self._checkpointer.read_state(fine_tuned)["run"], cfg)
+            if changed and world.is_main:
                 log.warning(
                     f"{changed}: self-play starts from what was fine-tuned before this change. To fine-tune with it, "
                     "set a new output_dir and run spin_sft, then spin_recipe."
@@ -426,7 +427,7 @@ class SPINRecipe:
             "progress": self._progress.state_dict(), "total_steps": self._progress.total_steps,
             "opponent": self._opponent, "trained_in": self._trained_in, "val_loss": self._val_loss,
             "nonfinite": self._nonfinite.skipped, "watch": self._monitor.state_dict(), "run": self._run_fingerprint,
-            "row_lengths": self._layout.fitted,
+            "row_lengths": self._layout.fitted, "checker": run.checker_code(self._cfg),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -436,7 +437,9 @@ class SPINRecipe:
             within = not state["progress"].get("is_iteration_start", True)
             run.check_unchanged(state["run"], self._run_fingerprint, self._cfg, within)
             self._progress.load_state_dict(state["progress"])
-            self._plan.compare_schedules(state.get("total_steps"))
+            if self._world.is_main:
+                self._plan.compare_schedules(state.get("total_steps"))
+                run.compare_checkers(state.get("checker"), self._cfg)
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
             self._trained_in = state.get("trained_in", self._progress.iteration - self._progress.is_iteration_start)
             self._nonfinite.skipped = state.get("nonfinite", [])

@@ -31,6 +31,7 @@ from spin.config.faults import KIND_WORDS, UNIONS, Faults, expected, joined, nea
 from spin.config.interpolation import MISSING, PATH_KEY
 from spin.config.schema import ARGUMENTS, COMPONENT, Component
 from spin.core.errors import ConfigError, SpinError
+from spin.core.files import file_sha256
 from spin.core.terminal import nearest_of
 
 ALLOW_KEY = "allow_components"
@@ -429,6 +430,18 @@ def _component_nodes(
 def component_of(section: Component) -> Callable[..., Any]:
     """The class or function that a section names."""
     return resolve_component(section.component, section._packages, kind_at(section._where))
+
+
+def code_of(section: Component) -> str:
+    """SHA-256 of the file that defines what a section names, as it was when it was first asked for: a process goes on
+    with the code that it has imported."""
+    component = component_of(section)
+    if id(component) not in _CODE:
+        _CODE[id(component)] = component, file_sha256(str(sys.modules[component.__module__].__file__))
+    return _CODE[id(component)][1]
+
+
+_CODE: dict[int, tuple[Any, str]] = {}  # by id, which stays that of what was imported: a module may be loaded again
 
 
 def nested(section: Component, node: Mapping[str, Any] | None, key: str) -> Component | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,11 +19,11 @@ from typing import Any, get_args
 
 import numpy as np
 
-from spin.config import component_of
+from spin.config import code_of, component_of
 from spin.config.components import place_in
 from spin.config.schema import Checker
 from spin.core.errors import CheckerError, OutputError, StoreError
-from spin.core.files import file_sha256, json_fingerprint
+from spin.core.files import json_fingerprint
 from spin.core.heartbeat import set_stage
 from spin.core.progress import Stage, stage
 from spin.core.ranks import CountOfRanks, World, any_rank_soon, broadcast_object, raise_on_all_ranks
@@ -58,7 +57,7 @@ def check_responses(
     made_by = {
         "component": section.component,
         "arguments": redacted(arguments),
-        "source": file_sha256(Path(str(sys.modules[check.__module__].__file__))),  # of its file alone
+        "source": code_of(section),  # of its file alone
     }
     for folder in folders:
         responses = PairStore.open(folder / "responses")

@@ -10,7 +10,15 @@ if TYPE_CHECKING:
     from spin.run.log import RunLog
     from spin.run.messages import best_by_validation, finish_message, iteration_summary, sample_rows
     from spin.run.plan import RunPlan
-    from spin.run.resume import changed_sft, check_files_agree, check_unchanged, inputs_of_config, run_fingerprint
+    from spin.run.resume import (
+        changed_sft,
+        check_files_agree,
+        check_unchanged,
+        checker_code,
+        compare_checkers,
+        inputs_of_config,
+        run_fingerprint,
+    )
     from spin.run.stopping import StopRequest, resume_hint
     from spin.run.trackio import TrackioLogger
 else:
@@ -26,6 +34,8 @@ __all__ = [
     "changed_sft",
     "check_files_agree",
     "check_unchanged",
+    "checker_code",
+    "compare_checkers",
     "finish_message",
     "inputs_of_config",
     "iteration_summary",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from spin.config import Component, SFTConfig, SPINConfig, as_written, plain, read_yaml, sft_settings
+from spin.config import Component, SFTConfig, SPINConfig, as_written, code_of, plain, read_yaml, sft_settings
 from spin.config.follow import FROM_HF
 from spin.config.schema import Config, EvaluatedModel
 from spin.core.errors import CheckpointError
@@ -22,6 +23,8 @@ from spin.core.ranks import World, check_ranks_agree
 from spin.core.redact import is_secret_key, redacted
 from spin.model.hf_folder import weight_files
 from spin.pairs.store import differences
+
+log = logging.getLogger(__name__)
 
 RESULTS_DEPEND_ON = (
     "seed", "sampling", "pairs", "loss", "nll_weight", "optimizer", "lr_scheduler", "max_epochs", "global_batch_size",
@@ -63,6 +66,8 @@ def inputs_of_config(cfg: Config) -> dict[str, Any]:
     recipe = getattr(sys.modules["__main__"], "__file__", None)
     if recipe is not None and Path(recipe).is_file():
         found[f"code of {Path(recipe).name}"] = file_sha256(recipe)[:12]
+    if (checker := checker_code(cfg)) is not None:
+        found["code of pairs.checker"] = checker[:12]
     for name in ("torch", "torchtune", "torchao", "transformers"):
         found[f"version of {name}"] = importlib.metadata.version(name)
     return {"inputs": found, "timeout_seconds": cfg.distributed_timeout_seconds}
@@ -157,6 +162,23 @@ def check_unchanged(
         raise CheckpointError(
             f"The run in {output_dir} was started with another config: {'; '.join(found)}{of_sft}. Restore it{where}, "
             f"start a new output_dir, or allow it by resume_with_changes=[{','.join([*kept, *changed])}]."
+        )
+
+
+def checker_code(cfg: Config) -> str | None:
+    """:func:`code_of` what checks a run's responses; None if nothing does."""
+    if not isinstance(cfg, SPINConfig) or isinstance(cfg, SFTConfig) or cfg.pairs.checker is None:
+        return None
+    return code_of(cfg.pairs.checker)
+
+
+def compare_checkers(old: str | None, cfg: SPINConfig) -> None:
+    """Warns if :func:`checker_code` is not what it was when the checkpoint was saved that the run resumes from (None if
+    it did not say)."""
+    if old is not None and cfg.pairs.checker is not None and checker_code(cfg) not in (old, None):
+        log.warning(
+            f"pairs.checker: the file of {cfg.pairs.checker.component} has changed since the checkpoint was saved. Its "
+            "verdicts count from the next start of an iteration on; pairs that are being trained on keep theirs."
         )
 
 

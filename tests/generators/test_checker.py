@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from spin.core.errors import CheckerError, ConfigError, Stopped
+from spin.core.files import file_sha256
 from spin.core.ranks import init_world
 from spin.data import ChatTokenizer, Pair, PairStore, Response
 from spin.generators import check_responses, filtered_responses
 from spin.pairs import RowLayout, share_lookup
 from spin.pairs.packing import loss_weight, pack_row
 from spin.run.resume import run_fingerprint
-from tests.recipes.helpers import TINY_LM, tiny_config
+from tests.recipes.helpers import TINY_LM, run, stops_at, tiny_config
 
 PACKAGE = "checker_of_test"
 SAMPLES = 10  # of two responses each, in four shards; response number i of a sample has i as its last word
@@ -71,6 +72,18 @@ def checker(tmp_path, monkeypatch):
     tiny_config("runs/none", f"pairs.checker={PACKAGE}.check")  # imports it
     yield sys.modules[PACKAGE]
     del sys.modules[PACKAGE]
+
+
+def edit(module):
+    with open(module.__file__, "a", encoding="utf-8") as stream:
+        stream.write("# other code\n")
+
+
+def import_again():
+    """As a process that starts now."""
+    del sys.modules[PACKAGE]
+    pairs_config()
+    return sys.modules[PACKAGE]
 
 
 def pairs_config(*overrides):
@@ -190,10 +203,38 @@ def test_stops_between_responses_and_looks_again_when_the_code_has_changed(check
         checked(folder, tokenizer, should_stop=lambda: len(checker.calls) == 7)
     checked(folder, tokenizer)
     assert len(checker.calls) == 2 * SAMPLES
-    with open(checker.__file__, "a", encoding="utf-8") as stream:
-        stream.write("# other code\n")
+    edit(checker)
     checked(folder, tokenizer)
-    assert len(checker.calls) == 4 * SAMPLES
+    assert len(checker.calls) == 2 * SAMPLES, "this process has the code of before"
+    again = import_again()
+    checked(folder, tokenizer)
+    assert len(again.calls) == 2 * SAMPLES
+
+
+def test_a_resume_with_other_code_says_so_once(checker, tmp_path, caplog):
+    """Edited while the run trains: its verdicts are recorded as those of the code that it had imported."""
+    changes = (f"pairs.checker={PACKAGE}.check", "max_epochs=1", "validation_dataset=null")
+    said = "the file of checker_of_test.check has changed since"
+
+    class Edits(stops_at(2)):
+        def augment_dataloader(self, iteration):
+            edit(checker)
+            return super().augment_dataloader(iteration)
+
+    def codes():
+        stores = [PairStore.open(tmp_path / "run" / f"iteration_{i:03d}" / "checked") for i in range(2)]
+        return [store.manifest["fingerprint"]["checker"]["source"] for store in stores]
+
+    begun = file_sha256(checker.__file__)
+    run(tmp_path / "run", *changes, recipe_class=Edits)
+    import_again()
+    assert said not in caplog.text
+    run(tmp_path / "run", *changes, recipe_class=stops_at(7))
+    assert caplog.text.count(said) == 1
+    assert codes() == [begun, file_sha256(checker.__file__)] and begun != file_sha256(checker.__file__)
+    caplog.clear()
+    run(tmp_path / "run", *changes)
+    assert said not in caplog.text
 
 
 def test_a_key_of_a_server_is_written_nowhere(checker, tokenizer, tmp_path):

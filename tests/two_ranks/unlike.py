@@ -67,6 +67,14 @@ for key, value in (
 for name in ("lora", "generate", "evaluate"):
     assert refused(name, "\nseed: 0", f"seed={BY_RANK}") == []
 
+# --- code of one's own ---
+site = folder / f"site_{rank}"
+site.mkdir()
+(site / "my_checker.py").write_text(f"def check(prompt, real, generated, truncated):\n    return {bool(rank)}\n")
+sys.path.insert(0, str(site))
+own = ("allow_components=[my_checker]", "pairs.checker=my_checker.check")
+assert refused("recipe", "\ncode of pairs.checker: ", *own) == []
+
 # --- what lies in files, after reading ---
 mine = folder / f"rank_{rank}"
 for copy in ("equal", "model", "tokenizer"):
