@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from spin.cli import main
 from spin.config import EvaluateConfig, SPINConfig, as_written, complete, instantiate, load_config, shown
 from spin.config.schema import Section
 from spin.core.errors import ConfigError
+from spin.core.terminal import get_logger
 from tests.recipes.helpers import CONFIG, run, tiny_overrides
 
 # Each has done something in an attack, or could: run a file, unpickle, load a library, write, start, download.
@@ -216,8 +218,12 @@ def test_secrets_reach_no_file_but_the_config(finished, capsys):
     assert all("oc.env:SPIN_TEST_SERVICE_KEY" in text for text in texts[:3]), "the reference itself is shown"
 
 
-def test_secrets_are_not_told_in_errors_and_logs(monkeypatch, caplog):
+def test_secrets_are_not_told_in_errors_and_logs(monkeypatch, capfd):
+    """What a library says of them in a log too: the handler is the one where the program has none."""
     monkeypatch.setenv("SERVICE_PASSWORD", "hunter2hunter2")
+    for name, value in {"handlers": [], "propagate": False, "level": logging.INFO}.items():
+        monkeypatch.setattr(logging.getLogger("spin"), name, value)
+    log = get_logger()
     for change in (
         "max_epochs=${oc.env:SERVICE_PASSWORD}",
         "seed={token: ghp_0123456789}",
@@ -226,6 +232,13 @@ def test_secrets_are_not_told_in_errors_and_logs(monkeypatch, caplog):
         with pytest.raises(ConfigError) as error:
             complete(load_config(str(CONFIG), ["output_dir=out", change]), SPINConfig)
         assert "hunter2" not in str(error.value) and "ghp_" not in str(error.value)
+    try:
+        raise RuntimeError("no such password: hunter2hunter2")
+    except RuntimeError:
+        log.exception("https://host/?token=%s was refused", "ghp_0123456789")
+    told = capfd.readouterr().err
+    assert "token=*** was refused" in told and "no such password: ***" in told
+    assert "hunter2" not in told and "ghp_" not in told
 
 
 def test_what_is_shown_of_a_config(monkeypatch):
