@@ -19,13 +19,13 @@ from omegaconf import OmegaConf
 
 from spin.cli.memory import Estimate, estimate, fewest_sequences, longer_rows, shapes_of, usable_gib
 from spin.cli.rates import kind_of_gpu
-from spin.cli.timing import Cluster, clock, is_extrapolated, stages
+from spin.cli.timing import Cluster, is_extrapolated, stages
 from spin.config import COMPONENT, SPINConfig, complete, instantiate, load_config, nested, plain
 from spin.config.files import with_overrides
 from spin.config.follow import FROM_HF
 from spin.config.schema import fields_of
 from spin.core.errors import ConfigError, DataError
-from spin.core.terminal import counted
+from spin.core.terminal import clock, counted
 from spin.data import ChatTokenizer, PromptTokenizer, adapt_tokenizer
 from spin.data.conversation_template import THINKING_OPTIONS
 from spin.data.survey import Survey, survey

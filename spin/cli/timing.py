@@ -27,7 +27,7 @@ from spin.cli.rates import (
     Rate,
 )
 from spin.config import SPINConfig
-from spin.core.terminal import counted
+from spin.core.terminal import clock, counted
 
 
 class PairTokens(NamedTuple):
@@ -196,14 +196,14 @@ def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int, 
     """The stages, a line each, and what the figures rest on."""
     total = sum(stage.seconds for stage in found)
     title = f"time of an iteration of {counted(prompts, 'prompt')}"
-    lines = [f"{title:<44}{'compute':>10}{'traffic':>10}{'in all':>10}{'part':>7}"]
+    lines = [f"{title:<40}{'compute':>12}{'traffic':>12}{'in all':>12}{'part':>7}"]
     for stage in found:
         mark = " *" if is_extrapolated(stage, cluster.gpu) else ""
-        cells = "".join(f"{clock(seconds):>10}" for seconds in (stage.compute, stage.exposed, stage.seconds))
-        lines.append(f"{stage.name + mark:<44}{cells}{stage.seconds / total:>7.0%}")
-    lines.append(f"{'iteration':<64}{clock(total):>10}")
+        cells = "".join(f"{clock(seconds):>12}" for seconds in (stage.compute, stage.exposed, stage.seconds))
+        lines.append(f"{stage.name + mark:<40}{cells}{stage.seconds / total:>7.0%}")
+    lines.append(f"{'iteration':<64}{clock(total):>12}")
     if iterations > 1:
-        lines.append(f"{counted(iterations, 'iteration'):<64}{clock(iterations * total):>10}")
+        lines.append(f"{counted(iterations, 'iteration'):<64}{clock(iterations * total):>12}")
     rates = {rate for stage in found for rate in stage.rates}
     measured = sorted({f"{rate.source} ({rate.gpu}, {rate.date})" for rate in rates if rate.is_measured})
     starred = [f"it is assumed that {rate.source.removeprefix('assumed: ')}" for rate in rates if not rate.is_measured]
@@ -215,14 +215,3 @@ def table(found: list[Stage], cluster: Cluster, prompts: int, pair_tokens: int, 
         f"\npairs of {pair_tokens:,} tokens on average; traffic is what does not hide behind compute{links}"
         f"\nmeasured: {', '.join(measured)}{legend}"
     )
-
-
-def clock(seconds: float) -> str:
-    """Seconds, minutes or hours, as they are read."""
-    if seconds < 0.05:
-        return f"{1000 * seconds:.0f} ms" if seconds >= 0.0005 else "under 1 ms" if seconds else "0"
-    if seconds < 1:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

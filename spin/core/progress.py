@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from spin.core.errors import OutputError
 from spin.core.files import read_json, replace_text
-from spin.core.terminal import plural, printable, show
+from spin.core.terminal import clock, plural, printable, show
 
 Kind = Literal["validate", "generate", "check", "score", "train", "save"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # the first also before all iterations, and within training
@@ -347,11 +347,6 @@ def stage(kind: Kind, unit: str = "", total: int | None = None, done: int = 0, t
         found.run.end(found)
         if is_shown:
             _front_end.end(found)
-
-
-def clock(seconds: float) -> str:
-    """A duration as ``mm:ss`` or ``h:mm:ss``."""
-    return tqdm.format_interval(seconds)
 
 
 def _number(value: float) -> str:

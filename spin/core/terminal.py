@@ -144,6 +144,22 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {plural(noun, count)}"
 
 
+def clock(seconds: float | None) -> str:
+    """A duration as a person says it: ``20 ms``, ``1.5 s``, ``12 s``, ``3 min 20 s``, ``19 min``, ``2 h 05 min``;
+    nothing for what is not known."""
+    if seconds is None:
+        return ""
+    if seconds < 0.05:
+        return f"{1000 * seconds:.0f} ms" if seconds >= 0.0005 else "under 1 ms" if seconds else "0 s"
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds < 599.5:
+        return "{} min {:02d} s".format(*divmod(round(seconds), 60))
+    if seconds < 3570:
+        return f"{seconds / 60:.0f} min"
+    return "{} h {:02d} min".format(*divmod(round(seconds / 60), 60))
+
+
 def nearest_of(name: str, known: Sequence[str]) -> str:
     """' Did you mean ...?', or nothing."""
     by_lower_case = {candidate.lower(): candidate for candidate in known}

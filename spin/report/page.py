@@ -20,7 +20,7 @@ from markupsafe import Markup
 import spin
 from spin.config.interpolation import configs_root
 from spin.core.hub import hub_name
-from spin.core.terminal import counted, printable
+from spin.core.terminal import clock, counted, printable
 from spin.core.texts import marked, plain_text, turns
 from spin.report.advice import LN_2, advice, verdict
 from spin.report.record import IterationRecord, RunRecord, is_number
@@ -95,7 +95,7 @@ def _templates() -> Environment:
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, finalize=_shown
     )
     environment.filters |= {
-        "seconds": duration,
+        "seconds": clock,
         "turns": turns,
         "plain": plain_text,
         "percent": percent,
@@ -244,7 +244,7 @@ def _tiles(run: RunRecord) -> list[dict[str, str]]:
             }
         )
     total = sum(sum(iteration.seconds.values()) for iteration in run.iterations)
-    done = {"label": "time", "value": duration(total), "change": counted(run.last_step, "step"), "good": "", "kind": ""}
+    done = {"label": "time", "value": clock(total), "change": counted(run.last_step, "step"), "good": "", "kind": ""}
     return tiles + ([done] if total else [])
 
 
@@ -324,15 +324,3 @@ def number(value: Any) -> str:
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return f"{value:.2g}"
-
-
-def duration(seconds: float | None) -> str:
-    """Seconds as a person says them: ``12 s``, ``3 min 20 s``, ``2 h 05 min``; nothing for what is not known."""
-    if seconds is None:
-        return ""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -321,7 +321,7 @@ def test_small_figures_are_in_mib(repo, capsys):
     text = estimated(capsys, "lora", "--gpu", "H100", f"model.path={repo}/tests/assets/tiny_lm")
     assert text.split("optimizer")[1].split("\n")[0].split() == ["1.2", "MiB"] * 4
     assert "on disk: 8.9 MiB of pairs and 2.3 MiB of exports" in text and "0.00" not in text
-    assert re.search(r"\nscore +\d ms +0 +\d ms ", text), "a small model's times"
+    assert re.search(r"\nscore +\d ms +0 s +\d ms ", text), "a small model's times"
     twice = estimated(capsys, "lora", "--prompts", "2000", f"model.path={repo}/tests/assets/tiny_lm")
     assert "on disk: 18 MiB of pairs" in twice
 

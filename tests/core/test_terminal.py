@@ -17,6 +17,19 @@ def test_one_and_many(noun, many):
     assert [terminal.plural(noun, count) for count in (0, 1, 2)] == [many, noun, many]
 
 
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (None, ""), (0, "0 s"), (1e-5, "under 1 ms"), (0.0496, "50 ms"), (0.06, "0.1 s"), (9.94, "9.9 s"),
+        (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (200, "3 min 20 s"), (599.4, "9 min 59 s"),
+        (599.6, "10 min"), (1151, "19 min"), (3569, "59 min"), (3571, "1 h 00 min"), (7500, "2 h 05 min"),
+        (359940, "99 h 59 min"),
+    ],
+)  # fmt: skip
+def test_durations(seconds, text):
+    assert terminal.clock(seconds) == text
+
+
 @pytest.mark.parametrize(("rank", "level"), [(None, logging.INFO), ("0", logging.INFO), ("3", logging.WARNING)])
 def test_other_ranks_only_warn(monkeypatch, rank, level):
     monkeypatch.delenv("RANK", raising=False)
