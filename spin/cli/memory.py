@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ _CACHE_STEP_TOKENS = 256
 _IN_USE = 0.92  # of a GPU's memory at most: blocks of many sizes leave gaps
 _CUDA_GIB = 1.0  # its context and NCCL's buffers
 _MOST_GPUS = 1024
+_SLICE = re.compile(r"[\w.]+\[(\d*):(\d+)\]")  # of a split, in rows
 # A step of 1B was 9 % faster with the first than with 8,192; with the last, a replica of it was 3.8 % faster still.
 _LONGER_ROWS = (12288, 16384, 24576)
 _SPREAD = 0.5  # of the logarithm of pairs' lengths, as in conversations
@@ -428,9 +430,9 @@ def most_prompts(cfg: SPINConfig, prompts: int | None = None) -> int | None:
         raise ConfigError(f"prompts={prompts}: expected those of an iteration, 1 or more.")
     size, limit, parts = cfg.global_batch_size, cfg.limit_train_batches, _sources(cfg)
     samples = trained = cfg.dataset.get("samples")
-    if not samples and all(part.get("limit") for part in parts):
+    read = [n for part in parts if (n := _most_samples(part)) is not None]
+    if not samples and len(read) == len(parts):
         weights = [part.get("weight") for part in parts]
-        read = [part["limit"] for part in parts]
         samples = _mixed(read, weights)
         fractions = [1 - (part.get("validation_fraction") or 0.0) for part in parts]
         trained = _mixed([n * fraction for n, fraction in zip(read, fractions, strict=True)], weights)
@@ -447,6 +449,14 @@ def most_prompts(cfg: SPINConfig, prompts: int | None = None) -> int | None:
     else:
         return prompts
     return most if prompts is None else min(prompts, most)
+
+
+def _most_samples(part: dict[str, Any]) -> int | None:
+    """Of a source, by its limit and by the rows that its split takes, as ``train[:1000]``; None if neither says."""
+    slices = [_SLICE.fullmatch(each.strip()) for each in str(part.get("split") or "").split("+")]
+    rows = None if None in slices else sum(max(0, int(each[2]) - int(each[1] or 0)) for each in slices if each)
+    found = [part.get("limit"), rows if part.get("turns", "last") == "last" else None]
+    return min((n for n in found if n is not None), default=None)
 
 
 def _mixed(samples: Sequence[float], weights: Sequence[float | None]) -> int:

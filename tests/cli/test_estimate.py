@@ -461,6 +461,10 @@ def test_packed_pairs_are_no_longer_than_the_longest_that_there_can_be():
             None,
             4,
         ),  # perhaps none held out
+        (("dataset.split='train[:61]'", "global_batch_size=4"), 1000, 60),
+        (("dataset.split='train[10:41]+test[:30]'", "dataset.limit=70", "global_batch_size=4"), None, 60),
+        (("dataset.split='train[:10%]'", "global_batch_size=4"), 1000, 1000),
+        (("dataset.split='train[:61]'", "dataset.turns=all"), None, None),
         (("dataset.limit=64", "global_batch_size=4", "limit_train_batches=0.25"), None, 16),
         (("global_batch_size=5", "limit_train_batches=4"), 1000, 20),
     ],
