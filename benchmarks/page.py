@@ -232,6 +232,9 @@ def _float8_goals() -> Iterable[list[str]]:
             if model == FLOAT8_GOALS[0][0] and "floor_tflop" in section:
                 rate = section["floor_tflop"] / steps["float8"]["median_seconds"]
                 yield _goal(f"step in float8, {title}, TFLOP/s of needed work", FLOAT8_TFLOPS_GOAL, rate, name)
+                if sustained := section.get("sustained_matmul_tflops"):
+                    share = section["floor_tflop"] / steps["compiled"]["median_seconds"] / sustained
+                    yield _goal(f"step, {title}, part of a sustained matrix product", PRODUCT_GOAL, share, name)
 
 
 def _generator_goals(results: Results) -> Iterable[list[str]]:
