@@ -427,7 +427,7 @@ class SPINRecipe:
             "progress": self._progress.state_dict(), "total_steps": self._progress.total_steps,
             "opponent": self._opponent, "trained_in": self._trained_in, "val_loss": self._val_loss,
             "nonfinite": self._nonfinite.skipped, "watch": self._monitor.state_dict(), "run": self._run_fingerprint,
-            "row_lengths": self._layout.fitted, "checker": run.checker_code(self._cfg),
+            "row_lengths": self._layout.fitted, "own_code": config.own_code(self._cfg),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -439,7 +439,7 @@ class SPINRecipe:
             self._progress.load_state_dict(state["progress"])
             if self._world.is_main:
                 self._plan.compare_schedules(state.get("total_steps"))
-                run.compare_checkers(state.get("checker"), self._cfg)
+                run.compare_own_code(state.get("own_code", {}), self._cfg)
             self._opponent, self._val_loss = state["opponent"], state["val_loss"]
             self._trained_in = state.get("trained_in", self._progress.iteration - self._progress.is_iteration_start)
             self._nonfinite.skipped = state.get("nonfinite", [])

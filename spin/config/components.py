@@ -29,7 +29,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from spin.config.faults import KIND_WORDS, UNIONS, Faults, expected, joined, nearest_or_known, yaml_text
 from spin.config.interpolation import MISSING, PATH_KEY
-from spin.config.schema import ARGUMENTS, COMPONENT, Component
+from spin.config.schema import ARGUMENTS, COMPONENT, Component, Config
 from spin.core.errors import ConfigError, SpinError
 from spin.core.files import file_sha256
 from spin.core.terminal import nearest_of
@@ -432,10 +432,19 @@ def component_of(section: Component) -> Callable[..., Any]:
     return resolve_component(section.component, section._packages, kind_at(section._where))
 
 
-def code_of(section: Component) -> str:
-    """SHA-256 of the file that defines what a section names, as it was when it was first asked for: a process goes on
-    with the code that it has imported."""
-    component = component_of(section)
+def own_code(cfg: Config) -> dict[str, str]:
+    """:func:`code_of` each component of the user's own, by its name."""
+    nodes = (node for _, node, _ in _component_nodes(cfg.model_dump(by_alias=True)))
+    own = (*environment_packages(), *cfg.allow_components)
+    return {
+        name: code_of(_own_component(name, own))
+        for name in sorted({node[COMPONENT] for node in nodes if below(node[COMPONENT], own)})
+    }
+
+
+def code_of(component: Callable[..., Any]) -> str:
+    """SHA-256 of the file that defines a component, as it was when it was first asked for: a process goes on with the
+    code that it has imported."""
     if id(component) not in _CODE:
         _CODE[id(component)] = component, file_sha256(str(sys.modules[component.__module__].__file__))
     return _CODE[id(component)][1]

@@ -57,7 +57,7 @@ def check_responses(
     made_by = {
         "component": section.component,
         "arguments": redacted(arguments),
-        "source": code_of(section),  # of its file alone
+        "source": code_of(check),  # of its file alone
     }
     for folder in folders:
         responses = PairStore.open(folder / "responses")

@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from spin.config import Component, SFTConfig, SPINConfig, as_written, code_of, plain, read_yaml, sft_settings
+from spin.config import Component, SFTConfig, SPINConfig, as_written, own_code, plain, read_yaml, sft_settings
 from spin.config.follow import FROM_HF
 from spin.config.schema import Config, EvaluatedModel
 from spin.core.errors import CheckpointError
@@ -66,8 +66,7 @@ def inputs_of_config(cfg: Config) -> dict[str, Any]:
     recipe = getattr(sys.modules["__main__"], "__file__", None)
     if recipe is not None and Path(recipe).is_file():
         found[f"code of {Path(recipe).name}"] = file_sha256(recipe)[:12]
-    if (checker := checker_code(cfg)) is not None:
-        found["code of pairs.checker"] = checker[:12]
+    found |= {f"code of {name}": digest[:12] for name, digest in own_code(cfg).items()}
     for name in ("torch", "torchtune", "torchao", "transformers"):
         found[f"version of {name}"] = importlib.metadata.version(name)
     return {"inputs": found, "timeout_seconds": cfg.distributed_timeout_seconds}
@@ -165,21 +164,16 @@ def check_unchanged(
         )
 
 
-def checker_code(cfg: Config) -> str | None:
-    """:func:`code_of` what checks a run's responses; None if nothing does."""
-    if not isinstance(cfg, SPINConfig) or isinstance(cfg, SFTConfig) or cfg.pairs.checker is None:
-        return None
-    return code_of(cfg.pairs.checker)
-
-
-def compare_checkers(old: str | None, cfg: SPINConfig) -> None:
-    """Warns if :func:`checker_code` is not what it was when the checkpoint was saved that the run resumes from (None if
-    it did not say)."""
-    if old is not None and cfg.pairs.checker is not None and checker_code(cfg) not in (old, None):
-        log.warning(
-            f"pairs.checker: the file of {cfg.pairs.checker.component} has changed since the checkpoint was saved. Its "
-            "verdicts count from the next start of an iteration on; pairs that are being trained on keep theirs."
-        )
+def compare_own_code(old: Mapping[str, str], cfg: SPINConfig) -> None:
+    """Warns if :func:`own_code` is not what it was when the checkpoint was saved that the run resumes from."""
+    changed = [name for name, code in own_code(cfg).items() if old.get(name, code) != code]
+    has_checker = cfg.pairs.checker is not None and cfg.pairs.checker.component in changed
+    kept = (
+        " Pairs that are being trained on keep their verdicts until the next iteration starts." if has_checker else ""
+    )
+    if changed:
+        names = ", ".join(changed)
+        log.warning(f"The code of {names} has changed since the checkpoint was saved, and is used as it is now.{kept}")
 
 
 def changed_sft(old: Mapping[str, Any], cfg: SPINConfig) -> str:

@@ -48,6 +48,11 @@ class Checker:
 
     def method(self, **given):
         return self
+
+from spin.loss import SPINLoss
+
+class Loss(SPINLoss):
+    pass
 """
 
 
@@ -213,8 +218,9 @@ def test_stops_between_responses_and_looks_again_when_the_code_has_changed(check
 
 def test_a_resume_with_other_code_says_so_once(checker, tmp_path, caplog):
     """Edited while the run trains: its verdicts are recorded as those of the code that it had imported."""
-    changes = (f"pairs.checker={PACKAGE}.check", "max_epochs=1", "validation_dataset=null")
-    said = "the file of checker_of_test.check has changed since"
+    own = (f"pairs.checker={PACKAGE}.check", f"loss={PACKAGE}.Loss", "loss.beta=0.1")
+    changes = (*own, "max_epochs=1", "validation_dataset=null")
+    said = "The code of checker_of_test.Loss, checker_of_test.check has changed since"
 
     class Edits(stops_at(2)):
         def augment_dataloader(self, iteration):

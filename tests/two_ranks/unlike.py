@@ -73,7 +73,7 @@ site.mkdir()
 (site / "my_checker.py").write_text(f"def check(prompt, real, generated, truncated):\n    return {bool(rank)}\n")
 sys.path.insert(0, str(site))
 own = ("allow_components=[my_checker]", "pairs.checker=my_checker.check")
-assert refused("recipe", "\ncode of pairs.checker: ", *own) == []
+assert refused("recipe", r"\ncode of my_checker\.check: ", *own) == []
 
 # --- what lies in files, after reading ---
 mine = folder / f"rank_{rank}"
