@@ -26,8 +26,7 @@ class RunPlan:
 
     ``steps`` counts those of an epoch over an iteration's own samples (history adds to that), ``val_every`` and
     ``save_every`` those between two validations or checkpoints (0 for never), ``num_val_samples`` is what a validation
-    takes, ``num_fixed_prompts`` the held-out prompts that are always answered. ConfigError if there would be no step,
-    or an interval is less than one.
+    takes, ``num_fixed_prompts`` the held-out prompts that are always answered. ConfigError if there would be no step.
     """
 
     def __init__(self, cfg: SPINConfig, prompts: PromptSource, num_val_prompts: int = 0) -> None:
@@ -45,8 +44,8 @@ class RunPlan:
             )
         per_epoch = [len(self.items(iteration)) // size for iteration in range(cfg.max_iterations)]
         self.progress = SPINProgress(per_epoch, cfg.max_epochs, cfg.max_iterations, cfg.max_steps)
-        self.val_every = compute_interval("val_check_interval", cfg.val_check_interval, self.steps)
-        self.save_every = compute_interval("save_interval", cfg.save_interval, self.steps)
+        self.val_every = compute_interval(cfg.val_check_interval, self.steps)
+        self.save_every = compute_interval(cfg.save_interval, self.steps)
         val_batches = compute_limit_batches(math.ceil(num_val_prompts / size), cfg.limit_val_batches)
         self.num_val_samples = min(num_val_prompts, val_batches * size)
         self.num_fixed_prompts = 0 if self.is_sft else min(num_val_prompts, cfg.validation.fixed_prompts)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from spin.core.errors import CheckpointError, ConfigError
+from spin.core.errors import CheckpointError
 
 Limit = int | float | None
 
@@ -35,14 +35,12 @@ def compute_limit_batches(number_of_batches: int, limit_batches: Limit) -> int:
     return int(limit_batches * number_of_batches)
 
 
-def compute_interval(name: str, interval: int | float, steps_per_epoch: int) -> int:
-    """Steps between two validations or saves: an int counts steps, a float is a fraction of an epoch; 0 is never."""
-    steps = compute_limit_batches(steps_per_epoch, interval) if isinstance(interval, float) else interval
-    if interval > 0 and steps == 0:
-        raise ConfigError(
-            f"{name}={interval} of an epoch of {steps_per_epoch} steps is less than one step. Use an int or more."
-        )
-    return steps
+def compute_interval(interval: int | float, steps_per_epoch: int) -> int:
+    """Steps between two validations or saves: an int counts steps, a float is a fraction of an epoch, at least one step
+    of it; 0 is never."""
+    if isinstance(interval, float) and interval > 0:
+        return max(1, compute_limit_batches(steps_per_epoch, interval))
+    return int(interval)
 
 
 @dataclass

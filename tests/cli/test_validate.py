@@ -216,7 +216,6 @@ def test_what_is_missing_or_of_another_kind_is_a_fault_and_no_traceback(validate
         (["checkpointer.checkpoint_dir=/nowhere"], "model folder", ["/nowhere: no such folder"]),
         (["tokenizer.path=/nowhere"], "tokenizer", ["/nowhere"]),
         (["global_batch_size=400"], "arithmetic", ["global_batch_size"]),
-        (["val_check_interval=0.01"], "arithmetic", ["val_check_interval=0.01 of an epoch of 5 steps"]),
         (["optimizer.weight_decay=-1"], "loss, optimizer", ["torch.optim.AdamW does not take these", "weight_decay"]),
         (["model.num_kv_heads=3"], "model", ["model: torchtune.models.llama3_2.llama3_2 does not take these values"]),
         (["sampling.stop_token_ids=[5000]"], "vocabulary", ["stop token 5000"]),
