@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 from checkable_problems import VERDICTS, verdict, write_problems
+from checkable_report import SHORT, arms_table, measured_at_the_end
 from jobs import add_arguments, added, compact, run_plan
 
 from spin.core.files import write_json
@@ -121,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="Hugging Face folder; none: a small one is made")
     add_arguments(parser, out="runs/checkable")
     args = parser.parse_args(arguments)
+    if args.docs and args.set:
+        parser.error(
+            "--set with --docs: figures of other settings would stand for the plan's arms. Add an arm instead."
+        )
     plan = yaml.safe_load(args.plan.read_text(encoding="utf-8"))
     if args.form not in plan["forms"]:
         parser.error(f"--form {args.form}: expected {', '.join(plan['forms'])}")
@@ -137,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (args.arms or args.seeds) and file.is_file():
         results = added(json.loads(file.read_text(encoding="utf-8")), results)
     write_json(file, results)
-    print(file)
+    print(arms_table(measured_at_the_end(results), plan["forms"][args.form]["arms"], SHORT), file, sep="\n\n")
     return int(failed > 0)
 
 

@@ -21,6 +21,13 @@ PLAN = Path(__file__).with_name("checkable.yaml")
 FORMS = {"small": "140k parameters", "full": "135M parameters", "four_epochs": "135M parameters, after four epochs"}
 OUTSIDE = "chain_sum"  # an unseen family
 WRONG = {"s": "wrong step", "w": "wrong answer", "f": "no answer", "t": "truncated"}
+ERRORS = f"{' / '.join(WRONG.values())}, %"
+SHORT = ("arm", "what", "seeds", "temperature 1", "against its start, points")  # columns that fit a terminal
+COLUMNS = (
+    "arm", "what", "seeds", "greedy", "temperature 1", "against its start, points", "pass@4", ERRORS, "val_loss",
+    "unseen families", "NLL of other text", "k tokens",
+)  # fmt: skip
+NOT_ENGLISH = tuple(column for column in COLUMNS if column != "NLL of other text")
 # how SPIN departs from SFT, and arms that show it
 DEPARTURES = (
     (
@@ -58,32 +65,39 @@ def read_results(folder: Path) -> dict[str, Results]:
         folder (Path): of ``checkable_FORM.json``.
 
     Returns:
-        dict[str, Results]: by form; those whose file is there.
+        dict[str, Results]: by form; those whose file has any.
     """
+    found = {form: measured_at_the_end(read_jobs(folder, form)) for form in FORMS}
+    return {form: of_form for form, of_form in found.items() if of_form}
+
+
+def read_jobs(folder: Path, form: str) -> list[Any]:
+    """The jobs of a form, as ``jobs.compact`` has them; none if their file is not there."""
+    file = folder / f"checkable_{form}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def measured_at_the_end(jobs: Sequence[Any]) -> Results:
+    """What jobs measured last, with the validation losses of all iterations; without those that did not get there."""
     found: dict[str, Any] = {}
-    for form in FORMS:
-        file = folder / f"checkable_{form}.json"
-        for job in json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []:
-            if job["iterations"] and "verdicts" in job["iterations"][-1]:
-                losses = [measured["val_loss"] for measured in job["iterations"]]
-                measured = {**job["iterations"][-1], "val_losses": losses}
-                run = job["seed"], measured.get("began")
-                found.setdefault(form, {}).setdefault(job["arm"], {})[run] = measured
+    for job in jobs:
+        if job["iterations"] and "verdicts" in job["iterations"][-1]:
+            losses = [measured["val_loss"] for measured in job["iterations"]]
+            measured = {**job["iterations"][-1], "val_losses": losses}
+            found.setdefault(job["arm"], {})[job["seed"], measured.get("began")] = measured
     return found
 
 
 def jobs_line(folder: Path, form: str) -> str:
     """Where the jobs of a form ran, and which did not get to their end."""
-    file = folder / f"checkable_{form}.json"
-    jobs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    ended = [
-        f"`{job['arm']}` (seed {job['seed']})"
-        for job in jobs
-        if not job["finished"] and "verdicts" not in (job["iterations"] or [{}])[-1]
-    ]
-    devices = ", ".join(sorted({job["device"] for job in jobs}))
-    left_out = f" Ended by the deadline, and left out: {', '.join(ended)}." if ended else ""
-    return f"{len(jobs) - len(ended)} jobs, starts among them, on: {devices}.{left_out}"
+    jobs = read_jobs(folder, form)
+    ended = [job for job in jobs if not job["finished"] and "verdicts" not in (job["iterations"] or [{}])[-1]]
+    devices = ", ".join(sorted({job["device"] for job in jobs if job["device"]}))
+    line = f"{len(jobs) - len(ended)} jobs, starts among them, on: {devices}."
+    for why, are_these in (("Ended by the deadline", False), ("Failed", True)):
+        names = [f"`{job['arm']}` (seed {job['seed']})" for job in ended if bool(job["error"]) == are_these]
+        line += f" {why}, and left out: {', '.join(names)}." if names else ""
+    return line
 
 
 def difference(arm: Mapping[Run, Any], other: Mapping[Run, Any]) -> tuple[float, float] | None:
@@ -133,32 +147,38 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in [heads, ["---"] * len(heads), *rows])
 
 
-def arms_table(results: Results, arms: Mapping[str, Any], reads_english: bool) -> str:
+def arms_table(results: Results, arms: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> str:
     """A line for each arm that has a result, next to its own start."""
     rows = []
     for name in (name for name in arms if name in results):
-        measured, start = results[name], results.get(start_of(arms, name), {})
+        measured, start = results[name], began_with(results.get(start_of(arms, name), {}), results[name])
         errors = (100 * statistics.mean(each[f"errors_{kind}"] for each in measured.values()) for kind in WRONG)
         row = {
             "arm": f"`{name}`", "what": arms[name]["what"], "seeds": str(len(measured)),
             "greedy": mean(measured, "greedy"), "temperature 1": mean(measured, "sampled"),
             "against its start, points": "" if arms[name].get("recipe") == "none" else change(measured, start),
             "pass@4": mean(measured, "pass_4"),
-            f"{' / '.join(WRONG.values())}, %": " / ".join(f"{each:.1f}" for each in errors),
+            ERRORS: " / ".join(f"{each:.1f}" for each in errors),
             "val_loss": mean(measured, "val_loss", ".4f"), "unseen families": mean(measured, "unseen"),
             "NLL of other text": mean(measured, "nll_text", ".2f"),
             "k tokens": f"{statistics.mean(each['trained_tokens'] for each in measured.values()) / 1000:.0f}",
         }  # fmt: skip
-        if not reads_english:
-            del row["NLL of other text"]
-        rows.append(row)
-    return table(list(rows[0]), [list(row.values()) for row in rows])
+        rows.append([row[column] for column in columns])
+    return table(columns, rows)
 
 
 def start_of(arms: Mapping[str, Any], name: str) -> str:
-    """The arm that measures where another one begins."""
+    """The arm that measures where another one begins; an empty text if there is none."""
     start = arms[name].get("start")
-    return next(each for each, arm in arms.items() if arm.get("recipe") == "none" and arm.get("start") == start)
+    return next((each for each, arm in arms.items() if arm.get("recipe") == "none" and arm.get("start") == start), "")
+
+
+def began_with(start: Mapping[Run, Any], arm: Mapping[Run, Any]) -> Mapping[Run, Any]:
+    """Measurements of the start of each run of an arm; all seeds of an arm may begin with the same weights, which one
+    seed has measured."""
+    by_weights = {weights: measured for (_, weights), measured in start.items() if weights}
+    found = {run: start.get(run, by_weights.get(run[1])) for run in arm}
+    return {run: measured for run, measured in found.items() if measured}
 
 
 def situations_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
@@ -199,7 +219,8 @@ def gradients_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> 
                 found = [check for check in checks if (check["samples"] in firsts) == is_first]
                 cells = [_spread(found, "cosine"), _spread(found, "ratio", 2 / beta)]
                 cells += [_spread(found, "signal"), _spread(found, "sft_signal")]
-                rows.append([arms[start_of(arms, name)]["what"], FORMS[form], when, *cells])
+                start = arms.get(start_of(arms, name), {"what": "-"})["what"]
+                rows.append([start, FORMS[form], when, *cells])
     heads = ["start", "model", "when", "cosine", "norm / (beta / 2 of SFT's)", "signal of SPIN", "signal of SFT"]
     return table(heads, rows)
 
@@ -263,7 +284,7 @@ def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[st
     tables = {
         form: jobs_line(DOCS / "experiments", form)
         + "\n\n"
-        + arms_table(of_form, plan["forms"][form]["arms"], reads_english=form != "small")
+        + arms_table(of_form, plan["forms"][form]["arms"], NOT_ENGLISH if form == "small" else COLUMNS)
         for form, of_form in results.items()
     }
     ways, starts = departures_table(results, plan), situations_table(results, plan)

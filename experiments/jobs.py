@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(out), help="results by job, logs, models (default: %(default)s)"
     )
-    parser.add_argument("--docs", type=Path, help="folder for the JSON file, pages and pictures (default: OUT)")
+    parser.add_argument("--docs", type=Path, help="folder for the JSON file, and what else is published (default: OUT)")
     parser.add_argument("--arms", default="", help="names with commas between them (default: the form's)")
     parser.add_argument("--seeds", default="", help="numbers with commas between them (default: the form's)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every arm")
@@ -53,7 +53,7 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
         list[Job]: what :func:`run_job` takes.
 
     Raises:
-        SystemExit: If an arm is unknown.
+        SystemExit: If an arm is unknown or a seed is no number.
     """
     shape = plan["forms"][form]
     arms: dict[str, Any] = shape["arms"]
@@ -61,6 +61,10 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
     if unknown := [name for name in names if name not in arms]:
         raise SystemExit(f"error: no arm {', '.join(unknown)}; there are {', '.join(arms)}.")
     changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.set)}
+    if wrong := [seed for seed in args.seeds.split(",") if seed and not seed.isdecimal()]:
+        raise SystemExit(
+            f"error: --seeds {', '.join(wrong)}: expected numbers with commas between them, such as 0,1,2."
+        )
     seeds = [int(seed) for seed in args.seeds.split(",") if seed]
     others = {name: {**prompts, **shape.get("others", {})} for name, prompts in plan["others"].items()}
     jobs: dict[str, Job] = {}
@@ -79,8 +83,9 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
             key,
             {
                 "name": key, "arm": name, "seed": seed, "form": form, "recipe": recipe, "needs": start,
-                "keeps": kind == "starts", "settings": settings, "base": plan["base"], "measure": plan["measure"],
-                "others": others, "folder": str(args.out / kind / key),
+                "problems": shape.get("problems"), "settings": settings, "keeps": kind == "starts",
+                "base": plan["base"], "measure": plan["measure"], "others": others,
+                "folder": str(args.out / kind / key),
                 "start_folder": start and str(args.out / "starts" / start / "sft" / "iteration_000" / "hf_model"),
                 "result": str(args.out / "jobs" / f"{key}.json"), "log": str(args.out / "logs" / f"{key}.log"),
             },
@@ -113,7 +118,7 @@ def run_plan(
         tuple[list[Job], int]: results of the jobs that have begun, in the plan's order; how many did not succeed.
     """
     jobs = make_jobs(plan, form, args)
-    missing = [{**job, "paths": dict(paths)} for job in jobs if not is_finished(job)]
+    missing = [{**job, "paths": dict(paths)} for job in unfinished(jobs)]
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them finished before", flush=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     failed = run_jobs(
@@ -123,13 +128,23 @@ def run_plan(
     return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()], failed
 
 
+def unfinished(jobs: Sequence[Job]) -> list[Job]:
+    """Jobs of :func:`make_jobs` that are to be run: what began with a start that is made again is made again too."""
+    found: list[Job] = []
+    for job in jobs:
+        if not is_finished(job) or job["needs"] in {each["name"] for each in found}:
+            found.append(job)
+    return found
+
+
 def is_finished(job: Job) -> bool:
-    """Whether a job's result is there, complete and made with the same settings, wherever model and data lay."""
+    """Whether a job's result is there, complete and of the same settings and problems, wherever model and data lay."""
     file = Path(job["result"])
     if not file.is_file():
         return False
     result = json.loads(file.read_text(encoding="utf-8"))
-    return result["finished"] and result["settings"] == json.loads(json.dumps(job["settings"]))
+    made_of = {name: result.get(name) for name in ("settings", "problems")}
+    return result["finished"] and made_of == json.loads(json.dumps({name: job[name] for name in made_of}))
 
 
 def run_job(job: Job) -> bool:
@@ -142,7 +157,7 @@ def run_job(job: Job) -> bool:
         bool: it ran to its end.
     """
     result: dict[str, Any] = {
-        **{name: job[name] for name in ("arm", "seed", "form", "recipe", "needs", "settings")},
+        **{name: job[name] for name in ("arm", "seed", "form", "recipe", "needs", "settings", "problems")},
         "device": None, "finished": False, "error": None, "iterations": [],
     }  # fmt: skip
     file = Path(job["result"])
@@ -208,20 +223,25 @@ def added(earlier: Sequence[Job], results: Sequence[Job]) -> list[Job]:
     """Results of some arms or seeds beside those of earlier runs.
 
     Args:
-        earlier (Sequence[Job]): of :func:`compact`. Those of the same arm, seed and start are replaced, and those that
-            did not finish then and are there now.
-        results (Sequence[Job]): likewise, new.
+        earlier (Sequence[Job]): of :func:`compact`. Those of the same arm, seed and start are replaced, and those of
+            the same arm and seed that did not finish.
+        results (Sequence[Job]): likewise, new. One that did not finish replaces none that did.
 
     Returns:
         list[Job]: all.
     """
-    new = {(result["arm"], result["seed"]): _began(result) for result in results}
+
+    def key(result: Job) -> tuple[str, int]:
+        return result["arm"], result["seed"]
+
+    done = {key(result) for result in earlier if result["finished"]}
+    found = [result for result in results if result["finished"] or key(result) not in done]
+    new = {key(result): _began(result) for result in found}
 
     def stays(result: Job) -> bool:
-        key = result["arm"], result["seed"]
-        return key not in new or (result["finished"] and _began(result) != new[key])
+        return key(result) not in new or (result["finished"] and _began(result) != new[key(result)])
 
-    return [*filter(stays, earlier), *results]
+    return [*filter(stays, earlier), *found]
 
 
 def _began(result: Job) -> str | None:

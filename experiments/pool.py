@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,7 @@ def _stop(worker: _Worker) -> None:
 
 def _serve(connection: Connection, gpu: str, work: Callable[[Job], bool]) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         try:
             job = connection.recv()
@@ -122,3 +124,10 @@ def _serve(connection: Connection, gpu: str, work: Callable[[Job], bool]) -> Non
             os.dup2(stream.fileno(), 1)
             os.dup2(stream.fileno(), 2)
         connection.send((work(job), time.monotonic() - started))
+
+
+def _end_with_parent() -> None:
+    """Of a parent that is killed nothing stays: its job would go on in the folder of the command that continues."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)

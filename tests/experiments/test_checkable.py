@@ -77,6 +77,29 @@ def test_added_figures_stand_beside_those_of_other_starts_and_replace_those_of_t
     earlier = [result("start", "a"), result("spin", "a"), result("k4", None, finished=False), result("sft", None)]
     new = [result("start", "b"), result("spin", "a"), result("k4", "b")]
     assert job_plan.added(earlier, new) == [earlier[0], earlier[3], *new]
+    ended = [result("start", "a", finished=False), result("k4", "b", finished=False)]
+    assert job_plan.added(earlier, ended) == [*earlier[:2], earlier[3], ended[1]]  # nothing that was whole is lost
+
+
+def test_arms_of_all_seeds_that_begin_with_the_same_weights_are_compared_with_their_one_measurement():
+    start, of_seed_1 = measured("sss"), measured("ssr")
+    base = {(0, "a"): start, (1, "b"): of_seed_1}
+    arm = {(0, "a"): {}, (1, "a"): {}, (1, "b"): {}, (2, "c"): {}, (3, None): {}}
+    found = checkable_report.began_with(base, arm)
+    assert found == {(0, "a"): start, (1, "a"): start, (1, "b"): of_seed_1}
+
+
+def test_jobs_that_failed_are_told_from_those_that_the_deadline_ended(tmp_path):
+    jobs = [
+        {"arm": arm, "seed": 1, "device": device, "finished": False, "error": error, "iterations": []}
+        for arm, device, error in (("spin", "CPU", None), ("sft", None, "ImportError: torch"))
+    ]
+    (tmp_path / "checkable_small.json").write_text(json.dumps(jobs), encoding="utf-8")
+    assert checkable_report.jobs_line(tmp_path, "small") == (
+        "0 jobs, starts among them, on: CPU. Ended by the deadline, and left out: `spin` (seed 1). "
+        "Failed, and left out: `sft` (seed 1)."
+    )
+    assert checkable_report.read_results(tmp_path) == {}
 
 
 def test_the_pages_have_the_figures_of_the_results():
@@ -93,6 +116,24 @@ def arguments(out, *given):
     parser = argparse.ArgumentParser()
     job_plan.add_arguments(parser, out=str(out))
     return parser.parse_args(given)
+
+
+def test_what_begins_with_a_start_or_problems_that_have_changed_is_made_again(tmp_path):
+    def names(plan):
+        jobs = job_plan.make_jobs(plan, "small", arguments(tmp_path, "--arms", "spin,early_spin", "--seeds", "0"))
+        return jobs, [job["name"] for job in job_plan.unfinished(jobs)]
+
+    plan = json.loads(json.dumps(PLAN))
+    jobs, _ = names(plan)
+    for job in jobs:
+        file = Path(job["result"])
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"finished": True, **job}), encoding="utf-8")
+    assert names(plan)[1] == []
+    plan["forms"]["small"]["starts"]["plateau"]["settings"]["sft.epochs"] = 2
+    assert names(plan)[1] == ["plateau-seed0", "spin-seed0"]
+    plan["forms"]["small"]["problems"]["train"] = 100
+    assert names(plan)[1] == [job["name"] for job in jobs]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +190,7 @@ def test_the_smallest_form_from_start_to_page(tmp_path, capfd):
     checkable_report.draw(results, PLAN, tmp_path / "picture.svg")
     assert ">greedy responses<" not in (picture := (tmp_path / "picture.svg").read_text()) and ">SFT, rate" in picture
 
-    capfd.readouterr()
+    assert "| arm | what | seeds | temperature 1 |" in capfd.readouterr().out
     assert checkable.main(command) == 0
     assert "5 jobs, 5 of them finished before" in capfd.readouterr().out
 
@@ -162,9 +203,14 @@ def test_the_smallest_form_from_start_to_page(tmp_path, capfd):
     assert began not in {began for seed, began in results["start"] if seed == 1}
 
 
-def test_an_unknown_arm_or_form(tmp_path, capsys):
+def test_an_unknown_arm_form_or_seed_and_settings_that_would_be_published(tmp_path, capsys):
     with pytest.raises(SystemExit, match="no arm spun; there are start, sft"):
         job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--arms", "spun"))
+    with pytest.raises(SystemExit, match="--seeds 0-2: expected numbers with commas"):
+        job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--seeds", "0-2"))
     with pytest.raises(SystemExit):
         checkable.main(["--form", "large"])
     assert "--form large: expected small, full" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        checkable.main(["--docs", str(tmp_path), "--set", "loss.beta=1.0"])
+    assert "figures of other settings would stand for the plan's arms" in capsys.readouterr().err

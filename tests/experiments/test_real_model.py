@@ -1,7 +1,9 @@
 """The harness of experiments/real_model.py: what it measures, and jobs with the tiny model from start to page."""
 
 import json
+import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -127,6 +129,32 @@ def test_the_deadline_ends_what_runs_and_keeps_what_is_done(tmp_path):
     assert time.monotonic() - started < 60
     assert (tmp_path / "a").exists() and not (tmp_path / "b").exists()
     assert said[-1] == "time is up after 6 s; not finished: hangs; not begun: 1"
+
+
+def test_a_killed_command_leaves_no_worker(tmp_path):
+    """One would train on in the folder in which the command that continues trains."""
+    (job,) = pool_jobs(tmp_path, "hangs")
+    code = f"import pool, pool_work; pool.run_jobs([{job!r}], pool_work.work, [''], 1)"
+    paths = f"{REPO / 'experiments'}:{REPO / 'tests' / 'experiments'}"
+    command = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths})
+    worker = Path(job["result"])
+    wait_until(lambda: worker.is_file() and worker.read_text())
+    command.kill()
+    command.wait()
+    wait_until(lambda: not is_alive(int(worker.read_text())))
+
+
+def wait_until(is_so, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(pid):
+    """A process that has ended is none, though nothing may have fetched its exit status."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.is_file() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 # --- From start to page ---
