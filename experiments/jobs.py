@@ -223,8 +223,8 @@ def added(earlier: Sequence[Job], results: Sequence[Job]) -> list[Job]:
     """Results of some arms or seeds beside those of earlier runs.
 
     Args:
-        earlier (Sequence[Job]): of :func:`compact`. Those of the same arm, seed and start are replaced, and those of
-            the same arm and seed that did not finish.
+        earlier (Sequence[Job]): of :func:`compact`. Those of the same arm, seed and start are replaced; of the same
+            arm and seed also those that did not finish, or whose start is not known.
         results (Sequence[Job]): likewise, new. One that did not finish replaces none that did.
 
     Returns:
@@ -239,7 +239,9 @@ def added(earlier: Sequence[Job], results: Sequence[Job]) -> list[Job]:
     new = {key(result): _began(result) for result in found}
 
     def stays(result: Job) -> bool:
-        return key(result) not in new or (result["finished"] and _began(result) != new[key(result)])
+        if key(result) not in new:
+            return True
+        return result["finished"] and _began(result) not in (None, new[key(result)])
 
     return [*filter(stays, earlier), *found]
 

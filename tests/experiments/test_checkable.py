@@ -75,10 +75,11 @@ def test_added_figures_stand_beside_those_of_other_starts_and_replace_those_of_t
         return {"arm": arm, "seed": 0, "finished": finished, "iterations": [{"began": began}] if began else []}
 
     earlier = [result("start", "a"), result("spin", "a"), result("k4", None, finished=False), result("sft", None)]
-    new = [result("start", "b"), result("spin", "a"), result("k4", "b")]
+    earlier += [result("hot", None)]
+    new = [result("start", "b"), result("spin", "a"), result("k4", "b"), result("hot", "a")]
     assert job_plan.added(earlier, new) == [earlier[0], earlier[3], *new]
     ended = [result("start", "a", finished=False), result("k4", "b", finished=False)]
-    assert job_plan.added(earlier, ended) == [*earlier[:2], earlier[3], ended[1]]  # nothing that was whole is lost
+    assert job_plan.added(earlier, ended) == [*earlier[:2], *earlier[3:], ended[1]]  # nothing that was whole is lost
 
 
 def test_arms_of_all_seeds_that_begin_with_the_same_weights_are_compared_with_their_one_measurement():
