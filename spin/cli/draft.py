@@ -132,7 +132,7 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     trained, held_out = _hold_out(found, fit, cfg, config)
     config.put("validation.fixed_prompts", _ANSWERED)
     split = f"{counted(trained, 'sample')} to train on, {held_out:,} held out for validation"
-    report.append(f"split     {split}, {_ANSWERED} of them answered before and after each iteration")
+    report.append(f"split     {split}, {min(_ANSWERED, held_out)} of them answered before and after each iteration")
 
     # --- Steps, and what fits the memory ---
     size = 64

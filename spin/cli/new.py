@@ -68,12 +68,12 @@ def main(argv: Sequence[str]) -> None:
 
 def several_files(sources: Sequence[str]) -> str:
     """Which they are, and what to do with them where one is expected."""
-    kind, folders = kind_of(Path(sources[0])), {Path(source).parent for source in sources}
+    kinds, folders = {kind_of(Path(source)) for source in sources}, {Path(source).parent for source in sources}
     shown = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
-    if not kind:
+    if len(kinds) > 1 or not all(kinds):
         return f"{shown}. Give one of them, and add the others to the config with spin.data.mixed_prompt_dataset."
     folder = folders.pop() if len(folders) == 1 else Path("FOLDER")
-    return f"{shown}. Name the folder that they are in, or a pattern in quotes: '{folder / f'*{kind}'}'."
+    return f"{shown}. Name the folder that they are in, or a pattern in quotes: '{folder / f'*{kinds.pop()}'}'."
 
 
 def _is_source(word: str) -> bool:

@@ -125,7 +125,9 @@ def _columns(rows: Sequence[Row], column_map: dict[str, str]) -> dict[str, str]:
             guessed = {} if column_map or row.error is not None else _guessed(row.data)
             if guessed:
                 return guessed
-    texts = [key for key, value in rows[0].data.items() if isinstance(value, str)] if rows and not rows[0].error else []
+    if rows[0].error is not None:
+        raise DataError(faults[0])
+    texts = [key for key, value in rows[0].data.items() if isinstance(value, str)]
     prompt, response = texts if len(texts) == 2 else ("COLUMN", "COLUMN")
     raise DataError(f"{faults[0]} For example: 'dataset.column_map={{prompt: {prompt}, response: {response}}}'.")
 

@@ -133,6 +133,8 @@ def test_how_many_rows_have_which_format_is_said(tmp_path, capsys):
     data, out = write_data(tmp_path / "mine.jsonl", rows), tmp_path / "my.yaml"
     code, lines, err = new(capsys, "--model", TINY_LM, "--data", data, "--out", out)
     assert code == 0 and "data      32 rows of several formats: alpaca 20, messages 12" in lines, err
+    (split,) = (re.findall(r"\d+", line) for line in lines if line.startswith("split"))
+    assert split[2] == split[1], "there are fewer than are answered of many"
     assert main(["validate", str(out)]) == 0 and " of 32 rows" in capsys.readouterr().out
     transform = "dataset.message_transform._component_=torchtune.data.OpenAIToMessages"
     words = ("--model", TINY_LM, "--data", jargon(tmp_path / "talks.jsonl", 20), "--out", out, "--force", transform)
@@ -245,6 +247,7 @@ def test_kinds_of_gpus_are_known_by_the_drivers_names():
             ("org/one", "org/two"),
             "org/one, org/two. Give one of them, and add the others to the config with spin.data.mi",
         ),
+        (("a.csv", "b.jsonl"), "a.csv, b.jsonl. Give one of them, and add"),  # no pattern has both
     ],
 )
 def test_several_sources_are_refused_with_what_to_do(sources, message, tmp_path, capsys, monkeypatch):

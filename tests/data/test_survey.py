@@ -52,6 +52,8 @@ def test_columns_that_mean_nothing_are_an_error_with_their_names(source):
         survey(Letters(), {"source": source({"q": "ab", "foo": "xy"})})
     with pytest.raises(DataError, match=r"none of its 2 rows can be used; .* columns prompt, response\.\n .*question"):
         survey(Letters(), {"source": source(pair(response="?"), pair(response="?"))})
+    with pytest.raises(DataError, match=r"data\.jsonl:1: (?!.*column_map)"):  # no names of columns help
+        survey(Letters(), {"source": source("broken", "broken")})
 
 
 def test_of_many_rows_a_sample_is_tokenized_and_every_one_is_counted(source):
