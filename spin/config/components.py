@@ -10,6 +10,7 @@ Importing this module imports neither torch nor torchtune.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import inspect
 import math
@@ -31,7 +32,6 @@ from spin.config.faults import KIND_WORDS, UNIONS, Faults, expected, joined, nea
 from spin.config.interpolation import MISSING, PATH_KEY
 from spin.config.schema import ARGUMENTS, COMPONENT, Component, Config
 from spin.core.errors import ConfigError, SpinError
-from spin.core.files import file_sha256
 from spin.core.terminal import nearest_of
 
 ALLOW_KEY = "allow_components"
@@ -444,9 +444,14 @@ def own_code(cfg: Config) -> dict[str, str]:
 
 def code_of(component: Callable[..., Any]) -> str:
     """SHA-256 of the file that defines a component, as it was when it was first asked for: a process goes on with the
-    code that it has imported."""
+    code that it has imported. Empty for what comes from no file, or from one that cannot be read any more."""
     if id(component) not in _CODE:
-        _CODE[id(component)] = component, file_sha256(str(sys.modules[component.__module__].__file__))
+        module: Any = sys.modules.get(component.__module__)
+        try:  # by its loader: a package may be a zip archive
+            code = hashlib.sha256(module.__loader__.get_data(module.__file__)).hexdigest()
+        except (AttributeError, OSError):
+            code = ""
+        _CODE[id(component)] = component, code
     return _CODE[id(component)][1]
 
 

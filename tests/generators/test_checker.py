@@ -1,11 +1,14 @@
 """The checker of a user's own: what it is given, what its verdicts do, and that none is asked for twice."""
 
+import hashlib
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from spin.config import own_code
 from spin.core.errors import CheckerError, ConfigError, Stopped
 from spin.core.files import file_sha256
 from spin.core.ranks import init_world
@@ -241,6 +244,19 @@ def test_a_resume_with_other_code_says_so_once(checker, tmp_path, caplog):
     caplog.clear()
     run(tmp_path / "run", *changes)
     assert said not in caplog.text
+
+
+def test_code_of_an_archive_is_known_and_what_comes_from_no_file_runs_too(tokenizer, tmp_path, monkeypatch):
+    code = "def check(prompt, real, generated, truncated):\n    return True\n"
+    code += "made = type(check)(check.__code__, {'__name__': 'a_zipped.made'})\n"
+    with zipfile.ZipFile(tmp_path / "site.zip", "w") as archive:
+        archive.writestr("a_zipped.py", code)
+    monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", "a_zipped")
+    monkeypatch.syspath_prepend(tmp_path / "site.zip")
+    for name, digest in {"check": hashlib.sha256(code.encode()).hexdigest(), "made": ""}.items():
+        cfg = tiny_config("runs/none", f"pairs.checker=a_zipped.{name}")
+        assert own_code(cfg) == {f"a_zipped.{name}": digest}
+        assert checked(played(tmp_path / name, tokenizer), tokenizer, cfg.pairs.checker)["right_fraction"] == 1
 
 
 def test_a_key_of_a_server_is_written_nowhere(checker, tokenizer, tmp_path):
