@@ -33,10 +33,11 @@ from torch import nn
 
 from spin.cli.rates import GPUS, kind_of_gpu
 from spin.cli.timing import MEASURED_PAIR, Cluster, PairTokens, Stage, Work, stages, table
-from spin.config import SPINConfig, complete, load_config, plain
+from spin.config import SPINConfig, complete, component_of, load_config, plain
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.core.terminal import counted
+from spin.data.mixture import check_sources, mixed_prompt_dataset
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
 from spin.model.flex import flex_unsupported_reason
@@ -419,7 +420,11 @@ def data_limit(cfg: SPINConfig, key: str) -> Any:
 def _sources(cfg: SPINConfig) -> list[dict[str, Any]]:
     """The options of each source of the data set."""
     options = plain(cfg.dataset)
-    return [{**(options.get("common") or {}), **each} for each in (options.get("sources") or {"": options}).values()]
+    if component_of(cfg.dataset) is not mixed_prompt_dataset:
+        return [options]
+    sources, common = options["sources"], options.get("common") or {}
+    check_sources(sources, common, options.get("samples"))
+    return [{**common, **each} for each in sources.values()]
 
 
 def most_prompts(cfg: SPINConfig, prompts: int | None = None) -> int | None:
@@ -431,23 +436,22 @@ def most_prompts(cfg: SPINConfig, prompts: int | None = None) -> int | None:
     size, limit, parts = cfg.global_batch_size, cfg.limit_train_batches, _sources(cfg)
     samples = trained = cfg.dataset.get("samples")
     read = [n for part in parts if (n := _most_samples(part)) is not None]
-    if not samples and len(read) == len(parts):
+    if samples is None and len(read) == len(parts):
         weights = [part.get("weight") for part in parts]
         samples = _mixed(read, weights)
         fractions = [1 - (part.get("validation_fraction") or 0.0) for part in parts]
         trained = _mixed([n * fraction for n, fraction in zip(read, fractions, strict=True)], weights)
-    if samples:
-        if not compute_num_steps_per_epoch(samples, size, limit):
-            raise ConfigError(
-                f"global_batch_size={size}: an epoch has no step, so nothing would be trained. The limits of the data "
-                f"leave {counted(samples, 'sample')} at most, and limit_train_batches is {limit}. Lower the batch size "
-                "or raise the limit."
-            )
-        most = max(1, compute_num_steps_per_epoch(trained, size, limit)) * size
-    elif isinstance(limit, int) and limit > 0:
-        most = limit * size
-    else:
+    if samples is None and (limit == 0 or (isinstance(limit, int) and limit > 0)):
+        samples = trained = int(limit) * size
+    if samples is None:
         return prompts
+    if not compute_num_steps_per_epoch(samples, size, limit):
+        raise ConfigError(
+            f"global_batch_size={size}: an epoch has no step, so nothing would be trained. The config's limits leave "
+            f"{counted(samples, 'sample')} at most, and limit_train_batches is {limit}. Lower the batch size or raise "
+            "the limit."
+        )
+    most = max(1, compute_num_steps_per_epoch(trained, size, limit)) * size
     return most if prompts is None else min(prompts, most)
 
 
@@ -459,12 +463,11 @@ def _most_samples(part: dict[str, Any]) -> int | None:
     return min((n for n in found if n is not None), default=None)
 
 
-def _mixed(samples: Sequence[float], weights: Sequence[float | None]) -> int:
+def _mixed(samples: Sequence[float], weights: Sequence[Any]) -> int:
     """Samples of an iteration, of sources that have so many: all, or with weights as many as these allow."""
-    given = [weight for weight in weights if weight]
-    if not given:
+    if None in weights:
         return round(sum(samples))
-    return round(sum(given) * min(n / weight for n, weight in zip(samples, given, strict=True)))
+    return round(sum(weights) * min(n / weight for n, weight in zip(samples, weights, strict=True)))
 
 
 def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:

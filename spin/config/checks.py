@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spin.config.components import KINDS, component_of
@@ -134,8 +134,10 @@ def _check_dtypes(cfg: SPINConfig, faults: Faults) -> None:
 
 
 def _check_validation(cfg: SPINConfig, faults: Faults) -> None:
-    parts = (cfg.dataset, cfg.dataset.get("common") or {}, *(cfg.dataset.get("sources") or {}).values())
-    if cfg.validation_dataset is None and cfg.validation.spin and not any(p.get("validation_fraction") for p in parts):
+    sources = cfg.dataset.get("sources")
+    parts = [cfg.dataset, cfg.dataset.get("common"), *(sources.values() if isinstance(sources, Mapping) else ())]
+    held_out = [part.get("validation_fraction") for part in parts if isinstance(part, Mapping | Component)]
+    if cfg.validation_dataset is None and cfg.validation.spin and not any(held_out):
         faults.add("validation.spin=true needs a validation_dataset, or dataset.validation_fraction.")
     if cfg.validation_dataset is not None and cfg.validation_dataset.get("validation_fraction"):
         faults.add("validation_dataset.validation_fraction: it is dataset.validation_fraction that holds samples out.")

@@ -150,7 +150,7 @@ def clock(seconds: float | None) -> str:
     if seconds is None:
         return ""
     if seconds < 0.05:
-        return f"{1000 * seconds:.0f} ms" if seconds >= 0.0005 else "under 1 ms" if seconds else "0 s"
+        return f"{1000 * seconds:.0f} ms" if seconds > 0.0005 else "under 1 ms" if seconds else "0 s"
     if seconds < 59.5:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     if seconds < 599.5:

@@ -158,7 +158,7 @@ def mixed_prompt_dataset(
         DataError: If a source cannot be read; the message names it.
     """
     tokenizer, common = adapt_tokenizer(tokenizer), common or {}
-    weights = _check_sources(sources, common, samples)
+    weights = check_sources(sources, common, samples)
     parts: dict[str, PromptDataset] = {}
     for name, options in sources.items():
         arguments = {key: value for key, value in {**common, **options}.items() if key != _WEIGHT}
@@ -175,7 +175,7 @@ def mixed_prompt_dataset(
     return mixed
 
 
-def _check_sources(sources: Any, common: Any, samples: Any) -> dict[str, Any]:
+def check_sources(sources: Any, common: Any, samples: Any) -> dict[str, Any]:
     """The weights of sources that can work; a ConfigError with all that cannot."""
     if not isinstance(sources, Mapping) or not sources or not isinstance(common, Mapping):
         raise ConfigError(

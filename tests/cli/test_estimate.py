@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from spin.cli import main, rates
 from spin.cli.memory import data_limit, estimate, most_prompts
@@ -409,10 +409,15 @@ def test_what_was_measured_has_its_file(repo):
 
 
 def test_a_mixture_counts_as_the_longest_of_its_sources():
-    sources = {"a": {"max_prompt_tokens": 300, "limit": 7}, "b": {"max_response_tokens": 9}}
-    cfg = OmegaConf.create({"dataset": {"common": {"max_prompt_tokens": 100, "limit": 5}, "sources": sources}})
+    sources = {"a": {"source": "a", "max_prompt_tokens": 300}, "b": {"source": "b", "max_response_tokens": 9}}
+    cfg = mixture(large("llama_4b"), sources, common={"max_prompt_tokens": 100})
     limits = [data_limit(cfg, key) for key in ("max_prompt_tokens", "max_response_tokens")]
     assert limits == [300, None]
+
+
+def mixture(cfg, sources, **options):
+    values = {"_component_": "spin.data.mixed_prompt_dataset", "sources": sources, **options}
+    return cfg.model_copy(update={"dataset": type(cfg.dataset)(**values)})
 
 
 SMALL = ("dataset.max_prompt_tokens=48", "dataset.max_response_tokens=16", "sampling.max_new_tokens=16")
@@ -478,15 +483,29 @@ def test_prompts_of_a_mixture():
     whatever there is."""
     cfg = large("llama_4b", "global_batch_size=10")
     parts = {"a": {"source": "a.jsonl", "limit": 90}, "b": {"source": "b.jsonl", "limit": 10}}
-
-    def mixture(**options):
-        values = {"_component_": "spin.data.mixed_prompt_dataset", "sources": parts, **options}
-        return cfg.model_copy(update={"dataset": type(cfg.dataset)(**values)})
-
-    assert most_prompts(mixture()) == 100
+    assert most_prompts(mixture(cfg, parts)) == 100
     halves = {name: {**part, "weight": 0.5} for name, part in parts.items()}
-    assert most_prompts(mixture(sources=halves)) == 20
-    assert most_prompts(mixture(sources=halves, samples=50)) == 50
+    assert most_prompts(mixture(cfg, halves)) == 20
+    assert most_prompts(mixture(cfg, halves, samples=50)) == 50
+
+
+A = {"source": "a.jsonl", "limit": 90}
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "message"),
+    [
+        ({"a": {**A, "weight": 1}, "b": A}, {}, "b without a weight"),
+        ({"a": {**A, "weight": 1}, "b": {**A, "weight": 0}}, {}, "b.weight=0: expected a number above 0"),
+        ({"a": {**A, "limit": "many"}}, {}, "a.limit: found 'many', expected a whole number"),
+        ({"a": "a.jsonl"}, {}, "a: found 'a.jsonl', expected arguments of prompt_dataset"),
+        (["a.jsonl"], {}, "expected a name for each source"),
+        ({"a": A}, {"common": "a.jsonl"}, "expected a name for each source"),
+    ],
+)
+def test_a_mixture_that_cannot_be_is_refused_as_by_a_run(sources, options, message):
+    with pytest.raises(ConfigError, match=message):
+        estimate(mixture(large("llama_4b", "global_batch_size=10"), sources, **options))
 
 
 def test_the_command_says_what_the_config_does_not_let_through(capsys):
@@ -510,6 +529,9 @@ def test_numbers_that_cannot_be():
         estimate(config("llama3_1_8B_full"), prompts=-5)
     with pytest.raises(ConfigError, match="batch_size=64: an epoch has no step.* leave 61 samples at most"):
         estimate(config("llama3_1_8B_full", "dataset.limit=61"))
+    for nothing in ("limit_train_batches=0", "limit_train_batches=0.0", "dataset.split='train[:0]'"):
+        with pytest.raises(ConfigError, match="an epoch has no step.* leave 0 samples at most"):
+            estimate(config("llama3_1_8B_full", "dataset.limit=null", nothing))
 
 
 def test_the_command_prints_all_parts_and_refuses_a_wrong_name(capsys):

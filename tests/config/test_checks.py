@@ -140,6 +140,14 @@ def test_odd_keys_beside_a_fault_are_no_crash():
         completed("max_epochs=two", logger)
 
 
+@pytest.mark.parametrize("sources", ["[a.jsonl]", "a.jsonl", "{a: a.jsonl}"])
+def test_odd_sources_of_a_mixture_are_no_crash(sources):
+    left = [f"~dataset.{key}" for key in ("source", "limit", "max_response_tokens", "on_long_response")]
+    mixture = ("dataset._component_=spin.data.mixed_prompt_dataset", f"dataset.sources={sources}", *left)
+    with pytest.raises(ConfigError, match=r"^validation\.spin=true needs a validation_dataset"):
+        completed(*mixture, "validation_dataset=null", "validation.spin=true")
+
+
 @pytest.mark.parametrize(
     "override",
     [
