@@ -90,7 +90,9 @@ def tiny_model(folder: Path) -> None:
     import torch
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     special = ["<pad>", "<s>", "<user>", "<assistant>", "</s>"]
     vocabulary = {token: i for i, token in enumerate([*special, *map(chr, range(32, 127))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))

@@ -53,7 +53,7 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
         list[Job]: what :func:`run_job` takes.
 
     Raises:
-        SystemExit: If an arm is unknown or a seed is no number.
+        SystemExit: If an arm or its start is unknown, or a seed is no number.
     """
     shape = plan["forms"][form]
     arms: dict[str, Any] = shape["arms"]
@@ -61,6 +61,8 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
     if unknown := [name for name in names if name not in arms]:
         raise SystemExit(f"error: no arm {', '.join(unknown)}; there are {', '.join(arms)}.")
     changes = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in args.set)}
+    if lost := [name for name in names if (start := arms[name].get("start")) and start not in shape["starts"]]:
+        raise SystemExit(f"error: no start for {', '.join(lost)}; there are {', '.join(shape['starts'])}.")
     if wrong := [seed for seed in args.seeds.split(",") if seed and not seed.isdecimal()]:
         raise SystemExit(
             f"error: --seeds {', '.join(wrong)}: expected numbers with commas between them, such as 0,1,2."

@@ -78,7 +78,8 @@ def run_jobs(
                 except EOFError:  # it died
                     done, seconds = False, float("nan")
                 elapsed = time.monotonic() - started
-                tell(f"{elapsed:6.0f} s  {worker.job['name']}: {'done' if done else 'FAILED'} in {seconds:.0f} s")
+                ended = f"done in {seconds:.0f} s" if done else f"FAILED in {seconds:.0f} s; see {worker.job['log']}"
+                tell(f"{elapsed:6.0f} s  {worker.job['name']}: {ended}")
                 if done:
                     unfinished.remove(worker.job["name"])
                 worker.job = None

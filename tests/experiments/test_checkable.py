@@ -207,6 +207,10 @@ def test_the_smallest_form_from_start_to_page(tmp_path, capfd):
 def test_an_unknown_arm_form_or_seed_and_settings_that_would_be_published(tmp_path, capsys):
     with pytest.raises(SystemExit, match="no arm spun; there are start, sft"):
         job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--arms", "spun"))
+    arms = {"spin": {"what": "SPIN", "start": "platau"}}
+    plan = PLAN | {"forms": {"small": PLAN["forms"]["small"] | {"arms": arms}}}
+    with pytest.raises(SystemExit, match="no start for spin; there are plateau, early"):
+        job_plan.make_jobs(plan, "small", arguments(tmp_path))
     with pytest.raises(SystemExit, match="--seeds 0-2: expected numbers with commas"):
         job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--seeds", "0-2"))
     with pytest.raises(SystemExit):

@@ -118,7 +118,9 @@ def test_a_job_that_fails_or_dies_ends_no_other_but_those_that_need_it(tmp_path)
     jobs = pool_jobs(tmp_path, "dies", "late", "fails", "a", "b", b="a", late="dies")
     assert run_jobs(jobs, pool_work.work, [""], 2, tell=said.append) == 3
     assert (tmp_path / "a").exists() and (tmp_path / "b").exists() and not (tmp_path / "late").exists()
-    assert sum("FAILED" in line for line in said) == 2
+    assert sorted(line.split("; see ")[1] for line in said if "FAILED" in line) == [
+        str(tmp_path / f"{name}.log") for name in ("dies", "fails")
+    ]
 
 
 def test_the_deadline_ends_what_runs_and_keeps_what_is_done(tmp_path):
