@@ -559,7 +559,8 @@ def sentence_section(results: Results) -> str:
     device = next(iter(steps.values()))[0][0]["setup"]["device"]
     said = f"A training step of a 1B model on one {device} is {', '.join(parts[:-1])} and {parts[-1]}."
     if float8 := [ratio for *_, goal, ratio in _float8_ratios() if goal == FLOAT8_GOALS[0]]:
-        said += f" In float8, for fine-tuning, a step of 8B shapes is {max(float8):.1f} times as fast as in bf16."
+        gain = " to ".join(dict.fromkeys(f"{ratio:.2f}" for ratio in (min(float8), max(float8))))
+        said += f" In float8, for fine-tuning, a step of 8B shapes is {gain} times as fast as in bf16."
     return said
 
 
