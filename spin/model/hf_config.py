@@ -177,7 +177,7 @@ _HARMLESS = (
     "unk_token_id sep_token_id cls_token_id mask_token_id eod_token_id decoder_start_token_id attention_dropout "
     "resid_pdrop embd_pdrop hidden_dropout residual_dropout embedding_dropout attn_pdrop initializer_factor "
     "_name_or_path auto_map pretraining_tp quantization_config attn_implementation _attn_implementation "
-    "_attn_implementation_autoset cache_implementation max_length min_length unsloth_version unsloth_fixed "
+    "_model_name_or_path _attn_implementation_autoset cache_implementation max_length min_length unsloth_version unsloth_fixed "
     "is_llama_config transformers.js_config task task_specific_params id2label label2id output_attentions "
     "output_hidden_states output_scores output_router_logits router_aux_loss_coef return_dict "
     "return_dict_in_generate torchscript tf_legacy_loss use_bfloat16 pruned_heads tokenizer_class "

@@ -264,7 +264,8 @@ def test_absent_keys_have_the_defaults_of_transformers(name, folders, tmp_path):
 
 
 def test_unknown_keys_are_listed_once(folder_of, caplog):
-    check("llama2", folder_of("llama2", zebra=1, apple={"a": 2}, rope_interleaved=False, residual_multiplier=1.0))
+    neutral = {"_model_name_or_path": "a file in GGUF", "rope_interleaved": False, "residual_multiplier": 1.0}
+    check("llama2", folder_of("llama2", zebra=1, apple={"a": 2}, **neutral))
     assert [record.message.partition("config.json: ")[2] for record in caplog.records] == [
         "keys that are not known here, and not looked at: apple, zebra."
     ]
