@@ -131,7 +131,7 @@ class SPIN:
     ) -> None:
         from spin.config import SPINConfig, complete, load_config
 
-        if isinstance(data, list | tuple) and data and all(isinstance(each, str | Path) for each in data):
+        if isinstance(data, list | tuple) and len(data) > 1 and all(isinstance(each, str | Path) for each in data):
             from spin.cli.new import several_files
 
             raise ConfigError(f"data is one source; there are {several_files([str(each) for each in data])}")

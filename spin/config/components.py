@@ -267,6 +267,9 @@ def _import(module: str, name: str, package: ModuleType | None = None) -> Module
         if module.startswith("torchtune.training"):
             remedy = " torchtune's metric loggers need torchao 0.15 or earlier: pip install 'torchao<0.16'."
         raise ConfigError(f"{name}: cannot import {module}: {error}.{remedy}") from error
+    except (Exception, SystemExit) as error:  # code of the user's own may raise anything
+        raised = f"{' '.join(''.join(traceback.format_exception_only(error)).split()):.300}{place_in(name, error)}"
+        raise ConfigError(f"{name}: importing {module} raised {raised}. SPIN_TRACEBACK=1 shows more.") from error
 
 
 def _no_such(name: str, parent: str, holder: Any, part: str) -> ConfigError:

@@ -89,6 +89,8 @@ def test_model_and_data_alone_are_sized_as_spin_new_does_and_read_again(repo, tm
 def test_what_is_no_path_is_refused_with_what_to_do(repo, name):
     with pytest.raises(ConfigError, match=rf"{name} is a list: expected a path or a name.*to_json"):
         SPIN(**{"config": repo / "tests/assets/tiny.yaml", name: [{"prompt": "a", "response": "b"}]})
+    with pytest.raises(ConfigError, match=rf"{name} is a list: expected a path or a name"):
+        SPIN(**{"config": repo / "tests/assets/tiny.yaml", name: ["one.jsonl"]})
 
 
 def test_numbers_of_numpy_are_numbers(repo, tmp_path, monkeypatch):

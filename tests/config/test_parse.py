@@ -461,3 +461,20 @@ def test_what_a_component_of_your_own_raises_names_its_line(tmp_path, monkeypatc
     place = re.escape(f"{tmp_path}/my_losses.py:10")
     with pytest.raises(ConfigError, match=rf"loss: my_losses.Loss .*\(ValueError: .*, at {place}\)"):
         config.instantiate(cfg.loss, beta=1.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("def broken(", r"raised File .*my_fault\.py.*, line 2 .* SyntaxError: '\(' was never closed"),
+        ("float('x')", r"raised ValueError: could not convert.*, at .*my_fault\.py:2"),
+        ("raise SystemExit", r"raised SystemExit, at .*my_fault\.py:2"),
+    ],
+)
+def test_a_module_of_your_own_that_fails_is_a_fault_among_the_others(line, message, tmp_path, monkeypatch):
+    (tmp_path / "my_fault.py").write_text(f"def check(prompt, real, generated, truncated): ...\n{line}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", "my_fault")
+    with pytest.raises(ConfigError, match=rf"(?s)2 faults.*my_fault\.check: importing my_fault {message}") as error:
+        completed("output_dir: out\nmodel: {_component_: my_fault.check}\nmax_iterations: 11\n")
+    assert "max_iterations: found 11" in str(error.value)
