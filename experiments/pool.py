@@ -75,11 +75,11 @@ def run_jobs(
                     continue
                 try:
                     done, seconds = worker.connection.recv()
-                except EOFError:  # it died
-                    done, seconds = False, float("nan")
-                elapsed = time.monotonic() - started
-                ended = f"done in {seconds:.0f} s" if done else f"FAILED in {seconds:.0f} s; see {worker.job['log']}"
-                tell(f"{elapsed:6.0f} s  {worker.job['name']}: {ended}")
+                    ended = f"{'done' if done else 'FAILED'} in {seconds:.0f} s"
+                except EOFError:
+                    done, ended = False, "FAILED: its process died"
+                elapsed, log = time.monotonic() - started, "" if done else f"; see {worker.job['log']}"
+                tell(f"{elapsed:6.0f} s  {worker.job['name']}: {ended}{log}")
                 if done:
                     unfinished.remove(worker.job["name"])
                 worker.job = None

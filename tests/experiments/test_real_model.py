@@ -121,6 +121,7 @@ def test_a_job_that_fails_or_dies_ends_no_other_but_those_that_need_it(tmp_path)
     assert sorted(line.split("; see ")[1] for line in said if "FAILED" in line) == [
         str(tmp_path / f"{name}.log") for name in ("dies", "fails")
     ]
+    assert sum("dies: FAILED: its process died" in line for line in said) == 1 and "nan" not in str(said)
 
 
 def test_the_deadline_ends_what_runs_and_keeps_what_is_done(tmp_path):
