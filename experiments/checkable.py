@@ -124,10 +124,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, help="Hugging Face folder; none: a small one is made")
     add_arguments(parser, out="runs/checkable")
     args = parser.parse_args(arguments)
-    if args.docs and args.set:
-        parser.error(
-            "--set with --docs: figures of other settings would stand for the plan's arms. Add an arm instead."
-        )
     plan = yaml.safe_load(args.plan.read_text(encoding="utf-8"))
     if args.form not in plan["forms"]:
         parser.error(f"--form {args.form}: expected {', '.join(plan['forms'])}")

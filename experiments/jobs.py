@@ -53,8 +53,11 @@ def make_jobs(plan: Mapping[str, Any], form: str, args: argparse.Namespace) -> l
         list[Job]: what :func:`run_job` takes.
 
     Raises:
-        SystemExit: If an arm or its start is unknown, or a seed is no number.
+        SystemExit: If an arm or its start is unknown, a seed is no number, or figures of other settings would be
+            published.
     """
+    if args.docs and args.set:
+        raise SystemExit("error: --set with --docs: figures of other settings would stand for the plan's. Add an arm.")
     shape = plan["forms"][form]
     arms: dict[str, Any] = shape["arms"]
     names = [name for name in args.arms.split(",") if name] or list(arms)
@@ -121,6 +124,9 @@ def run_plan(
     """
     jobs = make_jobs(plan, form, args)
     missing = [{**job, "paths": dict(paths)} for job in unfinished(jobs)]
+    for file in (Path(job["result"]) for job in missing):
+        if file.is_file():  # of other settings, or half of them: not a result of this command if time is up before
+            file.replace(file.with_suffix(".stale"))
     print(f"{len(jobs)} jobs, {len(jobs) - len(missing)} of them finished before", flush=True)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     failed = run_jobs(

@@ -6,12 +6,13 @@
 The model is what `spin demo --only-model` makes, the data what experiments/real_data.py makes. The arms are in
 real_model.yaml: each is the product's own recipe with some settings changed. Every job (an arm and a seed) writes its
 figures to `OUT/jobs` after each iteration; the same command continues with what is missing. At the end the figures of
-all jobs are put into one JSON file, a page and pictures (--docs).
+all jobs are put into one JSON file, a page and pictures (--docs), which those of some --arms or --seeds are added to.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jobs import add_arguments, run_plan
+from jobs import add_arguments, added, compact, run_plan
 from real_report import PLAN, write_report
 
 SUM_TOKENS = 48  # of a response to a sum
@@ -83,6 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--form {args.form}: expected {', '.join(plan['forms'])}")
     paths = {"${model}": str(args.model.resolve()), "${data}": str(args.data.resolve())}
     results, failed = run_plan(plan, args.form, paths, args)
+    file = (args.docs or args.out) / "real_model.json"
+    if (args.arms or args.seeds) and file.is_file():  # beside those of this form that are there
+        earlier = [job for job in json.loads(file.read_text(encoding="utf-8"))["jobs"] if job["form"] == args.form]
+        results = added(earlier, compact(results))
     write_report(results, args.docs or args.out, list(plan["forms"][args.form]["arms"]))
     return int(failed > 0)
 

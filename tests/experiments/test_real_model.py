@@ -232,9 +232,12 @@ def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd)
     capfd.readouterr()
     assert real_model.main(arguments) == 1  # the broken one again, and nothing else
     assert "6 jobs, 5 of them finished before" in capfd.readouterr().out
+    assert real_model.main([*arguments, "--arms", "start", "--seeds", "1"]) == 0  # beside the others
+    assert len(json.loads((tmp_path / "out" / "real_model.json").read_text())["jobs"]) == 7
     changed = [*arguments, "--arms", "spin", "--set", "loss.beta=0.5", "--deadline", "0"]
     assert real_model.main(changed) == 1
     assert "1 jobs, 0 of them finished before" in capfd.readouterr().out  # other settings, another result
+    assert "spin-seed0" not in results(tmp_path / "out")
 
 
 def test_a_missing_file_and_another_wheel_are_named(tmp_path, tiny_lm, capsys):
