@@ -123,7 +123,9 @@ def _of_curves(steps: Sequence[Metrics], logistic: bool) -> list[str]:
     if all(row.get("margin") == 0 for row in steps[1:]):
         updated = _mean(tail, "updated_fraction")
         remedy = "raise optimizer.lr"
-        if updated is not None and updated < UPDATED_FRACTION:
+        if _mean(tail, "equal_fraction") == 1:
+            remedy = "all responses equal the real ones, so take other data, or stop here"
+        elif updated is not None and updated < UPDATED_FRACTION:
             remedy = f"a step changes {updated:.1%} of the weights: set dtype=fp32, or raise optimizer.lr"
         found.append(
             f"the margin stays at 0: no real response gains on its generated one, so nothing is learned; {remedy}."

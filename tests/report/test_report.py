@@ -279,6 +279,10 @@ def falling(step):
         (falling, ["both log-probs fall", "nll_weight"]),
         (lambda step: {"margin": 0.0}, ["margin stays at 0", "optimizer.lr"]),
         (lambda step: {"margin": 0.0, "updated_fraction": 0.01}, ["margin stays at 0", "dtype=fp32"]),
+        (
+            lambda step: {"margin": 0.0, "updated_fraction": 0.0, "equal_fraction": 1.0},
+            ["margin stays at 0", "nothing is learned; all responses equal the real ones, so take other data"],
+        ),
         (lambda step: {"acc": 1.0}, ["acc is 1.000", "epochs"]),
         (lambda step: {"loss": math.log(2) + 0.1 * (step - 1)}, ["far above ln 2", "optimizer.lr"]),
         (lambda step: {"loss": 0.75 if step == 1 else 0.5}, ["first loss is 0.7500", "self_test"]),
