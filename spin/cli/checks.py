@@ -156,9 +156,11 @@ def _model(cfg: config.SPINConfig) -> tuple[torch.nn.Module, str]:
 
 
 def _adapters(cfg: config.SPINConfig, model: torch.nn.Module) -> tuple[None, str]:
+    is_trained = not isinstance(cfg, config.GenerateConfig)
     if not check_adapters(cfg, model):
-        return None, "none: every weight is trained and saved"
-    return None, f"{len(adapted_modules(model))} adapters are trained and saved; every other weight is frozen"
+        return None, "none" + is_trained * ": every weight is trained and saved"
+    trained = is_trained * " are trained and saved; every other weight is frozen"
+    return None, f"{len(adapted_modules(model))} adapters{trained}"
 
 
 def _folder(checkpointer: SPINCheckpointer, model: torch.nn.Module) -> tuple[int, str]:

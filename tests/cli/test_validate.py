@@ -292,7 +292,7 @@ def test_a_generate_config_is_checked_by_its_own_recipe(validate, tmp_path):
     config = tmp_path / "mine.yaml"
     config.write_text("# spin run spin_generate --config mine.yaml\n" + CONFIG.read_text() + "\nnum_workers: 4\n")
     code, out, _ = validate("num_workers=4", "worker=1", config=config)
-    assert code == 0 and "for spin_generate" in out
+    assert code == 0 and "for spin_generate" in out and "trained" not in out
     assert not {"loss, optimizer", "validation data"} & set(verdicts(out)) and "steps" not in out
     assert "20 prompts in an iteration (0 left over), in 4 shards (more with" in out
     assert "; this is worker 1, from 0, of 4\n" in out
