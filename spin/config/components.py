@@ -268,8 +268,9 @@ def _import(module: str, name: str, package: ModuleType | None = None) -> Module
             remedy = " torchtune's metric loggers need torchao 0.15 or earlier: pip install 'torchao<0.16'."
         raise ConfigError(f"{name}: cannot import {module}: {error}.{remedy}") from error
     except (Exception, SystemExit) as error:  # code of the user's own may raise anything
-        raised = f"{' '.join(''.join(traceback.format_exception_only(error)).split()):.300}{place_in(name, error)}"
-        raise ConfigError(f"{name}: importing {module} raised {raised}. SPIN_TRACEBACK=1 shows more.") from error
+        raise ConfigError(
+            f"{name}: importing {module} raised {raised_in(name, error)}. SPIN_TRACEBACK=1 shows more."
+        ) from error
 
 
 def _no_such(name: str, parent: str, holder: Any, part: str) -> ConfigError:
@@ -543,6 +544,11 @@ def _build(
             f"{where}: {name} does not take these values ({type(error).__name__}: {error}{place_in(name, error)}). "
             "Check the section; SPIN_TRACEBACK=1 shows where it happened."
         ) from error
+
+
+def raised_in(name: str, error: BaseException) -> str:
+    """What code of the user's own raised, in one line, and where."""
+    return f"{' '.join(''.join(traceback.format_exception_only(error)).split()):.300}{place_in(name, error)}"
 
 
 def place_in(name: str, error: BaseException) -> str:

@@ -14,13 +14,12 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from traceback import format_exception_only
 from typing import Any, get_args
 
 import numpy as np
 
 from spin.config import code_of, component_of
-from spin.config.components import place_in
+from spin.config.components import raised_in
 from spin.config.schema import Checker
 from spin.core.errors import CheckerError, OutputError, StoreError
 from spin.core.files import json_fingerprint
@@ -132,7 +131,7 @@ def _verdict_of(
         log.warning(f"{by} had not returned; let it end what may hang. {kept}")
         raise
     except BaseException as error:  # noqa: BLE001 - code of the user's own may raise anything
-        raised = f"{' '.join(''.join(format_exception_only(error)).split()):.300}{place_in(name, error)}"
+        raised = raised_in(name, error)
         raise CheckerError(f"{by} raised {raised}. {kept} SPIN_TRACEBACK=1 shows where it happened.") from error
     finally:
         os.chdir(here)
