@@ -70,7 +70,8 @@ def _check_training(cfg: config.SPINConfig, check: Callable[..., Any], with_logi
     model = check("model", partial(_model, cfg))
     check("adapters", partial(_adapters, cfg), model=model)
     parameters = check("model folder", _folder, checkpointer=checkpointer, model=model)
-    check("output folder", partial(_output, cfg, *(() if only_generates else (checkpointer, parameters))))
+    saved = () if only_generates else (checkpointer, parameters)
+    check("output folder", partial(_output, cfg, *saved))
     if with_logits:
         check("logits", lambda made, _: _logits(cfg.model, made), checkpointer=checkpointer, model=model)
     tokenizer = check("tokenizer", partial(_tokenizer, cfg))
@@ -78,11 +79,9 @@ def _check_training(cfg: config.SPINConfig, check: Callable[..., Any], with_logi
     context = None if model is None else model.max_seq_len
     prompts = check("data", partial(_data, cfg.dataset, context), tokenizer=tokenizer)
     validation = None
-    if only_generates:
-        pass
-    elif cfg.validation_dataset is not None:
+    if cfg.validation_dataset is not None and not only_generates:
         validation = check("validation data", partial(_data, cfg.validation_dataset, context), tokenizer=tokenizer)
-    elif isinstance(prompts, PromptDataset) and prompts.held_out:
+    elif isinstance(prompts, PromptDataset) and prompts.held_out and not only_generates:
         validation = check("validation data", partial(_held_out, prompts.held_out))
     check("token ids", partial(_same_ids, cfg.dataset), tokenizer=tokenizer, data=prompts)
     sources = [source for source in (prompts, validation) if source is not None]
@@ -135,11 +134,11 @@ def _loss_and_optimizer(cfg: config.SPINConfig) -> tuple[None, str]:
     parameters = [torch.nn.Parameter(torch.zeros(8, 8))]
     loss = _built("loss", lambda: config.instantiate(cfg.loss, beta=beta))
     optimizer = _built("optimizer", lambda: config.instantiate(cfg.optimizer, parameters, lr=lr))
-    name, rate = type(optimizer).__name__, "learning rate"
+    by_optimizer = f"{type(optimizer).__name__} with learning rate {cfg.optimizer.lr}"
     if isinstance(cfg, config.SFTConfig):  # which makes the loss of the run too, and does not use it
-        return None, f"negative log-likelihood of the real responses, {name} with {rate} {cfg.optimizer.lr}"
+        return None, f"negative log-likelihood of the real responses, {by_optimizer}"
     doubts = doubtful(cfg)
-    text = f"{type(loss).__name__} with beta {cfg.loss.beta}, {name} with {rate} {cfg.optimizer.lr}"
+    text = f"{type(loss).__name__} with beta {cfg.loss.beta}, {by_optimizer}"
     return None, "\n".join([text, *(f"warning: {doubt}" for doubt in doubts)])
 
 
@@ -156,11 +155,12 @@ def _model(cfg: config.SPINConfig) -> tuple[torch.nn.Module, str]:
 
 
 def _adapters(cfg: config.SPINConfig, model: torch.nn.Module) -> tuple[None, str]:
-    is_trained = not isinstance(cfg, config.GenerateConfig)
-    if not check_adapters(cfg, model):
-        return None, "none" + is_trained * ": every weight is trained and saved"
-    trained = is_trained * " are trained and saved; every other weight is frozen"
-    return None, f"{len(adapted_modules(model))} adapters{trained}"
+    adapters = f"{len(adapted_modules(model))} adapters" if check_adapters(cfg, model) else ""
+    if isinstance(cfg, config.GenerateConfig):
+        return None, adapters or "none"
+    if adapters:
+        return None, f"{adapters} are trained and saved; every other weight is frozen"
+    return None, "none: every weight is trained and saved"
 
 
 def _folder(checkpointer: SPINCheckpointer, model: torch.nn.Module) -> tuple[int, str]:
