@@ -220,7 +220,11 @@ def estimate(
     on_gpu = 0 if cfg.fsdp_cpu_offload else 1
     context: int = model.max_seq_len  # type: ignore[assignment]
     pair, most = mean_pair(cfg, context, pair_tokens), _longest_pair(cfg, context)
-    row = _layout(cfg).longest_row(most or 0) if pair_tokens is None else _row_of_batch(cfg, gpus, pair.total, most)
+    lengths, packed = _packed(cfg, gpus, pair.total, most)
+    if pair_tokens is None:
+        row = _layout(cfg).longest_row(most or 0)
+    else:
+        row = _layout(cfg).padded_length(max(sum(lengths[i] for i in pairs) for rank in packed for pairs in rank))
     frozen_count, idle = sum(weight.numel() for weight in base), idle_parameters(model)
     copy, cache = playing_copy / _GIB, _cache(cfg, model, shapes, compute) / _GIB
     name = cfg.generator.component.rsplit(".", 1)[-1]
@@ -255,7 +259,7 @@ def estimate(
         export=export / _GIB,
         records_graph=cfg.compile,
         row_tokens=row,
-        rows=len(_packed(cfg, gpus, pair.total, most)[1][0]),
+        rows=len(packed[0]),
         pair=pair,
         trained=trained_count,
         frozen=frozen_count,
@@ -363,12 +367,6 @@ def mean_pair(cfg: SPINConfig, context: int, pair_tokens: int | None = None) -> 
             rest, weight = rest - found[name], weight - parts[name]
     shrink = min(1.0, context / (found["prompt"] + found["real"]))
     return PairTokens(shrink * found["prompt"], shrink * found["real"], found["generated"])
-
-
-def _row_of_batch(cfg: SPINConfig, gpus: int, pair_tokens: int, most: int | None) -> int:
-    lengths, rows = _packed(cfg, gpus, pair_tokens, most)
-    longest = max(sum(lengths[i] for i in pairs) for rank in rows for pairs in rank)
-    return _layout(cfg).padded_length(longest)
 
 
 def _layout(cfg: SPINConfig) -> RowLayout:
