@@ -70,7 +70,7 @@ class Engines:
         for file in TOKENIZER.glob("tokenizer*"):
             shutil.copy(file, self.folder)
         self._generator: LimitedVLLM | None = None
-        self._process: Any = None  # the connection to a worker
+        self._connection: Any = None  # to the worker
         self._worker: Any = None
         self.notes: dict[str, float] = {}
 
@@ -96,9 +96,9 @@ class Engines:
 
     def start_process(self) -> None:
         """Starts a process that has an engine in yet another one, as ``vllm.LLM`` is by default; does not wait."""
-        if self._process is None:
+        if self._connection is None:
             context = multiprocessing.get_context("spawn")
-            self._process, theirs = context.Pipe()
+            self._connection, theirs = context.Pipe()
             # vLLM remembers its environment: whoever has an engine in process cannot start one outside
             arguments = (theirs, str(self.folder), self.engine, self.bench.on_gpu)
             self._worker = context.Process(target=_separate_engine, args=arguments)
@@ -107,8 +107,8 @@ class Engines:
     def ask(self, work: Any) -> Any:
         """Sends work to the engine's process, which it starts if need be, and waits for what it says."""
         self.start_process()
-        self._process.send(work)
-        response = self._process.recv()
+        self._connection.send(work)
+        response = self._connection.recv()
         if isinstance(response, str):
             raise RuntimeError(response)
         return response
@@ -139,8 +139,8 @@ class Engines:
         """Ends the engines; before the process group, which they use."""
         if self._generator is not None:
             self._generator.close()
-        if self._process is not None:
-            self._process.close()
+        if self._connection is not None:
+            self._connection.close()
             self._worker.join(_GOODBYE_SECONDS)  # then its memory is free
             self._worker.kill()
         shutil.rmtree(self.folder)
