@@ -37,7 +37,7 @@ from spin.config import SPINConfig, complete, component_of, load_config, plain
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.core.terminal import counted
-from spin.data.mixture import check_sources, mixed_prompt_dataset
+from spin.data.mixture import check_sources, mixed_prompt_dataset, samples_without_copies
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
 from spin.model.flex import flex_unsupported_reason
@@ -411,18 +411,18 @@ def _workspace(model: nn.Module) -> float:
 
 def data_limit(cfg: SPINConfig, key: str) -> Any:
     """A limit of the tokens of the data set's samples, in a mixture the largest; None if a source has none."""
-    limits: list[Any] = [part.get(key) for part in _sources(cfg)]
+    limits: list[Any] = [part.get(key) for part in _sources(cfg).values()]
     return None if None in limits else max(limits)
 
 
-def _sources(cfg: SPINConfig) -> list[dict[str, Any]]:
-    """The options of each source of the data set."""
+def _sources(cfg: SPINConfig) -> dict[str, dict[str, Any]]:
+    """The options of each source of the data set, by its name in a mixture."""
     options = plain(cfg.dataset)
     if component_of(cfg.dataset) is not mixed_prompt_dataset:
-        return [options]
+        return {"": options}
     sources, common = options["sources"], options.get("common") or {}
     check_sources(sources, common, options.get("samples"))
-    return [{**common, **each} for each in sources.values()]
+    return {name: {**common, **each} for name, each in sources.items()}
 
 
 def most_prompts(cfg: SPINConfig, prompts: int | None = None) -> int | None:
@@ -433,12 +433,12 @@ def most_prompts(cfg: SPINConfig, prompts: int | None = None) -> int | None:
         raise ConfigError(f"prompts={prompts}: expected those of an iteration, 1 or more.")
     size, limit, parts = cfg.global_batch_size, cfg.limit_train_batches, _sources(cfg)
     samples = trained = cfg.dataset.get("samples")
-    read = [n for part in parts if (n := _most_samples(part)) is not None]
+    read = {name: n for name, part in parts.items() if (n := _most_samples(part)) is not None}
     if samples is None and len(read) == len(parts):
-        weights = [part.get("weight") for part in parts]
-        samples = _mixed(read, weights)
-        fractions = [1 - (part.get("validation_fraction") or 0.0) for part in parts]
-        trained = _mixed([n * fraction for n, fraction in zip(read, fractions, strict=True)], weights)
+        weights = {name: part["weight"] for name, part in parts.items() if "weight" in part}
+        held_out = {name: round(n * (parts[name].get("validation_fraction") or 0.0)) for name, n in read.items()}
+        samples = samples_without_copies(read, weights)
+        trained = samples_without_copies({name: n - held_out[name] for name, n in read.items()}, weights)
     if samples is None and (limit == 0 or (isinstance(limit, int) and limit > 0)):
         samples = trained = int(limit) * size
     if samples is None:
@@ -459,13 +459,6 @@ def _most_samples(part: dict[str, Any]) -> int | None:
     rows = None if None in slices else sum(max(0, int(each[2]) - int(each[1] or 0)) for each in slices if each)
     found = [part.get("limit"), rows if part.get("turns", "last") == "last" else None]
     return min((n for n in found if n is not None), default=None)
-
-
-def _mixed(samples: Sequence[float], weights: Sequence[Any]) -> int:
-    """Samples of an iteration, of sources that have so many: all, or with weights as many as these allow."""
-    if None in weights:
-        return round(sum(samples))
-    return round(sum(weights) * min(n / weight for n, weight in zip(samples, weights, strict=True)))
 
 
 def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:

@@ -53,17 +53,15 @@ class MixedPromptDataset(PromptDataset):
         empty = [name for name, part in parts.items() if not len(part)]
         if empty or not parts:
             raise ConfigError(f"dataset.sources: no sample in {', '.join(empty) or 'no source'}. Leave it out.")
-        given = weights or {name: len(part) for name, part in parts.items()}
+        self._sizes = {name: len(part) for name, part in parts.items()}
+        given = {name: (weights or self._sizes)[name] for name in parts}
         faults = Faults()
         _check_numbers(given, samples, faults)
         faults.raise_if_any()
-        exact = {name: Fraction(str(weight)) for name, weight in given.items()}  # as written: 0.1 is a tenth
-        self._fractions = {name: exact[name] / sum(exact.values()) for name in parts}
-        most = min(math.floor(len(part) / self._fractions[name]) for name, part in parts.items())
-        self._most = most if samples is None else samples
+        self._fractions = _fractions(given)
+        self._most = samples_without_copies(self._sizes, given) if samples is None else samples
         quotas = self._quotas(self._most)
-        copies = {name: max(1, math.ceil(quotas[name] / len(part))) for name, part in parts.items()}
-        sizes = [copies[name] * len(part) for name, part in parts.items()]
+        sizes = [max(1, math.ceil(quotas[name] / size)) * size for name, size in self._sizes.items()]  # with copies
         # sample k of a source belongs where it is the source's turn for the k-th time
         fractions = map(float, self._fractions.values())
         turns = [(np.arange(size) + 0.5) / fraction for fraction, size in zip(fractions, sizes, strict=True)]
@@ -86,7 +84,6 @@ class MixedPromptDataset(PromptDataset):
         originals: dict[str, Original] = {}
         super().__init__(mixed(), _joined({name: part.report for name, part in parts.items()}))
         self.originals = originals
-        self._sizes = {name: len(part) for name, part in parts.items()}
         self._content = {name: part.fingerprint() for name, part in parts.items()}
         self.settings = {"weights": {name: float(each) for name, each in self._fractions.items()}, "samples": samples}
         self.settings |= {
@@ -210,6 +207,19 @@ def check_sources(sources: Any, common: Any, samples: Any) -> dict[str, Any]:
     _check_numbers(weights, samples, faults)
     faults.raise_if_any()
     return weights
+
+
+def samples_without_copies(sizes: Mapping[str, int], weights: Mapping[str, float]) -> int:
+    """Samples of an iteration: of sources of these sizes as many as the weights allow, or all if there are none."""
+    if not weights:
+        return sum(sizes.values())
+    return min(math.floor(sizes[name] / fraction) for name, fraction in _fractions(weights).items())
+
+
+def _fractions(weights: Mapping[str, float]) -> dict[str, Fraction]:
+    """Of an iteration's samples, of each source."""
+    exact = {name: Fraction(str(weight)) for name, weight in weights.items()}  # as written: 0.1 is a tenth
+    return {name: weight / sum(exact.values()) for name, weight in exact.items()}
 
 
 def _check_numbers(weights: Mapping[str, Any], samples: Any, faults: Faults) -> None:

@@ -18,6 +18,7 @@ from spin.cli.timing import MEASURED_PAIR, Cluster, is_extrapolated, stages
 from spin.config import SPINConfig, complete, load_config
 from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
+from spin.data import MixedPromptDataset, Prompt, PromptDataset
 from spin.model.build import build_model, prepare_model
 from spin.model.lora import prepare_adapters, trainable
 
@@ -476,6 +477,15 @@ def test_packed_pairs_are_no_longer_than_the_longest_that_there_can_be():
 )
 def test_an_iteration_has_no_more_prompts_than_the_config_lets_it_play(changes, prompts, most):
     assert most_prompts(large("llama_4b", *changes), prompts) == most
+
+
+def test_prompts_of_a_mixture_are_those_that_a_run_plays():
+    """With weights 1 and 2, 17 samples are two thirds of 25, and 10 more than a third; in floats 3 * 8.5 was 26."""
+    sizes, weights = {"a": 10, "b": 17}, {"a": 1, "b": 2}
+    parts = {name: {"source": name, "limit": size, "weight": weights[name]} for name, size in sizes.items()}
+    cfg = large("llama_4b", "global_batch_size=1")
+    read = {name: PromptDataset([Prompt(f"{i}", [1], [2]) for i in range(size)]) for name, size in sizes.items()}
+    assert most_prompts(mixture(cfg, parts)) == MixedPromptDataset(read, weights).samples_per_iteration == 25
 
 
 def test_prompts_of_a_mixture():
