@@ -18,7 +18,12 @@ from pages import drawing, fill_sections, save
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES = (DOCS / "when_it_helps.md", DOCS / "experiments" / "checkable.md")
 PLAN = Path(__file__).with_name("checkable.yaml")
-FORMS = {"small": "140k parameters", "full": "135M parameters", "four_epochs": "135M parameters, after four epochs"}
+FORMS = {
+    "small": "140k parameters",
+    "full": "135M parameters",
+    "four_epochs": "135M parameters, after four epochs",
+    "half_billion": "0.5B parameters",
+}
 OUTSIDE = "chain_sum"  # an unseen family
 WRONG = {"s": "wrong step", "w": "wrong answer", "f": "no answer", "t": "truncated"}
 ERRORS = f"{' / '.join(WRONG.values())}, %"
@@ -28,13 +33,9 @@ COLUMNS = (
     "unseen families", "NLL of other text", "k tokens",
 )  # fmt: skip
 NOT_ENGLISH = tuple(column for column in COLUMNS if column != "NLL of other text")
-# how SPIN departs from SFT, and arms that show it
+RATES = ("spin_slow", "spin", "spin_fast", "spin_faster", "gentle_spin", "gentle_spin_fast")  # arms that differ in it
+# other ways in which SPIN departs from SFT, and arms that show them
 DEPARTURES = (
-    (
-        "After the first steps the generated responses are no longer the policy's own, and pushing them down is not "
-        "balanced any more: a drift, and at too high a rate a collapse",
-        ("spin_slow", "spin", "spin_fast", "spin_faster"),
-    ),
     (
         "A larger beta, or the real responses' own loss, pulls back",
         ("spin_fast_beta1", "spin_fast_beta5", "spin_fast_nll.2", "spin_fast_nll1"),
@@ -51,7 +52,7 @@ DEPARTURES = (
         "longer self-play alone",
         ("spin_checker",),
     ),
-    ("For comparison: more SFT", ("sft_slow", "sft", "sft_fast")),
+    ("For comparison: more SFT", ("sft_slow", "sft", "sft_fast", "gentle_sft")),
 )
 
 Run = tuple[int, str | None]  # seed, and fingerprint of the weights that it began with, if known
@@ -151,12 +152,12 @@ def arms_table(results: Results, arms: Mapping[str, Any], columns: Sequence[str]
     """A line for each arm that has a result, next to its own start."""
     rows = []
     for name in (name for name in arms if name in results):
-        measured, start = results[name], began_with(results.get(start_of(arms, name), {}), results[name])
+        measured, is_start = results[name], arms[name].get("recipe") == "none"
         errors = (100 * statistics.mean(each[f"errors_{kind}"] for each in measured.values()) for kind in WRONG)
         row = {
             "arm": f"`{name}`", "what": arms[name]["what"], "seeds": str(len(measured)),
             "greedy": mean(measured, "greedy"), "temperature 1": mean(measured, "sampled"),
-            "against its start, points": "" if arms[name].get("recipe") == "none" else change(measured, start),
+            "against its start, points": "" if is_start else change(measured, began_with(results, arms, name)),
             "pass@4": mean(measured, "pass_4"),
             ERRORS: " / ".join(f"{each:.1f}" for each in errors),
             "val_loss": mean(measured, "val_loss", ".4f"), "unseen families": mean(measured, "unseen"),
@@ -173,11 +174,12 @@ def start_of(arms: Mapping[str, Any], name: str) -> str:
     return next((each for each, arm in arms.items() if arm.get("recipe") == "none" and arm.get("start") == start), "")
 
 
-def began_with(start: Mapping[Run, Any], arm: Mapping[Run, Any]) -> Mapping[Run, Any]:
+def began_with(results: Results, arms: Mapping[str, Any], name: str) -> Mapping[Run, Any]:
     """Measurements of the start of each run of an arm; all seeds of an arm may begin with the same weights, which one
     seed has measured."""
+    start = results.get(start_of(arms, name), {})
     by_weights = {weights: measured for (_, weights), measured in start.items() if weights}
-    found = {run: start.get(run, by_weights.get(run[1])) for run in arm}
+    found = {run: start.get(run, by_weights.get(run[1])) for run in results[name]}
     return {run: measured for run, measured in found.items() if measured}
 
 
@@ -193,13 +195,29 @@ def situations_table(results: Mapping[str, Results], plan: Mapping[str, Any]) ->
     return table(["start", "model", "at the start", "SFT", "SPIN", "SPIN less SFT, points"], rows)
 
 
+def rates_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
+    """Changes by SPIN's learning rate as a fraction of the one by which SFT made the start, a line for each start."""
+    rows: dict[tuple[str, str], dict[int, str]] = {}
+    for form, of_form in results.items():
+        shape = plan["forms"][form]
+        for name in (name for name in RATES if name in of_form):
+            arm = shape["arms"][name]
+            rate = {**shape["settings"], **arm.get("settings", {})}["optimizer.lr"]
+            of_sft = shape["starts"][arm["start"]]["settings"]["sft.lr"]
+            text = change(of_form[name], began_with(of_form, shape["arms"], name))
+            rows.setdefault((FORMS[form], f"{of_sft:.0e}"), {})[int(float(f"{of_sft / rate:.0e}"))] = text
+    fractions = sorted({fraction for changes in rows.values() for fraction in changes}, reverse=True)
+    cells = [[*row, *(changes.get(fraction, "") for fraction in fractions)] for row, changes in rows.items()]
+    return table(["model", "SFT's rate", *(f"1/{fraction}" for fraction in fractions)], cells)
+
+
 def departures_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
-    """What arms that begin at the plateau change, by the ways in which SPIN departs from SFT."""
+    """What arms that begin with a fine-tuned model change, by the ways in which SPIN departs from SFT."""
 
     def shown(form: str, names: Sequence[str]) -> str:
         arms, of_form = plan["forms"][form]["arms"], results[form]
-        there = [name for name in names if name in of_form]
-        return "<br>".join(f"{arms[name]['what']}: {change(of_form[name], of_form['start'])}" for name in there)
+        changes = {name: change(of_form[name], began_with(of_form, arms, name)) for name in names if name in of_form}
+        return "<br>".join(f"{arms[name]['what']}: {text}" for name, text in changes.items())
 
     rows = [[text, *(shown(form, names) for form in results)] for text, names in DEPARTURES]
     return table(["how", *(FORMS[form] for form in results)], rows)
@@ -262,14 +280,19 @@ def outside_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> st
 
 
 def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) -> None:
-    """The arms of :func:`departures_table`: points with their intervals, a panel for each form."""
+    """The arms of :func:`rates_table` and :func:`departures_table`: points and intervals, a panel for each form."""
     pyplot = drawing()
-    figure, panels = pyplot.subplots(1, len(results), figsize=(5.5 * len(results), 4.6), constrained_layout=True)
-    for panel, (form, of_form) in zip([panels] if len(results) == 1 else panels, results.items(), strict=True):
+    rows = math.ceil(len(results) / 2)
+    figure, panels = pyplot.subplots(rows, 2, figsize=(11, 4.6 * rows), squeeze=False, constrained_layout=True)
+    for panel in panels.flat[len(results) :]:
+        panel.set_axis_off()
+    for panel, (form, of_form) in zip(panels.flat, results.items(), strict=False):
         arms = plan["forms"][form]["arms"]
-        shown = [name for _, names in DEPARTURES for name in names if name in of_form]
+        shown = [name for names in (RATES, *(names for _, names in DEPARTURES)) for name in names if name in of_form]
         for place, name in enumerate(reversed(shown)):
-            middle, half = (100 * each for each in difference(of_form[name], of_form["start"]) or (0.0, 0.0))
+            middle, half = (
+                100 * each for each in difference(of_form[name], began_with(of_form, arms, name)) or (0.0, 0.0)
+            )
             colour = "C1" if arms[name].get("recipe") == "sft" else "C0"
             panel.errorbar(middle, place, xerr=half, fmt="o", color=colour, capsize=2)
         panel.set_yticks(range(len(shown)), [arms[name]["what"] for name in reversed(shown)], fontsize="small")
@@ -287,9 +310,14 @@ def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[st
         + arms_table(of_form, plan["forms"][form]["arms"], NOT_ENGLISH if form == "small" else COLUMNS)
         for form, of_form in results.items()
     }
-    ways, starts = departures_table(results, plan), situations_table(results, plan)
-    found = {"departures": ways, "situations": starts, "collapse": collapse_line(results), **tables}
-    return found | {"gradients": gradients_table(results, plan), "outside": outside_table(results, plan)}
+    return tables | {
+        "rates": rates_table(results, plan),
+        "departures": departures_table(results, plan),
+        "collapse": collapse_line(results),
+        "situations": situations_table(results, plan),
+        "outside": outside_table(results, plan),
+        "gradients": gradients_table(results, plan),
+    }
 
 
 def write_pages() -> None:

@@ -86,7 +86,8 @@ def test_arms_of_all_seeds_that_begin_with_the_same_weights_are_compared_with_th
     start, of_seed_1 = measured("sss"), measured("ssr")
     base = {(0, "a"): start, (1, "b"): of_seed_1}
     arm = {(0, "a"): {}, (1, "a"): {}, (1, "b"): {}, (2, "c"): {}, (3, None): {}}
-    found = checkable_report.began_with(base, arm)
+    arms = {"base": {"recipe": "none", "start": "plateau"}, "arm": {"start": "plateau"}}
+    found = checkable_report.began_with({"base": base, "arm": arm}, arms, "arm")
     assert found == {(0, "a"): start, (1, "a"): start, (1, "b"): of_seed_1}
 
 
@@ -139,7 +140,7 @@ def test_what_begins_with_a_start_or_problems_that_have_changed_is_made_again(tm
 
 @pytest.mark.parametrize(
     ("experiment", "form"),
-    [("checkable", "small"), ("checkable", "full"), ("real_model", "small"), ("real_model", "full")],
+    [("checkable", form) for form in PLAN["forms"]] + [("real_model", "small"), ("real_model", "full")],
 )
 def test_every_arm_of_the_plans_is_a_config_that_works(experiment, form, tmp_path, tiny_lm):
     """As far as can be known without the model: keys, kinds, lists by iteration."""

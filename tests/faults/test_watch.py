@@ -97,13 +97,20 @@ def test_validation_loss_against_the_lowest_so_far(caplog):
         ("full", "spin_faster", 1, None, 0),
         ("full", "spin_faster", 2, 0, 1),
         *(("full", arm, seed, None, None) for arm in ("spin", "spin_fast", "spin_k4") for seed in range(3)),
+        *(("half_billion", arm, seed, None, 0) for arm in ("spin_fast", "spin_fast_beta1") for seed in range(2)),
+        *(("half_billion", arm, 2, None, 1) for arm in ("spin_fast", "spin_fast_beta1")),
+        *(("half_billion", "gentle_spin_fast", seed, None, 0) for seed in range(3)),
+        *(("half_billion", "spin", seed, None, None) for seed in range(3)),
+        *(("half_billion", "gentle_spin", seed, warns, None) for seed, warns in enumerate((0, None, 0))),
     ],
 )
-def test_default_limits_on_a_real_model_that_self_play_ruined(form, arm, seed, warns, stops, caplog):
-    """The experiments' validation losses: a collapse is warned of or stopped in its first iteration."""
+def test_default_limits_on_real_models_that_self_play_ruined(form, arm, seed, warns, stops, caplog):
+    """The experiments' validation losses: a collapse is warned of or stopped in its first iteration, but for two that
+    began late and are stopped in their second."""
     jobs = json.loads((REPO / f"docs/experiments/checkable_{form}.json").read_text())
+    its_start = "gentle_start" if arm.startswith("gentle") else "start"
     start, measured = (
-        next(job for job in jobs if (job["arm"], job["seed"]) == (each, seed)) for each in ("start", arm)
+        next(job for job in jobs if (job["arm"], job["seed"]) == (each, seed)) for each in (its_start, arm)
     )
     watched = CollapseMonitor(Watch(), "runs/my run", is_main=True)
     watched.lowest_val_loss = start["iterations"][-1]["val_loss"]
