@@ -107,7 +107,8 @@ def test_a_step_reduces_all_but_gradients_at_once(whole_run):
 
 @pytest.mark.gpu
 def test_a_step_waits_for_the_device_twice(tmp_path):
-    """For the sums before the update, and for what it changed. Rows have one length: compiling another waits too."""
+    """For the sums before the update, and for what it changed. Rows have one length: compiling another waits too, and so
+    does the thread that writes a checkpoint."""
     waits = []
 
     class Watched(SPINRecipe):
@@ -120,7 +121,7 @@ def test_a_step_waits_for_the_device_twice(tmp_path):
             waits.append([f"{each.filename}:{each.lineno}" for each in found if "synchroniz" in str(each.message)])
             return step
 
-    changes = ["device=cuda", "compute_dtype=bf16", "optimizer.fused=true", "pairs.row_multiple=512"]
+    changes = ["device=cuda", "compute_dtype=bf16", "optimizer.fused=true", "pairs.row_multiple=512", "save_interval=0"]
     run(tmp_path, *changes, "max_epochs=1", "max_iterations=1", recipe_class=Watched)
     assert [len(each) for each in waits[1:]] == [2] * len(waits[1:]), waits  # the first checks itself too
 
