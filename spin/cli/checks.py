@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ from spin.data.dataset import check_is_dataset, evaluated_part
 from spin.data.dates import known_date
 from spin.data.messages import ChatMessage
 from spin.data.read import check_vocabulary, row_parser, unknown_ids
+from spin.data.samples import unlogged
 from spin.data.sources import read_rows
 from spin.evaluation import verdicts
 from spin.evaluation.models import EvalModel, check_evaluation, shared_samples
@@ -49,14 +49,9 @@ _PROBES = (
 
 def run_checks(cfg: Any, check: Callable[..., Any], with_logits: bool) -> None:
     """Makes every check of a complete config; ``check`` prints them (:class:`spin.cli.validate.Checks`)."""
-    log = logging.getLogger("spin.data.samples")
-    level = log.level
-    log.setLevel(logging.ERROR)  # what it warns of is printed below
-    try:
-        is_evaluation = isinstance(cfg, config.EvaluateConfig)
+    is_evaluation = isinstance(cfg, config.EvaluateConfig)
+    with unlogged():  # what data sets warn of is printed below
         (_check_evaluation if is_evaluation else _check_training)(cfg, check, with_logits)
-    finally:
-        log.setLevel(level)
 
 
 def _check_training(cfg: config.SPINConfig, check: Callable[..., Any], with_logits: bool) -> None:

@@ -10,7 +10,6 @@ from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from spin.core.errors import ConfigError, DataError
-from spin.core.terminal import counted
 from spin.data.dataset import Original, PromptDataset, PromptSource, check_is_dataset
 from spin.data.messages import (
     ChatMessage,
@@ -24,7 +23,7 @@ from spin.data.messages import (
 )
 from spin.data.rows import Row, bad_row
 from spin.data.samples import Conversation, EncodedRow, LongAction, SampleFilter, SampleRules
-from spin.data.sources import Source, describe_source, read_rows
+from spin.data.sources import Source, describe_source, label_of, read_rows
 from spin.data.stream import PromptStream, iteration_windows, shuffled_rows
 from spin.data.tokenizer import Encoded, PromptTokenizer, or_error
 from spin.data.torchtune_tokenizer import adapt_tokenizer
@@ -126,7 +125,7 @@ def prompt_dataset(
     options = {"format": format, "column_map": column_map, "system_prompt": system_prompt}
     converse = row_parser(options | {"turns": turns, "id_column": id_column}, message_transform)
     chunk = min(_CHUNK_ROWS, limit or _CHUNK_ROWS)
-    label = counted(len(source), "source") if isinstance(source, list) else str(source)
+    label = label_of(source)
     new_filter = partial(SampleFilter, label, rules, set())
     where: dict[str, Any] = {"split": split, "name": name, "data_dir": data_dir, "revision": revision}
     if streaming:

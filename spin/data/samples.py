@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -48,6 +49,17 @@ class SampleRules:
     on_long_prompt: LongAction
     on_long_response: LongAction
     on_bad_row: Literal["error", "skip"]
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Within it, data sets log nothing of what they leave out, truncate or change; their reports say it all."""
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class Findings:

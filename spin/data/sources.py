@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 from spin.core.errors import DataError
 from spin.core.files import read_bytes
+from spin.core.terminal import counted
 from spin.data.rows import KNOWN_SUFFIXES, VALUE_FAULTS, Row, kind_of, make_row, rows_of_files, stem_of
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,23 @@ def read_rows(
     except OSError as error:  # no right to look into a folder, a name that is too long
         raise DataError(f"dataset.source={source} cannot be read: {error}.") from error
     return _not_empty(chain.from_iterable(readers), ", ".join(map(str, locations)))
+
+
+def label_of(source: Source) -> str:
+    """What messages call a source."""
+    return str(source) if isinstance(source, (str, Path)) else counted(len(source), "source")
+
+
+def missing(source: Source) -> list[str]:
+    """The locations of a source that cannot be read without a download: paths that lead to nothing, and names of
+    Hugging Face data sets, in the cache or not."""
+    found = []
+    for location in [source] if isinstance(source, (str, Path)) else source:
+        if isinstance(location, (str, Path)):
+            path = str(Path(location).expanduser())
+            if str(location).startswith("hf:") or not (os.path.exists(path) or glob.glob(path, recursive=True)):
+                found.append(str(location))
+    return found
 
 
 def describe_source(source: Source, **options: str | None) -> list[Any]:

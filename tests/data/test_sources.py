@@ -14,7 +14,7 @@ import pytest
 
 from spin.core.errors import DataError
 from spin.data import prompt_dataset
-from spin.data.sources import read_rows
+from spin.data.sources import missing, read_rows
 from tests.data.test_read import Letters
 
 
@@ -318,3 +318,14 @@ def test_damaged_arrow_files_are_errors_with_their_name(tmp_path):
             assert "rows.arrow" in str(error)
             refused += 1
     assert refused > 50
+
+
+def test_what_needs_a_download_is_missing_here(tmp_path, monkeypatch):
+    """A file in a place that a data set's name could mean is read, as by a run; ``hf:`` is always the data set."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    write_lines(tmp_path / "x[1].jsonl", {"a": 1})
+    here = ["x[1].jsonl", "*.jsonl", str(tmp_path), "org/name", tmp_path / "org"]
+    absent = ["y.jsonl", "*.csv", "hf:org/name", "org/other", "x" * 300]
+    assert missing(here) == [] and missing([{"a": 1}]) == []
+    assert missing([*here, *absent]) == absent and missing("y.jsonl") == ["y.jsonl"]
