@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 
 from spin.cli.memory import Estimate, estimate, fewest_sequences, longer_rows, shapes_of, usable_gib
 from spin.cli.rates import kind_of_gpu
-from spin.cli.timing import Cluster, is_extrapolated, stages
+from spin.cli.timing import Cluster, PairTokens, is_extrapolated, stages
+from spin.cli.workload import pair_of
 from spin.config import COMPONENT, SPINConfig, complete, instantiate, load_config, nested, plain
 from spin.config.files import with_overrides
 from spin.config.follow import FROM_HF
@@ -139,11 +140,10 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
     while size > machine.ranks and trained // size < _FEW_STEPS:
         size //= 2
     config.put("global_batch_size", max(1, min(size, trained // 2)), 64)  # two steps, validation behind each
-    # a response is about as long as the real one, if it may be
-    generated = np.minimum(found.real_lengths, config.get("sampling.max_new_tokens") or 256)
-    generated = (config.get("pairs.responses_per_prompt") or 1) * generated
-    pair_tokens = float((found.prompt_lengths + found.real_lengths + generated)[fit].mean())
-    needed = _fit_memory(config, machine, method, arguments.model, pair_tokens)
+    cfg = config.complete()
+    longest, answers = cfg.sampling.max_new_tokens, cfg.pairs.responses_per_prompt
+    pair = pair_of(found.prompt_lengths[fit], found.real_lengths[fit], longest, answers)
+    needed = _fit_memory(config, machine, method, arguments.model, pair.total)
     cfg = config.complete()
     steps = trained // cfg.global_batch_size
     if steps < 1:
@@ -154,7 +154,7 @@ def draft(arguments: argparse.Namespace, machine: Machine, overrides: Sequence[s
         f"memory    {_gib(needed.training)} GiB to train, {_gib(needed.playing)} to generate, of {machine.gib:.0f}: "
         f"rows of {cfg.pairs.row_tokens:,} tokens, {counted(fewest_sequences(cfg), 'response')} or more at once",
     ]
-    report += _time(cfg, machine, steps * cfg.global_batch_size, round(pair_tokens))
+    report += _time(cfg, machine, steps * cfg.global_batch_size, pair)
     report[0] += f", of which {needed.trained:,} are trained" if method != "full" else ""
     title = f"# SPIN, {_METHOD_TEXTS[method]}, sized by `spin new` for {machine.name}"
     return f"{title}\n#   spin run spin_recipe --config {arguments.out}\n{config.text()}", report
@@ -289,7 +289,7 @@ def _hold_out(found: Survey, fit: np.ndarray, cfg: SPINConfig, config: _Config) 
     return parts
 
 
-def _fit_memory(config: _Config, machine: Machine, method: str, model: str, pair_tokens: float) -> Estimate:
+def _fit_memory(config: _Config, machine: Machine, method: str, model: str, pair_tokens: int) -> Estimate:
     """Chooses rows, checkpointing, optimizer and the generator's batch so that a run fits; what it will need."""
     cfg = config.complete()
     shapes = shapes_of(cfg)  # which none of these changes
@@ -326,11 +326,11 @@ def _fit_memory(config: _Config, machine: Machine, method: str, model: str, pair
     return needed
 
 
-def _time(cfg: SPINConfig, machine: Machine, prompts: int, pair_tokens: int) -> list[str]:
+def _time(cfg: SPINConfig, machine: Machine, prompts: int, pair: PairTokens) -> list[str]:
     """How long the run takes by the rates of its GPUs, in a line; none if they are not known."""
     if machine.kind is None:
         return []
-    needed = estimate(cfg, machine.ranks, pair_tokens)
+    needed = estimate(cfg, machine.ranks, pair=pair)
     cluster = Cluster(machine.ranks, 1, machine.kind, 0, 0.0)
     found = stages(cfg, needed.work, cluster, prompts, needed.pair, needed.rows)
     each, seconds = ", ".join(f"{stage.name} {clock(stage.seconds)}" for stage in found), sum(s.seconds for s in found)

@@ -1,4 +1,4 @@
-"""``spin estimate``; what is estimated how stands in :mod:`spin.cli.memory` and :mod:`spin.cli.timing`."""
+"""``spin estimate``; what is estimated how stands in :mod:`spin.cli.workload`, ``memory`` and ``timing``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--gpu", choices=list(GPUS), help="their kind; without it that of this machine, or H100")
     parser.add_argument("--links", type=_links, default=(8, 400.0), metavar="8x400", help="of a host to the others: "
                         "network cards x Gb/s")  # fmt: skip
-    parser.add_argument("--pair-tokens", type=int, help="mean tokens of a pair: prompt and all responses")
-    parser.add_argument(
-        "--prompts", type=int, help="of an iteration; without it what the data set's limit leaves, or 1,000"
-    )
+    parser.add_argument("--pair-tokens", type=int, help="mean tokens of a pair, prompt and all responses; without it "
+                        "those of the data, or 755")  # fmt: skip
+    parser.add_argument("--prompts", type=int, help="of an iteration; without it those of the data, or 1,000")
     arguments, overrides = parse_overrides(parser, argv)
     raw = load_config(arguments.config, overrides)
     if "candidate" in raw:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,19 +31,17 @@ import torch
 from torch import nn
 
 from spin.cli.rates import GPUS, kind_of_gpu
-from spin.cli.timing import MEASURED_PAIR, Cluster, PairTokens, Stage, Work, stages, table
-from spin.config import SPINConfig, complete, component_of, load_config, plain
+from spin.cli.timing import Cluster, PairTokens, Stage, Work, stages, table
+from spin.cli.workload import data_limit, longest_pair, mean_pair, most_prompts, workload
+from spin.config import SPINConfig, complete, load_config
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
-from spin.core.terminal import counted
-from spin.data.mixture import check_sources, mixed_prompt_dataset, samples_without_copies
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
 from spin.model.build import build_model
 from spin.model.flex import flex_unsupported_reason
 from spin.model.moe import MoE, idle_parameters
 from spin.pairs.packing import RowLayout, plan_rows
 from spin.pairs.row_mask import BLOCK
-from spin.run.progress import compute_num_steps_per_epoch
 
 _GIB = 2**30
 STAGES = ("generate", "score", "train", "save")
@@ -61,7 +58,6 @@ _CACHE_STEP_TOKENS = 256
 _IN_USE = 0.92  # of a GPU's memory at most: blocks of many sizes leave gaps
 _CUDA_GIB = 1.0  # its context and NCCL's buffers
 _MOST_GPUS = 1024
-_SLICE = re.compile(r"[\w.]+\[(\d*):(\d+)\]")  # of a split, in rows
 # A step of 1B was 9 % faster with the first than with 8,192; with the last, a replica of it was 3.8 % faster still.
 _LONGER_ROWS = (12288, 16384, 24576)
 _SPREAD = 0.5  # of the logarithm of pairs' lengths, as in conversations
@@ -172,6 +168,7 @@ def estimate(
     gpu_gib: float | None = None,
     model: nn.Module | None = None,
     prompts: int | None = None,
+    pair: PairTokens | None = None,
 ) -> Estimate:
     """Adds up what a complete config of a training recipe needs. Nothing is read but the config.
 
@@ -182,19 +179,21 @@ def estimate(
             it gives the rows that a batch of such pairs is packed into. None takes the longest row that there can be.
         gpu_gib (float | None): memory of a GPU, of which an engine of vLLM takes a part for its cache; None: no cache.
         model (nn.Module | None): the config's, on the meta device; None: it is built.
-        prompts (int | None): of an iteration, whose pairs are stored, or fewer if the config limits the data to fewer;
-            None: as many as it limits them to.
+        prompts (int | None): of an iteration, whose pairs are stored; None: as many as the config limits the data to.
+        pair (PairTokens | None): what times and disk are counted for; None follows from ``pair_tokens``, or else it is
+            the pair that rates were measured with.
 
     Returns:
         Estimate: of each GPU.
 
     Raises:
-        ConfigError: If ``gpus``, ``pair_tokens`` or ``prompts`` cannot be, or the limits of the data leave no step.
+        ConfigError: If ``gpus`` or ``pair_tokens`` cannot be, or the limits of the data leave no step.
     """
     if gpus < 1 or gpus % cfg.replicas:
         raise ConfigError(f"gpus={gpus}: expected 1 or more, in multiples of replicas={cfg.replicas}.")
     if pair_tokens is not None and pair_tokens < 1:
         raise ConfigError(f"pair_tokens={pair_tokens}: expected the mean tokens of a pair, 1 or more.")
+    prompts = most_prompts(cfg) if prompts is None else prompts
     shards = gpus // cfg.replicas
     dtype, compute = (torch_dtype(name, torch.device("cpu")) for name in (cfg.dtype, cfg.compute_dtype))
     model = shapes_of(cfg) if model is None else model
@@ -219,7 +218,7 @@ def estimate(
         state_bytes += 4
     on_gpu = 0 if cfg.fsdp_cpu_offload else 1
     context: int = model.max_seq_len  # type: ignore[assignment]
-    pair, most = mean_pair(cfg, context, pair_tokens), _longest_pair(cfg, context)
+    pair, most = pair or mean_pair(cfg, context, pair_tokens), longest_pair(cfg, context)
     lengths, packed = _packed(cfg, gpus, pair.total, most)
     if pair_tokens is None:
         row = _layout(cfg).longest_row(most or 0)
@@ -254,7 +253,7 @@ def estimate(
         largest=max(weight.numel() for weight in model.parameters()) * (4 if base else 2) / _GIB,
         pinned=(offloaded + staged) / _GIB,
         host_states=trained_count * state_bytes / shards * (1 - on_gpu) / _GIB,
-        pair_store=_pair_store(most_prompts(cfg, prompts) or 0, pair) / _GIB,
+        pair_store=_pair_store(prompts or 0, pair) / _GIB,
         checkpoint=checkpoint / _GIB,
         export=export / _GIB,
         records_graph=cfg.compile,
@@ -337,38 +336,6 @@ def _stored_bytes(weight: torch.Tensor) -> float:
     return weight.numel() * (_NF4_BYTES if as_nf4(weight) is not None else weight.dtype.itemsize)
 
 
-def _limits(cfg: SPINConfig, context: int) -> tuple[int, int, int]:
-    """The most tokens of a prompt, of a real response, and of all generated ones of a pair."""
-    prompt, real = (data_limit(cfg, f"max_{part}_tokens") or context for part in ("prompt", "response"))
-    generated = cfg.pairs.responses_per_prompt * min(cfg.sampling.max_new_tokens, context - 1)
-    return min(prompt, context - 1), min(real, context - 1), generated
-
-
-def _longest_pair(cfg: SPINConfig, context: int) -> int | None:
-    """The most tokens of a pair; None if the data set has no limits, where a context says too little."""
-    if None in (data_limit(cfg, "max_prompt_tokens"), data_limit(cfg, "max_response_tokens")):
-        return None
-    prompt, real, generated = _limits(cfg, context)
-    return min(prompt + real, context) + generated
-
-
-def mean_pair(cfg: SPINConfig, context: int, pair_tokens: int | None = None) -> PairTokens:
-    """What times are counted for: the pairs that rates were measured with, or ``pair_tokens`` divided as theirs, but no
-    part of more tokens than the config and a model of ``context`` tokens let through."""
-    answers = cfg.pairs.responses_per_prompt
-    parts = dict(zip(PairTokens._fields, MEASURED_PAIR[:2] + (answers * MEASURED_PAIR.generated,), strict=True))
-    limits = dict(zip(PairTokens._fields, _limits(cfg, context), strict=True))
-    if pair_tokens is None:
-        found = {name: min(tokens, limits[name]) for name, tokens in parts.items()}
-    else:  # what one part may not have, those after it do
-        found, rest, weight = {}, float(pair_tokens), sum(parts.values())
-        for name in sorted(parts, key=lambda name: limits[name] / parts[name]):
-            found[name] = min(rest * parts[name] / weight, limits[name])
-            rest, weight = rest - found[name], weight - parts[name]
-    shrink = min(1.0, context / (found["prompt"] + found["real"]))
-    return PairTokens(shrink * found["prompt"], shrink * found["real"], found["generated"])
-
-
 def _layout(cfg: SPINConfig) -> RowLayout:
     return RowLayout(cfg.pairs.row_tokens, math.lcm(cfg.pairs.row_multiple, BLOCK))  # as FlexAttention needs
 
@@ -407,58 +374,6 @@ def _workspace(model: nn.Module) -> float:
     doras = [module.weight.numel() for module in adapted_modules(model).values() if hasattr(module, "magnitude")]
     # DoRA's norms: the weight and its merged form in fp32
     return max([0.0, *(n * _NF4_WORKSPACE_BYTES for n in quantized), *(n * 8.0 for n in doras)])
-
-
-def data_limit(cfg: SPINConfig, key: str) -> Any:
-    """A limit of the tokens of the data set's samples, in a mixture the largest; None if a source has none."""
-    limits: list[Any] = [part.get(key) for part in _sources(cfg).values()]
-    return None if None in limits else max(limits)
-
-
-def _sources(cfg: SPINConfig) -> dict[str, dict[str, Any]]:
-    """The options of each source of the data set, by its name in a mixture."""
-    options = plain(cfg.dataset)
-    if component_of(cfg.dataset) is not mixed_prompt_dataset:
-        return {"": options}
-    sources, common = options["sources"], options.get("common") or {}
-    check_sources(sources, common, options.get("samples"))
-    return {name: {**common, **each} for name, each in sources.items()}
-
-
-def most_prompts(cfg: SPINConfig, prompts: int | None = None) -> int | None:
-    """Prompts of an iteration: as many as the limits of the data and ``limit_train_batches`` leave, in whole batches,
-    or ``prompts`` if these are fewer. None if neither is known. How many samples ``validation_fraction`` holds out is
-    known on average."""
-    if prompts is not None and prompts < 1:
-        raise ConfigError(f"prompts={prompts}: expected those of an iteration, 1 or more.")
-    size, limit, parts = cfg.global_batch_size, cfg.limit_train_batches, _sources(cfg)
-    samples = trained = cfg.dataset.get("samples")
-    read = {name: n for name, part in parts.items() if (n := _most_samples(part)) is not None}
-    if samples is None and len(read) == len(parts):
-        weights = {name: part["weight"] for name, part in parts.items() if "weight" in part}
-        held_out = {name: round(n * (parts[name].get("validation_fraction") or 0.0)) for name, n in read.items()}
-        samples = samples_without_copies(read, weights)
-        trained = samples_without_copies({name: n - held_out[name] for name, n in read.items()}, weights)
-    if samples is None and (limit == 0 or (isinstance(limit, int) and limit > 0)):
-        samples = trained = int(limit) * size
-    if samples is None:
-        return prompts
-    if not compute_num_steps_per_epoch(samples, size, limit):
-        raise ConfigError(
-            f"global_batch_size={size}: an epoch has no step, so nothing would be trained. The config's limits leave "
-            f"{counted(samples, 'sample')} at most, and limit_train_batches is {limit}. Lower the batch size or raise "
-            "the limit."
-        )
-    most = max(1, compute_num_steps_per_epoch(trained, size, limit)) * size
-    return most if prompts is None else min(prompts, most)
-
-
-def _most_samples(part: dict[str, Any]) -> int | None:
-    """Of a source, by its limit and by the rows that its split takes, as ``train[:1000]``; None if neither says."""
-    slices = [_SLICE.fullmatch(each.strip()) for each in str(part.get("split") or "").split("+")]
-    rows = None if None in slices else sum(max(0, int(each[2]) - int(each[1] or 0)) for each in slices if each)
-    found = [part.get("limit"), rows if part.get("turns", "last") == "last" else None]
-    return min((n for n in found if n is not None), default=None)
 
 
 def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:
@@ -593,7 +508,7 @@ def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
         return complete(raw, SPINConfig)
 
     def found_of(cfg: SPINConfig, number: int) -> Estimate:
-        return estimate(cfg, number, arguments.pair_tokens, kind.memory_gib, model, prompts)
+        return estimate(cfg, number, arguments.pair_tokens, kind.memory_gib, model, prompts, work.pair)
 
     def stages_of(cfg: SPINConfig, number: int, found: Estimate) -> tuple[list[Stage], Cluster]:
         cluster = Cluster(number, hosts * number // gpus, name, *arguments.links)
@@ -613,7 +528,8 @@ def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
 
     cfg = load([])
     model = shapes_of(cfg)  # no switch changes it
-    prompts = most_prompts(cfg, arguments.prompts) or 1000
+    work = workload(cfg, model.max_seq_len, arguments.prompts, arguments.pair_tokens)
+    prompts, note = work.prompts, note + work.note
     found = found_of(cfg, gpus)
     pair_tokens = found.pair.total
     given = {"--pair-tokens": (arguments.pair_tokens, pair_tokens), "--prompts": (arguments.prompts, prompts)}

@@ -13,14 +13,16 @@ import torch
 from omegaconf import DictConfig
 
 from spin.cli import main, rates
-from spin.cli.memory import data_limit, estimate, most_prompts
+from spin.cli.memory import estimate
 from spin.cli.timing import MEASURED_PAIR, Cluster, is_extrapolated, stages
-from spin.config import SPINConfig, complete, load_config
+from spin.cli.workload import data_limit, most_prompts, workload
+from spin.config import SPINConfig, complete, instantiate, load_config
 from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
 from spin.data import MixedPromptDataset, Prompt, PromptDataset
 from spin.model.build import build_model, prepare_model
 from spin.model.lora import prepare_adapters, trainable
+from spin.run.plan import RunPlan
 
 GIB = 2**30
 REPO = Path(__file__).parents[2]
@@ -523,11 +525,147 @@ def test_the_command_says_what_the_config_does_not_let_through(capsys):
     command += ["dataset.limit=61", "global_batch_size=4"]
     text = estimated(capsys, *command)
     assert "time of an iteration of 60 prompts" in text and "\npairs of 80 tokens on average" in text
-    assert "--prompts" not in text
+    assert "lets" not in text
     asked = estimated(capsys, *command, "--prompts", "1000", "--pair-tokens", "755")
     assert "--pair-tokens 755: the config lets 80 through at most, which are counted\n" in asked
     assert "--prompts 1000: the config lets 60 through at most, which are counted\n" in asked
     assert asked[asked.index("\ntime") :] == text[text.index("\ntime") :]
+
+
+# --- Data that are here ---
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch, repo):
+    """The working directory with mine.jsonl of 60 rows and other.jsonl of 30, prompts of 1 to 60 words."""
+    monkeypatch.chdir(tmp_path)
+    lines = (repo / "configs/quickstart/jargon_train.jsonl").read_text(encoding="utf-8").splitlines()
+    for name, chosen in (("mine", lines[:60]), ("other", lines[60:90])):
+        rows = [json.loads(line) for line in chosen]
+        for i, row in enumerate(rows):
+            row["messages"][0]["content"] = "word " * (i + 1)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return tmp_path
+
+
+TINY = (f"model.path={REPO}/tests/assets/tiny_lm", "dataset.max_prompt_tokens=300", "dataset.source=mine.jsonl")
+
+
+def tiny(*overrides: str) -> SPINConfig:
+    return complete(load_config("full", (*TINY, "compute_dtype=bf16", *overrides)), SPINConfig)
+
+
+MIX = {"a": {"source": "mine.jsonl", "weight": 1}, "b": {"source": "other.jsonl", "weight": 2, "limit": 25}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("dataset.limit=25",),
+        ("dataset.limit=500",),
+        ("dataset.validation_fraction=0.2",),
+        ("dataset.max_prompt_tokens=48",),
+        ("dataset.max_prompt_tokens=48", "dataset.limit=30", "dataset.validation_fraction=0.2"),
+        ("dataset.max_response_tokens=20", "dataset.on_long_response=cut", "dataset.split='train[:33]'"),
+        ("dataset.streaming=true", "dataset.limit=30", "dataset.shuffle_buffer=8"),
+        ("dataset.source=[mine.jsonl,other.jsonl]", "limit_train_batches=0.5", "sampling.max_new_tokens=8"),
+        ("pairs.responses_per_prompt=2", "sampling.max_new_tokens=8"),
+        MIX,
+        {**MIX, "a": {**MIX["a"], "validation_fraction": 0.5, "max_prompt_tokens": 48, "on_long_prompt": "drop"}},
+    ],
+)
+def test_data_that_are_here_are_counted_as_a_run_reads_them(changes, data):
+    cfg = mixture(tiny(), changes) if isinstance(changes, dict) else tiny(*changes)
+    cfg = cfg.model_copy(update={"global_batch_size": 4})
+    read = instantiate(cfg.dataset, tokenizer=instantiate(cfg.tokenizer), max_seq_len=512)
+    plan, window = RunPlan(cfg, read), read.window(0)
+    found = workload(cfg, 512)
+    assert found.prompts == len(plan.samples(0)) >= 12
+    played = read.iteration_samples(read.samples_per_iteration, 0, 0)
+    prompts, real = window.prompt_lengths[played], window.real_lengths[played]
+    generated = cfg.pairs.responses_per_prompt * real.clip(max=cfg.sampling.max_new_tokens)
+    assert found.pair == pytest.approx((prompts.mean(), real.mean(), generated.mean()))
+    assert "samples for an iteration" in found.note and "Assumed" not in found.note
+
+
+def test_times_and_disk_are_those_of_the_data_and_memory_that_of_the_limits(data, capsys):
+    command = ["estimate", "full", "--gpu", "H200", *TINY, "global_batch_size=8"]
+    texts = []
+    for name in ("mine", "absent"):
+        assert main([*command, f"dataset.source={name}.jsonl"]) == 0
+        texts.append(capsys.readouterr().out)
+    counted, assumed = texts
+    assert counted.startswith("mine.jsonl: 60 samples for an iteration, of 60 rows\non average a prompt has ")
+    assert "time of an iteration of 56 prompts" in counted and "Assumed" not in counted
+    assert assumed.startswith("absent.jsonl is not here. Assumed: 1,000 prompts (or --prompts N) and pairs of 7")
+    tables = [text[text.index("GiB on each GPU") : text.index("on disk")] for text in texts]
+    assert tables[0] == tables[1] and "on disk: 0.1 MiB of pairs" in counted and "on disk: 8.9 MiB" in assumed
+
+
+def test_what_is_not_here_is_assumed_and_said():
+    limited = workload(tiny("dataset.source=org/name", "dataset.limit=100"), 512)
+    assert limited.prompts == 64 and limited.pair is None
+    assert limited.note == (
+        "org/name is not here. Assumed: 64 prompts, as many as the config's limits let through (or --prompts N) and "
+        "pairs of 755 tokens (or --pair-tokens N)\n"
+    )
+    mixed = workload(mixture(tiny(), {**MIX, "c": {"source": "hf:x", "weight": 1}}), 512)
+    assert mixed.note.startswith("mine.jsonl, other.jsonl, hf:x are not here. Assumed: 1,000 prompts")
+
+
+def test_a_data_set_of_the_users_own_code_is_not_read(data, monkeypatch):
+    monkeypatch.syspath_prepend(str(data))
+    Path("data_of_my_own.py").write_text(
+        "from spin.data import PromptSource\ndef read(tokenizer, max_seq_len) -> PromptSource: ...\n"
+    )
+    raw = load_config("full", [f"model.path={REPO}/tests/assets/tiny_lm", "allow_components=[data_of_my_own]"])
+    raw.dataset = {"_component_": "data_of_my_own.read"}
+    assert workload(complete(raw, SPINConfig), 512).note.startswith(
+        "data_of_my_own.read is not read. Assumed: 1,000 prompts"
+    )
+
+
+def test_what_the_user_names_is_not_counted(data):
+    cfg = tiny("global_batch_size=8")
+    assert workload(cfg, 512, prompts=700, pair_tokens=300).note == ""
+    named = workload(cfg, 512, prompts=700)
+    assert named.prompts == 700 and named.pair == workload(cfg, 512).pair
+    assert named.note.startswith("mine.jsonl: the first 60 rows\non average a prompt has ")
+    lengths = workload(cfg, 512, pair_tokens=300)
+    assert (lengths.prompts, lengths.pair) == (56, None)
+    assert lengths.note == "mine.jsonl: 60 samples for an iteration, of 60 rows\n"
+    absent = workload(tiny("dataset.source=absent.jsonl"), 512, prompts=700)
+    assert absent.note == "absent.jsonl is not here. Assumed: pairs of 755 tokens (or --pair-tokens N)\n"
+
+
+def test_without_a_tokenizer_samples_are_counted_and_lengths_assumed(data):
+    found = workload(large("llama_4b", "global_batch_size=8", "dataset.max_prompt_tokens=1"), 4096)
+    assert (found.prompts, found.pair) == (56, None)
+    assert "mine.jsonl: 60 samples" in found.note and "no tokenizer is here" in found.note
+    assert found.note.endswith(". Assumed: pairs of 557 tokens (or --pair-tokens N)\n")
+
+
+def test_rows_that_a_run_refuses_do_not_end_an_estimate(data):
+    """Without on_bad_row and on_long_prompt a run would refuse a broken row, and prompts that are too long."""
+    with open("mine.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"id": \n')
+    cfg = tiny("global_batch_size=4", "dataset.max_prompt_tokens=48", "~dataset.on_long_prompt")
+    found = workload(cfg, 512)
+    assert found.prompts == 60 and "of 61 rows; left out or truncated: " in found.note
+    assert "bad_row 1" in found.note and "long_prompt_cut" in found.note and "(spin validate says which)" in found.note
+    Path("mine.jsonl").write_bytes(b"\xcc\x99\n" * 40)
+    broken = workload(cfg, 512)
+    assert broken.prompts == 1000 and "mine.jsonl:1" in broken.note and "Assumed: 1,000 prompts" in broken.note
+    assert broken.note.count("\n") == 1
+
+
+def test_data_of_no_step_are_refused_unless_others_are_named(data, capsys):
+    command = ["estimate", "full", *TINY]
+    assert main(command) == 1
+    fault = capsys.readouterr().err
+    assert "an epoch has no step" in fault and "mine.jsonl: 60 samples" in fault and "--prompts N" in fault
+    assert main([*command, "--prompts", "1000"]) == 0
 
 
 def test_numbers_that_cannot_be():
@@ -536,7 +674,7 @@ def test_numbers_that_cannot_be():
     with pytest.raises(ConfigError, match="pair_tokens=-5: expected the mean tokens of a pair, 1 or more"):
         estimate(config("llama3_1_8B_full"), pair_tokens=-5)
     with pytest.raises(ConfigError, match="prompts=-5: expected those of an iteration, 1 or more"):
-        estimate(config("llama3_1_8B_full"), prompts=-5)
+        workload(config("llama3_1_8B_full"), 8192, prompts=-5)
     with pytest.raises(ConfigError, match="batch_size=64: an epoch has no step.* leave 61 samples at most"):
         estimate(config("llama3_1_8B_full", "dataset.limit=61"))
     for nothing in ("limit_train_batches=0", "limit_train_batches=0.0", "dataset.split='train[:0]'"):
