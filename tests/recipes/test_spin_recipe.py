@@ -107,7 +107,7 @@ def test_a_step_reduces_all_but_gradients_at_once(whole_run):
 
 @pytest.mark.gpu
 def test_a_step_waits_for_the_device_twice(tmp_path):
-    """For the sums before the update, and for what it changed. Rows have one length: compiling another waits too, and so
+    """For the sums before the update, and for what it changed. Rows have one length: compiling another waits too, as
     does the thread that writes a checkpoint."""
     waits = []
 
