@@ -117,12 +117,9 @@ class SPINRecipe:
         self._optimizer = self._new_optimizer()
         if resume_path is None:
             fine_tuned = self._checkpointer.load_start(self._model, world)
-            changed = fine_tuned and run.changed_sft(self._checkpointer.read_state(fine_tuned)["run"], cfg)
-            if changed and world.is_main:
-                log.warning(
-                    f"{changed}: self-play starts from what was fine-tuned before this change. To fine-tune with it, "
-                    "set a new output_dir and run spin_sft, then spin_recipe."
-                )
+            if fine_tuned and world.is_main:
+                for doubt in run.doubts_after_sft(self._checkpointer.read_state(fine_tuned)["run"], cfg):
+                    log.warning(doubt)
         else:
             optimizer = None if self._plan.resets_optimizer else self._optimizer
             into = {"model": self._model, "optimizer": optimizer, "world": world}

@@ -183,7 +183,7 @@ class SFT(Section):
     """The supervised fine-tuning that a run may begin with, by ``spin_sft``; what is not here, the run's keys say."""
 
     epochs: int = key(1, "more while val_loss still falls: passes over the data set", ge=1, le=10_000)
-    lr: LearningRate | None = key(None, "null: 2e-5 for all weights, 3e-4 for adapters; 20 to 100 times that of SPIN")
+    lr: LearningRate | None = key(None, "null: 2e-5 for all weights, 3e-4 for adapters; a hundred times that of SPIN")
     lr_scheduler: LRScheduler = LRScheduler(name="cosine")
     limit_train_batches: Limit = key(1.0, "less to try it: fewer steps of an epoch. int: batches; float: fraction")
 

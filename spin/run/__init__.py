@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from spin.run.messages import best_by_validation, finish_message, iteration_summary, sample_rows
     from spin.run.plan import RunPlan
     from spin.run.resume import (
-        changed_sft,
         check_files_agree,
         check_unchanged,
         compare_own_code,
+        doubts_after_sft,
         inputs_of_config,
         run_fingerprint,
     )
@@ -30,10 +30,10 @@ __all__ = [
     "Stopped",
     "TrackioLogger",
     "best_by_validation",
-    "changed_sft",
     "check_files_agree",
     "check_unchanged",
     "compare_own_code",
+    "doubts_after_sft",
     "finish_message",
     "inputs_of_config",
     "iteration_summary",

@@ -176,11 +176,25 @@ def compare_own_code(old: Mapping[str, str], cfg: SPINConfig) -> None:
         log.warning(f"The code of {names} has changed since the checkpoint was saved, and is used as it is now.{kept}")
 
 
-def changed_sft(old: Mapping[str, Any], cfg: SPINConfig) -> str:
-    """How the section ``sft`` differs from that of an SFT stage with this :func:`run_fingerprint`, in words."""
+def doubts_after_sft(old: Mapping[str, Any], cfg: SPINConfig) -> list[str]:
+    """What is seldom meant in self-play that starts from an SFT stage with this :func:`run_fingerprint`: a section
+    ``sft`` that has changed since, learning rates that ruined models (docs/when_it_helps.md)."""
     ran = {"epochs": old["max_epochs"], "lr": old["optimizer"]["lr"]}
     ran |= {key: old[key] for key in ("lr_scheduler", "limit_train_batches")}
-    return "; ".join(differences({"sft": ran}, {"sft": sft_settings(cfg)}))
+    found, rates = [], cfg.optimizer["lr"]
+    if changed := "; ".join(differences({"sft": ran}, {"sft": sft_settings(cfg)})):
+        found.append(
+            f"{changed}: self-play starts from what was fine-tuned before this change. To fine-tune with it, set a new "
+            "output_dir and run spin_sft, then spin_recipe."
+        )
+    highest = max(rates) if isinstance(rates, list) else rates
+    if highest > ran["lr"] / 50:
+        found.append(
+            f"optimizer.lr={highest:g} is 1/{ran['lr'] / highest:.2g} of the rate that fine-tuned this model "
+            f"({ran['lr']:g}): by 1/30 self-play ruined every model that it was tried on, by 1/100 none. Lower "
+            f"optimizer.lr to {ran['lr'] / 100:g}, or watch val_loss."
+        )
+    return found
 
 
 def _changed_keys(section: str, cfg: SPINConfig) -> list[str]:

@@ -88,12 +88,15 @@ def test_it_resumes_bit_for_bit_and_self_play_starts_from_its_result(tmp_path, c
     rows = metrics_of(tmp_path / "whole/sft")
     assert rows[-1]["loss"] < rows[1]["loss"] - 0.1
 
-    for changes, warned in (("sft.epochs=3", "sft.lr=2e-3"), True), (("sft.epochs=2", "loss.beta=0.3"), False):
+    slow = ("sft.epochs=2", "loss.beta=0.3", "optimizer.lr=2e-5")  # a fiftieth of SFT's
+    for changes, warned in (("sft.epochs=3", "sft.lr=2e-3", "optimizer.lr=1e-4"), True), (slow, False):
         caplog.clear()
         recipe = SPINRecipe(tiny_config(tmp_path / "whole", *SHORT, *changes, config=config, model=OwnConfig))
         recipe.setup()
         assert ("sft.epochs is 3, was 2; sft.lr is 0.002, was 0.001: self-play" in caplog.text) == warned
         assert ("set a new output_dir and run spin_sft" in caplog.text) == warned
+        assert ("optimizer.lr=0.0001 is 1/10 of the rate that fine-tuned this model (0.001)" in caplog.text) == warned
+        assert ("Lower optimizer.lr to 1e-05" in caplog.text) == warned
         if warned:
             recipe.cleanup()
     assert weights_of(recipe) == whole.final_weights
