@@ -1,7 +1,7 @@
 """Does self-play add anything to a model that is fine-tuned already?  Problems whose answers a program checks.
 
     python experiments/checkable.py                                          # a CPU: no download, minutes
-    python experiments/checkable.py --form full --model FOLDER --gpus 0 --per-gpu 6    # SmolLM2-135M-Instruct
+    python experiments/checkable.py --form full --model FOLDER --gpus 0 --per-gpu 7    # SmolLM2-135M-Instruct
 
 The second takes the model that `spin demo --only-model` makes. The arms are in checkable.yaml: each is the product's
 own recipe with some settings changed. Every job (an arm and a seed) writes its figures to `OUT/FORM/jobs` after each
@@ -121,12 +121,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=Path, default=PLAN, help="the arms (default: %(default)s)")
     parser.add_argument("--form", default="small", help="of the plan (default: %(default)s)")
-    parser.add_argument("--model", type=Path, help="Hugging Face folder; none: a small one is made")
+    parser.add_argument("--model", type=Path, help="Hugging Face folder (--form small: one is made)")
     add_arguments(parser, out="runs/checkable")
     args = parser.parse_args(arguments)
     plan = yaml.safe_load(args.plan.read_text(encoding="utf-8"))
     if args.form not in plan["forms"]:
         parser.error(f"--form {args.form}: expected {', '.join(plan['forms'])}")
+    if args.model is None and args.form != "small":
+        parser.error(
+            f"--form {args.form} takes --model, a Hugging Face folder: the model that is made here is a small one"
+        )
+    if args.model and not (args.model / "config.json").is_file():
+        parser.error(f"--model {args.model}: expected a Hugging Face folder, but it has no config.json")
     args.out /= args.form
     model, data = args.model or args.out / "model", args.out / "problems"
     write_problems(data, **plan["forms"][args.form]["problems"])

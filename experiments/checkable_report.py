@@ -34,26 +34,11 @@ COLUMNS = (
 )  # fmt: skip
 NOT_ENGLISH = tuple(column for column in COLUMNS if column != "NLL of other text")
 RATES = ("spin_slow", "spin", "spin_fast", "spin_faster", "gentle_spin", "gentle_spin_fast")  # arms that differ in it
-# other ways in which SPIN departs from SFT, and arms that show them
-DEPARTURES = (
-    (
-        "A larger beta, or the real responses' own loss, pulls back",
-        ("spin_fast_beta1", "spin_fast_beta5", "spin_fast_nll.2", "spin_fast_nll1"),
-    ),
-    (
-        "Greedy and cool responses lack the tail: what is most probable loses probability, which flattens",
-        ("spin_greedy", "spin_cool", "spin_top_p"),
-    ),
-    ("Hot responses hold more of the tail: what is improbable loses probability, which sharpens", ("spin_hot",)),
-    ("Which pairs, and how many", ("spin_drop_equal", "spin_history", "spin_k4")),
-    ("Another function of the same four log-probs", ("spin_space",)),
-    (
-        "A checker says which responses are wrong: information that is not in the data, so an upper bound, and no "
-        "longer self-play alone",
-        ("spin_checker",),
-    ),
-    ("For comparison: more SFT", ("sft_slow", "sft", "sft_fast", "gentle_sft")),
-)
+DRAWN = (
+    *RATES, "spin_fast_beta1", "spin_fast_beta5", "spin_fast_nll.2", "spin_fast_nll1", "spin_greedy", "spin_cool",
+    "spin_top_p", "spin_hot", "spin_drop_equal", "spin_history", "spin_k4", "spin_space", "spin_checker", "sft_slow",
+    "sft", "sft_fast", "gentle_sft",
+)  # fmt: skip
 
 Run = tuple[int, str | None]  # seed, and fingerprint of the weights that it began with, if known
 Results = Mapping[str, Mapping[Run, Any]]  # of a form: the last iteration by arm and run
@@ -79,12 +64,11 @@ def read_jobs(folder: Path, form: str) -> list[Any]:
 
 
 def measured_at_the_end(jobs: Sequence[Any]) -> Results:
-    """What jobs measured last, with the validation losses of all iterations; without those that did not get there."""
+    """What jobs measured last; without those that did not get there."""
     found: dict[str, Any] = {}
     for job in jobs:
         if job["iterations"] and "verdicts" in job["iterations"][-1]:
-            losses = [measured["val_loss"] for measured in job["iterations"]]
-            measured = {**job["iterations"][-1], "val_losses": losses}
+            measured = job["iterations"][-1]
             found.setdefault(job["arm"], {})[job["seed"], measured.get("began")] = measured
     return found
 
@@ -211,18 +195,6 @@ def rates_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
     return table(["model", "SFT's rate", *(f"1/{fraction}" for fraction in fractions)], cells)
 
 
-def departures_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
-    """What arms that begin with a fine-tuned model change, by the ways in which SPIN departs from SFT."""
-
-    def shown(form: str, names: Sequence[str]) -> str:
-        arms, of_form = plan["forms"][form]["arms"], results[form]
-        changes = {name: change(of_form[name], began_with(of_form, arms, name)) for name in names if name in of_form}
-        return "<br>".join(f"{arms[name]['what']}: {text}" for name, text in changes.items())
-
-    rows = [[text, *(shown(form, names) for form in results)] for text, names in DEPARTURES]
-    return table(["how", *(FORMS[form] for form in results)], rows)
-
-
 def gradients_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
     """How SPIN's gradient compares with that of SFT, of the arms that have ``watch.gradient_checks``."""
     beta, rows = plan["settings"]["loss.beta"], []
@@ -252,20 +224,6 @@ def _spread(checks: Sequence[Mapping[str, float]], name: str, factor: float = 1.
     return f"{statistics.mean(values):.3f} ± {deviation:.3f} ({len(values)} of {len(checks)})"
 
 
-def collapse_line(results: Mapping[str, Results]) -> str:
-    """What the validation loss says of the arm that collapses."""
-    of_form = results.get("four_epochs", {})
-    runs = [
-        ", ".join(f"{loss:.3f}" for loss in (of_form["start"][run]["val_loss"], *arm["val_losses"]))
-        for run, arm in of_form.get("spin_fast", {}).items()
-    ]
-    return (
-        "A collapse shows in the validation loss ([the watch](restarts.md#collapse-watch) looks at `val_loss`): "
-        "of the 135M model after four epochs, at rate 1e-5, at the start and after each iteration, a seed each: "
-        f"{'; '.join(runs)}."
-    )
-
-
 def outside_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> str:
     """Right greedy responses to a kind of problem that no training has, of arms that begin alike, by seed."""
     of_form, arms = results.get("full", {}), plan["forms"]["full"]["arms"]
@@ -280,7 +238,7 @@ def outside_table(results: Mapping[str, Results], plan: Mapping[str, Any]) -> st
 
 
 def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) -> None:
-    """The arms of :func:`rates_table` and :func:`departures_table`: points and intervals, a panel for each form."""
+    """Arms that begin with a fine-tuned model: points and intervals, a panel for each form."""
     pyplot = drawing()
     rows = math.ceil(len(results) / 2)
     figure, panels = pyplot.subplots(rows, 2, figsize=(11, 4.6 * rows), squeeze=False, constrained_layout=True)
@@ -288,7 +246,7 @@ def draw(results: Mapping[str, Results], plan: Mapping[str, Any], file: Path) ->
         panel.set_axis_off()
     for panel, (form, of_form) in zip(panels.flat, results.items(), strict=False):
         arms = plan["forms"][form]["arms"]
-        shown = [name for names in (RATES, *(names for _, names in DEPARTURES)) for name in names if name in of_form]
+        shown = [name for name in DRAWN if name in of_form]
         for place, name in enumerate(reversed(shown)):
             middle, half = (
                 100 * each for each in difference(of_form[name], began_with(of_form, arms, name)) or (0.0, 0.0)
@@ -312,8 +270,6 @@ def sections(results: Mapping[str, Results], plan: Mapping[str, Any]) -> dict[st
     }
     return tables | {
         "rates": rates_table(results, plan),
-        "departures": departures_table(results, plan),
-        "collapse": collapse_line(results),
         "situations": situations_table(results, plan),
         "outside": outside_table(results, plan),
         "gradients": gradients_table(results, plan),

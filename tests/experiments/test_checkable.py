@@ -217,5 +217,9 @@ def test_an_unknown_arm_form_or_seed_and_settings_that_would_be_published(tmp_pa
     with pytest.raises(SystemExit):
         checkable.main(["--form", "large"])
     assert "--form large: expected small, full" in capsys.readouterr().err
+    for given, said in (((), "full takes --model"), (("--model", str(tmp_path)), "it has no config.json")):
+        with pytest.raises(SystemExit):
+            checkable.main(["--form", "full", "--out", str(tmp_path), *given])
+        assert said in capsys.readouterr().err
     with pytest.raises(SystemExit, match="figures of other settings would stand for the plan's"):
         job_plan.make_jobs(PLAN, "small", arguments(tmp_path, "--docs", str(tmp_path), "--set", "loss.beta=1.0"))
