@@ -191,7 +191,7 @@ def doubts_after_sft(old: Mapping[str, Any], cfg: SPINConfig) -> list[str]:
     if highest > ran["lr"] / 50:
         found.append(
             f"optimizer.lr={highest:g} is 1/{ran['lr'] / highest:.2g} of the rate that fine-tuned this model "
-            f"({ran['lr']:g}): by 1/30 self-play ruined every model that it was tried on, by 1/100 none. Lower "
+            f"({ran['lr']:g}): with beta 0.1, 1/30 ruined every model that it was tried on, and 1/100 none. Lower "
             f"optimizer.lr to {ran['lr'] / 100:g}, or watch val_loss."
         )
     return found

@@ -101,14 +101,22 @@ def test_validation_loss_against_the_lowest_so_far(caplog):
         *(("half_billion", arm, 2, None, 1) for arm in ("spin_fast", "spin_fast_beta1")),
         *(("half_billion", "gentle_spin_fast", seed, None, 0) for seed in range(3)),
         *(("half_billion", "spin", seed, None, None) for seed in range(3)),
+        *(("half_billion", "spin_hot", seed, None, None) for seed in range(2)),
         *(("half_billion", "gentle_spin", seed, warns, None) for seed, warns in enumerate((0, None, 0))),
+        *(("full", "paper_spin_fast", seed, None, 0) for seed in (0, 1, 2, 6, 8)),
+        ("four_epochs", "paper_spin_fast", 0, None, 0),
+        *(
+            ("small", "spin_fast", seed, warns, stops)
+            for seed, warns, stops in ((0, None, 0), (1, 2, None), (2, None, 1))
+        ),
+        *(("small", "spin_fast_beta1", seed, warns, None) for seed, warns in enumerate((2, None, 1))),
     ],
 )
 def test_default_limits_on_real_models_that_self_play_ruined(form, arm, seed, warns, stops, caplog):
-    """The experiments' validation losses: a collapse is warned of or stopped in its first iteration, but for two that
-    began late and are stopped in their second."""
+    """The experiments' validation losses, as docs/restarts.md has them: a large model's collapse is warned of or
+    stopped in its first iteration, but for two that began late and are stopped in their second."""
     jobs = json.loads((REPO / f"docs/experiments/checkable_{form}.json").read_text())
-    its_start = "gentle_start" if arm.startswith("gentle") else "start"
+    its_start = next((f"{kind}_start" for kind in ("gentle", "paper") if arm.startswith(kind)), "start")
     start, measured = (
         next(job for job in jobs if (job["arm"], job["seed"]) == (each, seed)) for each in (its_start, arm)
     )
