@@ -80,7 +80,7 @@ def workload(cfg: SPINConfig, context: int, prompts: int | None = None, pair_tok
 
 
 def _in_a_line(error: SpinError) -> str:
-    return textwrap.shorten(" ".join(str(error).split("\n")[:2]), 300, placeholder=" ...")
+    return textwrap.shorten(" ".join(str(error).split("\n")[:2]), 300, placeholder=" [...]")
 
 
 # --- By the data ---

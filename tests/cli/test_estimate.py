@@ -658,6 +658,8 @@ def test_rows_that_a_run_refuses_do_not_end_an_estimate(data):
     broken = workload(cfg, 512)
     assert broken.prompts == 1000 and "mine.jsonl:1" in broken.note and "Assumed: 1,000 prompts" in broken.note
     assert broken.note.count("\n") == 1
+    Path("mine.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 40, encoding="utf-8")
+    assert "[...]. Assumed: " in workload(cfg, 512).note
 
 
 def test_data_of_no_step_are_refused_unless_others_are_named(data, capsys):
