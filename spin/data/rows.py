@@ -12,8 +12,10 @@ import gzip
 import io
 import json
 import lzma
+import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +49,7 @@ class Row:
 
     where: str
     data: dict[str, Any]  # column name to value; empty if there is an error
-    default_id: str  # file stem and row number
+    default_id: str  # name of the file, without suffix, and row number
     error: str | None = None  # why the row could not be read, with the remedy
     from_arrow: bool = False  # its structs have the keys of all rows, null where a row had none
 
@@ -77,23 +79,45 @@ def stem_of(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() in _COMPRESSIONS else path.stem
 
 
-def rows_of_files(paths: Sequence[Path], streaming: bool) -> Iterator[Row]:
+def distinct_names(paths: Iterable[Path]) -> dict[Path, Path]:
+    """The name of each file or folder, with folders in front of it where others have that name too.
+
+    Names that differ by their suffix alone count as equal, as ``default_id`` does not have it: in one folder they are
+    the same rows twice.
+    """
+    keys = {path: (*Path(os.path.abspath(path)).parent.parts, stem_of(path)) for path in paths}
+    names: dict[Path, Path] = {}
+    for depth in range(1, 1 + max(map(len, keys.values()), default=0)):
+        counts = Counter(key[-depth:] for key in set(keys.values()))
+        for path, key in keys.items():
+            if path not in names and counts[key[-depth:]] == 1:
+                names[path] = Path(*key[-depth:-1], path.name)
+    return names
+
+
+def rows_of_files(paths: Sequence[Path], source: Iterable[Path], streaming: bool) -> Iterator[Row]:
+    """Rows of some files of a source, which go by a name that no other file of it has."""
+    names = distinct_names(source)
     for path in paths:
         if streaming and kind_of(path) == ".json":
             raise DataError(
                 f"{path.name}: a JSON list can only be read whole, dataset.streaming=true reads row by row. Convert it "
                 "to JSON Lines or parquet."
             )
-        yield from _arrow_rows(path) if kind_of(path) in _ARROW_SUFFIXES else _text_rows(path)
+        yield from (_arrow_rows if kind_of(path) in _ARROW_SUFFIXES else _text_rows)(path, names[path])
 
 
-def _text_rows(path: Path) -> Iterator[Row]:
+def _id_prefix(name: Path) -> str:
+    return name.with_name(stem_of(name)).as_posix()
+
+
+def _text_rows(path: Path, name: Path) -> Iterator[Row]:
     kind, number = kind_of(path), 0
     try:
         with _open_bytes(path) as stream:
-            rows = _line_rows(path, stream) if kind in _LINE_SUFFIXES else _json_rows(path, stream)
+            rows = _line_rows(name, stream) if kind in _LINE_SUFFIXES else _json_rows(path, name, stream)
             if kind in _TABLE_SUFFIXES:
-                rows = _table_rows(path, stream, _TABLE_SUFFIXES[kind])
+                rows = _table_rows(name, stream, _TABLE_SUFFIXES[kind])
             for number, row in enumerate(rows, start=1):  # noqa: B007 - an error says where reading ended
                 yield row
     except _READING_FAULTS as error:
@@ -112,32 +136,32 @@ def _open_bytes(path: Path) -> BinaryIO:
     return cast("BinaryIO", openers.get(suffix, open)(path, "rb"))
 
 
-def _line_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
+def _line_rows(name: Path, stream: BinaryIO) -> Iterator[Row]:
     # Bytes, not text: one bad byte must cost one row, and must not move the line numbers.
-    number = 0
+    number, prefix = 0, _id_prefix(name)
     while line := stream.readline(MAX_JSON_BYTES + 1):
         number += 1
         if len(line) > MAX_JSON_BYTES:
-            raise DataError(f"{path.name}:{number}: a line of more than {MAX_JSON_BYTES // 2**20} MiB. Fix the file.")
+            raise DataError(f"{name}:{number}: a line of more than {MAX_JSON_BYTES // 2**20} MiB. Fix the file.")
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.strip():
-            yield _parse_line(line, f"{path.name}:{number}", f"{stem_of(path)}-{number}")
+            yield _parse_line(line, f"{name}:{number}", f"{prefix}-{number}")
 
 
-def _table_rows(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
+def _table_rows(name: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
     """Rows of a CSV file with a header; all values are texts, and empty ones are null."""
     csv.field_size_limit(MAX_JSON_BYTES)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
+    reader, prefix = csv.reader(text, delimiter=delimiter, strict=True), _id_prefix(name)
     try:
         # pandas writes its index under an empty name, and reads it back under this one
-        header = [name or f"Unnamed: {index}" for index, name in enumerate(next(reader, []))]
+        header = [column or f"Unnamed: {index}" for index, column in enumerate(next(reader, []))]
         if len(set(header)) < len(header):
-            raise DataError(f"{path.name}:1: columns {header!r:.200}, expected a header of different names.")
+            raise DataError(f"{name}:1: columns {header!r:.200}, expected a header of different names.")
         line = reader.line_num
         for cells in reader:
-            where, default_id = f"{path.name}:{line + 1}", f"{stem_of(path)}-{line + 1}"
+            where, default_id = f"{name}:{line + 1}", f"{prefix}-{line + 1}"
             line = reader.line_num
             if not cells:
                 continue
@@ -146,10 +170,10 @@ def _table_rows(path: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
                 fault = f"found {len(cells)} columns, expected {len(header)} as in the header. Fix the row"
             elif any(not cell.isascii() and _ESCAPED.search(cell) for cell in cells):
                 fault = f"a byte is not UTF-8. {_TO_UTF8}"
-            data = {} if fault else {name: cell or None for name, cell in zip(header, cells, strict=True)}
+            data = {} if fault else {column: cell or None for column, cell in zip(header, cells, strict=True)}
             yield Row(where, data, default_id, fault)
     except csv.Error as error:
-        raise DataError(f"{path.name}:{reader.line_num}: not valid CSV: {error}. Fix the file.") from error
+        raise DataError(f"{name}:{reader.line_num}: not valid CSV: {error}. Fix the file.") from error
 
 
 def _parsed(raw: bytes) -> tuple[Any, str, int]:
@@ -172,7 +196,7 @@ def _parse_line(line: bytes, where: str, default_id: str) -> Row:
     return Row(where, {}, default_id, f"{fault}. {_TO_UTF8 if 'UTF-8' in fault else _ONE_PER_LINE}")
 
 
-def _json_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
+def _json_rows(path: Path, name: Path, stream: BinaryIO) -> Iterator[Row]:
     raw = stream.read().removeprefix(b"\xef\xbb\xbf")
     start = raw.lstrip()
     if not start:
@@ -184,16 +208,16 @@ def _json_rows(path: Path, stream: BinaryIO) -> Iterator[Row]:
     first, _, rest = start.partition(b"\n")
     if start[:1] == b"{" and rest.strip() and _parse_line(first, "", "").error is None:
         # Many files that are called .json hold one object per line.
-        yield from _line_rows(path, io.BytesIO(raw))
+        yield from _line_rows(name, io.BytesIO(raw))
         return
     items, fault, line = _parsed(raw)
     if fault:
         raise DataError(
-            f"{path.name}:{line}: {fault}. A JSON list can only be read whole: fix the file, or convert it to JSON "
+            f"{name}:{line}: {fault}. A JSON list can only be read whole: fix the file, or convert it to JSON "
             "Lines, where one bad row does not hide the others."
         )
     for index, value in enumerate(items if isinstance(items, list) else _list_in(items, path)):
-        yield make_row(value, f"{path.name}:item {index}", f"{stem_of(path)}-{index}")
+        yield make_row(value, f"{name}:item {index}", f"{_id_prefix(name)}-{index}")
 
 
 def _list_in(value: Mapping[str, Any], path: Path) -> list[Any]:
@@ -211,11 +235,11 @@ def _list_in(value: Mapping[str, Any], path: Path) -> list[Any]:
     return value[rows[0]] if rows else [value]
 
 
-def _arrow_rows(path: Path) -> Iterator[Row]:
+def _arrow_rows(path: Path, name: Path) -> Iterator[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    kind, index = kind_of(path)[1:], 0
+    kind, index, prefix = kind_of(path)[1:], 0, _id_prefix(name)
     try:
         with path.open("rb") as file:
             if kind == "parquet":
@@ -230,7 +254,7 @@ def _arrow_rows(path: Path) -> Iterator[Row]:
                 batch.validate(full=True)  # offsets of a damaged file would be read as they are
                 for start in range(0, batch.num_rows, _PARQUET_BATCH_ROWS):
                     for value in _values(batch.slice(start, _PARQUET_BATCH_ROWS), path, index):
-                        yield make_row(value, f"{path.name}:row {index}", f"{path.stem}-{index}", from_arrow=True)
+                        yield make_row(value, f"{name}:row {index}", f"{prefix}-{index}", from_arrow=True)
                         index += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, SystemError, MemoryError) as error:
         raise DataError(f"{path} cannot be read as {kind} after {index} rows: {error}.") from error

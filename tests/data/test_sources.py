@@ -329,3 +329,37 @@ def test_what_needs_a_download_is_missing_here(tmp_path, monkeypatch):
     absent = ["y.jsonl", "*.csv", "hf:org/name", "org/other", "x" * 300]
     assert missing(here) == [] and missing([{"a": 1}]) == []
     assert missing([*here, *absent]) == absent and missing("y.jsonl") == ["y.jsonl"]
+
+
+def test_files_and_sets_of_one_name_are_distinguished_by_their_folders(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    for folder in ("en", "de"):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "part.jsonl", {"a": folder})
+        datasets.Dataset.from_list([{"a": folder}]).save_to_disk(str(tmp_path / folder / "saved"))
+    write_lines(tmp_path / "en" / "more.jsonl", {"a": "more"})
+    of_pattern = {row.where: row.default_id for row in read_rows(tmp_path / "*" / "*.jsonl")}
+    parts = {"de/part.jsonl:1": "de/part-1", "en/part.jsonl:1": "en/part-1"}
+    assert of_pattern == parts | {"more.jsonl:1": "more-1"}
+    assert {
+        row.where: row.default_id for row in read_rows([str(tmp_path / each / "part.jsonl") for each in ("de", "en")])
+    } == parts
+    # one of them alone goes by its name
+    assert [row.default_id for row in read_rows(tmp_path / "en" / "part.jsonl")] == ["part-1"]
+    saved = read_rows([str(tmp_path / folder / "saved") for folder in ("en", "de")])
+    assert [row.default_id for row in saved] == ["en/saved-all-0", "de/saved-all-0"]
+
+
+def test_files_of_one_name_in_the_folders_of_two_splits_are_distinguished_where_both_are_read(tmp_path):
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+        write_lines(tmp_path / folder / "x.jsonl", {"a": 1}, {"a": 2})
+    ids = {split: [row.default_id for row in read_rows(tmp_path, split=split)] for split in ("train", "train+test[:1]")}
+    assert ids == {"train": ["x-1", "x-2"], "train+test[:1]": ["train/x-1", "train/x-2", "test/x-1"]}
+
+
+def test_a_file_that_is_named_twice_is_the_same_rows_twice(tmp_path):
+    file = write_lines(tmp_path / "x.jsonl", {"prompt": "Q", "response": "A"})
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match=r"id 'x-1' is taken by x\.jsonl:1"):
+        prompt_dataset(tokenizer=Letters(), source=[str(file), str(tmp_path / "none" / ".." / "x.jsonl")])
