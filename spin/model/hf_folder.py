@@ -9,6 +9,7 @@ from typing import Any
 from spin.core.errors import CheckpointError
 from spin.core.files import read_json
 from spin.core.hub import is_hub_name
+from spin.core.terminal import counted
 from spin.model.families import FAMILIES, decoder_config
 from spin.model.hf_config import CONFIG, check_values
 
@@ -237,7 +238,8 @@ def _other_format(folder: Path) -> str | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model of a folder, sorted by name; a CheckpointError if one is missing.
+    """The safetensors files that make up the model of a folder, sorted by name; a CheckpointError if one is missing, or
+    if there are two models.
 
     The index names them; without one, ``model.safetensors`` alone, else all of ``model-*-of-*``, else all. So files in
     other layouts that lie next to them (Mistral's ``consolidated.safetensors``) are left alone.
@@ -258,6 +260,12 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(
                 f"{folder}: {INDEX} names {len(files)} files, but {', '.join(missing)} "
                 f"{'is' if len(missing) == 1 else 'are'} missing. {_AGAIN}"
+            )
+        single = folder / "model.safetensors"
+        if single not in files and single.is_file():
+            raise CheckpointError(
+                f"{folder}: two models, {single.name} and that of {INDEX} ({counted(len(files), 'file')}). Programs "
+                "differ in which they load. Remove one of the two, and the index if it is that of the files that you remove."
             )
         return files
     if (folder / "model.safetensors").is_file():

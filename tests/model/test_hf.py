@@ -224,6 +224,13 @@ DAMAGES = [
         "names 2 files, but model-00001-of-00002.safetensors is missing",
     ),
     (
+        lambda folder: (
+            shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00001.safetensors"),
+            (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}})),
+        ),
+        r"two models, model\.safetensors and that of .*index\.json \(1 file\)",
+    ),
+    (
         lambda folder: (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}})),
         "outside the folder",
     ),
