@@ -170,12 +170,12 @@ class SPINRecipe:
                 # --- 4. Promote: nothing is copied, the next iteration starts from these weights ---
                 self._finish_iteration(iteration)
             self._answer_fixed_prompts()
+            message = run.finish_message(self._output_dir, progress, had_steps_left, plan.is_sft)
         except run.Stopped as stopped:  # on all ranks together
-            self._checkpointer.wait()
-            self._run_log.check()
-            log.info(run.resume_hint(f"at step {progress.step}", str(stopped), self._cfg.resume))
-        else:
-            log.info(run.finish_message(self._output_dir, progress, had_steps_left, plan.is_sft))
+            message = run.resume_hint(f"at step {progress.step}", str(stopped), self._cfg.resume)
+        self._checkpointer.wait()  # what the message says is there is on the disk
+        self._run_log.check()
+        log.info(message)
 
     def augment_dataloader(self, iteration: int) -> Mapping[tuple[int, str], Pair]:
         """The pairs of an iteration by (iteration of the responses, sample), made now or found on disk: the opponent's

@@ -176,6 +176,19 @@ def test_the_earlier_checkpoint_outlives_a_disk_that_fills_up_later(tmp_path):
     assert metrics_of(tmp_path) == metrics_of(tmp_path / "unbroken")
 
 
+def test_a_run_whose_last_checkpoint_was_not_written_does_not_say_that_it_has_finished(tmp_path, monkeypatch, caplog):
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    recipe = SPINRecipe(tiny_config(tmp_path, *SHORT, "save_interval=0"))
+    recipe.setup()
+    monkeypatch.setattr(spin.checkpoint.checkpointer, "file_sha256", fail)
+    with caplog.at_level("INFO", "spin_recipe"), pytest.raises(CheckpointError, match="No space left on device"):
+        recipe.train()
+    recipe.cleanup()
+    assert recipe._progress.is_done and "Finished" not in caplog.text
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "samples.jsonl", "metrics.jsonl"])
 def test_other_files_are_named_too(tmp_path, name):
     """A folder has the name."""
