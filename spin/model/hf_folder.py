@@ -265,7 +265,7 @@ def weight_files(folder: Path) -> list[Path]:
         if single not in files and single.is_file():
             raise CheckpointError(
                 f"{folder}: two models, {single.name} and that of {INDEX} ({counted(len(files), 'file')}). Programs "
-                "differ in which they load. Remove one of the two, and the index if it is that of the files that you remove."
+                "differ in which they load. Remove one of the two; the index goes with its files."
             )
         return files
     if (folder / "model.safetensors").is_file():
