@@ -161,7 +161,7 @@ def parse_json(content: bytes, allow_nan: bool = False) -> Any:
     try:
         value = json.loads(
             content.decode("utf-8"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=unique_keys,
             parse_int=_short_int if _LONG_NUMBER.search(content) else None,
             parse_float=None if allow_nan else _finite,
             parse_constant=None if allow_nan else _finite,
@@ -185,7 +185,7 @@ def parse_json(content: bytes, allow_nan: bool = False) -> Any:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
         for key, each in pairs:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from spin.core.errors import DataError
-from spin.core.files import MAX_JSON_BYTES
+from spin.core.files import MAX_JSON_BYTES, unique_keys
 
 _LINE_SUFFIXES = (".jsonl", ".ndjson")
 _TABLE_SUFFIXES = {".csv": ",", ".tsv": "\t"}
@@ -179,13 +179,13 @@ def _table_rows(name: Path, stream: BinaryIO, delimiter: str) -> Iterator[Row]:
 def _parsed(raw: bytes) -> tuple[Any, str, int]:
     """A JSON value, or what is wrong with it and in which line."""
     try:
-        return json.loads(raw.decode("utf-8")), "", 0
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys), "", 0
     except UnicodeDecodeError as error:
         line, begin = raw.count(b"\n", 0, error.start) + 1, raw.rfind(b"\n", 0, error.start) + 1
         return None, f"byte 0x{raw[error.start]:02x} at position {error.start - begin} is not UTF-8", line
     except json.JSONDecodeError as error:
         return None, f"not valid JSON: {error.msg} at column {error.colno}", error.lineno
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
+    except (ValueError, RecursionError) as error:  # a long integer, endless nesting, a key twice
         return None, f"not usable JSON: {error}", 1
 
 
@@ -251,6 +251,8 @@ def _arrow_rows(path: Path, name: Path) -> Iterator[Row]:
                 file.seek(0)
                 batches = pa.ipc.open_stream(file)
             for batch in batches:
+                if len(set(batch.schema.names)) < batch.num_columns:
+                    raise DataError(f"{path}: columns {batch.schema.names!r:.200}, expected different names.")
                 batch.validate(full=True)  # offsets of a damaged file would be read as they are
                 for start in range(0, batch.num_rows, _PARQUET_BATCH_ROWS):
                     for value in _values(batch.slice(start, _PARQUET_BATCH_ROWS), path, index):

@@ -363,3 +363,15 @@ def test_a_file_that_is_named_twice_is_the_same_rows_twice(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(DataError, match=r"id 'x-1' is taken by x\.jsonl:1"):
         prompt_dataset(tokenizer=Letters(), source=[str(file), str(tmp_path / "none" / ".." / "x.jsonl")])
+
+
+def test_a_name_with_two_values_is_a_fault_in_every_format(tmp_path):
+    twice = '{"a": 1, "a": 2}'
+    rows = list(read_rows(written(tmp_path / "x.jsonl", f'{twice}\n{{"a": {twice}}}\n{{"a": 3}}\n')))
+    assert [row.data for row in rows] == [{}, {}, {"a": 3}]
+    assert all("the key 'a' has two values" in row.error for row in rows[:2])
+    with pytest.raises(DataError, match=r"x\.json:1: not usable JSON: the key 'a' has two values"):
+        list(read_rows(written(tmp_path / "x.json", f"[{twice}]")))
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"x\.parquet: columns \['a', 'a'\], expected different names"):
+        list(read_rows(tmp_path / "x.parquet"))
