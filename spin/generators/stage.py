@@ -327,28 +327,16 @@ def play(
     else:
         asked = ((request(shard, index) for index in left[shard]) for shard in shards)
         stream = _shard_by_shard(generator, asked, sampling)
-    is_done = np.zeros(len(order), bool)
     steps = 0
-    if not isinstance(stream, Iterable):
-        raise GeneratorError(f"generator: {name}.stream gave {_shortened(stream)}, expected an iterator of responses.")
     with ExitStack() as stack:
         if hasattr(stream, "close"):  # of a Python generator; an iterator need not have one
             stack.callback(stream.close)
-        for item in stream:
+        for item in _numbered(stream, len(order), name):
             if item is None:  # between two steps
                 steps += 1
                 asks = not group.is_shared or steps % _STEPS == 0
             else:
-                if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
-                    expected = "expected (number of the request, its Response)"
-                    raise GeneratorError(f"generator: {name} gave {_shortened(item)}, {expected}.")
                 number, response = item
-                if not 0 <= number < len(is_done) or is_done[number]:
-                    raise GeneratorError(
-                        f"generator: {name} responded to request {number} twice, or none such was asked; the "
-                        f"{len(is_done)} requests are 0 to {len(is_done) - 1}."
-                    )
-                is_done[number] = True
                 shard, index = order[number]
                 found[shard][index] = kept = checked(shard, index, response)
                 if streams and group.writes:
@@ -361,8 +349,29 @@ def play(
                 asks = is_complete or (streams and not group.is_shared)
             if asks and group.agree(should_stop()):
                 return
+
+
+def _numbered(stream: object, count: int, name: str) -> Iterator[tuple[int, object] | None]:
+    """What a generator's stream gives, each item once it is known to be a step's end or the only response to one of
+    ``count`` requests; a ``GeneratorError`` also if it ends and some have none."""
+    if not isinstance(stream, Iterable):
+        raise GeneratorError(f"generator: {name}.stream gave {_shortened(stream)}, expected an iterator of responses.")
+    is_done = np.zeros(count, bool)
+    for item in stream:
+        if item is not None:
+            if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
+                expected = "expected (number of the request, its Response)"
+                raise GeneratorError(f"generator: {name} gave {_shortened(item)}, {expected}.")
+            number = item[0]
+            if not 0 <= number < count or is_done[number]:
+                raise GeneratorError(
+                    f"generator: {name} responded to request {number} twice, or none such was asked; the {count} "
+                    f"requests are 0 to {count - 1}."
+                )
+            is_done[number] = True
+        yield item
     if not is_done.all():
-        raise GeneratorError(f"generator: {name} left {np.sum(~is_done)} of {len(is_done)} prompts without a response.")
+        raise GeneratorError(f"generator: {name} left {np.sum(~is_done)} of {count} prompts without a response.")
 
 
 def shortest_last(requests: Sequence[T], expected_tokens: Sequence[int]) -> list[T]:
