@@ -124,10 +124,11 @@ class _Row:
         """The messages in a column, or in the value that was made of it."""
         value = self.from_json(self.needed(column)) if value is None else value
         if not isinstance(value, list):
+            or_text = "a text or " if column == "prompt" else ""
             as_text = ", also as valid JSON text" if isinstance(value, str) else ""
             raise DataError(
-                f"{self.name(column)} is {_kind(value)}, expected a list of messages{as_text}. Fix the row or set "
-                "dataset.format."
+                f"{self.name(column)} is {_kind(value)}, expected {or_text}a list of messages{as_text}. Fix the row or "
+                "set dataset.format."
             )
         return [_turn(self, each, index) for index, each in enumerate(value)]
 

@@ -97,7 +97,7 @@ FAULTS = [
         )
     ),
     ({"messages": "hi"}, "messages is of type str, expected a list of messages"),
-    ({"prompt": 5, "response": "A"}, "prompt is of type int, expected a list"),
+    ({"prompt": 5, "response": "A"}, "prompt is of type int, expected a text or a list of messages"),
     ({"prompt": "Q", "response": [USER]}, "expected exactly one, of role 'assistant'"),
     ({"prompt": "Q", "response": {"a": 1}}, "the response is of type dict, expected a text"),
     ({"instruction": "Q", "output": 3}, "output is of type int"),
