@@ -202,12 +202,7 @@ def estimate(
     trained_count = sum(weight.numel() for weight in trained)
 
     weights = trained_count * dtype.itemsize + sum(map(_stored_bytes, base))
-    playing_copy = trained_count * float(compute.itemsize)
-    for weight in base:
-        is_nf4 = as_nf4(weight) is not None
-        if gpus > 1 or not (is_nf4 or weight.dtype == compute):  # alone, what needs no cast is used where it is
-            playing_copy += _stored_bytes(weight) if is_nf4 else weight.numel() * compute.itemsize
-    gathered = playing_copy
+    gathered = playing_copy = trained_count * compute.itemsize + _copied_bytes(base, gpus, compute)
     if cfg.fsdp_reshard_after_forward:  # the root stays, and two layers: one that computes, one that is on its way
         in_layers = 1 - shapes.root_parameters / shapes.parameters
         gathered *= shapes.root_parameters / shapes.parameters + in_layers * min(1.0, 2 / shapes.layers)
@@ -224,15 +219,8 @@ def estimate(
         row = _layout(cfg).longest_row(most or 0)
     else:
         row = _layout(cfg).padded_length(max(sum(lengths[i] for i in pairs) for rank in packed for pairs in rank))
-    frozen_count, idle = sum(weight.numel() for weight in base), idle_parameters(model)
-    copy, cache = playing_copy / _GIB, _cache(cfg, model, shapes, compute) / _GIB
-    name = cfg.generator.component.rsplit(".", 1)[-1]
-    if name == "VLLMGenerator":
-        itemsize = 4 if cfg.generator.get("dtype") == "fp32" else 2
-        copy = shapes.parameters * itemsize / cfg.generator.get("tensor_parallel_size", 1) / _GIB
-        cache = max(0.0, cfg.generator.get("gpu_memory_utilization", 0.5) * (gpu_gib or 0.0) - copy)
-    elif name != "TorchtuneGenerator":  # an engine elsewhere
-        copy = 0.0
+    idle = idle_parameters(model)
+    copy, cache = _generator(cfg, model, shapes, compute, playing_copy, gpu_gib)
     checkpoint = trained_count * (dtype.itemsize + state_bytes)
     export = _export(cfg, model, trained_count if base else 0, dtype)
     staged = checkpoint / shards if cfg.checkpointer.get("async_save", True) else 0.0
@@ -261,7 +249,7 @@ def estimate(
         rows=len(packed[0]),
         pair=pair,
         trained=trained_count,
-        frozen=frozen_count,
+        frozen=sum(weight.numel() for weight in base),
         idle=idle,
         work=Work(
             layer_weights=sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
@@ -336,6 +324,16 @@ def _stored_bytes(weight: torch.Tensor) -> float:
     return weight.numel() * (_NF4_BYTES if as_nf4(weight) is not None else weight.dtype.itemsize)
 
 
+def _copied_bytes(base: Sequence[torch.Tensor], gpus: int, compute: torch.dtype) -> float:
+    """Of frozen weights that the generator does not use where they are."""
+    found = 0.0
+    for weight in base:
+        is_nf4 = as_nf4(weight) is not None
+        if gpus > 1 or not (is_nf4 or weight.dtype == compute):  # alone, what needs no cast is used where it is
+            found += _stored_bytes(weight) if is_nf4 else weight.numel() * compute.itemsize
+    return found
+
+
 def _layout(cfg: SPINConfig) -> RowLayout:
     return RowLayout(cfg.pairs.row_tokens, math.lcm(cfg.pairs.row_multiple, BLOCK))  # as FlexAttention needs
 
@@ -376,15 +374,24 @@ def _workspace(model: nn.Module) -> float:
     return max([0.0, *(n * _NF4_WORKSPACE_BYTES for n in quantized), *(n * 8.0 for n in doras)])
 
 
-def _cache(cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype) -> float:
-    if cfg.generator.component.rsplit(".", 1)[-1] != "TorchtuneGenerator":
-        return 0.0
+def _generator(
+    cfg: SPINConfig, model: Any, shapes: _Shapes, compute: torch.dtype, playing_copy: float, gpu_gib: float | None
+) -> tuple[float, float]:
+    """GiB of the weights by which responses are generated, and of the engine's cache."""
+    name = cfg.generator.component.rsplit(".", 1)[-1]
+    if name == "VLLMGenerator":
+        itemsize = 4 if cfg.generator.get("dtype") == "fp32" else 2
+        copy = shapes.parameters * itemsize / cfg.generator.get("tensor_parallel_size", 1) / _GIB
+        return copy, max(0.0, cfg.generator.get("gpu_memory_utilization", 0.5) * (gpu_gib or 0.0) - copy)
+    if name != "TorchtuneGenerator":  # an engine elsewhere
+        return 0.0, 0.0
     batch = fewest_sequences(cfg)
     prompt = data_limit(cfg, "max_prompt_tokens") or model.max_seq_len
     longest = min(model.max_seq_len, prompt + cfg.sampling.max_new_tokens)
     capacity = math.ceil(longest / _CACHE_STEP_TOKENS) * _CACHE_STEP_TOKENS
     keys_and_values = batch * capacity * shapes.layers * 2 * shapes.keys * compute.itemsize
-    return float(keys_and_values + batch * shapes.vocab * (compute.itemsize + 4))  # and logits of a step
+    logits = batch * shapes.vocab * (compute.itemsize + 4)  # of a step
+    return playing_copy / _GIB, (keys_and_values + logits) / _GIB
 
 
 def fewest_sequences(cfg: SPINConfig) -> int:
