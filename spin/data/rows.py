@@ -79,25 +79,40 @@ def stem_of(path: Path) -> str:
     return Path(path.stem).stem if path.suffix.lower() in _COMPRESSIONS else path.stem
 
 
-def distinct_names(paths: Iterable[Path]) -> dict[Path, Path]:
-    """The name of each file or folder, with folders in front of it where others have that name too.
+class SourceNames:
+    """What the files and data sets of a source are called: each by its name, with folders in front of it where others
+    have that name too.
 
     Names that differ by their suffix alone count as equal, as ``default_id`` does not have it: in one folder they are
     the same rows twice.
     """
-    keys = {path: (*Path(os.path.abspath(path)).parent.parts, stem_of(path)) for path in paths}
-    names: dict[Path, Path] = {}
-    for depth in range(1, 1 + max(map(len, keys.values()), default=0)):
-        counts = Counter(key[-depth:] for key in set(keys.values()))
-        for path, key in keys.items():
-            if path not in names and counts[key[-depth:]] == 1:
-                names[path] = Path(*key[-depth:-1], path.name)
-    return names
+
+    def __init__(self) -> None:
+        self._paths: list[Path] = []
+        self._names: dict[Path, Path] = {}
+
+    def add(self, paths: Iterable[Path]) -> None:
+        self._paths += paths
+        self._names = {}
+
+    def __getitem__(self, path: Path) -> Path:
+        self._names = self._names or self._distinct()
+        return self._names[path]
+
+    def _distinct(self) -> dict[Path, Path]:
+        keys = {path: (*Path(os.path.abspath(path)).parent.parts, stem_of(path)) for path in self._paths}
+        names: dict[Path, Path] = {}
+        depth = 0
+        while len(names) < len(keys):
+            depth += 1
+            counts = Counter(key[-depth:] for key in set(keys.values()))
+            for path, key in keys.items():
+                if path not in names and counts[key[-depth:]] == 1:
+                    names[path] = Path(*key[-depth:-1], path.name)
+        return names
 
 
-def rows_of_files(paths: Sequence[Path], source: Iterable[Path], streaming: bool) -> Iterator[Row]:
-    """Rows of some files of a source, which go by a name that no other file of it has."""
-    names = distinct_names(source)
+def rows_of_files(paths: Sequence[Path], names: SourceNames, streaming: bool) -> Iterator[Row]:
     for path in paths:
         if streaming and kind_of(path) == ".json":
             raise DataError(

@@ -17,7 +17,7 @@ from typing import Any
 from spin.core.errors import DataError
 from spin.core.files import read_bytes
 from spin.core.terminal import counted
-from spin.data.rows import KNOWN_SUFFIXES, VALUE_FAULTS, Row, distinct_names, kind_of, make_row, rows_of_files, stem_of
+from spin.data.rows import KNOWN_SUFFIXES, VALUE_FAULTS, Row, SourceNames, kind_of, make_row, rows_of_files, stem_of
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,9 @@ def read_rows(
     if isinstance(locations[0], Mapping):
         rows = (make_row(value, f"dataset.source[{index}]", f"row-{index}") for index, value in enumerate(locations))
         return _not_empty(rows, "dataset.source")
-    read: list[Path] = []  # files and data sets of all locations; the first row is asked for when they are known
+    names = SourceNames()  # of all locations, which are known before the first row is asked for
     try:
-        readers = [_resolve(location, options, streaming, read) for location in locations]
+        readers = [_resolve(location, options, streaming, names) for location in locations]
     except OSError as error:  # no right to look into a folder, a name that is too long
         raise DataError(f"dataset.source={source} cannot be read: {error}.") from error
     return _not_empty(chain.from_iterable(readers), ", ".join(map(str, locations)))
@@ -127,7 +127,7 @@ def describe_source(source: Source, **options: str | None) -> list[Any]:
     return [*found, {name: value for name, value in options.items() if value is not None}]
 
 
-def _resolve(location: object, options: _Options, streaming: bool, read: list[Path]) -> Iterable[Row]:
+def _resolve(location: object, options: _Options, streaming: bool, names: SourceNames) -> Iterable[Row]:
     if not isinstance(location, (str, Path)):
         raise DataError(f"dataset.source has an entry of type {type(location).__name__}, expected paths or names only.")
     text, path = str(location), Path(location).expanduser()
@@ -143,11 +143,11 @@ def _resolve(location: object, options: _Options, streaming: bool, read: list[Pa
             )
 
     if text.startswith("hf:"):
-        return _hub_rows(text.removeprefix("hf:"), options, streaming, read)
+        return _hub_rows(text.removeprefix("hf:"), options, streaming, names)
     if path.is_dir():
         if any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
             take_only(["split"], "a saved data set")
-            return _disk_rows(path, options["split"], read)
+            return _disk_rows(path, options["split"], names)
         declared = _declared_configs(path)
         take_only(["split", "name" if declared else "data_dir"], "a folder of files")
         named = _declared_files(path, declared, options) if declared else _named_files(path, options)
@@ -162,14 +162,14 @@ def _resolve(location: object, options: _Options, streaming: bool, read: list[Pa
     elif text.count("/") > 1 or text.startswith((".", "/", "~")) or text.endswith("/") or "\\" in text or kind_of(path):
         raise DataError(f"dataset.source={text} does not exist. {_nearby(path)}")
     else:
-        return _hub_rows(text, options, streaming, read)
+        return _hub_rows(text, options, streaming, names)
     for file in chain.from_iterable(named.values()):
         if not kind_of(file):
             raise DataError(f"{file} has the suffix {file.suffix!r}, expected one of {KNOWN_SUFFIXES}. Convert it.")
 
     def rows(files: list[Path]) -> Iterator[Row]:
-        read.extend(files)
-        return rows_of_files(files, read, streaming)
+        names.add(files)
+        return rows_of_files(files, names, streaming)
 
     return _select(text, {split: partial(rows, files) for split, files in named.items()}, options["split"])
 
@@ -344,7 +344,7 @@ def _not_empty(rows: Iterable[Row], label: str) -> Iterator[Row]:
         raise DataError(f"{label} has no rows, expected at least one.")
 
 
-def _disk_rows(path: Path, split: str | None, read: list[Path]) -> Iterable[Row]:
+def _disk_rows(path: Path, split: str | None, names: SourceNames) -> Iterable[Row]:
     import datasets
 
     try:
@@ -355,16 +355,16 @@ def _disk_rows(path: Path, split: str | None, read: list[Path]) -> Iterable[Row]
         raise DataError(
             f"{path} cannot be read as a saved data set ({type(error).__name__}: {error}). Save it again."
         ) from error
-    return _dataset_rows(loaded, path.name, split, _named(path, read))
+    return _dataset_rows(loaded, path.name, split, _named(path, names))
 
 
-def _named(path: Path, read: list[Path]) -> Callable[[], str]:
+def _named(path: Path, names: SourceNames) -> Callable[[], str]:
     """Adds a data set to those that are read; what its rows go by can be asked when all are known."""
-    read.append(path)
-    return lambda: distinct_names(read)[path].as_posix()
+    names.add([path])
+    return lambda: names[path].as_posix()
 
 
-def _hub_rows(hub_name: str, options: _Options, streaming: bool, read: list[Path]) -> Iterable[Row]:
+def _hub_rows(hub_name: str, options: _Options, streaming: bool, names: SourceNames) -> Iterable[Row]:
     import datasets
 
     is_builder = hub_name.isidentifier() and find_spec(f"datasets.packaged_modules.{hub_name}") is not None
@@ -381,7 +381,7 @@ def _hub_rows(hub_name: str, options: _Options, streaming: bool, read: list[Path
             f"dataset.source={hub_name} is no file here, and as a Hugging Face data set it cannot be loaded: "
             f"{str(error).rstrip('.')}. {_nearby(Path(hub_name))}"
         ) from error
-    name = _named(Path(hub_name), read)
+    name = _named(Path(hub_name), names)
     if options["split"] is None or isinstance(loaded, Mapping):
         return _dataset_rows(loaded, hub_name, options["split"], name)
     return _rows_of_split(loaded, hub_name, name, options["split"])
