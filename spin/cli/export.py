@@ -83,7 +83,7 @@ def _copy(files: Sequence[Path], texts: Mapping[str, str], out: Path) -> None:
     if out.exists():
         raise OutputError(f"{out}: is there already. Give --out a folder that is not.")
     with as_output_error(out):
-        size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(check_can_be_made(out)).free
+        size, free = sum(file.stat().st_size for file in files), shutil.disk_usage(check_can_be_made(out, "--out")).free
         if size > free:
             raise OutputError(f"{out}: needs {size / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free. Make room.")
         with atomic_dir(out, "copy of a model") as part:

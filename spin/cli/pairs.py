@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from spin import config
 from spin.cli import parser_of
-from spin.core.errors import ConfigError, StoreError
+from spin.core.errors import ConfigError, OutputError, StoreError
 from spin.core.files import replace_text
 from spin.core.terminal import counted, printable
 from spin.types import Verdict
@@ -51,6 +51,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.sample < 0:
         parser.error(f"--sample {arguments.sample}: expected 0 or more")
+    if arguments.export and arguments.export.exists():
+        raise OutputError(f"{arguments.export}: is there already. Choose another name, or remove it.")
 
     from spin.data import PairStore
 

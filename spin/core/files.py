@@ -392,14 +392,14 @@ def check_own_folder(name: str, folder: str | Path, kind: str, apart_from: Mappi
         )
 
 
-def check_can_be_made(folder: Path) -> Path:
+def check_can_be_made(folder: Path, named_by: str = "output_dir") -> Path:
     """OutputError if a folder, as far as it exists, cannot be written; gives the part that exists. Writes nothing."""
     path = folder.absolute()
     there = next(each for each in (path, *path.parents) if os.path.lexists(each))
     if not there.is_dir():
-        raise OutputError(f"{folder}: cannot write ({there} is not a folder). Change output_dir.")
+        raise OutputError(f"{folder}: cannot write ({there} is not a folder). Change {named_by}.")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise OutputError(f"{folder}: cannot write ({there} may not be written to). Change output_dir.")
+        raise OutputError(f"{folder}: cannot write ({there} may not be written to). Change {named_by}.")
     return there
 
 

@@ -275,6 +275,9 @@ def test_pairs_exports_what_it_filters_as_text_and_numbers(store, tmp_path, tiny
     assert f"{len(kept)} to {len(kept)} prompt" in text
     if options:
         return
+    code, _, error = spin(capsys, "pairs", store, "--sample", 1, "--export", out)
+    assert code == 1 and f"{out}: is there already. Choose another name, or remove it." in error
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
     row = rows[1]
     assert (row["prompt_tokens"], row["real_tokens"], row["generated_tokens"]) == (3, 2, 4)
     assert (row["margin"], row["reference_real_logp"], row["reference_generated_logp"]) == (-5.0, -20.0, -15.0)

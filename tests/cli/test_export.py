@@ -114,6 +114,7 @@ def test_a_card_is_added_to_an_iterations_own_folder(run_folder, capsys):
         (["--adapter"], "its iterations have no adapter, only LoRA runs do"),
         (["--iteration", "2"], "iteration 2 has no model; finished are 0, 1"),
         (["--out", "."], "is there already"),
+        (["--out", "run/config.yaml/model"], "config.yaml is not a folder). Change --out."),
     ],
 )
 def test_what_cannot_be_exported_is_refused(run_folder, tmp_path, capsys, monkeypatch, options, words):
