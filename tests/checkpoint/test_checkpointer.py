@@ -433,7 +433,7 @@ def test_hostile_files_run_no_code(where, checkpointer, world, tmp_path):
     """torch.distributed.checkpoint would unpickle the metadata, and objects among tensors, without restriction."""
     path, mark = save(checkpointer, world, 1), tmp_path / "attacked"
     data = path / "__0_0.distcp"
-    size, message = data.stat().st_size, ""
+    size, message = data.stat().st_size, None
     if where == "metadata":
         (path / ".metadata").write_bytes(pickle.dumps(Attack(mark)))
         message = r"\.metadata: asks for posix\.mkdir"
