@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -132,6 +133,7 @@ class Answer:
     def __iter__(self) -> Iterator[str]:
         """The text word by word, control characters escaped; who stops reading, or is interrupted, ends it."""
         pieces: Any = transformers.TextIteratorStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        pieces.text_queue = SimpleQueue()  # an interrupt within Queue.get can leave its lock taken, or released twice
         is_over = threading.Event()
 
         def is_stopped(ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -134,6 +134,41 @@ def test_what_a_terminal_would_obey_is_escaped(adapted, expected, tmp_path, monk
     assert err == "(truncated by --max-new-tokens: model)\n\n"
 
 
+INTERRUPTS = """
+import random, signal, sys, time
+import torch
+from spin.cli.chat_model import Answer
+from spin.data import ChatTokenizer
+
+class Talker:
+    def generate(self, streamer, stopping_criteria):
+        ids = torch.zeros(1, 1, dtype=torch.long)
+        while not stopping_criteria[0](ids).all():
+            streamer.on_finalized_text("word ")
+            time.sleep(1e-4)
+        return ids
+
+draw, tokenizer, interrupts = random.Random(0), ChatTokenizer(sys.argv[1]), 0
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+for _ in range(1000):
+    answer = Answer(Talker(), tokenizer, {})
+    try:
+        for _ in answer:
+            if answer.text == "word ":
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(1e-3, 3e-3))
+    except KeyboardInterrupt:
+        interrupts += 1
+print(interrupts)
+"""
+
+
+def test_an_interrupt_at_any_moment_ends_an_answer(tiny_lm, subprocess_env):
+    """A thousand of them; a few broke a queue whose lock Python code takes and releases, or left it taken for ever."""
+    command = [sys.executable, "-c", INTERRUPTS, str(tiny_lm)]
+    done = subprocess.run(command, env=subprocess_env, capture_output=True, text=True, timeout=180)
+    assert done.stdout == "1000\n", done.stderr
+
+
 @pytest.mark.slow
 def test_an_interrupted_answer_in_a_terminal(adapted, subprocess_env):
     """Ctrl-C ends the answer, not the program, which waits for the next message; Ctrl-D ends it."""
