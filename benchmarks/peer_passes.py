@@ -325,13 +325,13 @@ class PeerIteration:
         Args:
             peer (TRL): whose trainer it is.
             pairs (Sequence[Pair]): without log-probs of the reference.
-            warm (bool): not the first time. What is compiled still is left out; before, weights are not hashed.
+            warm (bool): not the first time. Before, weights are not hashed.
 
         Returns:
             dict[str, float]: by stage.
         """
         batch = self.bench.args.pairs or self.bench.preset.pairs
-        size = min(max(peer.micro_batches, default=peer.micro_batch or 1), batch)
+        size = min(peer.micro_batch or 1, batch)
         options = {
             "per_device_train_batch_size": size,
             "gradient_accumulation_steps": batch // size,
@@ -342,7 +342,8 @@ class PeerIteration:
         with hashing(None if warm else str(time.perf_counter())) as hashed:
             scored = self._seconds(lambda: made.append(peer.trainer(data, **options)))
         (trainer,) = made
-        trained = self._seconds(trainer.train)
+        trainer.train()  # layers meet the batches' lengths, and are compiled
+        trained = self.bench.seconds(trainer.train)  # the same batches
         peer.forget()
         del trainer
         made.clear()
