@@ -59,6 +59,7 @@ def main(argv: Sequence[str]) -> int:
             code = 1
             continue
         asked = [[*conversation, {"role": "user", "content": message}] for conversation in conversations]
+        answers: list[Answer] = []
         try:
             answers = [
                 model.answer(messages, arguments.max_new_tokens, arguments.temperature)
@@ -67,11 +68,12 @@ def main(argv: Sequence[str]) -> int:
             _show(models, answers)
         except SpinError as error:
             print(f"error: {printable(error)}", file=sys.stderr)
-            code = 1
-        else:
-            if all(answer.text for answer in answers):  # else a message that was interrupted is forgotten
-                replies = [[{"role": "assistant", "content": answer.text}] for answer in answers]
-                conversations = [messages + reply for messages, reply in zip(asked, replies, strict=True)]
+            answers, code = [], 1
+        except KeyboardInterrupt:
+            print("\n(stopped)\n")
+        if answers and all(answer.text for answer in answers):  # else a message that was interrupted is forgotten
+            replies = [[{"role": "assistant", "content": answer.text}] for answer in answers]
+            conversations = [messages + reply for messages, reply in zip(asked, replies, strict=True)]
     return 0 if sys.stdin.isatty() else code
 
 
@@ -128,21 +130,18 @@ def _messages() -> Iterator[str]:
 def _show(models: Sequence[ChatModel], answers: Sequence[Answer]) -> None:
     """Prints answers as they come: two of them in columns where the terminal is wide, else one below the other."""
     width = shutil.get_terminal_size().columns
-    try:
-        if len(models) == 2 and width >= _WIDE:
-            _show_in_columns([model.name for model in models], answers, (width - 3) // 2)
-        else:
-            for model, answer in zip(models, answers, strict=True):
-                if len(models) == 2:
-                    print(f"[{model.name}]")
-                for piece in answer:
-                    print(piece, end="", flush=True)
-                print("\n", flush=True)
-        truncated = [model.name for model, answer in zip(models, answers, strict=True) if answer.is_truncated]
-        if truncated:
-            print(f"(truncated by --max-new-tokens: {'; '.join(truncated)})\n", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\n(stopped)\n")
+    if len(models) == 2 and width >= _WIDE:
+        _show_in_columns([model.name for model in models], answers, (width - 3) // 2)
+    else:
+        for model, answer in zip(models, answers, strict=True):
+            if len(models) == 2:
+                print(f"[{model.name}]")
+            for piece in answer:
+                print(piece, end="", flush=True)
+            print("\n", flush=True)
+    truncated = [model.name for model, answer in zip(models, answers, strict=True) if answer.is_truncated]
+    if truncated:
+        print(f"(truncated by --max-new-tokens: {'; '.join(truncated)})\n", file=sys.stderr)
 
 
 def _show_in_columns(names: Sequence[str], answers: Sequence[Answer], width: int) -> None:

@@ -169,12 +169,36 @@ def test_an_interrupt_at_any_moment_ends_an_answer(tiny_lm, subprocess_env):
     assert done.stdout == "1000\n", done.stderr
 
 
+def test_an_interrupt_before_an_answer_begins_forgets_the_message(adapted, expected, monkeypatch, capsys):
+    answer, models = ChatModel.answer, []
+
+    def interrupted_at_first(model, *arguments):
+        models.append(model)
+        if len(models) == 1:
+            raise KeyboardInterrupt
+        return answer(model, *arguments)
+
+    monkeypatch.setattr(ChatModel, "answer", interrupted_at_first)
+    out = chat(monkeypatch, capsys, ["forgotten", QUESTIONS[0]], adapted, "--system", SYSTEM).out
+    assert out == f"\n(stopped)\n\n{expected['iteration_001'][0]}\n\n"
+
+
+SLOWLY = """
+import sys, time
+from torch.nn.modules.module import register_module_forward_pre_hook
+from spin.cli import main
+register_module_forward_pre_hook(lambda module, _: time.sleep(0.02) if hasattr(module, "lm_head") else None)
+sys.exit(main())
+"""
+
+
 @pytest.mark.slow
 def test_an_interrupted_answer_in_a_terminal(adapted, subprocess_env):
-    """Ctrl-C ends the answer, not the program, which waits for the next message; Ctrl-D ends it."""
+    """Ctrl-C ends the answer, not the program, which waits for the next message; Ctrl-D ends it. Of a model so slow
+    that its answer goes on for seconds: noise, which hardly any stop token ends."""
     terminal, other_end = pty.openpty()
-    words = ["chat", str(adapted), "--temperature", "9", "--max-new-tokens", "400"]  # noise, which no stop token ends
-    command = [sys.executable, "-m", "spin", *words]
+    words = ["chat", str(adapted), "--temperature", "9", "--max-new-tokens", "400"]
+    command = [sys.executable, "-c", SLOWLY, *words]
     process = subprocess.Popen(
         command, env=subprocess_env, stdin=other_end, stdout=other_end, stderr=other_end, start_new_session=True
     )
