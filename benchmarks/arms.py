@@ -21,7 +21,7 @@ from spin.core.ranks import World
 from spin.data import PackedRow, Pair, pack_batch, pack_row, plan_rows
 from spin.loss import SPINLoss
 from spin.model.float8 import convert_float8
-from spin.pairs.packing import RowLayout
+from spin.pairs.packing import RowLayout, fit_lengths
 from spin.reference.logprobs import pair_objective, response_logps
 
 LOSS = SPINLoss(beta=0.1)
@@ -55,6 +55,10 @@ class Layout:
     def row_multiple(self) -> int:
         """Every row's length is a multiple of this."""
         return ROW_MULTIPLE if self.flex else CPU_ROW_MULTIPLE
+
+    def rows_of(self, lengths: Sequence[int]) -> RowLayout:
+        """Fitted to a batch of sequences of these lengths: how well it happens to fill rows decides nothing."""
+        return fit_lengths([lengths], self.rows(self.row_tokens), self.world.world_size)
 
     def rows(self, row_tokens: int) -> RowLayout:
         """Of rows with this many tokens."""
@@ -141,7 +145,7 @@ def padded_loss(model: nn.Module, batch: PaddedBatch, chunk_tokens: int) -> torc
 def separate_rows(pairs: Sequence[Pair], layout: Layout) -> list[PackedRow]:
     """Rows in which every response stands behind a prompt of its own; both responses of a pair in one row."""
     lengths = [pair.num_tokens + len(pair.prompt_ids) for pair in pairs]
-    row_layout = layout.rows(layout.row_tokens)
+    row_layout = layout.rows_of(lengths)
     plan = plan_rows(lengths, row_layout, layout.world.world_size)[layout.world.rank]
     rows = []
     for indices in plan:
@@ -164,7 +168,7 @@ def separate_loss(model: nn.Module, row: PackedRow, chunk_tokens: int) -> torch.
 def shared_rows(pairs: Sequence[Pair], layout: Layout) -> list[PackedRow]:
     """The product's rows: a prompt once for all responses to it."""
     world = layout.world
-    return pack_batch(pairs, layout.rows(layout.row_tokens), world.rank, world.world_size)
+    return pack_batch(pairs, layout.rows_of([pair.num_tokens for pair in pairs]), world.rank, world.world_size)
 
 
 def long_rows(pairs: Sequence[Pair], layout: Layout) -> list[PackedRow]:
