@@ -112,7 +112,7 @@ class SPINRecipe:
         longest = max(self._prompts.longest, self._val_prompts.longest)
         longest += cfg.pairs.responses_per_prompt * self._sampling.max_new_tokens
         self._layout = replace(model.prepare_policy(self._model, world, cfg, longest), fitted=self._row_lengths)
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        trained = model.trainable(self._model)
         self._new_optimizer = partial(config.instantiate, cfg.optimizer, trained, lr=self._lrs[0])
         self._optimizer = self._new_optimizer()
         if resume_path is None:

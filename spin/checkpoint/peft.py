@@ -17,11 +17,12 @@ from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, raise_on_all_ranks
 from spin.model.adapters import adapted_modules, adapter_scale, full_magnitude
 from spin.model.hf import stored_rows, write_companions
-from spin.model.hf_config import CONFIG as HF_CONFIG
+from spin.model.hf_config import CONFIG
 from spin.model.hf_families import check_model_type
+from spin.model.hf_folder import ADAPTER_CONFIG
 from spin.model.sharding import check_weights, clean_name, full_tensor, reshard, weight_gathers
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def export_peft(
@@ -51,7 +52,7 @@ def export_peft(
     modules = {clean_name(name): module for name, module in adapted_modules(model).items()}
     with raise_on_all_ranks(world, CheckpointError):
         stored = stored_rows(model, source_dir, check_model_type(model_type))
-        is_multimodal = "text_config" in read_json(Path(source_dir) / HF_CONFIG, CheckpointError, "")
+        is_multimodal = "text_config" in read_json(Path(source_dir) / CONFIG, CheckpointError, "")
     exclude = r".*vision_tower.*" if is_multimodal else None
     weights = weight_gathers(model)
     tensors: dict[str, torch.Tensor] = {}
@@ -79,7 +80,7 @@ def export_peft(
                 except SafetensorError as error:
                     raise CheckpointError(f"{part / WEIGHTS}: cannot write ({error}). Is the disk full?") from error
                 sync(part / WEIGHTS)
-                write_json(part / CONFIG, _config(ranks, list(modules.values()), source_dir, exclude))
+                write_json(part / ADAPTER_CONFIG, _config(ranks, list(modules.values()), source_dir, exclude))
     return out
 
 
@@ -92,7 +93,7 @@ def merge_peft(model: Any, folder: str | Path) -> None:
 
     Source: LoRA (arXiv 2106.09685), W + s B A; DoRA (arXiv 2402.09353): its rows scaled to the norms m.
     """
-    settings = read_json(Path(folder) / CONFIG, CheckpointError, "Export the adapter again.")
+    settings = read_json(Path(folder) / ADAPTER_CONFIG, CheckpointError, "Export the adapter again.")
     try:
         tensors = load_file(Path(folder) / WEIGHTS)
         for name in [name for name in tensors if name.endswith(".lora_A.weight")]:

@@ -22,6 +22,7 @@ from spin.core.terminal import counted, printable
 from spin.core.texts import plain_text, turns
 from spin.data import PairStore
 from spin.data.rows import kind_of
+from spin.model.hf_folder import ADAPTER_CONFIG
 from spin.report.record import is_number
 from spin.run.folder import data_sources, iteration_folders, read_config, read_json_lines
 from spin.training.schedules import per_iteration
@@ -89,7 +90,7 @@ def model_card(
     datasets = [each for each in named if isinstance(each, str) and _is_data_set(each)]
     start = cfg.checkpointer.checkpoint_dir if name is None else base
     cfg = OmegaConf.create(escaped(_without_folders(plain(cfg))))  # a reference to the environment stays one
-    is_adapter = (model / "adapter_config.json").is_file()
+    is_adapter = (model / ADAPTER_CONFIG).is_file()
     head = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",

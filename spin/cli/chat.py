@@ -79,11 +79,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _load(model: str, iteration: int | None, against: str | None) -> list[ChatModel]:
     from spin.core.hub import model_folder
+    from spin.model.hf_folder import ADAPTER_CONFIG, CONFIG
     from spin.run.folder import exported_model, read_config, run_of
 
     def find(name: str, iteration: int | None = None) -> Path:
         path = Path(model_folder(name, "model"))
-        if not any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        if not any((path / file).is_file() for file in (CONFIG, ADAPTER_CONFIG)):
             return exported_model(path, iteration)[1]
         if iteration is not None:
             raise OutputError(f"{path}: the folder of a model; --iteration chooses among those of a run.")

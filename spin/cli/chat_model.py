@@ -13,7 +13,6 @@ import torch
 import transformers
 from omegaconf import OmegaConf
 
-from spin.checkpoint.peft import CONFIG as ADAPTER_CONFIG
 from spin.checkpoint.peft import merge_peft
 from spin.core.dtypes import DTYPES, fast_dtype
 from spin.core.errors import CheckpointError, DataError, SpinError
@@ -23,7 +22,7 @@ from spin.core.terminal import printable
 from spin.data import ChatTokenizer
 from spin.data.dates import known_date
 from spin.data.messages import ChatMessage
-from spin.model.hf_folder import read_hf_config
+from spin.model.hf_folder import ADAPTER_CONFIG, read_hf_config
 from spin.run.folder import read_config, run_of
 
 

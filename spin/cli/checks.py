@@ -25,6 +25,7 @@ from spin.data.messages import ChatMessage
 from spin.data.read import check_vocabulary, row_parser, unknown_ids
 from spin.data.samples import unlogged
 from spin.data.sources import read_rows
+from spin.data.tokenizer import first_difference
 from spin.evaluation import verdicts
 from spin.evaluation.models import EvalModel, check_evaluation, shared_samples
 from spin.generators import sampling_params, stage
@@ -348,7 +349,7 @@ def compare_ids(tokenizer: PromptTokenizer, messages: Sequence[ChatMessage]) -> 
     except DataError as error:
         return str(error)
     if asked != trained:
-        at = _first_difference(asked, trained)
+        at = first_difference(asked, trained)
         return (
             f"the prompt's token ids differ from position {at} on: {len(asked)} in generation "
             f"({asked[at : at + 5]}...), {len(trained)} in training ({trained[at : at + 5]}...)."
@@ -362,16 +363,12 @@ def compare_ids(tokenizer: PromptTokenizer, messages: Sequence[ChatMessage]) -> 
         text.rpartition("</think>")[2].strip() for text in (tokenizer.decode(response[:-1]), messages[-1]["content"])
     )
     if found != expected:
-        at = _first_difference(found, expected)
+        at = first_difference(found, expected)
         return (
             f"from character {at} on the response decodes to {found[at : at + 40]!r}, "
             f"expected {expected[at : at + 40]!r}."
         )
     return None
-
-
-def _first_difference(a: Sequence[Any], b: Sequence[Any]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _conversations(section: config.Component) -> Iterator[tuple[str, list[ChatMessage]]]:

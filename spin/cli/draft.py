@@ -173,8 +173,9 @@ def has_experts(cfg: SPINConfig) -> bool:
 class _Config:
     """A raw config in the making. What the user set stays as it is."""
 
-    def __init__(self, values: dict[str, Any], folder: str | None = None) -> None:
-        self.values, self._folder = values, folder
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.values = values
+        self._folder: str | None = None  # of the model, once it was found
 
     def get(self, path: str) -> Any:
         value: Any = self.values

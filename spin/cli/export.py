@@ -12,8 +12,7 @@ from spin.core.errors import OutputError
 from spin.core.files import MARKER, as_output_error, atomic_dir, check_can_be_made, read_json, replace_text, sync
 from spin.core.hub import hub_name, is_hub_name
 from spin.core.terminal import printable
-
-ADAPTER_CONFIG = "adapter_config.json"
+from spin.model.hf_folder import ADAPTER_CONFIG
 
 
 def main(argv: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spin.cli import parser_of
+from spin.model.families import FAMILIES
 
 # By model_type: what was run on a GPU besides the tests that every family passes there.
 GPU_RUNS: dict[str, str] = {
@@ -27,8 +28,6 @@ REFUSED = {
 
 def page() -> str:
     """The tables as Markdown."""
-    from spin.model.families import FAMILIES  # loads torch
-
     lines = ["| model_type | models | run on a GPU besides the tests |", "|---|---|---|"]
     lines += [f"| `{name}` | {row.models} | {GPU_RUNS.get(name, '')} |" for name, row in sorted(FAMILIES.items())]
     lines += ["", "Refused with one sentence:", "", "| what | why |", "|---|---|"]

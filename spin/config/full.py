@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from spin.config.complete import with_defaults
 from spin.config.components import kind_at, resolve_component
+from spin.config.faults import joined
 from spin.config.files import find_config, load_config
 from spin.config.follow import follow
 from spin.config.schema import COMPONENT, Component, Section, fields_of, section_of
@@ -46,7 +47,7 @@ def _lines(values: Mapping[Any, Any], section: type[Section], path: str) -> Iter
     for key in [*(key for key in fields if key in values), *(key for key in values if key not in fields)]:
         value = values[key]
         inner = section_of(fields[key].annotation) if key in fields else None
-        indent, below = "  " * (path.count(".") + bool(path)), f"{path}.{key}" if path else str(key)
+        indent, below = "  " * (path.count(".") + bool(path)), joined(path, key)
         if inner is not None and isinstance(value, Mapping) and (issubclass(inner, Component) or len(value) > 2):
             yield _with_comment(f"{indent}{key}:", comments[key])
             yield from _lines(value, inner, below)

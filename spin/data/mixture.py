@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from spin.config import Faults
-from spin.config.components import check_values
+from spin.config.components import KINDS, check_values
 from spin.config.faults import nearest_or_known
 from spin.core.errors import ConfigError, DataError
 from spin.data.dataset import DatasetReport, Original, PromptDataset
@@ -25,7 +25,6 @@ from spin.types import Prompt
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what every metrics service takes
 _WEIGHT = "weight"
-_FROM_RECIPE = ("tokenizer", "max_seq_len", "keep_originals")
 
 
 class MixedPromptDataset(PromptDataset):
@@ -180,7 +179,7 @@ def check_sources(sources: Any, common: Any, samples: Any) -> dict[str, Any]:
             "{chat: {source: chat.jsonl, weight: 0.7}}."
         )
     faults, weights = Faults(), {}
-    known = [name for name in inspect.signature(prompt_dataset).parameters if name not in _FROM_RECIPE]
+    known = [name for name in inspect.signature(prompt_dataset).parameters if name not in KINDS["dataset"].supplied]
     for name in sources:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             faults.add(f"dataset.sources.{name}: a name has letters, digits, dots, dashes and underscores only.")

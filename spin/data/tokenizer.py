@@ -60,9 +60,15 @@ class PromptTokenizer(Protocol):
         """Text of token ids, with nothing cleaned up; an id that the tokenizer lacks is U+FFFD."""
 
 
+def first_difference(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Where two texts, or lists of token ids, begin to differ; the length of the shorter if it is where one ends."""
+    places = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(places, min(len(one), len(other)))
+
+
 def prompt_mismatch(prompt: str, full: str) -> str:
     """The message for a conversation that does not begin with its own prompt."""
-    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    at = first_difference(prompt, full)
     return (
         f"the conversation does not begin with its own prompt: from character {at} on, the prompt has "
         f"{prompt[at : at + 40]!r}, the conversation {full[at : at + 40]!r}. The template writes something into the "

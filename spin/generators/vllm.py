@@ -37,9 +37,9 @@ INSTALL = (
     "pip install 'spin-torchtune[vllm]' (vllm 0.20.2 to 0.26.0 with torch 2.11, 0.27 to 0.31 with torch 2.13), or on a "
     "CPU see docs/vllm.md"
 )
+_MOST_BIASED = 1024  # tokens for which vLLM takes a bias in a request
 # What may stand under `engine`. Others are decided by this class, or name code that vLLM imports (worker_cls,
 # logits_processors, plugins, connectors, the backend of compilation_config), models and files, or are of no use here.
-_MOST_BIASED = 1024  # tokens for which vLLM takes a bias in a request
 _ENGINE_ARGUMENTS = {
     "async_scheduling", "attention_backend", "block_size", "calculate_kv_scales", "cpu_offload_gb", "cuda_graph_sizes",
     "cudagraph_capture_sizes", "disable_cascade_attn", "disable_custom_all_reduce", "disable_log_stats",

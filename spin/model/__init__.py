@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from spin.model.decoder import from_hf
     from spin.model.fingerprint import weights_fingerprint
     from spin.model.logits_check import self_test
-    from spin.model.lora import build_policy, prepare_policy
+    from spin.model.lora import build_policy, prepare_policy, trainable
     from spin.model.sharding import accumulating, clip_grad_norm
 else:
     __getattr__, __dir__ = lazy_names(__name__, __file__)
@@ -23,5 +23,6 @@ __all__ = [
     "prepare_model",
     "prepare_policy",
     "self_test",
+    "trainable",
     "weights_fingerprint",
 ]

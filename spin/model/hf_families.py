@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -90,9 +89,9 @@ def check_model_type(model_type: str | None) -> str:
     return name
 
 
-def config_of(config: dict[str, Any], model_type: str, file: str | Path = "config.json") -> Any:
+def config_of(config: dict[str, Any], model_type: str) -> Any:
     """transformers' config of a config.json; ``model_type`` decides on the family where the file has none."""
-    return decoder_config({"model_type": LAYOUTS[model_type].families[0]} | config, file)
+    return decoder_config({"model_type": LAYOUTS[model_type].families[0]} | config)
 
 
 def merges(config: dict[str, Any], model_type: str) -> bool:

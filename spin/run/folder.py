@@ -12,6 +12,7 @@ from spin import config
 from spin.core.errors import OutputError
 from spin.core.files import FolderLock, json_lines, read_lines
 from spin.core.redact import redacted
+from spin.model.hf_folder import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from spin.core.ranks import World
@@ -43,7 +44,7 @@ def data_sources(cfg: DictConfig) -> str:
 
 def model_of(iteration: Path, adapter: bool = False) -> Path | None:
     """An iteration's exported ``hf_model``, or its ``adapter`` if that is asked for or all there is."""
-    for name, head in (("hf_model", "config.json"), ("adapter", "adapter_config.json")):
+    for name, head in (("hf_model", "config.json"), ("adapter", ADAPTER_CONFIG)):
         folder = iteration / name
         if (name == "adapter" or not adapter) and (folder / head).is_file() and any(folder.glob("*.safetensors")):
             return folder

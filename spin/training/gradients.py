@@ -17,6 +17,7 @@ from torch import nn
 
 from spin.config import SPINConfig
 from spin.core.ranks import World
+from spin.model.lora import trainable
 from spin.model.sharding import accumulating, local_tensor
 from spin.pairs.loader import RowBatch
 from spin.pairs.packing import PackedRow
@@ -57,7 +58,7 @@ def compare_gradients(
     if len(rows) < LEAST_ROWS:
         return {}
     rows = [row.to(world.device) for row in rows[:ROWS]]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = trainable(model)
     stride = sum(parameter.numel() for parameter in parameters) // _COORDINATES | 1
 
     def gradient(row: PackedRow, objective: RowLoss) -> torch.Tensor:
