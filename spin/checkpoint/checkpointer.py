@@ -59,7 +59,7 @@ from spin.core.ranks import (
     raise_on_all_ranks,
     with_own_process_group,
 )
-from spin.core.terminal import counted
+from spin.core.terminal import counted, some_of
 from spin.model.hf import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIGS,
@@ -471,7 +471,7 @@ class SPINCheckpointer:
         broken = nonfinite_weights(model, world)
         if broken:
             raise CheckpointError(
-                f"{folder}: was saved with NaN or infinity in {', '.join(broken[:10])}. Resume from an earlier "
+                f"{folder}: was saved with NaN or infinity in {some_of(broken, 10)}. Resume from an earlier "
                 "checkpoint: resume=<path>."
             )
         if optimizer is not None and saved is not None:

@@ -19,6 +19,7 @@ from spin.checkpoint.manifest import METADATA
 from spin.core.dtypes import DTYPES
 from spin.core.errors import CheckpointError
 from spin.core.ranks import World
+from spin.core.terminal import first_lines
 from spin.model.sharding import clean_name, reshard
 
 
@@ -131,6 +132,5 @@ def check_targets(targets: dict[str, torch.Tensor], metadata: Metadata, folder: 
         if name in saved and saved[name].size != tensor.shape
     ]
     if faults:
-        shown = sorted(faults)[:20]
-        more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
-        raise CheckpointError(f"{folder} does not fit the config's model:\n  " + "\n  ".join(shown + more))
+        lines = "\n  ".join(first_lines(sorted(faults), 20))
+        raise CheckpointError(f"{folder} does not fit the config's model:\n  {lines}")

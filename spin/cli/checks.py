@@ -17,7 +17,7 @@ from spin.config.checks import doubtful
 from spin.config.schema import Checker, EvaluatedModel, Sampling
 from spin.core.errors import CheckpointError, ConfigError, DataError, SpinError
 from spin.core.files import check_can_be_made
-from spin.core.terminal import counted, plural
+from spin.core.terminal import counted, first_lines, plural
 from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dataset import check_is_dataset, evaluated_part
 from spin.data.dates import known_date
@@ -248,8 +248,7 @@ def _same_ids(section: config.Component, tokenizer: PromptTokenizer, prompts: Pr
     faults = [f"{where}: {fault}" for where, fault in found if fault is not None]
     first = f"the first {len(compared)} conversations"
     if faults:
-        more = [f"... and {len(faults) - _SHOWN} more"] if len(faults) > _SHOWN else []
-        raise DataError("\n".join([f"{len(faults)} of {first}:", *faults[:_SHOWN], *more]))
+        raise DataError("\n".join([f"{len(faults)} of {first}:", *first_lines(faults, _SHOWN)]))
     if not compared:
         return None, "not compared: only the data sets of spin.data name their rows"
     return None, f"generation and training have the same prompts in {first}; texts read back"

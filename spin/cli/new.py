@@ -16,7 +16,7 @@ from spin.core.command import spin_command
 from spin.core.errors import ConfigError, OutputError
 from spin.core.files import atomic_write
 from spin.core.hub import is_hub_name
-from spin.core.terminal import printable
+from spin.core.terminal import printable, some_of
 from spin.data.rows import kind_of
 from spin.data.sources import read_rows
 from spin.model.hf_folder import check_local
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 def several_files(sources: Sequence[str]) -> str:
     """Which they are, and what to do with them where one is expected."""
     kinds, folders = {kind_of(Path(source)) for source in sources}, {Path(source).parent for source in sources}
-    shown = ", ".join(sources[:3]) + (f" and {len(sources) - 3} more" if len(sources) > 3 else "")
+    shown = some_of(sources, 3)
     if len(kinds) > 1 or not all(kinds):
         return f"{shown}. Give one of them, and add the others to the config with spin.data.mixed_prompt_dataset."
     folder = folders.pop() if len(folders) == 1 else Path("FOLDER")

@@ -22,6 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from spin.core.errors import ConfigError
+from spin.core.terminal import first_lines, some_of
 
 _LONGEST_BEAT_SECONDS = 5.0
 _SHOWN = 8  # differences that a message shows
@@ -63,17 +64,12 @@ def compare_ranks(
         for other, (host, found) in {0: first, **differing}.items():
             values.setdefault(found.get(name, "missing"), []).append(f"rank {other} ({host})")
         if len(values) > 1:
-            lines.append(f"{name}: " + ", ".join(f"{value} on {_some(ranks)}" for value, ranks in values.items()))
-    more = f"\n... and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
+            lines.append(f"{name}: " + ", ".join(f"{value} on {some_of(ranks, 3)}" for value, ranks in values.items()))
     raise ConfigError(
         f"the {world_size} ranks were given different inputs, and would train on a mixture of them:\n"
-        + "\n".join(lines[:_SHOWN])
-        + f"{more}\nStart all ranks with the same config, data, tokenizer, weights and code. Nothing was changed."
+        + "\n".join(first_lines(lines, _SHOWN))
+        + "\nStart all ranks with the same config, data, tokenizer, weights and code. Nothing was changed."
     )
-
-
-def _some(ranks: list[str]) -> str:
-    return ", ".join(ranks[:3]) + (f" and {len(ranks) - 3} more" if len(ranks) > 3 else "")
 
 
 class Heartbeat:

@@ -144,6 +144,17 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {plural(noun, count)}"
 
 
+def some_of(names: Sequence[str], most: int) -> str:
+    """The first names, and how many more there are: ``a, b and 3 more``."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def first_lines(lines: Sequence[str], most: int) -> list[str]:
+    """The first lines, and one that says how many more there are."""
+    return [*lines[:most], *([f"... and {len(lines) - most} more"] if len(lines) > most else [])]
+
+
 def clock(seconds: float | None) -> str:
     """A duration as a person says it: ``20 ms``, ``1.5 s``, ``12 s``, ``3 min 20 s``, ``19 min``, ``2 h 05 min``;
     nothing for what is not known."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from spin.core.errors import DataError
 from spin.core.files import read_bytes
-from spin.core.terminal import counted
+from spin.core.terminal import counted, some_of
 from spin.data.rows import KNOWN_SUFFIXES, VALUE_FAULTS, Row, SourceNames, kind_of, make_row, rows_of_files, stem_of
 
 log = logging.getLogger(__name__)
@@ -328,8 +328,7 @@ def _nearby(path: Path) -> str:
 
 def _contents(folder: Path) -> str:
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
-    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    holds = f"holds: {', '.join(names[:10])}{more}" if names else "is empty"
+    holds = f"holds: {some_of(names, 10)}" if names else "is empty"
     return f"The folder {folder.resolve()} {holds}."
 
 

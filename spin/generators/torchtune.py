@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from spin.core.dtypes import DTYPES
 from spin.core.errors import ConfigError, GeneratorError
+from spin.core.terminal import some_of
 from spin.generators.fused import fused
 from spin.generators.generator import GeneratorContext, SamplingParams, generate_in_order, max_response_tokens
 from spin.generators.prepacked import prepacked
@@ -138,7 +139,7 @@ class TorchtuneGenerator:
             _copy(own[name], tensor)
             missing.discard(name)
         if missing:
-            some = ", ".join(sorted(missing)[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+            some = some_of(sorted(missing), 5)
             raise GeneratorError(f"update_weights: {some} did not come. Send every parameter once.")
 
     def sleep(self) -> None:

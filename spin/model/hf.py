@@ -31,6 +31,7 @@ from spin.core.errors import CheckpointError
 from spin.core.files import read_json, sync, write_json
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World, atomic_dir_of_ranks, gather_objects, raise_on_all_ranks
+from spin.core.terminal import first_lines, some_of
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4, fill_nf4
 from spin.model.hf_check import check_model
 from spin.model.hf_config import CONFIG, unknown_keys
@@ -323,9 +324,8 @@ def _load(model: nn.Module, folder: Path, model_type: str, world: World) -> None
     broken = [source for source, seen in finite.items() if not seen]  # the only waits for the device
     if broken:
         files = ", ".join(sorted({plan.entries[source].file.name for source in broken}))
-        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
         raise CheckpointError(
-            f"{folder}: NaN or infinity in {', '.join(broken[:10])}{more} ({files}), in the dtype that the model has "
+            f"{folder}: NaN or infinity in {some_of(broken, 10)} ({files}), in the dtype that the model has "
             "here. Download the model again, or take it from another run."
         )
 
@@ -389,11 +389,9 @@ def _check_entries(
             "config's model has one of its own. Use a builder with tie_word_embeddings=True."
         )
     if faults:
-        shown = sorted(faults)[:20]
-        more = [f"... and {len(faults) - len(shown)} more"] if len(faults) > len(shown) else []
         raise CheckpointError(
             f"{folder} does not fit the config's model ({model_type}):\n  "
-            + "\n  ".join(shown + more)
+            + "\n  ".join(first_lines(sorted(faults), 20))
             + "\nDo the model's builder, model_type and checkpoint_dir belong together?"
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 from spin.core.errors import CheckpointError
 from spin.core.files import read_json
 from spin.core.hub import is_hub_name
-from spin.core.terminal import counted
+from spin.core.terminal import counted, some_of
 from spin.model.families import FAMILIES, decoder_config
 from spin.model.hf_config import CONFIG, check_values
 
@@ -193,8 +193,7 @@ def _match(folder: Path, kinds: dict[tuple[str, ...], str]) -> str | None:
     for patterns, message in kinds.items():
         names = _names(folder, *patterns)
         if names:
-            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-            return message.replace("{folder}", str(folder)).replace("{names}", shown)
+            return message.replace("{folder}", str(folder)).replace("{names}", some_of(names, 5))
     return None
 
 

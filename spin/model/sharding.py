@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from spin.core.errors import ConfigError, NonFiniteError
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import Row, World
+from spin.core.terminal import some_of
 from spin.model.adapters import adapted_modules, adapter_parameters, allocate_nf4, as_nf4, dequantized, merged_weight
 
 NONFINITE_REMEDY = (
@@ -24,8 +25,6 @@ NONFINITE_REMEDY = (
     "command, with what you change, resumes from the last one: optimizer.lr=... resume_with_changes=[optimizer]"
 )
 _KEPT = "_spin_unsharded"  # set on the root while `unsharded` holds the parameters
-
-
 _RESHARD = "_spin_reshard_after_forward"  # set on each sharded module: as it was given to `fully_shard`
 
 
@@ -343,7 +342,4 @@ def check_weights(model: nn.Module, world: World, what: str) -> None:
     """Raises NonFiniteError on all ranks if a weight is NaN or infinite; ``what`` would be made of them. Collective."""
     broken = nonfinite_weights(model, world)
     if broken:
-        more = f" and {len(broken) - 10} more" if len(broken) > 10 else ""
-        raise NonFiniteError(
-            f"{what}: NaN or infinity in the weights {', '.join(broken[:10])}{more}. {NONFINITE_REMEDY}"
-        )
+        raise NonFiniteError(f"{what}: NaN or infinity in the weights {some_of(broken, 10)}. {NONFINITE_REMEDY}")

@@ -42,6 +42,7 @@ from spin.core.files import (
     read_json,
     write_json,
 )
+from spin.core.terminal import some_of
 from spin.pairs.journal import Journal
 from spin.types import FinishReason, Pair, Response, Verdict
 
@@ -86,7 +87,7 @@ class PairStore:
             below = sorted(
                 str(file.parent.relative_to(path)) for file in files if file.parent.parent.name != "checkpoints"
             )
-            hint = f" Below it there are {', '.join(below[:6])}{', ...' if len(below) > 6 else ''}." if below else ""
+            hint = f" Below it there are {some_of(below, 6)}." if below else ""
             raise StoreError(f"{path}: no pair store here ({MANIFEST} is missing).{hint}")
         manifest = read_json(file, StoreError, "Remove the folder; it will be made again.")
         if manifest.get("format_version") != FORMAT_VERSION:
