@@ -34,7 +34,7 @@ from spin.config import EvaluateConfig
 from spin.config.schema import Sampling
 from spin.core import progress
 from spin.core.errors import DataError
-from spin.core.files import as_output_error, replace_text
+from spin.core.files import as_output_error, write_json, write_json_lines
 from spin.core.ranks import barrier, broadcast_object, init_world, shutdown
 from spin.core.terminal import get_logger, show
 from spin.data import Prompt, PromptDataset
@@ -115,9 +115,8 @@ class SPINEvaluate:
         if self._world.is_main:
             with as_output_error(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            replace_text(folder / "rows.jsonl", lines)
-            replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_json_lines(folder / "rows.jsonl", rows)
+            write_json(folder / "summary.json", summary)
             show(f"{verdicts.summary_table(summary)}\n\nrows and summary: {folder}")
         barrier(self._world)
         if summary["win_rate"] is None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from spin.core.errors import OutputError
 from spin.core.files import SFT_STAGE, file_sha256
 from spin.core.hub import hub_name, is_hub_name
 from spin.core.terminal import counted, printable
-from spin.core.texts import plain_text, turns
+from spin.core.texts import markdown_table, plain_text, turns
 from spin.data import PairStore
 from spin.data.rows import kind_of
 from spin.model.hf_folder import ADAPTER_CONFIG
@@ -117,13 +117,13 @@ def model_card(
         f"{what} Made with spin-torchtune {spin.__version__}.",
         "## Use\n\n" + _usage(name, base_model or start, is_adapter),
         *_samples(run, iteration),
-        "## How it was made\n\n" + _table(("", ""), _settings(cfg)),
+        "## How it was made\n\n" + markdown_table(("", ""), _settings(cfg)),
         "## Iterations\n\n" + _iterations(run, cfg, iteration),
         "Loss is that of the first step of an iteration, where two equal models stand, and of its last; acc the "
         "fraction of pairs whose real response gained more than the generated one, at the last step; "
         "validation loss the mean negative log-prob per token of real responses, in nats.",
         _LIMITS,
-        "## Hashes\n\n" + _table(("what", "hash"), _hashes(run, iteration, model)),
+        "## Hashes\n\n" + markdown_table(("what", "hash"), _hashes(run, iteration, model)),
         f"## Config\n\n```yaml\n{yaml.safe_dump(plain(cfg), sort_keys=False, allow_unicode=True)}```",
         _CITATION,
     ]
@@ -226,7 +226,7 @@ def _iterations(run: Path, cfg: DictConfig, last: int) -> str:
                 f"{val[-1]:.4f}" if val else "none",
             )
         )
-    return _table(("iteration", "beta", "steps", "loss", "acc", "validation loss"), rows)
+    return markdown_table(("iteration", "beta", "steps", "loss", "acc", "validation loss"), rows)
 
 
 def _hashes(run: Path, last: int, model: Path) -> list[tuple[str, str]]:
@@ -242,10 +242,3 @@ def _hashes(run: Path, last: int, model: Path) -> list[tuple[str, str]]:
         rows.append((f"opponent of iteration {iteration}", fingerprint["opponent"]))
     rows += [(file.name, f"sha256 {file_sha256(file)}") for file in sorted(model.glob("*.safetensors"))]
     return [(what, f"`{digest}`") for what, digest in rows]
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [names, ["---"] * len(names), *rows]
-    return "\n".join(
-        "| " + " | ".join(printable(cell, one_line=True).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )

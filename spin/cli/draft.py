@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from omegaconf import OmegaConf
 
 from spin.cli.memory import Estimate, estimate, fewest_sequences, longer_rows, shapes_of, usable_gib
@@ -24,6 +23,7 @@ from spin.cli.workload import pair_of
 from spin.config import COMPONENT, SPINConfig, complete, instantiate, load_config, nested, plain
 from spin.config.files import with_overrides
 from spin.config.follow import FROM_HF
+from spin.config.full import inline_yaml
 from spin.config.schema import fields_of
 from spin.core.errors import ConfigError, DataError
 from spin.core.terminal import clock, counted
@@ -209,19 +209,14 @@ class _Config:
     def text(self) -> str:
         """YAML: a section on a line; data set and model with a line for each key if there is room."""
         keys = [*_FIRST_KEYS, *(key for key in fields_of(SPINConfig) if key not in _FIRST_KEYS)]
-        lines = {key: [f"{key}: {_inline(self.values[key])}"] for key in keys if key in self.values}
+        lines = {key: [f"{key}: {inline_yaml(self.values[key])}"] for key in keys if key in self.values}
         room = _MOST_LINES - _HEADER_LINES - len(lines)
         for section in ("dataset", "model"):
             items = self.values[section].items()
             if 1 < len(items) <= room:
                 room -= len(items)
-                lines[section] = [f"{section}:", *(f"  {key}: {_inline(value)}" for key, value in items)]
+                lines[section] = [f"{section}:", *(f"  {key}: {inline_yaml(value)}" for key, value in items)]
         return "".join(f"{line}\n" for of_key in lines.values() for line in of_key)
-
-
-def _inline(value: Any) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
 
 
 def _survey(cfg: SPINConfig, config: _Config, report: list[str]) -> Survey:

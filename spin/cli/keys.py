@@ -7,14 +7,12 @@ import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import yaml
-
 from spin.cli import parser_of
 from spin.config.complete import plain
 from spin.config.components import KINDS
 from spin.config.faults import expected, joined
 from spin.config.follow import follow
-from spin.config.full import REQUIRED, arguments_of
+from spin.config.full import REQUIRED, arguments_of, inline_yaml
 from spin.config.schema import (
     COMPONENT,
     Component,
@@ -25,6 +23,7 @@ from spin.config.schema import (
     fields_of,
     section_of,
 )
+from spin.core.texts import markdown_table
 
 RECIPES: dict[str, tuple[type[Section], Collection[str]]] = {
     "spin_recipe": (SPINConfig, ()),
@@ -35,7 +34,9 @@ RECIPES: dict[str, tuple[type[Section], Collection[str]]] = {
 
 def page(word: str = "") -> str:
     """The tables as Markdown; with a word, the rows that have it."""
-    tables = {title: _keys(model, "", others) for title, (model, others) in RECIPES.items()} | {
+    tables: dict[str, Iterator[tuple[str, ...]]] = {}
+    tables |= {title: _keys(model, "", others) for title, (model, others) in RECIPES.items()}
+    tables |= {
         f"{section}: {name}": _arguments(section, name)
         for section, kind in KINDS.items()
         for name in kind.names
@@ -43,11 +44,9 @@ def page(word: str = "") -> str:
     }
     lines = []
     for title, rows in tables.items():
-        shown = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        if shown := [row for row in shown if word.lower() in row.lower()]:
-            columns = len(shown[0].replace("\\|", "").split("|")) - 2
-            heads = "key | default | value | meaning" if columns == 4 else "key | default | meaning"
-            lines += [f"## {title}", "", f"| {heads} |", "|---" * columns + "|", *shown, ""]
+        if shown := [row for row in rows if word.lower() in " | ".join(row).lower()]:
+            heads = ("key", "default", *(["value"] if title in RECIPES else []), "meaning")
+            lines += [f"## {title}", "", markdown_table(heads, shown), ""]
     return "\n".join(lines).rstrip()
 
 
@@ -77,8 +76,8 @@ def _arguments(section: str, name: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _yaml(value: Any) -> str:
-    text = yaml.safe_dump(plain(value), default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n")
-    return f"`{textwrap.shorten(text, 60, placeholder=' ...')}`" if value != REQUIRED else "must be set"
+    text = textwrap.shorten(inline_yaml(plain(value)), 60, placeholder=" ...")
+    return f"`{text}`" if value != REQUIRED else "must be set"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -352,11 +352,10 @@ def _packed(cfg: SPINConfig, gpus: int, pair_tokens: int, most: int | None) -> t
 def _activations(cfg: SPINConfig, shapes: _Shapes, row: int, compute: torch.dtype) -> float:
     layer = shapes.kept_by_layer * (1.0 if cfg.compile else _EAGER_FACTOR)
     around = 4 * shapes.width  # embeddings, last hidden state, what the head takes of it, and its gradient
-    if not cfg.enable_activation_checkpointing:
+    if not cfg.checkpointed_every:
         elements = shapes.layers * layer
     else:  # inputs of the layers that are checkpointed, and one of them in full, with gradients of about the same size
-        every = cfg.ac_option or 1 if cfg.ac_mode == "selective" else 1
-        checkpointed = shapes.layers // every
+        checkpointed = shapes.layers // cfg.checkpointed_every
         elements = checkpointed * shapes.width + (shapes.layers - checkpointed) * layer + 2 * layer
     return float(row * (elements + around) * compute.itemsize)
 

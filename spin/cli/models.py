@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spin.cli import parser_of
+from spin.core.texts import markdown_table
 from spin.model.families import FAMILIES
 
 # By model_type: what was run on a GPU besides the tests that every family passes there.
@@ -28,10 +29,13 @@ REFUSED = {
 
 def page() -> str:
     """The tables as Markdown."""
-    lines = ["| model_type | models | run on a GPU besides the tests |", "|---|---|---|"]
-    lines += [f"| `{name}` | {row.models} | {GPU_RUNS.get(name, '')} |" for name, row in sorted(FAMILIES.items())]
-    lines += ["", "Refused with one sentence:", "", "| what | why |", "|---|---|"]
-    return "\n".join([*lines, *(f"| {what} | {why} |" for what, why in REFUSED.items())])
+    trained = [(f"`{name}`", row.models, GPU_RUNS.get(name, "")) for name, row in sorted(FAMILIES.items())]
+    tables = (
+        markdown_table(("model_type", "models", "run on a GPU besides the tests"), trained),
+        "Refused with one sentence:",
+        markdown_table(("what", "why"), list(REFUSED.items())),
+    )
+    return "\n\n".join(tables)
 
 
 def main(argv: Sequence[str]) -> None:

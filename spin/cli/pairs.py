@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 from collections import Counter
@@ -16,7 +15,7 @@ from omegaconf import OmegaConf
 from spin import config
 from spin.cli import parser_of
 from spin.core.errors import ConfigError, OutputError, StoreError
-from spin.core.files import replace_text
+from spin.core.files import write_json_lines
 from spin.core.terminal import counted, printable
 from spin.types import Verdict
 
@@ -80,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
         for column in ("prompt", "real", "generated"):
             print(f"[{column}] {printable(row[column])}")
     if arguments.export:
-        replace_text(arguments.export, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_json_lines(arguments.export, rows)
         print(f"\n{counted(len(rows), 'response')} -> {printable(arguments.export)}")
 
 

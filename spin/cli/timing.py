@@ -145,9 +145,8 @@ def stages(cfg: SPINConfig, work: Work, cluster: Cluster, prompts: int, pair: Pa
     layers, head, attention = flops
     own = 0 if work.frozen else 1  # products for the weights' own gradients
     needed = (2 + own) * (layers + head) + 3 * attention
-    if cfg.enable_activation_checkpointing:
-        every = cfg.ac_option or 1 if cfg.ac_mode == "selective" else 1
-        needed += (layers + attention) / every
+    if cfg.checkpointed_every:
+        needed += (layers + attention) / cfg.checkpointed_every
     steps_in_all = cfg.max_epochs * steps_of_epoch
     measured = [each for size, each in FLOAT8_SPEEDUP.items() if work.layer_weights >= size * work.layers]
     in_float8 = measured[-1:] if cfg.enable_float8_training else []

@@ -52,8 +52,13 @@ def _lines(values: Mapping[Any, Any], section: type[Section], path: str) -> Iter
             yield _with_comment(f"{indent}{key}:", comments[key])
             yield from _lines(value, inner, below)
         else:
-            shown = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
-            yield _with_comment(f"{indent}{key}: {shown.removesuffix('...' + chr(10)).strip()}", comments.get(key, ""))
+            yield _with_comment(f"{indent}{key}: {inline_yaml(value)}", comments.get(key, ""))
+
+
+def inline_yaml(value: Any) -> str:
+    """A value in one line of YAML."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
 
 
 def _with_comment(line: str, comment: str) -> str:

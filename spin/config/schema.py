@@ -337,6 +337,12 @@ class SPINConfig(Config):
     deterministic: bool = key(False, "true to debug a GPU run: a restart gives the same bits; slower")
 
     @property
+    def checkpointed_every(self) -> int:
+        """Every so many-th layer keeps its input alone for backward; 0: none."""
+        every = 1 if self.ac_mode == "full" else self.ac_option or 1
+        return every if self.enable_activation_checkpointing else 0
+
+    @property
     def metric_loggers(self) -> list[Component]:
         """``metric_logger`` as a list."""
         given = self.metric_logger

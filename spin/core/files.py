@@ -318,6 +318,11 @@ def write_json(file: Path, content: Any) -> None:
     replace_text(file, json.dumps(content, indent=2) + "\n")
 
 
+def write_json_lines(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """:func:`atomic_write` of a JSON Lines file."""
+    replace_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def sync(path: Path) -> None:
     """Waits until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup
 
@@ -39,6 +40,13 @@ def turns(value: object) -> list[tuple[str, str]]:
         role = next(group for group in rest[i : i + size - 1] if group)
         found.append((_NAMES.get(role, role), plain_text(rest[i + size - 1])))
     return [(role, text) for role, text in found if text]
+
+
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Rows of plain cells as a table of Markdown."""
+    cells = [[printable(cell, one_line=True).replace("|", "\\|") for cell in row] for row in (heads, *rows)]
+    first, *others = (f"| {' | '.join(row)} |" for row in cells)
+    return "\n".join([first, "|---" * len(heads) + "|", *others])
 
 
 def marked(before: object, after: object) -> Markup:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from spin.config import COMPONENT, Component, SPINConfig, instantiate
-from spin.config.schema import ACMode, Attention
+from spin.config.schema import Attention
 from spin.core.dtypes import has_fast_bf16
 from spin.core.errors import CheckpointError, ConfigError
 from spin.core.ranks import World
@@ -132,9 +132,7 @@ def extend_max_seq_len(model: nn.Module, longest_pair: int, layout: RowLayout) -
 def training_options(cfg: SPINConfig) -> dict[str, Any]:
     """What a recipe's config says of how its model is wrapped: memory against time."""
     return {
-        "activation_checkpointing": cfg.enable_activation_checkpointing,
-        "ac_mode": cfg.ac_mode,
-        "ac_option": cfg.ac_option,
+        "checkpointed_every": cfg.checkpointed_every,
         "compile_layers": cfg.compile,
         "float8": cfg.enable_float8_training,
         "reshard_after_forward": cfg.fsdp_reshard_after_forward,
@@ -147,9 +145,7 @@ def prepare_model(
     world: World,
     *,
     compute_dtype: torch.dtype,
-    activation_checkpointing: bool = False,
-    ac_mode: ACMode = "full",
-    ac_option: int | None = None,
+    checkpointed_every: int = 0,
     compile_layers: bool = False,
     float8: bool = False,
     reshard_after_forward: bool = True,
@@ -161,9 +157,7 @@ def prepare_model(
         model (nn.Module): from :func:`build_model`; weights are to be loaded afterwards.
         world (World): the ranks.
         compute_dtype (torch.dtype): of forward and backward.
-        activation_checkpointing (bool): compute layers' activations again in backward; less memory, more time.
-        ac_mode (ACMode): ``full``: of every layer; ``selective``: of every ``ac_option``-th.
-        ac_option (int | None): 1 or more, with ``selective``.
+        checkpointed_every (int): compute the activations of every so many-th layer again in backward; 0: of none.
         compile_layers (bool): ``torch.compile`` each layer as a whole, once for each length of a row.
         float8 (bool): products of the layers in float8, see :func:`spin.model.float8.convert_float8`.
         reshard_after_forward (bool): see :func:`spin.model.sharding.shard_model`.
@@ -183,8 +177,8 @@ def prepare_model(
     fix_gemma2_softcap(model)
     if float8:
         convert_float8(model, world.device)
-    if activation_checkpointing:
-        checkpoint_activations(model, ac_option or 1 if ac_mode == "selective" else 1)
+    if checkpointed_every:
+        checkpoint_activations(model, checkpointed_every)
     if compile_layers:
         compile_each_layer(model)
     shard_model(

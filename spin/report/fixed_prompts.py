@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from spin.core.files import replace_text
+from spin.core.files import write_json_lines
 from spin.core.terminal import fill, printable, wrap
 from spin.core.texts import plain_text, turns
 from spin.pairs.store import PairStore
@@ -38,7 +37,7 @@ def write_fixed_prompts(
         for pair in PairStore.open(folder).pairs()
         for response in pair.generated
     ]
-    replace_text(file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+    write_json_lines(file, rows)
     return rows
 
 
