@@ -16,6 +16,7 @@ Lines marked SPIN are the algorithm; lines marked PLUMBING can be left alone. Ge
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -218,6 +219,7 @@ class SPINRecipe:
         self._last_batch = batch.pairs
         # the mean over the pairs of the global batch; FSDP2 averages gradients over ranks, world_size undoes that
         scale, sums = world.world_size / (batch.weight or 1.0), self._sums()
+        minimised = torch.zeros((), dtype=torch.float64, device=world.device)
 
         def objective(row: PackedRow, logps: torch.Tensor) -> torch.Tensor:
             return self.row_loss(row, logps) * scale
@@ -227,16 +229,20 @@ class SPINRecipe:
                 of_row = partial(objective, row)
                 total, logps = reference.pair_objective(self._model, row, of_row, cfg.logprob_chunk_tokens)
                 total.backward()
+                minimised += total.detach()
                 sums.add(row, logps, self._loss)
         norm = model.clip_grad_norm(self._model, cfg.clip_grad_norm)
         # a checkpoint or a log that could not be written ends the run too: save_checkpoint raises what went wrong
         failed = self._checkpointer.has_failed or self._run_log.has_failed
         asked = {"stop": self._stop.is_asked or failed, "out_of_time": self._stop.is_out_of_time}
-        mean_norm = norm.double() / world.world_size  # the same on all ranks: it rides along
-        totals = all_reduce_sums({**sums.totals(), **asked, "grad_norm": mean_norm}, world)  # host/device sync
+        # the norm is the same on all ranks, and rides along
+        means = {"grad_norm": norm.double() / world.world_size, "minimised": minimised / world.world_size}
+        totals = all_reduce_sums({**sums.totals(), **asked, **means}, world)  # host/device sync
         grad_norm = totals["grad_norm"]
         is_finite = self._nonfinite.check(totals["loss"], grad_norm, progress.step, batch.pairs, world)
-        metrics = sums.metrics(totals, cfg.nll_weight) if is_finite else {}
+        metrics = sums.metrics(totals) if is_finite else {}
+        if metrics and not math.isclose(totals["minimised"], metrics["loss"], rel_tol=1e-4, abs_tol=1e-6):
+            metrics["total_loss"] = totals["minimised"]  # with an NLL term, or what row_loss adds
         if cfg.self_test and metrics and self._trained_in != iteration:
             expected = training.initial_loss(self._loss, batch.pairs, self._layout)  # ln 2 and 0 for SPIN
             training.check_first_loss(metrics, expected, cfg.compute_dtype, iteration)

@@ -33,7 +33,7 @@ MOST_PROMPTS = 50  # of fixed_prompts.jsonl
 BY_SOURCE = "val_loss/"
 # title: lines of metric, label, and whether they are dots: measured at some steps only
 CHARTS = {
-    "Loss": (("loss", "training", 0), ("total_loss", "with NLL term", 0), ("val_spin_loss", "validation", 1)),
+    "Loss": (("loss", "training", 0), ("total_loss", "total", 0), ("val_spin_loss", "validation", 1)),
     "acc: fraction of pairs won": (("acc", "training", 0), ("val_acc", "validation", 1)),
     "Margin: reward of real less generated": (("margin", "training", 0), ("val_margin", "validation", 1)),
     "Rewards": (("rewards_actual_mean", "real", 0), ("rewards_generated_mean", "generated", 0)),

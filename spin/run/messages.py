@@ -116,18 +116,17 @@ def iteration_summary(
         lines.append("(at the first step model and opponent are still the same: no rewards, acc 0.5)")
     for name, label in (
         ("loss", "loss"),
-        ("total_loss", "loss with NLL term"),
+        ("total_loss", "total loss"),
         ("acc", "acc"),
         ("rewards_actual_mean", "reward of real"),
         ("rewards_generated_mean", "reward of generated"),
         ("avg_generated_lengths", "generated tokens"),
         ("truncated_fraction", "truncated fraction"),
     ):
-        if steps and name in steps[0]:
-            mean = sum(metrics[name] for metrics in steps) / len(steps)
-            lines.append(
-                f"{label:>20}: {steps[0][name]:9.4f} first step  {mean:9.4f} mean  {steps[-1][name]:9.4f} last step"
-            )
+        if any(name in metrics for metrics in steps):
+            values = [metrics.get(name, metrics["loss"]) for metrics in steps]  # total_loss: only where it is another
+            mean = sum(values) / len(values)
+            lines.append(f"{label:>20}: {values[0]:9.4f} first step  {mean:9.4f} mean  {values[-1]:9.4f} last step")
     for name, label, before in (
         ("val_loss", "validation loss", val_loss_before),
         ("val_spin_loss", "validation SPIN loss", None),

@@ -73,9 +73,9 @@ class PairSums:
         """The sums of this rank, by name; those that the device makes have shape ()."""
         return {**dict(zip(self._names, self._total.unbind(), strict=True)), **self._counts}
 
-    def metrics(self, totals: Mapping[str, float], nll_weight: float) -> dict[str, float]:
+    def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """:func:`pair_metrics` of the totals of all ranks."""
-        return pair_metrics(totals, nll_weight)
+        return pair_metrics(totals)
 
 
 class ResponseSums(PairSums):
@@ -85,18 +85,16 @@ class ResponseSums(PairSums):
         """Nats and tokens of the responses."""
         return {"loss": -logps, "response_tokens": row.response_lengths}
 
-    def metrics(self, totals: Mapping[str, float], nll_weight: float) -> dict[str, float]:
+    def metrics(self, totals: Mapping[str, float]) -> dict[str, float]:
         """``loss`` in nats per token."""
         return {"loss": totals["loss"] / totals["response_tokens"]}
 
 
-def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[str, float]:
+def pair_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     """Means over the pairs of a global batch.
 
     ``loss``, ``acc`` and the ``rewards_*`` carry NeMo-Aligner's names and count pairs whose weight is not 0; rewards
-    are scaled by beta. ``acc`` is of pairs that are no ties, and 0.5 where all are. With an NLL term, ``nll_loss`` is
-    that term before its weight, and ``total_loss = loss + nll_weight * nll_loss`` what the step minimises. Nothing if
-    no pair has weight.
+    are scaled by beta. ``acc`` is of pairs that are no ties, and 0.5 where all are. Nothing if no pair has weight.
 
     Source:
         ``megatron_gpt_spin_model.py`` of https://github.com/NVIDIA/NeMo-Aligner for the names.
@@ -107,10 +105,8 @@ def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[s
     real, generated = totals["real_rewards"] / n, totals["generated_rewards"] / n
     both = (real + generated) / 2
     spread = max(0.0, totals["squared_rewards"] - 2 * n * both**2)
-    loss, nll = totals["loss"] / n, totals["real_nll"] / n
     return {
-        "loss": loss,
-        **({"nll_loss": nll, "total_loss": loss + nll_weight * nll} if nll_weight else {}),
+        "loss": totals["loss"] / n,
         "acc": _fraction_won(totals["won"], n - totals["ties"]),
         "rewards_actual_mean": real,
         "rewards_generated_mean": generated,
@@ -121,7 +117,7 @@ def pair_metrics(totals: Mapping[str, float], nll_weight: float = 0.0) -> dict[s
         "truncated_fraction": totals["truncated"] / totals["comparisons"],
         "real_logp_drift": totals["real_drift"] / n,
         "generated_logp_drift": totals["generated_drift"] / n,
-        "real_nll": nll,
+        "real_nll": totals["real_nll"] / n,
         "real_nll_rise": totals["real_drift"] / min(totals["real_reference"], -1e-9),
     }
 

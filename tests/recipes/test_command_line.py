@@ -116,16 +116,20 @@ def test_pairs_that_one_process_scored_are_scored_again_by_two(tmp_path):
 
 
 def test_a_copied_and_edited_recipe_runs_where_it_lies(tmp_path):
+    """A key of its own, and a loss that is doubled in ``row_loss``: the log has what is minimised."""
     text = (REPO / "recipes" / "spin_recipe.py").read_text()
     edited = text.replace(
         "@config.parse(config.SPINConfig)",
         'class Mine(config.SPINConfig):\n    greeting: str = "hello"\n\n\n@config.parse(Mine)',
     )
     edited = edited.replace("        self._cfg = cfg\n", "        self._cfg = cfg\n        print(cfg.greeting)\n")
-    assert edited.count("greeting") == 2
+    edited = edited.replace("return (losses * row.weights).sum()", "return 2 * (losses * row.weights).sum()")
+    assert edited.count("greeting") == 2 and edited.count("return 2 *") == 1
     (tmp_path / "mine.py").write_text(edited)
     changes = (*TWO, "max_iterations=1", "greeting=moin")
     assert "moin" in command(tmp_path / "out", *changes, program=[sys.executable, "mine.py"], cwd=tmp_path).stdout
+    steps = [row for row in metrics_of(tmp_path / "out") if "loss" in row]
+    assert [row["total_loss"] for row in steps] == pytest.approx([2 * row["loss"] for row in steps])
 
 
 @pytest.mark.slow
