@@ -57,6 +57,7 @@ class SPINRecipe:
         self._betas, self._lrs = (training.in_each_iteration(value, cfg.max_iterations) for value in values)
         # made now, so that a wrong argument shows before anything is loaded, not after the first responses
         self._losses = [config.instantiate(cfg.loss, beta=beta) for beta in self._betas]
+        training.check_loss(self._losses[0], cfg.loss.component)
         self._stop = run.StopRequest(cfg.stop_signals, cfg.max_time)
         self._cleanup = ExitStack()  # of what setup has made, in case that it fails half-way
         self._nonfinite = training.NonFiniteGuard(cfg.on_nonfinite, cfg.nonfinite_limit, self._output_dir)

@@ -22,7 +22,7 @@ from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenize
 from spin.data.dataset import check_is_dataset, evaluated_part
 from spin.data.dates import known_date
 from spin.data.messages import ChatMessage
-from spin.data.read import check_vocabulary, row_parser, unknown_ids
+from spin.data.read import check_fits_model, row_parser, unknown_ids
 from spin.data.samples import unlogged
 from spin.data.sources import read_rows
 from spin.data.tokenizer import first_difference
@@ -35,6 +35,7 @@ from spin.model.hf import check_hf_folder
 from spin.model.lora import check_adapters, check_lora
 from spin.run.plan import RunPlan
 from spin.training.schedules import per_iteration
+from spin.training.selftest import check_loss
 
 COMPARED_ROWS = 200  # of the training set, whose token ids and texts are compared
 _SHOWN = 20
@@ -129,6 +130,7 @@ def _loss_and_optimizer(cfg: config.SPINConfig) -> tuple[None, str]:
     beta, lr = (per_iteration(value, 0, cfg.max_iterations) for value in (cfg.loss.beta, cfg.optimizer.lr))
     parameters = [torch.nn.Parameter(torch.zeros(8, 8))]
     loss = _built("loss", lambda: config.instantiate(cfg.loss, beta=beta))
+    check_loss(loss, cfg.loss.component)
     optimizer = _built("optimizer", lambda: config.instantiate(cfg.optimizer, parameters, lr=lr))
     by_optimizer = f"{type(optimizer).__name__} with learning rate {cfg.optimizer.lr}"
     if isinstance(cfg, config.SFTConfig):  # which makes the loss of the run too, and does not use it
@@ -258,7 +260,7 @@ def _vocabulary(
     cfg: config.SPINConfig, sources: Sequence[PromptSource], model: torch.nn.Module, tokenizer: PromptTokenizer
 ) -> tuple[None, str]:
     stop_ids = sampling_params(cfg.sampling, tokenizer.eos_ids).stop_token_ids
-    check_vocabulary(model, tokenizer, stop_ids, *sources)
+    check_fits_model(model, tokenizer, stop_ids, *sources)
     unknown = len(unknown_ids(model, tokenizer))
     text = _EMBEDDED + (f"; {unknown:,} of its ids have no token and are never sampled" if unknown else "")
     folder = cfg.checkpointer.get("checkpoint_dir")

@@ -83,6 +83,16 @@ class Kind:
     modules: tuple[str, ...] = ()
     fits: Callable[[Any], bool] | None = None
     supplied: tuple[str, ...] = ()  # arguments that recipes supply, besides those in the schema
+    has_all: tuple[str, ...] = ()  # attributes that a recipe asks of what is made
+
+    def check(self, made: Any, where: str, name: str) -> None:
+        """Raises ConfigError if what a component has made lacks something that it must have."""
+        lacking = [each for each in self.has_all if not hasattr(made, each)]
+        if lacking:
+            raise ConfigError(
+                f"{where}: {name} gave a {type(made).__name__}, expected {self.what}: it has no {', '.join(lacking)}. "
+                "Correct it, or take one of ours."
+            )
 
     def has(self, name: str) -> bool:
         """Whether the text of a path can be of this kind."""
@@ -119,14 +129,19 @@ KINDS: dict[str, Kind] = {
     "generator": Kind(
         "a generator of spin.generators",
         _each("spin.generators.", ("Replay", "Torchtune", "VLLM", "VLLMServer"), "Generator"), supplied=("context",),
+        has_all=("close", "generate", "shares_policy_weights", "sleep", "update_weights", "wake"),
     ),
     "checker": Kind("a function of your own", supplied=("prompt", "real", "generated", "truncated")),
     "loss": Kind("a loss", ("spin.loss.SPINLoss", "spin.loss.SPACELoss", "torchtune.rlhf.loss.DPOLoss")),
     "optimizer": Kind(
         "an optimizer", _each("spin.training.", ("AdamW8bit", "AdamWStochasticRounding")),
         ("torch.optim", "torchao.optim"), _is_optimizer, supplied=("params",),
+        has_all=("load_state_dict", "param_groups", "state", "state_dict", "step", "zero_grad"),
     ),
-    "checkpointer": Kind("a checkpointer", _each("spin.checkpoint.", ("SPINCheckpointer", "LoRACheckpointer"))),
+    "checkpointer": Kind(
+        "a checkpointer", _each("spin.checkpoint.", ("SPINCheckpointer", "LoRACheckpointer")),
+        has_all=("close", "export", "latest", "load", "load_start", "read_state", "save", "validate", "wait"),
+    ),
     "metric_logger": Kind(
         "a metric logger",
         (
@@ -489,7 +504,7 @@ def instantiate(node: Component | Mapping[str, Any] | DictConfig | None, *args: 
 
     Raises:
         ConfigError: If there is no component, it is not allowed, the arguments do not fit its signature, or the file of
-            a tokenizer cannot be read.
+            a tokenizer cannot be read, or what is made lacks what a recipe calls.
         SpinError: If the component raises one; the message names the section.
     """
     if node is None:
@@ -529,7 +544,7 @@ def _build(
     except ValueError:  # builtins without a signature
         pass
     try:
-        return component(*args, **kwargs)
+        made = component(*args, **kwargs)
     except SpinError as error:
         if where in str(error):
             raise
@@ -544,6 +559,8 @@ def _build(
             f"{where}: {name} does not take these values ({type(error).__name__}: {error}{place_in(name, error)}). "
             "Check the section; SPIN_TRACEBACK=1 shows where it happened."
         ) from error
+    kind.check(made, where, name)
+    return made
 
 
 def raised_in(name: str, error: BaseException) -> str:

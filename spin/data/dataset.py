@@ -91,7 +91,7 @@ class PromptDataset:
         report (DatasetReport | None): how they came about; None writes one that names nothing.
 
     Raises:
-        DataError: If two samples have one id.
+        DataError: If two samples have one id, or one is no :class:`~spin.types.Prompt` with tokens on both sides.
     """
 
     settings: Mapping[str, Any] = MappingProxyType({})
@@ -101,6 +101,12 @@ class PromptDataset:
         prompt_tokens, real_tokens = array("i"), array("i")
         prompt_offsets, real_offsets = array("q", [0]), array("q", [0])
         for prompt in prompts:
+            if not isinstance(prompt, Prompt) or not isinstance(prompt.sample_id, str):
+                problem = f"{prompt!r:.200}, expected a spin.data.Prompt whose sample_id is a text"
+                raise DataError(f"sample {len(self.sample_ids)} is {problem}.")
+            for name, ids in (("prompt_ids", prompt.prompt_ids), ("real_ids", prompt.real_ids)):
+                if not len(ids):
+                    raise DataError(f"sample {prompt.sample_id!r} has no {name}, expected one token at least.")
             self.sample_ids.append(prompt.sample_id)
             prompt_tokens.extend(prompt.prompt_ids)
             prompt_offsets.append(len(prompt_tokens))

@@ -13,7 +13,7 @@ from spin.core.ranks import World
 from spin.data.chat import ChatTokenizer
 from spin.data.dataset import PromptDataset, PromptSource
 from spin.data.dates import fix_date
-from spin.data.read import check_vocabulary, unknown_ids
+from spin.data.read import check_fits_model, unknown_ids
 from spin.data.tokenizer import PromptTokenizer
 from spin.data.torchtune_tokenizer import adapt_tokenizer
 
@@ -36,7 +36,7 @@ def read_inputs(
     elif isinstance(prompts, PromptDataset):
         val_prompts = prompts.held_out or val_prompts
     stop_token_ids = (*tokenizer.eos_ids, *cfg.sampling.stop_token_ids)
-    check_vocabulary(model, tokenizer, stop_token_ids, prompts, val_prompts)
+    check_fits_model(model, tokenizer, stop_token_ids, prompts, val_prompts)
     folder = cfg.checkpointer.get("checkpoint_dir")
     if isinstance(tokenizer, ChatTokenizer) and folder and (warning := tokenizer.foreign_tokens(folder)):
         log.warning(warning)

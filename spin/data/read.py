@@ -207,15 +207,21 @@ def is_held_out(sample_id: str, fraction: float, turns: Turns = "last") -> bool:
     return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def check_vocabulary(
+def check_fits_model(
     model: nn.Module, tokenizer: PromptTokenizer, stop_token_ids: Sequence[int], *datasets: PromptSource
 ) -> None:
-    """Checks that the model has an embedding for every token that it will meet; a tokenizer may know more. A DataError
-    if a sample or a stop token has an id beyond the model's vocabulary, or a data set is none."""
+    """Checks that the model has an embedding for every token that it will meet, and a position; a tokenizer may know
+    more. A DataError if a sample or a stop token has an id beyond the model's vocabulary, a sample is longer than its
+    context, or a data set is none."""
     rows = model.tok_embeddings.weight.shape[0]
     found = [f"stop token {token}" for token in stop_token_ids if not 0 <= token < rows]
     for dataset in datasets:
         check_is_dataset(dataset)
+        if dataset.longest > model.max_seq_len:
+            raise DataError(
+                f"the longest sample has {dataset.longest:,} tokens, the model's context is {model.max_seq_len:,}: "
+                "leave longer ones out. A function of your own is given that limit as max_seq_len."
+            )
         if (outside := dataset.first_outside(rows)) is not None:
             found.append(f"sample {outside[0]!r} has the token id {outside[1]}")
     if found:

@@ -21,7 +21,7 @@ from spin.core.hub import hub_name
 from spin.core.ranks import World
 from spin.data import ChatTokenizer, PromptDataset, PromptSource, PromptTokenizer, adapt_tokenizer
 from spin.data.dates import known_date
-from spin.data.read import check_vocabulary, unknown_ids
+from spin.data.read import check_fits_model, unknown_ids
 from spin.evaluation import verdicts
 from spin.generators import Generator, GeneratorContext, sampling_params
 from spin.generators.stage import Limits, limits_of
@@ -64,7 +64,7 @@ class EvalModel:
         """Raises DataError if the model has no embedding for a token of the prompts, or a stop token is beyond it."""
         if self._shape is not None:
             stop_ids = sampling_params(sampling, self.tokenizer.eos_ids).stop_token_ids
-            check_vocabulary(self._shape, self.tokenizer, stop_ids, *prompts)
+            check_fits_model(self._shape, self.tokenizer, stop_ids, *prompts)
 
     def fingerprint(self, generator: Generator | None) -> str:
         """Whose responses these are: a hash of the weights' files, or the generator's own fingerprint."""

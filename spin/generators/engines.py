@@ -11,13 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from spin.core.errors import GeneratorError
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World
 from spin.generators.generator import Generator
 from spin.model.sharding import named_full_tensors, unsharded
-
-_GENERATOR_HAS = ("shares_policy_weights", "generate", "update_weights", "sleep", "wake", "close")
 
 
 @dataclass(frozen=True)
@@ -33,14 +30,7 @@ class EngineGroup:
 
 def engine_group(generator: Generator, world: World) -> EngineGroup:
     """The group of this rank, as a rule alone in it: consecutive ranks share an engine, as many as the generator's
-    ``ranks_per_engine`` says. Collective if that is more than one. Raises GeneratorError if it lacks something that a
-    generator has."""
-    lacking = sorted(name for name in _GENERATOR_HAS if not hasattr(generator, name))
-    if lacking:
-        raise GeneratorError(
-            f"generator: {name_of(generator)} has no {', '.join(lacking)}; expected what spin.generators.Generator "
-            f"has: {', '.join(sorted(_GENERATOR_HAS))}."
-        )
+    ``ranks_per_engine`` says. Collective if that is more than one."""
     size = getattr(generator, "ranks_per_engine", 1)
     if size == 1:
         return EngineGroup(world.rank, world.world_size)

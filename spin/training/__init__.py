@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from spin.training.nonfinite import NonFiniteGuard, check_last_update
     from spin.training.optim import AdamW8bit, AdamWStochasticRounding, optimizer_step
     from spin.training.schedules import in_each_iteration, lr_factor, per_iteration
-    from spin.training.selftest import check_first_loss, check_updated_fraction
+    from spin.training.selftest import check_first_loss, check_loss, check_updated_fraction
     from spin.training.validation import eval_pair_losses, initial_loss, validation_loss
     from spin.training.watch import Alert, CollapseMonitor, response_metrics
 else:
@@ -37,6 +37,7 @@ __all__ = [
     "UpdateFraction",
     "check_first_loss",
     "check_last_update",
+    "check_loss",
     "check_updated_fraction",
     "compare_gradients",
     "eval_pair_losses",

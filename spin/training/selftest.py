@@ -3,15 +3,50 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
-from spin.core.errors import SelfTestError
+from spin.config.components import raised_in
+from spin.core.errors import ConfigError, SelfTestError
 
 log = logging.getLogger(__name__)
 
 _LEAST_UPDATED_FRACTION = 0.1
+
+
+def check_loss(loss: Callable[..., Any], name: str) -> None:
+    """Tries a loss on three pairs, before there are responses to lose: a ConfigError that names the component if it
+    raises, does not give three float tensors of shape (n,) with a gradient, or makes a pair's loss depend on others."""
+    policy = [torch.tensor(logps, dtype=torch.float64, requires_grad=True) for logps in ([-9, -4, -7], [-3, -8, -5])]
+    logps = [*policy, *(torch.tensor(logps, dtype=torch.float64) for logps in ([-8, -5, -7], [-4, -6, -5]))]
+    takes = "policy_real_logps, policy_generated_logps, reference_real_logps, reference_generated_logps"
+    try:
+        given = loss(*logps)
+        alone = [loss(*(each[i : i + 1] for each in logps)) for i in range(3)]
+    except (Exception, SystemExit) as error:  # code of the user's own may raise anything
+        raise ConfigError(
+            f"loss: {name} raised {raised_in(name, error)} when it was tried on three pairs, then on each alone. "
+            f"Expected a function of {takes}, each of shape (n,)."
+        ) from error
+    is_triple = isinstance(given, tuple | list) and len(given) == 3
+    if not is_triple or not all(isinstance(each, torch.Tensor) and each.shape == (3,) for each in given):
+        parts = list(given) if isinstance(given, tuple | list) else [given]
+        found = [f"shape {tuple(each.shape)}" if isinstance(each, torch.Tensor) else repr(each)[:60] for each in parts]
+        problem = f"gave {', '.join(found)} for three pairs, expected three tensors of shape (3,)"
+    elif not given[0].is_floating_point() or not given[0].requires_grad:
+        problem = (
+            f"gave losses of {given[0].dtype} without a gradient: was the policy detached, or turned into numbers?"
+        )
+    elif not torch.allclose(given[0], torch.cat([each[0] for each in alone]), rtol=1e-3, equal_nan=True):
+        problem = "gave other losses to three pairs than to each alone: entry i may depend on pair i only"
+    else:
+        return
+    raise ConfigError(
+        f"loss: {name} {problem}. It returns losses, rewards of the real and rewards of the generated responses, one "
+        "of each for every pair."
+    )
 
 
 def check_first_loss(

@@ -71,7 +71,7 @@ def initial_loss(loss: nn.Module, pairs: Sequence[Pair], layout: RowLayout) -> t
     row = _one_row(pairs, layout)
     losses, real_rewards, generated_rewards = pair_losses(loss, row, row.reference_logps)
     weights = row.weights.double() / row.weights.double().sum()
-    return (weights @ losses).item(), (weights @ (real_rewards - generated_rewards)).item()
+    return (weights @ losses.double()).item(), (weights @ (real_rewards - generated_rewards).double()).item()
 
 
 def _one_row(pairs: Sequence[Pair], layout: RowLayout) -> PackedRow:

@@ -478,3 +478,20 @@ def test_a_module_of_your_own_that_fails_is_a_fault_among_the_others(line, messa
     with pytest.raises(ConfigError, match=rf"(?s)2 faults.*my_fault\.check: importing my_fault {message}") as error:
         completed("output_dir: out\nmodel: {_component_: my_fault.check}\nmax_iterations: 11\n")
     assert "max_iterations: found 11" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("generator", r"gave a Bare, expected a generator of spin.generators: it has no close, .*, sleep, "),
+        ("optimizer", r"gave a Bare, expected an optimizer: it has no load_state_dict, param_groups, state"),
+        ("checkpointer", r"gave a Bare, expected a checkpointer: it has no close, export, latest"),
+    ],
+)
+def test_what_lacks_what_a_recipe_calls_is_refused_where_it_is_made(section, message, tmp_path, monkeypatch):
+    (tmp_path / "my_bare.py").write_text("class Bare:\n    def generate(self): ...\n    def step(self): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("SPIN_ALLOW_COMPONENTS", "my_bare")
+    cfg = OmegaConf.create({section: {"_component_": "my_bare.Bare"}})
+    with pytest.raises(ConfigError, match=rf"^{section}: my_bare.Bare {message}"):
+        config.instantiate(cfg[section])

@@ -10,7 +10,7 @@ import torch
 
 from spin.core.errors import ConfigError, DataError
 from spin.data import ChatTokenizer, PromptDataset, prompt_dataset
-from spin.data.read import check_vocabulary
+from spin.data.read import check_fits_model
 from spin.types import Prompt
 
 
@@ -296,7 +296,8 @@ def check(*datasets, stop=()):
     model = torch.nn.Module()
     with torch.device("meta"):
         model.tok_embeddings = torch.nn.Embedding(10, 4)
-    check_vocabulary(model, SimpleNamespace(vocab_size=12), stop, *datasets)
+    model.max_seq_len = 8
+    check_fits_model(model, SimpleNamespace(vocab_size=12), stop, *datasets)
 
 
 @pytest.mark.parametrize(
@@ -328,4 +329,23 @@ def test_what_is_no_data_set_is_refused():
         check([Prompt("a", [1], [2])])
     with pytest.raises(DataError, match="two samples have the id 'a'"):
         PromptDataset([Prompt("a", [1], [2]), Prompt("a", [1], [2])])
+    with pytest.raises(DataError, match="the longest sample has 9 tokens, the model's context is 8: leave"):
+        check(PromptDataset([Prompt("a", [1], [2] * 7), Prompt("b", [1] * 5, [2] * 4)]))
     assert len(PromptDataset()) == 0 and PromptDataset([Prompt("a", [1], [2])]).report.samples == 1
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (Prompt("b", [1], []), "sample 'b' has no real_ids, expected one token at least"),
+        (Prompt("b", [], [2]), "sample 'b' has no prompt_ids"),
+        (
+            Prompt(7, [1], [2]),
+            r"sample 1 is Prompt\(sample_id=7, .*expected a spin.data.Prompt whose sample_id is a text",
+        ),
+        ("b", "sample 1 is 'b', expected a spin.data.Prompt"),
+    ],
+)
+def test_a_sample_that_nothing_can_be_learned_from_is_refused_by_name(sample, message):
+    with pytest.raises(DataError, match=message):
+        PromptDataset([Prompt("a", [1], [2]), sample])

@@ -7,7 +7,7 @@ import torch
 from spin.core.errors import GeneratorError
 from spin.core.ranks import World
 from spin.data import PairStore, Prompt, PromptDataset
-from spin.generators import EngineGroup, Response, SamplingParams, engine_group
+from spin.generators import EngineGroup, Response, SamplingParams
 from spin.generators.stage import PlayTask, balance_shards, num_shards, play, shards_for_rank
 
 STOP = 9
@@ -205,13 +205,6 @@ def test_wrong_responses_name_the_generator(tmp_path, given, message):
     with pytest.raises(GeneratorError, match=message):
         played(tmp_path, ALL, generator)
     assert PairStore.open(tmp_path).missing_shards()
-
-
-def test_a_generator_that_lacks_something_is_refused_by_name():
-    """SeedEcho has neither weights to take nor an engine to put to sleep."""
-    with pytest.raises(GeneratorError, match=r"SeedEcho has no close, sleep, update_weights, wake; expected .* wake\."):
-        engine_group(SeedEcho(), ALONE)
-    assert engine_group(Streaming(), ALONE).count == 1
 
 
 def test_the_shortest_responses_are_started_last(tmp_path, monkeypatch):
