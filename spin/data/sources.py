@@ -7,6 +7,8 @@ import glob
 import logging
 import os
 import re
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
@@ -16,13 +18,14 @@ from typing import Any
 
 from spin.core.errors import DataError
 from spin.core.files import read_bytes
-from spin.core.terminal import counted, some_of
+from spin.core.terminal import counted, printable, show, some_of
 from spin.data.rows import KNOWN_SUFFIXES, VALUE_FAULTS, Row, SourceNames, kind_of, make_row, rows_of_files, stem_of
 
 log = logging.getLogger(__name__)
 
 _LIBRARY_FAULTS = (OSError, *VALUE_FAULTS, AttributeError, RuntimeError, MemoryError)
 _MAX_DEPTH = 3  # of folders in a folder
+_QUIET_SECONDS = 5.0  # of reading, before a line says how far it is
 # Builders of the datasets library that read rows from files of these kinds; others unpickle, run SQL or read media.
 _FILE_BUILDERS = ("arrow", "csv", "json", "parquet", "text")
 # What names of files and folders say of their split, as in the datasets library.
@@ -91,7 +94,8 @@ def read_rows(
         readers = [_resolve(location, options, streaming, names) for location in locations]
     except OSError as error:  # no right to look into a folder, a name that is too long
         raise DataError(f"dataset.source={source} cannot be read: {error}.") from error
-    return _not_empty(chain.from_iterable(readers), ", ".join(map(str, locations)))
+    found = _not_empty(chain.from_iterable(readers), ", ".join(map(str, locations)))
+    return found if streaming or os.environ.get("RANK", "0") != "0" else _shown(found, label_of(source))
 
 
 def label_of(source: Source) -> str:
@@ -341,6 +345,16 @@ def _not_empty(rows: Iterable[Row], label: str) -> Iterator[Row]:
         yield row
     if row is None:
         raise DataError(f"{label} has no rows, expected at least one.")
+
+
+def _shown(rows: Iterable[Row], label: str) -> Iterator[Row]:
+    """The rows, with a line on stderr after some seconds, and whenever it has taken twice as long."""
+    began, quiet = time.monotonic(), _QUIET_SECONDS
+    for number, row in enumerate(rows, start=1):
+        yield row
+        if time.monotonic() - began >= quiet:
+            quiet *= 2
+            show(f"{printable(label, one_line=True)}: {counted(number, 'row')} read", sys.stderr)
 
 
 def _disk_rows(path: Path, split: str | None, names: SourceNames) -> Iterable[Row]:

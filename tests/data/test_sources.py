@@ -5,7 +5,9 @@ import gzip
 import json
 import lzma
 import pickle
+import time
 from contextlib import suppress
+from itertools import count
 from random import Random
 
 import pyarrow as pa
@@ -375,3 +377,14 @@ def test_a_name_with_two_values_is_a_fault_in_every_format(tmp_path):
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["a", "a"]), tmp_path / "x.parquet")
     with pytest.raises(DataError, match=r"x\.parquet: columns \['a', 'a'\], expected different names"):
         list(read_rows(tmp_path / "x.parquet"))
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", [5, 10, 20]), ("1", [])])
+def test_long_reading_says_how_far_it_is(rank, told, tmp_path, monkeypatch, capsys):
+    """By a clock on which every row takes a second: after 5, 10 and 20 of 30."""
+    file = write_lines(tmp_path / "x.jsonl", *({"a": number} for number in range(30)))
+    monkeypatch.setenv("RANK", rank)
+    clock = count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+    assert len(list(read_rows(file))) == 30
+    assert capsys.readouterr().err == "".join(f"{file}: {number} rows read\n" for number in told)
