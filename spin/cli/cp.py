@@ -12,8 +12,8 @@ from spin.config.files import packaged_configs
 from spin.config.full import full_text
 from spin.config.interpolation import configs_root
 from spin.core.command import spin_command
-from spin.core.errors import ConfigError, OutputError
-from spin.core.files import as_output_error, atomic_write
+from spin.core.errors import ConfigError
+from spin.core.files import as_output_error, atomic_write, check_new_file
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,10 +34,8 @@ def main(argv: Sequence[str]) -> None:
     if arguments.make_parents:
         with as_output_error(target.parent):
             target.parent.mkdir(parents=True, exist_ok=True)
-    elif not target.parent.is_dir():
-        raise OutputError(f"{target.parent}: no such folder. Make it, or give --make-parents.")
-    if target.exists() and not arguments.force:
-        raise OutputError(f"{target}: is there already. Choose another name, or give --force to replace it.")
+    remedy = "Choose another name, or give --force to replace it."
+    check_new_file(target, remedy, arguments.force, "Make it, or give --make-parents.")
     with atomic_write(target, "xb") as stream:
         if arguments.full and source.suffix == ".yaml":
             stream.write(full_text(str(source), model_of(recipe_of(source))).encode())

@@ -13,8 +13,8 @@ from spin.config.complete import check_keys
 from spin.config.files import parse_overrides, with_overrides
 from spin.config.schema import SPINConfig
 from spin.core.command import spin_command
-from spin.core.errors import ConfigError, OutputError
-from spin.core.files import atomic_write
+from spin.core.errors import ConfigError
+from spin.core.files import atomic_write, check_new_file
 from spin.core.hub import is_hub_name
 from spin.core.terminal import printable, some_of
 from spin.data.rows import kind_of
@@ -44,10 +44,7 @@ def main(argv: Sequence[str]) -> None:
     if more := [each for each in overrides if _is_source(each)]:
         raise ConfigError(f"--data takes one source; there are {several_files([arguments.data, *more])}")
     out: Path = arguments.out
-    if out.exists() and not arguments.force:
-        raise OutputError(f"{out}: is there already. Choose another name by --out, or give --force to replace it.")
-    if not out.parent.is_dir():
-        raise OutputError(f"{out.parent}: no such folder. Make it.")
+    check_new_file(out, "Choose another name by --out, or give --force to replace it.", arguments.force)
     given = {"model": {"path": arguments.model}, "dataset": {"source": arguments.data}}
     dataset = check_keys(with_overrides(OmegaConf.create(given), overrides), SPINConfig)["dataset"]
     check_local(arguments.model)

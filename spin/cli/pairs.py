@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from spin import config
 from spin.cli import parser_of
-from spin.core.errors import ConfigError, OutputError, StoreError
-from spin.core.files import write_json_lines
+from spin.core.errors import ConfigError, StoreError
+from spin.core.files import check_new_file, write_json_lines
 from spin.core.terminal import counted, printable
 from spin.types import Verdict
 
@@ -50,8 +50,8 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     if arguments.sample < 0:
         parser.error(f"--sample {arguments.sample}: expected 0 or more")
-    if arguments.export and arguments.export.exists():
-        raise OutputError(f"{arguments.export}: is there already. Choose another name, or remove it.")
+    if arguments.export:
+        check_new_file(arguments.export, "Choose another name, or remove it.")
 
     from spin.data import PairStore
 

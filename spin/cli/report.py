@@ -11,7 +11,7 @@ from typing import Any
 
 from spin.cli import parser_of
 from spin.core.errors import OutputError
-from spin.core.files import replace_text
+from spin.core.files import check_new_file, replace_text
 from spin.core.terminal import printable
 
 PORT = 8765
@@ -31,6 +31,8 @@ def main(argv: Sequence[str]) -> None:
         parser.error("--watch writes no file: leave --out out")
     if arguments.port is not None and not (arguments.watch and 0 < arguments.port < 2**16):
         parser.error("--port goes with --watch, and is between 1 and 65535")
+    if arguments.out:
+        check_new_file(arguments.out, replaces=True)
     from spin.report import read_evaluations, read_run, render  # load pyarrow
 
     others = [folder for folder in arguments.folders if not (folder / "metrics.jsonl").exists()]

@@ -397,6 +397,19 @@ def check_own_folder(name: str, folder: str | Path, kind: str, apart_from: Mappi
         )
 
 
+def check_new_file(file: Path, remedy: str = "", replaces: bool = False, folder_remedy: str = "Make it.") -> None:
+    """OutputError if a file that is to be made is there already, is a folder, or would lie in none.
+
+    To be called before the work whose result the file holds. ``replaces``: a file may be there.
+    """
+    if file.is_dir():
+        raise OutputError(f"{file}: is a folder. Name a file.")
+    if file.exists() and not replaces:
+        raise OutputError(f"{file}: is there already. {remedy}")
+    if not file.parent.is_dir():
+        raise OutputError(f"{file.parent}: no such folder. {folder_remedy}")
+
+
 def check_can_be_made(folder: Path, named_by: str = "output_dir") -> Path:
     """OutputError if a folder, as far as it exists, cannot be written; gives the part that exists. Writes nothing."""
     path = folder.absolute()

@@ -284,6 +284,14 @@ def test_pairs_exports_what_it_filters_as_text_and_numbers(store, tmp_path, tiny
     assert row["finish_reason"] == "length" and row["real"].endswith("<|im_end|>") and row["generated"]
 
 
+@pytest.mark.parametrize("command", [("pairs", "--export"), ("report", "--out")], ids=str)
+@pytest.mark.parametrize(("name", "message"), [("no/out", "{}/no: no such folder. Make it."), ("", "{}: is a folder.")])
+def test_a_file_that_cannot_be_made_is_refused_before_the_work(tmp_path, capsys, command, name, message):
+    nowhere = tmp_path / "nowhere"  # which would be refused next
+    code, _, error = spin(capsys, command[0], nowhere, command[1], tmp_path / name)
+    assert code == 1 and message.format(tmp_path) in error and "nowhere" not in error
+
+
 def test_pairs_shows_a_sample_with_the_tokenizer_of_the_run(tmp_path, tiny_lm, capsys):
     config = {"tokenizer": {"_component_": "spin.data.ChatTokenizer", "path": str(tiny_lm)}}
     folder = write_run(tmp_path, iterations=1, steps=1, config=config)
