@@ -1,6 +1,7 @@
 """Commands of the documentation: `spin` runs, configs and overrides of launches work, scripts are valid."""
 
 import io
+import json
 import os
 import re
 import shlex
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 
 from spin.cli import main
 from spin.config import complete, load_config
 from spin.config.catalog import config_model, load_recipe
+from spin.data import PairStore
 from spin.evaluation.models import check_evaluation
 from tests.recipes.helpers import CONFIG, REPO, run, tiny_overrides
 
@@ -125,6 +128,43 @@ def test_the_readme_answers_with_the_model_of_a_run(desk, monkeypatch, capsys):
     (snippet,) = re.findall(r"^```python\n(.*?)^```$", (REPO / "README.md").read_text(encoding="utf-8"), re.M | re.S)
     exec(snippet, {})
     assert capsys.readouterr().out.strip()
+
+
+def test_pairs_go_to_trl_and_preferences_come_from_there(tmp_path, monkeypatch):
+    """docs/from_trl.md as it stands. TRL's trainer tokenizes prompt and prompt with response, and adds no end that is
+    there; the ids are the store's, or of the same text. The rejected responses are those that a run replays."""
+    run(tmp_path / "runs/quickstart", "max_steps=1", "sampling.max_new_tokens=96", "dataset.on_long_response=drop")
+    (tmp_path / "my_model").symlink_to(REPO / "tests/assets/tiny_lm")
+    monkeypatch.chdir(tmp_path)
+    page = (REPO / "docs/from_trl.md").read_text(encoding="utf-8")
+    (export,) = (shlex.split(each.text)[1:] for each in COMMANDS if each.page == "from_trl.md")
+    to_trl, from_trl = re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S)
+    tokenizer = AutoTokenizer.from_pretrained("my_model")
+
+    store = PairStore.open(Path(export[1]))
+    stopped = {pair.sample_id: pair for pair in store.pairs() if not pair.generated[0].truncated}
+    assert main(export) == 0
+    exec(to_trl, found := {})
+    assert len(found["pairs"]) == len(stopped) > 0
+    for row, pair in zip(found["pairs"], stopped.values(), strict=True):
+        assert tokenizer(row["prompt"])["input_ids"] == list(pair.prompt_ids)
+        ids = {name: tokenizer(row["prompt"] + row[name])["input_ids"] for name in ("chosen", "rejected")}
+        assert ids["chosen"] == [*pair.prompt_ids, *pair.real_ids] and row["chosen"].endswith(tokenizer.eos_token)
+        assert tokenizer.decode(ids["rejected"]) == tokenizer.decode([*pair.prompt_ids, *pair.generated[0].token_ids])
+        assert [row["ref_chosen_logps"], row["ref_rejected_logps"]] == list(pair.reference_logps)
+
+    rows = [{"prompt": f"What is {i}?", "chosen": f"It is {i}.", "rejected": f"No {i}."} for i in range(8)]
+    Path("preferences.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    exec(from_trl, {})
+    (section,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.M | re.S)
+    words = ["dataset.source=preferences.jsonl", "dataset.column_map={response: chosen}", "max_epochs=1"]
+    cfg = load_config(str(CONFIG), tiny_overrides("out"))
+    cfg.update(OmegaConf.create(section))
+    OmegaConf.save(cfg, "my.yaml")
+    run("out", *words, config="my.yaml")
+    replayed = list(PairStore.open(Path("out/iteration_000/pairs")).pairs())
+    texts = {tokenizer.decode(list(pair.generated[0].token_ids)) for pair in replayed}
+    assert texts == {f"No {i}.<|im_end|>" for i in range(8)}
 
 
 def test_what_the_report_of_a_real_run_says(desk):
