@@ -33,6 +33,7 @@ from training_step import parse_args as training_arguments
 from work import llama_config
 
 from spin.checkpoint import SPINCheckpointer
+from spin.core.files import write_json
 from spin.core.ranks import barrier, shutdown
 from spin.model.hf import export_hf
 
@@ -160,10 +161,9 @@ def main() -> None:
     args = parse_args()
     results = measure(args)
     if torch.distributed.get_rank() == 0:
-        text = json.dumps(results, indent=2)
-        print(text)
+        print(json.dumps(results, indent=2))
         if args.out:
-            args.out.write_text(text + "\n", encoding="utf-8")
+            write_json(args.out, results)
     shutdown()
 
 

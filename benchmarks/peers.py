@@ -38,13 +38,12 @@ from peer_trl import TRL_PEERS
 from rounds import Figures, attempt, free, race
 from training_step import ceilings
 from training_step import parse_args as training_arguments
-from work import MIXES, MODELS, floor_of_work, listed
+from work import MIXES, MODELS, bytes_of, floor_of_work, listed
 
 from spin.core.files import write_json
 from spin.core.packages import installed_version
 from spin.core.ranks import shutdown
 from spin.data import Pair
-from spin.model.sharding import local_tensor
 
 GIB = 2**30
 PARTS = ("step", "reference", "generation", "iteration", "lora8b")
@@ -78,7 +77,7 @@ def turn_of(bench: PeerBench, peer: Peer, pieces: Sequence[Any], num_pairs: int)
                 rest = bench.seconds(peer.optimizer_step)
                 figures = {"forward_backward": both, "step": both + rest}
                 if bench.on_gpu:
-                    own = sum(_bytes(module) for module in peer.modules())
+                    own = sum(bytes_of(module) for module in peer.modules())
                     figures["peak_gib"] = (torch.cuda.max_memory_allocated() - held + own) / GIB
                 return figures
             finally:
@@ -89,11 +88,6 @@ def turn_of(bench: PeerBench, peer: Peer, pieces: Sequence[Any], num_pairs: int)
 
 def _allocated(bench: PeerBench) -> int:
     return torch.cuda.memory_allocated() if bench.on_gpu else 0
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    tensors = map(local_tensor, [*module.parameters(), *module.buffers()])
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def check(bench: PeerBench, peers: dict[str, Peer], failed: dict[str, str]) -> dict[str, dict[str, float]]:

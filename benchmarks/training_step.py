@@ -50,6 +50,7 @@ from work import (
     MODELS,
     WEIGHT_SCALE,
     Sizes,
+    bytes_of,
     floor_of_work,
     listed,
     mixed_pairs,
@@ -235,7 +236,7 @@ class Bench:
                 if name in errors:
                     continue
                 self.zero_grads()
-                own = _bytes(self._models[variant]) if variant in self._models else 0
+                own = bytes_of(self._models[variant]) if variant in self._models else 0
                 if self.on_gpu:
                     torch.cuda.reset_peak_memory_stats()
                     others = torch.cuda.memory_allocated() - own
@@ -277,12 +278,6 @@ class Bench:
         if variant:
             self.drop(variant)  # FSDP2 was interrupted: make it again
         return "out of memory"
-
-
-def _bytes(model: nn.Module) -> int:
-    """Memory of a model's shards and buffers on this rank."""
-    tensors = [*(parameter.to_local() for parameter in model.parameters()), *model.buffers()]
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 # ---------------------------------------------------------------------------------------------------- sections

@@ -136,6 +136,12 @@ def randomize(model: nn.Module, world: World, seed: int = 0) -> None:
             local.fill_(one) if parameter.dim() == 1 else local.normal_(0.0, WEIGHT_SCALE, generator=draw)
 
 
+def bytes_of(model: nn.Module) -> int:
+    """Memory of a model's shards and buffers on this rank."""
+    tensors = map(local_tensor, [*model.parameters(), *model.buffers()])
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def llama_config(model: Any) -> Any:
     """transformers' config of a torchtune Llama 3.
 
