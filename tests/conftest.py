@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips, with the reason, what this machine cannot run."""
+    """Skips, with the reason, what this machine cannot run; what is long comes first."""
     skip_model = pytest.mark.skip(reason="SPIN_REAL_MODEL is not set; `make model` fetches the model")
     skip_gpu = pytest.mark.skip(reason="no CUDA device")
     for item in items:
@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(skip_model)
         if "gpu" in item.keywords and not _has_gpu():
             item.add_marker(skip_gpu)
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 def _has_gpu() -> bool:

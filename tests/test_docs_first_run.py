@@ -34,6 +34,7 @@ def shell(tmp_path, monkeypatch, subprocess_env):
     return folder, str(model)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_own_model_and_data_then_fine_tuning_before_self_play(shell):
     """The run that follows fine-tuning begins at ln 2 and from its result; the exported folder is a Qwen3 model."""
@@ -54,6 +55,7 @@ def test_own_model_and_data_then_fine_tuning_before_self_play(shell):
         assert (folder / page).stat().st_size > 10_000
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.real_model
 def test_demo(shell, real_model):

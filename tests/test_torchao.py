@@ -42,6 +42,7 @@ def test_a_run_whose_adapter_peft_loads(tmp_path, tiny_lm):
     assert with_newest(["-c", f"import os; os.chdir({str(adapter)!r})\n{code}"]).strip()  # the code on the card
 
 
+@pytest.mark.long
 def test_adapters_quantized_bases_and_8_bit_moments_are_right():
     """Their own tests, with peft unpatched; none of them may be skipped for want of a torchao."""
     files = ["checkpoint/test_peft.py", "model/test_adapters.py", "training/test_optim.py"]

@@ -43,6 +43,7 @@ def test_the_command_and_the_table_from_the_file(tmp_path, capsys, monkeypatch):
         assert generation.ARMS[name].title in printed
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM; `make vllm` installs it")
 def test_vllm_does_the_same_work(measured_by):

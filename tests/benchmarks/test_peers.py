@@ -257,6 +257,7 @@ def test_a_wrong_reference_pass_is_not_timed(bench, monkeypatch):
     assert "log-probs are off by" in arms_["ours"]["error"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_whole_iterations_have_all_stages(measured, monkeypatch):
     """With heads of 32 dimensions, which are the smallest that vLLM takes."""

@@ -192,6 +192,7 @@ def results(out):
     return {file.stem: json.loads(file.read_text()) for file in (out / "jobs").glob("*.json")}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_arms_run_once_and_failures_are_reported(tmp_path, tiny_lm, data, capfd):
     arms = {

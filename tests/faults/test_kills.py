@@ -19,6 +19,7 @@ STAGES = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "kills", "at_least"), [(1, 24, 18), (2, 11, 8)])
 def test_killed_at_random_points(ranks, kills, at_least, tmp_path, subprocess_env):

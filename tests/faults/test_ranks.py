@@ -79,6 +79,7 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(waiting):
     wait_until_dead(*pids.values(), seconds=2)
 
 
+@pytest.mark.long
 def test_a_rank_of_a_run_is_stopped_and_the_run_resumes_from_its_checkpoint(tmp_path):
     """By the recipe's command line; a rank that merely works is not taken for a silent one."""
     out = tmp_path / "out"

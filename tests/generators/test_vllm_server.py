@@ -95,6 +95,7 @@ class Server:
         self.process.wait()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM; `make vllm` installs it")
 def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle(
