@@ -60,7 +60,7 @@ CHAT = "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nSay it.<|im_end|>\n
 
 
 def write_fixed_prompts(folder, responses, prompt=CHAT):
-    """The responses to one prompt before training and after each iteration; the last one is truncated."""
+    """The responses to one prompt before self-play and after each iteration; the last one is truncated."""
     with (folder / "fixed_prompts.jsonl").open("w") as file:
         for iteration, response in enumerate(responses):
             reason = "length" if iteration == len(responses) - 1 else "stop"

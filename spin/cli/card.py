@@ -156,7 +156,7 @@ def _usage(name: str | None, base: str, is_adapter: bool) -> str:
 
 
 def _samples(run: Path, iteration: int) -> list[str]:
-    """The section of responses to the run's fixed prompts, if it has any: before training, and by this model."""
+    """The section of responses to the run's fixed prompts, if it has any: before self-play, and by this model."""
     rows = read_json_lines(run / "fixed_prompts.jsonl")
     before, after = (
         {str(row.get("sample_id")): row for row in rows if row.get("iteration") == n} for n in (0, iteration + 1)
@@ -168,7 +168,7 @@ def _samples(run: Path, iteration: int) -> list[str]:
     for old, new in shown:
         parts = [(f"[{role or 'prompt'}]", text) for role, text in turns(new.get("prompt"))]
         parts += [
-            ("[before training]", plain_text(old.get("response"))),
+            ("[before self-play]", plain_text(old.get("response"))),
             ("[this model]", plain_text(new.get("response"))),
         ]
         text = "\n\n".join(

@@ -165,7 +165,7 @@ class Validation(Section):
     at_start: bool = key(True, "false to start sooner; true: also before the first step, for comparison")
     table_rows: int = key(4, "sample responses to read, written at each validation", ge=0, le=10_000)
     fixed_prompts: int = key(
-        0, "held-out prompts that are answered before training and after each iteration; a few", ge=0, le=1000
+        0, "held-out prompts that are answered before self-play and after each iteration; a few", ge=0, le=1000
     )
 
 

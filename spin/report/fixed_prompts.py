@@ -1,4 +1,4 @@
-"""Fixed prompts: what the policy responds to the same held-out prompts before training and after each iteration."""
+"""Fixed prompts: what the policy responds to the same held-out prompts before self-play and after each iteration."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def fixed_prompts_table(rows: Sequence[Mapping[str, Any]], columns: int | None =
     by_prompt: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         by_prompt.setdefault(row["sample_id"], []).append(row)
-    lines = ["", "The same held-out prompts, before training and after each iteration:"]
+    lines = ["", "The same held-out prompts, before self-play and after each iteration:"]
     for own in by_prompt.values():
         asked = turns(own[0]["prompt"])
         lines += ["", *_wrap(asked[-1][1] if asked else "", columns)]
@@ -64,7 +64,7 @@ def fixed_prompts_table(rows: Sequence[Mapping[str, Any]], columns: int | None =
 
 
 def _head(finished: int) -> str:
-    return f"after iteration {finished - 1}" if finished else "before training"
+    return f"after iteration {finished - 1}" if finished else "before self-play"
 
 
 def _response(row: Mapping[str, Any]) -> str:

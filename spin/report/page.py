@@ -287,7 +287,7 @@ def _prompt_table(run: RunRecord) -> dict[str, Any]:
             cells.append((text, row is not None and row.get("finish_reason") == "length"))
             before = response if response is not None else before
         table.append({"prompt": first.get("prompt"), "real": first.get("real"), "cells": cells})
-    heads = ["before training" if n == 0 else f"after iteration {n - 1}" for n in iterations]
+    heads = ["before self-play" if n == 0 else f"after iteration {n - 1}" for n in iterations]
     return {"heads": heads, "rows": table}
 
 

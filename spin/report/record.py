@@ -47,7 +47,7 @@ class RunRecord:
     config: dict[str, Any]  # what it was started with; empty before it has written it
     rows: Sequence[Metrics]  # metrics by step, ascending
     iterations: list[IterationRecord]  # ascending
-    fixed_prompts: Sequence[dict[str, Any]] = ()  # their responses before training and after each iteration
+    fixed_prompts: Sequence[dict[str, Any]] = ()  # their responses before self-play and after each iteration
     starts: Sequence[dict[str, Any]] = ()  # time, command and hardware of each start, see spin.run.log.RunLog
     data: str = ""
     evaluations: list[dict[str, Any]] = field(default_factory=list)  # summaries of spin_evaluate

@@ -167,7 +167,7 @@ def start_message(
 
 def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: bool, is_sft: bool = False) -> str:
     """Outputs and next commands at a run's end; ``had_steps_left`` tells whether this start of the program trained."""
-    models = sorted(output_dir.glob("iteration_*/hf_model"))
+    models, adapters = (sorted(output_dir.glob(f"iteration_*/{kind}")) for kind in ("hf_model", "adapter"))
     lines = [f"Finished after {counted(progress.step, 'step')}; everything is in {output_dir}"]
     if not had_steps_left:
         lines = [
@@ -178,8 +178,11 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
     lines += [f"  best:        {best}"] if (best := best_by_validation(output_dir)) else []
     if models:
         lines.append(f"  model:       {models[-1]} loads in transformers and vLLM")
-        before = ("--against", output_dir / SFT_STAGE) if (output_dir / SFT_STAGE).is_dir() else ()
-        lines.append(f"  try it:      {spin_command('chat', output_dir, *before)}")
+    if adapters:
+        lines.append(f"  adapter:     {adapters[-1]} loads in peft")
+    if models or adapters:
+        before = output_dir / SFT_STAGE if (output_dir / SFT_STAGE).is_dir() else "base"
+        lines.append(f"  try it:      {spin_command('chat', output_dir, '--against', before)}")
     if is_sft:
         lines.append("  self-play:   spin_recipe with the same config starts from it")
     elif progress.step >= progress.iteration_start(progress.max_iterations):
@@ -189,7 +192,7 @@ def finish_message(output_dir: Path, progress: SPINProgress, had_steps_left: boo
 
 def best_by_validation(output_dir: Path) -> str:
     """Which of the models that a run began with and made has the lowest validation loss; empty if none was measured."""
-    losses: dict[int, float] = {}  # at the end of each iteration; of -1: before training
+    losses: dict[int, float] = {}  # at the end of each iteration; of -1: before the first
     for row in AppendedLines(output_dir / "metrics.jsonl").read():
         if "val_loss" in row:
             losses[row.get("iteration", -1)] = row["val_loss"]
@@ -208,8 +211,9 @@ def best_by_validation(output_dir: Path) -> str:
     text = f"{names[best]} by validation (val_loss {shown[best]}{compared}), "
     if best < 0:
         return f"{text}so no iteration is better: lower optimizer.lr, raise nll_weight, or fine-tune (spin_sft)"
-    folder = output_dir / f"iteration_{best:03d}" / "hf_model"
-    return text + (str(folder) if folder.exists() else "which was not kept (checkpointer.keep_exports)")
+    kinds = (output_dir / f"iteration_{best:03d}" / kind for kind in ("hf_model", "adapter"))
+    kept = next((str(folder) for folder in kinds if folder.exists()), None)
+    return text + (kept or "which was not kept (checkpointer.keep_exports)")
 
 
 def _wrap(text: str, width: int, keep_end: bool) -> list[str]:

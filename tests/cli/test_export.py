@@ -77,7 +77,7 @@ def test_data_sets_and_samples_are_on_the_card(run_folder):
     card = model_card(run_folder, 1, model, name="org/my-model")
     assert yaml.safe_load(card.split("---\n")[1])["datasets"] == ["org/data"]
     block = re.search(r"^(````+)text\n(.*?)\n\1$", card, flags=re.MULTILINE | re.DOTALL)[2]
-    for part in ("[system]\nBe.", "[user]\nSay it.", "[before training]\nFirst.", "[this model]\n```\n# Owned"):
+    for part in ("[system]\nBe.", "[user]\nSay it.", "[before self-play]\nFirst.", "[this model]\n```\n# Owned"):
         assert part in block
     assert "Second." not in card and "\x1b" not in card and r"\x1b[2J" in block
     assert (

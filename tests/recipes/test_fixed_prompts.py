@@ -1,4 +1,4 @@
-"""The same held-out prompts, answered before training and after each iteration; nothing else changes by it."""
+"""The same held-out prompts, answered before self-play and after each iteration; nothing else changes by it."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_the_table_fits_the_terminal(columns):
     assert max(map(len, text.splitlines()[2:])) <= columns
     assert "What is a foo?" in text and "Be brief" not in text and "<|" not in text and "\x1b" not in text
     assert (" | after iteration 0" in text) == (columns >= 105)
-    for head in ("before training", "after iteration 0", "after iteration 1", "real"):
+    for head in ("before self-play", "after iteration 0", "after iteration 1", "real"):
         assert head in text
 
 

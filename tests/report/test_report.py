@@ -159,7 +159,7 @@ def test_fixed_prompts_before_and_after(tmp_path):
     page = render(read_run(folder))
     table = page[page.index("Before and after") :]
     for text in (
-        '<th scope="col">before training</th>', '<th scope="col">after iteration 1</th>',
+        '<th scope="col">before self-play</th>', '<th scope="col">after iteration 1</th>',
         "<b>system</b>", "<b>user</b>",
         '<td class="text">A cat &lt;b&gt;sat.</td><td class="text">A <mark>dog</mark> &lt;b&gt;sat.</td>',
         '<td class="text">A dog &lt;b&gt;<mark>ran</mark>. <small>truncated</small></td>',

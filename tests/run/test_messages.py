@@ -57,6 +57,19 @@ def test_the_best_model_by_validation_is_named(tmp_path, of_start, of_iterations
     assert f"  best:        {text.format(tmp_path)}" in said if text else "best:" not in said
 
 
+@pytest.mark.parametrize("kinds", [["hf_model"], ["hf_model", "adapter"], ["adapter"]])
+@pytest.mark.parametrize("has_sft", [False, True])
+def test_the_end_names_every_export_and_a_chat_with_what_was_before(kinds, has_sft, tmp_path):
+    """Adapters are exported next to a merged model, or alone (checkpointer.export_merged=false)."""
+    for folder in [f"iteration_000/{kind}" for kind in kinds] + ["sft"] * has_sft:
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text('{"val_loss": 2.0}\n{"iteration": 0, "val_loss": 1.0}\n')
+    said = finish_message(tmp_path, SPINProgress(1, 1, 1), had_steps_left=True)
+    assert [kind for kind in ("hf_model", "adapter") if f"{kind} loads in" in said] == kinds
+    assert f"the start 2), {tmp_path}/iteration_000/{kinds[0]}\n" in said
+    assert f"spin chat {tmp_path} --against {tmp_path / 'sft' if has_sft else 'base'}\n" in said + "\n"
+
+
 @pytest.mark.parametrize(("columns", "widest"), [(80, 80), (60, 59), (300, 131)])
 def test_tables_are_as_wide_as_the_terminal(monkeypatch, columns, widest):
     monkeypatch.setenv("COLUMNS", str(columns))
