@@ -16,9 +16,11 @@ from spin.config.follow import FROM_HF
 from spin.config.parse import read_argv, read_config
 from spin.config.schema import COMPONENT
 from spin.core.command import spin_command
+from spin.core.errors import ConfigError
 from spin.model.hf_folder import check_local
 
 _USAGE = "%(prog)s [--nproc_per_node N ...] RECIPE --config NAME_OR_FILE [key=value ...] [~key ...]"
+_PROCESSES = "a number from 1, gpu for one process for each GPU, or cpu"
 _TEXT = "Start a recipe. Options before its name are those of torchrun, which then starts the processes."
 
 
@@ -69,7 +71,14 @@ def _run_processes(argv: Sequence[str]) -> int:
     arguments.training_script, arguments.no_python = sys.executable, True
     if arguments.nnodes in ("1", "1:1") and not arguments.rdzv_endpoint and arguments.master_port is None:
         arguments.standalone = True  # a free port, so that several runs share a host
-    if determine_local_world_size(arguments.nproc_per_node) > 1:
+    try:
+        processes = determine_local_world_size(arguments.nproc_per_node)
+    except ValueError as error:
+        problem = f"{error}".rstrip(".")
+        raise ConfigError(f"--nproc_per_node {arguments.nproc_per_node}: {problem}. Expected {_PROCESSES}.") from error
+    if processes < 1:
+        raise ConfigError(f"--nproc_per_node {arguments.nproc_per_node}: expected {_PROCESSES}.")
+    if processes > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, which it would print a banner for
     try:
         run(arguments)

@@ -218,10 +218,13 @@ def _remove(cfg: DictConfig, key: str, faults: Faults) -> None:
     faults.add(f"override '~{key}': the config has no such key to remove.{nearest_or_known(leaf, known)}")
 
 
-def parse_overrides(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses a command line on which overrides of a config stand among the options; ends the program at a wrong one."""
+def parse_overrides(
+    parser: argparse.ArgumentParser, argv: Sequence[str], hint: str = ""
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line on which overrides of a config stand among the options; ends the program at a wrong one,
+    with ``hint`` on what else may have been meant."""
     arguments, overrides = parser.parse_known_args(list(argv))
     flags = [item for item in overrides if item.startswith("-")]
     if flags:
-        parser.error(f"unknown option {flags[0]}: write overrides as key=value, without dashes")
+        parser.error(f"unknown option {flags[0]}: write overrides as key=value, without dashes{hint}")
     return arguments, overrides

@@ -77,7 +77,8 @@ def read_argv(argv: Sequence[str], description: str | None, prog: str | None = N
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a YAML file, or a packaged config such as lora")
-    arguments, overrides = parse_overrides(parser, argv)
+    hint = "; options of torchrun, such as --nproc_per_node, stand before the recipe"
+    arguments, overrides = parse_overrides(parser, argv, hint)
     return arguments.config, overrides
 
 

@@ -125,6 +125,18 @@ def test_how_a_command_may_end(monkeypatch, capsys, tmp_path):
 # --- ls and cp ---
 
 
+@pytest.mark.parametrize("count", ["0", "-1", "two", pytest.param("gpu", id="each")])
+def test_a_number_of_processes_that_cannot_be(count, capsys, tmp_path, tiny_lm):
+    if count == "gpu" and torch.cuda.is_available():
+        pytest.skip("it can be")
+    data = tmp_path / "data.jsonl"
+    words = ("--config", "full", f"model.path={tiny_lm}", f"dataset.source={data}")
+    code, _, err = spin(capsys, "run", "--nproc_per_node", count, "spin_recipe", *words)
+    assert code == 1 and re.match(rf"error: --nproc_per_node {count}: .*xpected a number from 1, gpu ", err), err
+    code, _, err = spin(capsys, "run", "spin_recipe", "--nproc_per_node", count, *words)
+    assert code == 2 and "--nproc_per_node, stand before the recipe" in err, err
+
+
 def test_ls_shows_every_config_under_its_recipe(capsys):
     code, out, _ = spin(capsys, "ls")
     assert code == 0
