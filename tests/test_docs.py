@@ -45,3 +45,11 @@ def test_sections_of_a_config_are_accepted(block):
     for name, section in OmegaConf.create(block).items():
         cfg[name] = section
     complete(cfg, SPINConfig)
+
+
+def test_every_file_of_results_is_cited():
+    """By the page that quotes its figures, or by what draws or checks something from it."""
+    readers = [*PAGES, *REPO.glob("docs/*.html"), *REPO.glob("benchmarks/*.py"), *REPO.glob("tests/**/*.py")]
+    text = "\n".join(file.read_text(encoding="utf-8") for file in readers)
+    files = [file.name for file in REPO.glob("benchmarks/results/*")]
+    assert files and [name for name in files if Path(name).stem not in text] == []
