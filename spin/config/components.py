@@ -365,6 +365,9 @@ def _check_arguments(
     known = [each.name for each in named] + list(section.own)
     if not any(each.kind is each.VAR_KEYWORD for each in parameters):
         for key in [key for key in arguments if key not in known]:
+            if key in section.model_fields and section.model_fields[key].is_required():
+                faults.at(f"{path}.{key}", f"{name} does not take it, and the recipe gives it to all. Add a parameter.")
+                continue
             remove = f" If it is left from another component, remove it: ~{path}.{key}."
             faults.at(f"{path}.{key}", f"{name} has no such parameter.{nearest_or_known(str(key), known)}{remove}")
     # of the recipe's own keys, and of its arguments, the schema has the types

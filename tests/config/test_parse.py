@@ -319,6 +319,16 @@ def test_user_package_is_found_where_the_program_started(tmp_path, monkeypatch):
     assert config.instantiate(cfg.extra) == "mine"
 
 
+def test_a_loss_without_beta_is_told_to_take_it(tmp_path, monkeypatch):
+    """To remove the key, as of any other component, would be no remedy: beta must be set."""
+    (tmp_path / "my_plain_loss.py").write_text("def loss(scale=1.0): ...\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = ["loss._component_=my_plain_loss.loss", "allow_components=[my_plain_loss]"]
+    with pytest.raises(ConfigError, match=r"loss\.beta: my_plain_loss\.loss does not take it, .* Add a parameter\.$"):
+        completed(VALID, *own, "loss.beta=0.1", model=config.SPINConfig)
+
+
 def test_instantiate_leaves_out_the_recipes_own_keys():
     cfg = completed(VALID, "optimizer.lr=[1e-6,2e-6]")
     model = config.instantiate(cfg.model)
