@@ -67,14 +67,23 @@ def write_manifest(
     write_json(folder / MANIFEST, content | {"checksum": json_fingerprint(content)})
 
 
+def _checkpoints_near(folder: Path) -> str:
+    """The newest checkpoints of a folder that was taken for one: of checkpoints, a run's, or a model's in a run."""
+    places = [folder, *(each / "checkpoints" for each in (folder, *folder.parents[1:2])), folder.parent]
+    for place in places:
+        if found := sorted(str(path) for path in place.glob("step_*") if STEP_FOLDER.fullmatch(path.name)):
+            return f" Checkpoints near it: {', '.join(found[-5:])}."
+    return ""
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files are all there and have their sizes; their bytes are not read."""
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder. Give a folder like checkpoints/step_00000100, auto or never.")
+        problem = f"{folder}: no such folder. Give a folder like checkpoints/step_00000100, auto or never."
+        raise CheckpointError(problem + _checkpoints_near(folder))
     file = folder / MANIFEST
     if not file.exists():
-        found = sorted(path.name for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name))
-        hint = f" Give one of the checkpoints in it: {', '.join(found[-5:])}." if found else ""
+        hint = "" if STEP_FOLDER.fullmatch(folder.name) else _checkpoints_near(folder)
         raise CheckpointError(f"{folder}: no {MANIFEST}, so this is no checkpoint, or an interrupted one.{hint}")
     content = read_json(file, CheckpointError, _REMEDY)
     if content.pop("checksum", None) != json_fingerprint(content):

@@ -191,10 +191,14 @@ def test_latest(checkpointer, world, tmp_path):
     assert checkpointer.latest(str(one)) == one
     shutil.copytree(ten, ten.with_name("step_00000010.old"))  # of a process that died while it replaced ten
     assert checkpointer.latest() == ten
+    model = one.parents[1] / "iteration_000" / "hf_model"
+    model.mkdir(parents=True)
     for path, message in (
-        (tmp_path / "no", "no such folder"),
-        (tmp_path, "no manifest.json"),
-        (one.parent, "no manifest.json.* Give one of the checkpoints in it: step_00000001, step_00000010"),
+        (tmp_path / "no" / "folder", r"no such folder.* never\.$"),
+        (one.parent, f"no manifest.json.* Checkpoints near it: {one}, {ten}"),
+        (one.parents[1], f"no manifest.json.* Checkpoints near it: {one}, {ten}"),
+        (model, f"no manifest.json.* Checkpoints near it: {one}, {ten}"),
+        (one.with_name("step_00000002"), f"no such folder.* Checkpoints near it: {one}, {ten}"),
     ):
         with pytest.raises(CheckpointError, match=message):
             checkpointer.latest(str(path))
