@@ -181,11 +181,12 @@ def _separate_engine(connection: Any, folder: str, engine: dict[str, Any], on_gp
             model=folder, load_format="dummy", generation_config="vllm", max_model_len=MAX_MODEL_LEN, seed=0,
             **engine, **place,
         )  # fmt: skip
-        while True:
-            work = connection.recv()
-            connection.send([] if work is None else _generate(llm, *work))
-    except EOFError:
-        return
+        try:
+            while True:
+                work = connection.recv()
+                connection.send([] if work is None else _generate(llm, *work))
+        except EOFError:
+            llm.llm_engine.engine_core.shutdown()  # its processes would keep this one, and outlive it
     except Exception as error:
         connection.send(f"{type(error).__name__}: {error}")
 

@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import sys
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import peer_arms
 import peer_lora
@@ -260,7 +262,8 @@ def test_a_wrong_reference_pass_is_not_timed(bench, monkeypatch):
 @pytest.mark.long
 @pytest.mark.slow
 def test_whole_iterations_have_all_stages(measured, monkeypatch):
-    """With heads of 32 dimensions, which are the smallest that vLLM takes."""
+    """With heads of 32 dimensions, which are the smallest that vLLM takes; its processes end with it."""
+    monkeypatch.setenv("WHOSE", "whole iterations")
     tiny, kinds = work.MODELS["tiny"], peer_passes.ITERATION_PEERS
     heads = {"num_heads": 2, "num_kv_heads": 1}
     monkeypatch.setitem(work.MODELS, "tiny", replace(tiny, builder={**tiny.builder, **heads}))
@@ -271,6 +274,18 @@ def test_whole_iterations_have_all_stages(measured, monkeypatch):
         hashed = [] if name == "ours" else [peer_passes.HASH]
         assert list(run["stages"]) == ["generate", *hashed, "reference log-probs", "train"]
         assert run["seconds"]["median"] == pytest.approx(sum(stage["median"] for stage in run["stages"].values()))
+    assert not spawned_with("WHOSE=whole iterations")
+
+
+def spawned_with(variable):
+    """Ids of processes that multiprocessing has spawned with a variable, also of those that were left behind."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            spawned = b"spawn_main" in (process / "cmdline").read_bytes()
+            if spawned and variable.encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append(process.name)
+    return found
 
 
 def test_a_file_of_other_settings_is_refused(tmp_path):
