@@ -107,8 +107,7 @@ class CollapseMonitor:
         if (fraction := responses["truncated_fraction"]) > (self._limits["truncated_fraction"] or 1):
             found["truncated_fraction"] = (
                 f"{fraction:.1%} of the opponent's responses were truncated by sampling.max_new_tokens: they may lack "
-                f"their end. See `{look}`. "
-                "Raise max_new_tokens, or train less"
+                f"their end. See `{look}`. Raise max_new_tokens{', or train less' if iteration else ''}"
             )
         if (fraction := responses["equal_fraction"]) > (self._limits["equal_fraction"] or 1):
             found["equal_fraction"] = (
