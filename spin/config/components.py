@@ -41,6 +41,8 @@ ROOTS = ("torch", "torchtune", "torchao", "torchdata", "spin")  # what is allowe
 
 # Arguments of torchtune components that are themselves import paths: torchtune imports and calls what they name.
 PATH_ARGUMENTS = ("prompt_template",)
+LOCATED_BY = {"model": "path", "tokenizer": "path", "dataset": "source", "validation_dataset": "source"}
+DATA_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet")
 FROM_OUTSIDE = "allow_components_from_outside"  # flag of a config whose list is not the file's own
 DOTPATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _DATASETS = re.compile(r"(validation_)?dataset(\.common|\.sources\.(?!.*\.source$).+)?")  # not the columns of rows
@@ -323,8 +325,17 @@ def refused_components(values: Mapping[str, Any], own: Sequence[str], faults: Fa
                 reason = refusal(value, kind_at(path, within) if key == COMPONENT else KINDS[key], own)
                 if reason is not None:
                     refused.add(path)
-                    faults.at(joined(path, key), reason)
+                    faults.at(joined(path, key), (key == COMPONENT and _meant_location(path, value)) or reason)
     return refused
+
+
+def _meant_location(path: str, value: Any) -> str | None:
+    """What to write for a file, a folder or a name on the hub that stands where a section's component does."""
+    if path not in LOCATED_BY or not isinstance(value, str):
+        return None
+    if DOTPATH.fullmatch(value) and not Path(value).exists() and Path(value).suffix not in DATA_SUFFIXES:
+        return None
+    return f"{yaml_text(value)} is no component. Write {path}.{LOCATED_BY[path]}={value}, if that is where it lies."
 
 
 def check_arguments(

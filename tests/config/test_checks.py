@@ -76,6 +76,19 @@ def test_a_changed_section_is_told_by_what_differs_in_it():
         ("optimizer=[1]", r"^optimizer: found \[1\], expected a section with _component_"),
         ("resume_with_changes={a: 1}", "^resume_with_changes: found {'a': 1}, expected a list"),
         ("optimizer._component_=null", "^optimizer._component_: found null, expected a dotted path"),
+        (
+            "dataset=mine.jsonl",
+            "^dataset._component_: 'mine.jsonl' is no component. Write dataset.source=mine.jsonl, if",
+        ),
+        (
+            "model=Qwen/Qwen3-4B",
+            "^model._component_: 'Qwen/Qwen3-4B' is no component. Write model.path=Qwen/Qwen3-4B, if",
+        ),
+        ("tokenizer=/a.b/c", "^tokenizer._component_: '/a.b/c' is no component. Write tokenizer.path=/a.b/c, if"),
+        (
+            "dataset=my_data.prompts",
+            "^dataset._component_: my_data.prompts is not allowed here.*allow_components=.my_data",
+        ),
         ("loss=spin.loss.TSPINLoss", r"^loss\._component_: spin\.loss\.TSPINLoss is not allowed here"),
         ("row_tokens=5", r"row_tokens: unknown key\. Did you mean 'pairs\.row_tokens'"),
         ("pairs.max_new_tokens=5", r"unknown key\. Did you mean 'sampling\.max_new_tokens'"),
