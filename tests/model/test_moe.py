@@ -142,7 +142,7 @@ def test_gradients_are_those_of_transformers(name, tmp_path, world):
     config = json.loads((tmp_path / "config.json").read_text())
     stored = {key: parameter.grad for key, parameter in twin.named_parameters()}
     expected = LAYOUTS["HF"].to_tune(stored, **converter_arguments(config, "HF"))
-    for options in ({}, {"activation_checkpointing": True}):
+    for options in ({}, {"checkpointed_every": 1}):
         model = from_folder(tmp_path, world, **options)
         loss(model(ids)).backward()
         found = {key.replace("_checkpoint_wrapped_module.", ""): p.grad for key, p in model.named_parameters()}

@@ -55,7 +55,7 @@ def adapted(kind: str, world: World, loader: LoRACheckpointer, checkpointing: bo
             **KINDS[kind],
         )  # fmt: skip
     prepare_adapters(model, torch.float32, world)
-    prepare_model(model, world, compute_dtype=torch.float32, activation_checkpointing=checkpointing)
+    prepare_model(model, world, compute_dtype=torch.float32, checkpointed_every=int(checkpointing))
     loader.load_model(model, world)
     init_adapters(model, seed=5)
     return model
