@@ -91,7 +91,7 @@ class PromptDataset:
         report (DatasetReport | None): how they came about; None writes one that names nothing.
 
     Raises:
-        DataError: If two samples have one id, or one is no :class:`~spin.types.Prompt` with tokens on both sides.
+        DataError: If two samples have one id, or one is no :class:`~spin.types.Prompt` with tokens to respond to.
     """
 
     settings: Mapping[str, Any] = MappingProxyType({})
@@ -104,9 +104,8 @@ class PromptDataset:
             if not isinstance(prompt, Prompt) or not isinstance(prompt.sample_id, str):
                 problem = f"{prompt!r:.200}, expected a spin.data.Prompt whose sample_id is a text"
                 raise DataError(f"sample {len(self.sample_ids)} is {problem}.")
-            for name, ids in (("prompt_ids", prompt.prompt_ids), ("real_ids", prompt.real_ids)):
-                if not len(ids):
-                    raise DataError(f"sample {prompt.sample_id!r} has no {name}, expected one token at least.")
+            if not len(prompt.prompt_ids):
+                raise DataError(f"sample {prompt.sample_id!r} has no prompt_ids, expected one token at least.")
             self.sample_ids.append(prompt.sample_id)
             prompt_tokens.extend(prompt.prompt_ids)
             prompt_offsets.append(len(prompt_tokens))
@@ -197,12 +196,16 @@ class PromptDataset:
 
 
 def check_is_dataset(dataset: object) -> None:
-    """Checks what a data set function of the user's own has returned; a DataError if it is no source of prompts."""
+    """Checks what a data set function of the user's own has returned; a DataError if it is no source of prompts, or one
+    lacks its real response."""
     if not isinstance(dataset, PromptSource):
         raise DataError(
             f"dataset: its _component_ gave a {type(dataset).__name__}, expected a spin.data.PromptDataset, such as "
             "PromptDataset([Prompt(sample_id, prompt_ids, real_ids), ...])."
         )
+    if isinstance(dataset, PromptDataset) and not dataset.real_lengths.all():
+        sample = dataset.sample_ids[int(dataset.real_lengths.argmin())]
+        raise DataError(f"sample {sample!r} has no real_ids, expected one token at least.")
 
 
 def evaluated_part(dataset: Any) -> PromptDataset:

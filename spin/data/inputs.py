@@ -11,7 +11,7 @@ from spin import config
 from spin.config import SPINConfig
 from spin.core.ranks import World
 from spin.data.chat import ChatTokenizer
-from spin.data.dataset import PromptDataset, PromptSource
+from spin.data.dataset import PromptDataset, PromptSource, check_is_dataset
 from spin.data.dates import fix_date
 from spin.data.read import check_fits_model, unknown_ids
 from spin.data.tokenizer import PromptTokenizer
@@ -35,6 +35,8 @@ def read_inputs(
         val_prompts = config.instantiate(cfg.validation_dataset, **reading)
     elif isinstance(prompts, PromptDataset):
         val_prompts = prompts.held_out or val_prompts
+    for dataset in (prompts, val_prompts):
+        check_is_dataset(dataset)
     stop_token_ids = (*tokenizer.eos_ids, *cfg.sampling.stop_token_ids)
     check_fits_model(model, tokenizer, stop_token_ids, prompts, val_prompts)
     folder = cfg.checkpointer.get("checkpoint_dir")

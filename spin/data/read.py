@@ -10,7 +10,7 @@ from itertools import count, islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from spin.core.errors import ConfigError, DataError
-from spin.data.dataset import Original, PromptDataset, PromptSource, check_is_dataset
+from spin.data.dataset import Original, PromptDataset, PromptSource
 from spin.data.messages import (
     ChatMessage,
     MessageTransform,
@@ -212,11 +212,10 @@ def check_fits_model(
 ) -> None:
     """Checks that the model has an embedding for every token that it will meet, and a position; a tokenizer may know
     more. A DataError if a sample or a stop token has an id beyond the model's vocabulary, a sample is longer than its
-    context, or a data set is none."""
+    context."""
     rows = model.tok_embeddings.weight.shape[0]
     found = [f"stop token {token}" for token in stop_token_ids if not 0 <= token < rows]
     for dataset in datasets:
-        check_is_dataset(dataset)
         if dataset.longest > model.max_seq_len:
             raise DataError(
                 f"the longest sample has {dataset.longest:,} tokens, the model's context is {model.max_seq_len:,}: "

@@ -10,6 +10,7 @@ import torch
 
 from spin.core.errors import ConfigError, DataError
 from spin.data import ChatTokenizer, PromptDataset, prompt_dataset
+from spin.data.dataset import check_is_dataset
 from spin.data.read import check_fits_model
 from spin.types import Prompt
 
@@ -326,7 +327,7 @@ def test_ids_beyond_the_vocabulary_name_the_first_sample(datasets, stop, message
 
 def test_what_is_no_data_set_is_refused():
     with pytest.raises(DataError, match=r"dataset: its _component_ gave a list, expected a spin.data.PromptDataset"):
-        check([Prompt("a", [1], [2])])
+        check_is_dataset([Prompt("a", [1], [2])])
     with pytest.raises(DataError, match="two samples have the id 'a'"):
         PromptDataset([Prompt("a", [1], [2]), Prompt("a", [1], [2])])
     with pytest.raises(DataError, match="the longest sample has 9 tokens, the model's context is 8: leave"):
@@ -348,4 +349,4 @@ def test_what_is_no_data_set_is_refused():
 )
 def test_a_sample_that_nothing_can_be_learned_from_is_refused_by_name(sample, message):
     with pytest.raises(DataError, match=message):
-        PromptDataset([Prompt("a", [1], [2]), sample])
+        check_is_dataset(PromptDataset([Prompt("a", [1], [2]), sample]))
