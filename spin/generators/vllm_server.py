@@ -268,12 +268,12 @@ class VLLMServerGenerator:
                 self._send("GET", "/health", seconds=min(self._timeout, _SHORT_SECONDS, left))
                 return
             except UnavailableError as error:
-                if time.monotonic() + pause > deadline:
+                if (left := deadline - time.monotonic()) <= 0:
                     raise GeneratorError(
                         f"no vLLM server at {self._url} within {self._wait:g} s: {error}. Start one ({_HOW_TO_SERVE}), "
                         "or change generator.url."
                     ) from error
-            self._pause(pause)
+            self._pause(min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     # ---- requests
@@ -293,12 +293,13 @@ class VLLMServerGenerator:
             except UnavailableError as error:
                 timeouts += isinstance(error, TimedOutError)
                 deadline = deadline or time.monotonic() + self._wait
-                if time.monotonic() + pause > deadline or timeouts >= _MOST_TIMEOUTS:
+                if (left := deadline - time.monotonic()) <= 0 or timeouts >= _MOST_TIMEOUTS:
                     times = f"{timeouts} times" if timeouts >= _MOST_TIMEOUTS else f"for {self._wait:g} s"
                     raise GeneratorError(
                         f"{self._url} did not answer {times}: {error}. Finished responses are on disk; start the "
                         "server and run the same command again to resume."
                     ) from error
+                pause = min(pause, left)
                 if not self._client.aborted.is_set():
                     log.warning(f"{self._url}: {error}; asking again in {pause:g} s.")
             self._pause(pause)

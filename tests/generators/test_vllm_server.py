@@ -107,7 +107,7 @@ def test_a_server_has_the_policys_weights_also_after_it_was_killed_in_the_middle
     try:
         arguments = {
             "url": server.url, "transfer_dir": str(tmp_path / "weights"), "model_dir": str(untied),
-            "model_type": "LLAMA3_2", "dtype": "fp32", "concurrency": 2, "wait_seconds": 180,
+            "model_type": "LLAMA3_2", "dtype": "fp32", "concurrency": 2, "wait_seconds": 600,
         }  # fmt: skip
         generator = VLLMServerGenerator(context, **arguments, api_key_env="SPIN_TEST_KEY")
         with pytest.raises(GeneratorError, match="api_key_env") as refused:
