@@ -342,7 +342,8 @@ class PeerIteration:
         with hashing(None if warm else str(time.perf_counter())) as hashed:
             scored = self._seconds(lambda: made.append(peer.trainer(data, **options)))
         (trainer,) = made
-        trainer.train()  # layers meet the batches' lengths, and are compiled
+        if warm:
+            trainer.train()  # layers meet the batches' lengths, and are compiled
         trained = self.bench.seconds(trainer.train)  # the same batches
         peer.forget()
         del trainer
