@@ -70,12 +70,16 @@ class Browser:
         return answer["result"]
 
     def open(self, url, width, height=900, scheme="light"):
-        """Opens a page and waits until it has loaded."""
+        """Opens a page and waits until it has loaded; the one before has ended, with its last requests."""
+        self._load("about:blank")
         self.requests, self.errors = [], []
         self.call(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 500
         )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        self._load(url)
+
+    def _load(self, url):
         self.call("Page.navigate", url=url)
         while self._receive().get("method") != "Page.loadEventFired":
             pass
@@ -87,9 +91,9 @@ class Browser:
         return result["result"].get("value")
 
     def wait(self, condition):
-        """Waits up to ten seconds for a condition of the page."""
+        """Waits up to a minute for a condition of the page."""
         self.run(f"""new Promise((done, fail) => {{
-            const until = Date.now() + 10000;
+            const until = Date.now() + 60000;
             (function look() {{
                 if ({condition}) done(); else if (Date.now() > until) fail("never came"); else setTimeout(look, 50);
             }})();

@@ -1,9 +1,11 @@
 """Loads a folder into a sharded model in fp32 and exports it in bf16. Arguments: source folder, output folder.
 
 Each rank prints the bytes of its shards and, for either stage, the rise of its resident memory at the stage's peak. The
-kernel's mark of that peak is set back before; it counts pages of a mapped file as well as the process's own.
+kernel's mark of that peak is set back before; it counts pages of a mapped file as well as the process's own. Large
+blocks go back to the kernel here when they are freed: of those that a run keeps, fragments came to 80 MiB or to none.
 """
 
+import ctypes
 import re
 import sys
 from pathlib import Path
@@ -25,6 +27,8 @@ def kib(key: str) -> int:
 
 
 world = init_world("cpu")
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4  # malloc.h
+assert ctypes.CDLL(None).mallopt(M_MMAP_MAX, 2**16) and ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20)
 model = build_model({"_component_": "spin.model.from_hf", "path": str(source)}, torch.float32)
 prepare_model(model, world, compute_dtype=torch.float32)
 shards = [local_tensor(parameter.detach()) for parameter in model.parameters()]
