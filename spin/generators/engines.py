@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from spin.config.components import ROOTS, raised_in
+from spin.core.errors import GeneratorError, SpinError, Stopped
 from spin.core.heartbeat import set_stage
 from spin.core.ranks import World
 from spin.generators.generator import Generator
@@ -53,13 +55,33 @@ def policy_loaded(generator: Generator, model: nn.Module) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # training's free blocks fit neither weights nor a cache
     with unsharded(model) if generator.shares_policy_weights else nullcontext():
-        generator.wake()
-        if not generator.shares_policy_weights:
-            generator.update_weights(named_full_tensors(model))
+        with raised_by(generator):
+            generator.wake()
+            if not generator.shares_policy_weights:
+                generator.update_weights(named_full_tensors(model))
         try:
             yield
         finally:
-            generator.sleep()
+            with raised_by(generator):
+                generator.sleep()
+
+
+@contextmanager
+def raised_by(generator: object) -> Iterator[None]:
+    """What a generator of the user's own raises in a block, ``SystemExit`` too, is a GeneratorError that says whose it
+    is and where; want of memory, the device and other ranks are not."""
+    try:
+        yield
+    except (SpinError, Stopped, torch.OutOfMemoryError, torch.AcceleratorError, dist.DistError):
+        raise
+    except (Exception, SystemExit) as error:  # code of the user's own may raise anything
+        name = name_of(generator)
+        if name.split(".")[0] in ROOTS:
+            raise
+        raise GeneratorError(
+            f"generator: {name} raised {raised_in(name, error)}. Finished responses are kept. SPIN_TRACEBACK=1 shows "
+            "more."
+        ) from error
 
 
 def name_of(generator: object) -> str:

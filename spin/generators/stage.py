@@ -33,7 +33,7 @@ from spin.core.progress import Stage, stage
 from spin.core.ranks import CountOfRanks, World, any_rank_soon, raise_on_all_ranks
 from spin.data.dataset import PromptDataset
 from spin.data.tokenizer import PromptTokenizer
-from spin.generators.engines import EngineGroup, name_of, policy_loaded
+from spin.generators.engines import EngineGroup, name_of, policy_loaded, raised_by
 from spin.generators.generator import Generator, SamplingParams, StreamingGenerator
 from spin.generators.sampling import sample_seed
 from spin.pairs.filters import FilteredPairs
@@ -282,8 +282,7 @@ def play(
     """
     set_stage("generating responses")
     parts, per_prompt = split_evenly(len(task.samples), store.num_shards), task.responses_per_prompt
-    name, streams = name_of(generator), isinstance(generator, StreamingGenerator)
-    sampling = task.sampling
+    streams, sampling = isinstance(generator, StreamingGenerator), task.sampling
 
     def prompt_of(shard: int, index: int) -> Prompt:
         return task.prompts[task.samples[parts[shard][index // per_prompt]]]
@@ -323,7 +322,8 @@ def play(
     if isinstance(generator, StreamingGenerator):
         order = shortest_last(order, list(map(expected_tokens, order)))
         asked = starmap(request, order)
-        stream = generator.stream(asked, sampling)
+        with raised_by(generator):
+            stream = generator.stream(asked, sampling)
     else:
         asked = ((request(shard, index) for index in left[shard]) for shard in shards)
         stream = _shard_by_shard(generator, asked, sampling)
@@ -331,7 +331,7 @@ def play(
     with ExitStack() as stack:
         if hasattr(stream, "close"):  # of a Python generator; an iterator need not have one
             stack.callback(stream.close)
-        for item in _numbered(stream, len(order), name):
+        for item in _numbered(stream, len(order), generator):
             if item is None:  # between two steps
                 steps += 1
                 asks = not group.is_shared or steps % _STEPS == 0
@@ -351,13 +351,14 @@ def play(
                 return
 
 
-def _numbered(stream: object, count: int, name: str) -> Iterator[tuple[int, object] | None]:
+def _numbered(stream: object, count: int, generator: Generator) -> Iterator[tuple[int, object] | None]:
     """What a generator's stream gives, each item once it is known to be a step's end or the only response to one of
     ``count`` requests; a ``GeneratorError`` also if it ends and some have none."""
+    name = name_of(generator)
     if not isinstance(stream, Iterable):
         raise GeneratorError(f"generator: {name}.stream gave {_shortened(stream)}, expected an iterator of responses.")
     is_done = np.zeros(count, bool)
-    for item in stream:
+    for item in _items(stream, generator):
         if item is not None:
             if not isinstance(item, tuple) or len(item) != 2 or type(item[0]) is not int:
                 expected = "expected (number of the request, its Response)"
@@ -372,6 +373,11 @@ def _numbered(stream: object, count: int, name: str) -> Iterator[tuple[int, obje
         yield item
     if not is_done.all():
         raise GeneratorError(f"generator: {name} left {np.sum(~is_done)} of {count} prompts without a response.")
+
+
+def _items(stream: Iterable[object], generator: Generator) -> Iterator[object]:
+    with raised_by(generator):
+        yield from stream
 
 
 def shortest_last(requests: Sequence[T], expected_tokens: Sequence[int]) -> list[T]:
@@ -396,7 +402,8 @@ def generate_each(
 ) -> Sequence[object]:
     """What ``generate`` gives to prompts and their seeds, one each, not checked otherwise."""
     prompts, seeds = [list(map(int, ids)) for ids, _ in requests], [seed for _, seed in requests]
-    responses: object = generator.generate(prompts, sampling, seeds)
+    with raised_by(generator):
+        responses: object = generator.generate(prompts, sampling, seeds)
     if not isinstance(responses, Sequence) or len(responses) != len(requests):
         given = f"{len(responses)} responses" if isinstance(responses, Sequence) else _shortened(responses)
         asked = f"{len(requests)} prompts; expected one each, in order"

@@ -1,5 +1,7 @@
 """Playing: shards, seeds, what is rejected. What a single response must be: tests/faults/test_responses.py."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -205,6 +207,21 @@ def test_wrong_responses_name_the_generator(tmp_path, given, message):
     with pytest.raises(GeneratorError, match=message):
         played(tmp_path, ALL, generator)
     assert PairStore.open(tmp_path).missing_shards()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit(0), ValueError("two\nlines")])
+@pytest.mark.parametrize("generator", [SeedEcho, Streaming])
+def test_what_a_generator_raises_is_said_to_be_its(tmp_path, generator, error):
+    """No full disk of the run's, no end with exit code 0, and the line where it happened."""
+
+    class Raises(generator):
+        def generate(self, prompts, sampling, seeds):
+            raise error
+
+    with pytest.raises(GeneratorError) as raised:
+        played(tmp_path, ALL, Raises())
+    said = str(raised.value)
+    assert re.search(rf"generator: tests.*Raises raised {type(error).__name__}: .*, at {__file__}:\d+\. Finished", said)
 
 
 def test_the_shortest_responses_are_started_last(tmp_path, monkeypatch):
