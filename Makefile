@@ -26,6 +26,9 @@ export OMP_NUM_THREADS = $(THREADS)
 # A thread that waits for another sleeps instead of spinning: as fast on idle cores, many times faster on shared ones.
 export GOMP_SPINCOUNT = 0
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# Byte code of 26,000 files would take a minute. Python writes that of the files it imports, unless it is told not to, as
+# in many containers: then every start would compile torch again.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: quickstart report experiment test test-slow test-all lint audit model torchao vllm gguf clean
 .DELETE_ON_ERROR:
@@ -94,8 +97,7 @@ gguf: .cache/gguf
 	$@.part/venv/bin/python -m pip install --quiet $@.part/llama_cpp_python-0.3.36.tar.gz
 	mv $@.part $@
 
-# torch goes first and alone: with it in place nothing else asks for another build of it. Byte code of 26,000 files would
-# take a minute; Python writes that of the files it imports.
+# torch goes first and alone: with it in place nothing else asks for another build of it.
 $(VENV)/.stamp: pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints-cpu.txt torch $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))

@@ -1,4 +1,4 @@
-"""``spin estimate``; what is estimated how stands in :mod:`spin.cli.workload`, ``memory`` and ``timing``."""
+"""``spin estimate``; what is estimated how stands in :mod:`spin.cli.workload`, ``memory``, ``timing`` and ``fit``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     if "candidate" in raw:
         raise ConfigError(f"{arguments.config} is an evaluation's config; estimates are of training.")
     check_keys(raw, SPINConfig)  # before torch is loaded
-    from spin.cli.memory import print_estimate
+    from spin.cli.fit import print_estimate
 
     print_estimate(arguments, overrides)
 

@@ -1,4 +1,4 @@
-"""What a config needs on each GPU and host and how long an iteration takes, before anything is loaded.
+"""What a config needs on each GPU and host, before anything is loaded.
 
 Memory is arithmetic with the shapes of a model on the meta device; of a folder config.json is enough. Training peaks
 where the output layer works on a row: everything that the layers keep for backward is there, the gradients of the rows
@@ -10,19 +10,13 @@ before, and the head's own. So
     save  = weights + optimizer + one tensor
 
 The activations of a compiled layer are counted tensor by tensor; the rest is exact. Measured peaks (torch's allocator,
-without the CUDA context) are in tests/cli/test_estimate.py; the rates of times in :mod:`spin.cli.rates`.
-
-    spin estimate lora model.path=FOLDER
-    spin estimate full --gpus 64 --hosts 8 --gpu H200 model.path=FOLDER pairs.row_tokens=12288
+without the CUDA context) are in tests/cli/test_estimate.py.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import math
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -30,10 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from spin.cli.rates import GPUS, kind_of_gpu
-from spin.cli.timing import Cluster, PairTokens, Stage, Work, stages, table
-from spin.cli.workload import data_limit, longest_pair, mean_pair, most_prompts, workload
-from spin.config import SPINConfig, complete, load_config
+from spin.cli.timing import PairTokens, Work
+from spin.cli.workload import data_limit, longest_pair, mean_pair, most_prompts
+from spin.config import SPINConfig
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import ConfigError
 from spin.model.adapters import adapted_modules, adapter_parameters, as_nf4
@@ -47,8 +40,6 @@ _GIB = 2**30
 STAGES = ("generate", "score", "train", "save")
 # Bytes of optimizer state for a trained weight, by class; others are taken for AdamW.
 _OPTIMIZER_BYTES = {"AdamW8bit": 2, "AdamWStochasticRounding": 8, "AdamW": 8, "Adam": 8, "RMSprop": 4, "SGD": 0}
-# of torch's AdamW, which the one of 8 bits does not take
-_ADAMW_KEYS = ("fused", "foreach", "capturable", "differentiable")
 # NF4: half a byte, a scale of one byte for 64 weights, a factor for 16,384.
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / 16_384
 _NF4_WORKSPACE_BYTES = 2  # for each number that NF4 stands for, while a product is computed with them
@@ -57,7 +48,6 @@ _EAGER_FACTOR = 1.45
 _CACHE_STEP_TOKENS = 256
 _IN_USE = 0.92  # of a GPU's memory at most: blocks of many sizes leave gaps
 _CUDA_GIB = 1.0  # its context and NCCL's buffers
-_MOST_GPUS = 1024
 # A step of 1B was 9 % faster with the first than with 8,192; with the last, a replica of it was 3.8 % faster still.
 _LONGER_ROWS = (12288, 16384, 24576)
 _SPREAD = 0.5  # of the logarithm of pairs' lengths, as in conversations
@@ -137,18 +127,19 @@ class Estimate:
         held = (self.pinned + self.host_states) * gpus_of_host
         if not held:
             return "nothing is kept in CPU memory"
-        states = f" and {_size(self.host_states * gpus_of_host)} of optimizer state" if self.host_states else ""
+        states = f" and {size_text(self.host_states * gpus_of_host)} of optimizer state" if self.host_states else ""
         gigabytes = math.ceil(held * _GIB / 1e9)
         memory = f"{gigabytes} GB" if gigabytes < 1000 else f"{math.ceil(gigabytes / 100) / 10} TB"
-        return (
-            f"{_size(self.pinned * gpus_of_host)} of pinned memory{states}, which needs a host with {memory} of memory"
-        )
+        pinned = size_text(self.pinned * gpus_of_host)
+        return f"{pinned} of pinned memory{states}, which needs a host with {memory} of memory"
 
     def table(self, gpus_of_host: int = 1) -> str:
         """Every part, and what it belongs to, a line each."""
         lines = [f"{'GiB on each GPU':<44}{'generate':>10}{'score':>10}{'train':>10}{'save':>10}"]
         for name, values in self.parts().items():
-            cells = "".join(f"{'-' if value is None else _size(value).removesuffix(' GiB'):>10}" for value in values)
+            cells = "".join(
+                f"{'-' if value is None else size_text(value).removesuffix(' GiB'):>10}" for value in values
+            )
             lines.append(f"{name:<44}{cells}")
         active = self.trained + self.frozen - self.idle
         return "\n".join(lines) + (
@@ -156,8 +147,8 @@ class Estimate:
             f"{self.trained:,} parameters are trained, {self.frozen:,} frozen"
             f"{f'; a token is multiplied with {active:,} of them' if self.idle else ''}\n"
             f"on each host: {self.host(gpus_of_host)}\n"
-            f"on disk: {_size(self.pair_store)} of pairs and {_size(self.export)} of exports each iteration, "
-            f"{_size(self.checkpoint)} each checkpoint"
+            f"on disk: {size_text(self.pair_store)} of pairs and {size_text(self.export)} of exports each iteration, "
+            f"{size_text(self.checkpoint)} each checkpoint"
         )
 
 
@@ -270,7 +261,7 @@ def estimate(
     )
 
 
-def _size(gib: float) -> str:
+def size_text(gib: float) -> str:
     """GiB, or MiB of less than a tenth."""
     if gib >= 0.1 or not gib:
         return f"{gib:.1f} GiB"
@@ -419,159 +410,3 @@ def longer_rows(cfg: SPINConfig, gpus: int, pair_tokens: float, model: nn.Module
         return []
     part = cfg.global_batch_size * pair_tokens / gpus
     return [tokens for tokens in _LONGER_ROWS if cfg.pairs.row_tokens < tokens <= part]
-
-
-# --- What makes a config fit ---
-
-_Change = tuple[list[str], ...]  # overrides of each switch, none if it stays
-
-
-def _switches(cfg: SPINConfig, gpus: int, gpus_of_host: int) -> list[list[list[str]]]:
-    """Settings that save memory on the same GPUs without offload, as overrides: a list for each switch, the mildest
-    first. The last switch is the generator."""
-    found = []
-    if not cfg.enable_activation_checkpointing:
-        found.append([["enable_activation_checkpointing=true"]])
-    halves = (cfg.pairs.row_tokens >> i for i in range(1, 16))
-    found.append([[f"pairs.row_tokens={tokens}"] for tokens in halves if tokens >= 1024])
-    if cfg.optimizer.component.rsplit(".", 1)[-1] == "AdamW":
-        without = [f"~optimizer.{key}" for key in _ADAMW_KEYS if key in (cfg.optimizer.model_extra or {})]
-        found.append([["optimizer._component_=spin.training.AdamW8bit", *without]])
-    generators = []
-    if cfg.generator.component.rsplit(".", 1)[-1] == "TorchtuneGenerator":
-        size = fewest_sequences(cfg)
-        generators = [[f"generator.batch_size={size >> i}"] for i in range(1, 16) if size >> i]
-        engine = "generator={_component_: spin.generators.VLLMGenerator}"
-        sizes = (size for size in (1, 2, 4, 8) if size <= gpus_of_host and gpus % size == 0)
-        generators += [[engine, f"generator.tensor_parallel_size={size}"] for size in sizes]
-    return [*(settings for settings in found if settings), generators]
-
-
-def remedy(
-    load: Callable[[Sequence[str]], SPINConfig],
-    gpus: int,
-    gpus_of_host: int,
-    seconds: Callable[[SPINConfig, int], float | None],
-) -> tuple[list[str], int] | None:
-    """The least change that makes a config fit: of those that need every switch that they have, the fastest.
-
-    Of settings that differ in size alone it is the mildest, and of changes within 5 % the one of fewest switches.
-    Offload is tried where no other switch makes it fit, and more GPUs where that does not either.
-
-    Args:
-        load (Callable[[Sequence[str]], SPINConfig]): the config with overrides.
-        gpus (int): how many there are.
-        gpus_of_host (int): the most that share an engine.
-        seconds (Callable[[SPINConfig, int], float | None]): of an iteration on that many GPUs; None: it does not fit.
-
-    Returns:
-        tuple[list[str], int] | None: overrides and GPUs; None: nothing here does.
-    """
-    cfg = load([])
-    *switches, generators = _switches(cfg, gpus, gpus_of_host)
-    can_offload = not cfg.fsdp_cpu_offload and not cfg.model.get("quantize_base")
-    hardest = [override for settings in switches for override in settings[-1]]
-    for number in (gpus << i for i in range(11) if gpus << i <= max(gpus, _MOST_GPUS)):
-        for last in ([], ["fsdp_cpu_offload=true"])[: 1 + can_offload]:
-            found: dict[tuple[int, ...], tuple[float, _Change]] = {}
-            for generator in ([], *generators):
-                if seconds(load([*hardest, *generator, *last]), number) is None:
-                    continue
-                for chosen in itertools.product(*([[], *settings] for settings in switches)):
-                    change = (*chosen, generator)
-                    sizes = tuple(map(len, change))  # an engine has two overrides, a batch size one
-                    if sizes in found or any(_is_part(other, change) for _, other in found.values()):
-                        continue
-                    if (time := seconds(load([*itertools.chain(*change), *last]), number)) is not None:
-                        found[sizes] = time, change
-            if found:
-                limit = 1.05 * min(time for time, _ in found.values())
-                fast = [change for time, change in found.values() if time <= limit]
-                return [*itertools.chain(*min(fast, key=lambda change: sum(map(bool, change)))), *last], number
-    return None
-
-
-def _is_part(one: _Change, other: _Change) -> bool:
-    """Whether the second does what the first does, and perhaps more."""
-    return all(not mine or mine == its for mine, its in zip(one, other, strict=True))
-
-
-# --- The command ---
-
-
-def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Prints the tables of a config, and what makes it fit."""
-    gpus, hosts = arguments.gpus, arguments.hosts
-    name, note = (arguments.gpu, "") if arguments.gpu else _gpu_here()
-    kind = GPUS[name]
-    if hosts < 1 or gpus < 1 or gpus % hosts:
-        raise ConfigError(f"--gpus {gpus} --hosts {hosts}: expected the same number of GPUs on each host.")
-
-    def load(more: Sequence[str]) -> SPINConfig:
-        raw = load_config(arguments.config, [*overrides, *more])
-        if raw.get("compute_dtype", "auto") == "auto" and raw.get("device") != "cpu":
-            raw.compute_dtype = "bf16"  # of the GPUs that it is for, wherever this runs
-        return complete(raw, SPINConfig)
-
-    def found_of(cfg: SPINConfig, number: int) -> Estimate:
-        return estimate(cfg, number, arguments.pair_tokens, kind.memory_gib, model, prompts, work.pair)
-
-    def stages_of(cfg: SPINConfig, number: int, found: Estimate) -> tuple[list[Stage], Cluster]:
-        cluster = Cluster(number, hosts * number // gpus, name, *arguments.links)
-        return stages(cfg, found.work, cluster, prompts, found.pair, found.rows), cluster
-
-    usable = usable_gib(kind.memory_gib)
-
-    def seconds(cfg: SPINConfig, number: int) -> float | None:
-        if number % cfg.replicas or cfg.generator.get("tensor_parallel_size", 1) > number:
-            return None
-        found = found_of(cfg, number)
-        engine = cfg.generator.get("gpu_memory_utilization", 0.5) * kind.memory_gib
-        is_engine = cfg.generator.component.endswith(".VLLMGenerator")
-        if found.peak > usable or (is_engine and found.playing_copy > 0.9 * engine):
-            return None
-        return sum(stage.seconds for stage in stages_of(cfg, number, found)[0])
-
-    cfg = load([])
-    model = shapes_of(cfg)  # no switch changes it
-    work = workload(cfg, model.max_seq_len, arguments.prompts, arguments.pair_tokens)
-    prompts, note = work.prompts, note + work.note
-    found = found_of(cfg, gpus)
-    pair_tokens = found.pair.total
-    given = {"--pair-tokens": (arguments.pair_tokens, pair_tokens), "--prompts": (arguments.prompts, prompts)}
-    for option, (asked, taken) in given.items():
-        if asked is not None and taken < asked:
-            note += f"{option} {asked}: the config lets {taken:,} through at most, which are counted\n"
-    of_hosts = f" of {hosts} hosts" if hosts > 1 else ""
-    print(f"{note}{arguments.config} on {gpus} {name}{of_hosts}: an estimate\n\n{found.table(gpus // hosts)}\n")
-    if seconds(cfg, gpus) is not None:
-        print(f"It fits: {_size(found.peak)} of the {usable:.1f} GiB that {kind.memory_gib:.1f} leave for tensors.")
-        longer = longer_rows(cfg, gpus, pair_tokens, model)
-        fitting = [n for n in longer if seconds(load([f"pairs.row_tokens={n}"]), gpus) is not None]
-        print(f"Longer rows, which are faster, fit too: pairs.row_tokens={fitting[-1]}\n" if fitting else "")
-    else:
-        over = [f"{stage} ({peak:.1f})" for stage, peak in zip(STAGES, found.peaks(), strict=True) if peak > usable]
-        what = f"{', '.join(over)} of {usable:.1f} GiB" if over else "the engine's weights in its part of the memory"
-        print(f"It does not fit: {what} that {kind.memory_gib:.1f} leave for tensors.")
-        change = remedy(load, gpus, min(8, gpus // hosts), seconds)
-        if change is None:
-            print("No switch that is tried here makes it fit; the times are those that it would take.\n")
-        else:
-            cfg, number = load(change[0]), change[1]
-            of_host = gpus // hosts
-            more = [f"--gpus {number} --hosts {number // of_host}"] if number > gpus else []
-            gpus, hosts = number, number // of_host
-            found = found_of(cfg, gpus)
-            words = more + [shlex.quote(each) for each in change[0]]
-            peaks = ", ".join(f"{stage} {_size(peak)}" for stage, peak in zip(STAGES, found.peaks(), strict=True))
-            print(f"The least change that fits, with which the times are:\n  {' '.join(words)}")
-            print(f"  on each GPU: {peaks}\n  on each host: {found.host(gpus // hosts)}\n")
-    print(table(*stages_of(cfg, gpus, found), prompts, pair_tokens, cfg.max_iterations))
-
-
-def _gpu_here() -> tuple[str, str]:
-    """The kind of GPU of this machine, and a line if it is another that is assumed."""
-    here = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
-    kind = kind_of_gpu(here) if here else None
-    found = f"{here} here, whose rates are not known" if here else "no GPU here"
-    return (kind, "") if kind else ("H100", f"{found}: H100 assumed (--gpu names another)\n")
