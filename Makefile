@@ -44,8 +44,9 @@ report: $(VENV)/.stamp
 experiment: $(VENV)/.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python experiments/checkable.py --per-gpu 2
 
-# worksteal: neighbours, which share runs by fixtures, go to one process
-PYTEST = SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(THREADS) --dist worksteal
+# One process more than threads, since tests of whole runs wait for the disk and for each other a fifth of the time.
+# worksteal: neighbours, which share runs by fixtures, go to one process.
+PYTEST = SPIN_REAL_MODEL="$$( [ -f $(MODEL)/model.safetensors ] && echo $(CURDIR)/$(MODEL) )" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(( $(THREADS) + 1 )) --dist worksteal
 
 test: lint
 	$(PYTEST) -m "not slow"

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from spin import config
 from spin.cli import parser_of
-from spin.core.errors import ConfigError, DataError, StoreError
+from spin.core.errors import ConfigError, StoreError
 from spin.core.files import check_new_file, write_json_lines
 from spin.core.terminal import counted, printable
 from spin.types import Verdict
@@ -79,8 +79,6 @@ def main(argv: Sequence[str]) -> None:
         for column in ("prompt", "real", "generated"):
             print(f"[{column}] {printable(row[column])}")
     if arguments.export:
-        if not rows:
-            raise DataError(f"{arguments.export}: no response is left, nothing was written. Change the filters.")
         write_json_lines(arguments.export, rows)
         print(f"\n{counted(len(rows), 'response')} -> {printable(arguments.export)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,7 +44,7 @@ def attend(
 
     # Without compilation FlexAttention would make all scores at once.
     alone = q.is_cuda and not torch.compiler.is_compiling()
-    return (_compiled if alone else flex_attention)(
+    return (_compiled() if alone else flex_attention)(
         q,
         k,
         v,
@@ -55,7 +56,10 @@ def attend(
     )
 
 
-_compiled: Callable[..., Any] = torch.compile(flex_attention, dynamic=False, fullgraph=True)
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    """Made where it is needed: what it imports takes half a second."""
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def flex_unsupported_reason(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str | None:

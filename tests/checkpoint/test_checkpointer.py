@@ -28,7 +28,7 @@ from spin.model.build import checkpoint_activations
 from spin.model.fingerprint import weights_fingerprint
 from spin.model.sharding import shard_model
 from tests.families import tiny_lm_model
-from tests.torchrun import FOLDER, run_ranks
+from tests.ranks import FOLDER, run_ranks
 from tests.two_ranks.tiny import build, optimizer_digest, sharded, train
 
 

@@ -8,8 +8,8 @@ import pytest
 from spin.checkpoint import SPINCheckpointer
 from spin.core.errors import CheckpointError
 from spin.core.ranks import init_world
+from tests.ranks import run_ranks
 from tests.recipes.helpers import flip_bit, generate, metrics_of, run
-from tests.torchrun import run_ranks
 
 SHORT = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "save_interval=1")
 SHORT += ("lr_scheduler.name=constant", "lr_scheduler.warmup=0")  # the same rate whatever max_steps is

@@ -23,6 +23,7 @@ from spin.core.errors import CheckpointError, ConfigError, OutputError, StoreErr
 from spin.core.files import FolderLock
 from spin.core.ranks import init_world
 from spin.model.fingerprint import weights_fingerprint
+from tests.ranks import run_ranks
 from tests.recipes.helpers import (
     REPO,
     command,
@@ -34,7 +35,6 @@ from tests.recipes.helpers import (
     stops_at,
     tiny_config,
 )
-from tests.torchrun import run_ranks
 from tests.two_ranks.tiny import build, sharded, train
 
 PROGRAM = [sys.executable, str(REPO / "recipes" / "spin_recipe.py")]

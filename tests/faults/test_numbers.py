@@ -12,6 +12,7 @@ from spin.core.errors import ConfigError, NonFiniteError, SelfTestError, StoreEr
 from spin.core.ranks import init_world
 from spin.data import Pair, PairStore
 from spin.training.nonfinite import NonFiniteGuard
+from tests.ranks import run_ranks
 from tests.recipes.helpers import (
     changing_loss,
     forged_references,
@@ -23,7 +24,6 @@ from tests.recipes.helpers import (
     tiny_prompts,
     weights_of,
 )
-from tests.torchrun import run_ranks
 
 SHORT = ("max_iterations=1", "max_epochs=2", "validation_dataset=null")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from spin.checkpoint import SPINCheckpointer
+from tests.ranks import FOLDER, run_ranks
 from tests.recipes.helpers import command, command_line, metrics_of, ranks_of, start, steps_done, wait_for
-from tests.torchrun import FOLDER, run_ranks
 
 pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

@@ -141,13 +141,11 @@ def embedded_run(tmp_path_factory):
 
 @pytest.mark.slow
 @needs_vllm
-@pytest.mark.parametrize(
-    ("nproc", "tensor_parallel_size"), [(1, 1), (2, 1), (2, 2)], ids=["one rank", "two ranks", "two ranks share it"]
-)
-def test_a_run_is_the_same_whoever_generates_on_however_many_ranks(tmp_path, embedded_run, nproc, tensor_parallel_size):
+@pytest.mark.parametrize("ranks_per_engine", [1, 2], ids=["two ranks", "two ranks share it"])
+def test_a_run_of_two_ranks_is_that_of_one_with_the_embedded_generator(tmp_path, embedded_run, ranks_per_engine):
     """Greedy responses in fp32 are equal, so is the training on them, so are the responses of the next iteration."""
-    changes = ["max_epochs=1", f"generator.tensor_parallel_size={tensor_parallel_size}"]
-    done = command(tmp_path, *VLLM, *changes, nproc=nproc)
+    changes = ["max_epochs=1", f"generator.tensor_parallel_size={ranks_per_engine}"]
+    done = command(tmp_path, *VLLM, *changes, nproc=2)
     assert done.returncode == 0, done.stderr[-3000:]
     assert responses(tmp_path) == responses(embedded_run)
     ours, theirs = metrics_of(tmp_path), metrics_of(embedded_run)
@@ -178,15 +176,6 @@ def test_adapters_are_played_as_merged_weights(tmp_path):
     assert list(first.values()) != list(second.values())
     gaps = [row["generator/logprob_gap"] for row in metrics_of(tmp_path / "vllm") if "generator/logprob_gap" in row]
     assert len(gaps) == 2 and max(gaps) < 1e-5
-
-
-@needs_vllm
-@pytest.mark.slow
-def test_a_wrong_name_map_stops_the_run_before_it_plays(tmp_path):
-    """The config's limit is the proof's: at 0 even rounding is too much."""
-    done = command(tmp_path, *VLLM, "generator.max_logprob_gap=0", code=1)
-    assert "error: VLLMGenerator on rank 0: its log-probs differ" in done.stderr
-    assert not list((tmp_path / "iteration_000").rglob("shard-*"))
 
 
 # ---- without vLLM

@@ -19,7 +19,7 @@ from spin.model.hf import HFStream, export_hf, load_hf_weights, stored_elements
 from spin.model.hf_folder import read_hf_config, weight_files
 from spin.model.sharding import materialize, named_full_tensors, shard_model
 from tests.families import FAMILIES, MODEL_TYPES, edit_config, tiny_lm_model
-from tests.torchrun import run_ranks
+from tests.ranks import run_ranks
 from tests.two_ranks import tiny
 
 INPUT = torch.arange(3, 23).reshape(2, 10)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from spin.model.build import build_model
 from spin.model.hf import MAX_FILE_BYTES, HFStream
-from tests.torchrun import run_ranks
+from tests.ranks import run_ranks
 
 MIB = 2**20
 SHARDS = 30

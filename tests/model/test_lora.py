@@ -21,7 +21,7 @@ from spin.model.fingerprint import weights_fingerprint
 from spin.model.hf import export_hf
 from spin.model.lora import check_adapters, check_lora, init_adapters, prepare_adapters, trainable
 from tests.families import EVERYWHERE, FAMILIES, lora_model
-from tests.torchrun import run_ranks
+from tests.ranks import run_ranks
 from tests.two_ranks import lora as runs
 
 REPO = Path(__file__).resolve().parents[2]

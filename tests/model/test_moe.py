@@ -21,7 +21,7 @@ from spin.model.hf_families import LAYOUTS, converter_arguments
 from spin.model.moe import MoE, idle_parameters
 from spin.model.sharding import full_tensor
 from tests.hf_folders import VOCAB_SIZE, decoder, forward_ids, stored_tensors, write_folder
-from tests.torchrun import run_ranks
+from tests.ranks import run_ranks
 
 NAMES = ["qwen3_moe", "qwen3_moe_raw", "qwen3_moe_mixed"]
 SIZES = {"width": 64, "hidden": 32, "experts": 8}

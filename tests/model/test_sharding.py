@@ -23,7 +23,7 @@ from spin.model.sharding import (
     sharded_modules,
     unsharded,
 )
-from tests.torchrun import run_ranks
+from tests.ranks import run_ranks
 from tests.two_ranks.tiny import (
     backward,
     build,

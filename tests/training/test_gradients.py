@@ -10,7 +10,7 @@ from spin.core.ranks import init_world
 from spin.model.attention import patch_attention
 from spin.reference.logprobs import response_logps
 from spin.training import gradient_metrics, is_checked
-from tests.torchrun import run_ranks
+from tests.ranks import run_ranks
 from tests.two_ranks.gradients import compared, model_of, row_loss, rows_of
 from tests.two_ranks.tiny import build
 

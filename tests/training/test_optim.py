@@ -12,7 +12,7 @@ from spin.core.errors import ConfigError
 from spin.core.ranks import init_world
 from spin.model.fingerprint import weights_fingerprint
 from spin.training.optim import AdamW8bit, AdamWStochasticRounding
-from tests.torchrun import run_ranks
+from tests.ranks import run_ranks
 from tests.two_ranks.optimizers import OPTIMIZERS, digests
 from tests.two_ranks.small import Small, small, train
 
