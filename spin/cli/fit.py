@@ -1,7 +1,9 @@
-"""Whether a config fits, the least change that makes it fit, and the page of ``spin estimate``.
+"""Whether a config fits, the least change that makes it fit, and the page of ``spin estimate``:
 
-spin estimate lora model.path=FOLDER
-spin estimate full --gpus 64 --hosts 8 --gpu H200 model.path=FOLDER pairs.row_tokens=12288
+    spin estimate lora model.path=FOLDER
+    spin estimate full --gpus 64 --hosts 8 --gpu H200 model.path=FOLDER pairs.row_tokens=12288
+
+Memory is that of :mod:`spin.cli.memory`, times are those of :mod:`spin.cli.timing`.
 """
 
 from __future__ import annotations
@@ -140,9 +142,8 @@ def _print_what_makes_it_fit(
     found = case.memory(cfg, number)
     more = [f"--gpus {number} --hosts {number // case.gpus_of_host}"] if number > gpus else []
     peaks = ", ".join(f"{stage} {size_text(peak)}" for stage, peak in zip(STAGES, found.peaks(), strict=True))
-    print(
-        f"The least change that fits, with which the times are:\n  {' '.join(more + list(map(shlex.quote, overrides)))}"
-    )
+    words = " ".join([*more, *map(shlex.quote, overrides)])
+    print(f"The least change that fits, with which the times are:\n  {words}")
     print(f"  on each GPU: {peaks}\n  on each host: {found.host(case.gpus_of_host)}\n")
     return cfg, number
 

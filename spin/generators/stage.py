@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import chain, count, islice, starmap
+from itertools import chain, count, groupby, islice
 from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
@@ -281,52 +281,21 @@ def play(
     ``GeneratorError`` if they do not fit the prompts.
     """
     set_stage("generating responses")
-    parts, per_prompt = split_evenly(len(task.samples), store.num_shards), task.responses_per_prompt
-    streams, sampling = isinstance(generator, StreamingGenerator), task.sampling
-
-    def prompt_of(shard: int, index: int) -> Prompt:
-        return task.prompts[task.samples[parts[shard][index // per_prompt]]]
-
-    def checked(shard: int, index: int, response: object) -> Response:
-        return check_response(response, prompt_of(shard, index), generator, sampling, task.limits)
-
-    def request(shard: int, index: int) -> tuple[TokenIds, int]:
-        prompt = prompt_of(shard, index)
-        return prompt.prompt_ids, sample_seed(task.seed, task.iteration, prompt.sample_id, index % per_prompt)
-
-    def expected_tokens(place: tuple[int, int]) -> int:
-        prompt = prompt_of(*place)
-        return task.expected_tokens.get(prompt.sample_id, len(prompt.real_ids))
-
-    def finish(shard: int) -> None:
-        if group.writes:
-            prompts = [task.prompts[task.samples[i]] for i in parts[shard]]
-            store.write_shard(shard, _pairs(prompts, found[shard], task))
-        del found[shard], journals[shard]
-
-    num_responses = {shard: len(parts[shard]) * per_prompt for shard in shards}
-    journals = {shard: store.journal(shard) for shard in shards}
-    found: dict[int, dict[int, Response]] = {  # of shards that are not complete
-        shard: journals[shard].read(num_responses[shard], partial(checked, shard)) if streams else {}
-        for shard in shards
-    }
-    left = {shard: [i for i in range(num_responses[shard]) if i not in found[shard]] for shard in shards}
+    making = _Making(store, shards, task, generator, group)
     if not shards or group.agree(should_stop()):  # all who share an engine have read the journals
         return
-    for shard in shards:
-        if not left[shard]:
-            finish(shard)
-    order = [(shard, index) for shard in shards for index in left[shard]]
+    making.finish_complete()
+    order = making.left()
     asked: Any
     stream: Any
     if isinstance(generator, StreamingGenerator):
-        order = shortest_last(order, list(map(expected_tokens, order)))
-        asked = starmap(request, order)
+        order = shortest_last(order, list(map(making.expected_tokens, order)))
+        asked = map(making.request, order)
         with raised_by(generator):
-            stream = generator.stream(asked, sampling)
+            stream = generator.stream(asked, task.sampling)
     else:
-        asked = ((request(shard, index) for index in left[shard]) for shard in shards)
-        stream = _shard_by_shard(generator, asked, sampling)
+        asked = (list(map(making.request, places)) for _, places in groupby(order, key=lambda place: place[0]))
+        stream = _shard_by_shard(generator, asked, task.sampling)
     steps = 0
     with ExitStack() as stack:
         if hasattr(stream, "close"):  # of a Python generator; an iterator need not have one
@@ -337,18 +306,78 @@ def play(
                 asks = not group.is_shared or steps % _STEPS == 0
             else:
                 number, response = item
-                shard, index = order[number]
-                found[shard][index] = kept = checked(shard, index, response)
-                if streams and group.writes:
-                    journals[shard].append(index, kept)
+                kept, is_complete = making.keep(order[number], response)
                 on_response(kept)
-                is_complete = len(found[shard]) == num_responses[shard]
                 if is_complete:
-                    finish(shard)
+                    making.finish(order[number][0])
                 # asking those who share an engine takes a while; a shard that came at once is kept
-                asks = is_complete or (streams and not group.is_shared)
+                asks = is_complete or (making.streams and not group.is_shared)
             if asks and group.agree(should_stop()):
                 return
+
+
+_Place = tuple[int, int]  # a response's shard, and its number there
+
+
+class _Making:
+    """Shards that a group makes, and the responses that it has for them."""
+
+    def __init__(
+        self, store: PairStore, shards: Sequence[int], task: PlayTask, generator: Generator, group: EngineGroup
+    ) -> None:
+        self._store, self._task, self._generator, self._group = store, task, generator, group
+        self.streams = isinstance(generator, StreamingGenerator)  # then finished responses are in journals
+        parts = split_evenly(len(task.samples), store.num_shards)
+        self._samples = {shard: [task.samples[i] for i in parts[shard]] for shard in shards}
+        self._journals = {shard: store.journal(shard) for shard in shards}
+        self._found: dict[int, dict[int, Response]] = {  # of shards that are not complete
+            shard: self._journals[shard].read(self._size(shard), partial(self._checked, shard)) if self.streams else {}
+            for shard in shards
+        }
+
+    def _size(self, shard: int) -> int:
+        return len(self._samples[shard]) * self._task.responses_per_prompt
+
+    def _prompt(self, place: _Place) -> Prompt:
+        shard, index = place
+        return self._task.prompts[self._samples[shard][index // self._task.responses_per_prompt]]
+
+    def _checked(self, shard: int, index: int, response: object) -> Response:
+        prompt = self._prompt((shard, index))
+        return check_response(response, prompt, self._generator, self._task.sampling, self._task.limits)
+
+    def request(self, place: _Place) -> tuple[TokenIds, int]:
+        """Prompt and seed."""
+        prompt, number = self._prompt(place), place[1] % self._task.responses_per_prompt
+        return prompt.prompt_ids, sample_seed(self._task.seed, self._task.iteration, prompt.sample_id, number)
+
+    def expected_tokens(self, place: _Place) -> int:
+        prompt = self._prompt(place)
+        return self._task.expected_tokens.get(prompt.sample_id, len(prompt.real_ids))
+
+    def left(self) -> list[_Place]:
+        """Where a response is missing, shard by shard."""
+        return [(shard, i) for shard, found in self._found.items() for i in range(self._size(shard)) if i not in found]
+
+    def keep(self, place: _Place, response: object) -> tuple[Response, bool]:
+        """The response as it is kept, and whether its shard is complete with it."""
+        shard, index = place
+        self._found[shard][index] = kept = self._checked(shard, index, response)
+        if self.streams and self._group.writes:
+            self._journals[shard].append(index, kept)
+        return kept, len(self._found[shard]) == self._size(shard)
+
+    def finish(self, shard: int) -> None:
+        """Writes a shard that is complete."""
+        if self._group.writes:
+            prompts = [self._task.prompts[sample] for sample in self._samples[shard]]
+            self._store.write_shard(shard, _pairs(prompts, self._found[shard], self._task))
+        del self._found[shard], self._journals[shard]
+
+    def finish_complete(self) -> None:
+        """Writes the shards that an earlier run left complete."""
+        for shard in [shard for shard, found in self._found.items() if len(found) == self._size(shard)]:
+            self.finish(shard)
 
 
 def _numbered(stream: object, count: int, generator: Generator) -> Iterator[tuple[int, object] | None]:
@@ -412,12 +441,12 @@ def generate_each(
 
 
 def _shard_by_shard(
-    generator: Generator, shards: Iterable[Iterable[tuple[TokenIds, int]]], sampling: SamplingParams
+    generator: Generator, shards: Iterable[Sequence[tuple[TokenIds, int]]], sampling: SamplingParams
 ) -> Iterator[tuple[int, object]]:
     """As ``stream``, by ``generate``."""
     numbers = count()
     for requests in shards:
-        yield from ((next(numbers), response) for response in generate_each(generator, list(requests), sampling))
+        yield from ((next(numbers), response) for response in generate_each(generator, requests, sampling))
 
 
 def check_response(
