@@ -162,7 +162,7 @@ def run_rank(folder, rank, ranks, port, plan):
     except SystemExit as end:
         code = end.code or 0
         Path(f"{folder}.events{rank}.json").write_text(json.dumps(events.kinds))
-        Path(f"{folder}.modules").write_text(json.dumps([*sys.modules]))
+        Path(f"{folder}.modules{rank}.json").write_text(json.dumps([*sys.modules]))
     except BaseException:  # noqa: BLE001 - for the log that the caller prints
         traceback.print_exc()
     finally:
@@ -205,7 +205,7 @@ def main(root, ranks, seed, kills):
     expected = results(root / "unbroken")
     assert len(expected["weights"]) == 2 and len(expected["metrics"]) == 9
     kinds = {rank: json.loads((root / f"unbroken.events{rank}.json").read_text()) for rank in range(ranks)}
-    for name in json.loads((root / "unbroken.modules").read_text()):  # what a run imports on its way
+    for name in json.loads((root / "unbroken.modules0.json").read_text()):  # what a run imports on its way
         if name not in sys.modules and importlib.util.find_spec(name):
             importlib.import_module(name)
     choose = random.Random(seed)

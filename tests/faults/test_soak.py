@@ -17,6 +17,7 @@ OVERRIDES = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_long_run_stays_flat(tmp_path):
     """No file or thread is kept; an iteration may keep 100 objects (metrics, file names), all of them 10 MiB."""
