@@ -65,6 +65,7 @@ class SPINEvaluate:
         """Reads the data as each model sees them, and checks the folders; loads no weights."""
         cfg = self._cfg
         self._world = init_world(cfg.device, **run.inputs_of_config(cfg))
+        progress.begin_run()
         self._lock = run.lock_output_dir(self._output_dir, self._world)
         self._models = {role: EvalModel(role, cfg[role]) for role in cfg.roles}
         for model in self._models.values():

@@ -24,6 +24,7 @@ from spin import config, generators, run
 from spin.config import GenerateConfig
 from spin.core.dtypes import torch_dtype
 from spin.core.errors import CheckpointError
+from spin.core.progress import begin_run
 from spin.core.ranks import init_world, shutdown
 from spin.core.terminal import counted, get_logger
 from spin.data.inputs import read_inputs
@@ -47,6 +48,7 @@ class SPINGenerate:
         cfg = self._cfg
         self._world = world = init_world(cfg.device, replicas=cfg.replicas, **run.inputs_of_config(cfg))
         self._stop.install()
+        begin_run()
         # other workers may be here too, a training run may not
         self._lock = run.lock_output_dir(self._output_dir, world, shared=True)
         checkpointer = config.instantiate(cfg.checkpointer)

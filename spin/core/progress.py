@@ -309,10 +309,11 @@ def show_on(front_end: FrontEnd) -> FrontEnd:
     return before
 
 
-def begin_run(progress: RunProgress) -> None:
-    """The stages from now on are those of a run."""
+def begin_run(progress: RunProgress | None = None) -> None:
+    """The stages from now on are those of a run, or of a program that does not know them before: not those of the run
+    that this process did last."""
     global _run  # noqa: PLW0603
-    _run = progress
+    _run = progress or RunProgress()
 
 
 def compile_seconds() -> dict[str, float]:

@@ -14,7 +14,7 @@ from spin.data import ChatTokenizer, PairStore
 from spin.evaluation import verdicts
 from spin.evaluation.models import EvalModel, check_evaluation
 from tests.false_server import false_servers
-from tests.recipes.helpers import REPO, TINY_LM, command, evaluate
+from tests.recipes.helpers import REPO, TINY_LM, command, evaluate, generate, run
 from tests.recipes.helpers import TINY_EVALUATE as CONFIG
 from tests.recipes.helpers import evaluate_config as configured
 
@@ -53,6 +53,16 @@ def judged(tmp_path_factory, paths):
     """An evaluation with a judge: its folder and summary."""
     folder = tmp_path_factory.mktemp("judged")
     return folder, evaluate(folder, *paths)
+
+
+def test_the_run_before_them_in_this_process_is_not_theirs(tmp_path, paths):
+    """Its speeds are not mixed with theirs, and its folder may be gone."""
+    short = ("max_iterations=1", "max_epochs=1", "validation_dataset=null", "dataset.limit=4")
+    run(tmp_path / "run", *short)
+    (tmp_path / "run").rename(tmp_path / "gone")
+    generate(tmp_path / "generated", *short)
+    evaluate(tmp_path / "evaluated", *paths, "dataset.limit=2")
+    assert {path.name for path in tmp_path.iterdir()} == {"gone", "generated", "evaluated"}
 
 
 # --- A judge ---
