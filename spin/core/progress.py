@@ -92,8 +92,10 @@ class RunProgress:
         self.active.remove(stage)
         self.left[stage.kind] -= 1 if stage.total is None else stage.total - stage.done
         self._done[stage.kind] += stage.total is None
-        if self._rates_file and not self.active and os.environ.get("RANK", "0") == "0":
-            replace_text(self._rates_file, json.dumps(self._rates()))
+        file = self._rates_file
+        is_there = file is not None and file.parent.is_dir()  # what a process does after a run may outlive its folder
+        if file and is_there and not self.active and os.environ.get("RANK", "0") == "0":
+            replace_text(file, json.dumps(self._rates()))
 
     def _charge(self) -> None:
         """Adds the time since the last call to the innermost stage."""
