@@ -67,8 +67,7 @@ def print_estimate(arguments: argparse.Namespace, overrides: Sequence[str]) -> N
     if case.seconds(cfg, gpus) is not None:
         _print_that_it_fits(case, cfg, gpus, found, load)
     else:
-        cfg, gpus = _print_what_makes_it_fit(case, cfg, gpus, found, load)
-        found = case.memory(cfg, gpus)
+        cfg, gpus, found = _print_what_makes_it_fit(case, cfg, gpus, found, load)
     print(table(*case.stages(cfg, gpus, found), work.prompts, found.pair.total, cfg.max_iterations))
 
 
@@ -126,8 +125,8 @@ def _print_that_it_fits(case: _Case, cfg: SPINConfig, gpus: int, found: Estimate
 
 def _print_what_makes_it_fit(
     case: _Case, cfg: SPINConfig, gpus: int, found: Estimate, load: _Load
-) -> tuple[SPINConfig, int]:
-    """Gives the config and the number of GPUs that the times are for."""
+) -> tuple[SPINConfig, int, Estimate]:
+    """Gives the config, the number of GPUs and the memory that the times are for."""
     memory_gib = GPUS[case.gpu].memory_gib
     usable = usable_gib(memory_gib)
     over = [f"{stage} ({peak:.1f})" for stage, peak in zip(STAGES, found.peaks(), strict=True) if peak > usable]
@@ -136,7 +135,7 @@ def _print_what_makes_it_fit(
     change = remedy(load, gpus, min(8, case.gpus_of_host), case.seconds)
     if change is None:
         print("No switch that is tried here makes it fit; the times are those that it would take.\n")
-        return cfg, gpus
+        return cfg, gpus, found
     overrides, number = change
     cfg = load(overrides)
     found = case.memory(cfg, number)
@@ -145,7 +144,7 @@ def _print_what_makes_it_fit(
     words = " ".join([*more, *map(shlex.quote, overrides)])
     print(f"The least change that fits, with which the times are:\n  {words}")
     print(f"  on each GPU: {peaks}\n  on each host: {found.host(case.gpus_of_host)}\n")
-    return cfg, number
+    return cfg, number, found
 
 
 def _switches(cfg: SPINConfig, gpus: int, gpus_of_host: int) -> list[list[list[str]]]:
